@@ -1,0 +1,1 @@
+"""The adapter file: header, tensors, description, model card."""

@@ -1,0 +1,1 @@
+"""Adapters on a model: applied in place, restored to the bit."""

@@ -1,0 +1,1 @@
+"""The frozen backbone: loading it, choosing its parameters, its fingerprint, its head."""

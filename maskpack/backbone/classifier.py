@@ -1,0 +1,152 @@
+"""A backbone that classifies: inputs -> features -> logits, with the head inside the model or behind an encoder."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackboneError
+from .head import Head, Pooling, swap_module
+from .parameters import unwrap
+
+Inputs = Tensor | dict[str, Tensor]
+Batch = tuple[Inputs, Tensor]
+
+
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Move a batch of images, or a tokenizer's tensors, to a device."""
+    if isinstance(inputs, dict):
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return inputs.to(device)
+
+
+def pool(hidden: Tensor, attention: Tensor, pooling: Pooling, normalize: bool) -> Tensor:
+    """Return one embedding per text.
+
+    Args:
+        hidden: (B, T, D), where B is the batch size, T the tokens, D the features.
+        attention: (B, T), 1 for tokens and 0 for padding.
+
+    Returns:
+        (B, D).
+    """
+    if pooling == "cls":
+        embedding = hidden[:, 0]
+    else:
+        weights = attention.unsqueeze(-1).to(hidden.dtype)
+        embedding = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+
+class Classifier(nn.Module):
+    """A backbone with its head.
+
+    Args:
+        model: the backbone.
+        linear: the head.
+        module: where in the model the head is; None puts it behind the encoder.
+        pooling, normalize: how an encoder's last hidden state becomes one embedding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        linear: nn.Linear,
+        module: str | None = None,
+        pooling: Pooling | None = None,
+        normalize: bool = False,
+    ):
+        super().__init__()
+        if (module is None) == (pooling is None):
+            raise BackboneError("a classifier has either a head module inside the model or a pooling behind it")
+        self.model = model
+        self.linear = linear
+        self.module, self.pooling, self.normalize = module, pooling, normalize
+        if module is not None:
+            swap_module(model, module, linear)
+
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Return what an encoder's head gets, (B, D)."""
+        assert isinstance(inputs, dict)
+        assert self.pooling is not None
+        hidden = self.model(**inputs).last_hidden_state
+        return pool(hidden, inputs["attention_mask"], self.pooling, self.normalize)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return the logits, (B, classes)."""
+        if self.module is None:
+            logits: Tensor = self.linear(self.embed(inputs))
+            return logits
+        output = self.model(inputs)
+        if not isinstance(output, Tensor):
+            output = output.logits
+        return output
+
+    def head(self) -> Head:
+        """Return the head's tensors, copied to the CPU."""
+        bias = self.linear.bias
+        return Head(
+            kind="linear" if self.pooling is None else "pooled-linear",
+            weight=self.linear.weight.detach().cpu().clone(),
+            bias=None if bias is None else bias.detach().cpu().clone(),
+            module=self.module,
+            pooling=self.pooling,
+            normalize=self.normalize,
+        )
+
+
+def classifier_from(model: nn.Module, head: Head) -> Classifier:
+    """Return a classifier that computes with `head` behind an encoder, or with the head that the model has."""
+    if head.kind == "linear":
+        assert head.module is not None
+        linear = unwrap(model).get_submodule(head.module)
+        assert isinstance(linear, nn.Linear)
+        return Classifier(model, linear, head.module)
+    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(head.weight)
+        if head.bias is not None:
+            linear.bias.copy_(head.bias)
+    example = next(model.parameters())
+    return Classifier(model, linear.to(example.device, example.dtype), None, head.pooling, head.normalize)
+
+
+@torch.no_grad()
+def features(classifier: Classifier, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return what the head gets, (N, D) float32, and the labels, (N,), over all batches, in evaluation mode."""
+    device = next(classifier.parameters()).device
+    collected: list[Tensor] = []
+    labels: list[Tensor] = []
+    hook = classifier.linear.register_forward_pre_hook(lambda _, args: collected.append(args[0].float().cpu()))
+    try:
+        _evaluated(classifier, batches, lambda inputs, y: (classifier(to_device(inputs, device)), labels.append(y)))
+    finally:
+        hook.remove()
+    return torch.cat(collected), torch.cat(labels)
+
+
+@torch.no_grad()
+def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode."""
+    device = next(classifier.parameters()).device
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def step(inputs: Inputs, y: Tensor) -> None:
+        logits.append(classifier(to_device(inputs, device)).float().cpu())
+        labels.append(y)
+
+    _evaluated(classifier, batches, step)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], Any]) -> None:
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        for inputs, labels in batches:
+            step(inputs, labels)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode

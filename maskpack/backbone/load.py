@@ -1,0 +1,230 @@
+"""Loading a backbone by reference: timm, torchvision, transformers, or a factory in a Python file."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..errors import BackboneError, MaskpackError, UnknownNameError, require
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Preprocess, TextPreprocess
+from ..tensorfile import read_tensors
+from .head import Pooling, find_head
+
+Task = Literal["image-classification", "text-classification"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Backbone:
+    """A frozen base model and what belongs to it.
+
+    Attributes:
+        model: in evaluation mode.
+        id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
+        revision: Hub commit, torchvision weights enum, or None.
+        head: dotted name of the linear layer that gives the logits; None for an encoder.
+        outside: modules that do not belong to the body: the head, or an encoder's unused pooler.
+        preprocess: what the model expects of its inputs.
+        tokenizer: of a text backbone, else None.
+        pooling, normalize: how an encoder's last hidden state becomes one embedding.
+    """
+
+    model: nn.Module
+    id: str
+    revision: str | None = None
+    task: Task = "image-classification"
+    head: str | None = None
+    preprocess: Preprocess = ImagePreprocess()
+    tokenizer: Any = None
+    pooling: Pooling | None = None
+    normalize: bool = False
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """Modules that do not belong to the body: the head, or an encoder's unused pooler."""
+        if self.head is not None:
+            return (self.head,)
+        return ("pooler",) if self.pooling is not None and hasattr(self.model, "pooler") else ()
+
+
+def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+    timm = require("timm", "train", "timm backbones")
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
+        raise UnknownNameError(f"timm has no model {name!r}; near: {', '.join(near) or 'see timm.list_models()'}")
+    try:
+        # only the families with a fixed token grid take img_size
+        model = timm.create_model(name, pretrained=pretrained, **({"img_size": image_size} if image_size else {}))
+    except TypeError:
+        model = timm.create_model(name, pretrained=pretrained)
+    config = timm.data.resolve_model_data_config(model)
+    size = image_size or config["input_size"][-1]
+    resize = size if image_size else round(size / config["crop_pct"])
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    full = f"{stated.get('architecture', name)}.{stated['tag']}" if pretrained and stated.get("tag") else name
+    interpolation = config["interpolation"] if config["interpolation"] in ("nearest", "bicubic") else "bilinear"
+    preprocess = ImagePreprocess(size, resize, interpolation, tuple(config["mean"]), tuple(config["std"]))
+    return Backbone(model, f"timm/{full}", preprocess=preprocess)
+
+
+def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+    models = require("torchvision.models", "train", "torchvision backbones")
+    name, _, enum = name.partition("@")
+    if name not in models.list_models():
+        raise UnknownNameError(f"torchvision has no model {name!r}; known: {', '.join(models.list_models()[:8])}, …")
+    known = models.get_model_weights(name)
+    if enum and enum not in known.__members__:
+        raise UnknownNameError(f"torchvision's {name} has no weights {enum!r}; known: {', '.join(known.__members__)}")
+    weights = known[enum] if enum else known.DEFAULT
+    stated = weights.transforms()
+    size, resize = (image_size, image_size) if image_size else (stated.crop_size[0], stated.resize_size[0])
+    preprocess = ImagePreprocess(size, resize, stated.interpolation.value, tuple(stated.mean), tuple(stated.std))
+    model = models.get_model(name, weights=weights if pretrained else None)
+    return Backbone(model, f"torchvision/{name}", weights.name if pretrained else None, preprocess=preprocess)
+
+
+def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+    transformers = require("transformers", "train", "transformers backbones")
+    repo, _, revision = name.partition("@")
+    folder = Path(repo)
+    local = folder.is_dir()
+    if not local and repo.startswith(("/", ".", "~")):
+        raise BackboneError(f"no folder {repo!r}; hf/ is followed by a Hub repository or an existing folder")
+    options: dict[str, Any] = {} if local else {"revision": revision or "main"}
+    config = transformers.AutoConfig.from_pretrained(repo, **options)
+    vision = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    auto = transformers.AutoModelForImageClassification if vision else transformers.AutoModel
+    # float32 whatever the file holds: the scores learn from full-precision products
+    model = (
+        auto.from_pretrained(repo, dtype=torch.float32, **options) if pretrained else auto.from_config(config)
+    )
+    # a folder is named by its own name, never by its path
+    id_ = f"hf/{folder.resolve().name}" if local else f"hf/{repo}"
+    commit = None if local else getattr(config, "_commit_hash", None)
+    if vision:
+        stated = transformers.AutoImageProcessor.from_pretrained(repo, **options)
+        size = image_size or stated.size.get("shortest_edge") or stated.size["height"]
+        preprocess = ImagePreprocess(
+            size, size, "bilinear", tuple(stated.image_mean or IMAGENET_MEAN), tuple(stated.image_std or IMAGENET_STD)
+        )
+        return Backbone(model, id_, commit, preprocess=preprocess)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
+    limit = min(128, getattr(config, "max_position_embeddings", 128))
+    return Backbone(
+        model, id_, commit, "text-classification", None, TextPreprocess(limit), tokenizer, pooling="mean", normalize=True
+    )
+
+
+def _factory(reference: str, image_size: int | None) -> Backbone:
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise BackboneError(f"no file {file!r}; a factory is given as PATH.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"maskpack_factory_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    make = getattr(module, name, None)
+    if not callable(make):
+        known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise UnknownNameError(f"{path.name} has no function {name!r}; it has: {', '.join(known) or 'none'}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise BackboneError(f"{path.name}:{name} returned a {type(model).__name__}, expected a torch.nn.Module")
+    preprocess = ImagePreprocess(**getattr(module, "PREPROCESS", {}))
+    if image_size:
+        preprocess = replace(preprocess, size=image_size, resize=image_size)
+    return Backbone(model, f"{path.stem}:{name}", preprocess=preprocess)
+
+
+def _make(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
+    kind, _, name = reference.partition("/")
+    loaders: dict[str, Callable[[str, bool, int | None], Backbone]] = {
+        "timm": _timm,
+        "torchvision": _torchvision,
+        "hf": _transformers,
+    }
+    if ".py:" in reference:
+        return _factory(reference, image_size)
+    if kind not in loaders or not name:
+        raise BackboneError(
+            f"cannot read the backbone {reference!r}; expected timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or "
+            f"PATH.py:FUNCTION"
+        )
+    return loaders[kind](name, pretrained, image_size)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors state dict into a model, strictly.
+
+    Raises:
+        BackboneError: if names or shapes differ; the message shows the first of them.
+    """
+    state = read_tensors(path)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError:
+        own = model.state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        shapes = [f"{n}: {tuple(state[n].shape)} in the file, {tuple(own[n].shape)} in the model" for n in own
+                  if n in state and own[n].shape != state[n].shape]  # fmt: skip
+        raise BackboneError(
+            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        ) from None
+
+
+def load_backbone(
+    reference: str,
+    *,
+    weights: str | Path | None = None,
+    random_weights: int | None = None,
+    head: str | None = None,
+    image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Backbone:
+    """Load a backbone in evaluation mode.
+
+    Args:
+        reference: `timm/NAME`, `torchvision/NAME[@WEIGHTS]`, `hf/REPO[@REVISION]`, `hf/FOLDER` or `PATH.py:FUNCTION`
+            (which runs that file: only ever from the user's own command line, never from an adapter).
+        weights: safetensors state dict to load strictly in place of the pretrained weights.
+        random_weights: seed; random weights in place of the pretrained ones.
+        head: dotted name of the head, where it cannot be found.
+        image_size: pixels, in place of the backbone's own.
+        mean, std: normalisation per channel, in place of the backbone's own.
+
+    Raises:
+        BackboneError: if it cannot be loaded. UnknownNameError: if there is no such model or module.
+        MissingDependencyError: if the library that has it is not installed.
+    """
+    with torch.random.fork_rng():
+        if random_weights is not None:
+            torch.manual_seed(random_weights)
+        try:
+            backbone = _make(reference, weights is None and random_weights is None, image_size)
+        except MaskpackError:
+            raise
+        except Exception as error:
+            raise BackboneError(
+                f"cannot load the backbone {reference!r}: {type(error).__name__}: {error}; if its weights cannot be "
+                f"downloaded, give them with --weights FILE.safetensors"
+            ) from error
+    if weights is not None:
+        load_weights(backbone.model, weights)
+    backbone.model.eval()
+    if isinstance(backbone.preprocess, ImagePreprocess):
+        stated = backbone.preprocess
+        backbone = replace(
+            backbone, preprocess=replace(stated, mean=tuple(mean or stated.mean), std=tuple(std or stated.std))
+        )
+    if backbone.pooling is None or head is not None:
+        backbone = replace(backbone, head=find_head(backbone.model, head), pooling=None)
+    return backbone

@@ -1,0 +1,87 @@
+"""Which parameters are masked: globs on dotted names."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ..errors import SelectionError
+from .parameters import aliases, canonical, inside, named_parameters, unwrap
+
+_LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
+
+
+def _default_names(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Weights of convolutions and linear layers outside the head, the pooler and whatever is tied to an embedding."""
+    first = aliases(model)
+    names, embeddings = [], set()
+    for raw, module in unwrap(model).named_modules(remove_duplicate=False):
+        prefix = f"{canonical(raw)}." if raw else ""
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            embeddings.add(first[prefix + "weight"])
+        # transformers' Conv1D is a linear layer with a transposed weight
+        elif isinstance(module, _LINEAR) or type(module).__name__ == "Conv1D":
+            names.append(prefix + "weight")
+        elif isinstance(module, nn.MultiheadAttention):
+            names += [prefix + n for n in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
+    return [
+        name
+        for name in names
+        if name in first
+        and first[name] not in embeddings
+        and not inside(name, head)
+        and "pooler" not in name.split(".")
+    ]
+
+
+def _match(patterns: Iterable[str], names: Sequence[str], option: str) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
+            raise SelectionError(
+                f"{option} {pattern!r} matches none of the model's {len(names)} parameters; "
+                f"the nearest are: {', '.join(near)}"
+            )
+        matched.update(found)
+    return matched
+
+
+def select_parameters(
+    model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), head: Sequence[str] = ()
+) -> list[str]:
+    """Return the names of the parameters to mask, sorted; tied weights under their first name only.
+
+    Args:
+        include: globs on dotted names (`*` also matches dots). None given: every convolution and linear weight of
+            the body, without embeddings, pooler and head.
+        exclude: globs of names to leave out again.
+        head: modules that are not part of the body.
+
+    Raises:
+        SelectionError: if a pattern matches nothing, nothing is left, or a weight is not a floating-point tensor
+            with data.
+    """
+    parameters = named_parameters(model)
+    names = list(parameters)
+    include, exclude = list(include), list(exclude)
+    chosen = _match(include, names, "include") if include else set(_default_names(model, head))
+    chosen -= _match(exclude, names, "exclude")
+    first = aliases(model)
+    chosen = {first[name] for name in chosen}
+    if not chosen:
+        raise SelectionError(
+            f"no parameter is left to mask of {len(names)}: include {include or 'default'}, exclude {exclude}; "
+            f"the model's first parameters are: {', '.join(names[:5])}"
+        )
+    for name in sorted(chosen):
+        if not parameters[name].is_floating_point():
+            raise SelectionError(
+                f"{name!r} holds {parameters[name].dtype} values and cannot be masked; masks need floating-point "
+                f"weights: apply them before quantising, or leave it out with exclude"
+            )
+        if parameters[name].is_meta:
+            raise SelectionError(f"{name!r} is on the meta device and has no data; load the weights first")
+    return sorted(chosen)

@@ -1,0 +1,1 @@
+"""Packed bits <-> fewer bytes: one codec a file. Numpy only, no torch."""

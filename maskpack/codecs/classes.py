@@ -1,0 +1,41 @@
+"""Magnitude classes: what base-conditioned codecs learn from the frozen weights (docs/format.md section 5)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Bits
+
+CHUNK = 1 << 22  # weights; counting and looking up make copies of 8 bytes a weight
+INFINITY = 0x7F80  # bfloat16 bits of |inf|; greater ones are NaN
+
+
+def magnitude_classes(bf16_bits: NDArray[np.uint16], count: int = 256) -> Bits:
+    """Sort weights into classes of equal population by |weight|, equal values always into the same class.
+
+    Integers only, so that every platform gives the same classes. With H[v] weights of magnitude v among n, and B[v]
+    of smaller magnitude, the class of v is floor(count * (2 B[v] + H[v]) / (2 n)). All NaN count as one magnitude
+    above infinity.
+
+    Args:
+        bf16_bits: the weights rounded to bfloat16 (to nearest, ties to even), as 16-bit patterns, any shape.
+        count: number of classes, 1 to 256.
+
+    Returns:
+        The class of every weight, row-major, uint8, flat.
+    """
+    flat = bf16_bits.reshape(-1)
+    classes = np.empty(flat.size, dtype=np.uint8)
+    if not flat.size:
+        return classes
+    histogram = np.zeros(1 << 15, dtype=np.int64)
+    for start in range(0, flat.size, CHUNK):
+        histogram += np.bincount(flat[start : start + CHUNK] & 0x7FFF, minlength=1 << 15)
+    histogram[INFINITY + 1] = histogram[INFINITY + 1 :].sum()
+    histogram[INFINITY + 2 :] = 0
+    below = np.cumsum(histogram) - histogram
+    # values that do not occur may come out as `count`; they are never looked up
+    look_up = np.minimum(count * (2 * below + histogram) // (2 * flat.size), count - 1).astype(np.uint8)
+    look_up[INFINITY + 2 :] = look_up[INFINITY + 1]
+    for start in range(0, flat.size, CHUNK):
+        classes[start : start + CHUNK] = look_up[flat[start : start + CHUNK] & 0x7FFF]
+    return classes

@@ -1,0 +1,1 @@
+"""What the scores learn from: one data source a file."""

@@ -1,0 +1,107 @@
+"""Batches of examples, in an order that a seed and an epoch decide."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import DataError
+from ..preprocess import Augment, ImagePreprocess, Preprocess, collate_text
+from .base import Examples
+
+Collate = Callable[[list[Any]], Any]
+
+
+class _Transformed(Dataset[Any]):
+    """Examples after their per-item transform; unreadable ones stay None."""
+
+    def __init__(self, examples: Examples, transform: Callable[[Any], Any]):
+        self.examples, self.transform = examples, transform
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.examples[index]
+        return None if item is None else (self.transform(item[0]), item[1])
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that the seed and the epoch decide, so that a resumed run sees the same order."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of everything random in an epoch."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def _collate(preprocess: Preprocess, tokenizer: Any) -> Collate:
+    to_inputs: Callable[[Sequence[Any]], Any] = (
+        (lambda images: torch.stack(list(images)))
+        if isinstance(preprocess, ImagePreprocess)
+        else collate_text(tokenizer, preprocess)
+    )
+
+    def collate(items: list[Any]) -> tuple[Any, Tensor] | None:
+        readable = [item for item in items if item is not None]
+        if not readable:
+            return None
+        inputs, labels = zip(*readable, strict=True)
+        return to_inputs(inputs), torch.tensor(labels)
+
+    return collate
+
+
+def loader(
+    examples: Examples,
+    preprocess: Preprocess,
+    tokenizer: Any = None,
+    *,
+    batch_size: int = 64,
+    augment: Augment = "none",
+    sampler: Sampler[int] | None = None,
+    workers: int = 0,
+) -> DataLoader[Any]:
+    """Return batches of (inputs, labels); a batch in which nothing could be read is None.
+
+    Args:
+        sampler: for training: the order; a last batch that is not full is then left out. Else all, in order.
+
+    Raises:
+        DataError: if images meet a text backbone, or texts an image backbone.
+    """
+    images = isinstance(preprocess, ImagePreprocess)
+    feature = examples.rows.features[examples.column]
+    if images != (getattr(feature, "dtype", "") not in ("string", "large_string")):
+        raise DataError(
+            f"the backbone expects {preprocess.kind} inputs, and column {examples.column!r} holds "
+            f"{'texts' if images else 'images'}"
+        )
+    transform = preprocess.transform(augment) if isinstance(preprocess, ImagePreprocess) else lambda text: text
+    return DataLoader(
+        _Transformed(examples, transform),
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=sampler is not None and len(examples) >= batch_size,
+        num_workers=workers,
+        collate_fn=_collate(preprocess, tokenizer),
+    )
+
+
+def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the batches in which something could be read."""
+    for batch in batches:
+        if batch is not None:
+            yield batch

@@ -1,0 +1,37 @@
+"""Data sets on the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from ..errors import DataError, require
+from .base import SOURCES, Splits
+
+
+@SOURCES.register
+class HubDataset:
+    """Hub data set: `user/name`, `user/name@revision`, `user/name:configuration`."""
+
+    id = "hub"
+    reference = "https://huggingface.co/docs/datasets/loading#hugging-face-hub"
+    priority = 90
+
+    @staticmethod
+    def matches(reference: str) -> bool:
+        pattern = r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?"
+        return re.fullmatch(pattern, reference) is not None and not Path(reference).exists()
+
+    @staticmethod
+    def load(reference: str) -> Splits:
+        datasets = require("datasets", "train", "reading data")
+        name, _, revision = reference.partition("@")
+        name, _, configuration = name.partition(":")
+        try:
+            loaded = datasets.load_dataset(name, configuration or None, revision=revision or None)
+        except Exception as error:
+            # datasets raises its own, the Hub client's and the transport's errors
+            raise DataError(
+                f"cannot load {reference!r}, which is no local folder, from the Hub: {type(error).__name__}: {error}"
+            ) from error
+        # the Hub client's cache files are named by their content; the fingerprints of the splits follow from it
+        digest = "+".join(str(split._fingerprint) for split in loaded.values())
+        return Splits(dict(loaded), name, digest)

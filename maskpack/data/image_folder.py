@@ -1,0 +1,45 @@
+"""Local folders with one folder of images per class, under train/ and test/ or alone."""
+
+from pathlib import Path
+
+from ..errors import DataError, require
+from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+
+
+@SOURCES.register
+class ImageFolder:
+    """Local folder with one folder of images per class, under train/ and test/ or alone."""
+
+    id = "image_folder"
+    reference = "https://huggingface.co/docs/datasets/image_load#imagefolder"
+    priority = 30
+
+    @staticmethod
+    def matches(reference: str) -> bool:
+        return Path(reference).is_dir() and bool(_images(Path(reference)))
+
+    @staticmethod
+    def load(reference: str) -> Splits:
+        datasets = require("datasets", "train", "reading data")
+        root = Path(reference)
+        named = {p.name: p for p in root.iterdir() if p.is_dir() and p.name.lower() in (*TRAIN_NAMES, *TEST_NAMES)}
+        folders = named or {"train": root}
+        classes = sorted({p.name for folder in folders.values() for p in folder.iterdir() if p.is_dir()})
+        if not classes:
+            raise DataError(f"the images in {reference} are not in folders; expected one folder per class")
+        index = {name: i for i, name in enumerate(classes)}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        splits, files = {}, []
+        for split, folder in folders.items():
+            images = [file for file in _images(folder) if file.parent != folder]
+            labels = [index[file.relative_to(folder).parts[0]] for file in images]
+            rows = {"image": [str(file) for file in images], "label": labels}
+            splits[split.lower()] = datasets.Dataset.from_dict(rows, features=features)
+            files += images
+        return Splits(splits, root.resolve().name, digest_files(files, root))

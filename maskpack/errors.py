@@ -1,0 +1,105 @@
+"""Every error that maskpack raises on purpose.
+
+MaskpackError
+├── ConfigError              a setting is impossible (also a ValueError)
+├── UnknownNameError         no such method, codec, data source, backbone, parameter or mask set (LookupError)
+├── MissingDependencyError   an optional library is not installed (ImportError)
+├── SelectionError           the patterns match no parameter, or one that cannot be masked (ValueError)
+├── BackboneError            the backbone or its weights cannot be loaded (ValueError)
+├── DataError                the data cannot be read or do not fit (ValueError)
+├── TrainingError            training cannot go on (RuntimeError)
+├── AdapterError             something is wrong with an adapter file (ValueError)
+│   ├── CorruptAdapterError      its bytes are not what the format or the digests say
+│   ├── UnsupportedVersionError  written by a newer format version
+│   └── UnknownCodecError        packed with a codec that is not installed
+├── BackboneMismatchError    the adapter was made for other weights (ValueError)
+├── StateError               the model or folder is not in the state that the call needs (RuntimeError)
+└── HubError                 push, pull or their network failed (OSError)
+
+A message says what was wrong (with the value), what was expected, and what to do.
+"""
+
+import importlib
+from types import ModuleType
+
+
+class MaskpackError(Exception):
+    """The root: catch this to catch every error that maskpack raises on purpose."""
+
+
+class ConfigError(MaskpackError, ValueError):
+    """Raised when a setting is impossible or two settings contradict each other."""
+
+
+class UnknownNameError(MaskpackError, LookupError):
+    """Raised when a name stands for nothing known; the message lists what is known."""
+
+
+class MissingDependencyError(MaskpackError, ImportError):
+    """Raised when an optional library is needed and not installed; the message has the pip line."""
+
+
+class SelectionError(MaskpackError, ValueError):
+    """Raised when the patterns match no parameter, or a parameter that cannot be masked."""
+
+
+class BackboneError(MaskpackError, ValueError):
+    """Raised when a backbone or its weights cannot be loaded."""
+
+
+class DataError(MaskpackError, ValueError):
+    """Raised when data cannot be read, or do not fit the backbone or the adapter."""
+
+
+class TrainingError(MaskpackError, RuntimeError):
+    """Raised when training cannot go on, for instance after a loss that is not finite."""
+
+
+class AdapterError(MaskpackError, ValueError):
+    """Raised when an adapter cannot be found, read or written."""
+
+
+class CorruptAdapterError(AdapterError):
+    """Raised when the bytes of an adapter are not what the format, or its digests, say."""
+
+
+class UnsupportedVersionError(AdapterError):
+    """Raised when an adapter has a format version that this release does not know."""
+
+
+class UnknownCodecError(AdapterError):
+    """Raised when an adapter is packed with a codec that is not installed."""
+
+
+class BackboneMismatchError(MaskpackError, ValueError):
+    """Raised when an adapter was made for a backbone with other weights, names or shapes."""
+
+
+class StateError(MaskpackError, RuntimeError):
+    """Raised when a model or folder is not in the state that the call needs."""
+
+
+class HubError(MaskpackError, OSError):
+    """Raised when a push, a pull or the network under them failed."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional library, or raise with the pip line that installs it.
+
+    Args:
+        module: name to import, dotted if need be.
+        extra: the maskpack extra that brings it.
+        purpose: what needs it, as in "loading timm backbones".
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise MissingDependencyError(
+            f"{purpose} needs the library {error.name!r}, which is not installed; "
+            f'install it with: pip install "maskpack[{extra}]"'
+        ) from error

@@ -1,0 +1,1 @@
+"""Was it worth it? Accuracy, and the probe to compare with."""

@@ -1,0 +1,148 @@
+"""What the client's errors mean, in our words: what was wrong and what to do."""
+
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from ..errors import AdapterError, HubError, MaskpackError
+
+if TYPE_CHECKING:
+    from .reference import Reference
+
+PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+# The client raises its HTTP library's own errors, which are no OSError, and the library's name depends on its version.
+TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
+LASTING = frozenset({"ProxyError", "UnsupportedProtocol", "LocalProtocolError"})
+LOGIN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def origin(error: BaseException) -> BaseException:
+    """Return what lies behind the errors in which the client wraps others."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
+
+    wrapped = isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)) or type(error) is RuntimeError
+    return origin(error.__cause__) if wrapped and error.__cause__ is not None else error
+
+
+def status_of(error: BaseException) -> int | None:
+    """Return the HTTP status that the Hub or its store answered with, if it did."""
+    status = getattr(getattr(origin(error), "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _header(error: BaseException, name: str) -> str:
+    headers = getattr(getattr(origin(error), "response", None), "headers", None) or {}
+    return str(headers.get(name, ""))
+
+
+def retry_after(error: BaseException) -> float:
+    """Return how many seconds the server asks to wait, or 0."""
+    value = _header(error, "retry-after")
+    return float(value) if value.isdigit() else 0.0
+
+
+def _is_transport(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in TRANSPORTS
+
+
+def _is_offline(error: BaseException) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
+
+    return isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError, RevisionResolutionError))
+
+
+def is_passing(error: BaseException) -> bool:
+    """Tell whether the same call may well succeed in a moment."""
+    error = origin(error)
+    status = status_of(error)
+    if status is not None:
+        return status in PASSING_STATUSES
+    if _is_offline(error):
+        return False
+    if _is_transport(error):
+        names = {kind.__name__ for kind in type(error).__mro__}
+        return "TransportError" in names and not names & LASTING
+    return isinstance(error, (ConnectionError, TimeoutError)) or "Consistency check failed" in str(error)
+
+
+def explain(
+    error: Exception, verb: str, reference: "Reference", endpoint: str, token: str | bool | None
+) -> tuple[MaskpackError, bool]:
+    """Return our error for one of the client's, and whether the client's own text quotes a token."""
+    text = str(error)
+    clean = _without_tokens(text, token)
+    cause = origin(error)
+    kind, reason = _reason(cause, reference, endpoint, _without_tokens(str(cause), token))
+    # the server's words could quote the token as well
+    return kind(_without_tokens(f"cannot {verb} {reference}: {reason}", token)), clean != text
+
+
+def _without_tokens(text: str, token: str | bool | None) -> str:
+    if isinstance(token, str) and token.strip():
+        text = text.replace(token, "***").replace(token.strip(), "***")
+    return re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", text)
+
+
+def _reason(error: BaseException, reference: "Reference", endpoint: str, text: str) -> tuple[type[MaskpackError], str]:
+    """Return the class and the words for an error, the most telling first."""
+    from huggingface_hub import errors
+
+    host, page = urlsplit(endpoint).hostname, f"{endpoint}/{reference.repo_id}"
+    if isinstance(error, errors.GatedRepoError):
+        return HubError, f"its owner asks for an agreement first; open {page}, accept it, {LOGIN}, and try again"
+    if isinstance(error, errors.DisabledRepoError):
+        return HubError, "access to it was disabled on the Hub; ask its owner"
+    if isinstance(error, errors.RevisionNotFoundError):
+        name = reference.revision or "main"
+        return AdapterError, f"{reference.repo_id} has no revision {name!r}; give a branch, tag or commit of {page}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        sent = "authorization" in error.response.request.headers
+        who = "your token's account may not see it" if sent else f"you are not logged in ({LOGIN})"
+        return AdapterError, f"{host} has no such repository, or it is private and {who}; check the name"
+    if isinstance(error, errors.RemoteEntryNotFoundError):
+        return AdapterError, "a file that it listed is missing there; try again"
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return HubError, f"this needs a login; {LOGIN}"
+    if isinstance(error, errors.HFValidationError):
+        return AdapterError, "the Hub accepts no such name; expected user/name"
+    if isinstance(error, errors.FileMetadataError):
+        return HubError, f"{host} does not answer like a Hub; check HF_ENDPOINT, firewall and proxy"
+    if _is_offline(error):
+        return HubError, "it is not in the cache and the Hub may not be asked; go online (unset HF_HUB_OFFLINE) once"
+    if (status := status_of(error)) is not None:
+        return HubError, _status_reason(error, status, host)
+    if _is_transport(error) or isinstance(error, (ConnectionError, TimeoutError)):
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if names & {"ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"}:
+            return HubError, f"{host} cannot be reached ({_first_line(text)}); check network, proxy and HF_ENDPOINT"
+        return HubError, f"the connection to {host} broke ({type(error).__name__}); try again"
+    if "Consistency check failed" in text:
+        return HubError, "a download ended before the file was whole; try again"
+    if isinstance(error, ValueError) and "README.md" in text:
+        return HubError, f"the Hub refuses the model card ({' '.join(text.split())[:300]}); correct README.md"
+    if isinstance(error, OSError) and error.errno is not None:
+        return HubError, f"{error.strerror} ({error.filename}); check space and permissions of the cache"
+    return HubError, f"the client failed with {type(error).__name__}: {_first_line(text)}"
+
+
+def _status_reason(error: BaseException, status: int, host: str | None) -> str:
+    said = _first_line(str(getattr(error, "server_message", None) or ""))
+    quote = f" ({said})" if said else ""
+    if status == 401:
+        sent = "authorization" in getattr(getattr(error, "request", None), "headers", {})
+        return f"the token is refused{quote}; {LOGIN}, which comes first" if sent else f"this needs a login; {LOGIN}"
+    if status == 403:
+        return f"not allowed{quote}; use a token that may write there, of an account with access"
+    if status in (409, 412):
+        return f"somebody else changed it meanwhile{quote}; pull, look, and try again"
+    if status == 429:
+        wait = _header(error, "retry-after")
+        return f"too many requests{quote}; wait {wait + ' seconds' if wait else 'some minutes'} and try again"
+    if status >= 500:
+        return f"{host} answered {status}{quote}, also when asked again; try later"
+    return f"{host} answered {status}{quote}"
+
+
+def _first_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0][:200] if lines else ""

@@ -1,0 +1,181 @@
+"""MaskSet: parameter name -> packed mask, the value that passes between stages."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, overload
+
+import numpy as np
+import torch
+from bitarray import bitarray
+from torch import Tensor
+
+from .errors import ConfigError, UnknownNameError
+
+T = TypeVar("T")
+Op = Literal["zero", "flip", "replace"]
+OPS: tuple[Op, ...] = ("flip", "replace", "zero")
+
+
+def unpack(bits: bitarray) -> Tensor:
+    """Return bits in little bit order as a flat bool tensor."""
+    packed = np.frombuffer(memoryview(bits), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed, count=len(bits), bitorder="little").view(np.bool_))
+
+
+@dataclass(frozen=True, slots=True, eq=True)
+class PackedMask:
+    """One parameter's mask as packed bits.
+
+    Attributes:
+        bits: little bit order, row-major, one bit a weight; True = weight kept.
+        shape: the parameter's shape.
+        op: what a zero bit does to its weight.
+        alpha: divisor of the kept weights, float32(sqrt(kept / total)), or None if the scale is off.
+        signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
+    """
+
+    bits: bitarray
+    shape: tuple[int, ...]
+    op: Op = "zero"
+    alpha: float | None = None
+    signs: bitarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS:
+            raise ConfigError(f"unknown op {self.op!r}; known: {', '.join(OPS)}")
+        if self.bits.endian != "little" or len(self.bits) != math.prod(self.shape):
+            raise ConfigError(
+                f"a mask of shape {self.shape} needs {math.prod(self.shape)} bits in little bit order, "
+                f"got {len(self.bits)} in {self.bits.endian} order"
+            )
+        if self.signs is not None and (self.op != "zero" or len(self.signs) != len(self.bits)):
+            raise ConfigError("only a mask with op 'zero' can have signs, as many as it has bits")
+
+    @classmethod
+    def from_tensor(cls, mask: Tensor, op: Op = "zero", scale: bool = False) -> "PackedMask":
+        """Pack a tensor of bool, or of uint8 zeros and ones; `scale` sets alpha."""
+        if mask.dtype is not torch.bool:
+            if mask.dtype is not torch.uint8 or bool((mask > 1).any()):
+                raise ConfigError(f"a mask must be bool, or uint8 of zeros and ones; got {mask.dtype}")
+            mask = mask.bool()
+        flat = mask.detach().reshape(-1).cpu().numpy()
+        packed = cls.from_bytes(np.packbits(flat, bitorder="little"), tuple(mask.shape), op)
+        return packed.scaled() if scale else packed
+
+    @classmethod
+    def from_bytes(cls, packed: np.ndarray, shape: tuple[int, ...], op: Op = "zero") -> "PackedMask":
+        """Copy packed bits (uint8, at least ceil(weights / 8) bytes; what is beyond the weights is dropped)."""
+        bits = bitarray(endian="little")
+        bits.frombytes(packed.tobytes())
+        del bits[math.prod(shape) :]
+        return cls(bits, shape, op)
+
+    def scaled(self) -> "PackedMask":
+        """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""
+        share = max(self.kept, 1) / max(len(self.bits), 1)
+        return replace(self, alpha=float(np.float32(math.sqrt(share))))
+
+    def payloads(self) -> list[tuple[Op, bitarray]]:
+        """Return the (op, bits) pairs that are stored, sorted by op: two for a ternary mask, else one."""
+        own: list[tuple[Op, bitarray]] = [(self.op, self.bits)]
+        return own if self.signs is None else [("flip", self.signs), *own]
+
+    @property
+    def kept(self) -> int:
+        """Number of true bits."""
+        return self.bits.count()
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept; 1.0 for a parameter without weights."""
+        return self.kept / len(self.bits) if len(self.bits) else 1.0
+
+    def tensor(self) -> Tensor:
+        """Return the mask as a bool tensor of the parameter's shape."""
+        return unpack(self.bits).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=True)
+class MaskSet(Mapping[str, PackedMask]):
+    """Masks by dotted parameter name, sorted by name. Immutable."""
+
+    masks: Mapping[str, PackedMask]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "masks", {name: self.masks[name] for name in sorted(self.masks)})
+
+    @classmethod
+    def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> "MaskSet":
+        """Make a set from tensors of bool, or of uint8 zeros and ones (True = weight kept).
+
+        Raises:
+            ConfigError: if a tensor has another dtype or other values; the message names it.
+        """
+        packed = {}
+        for name, mask in masks.items():
+            try:
+                packed[name] = PackedMask.from_tensor(mask, op, scale)
+            except ConfigError as error:
+                raise ConfigError(f"mask {name!r}: {error}") from None
+        return cls(packed)
+
+    def __getitem__(self, name: str) -> PackedMask:
+        try:
+            return self.masks[name]
+        except KeyError:
+            raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters") from None
+
+    # Mapping's own `get` only knows KeyError
+    @overload
+    def get(self, name: str, default: None = None, /) -> PackedMask | None: ...
+    @overload
+    def get(self, name: str, default: PackedMask | T, /) -> PackedMask | T: ...
+    def get(self, name: str, default: PackedMask | T | None = None, /) -> PackedMask | T | None:
+        """Return the mask of a parameter, or `default` if the set has none."""
+        return self.masks.get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.masks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.masks)
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def total(self) -> int:
+        """Number of masked weights."""
+        return sum(len(mask.bits) for mask in self.masks.values())
+
+    @property
+    def kept(self) -> int:
+        """Number of weights kept."""
+        return sum(mask.kept for mask in self.masks.values())
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept, over all parameters."""
+        return self.kept / self.total if self.total else 1.0
+
+
+def mask_id(sets: Mapping[str, MaskSet | Iterable[tuple[str, PackedMask]]]) -> str:
+    """Return the digest of decoded masks, which does not depend on the codec (docs/format.md section 5).
+
+    Args:
+        sets: set name -> masks, or pairs of parameter name and mask in sorted order, which are walked one at a time.
+    """
+    rows = [
+        [name, parameter, op, list(mask.shape), hashlib.sha256(bits.tobytes()).hexdigest()]
+        for name in sorted(sets)
+        for parameter, mask in _pairs(sets[name])
+        for op, bits in mask.payloads()
+    ]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def _pairs(masks: MaskSet | Iterable[tuple[str, PackedMask]]) -> Iterable[tuple[str, PackedMask]]:
+    return masks.items() if isinstance(masks, MaskSet) else masks

@@ -1,0 +1,1 @@
+"""Weights -> scores -> mask: one method a file."""

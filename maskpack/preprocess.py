@@ -1,0 +1,117 @@
+"""Preprocessing: what a backbone expects of its inputs, and what an adapter therefore carries."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, DataError, require
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Augment = Literal["none", "crop", "flip", "crop-flip"]
+AUGMENTS: tuple[Augment, ...] = ("none", "crop", "flip", "crop-flip")
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePreprocess:
+    """Resize, centre crop, normalise.
+
+    Attributes:
+        size: height and width in pixels of what the backbone gets.
+        resize: length in pixels of the shorter side before the crop.
+        mean, std: per channel (red, green, blue), for values from 0 to 1.
+    """
+
+    size: int = 224
+    resize: int = 256
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    kind: ClassVar[str] = "image"
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.resize < self.size:
+            raise ConfigError(f"images are resized to {self.resize} and cropped to {self.size}: need 1 <= size <= resize")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ConfigError(f"mean and std need three values, std above 0; got mean {self.mean}, std {self.std}")
+
+    def transform(self, augment: Augment = "none") -> Callable[[Any], Tensor]:
+        """Return a function from a PIL image of any mode to a float32 tensor (3, size, size).
+
+        Args:
+            augment: for training: "crop" moves the image by up to an eighth of its size, "flip" mirrors half of them.
+
+        Raises:
+            MissingDependencyError: if torchvision is not installed.
+        """
+        v2 = require("torchvision.transforms.v2", "train", "reading images")
+        mode = v2.InterpolationMode(self.interpolation)
+        crop = (
+            [v2.RandomCrop(self.size, padding=self.size // 8, padding_mode="edge")]
+            if "crop" in augment
+            else [v2.CenterCrop(self.size)]
+        )
+        steps = [v2.Resize(self.resize, interpolation=mode, antialias=True), *crop]
+        if "flip" in augment:
+            steps.append(v2.RandomHorizontalFlip())
+        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+        pipeline = v2.Compose([v2.ToImage(), *steps])
+
+        def apply(image: Any) -> Tensor:
+            return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), Tensor)
+
+        return apply
+
+
+@dataclass(frozen=True, slots=True)
+class TextPreprocess:
+    """Tokenise, truncate to `max_length` tokens; batches are padded to their longest text."""
+
+    max_length: int = 128
+    kind: ClassVar[str] = "text"
+
+
+Preprocess = ImagePreprocess | TextPreprocess
+
+
+def preprocess_to_json(preprocess: Preprocess) -> dict[str, Any]:
+    """Return the JSON object that an adapter's header keeps."""
+    return {"kind": preprocess.kind, **asdict(preprocess)}
+
+
+def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
+    """Read what `preprocess_to_json` wrote; unknown keys are ignored.
+
+    Raises:
+        ConfigError: if the kind is unknown or a value has the wrong type.
+    """
+    kinds: dict[str, type[ImagePreprocess] | type[TextPreprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
+    cls = kinds.get(str(config.get("kind")))
+    if cls is None:
+        raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(kinds)}")
+    values = {}
+    for field in fields(cls):
+        if field.name in config:
+            value = config[field.name]
+            values[field.name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"preprocessing {dict(config)} does not fit {cls.__name__}: {error}") from None
+
+
+def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """Return a function from texts to the tokenizer's tensors, padded to the longest text of the batch."""
+    if tokenizer is None:
+        raise DataError("texts need the backbone's tokenizer, and none was found; pass the tokenizer")
+
+    def apply(texts: Sequence[str]) -> dict[str, Tensor]:
+        return dict(
+            tokenizer(list(texts), padding=True, truncation=True, max_length=preprocess.max_length, return_tensors="pt")
+        )
+
+    return apply

@@ -1,0 +1,87 @@
+"""Plug-ins of one kind: classes found by the id that they carry.
+
+A plug-in is a class in a file of the kind's folder, or in another distribution that names it as an entry point
+of the group `maskpack.<folder>`. It is registered with the decorator `REGISTRY.register`, has a class attribute
+`id`, a docstring whose first line `maskpack list` prints, and a `reference` (a paper or specification, or "").
+A file can name an id, but can never cause code to be imported: only installed packages are looked at.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+from typing import Generic, Protocol, TypeVar
+
+from .errors import UnknownNameError
+
+
+class Plugin(Protocol):
+    """What every plug-in class carries."""
+
+    id: str
+    reference: str
+
+
+T = TypeVar("T", bound=Plugin)
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by id, discovered on the first look-up.
+
+    Args:
+        kind: the word for one of them in messages, as in "codec".
+        package: the package whose modules are searched, as in "maskpack.codecs".
+    """
+
+    def __init__(self, kind: str, package: str):
+        self.kind = kind
+        self.package = package
+        self._classes: dict[str, type[T]] = {}
+        self._discovered = False
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Class decorator: make `cls` known under `cls.id`.
+
+        Raises:
+            UnknownNameError: if another class has that id already.
+        """
+        known = self._classes.get(cls.id)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UnknownNameError(
+                f"two {self.kind}s have the id {cls.id!r}: {known.__module__}.{known.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}; rename one"
+            )
+        self._classes[cls.id] = cls
+        return cls
+
+    def __getitem__(self, name: str) -> type[T]:
+        """Return the class with this id.
+
+        Raises:
+            UnknownNameError: if there is none; the message lists the known ids and the nearest.
+        """
+        self._discover()
+        if name not in self._classes:
+            near = difflib.get_close_matches(name, self._classes, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnknownNameError(f"unknown {self.kind} {name!r}; known: {', '.join(sorted(self._classes))}{hint}")
+        return self._classes[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._discover()
+        return name in self._classes
+
+    def all(self) -> list[type[T]]:
+        """Return every class of this kind, sorted by id."""
+        self._discover()
+        return [self._classes[name] for name in sorted(self._classes)]
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+        for entry in entry_points(group=self.package):
+            self.register(entry.load())

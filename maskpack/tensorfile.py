@@ -1,0 +1,176 @@
+"""Safetensors files: read, and written in canonical bytes. The only importer of safetensors.
+
+Files are written under a temporary name in the same folder, synced and renamed, so that a reader sees the old file
+or the new one and never a part. The official writer is not used: it permutes the metadata from one process to the next
+and leaves files that other users cannot read.
+"""
+
+import json
+import math
+import os
+import secrets
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import ConfigError, DataError, MaskpackError, StateError
+from .tensorheader import DTYPES, MAX_HEADER, NAMES
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A tensor to write: its dtype as safetensors names it, its shape, and its bytes in one or more pieces."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Sequence[Buffer]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Blob":
+        """Make the blob of a tensor; a contiguous tensor in main memory is not copied.
+
+        Raises:
+            ConfigError: if safetensors files here have no such dtype.
+        """
+        if tensor.dtype not in NAMES:
+            raise ConfigError(f"tensor {name!r} is {tensor.dtype}; expected one of {', '.join(map(str, NAMES))}")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        data = [flat.view(torch.uint8).numpy().data] if flat.numel() else []
+        return cls(name, NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+    @property
+    def size(self) -> int:
+        """Bytes that dtype and shape ask for."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a safetensors file of weights, masks or scores that the user names.
+
+    Raises:
+        DataError: if there is no such file, or it is not a safetensors file; the message names it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))[:5]) or "none"
+        raise DataError(f"{path} is a folder, expected a .safetensors file; those in it: {inside}")
+    if not path.exists():
+        raise DataError(f"no file {path}; expected a .safetensors file")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"cannot read {path} as a safetensors file: {error}; "
+            f"if it is a pickle (.pt, .bin), convert it with safetensors.torch.save_file"
+        ) from error
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor] | Iterable[Blob], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
+
+    Args:
+        path: the file; its folder must exist. It is replaced as a whole or not at all.
+        tensors: tensors by name, or blobs (whose bytes are not joined in memory).
+        metadata: strings for `__metadata__`.
+
+    Raises:
+        StateError: if the file cannot be written, for instance because the disk is full.
+        ConfigError: if a name comes twice, or bytes and shape disagree.
+    """
+    blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else list(tensors)
+    with replacing(path) as (temporary,):
+        write_blobs(temporary, blobs, metadata)
+
+
+def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
+    """Write the bytes of a safetensors file to `path`, without a temporary file of its own."""
+    blobs = in_order(blobs)
+    with path.open("wb") as file:
+        file.write(_header(blobs, metadata))
+        for blob in blobs:
+            for piece in blob.data:
+                file.write(piece)
+
+
+def in_order(blobs: Iterable[Blob]) -> list[Blob]:
+    """Return blobs as they lie in a file: wider elements first, so that each is aligned, then by name."""
+    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype].itemsize, blob.name))
+
+
+def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for blob in blobs:
+        given = sum(memoryview(piece).nbytes for piece in blob.data)
+        if given != blob.size or blob.name in entries:
+            raise ConfigError(
+                f"tensor {blob.name!r} comes twice, or has {given} bytes where its {blob.dtype} of shape "
+                f"{blob.shape} needs {blob.size}"
+            )
+        entries[blob.name] = {"data_offsets": [start, start + given], "dtype": blob.dtype, "shape": list(blob.shape)}
+        start += given
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ConfigError(
+            f"the header would have {len(text)} bytes, at most {MAX_HEADER} are allowed; store less in it"
+        )
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def replacing(*paths: str | Path) -> Iterator[list[Path]]:
+    """Give an empty temporary file beside each path; when the block ends well they replace the paths, in order.
+
+    Whatever goes wrong before that, the interrupt key included, the paths stay as they are and the temporary files go.
+
+    Raises:
+        StateError: in place of an OSError, such as a full disk or a folder that may not be written.
+    """
+    targets = [Path(path) for path in paths]
+    temporary = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in targets]
+    try:
+        for path in temporary:
+            # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        yield temporary
+        for path in temporary:
+            _sync(path)
+        for path, target in zip(temporary, targets, strict=True):
+            path.replace(target)
+        for folder in {path.parent for path in targets}:
+            with suppress(OSError):  # some file systems cannot sync a folder; the files themselves are safe
+                _sync(folder)
+    except MaskpackError:
+        raise
+    except OSError as error:
+        raise StateError(
+            f"cannot write {', '.join(map(str, targets))}: {error.strerror or error}; nothing was changed there; "
+            f"free space, or choose a folder that exists and that you may write to"
+        ) from error
+    finally:
+        for path in temporary:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Learning the scores of a mask while the weights stay frozen."""

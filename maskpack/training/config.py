@@ -1,0 +1,144 @@
+"""The settings of a training run: the one configuration class."""
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+from ..preprocess import AUGMENTS, Augment
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("sgd", "adam"),
+    "schedule": ("cosine", "constant"),
+    "precision": ("no", "bf16", "fp16"),
+    "bn": ("adapt", "freeze"),
+    "objective": ("supervised",),
+    "augment": AUGMENTS,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a mask is trained.
+
+    Attributes:
+        method, method_options: how scores become a mask (`maskpack list methods`).
+        objective: what the scores are trained on.
+        include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
+        scale: divide the kept weights by sqrt(density), per parameter.
+        bn: "adapt" lets BatchNorm statistics follow the new data and stores them; "freeze" leaves them.
+        epochs: passes over the training rows. steps: optimiser steps in place of epochs, or None.
+        batch_size: examples per forward pass and process. accumulate: forward passes per optimiser step.
+        optimizer: "sgd" (momentum 0.9) or "adam", for scores and head.
+        lr, head_lr: peak learning rates of scores and head; None: 50 and 0.1 for SGD, 0.02 and 0.01 for Adam.
+        schedule: "cosine" to zero, or "constant". warmup: share of the steps in which the rate rises from zero.
+        clip: largest gradient norm per step over all trained tensors, or None.
+        label_smoothing: share of the target probability spread over all classes.
+        precision: mixed precision of the forward pass. Scores are float32 always.
+        augment: of training images: "none", "crop", "flip", "crop-flip".
+        workers: processes that read the data; 0 reads in the training process.
+        seed: of everything random.
+    """
+
+    method: str = "threshold"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    objective: Literal["supervised"] = "supervised"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    scale: bool = False
+    bn: Literal["adapt", "freeze"] = "adapt"
+    epochs: int = 10
+    steps: int | None = None
+    batch_size: int = 64
+    accumulate: int = 1
+    optimizer: Literal["sgd", "adam"] = "adam"
+    lr: float | None = None
+    head_lr: float | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.1
+    clip: float | None = None
+    label_smoothing: float = 0.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    augment: Augment = "crop-flip"
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        for name in ("lr", "head_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} must be a finite number above 0, got {value}")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must be 0 or more, got {self.workers}")
+
+    @property
+    def score_lr(self) -> float:
+        """Peak learning rate of the scores."""
+        return self.lr if self.lr is not None else {"sgd": 50.0, "adam": 0.02}[self.optimizer]
+
+    @property
+    def linear_lr(self) -> float:
+        """Peak learning rate of the head."""
+        return self.head_lr if self.head_lr is not None else {"sgd": 0.1, "adam": 0.01}[self.optimizer]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values, defaults resolved."""
+        return {
+            **asdict(self),
+            "method_options": dict(self.method_options),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "lr": self.score_lr,
+            "head_lr": self.linear_lr,
+        }
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read settings from a TOML file whose keys are the names of the command line's options.
+
+    Raises:
+        ConfigError: if the file is missing or is not TOML.
+    """
+    try:
+        with Path(path).open("rb") as stream:
+            return {key.replace("-", "_"): value for key, value in tomllib.load(stream).items()}
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings in {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the settings in {path} are not TOML: {error}") from error
+
+
+def config_from(values: Mapping[str, Any]) -> TrainConfig:
+    """Make a TrainConfig from plain values, as read from TOML or a checkpoint.
+
+    Raises:
+        ConfigError: if a name is unknown or a value has the wrong type.
+    """
+    known = {field.name: field for field in fields(TrainConfig)}
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {', '.join(known)}")
+    config = TrainConfig()
+    for name, value in values.items():
+        default = getattr(config, name)
+        if isinstance(default, tuple):
+            value = (value,) if isinstance(value, str) else tuple(value)
+        try:
+            config = replace(config, **{name: value})
+        except TypeError:
+            raise ConfigError(f"{name} cannot be {value!r}, a {type(value).__name__}") from None
+    return config

@@ -1,0 +1,48 @@
+"""Logs of a run: one JSON object a line, and TensorBoard curves."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import require
+
+Report = Callable[[Mapping[str, Any]], None]
+
+
+class RunLog:
+    """Writes events to `log.jsonl` and their numbers to TensorBoard, and passes them on.
+
+    Args:
+        folder: where to write; None only passes events on.
+        report: called with every event.
+        resume: keep what is there, up to the step of the first new event.
+    """
+
+    def __init__(self, folder: Path | None, report: Report | None, resume: bool):
+        self.report = report
+        self.file = self.board = None
+        if folder is not None:
+            writer = require("torch.utils.tensorboard", "train", "TensorBoard logs").SummaryWriter
+            self.file = (folder / "log.jsonl").open("a" if resume else "w", encoding="utf-8")
+            self.board = writer(str(folder / "tensorboard"))
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Record one event: "event" says which kind, "step" when, and the rest are its numbers."""
+        if self.report is not None:
+            self.report(event)
+        if self.file is not None and self.board is not None:
+            self.file.write(json.dumps(event, sort_keys=True) + "\n")
+            self.file.flush()
+            for name, value in event.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])
