@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from maskpack.adapter.file import save_adapter
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.data.base import load_data
 from maskpack.evaluate.linear_probe import linear_probe
@@ -70,6 +69,8 @@ def run(row: str, seed: int, output: Path) -> dict[str, float]:
         report=lambda event: print(json.dumps(event), flush=True) if event["event"] != "step" else None,
     )
     seconds = time.monotonic() - started
+    from maskpack.adapter.file import save_adapter
+
     adapter = save_adapter(folder / "adapter", result.parts, result.base, **result.about)
     figures = {
         **result.metrics,

@@ -1,0 +1,76 @@
+"""Binary weight masks on frozen PyTorch backbones: train, pack, push, pull, apply, undo.
+
+from maskpack import load_mask, unload_mask
+
+load_mask(model, "user/mask-cifar100")   # in place: the task's network, no extra work at inference
+unload_mask(model)                       # the base again, to the bit
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter.adapter import Adapter
+    from .adapter.describe import inspect_adapter
+    from .adapter.file import save_adapter
+    from .apply.load import load_adapter, load_mask, unload_mask
+    from .backbone.fingerprint import fingerprint
+    from .backbone.load import load_backbone
+    from .data.base import load_data
+    from .errors import MaskpackError
+    from .hub import pull, push
+    from .mask import MaskSet
+    from .training.config import TrainConfig
+    from .training.loop import train_mask
+    from .training.scored import attach_scores, extract_masks
+
+# read when first used: loading an adapter never imports training, methods or data
+_WHERE = {
+    "Adapter": "adapter.adapter",
+    "MaskSet": "mask",
+    "MaskpackError": "errors",
+    "TrainConfig": "training.config",
+    "attach_scores": "training.scored",
+    "extract_masks": "training.scored",
+    "fingerprint": "backbone.fingerprint",
+    "inspect_adapter": "adapter.describe",
+    "load_adapter": "apply.load",
+    "load_backbone": "backbone.load",
+    "load_data": "data.base",
+    "load_mask": "apply.load",
+    "pull": "hub",
+    "push": "hub",
+    "save_adapter": "adapter.file",
+    "train_mask": "training.loop",
+    "unload_mask": "apply.load",
+}
+
+__all__ = [
+    "Adapter",
+    "MaskSet",
+    "MaskpackError",
+    "TrainConfig",
+    "attach_scores",
+    "extract_masks",
+    "fingerprint",
+    "inspect_adapter",
+    "load_adapter",
+    "load_backbone",
+    "load_data",
+    "load_mask",
+    "pull",
+    "push",
+    "save_adapter",
+    "train_mask",
+    "unload_mask",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'maskpack' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

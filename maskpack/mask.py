@@ -25,6 +25,16 @@ def unpack(bits: bitarray) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=len(bits), bitorder="little").view(np.bool_))
 
 
+def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
+    """Return the weight with the mask applied, in its own dtype: cast(float32(w) / scale), +0 where the mask is False.
+
+    The same formula is used in training and at load, so that both give the same bits.
+    """
+    if scale is not None:
+        weight = (weight.to(torch.float32) / scale).to(weight.dtype)
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+
+
 @dataclass(frozen=True, slots=True, eq=True)
 class PackedMask:
     """One parameter's mask as packed bits.

@@ -35,7 +35,9 @@ class ImagePreprocess:
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.resize < self.size:
-            raise ConfigError(f"images are resized to {self.resize} and cropped to {self.size}: need 1 <= size <= resize")
+            raise ConfigError(
+                f"images are resized to {self.resize} and cropped to {self.size}: need 1 <= size <= resize"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(f"mean and std need three values, std above 0; got mean {self.mean}, std {self.std}")
 
@@ -93,7 +95,7 @@ def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
     cls = kinds.get(str(config.get("kind")))
     if cls is None:
         raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(kinds)}")
-    values = {}
+    values: dict[str, Any] = {}
     for field in fields(cls):
         if field.name in config:
             value = config[field.name]

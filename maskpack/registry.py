@@ -10,7 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from .errors import UnknownNameError
 
@@ -18,8 +18,8 @@ from .errors import UnknownNameError
 class Plugin(Protocol):
     """What every plug-in class carries."""
 
-    id: str
-    reference: str
+    id: ClassVar[str]
+    reference: ClassVar[str]
 
 
 T = TypeVar("T", bound=Plugin)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ConfigError, DataError, MaskpackError, StateError
-from .tensorheader import DTYPES, MAX_HEADER, NAMES
+from .tensorheader import DTYPES, MAX_HEADER, NAMES, SEAL, UNSEALED, seal
 
 Buffer = bytes | bytearray | memoryview
 
@@ -44,7 +44,9 @@ class Blob:
             ConfigError: if safetensors files here have no such dtype.
         """
         if tensor.dtype not in NAMES:
-            raise ConfigError(f"tensor {name!r} is {tensor.dtype}; expected one of {', '.join(map(str, NAMES))}")
+            raise ConfigError(
+                f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(map(str, NAMES))}; convert it"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         data = [flat.view(torch.uint8).numpy().data] if flat.numel() else []
         return cls(name, NAMES[tensor.dtype], tuple(tensor.shape), data)
@@ -97,7 +99,10 @@ def write_tensors(
 
 
 def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
-    """Write the bytes of a safetensors file to `path`, without a temporary file of its own."""
+    """Write the bytes of a safetensors file to `path`, without a temporary file of its own.
+
+    A metadata entry `SEAL` with the value `UNSEALED` becomes the header's own digest.
+    """
     blobs = in_order(blobs)
     with path.open("wb") as file:
         file.write(_header(blobs, metadata))
@@ -129,6 +134,8 @@ def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
         raise ConfigError(
             f"the header would have {len(text)} bytes, at most {MAX_HEADER} are allowed; store less in it"
         )
+    if metadata.get(SEAL) == UNSEALED:
+        text = seal(text)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -143,6 +150,7 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
     """
     targets = [Path(path) for path in paths]
     temporary = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in targets]
+    renamed = False
     try:
         for path in temporary:
             # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
@@ -152,6 +160,7 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
             _sync(path)
         for path, target in zip(temporary, targets, strict=True):
             path.replace(target)
+            renamed = True
         for folder in {path.parent for path in targets}:
             with suppress(OSError):  # some file systems cannot sync a folder; the files themselves are safe
                 _sync(folder)
@@ -159,8 +168,9 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
         raise
     except OSError as error:
         raise StateError(
-            f"cannot write {', '.join(map(str, targets))}: {error.strerror or error}; nothing was changed there; "
-            f"free space, or choose a folder that exists and that you may write to"
+            f"cannot write {', '.join(map(str, targets))}: {error.strerror or error}; "
+            f"{'' if renamed else 'nothing was changed there; '}free space, or choose a folder that exists and that "
+            f"you may write to"
         ) from error
     finally:
         for path in temporary:

@@ -1,8 +1,10 @@
 """The header of a safetensors file, parsed strictly: nothing that two readers could understand differently passes."""
 
+import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,8 @@ from .errors import CorruptAdapterError
 MAX_HEADER = 8 << 20  # bytes; a header of this size already names 100,000 tensors
 MAX_DIMENSION = 1 << 48
 MAX_DEPTH = 32  # nested JSON arrays and objects
+SEAL = "header_sha256"  # key in __metadata__
+UNSEALED = "0" * 64
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -67,6 +71,32 @@ def strict_json(text: str | bytes | memoryview, what: str) -> Any:
         return value
     except (ValueError, RecursionError) as error:
         raise CorruptAdapterError(f"{what} is not valid JSON: {error}; fetch the file again") from None
+
+
+def seal(text: bytes) -> bytes:
+    """Fill in the header's own digest: the sha256 of its bytes with zeros for the digest."""
+    empty = _sealed_as(UNSEALED)
+    return text.replace(empty, _sealed_as(hashlib.sha256(text).hexdigest()), 1)
+
+
+def check_seal(text: bytes, metadata: Mapping[str, str]) -> None:
+    """Check the digest that `seal` filled in.
+
+    Raises:
+        CorruptAdapterError: if it is missing or another; the header was changed then.
+    """
+    stated = metadata.get(SEAL, "")
+    found = hashlib.sha256(text.replace(_sealed_as(stated), _sealed_as(UNSEALED))).hexdigest()
+    if found != stated:
+        raise CorruptAdapterError(
+            f"the header has the sha256 {found}, but states {stated[:64] or 'none'}; it was changed or damaged, fetch "
+            f"the file again"
+        )
+
+
+def _sealed_as(digest: str) -> bytes:
+    # quotes inside the adapter header are escaped, so that these bytes stand once in the safetensors header
+    return f'"{SEAL}":"{digest}"'.encode()
 
 
 def _refuse_deep(value: Any) -> None:

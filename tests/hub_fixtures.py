@@ -1,5 +1,6 @@
 """The fixture `hub`: a loopback Hub, and this process' own client pointed at it."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http, disable_progress_bars
 
+from .hub_adapters import CONFIG
 from .hub_server import HubServer
+
+FENCE, END = "<!-- maskpack -->\n", "<!-- /maskpack -->\n"
 
 
 class NoWaiting:
@@ -26,7 +30,7 @@ class NoWaiting:
         return getattr(time, name)
 
 
-@pytest.fixture()
+@pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
     """Back-off without waiting, in the client and in maskpack; the sleeps are in `.slept`."""
     from maskpack.hub import client
@@ -38,7 +42,30 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
     return stand_in
 
 
-@pytest.fixture()
+def render_card(description: dict[str, Any], repo_id: str | None) -> str:
+    """Stands in for the real card: metadata and a fenced part that names the adapter."""
+    return f"---\nlibrary_name: maskpack\n---\n{FENCE}{repo_id} seed {description['seed']}\n{END}"
+
+
+def update_card(existing: str, new: str) -> str:
+    """Stands in for the real one: replaces the fenced part, or adds it at the end."""
+    part = FENCE + new.partition(FENCE)[2]
+    before, fence, rest = existing.partition(FENCE)
+    return before + part + rest.partition(END)[2] if fence else existing + part
+
+
+@pytest.fixture
+def plain_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let any bytes be an adapter: these tests are about the way, not about what is in the file."""
+    from maskpack.hub import upload
+
+    monkeypatch.setattr(upload, "read_adapter", lambda path: json.loads((path / CONFIG).read_bytes()))
+    monkeypatch.setattr(upload, "inspect_adapter", lambda record: record)
+    monkeypatch.setattr(upload, "render_card", render_card)
+    monkeypatch.setattr(upload, "update_card", update_card)
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: NoWaiting) -> Iterator[HubServer]:
     """A running loopback Hub that the client of this process uses, anonymously, with an empty cache."""
     # the client read its environment at import, so its constants are what has to change

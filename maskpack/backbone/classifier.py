@@ -1,7 +1,6 @@
 """A backbone that classifies: inputs -> features -> logits, with the head inside the model or behind an encoder."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +76,10 @@ class Classifier(nn.Module):
         """Return the logits, (B, classes)."""
         if self.module is None:
             logits: Tensor = self.linear(self.embed(inputs))
-            return logits
-        output = self.model(inputs)
-        if not isinstance(output, Tensor):
-            output = output.logits
-        return output
+        else:
+            output = self.model(inputs)
+            logits = output if isinstance(output, Tensor) else output.logits
+        return logits
 
     def head(self) -> Head:
         """Return the head's tensors, copied to the CPU."""
@@ -119,8 +117,13 @@ def features(classifier: Classifier, batches: Iterable[Batch]) -> tuple[Tensor, 
     collected: list[Tensor] = []
     labels: list[Tensor] = []
     hook = classifier.linear.register_forward_pre_hook(lambda _, args: collected.append(args[0].float().cpu()))
+
+    def step(inputs: Inputs, y: Tensor) -> None:
+        classifier(to_device(inputs, device))
+        labels.append(y)
+
     try:
-        _evaluated(classifier, batches, lambda inputs, y: (classifier(to_device(inputs, device)), labels.append(y)))
+        _evaluated(classifier, batches, step)
     finally:
         hook.remove()
     return torch.cat(collected), torch.cat(labels)
@@ -141,7 +144,7 @@ def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor
     return torch.cat(logits), torch.cat(labels)
 
 
-def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], Any]) -> None:
+def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], None]) -> None:
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:

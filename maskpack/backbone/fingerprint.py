@@ -42,7 +42,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     cast = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return hashlib.sha256(memoryview(same_size_int(cast).numpy()).cast("B") if cast.numel() else b"").digest()
+    return hashlib.sha256(same_size_int(cast).reshape(-1).numpy().data).digest()
 
 
 def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:

@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -32,12 +32,13 @@ class Head:
 
 def _stated_classifier(model: nn.Module) -> str | None:
     """The classifier that timm states, or the name that torchvision's families use."""
-    stated = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    stated: Any = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if isinstance(stated, tuple | list):
         raise BackboneError(f"the model has {len(stated)} heads ({', '.join(stated)}); choose one with head=NAME")
-    names = [stated] if stated else ["fc", "classifier", "heads", "head"]
-    modules = dict(model.named_children()) if not stated else dict(model.named_modules())
-    return next((name for name in names if name in modules), None)
+    if stated:
+        return str(stated) if stated in dict(model.named_modules()) else None
+    children = dict(model.named_children())
+    return next((name for name in ("fc", "classifier", "heads", "head") if name in children), None)
 
 
 def find_head(model: nn.Module, name: str | None = None) -> str | None:

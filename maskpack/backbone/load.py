@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import BackboneError, MaskpackError, UnknownNameError, require
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Preprocess, TextPreprocess
 from ..tensorfile import read_tensors
-from .head import Pooling, find_head
+from .head import Pooling, find_head, head_features
 
 Task = Literal["image-classification", "text-classification"]
 
@@ -50,6 +50,14 @@ class Backbone:
             return (self.head,)
         return ("pooler",) if self.pooling is not None and hasattr(self.model, "pooler") else ()
 
+    @property
+    def features(self) -> int:
+        """Number of features that go into the head."""
+        if self.head is not None:
+            return head_features(self.model, self.head)
+        config: Any = self.model.config
+        return int(config.hidden_size)
+
 
 def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
     timm = require("timm", "train", "timm backbones")
@@ -66,7 +74,7 @@ def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
     resize = size if image_size else round(size / config["crop_pct"])
     stated = getattr(model, "pretrained_cfg", None) or {}
     full = f"{stated.get('architecture', name)}.{stated['tag']}" if pretrained and stated.get("tag") else name
-    interpolation = config["interpolation"] if config["interpolation"] in ("nearest", "bicubic") else "bilinear"
+    interpolation: Any = config["interpolation"] if config["interpolation"] in ("nearest", "bicubic") else "bilinear"
     preprocess = ImagePreprocess(size, resize, interpolation, tuple(config["mean"]), tuple(config["std"]))
     return Backbone(model, f"timm/{full}", preprocess=preprocess)
 
@@ -99,9 +107,7 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
     vision = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     auto = transformers.AutoModelForImageClassification if vision else transformers.AutoModel
     # float32 whatever the file holds: the scores learn from full-precision products
-    model = (
-        auto.from_pretrained(repo, dtype=torch.float32, **options) if pretrained else auto.from_config(config)
-    )
+    model = auto.from_pretrained(repo, dtype=torch.float32, **options) if pretrained else auto.from_config(config)
     # a folder is named by its own name, never by its path
     id_ = f"hf/{folder.resolve().name}" if local else f"hf/{repo}"
     commit = None if local else getattr(config, "_commit_hash", None)
@@ -115,7 +121,15 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
     limit = min(128, getattr(config, "max_position_embeddings", 128))
     return Backbone(
-        model, id_, commit, "text-classification", None, TextPreprocess(limit), tokenizer, pooling="mean", normalize=True
+        model,
+        id_,
+        commit,
+        "text-classification",
+        None,
+        TextPreprocess(limit),
+        tokenizer,
+        pooling="mean",
+        normalize=True,
     )
 
 

@@ -34,7 +34,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,8 +91,8 @@ class Codec(ABC):
         needs_base: whether it wants `Side.classes`.
     """
 
-    id: str
-    reference: str = ""
+    id: ClassVar[str]
+    reference: ClassVar[str] = ""
     needs_base: bool = False
 
     @abstractmethod

@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -39,9 +39,9 @@ class Splits:
 class DataSource(Protocol):
     """What every data source has (see the module's docstring)."""
 
-    id: str
-    reference: str
-    priority: int
+    id: ClassVar[str]
+    reference: ClassVar[str]
+    priority: ClassVar[int]
 
     @staticmethod
     def matches(reference: str) -> bool: ...
@@ -262,5 +262,5 @@ def _undecoded(rows: Any, column: str, task: str) -> Any:
 
 def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
     """Return the classes that have no example."""
-    present = {cast(int, examples.labels[i]) for i in examples.indices}
+    present = {examples.labels[i] for i in examples.indices}
     return [name for i, name in enumerate(class_names) if i not in present]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,9 +17,9 @@ TEST_EVERY = 5  # every fifth image of the original order is a test image
 class Digits:
     """`digits:A-B`: the digits from A to B that scikit-learn ships, 8x8 grey, every fifth for testing."""
 
-    id = "digits"
-    reference = "https://archive.ics.uci.edu/dataset/80"
-    priority = 0
+    id: ClassVar[str] = "digits"
+    reference: ClassVar[str] = "https://archive.ics.uci.edu/dataset/80"
+    priority: ClassVar[int] = 0
 
     @staticmethod
     def matches(reference: str) -> bool:
@@ -36,9 +37,7 @@ class Digits:
         features = datasets.Features(
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(n) for n in range(first, last + 1)])}
         )
-        splits: dict[str, dict[str, list[object]]] = {
-            split: {"image": [], "label": []} for split in ("train", "test")
-        }
+        splits: dict[str, dict[str, list[object]]] = {split: {"image": [], "label": []} for split in ("train", "test")}
         whole = hashlib.sha256()
         for position, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
             if first <= label <= last:

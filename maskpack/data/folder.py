@@ -1,6 +1,7 @@
 """Local folders of parquet or csv files."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import DataError, require
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
@@ -29,9 +30,9 @@ def _load(kind: str, reference: str) -> Splits:
 class Parquet:
     """Local folder of parquet files: train*.parquet, test*.parquet."""
 
-    id = "parquet"
-    reference = "https://huggingface.co/docs/datasets/loading#parquet"
-    priority = 10
+    id: ClassVar[str] = "parquet"
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#parquet"
+    priority: ClassVar[int] = 10
 
     @staticmethod
     def matches(reference: str) -> bool:
@@ -46,9 +47,9 @@ class Parquet:
 class Csv:
     """Local folder of csv files with a header line: train*.csv, test*.csv."""
 
-    id = "csv"
-    reference = "https://huggingface.co/docs/datasets/loading#csv"
-    priority = 20
+    id: ClassVar[str] = "csv"
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#csv"
+    priority: ClassVar[int] = 20
 
     @staticmethod
     def matches(reference: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import DataError, require
 from .base import SOURCES, Splits
@@ -11,9 +12,9 @@ from .base import SOURCES, Splits
 class HubDataset:
     """Hub data set: `user/name`, `user/name@revision`, `user/name:configuration`."""
 
-    id = "hub"
-    reference = "https://huggingface.co/docs/datasets/loading#hugging-face-hub"
-    priority = 90
+    id: ClassVar[str] = "hub"
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#hugging-face-hub"
+    priority: ClassVar[int] = 90
 
     @staticmethod
     def matches(reference: str) -> bool:

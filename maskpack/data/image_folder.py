@@ -1,6 +1,7 @@
 """Local folders with one folder of images per class, under train/ and test/ or alone."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import DataError, require
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
@@ -16,9 +17,9 @@ def _images(folder: Path) -> list[Path]:
 class ImageFolder:
     """Local folder with one folder of images per class, under train/ and test/ or alone."""
 
-    id = "image_folder"
-    reference = "https://huggingface.co/docs/datasets/image_load#imagefolder"
-    priority = 30
+    id: ClassVar[str] = "image_folder"
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/image_load#imagefolder"
+    priority: ClassVar[int] = 30
 
     @staticmethod
     def matches(reference: str) -> bool:

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..backbone.classifier import Classifier, features
-from ..backbone.head import head_features, swap_module
+from ..backbone.head import swap_module
 from ..backbone.load import Backbone
 from ..data.base import Data, Examples
 from ..data.batches import loader, readable
@@ -28,9 +28,8 @@ def linear_probe(backbone: Backbone, data: Data, *, batch_size: int = 64) -> dic
         raise DataError(f"a linear probe needs a train and a test split; {data.id!r} lacks one")
     linear_model = require("sklearn.linear_model", "train", "the linear probe")
     head = backbone.head
-    width = head_features(backbone.model, head) if head is not None else backbone.model.config.hidden_size
+    linear = nn.Linear(backbone.features, 1)
     old = backbone.model.get_submodule(head) if head is not None else None
-    linear = nn.Linear(int(width), 1)
     classifier = Classifier(backbone.model, linear, head, backbone.pooling, backbone.normalize)
 
     def embedded(examples: Examples) -> tuple[object, object]:

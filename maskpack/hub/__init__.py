@@ -2,6 +2,7 @@
 
 from .download import PulledAdapter, pull
 from .reference import Reference, parse_reference
-from .upload import PushedAdapter, push
+from .repository import PushedAdapter
+from .upload import push
 
 __all__ = ["PulledAdapter", "PushedAdapter", "Reference", "parse_reference", "pull", "push"]

@@ -1,15 +1,15 @@
 """The client of the Hub: one place where it is called, where passing faults are tried again and errors become ours."""
 
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, TypeVar
 
-from .failures import explain, is_passing, retry_after
+from ..errors import HubError
+from .failures import LOGIN, explain, is_passing, retry_after
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-
     from .reference import Reference
 
 ATTEMPTS = 3
@@ -29,12 +29,17 @@ class Session:
         from huggingface_hub import HfApi, constants
 
         assert reference.repo_id is not None
+        if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
+            # such a token cannot be sent, and the client would write it into its log
+            raise HubError(
+                f"cannot {verb} {reference}: the token is empty or holds spaces, line ends or non-ASCII; {LOGIN}"
+            )
         self.verb, self.reference, self.token = verb, reference, token
         self.repo_id: str = reference.repo_id
         self.offline = bool(constants.HF_HUB_OFFLINE)
-        self.api: HfApi = HfApi(library_name="maskpack", library_version=_version(), token=token)
+        self.api = HfApi(library_name="maskpack", library_version=_version(), token=token)
 
-    def call(self, action: Callable[[], T], retry: bool = True) -> T:
+    def call(self, action: Callable[[], T]) -> T:
         """Return what `action` returns, trying again after faults that pass.
 
         The client retries some calls and not others, so every call that may be repeated is repeated here.
@@ -47,14 +52,17 @@ class Session:
             try:
                 return action()
             except Exception as error:
-                wait = retry_after(error) or float(4 ** (attempt - 1))
-                if retry and attempt < ATTEMPTS and is_passing(error) and wait <= LONGEST_WAIT:
-                    attempt += 1
-                else:
-                    # a message that quotes the token would be printed with the traceback, so its chain is cut
-                    ours, leaks = explain(error, self.verb, self.reference, self.api.endpoint, self.token)
-                    raise ours from (None if leaks else error)
-            time.sleep(wait)
+                self.wait_or_fail(error, attempt)
+            attempt += 1
+
+    def wait_or_fail(self, error: Exception, attempt: int) -> None:
+        """Wait before the next attempt, or raise if the fault will not pass, or has not for long enough."""
+        wait = retry_after(error) or float(4 ** (attempt - 1))
+        if attempt >= ATTEMPTS or wait > LONGEST_WAIT or not is_passing(error):
+            ours, leaks = explain(error, self.verb, self.reference, self.api.endpoint, self.token)
+            # the client's own text would be printed with the traceback, so where it quotes a token its chain is cut
+            raise ours from (None if leaks else error)
+        time.sleep(wait)
 
 
 def _version() -> str:

@@ -2,23 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapter.file import CARD_FILE
+from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import AdapterError, CorruptAdapterError, HubError
 from .client import Session
-from .folder import (
-    CARD_FILE,
-    CONFIG_FILE,
-    FILES,
-    MODEL_FILE,
-    Digest,
-    check_folder,
-    check_limit,
-    check_record,
-    copy_files,
-    digest,
-)
+from .folder import FILES, Digest, check_folder, check_limit, check_record, copy_files, digest
 from .reference import parse_reference
 
 if TYPE_CHECKING:
@@ -127,7 +119,7 @@ def _find_cached(repo_id: str, commit: str, cache: Path | None, offline: bool) -
         return None
     try:
         check_record(Path(config), digest(Path(model)), f"{repo_id} in the cache")
-    except (AdapterError, OSError):
+    except AdapterError:
         if offline:
             raise
         return None
@@ -139,7 +131,9 @@ def _download(session: Session, commit: str, cache: Path | None) -> Path:
     where = f"{session.repo_id}@{commit[:12]}"
     missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in listed]
     if missing:
-        raise AdapterError(f"{where} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision")
+        raise AdapterError(
+            f"{where} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision"
+        )
     for name, entry in listed.items():
         check_limit(name, size_of(entry), where)
     fetched = {name: fetch(session, listed[name], commit, cache) for name in FILES if name in listed}
@@ -174,13 +168,15 @@ def fetch(session: Session, entry: "RepoFile", commit: str, cache: Path | None) 
         CorruptAdapterError: if a second download differs as well.
     """
     for force in (False, True):
-        path = Path(
-            session.call(
-                lambda force=force: session.api.hf_hub_download(
-                    session.repo_id, entry.path, revision=commit, cache_dir=cache, force_download=force
-                )
-            )
+        download = partial(
+            session.api.hf_hub_download,
+            session.repo_id,
+            entry.path,
+            revision=commit,
+            cache_dir=cache,
+            force_download=force,
         )
+        path = Path(session.call(download))
         content = digest(path)
         if is_same(entry, content):
             return path, content

@@ -35,6 +35,11 @@ def _header(error: BaseException, name: str) -> str:
     return str(headers.get(name, ""))
 
 
+def _sent_token(error: BaseException) -> bool:
+    response = getattr(error, "response", None)
+    return response is not None and "authorization" in response.request.headers
+
+
 def retry_after(error: BaseException) -> float:
     """Return how many seconds the server asks to wait, or 0."""
     value = _header(error, "retry-after")
@@ -96,8 +101,7 @@ def _reason(error: BaseException, reference: "Reference", endpoint: str, text: s
         name = reference.revision or "main"
         return AdapterError, f"{reference.repo_id} has no revision {name!r}; give a branch, tag or commit of {page}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        sent = "authorization" in error.response.request.headers
-        who = "your token's account may not see it" if sent else f"you are not logged in ({LOGIN})"
+        who = "your token's account may not see it" if _sent_token(error) else f"you are not logged in ({LOGIN})"
         return AdapterError, f"{host} has no such repository, or it is private and {who}; check the name"
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return AdapterError, "a file that it listed is missing there; try again"
@@ -129,8 +133,9 @@ def _status_reason(error: BaseException, status: int, host: str | None) -> str:
     said = _first_line(str(getattr(error, "server_message", None) or ""))
     quote = f" ({said})" if said else ""
     if status == 401:
-        sent = "authorization" in getattr(getattr(error, "request", None), "headers", {})
-        return f"the token is refused{quote}; {LOGIN}, which comes first" if sent else f"this needs a login; {LOGIN}"
+        if not _sent_token(error):
+            return f"this needs a login; {LOGIN}"
+        return f"the token is refused{quote}; {LOGIN}, which comes first"
     if status == 403:
         return f"not allowed{quote}; use a token that may write there, of an account with access"
     if status in (409, 412):

@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-import os
 import re
-import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter.file import CARD_FILE
+from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE
 from ..errors import AdapterError, CorruptAdapterError, StateError
+from ..tensorfile import replacing
 
-MODEL_FILE = "maskpack_model.safetensors"
-CONFIG_FILE = "maskpack_config.json"
-CARD_FILE = "README.md"
 FILES = (CARD_FILE, CONFIG_FILE, MODEL_FILE)
-LIMITS = {MODEL_FILE: 16 << 30, CONFIG_FILE: 1 << 20, CARD_FILE: 5 << 20}
+LIMITS = {MODEL_FILE: 16 << 30, CONFIG_FILE: MAX_CONFIG, CARD_FILE: 5 << 20}
 CHUNK = 1 << 20
 
 
@@ -29,7 +29,11 @@ class Digest:
 
 
 def digest(content: Path | bytes) -> Digest:
-    """Return the digests of a file or of bytes, in one pass."""
+    """Return the digests of a file or of bytes, in one pass.
+
+    Raises:
+        AdapterError: if the file cannot be read.
+    """
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     if isinstance(content, bytes):
@@ -37,12 +41,32 @@ def digest(content: Path | bytes) -> Digest:
         git.update(content)
         return Digest(size, sha256.hexdigest(), git.hexdigest())
     read = 0
-    with content.open("rb") as file:
+    with _readable(content), content.open("rb") as file:
         while chunk := file.read(CHUNK):
             sha256.update(chunk)
             git.update(chunk)
             read += len(chunk)
     return Digest(read, sha256.hexdigest(), git.hexdigest())
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
+
+
+def read_text(path: Path, where: str) -> str:
+    """Return a model card's text with its line ends as they are.
+
+    Raises:
+        AdapterError: if it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise AdapterError(f"{where} is not UTF-8 text, so it cannot be brought up to date; correct it") from error
 
 
 def check_limit(name: str, size: int, where: str) -> None:
@@ -61,9 +85,11 @@ def check_record(config: Path, model: Digest, where: str) -> None:
     Raises:
         CorruptAdapterError: if the record is missing or differs.
     """
-    check_limit(CONFIG_FILE, config.stat().st_size, where)
+    with _readable(config):
+        check_limit(CONFIG_FILE, config.stat().st_size, where)
+        text = config.read_bytes()
     try:
-        record = json.loads(config.read_bytes())
+        record = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CorruptAdapterError(f"{CONFIG_FILE} of {where} is not valid JSON; get the adapter again") from error
     sha256 = record.get("sha256") if isinstance(record, dict) else None
@@ -75,8 +101,8 @@ def check_record(config: Path, model: Digest, where: str) -> None:
         )
     if (model.sha256, model.size) != (sha256, size):
         raise CorruptAdapterError(
-            f"{MODEL_FILE} of {where} has {model.size} bytes and sha256 {model.sha256[:12]}…, but {CONFIG_FILE} records "
-            f"{size} bytes and {sha256[:12]}…; the files do not belong together or are damaged: get the adapter again"
+            f"{MODEL_FILE} of {where} has {model.size} bytes and sha256 {model.sha256[:12]}…, but {CONFIG_FILE} "
+            f"records {size} bytes and {sha256[:12]}…; they are damaged or of two adapters; get it again"
         )
 
 
@@ -100,31 +126,25 @@ def check_folder(folder: Path) -> None:
 
 
 def copy_files(contents: dict[str, Path | bytes], target: Path) -> None:
-    """Write an adapter's files into a folder: whole or not at all, as plain files.
+    """Write an adapter's files into a folder, as plain files; other files of an adapter folder stay.
 
-    A new folder appears under its name when it is complete. In an existing adapter folder each file is replaced at
-    once and other files stay; a crash in between is found by the digest in the config file.
+    Nothing is replaced before everything is written. The model file comes last; whatever happens in between is found
+    by the digest in the config file.
 
     Raises:
         StateError: if the target holds something else than an adapter, or cannot be written.
     """
+    _check_target(target)
     try:
-        _check_target(target)
-        if target.exists():
-            _write_all(contents, target)
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-        unfinished.mkdir()
-        try:
-            _write_all(contents, unfinished)
-            unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except StateError:
-        raise
+        target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StateError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
+        raise StateError(f"cannot make {target}: {error.strerror or error}; choose another folder") from error
+    with replacing(*(target / name for name in contents)) as unfinished:
+        for path, content in zip(unfinished, contents.values(), strict=True):
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copyfile(content, path)
 
 
 def _check_target(target: Path) -> None:
@@ -138,22 +158,3 @@ def _check_target(target: Path) -> None:
             f"{target} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) and no adapter; "
             "give a new or empty folder, or one with an adapter to replace"
         )
-
-
-def _write_all(contents: dict[str, Path | bytes], folder: Path) -> None:
-    unfinished = {name: folder / f".{name}.{secrets.token_hex(4)}.tmp" for name in contents}
-    try:
-        for name, content in contents.items():
-            with unfinished[name].open("xb") as file:
-                if isinstance(content, bytes):
-                    file.write(content)
-                else:
-                    with content.open("rb") as source:
-                        shutil.copyfileobj(source, file, CHUNK)
-                file.flush()
-                os.fsync(file.fileno())
-        for name, path in unfinished.items():
-            path.replace(folder / name)
-    finally:
-        for path in unfinished.values():
-            path.unlink(missing_ok=True)

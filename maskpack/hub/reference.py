@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter.read import MODEL_FILE
 from ..errors import AdapterError, ConfigError
-from .folder import MODEL_FILE
 
 FORMS = "user/name, user/name@revision, ./folder, /folder, ~/folder or file.safetensors"
 NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
@@ -56,7 +56,9 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
         return Reference(path=Path(text).expanduser())
     repo_id, at, inner = text.partition("@")
     if at and revision is not None and inner != revision:
-        raise ConfigError(f"{text!r} names the revision {inner!r}, but revision={revision!r} was given; give one of them")
+        raise ConfigError(
+            f"{text!r} names the revision {inner!r}, but revision={revision!r} was given; give one of them"
+        )
     revision = inner if at else revision
     _check_repo_id(repo_id, text)
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
@@ -70,7 +72,9 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def _looks_like_path(text: str) -> bool:
-    return text in (".", "..") or text.startswith(PATH_STARTS) or text.endswith(".safetensors") or Path(text).is_absolute()
+    return (
+        text in (".", "..") or text.startswith(PATH_STARTS) or text.endswith(".safetensors") or Path(text).is_absolute()
+    )
 
 
 def _check_repo_id(repo_id: str, text: str) -> None:
@@ -84,8 +88,8 @@ def _check_repo_id(repo_id: str, text: str) -> None:
     for part in (namespace, name):
         if not NAME.fullmatch(part) or "--" in part or ".." in part or part.endswith(".git"):
             raise AdapterError(
-                f"{part!r} in {text!r} cannot be a name on the Hub: letters, digits, '-', '_' and '.' only, not first or "
-                f"last '-' or '.', no '--', '..' or final '.git'; expected {FORMS}{hint}"
+                f"{part!r} in {text!r} cannot be a name on the Hub: letters, digits, '-', '_' and '.' only, not first "
+                f"or last '-' or '.', no '--', '..' or final '.git'; expected {FORMS}{hint}"
             )
     if len(repo_id) > LONGEST_ID:
         raise AdapterError(f"{text!r} has {len(repo_id)} characters; a Hub repository has at most {LONGEST_ID}")

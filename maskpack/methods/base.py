@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..mask import masked_weight
 from ..registry import Registry
 
 
 @dataclass(frozen=True)
 class Method(ABC):
     """A way to learn a mask. Subclasses are final.
+
+    Every parameter has a default, whose type is the parameter's.
 
     Attributes:
         id: name on the command line.
@@ -43,9 +46,11 @@ class Method(ABC):
         that a loaded adapter has.
         """
         mask = self.binarize(scores.detach())
-        result: Tensor = StraightThrough.apply(scores, weight, mask, alpha(mask) if scale else None)  # type: ignore[no-untyped-call]
+        result: Tensor = StraightThrough.apply(scores, weight, mask, alpha(mask) if scale else None)
         return result
 
+
+_BOOLS = {"true": True, "false": False, "1": True, "0": False}
 
 METHODS: Registry[Method] = Registry("method", "maskpack.methods")
 
@@ -63,11 +68,13 @@ def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
     for key, value in (options or {}).items():
         if key not in known:
             raise ConfigError(f"the method {name!r} has no option {key!r}; it has: {', '.join(known) or 'none'}")
-        kind = {"float": float, "int": int, "str": str}.get(str(known[key].type), str)
+        kind = type(getattr(cls(), key))
         try:
-            values[key] = kind(value)
-        except ValueError:
-            raise ConfigError(f"option {key!r} of the method {name!r} must be {known[key].type}, got {value!r}") from None
+            values[key] = _BOOLS[str(value).lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise ConfigError(
+                f"option {key!r} of the method {name!r} must be a {kind.__name__}, got {value!r}"
+            ) from None
     return cls(**values)
 
 
@@ -96,20 +103,10 @@ class StraightThrough(torch.autograd.Function):
         return masked_weight(weight, mask, scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, mask, scale = ctx.saved_tensors
         product = gradient.to(torch.float32) * weight
         if scale is not None:
             kept = torch.where(mask, product, 0.0).sum()
             product = product / scale - kept / (2 * mask.numel() * scale**3)
         return product, None, None, None
-
-
-def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
-    """Return the weight with the mask applied, in its own dtype: cast(float32(w) / scale), +0 where the mask is False.
-
-    The same formula is used in training and at load, so that both give the same bits.
-    """
-    if scale is not None:
-        weight = (weight.to(torch.float32) / scale).to(weight.dtype)
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))

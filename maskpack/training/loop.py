@@ -143,6 +143,8 @@ class _Run:
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, base: Fingerprint):
         accelerate = require("accelerate", "train", "training")
+        # Accelerate keeps one precision per process; a second run of ours may have another
+        accelerate.state.AcceleratorState._reset_state()
         names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
         method = build_method(config.method, dict(config.method_options))
         torch.manual_seed(config.seed)

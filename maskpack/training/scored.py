@@ -141,5 +141,3 @@ def detach_scores(model: nn.Module) -> None:
         for leaf in [leaf for leaf, chain in lists.items() if isinstance(chain[0], ScoredWeight)]:  # type: ignore[index]
             # the frozen weight itself is put back, not a copy
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-
-

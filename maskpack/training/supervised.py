@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.classifier import Classifier, features, predictions
-from ..backbone.head import Head, head_features
+from ..backbone.head import Head
 from ..backbone.load import Backbone
 from ..data.base import Data, Examples
 from ..data.batches import loader, readable
@@ -31,14 +31,9 @@ class Supervised:
         if len(data.class_names) < 2:
             raise DataError(f"the data {data.id!r} have one class, {data.class_names[0]!r}; at least two are needed")
         self.backbone, self.data, self.config = backbone, data, config
-        width = (
-            head_features(backbone.model, backbone.head)
-            if backbone.head is not None
-            else int(backbone.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
-        )
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            linear = nn.Linear(width, len(data.class_names))
+            linear = nn.Linear(backbone.features, len(data.class_names))
         linear.to(next(backbone.model.parameters()).device)
         self.module = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize)
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)

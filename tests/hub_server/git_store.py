@@ -2,12 +2,21 @@
 
 import hashlib
 import re
+import threading
 import zlib
 from pathlib import Path
 
 CONFIG = "[core]\n\trepositoryformatversion = 0\n\tfilemode = true\n\tbare = true\n"
 FULL_SHA = re.compile(r"[0-9a-f]{40}")
 REF_NAME = re.compile(r"[\w.+-]+(/[\w.+-]+)*")
+
+
+def replace_file(file: Path, data: bytes) -> None:
+    """Write a file so that a request in another thread sees it whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{threading.get_ident()}.tmp")
+    unfinished.write_bytes(data)
+    unfinished.replace(file)
 
 
 class GitStore:
@@ -26,8 +35,7 @@ class GitStore:
         sha = hashlib.sha1(raw).hexdigest()
         file = self.path / "objects" / sha[:2] / sha[2:]
         if not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(zlib.compress(raw, 1))
+            replace_file(file, zlib.compress(raw, 1))
         return sha
 
     def read(self, sha: str) -> tuple[str, bytes]:
@@ -95,14 +103,12 @@ class GitStore:
 
     def set_ref(self, name: str, commit: str) -> None:
         """Point a full ref name at a commit."""
-        file = self.path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(commit + "\n")
+        replace_file(self.path / name, f"{commit}\n".encode())
 
     def refs(self, prefix: str) -> dict[str, str]:
         """Return short name -> commit of all refs under `refs/heads`, `refs/tags` or `refs/pr`."""
         root = self.path / prefix
-        found = sorted(file for file in root.rglob("*") if file.is_file())
+        found = sorted(file for file in root.rglob("[!.]*") if file.is_file())
         return {file.relative_to(root).as_posix(): file.read_text().strip() for file in found}
 
     def resolve(self, revision: str) -> str | None:

@@ -50,7 +50,9 @@ class Repository:
         self.lock = threading.RLock()
         self.git = GitStore(root / f"{repo_id}.git")
         self.clock = START
-        self.commit("refs/heads/main", {".gitattributes": self.git.write("blob", ATTRIBUTES.encode())}, "system", "start")
+        self.commit(
+            "refs/heads/main", {".gitattributes": self.git.write("blob", ATTRIBUTES.encode())}, "system", "start"
+        )
 
     def commit(self, ref: str, files: dict[str, str], author: str, message: str, parent: str | None = None) -> str:
         """Add a commit of the files to a ref and return its id."""

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import TracebackType
 
 from .content import CONTENT
 from .faults import Fault, Faults
@@ -45,7 +44,7 @@ class HubServer:
         self.running = True
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:

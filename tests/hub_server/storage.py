@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .accounts import require_writer
+from .git_store import replace_file
 from .messages import HttpError, Request, Response, Routes, answer_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class ObjectStore:
     def put(self, data: bytes) -> str:
         """Store a content and return its sha256."""
         sha256 = hashlib.sha256(data).hexdigest()
-        self.path(sha256).write_bytes(data)
+        replace_file(self.path(sha256), data)
         return sha256
 
     def get(self, sha256: str) -> bytes:

@@ -21,7 +21,9 @@ class Origin(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, name: str, application: Callable[[Request], Response], faults: Faults, log: list[Request]) -> None:
+    def __init__(
+        self, name: str, application: Callable[[Request], Response], faults: Faults, log: list[Request]
+    ) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.name, self.application, self.faults, self.log = name, application, faults, log
         self.connections: set[socket.socket] = set()
@@ -49,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     """Reads a request whole, then answers it, or fails as the matching fault says."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes; the second would wait 40 ms for the first's receipt
     server: Origin
 
     def setup(self) -> None:

@@ -1,0 +1,154 @@
+"""maskpack pack | inspect | verify | list."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
+
+Profile = Literal["fast", "default", "max"]
+Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .safetensors file.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+
+
+def pack(
+    masks: Annotated[
+        Path, typer.Argument(help="Safetensors file: bool, or uint8 zeros and ones, named as the parameters.")
+    ],
+    backbone: Annotated[str, typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, or a .safetensors file.")],
+    weights: Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")] = None,
+    random_weights: Annotated[int | None, typer.Option(help="Seed of random weights.")] = None,
+    head: Annotated[str | None, typer.Option(help="Module that is not part of the body.")] = None,
+    profile: Annotated[Profile, typer.Option(help="How hard to pack; max may use the backbone.")] = "default",
+    codec: Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")] = None,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="The masks were trained with weights / sqrt(density).")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an adapter from masks trained elsewhere."""
+    quiet_libraries(quiet)
+    from maskpack import MaskSet, fingerprint, inspect_adapter, load_backbone, save_adapter
+    from maskpack.apply.weights import check_masks
+    from maskpack.tensorfile import read_tensors
+
+    found = MaskSet.from_tensors(read_tensors(masks), scale=scale)
+    loaded = load_backbone(backbone, weights=weights, random_weights=random_weights, head=head)
+    check_masks(loaded.model, {name: mask.shape for name, mask in found.items()})
+    base = fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=loaded.outside)
+    note(f"Packing {len(found)} masks, {found.total:,} weights, density {found.density:.4f} …", quiet)
+    adapter = save_adapter(output, found, base, profile=profile, codec=codec, weights=loaded.model)
+    emit(
+        {"adapter": str(output), **_totals(inspect_adapter(adapter)), "file_bytes": adapter.size},
+        as_json,
+        f"✓ {output}",
+    )
+
+
+def _totals(about: dict[str, Any]) -> dict[str, Any]:
+    whole = about["sets"]["default"]
+    return {key: whole[key] for key in ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")}
+
+
+def inspect(
+    ref: Ref,
+    revision: Revision = None,
+    parameters: Annotated[bool, typer.Option("--parameters", help="A line for every parameter.")] = False,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
+    quiet_libraries(True)
+    from maskpack import inspect_adapter, load_adapter
+
+    adapter = load_adapter(ref, revision=revision, token=token)
+    about = inspect_adapter(adapter)
+    if as_json:
+        emit(about, True)
+        return
+    classes = about.get("class_names") or ()
+    training = about.get("training") or {}
+    facts: dict[str, Any] = {
+        "file_bytes": about["size"],
+        "mask_id": about["mask_id"],
+        "base": about["base"]["id"],
+        "base_revision": about["base"]["revision"],
+        "base_dtype": about["base"]["dtype"],
+        "task": about.get("task"),
+        "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
+        **{name: value for name, value in training.get("metrics", {}).items()},
+    }
+    emit(facts, False, str(ref))
+    for name, one in about["sets"].items():
+        emit(one, False, f"mask set {name}")
+        if parameters:
+            rows = [[r[k] for k in ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")]
+                    for r in one["payloads"]]  # fmt: skip
+            table(["parameter", "shape", "op", "codec", "density", "bytes", "bits/weight"], rows)
+
+
+def verify(
+    ref: Ref,
+    backbone: Annotated[str | None, typer.Option(help="Also check that this is the adapter's base.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")] = None,
+    random_weights: Annotated[int | None, typer.Option(help="Seed of random weights.")] = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte, digest and mask of an adapter, and its base if one is given."""
+    quiet_libraries(True)
+    from maskpack import load_adapter, load_backbone
+    from maskpack.backbone.fingerprint import check_fingerprint
+
+    adapter = load_adapter(ref, revision=revision, token=token)
+    report: dict[str, Any] = {"adapter": ref, **adapter.verify()}
+    if backbone is not None:
+        loaded = load_backbone(backbone, weights=weights, random_weights=random_weights)
+        report["base_matches_as"] = check_fingerprint(loaded.model, adapter.base)
+    emit(report, as_json, f"✓ {ref} is valid")
+
+
+def listing(
+    what: Annotated[str, typer.Argument(help="adapters (cached from the Hub), methods, codecs or data.")] = "adapters",
+    as_json: Json = False,
+) -> None:
+    """List cached adapters, or the plug-ins of one kind."""
+    from maskpack.errors import UnknownNameError
+
+    if what == "adapters":
+        from maskpack.hub.cache import cached_adapters
+
+        rows = [[a.repo_id, a.commit, a.size, str(a.path)] for a in cached_adapters()]
+        columns = ["adapter", "commit", "bytes", "path"]
+    elif what in ("methods", "codecs", "data"):
+        from maskpack.codecs.base import CODECS
+        from maskpack.data.base import SOURCES
+        from maskpack.methods.base import METHODS
+
+        registry: Any = {"methods": METHODS, "codecs": CODECS, "data": SOURCES}[what]
+        rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
+        columns = [what.removesuffix("s"), "what", "reference"]
+    else:
+        raise UnknownNameError(f"cannot list {what!r}; known: adapters, methods, codecs, data")
+    if as_json:
+        emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
+    elif rows:
+        table(columns, rows)
+    else:
+        note("No adapter is cached; fetch one with: maskpack pull USER/NAME")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs."""
+    app.command(epilog=examples("maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask"))(
+        command(pack)
+    )
+    app.command(
+        epilog=examples("maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json")
+    )(command(inspect))
+    app.command(epilog=examples("maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k"))(command(verify))
+    app.command("list", epilog=examples("maskpack list", "maskpack list methods"))(command(listing))

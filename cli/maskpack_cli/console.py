@@ -1,0 +1,111 @@
+"""What people see: results on stdout, everything else on stderr, errors without tracebacks."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+P = ParamSpec("P")
+notes = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only: no notes, no progress.")]
+Token = Annotated[str | None, typer.Option(help="Hub token; better: `hf auth login` or the variable HF_TOKEN.")]
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """The one error boundary: known errors end with a message and exit code 1, Ctrl-C with 130.
+
+    With MASKPACK_DEBUG=1 the traceback is shown.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            from maskpack import MaskpackError
+
+            try:
+                function(*args, **kwargs)
+            except MaskpackError as error:
+                if os.environ.get("MASKPACK_DEBUG"):
+                    raise
+                notes.print(f"[bold red]Error:[/] {_plain(str(error))}")
+                raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            notes.print("Interrupted.")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # the reader of stdout went away, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _plain(text: str) -> str:
+    """Text in which rich finds no markup."""
+    return text.replace("[", r"\[")
+
+
+def note(text: str, quiet: bool = False) -> None:
+    """Print a note to stderr."""
+    if not quiet:
+        notes.print(_plain(text))
+
+
+def quiet_libraries(quiet: bool) -> None:
+    """Keep other libraries' progress bars and chatter off the terminal; ours say what matters."""
+    import logging
+
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def emit(result: Mapping[str, Any], as_json: bool, title: str | None = None) -> None:
+    """Print a result on stdout: as JSON, or its scalar values as lines `key: value`."""
+    if as_json:
+        typer.echo(json.dumps(result, indent=2, sort_keys=True, default=str))
+        return
+    if title:
+        typer.echo(title)
+    for key, value in result.items():
+        if not isinstance(value, Mapping | list | tuple):
+            typer.echo(f"  {key.replace('_', ' ')}: {readable(value)}")
+
+
+def readable(value: Any) -> str:
+    """Return a value as people read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table on stdout; numbers to the right."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        numbers = all(isinstance(row[i], int | float) or row[i] is None for row in rows)
+        shown.add_column(column, justify="right" if numbers and rows else "left", no_wrap=not numbers and i == 0)
+    for row in rows:
+        shown.add_row(*(_plain(readable(value)) for value in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def examples(*lines: str) -> str:
+    """Return the epilog of a command's help."""
+    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,169 @@
+"""maskpack demo: the main job, offline, on the digits images that scikit-learn ships."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import Json, Quiet, command, emit, examples, note, quiet_libraries, table
+
+if TYPE_CHECKING:
+    from maskpack.backbone.load import Backbone
+    from maskpack.data.base import Data
+
+BACKBONE_EPOCHS, MASK_EPOCHS = 12, 20
+
+
+def _train_backbone(backbone: "Backbone", data: "Data") -> None:
+    """Train the small network on digits 0 to 4, all of it: the demo needs a pretrained base without a download."""
+    import torch
+
+    from maskpack.data.batches import EpochSampler, loader, readable
+
+    assert data.train is not None
+    torch.manual_seed(0)
+    model = backbone.model
+    batches = loader(data.train, backbone.preprocess, sampler=EpochSampler(len(data.train), 0), augment="crop")
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    model.train()
+    for _ in range(BACKBONE_EPOCHS):
+        for inputs, labels in readable(batches):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(inputs), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    model.eval().requires_grad_(False)
+
+
+def _accuracy(backbone: "Backbone", data: "Data") -> float:
+    from maskpack.backbone.classifier import predictions
+    from maskpack.data.batches import loader, readable
+
+    assert data.test is not None
+    logits, labels = predictions(backbone.model, readable(loader(data.test, backbone.preprocess)))
+    return float((logits.argmax(-1) == labels).double().mean())
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path(
+        "demo-output"
+    ),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train, pack, push, pull, load, evaluate and unload a mask on digits, offline, in about a minute."""
+    quiet_libraries(True)
+    from maskpack import (
+        inspect_adapter,
+        load_backbone,
+        load_data,
+        load_mask,
+        pull,
+        push,
+        save_adapter,
+        train_mask,
+        unload_mask,
+    )
+    from maskpack.apply.load import load_adapter
+    from maskpack.backbone.fingerprint import fingerprint
+    from maskpack.errors import StateError
+    from maskpack.evaluate.linear_probe import linear_probe
+    from maskpack.apply.export import export_state
+    from maskpack.training.config import TrainConfig
+
+    if output.exists() and any(output.iterdir()) and not (output / "backbone.py").exists():
+        raise StateError(f"{output} holds something that is not an earlier demo; choose another folder with --output")
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    times: dict[str, float] = {}
+    clock = _Clock(times, quiet)
+
+    with clock("train the backbone on digits 0-4"):
+        factory = output / "backbone.py"
+        shutil.copyfile(Path(__file__).with_name("digits_backbone.py"), factory)
+        backbone = load_backbone(f"{factory}:digits_cnn", random_weights=0)
+        old_task, new_task = load_data("digits:0-4"), load_data("digits:5-9")
+        _train_backbone(backbone, old_task)
+        weights = output / "backbone.safetensors"
+        export_state(weights, backbone.model)
+        old_accuracy = _accuracy(backbone, old_task)
+    with clock("probe the frozen backbone on digits 5-9"):
+        probe = linear_probe(backbone, new_task)["test_accuracy"]
+    with clock("train the mask for digits 5-9"):
+        config = TrainConfig(epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, warmup=0.2, augment="crop")
+        result = train_mask(backbone, new_task, config)
+    with clock("pack"):
+        save_adapter(output / "adapter", result.parts, result.base, **result.about)
+    with clock("push to a local registry, pull"):
+        push(output / "adapter", str((output / "registry" / "digits-5-9").absolute()))
+        pulled = pull(str((output / "registry" / "digits-5-9").absolute()), output=output / "pulled").path
+    with clock("load_mask"):
+        adapter = load_adapter(str(pulled.absolute()))
+        load_mask(backbone.model, adapter)
+    masked = _accuracy(backbone, new_task)
+    with clock("unload_mask"):
+        unload_mask(backbone.model)
+    restored = fingerprint(backbone.model, id=backbone.id, head=backbone.outside).digests == result.base.digests
+    whole = inspect_adapter(adapter)["sets"]["default"]
+    facts: dict[str, Any] = {
+        "old_task_accuracy": old_accuracy,
+        "probe_accuracy": probe,
+        "mask_accuracy": masked,
+        "old_task_accuracy_after_unload": _accuracy(backbone, old_task),
+        "base_bits_unchanged": restored,
+        "density": result.metrics["density"],
+        "mask_bytes": whole["payload_bytes"],
+        "bits_per_weight": whole["bits_per_weight"],
+        "file_bytes": adapter.size,
+        "backbone_bytes": weights.stat().st_size,
+        "seconds": times,
+        "adapter": str(output / "adapter"),
+    }
+    if as_json:
+        emit(facts, True)
+        return
+    table(
+        ["network", "digits 0-4", "digits 5-9", "bytes"],
+        [
+            ["backbone", f"{old_accuracy:.3f}", "-", f"{facts['backbone_bytes']:,}"],
+            ["backbone + linear probe", "-", f"{probe:.3f}", "-"],
+            ["backbone + mask", "-", f"{masked:.3f}", f"{adapter.size:,} ({facts['mask_bytes']:,} of masks)"],
+            ["after unload_mask", f"{facts['old_task_accuracy_after_unload']:.3f}", "-", "-"],
+        ],
+    )
+    typer.echo(
+        f"\n{facts['bits_per_weight']:.3f} bits per weight at density {facts['density']:.3f}; "
+        f"base bits unchanged: {'yes' if restored else 'NO'}\n"
+    )
+    table(["step", "seconds"], [[name, f"{value:.2f}"] for name, value in times.items()])
+    typer.echo(
+        f"\nThe adapter: {output / 'adapter'}\nUse it:\n\n"
+        f"    from maskpack import load_backbone, load_mask\n\n"
+        f"    backbone = load_backbone({f'{factory}:digits_cnn'!r}, weights={str(weights)!r})\n"
+        f"    load_mask(backbone.model, {'./' + str(output / 'adapter') if not output.is_absolute() else str(output / 'adapter')!r})"
+    )
+
+
+class _Clock:
+    """Times the steps of the demo."""
+
+    def __init__(self, times: dict[str, float], quiet: bool):
+        self.times, self.quiet = times, quiet
+
+    def __call__(self, name: str) -> "_Clock":
+        self.name = name
+        note(f"{name} …", self.quiet)
+        return self
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.times[self.name] = time.monotonic() - self.start
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verb."""
+    app.command(epilog=examples("maskpack demo", "maskpack demo --output /tmp/demo --json"))(command(demo))

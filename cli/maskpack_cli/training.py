@@ -1,0 +1,216 @@
+"""maskpack train."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .adapters import Profile
+from .console import Json, Quiet, command, emit, examples, note, notes, quiet_libraries
+
+if TYPE_CHECKING:
+    from maskpack.data.base import Data
+
+PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
+RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
+
+
+def _option(panel: str, help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=PANEL[panel])
+
+
+EPILOG = examples(
+    "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask-flowers",
+    "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
+    "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
+    "maskpack train --config run.toml --resume",
+)
+
+
+def train(
+    backbone: Annotated[
+        str | None, _option("backbone", "timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")
+    ] = None,
+    weights: Annotated[Path | None, _option("backbone", "Safetensors state dict, loaded strictly.")] = None,
+    random_weights: Annotated[int | None, _option("backbone", "Seed of random weights.")] = None,
+    head: Annotated[str | None, _option("backbone", "Module that gives the logits, where it is not found.")] = None,
+    image_size: Annotated[int | None, _option("backbone", "Pixels. [default: the backbone's]")] = None,
+    mean: Annotated[
+        str | None, _option("backbone", "Three numbers joined by commas. [default: the backbone's]")
+    ] = None,
+    std: Annotated[str | None, _option("backbone", "Three numbers joined by commas. [default: the backbone's]")] = None,
+    data: Annotated[str | None, _option("data", "Hub data set, folder (parquet, csv, images), or digits:0-9.")] = None,
+    input_column: Annotated[str | None, _option("data", "Column of images or texts, where it is not found.")] = None,
+    label_column: Annotated[str | None, _option("data", "Column of labels, where it is not found.")] = None,
+    labels_fraction: Annotated[float | None, _option("data", "Share of the training rows to use. [default: 1]")] = None,
+    validation_fraction: Annotated[
+        float | None, _option("data", "Share of the training rows held out. [default: 0.1]")
+    ] = None,
+    augment: Annotated[
+        str | None, _option("data", "none, crop, flip or crop-flip, for images. [default: crop-flip]")
+    ] = None,
+    method: Annotated[str | None, _option("mask", "How scores become a mask: `maskpack list methods`.")] = None,
+    method_option: Annotated[
+        list[str] | None, _option("mask", "KEY=VALUE for the method; may be repeated.", "--method-option")
+    ] = None,
+    objective: Annotated[str | None, _option("mask", "What the scores learn from: supervised.")] = None,
+    include: Annotated[list[str] | None, _option("mask", "Glob of parameters to mask; may be repeated.")] = None,
+    exclude: Annotated[list[str] | None, _option("mask", "Glob of parameters to leave out; may be repeated.")] = None,
+    scale: Annotated[
+        bool | None, _option("mask", "Divide kept weights by sqrt(density). [default: off]", "--scale/--no-scale")
+    ] = None,
+    bn: Annotated[str | None, _option("mask", "BatchNorm statistics: adapt or freeze. [default: adapt]")] = None,
+    epochs: Annotated[int | None, _option("training", "Passes over the training rows. [default: 10]")] = None,
+    steps: Annotated[int | None, _option("training", "Optimiser steps, in place of epochs.")] = None,
+    batch_size: Annotated[int | None, _option("training", "Examples per forward pass. [default: 64]")] = None,
+    accumulate: Annotated[int | None, _option("training", "Forward passes per step. [default: 1]")] = None,
+    lr: Annotated[float | None, _option("training", "Peak rate of the scores. [default: 0.02; 50 for sgd]")] = None,
+    head_lr: Annotated[float | None, _option("training", "Peak rate of the head. [default: 0.01; 0.1 for sgd]")] = None,
+    optimizer: Annotated[str | None, _option("training", "adam or sgd (momentum 0.9). [default: adam]")] = None,
+    schedule: Annotated[str | None, _option("training", "cosine or constant. [default: cosine]")] = None,
+    warmup: Annotated[float | None, _option("training", "Share of the steps. [default: 0.1]")] = None,
+    clip: Annotated[float | None, _option("training", "Largest gradient norm. [default: none]")] = None,
+    label_smoothing: Annotated[float | None, _option("training", "From 0 to 1. [default: 0]")] = None,
+    precision: Annotated[str | None, _option("training", "no, bf16 or fp16. [default: no]")] = None,
+    workers: Annotated[int | None, _option("training", "Processes that read the data. [default: 0]")] = None,
+    seed: Annotated[int | None, _option("training", "Of everything random. [default: 0]")] = None,
+    output: Annotated[Path | None, _option("run", "Folder for the adapter, the checkpoint and the logs.")] = None,
+    config: Annotated[
+        Path | None, _option("run", "TOML file with these options as keys; the command line goes before it.")
+    ] = None,
+    profile: Annotated[Profile | None, _option("run", "How hard to pack. [default: default]")] = None,
+    resume: Annotated[bool, _option("run", "Continue from the last checkpoint in --output.", "--resume")] = False,
+    dry_run: Annotated[bool, _option("run", "Check everything, run one batch, write nothing.", "--dry-run")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a mask on a frozen backbone and write it as an adapter."""
+    given = {k: v for k, v in locals().items() if v is not None and v != [] and k not in _OWN}
+    _train(given, config, resume, dry_run, as_json, quiet)
+
+
+_OWN = ("config", "resume", "dry_run", "as_json", "quiet")
+
+
+def _settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """The file's settings, and over them the command line's."""
+    from maskpack.errors import ConfigError
+    from maskpack.training.config import read_config
+
+    settings = {**(read_config(config) if config else {}), **given}
+    for name in ("mean", "std"):
+        if isinstance(settings.get(name), str):
+            try:
+                settings[name] = [float(value) for value in settings[name].split(",")]
+            except ValueError:
+                raise ConfigError(f"--{name} must be three numbers joined by commas, got {settings[name]!r}") from None
+    options = settings.pop("method_option", None)
+    if options is not None:
+        pairs = [option.partition("=") for option in ([options] if isinstance(options, str) else options)]
+        if any(not mark for _, mark, _ in pairs):
+            raise ConfigError(f"--method-option must be KEY=VALUE, got {options}")
+        settings["method_options"] = {key: value for key, _, value in pairs}
+    missing = [name for name in ("backbone", "data", "output") if name not in settings]
+    if missing:
+        raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
+    return settings
+
+
+def _take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: settings.pop(name) for name in names if name in settings}
+
+
+def _train(
+    given: Mapping[str, Any], config: Path | None, resume: bool, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
+    quiet_libraries(quiet)
+    from maskpack import inspect_adapter, load_backbone, load_data, save_adapter, train_mask
+    from maskpack.training.config import config_from
+    from maskpack.training.loop import plan_training
+
+    settings = _settings(given, config)
+    output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
+    reference, data_reference = settings.pop("backbone"), settings.pop("data")
+    data_options = _take(settings, "input_column", "label_column", "labels_fraction")
+    data_options["validation_fraction"] = settings.pop("validation_fraction", 0.1)
+    backbone_options = _take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
+    run_config = config_from(settings)
+    note(f"Loading {reference} and {data_reference} …", quiet)
+    backbone = load_backbone(reference, **backbone_options)
+    data = load_data(data_reference, seed=run_config.seed, **data_options)
+    plan = plan_training(backbone, data, run_config)
+    _describe(plan, data, quiet)
+    if dry_run:
+        emit(plan, as_json, "Everything needed is there; nothing was trained or written.")
+        return
+    folder = output / RUN_FOLDER
+    with _progress(quiet or as_json or not sys.stderr.isatty()) as report:
+        result = train_mask(backbone, data, run_config, output=folder, resume=resume, report=report)
+    adapter = save_adapter(
+        output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about
+    )
+    about = inspect_adapter(adapter)
+    whole = about["sets"]["default"]
+    unreadable = result.about["training"]["data"]["unreadable"]
+    if unreadable:
+        note(f"Warning: {unreadable} examples could not be read and were left out.")
+    facts = {
+        "adapter": str(output),
+        **result.metrics,
+        "weights": whole["weights"],
+        "mask_bytes": whole["payload_bytes"],
+        "bits_per_weight": whole["bits_per_weight"],
+        "file_bytes": adapter.size,
+    }
+    emit(facts, as_json, f"✓ {output}")
+    note(f"Next: maskpack push {output} USER/NAME", quiet or as_json)
+
+
+def _describe(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
+    from maskpack.data.base import empty_classes
+
+    note(
+        f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes']} classes; "
+        f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
+        f"{plan['steps']:,} steps",
+        quiet,
+    )
+    assert data.train is not None
+    empty = empty_classes(data.train, data.class_names)
+    if empty:
+        note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}", quiet)
+
+
+class _progress:
+    """A progress bar on stderr that `train_mask` reports to."""
+
+    def __init__(self, off: bool):
+        self.off = off
+
+    def __enter__(self) -> Any:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=self.off)
+        self.bar.start()
+        task = self.bar.add_task("training", total=None)
+
+        def report(event: Mapping[str, Any]) -> None:
+            words = [
+                f"{k} {event[k]:.4f}" for k in ("loss", "train_loss", "density", "validation_accuracy") if k in event
+            ]
+            if event["event"] == "epoch" and not self.off:
+                self.bar.print(f"epoch {event['epoch']}: {', '.join(words)}")
+            self.bar.update(task, completed=event["step"], total=event["steps"], description=" ".join(words[:2]))
+
+        return report
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs."""
+    app.command(epilog=EPILOG)(command(train))

@@ -1,0 +1,138 @@
+"""maskpack eval | predict | export: an adapter on its backbone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .adapters import Ref, Revision
+from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
+
+if TYPE_CHECKING:
+    from maskpack import Adapter
+    from maskpack.backbone.load import Backbone
+
+BackboneOption = Annotated[
+    str | None,
+    typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY. [default: the adapter's base]"),
+]
+Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
+RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
+
+
+def _loaded(
+    ref: str, revision: str | None, token: str | None, reference: str | None, weights: Path | None, random: int | None
+) -> "tuple[Backbone, Adapter]":
+    """The backbone with the adapter applied."""
+    from maskpack import load_adapter, load_backbone, load_mask
+    from maskpack.errors import BackboneError
+
+    adapter = load_adapter(ref, revision=revision, token=token)
+    base = adapter.base.id
+    if reference is None:
+        # only libraries' own models: a file's factory is never run because an adapter names it
+        if not base.startswith(("timm/", "torchvision/", "hf/")) or (base.startswith("hf/") and base.count("/") != 2):
+            raise BackboneError(f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone")
+        suffix = f"@{adapter.base.revision}" if adapter.base.revision and not base.startswith("timm/") else ""
+        reference = base + suffix
+    size = (adapter.preprocess_config or {}).get("size")
+    backbone = load_backbone(reference, weights=weights, random_weights=random, image_size=size)
+    load_mask(backbone.model, adapter)
+    return backbone, adapter
+
+
+def evaluate(
+    ref: Ref,
+    data: Annotated[str, typer.Option(help="Hub data set, folder (parquet, csv, images), or digits:0-9.")],
+    backbone: BackboneOption = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    input_column: Annotated[str | None, typer.Option(help="Column of images or texts, where it is not found.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not found.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the accuracy of an adapter on a data set."""
+    quiet_libraries(quiet)
+    from maskpack import load_data
+    from maskpack.errors import DataError
+    from maskpack.evaluate.accuracy import adapter_accuracy
+
+    loaded, adapter = _loaded(ref, revision, token, backbone, weights, random_weights)
+    found = load_data(data, class_names=adapter.class_names, input_column=input_column, label_column=label_column)
+    examples_ = {"test": found.test, "train": found.train}.get(split)
+    if examples_ is None:
+        raise DataError(f"the data {data!r} have no split {split!r}; choose test or train")
+    note(f"Evaluating {len(examples_):,} examples …", quiet)
+    result = adapter_accuracy(loaded.model, adapter, examples_, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    emit({"adapter": ref, "data": found.id, "split": split, **result}, as_json, f"✓ {ref}")
+
+
+def predict(
+    ref: Ref,
+    files: Annotated[
+        list[str], typer.Argument(help="Image files; for text adapters, text files with one text a line.")
+    ],
+    backbone: BackboneOption = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Classify files with an adapter."""
+    quiet_libraries(quiet)
+    from maskpack.errors import DataError
+
+    loaded, adapter = _loaded(ref, revision, token, backbone, weights, random_weights)
+    inputs: list[str] = []
+    if adapter.task == "text-classification":
+        for file in files:
+            try:
+                inputs += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"cannot read the text file {file!r}: {error}") from None
+    else:
+        inputs = files
+    found = adapter.predict(loaded.model, inputs, tokenizer=loaded.tokenizer)
+    rows: list[list[Any]] = [[x, p.label, p.score] for x, p in zip(inputs, found, strict=True)]
+    if as_json:
+        emit({"predictions": [dict(zip(("input", "label", "score"), row, strict=True)) for row in rows]}, True)
+    else:
+        table(["input", "label", "score"], rows)
+
+
+def export(
+    ref: Ref,
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    backbone: BackboneOption = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
+    quiet_libraries(quiet)
+    from maskpack.apply.export import export_state
+
+    loaded, adapter = _loaded(ref, revision, token, backbone, weights, random_weights)
+    count = export_state(output, loaded.model, {"maskpack_mask_id": adapter.mask_id})
+    note("The weights are in the file whole: it is as large as the backbone.", quiet or as_json)
+    emit({"file": str(output), "tensors": count, "bytes": output.stat().st_size}, as_json, f"✓ {output}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs."""
+    app.command(
+        "eval",
+        epilog=examples("maskpack eval user/mask-flowers --data ./flowers", "maskpack eval ./m --data ./d --json"),
+    )(command(evaluate))
+    app.command(epilog=examples("maskpack predict user/mask-flowers a.jpg b.jpg"))(command(predict))
+    app.command(epilog=examples("maskpack export user/mask-flowers --output flowers.safetensors"))(command(export))

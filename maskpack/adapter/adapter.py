@@ -1,0 +1,261 @@
+"""Adapter: an opened adapter file, its payloads not yet decoded."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from bitarray import bitarray
+from torch import Tensor, nn
+
+from ..backbone.fingerprint import Fingerprint
+from ..backbone.head import Head
+from ..errors import CorruptAdapterError, UnknownNameError
+from ..mask import MaskSet, PackedMask, mask_id
+from ..preprocess import ImagePreprocess, preprocess_from_json
+from ..tensorheader import DTYPES, Span
+from .decode import Decoder
+from .header import Header
+from .layout import BASE, BASE_BYTES, masked_names
+from .predict import Prediction, predict
+from .sets import SetHeader
+from .weights import Weights, by_name
+
+
+class Adapter:
+    """One or more mask sets with their heads and statistics, verified but not yet decoded.
+
+    Made by `read_adapter`. Decoding happens when masks are asked for; nothing here touches a model.
+
+    Attributes:
+        path: the file that it was read from, for messages.
+        header: what the file says beside its tensors.
+        spans: where each tensor lies in the data section.
+        size: bytes of the file.
+    """
+
+    def __init__(self, path: str, header: Header, spans: Mapping[str, Span], prefix: bytes, data: memoryview):
+        self.path = path
+        self.header = header
+        self.spans = spans
+        self.size = len(prefix) + len(data)
+        self._prefix = prefix
+        self._data = data
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={self.sets}, bytes={self.size})"
+
+    @cached_property
+    def base(self) -> Fingerprint:
+        """The fingerprint of the base; its `tensors` are those that are masked."""
+        rows = bytes(self.bytes_of(BASE))
+        names = masked_names(self.header)
+        each = {name: rows[i * BASE_BYTES : (i + 1) * BASE_BYTES] for i, name in enumerate(names)}
+        return replace(self.header.base, tensors=each)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex sha256 of the whole file."""
+        whole = hashlib.sha256(self._prefix)
+        whole.update(self._data)
+        return whole.hexdigest()
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the mask sets, sorted."""
+        return tuple(self.header.sets)
+
+    @property
+    def mask_id(self) -> str:
+        """Digest of the decoded masks as the header states it; `verify` compares it."""
+        return self.header.mask_id
+
+    @property
+    def task(self) -> str | None:
+        """What the adapter does, as in "image-classification"."""
+        return self.header.task
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the head's classes in order, or None."""
+        return self.header.class_names
+
+    @property
+    def training(self) -> Mapping[str, Any] | None:
+        """The training record, or None."""
+        return self.header.training
+
+    @property
+    def preprocess_config(self) -> Mapping[str, Any] | None:
+        """How inputs are prepared, as stored, or None."""
+        return self.header.preprocess
+
+    def masks(self, base: Weights | None = None, set: str = "default") -> MaskSet:
+        """Decode the masks of a set.
+
+        Args:
+            base: the frozen model or its state dict, in float32 or bfloat16; only needed where masks were packed
+                with the base's weights.
+            set: name of the mask set.
+
+        Raises:
+            UnknownNameError: if there is no such set.
+            UnknownCodecError: if a mask is packed with a codec that is not installed.
+            AdapterError: if a mask needs the base and none is given.
+            BackboneMismatchError: if the base given is not the one that the masks were packed with.
+            CorruptAdapterError: if a payload does not decode to the mask that the header describes.
+        """
+        return MaskSet(dict(self.iter_masks(base, set)))
+
+    def iter_masks(self, base: Weights | None = None, set: str = "default") -> Iterator[tuple[str, PackedMask]]:
+        """Decode the masks of a set one at a time, sorted by name; arguments and errors as for `masks`."""
+        one = self._set(set)
+        weights = None if base is None else by_name(base)
+        alphas = self.tensors(f"{set}/scale").get("")
+        signs: bitarray | None = None
+        for index, payload in enumerate(one.payloads):
+            bits = self._decoder.decode(set, index, weights)
+            following = one.payloads[index + 1].name if index + 1 < len(one.payloads) else None
+            if following == payload.name:  # the signs of a ternary mask come before its zeros
+                signs = bits
+                continue
+            alpha = None if alphas is None or alphas[index] == 0 else float(alphas[index])
+            if alpha is not None and not 0 < alpha < math.inf:
+                raise CorruptAdapterError(
+                    f"{self.path}: the scale of {payload.name!r} is {alpha}, expected a positive number"
+                )
+            yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alpha, signs)
+            signs = None
+
+    def shapes(self, set: str = "default") -> dict[str, tuple[int, ...]]:
+        """Return the shape of every mask of a set, by parameter name, without decoding."""
+        return {payload.name: payload.shape for payload in self._set(set).payloads}
+
+    def head(self, set: str = "default") -> Head | None:
+        """Return the trained head of a set, or None if it has none."""
+        spec = self._set(set).head
+        if spec is None:
+            return None
+        found = self.tensors(f"{set}/head/")
+        return Head(spec.kind, found["weight"], found.get("bias"), spec.module, spec.pooling, spec.normalize)
+
+    def statistics(self, set: str = "default") -> dict[str, Tensor]:
+        """Return the BatchNorm buffers of a set by dotted name, float32."""
+        self._set(set)
+        return self.tensors(f"{set}/statistics/")
+
+    def parameters(self, set: str = "default") -> dict[str, Tensor]:
+        """Return the parameters of a set that are stored whole, by dotted name."""
+        self._set(set)
+        return self.tensors(f"{set}/parameters/")
+
+    def values(self, set: str = "default") -> dict[str, Tensor]:
+        """Return the values that replace weights where a mask with op "replace" has zeros, flat, by parameter name."""
+        self._set(set)
+        return self.tensors(f"{set}/values/")
+
+    def preprocess(self) -> Callable[[Any], Tensor] | None:
+        """Return the function from a PIL image to the model's input, (3, size, size); None if none is stored, or for texts.
+
+        Raises:
+            MissingDependencyError: if torchvision is not installed.
+        """
+        config = self.preprocess_config
+        stored = None if config is None else preprocess_from_json(config)
+        return stored.transform() if isinstance(stored, ImagePreprocess) else None
+
+    def predict(
+        self, model: nn.Module, inputs: Sequence[Any] | Tensor, *, tokenizer: Any = None, batch_size: int = 64
+    ) -> list[Prediction]:
+        """Classify inputs with a model that has this adapter loaded.
+
+        Args:
+            inputs: image paths or PIL images; a tensor (B, 3, H, W) that is preprocessed already; or texts.
+            tokenizer: of a text model; default: the one that the model was loaded with.
+
+        Raises:
+            AdapterError: if the adapter has no head, class names or preprocessing.
+            StateError: if the model's head is not the adapter's. DataError: if an input cannot be read.
+        """
+        return predict(
+            model,
+            inputs,
+            head=self.head(),
+            class_names=self.class_names,
+            preprocess=self.preprocess_config,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+        )
+
+    def verify(self) -> dict[str, Any]:
+        """Decode every mask that needs no base, and compare `mask_id` if those are all.
+
+        Returns:
+            `payloads` and `decoded` (counts), `needs_base` (set and parameter names that were left out) and
+            `mask_id`, True if it was compared and agrees, None if some masks were left out.
+
+        Raises:
+            UnknownCodecError, CorruptAdapterError: as for `masks`, or if `mask_id` differs.
+        """
+        every = [(name, i, p) for name, one in self.header.sets.items() for i, p in enumerate(one.payloads)]
+        alone = dict.fromkeys((name, i) for name, i, payload in every if not self._decoder.needs_base(payload))
+        skipped = [f"{name}/{payload.name}" for name, i, payload in every if (name, i) not in alone]
+        if skipped:
+            for name, index in alone:
+                self._decoder.decode(name, index, None)
+        elif (found := mask_id({name: self.iter_masks(set=name) for name in self.sets})) != self.mask_id:
+            raise CorruptAdapterError(
+                f"{self.path}: the decoded masks have the mask_id {found}, the header states {self.mask_id}; fetch the "
+                f"file again"
+            )
+        report = {"payloads": len(every), "decoded": len(alone), "needs_base": skipped}
+        return {**report, "mask_id": None if skipped else True}
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""
+        found = {}
+        for name, span in self.spans.items():
+            if name.startswith(prefix):
+                raw = bytearray(self.bytes_of(name))
+                dtype = DTYPES[span.dtype]
+                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+                found[name.removeprefix(prefix)] = flat.reshape(span.shape)
+        return found
+
+    def bytes_of(self, tensor: str) -> memoryview:
+        """Return the bytes of a tensor, not copied."""
+        span = self.spans[tensor]
+        return self._data[span.start : span.end]
+
+    def _set(self, name: str) -> SetHeader:
+        if name not in self.header.sets:
+            raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {', '.join(self.sets)}")
+        return self.header.sets[name]
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.path, self.header, self.base, self._pieces)
+
+    @cached_property
+    def _pieces(self) -> dict[str, list[memoryview]]:
+        """For each set its tables, then its payloads."""
+        found = {}
+        for name, one in self.header.sets.items():
+            data, at, pieces = self.bytes_of(f"{name}/payloads"), 0, []
+            for size in (*one.tables, *(payload.size for payload in one.payloads)):
+                pieces.append(data[at : at + size])
+                at += size
+            found[name] = pieces
+        return found
+
+    def pieces(self) -> list[tuple[str, memoryview]]:
+        """Return what the digests are of, in their order: tables, payloads, dense tensors, each with its name."""
+        found = []
+        for name, one in self.header.sets.items():
+            labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
+            labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
+            found += list(zip(labels, self._pieces[name], strict=True))
+        return found

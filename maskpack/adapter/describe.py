@@ -1,0 +1,111 @@
+"""What an adapter file holds, as plain values: nothing is decoded and no base is needed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .adapter import Adapter
+from .header import FORMAT_VERSION
+from .layout import BASE, DIGESTS, dense_names
+from .read import read_adapter
+from .sets import Payload, SetHeader
+
+
+def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
+    """Describe an adapter given as a path or opened; see `describe`. Raises as `read_adapter`."""
+    return describe(adapter if isinstance(adapter, Adapter) else read_adapter(adapter))
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """Return what `maskpack inspect --json` prints, as JSON values.
+
+    Bytes are of the file; `weights` and `kept` count a ternary mask once for its zeros. `index_bytes` is all that is
+    neither payload, table nor dense tensor. The two ratios compare with the masked weights in float32 (whole file)
+    and with one bit a weight (payloads and tables).
+    """
+    header = adapter.header
+    sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
+    weights = sum(one["weights"] for one in sets.values())
+    coded = sum(one["payload_bytes"] + one["table_bytes"] for one in sets.values())
+    dense = sum(adapter.spans[name].end - adapter.spans[name].start for name in dense_names(adapter.spans))
+    base = header.base
+    return {
+        "format_version": FORMAT_VERSION,
+        "producer": header.producer,
+        "mask_id": header.mask_id,
+        "size": adapter.size,
+        "sha256": adapter.sha256,
+        "data_sha256": header.data_sha256,
+        "index_bytes": adapter.size - coded - dense,
+        "base": {
+            "id": base.id,
+            "revision": base.revision,
+            "dtype": base.dtype,
+            "head": list(base.head),
+            "digests": dict(base.digests),
+        },
+        "task": header.task,
+        "class_names": None if header.class_names is None else list(header.class_names),
+        "preprocess": header.preprocess,
+        "training": header.training,
+        "weights": weights,
+        "times_smaller_than_float32": 4 * weights / adapter.size,
+        "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
+        "sets": sets,
+    }
+
+
+def config_text(description: dict[str, Any], model_file: str) -> str:
+    """Return the text of the config file: the description without its rows per parameter."""
+    sets = {
+        name: {key: value for key, value in one.items() if key != "payloads"}
+        for name, one in description["sets"].items()
+    }
+    config = {**description, "sets": sets, "model_file": model_file}
+    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
+    bases = [payload for i, payload in enumerate(one.payloads) if not _is_signs(one, i)]
+    weights, kept = sum(p.weights for p in bases), sum(p.kept for p in bases)
+    payload_bytes, table_bytes = sum(p.size for p in one.payloads), sum(one.tables)
+    return {
+        "parameters": len(bases),
+        "weights": weights,
+        "kept": kept,
+        "density": kept / weights if weights else 1.0,
+        "payload_bytes": payload_bytes,
+        "table_bytes": table_bytes,
+        "bits_per_weight": 8 * (payload_bytes + table_bytes) / weights if weights else 0.0,
+        "dense_bytes": _dense(adapter, name),
+        "head": None if one.head is None else one.head.to_json(),
+        "payloads": [_row(payload) for payload in one.payloads],
+    }
+
+
+def _is_signs(one: SetHeader, index: int) -> bool:
+    """Tell whether a payload is the signs of a ternary mask, which come right before its zeros."""
+    return index + 1 < len(one.payloads) and one.payloads[index].name == one.payloads[index + 1].name
+
+
+def _row(payload: Payload) -> dict[str, Any]:
+    return {
+        "name": payload.name,
+        "shape": list(payload.shape),
+        "op": payload.coding.op,
+        "codec": payload.coding.codec,
+        "density": payload.kept / payload.weights if payload.weights else 1.0,
+        "bytes": payload.size,
+        "bits_per_weight": 8 * payload.size / payload.weights if payload.weights else 0.0,
+    }
+
+
+def _dense(adapter: Adapter, set_name: str) -> dict[str, int]:
+    """Return bytes of the dense tensors by role: head, parameters, scale, statistics, values."""
+    found: dict[str, int] = {}
+    for name, span in adapter.spans.items():
+        owner, _, rest = name.partition("/")
+        role = rest.partition("/")[0]
+        if owner == set_name and rest != "payloads" and name not in (BASE, DIGESTS):
+            found[role] = found.get(role, 0) + span.end - span.start
+    return found

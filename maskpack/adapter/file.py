@@ -1,0 +1,122 @@
+"""Writing adapters: folder or file, whole or not at all; see `read.py` for the way back."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..backbone.fingerprint import Fingerprint
+from ..codecs.base import Profile
+from ..errors import AdapterError, CorruptAdapterError, StateError
+from ..mask import MaskSet
+from ..parts import Parts
+from ..tensorfile import replacing, write_blobs
+from ..tensorheader import SEAL, UNSEALED
+from .adapter import Adapter
+from .card import render_card, update_card
+from .describe import config_text, describe
+from .encode import check_sets, encode
+from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_adapter, read_file
+from .weights import Weights, by_name
+
+__all__ = ["CARD_FILE", "CONFIG_FILE", "MODEL_FILE", "Parts", "read_adapter", "save_adapter"]
+
+CARD_FILE = "README.md"
+
+
+def save_adapter(
+    path: str | Path,
+    masks: MaskSet | Parts | Mapping[str, MaskSet | Parts],
+    base: Fingerprint,
+    *,
+    task: str | None = None,
+    class_names: Iterable[str] | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    profile: Profile = "default",
+    codec: str | None = None,
+    weights: Weights | None = None,
+) -> Adapter:
+    """Write an adapter: a folder with model file, config and card, or only the file if `path` ends in `.safetensors`.
+
+    The new model file is read back and verified before it takes the place of an old one. A card that is there already
+    keeps what its owner wrote.
+
+    Args:
+        path: the folder (made if need be) or file.
+        masks: the masks, alone or with what travels beside them; or several named sets of these.
+        base: fingerprint of the frozen model that the masks belong to.
+        task: as in "image-classification". class_names: one for each row of the head.
+        preprocess: how inputs are prepared, with a `kind`. training: the training record.
+        profile: which codecs compete: "fast", "default", or "max", which is smallest with `weights`.
+        codec: only this codec, by id.
+        weights: the frozen model or its state dict, for codecs that use the base.
+
+    Raises:
+        AdapterError: if there is no mask, or anything cannot be stored; the message says what.
+        BackboneMismatchError: if a masked parameter is not in the fingerprint.
+        ConfigError, UnknownNameError: if profile or codec are not known.
+        StateError: if the files cannot be written. DataError: if the card that is there cannot be updated (the
+            adapter is saved then).
+    """
+    path = Path(path)
+    sets = _named(masks)
+    check_sets(sets, base)
+    header, blobs = encode(
+        sets,
+        base,
+        None if weights is None else by_name(weights),
+        profile,
+        codec,
+        task=task,
+        class_names=None if class_names is None else tuple(class_names),
+        preprocess=preprocess,
+        training=training,
+    )
+    metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
+    if path.suffix == ".safetensors":
+        with replacing(path) as (temporary,):
+            write_blobs(temporary, blobs, metadata)
+            return _read_back(temporary, path)
+    _make_folder(path)
+    model, config, card = path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE
+    with replacing(model, config) as (temporary, temporary_config):
+        write_blobs(temporary, blobs, metadata)
+        del blobs
+        adapter = _read_back(temporary, model)
+        text = config_text(describe(adapter), MODEL_FILE).encode()
+        if len(text) > MAX_CONFIG:
+            raise AdapterError(
+                f"{CONFIG_FILE} would have {len(text)} bytes, at most {MAX_CONFIG} are allowed; shorten the class "
+                f"names or the training record"
+            )
+        temporary_config.write_bytes(text)
+        # between the two renames the folder has no config rather than one that contradicts the model file
+        config.unlink(missing_ok=True)
+    rendered = render_card(describe(adapter))
+    if card.exists():
+        rendered = update_card(card.read_bytes().decode("utf-8", "surrogateescape"), rendered)
+    with replacing(card) as (temporary,):
+        temporary.write_bytes(rendered.encode("utf-8", "surrogateescape"))
+    return adapter
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateError(
+            f"cannot make the folder {path}: {error.strerror}; choose a path where no file is and that you may write to"
+        ) from error
+
+
+def _named(masks: MaskSet | Parts | Mapping[str, MaskSet | Parts]) -> dict[str, Parts]:
+    named = {"default": masks} if isinstance(masks, MaskSet | Parts) else masks
+    return {name: Parts(one) if isinstance(one, MaskSet) else one for name, one in named.items()}
+
+
+def _read_back(temporary: Path, path: Path) -> Adapter:
+    """Read what was just written; what a reader would refuse must not replace an older file."""
+    try:
+        return read_file(temporary, path)
+    except CorruptAdapterError as error:
+        raise AdapterError(f"this adapter cannot be saved, readers would refuse it: {error}") from None

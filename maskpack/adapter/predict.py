@@ -1,0 +1,95 @@
+"""Predictions with an adapter: its preprocessing, the model, its head and class names."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.classifier import classifier_from, predictions
+from ..backbone.head import Head
+from ..errors import AdapterError, DataError, StateError, require
+from ..preprocess import ImagePreprocess, TextPreprocess, collate_text, preprocess_from_json
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The class that an input most likely has.
+
+    Attributes:
+        label: its name. score: its probability (softmax), 0 to 1.
+    """
+
+    label: str
+    score: float
+
+
+def open_image(path: str | os.PathLike[str]) -> Any:
+    """Open an image file with Pillow.
+
+    Raises:
+        DataError: if it is missing or cannot be decoded.
+    """
+    image = require("PIL.Image", "train", "reading images")
+    try:
+        with image.open(Path(path)) as opened:
+            return opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"cannot read the image {os.fspath(path)!r}: {error}") from None
+
+
+def model_tokenizer(model: nn.Module) -> Any:
+    """Return the tokenizer of a transformers model, found by the name that it was loaded from."""
+    transformers = require("transformers", "train", "tokenising texts")
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise DataError("the model does not say where its tokenizer is; pass it: predict(model, texts, tokenizer=…)")
+    return transformers.AutoTokenizer.from_pretrained(name)
+
+
+def inputs_to_batches(
+    inputs: Sequence[Any] | Tensor, preprocess: ImagePreprocess | TextPreprocess, tokenizer: Any, batch_size: int
+) -> Iterable[tuple[Any, Tensor]]:
+    """Yield batches of model inputs, with dummy labels, from image paths, PIL images, a tensor, or texts."""
+    for start in range(0, len(inputs), batch_size):
+        chunk = inputs[start : start + batch_size]
+        if isinstance(chunk, Tensor):
+            batch: Any = chunk
+        elif isinstance(preprocess, ImagePreprocess):
+            transform = preprocess.transform()
+            batch = torch.stack([transform(open_image(x) if isinstance(x, str | os.PathLike) else x) for x in chunk])
+        else:
+            batch = collate_text(tokenizer, preprocess)([str(x) for x in chunk])
+        yield batch, torch.zeros(len(chunk), dtype=torch.long)
+
+
+def predict(
+    model: nn.Module,
+    inputs: Sequence[Any] | Tensor,
+    *,
+    head: Head | None,
+    class_names: Sequence[str] | None,
+    preprocess: Any,
+    tokenizer: Any = None,
+    batch_size: int = 64,
+) -> list[Prediction]:
+    """Return the most likely class of every input; see `Adapter.predict`."""
+    if head is None or class_names is None or preprocess is None:
+        raise AdapterError("this adapter has no head, class names or preprocessing, so it cannot predict by itself")
+    how = preprocess_from_json(preprocess)
+    if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):
+        tokenizer = model_tokenizer(model)
+    if len(inputs) == 0:
+        return []
+    classifier = classifier_from(model, head)
+    logits, _ = predictions(classifier, inputs_to_batches(inputs, how, tokenizer, batch_size))
+    if logits.shape[1] != len(class_names):
+        raise StateError(
+            f"the model gives {logits.shape[1]} logits and the adapter has {len(class_names)} classes; load the adapter "
+            f"with load_mask(model, ref) first, with head='replace'"
+        )
+    scores, best = logits.softmax(-1).max(-1)
+    return [Prediction(class_names[int(i)], float(s)) for i, s in zip(best, scores, strict=True)]

@@ -1,0 +1,114 @@
+"""load_mask and unload_mask: an adapter by reference, onto a model."""
+
+import os
+import warnings
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from ..adapter.adapter import Adapter
+from ..adapter.file import read_adapter
+from ..backbone.fingerprint import check_fingerprint
+from ..backbone.parameters import unwrap
+from ..errors import BackboneMismatchError, ConfigError, StateError
+from ..hub import pull
+from .weights import applied, apply_masks, restore
+
+Model = TypeVar("Model", bound=nn.Module)
+Reference = str | os.PathLike[str]
+
+
+class MaskpackWarning(UserWarning):
+    """Warned when verification is relaxed and the base differs."""
+
+
+def load_adapter(
+    ref: Reference,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Adapter:
+    """Read and verify an adapter from the Hub, a folder or a single file; nothing is decoded or applied yet.
+
+    Args:
+        ref: `user/name`, `user/name@revision`, `./folder`, `/folder` or `file.safetensors`.
+
+    Raises:
+        AdapterError: if it is not there or not valid. HubError: if the download failed.
+    """
+    pulled = pull(ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    return read_adapter(pulled.path)
+
+
+def load_mask(
+    model: Model,
+    ref: Reference | Adapter,
+    *,
+    revision: str | None = None,
+    verify: Literal["strict", "warn", "off"] = "strict",
+    head: Literal["replace", "keep"] = "replace",
+    restorable: bool = True,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Model:
+    """Apply an adapter to a model in place and return the same model.
+
+    Class, parameter names, storage and `requires_grad` of the body stay. A mask loaded before is unloaded first.
+
+    Args:
+        ref: `user/name[@revision]` on the Hub, a folder, a `.safetensors` file, or an `Adapter`.
+        verify: "strict" refuses a base whose body differs from the adapter's; "warn" says so and goes on; "off" does
+            not look. Names and shapes are checked always.
+        head: "replace" puts the adapter's head in the place of the model's; "keep" leaves the model's.
+        restorable: keep what `unload_mask` needs: the removed weights, or a whole copy where the scale is on.
+        token, cache_dir, local_files_only: as in the Hugging Face Hub client.
+
+    Raises:
+        BackboneMismatchError: if the model is not the base that the adapter was made for.
+        AdapterError: if the adapter is not there or not valid. HubError: if the download failed.
+    """
+    if verify not in ("strict", "warn", "off") or head not in ("replace", "keep"):
+        raise ConfigError(
+            f"verify must be strict, warn or off, and head replace or keep; got verify={verify!r}, head={head!r}"
+        )
+    if isinstance(ref, Adapter):
+        adapter = ref
+    else:
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        adapter = load_adapter(ref, **options)  # type: ignore[arg-type]
+    if len(adapter.sets) > 1:
+        raise StateError(f"this adapter is a cascade of {len(adapter.sets)} mask sets; load it with load_cascade")
+    if applied(model) is not None:
+        restore(model)
+    if verify != "off":
+        try:
+            check_fingerprint(model, adapter.base)
+        except BackboneMismatchError as error:
+            if verify == "strict":
+                raise
+            warnings.warn(str(error), MaskpackWarning, stacklevel=2)
+    stored = adapter.head()
+    apply_masks(
+        model,
+        adapter.iter_masks(base=unwrap(model)),
+        adapter.shapes(),
+        mask_id=adapter.mask_id,
+        values=adapter.values(),
+        dense={**adapter.statistics(), **adapter.parameters()},
+        head=stored if stored is not None and stored.kind == "linear" and head == "replace" else None,
+        restorable=restorable,
+    )
+    return model
+
+
+def unload_mask(model: Model) -> Model:
+    """Undo `load_mask`: weights, statistics and head get back, to the bit, what they had; return the same model.
+
+    Raises:
+        StateError: if no mask is loaded, or it was loaded with restorable=False.
+    """
+    restore(model)
+    return model

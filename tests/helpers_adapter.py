@@ -1,0 +1,113 @@
+"""Small adapters for tests, and ways to spoil their files."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskpack.backbone.fingerprint import Fingerprint
+from maskpack.codecs.base import Bits
+from maskpack.mask import MaskSet
+from maskpack.tensorheader import SEAL, UNSEALED, seal
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def base_of(names: Iterable[str], id: str = "timm/resnet18.a1_in1k") -> Fingerprint:
+    """Return a fingerprint that has these tensors."""
+    tensors = {name: hashlib.sha256(name.encode()).digest()[:18] for name in names}
+    digests = {dtype: hashlib.sha256(dtype.encode()).hexdigest() for dtype in DTYPES}
+    return Fingerprint(id, "a" * 40, "float32", ("fc",), digests, tensors)
+
+
+def random_masks(shapes: dict[str, tuple[int, ...]], density: float = 0.9, seed: int = 0, **options: Any) -> MaskSet:
+    """Return masks with independent bits."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()}
+    return MaskSet.from_tensors(masks, **options)
+
+
+def random_bits(count: int, density: float, seed: int = 0) -> Bits:
+    """Return packed bits, independent."""
+    return np.packbits(np.random.default_rng(seed).random(count) < density, bitorder="little")
+
+
+def resnet50_shapes() -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the 53 convolutions and the classifier of a ResNet-50, as timm and torchvision do."""
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+    inputs = 64
+    for layer, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
+        for block in range(blocks):
+            prefix = f"layer{layer}.{block}"
+            shapes[f"{prefix}.conv1.weight"] = (width, inputs, 1, 1)
+            shapes[f"{prefix}.conv2.weight"] = (width, width, 3, 3)
+            shapes[f"{prefix}.conv3.weight"] = (4 * width, width, 1, 1)
+            if block == 0:
+                shapes[f"{prefix}.downsample.0.weight"] = (4 * width, inputs, 1, 1)
+            inputs = 4 * width
+    shapes["fc.weight"] = (1000, 2048)
+    return shapes
+
+
+def split_file(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """Return the safetensors header and the data section of a file."""
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def join_file(header: dict[str, Any] | bytes, data: bytes) -> bytes:
+    """Return a file of a safetensors header and a data section; the digest of a header that has one is made good."""
+    if isinstance(header, dict):
+        if SEAL in header.get("__metadata__", {}):
+            header["__metadata__"][SEAL] = UNSEALED
+        text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+        text = seal(text + b" " * (-len(text) % 8))
+    else:
+        text = header + b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def with_header(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """Return a file whose adapter header was changed in place."""
+    outer, section = split_file(data)
+    inner = json.loads(outer["__metadata__"]["maskpack"])
+    change(inner)
+    outer["__metadata__"]["maskpack"] = json.dumps(inner)
+    return join_file(outer, section)
+
+
+def with_payload(data: bytes, payload: bytes, index: int = 0) -> bytes:
+    """Return a file of one set with another payload in place of one and every digest corrected, as a forger would."""
+    outer, section = split_file(data)
+    inner = json.loads(outer["__metadata__"]["maskpack"])
+    one = inner["sets"]["default"]
+    tensors = {name: entry for name, entry in outer.items() if name != "__metadata__"}
+    bytes_of = {name: section[slice(*entry["data_offsets"])] for name, entry in tensors.items()}
+    at = sum(one["size"][:index])
+    old = bytes_of["default/payloads"]
+    bytes_of["default/payloads"] = old[:at] + payload + old[at + one["size"][index] :]
+    one["size"][index] = len(payload)
+    digests = bytearray(bytes_of["maskpack.digests"])
+    digests[16 * index : 16 * index + 16] = hashlib.sha256(payload).digest()[:16]
+    bytes_of["maskpack.digests"] = bytes(digests)
+    tensors["default/payloads"]["shape"] = [len(bytes_of["default/payloads"])]
+    start, section = 0, b""
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        section += bytes_of[name]
+        entry["data_offsets"] = [start, len(section)]
+        start = len(section)
+    inner["data_sha256"] = hashlib.sha256(section).hexdigest()
+    outer["__metadata__"]["maskpack"] = json.dumps(inner)
+    return join_file(outer, section)
+
+
+def write(folder: Path, data: bytes) -> Path:
+    """Write a file and return its path."""
+    path = folder / "spoiled.safetensors"
+    path.write_bytes(data)
+    return path

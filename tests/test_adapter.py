@@ -1,0 +1,203 @@
+"""Adapters through a file and back."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from bitarray import bitarray
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.describe import inspect_adapter
+from maskpack.adapter.file import Parts, read_adapter, save_adapter
+from maskpack.backbone.head import Head
+from maskpack.errors import AdapterError, CorruptAdapterError
+from maskpack.mask import MaskSet, PackedMask
+
+from .helpers_adapter import base_of, random_masks, resnet50_shapes, split_file
+
+SHAPES = {"layer1.0.weight": (4, 3, 3, 3), "layer2.weight": (5, 7), "layer3.weight": ()}
+MASKS = random_masks(SHAPES)
+BASE = base_of(SHAPES)
+PREPROCESS = {"kind": "image", "mean": [0.485, 0.456, 0.406], "size": 224}
+
+
+def full() -> dict[str, Parts]:
+    """Two sets with all that a set may hold."""
+    generator = torch.Generator().manual_seed(0)
+    signs = bitarray("1010101", endian="little")
+    ternary = MaskSet({"a": PackedMask(bitarray("1100110", endian="little"), (7,), signs=signs).scaled()})
+    replaced = random_masks({"a": (7,), "b": (2, 3)}, 0.5, op="replace")
+    zeros = {name: len(mask.bits) - mask.kept for name, mask in replaced.items()}
+    return {
+        "default": Parts(
+            ternary,
+            Head("linear", torch.randn(3, 4, generator=generator), torch.zeros(3), module="fc"),
+            {"bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4).half()},
+            {"ln.bias": torch.rand(4).bfloat16(), "gain": torch.tensor(2.0)},
+        ),
+        "expert-1": Parts(
+            replaced,
+            Head("pooled-linear", torch.randn(3, 4), pooling="mean", normalize=True),
+            values={name: torch.randn(count).half() for name, count in zeros.items()},
+        ),
+    }
+
+
+def assert_same(adapter: Adapter, sets: dict[str, Parts]) -> None:
+    assert adapter.sets == tuple(sorted(sets))
+    for name, parts in sets.items():
+        assert adapter.masks(set=name) == parts.masks
+        head = adapter.head(name)
+        assert (head is None) == (parts.head is None)
+        if head is not None and parts.head is not None:
+            assert torch.equal(head.weight, parts.head.weight)
+            assert (head.bias is None) == (parts.head.bias is None)
+            assert [head.kind, head.module, head.pooling, head.normalize] == [
+                parts.head.kind, parts.head.module, parts.head.pooling, parts.head.normalize,
+            ]  # fmt: skip
+        for role in ("statistics", "parameters", "values"):
+            found, given = getattr(adapter, role)(name), getattr(parts, role)
+            assert found.keys() == given.keys()
+            for key, tensor in found.items():
+                assert torch.equal(tensor, given[key].float() if role == "statistics" else given[key])
+                assert tensor.dtype == (torch.float32 if role == "statistics" else given[key].dtype)
+                tensor.add_(1)  # a copy, not the file's bytes
+    assert adapter.verify()["mask_id"] is True
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    sets = full()
+    about: dict[str, Any] = {
+        "task": "image-classification",
+        "class_names": ["cat", "größer 🐈", "x\ty".replace("\t", " ")],
+    }
+    record = {"seed": 0, "metrics": {"accuracy": 0.9}, "data": "uoft-cs/cifar100"}
+    saved = save_adapter(tmp_path / "new/adapter", sets, base_of("ab"), preprocess=PREPROCESS, training=record, **about)
+    adapter = read_adapter(tmp_path / "new/adapter")
+    for one in (saved, adapter):
+        assert_same(one, sets)
+        assert one.base == base_of("ab")
+        assert one.class_names == tuple(about["class_names"])
+        assert (one.task, one.training, one.preprocess_config) == (about["task"], record, PREPROCESS)
+    data = (tmp_path / "new/adapter/maskpack_model.safetensors").read_bytes()
+    assert (adapter.sha256, adapter.size) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert adapter.shapes("expert-1") == {"a": (7,), "b": (2, 3)}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.data(), codec=st.sampled_from([None, "raw", "zstd"]), profile=st.sampled_from(["fast", "default", "max"])
+)
+def test_any_masks_come_back(tmp_path: Path, data: st.DataObject, codec: str | None, profile: Any) -> None:
+    name = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=12)
+    shape = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+    shapes = data.draw(st.dictionaries(name, shape, min_size=1, max_size=4))
+    density, scale = data.draw(st.sampled_from([0.0, 0.3, 1.0])), data.draw(st.booleans())
+    masks = random_masks(shapes, density, scale=scale)
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, masks, base_of(shapes), profile=profile, codec=codec)
+    assert read_adapter(path).masks() == masks
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_same_input_gives_the_same_files(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"preprocess": PREPROCESS, "training": {"b": 1, "a": (2, 3)}, "class_names": iter("xyz")}
+    torch.manual_seed(0)
+    save_adapter(tmp_path / "1", full(), base_of("ab"), **options)
+    torch.manual_seed(0)
+    options["class_names"] = ["x", "y", "z"]
+    save_adapter(tmp_path / "2", dict(reversed(full().items())), base_of("ba"), **options)
+    for name in ("maskpack_model.safetensors", "maskpack_config.json", "README.md"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_bytes_are_canonical_and_the_official_library_reads_them(tmp_path: Path) -> None:
+    save_adapter(tmp_path, full(), base_of("ab"), codec="raw")
+    path = tmp_path / "maskpack_model.safetensors"
+    header, section = split_file(path.read_bytes())
+    text = path.read_bytes()[8 : len(path.read_bytes()) - len(section)]
+    assert text.rstrip(b" ") == json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    assert len(text) % 8 == 0
+    inner = header["__metadata__"]["maskpack"]
+    assert inner == json.dumps(json.loads(inner), sort_keys=True, separators=(",", ":"))
+    tensors = load_file(path)
+    with safetensors.safe_open(path, "pt") as opened:
+        assert opened.metadata()["format"] == "pt"
+        assert json.loads(opened.metadata()["maskpack"])["format_version"] == 1
+    sizes = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            assert entry["data_offsets"][0] % sizes[entry["dtype"]] == 0, "not aligned"
+    assert bytes(tensors["default/payloads"].tolist()) == bytes([0x55, 0x33]), "raw: signs, then zeros"
+    assert torch.equal(tensors["default/head/bias"], torch.zeros(3))
+    assert bytes(tensors["maskpack.base"][1].tolist()) == base_of("ab").tensors["b"]
+    digest = hashlib.sha256(bytes([0x55])).digest()[:16]
+    assert bytes(tensors["maskpack.digests"][0].tolist()) == digest
+
+
+def test_index_and_digests_are_lean(tmp_path: Path) -> None:
+    shapes = resnet50_shapes()
+    assert len(shapes) == 54
+    adapter = save_adapter(tmp_path, random_masks(shapes, 0.97), base_of(shapes), profile="fast")
+    described = inspect_adapter(adapter)
+    beside_names = described["index_bytes"] - sum(map(len, shapes))
+    assert beside_names <= 2048 + 64 * len(shapes)
+    one = described["sets"]["default"]
+    assert (one["parameters"], one["weights"]) == (54, sum(int(torch.Size(s).numel()) for s in shapes.values()))
+
+
+def test_description_and_config(tmp_path: Path) -> None:
+    sets = full()
+    save_adapter(tmp_path, sets, base_of("ab"), class_names="xyz")
+    described = inspect_adapter(tmp_path)
+    assert json.loads(json.dumps(described)) == described
+    assert described["sets"]["default"]["dense_bytes"] == {"head": 60, "parameters": 12, "scale": 8, "statistics": 32}
+    assert [row["op"] for row in described["sets"]["default"]["payloads"]] == ["flip", "zero"]
+    assert (described["weights"], described["sets"]["default"]["kept"]) == (20, 4)
+    config = json.loads((tmp_path / "maskpack_config.json").read_text())
+    assert (config["model_file"], config["size"]) == ("maskpack_model.safetensors", described["size"])
+    assert config["sha256"] == described["sha256"]
+    assert "payloads" not in config["sets"]["default"]
+
+
+class TestFolder:
+    def test_config_that_names_another_file_is_refused(self, tmp_path: Path) -> None:
+        save_adapter(tmp_path / "a", MASKS, BASE)
+        save_adapter(tmp_path / "b", random_masks(SHAPES, seed=1), BASE)
+        (tmp_path / "b/maskpack_model.safetensors").replace(tmp_path / "a/maskpack_model.safetensors")
+        with pytest.raises(CorruptAdapterError, match="one of them was replaced; fetch both again, or delete"):
+            read_adapter(tmp_path / "a")
+        (tmp_path / "a/maskpack_config.json").write_text("{" + " " * (1 << 20))
+        with pytest.raises(CorruptAdapterError, match="has over 1048576 bytes"):
+            read_adapter(tmp_path / "a")
+        (tmp_path / "a/maskpack_config.json").write_text('{"size": 1, "size": 2}')
+        with pytest.raises(CorruptAdapterError, match="the key 'size' comes twice"):
+            read_adapter(tmp_path / "a")
+        (tmp_path / "a/maskpack_config.json").unlink()
+        assert read_adapter(tmp_path / "a").masks() == random_masks(SHAPES, seed=1)
+
+    def test_saving_again_replaces_the_adapter_and_keeps_the_users_card(self, tmp_path: Path) -> None:
+        save_adapter(tmp_path, MASKS, BASE)
+        card = tmp_path / "README.md"
+        card.write_text("My words.\n" + card.read_text().partition("---\n\n")[2])
+        save_adapter(tmp_path, random_masks(SHAPES, 0.5), BASE)
+        assert read_adapter(tmp_path).masks() == random_masks(SHAPES, 0.5)
+        assert "My words." in card.read_text()
+        assert card.read_text().count("maskpack:begin") == 1
+        assert len(list(tmp_path.iterdir())) == 3
+
+    def test_refused_adapter_leaves_the_old_one(self, tmp_path: Path) -> None:
+        save_adapter(tmp_path, MASKS, BASE)
+        with pytest.raises(AdapterError, match="class_names"):
+            save_adapter(tmp_path, MASKS, BASE, class_names=["\n"])
+        with pytest.raises(AdapterError, match=r"maskpack_config\.json would have \d+ bytes"):
+            save_adapter(tmp_path, MASKS, BASE, class_names=["x" * 1000] * 1100)
+        assert read_adapter(tmp_path).masks() == MASKS
+        assert len(list(tmp_path.iterdir())) == 3

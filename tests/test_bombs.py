@@ -1,0 +1,71 @@
+"""Files that claim much: found out before memory is spent; and payloads forged with all digests right."""
+
+import json
+import struct
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.errors import CorruptAdapterError
+from maskpack.tensorheader import SEAL
+
+from .helpers_adapter import base_of, join_file, random_masks, with_header, with_payload, write
+
+SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
+MASKS = random_masks(SHAPES, 0.9)
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("valid") / "x.safetensors"
+    save_adapter(path, MASKS, base_of(SHAPES), codec="zstd")
+    return path.read_bytes()
+
+
+def refuse(folder: Path, data: bytes, match: str) -> None:
+    path = write(folder, data)
+    with pytest.raises(CorruptAdapterError, match=match):
+        read_adapter(path).masks()
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_forged_payloads(valid: bytes, tmp_path: Path) -> None:
+    frame = zstandard.ZstdCompressor(write_checksum=False).compress
+    good = bytes(MASKS["a.weight"].bits.tobytes())
+    assert read_adapter(write(tmp_path, with_payload(valid, frame(good)))).masks() == MASKS
+    more = bytes([good[0] ^ 1]) + good[1:]
+    refuse(tmp_path, with_payload(valid, frame(more)), "does not decode: it has .* true bits, the header states")
+    refuse(tmp_path, with_payload(valid, frame(good) + b"\0"), "does not decode: .*unused data")
+    refuse(tmp_path, with_payload(valid, frame(good + b"\0")), "declares 16 as its size, expected 15 bytes")
+    refuse(tmp_path, with_payload(valid, b""), "does not decode: a zstd payload begins with , expected")
+    last = MASKS["b.weight"].bits.tobytes()
+    refuse(tmp_path, with_payload(valid, frame(last[:2] + b"\xff"), 1), "its padding is not zero")
+
+
+def test_bombs_take_little_memory(valid: bytes, tmp_path: Path) -> None:
+    blocks = b"".join(struct.pack("<I", (i == 999) | 2 | (131072 << 3))[:3] + b"\0" for i in range(1000))
+    for claimed in (15, 131072 * 1000, 1 << 40):
+        bomb = with_payload(valid, b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claimed) + blocks)
+        assert peak_of(lambda bomb=bomb: refuse(tmp_path, bomb, "does not decode: a zstd payload")) < 4 << 20  # type: ignore[misc]
+    shape = with_header(valid, lambda header: header["sets"]["default"].update(shapes=[[1 << 17, 1 << 17], [17]]))
+    assert peak_of(lambda: refuse(tmp_path, shape, "declares 15 as its size, expected 2147483648")) < 4 << 20
+    names = with_header(valid, lambda header: header["sets"]["default"].update(names="\n" * (2 << 20)))
+    assert peak_of(lambda: refuse(tmp_path, names, "as there are `kept`")) < 64 << 20
+
+
+def test_huge_headers_take_bounded_memory(tmp_path: Path) -> None:
+    inner = json.dumps({"format_version": 1, "sets": {"default": {"kept": [[]] * 500_000}}}, separators=(",", ":"))
+    data = join_file({"__metadata__": {SEAL: "", "maskpack": inner}}, b"")
+    assert peak_of(lambda: refuse(tmp_path, data, "producer .*is missing")) < 150 << 20

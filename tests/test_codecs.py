@@ -1,0 +1,218 @@
+"""Every codec keeps the contract of `maskpack/codecs/base.py`; a new one is tested without a line here."""
+
+import json
+import struct
+import sys
+from dataclasses import FrozenInstanceError, fields
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side
+from maskpack.codecs.choose import encode_smallest, rivals
+from maskpack.codecs.classes import magnitude_classes
+from maskpack.codecs.raw import Raw
+from maskpack.codecs.zstd import SAMPLED, Zstd
+from maskpack.errors import ConfigError, CorruptAdapterError, UnknownNameError
+from maskpack.mask import MaskSet
+
+from .helpers_adapter import random_bits
+
+INSTANCES = [codec for cls in CODECS.all() for codec in rivals("max", cls.id, True)]
+
+
+def side_of(count: int, codec: Codec, seed: int = 0, table: bytes | None = None) -> Side:
+    classes = np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8) if codec.needs_base else None
+    return Side((count,), classes, None, table)
+
+
+def round_trip(codec: Codec, bits: Bits, side: Side) -> bytes:
+    payload = codec.encode(bits, side)
+    again = type(codec)(**json.loads(json.dumps(codec.config()))).decode(memoryview(payload), side)
+    assert again.dtype == np.uint8
+    assert np.array_equal(again, bits)
+    return payload
+
+
+@pytest.fixture(params=INSTANCES, ids=repr)
+def codec(request: pytest.FixtureRequest) -> Codec:
+    return request.param
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 0.99, 1.0])
+def test_gives_back_its_bits(codec: Codec, density: float) -> None:
+    for count in [*range(18), 255, 4096, 100_003]:
+        bits, side = random_bits(count, density, count), side_of(count, codec)
+        table = codec.table([(bits, side)])
+        round_trip(codec, bits, side_of(count, codec, table=table))
+
+
+def test_gives_back_structured_bits(codec: Codec) -> None:
+    rows = np.random.default_rng(1).random((300, 1)) < 0.5
+    bits = np.packbits(np.broadcast_to(rows, (300, 77)), bitorder="little")
+    side = Side((300, 77), side_of(300 * 77, codec).classes)
+    round_trip(codec, bits, Side((300, 77), side.classes, None, codec.table([(bits, side)])))
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(st.booleans(), max_size=400), data=st.data())
+def test_gives_back_any_bits(values: list[bool], data: st.DataObject) -> None:
+    codec = data.draw(st.sampled_from(INSTANCES))
+    bits, side = np.packbits(np.array(values, dtype=bool), bitorder="little"), side_of(len(values), codec)
+    round_trip(codec, bits, side_of(len(values), codec, table=codec.table([(bits, side)])))
+
+
+def test_same_bits_give_the_same_payload(codec: Codec) -> None:
+    bits, side = random_bits(5000, 0.9), side_of(5000, codec)
+    side = side_of(5000, codec, table=codec.table([(bits, side)]))
+    assert codec.encode(bits, side) == codec.encode(bits.copy(), side)
+
+
+@pytest.mark.parametrize("count", [9, 200, 1003])
+def test_every_truncation_is_refused(codec: Codec, count: int) -> None:
+    bits, side = random_bits(count, 0.8), side_of(count, codec)
+    side = side_of(count, codec, table=codec.table([(bits, side)]))
+    payload = codec.encode(bits, side)
+    for length in range(len(payload)):
+        with pytest.raises(CorruptAdapterError, match=r"\w+ \w+"):
+            codec.decode(payload[:length], side)
+    with pytest.raises(CorruptAdapterError, match=r"\w+ \w+"):
+        codec.decode(payload + b"\0", side)
+
+
+def test_flipped_bits_are_refused_or_give_a_valid_mask(codec: Codec) -> None:
+    bits, side = random_bits(1003, 0.8), side_of(1003, codec)
+    side = side_of(1003, codec, table=codec.table([(bits, side)]))
+    payload = codec.encode(bits, side)
+    for place in range(8 * len(payload)):
+        spoiled = bytearray(payload)
+        spoiled[place // 8] ^= 1 << place % 8
+        try:
+            found = codec.decode(bytes(spoiled), side)
+        except CorruptAdapterError:
+            continue
+        assert side.checked(found) is found
+
+
+def test_payload_of_other_length_is_refused_or_gives_a_valid_mask(codec: Codec) -> None:
+    bits, side = random_bits(1000, 0.8), side_of(1000, codec)
+    table = codec.table([(bits, side)])
+    payload = codec.encode(bits, side_of(1000, codec, table=table))
+    for count in (0, 8, 992, 1008, 1 << 20):
+        other = side_of(count, codec, table=table)
+        try:
+            other.checked(codec.decode(payload, other))
+        except CorruptAdapterError:
+            continue
+
+
+@pytest.mark.parametrize("cls", CODECS.all(), ids=lambda cls: cls.id)
+def test_class_is_a_plugin(cls: type[Codec]) -> None:
+    assert cls.__doc__
+    assert cls.__doc__.splitlines()[0].endswith((".", ":"))
+    assert isinstance(cls.reference, str)
+    assert CODECS[cls.id] is cls
+    assert any(cls.candidates(profile) for profile in PROFILES)
+    for profile in PROFILES:
+        for one in cls.candidates(profile):
+            assert isinstance(one, cls)
+            assert hash(one) == hash(type(one)(**{f.name: getattr(one, f.name) for f in fields(one)}))  # type: ignore[arg-type]
+            assert json.loads(json.dumps(one.config())) == dict(one.config())
+            assert not {"codec", "op", "reference", "table"} & set(one.config())
+            assert not (profile == "default" and one.needs_base)
+            assert not any("torch" in name for name in vars(sys.modules[cls.__module__]))
+
+
+def test_instances_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        Zstd().level = 3  # type: ignore[misc]
+
+
+def test_packed_bits_of_the_format_page() -> None:
+    for mask, packed in [([1], "01"), ([1, 0, 1, 1, 0, 0, 0, 0, 1], "0d01"), ([1] * 16, "ffff")]:
+        (own,) = MaskSet.from_tensors({"w": torch.tensor(mask, dtype=torch.uint8)}).values()
+        bits = np.frombuffer(own.bits.tobytes(), dtype=np.uint8)
+        assert Raw().encode(bits, Side((len(mask),))).hex() == packed
+
+
+class TestZstd:
+    side = Side((8000,))
+    data = bytes(1000)
+
+    def refused(self, frame: bytes, match: str) -> None:
+        with pytest.raises(CorruptAdapterError, match=match):
+            Zstd().decode(frame, self.side)
+
+    def test_refuses_what_the_format_does_not_allow(self) -> None:
+        def made(**options: object) -> bytes:
+            return zstandard.ZstdCompressor(**{"write_checksum": False, **options}).compress(self.data)  # type: ignore[arg-type]
+
+        good = made()
+        assert len(Zstd().decode(good, self.side)) == 1000
+        self.refused(good + good, "unused data")
+        self.refused(b"\x50\x2a\x4d\x18" + struct.pack("<I", 1000) + self.data, "begins with 502a4d18")
+        self.refused(made(write_content_size=False), "declares nothing as its size, expected 1000")
+        self.refused(made(write_checksum=True), "checksum True")
+        dictionary = zstandard.train_dictionary(512, [bytes([i, i + 1, i + 2] * 20) for i in range(200)])
+        self.refused(made(dict_data=dictionary), r"dictionary \d+|cannot be decoded")
+        self.refused(b"", "begins with , expected 28b52ffd")
+
+    def test_refuses_a_bomb_before_it_allocates(self) -> None:
+        blocks = b"".join(struct.pack("<I", (i == 99) | 2 | (131072 << 3))[:3] + b"\0" for i in range(100))
+        for claimed in (1 << 40, 131072 * 100):
+            frame = b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claimed) + blocks
+            self.refused(frame, f"declares {claimed} as its size, expected 1000 bytes")
+        self.refused(b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 1000) + blocks, "cannot be decoded")
+
+    def test_refuses_a_great_window(self) -> None:
+        side = Side((8 << 25,))
+        frame = zstandard.ZstdCompressor(level=22, write_checksum=False).compress(bytes(1 << 25))
+        with pytest.raises(CorruptAdapterError, match="window of 33554432 bytes"):
+            Zstd().decode(frame, side)
+
+    def test_level_19_proves_itself_on_a_sample_of_great_masks(self) -> None:
+        unstructured = np.random.default_rng(0).integers(0, 256, SAMPLED + 8, dtype=np.uint8)
+        side = Side((8 * len(unstructured),))
+        assert Zstd(19).encode(unstructured, side) == Zstd(1).encode(unstructured, side)
+
+
+class TestChoice:
+    def test_takes_the_smallest_and_breaks_ties_by_id(self) -> None:
+        noise = random_bits(80_000, 0.5)
+        assert encode_smallest(noise, Side((80_000,)), "default")[0].id == "raw"
+        codec, payload = encode_smallest(np.zeros(10_000, np.uint8), Side((80_000,)), "fast")
+        assert (codec.id, len(payload) < 40) == ("zstd", True)
+        assert encode_smallest(np.zeros(0, np.uint8), Side((0,)), "max")[0].id == "raw"
+
+    def test_takes_the_codec_asked_for(self) -> None:
+        assert encode_smallest(np.zeros(100, np.uint8), Side((800,)), "max", "raw")[0].id == "raw"
+
+    def test_refuses_what_is_unknown(self) -> None:
+        with pytest.raises(ConfigError, match="unknown profile 'best'; known: fast, default, max"):
+            rivals("best", None, False)  # type: ignore[arg-type]
+        with pytest.raises(UnknownNameError, match=r"unknown codec 'zst'.*did you mean 'zstd'"):
+            rivals("max", "zst", False)
+
+
+class TestClasses:
+    def test_are_monotone_equally_populated_and_equal_for_equal_values(self) -> None:
+        weights = torch.randn(50_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+        classes = magnitude_classes(weights.view(torch.int16).numpy().view(np.uint16))
+        order = weights.abs().float().argsort(stable=True).numpy()
+        assert (np.diff(classes[order].astype(int)) >= 0).all()
+        assert np.bincount(classes >> 4, minlength=16).min() > 0.8 * 50_000 / 16
+        pairs = set(zip(weights.abs().tolist(), classes.tolist(), strict=True))
+        assert len(pairs) == len({value for value, _ in pairs})
+        coarse = magnitude_classes(weights.view(torch.int16).numpy().view(np.uint16), 16)
+        assert np.array_equal(classes >> 4, coarse)
+
+    def test_formula(self) -> None:
+        values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, float("nan"), float("-inf"), -float("nan")])
+        bits = values.bfloat16().view(torch.int16).numpy().view(np.uint16).copy()
+        bits[-1] ^= 1  # another NaN
+        assert magnitude_classes(bits, 8).tolist() == [1, 1, 3, 3, 4, 7, 5, 7]
+        assert magnitude_classes(bits[:0]).size == 0

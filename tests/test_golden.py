@@ -1,0 +1,53 @@
+"""Files that a release wrote are read by every later one. Nothing here writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.file import read_adapter
+from maskpack.codecs.base import CODECS
+
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*/*.safetensors"))
+
+
+def tensors_of(adapter: Adapter, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        f"{role}/{key}": [str(tensor.dtype), tensor.tolist()]
+        for role in ("statistics", "parameters", "values")
+        for key, tensor in getattr(adapter, role)(name).items()
+    }
+    head = adapter.head(name)
+    if head is not None:
+        bias = None if head.bias is None else head.bias.tolist()
+        found["head"] = [head.kind, head.module, head.pooling, head.normalize, head.weight.tolist(), bias]
+    return found
+
+
+def test_there_is_one_for_every_codec_that_needs_no_base() -> None:
+    assert {path.stem for path in GOLDEN} >= {cls.id for cls in CODECS.all() if not cls.needs_base}, (
+        "write the missing ones with: python -m tests.golden.make"
+    )
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_decodes_to_what_was_written(path: Path) -> None:
+    expected = json.loads(path.with_suffix(".json").read_text())
+    adapter = read_adapter(path)
+    assert adapter.verify()["mask_id"] is True
+    assert adapter.mask_id == expected["mask_id"]
+    assert set(adapter.sets) == set(expected["sets"])
+    for name, one in expected["sets"].items():
+        masks = adapter.masks(set=name)
+        found = {
+            key: {
+                "shape": list(mask.shape),
+                "alpha": mask.alpha,
+                "payloads": [[op, bits.tobytes().hex()] for op, bits in mask.payloads()],
+            }
+            for key, mask in masks.items()
+        }
+        assert found == one["masks"]
+        assert tensors_of(adapter, name) == one["tensors"]

@@ -1,0 +1,222 @@
+"""Files that a stranger made: only errors of ours come out, and little memory is used to find out."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.file import Parts, read_adapter, save_adapter
+from maskpack.adapter.read import read_file
+from maskpack.backbone.head import Head
+from maskpack.errors import AdapterError, CorruptAdapterError, UnknownCodecError, UnsupportedVersionError
+from maskpack.tensorheader import SEAL
+
+from .helpers_adapter import base_of, join_file, random_masks, split_file, with_header, write
+
+SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
+MASKS = random_masks(SHAPES, 0.9)
+Header = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("valid") / "x.safetensors"
+    statistics = {"bn.running_mean": torch.rand(3)}
+    parts = Parts(MASKS, Head("linear", torch.rand(2, 2), torch.rand(2), "fc"), statistics)
+    save_adapter(path, parts, base_of(SHAPES), codec="zstd", preprocess={"kind": "image"}, class_names=["x", "y"])
+    return path.read_bytes()
+
+
+def use(path: Path) -> Adapter:
+    """Read a file and everything in it."""
+    adapter = read_adapter(path)
+    adapter.verify()
+    for name in adapter.sets:
+        for method in (adapter.masks, adapter.head, adapter.statistics, adapter.parameters, adapter.values):
+            method(set=name)
+    return adapter
+
+
+def refuse(folder: Path, data: bytes, match: str, error: type[AdapterError] = CorruptAdapterError) -> None:
+    with pytest.raises(error, match=match) as caught:
+        use(write(folder, data))
+    assert type(caught.value) is error
+    assert "spoiled.safetensors" in str(caught.value), "the message must name the file"
+
+
+def test_the_file_is_good_before_it_is_spoiled(valid: bytes, tmp_path: Path) -> None:
+    assert use(write(tmp_path, valid)).masks() == MASKS
+    assert use(write(tmp_path, with_header(valid, lambda header: header.update(later="?")))).masks() == MASKS
+    outer, section = split_file(valid)
+    assert use(write(tmp_path, join_file(outer, section))).masks() == MASKS
+
+
+def test_every_truncation_is_refused(valid: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for length in range(0, len(valid), 3):
+        path.write_bytes(valid[:length])
+        with pytest.raises(AdapterError, match=r"x\.safetensors"):
+            read_file(path, path)
+
+
+def test_every_flipped_bit_is_refused(valid: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for place in range(len(valid)):
+        spoiled = bytearray(valid)
+        spoiled[place] ^= 1 << place % 8
+        path.write_bytes(spoiled)
+        with pytest.raises(AdapterError, match=r"x\.safetensors"):
+            read_file(path, path)
+
+
+def test_a_changed_header_is_noticed(valid: bytes, tmp_path: Path) -> None:
+    refuse(
+        tmp_path,
+        valid.replace(b'\\"y\\"', b'\\"z\\"'),
+        r"the header has the sha256 .*, but states .*changed or damaged",
+    )
+    outer, section = split_file(valid)
+    del outer["__metadata__"]["header_sha256"]
+    refuse(tmp_path, join_file(outer, section), "but states none; it was changed")
+
+
+def test_trailing_bytes_are_refused(valid: bytes, tmp_path: Path) -> None:
+    refuse(tmp_path, valid + b"\0", r"its header describes \d+; it was cut off or added to, fetch it again")
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "has 0 bytes and states a header of 0"),
+        (b"\0" * 8, "states a header of 0, expected 2 to"),
+        (struct.pack("<Q", 1 << 63) + b"{}", "states a header of 9223372036854775808, expected 2 to 8388608"),
+        (struct.pack("<Q", (8 << 20) + 8) + b" " * ((8 << 20) + 8), "states a header of 8388616"),
+        (join_file(b"[]", b""), r"begins with b'\['"),
+        (join_file(b'{"a":1,"a":2}', b""), "the key 'a' comes twice"),
+        (join_file(b'{"__metadata__":{"maskpack":"{}","maskpack":"{}"}}', b""), "the key 'maskpack' comes twice"),
+        (join_file({"__metadata__": {SEAL: "", "maskpack": '{"a":1,"a":1}'}}, b""), "comes twice"),
+        (join_file({"__metadata__": {SEAL: "", "maskpack": "[]"}}, b""), "is list, expected an object"),
+        (join_file({"__metadata__": {SEAL: "", "maskpack": "{}"}}, b""), "format_version .* is missing"),
+        (join_file({"__metadata__": {SEAL: "", "maskpack": "[" * 9999}}, b""), "the adapter header is not valid JSON"),
+    ],
+)  # fmt: skip
+def test_containers_that_are_none(data: bytes, match: str, tmp_path: Path) -> None:
+    refuse(tmp_path, data, match)
+
+
+def test_other_safetensors_files_are_told_apart(tmp_path: Path) -> None:
+    refuse(tmp_path, join_file({}, b""), "is a safetensors file, but no adapter", AdapterError)
+
+
+def one(header: Header) -> Header:
+    found: Header = header["sets"]["default"]
+    return found
+
+
+FIELDS: list[tuple[Callable[[Header], Any], str]] = [
+    (lambda h: h.update(format_version=0), "format_version .*is 0, expected an integer from 1"),
+    (lambda h: h.update(format_version=True), "format_version .*is True"),
+    (lambda h: h.update(format_version="1"), "format_version .*is '1'"),
+    (lambda h: h.pop("producer"), r"\$\.producer .*is missing, expected text"),
+    (lambda h: h.update(mask_id="ab"), "mask_id .*is 'ab', expected 64 lower-case hex"),
+    (lambda h: h.update(mask_id="0" * 64), "the decoded masks have the mask_id .*, the header states 0000"),
+    (lambda h: h.update(data_sha256="A" * 64), "data_sha256 .*expected 64 lower-case hex"),
+    (lambda h: h.update(data_sha256="0" * 64), "the sha256 of its data is .*, the header states 0000"),
+    (lambda h: h.update(base=[]), r"\$\.base .*is list, expected an object"),
+    (lambda h: h["base"].update(id="/etc/x"), r"base\.id .*is '/etc/x', expected a name as in .*never a local path"),
+    (lambda h: h["base"].update(id="x\x1b[31m"), r"base\.id .*expected text without control characters"),
+    (lambda h: h["base"].update(revision=3), r"base\.revision .*is 3, expected text"),
+    (lambda h: h["base"].update(dtype=None), r"base\.dtype .*is None"),
+    (lambda h: h["base"].update(head="fc"), r"base\.head .*is 'fc', expected an array"),
+    (lambda h: h["base"]["digests"].pop("float16"), r"base\.digests\.float16 .*is missing"),
+    (lambda h: h.update(sets={}), r"sets of the adapter header has no set"),
+    (lambda h: h["sets"].update({"../x": one(h)}), r"a set named '\.\./x', expected"),
+    (lambda h: h["sets"].update(more=one(h)), r"'maskpack.digests' is U8 of shape \(5, 16\), expected .*\(7, 16\)"),
+    (lambda h: h["sets"].update(default=3), r"sets\.default .*is 3, expected an object"),
+    (lambda h: h["sets"].update(other=h["sets"].pop("default")), "'default/head/bias' is .*no such tensor"),
+    (lambda h: h.update(task=5), "task .*is 5"),
+    (lambda h: h.update(class_names="ab"), "class_names .*expected an array of non-empty texts"),
+    (lambda h: h.update(class_names=["a\x00"]), "class_names .*expected an array of non-empty texts"),
+    (lambda h: h.update(preprocess=[1]), "preprocess .*is list, expected an object"),
+    (lambda h: h.update(preprocess={}), r"preprocess\.kind .*is missing"),
+    (lambda h: h.update(training="x"), "training .*is 'x', expected an object"),
+    (lambda h: one(h).update(names="a.weight"), r"names .*as there are `kept` \(2\)"),
+    (lambda h: one(h).update(names="a.weight\n"), "names .*expected non-empty names"),
+    (lambda h: one(h).update(names="b.weight\na.weight"), "names sorted and once for each op, not 'a.weight' after"),
+    (lambda h: one(h).update(names="a.weight\na.weight"), "not 'a.weight' after 'a.weight'"),
+    (lambda h: one(h).update(names="a.weight\nc.weight"), "the decoded masks have the mask_id"),
+    (lambda h: one(h).update(shapes=[[40, 3], 17]), r"shapes .*expected arrays of at most 16 sizes"),
+    (lambda h: one(h).update(shapes=[[40, 3], [1 << 35]]), "shapes .*at most 17179869184 weights"),
+    (lambda h: one(h).update(shapes=[[40, 3], [0, 1 << 60]]), "shapes .*at most 17179869184 weights"),
+    (lambda h: one(h).update(shapes=[[40, 3], [1] * 17]), "shapes .*at most 16 sizes"),
+    (lambda h: one(h).update(shapes=[[40, 3], [-17]]), "shapes .*expected arrays"),
+    (lambda h: one(h).update(shapes=[[40, 3], [True]]), "shapes .*expected arrays"),
+    (lambda h: one(h).update(shapes=[[40, 3], [1 << 33]]), "'b.weight' in set 'default' does not decode: .*declares 3"),
+    (lambda h: one(h).update(shapes=[[40, 3], [18]]), "the decoded masks have the mask_id"),
+    (lambda h: one(h).update(shapes=[[4, 3], [17]]), "kept .*at most 12 for 'a.weight'"),
+    (lambda h: one(h).update(shape=[0]), "shape .*expected an array of 2 items"),
+    (lambda h: one(h).update(shape=[0, 2]), "shape .*expected integers from 0 to 1"),
+    (lambda h: one(h).update(shape=[0, True]), "shape .*expected integers from 0 to 1"),
+    (lambda h: one(h).update(coding=[0, 1]), "coding .*expected integers from 0 to 0"),
+    (lambda h: one(h).update(codings=[3]), r"codings\[0\] .*is 3, expected an object"),
+    (lambda h: one(h)["codings"][0].update(op="add"), r"codings\[0\]\.op .*is 'add', expected one of flip, replace"),
+    (lambda h: one(h)["codings"][0].update(op="flip"), "the decoded masks have the mask_id"),
+    (lambda h: one(h)["codings"][0].update(op="replace"), "has no tensor 'default/values/a.weight'"),
+    (lambda h: one(h)["codings"][0].update(op=["zero"]), r"op .*is list, expected one of"),
+    (lambda h: one(h)["codings"][0].update(codec=1), r"codec .*is 1, expected text"),
+    (lambda h: one(h)["codings"][0].update(extra=1), "has settings {'extra': 1} that the codec 'zstd' refuses"),
+    (lambda h: one(h)["codings"][0].update(table=0), r"table .*is 0, expected the index of one of the 0 tables"),
+    (lambda h: one(h)["codings"][0].update(reference="default"), "against the set 'default', which has no such mask"),
+    (lambda h: one(h)["codings"][0].update(reference="x"), "against the set 'x', which has no such mask"),
+    (lambda h: one(h).update(kept=[1, 2]), "does not decode: it has .* true bits, the header states 1"),
+    (lambda h: one(h).update(kept=[-1, 2]), "kept .*expected integers from 0"),
+    (lambda h: one(h).update(kept=[1 << 70, 2]), "kept .*expected integers from 0"),
+    (lambda h: one(h).update(kept=7), "kept .*is 7, expected an array"),
+    (lambda h: one(h).update(size=[1, 1]), r"'default/payloads' is U8 of shape \(\d+,\), expected U8 of shape \(2,\)"),
+    (lambda h: one(h)["size"].reverse(), r"(the mask of 'a.weight' in set 'default' has not the digest|^$)"),
+    (lambda h: one(h).update(tables=[1]), r"maskpack.digests' is U8 of shape \(5, 16\)|default/payloads"),
+    (lambda h: one(h).update(tables=[-1]), "tables .*expected integers from 0"),
+    (lambda h: one(h).update(head={"kind": "mlp"}), r"head\.kind .*is 'mlp', expected one of linear, pooled-linear"),
+    (lambda h: one(h).update(head={"kind": "linear"}), r"head\.module .*is missing"),
+    (lambda h: one(h).update(head={"kind": "pooled-linear", "pooling": "max", "normalize": True}), "pooling .*'max'"),
+    (lambda h: one(h).update(head={"kind": "pooled-linear", "pooling": "cls"}), "normalize .*expected true or false"),
+    (lambda h: one(h).pop("head"), "'default/head/bias' is F32 .*expected no such tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "match"), FIELDS, ids=[match[:40] for _, match in FIELDS])
+def test_every_field_is_checked(change: Callable[[Header], Any], match: str, valid: bytes, tmp_path: Path) -> None:
+    refuse(tmp_path, with_header(valid, change), match)
+
+
+def test_later_versions_and_unknown_codecs_have_their_own_errors(valid: bytes, tmp_path: Path) -> None:
+    later = with_header(valid, lambda header: header.update(format_version=2, sets="?"))
+    refuse(tmp_path, later, "has format version 2, this release reads up to 1; upgrade with", UnsupportedVersionError)
+    unknown = with_header(valid, lambda header: one(header)["codings"][0].update(codec="brotli"))
+    expected = r"'a.weight' is packed with the codec 'brotli', which is not installed \(installed: raw, .*zstd\)"
+    refuse(tmp_path, unknown, expected, UnknownCodecError)
+    assert read_adapter(write(tmp_path, unknown)).sets == ("default",), "inspecting it is possible"
+
+
+TENSORS: list[tuple[Callable[[Header], Any], str]] = [
+    (lambda t: t["maskpack.base"].update(shape=[18, 2]), r"'maskpack.base' is U8 of shape \(18, 2\), expected U8"),
+    (lambda t: t["maskpack.digests"].update(shape=[80]), r"'maskpack.digests' is U8 of shape \(80,\), expected U8"),
+    (lambda t: t["default/head/bias"].update(dtype="I32"), "'default/head/bias' is I32 .*expected F32 or BF16"),
+    (lambda t: t.update({"default/scale": t.pop("default/statistics/bn.running_mean")}), r"\(3,\), expected .*\(2,\)"),
+    (lambda t: t.update({"maskpack.bose": t.pop("maskpack.base")}), "has no tensor 'maskpack.base'"),
+    (lambda t: t.update({"more": t.pop("default/head/bias")}), "'more' is F32 .*expected no such tensor"),
+    (lambda t: t.update({"default/values/a.weight": t.pop("default/head/bias")}), "expected no such tensor"),
+    (lambda t: t.update({"other/head/bias": t.pop("default/head/bias")}), "expected no such tensor"),
+    (lambda t: t.update({"default/statistics/x": t.pop("default/statistics/bn.running_mean")}), "no such tensor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "match"), TENSORS, ids=[match[:40] for _, match in TENSORS])
+def test_every_tensor_is_checked(change: Callable[[Header], Any], match: str, valid: bytes, tmp_path: Path) -> None:
+    outer, section = split_file(valid)
+    change(outer)
+    refuse(tmp_path, join_file(outer, section), match)

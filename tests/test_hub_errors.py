@@ -1,0 +1,166 @@
+"""Names, rights, logins and the network: the right class, and words that say what to do."""
+
+from pathlib import Path
+
+import huggingface_hub.constants as constants
+import pytest
+
+from maskpack.errors import AdapterError, HubError
+from maskpack.hub import pull, push
+
+from .hub_adapters import CARD, CONFIG, MODEL, contents, write_adapter
+from .hub_fixtures import NoWaiting
+from .hub_fixtures import hub as hub
+from .hub_fixtures import plain_adapters as plain_adapters
+from .hub_fixtures import waits as waits
+from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
+    pytest.mark.usefixtures("plain_adapters"),
+]
+
+BIRDS = "alice/birds"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def birds(hub: HubServer) -> HubServer:
+    hub.add(BIRDS, contents())
+    return hub
+
+
+# names, revisions, rights
+def test_no_such_repository(hub: HubServer) -> None:
+    words = r"cannot pull alice/typo: 127\.0\.0\.1 has no such repository, or it is private and you are not logged in"
+    with pytest.raises(AdapterError, match=words):
+        pull("alice/typo")
+    with pytest.raises(AdapterError, match="private and your token's account may not see it; check the name"):
+        pull("alice/typo", token=WRITE_TOKEN)
+    with pytest.raises(AdapterError, match="no such repository"):
+        pull("alice/typo@" + "a" * 40)
+
+
+def test_private_repository(hub: HubServer) -> None:
+    hub.add(BIRDS, contents(), private=True)
+    with pytest.raises(AdapterError, match=r"log in with `hf auth login` or set HF_TOKEN"):
+        pull(BIRDS)
+    with pytest.raises(AdapterError, match="may not see it"):
+        pull(BIRDS, token=STRANGER_TOKEN)
+    assert pull(BIRDS, token=READ_TOKEN).repo_id == BIRDS
+
+
+def test_no_such_revision(birds: HubServer, adapter: Path) -> None:
+    words = "cannot pull alice/birds@v9: alice/birds has no revision 'v9'; give a branch, tag or commit"
+    with pytest.raises(AdapterError, match=words):
+        pull("alice/birds@v9")
+    with pytest.raises(AdapterError, match="has no revision"):
+        pull(BIRDS, revision="a" * 40)
+    with pytest.raises(AdapterError, match="has no revision 'refs/pr/7'"):
+        push(adapter, BIRDS, revision="refs/pr/7", token=WRITE_TOKEN)
+
+
+def test_no_adapter_there(hub: HubServer) -> None:
+    hub.add(BIRDS, {"model.safetensors": b"x"})
+    words = r"is no maskpack adapter: it lacks maskpack_model\.safetensors and maskpack_config\.json"
+    with pytest.raises(AdapterError, match=words):
+        pull(BIRDS)
+    hub.add(BIRDS, {MODEL: b"x", f"{CONFIG}/deep": b"x"})
+    with pytest.raises(AdapterError, match=r"it lacks maskpack_config\.json"):
+        pull(BIRDS)
+
+
+@pytest.mark.parametrize("token", [False, STRANGER_TOKEN])
+def test_gated(birds: HubServer, token: str | bool) -> None:
+    birds.repositories[BIRDS].gated = "manual"
+    with pytest.raises(HubError, match=rf"open {birds.endpoint}/alice/birds, accept it, log in with `hf auth login`"):
+        pull(BIRDS, token=token)
+
+
+def test_disabled(birds: HubServer) -> None:
+    birds.repositories[BIRDS].disabled = True
+    with pytest.raises(HubError, match="access to it was disabled on the Hub; ask its owner"):
+        pull(BIRDS)
+
+
+def test_login_and_rights(birds: HubServer, adapter: Path) -> None:
+    with pytest.raises(HubError, match=r"the token is refused \(Invalid credentials .*\); log in with `hf auth login`"):
+        pull(BIRDS, token="hf_expiredToken")
+    with pytest.raises(HubError, match="cannot push to alice/new: this needs a login; log in with"):
+        push(adapter, "alice/new", token=False)
+    with pytest.raises(HubError, match="this needs a login; log in with `hf auth login` or set HF_TOKEN"):
+        push(adapter, "alice/new", token=True)
+    for token in (READ_TOKEN, STRANGER_TOKEN):
+        with pytest.raises(HubError, match=r"not allowed \(You don't have the rights .*\); use a token that may write"):
+            push(adapter, "alice/new", token=token)
+        with pytest.raises(HubError, match=r"not allowed \(You don't have the rights to write to this repository\)"):
+            push(write_adapter(adapter, contents(1)), BIRDS, token=token)
+
+
+def test_refused_card(hub: HubServer, adapter: Path) -> None:
+    hub.add(BIRDS, {CARD: b"---\na: [\n---\n"})
+    with pytest.raises(HubError, match=r"the Hub refuses the model card \(Invalid metadata .*\); correct README\.md"):
+        push(adapter, BIRDS, token=WRITE_TOKEN)
+    assert not hub.requests("POST", "/preupload/")
+
+
+# offline
+def test_offline(birds: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = r"not in the cache and the Hub may not be asked; go online \(unset HF_HUB_OFFLINE\) once"
+    with pytest.raises(HubError, match=words):
+        pull(BIRDS, local_files_only=True)
+    with pytest.raises(HubError, match=r"commit aaaaaaaaaaaa is not in the cache"):
+        pull(BIRDS, revision="a" * 40, local_files_only=True)
+    commit = pull(BIRDS).commit
+    birds.add(BIRDS, contents(1))
+    birds.log.clear()
+    assert pull(BIRDS, local_files_only=True).commit == commit
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull(BIRDS).commit == commit
+    with pytest.raises(HubError, match=words):
+        pull("alice/fish")
+    assert birds.log == []
+
+
+def test_offline_push(hub: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"cannot push to alice/birds: .*the Hub may not be asked"):
+        push(adapter, BIRDS, token=WRITE_TOKEN)
+
+
+def test_server_is_gone(birds: HubServer, adapter: Path, waits: NoWaiting) -> None:
+    commit = pull(BIRDS).commit
+    birds.stop()
+    assert pull(BIRDS).commit == commit
+    with pytest.raises(
+        HubError, match=r"127\.0\.0\.1 cannot be reached \(.*refused.*\); check network, proxy and HF_EN"
+    ):
+        pull("alice/fish")
+    with pytest.raises(HubError, match=r"cannot push to alice/birds: 127\.0\.0\.1 cannot be reached"):
+        push(adapter, BIRDS, token=WRITE_TOKEN)
+    assert waits.slept == [1, 4, 1, 4]
+
+
+# secrets
+def test_token_appears_nowhere(birds: HubServer, adapter: Path) -> None:
+    push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
+    pull(BIRDS, token=WRITE_TOKEN)
+    assert birds.requests("PUT", "store:")
+    assert WRITE_TOKEN not in birds.log_text()
+    odd = "secretWithoutPrefix"
+    birds.fail("status", "GET", "/api/models", status=400, message=f"refused {WRITE_TOKEN} and {odd}")
+    with pytest.raises(HubError) as caught:
+        pull(BIRDS, token=odd)
+    assert str(caught.value).endswith(r"answered 400 (refused hf_*** and ***)")
+    assert caught.value.__suppress_context__
+    birds.log.clear()
+    for bad in ("with\nline", "", "hf_ö"):
+        with pytest.raises(
+            HubError, match=r"cannot pull alice/birds: the token is empty or holds spaces, line ends or"
+        ):
+            pull(BIRDS, token=bad)
+    assert birds.log == []

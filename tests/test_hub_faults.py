@@ -1,0 +1,214 @@
+"""Faults on the way: damaged bytes are noticed, passing faults waited for, and a push happens once."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from maskpack.errors import AdapterError, CorruptAdapterError, HubError
+from maskpack.hub import folder as folder_module
+from maskpack.hub import pull, push
+
+from .hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
+from .hub_fixtures import NoWaiting
+from .hub_fixtures import hub as hub
+from .hub_fixtures import plain_adapters as plain_adapters
+from .hub_fixtures import waits as waits
+from .hub_server import WRITE_TOKEN, HubServer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
+    pytest.mark.usefixtures("plain_adapters"),
+]
+
+BIRDS = "alice/birds"
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def birds(hub: HubServer) -> HubServer:
+    hub.add(BIRDS, contents())
+    return hub
+
+
+# bytes that are not what they should be
+def test_flipped_bit_is_fetched_again(birds: HubServer) -> None:
+    birds.fail("corrupt", "GET", "store:")
+    assert read_folder(pull(BIRDS).path)[MODEL] == contents()[MODEL]
+    assert len(birds.requests("GET", "store:")) == 2
+
+
+@pytest.mark.parametrize(("path", "name"), [("store:", MODEL), (CONFIG, CONFIG)])
+def test_flipped_bit_twice(birds: HubServer, path: str, name: str) -> None:
+    birds.fail("corrupt", "GET", path, times=2)
+    with pytest.raises(CorruptAdapterError, match=f"{name} of alice/birds@.* arrived twice with other bytes"):
+        pull(BIRDS)
+    assert len(birds.requests("GET", path)) == 2
+
+
+def test_damaged_cache_is_repaired_or_named(birds: HubServer) -> None:
+    found = pull(BIRDS)
+    (found.path / MODEL).resolve().write_bytes(b"\0" * 3000)
+    with pytest.raises(CorruptAdapterError, match=r"maskpack_model\.safetensors of alice/birds in the cache has 3000"):
+        pull(BIRDS, local_files_only=True)
+    assert read_folder(pull(BIRDS, revision=found.commit).path)[MODEL] == contents()[MODEL]
+
+
+def test_record_that_does_not_fit(hub: HubServer) -> None:
+    hub.add(BIRDS, contents() | {CONFIG: contents(1)[CONFIG]})
+    with pytest.raises(CorruptAdapterError, match=r"they are damaged or of two adapters; get it again"):
+        pull(BIRDS)
+    assert len(hub.requests("GET", "store:")) == 1
+
+
+def test_shortened_download(birds: HubServer) -> None:
+    birds.fail("short", "GET", "store:")
+    assert read_folder(pull(BIRDS).path)[MODEL] == contents()[MODEL]
+    birds.add(BIRDS, contents(1))
+    birds.fail("short", "GET", "store:", times=9)
+    with pytest.raises(HubError, match="a download ended before the file was whole; try again"):
+        pull(BIRDS)
+
+
+def test_too_large_is_not_fetched(birds: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(folder_module.LIMITS, MODEL, 2999)
+    with pytest.raises(AdapterError, match=r"safetensors of alice/birds@.* has 3000 bytes; at most 2999 are accepted"):
+        pull(BIRDS)
+    assert not birds.requests(path="/resolve/")
+
+
+def test_too_large_here(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(folder_module.LIMITS, MODEL, 2999)
+    for path in (adapter, adapter / MODEL):
+        with pytest.raises(AdapterError, match="has 3000 bytes; at most 2999 are accepted"):
+            pull(path)
+
+
+# faults that pass
+@pytest.mark.parametrize("kind", ["status", "drop"])
+@pytest.mark.parametrize("path", ["hub:/api/models/alice/birds$", "paths-info", "/resolve/", "store:"])
+def test_passing_fault_is_waited_for(birds: HubServer, kind: str, path: str) -> None:
+    for method in ("GET", "POST", "HEAD"):
+        birds.fail(kind, method, path)
+    assert read_folder(pull(BIRDS).path) == contents()
+
+
+@pytest.mark.parametrize("kind", ["close", "reset"])
+def test_broken_body_is_fetched_again(hub: HubServer, kind: str) -> None:
+    data = os.urandom(2_000_000)
+    record = json.loads(contents()[CONFIG]) | {"size": len(data), "sha256": folder_module.digest(data).sha256}
+    hub.add(BIRDS, {MODEL: data, CONFIG: json.dumps(record).encode()})
+    hub.fail(kind, "GET", "store:")
+    assert read_folder(pull(BIRDS).path)[MODEL] == data
+
+
+def test_lasting_fault(birds: HubServer, waits: NoWaiting) -> None:
+    birds.fail("status", "POST", "paths-info", times=99, message="maintenance")
+    with pytest.raises(HubError, match=r"127\.0\.0\.1 answered 503 \(maintenance\), also when asked again; try later"):
+        pull(BIRDS)
+    assert waits.slept == [1, 4]
+    birds.fail("reset", "GET", "store:", times=99)
+    birds.faults.rules[0].times = 0
+    with pytest.raises(HubError, match=r"the connection to 127\.0\.0\.1 broke \(Re\w+Error\); try again"):
+        pull(BIRDS)
+
+
+def test_server_says_how_long_to_wait(birds: HubServer, waits: NoWaiting) -> None:
+    birds.fail("status", "POST", "paths-info", status=429, headers={"Retry-After": "7"})
+    pull(BIRDS)
+    assert waits.slept == [7]
+    birds.add(BIRDS, contents(1))
+    birds.fail("status", "POST", "paths-info", status=429, headers={"Retry-After": "900"}, times=9)
+    with pytest.raises(HubError, match=r"too many requests .*wait 900 seconds and try again"):
+        pull(BIRDS)
+    assert waits.slept == [7]
+
+
+def test_other_answers(birds: HubServer) -> None:
+    birds.fail("status", "POST", "paths-info", status=400, message="no such thing")
+    with pytest.raises(HubError, match=r"127\.0\.0\.1 answered 400 \(no such thing\)"):
+        pull(BIRDS)
+    birds.fail("status", "POST", "paths-info", status=200, message="a login page of the hotel")
+    with pytest.raises(HubError, match=r"cannot pull alice/birds: the client failed with \w+Error"):
+        pull(BIRDS)
+
+
+# a push happens once
+@pytest.mark.parametrize("kind", ["lost", "status", "drop"])
+def test_commit_after_a_fault_happens_once(birds: HubServer, adapter: Path, kind: str) -> None:
+    before = len(birds.repositories[BIRDS].git.history(birds.repositories[BIRDS].head("main")))
+    write_adapter(adapter, contents(1))
+    birds.fail(kind, "POST", "/commit/")
+    pushed = push(adapter, BIRDS, token=WRITE_TOKEN)
+    history = birds.repositories[BIRDS].git.history(birds.repositories[BIRDS].head("main"))
+    assert (len(history), history[0]) == (before + 1, pushed.commit)
+    assert birds.file(BIRDS, MODEL) == contents(1)[MODEL]
+    assert len(birds.requests("POST", "/commit/")) == (1 if kind == "lost" else 2)
+
+
+@pytest.mark.parametrize("path", ["create", "preupload", "batch", "store:", "verify", "/api/models/alice/new", "yaml"])
+@pytest.mark.parametrize("kind", ["status", "lost"])
+def test_fault_before_the_commit(hub: HubServer, adapter: Path, path: str, kind: str) -> None:
+    for method in ("GET", "POST", "PUT"):
+        hub.fail(kind, method, path)
+    pushed = push(adapter, "alice/new", token=WRITE_TOKEN)
+    assert len(hub.repositories["alice/new"].git.history(pushed.commit or "")) == 2
+    assert hub.file("alice/new", MODEL) == contents()[MODEL]
+
+
+def test_conflict(birds: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else commits between our look and our commit."""
+    other = contents(2)
+    answer = birds.hub.application
+
+    def interfere(request):  # type: ignore[no-untyped-def]
+        if "/commit/" in request.target:
+            birds.add(BIRDS, other)
+        return answer(request)
+
+    write_adapter(adapter, contents(1))
+    monkeypatch.setattr(birds.hub, "application", interfere)
+    with pytest.raises(
+        HubError, match=r"somebody else changed main meanwhile \(.* became .*\), and nothing of yours was"
+    ):
+        push(adapter, BIRDS, token=WRITE_TOKEN)
+    assert birds.file(BIRDS, MODEL) == other[MODEL]
+    assert len(birds.requests("POST", "/commit/")) == 1
+
+
+def test_lost_pull_request_is_not_opened_twice(birds: HubServer, adapter: Path) -> None:
+    write_adapter(adapter, contents(1))
+    birds.fail("lost", "POST", "/commit/")
+    with pytest.raises(HubError, match=r"look at .*/alice/birds/discussions before pushing again"):
+        push(adapter, BIRDS, create_pr=True, token=WRITE_TOKEN)
+    assert list(birds.repositories[BIRDS].git.refs("refs/pr")) == ["1"]
+
+
+def test_racing_pushes(birds: HubServer, tmp_path: Path) -> None:
+    """Every push either lands whole or says that it did not."""
+    adapters = [write_adapter(tmp_path / str(seed), contents(seed)) for seed in range(1, 5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        attempts = [pool.submit(push, adapter, BIRDS, token=WRITE_TOKEN) for adapter in adapters]
+    failed = [attempt.exception() for attempt in attempts if attempt.exception()]
+    assert [str(error) for error in failed if "somebody else changed main meanwhile" not in str(error)] == []
+    landed = [str(attempt.result().commit) for attempt in attempts if not attempt.exception()]
+    git = birds.repositories[BIRDS].git
+    assert landed
+    assert set(git.history(birds.repositories[BIRDS].head("main"))) >= set(landed)
+    assert len(git.history(birds.repositories[BIRDS].head("main"))) == 2 + len(landed)
+    assert read_folder(pull(BIRDS).path)[CONFIG] in [contents(seed)[CONFIG] for seed in range(1, 5)]
+
+
+def test_store_refuses(birds: HubServer, adapter: Path) -> None:
+    write_adapter(adapter, contents(1))
+    birds.fail("status", "PUT", "store:", status=400, message="no space")
+    with pytest.raises(HubError, match=r"cannot push to alice/birds: 127\.0\.0\.1 answered 400 \(no space\)"):
+        push(adapter, BIRDS, token=WRITE_TOKEN)
+    assert birds.file(BIRDS, MODEL) == contents()[MODEL]

@@ -1,0 +1,71 @@
+"""Local adapters: verified like fetched ones, copied, and a folder as registry."""
+
+from pathlib import Path
+
+import pytest
+
+from maskpack.errors import AdapterError, CorruptAdapterError, StateError
+from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
+
+from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
+from .hub_fixtures import plain_adapters as plain_adapters
+
+pytestmark = pytest.mark.usefixtures("plain_adapters")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter")
+
+
+def test_local_adapters(tmp_path: Path, adapter: Path) -> None:
+    assert pull(adapter) == PulledAdapter(adapter)
+    assert pull(str(adapter / MODEL)) == PulledAdapter(adapter / MODEL)
+    assert pull(adapter, output=tmp_path / "copy") == PulledAdapter(tmp_path / "copy")
+    assert read_folder(tmp_path / "copy") == contents()
+    assert pull(adapter / MODEL, output=tmp_path / "one").path == tmp_path / "one" / MODEL
+    with pytest.raises(AdapterError, match=r"gone does not exist; expected a folder with maskpack_model"):
+        pull(tmp_path / "gone")
+    with pytest.raises(AdapterError, match=r"gone\.safetensors does not exist; expected an adapter's model file"):
+        pull(tmp_path / "gone.safetensors")
+    (adapter / MODEL).write_bytes(b"other")
+    with pytest.raises(CorruptAdapterError, match=r"has 5 bytes and sha256 d9298a10d1b0…, but maskpack_config\.json"):
+        pull(adapter)
+    (adapter / MODEL).unlink()
+    with pytest.raises(AdapterError, match=r"lacks maskpack_model\.safetensors"):
+        pull(adapter)
+    with pytest.raises(AdapterError, match=r"is not a folder; expected a folder"):
+        pull(adapter / CONFIG)
+
+
+@pytest.mark.parametrize("record", [b"{}", b"[]", b'{"sha256": "AB", "size": 3}', b'{"sha256": 5, "size": true}'])
+def test_config_without_a_record(adapter: Path, record: bytes) -> None:
+    (adapter / CONFIG).write_bytes(record)
+    with pytest.raises(CorruptAdapterError, match="does not record the sha256 and size of"):
+        pull(adapter)
+
+
+@pytest.mark.parametrize("record", [b"{", b"\xff", b"[" * 100_000])
+def test_config_that_is_no_json(adapter: Path, record: bytes) -> None:
+    (adapter / CONFIG).write_bytes(record)
+    with pytest.raises(CorruptAdapterError, match="is not valid JSON"):
+        pull(adapter)
+
+
+def test_folder_as_registry(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (adapter / "secret.env").touch()
+    target = Path("registry/birds")
+    assert push(adapter, "./registry/birds") == PushedAdapter(None, str(target), None, created=True, unchanged=False)
+    assert set(read_folder(target)) == set(NAMES)
+    assert push(adapter, "./registry/birds").unchanged
+    (target / CARD).write_text((target / CARD).read_text() + "mine\n")
+    write_adapter(adapter, contents(1))
+    assert push(adapter, target) == PushedAdapter(None, str(target), None, created=False, unchanged=False)
+    assert (target / CARD).read_text().endswith("mine\n")
+    assert pull("./registry/birds").path == target
+    assert read_folder(target)[MODEL] == contents(1)[MODEL]
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.tex").touch()
+    with pytest.raises(StateError, match=r"holds other files \(thesis\.tex\)"):
+        push(adapter, "./work")

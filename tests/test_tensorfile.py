@@ -1,0 +1,169 @@
+"""Safetensors files, written by us and read by anybody."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from maskpack.errors import ConfigError, CorruptAdapterError, DataError, StateError
+from maskpack.tensorfile import Blob, read_tensors, replacing, write_tensors
+from maskpack.tensorheader import DTYPES, parse_header, strict_json
+
+TENSORS = {
+    "b": torch.arange(6, dtype=torch.float32).reshape(2, 3).t(),
+    "a": torch.tensor([True, False, True]),
+    "c": torch.zeros(0, 4, dtype=torch.bfloat16),
+    "d": torch.tensor(3, dtype=torch.int64),
+}
+
+
+def test_writes_what_the_official_library_reads(tmp_path: Path) -> None:
+    for dtype in DTYPES.values():
+        write_tensors(tmp_path / "x", {**TENSORS, "e": torch.ones(3).to(dtype)}, {"k": "v"})
+        for read in (load_file, read_tensors):
+            found = read(tmp_path / "x")
+            assert found.keys() == {*TENSORS, "e"}
+            assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+            assert torch.equal(found["e"], torch.ones(3).to(dtype))
+
+
+def test_bytes_are_canonical(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "1", {"b": torch.ones(1), "a": torch.ones(3, dtype=torch.uint8)}, {"z": "1", "y": "2"})
+    blobs = [Blob("a", "U8", (3,), [b"\1", b"", bytearray(b"\1\1")]), Blob.of("b", torch.ones(1))]
+    write_tensors(tmp_path / "2", iter(blobs), {"y": "2", "z": "1"})
+    text = b'{"__metadata__":{"y":"2","z":"1"},"a":{"data_offsets":[4,7],"dtype":"U8","shape":[3]},'
+    text += b'"b":{"data_offsets":[0,4],"dtype":"F32","shape":[1]}}'
+    text += b" " * (-len(text) % 8)
+    expected = len(text).to_bytes(8, "little") + text + b"\0\0\x80?\1\1\1"
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == expected
+
+
+def test_mode_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "x", TENSORS, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("stage", ["write", "sync", "rename"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
+def test_failure_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, error: BaseException
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    (tmp_path / "x").write_text("old")
+    if stage == "sync":
+        monkeypatch.setattr(os, "fsync", fail)
+    if stage == "rename":
+        monkeypatch.setattr(Path, "replace", fail)
+    caught: BaseException | None = None
+    try:
+        with replacing(tmp_path / "x", tmp_path / "y") as (first, second):
+            first.write_text("new")
+            second.write_text("new")
+            if stage == "write":
+                raise error
+    except BaseException as raised:
+        caught = raised
+    if isinstance(error, OSError):
+        assert isinstance(caught, StateError)
+        assert "No space left on device; nothing was changed there; free space" in str(caught)
+    else:
+        assert caught is error
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "old"
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("shared")
+    (tmp_path / "x").symlink_to(tmp_path / "cache")
+    write_tensors(tmp_path / "x", TENSORS, {})
+    assert (tmp_path / "cache").read_text() == "shared"
+    assert not (tmp_path / "x").is_symlink()
+
+
+def test_refuses_to_write(tmp_path: Path) -> None:
+    with pytest.raises(
+        StateError, match=r"cannot write .*no/x: No such file or directory.*choose a folder that exists"
+    ):
+        write_tensors(tmp_path / "no/x", TENSORS, {})
+    with pytest.raises(ConfigError, match=r"'a' comes twice, or has 3 bytes where its U8 of shape \(2,\) needs 2"):
+        write_tensors(tmp_path / "x", [Blob("a", "U8", (2,), [b"abc"])], {})
+    with pytest.raises(ConfigError, match="'a' comes twice"):
+        write_tensors(tmp_path / "x", [Blob("a", "U8", (1,), [b"a"])] * 2, {})
+    with pytest.raises(ConfigError, match=r"'a' is torch\.complex64, expected one of"):
+        write_tensors(tmp_path / "x", {"a": torch.zeros(1, dtype=torch.complex64)}, {})
+    with pytest.raises(ConfigError, match=r"the header would have 94\d+ bytes, at most 8388608 are allowed"):
+        write_tensors(tmp_path / "x", {}, {"k": "v" * 9_400_000})
+    assert not list(tmp_path.iterdir())
+
+
+def test_refuses_to_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no file .*x\.safetensors"):
+        read_tensors(tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
+    with pytest.raises(DataError, match=r"is a folder, expected a \.safetensors file; those in it: y\.safetensors"):
+        read_tensors(tmp_path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
+    with pytest.raises(DataError, match=r"cannot read .*x\.pt as a safetensors file.*if it is a pickle"):
+        read_tensors(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"a": 1, "a": 2}', "the key 'a' comes twice"),
+        ("[NaN]", "not valid JSON"),
+        ("[1e999]", "the number 1e999 is not finite"),
+        ("[" * 33 + "]" * 33, "nested more than 32 deep"),
+        ("[" * 100_000, "not valid JSON"),
+        ('"\\ud800"', "surrogates not allowed"),
+        (b"\xff", "not valid JSON"),
+        ("1" * 5000, "not valid JSON"),
+    ],
+)
+def test_strict_json(text: str | bytes, match: str) -> None:
+    with pytest.raises(CorruptAdapterError, match=f"the header is not valid JSON.*{match}|{match}"):
+        strict_json(text, "the header")
+    assert strict_json("[" * 32 + "]" * 32, "x")
+    assert strict_json('"\\ud83d\\ude00"', "x") == "😀"
+
+
+def entry(start: object, end: object, dtype: object = "U8", shape: object = None) -> str:
+    shape = [end - start] if shape is None else shape  # type: ignore[operator]
+    return f'{{"data_offsets":[{start},{end}],"dtype":"{dtype}","shape":{shape}}}'
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        (
+            lambda: f'{{"a":{entry(0, 3)},"b":{entry(2, 4)}}}',
+            "'b' starts at byte 2 of the data, expected 3: it overlaps",
+        ),
+        (lambda: f'{{"a":{entry(0, 3)},"b":{entry(4, 5)}}}', "'b' starts at byte 4 .*, expected 3: it leaves a gap"),
+        (lambda: f'{{"a":{entry(0, 3)}}}', "has 4 bytes of data, its header describes 3"),
+        (lambda: f'{{"a":{entry(0, 4, "U7")}}}', "unknown dtype 'U7'; known: BF16"),
+        (lambda: f'{{"a":{entry(0, 4, shape=[3])}}}', r"U8 of shape \[3\] needs 3 bytes, its offsets \[0, 4\] span 4"),
+        (lambda: f'{{"a":{entry(0, 4, shape=[-4])}}}', "shape must be a list of at most 16 integers"),
+        (lambda: f'{{"a":{entry(0, 4, shape=[True] * 4)}}}'.replace("True", "true"), "shape must be a list"),
+        (lambda: f'{{"a":{entry(0, 4, shape=[1] * 17)}}}', "at most 16"),
+        (lambda: f'{{"a":{entry(0, 0, shape=[0, 1 << 60])}}}', "a dimension is over 281474976710656"),
+        (lambda: '{"a":{"dtype":"U8","shape":[4]}}', "expected dtype, shape and data_offsets"),
+        (lambda: '{"__metadata__":{"a":1}}', "must map strings to strings"),
+        (lambda: " {}", "begins with b' '"),
+    ],
+)
+def test_refuses_headers(header: Callable[[], str], match: str) -> None:
+    with pytest.raises(CorruptAdapterError, match=match):
+        parse_header(memoryview(header().encode()), 4)
