@@ -3,7 +3,6 @@
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 _HOME = tempfile.mkdtemp(prefix="maskpack-tests-")
@@ -27,7 +26,6 @@ from torch import nn
 
 from maskpack.backbone.load import Backbone
 from maskpack.preprocess import ImagePreprocess
-
 
 torch.set_num_threads(1)
 
@@ -63,13 +61,13 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tiny() -> Iterator[nn.Module]:
+def tiny() -> nn.Module:
     """A TinyNet in evaluation mode with BatchNorm statistics that are not the defaults."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = TinyNet()
         model(torch.randn(32, 3, 8, 8))
-    yield model.eval()
+    return model.eval()
 
 
 @pytest.fixture

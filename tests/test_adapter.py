@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from maskpack.backbone.head import Head
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 
-from .helpers_adapter import base_of, random_masks, resnet50_shapes, split_file
+from .helpers_adapter import base_of, join_file, random_masks, resnet50_shapes, split_file
 
 SHAPES = {"layer1.0.weight": (4, 3, 3, 3), "layer2.weight": (5, 7), "layer3.weight": ()}
 MASKS = random_masks(SHAPES)
@@ -105,6 +106,32 @@ def test_any_masks_come_back(tmp_path: Path, data: st.DataObject, codec: str | N
     save_adapter(path, masks, base_of(shapes), profile=profile, codec=codec)
     assert read_adapter(path).masks() == masks
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_scale_may_be_on_for_some_parameters_only(tmp_path: Path) -> None:
+    scaled = MaskSet({"a": random_masks({"a": (9,)}, scale=True)["a"], "b": random_masks({"b": (9,)})["b"]})
+    adapter = save_adapter(tmp_path / "x.safetensors", scaled, base_of("ab"))
+    assert adapter.masks() == scaled
+    assert adapter.masks()["b"].alpha is None
+    assert "default/scale" not in save_adapter(tmp_path, random_masks({"a": (9,)}), base_of("a")).spans
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -1.0])
+def test_impossible_scales_are_refused(tmp_path: Path, alpha: float) -> None:
+    path = tmp_path / "x.safetensors"
+    save_adapter(path, random_masks({"a": (9,)}, scale=True), base_of("a"))
+    header, section = split_file(path.read_bytes())
+    start, end = header["default/scale"]["data_offsets"]
+    raw = struct.pack("<f", alpha)
+    section = section[:start] + raw + section[end:]
+    first, last = header["maskpack.digests"]["data_offsets"]
+    section = section[: first + 16] + hashlib.sha256(raw).digest()[:16] + section[last:]
+    inner = json.loads(header["__metadata__"]["maskpack"])
+    inner["data_sha256"] = hashlib.sha256(section).hexdigest()
+    header["__metadata__"]["maskpack"] = json.dumps(inner)
+    path.write_bytes(join_file(header, section))
+    with pytest.raises(CorruptAdapterError, match=f"the scale of 'a' is {alpha}, expected a positive number"):
+        read_adapter(path).masks()
 
 
 def test_same_input_gives_the_same_files(tmp_path: Path) -> None:

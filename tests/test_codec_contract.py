@@ -6,7 +6,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -15,10 +15,10 @@ import torch
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
 from maskpack.codecs.choose import encode_set
-from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError
-from maskpack.mask import MaskSet
+from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
+from maskpack.mask import MaskSet, PackedMask, mask_id
 
-from .helpers_adapter import base_of, random_bits, random_masks, split_file
+from .helpers_adapter import base_of, random_bits, random_masks, split_file, with_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,87 @@ class TestContract:
         constant = [(np.full(1000, 0x56, np.uint8), Side((8000,), np.zeros(8000, np.uint8))) for _ in range(2)]
         coded, tables = encode_set(constant, "max", "test-mixed", base=True)
         assert (len(tables), [one.table for one in coded]) == (1, [0, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Difference(Codec):
+    """Bits XOR the reference."""
+
+    id = "test-difference"
+
+    def encode(self, bits: Bits, side: Side) -> bytes:
+        raise NotImplementedError
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        assert side.reference is not None
+        return side.checked(np.frombuffer(data, np.uint8)) ^ side.reference
+
+    @classmethod
+    def candidates(cls, profile: Profile) -> list[Self]:
+        return []
+
+
+def test_a_set_may_be_coded_against_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CODECS._classes, "test-difference", Difference)  # type: ignore[arg-type]
+    shapes = {"a.weight": (33, 7), "b.weight": (5,)}
+    dispatcher, expert = random_masks(shapes, 0.9, 1), random_masks(shapes, 0.8, 2)
+    difference = {name: PackedMask(expert[name].bits ^ dispatcher[name].bits, shapes[name]) for name in shapes}
+    path = tmp_path / "x.safetensors"
+    save_adapter(path, {"dispatcher": dispatcher, "expert": MaskSet(difference)}, base_of(shapes), codec="raw")
+
+    def refer(header: dict[str, Any]) -> None:
+        one = header["sets"]["expert"]
+        one["codings"] = [{"codec": "test-difference", "op": "zero", "reference": "dispatcher"}]
+        one["kept"] = [mask.kept for mask in expert.values()]
+        header["mask_id"] = mask_id({"dispatcher": dispatcher, "expert": expert})
+
+    path.write_bytes(with_header(path.read_bytes(), refer))
+    adapter = read_adapter(path)
+    assert adapter.masks(set="expert") == expert
+    assert adapter.masks(set="dispatcher") == dispatcher
+    assert adapter.verify() == {"payloads": 4, "decoded": 4, "needs_base": [], "mask_id": True}
+
+
+class Failing(Difference):
+    """Fails as only a stranger's codec can."""
+
+    id = "test-failing"
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        raise IndexError("list index out of range")
+
+
+def test_whatever_a_codec_raises_becomes_our_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CODECS._classes, "test-failing", Failing)  # type: ignore[arg-type]
+    path = tmp_path / "x.safetensors"
+    save_adapter(path, random_masks({"a": (9,)}), base_of("a"), codec="raw")
+
+    def fail(header: dict[str, Any]) -> None:
+        header["sets"]["default"]["codings"][0]["codec"] = "test-failing"
+
+    path.write_bytes(with_header(path.read_bytes(), fail))
+    with pytest.raises(CorruptAdapterError, match="'a' in set 'default' does not decode: list index out of range"):
+        read_adapter(path).masks()
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetful(Difference):
+    """Gives back other bits than it got."""
+
+    id = "test-forgetful"
+
+    def encode(self, bits: Bits, side: Side) -> bytes:
+        return b""
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        return np.zeros(side.size, np.uint8)
+
+
+def test_a_codec_that_loses_bits_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CODECS._classes, "test-forgetful", Forgetful)  # type: ignore[arg-type]
+    with pytest.raises(AdapterError, match="the codec 'test-forgetful' does not give back the mask that it coded"):
+        save_adapter(tmp_path / "x", random_masks({"a": (9,)}), base_of("a"), codec="test-forgetful")
+    assert not list(tmp_path.glob("x/*"))
 
 
 def test_a_codec_from_another_distribution_is_found(tmp_path: Path) -> None:

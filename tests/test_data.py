@@ -6,7 +6,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-
 from PIL import Image
 
 from maskpack.data.base import SOURCES, Data, empty_classes, load_data

@@ -202,6 +202,23 @@ def test_later_versions_and_unknown_codecs_have_their_own_errors(valid: bytes, t
     assert read_adapter(write(tmp_path, unknown)).sets == ("default",), "inspecting it is possible"
 
 
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        ("default/payloads", "the mask of 'a.weight' in set 'default'"),
+        ("default/head/bias", "tensor 'default/head/bias'"),
+    ],
+)
+def test_damage_is_located(tensor: str, what: str, valid: bytes, tmp_path: Path) -> None:
+    outer, section = split_file(valid)
+    at = outer[tensor]["data_offsets"][0]
+    spoiled = section[:at] + bytes([section[at] ^ 1]) + section[at + 1 :]
+    refuse(tmp_path, join_file(outer, spoiled), f"{what} has not the digest that was stored; fetch the file again")
+    base = outer["maskpack.base"]["data_offsets"][0]
+    spoiled = section[:base] + bytes([section[base] ^ 1]) + section[base + 1 :]
+    refuse(tmp_path, join_file(outer, spoiled), "the sha256 of its data is .*, the header states")
+
+
 TENSORS: list[tuple[Callable[[Header], Any], str]] = [
     (lambda t: t["maskpack.base"].update(shape=[18, 2]), r"'maskpack.base' is U8 of shape \(18, 2\), expected U8"),
     (lambda t: t["maskpack.digests"].update(shape=[80]), r"'maskpack.digests' is U8 of shape \(80,\), expected U8"),

@@ -66,11 +66,11 @@ def demo(
         train_mask,
         unload_mask,
     )
+    from maskpack.apply.export import export_state
     from maskpack.apply.load import load_adapter
     from maskpack.backbone.fingerprint import fingerprint
     from maskpack.errors import StateError
     from maskpack.evaluate.linear_probe import linear_probe
-    from maskpack.apply.export import export_state
     from maskpack.training.config import TrainConfig
 
     if output.exists() and any(output.iterdir()) and not (output / "backbone.py").exists():
@@ -138,11 +138,12 @@ def demo(
         f"base bits unchanged: {'yes' if restored else 'NO'}\n"
     )
     table(["step", "seconds"], [[name, f"{value:.2f}"] for name, value in times.items()])
+    adapter_path = str(output / "adapter") if output.is_absolute() else f"./{output / 'adapter'}"
     typer.echo(
-        f"\nThe adapter: {output / 'adapter'}\nUse it:\n\n"
+        f"\nThe adapter: {adapter_path}\nUse it:\n\n"
         f"    from maskpack import load_backbone, load_mask\n\n"
         f"    backbone = load_backbone({f'{factory}:digits_cnn'!r}, weights={str(weights)!r})\n"
-        f"    load_mask(backbone.model, {'./' + str(output / 'adapter') if not output.is_absolute() else str(output / 'adapter')!r})"
+        f"    load_mask(backbone.model, {adapter_path!r})"
     )
 
 

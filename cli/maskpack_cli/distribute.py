@@ -14,7 +14,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="The adapter's folder.")],
     ref: Annotated[str, typer.Argument(help="user/name on the Hub, or a folder as registry: ./registry/name.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of the repository. [default: the account's]")
+        bool | None, typer.Option("--private/--public", help="Of the repository. (default: the account's)")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     commit_message: Annotated[str | None, typer.Option("--commit-message", "-m", help="Of the one commit.")] = None,
@@ -37,7 +37,7 @@ def push(
 def pull(
     ref: Ref,
     revision: Revision = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to copy the files to. [default: only the cache]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to copy the files to. (default: only the cache)")] = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,

@@ -36,20 +36,20 @@ def train(
     weights: Annotated[Path | None, _option("backbone", "Safetensors state dict, loaded strictly.")] = None,
     random_weights: Annotated[int | None, _option("backbone", "Seed of random weights.")] = None,
     head: Annotated[str | None, _option("backbone", "Module that gives the logits, where it is not found.")] = None,
-    image_size: Annotated[int | None, _option("backbone", "Pixels. [default: the backbone's]")] = None,
+    image_size: Annotated[int | None, _option("backbone", "Pixels. (default: the backbone's)")] = None,
     mean: Annotated[
-        str | None, _option("backbone", "Three numbers joined by commas. [default: the backbone's]")
+        str | None, _option("backbone", "Three numbers joined by commas. (default: the backbone's)")
     ] = None,
-    std: Annotated[str | None, _option("backbone", "Three numbers joined by commas. [default: the backbone's]")] = None,
+    std: Annotated[str | None, _option("backbone", "Three numbers joined by commas. (default: the backbone's)")] = None,
     data: Annotated[str | None, _option("data", "Hub data set, folder (parquet, csv, images), or digits:0-9.")] = None,
     input_column: Annotated[str | None, _option("data", "Column of images or texts, where it is not found.")] = None,
     label_column: Annotated[str | None, _option("data", "Column of labels, where it is not found.")] = None,
-    labels_fraction: Annotated[float | None, _option("data", "Share of the training rows to use. [default: 1]")] = None,
+    labels_fraction: Annotated[float | None, _option("data", "Share of the training rows to use. (default: 1)")] = None,
     validation_fraction: Annotated[
-        float | None, _option("data", "Share of the training rows held out. [default: 0.1]")
+        float | None, _option("data", "Share of the training rows held out. (default: 0.1)")
     ] = None,
     augment: Annotated[
-        str | None, _option("data", "none, crop, flip or crop-flip, for images. [default: crop-flip]")
+        str | None, _option("data", "none, crop, flip or crop-flip, for images. (default: crop-flip)")
     ] = None,
     method: Annotated[str | None, _option("mask", "How scores become a mask: `maskpack list methods`.")] = None,
     method_option: Annotated[
@@ -59,28 +59,28 @@ def train(
     include: Annotated[list[str] | None, _option("mask", "Glob of parameters to mask; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, _option("mask", "Glob of parameters to leave out; may be repeated.")] = None,
     scale: Annotated[
-        bool | None, _option("mask", "Divide kept weights by sqrt(density). [default: off]", "--scale/--no-scale")
+        bool | None, _option("mask", "Divide kept weights by sqrt(density). (default: off)", "--scale/--no-scale")
     ] = None,
-    bn: Annotated[str | None, _option("mask", "BatchNorm statistics: adapt or freeze. [default: adapt]")] = None,
-    epochs: Annotated[int | None, _option("training", "Passes over the training rows. [default: 10]")] = None,
+    bn: Annotated[str | None, _option("mask", "BatchNorm statistics: adapt or freeze. (default: adapt)")] = None,
+    epochs: Annotated[int | None, _option("training", "Passes over the training rows. (default: 10)")] = None,
     steps: Annotated[int | None, _option("training", "Optimiser steps, in place of epochs.")] = None,
-    batch_size: Annotated[int | None, _option("training", "Examples per forward pass. [default: 64]")] = None,
-    accumulate: Annotated[int | None, _option("training", "Forward passes per step. [default: 1]")] = None,
-    lr: Annotated[float | None, _option("training", "Peak rate of the scores. [default: 0.02; 50 for sgd]")] = None,
-    head_lr: Annotated[float | None, _option("training", "Peak rate of the head. [default: 0.01; 0.1 for sgd]")] = None,
-    optimizer: Annotated[str | None, _option("training", "adam or sgd (momentum 0.9). [default: adam]")] = None,
-    schedule: Annotated[str | None, _option("training", "cosine or constant. [default: cosine]")] = None,
-    warmup: Annotated[float | None, _option("training", "Share of the steps. [default: 0.1]")] = None,
-    clip: Annotated[float | None, _option("training", "Largest gradient norm. [default: none]")] = None,
-    label_smoothing: Annotated[float | None, _option("training", "From 0 to 1. [default: 0]")] = None,
-    precision: Annotated[str | None, _option("training", "no, bf16 or fp16. [default: no]")] = None,
-    workers: Annotated[int | None, _option("training", "Processes that read the data. [default: 0]")] = None,
-    seed: Annotated[int | None, _option("training", "Of everything random. [default: 0]")] = None,
+    batch_size: Annotated[int | None, _option("training", "Examples per forward pass. (default: 64)")] = None,
+    accumulate: Annotated[int | None, _option("training", "Forward passes per step. (default: 1)")] = None,
+    lr: Annotated[float | None, _option("training", "Peak rate of the scores. (default: 0.02; 50 for sgd)")] = None,
+    head_lr: Annotated[float | None, _option("training", "Peak rate of the head. (default: 0.01; 0.1 for sgd)")] = None,
+    optimizer: Annotated[str | None, _option("training", "adam or sgd (momentum 0.9). (default: adam)")] = None,
+    schedule: Annotated[str | None, _option("training", "cosine or constant. (default: cosine)")] = None,
+    warmup: Annotated[float | None, _option("training", "Share of the steps. (default: 0.1)")] = None,
+    clip: Annotated[float | None, _option("training", "Largest gradient norm. (default: none)")] = None,
+    label_smoothing: Annotated[float | None, _option("training", "From 0 to 1. (default: 0)")] = None,
+    precision: Annotated[str | None, _option("training", "no, bf16 or fp16. (default: no)")] = None,
+    workers: Annotated[int | None, _option("training", "Processes that read the data. (default: 0)")] = None,
+    seed: Annotated[int | None, _option("training", "Of everything random. (default: 0)")] = None,
     output: Annotated[Path | None, _option("run", "Folder for the adapter, the checkpoint and the logs.")] = None,
     config: Annotated[
         Path | None, _option("run", "TOML file with these options as keys; the command line goes before it.")
     ] = None,
-    profile: Annotated[Profile | None, _option("run", "How hard to pack. [default: default]")] = None,
+    profile: Annotated[Profile | None, _option("run", "How hard to pack. (default: default)")] = None,
     resume: Annotated[bool, _option("run", "Continue from the last checkpoint in --output.", "--resume")] = False,
     dry_run: Annotated[bool, _option("run", "Check everything, run one batch, write nothing.", "--dry-run")] = False,
     as_json: Json = False,
@@ -148,9 +148,7 @@ def _train(
     folder = output / RUN_FOLDER
     with _progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_mask(backbone, data, run_config, output=folder, resume=resume, report=report)
-    adapter = save_adapter(
-        output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about
-    )
+    adapter = save_adapter(output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about)
     about = inspect_adapter(adapter)
     whole = about["sets"]["default"]
     unreadable = result.about["training"]["data"]["unreadable"]

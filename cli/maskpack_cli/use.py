@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BackboneOption = Annotated[
     str | None,
-    typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY. [default: the adapter's base]"),
+    typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY. (default: the adapter's base)"),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
 RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]

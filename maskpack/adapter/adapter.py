@@ -158,7 +158,7 @@ class Adapter:
         return self.tensors(f"{set}/values/")
 
     def preprocess(self) -> Callable[[Any], Tensor] | None:
-        """Return the function from a PIL image to the model's input, (3, size, size); None if none is stored, or for texts.
+        """Return the function from a PIL image to float32 (3, size, size); None for texts, or if none is stored.
 
         Raises:
             MissingDependencyError: if torchvision is not installed.
@@ -207,10 +207,8 @@ class Adapter:
             for name, index in alone:
                 self._decoder.decode(name, index, None)
         elif (found := mask_id({name: self.iter_masks(set=name) for name in self.sets})) != self.mask_id:
-            raise CorruptAdapterError(
-                f"{self.path}: the decoded masks have the mask_id {found}, the header states {self.mask_id}; fetch the "
-                f"file again"
-            )
+            what = f"the decoded masks have the mask_id {found}, the header states {self.mask_id}"
+            raise CorruptAdapterError(f"{self.path}: {what}; fetch the file again")
         report = {"payloads": len(every), "decoded": len(alone), "needs_base": skipped}
         return {**report, "mask_id": None if skipped else True}
 
@@ -237,11 +235,11 @@ class Adapter:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        return Decoder(self.path, self.header, self.base, self._pieces)
+        return Decoder(self.path, self.header, self.base, self.pieces)
 
     @cached_property
-    def _pieces(self) -> dict[str, list[memoryview]]:
-        """For each set its tables, then its payloads."""
+    def pieces(self) -> dict[str, list[memoryview]]:
+        """For each set the bytes of its tables, then of its payloads, not copied."""
         found = {}
         for name, one in self.header.sets.items():
             data, at, pieces = self.bytes_of(f"{name}/payloads"), 0, []
@@ -249,13 +247,4 @@ class Adapter:
                 pieces.append(data[at : at + size])
                 at += size
             found[name] = pieces
-        return found
-
-    def pieces(self) -> list[tuple[str, memoryview]]:
-        """Return what the digests are of, in their order: tables, payloads, dense tensors, each with its name."""
-        found = []
-        for name, one in self.header.sets.items():
-            labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
-            labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
-            found += list(zip(labels, self._pieces[name], strict=True))
         return found

@@ -76,6 +76,7 @@ def save_adapter(
     if path.suffix == ".safetensors":
         with replacing(path) as (temporary,):
             write_blobs(temporary, blobs, metadata)
+            del blobs
             return _read_back(temporary, path)
     _make_folder(path)
     model, config, card = path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE

@@ -88,7 +88,7 @@ def predict(
     logits, _ = predictions(classifier, inputs_to_batches(inputs, how, tokenizer, batch_size))
     if logits.shape[1] != len(class_names):
         raise StateError(
-            f"the model gives {logits.shape[1]} logits and the adapter has {len(class_names)} classes; load the adapter "
+            f"the model gives {logits.shape[1]} logits, the adapter has {len(class_names)} classes; load the adapter "
             f"with load_mask(model, ref) first, with head='replace'"
         )
     scores, best = logits.softmax(-1).max(-1)

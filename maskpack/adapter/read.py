@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -12,7 +12,7 @@ from ..tensorheader import MAX_HEADER, check_seal, parse_header, strict_json
 from .adapter import Adapter
 from .fields import Fields
 from .header import Header
-from .layout import DIGEST_BYTES, DIGESTS, check_layout
+from .layout import DIGEST_BYTES, DIGESTS, check_layout, dense_names
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -49,7 +49,7 @@ def read_file(path: Path, name: Path) -> Adapter:
     """Read and verify one file; `name` is what messages call it."""
     try:
         # not blocking, so that a named pipe is refused and not waited for
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -91,9 +91,19 @@ def _located(name: Path, step: Callable[P, T], *arguments: P.args, **named: P.kw
         raise type(error)(f"{name}: {error}") from None
 
 
+def _digested(adapter: Adapter) -> Iterator[tuple[str, memoryview]]:
+    """What the digests are of, in their order: tables and payloads of each set, then the dense tensors."""
+    for name, one in adapter.header.sets.items():
+        labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
+        labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
+        yield from zip(labels, adapter.pieces[name], strict=True)
+    for name in dense_names(adapter.spans):
+        yield f"tensor {name!r}", adapter.bytes_of(name)
+
+
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
     stored = bytes(adapter.bytes_of(DIGESTS))
-    for index, (what, piece) in enumerate(adapter.pieces()):
+    for index, (what, piece) in enumerate(_digested(adapter)):
         if hashlib.sha256(piece).digest()[:DIGEST_BYTES] != stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
             raise CorruptAdapterError(
                 f"{adapter.path}: {what} has not the digest that was stored; fetch the file again"

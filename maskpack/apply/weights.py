@@ -107,8 +107,8 @@ def apply_masks(
     for name, tensor in (dense or {}).items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
-                f"the adapter has a tensor for {name!r} of shape {tuple(tensor.shape)}, which the model lacks or has in "
-                f"another shape; load the backbone that the adapter was made for"
+                f"the adapter has a tensor for {name!r} of shape {tuple(tensor.shape)}, which the model lacks or "
+                f"has in another shape; load the backbone that the adapter was made for"
             )
     if head is not None:
         _head_module(model, head)
@@ -146,7 +146,11 @@ def restore(model: nn.Module) -> None:
     if not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     if record.head is not None:
-        swap_module(model, *record.head)
+        name, head = record.head
+        own = model.get_submodule(name).weight
+        assert isinstance(own, Tensor)
+        # the model may have been moved or cast meanwhile
+        swap_module(model, name, head.to(own.device, own.dtype))
     state: Mapping[str, Tensor] = {**dict(model.named_buffers()), **named_parameters(model)}
     for name, tensor in record.tensors.items():
         same_size_int(state[name].detach()).copy_(same_size_int(tensor.to(state[name])))

@@ -58,7 +58,9 @@ def find_head(model: nn.Module, name: str | None = None) -> str | None:
         raise UnknownNameError(f"the model has no module {name!r} to be its head; nearest: {', '.join(near) or 'none'}")
     start = name or _stated_classifier(model) or ""
     prefix = f"{start}." if start else ""
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear) and (n == start or n.startswith(prefix))]
+    linear: list[str] = [
+        n for n, m in modules.items() if isinstance(m, nn.Linear) and (n == start or n.startswith(prefix))
+    ]
     if linear:
         return linear[-1]
     if start and isinstance(modules[start], nn.Identity):

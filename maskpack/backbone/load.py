@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ class Backbone:
     revision: str | None = None
     task: Task = "image-classification"
     head: str | None = None
-    preprocess: Preprocess = ImagePreprocess()
+    preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
     pooling: Pooling | None = None
     normalize: bool = False

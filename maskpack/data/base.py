@@ -219,7 +219,7 @@ def load_data(
     source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
     if source is None:
         raise DataError(
-            f"cannot read the data {reference!r}; expected a Hub data set id, a folder with parquet files, csv files or "
+            f"cannot read the data {reference!r}; expected a Hub data set id, a folder with parquet or csv files or "
             f"one folder of images per class, or digits:0-9"
         )
     loaded = source.load(reference)

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import HubError
-from .failures import LOGIN, explain, is_passing, retry_after
+from .failures import LOGIN, explain, is_passing, quotes_token, retry_after
 
 if TYPE_CHECKING:
     from .reference import Reference
@@ -59,10 +59,12 @@ class Session:
         """Wait before the next attempt, or raise if the fault will not pass, or has not for long enough."""
         wait = retry_after(error) or float(4 ** (attempt - 1))
         if attempt >= ATTEMPTS or wait > LONGEST_WAIT or not is_passing(error):
-            ours, leaks = explain(error, self.verb, self.reference, self.api.endpoint, self.token)
-            # the client's own text would be printed with the traceback, so where it quotes a token its chain is cut
-            raise ours from (None if leaks else error)
+            raise explain(error, self.verb, self.reference, self.api.endpoint, self.token) from self.cause(error)
         time.sleep(wait)
+
+    def cause(self, error: Exception) -> Exception | None:
+        """Return the client's error as the cause of ours, unless the traceback would print a token with it."""
+        return None if quotes_token(error, self.token) else error
 
 
 def _version() -> str:

@@ -72,14 +72,21 @@ def is_passing(error: BaseException) -> bool:
 
 def explain(
     error: Exception, verb: str, reference: "Reference", endpoint: str, token: str | bool | None
-) -> tuple[MaskpackError, bool]:
-    """Return our error for one of the client's, and whether the client's own text quotes a token."""
-    text = str(error)
-    clean = _without_tokens(text, token)
+) -> MaskpackError:
+    """Return our error for one of the client's."""
     cause = origin(error)
     kind, reason = _reason(cause, reference, endpoint, _without_tokens(str(cause), token))
     # the server's words could quote the token as well
-    return kind(_without_tokens(f"cannot {verb} {reference}: {reason}", token)), clean != text
+    return kind(_without_tokens(f"cannot {verb} {reference}: {reason}", token))
+
+
+def quotes_token(error: BaseException | None, token: str | bool | None) -> bool:
+    """Tell whether the text of an error, or of one that it came from, holds a token."""
+    while error is not None:
+        if _without_tokens(str(error), token) != str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _without_tokens(text: str, token: str | bool | None) -> str:

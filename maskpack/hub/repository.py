@@ -171,7 +171,7 @@ class RepositoryPush:
             raise HubError(
                 f"cannot tell whether the pull request to {self.repo_id} was opened, as the answer was lost; "
                 f"look at {self._page()}/discussions before pushing again"
-            ) from error
+            ) from self.session.cause(error)
         now = self._head()
         if now is None or now == head:
             return None
@@ -180,7 +180,7 @@ class RepositoryPush:
         raise HubError(
             f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile ({head[:12]} "
             f"became {now[:12]}), and nothing of yours was written; pull, look, and push again"
-        ) from error
+        ) from self.session.cause(error)
 
     def _page(self) -> str:
         return f"{self.session.api.endpoint}/{self.repo_id}"

@@ -1,0 +1,349 @@
+"""load_mask and unload_mask: exact, in place, refused on the wrong base."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.file import save_adapter
+from maskpack.apply.export import export_state
+from maskpack.apply.load import MaskpackWarning, load_adapter, load_mask, unload_mask
+from maskpack.apply.weights import apply_masks, restore
+from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.head import Head
+from maskpack.backbone.parameters import same_size_int
+from maskpack.backbone.select import select_parameters
+from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
+from maskpack.mask import MaskSet, PackedMask
+from maskpack.parts import Parts
+from maskpack.tensorfile import read_tensors
+
+from .conftest import TinyNet
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+CLASSES = ("a", "b", "c", "d", "e", "f", "g")
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: same_size_int(t.clone()) if t.is_floating_point() else t.clone() for n, t in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def random_masks(model: nn.Module, seed: int = 0, scale: bool = False, density: float = 0.7) -> MaskSet:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(model.named_parameters())
+    names = [n for n in select_parameters(model) if not n.startswith("fc")]
+    return MaskSet.from_tensors(
+        {n: torch.rand(parameters[n].shape, generator=generator) < density for n in names}, scale=scale
+    )
+
+
+def make_adapter(path: Path, model: nn.Module, *, seed: int = 0, scale: bool = False, classes: int = 7) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    head = Head(
+        "linear", torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator), module="fc"
+    )
+    statistics = {
+        f"bn{i}.running_{what}": torch.rand(8 * i, generator=generator) for i in (1, 2) for what in ("mean", "var")
+    }
+    return save_adapter(
+        path,
+        Parts(random_masks(model, seed, scale), head, statistics),
+        fingerprint(model, id="tests:tiny", head=["fc"]),
+        task="image-classification",
+        class_names=CLASSES[:classes],
+        preprocess={"kind": "image", "size": 8, "resize": 8},
+    )
+
+
+def expected_weight(weight: torch.Tensor, mask: PackedMask) -> torch.Tensor:
+    """The definition, weight by weight, in Python numbers."""
+    kept = mask.tensor().flatten().tolist()
+    flat = []
+    for value, keep in zip(weight.flatten(), kept, strict=True):
+        if not keep:
+            flat.append(torch.zeros((), dtype=weight.dtype))
+        elif mask.alpha is None:
+            flat.append(value)
+        else:
+            flat.append((value.float() / torch.tensor(mask.alpha, dtype=torch.float32)).to(weight.dtype))
+    return torch.stack(flat).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_load_and_unload(tmp_path: Path, tiny: nn.Module, dtype: torch.dtype, scale: bool) -> None:
+    adapter = make_adapter(tmp_path, tiny, scale=scale)
+    base = copy.deepcopy(tiny).to(dtype)
+    model = copy.deepcopy(base)
+    before = bits(model)
+    pointers = {n: p.data_ptr() for n, p in model.named_parameters() if not n.startswith("fc")}
+    assert load_mask(model, tmp_path) is model
+    for name, mask in adapter.masks().items():
+        wanted = expected_weight(base.get_parameter(name).detach(), mask)
+        assert torch.equal(same_size_int(model.get_parameter(name).detach()), same_size_int(wanted))
+    assert torch.equal(model.bn1.running_var, adapter.statistics()["bn1.running_var"].to(dtype))
+    stored = adapter.head()
+    assert stored is not None
+    assert torch.equal(model.fc.weight, stored.weight.to(dtype))
+    assert type(model) is TinyNet
+    assert list(model.state_dict()) == list(base.state_dict())
+    assert {n: p.data_ptr() for n, p in model.named_parameters() if not n.startswith("fc")} == pointers
+    assert all(p.requires_grad for p in model.parameters())
+    assert model(torch.zeros(2, 3, 8, 8, dtype=dtype)).shape == (2, 7)
+    assert unload_mask(model) is model
+    assert same(bits(model), before)
+
+
+def test_loading_twice_equals_loading_once(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path / "a", tiny, seed=1, scale=True)
+    make_adapter(tmp_path / "b", tiny, seed=2)
+    before = bits(tiny)
+    once = bits(load_mask(copy.deepcopy(tiny), tmp_path / "a"))
+    load_mask(tiny, tmp_path / "a")
+    load_mask(tiny, tmp_path / "b")
+    load_mask(tiny, tmp_path / "a")
+    assert same(bits(load_mask(tiny, tmp_path / "a")), once)
+    unload_mask(tiny)
+    assert same(bits(tiny), before)
+
+
+values = st.sampled_from([float("inf"), float("-inf"), float("nan"), -0.0, 0.0, 1e-40, -3.5, 65504.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(values, min_size=1, max_size=40),
+    data=st.data(),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(["zero", "scaled", "flip", "replace", "ternary", "ternary scaled"]),
+)
+def test_any_values_come_back_to_the_bit(weights: list[float], data: Any, dtype: torch.dtype, kind: str) -> None:
+    count = len(weights)
+    model = nn.Linear(count, 1, bias=False).to(dtype)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(weights)[None].to(dtype))
+    before = bits(model)
+    drawn = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    signs = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    op = kind if kind in ("flip", "replace") else "zero"
+    mask = PackedMask.from_tensor(torch.tensor(drawn)[None], op, scale="scaled" in kind)  # type: ignore[arg-type]
+    if "ternary" in kind:
+        other = PackedMask.from_tensor(torch.tensor(signs)[None]).bits
+        mask = PackedMask(mask.bits, mask.shape, "zero", mask.alpha, other)
+    replacement = {"weight": torch.full((drawn.count(False),), 7.0)}
+    apply_masks(model, [("weight", mask)], {"weight": (1, count)}, mask_id="x", values=replacement)
+    for now, was, keep, sign in zip(model.weight[0].tolist(), weights, drawn, signs, strict=True):
+        cast = torch.tensor(was).to(dtype).item()
+        if not keep:
+            wanted = {"flip": -cast, "replace": 7.0}.get(kind, 0.0)
+        else:
+            wanted = -cast if "ternary" in kind and not sign else cast
+        if mask.alpha is None or not keep:
+            assert now == wanted or (now != now and wanted != wanted)
+    restore(model)
+    assert same(bits(model), before)
+
+
+def test_tied_weights_and_attention(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+            self.two = nn.Linear(4, 4)
+            self.two.weight = self.one.weight
+            self.attention = nn.MultiheadAttention(4, 2)
+
+    model = Net()
+    before = bits(model)
+    masks = random_masks(model)
+    assert list(masks) == ["attention.in_proj_weight", "attention.out_proj.weight", "one.weight"]
+    save_adapter(tmp_path, masks, fingerprint(model, id="x"))
+    load_mask(model, tmp_path)
+    assert model.two.weight is model.one.weight
+    unload_mask(model)
+    assert same(bits(model), before)
+
+
+def test_compiled_and_wrapped_models(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    plain = bits(load_mask(copy.deepcopy(tiny), tmp_path))
+    before = bits(tiny)
+    load_mask(torch.compile(tiny), tmp_path)
+    assert same(bits(tiny), plain)
+    unload_mask(nn.DataParallel(tiny))
+    assert same(bits(tiny), before)
+
+
+def test_moved_and_cast_after_loading(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    wanted = bits(copy.deepcopy(tiny).to(torch.bfloat16))
+    load_mask(tiny, tmp_path)
+    tiny.to(torch.bfloat16)
+    unload_mask(tiny)
+    assert same(bits(tiny), wanted)
+
+
+def test_head_of_the_same_shape_is_written_in_place(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny, classes=5)
+    before, head = bits(tiny), tiny.fc
+    load_mask(tiny, tmp_path)
+    assert tiny.fc is head
+    unload_mask(tiny)
+    assert same(bits(tiny), before)
+
+
+def test_head_keep_leaves_the_models_head(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    weight = tiny.fc.weight.clone()
+    load_mask(tiny, tmp_path, head="keep")
+    assert torch.equal(tiny.fc.weight, weight)
+    del tiny.fc
+    with pytest.raises(BackboneMismatchError, match="no module 'fc' for the adapter's head; pass head='keep'"):
+        load_mask(tiny, tmp_path)
+    load_mask(tiny, tmp_path, head="keep")
+
+
+def test_not_restorable_keeps_nothing(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    load_mask(tiny, tmp_path, restorable=False)
+    with pytest.raises(StateError, match="loaded with restorable=False and cannot be undone; load the base again"):
+        unload_mask(tiny)
+    with pytest.raises(StateError, match="restorable=False"):
+        load_mask(tiny, tmp_path)
+
+
+# --- the right base or a clear error ---------------------------------------------------------------------------------
+
+
+def test_a_wrong_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    other = TinyNet()
+    before = bits(other)
+    with pytest.raises(BackboneMismatchError, match=r"2 of 2 masked tensors differ, first 'conv1.weight' .compared as f"):
+        load_mask(other, tmp_path)
+    assert same(bits(other), before)
+    with pytest.warns(MaskpackWarning, match="2 of 2 masked tensors differ"):
+        load_mask(other, tmp_path, verify="warn")
+    unload_mask(other)
+    load_mask(other, tmp_path, verify="off")
+    unload_mask(other)
+    assert same(bits(other), before)
+
+
+def test_names_and_shapes_are_checked_always(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    with pytest.raises(BackboneMismatchError, match="lacks 2 of the 2 masked parameters, first 'conv1.weight'"):
+        load_mask(nn.Linear(2, 2), tmp_path, verify="off")
+    tiny.conv2 = nn.Conv2d(8, 4, 3)
+    with pytest.raises(BackboneMismatchError, match=r"mask of 'conv2.weight' has shape \(16, 8, 3, 3\), the model's"):
+        load_mask(tiny, tmp_path, verify="off")
+    with pytest.raises(BackboneMismatchError, match=r"'conv1.weight' is on the meta device and cannot be masked"):
+        load_mask(TinyNet().to("meta"), tmp_path, verify="off")
+    tiny.conv1.weight = nn.Parameter(torch.zeros(8, 3, 3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(BackboneMismatchError, match="'conv1.weight' is of torch.int8 and cannot be masked"):
+        load_mask(tiny, tmp_path, verify="off")
+
+
+def test_statistics_must_have_a_place(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    before = bits(tiny)
+    tiny.bn2 = nn.Identity()
+    with pytest.raises(BackboneMismatchError, match=r"has a tensor for 'bn2.running_mean' of shape \(16,\)"):
+        load_mask(tiny, tmp_path, verify="off")
+    assert all(torch.equal(t, before[n]) for n, t in bits(tiny).items())
+
+
+def test_a_failure_midway_puts_everything_back(tiny: nn.Module) -> None:
+    masks = random_masks(tiny)
+    before = bits(tiny)
+
+    def broken() -> Any:
+        yield "conv1.weight", masks["conv1.weight"]
+        raise CorruptAdapterError("flipped bit")
+
+    shapes = {n: m.shape for n, m in masks.items()}
+    with pytest.raises(CorruptAdapterError, match="flipped bit"):
+        apply_masks(tiny, broken(), shapes, mask_id="x", restorable=False)
+    assert same(bits(tiny), before)
+    apply_masks(tiny, masks.items(), shapes, mask_id="x")
+    with pytest.raises(StateError, match="this model has a mask already; call unload_mask"):
+        apply_masks(tiny, masks.items(), shapes, mask_id="x")
+
+
+def test_wrong_calls(tmp_path: Path, tiny: nn.Module) -> None:
+    with pytest.raises(StateError, match="this model has no mask to unload; load one with load_mask"):
+        unload_mask(tiny)
+    with pytest.raises(ConfigError, match="verify must be strict, warn or off, and head replace or keep; got verify='x'"):
+        load_mask(tiny, tmp_path, verify="x")  # type: ignore[arg-type]
+    adapter = save_adapter(
+        tmp_path, {"one": random_masks(tiny), "two": random_masks(tiny, 1)}, fingerprint(tiny, id="x")
+    )
+    with pytest.raises(StateError, match="cascade of 2 mask sets; load it with load_cascade"):
+        load_mask(tiny, adapter)
+
+
+def test_nothing_is_left_behind(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path, tiny)
+    attributes = set(vars(tiny))
+    load_mask(tiny, tmp_path)
+    assert set(vars(tiny)) == attributes
+    copied = copy.deepcopy(tiny)
+    with pytest.raises(StateError, match="no mask to unload"):
+        unload_mask(copied)
+
+
+# --- predictions and export ------------------------------------------------------------------------------------------
+
+
+def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
+    from PIL import Image
+
+    adapter = make_adapter(tmp_path, tiny)
+    load_mask(tiny, adapter)
+    image = Image.new("L", (9, 12), 80)
+    image.save(tmp_path / "x.png")
+    found = adapter.predict(tiny, [image, tmp_path / "x.png", str(tmp_path / "x.png")])
+    assert found[0] == found[1] == found[2]
+    prepare = adapter.preprocess()
+    assert prepare is not None
+    scores = tiny(prepare(image)[None]).detach().softmax(-1)[0]
+    assert found[0].label == CLASSES[int(scores.argmax())]
+    assert found[0].score == pytest.approx(float(scores.max()), rel=1e-5)
+    assert adapter.predict(tiny, torch.zeros(2, 3, 8, 8))[0].label in CLASSES
+    assert adapter.predict(tiny, []) == []
+    with pytest.raises(DataError, match=r"cannot read the image '.*none.png': .*No such file"):
+        adapter.predict(tiny, [tmp_path / "none.png"])
+    unload_mask(tiny)
+    with pytest.raises(StateError, match="the model gives 5 logits, the adapter has 7 classes; load the adapter"):
+        adapter.predict(tiny, [image])
+    bare = save_adapter(tmp_path / "bare", random_masks(tiny), fingerprint(tiny, id="x"))
+    with pytest.raises(AdapterError, match="has no head, class names or preprocessing, so it cannot predict"):
+        bare.predict(tiny, [image])
+
+
+def test_export_is_the_masked_dense_model(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path / "adapter", tiny)
+    load_mask(tiny, tmp_path / "adapter")
+    assert export_state(tmp_path / "dense.safetensors", tiny) == len(tiny.state_dict())
+    other = TinyNet()
+    other.fc = nn.Linear(16, 7)
+    other.load_state_dict(read_tensors(tmp_path / "dense.safetensors"), strict=True)
+    assert same(bits(other), bits(tiny))
+
+
+def test_load_adapter_reads_folders_and_files(tmp_path: Path, tiny: nn.Module) -> None:
+    made = make_adapter(tmp_path, tiny)
+    assert load_adapter(tmp_path).mask_id == load_adapter(tmp_path / "maskpack_model.safetensors").mask_id == made.mask_id
+    with warnings.catch_warnings(), pytest.raises(AdapterError, match="nowhere"):
+        load_adapter(tmp_path / "nowhere")
