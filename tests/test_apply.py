@@ -230,7 +230,9 @@ def test_a_wrong_base_of_the_same_shapes_is_refused(tmp_path: Path, tiny: nn.Mod
     make_adapter(tmp_path, tiny)
     other = TinyNet()
     before = bits(other)
-    with pytest.raises(BackboneMismatchError, match=r"2 of 2 masked tensors differ, first 'conv1.weight' .compared as f"):
+    with pytest.raises(
+        BackboneMismatchError, match=r"2 of 2 masked tensors differ, first 'conv1.weight' .compared as f"
+    ):
         load_mask(other, tmp_path)
     assert same(bits(other), before)
     with pytest.warns(MaskpackWarning, match="2 of 2 masked tensors differ"):
@@ -284,7 +286,9 @@ def test_a_failure_midway_puts_everything_back(tiny: nn.Module) -> None:
 def test_wrong_calls(tmp_path: Path, tiny: nn.Module) -> None:
     with pytest.raises(StateError, match="this model has no mask to unload; load one with load_mask"):
         unload_mask(tiny)
-    with pytest.raises(ConfigError, match="verify must be strict, warn or off, and head replace or keep; got verify='x'"):
+    with pytest.raises(
+        ConfigError, match="verify must be strict, warn or off, and head replace or keep; got verify='x'"
+    ):
         load_mask(tiny, tmp_path, verify="x")  # type: ignore[arg-type]
     adapter = save_adapter(
         tmp_path, {"one": random_masks(tiny), "two": random_masks(tiny, 1)}, fingerprint(tiny, id="x")
@@ -344,6 +348,8 @@ def test_export_is_the_masked_dense_model(tmp_path: Path, tiny: nn.Module) -> No
 
 def test_load_adapter_reads_folders_and_files(tmp_path: Path, tiny: nn.Module) -> None:
     made = make_adapter(tmp_path, tiny)
-    assert load_adapter(tmp_path).mask_id == load_adapter(tmp_path / "maskpack_model.safetensors").mask_id == made.mask_id
+    assert (
+        load_adapter(tmp_path).mask_id == load_adapter(tmp_path / "maskpack_model.safetensors").mask_id == made.mask_id
+    )
     with warnings.catch_warnings(), pytest.raises(AdapterError, match="nowhere"):
         load_adapter(tmp_path / "nowhere")

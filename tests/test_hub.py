@@ -163,7 +163,8 @@ def test_output_is_a_plain_copy(hub: HubServer, tmp_path: Path) -> None:
     hub.add("alice/birds", contents(1))
     pull("alice/birds", output=str(target))
     assert read_folder(target) == contents(1) | {CARD: b"card", "mine.txt": b"kept"}
-    pull("alice/birds", output=(tmp_path / "empty").mkdir() or tmp_path / "empty")
+    (tmp_path / "empty").mkdir()
+    pull("alice/birds", output=tmp_path / "empty")
     assert set(read_folder(tmp_path / "empty")) == set(NAMES)
     assert sorted(path.name for path in tmp_path.glob("*/.*.tmp")) == []
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -25,9 +26,9 @@ def as_user(token: str | bool = WRITE_TOKEN) -> HfApi:
     return HfApi(token=token)
 
 
-def commit(api: HfApi, files: dict[str, bytes], **options: object) -> str:
+def commit(api: HfApi, files: dict[str, bytes], **options: Any) -> str:
     operations = [CommitOperationAdd(name, data) for name, data in files.items()]
-    return api.create_commit("alice/birds", operations, commit_message="add", **options).oid  # type: ignore[arg-type]
+    return str(api.create_commit("alice/birds", operations, commit_message="add", **options).oid)
 
 
 def git(*arguments: object, env: dict[str, str] | None = None) -> str:

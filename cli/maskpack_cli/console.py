@@ -20,7 +20,7 @@ Token = Annotated[str | None, typer.Option(help="Hub token; better: `hf auth log
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """The one error boundary: known errors end with a message and exit code 1, Ctrl-C with 130.
+    """The one error boundary: known errors end with a message and exit code 1, impossible settings with 2, Ctrl-C with 130.
 
     With MASKPACK_DEBUG=1 the traceback is shown.
     """
@@ -29,7 +29,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            from maskpack import MaskpackError
+            from maskpack.errors import ConfigError, MaskpackError
 
             try:
                 function(*args, **kwargs)
@@ -37,7 +37,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 if os.environ.get("MASKPACK_DEBUG"):
                     raise
                 notes.print(f"[bold red]Error:[/] {_plain(str(error))}")
-                raise typer.Exit(1) from None
+                raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
         except KeyboardInterrupt:
             notes.print("Interrupted.")
             raise typer.Exit(130) from None

@@ -14,7 +14,7 @@ from ..preprocess import preprocess_from_json
 
 def adapter_accuracy(
     model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Evaluate a model that has the adapter loaded.
 
     Args:
@@ -32,4 +32,4 @@ def adapter_accuracy(
     batches = loader(examples, preprocess_from_json(stored), tokenizer, batch_size=batch_size)
     logits, labels = predictions(classifier_from(model, head), readable(batches))
     correct = float((logits.argmax(-1) == labels).double().mean())
-    return {"accuracy": correct, "examples": float(len(labels)), "unreadable": float(len(examples.unreadable))}
+    return {"accuracy": correct, "examples": len(labels), "unreadable": len(examples.unreadable)}

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import AdapterError, CorruptAdapterError, HubError
 from .client import Session
@@ -180,8 +179,7 @@ def fetch(session: Session, entry: "RepoFile", commit: str, cache: Path | None) 
         content = digest(path)
         if is_same(entry, content):
             return path, content
-    kept = "the card" if entry.path == CARD_FILE else "the adapter"
     raise CorruptAdapterError(
         f"{entry.path} of {session.repo_id}@{commit[:12]} arrived twice with other bytes than the repository lists; "
-        f"{kept} is damaged on the way or on the server: try another network, or tell the owner"
+        "it is damaged on the way or on the server: try another network, or tell the owner"
     )
