@@ -20,7 +20,7 @@ Token = Annotated[str | None, typer.Option(help="Hub token; better: `hf auth log
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """The one error boundary: known errors end with a message and exit code 1, impossible settings with 2, Ctrl-C with 130.
+    """The one error boundary: known errors end with a message and exit code 1, wrong settings with 2, Ctrl-C with 130.
 
     With MASKPACK_DEBUG=1 the traceback is shown.
     """

@@ -175,7 +175,7 @@ def _apply(parameter: Tensor, mask: PackedMask, values: Tensor | None) -> Tensor
     if _partial(mask):
         bits = same_size_int(weight)
         if mask.op == "flip":
-            weight.copy_(torch.where(zeros, -weight, weight))
+            _flip(weight, zeros)
             return None
         saved = bits[zeros].view(weight.dtype)
         if mask.op == "zero":
@@ -185,15 +185,17 @@ def _apply(parameter: Tensor, mask: PackedMask, values: Tensor | None) -> Tensor
             bits.masked_scatter_(zeros, same_size_int(values.to(weight)))
         return saved
     saved = weight.clone()
-    kept = weight if mask.signs is None else _flipped(weight, mask)
+    if mask.signs is not None:
+        _flip(weight, ~unpack(mask.signs).to(weight.device).reshape(mask.shape))
     alpha = None if mask.alpha is None else torch.tensor(mask.alpha, dtype=torch.float32, device=weight.device)
-    weight.copy_(masked_weight(kept, ~zeros, alpha))
+    weight.copy_(masked_weight(weight, ~zeros, alpha))
     return saved
 
 
-def _flipped(weight: Tensor, mask: PackedMask) -> Tensor:
-    assert mask.signs is not None
-    return torch.where(unpack(mask.signs).to(weight.device).reshape(mask.shape), weight, -weight)
+def _flip(weight: Tensor, where: Tensor) -> None:
+    """Invert the sign bit where told: negation would change the payload of some NaNs."""
+    bits = same_size_int(weight)
+    bits.bitwise_xor_(where.to(bits.dtype) << (8 * weight.element_size() - 1))
 
 
 def _undo(weight: Tensor, mask: PackedMask, saved: Tensor | None) -> None:

@@ -1,0 +1,307 @@
+"""The command line: what people type, what they see, and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from maskpack.backbone.load import load_backbone
+from maskpack.tensorfile import read_tensors
+from maskpack_cli.main import app
+
+from .hub_fixtures import hub as hub
+from .hub_fixtures import waits as waits
+from .hub_server import WRITE_TOKEN, HubServer
+
+FACTORY = Path(__file__).parent.parent / "cli/maskpack_cli/digits_backbone.py"
+BACKBONE = ["--backbone", f"{FACTORY}:digits_cnn", "--random-weights", "0"]
+TRAIN = ["train", *BACKBONE, "--data", "digits:5-9", "--optimizer", "sgd", "--epochs", "1", "--labels-fraction", "0.3"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def ok(*arguments: object) -> Any:
+    """Run with --json; return what it printed."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "digits"
+    ok(*TRAIN, "--output", folder)
+    return folder
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    Image.new("L", (8, 8), 200).save(tmp_path / "x.png")
+    return tmp_path / "x.png"
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_the_result_on_stdout_and_the_rest_on_stderr(tmp_path: Path) -> None:
+    result = run(*TRAIN, "--output", tmp_path / "a")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"✓ {tmp_path / 'a'}"
+    assert {line.strip().split(":")[0] for line in lines[1:]} >= {
+        "density",
+        "test accuracy",
+        "mask bytes",
+        "file bytes",
+    }
+    assert "Masking 4 parameters, 93,024 weights; 5 classes" in result.stderr
+    assert f"Next: maskpack push {tmp_path / 'a'} USER/NAME" in result.stderr
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "README.md", "maskpack_config.json", "maskpack_model.safetensors", "training",
+    ]  # fmt: skip
+    quiet = run(*TRAIN, "--output", tmp_path / "b", "--quiet")
+    assert quiet.stderr == ""
+
+
+def test_same_command_same_bytes(adapter: Path, tmp_path: Path) -> None:
+    ok(*TRAIN, "--output", tmp_path / "again")
+    for name in ("maskpack_model.safetensors", "maskpack_config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
+
+
+def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
+    plan = ok(*TRAIN, "--output", tmp_path / "a", "--dry-run")
+    assert (plan["parameters"], plan["weights"], plan["epochs"]) == (4, 93024, 1)
+    assert not (tmp_path / "a").exists()
+    result = run(*TRAIN, "--output", tmp_path / "a", "--dry-run", "--include", "convolution*")
+    assert result.exit_code == 1
+    assert "include 'convolution*' matches none of the model's" in result.stderr
+
+
+def test_settings_file_under_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'backbone = "{FACTORY}:digits_cnn"\nrandom-weights = 0\ndata = "digits:5-9"\noutput = "{tmp_path / "a"}"\n'
+        'labels-fraction = 0.3\nepochs = 7\nmethod-option = ["init=2"]\nmean = [0.1, 0.1, 0.1]\n'
+    )
+    plan = ok("train", "--config", file, "--epochs", 2, "--dry-run")
+    assert plan["epochs"] == 2
+    ok("train", "--config", file, "--epochs", 1, "--std", "0.5,0.5,0.5")
+    about = ok("inspect", tmp_path / "a")
+    assert about["training"]["settings"]["method_options"] == {"init": "2"}
+    assert (about["preprocess"]["mean"], about["preprocess"]["std"]) == ([0.1] * 3, [0.5] * 3)
+
+
+def test_resume(tmp_path: Path) -> None:
+    ok(*TRAIN, "--output", tmp_path)
+    before = (tmp_path / "maskpack_model.safetensors").read_bytes()
+    (tmp_path / "maskpack_model.safetensors").unlink()
+    refused = run(*TRAIN, "--output", tmp_path)
+    assert refused.exit_code == 1
+    assert "holds the checkpoint of an earlier run; continue it with resume" in refused.stderr
+    ok(*TRAIN, "--output", tmp_path, "--resume")
+    assert (tmp_path / "maskpack_model.safetensors").read_bytes() == before
+
+
+def test_unreadable_and_empty_are_reported(tmp_path: Path) -> None:
+    for number in range(8):
+        folder = tmp_path / "data/train" / ("ab"[number % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 30 * number).save(folder / f"{number}.png")
+    (tmp_path / "data/train/c").mkdir()
+    (tmp_path / "data/train/a/0.png").write_bytes(b"no image")
+    result = run("train", *BACKBONE, "--data", tmp_path / "data", "--epochs", 1, "--output", tmp_path / "out",
+                 "--validation-fraction", 0)  # fmt: skip
+    assert result.exit_code == 0
+    assert "Warning: 1 classes have no training example: c" in result.stderr
+    assert "Warning: 1 examples could not be read and were left out." in result.stderr
+
+
+# --- the other verbs -------------------------------------------------------------------------------------------------
+
+
+def test_inspect_and_verify(adapter: Path) -> None:
+    shown = run("inspect", adapter, "--parameters")
+    assert shown.exit_code == 0
+    for words in ("base: digits_backbone:digits_cnn", "classes: 5 (5, 6, 7, 8, 9)", "bits/weight", "0.weight"):
+        assert words in shown.stdout
+    assert ok("inspect", adapter)["sets"]["default"]["parameters"] == 4
+    assert ok("verify", adapter)["mask_id"] is True
+    assert ok("verify", adapter, *BACKBONE)["base_matches_as"] == "float32"
+    wrong = run("verify", adapter, *BACKBONE[:-1], "1")
+    assert wrong.exit_code == 1
+    assert "4 of 4 masked tensors differ, first '0.weight'" in wrong.stderr
+
+
+def test_eval_and_predict(adapter: Path, image: Path) -> None:
+    figures = ok("eval", adapter, "--data", "digits:5-9", *BACKBONE)
+    assert figures["accuracy"] == ok("inspect", adapter)["training"]["metrics"]["test_accuracy"]
+    assert (figures["examples"], figures["split"]) == (178, "test")
+    assert ok("eval", adapter, "--data", "digits:5-9", "--split", "train", *BACKBONE)["examples"] == 718
+    found = ok("predict", adapter, image, image, *BACKBONE)["predictions"]
+    assert [one["input"] for one in found] == [str(image)] * 2
+    assert found[0]["label"] in "56789"
+    assert "label" in run("predict", adapter, image, *BACKBONE).stdout.splitlines()[0]
+
+
+def test_export_pack_and_back(adapter: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense.safetensors"
+    assert ok("export", adapter, "--output", dense, *BACKBONE)["bytes"] == dense.stat().st_size
+    base = load_backbone(f"{FACTORY}:digits_cnn", random_weights=0).model.state_dict()
+    masks = {name: read_tensors(dense)[name] != 0 for name in ("0.weight", "3.weight", "7.weight", "10.weight")}
+    assert all(mask.shape == base[name].shape for name, mask in masks.items())
+    save_file(masks, tmp_path / "masks.safetensors")
+    packed = ok("pack", tmp_path / "masks.safetensors", *BACKBONE, "--output", tmp_path / "packed", "--profile", "max")
+    assert packed["weights"] == 93024
+    assert ok("inspect", tmp_path / "packed")["mask_id"] == ok("inspect", adapter)["mask_id"]
+
+
+def test_pack_refuses_what_are_no_masks(tmp_path: Path) -> None:
+    import torch
+
+    save_file({"0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "m.safetensors")
+    result = run("pack", tmp_path / "m.safetensors", *BACKBONE, "--output", tmp_path / "out")
+    assert "mask '0.weight': a mask must be bool, or uint8 of zeros and ones; got torch.float32" in result.stderr
+    save_file({"9.weight": torch.zeros(3, dtype=torch.bool)}, tmp_path / "m.safetensors")
+    result = run("pack", tmp_path / "m.safetensors", *BACKBONE, "--output", tmp_path / "out")
+    assert "the model lacks 1 of the 1 masked parameters, first '9.weight'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+def test_push_pull_and_list(adapter: Path, hub: HubServer, tmp_path: Path) -> None:
+    assert "No adapter is cached" in run("list").stderr
+    pushed = ok("push", adapter, "alice/digits", "--private", "-m", "hello", "--token", WRITE_TOKEN)
+    assert hub.repositories["alice/digits"].private
+    result = run("pull", "alice/digits", "--output", tmp_path / "here", "--token", WRITE_TOKEN)
+    assert result.exit_code == 0
+    assert f"Pinned: alice/digits@{pushed['commit']}" in result.stderr
+    files = {p.name for p in (tmp_path / "here").iterdir()}
+    assert files == {"README.md", "maskpack_config.json", "maskpack_model.safetensors"}
+    assert run("pull", "alice/digits", "--token", WRITE_TOKEN, "-q").stdout.strip().endswith(pushed["commit"])
+    listed = ok("list")["adapters"]
+    assert [(one["adapter"], one["commit"]) for one in listed] == [("alice/digits", pushed["commit"])]
+    missing = run("pull", "alice/digit", "--token", WRITE_TOKEN)
+    assert missing.exit_code == 1
+    assert "alice/digit" in missing.stderr
+    assert WRITE_TOKEN not in missing.stderr
+
+
+def test_list_plug_ins() -> None:
+    assert "threshold" in [row["method"] for row in ok("list", "methods")["methods"]]
+    assert {"raw", "zstd"} <= {row["codec"] for row in ok("list", "codecs")["codecs"]}
+    assert "digits" in run("list", "data").stdout
+    wrong = run("list", "masks")
+    assert (wrong.exit_code, wrong.stderr) == (
+        1,
+        "Error: cannot list 'masks'; known: adapters, methods, codecs, data\n",
+    )
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = run("demo", "--output", tmp_path / "demo", "--quiet")
+    assert result.exit_code == 0
+    for words in ("backbone + mask", "bits per weight at density", "base bits unchanged: yes", "train the mask"):
+        assert words in result.stdout
+    code = result.stdout.partition("Use it:")[2]
+    done = subprocess.run([sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())], cwd=tmp_path)
+    assert done.returncode == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.txt").write_text("keep")
+    refused = run("demo", "--output", tmp_path / "other")
+    assert "holds something that is not an earlier demo" in refused.stderr
+    assert (tmp_path / "other/mine.txt").exists()
+
+
+# --- errors and endings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train"], 2, "missing: --backbone, --data, --output (or the same keys in --config FILE)"),
+        ([*TRAIN, "--output", "x", "--optimizer", "lion"], 2, "optimizer must be one of sgd, adam, got 'lion'"),
+        ([*TRAIN, "--output", "x", "--mean", "a,b"], 2, "--mean must be three numbers joined by commas, got 'a,b'"),
+        ([*TRAIN, "--output", "x", "--method-option", "init"], 2, "--method-option must be KEY=VALUE, got ['init']"),
+        ([*TRAIN, "--output", "x", "--method", "magic"], 1, "unknown method 'magic'; known: "),
+        ([*TRAIN, "--output", "x", "--head", "99"], 1, "the model has no module '99' to be its head"),
+        (["train", "--wrong"], 2, "No such option"),
+        (["inspect", "./nowhere"], 1, "nowhere does not exist"),
+        (["inspect", "nowhere"], 1, "'nowhere' is not a reference to an adapter; expected user/name"),
+    ],
+)
+def test_known_errors_are_one_line_without_traceback(
+    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_base_is_never_a_file_that_the_adapter_names(adapter: Path, image: Path) -> None:
+    result = run("predict", adapter, image)
+    assert result.exit_code == 1
+    assert "base 'digits_backbone:digits_cnn' cannot be fetched by its name; give it with --backbone" in result.stderr
+
+
+def test_wrong_inputs_of_predict_and_eval(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"no image")
+    assert "cannot read the image" in run("predict", adapter, tmp_path / "x.png", *BACKBONE).stderr
+    split = run("eval", adapter, "--data", "digits:5-9", "--split", "dev", *BACKBONE)
+    assert "have no split 'dev'; choose test or train" in split.stderr
+    other = run("eval", adapter, "--data", "digits:0-4", *BACKBONE)
+    assert "labels that the class names lack: 0, 1, 2, 3, 4" in other.stderr
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKPACK_DEBUG", "1")
+    assert type(run("inspect", "nowhere").exception).__name__ == "AdapterError"
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "maskpack_cli.main", *map(str, arguments)]
+
+
+def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
+    long = [*TRAIN[:-4], "--epochs", "200", "--labels-fraction", "0.3", "--output", tmp_path]
+    process = subprocess.Popen(command_line(*long), stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "training/checkpoint.safetensors"
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.endswith("Interrupted.\n")
+    assert "Traceback" not in errors
+    assert checkpoint.exists()
+    assert not (tmp_path / "maskpack_model.safetensors").exists()
+
+
+def test_help_has_examples_for_every_verb() -> None:
+    shown = run("--help")
+    verbs = ["train", "pack", "inspect", "verify", "list", "eval", "predict", "export", "push", "pull", "demo"]
+    for verb in verbs:
+        assert verb in shown.stdout
+        text = run(verb, "--help").stdout
+        assert "Examples:" in text
+        assert f"maskpack {verb}" in text
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("maskpack 0.1.0")
