@@ -35,5 +35,9 @@ wheel: $(VENV)/.installed
 results: $(VENV)/.installed
 	$(BIN)/python benchmarks/results.py sketch banking77
 
+# spoiled adapter files for two minutes; --seed and --case repeat what it finds
+fuzz: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_reader --seconds 120
+
 clean:
 	rm -rf dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

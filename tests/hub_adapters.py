@@ -1,17 +1,48 @@
-"""Small adapters to push and pull, and a user's model card."""
+"""Small adapters to push and pull, made by the real writer once for each seed."""
 
-import hashlib
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
+
+from maskpack.adapter.file import save_adapter
+
+from .helpers_adapter import base_of, random_masks
 
 MODEL, CONFIG, CARD = "maskpack_model.safetensors", "maskpack_config.json", "README.md"
 NAMES = (CARD, CONFIG, MODEL)
+CLASSES = ("finch", "owl")
 
 
-def contents(seed: int = 0, size: int = 3000) -> dict[str, bytes]:
-    """Return the files of an adapter, different for each seed."""
-    model = hashlib.shake_128(str(seed).encode()).digest(size)
-    record = {"sha256": hashlib.sha256(model).hexdigest(), "size": len(model), "seed": seed}
+@cache
+def _saved(seed: int, weights: int) -> dict[str, bytes]:
+    shapes = {"layer.weight": (weights,), "other.weight": (7,)}
+    with tempfile.TemporaryDirectory() as folder:
+        masks, training = random_masks(shapes, seed=seed), {"seed": seed}
+        save_adapter(folder, masks, base_of(shapes), class_names=CLASSES, training=training, codec="raw")
+        return read_folder(Path(folder))
+
+
+def saved(seed: int = 0, weights: int = 12_000) -> dict[str, bytes]:
+    """Return the files of an adapter as it is saved, different for each seed; a weight takes a bit."""
+    return dict(_saved(seed, weights))
+
+
+def contents(seed: int = 0, weights: int = 12_000) -> dict[str, bytes]:
+    """Return the files of an adapter without its card."""
+    return {name: data for name, data in saved(seed, weights).items() if name != CARD}
+
+
+def size(seed: int = 0) -> int:
+    """Return the bytes of an adapter's model file."""
+    return len(contents(seed)[MODEL])
+
+
+def with_record(model: bytes) -> dict[str, bytes]:
+    """Return a model file and a config file that records just that one."""
+    from maskpack.hub.folder import digest
+
+    record = json.loads(contents()[CONFIG]) | {"size": len(model), "sha256": digest(model).sha256}
     return {MODEL: model, CONFIG: json.dumps(record).encode()}
 
 

@@ -1,6 +1,5 @@
 """The fixture `hub`: a loopback Hub, and this process' own client pointed at it."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,7 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http, disable_progress_bars
 
-from .hub_adapters import CONFIG
 from .hub_server import HubServer
-
-FENCE, END = "<!-- maskpack -->\n", "<!-- /maskpack -->\n"
 
 
 class NoWaiting:
@@ -40,29 +36,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
     monkeypatch.setattr(file_download, "time", NoWaiting())
     monkeypatch.setattr(client, "time", stand_in)
     return stand_in
-
-
-def render_card(description: dict[str, Any], repo_id: str | None) -> str:
-    """Stands in for the real card: metadata and a fenced part that names the adapter."""
-    return f"---\nlibrary_name: maskpack\n---\n{FENCE}{repo_id} seed {description['seed']}\n{END}"
-
-
-def update_card(existing: str, new: str) -> str:
-    """Stands in for the real one: replaces the fenced part, or adds it at the end."""
-    part = FENCE + new.partition(FENCE)[2]
-    before, fence, rest = existing.partition(FENCE)
-    return before + part + rest.partition(END)[2] if fence else existing + part
-
-
-@pytest.fixture
-def plain_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let any bytes be an adapter: these tests are about the way, not about what is in the file."""
-    from maskpack.hub import upload
-
-    monkeypatch.setattr(upload, "read_adapter", lambda path: json.loads((path / CONFIG).read_bytes()))
-    monkeypatch.setattr(upload, "inspect_adapter", lambda record: record)
-    monkeypatch.setattr(upload, "render_card", render_card)
-    monkeypatch.setattr(upload, "update_card", update_card)
 
 
 @pytest.fixture

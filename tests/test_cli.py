@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from maskpack_cli.main import app
 from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from maskpack.backbone.load import load_backbone
 from maskpack.tensorfile import read_tensors
-from maskpack_cli.main import app
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits

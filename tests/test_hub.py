@@ -8,19 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from maskpack.adapter.read import read_adapter
 from maskpack.errors import AdapterError, ConfigError, CorruptAdapterError, HubError, StateError
-from maskpack.hub import PulledAdapter, PushedAdapter, pull, push, upload
+from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
 
-from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
+from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, size, with_record, write_adapter
 from .hub_fixtures import hub as hub
-from .hub_fixtures import plain_adapters as plain_adapters
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
-    pytest.mark.usefixtures("plain_adapters"),
-]
 
 
 @pytest.fixture
@@ -39,15 +35,20 @@ def test_what_is_pushed_is_pulled(hub: HubServer, adapter: Path) -> None:
     files = read_folder(pulled.path)
     assert set(files) == set(NAMES)
     assert {name: files[name] for name in (MODEL, CONFIG)} == contents()
-    assert files[CARD].startswith(b"---\nlibrary_name: maskpack\n---\n")
+    assert read_adapter(pulled.path).header.class_names == CLASSES
+    assert files[CARD].startswith(b'---\nlibrary_name: "maskpack"\n')
+    assert b"# alice/birds\n" in files[CARD]
+    assert hub.repositories["alice/birds"].tags(pushed.commit or "")[0] == "maskpack"
     assert len(hub.requests("POST", "/commit/")) == 1
     assert all(one.headers["user-agent"].startswith("maskpack/") for one in hub.log if one.origin == "hub")
 
 
-def test_same_again_makes_no_commit(hub: HubServer, adapter: Path) -> None:
+def test_same_again_makes_no_commit(hub: HubServer, adapter: Path, tmp_path: Path) -> None:
     first = push(adapter, "alice/birds", token=WRITE_TOKEN)
     again = push(adapter, "alice/birds", token=WRITE_TOKEN)
     assert again == PushedAdapter("alice/birds", first.url, first.commit, created=False, unchanged=True)
+    copy = pull("alice/birds", output=tmp_path / "copy").path
+    assert push(copy, "alice/birds", token=WRITE_TOKEN) == again
     assert len(hub.requests("POST", "/commit/")) == 1
 
 
@@ -61,33 +62,6 @@ def test_other_adapter_replaces_it(hub: HubServer, adapter: Path) -> None:
     git = hub.repositories["alice/birds"].git
     titles = [git.read(commit)[1].decode().rpartition("\n\n")[2] for commit in git.history(second.commit or "")]
     assert titles == ["Upload adapter adapter with maskpack\n", "first\n", "start\n"]
-
-
-def test_card_of_the_user_is_kept(hub: HubServer, adapter: Path) -> None:
-    theirs = b"---\nlicense: mit\n---\n# My birds\r\nDo not touch.\n"
-    hub.add("alice/birds", {CARD: theirs, "notes.txt": b"mine"})
-    push(adapter, "alice/birds", token=WRITE_TOKEN)
-    card = hub.file("alice/birds", CARD)
-    assert card.startswith(theirs)
-    assert b"alice/birds seed 0" in card
-    assert hub.file("alice/birds", "notes.txt") == b"mine"
-    write_adapter(adapter, contents(1))
-    push(adapter, "alice/birds", token=WRITE_TOKEN)
-    assert hub.file("alice/birds", CARD) == card.replace(b"seed 0", b"seed 1")
-
-
-def test_card_in_the_folder_is_used_first(hub: HubServer, adapter: Path) -> None:
-    (adapter / CARD).write_bytes(b"---\nlicense: mit\n---\n# Written before\n")
-    push(adapter, "alice/birds", token=WRITE_TOKEN)
-    assert hub.file("alice/birds", CARD).startswith(b"---\nlicense: mit\n---\n# Written before\n")
-    assert b"alice/birds seed 0" in hub.file("alice/birds", CARD)
-
-
-def test_card_that_is_no_text(hub: HubServer, adapter: Path) -> None:
-    hub.add("alice/birds", {CARD: b"\xff\xfe"})
-    with pytest.raises(AdapterError, match=r"README\.md of alice/birds is not UTF-8 text"):
-        push(adapter, "alice/birds", token=WRITE_TOKEN)
-    assert not hub.requests("POST", "/commit/")
 
 
 def test_private(hub: HubServer, adapter: Path) -> None:
@@ -183,16 +157,17 @@ def test_output_that_holds_something_else(hub: HubServer, tmp_path: Path) -> Non
         pull("alice/birds", output=tmp_path / "work/a/b")
 
 
-def test_folder_is_verified_before_a_push(hub: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
-        raise CorruptAdapterError(f"{path.name}: a payload is damaged")
-
+def test_folder_is_verified_before_a_push(hub: HubServer, adapter: Path) -> None:
     (adapter / MODEL).write_bytes(b"other")
-    with pytest.raises(CorruptAdapterError, match="records 3000 bytes"):
+    with pytest.raises(CorruptAdapterError, match=f"records {size()} bytes"):
         push(adapter, "alice/birds", token=WRITE_TOKEN)
-    write_adapter(adapter)
-    monkeypatch.setattr(upload, "read_adapter", refuse)
-    with pytest.raises(CorruptAdapterError, match="adapter: a payload is damaged"):
+    data = bytearray(contents()[MODEL])
+    data[-1] ^= 1
+    write_adapter(adapter, {MODEL: bytes(data)})
+    with pytest.raises(CorruptAdapterError, match="they are damaged or of two adapters"):
+        push(adapter, "alice/birds", token=WRITE_TOKEN)
+    write_adapter(adapter, with_record(bytes(data)))
+    with pytest.raises(CorruptAdapterError, match=r"adapter/maskpack_model\.safetensors: the mask of .* has not the dig"):
         push(adapter, "alice/birds", token=WRITE_TOKEN)
     assert hub.log == []
 

@@ -11,14 +11,9 @@ from maskpack.hub import pull, push
 from .hub_adapters import CARD, CONFIG, MODEL, contents, write_adapter
 from .hub_fixtures import NoWaiting
 from .hub_fixtures import hub as hub
-from .hub_fixtures import plain_adapters as plain_adapters
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
-    pytest.mark.usefixtures("plain_adapters"),
-]
 
 BIRDS = "alice/birds"
 

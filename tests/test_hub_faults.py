@@ -1,7 +1,5 @@
 """Faults on the way: damaged bytes are noticed, passing faults waited for, and a push happens once."""
 
-import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,17 +9,12 @@ from maskpack.errors import AdapterError, CorruptAdapterError, HubError
 from maskpack.hub import folder as folder_module
 from maskpack.hub import pull, push
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
+from .hub_adapters import CONFIG, MODEL, contents, read_folder, size, write_adapter
 from .hub_fixtures import NoWaiting
 from .hub_fixtures import hub as hub
-from .hub_fixtures import plain_adapters as plain_adapters
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
-    pytest.mark.usefixtures("plain_adapters"),
-]
 
 BIRDS = "alice/birds"
 
@@ -54,8 +47,9 @@ def test_flipped_bit_twice(birds: HubServer, path: str, name: str) -> None:
 
 def test_damaged_cache_is_repaired_or_named(birds: HubServer) -> None:
     found = pull(BIRDS)
-    (found.path / MODEL).resolve().write_bytes(b"\0" * 3000)
-    with pytest.raises(CorruptAdapterError, match=r"maskpack_model\.safetensors of alice/birds in the cache has 3000"):
+    (found.path / MODEL).resolve().write_bytes(b"\0" * size())
+    words = rf"maskpack_model\.safetensors of alice/birds in the cache has {size()}"
+    with pytest.raises(CorruptAdapterError, match=words):
         pull(BIRDS, local_files_only=True)
     assert read_folder(pull(BIRDS, revision=found.commit).path)[MODEL] == contents()[MODEL]
 
@@ -77,16 +71,17 @@ def test_shortened_download(birds: HubServer) -> None:
 
 
 def test_too_large_is_not_fetched(birds: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(folder_module.LIMITS, MODEL, 2999)
-    with pytest.raises(AdapterError, match=r"safetensors of alice/birds@.* has 3000 bytes; at most 2999 are accepted"):
+    monkeypatch.setitem(folder_module.LIMITS, MODEL, size() - 1)
+    words = f"safetensors of alice/birds@.* has {size()} bytes; at most {size() - 1} are accepted"
+    with pytest.raises(AdapterError, match=words):
         pull(BIRDS)
     assert not birds.requests(path="/resolve/")
 
 
 def test_too_large_here(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(folder_module.LIMITS, MODEL, 2999)
+    monkeypatch.setitem(folder_module.LIMITS, MODEL, size() - 1)
     for path in (adapter, adapter / MODEL):
-        with pytest.raises(AdapterError, match="has 3000 bytes; at most 2999 are accepted"):
+        with pytest.raises(AdapterError, match=f"has {size()} bytes; at most {size() - 1} are accepted"):
             pull(path)
 
 
@@ -101,11 +96,11 @@ def test_passing_fault_is_waited_for(birds: HubServer, kind: str, path: str) -> 
 
 @pytest.mark.parametrize("kind", ["close", "reset"])
 def test_broken_body_is_fetched_again(hub: HubServer, kind: str) -> None:
-    data = os.urandom(2_000_000)
-    record = json.loads(contents()[CONFIG]) | {"size": len(data), "sha256": folder_module.digest(data).sha256}
-    hub.add(BIRDS, {MODEL: data, CONFIG: json.dumps(record).encode()})
+    large = contents(weights=16_000_000)
+    assert len(large[MODEL]) > 2_000_000
+    hub.add(BIRDS, large)
     hub.fail(kind, "GET", "store:")
-    assert read_folder(pull(BIRDS).path)[MODEL] == data
+    assert read_folder(pull(BIRDS).path)[MODEL] == large[MODEL]
 
 
 def test_lasting_fault(birds: HubServer, waits: NoWaiting) -> None:

@@ -8,9 +8,7 @@ from maskpack.errors import AdapterError, CorruptAdapterError, StateError
 from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
-from .hub_fixtures import plain_adapters as plain_adapters
 
-pytestmark = pytest.mark.usefixtures("plain_adapters")
 
 
 @pytest.fixture

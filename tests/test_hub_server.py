@@ -16,8 +16,6 @@ from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
-# the client uploads to LFS with a deprecated argument of its HTTP library
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
 CARD = b"---\nlibrary_name: maskpack\nbase_model: timm/resnet18\nbase_model_relation: adapter\n---\n# Birds\n"
 

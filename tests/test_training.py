@@ -22,7 +22,8 @@ from maskpack.mask import mask_id
 from maskpack.preprocess import TextPreprocess
 from maskpack.training import checkpoint
 from maskpack.training.config import TrainConfig, config_from, read_config
-from maskpack.training.loop import learning_rate, plan_training, train_mask
+from maskpack.training.loop import plan_training, train_mask
+from maskpack.training.run import learning_rate
 from maskpack.training.scored import attach_scores, extract_masks, scored_weights
 
 from .conftest import TinyNet

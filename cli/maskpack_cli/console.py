@@ -54,9 +54,14 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
+def main_process() -> bool:
+    """Tell whether this is the process that writes and prints, where several train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note(text: str, quiet: bool = False) -> None:
     """Print a note to stderr."""
-    if not quiet:
+    if not quiet and main_process():
         notes.print(_plain(text))
 
 

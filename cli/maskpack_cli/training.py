@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapters import Profile
-from .console import Json, Quiet, command, emit, examples, note, notes, quiet_libraries
+from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.data.base import Data
@@ -148,6 +148,8 @@ def _train(
     folder = output / RUN_FOLDER
     with _progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_mask(backbone, data, run_config, output=folder, resume=resume, report=report)
+    if not main_process():
+        return
     adapter = save_adapter(output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about)
     about = inspect_adapter(adapter)
     whole = about["sets"]["default"]

@@ -13,6 +13,7 @@ FENCE = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 OWN_TAG = "maskpack:base:"
 STALE = ("base_model", "base_model_relation")  # these go where the new card has none: the base has changed
+HUGE = 1e300  # a result beyond is none, and a JSON integer may not even fit a float
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -119,7 +120,9 @@ def _front_matter(description: Mapping[str, Any], repo_id: str | None) -> dict[s
     accuracies = {key: value for key, value in _metrics(description).items() if "accuracy" in key}
     if accuracies and description["task"] is not None:
         data = (description["training"] or {}).get("data")
-        data_name = data if isinstance(data, str) else (data or {}).get("id", "unknown")
+        data_name = (
+            data.get("id", "unknown") if isinstance(data, dict) else data if isinstance(data, str) else "unknown"
+        )
         front["model-index"] = [
             {
                 "name": repo_id or "maskpack adapter",
@@ -139,7 +142,8 @@ def _metrics(description: Mapping[str, Any]) -> dict[str, float]:
     metrics = (description["training"] or {}).get("metrics")
     if not isinstance(metrics, dict):
         return {}
-    return {key: value for key, value in metrics.items() if isinstance(value, int | float) and type(value) is not bool}
+    numbers = {key: value for key, value in metrics.items() if type(value) in (int, float)}
+    return {key: value for key, value in numbers.items() if abs(value) < HUGE}
 
 
 def _body(description: Mapping[str, Any], repo_id: str | None) -> str:

@@ -123,8 +123,7 @@ def parse_sets(fields: Fields) -> dict[str, SetHeader]:
     sets = {name: _set(name, fields) for name in sorted(fields.members)}
     if not sets:
         raise CorruptAdapterError(f"{fields.where} of the adapter header has no set, expected at least one")
-    for name, one in sets.items():
-        _check_references(name, one, sets)
+    _check_references(sets)
     return sets
 
 
@@ -191,22 +190,23 @@ def _check_payloads(payloads: tuple[Payload, ...], fields: Fields) -> None:
             raise fields.refuse("coding", f"ops flip and zero of one shape where a name comes twice ({payload.name!r})")
 
 
-def _check_references(name: str, one: SetHeader, sets: Mapping[str, SetHeader]) -> None:
-    referenced = {payload.coding.reference for payload in one.payloads}
+def _check_references(sets: Mapping[str, SetHeader]) -> None:
+    # one set for the whole file: many sets that refer to many others must not take the product of their sizes
+    referenced = {payload.coding.reference for one in sets.values() for payload in one.payloads}
     known = {
-        (other, payload.name, payload.coding.op, payload.shape)
-        for other in sets
-        if other in referenced
-        for payload in sets[other].payloads
+        (name, payload.name, payload.coding.op, payload.shape)
+        for name in sets.keys() & referenced
+        for payload in sets[name].payloads
         if payload.coding.reference is None
     }
-    for payload in one.payloads:
-        reference = payload.coding.reference
-        if reference is not None and (reference, payload.name, payload.coding.op, payload.shape) not in known:
-            raise CorruptAdapterError(
-                f"$.sets.{name} of the adapter header codes {payload.name!r} against the set {reference!r}, which has "
-                f"no such mask coded on its own; fetch the file again"
-            )
+    for name, one in sets.items():
+        for payload in one.payloads:
+            reference = payload.coding.reference
+            if reference is not None and (reference, payload.name, payload.coding.op, payload.shape) not in known:
+                raise CorruptAdapterError(
+                    f"$.sets.{name} of the adapter header codes {payload.name!r} against the set {reference!r}, which "
+                    f"has no such mask coded on its own; fetch the file again"
+                )
 
 
 def _head(fields: Fields) -> HeadSpec:

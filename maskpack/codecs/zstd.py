@@ -11,6 +11,7 @@ from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 WINDOW = 8 << 20  # bytes
+BLOCK, BLOCK_CONTENT = 4, 128 << 10  # a block has at least 4 bytes and gives at most 128 KiB
 PATIENT = 19
 SAMPLED = 4 << 20  # bytes of packed bits (34 million weights) from which level 19 has to prove itself
 SAMPLE = 1 << 20
@@ -49,6 +50,11 @@ class Zstd(Codec):
             if stated.content_size != side.size:
                 said = "nothing" if stated.content_size == zstandard.CONTENTSIZE_UNKNOWN else stated.content_size
                 raise CorruptAdapterError(f"a zstd payload declares {said} as its size, expected {side.size} bytes")
+            if stated.content_size > len(frame) // BLOCK * BLOCK_CONTENT:
+                raise CorruptAdapterError(
+                    f"a zstd payload of {len(frame)} bytes declares {stated.content_size} bytes as its size; no frame "
+                    f"that short holds as many"
+                )
             if stated.window_size > WINDOW or stated.dict_id or stated.has_checksum:
                 raise CorruptAdapterError(
                     f"a zstd payload has a window of {stated.window_size} bytes, dictionary {stated.dict_id}, checksum "

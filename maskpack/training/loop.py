@@ -1,34 +1,22 @@
-"""train_mask: scores learn, weights never move. Seeded, resumable, on Accelerate."""
+"""train_mask: scores learn, weights never move."""
 
-import math
-import platform
-import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..backbone.fingerprint import Fingerprint, fingerprint
 from ..backbone.load import Backbone
-from ..backbone.select import select_parameters
-from ..data.base import Data, Examples, empty_classes
-from ..data.batches import EpochSampler, epoch_seed, readable
+from ..data.base import Data
+from ..data.batches import readable
 from ..errors import StateError, TrainingError, require
-from ..methods.base import build_method
 from ..parts import Parts
 from ..preprocess import preprocess_to_json
-from .borrow import batchnorm_statistics, borrowed, set_train_mode
-from .checkpoint import FILE, load_checkpoint, restore, save_checkpoint, trained_tensors
+from .borrow import batchnorm_statistics, borrowed
+from .checkpoint import FILE
 from .config import TrainConfig
 from .log import Report, RunLog
-from .scored import attach, density, extract_masks, scored_weights
-from .supervised import Supervised
-
-LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
+from .run import Run
+from .scored import extract_masks, scored_weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,7 +53,8 @@ def train_mask(
         output: folder for the checkpoint of every epoch, `log.jsonl` and TensorBoard curves; None keeps nothing.
         resume: continue from the checkpoint in `output`. On one process and CPU the masks are, bit for bit, those of
             a run that was not interrupted.
-        report: called with every event: {"event": "step" | "epoch" | "end", "step", "steps", "loss", "density", …}.
+        report: called, in the main process, with every event: {"event": "step" | "epoch" | "end", "step", "steps",
+            "loss", "density", …}.
 
     Raises:
         TrainingError: if the loss is not finite, or no example of an epoch can be read.
@@ -73,6 +62,7 @@ def train_mask(
         SelectionError, DataError: if patterns or data do not fit the backbone.
     """
     config = config or TrainConfig()
+    main = require("accelerate", "train", "training").PartialState().is_main_process
     folder = Path(output) if output is not None else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +71,8 @@ def train_mask(
                 f"{folder} holds the checkpoint of an earlier run; continue it with resume, or choose another folder"
             )
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with borrowed(backbone), RunLog(folder, report, resume) as log:
-        run = _Run(backbone, data, config, before)
+    with borrowed(backbone), RunLog(folder if main else None, report if main else None, resume) as log:
+        run = Run(backbone, data, config, before)
         metrics = run.train(folder, resume, log)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()
@@ -107,7 +97,7 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
     """
     base = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone):
-        run = _Run(backbone, data, config, base)
+        run = Run(backbone, data, config, base)
         batch = next(readable(run.loader), None)
         if batch is None:
             raise TrainingError("no example of the training split can be read")
@@ -125,169 +115,6 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
             "epochs": run.epochs,
             "steps": run.steps,
             "loss": float(loss.detach()),
-        }
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the share of the peak learning rate at a step: a linear rise, then a half cosine to zero, or constant."""
-    warm = round(config.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
-
-
-class _Run:
-    """The objects of one run, and its progress."""
-
-    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, base: Fingerprint):
-        accelerate = require("accelerate", "train", "training")
-        # Accelerate keeps one precision per process; a second run of ours may have another
-        accelerate.state.AcceleratorState._reset_state()
-        names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-        method = build_method(config.method, dict(config.method_options))
-        torch.manual_seed(config.seed)
-        self.backbone, self.data, self.config, self.base = backbone, data, config, base
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
-            dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=False),
-        )
-        backbone.model.to(self.accelerator.device)
-        self.objective = Supervised(backbone, data, config)
-        assert data.train is not None
-        self.train_split: Examples = data.train
-        self.scores = attach(backbone.model, method, names, config.scale)
-        for parameter in self.objective.trained():
-            parameter.requires_grad_(True)
-        groups = [
-            {"params": list(self.scores.values()), "lr": config.score_lr},
-            {"params": self.objective.trained(), "lr": config.linear_lr},
-        ]
-        self.peaks = [config.score_lr, config.linear_lr]
-        optimizer = torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.Adam(groups)
-        self.sampler = EpochSampler(len(self.train_split), config.seed)
-        batches = self.objective.batches(self.train_split, sampler=self.sampler, augment=config.augment)
-        self.module, self.optimizer, self.loader = self.accelerator.prepare(self.objective.module, optimizer, batches)
-        self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        self.steps = config.steps or config.epochs * self.steps_per_epoch
-        self.epochs = math.ceil(self.steps / self.steps_per_epoch)
-
-    def facts(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued."""
-        return {
-            "config": self.config.to_json(),
-            "data": [self.data.digest, len(self.train_split), len(self.data.class_names)],
-            "base": self.base.digests[self.base.dtype],
-            "processes": self.accelerator.num_processes,
-        }
-
-    def train(self, folder: Path | None, resume: bool, log: RunLog) -> dict[str, float]:
-        """Run the epochs that are left; return the metrics."""
-        module: nn.Module = self.objective.module
-        first, step, metrics = 0, 0, {}
-        if resume:
-            if folder is None:
-                raise StateError("resume needs the folder of the run in `output`")
-            tensors, state, facts = load_checkpoint(folder / FILE)
-            ours = self.facts()
-            differing = [key for key in ours if facts["run"].get(key) != ours[key]]
-            if differing:
-                raise StateError(
-                    f"the checkpoint in {folder} belongs to another run: {', '.join(differing)} differ; resume with "
-                    f"the same settings, data and backbone, or choose another folder"
-                )
-            restore(trained_tensors(module), self.optimizer, tensors, state)
-            first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
-            if self.accelerator.scaler is not None and facts["scaler"]:
-                self.accelerator.scaler.load_state_dict(facts["scaler"])
-        else:
-            self.objective.start()
-        for epoch in range(first, self.epochs):
-            step, loss = self._epoch(epoch, step, log)
-            metrics = {"train_loss": loss, "density": density(scored_weights(self.backbone.model).values())}
-            if self.data.validation is not None:
-                metrics["validation_accuracy"] = self.objective.accuracy(self.data.validation)
-            log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
-            if folder is not None and self.accelerator.is_main_process:
-                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-                facts = {"run": self.facts(), "epoch": epoch + 1, "step": step, "metrics": metrics, "scaler": scaler}
-                save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
-        if self.data.test is not None:
-            metrics["test_accuracy"] = self.objective.accuracy(self.data.test)
-        log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
-        return metrics
-
-    def _epoch(self, epoch: int, step: int, log: RunLog) -> tuple[int, float]:
-        """Run one epoch; return the number of steps made so far, and the epoch's mean loss."""
-        # everything random in an epoch follows from its seed: a resumed run needs no generator states
-        self.sampler.epoch = epoch
-        torch.manual_seed(epoch_seed(self.config.seed, epoch) + self.accelerator.process_index)
-        set_train_mode(self.module, self.config.bn == "adapt")
-        total, count, started, steps_before = 0.0, 0, time.monotonic(), step
-        trained = [*self.scores.values(), *self.objective.trained()]
-        for batch in readable(self.loader):
-            if step == self.steps:
-                break
-            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * learning_rate(self.config, step, self.steps)
-            with self.accelerator.accumulate(self.module):
-                with self.accelerator.autocast():
-                    loss = self.objective.loss(self.module, batch)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f"the loss is {value} at step {step + 1} of {self.steps}; lower the learning rates (scores "
-                        f"{self.config.score_lr}, head {self.config.linear_lr}), or clip gradients; the checkpoint of "
-                        f"the last whole epoch is kept"
-                    )
-                self.accelerator.backward(loss)
-                if self.config.clip is not None and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(trained, self.config.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            total, count = total + value, count + 1
-            if self.accelerator.sync_gradients:
-                step += 1
-                if step % LOG_EVERY == 0 or step == self.steps:
-                    pace = (time.monotonic() - started) / (step - steps_before)
-                    log.write(
-                        {
-                            "event": "step",
-                            "epoch": epoch + 1,
-                            "step": step,
-                            "steps": self.steps,
-                            "loss": value,
-                            "lr": float(self.optimizer.param_groups[0]["lr"]),
-                            "density": density(scored_weights(self.backbone.model).values()),
-                            "seconds_left": pace * (self.steps - step),
-                        }
-                    )
-        if count == 0:
-            raise TrainingError(f"no example of the training split could be read in epoch {epoch + 1}")
-        return step, total / count
-
-    def record(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Return the training record that travels with the adapter; no times, so that equal runs give equal bytes."""
-        splits = {"train": self.train_split, "validation": self.data.validation, "test": self.data.test}
-        return {
-            "settings": self.config.to_json(),
-            "steps": self.steps,
-            "processes": self.accelerator.num_processes,
-            "data": {
-                "id": self.data.id,
-                "digest": self.data.digest,
-                "rows": {name: len(split) for name, split in splits.items() if split is not None},
-                "unreadable": sum(len(split.unreadable) for split in splits.values() if split is not None),
-                "empty_classes": empty_classes(self.train_split, self.data.class_names),
-            },
-            "versions": {
-                "maskpack": version("maskpack"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "metrics": dict(metrics),
         }
 
 

@@ -1,0 +1,148 @@
+"""Fuzz the adapter reader: `python -m tests.fuzz.fuzz_reader --seconds 120`; not a part of the test suite.
+
+Spoils valid adapter files (mutations.py) and reads everything in them. Only AdapterError may come out, no case may
+take longer than SLOW seconds, and the address space may not grow by more than ROOM bytes. Each case depends on the
+seed and its number alone: `--seed S --case N` repeats one.
+"""
+
+import argparse
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from maskpack.adapter.card import render_card, update_card
+from maskpack.adapter.describe import config_text, describe
+from maskpack.adapter.file import Parts, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.backbone.head import Head
+from maskpack.codecs.base import CODECS
+from maskpack.errors import AdapterError, BackboneMismatchError
+from maskpack.mask import MaskSet, PackedMask
+
+from ..helpers_adapter import base_of, random_masks
+from .mutations import mutated
+
+SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
+WEIGHTS = {name: torch.linspace(-1, 1, 120)[: torch.Size(shape).numel()].reshape(shape) for name, shape in SHAPES.items()}
+ROOM = 512 << 20
+SLOW = 10
+DIFFERENT = 20  # failures that are not alike, after which there is no use in going on
+
+
+def valid_files(folder: Path) -> list[bytes]:
+    """Return adapter files of every kind and codec."""
+    masks = random_masks(SHAPES)
+    torch.manual_seed(0)
+    head = Head("linear", torch.rand(2, 2), torch.rand(2), "fc")
+    pooled = Head("pooled-linear", torch.rand(2, 2), None, None, "mean", True)
+    full = Parts(masks, head, {"bn.running_mean": torch.rand(3)}, {"bn.weight": torch.rand(3)})
+    replaced = random_masks(SHAPES, op="replace")
+    values = {name: torch.rand(len(mask.bits) - mask.kept) for name, mask in replaced.items()}
+    signs = random_masks(SHAPES, 0.5, seed=1)
+    ternary = MaskSet({n: PackedMask(m.bits, m.shape, "zero", m.alpha, signs[n].bits) for n, m in masks.items()})
+    about = {"preprocess": {"kind": "image"}, "training": {"data": "x", "metrics": {"accuracy": 0.5}}}
+    sets: list[dict[str, MaskSet | Parts]] = [
+        {"default": full},
+        {"default": Parts(random_masks(SHAPES, scale=True), pooled), "other": random_masks(SHAPES, seed=2)},
+        {"default": Parts(replaced, values=values)},
+        {"default": ternary},
+    ]
+    made = []
+    for codec in (cls.id for cls in CODECS.all()):
+        for one in sets:
+            path = folder / "valid.safetensors"
+            save_adapter(path, one, base_of(SHAPES), codec=codec, weights=WEIGHTS, class_names=["x", "y"], task="t", **about)  # type: ignore[arg-type]
+            made.append(path.read_bytes())
+    return made
+
+
+def use(path: Path) -> None:
+    """Read a file and everything in it, and describe it as the command line does."""
+    adapter = read_adapter(path)
+    description = describe(adapter)
+    card = render_card(description, "user/name")
+    update_card(card, card)
+    config_text(description, path.name)
+    adapter.verify()
+    for name in adapter.sets:
+        for method in (adapter.head, adapter.statistics, adapter.parameters, adapter.values):
+            method(set=name)
+        adapter.masks(WEIGHTS, set=name)
+
+
+def check(data: bytes, path: Path) -> str | None:
+    """Read one file; return the traceback of what must not have come out, if anything did."""
+    path.write_bytes(data)
+    signal.alarm(SLOW)
+    try:
+        use(path)
+    except (AdapterError, BackboneMismatchError):
+        return None
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        signal.alarm(0)
+    return None
+
+
+def too_slow(*_: object) -> None:
+    raise TimeoutError(f"reading took over {SLOW} seconds")
+
+
+def address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--case", type=int, help="only this case; its file is kept")
+    options = parser.parse_args()
+    signal.signal(signal.SIGALRM, too_slow)
+    failures: dict[str, str] = {}
+    read = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "case.safetensors"
+        seeds = valid_files(Path(folder))
+        for data in seeds:
+            path.write_bytes(data)
+            use(path)
+        limit = address_space() + ROOM
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        start, case = time.monotonic(), options.case or 0
+        while time.monotonic() - start < options.seconds and len(failures) < DIFFERENT:
+            data = mutated(seeds, random.Random(f"{options.seed}/{case}"))
+            found = check(data, path)
+            read += 1
+            if found is not None and (kind := alike(found)) not in failures:
+                failures[kind] = found
+                kept = Path(tempfile.gettempdir()) / f"fuzz-{options.seed}-{case}.safetensors"
+                kept.write_bytes(data)
+                sys.stdout.write(f"--seed {options.seed} --case {case} ({kept}):\n{found}\n")
+            if options.case is not None:
+                break
+            case += 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    sys.stdout.write(
+        f"{read} executions, seed {options.seed}, {len(failures)} different failures, peak memory {peak} MiB\n"
+    )
+    return 1 if failures else 0
+
+
+def alike(found: str) -> str:
+    """Return what failures of one cause share: the kind of the error and the last line of code."""
+    lines = found.rstrip().splitlines()
+    place = next(line for line in reversed(lines) if line.lstrip().startswith("File "))
+    return f"{lines[-1].partition(':')[0]} {place}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""With the core dependencies alone: loading, undoing and looking work, and what does not work says which line helps."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskpack import MaskSet, fingerprint, save_adapter
+
+EXTRAS = (
+    "torchvision",
+    "timm",
+    "transformers",
+    "datasets",
+    "sklearn",
+    "accelerate",
+    "tensorboard",
+    "matplotlib",
+    "PIL",
+)
+
+BLOCKED = f"""
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+import torch
+
+def refused(action):
+    try:
+        action()
+    except ImportError as error:
+        return f"{{type(error).__name__}}: {{error}}"
+    raise AssertionError("it worked")
+
+def linear():
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 4)
+"""
+
+CLI = "sys.argv[0] = 'maskpack'\nfrom maskpack_cli.main import main\nmain()\n"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("core") / "adapter"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 4)
+    preprocess = {"kind": "image", "size": 8, "resize": 8}
+    masks = MaskSet.from_tensors({"weight": model.weight.detach() > 0})
+    save_adapter(folder, masks, fingerprint(model, id="linear"), preprocess=preprocess)
+    return folder
+
+
+def run(code: str, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
+    )
+
+
+def test_the_hook_works() -> None:
+    done = run(f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\nimport numpy, rich\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"ModuleNotFoundError: No module named '{name}'" for name in EXTRAS]
+
+
+def test_load_look_unload(adapter: Path, tmp_path: Path) -> None:
+    code = """
+import json
+from maskpack import inspect_adapter, load_adapter, load_mask, pull, unload_mask
+
+model = linear()
+found = pull(sys.argv[1], output="copy")
+load_mask(model, "./copy")
+assert (model.weight >= 0).all()
+unload_mask(model)
+assert not (model.weight >= 0).all()
+opened = load_adapter("./copy")
+parameters = inspect_adapter(opened)["sets"]["default"]["parameters"]
+print(json.dumps([str(found.path), parameters, opened.verify()["mask_id"]]))
+print(refused(opened.preprocess))
+"""
+    done = run(code, str(adapter), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts, refusal = done.stdout.splitlines()
+    assert json.loads(facts) == ["copy", 1, True]
+    assert refusal == (
+        "MissingDependencyError: reading images needs the library 'torchvision', which is not installed; "
+        'install it with: pip install "maskpack[train]"'
+    )
+
+
+@pytest.mark.parametrize("words", ["inspect --json", "inspect --parameters", "verify", "verify --json"])
+def test_command_line(adapter: Path, words: str) -> None:
+    verb, *options = words.split()
+    done = run(CLI, verb, str(adapter), *options)
+    assert done.returncode == 0, done.stderr
+    if "--json" in options:
+        assert json.loads(done.stdout)["mask_id"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "library"),
+    [
+        ("load_backbone('timm/resnet18')", "timm"),
+        ("load_backbone('torchvision/resnet18')", "torchvision"),
+        ("load_backbone('hf/user/name')", "transformers"),
+        ("load_data('digits:0-4')", "datasets"),
+        ("load_data('user/name')", "datasets"),
+    ],
+)
+def test_what_is_missing_is_said(call: str, library: str) -> None:
+    done = run(f"import maskpack\nprint(refused(lambda: maskpack.{call}))\n")
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.strip()
+    assert said.startswith("MissingDependencyError: ")
+    assert said.endswith(
+        f'the library {library!r}, which is not installed; install it with: pip install "maskpack[train]"'
+    )
+
+
+def test_missing_on_the_command_line(tmp_path: Path) -> None:
+    done = run(CLI, "train", "--backbone", "timm/resnet18", "--data", "digits:0-4", "--output", str(tmp_path / "m"))
+    assert done.returncode == 1
+    assert 'pip install "maskpack[train]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,266 @@
+"""README.md and docs/*.md: every python block runs, every command parses and most run, and nothing is left out.
+
+Blocks are run in the order of their file, in a prepared folder, with stand-ins for what is not here: timm's pretrained
+weights (a small network with random ones) and the Hub (a loopback server). A block of commands is parsed, and run
+unless the comment `<!-- not run: why -->` stands before it. A block in another language is not touched.
+"""
+
+import ast
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from maskpack_cli.main import app
+from typer.testing import CliRunner
+
+import maskpack
+from maskpack.adapter.fields import PATH
+from maskpack.codecs.base import CODECS
+from maskpack.data.base import SOURCES
+from maskpack.methods.base import METHODS
+from maskpack.training.config import TrainConfig, config_from
+
+from .hub_fixtures import hub as hub
+from .hub_fixtures import waits as waits
+from .hub_server import WRITE_TOKEN, HubServer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<skip>not run): [^\n]+ -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE
+)
+RUN_LANGUAGES = ("python", "bash")
+KNOWN_LANGUAGES = (*RUN_LANGUAGES, "text", "toml", "json")
+COMMAND: Any = typer.main.get_command(app)
+OWN_NAME = "user"  # of the docs' Hub references; the loopback Hub knows it as alice
+
+
+def blocks(page: str) -> list[tuple[str, str, bool]]:
+    """(language, body, is it run) of every fenced block of a page."""
+    return [(found["kind"], found["body"], not found["skip"]) for found in BLOCK.finditer(TEXTS[page])]
+
+
+def commands(body: str) -> list[list[str]]:
+    """The words of every maskpack command of a block."""
+    lines = body.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("maskpack ")]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the docs name: flowers, single images, masks, settings, a demo's output."""
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("docs")
+    digits = load_digits()
+    names = {0: "daisy", 1: "rose", 4: "tulip"}
+    from PIL import Image
+
+    for split, rows in (("train", range(0, 120)), ("test", range(120, 180))):
+        for row in rows:
+            if int(digits.target[row]) in names:
+                folder = root / "flowers" / split / names[int(digits.target[row])]
+                folder.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray((digits.images[row] * 15).astype("uint8")).resize((32, 32))
+                image.save(folder / f"{row:03}.png")
+    for name in ("rose", "daisy"):
+        image.save(root / f"{name}.jpg")
+    image.save(root / "a.jpg")
+    image.save(root / "b.jpg")
+    image.save(root / "some-digit.png")
+    settings = next(body for kind, body, _ in blocks("quickstart.md") if kind == "toml")
+    (root / "run.toml").write_text(settings)
+
+    demo = root / "demo-output"
+    demo.mkdir()
+    shutil.copyfile(ROOT / "cli/maskpack_cli/digits_backbone.py", demo / "backbone.py")
+    from maskpack.apply.export import export_state
+
+    backbone = maskpack.load_backbone(f"{demo}/backbone.py:digits_cnn", random_weights=0)
+    export_state(demo / "backbone.safetensors", backbone.model)
+    config = TrainConfig(epochs=2, optimizer="sgd", lr=20.0, scale=True, augment="crop")
+    result = maskpack.train_mask(backbone, maskpack.load_data("digits:5-9", labels_fraction=0.2), config)
+    maskpack.save_adapter(demo / "adapter", result.parts, result.base, **result.about)
+    return root
+
+
+@pytest.fixture
+def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder as the current one, and the stand-ins."""
+    import timm
+
+    from maskpack.tensorfile import write_tensors
+
+    create = timm.create_model
+
+    def small(name: str, pretrained: bool = False, **options: Any) -> Any:
+        """Stand in for pretrained weights, which would have to be downloaded: a small network with random ones."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return create("test_resnet", pretrained=False)
+
+    folder = tmp_path / "here"
+    shutil.copytree(prepared, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(timm, "create_model", small)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    monkeypatch.setenv("COLUMNS", "160")
+    for registry in (METHODS, CODECS, SOURCES):  # the examples of docs/extending.md are gone afterwards
+        registry.all()
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    network = small("")
+    masks = {"layer4.0.conv1.weight": network.get_parameter("layer4.0.conv1.weight") > 0}
+    write_tensors("masks.safetensors", masks, {"format": "pt"})
+    return folder
+
+
+def translated(text: str) -> str:
+    """The docs' Hub names as the loopback Hub knows them."""
+    return re.sub(rf"(?<![\w/.]){OWN_NAME}/", "alice/", text)
+
+
+def run_command(words: list[str]) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, f"maskpack {shlex.join(words)}\n{done.stdout}\n{done.stderr}\n{done.exception!r}"
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if any(k in RUN_LANGUAGES for k, _, _ in blocks(page))])
+def test_blocks_run(page: str, world: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for kind, body, is_run in blocks(page):
+        if kind == "python" and is_run:
+            exec(compile(translated(body), f"{page}", "exec"), namespace)
+        elif kind == "bash" and is_run:
+            for words in commands(translated(body)):
+                run_command(words)
+
+
+COMMANDS = [
+    (page, words) for page in TEXTS for kind, body, _ in blocks(page) if kind == "bash" for words in commands(body)
+]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
+def test_command_parses(page: str, words: list[str]) -> None:
+    COMMAND.commands[words[0]].make_context(words[0], list(words[1:]))
+
+
+def test_commands_in_sentences_exist() -> None:
+    for page, text in TEXTS.items():
+        for command in re.findall(r"`maskpack ([a-z][^`\n]*)`", BLOCK.sub("", text)):
+            words = shlex.split(command)
+            assert words[0] in COMMAND.commands, f"{page}: maskpack {command}"
+            known = {name for option in COMMAND.commands[words[0]].params for name in option.opts}
+            assert {word for word in words if word.startswith("-")} <= known, f"{page}: maskpack {command}"
+
+
+def test_options_in_pages_exist() -> None:
+    known = {
+        name
+        for verb in COMMAND.commands.values()
+        for option in verb.params
+        for name in (*option.opts, *option.secondary_opts)
+    }
+    others = {"--version", "--help"}
+    for page in ("cli.md", "quickstart.md", "methods.md", "troubleshooting.md", "reliability.md"):
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", BLOCK.sub("", TEXTS[page])):
+            assert option in known | others, f"{page}: {option}"
+
+
+def test_every_verb_option_and_name_is_described() -> None:
+    cli, api = TEXTS["cli.md"], TEXTS["api.md"]
+    for name, verb in COMMAND.commands.items():
+        assert f"\n## {name}\n" in cli
+        assert f"| `{name}` |" in TEXTS["README.md"]
+        if name == "train":
+            for option in verb.params:
+                assert f"`{option.opts[0]}" in cli, option.opts
+    for name in maskpack.__all__:
+        assert re.search(rf"`{name}[(`]", api), name
+
+
+def test_signatures_in_api() -> None:
+    import inspect
+
+    for name, given in re.findall(r"^\| `(\w+)\((.*?)\)` \|", TEXTS["api.md"], re.MULTILINE):
+        stated = [word.strip() for word in given.split(",")]
+        parameters = inspect.signature(getattr(maskpack, name)).parameters.values()
+        real: list[str] = []
+        for parameter in parameters:
+            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in real:
+                real.append("*")
+            real.append(parameter.name)
+        assert stated == real, name
+
+
+def test_settings_files_are_accepted() -> None:
+    for _, body, _ in [block for block in blocks("quickstart.md") if block[0] == "toml"]:
+        settings = tomllib.loads(body)
+        for key in ("backbone", "data", "output"):
+            settings.pop(key)
+        config_from(settings)
+
+
+def test_languages_are_known() -> None:
+    for page in TEXTS:
+        fences = re.findall(r"^```(\w*)", TEXTS[page], re.MULTILINE)
+        assert set(fences[::2]) <= set(KNOWN_LANGUAGES), page
+        assert not any(fences[1::2]), page
+
+
+def anchors(text: str) -> set[str]:
+    found = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+def test_links() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", BLOCK.sub("", TEXTS[page.name])):
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name).resolve() if name else page
+            if file.name == "results.md":
+                continue  # written by the benchmarks
+            assert file.is_file(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page.name}: {target}"
+    linked = set(re.findall(r"\(docs/(\w+\.md)\)", TEXTS["README.md"]))
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= linked
+
+
+def messages() -> str:
+    """The texts of all string constants of maskpack and its command line, a NUL where a value goes."""
+    found = []
+    for path in [*(ROOT / "maskpack").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found).replace("`", "")
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    said = messages()
+    headings = re.findall(r"^\*\*(`.+?)\*\*", TEXTS["troubleshooting.md"], re.MULTILINE)
+    assert len(headings) > 30
+    for heading in headings:
+        for quote in re.findall(r"`([^`]+)`", heading):
+            for piece in quote.split("…"):
+                piece = piece.strip(" ,;:[]'")
+                assert piece in said, f"no message of the code holds {piece!r}"
+
+
+def test_changelog_is_in_one_place() -> None:
+    assert not (ROOT / "docs" / "changelog.md").exists()
+    assert PATH.match("/somewhere")  # no path of one machine in the pages, told as in adapters
+    for page, text in TEXTS.items():
+        assert not re.search(r"(?<!\w)/(home|work|root|Users)/", text), page
