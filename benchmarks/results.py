@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.data.base import load_data
+from maskpack.data.load import load_data
 from maskpack.evaluate.linear_probe import linear_probe
 from maskpack.training.checkpoint import FILE
 from maskpack.training.config import TrainConfig

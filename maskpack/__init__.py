@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .apply.load import load_adapter, load_mask, unload_mask
     from .backbone.fingerprint import fingerprint
     from .backbone.load import load_backbone
-    from .data.base import load_data
+    from .data.load import load_data
     from .errors import MaskpackError
     from .hub import pull, push
     from .mask import MaskSet
@@ -36,7 +36,7 @@ _WHERE = {
     "inspect_adapter": "adapter.describe",
     "load_adapter": "apply.load",
     "load_backbone": "backbone.load",
-    "load_data": "data.base",
+    "load_data": "data.load",
     "load_mask": "apply.load",
     "pull": "hub",
     "push": "hub",

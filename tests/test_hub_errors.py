@@ -6,14 +6,14 @@ import huggingface_hub.constants as constants
 import pytest
 
 from maskpack.errors import AdapterError, HubError
-from maskpack.hub import pull, push
+from maskpack.hub import Reference, pull, push
+from maskpack.hub.client import Session
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, write_adapter
 from .hub_fixtures import NoWaiting
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
-
 
 BIRDS = "alice/birds"
 
@@ -97,10 +97,59 @@ def test_login_and_rights(birds: HubServer, adapter: Path) -> None:
 
 
 def test_refused_card(hub: HubServer, adapter: Path) -> None:
-    hub.add(BIRDS, {CARD: b"---\na: [\n---\n"})
-    with pytest.raises(HubError, match=r"the Hub refuses the model card \(Invalid metadata .*\); correct README\.md"):
+    hub.add(BIRDS, {CARD: b"---\nlicense: free as a bird\n---\n"})
+    words = r'the Hub refuses the model card \(Invalid metadata .*"license" must be one of .*\); correct README\.md'
+    with pytest.raises(HubError, match=words):
         push(adapter, BIRDS, token=WRITE_TOKEN)
     assert not hub.requests("POST", "/preupload/")
+
+
+def test_no_hub(birds: HubServer) -> None:
+    birds.fail("status", "HEAD", "/resolve/", status=200)
+    with pytest.raises(HubError, match=r"127\.0\.0\.1 does not answer like a Hub; check HF_ENDPOINT, firewall and pr"):
+        pull(BIRDS)
+
+
+def test_file_that_is_gone_after_all(birds: HubServer) -> None:
+    birds.fail("status", "HEAD", "/resolve/", status=404, code="EntryNotFound")
+    with pytest.raises(AdapterError, match="cannot pull alice/birds: a file that it listed is missing there; try"):
+        pull(BIRDS)
+
+
+def test_name_that_only_the_client_refuses(hub: HubServer) -> None:
+    session = Session("pull", Reference("alice/na--me"), False)  # no such name gets past our own check
+    with pytest.raises(AdapterError, match="cannot pull alice/na--me: the Hub accepts no such name; expected user/na"):
+        session.call(lambda: session.api.model_info(session.repo_id))
+    assert hub.log == []
+
+
+def test_branch_that_does_not_appear(birds: HubServer, adapter: Path) -> None:
+    birds.fail("status", "POST", "/branch/", status=200, message="done")
+    with pytest.raises(HubError, match="the Hub does not say what dev points to; try again"):
+        push(adapter, BIRDS, revision="dev", token=WRITE_TOKEN)
+    assert not birds.requests("POST", "/commit/")
+
+
+def test_conflict_without_another_commit(birds: HubServer, adapter: Path) -> None:
+    birds.fail("status", "POST", "/commit/", status=409, message="locked")
+    words = r"cannot push to alice/birds: somebody else changed it meanwhile \(locked\); pull, look, and try again"
+    with pytest.raises(HubError, match=words):
+        push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
+
+
+# this machine
+def test_cache_that_cannot_be_written(birds: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(HubError, match=r"Not a directory \(.*file.*\); check space and permissions of the cache"):
+        pull(BIRDS, cache_dir=tmp_path / "file/cache")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that opens and cannot be read")
+def test_file_that_cannot_be_read(adapter: Path) -> None:
+    (adapter / MODEL).unlink()
+    (adapter / MODEL).symlink_to("/proc/self/mem")
+    with pytest.raises(AdapterError, match=r"cannot read .*maskpack_model\.safetensors: .*; check its permissions"):
+        pull(adapter)
 
 
 # offline

@@ -15,7 +15,6 @@ from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
 
-
 BIRDS = "alice/birds"
 
 
@@ -123,6 +122,10 @@ def test_server_says_how_long_to_wait(birds: HubServer, waits: NoWaiting) -> Non
     with pytest.raises(HubError, match=r"too many requests .*wait 900 seconds and try again"):
         pull(BIRDS)
     assert waits.slept == [7]
+    birds.faults.rules.clear()
+    birds.fail("status", "POST", "paths-info", status=429, times=9)
+    with pytest.raises(HubError, match=r"too many requests .*wait some minutes and try again"):
+        pull(BIRDS)
 
 
 def test_other_answers(birds: HubServer) -> None:

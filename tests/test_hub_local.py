@@ -10,7 +10,6 @@ from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
 from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
 
 
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return write_adapter(tmp_path / "adapter")

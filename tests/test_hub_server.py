@@ -16,7 +16,6 @@ from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
-
 CARD = b"---\nlibrary_name: maskpack\nbase_model: timm/resnet18\nbase_model_relation: adapter\n---\n# Birds\n"
 
 

@@ -12,7 +12,7 @@ from maskpack.apply.load import load_adapter, load_mask, unload_mask
 from maskpack.apply.weights import restore
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import load_backbone
-from maskpack.data.base import load_data
+from maskpack.data.load import load_data
 from maskpack.errors import BackboneMismatchError
 from maskpack.hub import pull, push
 from maskpack.training.config import TrainConfig

@@ -16,7 +16,8 @@ from torch import nn
 
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.parameters import same_size_int
-from maskpack.data.base import Data, load_data
+from maskpack.data.base import Data
+from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import TextPreprocess

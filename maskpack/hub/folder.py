@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..adapter.card import BEGIN
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE
 from ..errors import AdapterError, CorruptAdapterError, StateError
@@ -128,8 +129,8 @@ def check_folder(folder: Path) -> None:
 def copy_files(contents: dict[str, Path | bytes], target: Path) -> None:
     """Write an adapter's files into a folder, as plain files; other files of an adapter folder stay.
 
-    Nothing is replaced before everything is written. The model file comes last; whatever happens in between is found
-    by the digest in the config file.
+    What another adapter there had besides, its card or config, goes. Nothing is replaced before everything is
+    written. The model file comes last; whatever happens in between is found by the digest in the config file.
 
     Raises:
         StateError: if the target holds something else than an adapter, or cannot be written.
@@ -145,6 +146,18 @@ def copy_files(contents: dict[str, Path | bytes], target: Path) -> None:
                 path.write_bytes(content)
             else:
                 shutil.copyfile(content, path)
+        for path in _leftovers(contents, target):
+            path.unlink()
+
+
+def _leftovers(contents: dict[str, Path | bytes], target: Path) -> list[Path]:
+    """Return what the adapter in `target` has and another one, which takes its place, has not."""
+    found = [target / name for name in FILES if name not in contents and (target / name).is_file()]
+    model = target / MODEL_FILE
+    if not found or not model.is_file() or digest(model) == digest(contents[MODEL_FILE]):
+        return []
+    # a card without our part was written by hand, and nothing in it tells of the adapter that goes
+    return [path for path in found if path.name != CARD_FILE or BEGIN.encode() in path.read_bytes()]
 
 
 def _check_target(target: Path) -> None:

@@ -6,6 +6,7 @@ seed and its number alone: `--seed S --case N` repeats one.
 """
 
 import argparse
+import math
 import random
 import resource
 import signal
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,7 +32,7 @@ from ..helpers_adapter import base_of, random_masks
 from .mutations import mutated
 
 SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
-WEIGHTS = {name: torch.linspace(-1, 1, 120)[: torch.Size(shape).numel()].reshape(shape) for name, shape in SHAPES.items()}
+WEIGHTS = {name: torch.linspace(-1, 1, math.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
 ROOM = 512 << 20
 SLOW = 10
 DIFFERENT = 20  # failures that are not alike, after which there is no use in going on
@@ -47,7 +49,8 @@ def valid_files(folder: Path) -> list[bytes]:
     values = {name: torch.rand(len(mask.bits) - mask.kept) for name, mask in replaced.items()}
     signs = random_masks(SHAPES, 0.5, seed=1)
     ternary = MaskSet({n: PackedMask(m.bits, m.shape, "zero", m.alpha, signs[n].bits) for n, m in masks.items()})
-    about = {"preprocess": {"kind": "image"}, "training": {"data": "x", "metrics": {"accuracy": 0.5}}}
+    about: dict[str, Any] = {"class_names": ["x", "y"], "task": "t", "preprocess": {"kind": "image"}}
+    about["training"] = {"data": "x", "metrics": {"accuracy": 0.5}}
     sets: list[dict[str, MaskSet | Parts]] = [
         {"default": full},
         {"default": Parts(random_masks(SHAPES, scale=True), pooled), "other": random_masks(SHAPES, seed=2)},
@@ -58,7 +61,7 @@ def valid_files(folder: Path) -> list[bytes]:
     for codec in (cls.id for cls in CODECS.all()):
         for one in sets:
             path = folder / "valid.safetensors"
-            save_adapter(path, one, base_of(SHAPES), codec=codec, weights=WEIGHTS, class_names=["x", "y"], task="t", **about)  # type: ignore[arg-type]
+            save_adapter(path, one, base_of(SHAPES), codec=codec, weights=WEIGHTS, **about)
             made.append(path.read_bytes())
     return made
 

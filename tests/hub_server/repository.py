@@ -15,6 +15,7 @@ from .messages import HttpError
 ATTRIBUTES = "*.safetensors filter=lfs diff=lfs merge=lfs -text\n*.bin filter=lfs diff=lfs merge=lfs -text\n"
 POINTER = re.compile(rb"version https://git-lfs.github.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
 REGULAR_LIMIT = 10_000_000  # our reading of the docs, not checked on the real Hub
+LICENSES = ("apache-2.0", "mit", "other")  # a few of the many that the Hub knows
 START = 1_700_000_000
 
 
@@ -109,7 +110,7 @@ class Repository:
 
 
 def card_data(text: str) -> dict[str, Any] | None:
-    """Return the YAML between the first two `---` lines, None without one; ValueError if it is not a mapping."""
+    """Return the YAML between the first two `---` lines, None without one; ValueError if the Hub refuses it."""
     match = re.match(r"---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
     if match is None:
         return None
@@ -119,4 +120,6 @@ def card_data(text: str) -> dict[str, Any] | None:
         raise ValueError(f"bad YAML: {error}") from error
     if data is not None and not isinstance(data, dict):
         raise ValueError("the metadata must be a mapping")
+    if data and data.get("license", "other") not in LICENSES:
+        raise ValueError(f'"license" must be one of [{", ".join(LICENSES)}]')
     return data or {}
