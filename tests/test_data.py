@@ -158,13 +158,14 @@ def test_broken_data_are_clear_errors(tmp_path: Path, monkeypatch: pytest.Monkey
         load_data("user/nothing")
 
 
-def test_a_corrupt_image_costs_only_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_costs_only_itself(tmp_path: Path, workers: int) -> None:
     root = image_tree(tmp_path)
     (root / "train/cat/2.png").write_bytes(b"\x89PNG broken")
     (root / "train/dog/0.png").write_bytes(b"")
     data = load_data(str(root))
     assert data.train is not None
-    batches = list(readable(loader(data.train, ImagePreprocess(8, 8), batch_size=3)))
+    batches = list(readable(loader(data.train, ImagePreprocess(8, 8), batch_size=3, workers=workers)))
     assert sum(len(y) for _, y in batches) == 8
     assert data.train.unreadable == {2, 5}
 
@@ -172,7 +173,7 @@ def test_a_corrupt_image_costs_only_itself(tmp_path: Path) -> None:
 def test_batches_are_what_the_backbone_expects() -> None:
     data = load_data("digits:5-9")
     assert data.train is not None
-    x, y = next(iter(loader(data.train, ImagePreprocess(8, 8, mean=(0, 0, 0), std=(1, 1, 1)), batch_size=4)))
+    x, y = next(readable(loader(data.train, ImagePreprocess(8, 8, mean=(0, 0, 0), std=(1, 1, 1)), batch_size=4)))
     assert (x.shape, x.dtype, y.shape) == ((4, 3, 8, 8), torch.float32, (4,))
     image, _ = data.train[1]
     plain = torch.tensor(np.array(image)).permute(2, 0, 1) / 255

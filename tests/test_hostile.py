@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.file import Parts, read_adapter, save_adapter
+from maskpack.adapter.card import render_card
+from maskpack.adapter.describe import describe
+from maskpack.adapter.file import CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
 from maskpack.adapter.read import read_file
 from maskpack.backbone.head import Head
 from maskpack.errors import AdapterError, CorruptAdapterError, UnknownCodecError, UnsupportedVersionError
 from maskpack.tensorheader import SEAL
 
-from .helpers_adapter import base_of, join_file, random_masks, split_file, with_header, write
+from .helpers_adapter import base_of, join_file, random_masks, split_file, with_header, with_payload, write
 
 SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
 MASKS = random_masks(SHAPES, 0.9)
@@ -51,8 +53,7 @@ def refuse(folder: Path, data: bytes, match: str, error: type[AdapterError] = Co
 def test_the_file_is_good_before_it_is_spoiled(valid: bytes, tmp_path: Path) -> None:
     assert use(write(tmp_path, valid)).masks() == MASKS
     assert use(write(tmp_path, with_header(valid, lambda header: header.update(later="?")))).masks() == MASKS
-    outer, section = split_file(valid)
-    assert use(write(tmp_path, join_file(outer, section))).masks() == MASKS
+    assert use(write(tmp_path, join_file(*split_file(valid)))).masks() == MASKS
 
 
 def test_every_truncation_is_refused(valid: bytes, tmp_path: Path) -> None:
@@ -74,11 +75,8 @@ def test_every_flipped_bit_is_refused(valid: bytes, tmp_path: Path) -> None:
 
 
 def test_a_changed_header_is_noticed(valid: bytes, tmp_path: Path) -> None:
-    refuse(
-        tmp_path,
-        valid.replace(b'\\"y\\"', b'\\"z\\"'),
-        r"the header has the sha256 .*, but states .*changed or damaged",
-    )
+    changed = valid.replace(b'\\"y\\"', b'\\"z\\"')
+    refuse(tmp_path, changed, r"the header has the sha256 .*, but states .*changed or damaged")
     outer, section = split_file(valid)
     del outer["__metadata__"]["header_sha256"]
     refuse(tmp_path, join_file(outer, section), "but states none; it was changed")
@@ -204,14 +202,11 @@ def test_later_versions_and_unknown_codecs_have_their_own_errors(valid: bytes, t
 
 @pytest.mark.parametrize(
     ("tensor", "what"),
-    [
-        ("default/payloads", "the mask of 'a.weight' in set 'default'"),
-        ("default/head/bias", "tensor 'default/head/bias'"),
-    ],
-)
+    [("payloads", "the mask of 'a.weight' in set 'default'"), ("head/bias", "tensor 'default/head/bias'")],
+)  # fmt: skip
 def test_damage_is_located(tensor: str, what: str, valid: bytes, tmp_path: Path) -> None:
     outer, section = split_file(valid)
-    at = outer[tensor]["data_offsets"][0]
+    at = outer[f"default/{tensor}"]["data_offsets"][0]
     spoiled = section[:at] + bytes([section[at] ^ 1]) + section[at + 1 :]
     refuse(tmp_path, join_file(outer, spoiled), f"{what} has not the digest that was stored; fetch the file again")
     base = outer["maskpack.base"]["data_offsets"][0]
@@ -237,3 +232,19 @@ def test_every_tensor_is_checked(change: Callable[[Header], Any], match: str, va
     outer, section = split_file(valid)
     change(outer)
     refuse(tmp_path, join_file(outer, section), match)
+
+
+def test_what_fuzzing_found(valid: bytes, tmp_path: Path) -> None:
+    training = {"data": 5, "metrics": {"accuracy": 10**400, "f1": 0.5}}  # the card broke on both
+    adapter = use(write(tmp_path, with_header(valid, lambda header: header.update(training=training))))
+    assert "| f1 | 0.5 |" in render_card(describe(adapter)).replace("\\", "")
+    bomb = with_payload(valid, b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", 2 << 30))  # the library makes room for 2 GiB
+    bomb = with_header(bomb, lambda header: one(header).update(shapes=[[1 << 34], [17]]))
+    refuse(tmp_path, bomb, "a zstd payload of 13 bytes declares 2147483648 bytes as its size; no frame that short")
+
+
+def test_config_that_is_no_file(valid: bytes, tmp_path: Path) -> None:
+    write(tmp_path, valid).rename(tmp_path / MODEL_FILE)
+    (tmp_path / CONFIG_FILE).mkdir()
+    with pytest.raises(AdapterError, match=r"maskpack_config\.json is not a regular file; delete it"):
+        read_adapter(tmp_path)

@@ -11,6 +11,7 @@ import pytest
 from maskpack.adapter.read import read_adapter
 from maskpack.errors import AdapterError, ConfigError, CorruptAdapterError, HubError, StateError
 from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
+from maskpack.hub.cache import CachedAdapter, cached_adapters
 
 from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, size, with_record, write_adapter
 from .hub_fixtures import hub as hub
@@ -177,6 +178,16 @@ def test_other_cache_folder(hub: HubServer, tmp_path: Path) -> None:
     hub.add("alice/birds", contents())
     assert pull("alice/birds", cache_dir=tmp_path / "cache").path.is_relative_to(tmp_path / "cache")
     assert pull("alice/birds", cache_dir=str(tmp_path / "cache"), local_files_only=True).repo_id == "alice/birds"
+
+
+def test_cached_adapters(hub: HubServer, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert cached_adapters(cache) == []
+    commits = [hub.add("alice/birds", contents()), hub.add("alice/birds", contents(1))]
+    paths = [pull("alice/birds", revision=commit, cache_dir=cache).path for commit in commits]
+    sizes = [sum(map(len, contents(seed).values())) for seed in (0, 1)]
+    found = [CachedAdapter("alice/birds", *each) for each in zip(commits, sizes, paths, strict=True)]
+    assert cached_adapters(cache) == sorted(found, key=lambda one: one.commit)
 
 
 def test_pull_in_another_process(hub: HubServer, tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_a_mask_learns_the_task_and_the_backbone_keeps_its_bits(tiny_backbone: B
     assert step.keys() >= {"step", "steps", "loss", "density", "lr", "seconds_left"}
 
 
+def test_any_module_that_gives_logits(tiny: nn.Module, digits: Data) -> None:
+    data = Data(digits.train, None, None, digits.class_names, digits.task, "x", "")
+    result = train_mask(tiny, data, TrainConfig(steps=1, batch_size=2))
+    assert (result.base.id, result.base.head) == ("TinyNet", ("fc",))
+    half = train_mask(tiny.to(torch.bfloat16), data, TrainConfig(steps=1, batch_size=2, include=("conv2.weight",)))
+    assert half.base.dtype == "bfloat16"
+
+
 def test_the_record_says_all_that_reproduces_the_run(tiny_backbone: Backbone, digits: Data) -> None:
     record = train_mask(tiny_backbone, digits, QUICK).about["training"]
     assert record["data"]["rows"] == {"train": 323, "validation": 72, "test": 178}

@@ -117,8 +117,13 @@ def _check_digests(adapter: Adapter, data: memoryview) -> None:
 
 def _check_config(path: Path, adapter: Adapter) -> None:
     """Compare size and sha256 in a folder's config with the model file."""
-    with path.open("rb") as file:
-        text = file.read(MAX_CONFIG + 1)
+    if not path.is_file():
+        raise AdapterError(f"{path} is not a regular file; delete it, or fetch the adapter again")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
     if len(text) > MAX_CONFIG:
         raise CorruptAdapterError(f"{path} has over {MAX_CONFIG} bytes; fetch it again, or delete it")
     fields = Fields.of(strict_json(text, str(path)), str(path))

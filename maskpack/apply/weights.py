@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.head import Head, swap_module
-from ..backbone.parameters import named_parameters, same_size_int, unwrap
+from ..backbone.parameters import named_buffers, named_parameters, same_size_int, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, unpack
 
@@ -103,7 +103,7 @@ def apply_masks(
     if model in _APPLIED:
         raise StateError("this model has a mask already; call unload_mask(model) first")
     parameters = check_masks(model, shapes)
-    state = {**dict(model.named_buffers()), **named_parameters(model)}
+    state = {**named_buffers(model), **named_parameters(model)}
     for name, tensor in (dense or {}).items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
@@ -151,7 +151,7 @@ def restore(model: nn.Module) -> None:
         assert isinstance(own, Tensor)
         # the model may have been moved or cast meanwhile
         swap_module(model, name, head.to(own.device, own.dtype))
-    state: Mapping[str, Tensor] = {**dict(model.named_buffers()), **named_parameters(model)}
+    state: Mapping[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
     for name, tensor in record.tensors.items():
         same_size_int(state[name].detach()).copy_(same_size_int(tensor.to(state[name])))
     for name, mask in record.masks.items():

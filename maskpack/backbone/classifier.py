@@ -77,7 +77,8 @@ class Classifier(nn.Module):
         if self.module is None:
             logits: Tensor = self.linear(self.embed(inputs))
         else:
-            output = self.model(inputs)
+            assert isinstance(inputs, Tensor)
+            output = self.model(inputs.to(self.linear.weight.dtype))
             logits = output if isinstance(output, Tensor) else output.logits
         return logits
 

@@ -43,6 +43,11 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted(found.items()))
 
 
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return every buffer by its canonical name."""
+    return {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
+
+
 def aliases(model: nn.Module) -> dict[str, str]:
     """Map every parameter name to the first, in sorted order, of the names of the same tensor."""
     first: dict[tuple[object, ...], str] = {}

@@ -50,13 +50,13 @@ SOURCES: Registry[DataSource] = Registry("data source", "maskpack.data")
 
 @dataclass
 class Examples(Sequence[tuple[Any, int]]):
-    """Rows of one split as (PIL image or text, label); an item that cannot be read is None and is counted.
+    """Rows of one split as (PIL image or text, label); an item that cannot be read is None.
 
     Attributes:
         rows: a `datasets.Dataset`.
         labels: class index per row.
         indices: which rows belong to this split, in order.
-        unreadable: indices into `rows` that could not be decoded so far.
+        unreadable: indices into `rows` that could not be decoded so far; whoever reads batches adds them.
     """
 
     rows: Any
@@ -76,10 +76,7 @@ class Examples(Sequence[tuple[Any, int]]):
         if isinstance(value, str):
             return value, self.labels[row]
         image = decode_image(value)
-        if image is None:
-            self.unreadable.add(row)
-            return None
-        return image, self.labels[row]
+        return None if image is None else (image, self.labels[row])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class _Transformed(Dataset[Any]):
-    """Examples after their per-item transform; unreadable ones stay None."""
+    """Examples after their per-item transform; of an unreadable one only the row."""
 
     def __init__(self, examples: Examples, transform: Callable[[Any], Any]):
         self.examples, self.transform = examples, transform
@@ -25,7 +25,7 @@ class _Transformed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         item = self.examples[index]
-        return None if item is None else (self.transform(item[0]), item[1])
+        return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
 
 
 class EpochSampler(Sampler[int]):
@@ -54,12 +54,13 @@ def _collate(preprocess: Preprocess, tokenizer: Any) -> Collate:
         else collate_text(tokenizer, preprocess)
     )
 
-    def collate(items: list[Any]) -> tuple[Any, Tensor] | None:
-        readable = [item for item in items if item is not None]
-        if not readable:
-            return None
-        inputs, labels = zip(*readable, strict=True)
-        return to_inputs(inputs), torch.tensor(labels)
+    def collate(items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
+        unreadable = [item for item in items if isinstance(item, int)]
+        pairs = [item for item in items if not isinstance(item, int)]
+        if not pairs:
+            return None, None, unreadable
+        inputs, labels = zip(*pairs, strict=True)
+        return to_inputs(inputs), torch.tensor(labels), unreadable
 
     return collate
 
@@ -74,7 +75,7 @@ def loader(
     sampler: Sampler[int] | None = None,
     workers: int = 0,
 ) -> DataLoader[Any]:
-    """Return batches of (inputs, labels); a batch in which nothing could be read is None.
+    """Return batches of (inputs, labels, unreadable rows), to be read through `readable`.
 
     Args:
         sampler: for training: the order; a last batch that is not full is then left out. Else all, in order.
@@ -101,7 +102,10 @@ def loader(
 
 
 def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the batches in which something could be read."""
-    for batch in batches:
-        if batch is not None:
-            yield batch
+    """Yield (inputs, labels) of the batches in which something could be read, and note which rows could not."""
+    for inputs, labels, unreadable in batches:
+        examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
+        # noted here and not where they are read: that may be another process
+        examples.unreadable.update(unreadable)
+        if inputs is not None:
+            yield inputs, labels

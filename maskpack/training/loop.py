@@ -4,7 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
@@ -37,7 +40,7 @@ class TrainResult:
 
 
 def train_mask(
-    backbone: Backbone,
+    model: Backbone | nn.Module,
     data: Data,
     config: TrainConfig | None = None,
     *,
@@ -48,7 +51,8 @@ def train_mask(
     """Train a mask on a frozen backbone.
 
     Args:
-        backbone: from `load_backbone`; its tensors have the same bits afterwards.
+        model: from `load_backbone`, or any module that gives logits for images; its tensors have the same bits
+            afterwards.
         data: from `load_data`. The test split is only read after the last step.
         output: folder for the checkpoint of every epoch, `log.jsonl` and TensorBoard curves; None keeps nothing.
         resume: continue from the checkpoint in `output`. On one process and CPU the masks are, bit for bit, those of
@@ -62,6 +66,7 @@ def train_mask(
         SelectionError, DataError: if patterns or data do not fit the backbone.
     """
     config = config or TrainConfig()
+    backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
     main = require("accelerate", "train", "training").PartialState().is_main_process
     folder = Path(output) if output is not None else None
     if folder is not None:

@@ -34,7 +34,8 @@ class Supervised:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             linear = nn.Linear(backbone.features, len(data.class_names))
-        linear.to(next(backbone.model.parameters()).device)
+        example = next(backbone.model.parameters())
+        linear.to(example.device, example.dtype)
         self.module = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize)
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
