@@ -256,10 +256,17 @@ def test_transformers_vision_folder(tmp_path: Path) -> None:
         num_labels=3,
     )  # fmt: skip
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0.4] * 3, image_std=[0.2] * 3)
+    processor = transformers.ViTImageProcessor(
+        size={"height": 16, "width": 16}, image_mean=[0.4] * 3, image_std=[0.2] * 3
+    )
     processor.save_pretrained(tmp_path / "vit")
     loaded = load_backbone(f"hf/{tmp_path / 'vit'}")
-    assert (loaded.id, loaded.task, loaded.head, loaded.features) == ("hf/vit", "image-classification", "classifier", 16)
+    assert (loaded.id, loaded.task, loaded.head, loaded.features) == (
+        "hf/vit",
+        "image-classification",
+        "classifier",
+        16,
+    )
     assert loaded.preprocess == ImagePreprocess(16, 16, mean=(0.4,) * 3, std=(0.2,) * 3)
     assert len(select_parameters(loaded.model, head=loaded.outside)) == 13
     assert Classifier(loaded.model, nn.Linear(16, 5), "classifier")(torch.zeros(2, 3, 16, 16)).shape == (2, 5)

@@ -194,7 +194,6 @@ def test_pack_refuses_what_are_no_masks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 def test_push_pull_and_list(adapter: Path, hub: HubServer, tmp_path: Path) -> None:
     assert "No adapter is cached" in run("list").stderr
     pushed = ok("push", adapter, "alice/digits", "--private", "-m", "hello", "--token", WRITE_TOKEN)

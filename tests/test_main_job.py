@@ -23,8 +23,6 @@ from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
 from .test_apply import bits, same
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
