@@ -5,7 +5,8 @@ import socket
 import tempfile
 from pathlib import Path
 
-_HOME = tempfile.mkdtemp(prefix="maskpack-tests-")
+_KEPT = tempfile.TemporaryDirectory(prefix="maskpack-tests-", ignore_cleanup_errors=True)
+_HOME = _KEPT.name
 os.environ.update(
     HF_HOME=_HOME,
     HF_DATASETS_CACHE=f"{_HOME}/datasets",

@@ -160,8 +160,8 @@ def test_texts(tmp_path: Path) -> None:
     backbone = ["--backbone", f"hf/{Path(minilm.__file__).parent / 'model'}"]
     (tmp_path / "train.csv").write_text("text,label\n" + "my card is lost,card\nI need some cash,cash\n" * 16)
     (tmp_path / "test.csv").write_text("text,label\nthe card,card\n")
-    ok("train", *backbone, "--data", tmp_path, "--steps", 2, "--batch-size", 8, "--include", "encoder.layer.5.*dense.weight",
-       "--output", tmp_path / "out")  # fmt: skip
+    masked = ["--include", "encoder.layer.5.*dense.weight"]
+    ok("train", *backbone, "--data", tmp_path, "--steps", 2, "--batch-size", 8, *masked, "--output", tmp_path / "out")
     (tmp_path / "new.txt").write_text("where is my card\n\ngive me cash\n")
     found = ok("predict", tmp_path / "out", tmp_path / "new.txt", *backbone)["predictions"]
     assert [(one["input"], one["label"]) for one in found] == [("where is my card", "card"), ("give me cash", "cash")]

@@ -29,8 +29,6 @@ from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}

@@ -79,7 +79,7 @@ def inspect(
         "base_dtype": about["base"]["dtype"],
         "task": about.get("task"),
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
-        **training.get("metrics", {}),
+        **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
     emit(facts, False, str(ref))
     for name, one in about["sets"].items():

@@ -73,6 +73,10 @@ def demo(
     from maskpack.evaluate.linear_probe import linear_probe
     from maskpack.training.config import TrainConfig
 
+    import torch
+
+    # so small a network is slower on several cores than on one
+    torch.set_num_threads(1)
     if output.exists() and any(output.iterdir()) and not (output / "backbone.py").exists():
         raise StateError(f"{output} holds something that is not an earlier demo; choose another folder with --output")
     shutil.rmtree(output, ignore_errors=True)

@@ -38,7 +38,8 @@ def open_image(path: str | os.PathLike[str]) -> Any:
         with image.open(Path(path)) as opened:
             return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"cannot read the image {os.fspath(path)!r}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read the image {os.fspath(path)!r}: {reason}") from None
 
 
 def model_tokenizer(model: nn.Module) -> Any:

@@ -80,7 +80,9 @@ def load_mask(
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         adapter = load_adapter(ref, **options)  # type: ignore[arg-type]
     if len(adapter.sets) > 1:
-        raise StateError(f"this adapter is a cascade of {len(adapter.sets)} mask sets; load it with load_cascade")
+        raise StateError(
+            f"this adapter is a cascade of {len(adapter.sets)} mask sets; this release loads adapters of one"
+        )
     if applied(model) is not None:
         restore(model)
     if verify != "off":

@@ -60,7 +60,7 @@ class Backbone:
 
 
 def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
-    timm = require("timm", "train", "timm backbones")
+    timm = require("timm", "train", "loading timm backbones")
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
         raise UnknownNameError(f"timm has no model {name!r}; near: {', '.join(near) or 'see timm.list_models()'}")
@@ -80,7 +80,7 @@ def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
 
 
 def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbone:
-    models = require("torchvision.models", "train", "torchvision backbones")
+    models = require("torchvision.models", "train", "loading torchvision backbones")
     name, _, enum = name.partition("@")
     if name not in models.list_models():
         raise UnknownNameError(f"torchvision has no model {name!r}; known: {', '.join(models.list_models()[:8])}, …")
@@ -96,7 +96,7 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbon
 
 
 def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbone:
-    transformers = require("transformers", "train", "transformers backbones")
+    transformers = require("transformers", "train", "loading transformers backbones")
     repo, _, revision = name.partition("@")
     folder = Path(repo)
     local = folder.is_dir()

@@ -24,7 +24,7 @@ class RunLog:
         self.report = report
         self.file = self.board = None
         if folder is not None:
-            writer = require("torch.utils.tensorboard", "train", "TensorBoard logs").SummaryWriter
+            writer = require("torch.utils.tensorboard", "train", "writing TensorBoard logs").SummaryWriter
             self.file = (folder / "log.jsonl").open("a" if resume else "w", encoding="utf-8")
             self.board = writer(str(folder / "tensorboard"))
 
