@@ -55,6 +55,8 @@ def demo(
 ) -> None:
     """Train, pack, push, pull, load, evaluate and unload a mask on digits, offline, in about a minute."""
     quiet_libraries(True)
+    import torch
+
     from maskpack import (
         inspect_adapter,
         load_backbone,
@@ -72,8 +74,6 @@ def demo(
     from maskpack.errors import StateError
     from maskpack.evaluate.linear_probe import linear_probe
     from maskpack.training.config import TrainConfig
-
-    import torch
 
     # so small a network is slower on several cores than on one
     torch.set_num_threads(1)

@@ -99,5 +99,6 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     revision = f" at revision {expected.revision}" if expected.revision else ""
     raise BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "
-        f"(compared as {_name(dtype)}); load the backbone named there, or apply it anyway with load_mask(…, verify='off')"
+        f"(compared as {_name(dtype)}); load the backbone named there, or apply it anyway with "
+        f"load_mask(…, verify='off')"
     )
