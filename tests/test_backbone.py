@@ -13,7 +13,7 @@ from maskpack.backbone.head import find_head, head_features
 from maskpack.backbone.load import load_backbone
 from maskpack.backbone.parameters import aliases, body, unwrap
 from maskpack.backbone.select import select_parameters
-from maskpack.errors import BackboneError, BackboneMismatchError, SelectionError, UnknownNameError
+from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, SelectionError, UnknownNameError
 from maskpack.preprocess import ImagePreprocess
 
 from .conftest import TinyNet
@@ -188,6 +188,11 @@ def test_factory_errors(tmp_path: Path) -> None:
         load_backbone(f"{path}:number")
     with pytest.raises(BackboneError, match="cannot read the backbone 'resnet18'; expected timm/NAME"):
         load_backbone("resnet18")
+
+
+def test_image_size_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="image_size must be from 1 to 8192 pixels, got 0"):
+        load_backbone(f"{factory_file(tmp_path)}:net", image_size=0)
 
 
 def test_weights_are_loaded_strictly(tmp_path: Path) -> None:

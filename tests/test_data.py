@@ -137,6 +137,19 @@ def test_validation_is_split_off_the_training_rows_by_seed() -> None:
     assert set(few) <= set(train)
 
 
+def test_shares_are_checked() -> None:
+    for name, value in [
+        ("validation_fraction", 1.0),
+        ("validation_fraction", -0.1),
+        ("labels_fraction", 0),
+        ("labels_fraction", 2),
+    ]:
+        with pytest.raises(
+            ConfigError, match=r"validation_fraction must be in \[0, 1\) and labels_fraction in \(0, 1\]"
+        ):
+            load_data("digits:5-9", **{name: value})
+
+
 def test_empty_classes_are_named() -> None:
     data = load_data("digits:0-9", labels_fraction=0.001)
     assert data.train is not None

@@ -51,6 +51,8 @@ def test_options_are_checked() -> None:
         build_method("threshold", {"k": 1})
     with pytest.raises(ConfigError, match="option 'init' of the method 'threshold' must be a float, got 'big'"):
         build_method("threshold", {"init": "big"})
+    with pytest.raises(ConfigError, match="scores start at inf with the threshold 0.0: .* choose finite values"):
+        build_method("threshold", {"init": "inf"})
     with pytest.raises(
         ConfigError, match="scores start at 0.0 with the threshold 0.0: every weight would start masked"
     ):

@@ -353,7 +353,7 @@ def test_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
                 with pytest.raises(OSError, match="No space left"), (disk / "filler").open("wb") as file:
                     file.write(b"x" * (1 << 20))
 
-        with pytest.raises(StateError, match="No space left"):
+        with pytest.raises(StateError, match="No space left on device"):
             train_mask(tiny_backbone, digits, QUICK, output=disk, report=fill)
         assert steps
         (disk / "filler").unlink()
@@ -405,6 +405,7 @@ def test_plan_checks_everything_and_changes_nothing(tiny_backbone: Backbone, dig
         ({"clip": float("nan")}, "clip must be a finite number above 0, got nan"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
         ({"workers": -1}, "workers must be 0 or more, got -1"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_impossible_settings(setting: dict[str, Any], words: str) -> None:
@@ -424,5 +425,8 @@ def test_settings_from_toml(tmp_path: Path) -> None:
         read_config(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="unknown settings: batchsize; known: method, "):
         config_from({"batchsize": 1})
-    with pytest.raises(ConfigError, match="epochs cannot be 'many', a str"):
-        config_from({"epochs": "many"})
+    wrong = {"epochs": "many", "scale": "yes", "include": 3, "lr": "0.1", "steps": 1.5, "seed": True}
+    for name, value in wrong.items():
+        with pytest.raises(ConfigError, match=f"{name} cannot be {value!r}, a {type(value).__name__}"):
+            config_from({name: value})
+    assert config_from({"lr": 1, "steps": None, "warmup": 0}) == TrainConfig(lr=1, warmup=0)

@@ -59,9 +59,10 @@ def inspect(
     parameters: Annotated[bool, typer.Option("--parameters", help="A line for every parameter.")] = False,
     token: Token = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
-    quiet_libraries(True)
+    quiet_libraries(quiet)
     from maskpack import inspect_adapter, load_adapter
 
     adapter = load_adapter(ref, revision=revision, token=token)
@@ -98,9 +99,10 @@ def verify(
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check every byte, digest and mask of an adapter, and its base if one is given."""
-    quiet_libraries(True)
+    quiet_libraries(quiet)
     from maskpack import load_adapter, load_backbone
     from maskpack.backbone.fingerprint import check_fingerprint
 
@@ -115,6 +117,7 @@ def verify(
 def listing(
     what: Annotated[str, typer.Argument(help="adapters (cached from the Hub), methods, codecs or data.")] = "adapters",
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """List cached adapters, or the plug-ins of one kind."""
     from maskpack.errors import UnknownNameError
@@ -139,7 +142,7 @@ def listing(
     elif rows:
         table(columns, rows)
     else:
-        note("No adapter is cached; fetch one with: maskpack pull USER/NAME")
+        note("No adapter is cached; fetch one with: maskpack pull USER/NAME", quiet)
 
 
 def register(app: typer.Typer) -> None:

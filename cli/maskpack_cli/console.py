@@ -38,6 +38,12 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                     raise
                 notes.print(f"[bold red]Error:[/] {_plain(str(error))}")
                 raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+            except OSError as error:
+                # a path that cannot be read or written
+                if os.environ.get("MASKPACK_DEBUG") or isinstance(error, BrokenPipeError):
+                    raise
+                notes.print(f"[bold red]Error:[/] {_plain(str(error))}")
+                raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notes.print("Interrupted.")
             raise typer.Exit(130) from None

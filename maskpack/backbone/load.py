@@ -10,11 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import BackboneError, MaskpackError, UnknownNameError, require
+from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Preprocess, TextPreprocess
 from ..tensorfile import read_tensors
 from .head import Pooling, find_head, head_features
 
+LARGEST_IMAGE = 8192  # pixels
 Task = Literal["image-classification", "text-classification"]
 
 
@@ -219,10 +220,12 @@ def load_backbone(
         BackboneError: if it cannot be loaded. UnknownNameError: if there is no such model or module.
         MissingDependencyError: if the library that has it is not installed.
     """
+    if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE:
+        raise ConfigError(f"image_size must be from 1 to {LARGEST_IMAGE} pixels, got {image_size}")
     with torch.random.fork_rng():
-        if random_weights is not None:
-            torch.manual_seed(random_weights)
         try:
+            if random_weights is not None:
+                torch.manual_seed(random_weights)
             backbone = _make(reference, weights is None and random_weights is None, image_size)
         except MaskpackError:
             raise

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Data, Examples
 
 LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label")
@@ -97,6 +97,11 @@ def load_data(
     Raises:
         DataError: if it cannot be read, a column cannot be told, or labels do not fit the class names.
     """
+    if not 0 <= validation_fraction < 1 or not 0 < labels_fraction <= 1:
+        raise ConfigError(
+            f"validation_fraction must be in [0, 1) and labels_fraction in (0, 1]; got {validation_fraction} and "
+            f"{labels_fraction}"
+        )
     source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
     if source is None:
         raise DataError(

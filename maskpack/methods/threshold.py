@@ -1,5 +1,6 @@
 """Score-threshold masking."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,10 +28,10 @@ class Threshold(Method):
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.init > self.threshold:
+        if not -math.inf < self.threshold < self.init < math.inf:
             raise ConfigError(
-                f"scores start at {self.init} with the threshold {self.threshold}: every weight would start masked; "
-                f"choose init > threshold"
+                f"scores start at {self.init} with the threshold {self.threshold}: every weight would start masked, or "
+                f"stay as it is; choose finite values with init > threshold"
             )
 
     def init_scores(self, weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.workers < 0:
             raise ConfigError(f"workers must be 0 or more, got {self.workers}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to 4294967295, got {self.seed}")
 
     @property
     def score_lr(self) -> float:
@@ -132,13 +134,21 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {', '.join(known)}")
-    config = TrainConfig()
+    settings: dict[str, Any] = {}
     for name, value in values.items():
-        default = getattr(config, name)
+        default = getattr(TrainConfig(), name)
         if isinstance(default, tuple):
-            value = (value,) if isinstance(value, str) else tuple(value)
-        try:
-            config = replace(config, **{name: value})
-        except TypeError:
-            raise ConfigError(f"{name} cannot be {value!r}, a {type(value).__name__}") from None
-    return config
+            value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+        if not isinstance(value, _accepted(name, default)) or (
+            isinstance(value, bool) and not isinstance(default, bool)
+        ):
+            raise ConfigError(f"{name} cannot be {value!r}, a {type(value).__name__}")
+        settings[name] = value
+    return TrainConfig(**settings)
+
+
+def _accepted(name: str, default: Any) -> tuple[type, ...]:
+    """The types that a setting may have."""
+    if default is None:
+        return (int, type(None)) if name == "steps" else (int, float, type(None))
+    return (int, float) if isinstance(default, float) else (type(default),)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import require
+from ..errors import StateError, require
 
 Report = Callable[[Mapping[str, Any]], None]
 
@@ -41,8 +41,13 @@ class RunLog:
         if self.report is not None:
             self.report(event)
         if self.file is not None and self.board is not None:
-            self.file.write(json.dumps(event, sort_keys=True) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(event, sort_keys=True) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise StateError(
+                    f"cannot write {self.file.name}: {error.strerror}; make room and resume from the last checkpoint"
+                ) from error
             for name, value in event.items():
                 if isinstance(value, float):
                     self.board.add_scalar(f"{event['event']}/{name}", value, event["step"])

@@ -16,7 +16,7 @@ from ..backbone.load import Backbone
 from ..backbone.select import select_parameters
 from ..data.base import Data, Examples, empty_classes
 from ..data.batches import EpochSampler, epoch_seed, readable
-from ..errors import StateError, TrainingError, require
+from ..errors import ConfigError, StateError, TrainingError, require
 from ..methods.base import build_method
 from .borrow import set_train_mode
 from .checkpoint import FILE, load_checkpoint, restore, save_checkpoint, trained_tensors
@@ -49,11 +49,14 @@ class Run:
         method = build_method(config.method, dict(config.method_options))
         torch.manual_seed(config.seed)
         self.backbone, self.data, self.config, self.base = backbone, data, config, base
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
-            dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=False),
-        )
+        try:
+            self.accelerator = accelerate.Accelerator(
+                mixed_precision=config.precision,
+                gradient_accumulation_steps=config.accumulate,
+                dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=False),
+            )
+        except ValueError as error:
+            raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
         backbone.model.to(self.accelerator.device)
         self.objective = Supervised(backbone, data, config)
         assert data.train is not None
