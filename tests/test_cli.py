@@ -308,6 +308,18 @@ def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
     assert not (tmp_path / "maskpack_model.safetensors").exists()
 
 
+def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "maskpack_cli.main", *TRAIN, "--output", str(tmp_path / "out"), "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapter"] == str(tmp_path / "out")
+    assert done.stderr.count("Masking 4 parameters") == 1
+    assert ok("inspect", tmp_path / "out")["training"]["processes"] == 2
+    assert ok("verify", tmp_path / "out", *BACKBONE)["base_matches_as"] == "float32"
+
+
 def test_help_has_examples_for_every_verb() -> None:
     shown = run("--help")
     verbs = ["train", "pack", "inspect", "verify", "list", "eval", "predict", "export", "push", "pull", "demo"]
