@@ -9,11 +9,11 @@ import argparse
 import json
 import os
 import statistics
-import time
 from pathlib import Path
 
 import torch
 
+from maskpack.adapter.file import save_adapter
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.data.load import load_data
 from maskpack.evaluate.linear_probe import linear_probe
@@ -59,7 +59,6 @@ def run(row: str, seed: int, output: Path) -> dict[str, float]:
     backbone = load()
     examples = load_data(str(DATA / data), seed=seed)
     config = TrainConfig(seed=seed, **settings)
-    started = time.monotonic()
     result = train_mask(
         backbone,
         examples,
@@ -68,15 +67,11 @@ def run(row: str, seed: int, output: Path) -> dict[str, float]:
         resume=(folder / FILE).exists(),
         report=lambda event: print(json.dumps(event), flush=True) if event["event"] != "step" else None,
     )
-    seconds = time.monotonic() - started
-    from maskpack.adapter.file import save_adapter
-
     adapter = save_adapter(folder / "adapter", result.parts, result.base, **result.about)
     figures = {
         **result.metrics,
         "weights": result.parts.masks.total,
         "file_bytes": adapter.size,
-        "seconds": seconds,
     }
     done.write_text(json.dumps(figures))
     return figures
@@ -103,7 +98,7 @@ def main() -> None:
     for row in arguments.rows:
         runs = [run(row, seed, arguments.output) for seed in arguments.seeds]
         frozen = probe(row, arguments.output)
-        for name in ("test_accuracy", "density", "file_bytes", "seconds"):
+        for name in ("test_accuracy", "density", "file_bytes"):
             values = [one[name] for one in runs]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f"{row} {name}: mean {statistics.mean(values):.4f}, deviation {spread:.4f}, {values}")

@@ -225,8 +225,6 @@ def test_links() -> None:
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", BLOCK.sub("", TEXTS[page.name])):
             name, _, anchor = target.partition("#")
             file = (page.parent / name).resolve() if name else page
-            if file.name == "results.md":
-                continue  # written by the benchmarks
             assert file.is_file(), f"{page.name}: {target}"
             assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page.name}: {target}"
     linked = set(re.findall(r"\(docs/(\w+\.md)\)", TEXTS["README.md"]))
