@@ -10,6 +10,8 @@ from .console import Json, Quiet, Token, command, emit, examples, note, quiet_li
 Profile = Literal["fast", "default", "max"]
 Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .safetensors file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
+RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
 
 
 def pack(
@@ -18,8 +20,8 @@ def pack(
     ],
     backbone: Annotated[str, typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")],
     output: Annotated[Path, typer.Option(help="Folder to write, or a .safetensors file.")],
-    weights: Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="Seed of random weights.")] = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
     head: Annotated[str | None, typer.Option(help="Module that is not part of the body.")] = None,
     profile: Annotated[Profile, typer.Option(help="How hard to pack; max may use the backbone.")] = "default",
     codec: Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")] = None,
@@ -94,8 +96,8 @@ def inspect(
 def verify(
     ref: Ref,
     backbone: Annotated[str | None, typer.Option(help="Also check that this is the adapter's base.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")] = None,
-    random_weights: Annotated[int | None, typer.Option(help="Seed of random weights.")] = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
     revision: Revision = None,
     token: Token = None,
     as_json: Json = False,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import Ref, Revision
+from .adapters import RandomWeights, Ref, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ BackboneOption = Annotated[
     str | None,
     typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY. (default: the adapter's base)"),
 ]
-Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
-RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
 
 
 def _loaded(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter
-from .header import FORMAT_VERSION
+from .header import FORMAT_VERSION, base_to_json
 from .layout import BASE, DIGESTS, dense_names
 from .read import read_adapter
 from .sets import Payload, SetHeader
@@ -28,7 +28,6 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] + one["table_bytes"] for one in sets.values())
     dense = sum(adapter.spans[name].end - adapter.spans[name].start for name in dense_names(adapter.spans))
-    base = header.base
     return {
         "format_version": FORMAT_VERSION,
         "producer": header.producer,
@@ -37,13 +36,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "sha256": adapter.sha256,
         "data_sha256": header.data_sha256,
         "index_bytes": adapter.size - coded - dense,
-        "base": {
-            "id": base.id,
-            "revision": base.revision,
-            "dtype": base.dtype,
-            "head": list(base.head),
-            "digests": dict(base.digests),
-        },
+        "base": base_to_json(header.base),
         "task": header.task,
         "class_names": None if header.class_names is None else list(header.class_names),
         "preprocess": header.preprocess,

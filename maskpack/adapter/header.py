@@ -15,6 +15,17 @@ FORMAT_VERSION = 1
 BASE_DTYPES = ("float32", "bfloat16", "float16")
 
 
+def base_to_json(base: Fingerprint) -> dict[str, Any]:
+    """Return the base as the header keeps it, without the digests of single tensors."""
+    return {
+        "id": base.id,
+        "revision": base.revision,
+        "dtype": base.dtype,
+        "head": list(base.head),
+        "digests": dict(base.digests),
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What the file says beside its tensors. `base.tensors` is empty here: it is stored as a tensor."""
@@ -35,19 +46,12 @@ class Header:
         Raises:
             AdapterError: if `preprocess` or `training` hold what JSON cannot, such as NaN or a tensor.
         """
-        base = self.base
         value: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "producer": self.producer,
             "mask_id": self.mask_id,
             "data_sha256": self.data_sha256,
-            "base": {
-                "id": base.id,
-                "revision": base.revision,
-                "dtype": base.dtype,
-                "head": list(base.head),
-                "digests": dict(base.digests),
-            },
+            "base": base_to_json(self.base),
             "sets": {name: one.to_json() for name, one in self.sets.items()},
         }
         for key in ("task", "class_names", "preprocess", "training"):
