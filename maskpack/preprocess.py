@@ -1,8 +1,9 @@
 """Preprocessing: what a backbone expects of its inputs, and what an adapter therefore carries."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +79,22 @@ class TextPreprocess:
 
 
 Preprocess = ImagePreprocess | TextPreprocess
+
+
+def open_image(source: str | os.PathLike[str] | BinaryIO) -> Any:
+    """Open an image file of any mode with Pillow; return it in RGB.
+
+    Raises:
+        DataError: if it is missing, cannot be decoded, or is so large that it must be an attack.
+    """
+    pillow = require("PIL.Image", "train", "reading images")
+    try:
+        with pillow.open(source) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, TypeError, pillow.DecompressionBombError) as error:
+        # what Pillow raises for broken files, by format
+        name = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else "in memory"
+        raise DataError(f"cannot read the image {name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def preprocess_to_json(preprocess: Preprocess) -> dict[str, Any]:

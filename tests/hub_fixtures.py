@@ -10,7 +10,10 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http, disable_progress_bars
 
+from .hub_adapters import contents, write_adapter
 from .hub_server import HubServer
+
+BIRDS = "alice/birds"
 
 
 class NoWaiting:
@@ -64,3 +67,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: NoWaiting) -> It
         _http.close_session()  # a kept connection may belong to another test's server
         yield server
         _http.close_session()
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A folder with a small adapter."""
+    return write_adapter(tmp_path / "adapter")
+
+
+@pytest.fixture
+def birds(hub: HubServer) -> HubServer:
+    """The loopback Hub with the same adapter as `alice/birds`."""
+    hub.add(BIRDS, contents())
+    return hub

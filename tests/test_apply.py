@@ -336,6 +336,19 @@ def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
         bare.predict(tiny, [image])
 
 
+def test_an_image_too_large_to_be_honest_is_refused(
+    tmp_path: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    adapter = make_adapter(tmp_path, tiny)
+    load_mask(tiny, adapter)
+    Image.new("L", (9, 12)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(DataError, match=r"cannot read the image '.*x.png': Image size \(108 pixels\) exceeds limit"):
+        adapter.predict(tiny, [tmp_path / "x.png"])
+
+
 def test_export_is_the_masked_dense_model(tmp_path: Path, tiny: nn.Module) -> None:
     make_adapter(tmp_path / "adapter", tiny)
     load_mask(tiny, tmp_path / "adapter")

@@ -10,11 +10,10 @@ from maskpack.errors import AdapterError, DataError
 from maskpack.hub import pull, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from .hub_fixtures import BIRDS
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
-
-BIRDS = "alice/birds"
 
 
 @pytest.fixture

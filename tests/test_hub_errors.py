@@ -10,23 +10,12 @@ from maskpack.hub import Reference, pull, push
 from maskpack.hub.client import Session
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, write_adapter
-from .hub_fixtures import NoWaiting
+from .hub_fixtures import BIRDS, NoWaiting
+from .hub_fixtures import adapter as adapter
+from .hub_fixtures import birds as birds
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
-
-BIRDS = "alice/birds"
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def birds(hub: HubServer) -> HubServer:
-    hub.add(BIRDS, contents())
-    return hub
 
 
 # names, revisions, rights

@@ -10,23 +10,12 @@ from maskpack.hub import folder as folder_module
 from maskpack.hub import pull, push
 
 from .hub_adapters import CONFIG, MODEL, contents, read_folder, size, write_adapter
-from .hub_fixtures import NoWaiting
+from .hub_fixtures import BIRDS, NoWaiting
+from .hub_fixtures import adapter as adapter
+from .hub_fixtures import birds as birds
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
-
-BIRDS = "alice/birds"
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "adapter")
-
-
-@pytest.fixture
-def birds(hub: HubServer) -> HubServer:
-    hub.add(BIRDS, contents())
-    return hub
 
 
 # bytes that are not what they should be

@@ -38,12 +38,11 @@ def _train_backbone(backbone: "Backbone", data: "Data") -> None:
 
 
 def _accuracy(backbone: "Backbone", data: "Data") -> float:
-    from maskpack.backbone.classifier import predictions
+    from maskpack.backbone.classifier import accuracy
     from maskpack.data.batches import loader, readable
 
     assert data.test is not None
-    logits, labels = predictions(backbone.model, readable(loader(data.test, backbone.preprocess)))
-    return float((logits.argmax(-1) == labels).double().mean())
+    return accuracy(backbone.model, readable(loader(data.test, backbone.preprocess)))[0]
 
 
 def demo(

@@ -1,15 +1,13 @@
 """One payload -> one mask's bits, whatever the codec and whoever wrote it."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from bitarray import bitarray
 from torch import Tensor
 
-from ..backbone.fingerprint import Fingerprint
+from ..backbone.fingerprint import Fingerprint, same_tensor
 from ..codecs.base import CODECS, Bits, Codec, Side
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import Op, PackedMask
@@ -118,9 +116,7 @@ class Decoder:
 
     def _check_base(self, name: str, weight: Tensor) -> None:
         """Raise BackboneMismatchError if a weight that classes were made from is not the base's."""
-        at = 0 if weight.dtype == torch.float32 else 6
-        raw = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if hashlib.sha256(raw.data).digest()[:6] != self.base.tensors[name][at : at + 6]:
+        if not same_tensor(weight, self.base, name):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load "
                 f"{self.header.base.id}, which the adapter was made for"

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from ..backbone.fingerprint import CASTS, PREFIX
 from ..backbone.head import Head
 from ..errors import AdapterError, CorruptAdapterError
 from ..parts import Parts
@@ -13,7 +14,7 @@ from .header import Header
 from .sets import HeadSpec, SetHeader
 
 DIGESTS, BASE = "maskpack.digests", "maskpack.base"
-DIGEST_BYTES, BASE_BYTES = 16, 18
+DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_NAMES = tuple(NAMES[dtype] for dtype in FLOATS)
 ROLES = ("statistics", "parameters", "values")

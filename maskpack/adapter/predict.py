@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from ..backbone.classifier import classifier_from, predictions
 from ..backbone.head import Head
 from ..errors import AdapterError, DataError, StateError, require
-from ..preprocess import ImagePreprocess, TextPreprocess, collate_text, preprocess_from_json
+from ..preprocess import ImagePreprocess, TextPreprocess, collate_text, open_image, preprocess_from_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +24,6 @@ class Prediction:
 
     label: str
     score: float
-
-
-def open_image(path: str | os.PathLike[str]) -> Any:
-    """Open an image file with Pillow.
-
-    Raises:
-        DataError: if it is missing or cannot be decoded.
-    """
-    image = require("PIL.Image", "train", "reading images")
-    try:
-        with image.open(Path(path)) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the image {os.fspath(path)!r}: {reason}") from None
 
 
 def model_tokenizer(model: nn.Module) -> Any:

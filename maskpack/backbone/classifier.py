@@ -145,6 +145,12 @@ def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor
     return torch.cat(logits), torch.cat(labels)
 
 
+def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Return the share of examples classified correctly, in evaluation mode, and how many there are."""
+    logits, labels = predictions(classifier, batches)
+    return float((logits.argmax(-1) == labels).double().mean()), len(labels)
+
+
 def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], None]) -> None:
     modes = {m: m.training for m in module.modules()}
     module.eval()

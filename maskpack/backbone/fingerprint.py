@@ -78,6 +78,16 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     return Fingerprint(id, revision, _name(_compared_dtype(tensors.values())), head, digests, prefixes)
 
 
+def _prefix(expected: Fingerprint, name: str, dtype: torch.dtype) -> bytes:
+    at = CASTS.index(dtype) * PREFIX
+    return expected.tensors[name][at : at + PREFIX]
+
+
+def same_tensor(tensor: Tensor, expected: Fingerprint, name: str) -> bool:
+    """Tell whether a tensor, in its own dtype (one of the three casts), is the base's of that name."""
+    return _tensor_digest(tensor, tensor.dtype)[:PREFIX] == _prefix(expected, name, tensor.dtype)
+
+
 def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     """Compare a model's body with the fingerprint of an adapter's base; return the dtype that matched.
 
@@ -89,9 +99,8 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     each = {name: _tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
     if _body_digest(tensors, each) == expected.digests[_name(dtype)]:
         return _name(dtype)
-    at = CASTS.index(dtype) * PREFIX
     masked = sorted(expected.tensors)
-    differing = [n for n in masked if n not in each or each[n][:PREFIX] != expected.tensors[n][at : at + PREFIX]]
+    differing = [name for name in masked if name not in each or each[name][:PREFIX] != _prefix(expected, name, dtype)]
     if differing:
         what = f"{len(differing)} of {len(masked)} masked tensors differ, first {differing[0]!r}"
     else:

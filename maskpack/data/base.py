@@ -11,11 +11,14 @@ Columns, class names, validation split and label fractions are found and made in
 """
 
 import hashlib
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from ..errors import DataError
+from ..preprocess import open_image
 from ..registry import Registry
 
 TRAIN_NAMES = ("train", "training")
@@ -100,16 +103,11 @@ class Data:
 
 def decode_image(value: Any) -> Any:
     """Return a PIL image in RGB from the undecoded column's {"bytes", "path"}, or None if it cannot be decoded."""
-    import io
-
-    from PIL import Image
-
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        return None
     try:
-        data = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-        # what Pillow raises for broken files, by format
+        return open_image(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+    except DataError:
         return None
 
 

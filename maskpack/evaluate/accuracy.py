@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..backbone.classifier import classifier_from, predictions
+from ..backbone.classifier import accuracy, classifier_from
 from ..data.base import Examples
 from ..data.batches import loader, readable
 from ..errors import AdapterError
@@ -30,6 +30,5 @@ def adapter_accuracy(
     if head is None or stored is None:
         raise AdapterError("this adapter has no head or no preprocessing, so its accuracy cannot be measured")
     batches = loader(examples, preprocess_from_json(stored), tokenizer, batch_size=batch_size)
-    logits, labels = predictions(classifier_from(model, head), readable(batches))
-    correct = float((logits.argmax(-1) == labels).double().mean())
-    return {"accuracy": correct, "examples": len(labels), "unreadable": len(examples.unreadable)}
+    correct, count = accuracy(classifier_from(model, head), readable(batches))
+    return {"accuracy": correct, "examples": count, "unreadable": len(examples.unreadable)}

@@ -19,7 +19,7 @@ from .checkpoint import FILE
 from .config import TrainConfig
 from .log import Report, RunLog
 from .run import Run
-from .scored import extract_masks, scored_weights
+from .scored import extract_masks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,8 +77,8 @@ def train_mask(
             )
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone), RunLog(folder if main else None, report if main else None, resume) as log:
-        run = Run(backbone, data, config, before)
-        metrics = run.train(folder, resume, log)
+        run = Run(backbone, data, config)
+        metrics = run.train(before, folder, resume, log)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()
         parts = Parts(extract_masks(backbone.model), head, statistics)
@@ -100,19 +100,17 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
     Raises:
         What `train_mask` raises before its first step.
     """
-    base = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone):
-        run = Run(backbone, data, config, base)
+        run = Run(backbone, data, config)
         batch = next(readable(run.loader), None)
         if batch is None:
             raise TrainingError("no example of the training split can be read")
         loss = run.objective.loss(run.module, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        scored = scored_weights(backbone.model)
         return {
             "backbone": backbone.id,
-            "parameters": len(scored),
-            "weights": sum(one.scores.numel() for one in scored.values()),
+            "parameters": len(run.scores),
+            "weights": sum(scores.numel() for scores in run.scores.values()),
             "classes": len(data.class_names),
             "train": len(run.train_split),
             "validation": len(data.validation) if data.validation else 0,

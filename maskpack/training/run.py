@@ -41,14 +41,14 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 class Run:
     """The objects of one run, and its progress."""
 
-    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, base: Fingerprint):
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         accelerate = require("accelerate", "train", "training")
         # Accelerate keeps one precision per process; a second run of ours may have another
         accelerate.state.AcceleratorState._reset_state()
         names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
         method = build_method(config.method, dict(config.method_options))
         torch.manual_seed(config.seed)
-        self.backbone, self.data, self.config, self.base = backbone, data, config, base
+        self.backbone, self.data, self.config = backbone, data, config
         try:
             self.accelerator = accelerate.Accelerator(
                 mixed_precision=config.precision,
@@ -62,6 +62,7 @@ class Run:
         assert data.train is not None
         self.train_split: Examples = data.train
         self.scores = attach(backbone.model, method, names, config.scale)
+        self.scored = list(scored_weights(backbone.model).values())
         for parameter in self.objective.trained():
             parameter.requires_grad_(True)
         groups = [
@@ -77,16 +78,16 @@ class Run:
         self.steps = config.steps or config.epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, base: Fingerprint) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         return {
             "config": self.config.to_json(),
             "data": [self.data.digest, len(self.train_split), len(self.data.class_names)],
-            "base": self.base.digests[self.base.dtype],
+            "base": base.digests[base.dtype],
             "processes": self.accelerator.num_processes,
         }
 
-    def train(self, folder: Path | None, resume: bool, log: RunLog) -> dict[str, float]:
+    def train(self, base: Fingerprint, folder: Path | None, resume: bool, log: RunLog) -> dict[str, float]:
         """Run the epochs that are left; return the metrics."""
         module: nn.Module = self.objective.module
         first, step, metrics = 0, 0, {}
@@ -94,7 +95,7 @@ class Run:
             if folder is None:
                 raise StateError("resume needs the folder of the run in `output`")
             tensors, state, facts = load_checkpoint(folder / FILE)
-            ours = self.facts()
+            ours = self.facts(base)
             differing = [key for key in ours if facts["run"].get(key) != ours[key]]
             if differing:
                 raise StateError(
@@ -109,13 +110,19 @@ class Run:
             self.objective.start()
         for epoch in range(first, self.epochs):
             step, loss = self._epoch(epoch, step, log)
-            metrics = {"train_loss": loss, "density": density(scored_weights(self.backbone.model).values())}
+            metrics = {"train_loss": loss, "density": density(self.scored)}
             if self.data.validation is not None:
                 metrics["validation_accuracy"] = self.objective.accuracy(self.data.validation)
             log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
             if folder is not None and self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-                facts = {"run": self.facts(), "epoch": epoch + 1, "step": step, "metrics": metrics, "scaler": scaler}
+                facts = {
+                    "run": self.facts(base),
+                    "epoch": epoch + 1,
+                    "step": step,
+                    "metrics": metrics,
+                    "scaler": scaler,
+                }
                 save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
         if self.data.test is not None:
             metrics["test_accuracy"] = self.objective.accuracy(self.data.test)
@@ -163,7 +170,7 @@ class Run:
                             "steps": self.steps,
                             "loss": value,
                             "lr": float(self.optimizer.param_groups[0]["lr"]),
-                            "density": density(scored_weights(self.backbone.model).values()),
+                            "density": density(self.scored),
                             "seconds_left": pace * (self.steps - step),
                         }
                     )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.classifier import Classifier, features, predictions
+from ..backbone.classifier import Classifier, accuracy, features
 from ..backbone.head import Head
 from ..backbone.load import Backbone
 from ..data.base import Data, Examples
@@ -73,8 +73,7 @@ class Supervised:
 
     def accuracy(self, examples: Examples) -> float:
         """Return the share of examples classified correctly, with the masks as they are now."""
-        logits, labels = predictions(self.module, readable(self.batches(examples)))
-        return float((logits.argmax(-1) == labels).double().mean())
+        return accuracy(self.module, readable(self.batches(examples)))[0]
 
     def head(self) -> Head:
         """Return the trained head."""
