@@ -15,6 +15,8 @@ from .sets import Payload, SetHeader
 from .threads import in_order
 from .weights import base_classes
 
+WORTH = 1 << 22  # weights; below, a thread gains nothing over zstd
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
@@ -102,7 +104,7 @@ class Decoder:
     ) -> Iterator[tuple[str, PackedMask]]:
         """Decode the masks of a set in order; see `Adapter.iter_masks`."""
         indices, signs = range(len(one.payloads)), None
-        decoded = in_order(lambda i: self.decode(set, i, weights), indices, lambda i: one.payloads[i].weights)
+        decoded = in_order(lambda i: self.decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
         for index, bits in enumerate(decoded):
             payload = one.payloads[index]
             if index + 1 < len(one.payloads) and one.payloads[index + 1].name == payload.name:
@@ -117,7 +119,7 @@ class Decoder:
         def digest(one: tuple[str, int, Payload]) -> str:
             return bits_digest(self.decode(one[0], one[1], None))
 
-        return in_order(digest, payloads, lambda one: one[2].weights)
+        return in_order(digest, payloads, lambda one: one[2].weights, WORTH)
 
     def needs_base(self, payload: Payload) -> bool:
         """Tell whether a payload, or the one it refers to, is packed with the base's weights."""

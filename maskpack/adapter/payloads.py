@@ -22,6 +22,7 @@ from .spool import Spool, Stretch
 from .threads import in_order
 from .weights import base_classes
 
+WORTH = 1 << 14  # weights; coding is slow
 Key = tuple[str, Op]
 Weights = Mapping[str, Tensor] | None  # of the base by name, where a codec that competes uses them
 
@@ -145,7 +146,7 @@ def encode_set(
     rivals = contest(walk, profile, codec, base=weights is not None)
     made: list[_Made] = []
     rows: list[list[_Kept]] = []
-    for one in in_order(partial(walk.make, rivals=rivals), walk.jobs(), lambda job: len(job.bits)):
+    for one in in_order(partial(walk.make, rivals=rivals), walk.jobs(), lambda job: len(job.bits), WORTH):
         rows.append([_Kept(o.codec, o.variant, o.table, spool.append(o.payload)) for o in one.offers])
         made.append(one._replace(offers=[]))
         if one.op == one.mask_op:  # the signs of a ternary mask come before its zeros

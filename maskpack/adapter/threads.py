@@ -14,11 +14,16 @@ WORKERS = min(os.cpu_count() or 1, 8)
 AHEAD = 1 << 27  # weights that are worked on or wait at one time; what codecs need is a small multiple in bytes
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], weights: Callable[[Item], int]) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], weights: Callable[[Item], int], worth: int
+) -> Iterator[Result]:
     """Do work on items in threads and yield the results in the items' order.
 
     At most `AHEAD` weights are ahead of the consumer, or one item. Items are made in the consumer's thread; an error
     of the work comes where its result would. A consumer that stops early, or Ctrl-C, ends the threads.
+
+    Args:
+        worth: from how many weights on an item is worth a thread, which costs some 50 microseconds.
     """
     if WORKERS == 1:
         yield from map(work, items)
@@ -29,6 +34,9 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], weights: Cal
     try:
         for item in items:
             size = weights(item)
+            if size < worth and not waiting:
+                yield work(item)
+                continue
             while waiting and (ahead + size > AHEAD or len(waiting) >= 2 * WORKERS):
                 first, its_size = waiting.popleft()
                 yield first.result()
