@@ -3,13 +3,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
 from bitarray import bitarray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ConfigError, UnknownNameError
@@ -19,10 +20,23 @@ Op = Literal["zero", "flip", "replace"]
 OPS: tuple[Op, ...] = ("flip", "replace", "zero")
 
 
+def packed_bits(bits: bitarray) -> NDArray[np.uint8]:
+    """Return bits in little bit order as ceil(len / 8) bytes with zero padding, read-only; not copied if possible."""
+    packed = np.frombuffer(memoryview(bits), dtype=np.uint8)
+    if bits.padbits and packed[-1] >> (8 - bits.padbits):  # bitarray leaves these as they were
+        packed = np.frombuffer(bits.tobytes(), dtype=np.uint8)
+    packed.flags.writeable = False
+    return packed
+
+
+def bits_digest(bits: bitarray) -> str:
+    """Return the hex sha256 of packed bits."""
+    return hashlib.sha256(packed_bits(bits).data).hexdigest()
+
+
 def unpack(bits: bitarray) -> Tensor:
     """Return bits in little bit order as a flat bool tensor."""
-    packed = np.frombuffer(memoryview(bits), dtype=np.uint8)
-    return torch.from_numpy(np.unpackbits(packed, count=len(bits), bitorder="little").view(np.bool_))
+    return torch.from_numpy(np.unpackbits(packed_bits(bits), count=len(bits), bitorder="little").view(np.bool_))
 
 
 def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
@@ -68,9 +82,9 @@ class PackedMask:
     def from_tensor(cls, mask: Tensor, op: Op = "zero", scale: bool = False) -> "PackedMask":
         """Pack a tensor of bool, or of uint8 zeros and ones; `scale` sets alpha."""
         if mask.dtype is not torch.bool:
-            if mask.dtype is not torch.uint8 or bool((mask > 1).any()):
+            if mask.dtype is not torch.uint8 or (mask.numel() and int(mask.max()) > 1):
                 raise ConfigError(f"a mask must be bool, or uint8 of zeros and ones; got {mask.dtype}")
-            mask = mask.bool()
+            mask = mask.view(torch.bool)
         flat = mask.detach().reshape(-1).cpu().numpy()
         packed = cls.from_bytes(np.packbits(flat, bitorder="little"), tuple(mask.shape), op)
         return packed.scaled() if scale else packed
@@ -79,8 +93,9 @@ class PackedMask:
     def from_bytes(cls, packed: np.ndarray, shape: tuple[int, ...], op: Op = "zero") -> "PackedMask":
         """Copy packed bits (uint8, at least ceil(weights / 8) bytes; what is beyond the weights is dropped)."""
         bits = bitarray(endian="little")
-        bits.frombytes(packed.tobytes())
-        del bits[math.prod(shape) :]
+        count = math.prod(shape)
+        bits.frombytes(np.ascontiguousarray(packed[: (count + 7) // 8]).data)  # type: ignore[arg-type]  # any buffer
+        del bits[count:]
         return cls(bits, shape, op)
 
     def scaled(self) -> "PackedMask":
@@ -108,6 +123,29 @@ class PackedMask:
         return unpack(self.bits).reshape(self.shape)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Streamed(Mapping[str, PackedMask]):
+    """Masks that are made whenever they are asked for, and not kept."""
+
+    shapes: Mapping[str, tuple[int, ...] | None]
+    make: Callable[[str], PackedMask]
+
+    def __getitem__(self, name: str) -> PackedMask:
+        mask = self.make(name)
+        if self.shapes[name] not in (None, mask.shape):
+            raise ConfigError(f"the mask made for {name!r} has shape {mask.shape}, expected {self.shapes[name]}")
+        return mask
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 @dataclass(frozen=True, slots=True, eq=True)
 class MaskSet(Mapping[str, PackedMask]):
     """Masks by dotted parameter name, sorted by name. Immutable."""
@@ -115,7 +153,25 @@ class MaskSet(Mapping[str, PackedMask]):
     masks: Mapping[str, PackedMask]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", {name: self.masks[name] for name in sorted(self.masks)})
+        if not isinstance(self.masks, _Streamed):
+            object.__setattr__(self, "masks", {name: self.masks[name] for name in sorted(self.masks)})
+
+    @classmethod
+    def streamed(
+        cls, names: Iterable[str] | Mapping[str, tuple[int, ...]], make: Callable[[str], PackedMask]
+    ) -> "MaskSet":
+        """Make a set whose masks are made when they are asked for and not kept, so that it may exceed memory.
+
+        Args:
+            names: parameter names; as a mapping to shapes, `total` needs no mask.
+            make: parameter name -> mask; called anew, in one thread, each time that a mask is asked for, and must
+                give the same mask each time.
+
+        Raises:
+            ConfigError: when a mask is asked for that has another shape than `names` says.
+        """
+        known = {name: tuple(shape) for name, shape in names.items()} if isinstance(names, Mapping) else {}
+        return cls(_Streamed({name: known.get(name) for name in sorted(set(names))}, make))
 
     @classmethod
     def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> "MaskSet":
@@ -133,10 +189,9 @@ class MaskSet(Mapping[str, PackedMask]):
         return cls(packed)
 
     def __getitem__(self, name: str) -> PackedMask:
-        try:
-            return self.masks[name]
-        except KeyError:
-            raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters") from None
+        if name not in self.masks:
+            raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters")
+        return self.masks[name]
 
     # Mapping's own `get` only knows KeyError
     @overload
@@ -145,7 +200,7 @@ class MaskSet(Mapping[str, PackedMask]):
     def get(self, name: str, default: PackedMask | T, /) -> PackedMask | T: ...
     def get(self, name: str, default: PackedMask | T | None = None, /) -> PackedMask | T | None:
         """Return the mask of a parameter, or `default` if the set has none."""
-        return self.masks.get(name, default)
+        return self.masks[name] if name in self.masks else default
 
     def __contains__(self, name: object) -> bool:
         return name in self.masks
@@ -159,6 +214,8 @@ class MaskSet(Mapping[str, PackedMask]):
     @property
     def total(self) -> int:
         """Number of masked weights."""
+        if isinstance(self.masks, _Streamed) and None not in self.masks.shapes.values():
+            return sum(math.prod(shape or ()) for shape in self.masks.shapes.values())
         return sum(len(mask.bits) for mask in self.masks.values())
 
     @property
@@ -169,23 +226,25 @@ class MaskSet(Mapping[str, PackedMask]):
     @property
     def density(self) -> float:
         """Share of weights kept, over all parameters."""
-        return self.kept / self.total if self.total else 1.0
+        kept = total = 0
+        for mask in self.masks.values():
+            kept, total = kept + mask.kept, total + len(mask.bits)
+        return kept / total if total else 1.0
 
 
-def mask_id(sets: Mapping[str, MaskSet | Iterable[tuple[str, PackedMask]]]) -> str:
-    """Return the digest of decoded masks, which does not depend on the codec (docs/format.md section 5).
+Row = tuple[str, str, Op, tuple[int, ...], str]  # set, parameter, op, shape, hex sha256 of the packed bits
 
-    Args:
-        sets: set name -> masks, or pairs of parameter name and mask in sorted order, which are walked one at a time.
-    """
-    rows = [
-        [name, parameter, op, list(mask.shape), hashlib.sha256(bits.tobytes()).hexdigest()]
+
+def mask_id(sets: Mapping[str, MaskSet]) -> str:
+    """Return the digest of decoded masks, which does not depend on the codec (docs/format.md section 5)."""
+    return rows_id(
+        (name, parameter, op, mask.shape, bits_digest(bits))
         for name in sorted(sets)
-        for parameter, mask in _pairs(sets[name])
+        for parameter, mask in sets[name].items()
         for op, bits in mask.payloads()
-    ]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    )
 
 
-def _pairs(masks: MaskSet | Iterable[tuple[str, PackedMask]]) -> Iterable[tuple[str, PackedMask]]:
-    return masks.items() if isinstance(masks, MaskSet) else masks
+def rows_id(rows: Iterable[Row]) -> str:
+    """Return the `mask_id` of masks that were hashed one by one, in file order."""
+    return hashlib.sha256(json.dumps(list(rows), separators=(",", ":")).encode()).hexdigest()

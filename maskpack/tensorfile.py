@@ -29,12 +29,12 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A tensor to write: its dtype as safetensors names it, its shape, and its bytes in one or more pieces."""
+    """A tensor to write: its dtype as safetensors names it, its shape, its bytes in pieces (walked several times)."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    data: Sequence[Buffer]
+    data: Iterable[Buffer]
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Blob":

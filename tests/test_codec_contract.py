@@ -14,11 +14,11 @@ import torch
 
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
-from maskpack.codecs.choose import encode_set
+from maskpack.codecs.choose import settle
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
-from maskpack.mask import MaskSet, PackedMask, mask_id
+from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, random_bits, random_masks, split_file, with_header
+from .helpers_adapter import base_of, random_masks, split_file, with_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,21 +105,35 @@ class TestContract:
         with pytest.raises(ConfigError, match="'test-mixed' needs the weights of the base; pass weights="):
             save_adapter("x.safetensors", random_masks(self.shapes), base_of(self.shapes), codec="test-mixed")
 
-    def test_tables_that_cost_more_than_they_gain_are_given_up(self) -> None:
-        masks = [(random_bits(800, 0.5, seed), Side((800,), np.zeros(800, np.uint8))) for seed in range(3)]
-        coded, tables = encode_set(masks, "max", None, base=True)
-        assert tables == []
-        assert {one.codec.id for one in coded} == {"raw"}
-        constant = [(np.full(1000, 0x56, np.uint8), Side((8000,), np.zeros(8000, np.uint8))) for _ in range(2)]
-        coded, tables = encode_set(constant, "max", "test-mixed", base=True)
-        assert (len(tables), [one.table for one in coded]) == (1, [0, 0])
+    def test_tables_that_cost_more_than_they_gain_are_given_up(self, tmp_path: Path) -> None:
+        shapes = dict.fromkeys("abc", (800,))
+        weights = {name: torch.zeros(800) for name in shapes}
+        noise = save_adapter(
+            tmp_path / "noise", random_masks(shapes, 0.5), base_of(shapes), profile="max", weights=weights
+        )
+        header = noise.header.sets["default"]
+        assert (header.tables, {payload.coding.codec for payload in header.payloads}) == ((), {"raw"})
+        alone = save_adapter(
+            tmp_path / "alone", random_masks(shapes, 0.5), base_of(shapes), codec="test-mixed", weights=weights
+        )
+        header = alone.header.sets["default"]
+        assert (header.tables, [payload.coding.table for payload in header.payloads]) == ((6,), [0, 0, 0])
+
+
+def test_tables_are_settled_by_all_that_they_cost() -> None:
+    small, large = [(10, 0), (12, 1), (15, None)], [(90, 1), (95, 0), (100, None)]
+    assert settle([small, large], [4, 4]) == ([1, 0], [1])
+    assert settle([small, large], [1, 1]) == ([0, 0], [0, 1])
+    assert settle([small, large], [50, 50]) == ([2, 2], [])
+    assert settle([row[:2] for row in (small, large)], [50, 60]) == ([0, 1], [0]), "no codec does without a table"
+    assert settle([[(3, None)]], []) == ([0], [])
 
 
 @dataclass(frozen=True, slots=True)
-class Difference(Codec):
-    """Bits XOR the reference."""
+class Context(Codec):
+    """Sees that the reference reaches the codec: bits XOR the reference once more."""
 
-    id = "test-difference"
+    id = "test-context"
 
     def encode(self, bits: Bits, side: Side) -> bytes:
         raise NotImplementedError
@@ -134,18 +148,15 @@ class Difference(Codec):
 
 
 def test_a_set_may_be_coded_against_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CODECS._classes, "test-difference", Difference)  # type: ignore[arg-type]
+    monkeypatch.setitem(CODECS._classes, "test-context", Context)  # type: ignore[arg-type]
     shapes = {"a.weight": (33, 7), "b.weight": (5,)}
     dispatcher, expert = random_masks(shapes, 0.9, 1), random_masks(shapes, 0.8, 2)
-    difference = {name: PackedMask(expert[name].bits ^ dispatcher[name].bits, shapes[name]) for name in shapes}
     path = tmp_path / "x.safetensors"
-    save_adapter(path, {"dispatcher": dispatcher, "expert": MaskSet(difference)}, base_of(shapes), codec="raw")
+    save_adapter(path, {"dispatcher": dispatcher, "expert": expert}, base_of(shapes), codec="raw")
 
     def refer(header: dict[str, Any]) -> None:
         one = header["sets"]["expert"]
-        one["codings"] = [{"codec": "test-difference", "op": "zero", "reference": "dispatcher"}]
-        one["kept"] = [mask.kept for mask in expert.values()]
-        header["mask_id"] = mask_id({"dispatcher": dispatcher, "expert": expert})
+        one["codings"] = [{"codec": "test-context", "op": "zero", "reference": "dispatcher"}]
 
     path.write_bytes(with_header(path.read_bytes(), refer))
     adapter = read_adapter(path)
@@ -154,7 +165,7 @@ def test_a_set_may_be_coded_against_another(tmp_path: Path, monkeypatch: pytest.
     assert adapter.verify() == {"payloads": 4, "decoded": 4, "needs_base": [], "mask_id": True}
 
 
-class Failing(Difference):
+class Failing(Context):
     """Fails as only a stranger's codec can."""
 
     id = "test-failing"
@@ -177,7 +188,7 @@ def test_whatever_a_codec_raises_becomes_our_error(tmp_path: Path, monkeypatch: 
 
 
 @dataclass(frozen=True, slots=True)
-class Forgetful(Difference):
+class Forgetful(Context):
     """Gives back other bits than it got."""
 
     id = "test-forgetful"

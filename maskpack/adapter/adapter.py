@@ -8,13 +8,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from bitarray import bitarray
 from torch import Tensor, nn
 
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.head import Head
 from ..errors import CorruptAdapterError, UnknownNameError
-from ..mask import MaskSet, PackedMask, mask_id
+from ..mask import MaskSet, PackedMask, Row, rows_id
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..tensorheader import DTYPES, Span
 from .decode import Decoder
@@ -22,6 +21,7 @@ from .header import Header
 from .layout import BASE, BASE_BYTES, masked_names
 from .predict import Prediction, predict
 from .sets import SetHeader
+from .threads import Progress, counted
 from .weights import Weights, by_name
 
 
@@ -111,24 +111,9 @@ class Adapter:
         return MaskSet(dict(self.iter_masks(base, set)))
 
     def iter_masks(self, base: Weights | None = None, set: str = "default") -> Iterator[tuple[str, PackedMask]]:
-        """Decode the masks of a set one at a time, sorted by name; arguments and errors as for `masks`."""
-        one = self._set(set)
-        weights = None if base is None else by_name(base)
-        alphas = self.tensors(f"{set}/scale").get("")
-        signs: bitarray | None = None
-        for index, payload in enumerate(one.payloads):
-            bits = self._decoder.decode(set, index, weights)
-            following = one.payloads[index + 1].name if index + 1 < len(one.payloads) else None
-            if following == payload.name:  # the signs of a ternary mask come before its zeros
-                signs = bits
-                continue
-            alpha = None if alphas is None or alphas[index] == 0 else float(alphas[index])
-            if alpha is not None and not 0 < alpha < math.inf:
-                raise CorruptAdapterError(
-                    f"{self.path}: the scale of {payload.name!r} is {alpha}, expected a positive number"
-                )
-            yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alpha, signs)
-            signs = None
+        """Decode masks as they are asked for, sorted by name, in threads a bounded way ahead; else as `masks`."""
+        one, alphas = self._set(set), self._alphas(set)
+        return self._decoder.masks(set, one, alphas, None if base is None else by_name(base))
 
     def shapes(self, set: str = "default") -> dict[str, tuple[int, ...]]:
         """Return the shape of every mask of a set, by parameter name, without decoding."""
@@ -190,8 +175,10 @@ class Adapter:
             batch_size=batch_size,
         )
 
-    def verify(self) -> dict[str, Any]:
+    def verify(self, progress: Progress | None = None) -> dict[str, Any]:
         """Decode every mask that needs no base, and compare `mask_id` if those are all.
+
+        After each payload, `progress` gets the number of weights done and of those in all.
 
         Returns:
             `payloads` and `decoded` (counts), `needs_base` (set and parameter names that were left out) and
@@ -201,16 +188,19 @@ class Adapter:
             UnknownCodecError, CorruptAdapterError: as for `masks`, or if `mask_id` differs.
         """
         every = [(name, i, p) for name, one in self.header.sets.items() for i, p in enumerate(one.payloads)]
-        alone = dict.fromkeys((name, i) for name, i, payload in every if not self._decoder.needs_base(payload))
-        skipped = [f"{name}/{payload.name}" for name, i, payload in every if (name, i) not in alone]
-        if skipped:
-            for name, index in alone:
-                self._decoder.decode(name, index, None)
-        elif (found := mask_id({name: self.iter_masks(set=name) for name in self.sets})) != self.mask_id:
+        alone = [one for one in every if not self._decoder.needs_base(one[2])]
+        skipped = [f"{name}/{payload.name}" for name, _, payload in every if self._decoder.needs_base(payload)]
+        step, rows = counted(progress, (payload.weights for _, _, payload in alone)), list[Row]()
+        for (name, _, payload), digest in zip(alone, self._decoder.digests(alone), strict=True):
+            rows.append((name, payload.name, payload.coding.op, payload.shape, digest))
+            step(payload.weights)
+        for name in self.sets:
+            self._alphas(name)
+        if not skipped and (found := rows_id(rows)) != self.mask_id:
             what = f"the decoded masks have the mask_id {found}, the header states {self.mask_id}"
             raise CorruptAdapterError(f"{self.path}: {what}; fetch the file again")
-        report = {"payloads": len(every), "decoded": len(alone), "needs_base": skipped}
-        return {**report, "mask_id": None if skipped else True}
+        compared = None if skipped else True
+        return {"payloads": len(every), "decoded": len(alone), "needs_base": skipped, "mask_id": compared}
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""
@@ -232,6 +222,16 @@ class Adapter:
         if name not in self.header.sets:
             raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {', '.join(self.sets)}")
         return self.header.sets[name]
+
+    def _alphas(self, set: str) -> list[float | None]:
+        """Return the scale of each payload of a set, None where it is off."""
+        payloads, stored = self._set(set).payloads, self.tensors(f"{set}/scale")
+        alphas = stored[""].tolist() if stored else [0.0] * len(payloads)
+        for payload, alpha in zip(payloads, alphas, strict=True):
+            if not 0 <= alpha < math.inf:
+                what = f"the scale of {payload.name!r} is {alpha}, expected a positive number"
+                raise CorruptAdapterError(f"{self.path}: {what}")
+        return [alpha or None for alpha in alphas]
 
     @cached_property
     def _decoder(self) -> Decoder:

@@ -1,19 +1,21 @@
 """One payload -> one mask's bits, whatever the codec and whoever wrote it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from bitarray import bitarray
 from torch import Tensor
 
 from ..backbone.fingerprint import Fingerprint, same_tensor
 from ..codecs.base import CODECS, Bits, Codec, Side
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
-from ..mask import Op, PackedMask
+from ..mask import Op, PackedMask, bits_digest, packed_bits
 from .header import Header
-from .sets import Payload
+from .sets import Payload, SetHeader
+from .threads import in_order
 from .weights import base_classes
+
+WORTH = 1 << 22  # weights; below, a thread gains nothing over zstd
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,14 +75,17 @@ class Decoder:
                 f"{self.path}: the mask of {name!r} is packed with the weights of {self.header.base.id} and cannot be "
                 f"decoded alone; pass that model: masks(base=model)"
             )
+        reference = self._reference(payload, weights)
         side = Side(
             payload.shape,
             base_classes(weights, name, payload.shape) if codec.needs_base and weights is not None else None,
-            self._reference(payload, weights),
+            reference,
             None if coding.table is None else bytes(self.pieces[set][coding.table]),
         )
         try:
             packed = side.checked(codec.decode(self.pieces[set][len(one.tables) + index], side))
+            if reference is not None:
+                packed = packed ^ reference
             bits = PackedMask.from_bytes(packed, payload.shape).bits
             if bits.count() != payload.kept:
                 raise CorruptAdapterError(f"it has {bits.count()} true bits, the header states {payload.kept}")
@@ -94,6 +99,28 @@ class Decoder:
             ) from error
         return bits
 
+    def masks(
+        self, set: str, one: SetHeader, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None
+    ) -> Iterator[tuple[str, PackedMask]]:
+        """Decode the masks of a set in order; see `Adapter.iter_masks`."""
+        indices, signs = range(len(one.payloads)), None
+        decoded = in_order(lambda i: self.decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
+        for index, bits in enumerate(decoded):
+            payload = one.payloads[index]
+            if index + 1 < len(one.payloads) and one.payloads[index + 1].name == payload.name:
+                signs = bits  # of a ternary mask: they come before its zeros
+                continue
+            yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alphas[index], signs)
+            signs = None
+
+    def digests(self, payloads: Iterable[tuple[str, int, Payload]]) -> Iterator[str]:
+        """Decode payloads that need no base, given as (set, index, payload); return the hex sha256 of each's bits."""
+
+        def digest(one: tuple[str, int, Payload]) -> str:
+            return bits_digest(self.decode(one[0], one[1], None))
+
+        return in_order(digest, payloads, lambda one: one[2].weights, WORTH)
+
     def needs_base(self, payload: Payload) -> bool:
         """Tell whether a payload, or the one it refers to, is packed with the base's weights."""
         other = payload.coding.reference
@@ -104,8 +131,7 @@ class Decoder:
         other = payload.coding.reference
         if other is None:
             return None
-        bits = self.decode(other, self._index_in(other, payload), weights)
-        return np.frombuffer(bits.tobytes(), dtype=np.uint8)
+        return packed_bits(self.decode(other, self._index_in(other, payload), weights))
 
     def _index_in(self, other: str, payload: Payload) -> int:
         """Return the index of the payload of another set for the same parameter and op; the header's check found it."""

@@ -1,6 +1,7 @@
 """Writing adapters: folder or file, whole or not at all; see `read.py` for the way back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ from ..codecs.base import Profile
 from ..errors import AdapterError, CorruptAdapterError, StateError
 from ..mask import MaskSet
 from ..parts import Parts
-from ..tensorfile import replacing, write_blobs
+from ..tensorfile import Blob, replacing, write_blobs
 from ..tensorheader import SEAL, UNSEALED
 from .adapter import Adapter
 from .card import render_card, update_card
 from .describe import config_text, describe
-from .encode import check_sets, encode
+from .encode import check_names, encode
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_adapter, read_file
+from .spool import Spool
+from .threads import Progress
 from .weights import Weights, by_name
 
 __all__ = ["CARD_FILE", "CONFIG_FILE", "MODEL_FILE", "Parts", "read_adapter", "save_adapter"]
@@ -35,11 +38,13 @@ def save_adapter(
     profile: Profile = "default",
     codec: str | None = None,
     weights: Weights | None = None,
+    progress: Progress | None = None,
 ) -> Adapter:
     """Write an adapter: a folder with model file, config and card, or only the file if `path` ends in `.safetensors`.
 
-    The new model file is read back and verified before it takes the place of an old one. A card that is there already
-    keeps what its owner wrote.
+    Masks are asked for one after another and not kept, so that a set of `MaskSet.streamed` may exceed memory. The new
+    model file is read back and verified before it takes the place of an old one. A card that is there already keeps
+    what its owner wrote.
 
     Args:
         path: the folder (made if need be) or file.
@@ -50,6 +55,7 @@ def save_adapter(
         profile: which codecs compete: "fast", "default", or "max", which is smallest with `weights`.
         codec: only this codec, by id.
         weights: the frozen model or its state dict, for codecs that use the base.
+        progress: called after each mask with the number of weights done and of those in all.
 
     Raises:
         AdapterError: if there is no mask, or anything cannot be stored; the message says what.
@@ -60,29 +66,42 @@ def save_adapter(
     """
     path = Path(path)
     sets = _named(masks)
-    check_sets(sets, base)
-    header, blobs = encode(
-        sets,
-        base,
-        None if weights is None else by_name(weights),
-        profile,
-        codec,
-        task=task,
-        class_names=None if class_names is None else tuple(class_names),
-        preprocess=preprocess,
-        training=training,
-    )
-    metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
-    if path.suffix == ".safetensors":
-        with replacing(path) as (temporary,):
-            write_blobs(temporary, blobs, metadata)
-            del blobs
-            return _read_back(temporary, path)
-    _make_folder(path)
-    model, config, card = path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE
+    check_names(sets, base)
+    whole = path.suffix == ".safetensors"
+    with nullcontext() if whole else _folder(path), Spool(path.parent if whole else path) as spool:
+        header, blobs = encode(
+            sets,
+            base,
+            None if weights is None else by_name(weights),
+            profile,
+            codec,
+            spool,
+            progress,
+            task=task,
+            class_names=None if class_names is None else tuple(class_names),
+            preprocess=preprocess,
+            training=training,
+        )
+        metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
+        if whole:
+            with replacing(path) as (temporary,):
+                write_blobs(temporary, blobs, metadata)
+                return _read_back(temporary, path)
+        adapter = _write_model(path, blobs, metadata)
+    card = path / CARD_FILE
+    rendered = render_card(describe(adapter))
+    if card.exists():
+        rendered = update_card(card.read_bytes().decode("utf-8", "surrogateescape"), rendered)
+    with replacing(card) as (temporary,):
+        temporary.write_bytes(rendered.encode("utf-8", "surrogateescape"))
+    return adapter
+
+
+def _write_model(path: Path, blobs: list[Blob], metadata: Mapping[str, str]) -> Adapter:
+    """Write model file and config of a folder."""
+    model, config = path / MODEL_FILE, path / CONFIG_FILE
     with replacing(model, config) as (temporary, temporary_config):
         write_blobs(temporary, blobs, metadata)
-        del blobs
         adapter = _read_back(temporary, model)
         text = config_text(describe(adapter), MODEL_FILE).encode()
         if len(text) > MAX_CONFIG:
@@ -93,21 +112,26 @@ def save_adapter(
         temporary_config.write_bytes(text)
         # between the two renames the folder has no config rather than one that contradicts the model file
         config.unlink(missing_ok=True)
-    rendered = render_card(describe(adapter))
-    if card.exists():
-        rendered = update_card(card.read_bytes().decode("utf-8", "surrogateescape"), rendered)
-    with replacing(card) as (temporary,):
-        temporary.write_bytes(rendered.encode("utf-8", "surrogateescape"))
     return adapter
 
 
-def _make_folder(path: Path) -> None:
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder; if it is new and the block fails, it goes again."""
+    new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StateError(
             f"cannot make the folder {path}: {error.strerror}; choose a path where no file is and that you may write to"
         ) from error
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _named(masks: MaskSet | Parts | Mapping[str, MaskSet | Parts]) -> dict[str, Parts]:

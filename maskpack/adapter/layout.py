@@ -1,6 +1,6 @@
 """Which tensors a file holds beside its header, and which it may hold (docs/format.md section 4)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ def head_spec(head: Head | None) -> HeadSpec | None:
 
 
 def dense_blobs(name: str, parts: Parts) -> list[Blob]:
-    """Return the tensors of a set that are stored as they are.
+    """Return the tensors of a set that are stored as they are given.
 
     Raises:
         AdapterError: if one has a dtype that the format does not allow.
@@ -40,12 +40,14 @@ def dense_blobs(name: str, parts: Parts) -> list[Blob]:
     for key, tensor in found.items():
         if tensor.dtype not in FLOATS:
             raise AdapterError(f"{key} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it")
-    blobs = [Blob.of(key, t.float() if key.startswith(f"{name}/statistics/") else t) for key, t in found.items()]
-    masks = parts.masks.values()
-    if any(mask.alpha is not None for mask in masks):
-        alphas = torch.tensor([mask.alpha or 0.0 for mask in masks for _ in mask.payloads()], dtype=torch.float32)
-        blobs.append(Blob.of(f"{name}/scale", alphas))
-    return blobs
+    return [Blob.of(key, t.float() if key.startswith(f"{name}/statistics/") else t) for key, t in found.items()]
+
+
+def scale_blob(name: str, alphas: Sequence[float | None]) -> Blob | None:
+    """Return the tensor of the scales of a set's payloads, or None if all are off."""
+    if all(alpha is None for alpha in alphas):
+        return None
+    return Blob.of(f"{name}/scale", torch.tensor([alpha or 0.0 for alpha in alphas], dtype=torch.float32))
 
 
 def masked_names(header: Header) -> list[str]:

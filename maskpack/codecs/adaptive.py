@@ -10,7 +10,7 @@ from ..errors import CorruptAdapterError
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .gapcoder import MOST_PER_BYTE, GapDecoder, GapEncoder
 from .rates import CENTERS, CONTEXTS, ONE, Floats, Known, Rates, Settings
-from .streams import Numbers, Reader, matrix_shape, place, rarer, varint
+from .streams import NO_EVENTS, Numbers, Reader, matrix_shape, place, rarer, varint
 
 MAX_PRIOR = 15
 
@@ -50,7 +50,7 @@ def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> b
     symbol, where = rarer(bits, side.count)
     shape = matrix_shape(side.shape)
     if not where.size:
-        return bytes([symbol])
+        return bytes([symbol | NO_EVENTS])
     events = np.zeros(side.count, dtype=np.bool_)
     events[where] = True
     matrix = events.reshape(shape)
@@ -71,10 +71,10 @@ def decode(data: Bytes, side: Side, known: Known, channels: int) -> Bits:
     reader = Reader(data)
     first = reader.byte()
     symbol, stated = first & 1, first >> 1
+    if first & ~1 == NO_EVENTS and len(data) == 1:
+        return place(symbol, np.zeros(0, dtype=np.int64), side.count)
     if stated > channels:
         raise CorruptAdapterError(f"an adaptive payload states {stated} sign channels, expected at most {channels}")
-    if len(data) == 1 and not stated:
-        return place(symbol, np.zeros(0, dtype=np.int64), side.count)
     priors, count = reader.byte(), reader.varint()
     if not 0 < count <= side.count:
         raise CorruptAdapterError(f"an adaptive payload states {count} events among {side.count} weights")

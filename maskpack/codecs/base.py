@@ -10,7 +10,9 @@ the least significant bit, row-major, the last byte padded with zero bits. `coun
 - `shape`: of the parameter.
 - `classes`: only for a codec with `needs_base`: one uint8 per weight of the base, row-major: in the lower seven bits its
   place among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its sign.
-- `reference`: packed bits of the same parameter in another mask set of the file, where the file says so; else None.
+- `reference`: packed bits of the same parameter in another mask set of the file, where the payload is coded against
+  it; else None. The bits that the codec gets, and gives back, are then the mask XOR the reference already, whatever
+  the codec; it may use the reference as context beside that.
 - `table`: the bytes that `table` returned when the set was written; else None.
 
 **Decoding** gives exactly `count` bits or raises CorruptAdapterError (`Side.checked` does the last step). The payload

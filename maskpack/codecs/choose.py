@@ -1,19 +1,66 @@
 """Which codec codes a mask in the fewest bytes."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 from .base import CODECS, PROFILES, Bits, Codec, Profile, Side
 
 
 @dataclass(frozen=True, slots=True)
-class Coded:
-    """One mask's payload, the codec that made it, and the index of the shared table it needs."""
+class Offer:
+    """One way to store a mask: the codec, its payload, which of the variants it codes, the shared table it needs."""
 
     codec: Codec
     payload: bytes
+    variant: int = 0
     table: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """The codecs that compete for the masks of one set, and the tables of those that have one for the set."""
+
+    plain: Sequence[Codec]
+    tabled: Sequence[tuple[Codec, bytes]] = ()
+
+    def offers(self, variants: Sequence[tuple[Bits, Side]]) -> list[Offer]:
+        """Code a mask and return the smallest payload without a table and, for each table, the smallest with it.
+
+        Args:
+            variants: packed bits and their sides: those of the mask, and others that it can be had from.
+
+        Returns:
+            At least one offer, smallest first. Ties go to the earlier variant, then to the id that sorts first.
+
+        Raises:
+            ConfigError: if every codec declines the mask.
+        """
+        own = [_offer(codec, variants) for codec in self.plain]
+        smallest = min((offer for offer in own if offer is not None), key=_rank, default=None)
+        found = [] if smallest is None else [smallest]
+        for at, (codec, table) in enumerate(self.tabled):
+            best = _offer(codec, [(bits, replace(side, table=table)) for bits, side in variants], at)
+            if best is not None and (smallest is None or _rank(best) < _rank(smallest)):
+                found.append(best)
+        if not found:  # raw is in every profile, so that one codec was asked for
+            (asked, *_) = [*self.plain, *(codec for codec, _ in self.tabled)]
+            raise ConfigError(
+                f"the codec {asked.id!r} is not made for this mask of shape {variants[0][1].shape}; choose another, or "
+                f"leave the choice to a profile"
+            )
+        return sorted(found, key=_rank)
+
+
+def _offer(codec: Codec, variants: Sequence[tuple[Bits, Side]], table: int | None = None) -> Offer | None:
+    """Return the smallest that one codec makes of the variants, or None if it declines all."""
+    made = [(codec.encode(bits, side), variant) for variant, (bits, side) in enumerate(variants)]
+    offers = [Offer(codec, payload, variant, table) for payload, variant in made if payload is not None]
+    return min(offers, key=_rank, default=None)
+
+
+def _rank(offer: Offer) -> tuple[int, int, str]:
+    return len(offer.payload), offer.variant, offer.codec.id
 
 
 def rivals(profile: Profile, codec: str | None, base: bool) -> list[Codec]:
@@ -42,54 +89,48 @@ def encode_smallest(bits: Bits, side: Side, profile: Profile, codec: str | None 
 
     Ties go to the id that sorts first. Raises as `rivals` does.
     """
-    best = _smallest(rivals(profile, codec, side.classes is not None), bits, side)
-    assert best is not None, "raw is a candidate of every profile"
-    return best
+    best = Contest(rivals(profile, codec, side.classes is not None)).offers([(bits, side)])[0]
+    return best.codec, best.payload
 
 
-def encode_set(
-    masks: Collection[tuple[Bits, Side]], profile: Profile, codec: str | None = None, base: bool = False
-) -> tuple[list[Coded], list[bytes]]:
-    """Code the masks of one set, with shared tables where those gain more than they cost.
+def contest(
+    masks: Iterable[tuple[Bits, Side]], profile: Profile, codec: str | None = None, base: bool = False
+) -> Contest:
+    """Return who competes for the masks of one set.
 
     Args:
-        masks: packed bits and their sides; walked several times, so that one mask at a time is in memory.
+        masks: packed bits and their sides; walked once or more for each codec that makes a table, else not at all.
         profile, codec, base: as for `rivals`.
+    """
+    tables = [(rival, rival.table(masks)) for rival in rivals(profile, codec, base)]
+    return Contest(
+        [rival for rival, table in tables if table is None],
+        [(rival, table) for rival, table in tables if table is not None],
+    )
+
+
+def settle(offers: Sequence[Sequence[tuple[int, int | None]]], tables: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Choose one offer for each mask, and give up shared tables that cost more than they gain.
+
+    Args:
+        offers: for each mask the bytes and the table of its offers, smallest first.
+        tables: bytes of the tables.
 
     Returns:
-        One `Coded` per mask in the order given, and the tables that they use.
+        For each mask the index of its offer, and the tables that are kept, ascending.
     """
-    competing = rivals(profile, codec, base)
-    tables = [(rival, rival.table(masks)) for rival in competing]
-    plain = [rival for rival, table in tables if table is None]
-    tabled = [(rival, table) for rival, table in tables if table is not None]
-    best = [_smallest(plain, bits, side) for bits, side in masks]
-    with_table = [
-        [rival.encode(bits, Side(side.shape, side.classes, side.reference, table)) for bits, side in masks]
-        for rival, table in tabled
-    ]
+    plain = all(any(table is None for _, table in row) for row in offers)
 
-    def pick(used: list[int]) -> list[Coded]:
-        chosen = []
-        for row, own in enumerate(best):
-            offers = [Coded(tabled[t][0], with_table[t][row], at) for at, t in enumerate(used)]
-            if own is not None:
-                offers.append(Coded(*own))
-            chosen.append(min(offers, key=lambda offer: (len(offer.payload), offer.codec.id)))
-        return chosen
+    def pick(used: list[int]) -> list[int]:
+        return [next(i for i, (_, table) in enumerate(row) if table is None or table in used) for row in offers]
 
     def cost(used: list[int]) -> int:
-        return sum(len(c.payload) for c in pick(used)) + sum(len(tabled[t][1]) for t in used)
+        return sum(row[i][0] for row, i in zip(offers, pick(used), strict=True)) + sum(tables[t] for t in used)
 
-    used = list(range(len(tabled)))
-    while used:
-        fewer = min(([t for t in used if t != gone] for gone in used), key=cost) if plain or len(used) > 1 else used
-        if fewer == used or cost(fewer) > cost(used):
+    used = list(range(len(tables)))
+    while used and (plain or len(used) > 1):
+        fewer = min(([t for t in used if t != gone] for gone in used), key=cost)
+        if cost(fewer) > cost(used):
             break
         used = fewer
-    return pick(used), [tabled[t][1] for t in used]
-
-
-def _smallest(competing: list[Codec], bits: Bits, side: Side) -> tuple[Codec, bytes] | None:
-    offers = [(codec, codec.encode(bits, side)) for codec in competing]
-    return min(offers, key=lambda offer: (len(offer[1]), offer[0].id), default=None)
+    return pick(used), used

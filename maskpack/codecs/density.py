@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ..errors import CorruptAdapterError
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .streams import (
+    NO_EVENTS,
     Numbers,
     Reader,
     count_ones,
@@ -48,7 +49,7 @@ class Density(Codec):
             return None
         symbol, where = rarer(bits, side.count)
         if not where.size:
-            return bytes([symbol])
+            return bytes([symbol | NO_EVENTS])
         rows, cols = matrix_shape(side.shape)
         in_rows, in_cols = np.bincount(where // cols, minlength=rows), np.bincount(where % cols, minlength=cols)
         fits = (_fit(in_rows, in_cols, use_rows, use_cols) for use_rows in (False, True) for use_cols in (False, True))
@@ -75,10 +76,10 @@ class Density(Codec):
     def decode(self, data: Bytes, side: Side) -> Bits:
         reader = Reader(data)
         flags = reader.byte()
+        if flags & ~1 == NO_EVENTS and len(data) == 1:
+            return place(flags & 1, np.zeros(0, dtype=np.int64), side.count)
         if flags > 7:
             raise CorruptAdapterError(f"a density payload begins with {flags}, expected 0 to 7")
-        if len(data) == 1 and flags < 2:
-            return place(flags, np.zeros(0, dtype=np.int64), side.count)
         width = reader.byte()
         rows, cols = matrix_shape(side.shape)
         numbers = unpack_unary(reader.take(reader.varint()))

@@ -10,6 +10,7 @@ from .base import Bits, Bytes
 
 Numbers = NDArray[np.int64]
 MAX_VARINT = 9  # bytes, 63 bits
+NO_EVENTS = 0x80  # in the first byte, and with the symbol all of the payload
 ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
 
 
