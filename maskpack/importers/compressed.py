@@ -1,6 +1,7 @@
 """Checkpoints of compressed-tensors: kept weights in a row, and a bitmask that says where they are."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -34,22 +35,19 @@ class CompressedTensors:
                 f"{', '.join(list(tensors)[:3]) or 'none'}; import a checkpoint with plain zeros with --from zeros"
             )
         parts = {f"{stem}.{member}" for stem in stems for member in MEMBERS}
-        # X is the module of the weight; until version 0.5 it was the weight itself
-        full = {name: stem for stem in sorted(stems) for name in (stem, f"{stem}.weight")}
         plain = [name for name in tensors if name not in parts]
-        if twice := sorted(stem for stem in stems if full[stem] != stem or not full.keys().isdisjoint(plain)):
-            raise DataError(
-                f"{path} holds the weight of {twice[0]!r} twice, expected it once; leave one of them out, or fetch it "
-                f"again"
-            )
-        stored = {
-            own: name for name, own in match(path, [*full, *plain], base).items() if base[own].is_floating_point()
-        }
+        # X is the module of the weight; until version 0.5 it was the weight itself
+        full = [(name, stem) for stem in sorted(stems) for name in (stem, f"{stem}.weight")]
+        every = Counter([*plain, *(name for name, _ in full)])
+        if twice := [name for name, times in every.items() if times > 1]:
+            raise DataError(f"{path} holds the weight {twice[0]!r} twice, expected it once; fetch it again")
+        stem_of = dict(full)
+        stored = {own: name for name, own in match(path, every, base).items() if base[own].is_floating_point()}
 
         def read(name: str) -> Tensor:
-            if stored[name] in tensors:
+            if stored[name] not in stem_of:
                 return read_weights(tensors, stored[name], name, base)
-            return _dense(tensors, full[stored[name]], tuple(base[name].shape))
+            return _dense(tensors, stem_of[stored[name]], tuple(base[name].shape))
 
         return pruned(path, stored, read, base)
 
