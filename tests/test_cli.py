@@ -218,7 +218,7 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     assert scaled.exit_code == 2
     assert "scale is for masks that were trained with it" in scaled.stderr
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
-    assert "unknown importer 'pickle'; known: compressed-tensors, masks, maskllm-npz, prune, zeros" in unknown.stderr
+    assert "unknown importer 'pickle'; known: compressed-tensors, maskllm-npz, masks, prune, zeros" in unknown.stderr
     assert not (tmp_path / "other").exists()
 
 

@@ -168,7 +168,8 @@ def test_prune(tiny: nn.Module, tmp_path: Path, what: str) -> None:
     prefix = "module." if what == "with a prefix" else ""
     file = saved(tmp_path / "m", {prefix + name: tensor for name, tensor in state.items()})
     assert import_masks(file, tiny, "prune") == expected
-    assert import_masks(saved(file, zeroed(pruned, {})), tiny, "prune") == expected
+    with_values = {**zeroed(pruned, {}), "fc.bias": pruned.get_submodule("fc").bias}  # some tools keep both
+    assert import_masks(saved(file, with_values), tiny, "prune") == expected
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -362,6 +363,18 @@ def test_wrong_archives(tiny: nn.Module, tmp_path: Path, contents: dict[str, byt
         import_masks(tmp_path / "m.npz", tiny, "maskllm-npz")
     assert str(tmp_path / "m.npz") in str(caught.value)
     assert words in str(caught.value)
+
+
+def test_what_is_no_archive(tiny: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file .*none.npz; expected the .npz of masks that MaskLLM releases"):
+        import_masks(tmp_path / "none.npz", tiny, "maskllm-npz")
+    saved(tmp_path / "m.npz", masks_of(tiny))
+    with pytest.raises(DataError, match="cannot read .*m.npz as an .npz file: File is not a zip file; fetch it again"):
+        import_masks(tmp_path / "m.npz", tiny, "maskllm-npz")
+    torch.save(tiny.state_dict(), tmp_path / "m.pt")
+    for format in ("prune", "zeros", "compressed-tensors"):
+        with pytest.raises(DataError, match="if it is a pickle .*, convert it with safetensors.torch.save_file"):
+            import_masks(tmp_path / "m.pt", tiny, format)
 
 
 def test_other_compressions_are_refused(tiny: nn.Module, tmp_path: Path) -> None:

@@ -49,12 +49,12 @@ class Prune:
 
         def rows() -> Iterator[tuple[str, int]]:
             for name, stem in masked.items():
-                kept = make(name)
-                if f"{stem}_orig" in tensors:
-                    found = read_weights(tensors, f"{stem}_orig", name, base)
-                    yield name, compare(found, base[name], kept.tensor())[0]
+                kept = make(name).tensor()
+                for stored in {f"{stem}_orig", stem} & tensors.keys():
+                    found = read_weights(tensors, stored, name, base)
+                    yield name, compare(found, base[name], kept)[0]
             for stored, name in own.items():
-                if base[name].is_floating_point():
+                if base[name].is_floating_point() and name not in masked:
                     found = read_weights(tensors, stored, name, base)
                     yield name, compare(found, base[name], torch.ones(found.shape, dtype=torch.bool))[0]
 

@@ -1,5 +1,6 @@
 """Weights that another tool stored beside its masks: those that a mask keeps must be the base's."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -73,7 +74,9 @@ def refuse_trained(path: Path, rows: Iterable[tuple[str, int]]) -> None:
     Raises:
         BackboneMismatchError: if any does; the message says how many tensors and weights, and which is first.
     """
-    counts = dict(rows)
+    counts = Counter[str]()
+    for name, count in rows:
+        counts[name] += count
     differing = {name: count for name, count in counts.items() if count}
     if differing:
         first = min(differing)
