@@ -13,6 +13,7 @@ from .rates import CENTERS, CONTEXTS, ONE, Floats, Known, Rates, Settings
 from .streams import NO_EVENTS, Numbers, Reader, matrix_shape, place, rarer, varint
 
 MAX_PRIOR = 15
+MAX_SIZE = 1 << 20  # rows, and columns: each takes memory
 
 
 @CODECS.register
@@ -23,7 +24,7 @@ class Adaptive(Codec):
     id = "adaptive"
     reference = "https://arxiv.org/abs/1311.2540"
 
-    def encode(self, bits: Bits, side: Side) -> bytes:
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
         return encode(bits, side, known(side, None), (0,))
 
     def decode(self, data: Bytes, side: Side) -> Bits:
@@ -36,26 +37,29 @@ class Adaptive(Codec):
 
 def known(side: Side, classes: Bits | None, curve: Floats | None = None) -> Known:
     """Return what both sides know: the base's classes and signs, and the bits of the reference."""
-    traits, shape = None, matrix_shape(side.shape)
+    traits: Bits | None = None
+    shape = matrix_shape(side.shape)
     if classes is not None:
-        traits = (classes >> 3 & 15 | classes & 128).reshape(shape)
+        traits = np.asarray(classes >> 3 & 15 | classes & 128, dtype=np.uint8).reshape(shape)
     if side.reference is not None:
-        bits = (np.unpackbits(side.reference, count=side.count, bitorder="little") << 4).reshape(shape)
-        traits = bits if traits is None else traits | bits
+        bits = np.left_shift(np.unpackbits(side.reference, count=side.count, bitorder="little").reshape(shape), 4)
+        traits = np.bitwise_or(bits, 0 if traits is None else traits, dtype=np.uint8)
     return Known(traits, np.ones(CONTEXTS) if curve is None else curve)
 
 
-def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> bytes:
+def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> bytes | None:
     """Code packed bits with the number of sign channels that is estimated best."""
-    symbol, where = rarer(bits, side.count)
     shape = matrix_shape(side.shape)
+    if max(shape) > MAX_SIZE:
+        return None
+    symbol, where = rarer(bits, side.count)
     if not where.size:
         return bytes([symbol | NO_EVENTS])
     events = np.zeros(side.count, dtype=np.bool_)
     events[where] = True
     matrix = events.reshape(shape)
-    priors = [_prior(matrix.sum(axis)) for axis in (1, 0)]
-    tried = [Settings(*priors, number) for number in channels]
+    row_prior, col_prior = _prior(matrix.sum(1)), _prior(matrix.sum(0))
+    tried = [Settings(row_prior, col_prior, number) for number in channels]
     settings = tried[0] if len(tried) == 1 else min(tried, key=lambda one: _estimate(matrix, where.size, one, known))
     rates, encoder = Rates(shape, where.size, settings, known), GapEncoder()
     for block in rates.blocks():
@@ -79,9 +83,12 @@ def decode(data: Bytes, side: Side, known: Known, channels: int) -> Bits:
     if not 0 < count <= side.count:
         raise CorruptAdapterError(f"an adaptive payload states {count} events among {side.count} weights")
     coded = reader.rest()
-    if side.count > MOST_PER_BYTE * len(coded):
-        raise CorruptAdapterError(f"{len(coded)} bytes of coded gaps, too few for {side.count} weights")
     shape = matrix_shape(side.shape)
+    if side.count > MOST_PER_BYTE * len(coded) or max(shape) > MAX_SIZE:
+        raise CorruptAdapterError(
+            f"{len(coded)} bytes of coded gaps for {shape[0]} rows and {shape[1]} columns; expected at most {MAX_SIZE} "
+            f"of either, and a byte for every {MOST_PER_BYTE} weights"
+        )
     rates = Rates(shape, count, Settings(priors >> 4, priors & 15, stated), known)
     decoder = GapDecoder(coded)
     found: list[Numbers] = []

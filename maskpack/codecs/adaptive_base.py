@@ -30,7 +30,7 @@ class AdaptiveBase(Codec):
     reference = "https://arxiv.org/abs/1311.2540"
     needs_base = True
 
-    def encode(self, bits: Bits, side: Side) -> bytes:
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
         return encode(bits, side, known(side, side.classes, _curve(side.table)), (0, CHANNELS))
 
     def decode(self, data: Bytes, side: Side) -> Bits:
@@ -58,5 +58,7 @@ def _curve(table: bytes | None) -> Floats | None:
         return None
     factors = np.frombuffer(table, dtype="<u2") if len(table) == 2 * CLASSES else np.zeros(1)
     if not factors.all():
-        raise CorruptAdapterError(f"a table of {len(table)} bytes, expected {CLASSES} factors over zero of 2 bytes each")
+        raise CorruptAdapterError(
+            f"a table of {len(table)} bytes, expected {CLASSES} factors over zero of 2 bytes each"
+        )
     return np.tile(factors / UNIT, CONTEXTS // CLASSES)

@@ -8,8 +8,8 @@ the least significant bit, row-major, the last byte padded with zero bits. `coun
 
 **Side** is all that a codec may use beside the payload: plain arrays, equal when packing and unpacking.
 - `shape`: of the parameter.
-- `classes`: only for a codec with `needs_base`: one uint8 per weight of the base, row-major: in the lower seven bits its
-  place among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its sign.
+- `classes`: only for a codec with `needs_base`: one uint8 per weight of the base, row-major: in the lower seven bits
+  its place among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its sign.
 - `reference`: packed bits of the same parameter in another mask set of the file, where the payload is coded against
   it; else None. The bits that the codec gets, and gives back, are then the mask XOR the reference already, whatever
   the codec; it may use the reference as context beside that.

@@ -11,11 +11,11 @@ MAGNITUDES = 128
 
 
 def weight_classes(bf16_bits: NDArray[np.uint16]) -> Bits:
-    """Sort weights into 128 classes of equal population by |weight|, equal values always into the same; add 128 if negative.
+    """Sort weights into 128 classes of equal population by |weight|; the negative ones are 128 to 255.
 
-    Integers only, so that every platform gives the same classes. With H[v] weights of magnitude v among n, and B[v]
-    of smaller magnitude, the class of v is floor(128 * (2 B[v] + H[v]) / (2 n)). All NaN count as one magnitude
-    above infinity. The sign is the sign bit, also of zeros and NaN.
+    Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
+    weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(128 (2 B[v] + H[v]) / (2 n)).
+    All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros and NaN.
 
     Args:
         bf16_bits: the weights rounded to bfloat16 (to nearest, ties to even), as 16-bit patterns, any shape.

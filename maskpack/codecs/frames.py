@@ -3,7 +3,7 @@
 import zstandard
 
 from ..errors import CorruptAdapterError
-from .base import Bytes
+from .base import Bits, Bytes
 
 MAGIC = b"\x28\xb5\x2f\xfd"
 WINDOW = 8 << 20  # bytes
@@ -15,7 +15,7 @@ def to_frame(data: bytes, level: int) -> bytes:
     return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
 
 
-def from_frame(data: Bytes, least: int, most: int | None = None) -> bytes:
+def from_frame(data: Bytes | Bits, least: int, most: int | None = None) -> bytes:
     """Return the content of a frame, which must have `least` to `most` bytes (default: exactly `least`).
 
     Raises:

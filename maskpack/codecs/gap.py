@@ -1,4 +1,4 @@
-"""Distances between the rarer bits, as bytes in a zstandard frame: quick, for masks that are nearly all ones or zeros."""
+"""Gaps between the rarer bits, as bytes in a zstandard frame: quick, for masks that are nearly all ones or zeros."""
 
 from dataclasses import dataclass
 from typing import Self

@@ -72,7 +72,8 @@ class NM(Codec):
 def _patterns(size: int, kept: int) -> NDArray[np.int64]:
     """Return the numbers below 2^size with `kept` true bits, rising."""
     numbers = np.arange(1 << size)
-    return numbers[sum(numbers >> bit & 1 for bit in range(size)) == kept]
+    ones = (numbers[:, None] >> np.arange(size) & 1).sum(1)
+    return np.flatnonzero(ones == kept)
 
 
 def _digits(patterns: int) -> int:

@@ -1,12 +1,13 @@
-"""How likely each weight's bit is the rarer one, learned block by block from the blocks before (docs/format.md section 6).
+"""How likely each weight's bit is the rarer one, learned from the blocks before (docs/format.md section 6.2).
 
 Every number here is the same on every machine: sums are of whole multiples of a power of two, so that their order does
 not matter, and all else is one IEEE 754 operation on binary64 at a time.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class Known(NamedTuple):
     """What both sides know of a matrix of weights, and nobody transmits.
 
     Attributes:
-        traits: of every weight, or None: its context in the lower five bits, in the top bit the sign of the base's weight.
+        traits: of every weight, or None: its context in the lower five bits, in the top bit the weight's sign.
         curve: prior factor of each context.
     """
 
@@ -98,7 +99,7 @@ class Rates:
 
     def learn(self, block: Block, levels: NDArray[np.uint8], events: NDArray[np.bool_]) -> None:
         """Take note of the events of a block."""
-        expected = CENTERS[levels]
+        expected: Floats = CENTERS[levels]
         self.row.add(block.rows, events.sum(1), expected.sum(1))
         self.col.add(block.cols, events.sum(0), expected.sum(0))
         if self.traits is not None:
@@ -124,9 +125,10 @@ class _Factors:
         self.seen, self.expected = np.full(count, prior), np.full(count, prior)
 
     def of(self, part: slice) -> Floats:
-        return self.seen[part] / self.expected[part]
+        factors: Floats = self.seen[part] / self.expected[part]
+        return factors
 
-    def add(self, part: slice, seen: NDArray[np.integer], expected: Floats) -> None:
+    def add(self, part: slice, seen: NDArray[Any], expected: NDArray[Any]) -> None:
         # what was expected holds the factor itself; without it remains what the others expected
         self.expected[part] += expected / ONE / self.of(part)
         self.seen[part] += seen
@@ -179,13 +181,14 @@ def _solved(at: Numbers, count: int, left: Floats, along: Floats, prior: float) 
     return _rounded(np.bincount(at, left * along, count) / (np.bincount(at, along * along, count) + prior), 64.0)
 
 
-def _rounded(values: Floats, bound: float) -> Floats:
+def _rounded(values: NDArray[Any], bound: float) -> Floats:
     """Return multiples of 1/256, so that sums of their products are exact in any order."""
-    return np.rint(np.clip(values, -bound, bound) * 256.0) / 256.0
+    rounded: Floats = np.rint(np.clip(values, -bound, bound) * 256.0) / 256.0
+    return rounded
 
 
 def _bands(size: int, count: int) -> list[slice]:
     """Cut rows (or columns) of a matrix of `count` weights into bands."""
     bands = min(size, MAX_BANDS, 1 + math.isqrt(count) // BAND)
     edges = [size * band // bands for band in range(bands + 1)]
-    return [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]

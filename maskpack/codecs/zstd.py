@@ -42,4 +42,3 @@ class Zstd(Codec):
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
         return [cls(1)] if profile == "fast" else [cls(1), cls(PATIENT)]
-
