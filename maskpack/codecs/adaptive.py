@@ -1,7 +1,8 @@
 """Densities of rows and columns learned on the way, an arithmetic coder's precision: the smallest without the base."""
 
+import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from .streams import NO_EVENTS, Numbers, Reader, matrix_shape, place, rarer, var
 
 MAX_PRIOR = 15
 MAX_SIZE = 1 << 20  # rows, and columns: each takes memory
+MAX_KERNELS = 1 << 24
+T = TypeVar("T", bound=np.generic)
 
 
 @CODECS.register
@@ -35,16 +38,35 @@ class Adaptive(Codec):
         return [cls()] if profile == "max" else []
 
 
+def kernels(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return a parameter's output channels, input channels and positions of its kernels; (rows, columns, 1) without."""
+    rows, cols = matrix_shape(shape)
+    inputs = shape[1] if len(shape) > 2 else cols
+    return (rows, inputs, cols // inputs) if inputs and rows * inputs <= MAX_KERNELS else (rows, cols, 1)
+
+
 def known(side: Side, classes: Bits | None, curve: Floats | None = None) -> Known:
     """Return what both sides know: the base's classes and signs, and the bits of the reference."""
     traits: Bits | None = None
-    shape = matrix_shape(side.shape)
+    rows, inputs, positions = kernels(side.shape)
+    shape = (rows, inputs * positions)
     if classes is not None:
         traits = np.asarray(classes >> 3 & 15 | classes & 128, dtype=np.uint8).reshape(shape)
     if side.reference is not None:
         bits = np.left_shift(np.unpackbits(side.reference, count=side.count, bitorder="little").reshape(shape), 4)
         traits = np.bitwise_or(bits, 0 if traits is None else traits, dtype=np.uint8)
-    return Known(traits, np.ones(CONTEXTS) if curve is None else curve)
+    if traits is not None:
+        traits = _by_position(traits, inputs, positions)
+    return Known(
+        traits, np.ones(CONTEXTS) if curve is None else curve, inputs if positions > 1 else 0, classes is not None
+    )
+
+
+def _by_position(matrix: NDArray[T], inputs: int, positions: int) -> NDArray[T]:
+    """Sort columns by position in the kernel, so that later positions can learn from earlier ones."""
+    if positions == 1:
+        return matrix
+    return matrix.reshape(-1, inputs, positions).transpose(0, 2, 1).reshape(len(matrix), -1)
 
 
 def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> bytes | None:
@@ -57,7 +79,8 @@ def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> b
         return bytes([symbol | NO_EVENTS])
     events = np.zeros(side.count, dtype=np.bool_)
     events[where] = True
-    matrix = events.reshape(shape)
+    _, inputs, positions = kernels(side.shape)
+    matrix = _by_position(events.reshape(shape), inputs, positions)
     row_prior, col_prior = _prior(matrix.sum(1)), _prior(matrix.sum(0))
     tried = [Settings(row_prior, col_prior, number) for number in channels]
     settings = tried[0] if len(tried) == 1 else min(tried, key=lambda one: _estimate(matrix, where.size, one, known))
@@ -84,6 +107,7 @@ def decode(data: Bytes, side: Side, known: Known, channels: int) -> Bits:
         raise CorruptAdapterError(f"an adaptive payload states {count} events among {side.count} weights")
     coded = reader.rest()
     shape = matrix_shape(side.shape)
+    _, inputs, positions = kernels(side.shape)
     if side.count > MOST_PER_BYTE * len(coded) or max(shape) > MAX_SIZE:
         raise CorruptAdapterError(
             f"{len(coded)} bytes of coded gaps for {shape[0]} rows and {shape[1]} columns; expected at most {MAX_SIZE} "
@@ -97,17 +121,23 @@ def decode(data: Bytes, side: Side, known: Known, channels: int) -> Bits:
         events = decoder.get(levels)
         rates.learn(block, levels, events)
         row, col = np.nonzero(events)
-        found.append((row + block.rows.start) * shape[1] + col + block.cols.start)
+        position, channel = np.divmod(col + block.cols.start, inputs)
+        found.append((row + block.rows.start) * shape[1] + channel * positions + position)
     decoder.end()
     return place(symbol, np.concatenate(found), side.count)
 
 
 def _prior(events: Numbers) -> int:
-    """Return the logarithm of the prior that rows (or columns) of so many events come from, by their variance."""
+    """Return the logarithm of the likeliest prior of rows (or columns) with so many events: a negative binomial."""
+    values, counts = np.unique(events, return_counts=True)
     mean = float(events.mean())
-    excess = float(events.var()) - mean
-    strength = mean * mean / excess if excess > 0 else np.inf
-    return int(np.clip(np.rint(np.log2(strength)), 0, MAX_PRIOR)) if np.isfinite(strength) else MAX_PRIOR
+
+    def likelihood(prior: int) -> float:
+        k = float(1 << prior)
+        alike = k * math.log(k / (k + mean)) - math.lgamma(k)
+        return float(np.dot(counts, [math.lgamma(v + k) - v * math.log(k + mean) + alike for v in values.tolist()]))
+
+    return max(range(MAX_PRIOR + 1), key=likelihood)
 
 
 def _estimate(matrix: NDArray[np.bool_], count: int, settings: Settings, known: Known) -> float:

@@ -12,7 +12,7 @@ from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .rates import CONTEXTS, Floats
 from .streams import rarer
 
-CHANNELS = 2
+CHANNELS = 3
 CLASSES = 16
 UNIT = 4096  # a factor of one in the table
 

@@ -20,9 +20,11 @@ LEAST, MOST = 16.0, 57344.0  # of a probability
 LEVELS = 48  # four an octave
 CENTERS = np.array([((9 + 2 * (level & 3)) << (level >> 2) + 4) >> 3 for level in range(LEVELS)], dtype=np.float64)
 _FIRST = (1023 + 4) << 2  # upper 14 bits of LEAST as binary64
-MAX_BANDS, BAND = 16, 24
+MAX_BANDS, BAND = 32, 16
 PRIOR = 8.0  # events that a context's factor has to be seen with before they count as much as the curve
-CHANNEL_PRIOR = 4.0
+KERNEL_PRIOR, SIGNED_PRIOR = 3.0, 1.0
+LINK, LINK_PRIOR = 32, 16.0  # parts of what a lean can be
+CHANNEL_PRIOR, DIRECTION_PRIOR = 3.0, 4.0
 STRONGEST = 0.97  # a sign can leave 3 % of the rate
 CONTEXTS = 32
 SIGNS = np.repeat([1.0, -1.0], 128)  # by trait
@@ -42,10 +44,14 @@ class Known(NamedTuple):
     Attributes:
         traits: of every weight, or None: its context in the lower five bits, in the top bit the weight's sign.
         curve: prior factor of each context.
+        inputs: columns are positions of convolution kernels with so many input channels each; 0 without kernels.
+        signed: whether the top bits of traits are set.
     """
 
     traits: NDArray[np.uint8] | None
     curve: Floats
+    inputs: int = 0
+    signed: bool = False
 
 
 class Block(NamedTuple):
@@ -62,10 +68,16 @@ class Rates:
         rows, cols = shape
         self.share = events / (rows * cols)
         self.traits, self.curve, self.channels = known.traits, known.curve, settings.channels
-        self.bands = [_bands(rows, rows * cols), _bands(cols, rows * cols)]
+        self.inputs, step = known.inputs, max(known.inputs, 1)
+        self.row_bands = _bands(rows, rows * cols, 1)
+        self.col_bands = _bands(cols // step, rows * cols, step)
         self.row = _Factors(rows, float(1 << settings.row_prior))
         self.col = _Factors(cols, float(1 << settings.col_prior))
         self.context = _Factors(CONTEXTS, PRIOR)
+        self.signs = 2 if known.signed else 1
+        self.kernel = _Factors((rows, self.signs, known.inputs), SIGNED_PRIOR if known.signed else KERNEL_PRIOR)
+        self.link = _Factors(LINK, LINK_PRIOR)
+        self.leaning = np.zeros((0, 0), dtype=np.int64)
         self.directions = np.zeros((settings.channels, cols))
         self.directions[:1] = 1.0
         self.band = _Events(*(np.zeros(0, dtype=np.int64),) * 2, np.zeros(0))
@@ -73,8 +85,8 @@ class Rates:
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks, a band of rows after another."""
-        for rows in self.bands[0]:
-            for cols in self.bands[1]:
+        for rows in self.row_bands:
+            for cols in self.col_bands:
                 yield Block(rows, cols)
             if self.channels:
                 self._turn(rows)
@@ -82,6 +94,12 @@ class Rates:
     def levels(self, block: Block) -> NDArray[np.uint8]:
         """Return the level of each weight's probability in a block."""
         rate = self.row.of(block.rows)[:, None] * (self.share * ONE * self.col.of(block.cols))
+        if self.inputs:
+            by_sign = self.kernel.of(block.rows)[:, :, None]
+            of_kernel = by_sign[:, 0]
+            if self.signs == 2:
+                of_kernel = np.where(self._negative(block), by_sign[:, 1], of_kernel)
+            rate.reshape(len(rate), -1, self.inputs)[:] *= of_kernel
         if self.traits is not None:
             factors = self.curve * self.context.of(slice(None))
             rate *= factors[self.traits[block] & CONTEXTS - 1]
@@ -93,7 +111,8 @@ class Rates:
             np.clip(lean, -STRONGEST, STRONGEST, out=lean)
             lean *= SIGNS[self.traits[block]]
             lean += 1.0
-            rate *= lean
+            self.leaning = (lean * (LINK // 2)).astype(np.int64)
+            rate *= lean * self.link.of(slice(None))[self.leaning]
         np.clip(rate, LEAST, MOST, out=rate)
         return ((rate.view(np.int64) >> 50) - _FIRST).astype(np.uint8)
 
@@ -102,13 +121,30 @@ class Rates:
         expected: Floats = CENTERS[levels]
         self.row.add(block.rows, events.sum(1), expected.sum(1))
         self.col.add(block.cols, events.sum(0), expected.sum(0))
+        if self.inputs:
+            shape = (len(events), -1, self.inputs)
+            seen, due = events.reshape(shape), expected.reshape(shape)
+            if self.signs == 2:
+                parts = [~self._negative(block), self._negative(block)]
+                both = [np.stack([(one * part).sum(1) for part in parts], axis=1) for one in (seen, due)]
+                self.kernel.add(block.rows, *both)
+            else:
+                self.kernel.add(block.rows, seen.sum(1, keepdims=True), due.sum(1, keepdims=True))
         if self.traits is not None:
             contexts = (self.traits[block] & CONTEXTS - 1).reshape(-1)
-            seen = np.bincount(contexts[events.reshape(-1)], minlength=CONTEXTS)
-            self.context.add(slice(None), seen, np.bincount(contexts, expected.reshape(-1), CONTEXTS))
+            hits = np.bincount(contexts[events.reshape(-1)], minlength=CONTEXTS)
+            self.context.add(slice(None), hits, np.bincount(contexts, expected.reshape(-1), CONTEXTS))
         if self.channels and self.traits is not None:
+            leaning = self.leaning.reshape(-1)
+            hits = np.bincount(leaning[events.reshape(-1)], minlength=LINK)
+            self.link.add(slice(None), hits, np.bincount(leaning, expected.reshape(-1), LINK))
             row, col = np.nonzero(events)
             self.band = self.band.plus(row, col + block.cols.start, SIGNS[self.traits[block][row, col]])
+
+    def _negative(self, block: Block) -> NDArray[np.bool_]:
+        """Return which weights of a block are negative in the base, as rows, positions and input channels."""
+        assert self.traits is not None
+        return (self.traits[block] > 127).reshape(block.rows.stop - block.rows.start, -1, self.inputs)
 
     def _turn(self, rows: slice) -> None:
         """After a band of rows: fit the channels' directions to all events so far."""
@@ -119,10 +155,10 @@ class Rates:
 
 
 class _Factors:
-    """Multipliers of the rate, one for each row (or column, or context): (seen + prior) / (expected + prior)."""
+    """Multipliers of the rate, one for each row, column, context or kernel: (seen + prior) / (expected + prior)."""
 
-    def __init__(self, count: int, prior: float):
-        self.seen, self.expected = np.full(count, prior), np.full(count, prior)
+    def __init__(self, shape: int | tuple[int, int, int], prior: float):
+        self.seen, self.expected = np.full(shape, prior), np.full(shape, prior)
 
     def of(self, part: slice) -> Floats:
         factors: Floats = self.seen[part] / self.expected[part]
@@ -163,17 +199,15 @@ class _Events(NamedTuple):
                 direction[:] = _rounded(
                     np.bincount(self.col, np.where(self.row == first, left, 0.0), direction.size), 64.0
                 )
-            along = direction[self.col]
-            strength = _solved(self.row, rows, left, along, CHANNEL_PRIOR)[self.row]
+            strength = _solved(self.row, rows, left, direction[self.col], CHANNEL_PRIOR)[self.row]
             mean = np.square(strength).sum() / strength.size
             if mean:
-                direction[:] = _solved(self.col, direction.size, left, strength, CHANNEL_PRIOR * mean)
+                direction[:] = _solved(self.col, direction.size, left, strength, DIRECTION_PRIOR * mean)
                 length = np.sqrt(np.square(direction).sum() / direction.size)
                 if length:
                     direction[:] = _rounded(direction / length, 8.0)
-            along = direction[self.col]
-            strength = _solved(self.row, rows, left, along, CHANNEL_PRIOR)[self.row]
-            left = left - strength * along
+                    strength = _rounded(strength * length, 64.0)
+            left = left - strength * direction[self.col]
 
 
 def _solved(at: Numbers, count: int, left: Floats, along: Floats, prior: float) -> Floats:
@@ -187,8 +221,8 @@ def _rounded(values: NDArray[Any], bound: float) -> Floats:
     return rounded
 
 
-def _bands(size: int, count: int) -> list[slice]:
-    """Cut rows (or columns) of a matrix of `count` weights into bands."""
+def _bands(size: int, count: int, step: int) -> list[slice]:
+    """Cut rows (or columns, `step` together) of a matrix of `count` weights into bands; the first are small."""
     bands = min(size, MAX_BANDS, 1 + math.isqrt(count) // BAND)
-    edges = [size * band // bands for band in range(bands + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+    edges = sorted({size * band * (band + bands) // (2 * bands * bands) for band in range(bands + 1)})
+    return [slice(step * start, step * stop) for start, stop in itertools.pairwise(edges)]
