@@ -158,20 +158,21 @@ class MaskSet(Mapping[str, PackedMask]):
 
     @classmethod
     def streamed(
-        cls, names: Iterable[str] | Mapping[str, tuple[int, ...]], make: Callable[[str], PackedMask]
+        cls,
+        names: Iterable[str],
+        make: Callable[[str], PackedMask],
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> "MaskSet":
         """Make a set whose masks are made when they are asked for and not kept, so that it may exceed memory.
 
         Args:
-            names: parameter names; as a mapping to shapes, `total` needs no mask.
-            make: parameter name -> mask; called anew, in one thread, each time that a mask is asked for, and must
-                give the same mask each time.
+            make: name -> mask; called in one thread, whenever a mask is asked for, and must give the same each time.
+            shapes: of the masks by name, if known: then `total` needs no mask.
 
         Raises:
-            ConfigError: when a mask is asked for that has another shape than `names` says.
+            ConfigError: when a mask is asked for that has another shape than stated.
         """
-        known = {name: tuple(shape) for name, shape in names.items()} if isinstance(names, Mapping) else {}
-        return cls(_Streamed({name: known.get(name) for name in sorted(set(names))}, make))
+        return cls(_Streamed({name: (shapes or {}).get(name) for name in sorted(set(names))}, make))
 
     @classmethod
     def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> "MaskSet":
