@@ -10,6 +10,8 @@ from maskpack.adapter import reference
 from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.adapter.reference import choose_reference
+from maskpack.codecs.base import Bits, Side
+from maskpack.codecs.zstd import Zstd
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask, mask_id
 
@@ -67,32 +69,28 @@ def test_experts_near_a_dispatcher_become_several_times_smaller(tmp_path: Path) 
 
 
 def test_of_ternary_masks(tmp_path: Path) -> None:
-    masks = MaskSet(
-        {n: PackedMask(m.bits, m.shape, signs=near(DISPATCHER, 9, 0.4)[n].bits) for n, m in DISPATCHER.items()}
-    )
-    sets = family(masks)
+    signs = near(DISPATCHER, 9, 0.4)
+    ternary = {name: PackedMask(mask.bits, mask.shape, signs=signs[name].bits) for name, mask in DISPATCHER.items()}
+    sets = family(MaskSet(ternary))
     adapter = save_adapter(tmp_path, sets, BASE)
     assert_comes_back(adapter, sets)
     assert {coding[1:] for coding in codings(adapter, "expert-1")} == {("flip", "general"), ("zero", "general")}
 
 
 def test_only_where_the_reference_has_the_parameter_with_op_and_shape(tmp_path: Path) -> None:
-    general = MaskSet(
-        {"a.weight": DISPATCHER["a.weight"], "b.weight": random_masks({"b.weight": (70, 50)}, 0.8)["b.weight"]}
-    )
-    expert = MaskSet({**near(DISPATCHER, 1), "c.weight": random_masks({"c.weight": (9, 99)})["c.weight"]})
-    flips = MaskSet({"a.weight": PackedMask(DISPATCHER["a.weight"].bits, (200, 300), "flip")})
-    sets = {"general": general, "expert": expert, "expert-2": near(general, 2), "flips": flips}
+    own = {**random_masks({"b.weight": (70, 50)}, 0.8), **random_masks({"c.weight": (9, 99)})}
+    sets = {
+        "general": DISPATCHER,
+        "near": near(DISPATCHER, 2),
+        "other": MaskSet({"a.weight": near(DISPATCHER, 1)["a.weight"], **own}),
+        "flips": MaskSet({"a.weight": PackedMask(DISPATCHER["a.weight"].bits, (200, 300), "flip")}),
+    }
     adapter = save_adapter(tmp_path, sets, BASE)
     assert_comes_back(adapter, sets)
     found = {name: [coding[2] for coding in codings(adapter, name)] for name in sets}
-    against = next(iter(set(sum(found.values(), [])) - {None}))
-    assert found.pop(against) == [None] * len(sets[against])
-    assert found.pop("flips") == [None]
-    assert all(None in row or len(row) == 2 for row in found.values())
-    assert sum(row[0] == against for row in found.values()) == 2
-    if against != "expert":
-        assert found["expert"] == [against, None, None]
+    assert found == {
+        "general": [None, None], "near": ["general"] * 2, "other": ["general", None, None], "flips": [None],
+    }  # fmt: skip
 
 
 def test_the_smaller_payload_is_taken_one_by_one(tmp_path: Path) -> None:
@@ -160,3 +158,19 @@ def test_decoding_reads_the_referenced_payload(tmp_path: Path) -> None:
     path.write_bytes(with_header(path.read_bytes(), refer))
     with pytest.raises(CorruptAdapterError, match=r"'a.weight' in set '\w+' does not decode: it has \d+ true bits"):
         read_adapter(path).masks(set=expert)
+
+
+def test_the_codec_gets_the_difference_and_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets, seen = family(), list[tuple[bytes, bytes]]()
+    original = Zstd.encode
+
+    def encode(self: Zstd, bits: Bits, side: Side) -> bytes:
+        if side.reference is not None:
+            seen.append((bits.tobytes(), side.reference.tobytes()))
+        return original(self, bits, side)
+
+    monkeypatch.setattr(Zstd, "encode", encode)
+    save_adapter(tmp_path, sets, BASE, profile="fast")
+    for name in ("a.weight", "b.weight"):
+        mask, other = sets["expert-0"][name].bits, sets["general"][name].bits
+        assert ((mask ^ other).tobytes(), other.tobytes()) in seen
