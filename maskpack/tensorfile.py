@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,6 +57,44 @@ class Blob:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for and not kept; see `open_tensors`.
+
+    Attributes:
+        path: the file.
+        shapes: name -> shape, known without reading a tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _reading(path), safe_open(path, framework="pt") as file:
+            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        # opened anew each time: what is read stays mapped, and so resident, until the file is closed
+        with _reading(self.path), safe_open(self.path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_tensors(path: str | Path) -> TensorFile:
+    """Open a safetensors file that the user names, to read it tensor by tensor; memory holds those in use only.
+
+    Raises:
+        DataError: if there is no such file, or it is not a safetensors file; the message names it. Reading a tensor
+            raises it as well.
+    """
+    return TensorFile(Path(path))
+
+
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a safetensors file of weights, masks or scores that the user names.
 
@@ -64,14 +102,21 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         DataError: if there is no such file, or it is not a safetensors file; the message names it.
     """
     path = Path(path)
+    with _reading(path):
+        tensors: dict[str, Tensor] = load_file(path)
+        return tensors
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what the official reader raises into a DataError."""
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))[:5]) or "none"
         raise DataError(f"{path} is a folder, expected a .safetensors file; those in it: {inside}")
-    if not path.exists():
+    if not path.is_file():  # a pipe would be waited for
         raise DataError(f"no file {path}; expected a .safetensors file")
     try:
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
+        yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DataError(
             f"cannot read {path} as a safetensors file: {error}; "

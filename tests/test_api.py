@@ -15,7 +15,7 @@ import maskpack
 from maskpack import MaskSet, fingerprint, save_adapter
 
 ROOT = Path(__file__).parent.parent
-LATE = ("maskpack.training", "maskpack.methods", "maskpack.data", "maskpack.evaluate")
+LATE = ("maskpack.training", "maskpack.methods", "maskpack.data", "maskpack.importers", "maskpack.evaluate")
 
 
 def modules_after(code: str, *arguments: str) -> set[str]:

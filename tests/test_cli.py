@@ -194,6 +194,65 @@ def test_pack_refuses_what_are_no_masks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense.safetensors"
+    ok("export", adapter, "--output", dense, *BACKBONE)
+    result = run("pack", dense, "--from", "zeros", *BACKBONE, "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    # a trained head and adapted statistics are more than a mask
+    assert "kept weights in 10 of 22 tensors are not the base's, first '1.running_mean'" in result.stderr
+    state = load_backbone(f"{FACTORY}:digits_cnn", random_weights=0).model.state_dict()
+    masks = {name: state[name] > 0 for name in ("0.weight", "3.weight", "7.weight", "10.weight")}
+    save_file({name: value * masks.get(name, 1) for name, value in state.items()}, dense)
+    save_file(masks, tmp_path / "masks.safetensors")
+    ok("pack", tmp_path / "masks.safetensors", *BACKBONE, "--output", tmp_path / "same")
+    result = run("pack", dense, "--from", "zeros", *BACKBONE, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "Packing 4 masks, 93,024 weights" in result.stderr
+    assert "Without a mask" not in result.stderr
+    assert ok("inspect", tmp_path / "out")["mask_id"] == ok("inspect", tmp_path / "same")["mask_id"]
+    assert ok("verify", tmp_path / "out", *BACKBONE)["base_matches_as"] == "float32"
+    wrong = run("pack", dense, "--from", "zeros", *BACKBONE[:-1], "1", "--output", tmp_path / "other")
+    assert "are not the base's" in wrong.stderr
+    scaled = run("pack", dense, "--from", "zeros", "--scale", *BACKBONE, "--output", tmp_path / "other")
+    assert scaled.exit_code == 2
+    assert "scale is for masks that were trained with it" in scaled.stderr
+    unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
+    assert "unknown importer 'pickle'; known: compressed-tensors, maskllm-npz, masks, prune, zeros" in unknown.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_masked_head_belongs_to_the_body(tmp_path: Path) -> None:
+    model = load_backbone(f"{FACTORY}:digits_cnn", random_weights=0).model
+    head = [name for name, _ in model.named_parameters() if name.endswith(".weight")][-1]
+    save_file({head: model.get_parameter(head) > 0}, tmp_path / "m.safetensors")
+    result = run("pack", tmp_path / "m.safetensors", *BACKBONE, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "Without a mask: 4 tensors of the body with several dimensions, first '0.weight'." in result.stderr
+    assert ok("inspect", tmp_path / "out")["base"]["head"] == []
+    assert ok("verify", tmp_path / "out", *BACKBONE)["base_matches_as"] == "float32"
+
+
+def test_convert(adapter: Path, tmp_path: Path) -> None:
+    found = ok("convert", adapter, tmp_path / "raw", "--codec", "raw")
+    about, earlier = ok("inspect", tmp_path / "raw"), ok("inspect", adapter)
+    assert found["mask_id"] == about["mask_id"] == earlier["mask_id"]
+    assert (found["mask_bytes_before"], found["mask_bytes_after"]) == (
+        earlier["sets"]["default"]["payload_bytes"],
+        11628,
+    )
+    assert (found["file_bytes_before"], found["file_bytes_after"]) == (earlier["size"], about["size"])
+    assert about["training"] == earlier["training"]
+    result = run("convert", tmp_path / "raw", tmp_path / "raw", "--profile", "max", *BACKBONE)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == f"✓ {tmp_path / 'raw'}"
+    assert ok("inspect", tmp_path / "raw")["sha256"] == earlier["sha256"]
+    wrong = run("convert", adapter, tmp_path / "new", *BACKBONE[:-1], "1")
+    assert wrong.exit_code == 1
+    assert "4 of 4 masked tensors differ, first '0.weight'" in wrong.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_push_pull_and_list(adapter: Path, hub: HubServer, tmp_path: Path) -> None:
     assert "No adapter is cached" in run("list").stderr
     pushed = ok("push", adapter, "alice/digits", "--private", "-m", "hello", "--token", WRITE_TOKEN)
@@ -216,10 +275,11 @@ def test_list_plug_ins() -> None:
     assert "threshold" in [row["method"] for row in ok("list", "methods")["methods"]]
     assert {"raw", "zstd"} <= {row["codec"] for row in ok("list", "codecs")["codecs"]}
     assert "digits" in run("list", "data").stdout
+    assert {"masks", "zeros"} <= {row["importer"] for row in ok("list", "importers")["importers"]}
     wrong = run("list", "masks")
     assert (wrong.exit_code, wrong.stderr) == (
         1,
-        "Error: cannot list 'masks'; known: adapters, methods, codecs, data\n",
+        "Error: cannot list 'masks'; known: adapters, methods, codecs, data, importers\n",
     )
 
 
@@ -322,7 +382,20 @@ def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
 
 def test_help_has_examples_for_every_verb() -> None:
     shown = run("--help")
-    verbs = ["train", "pack", "inspect", "verify", "list", "eval", "predict", "export", "push", "pull", "demo"]
+    verbs = [
+        "train",
+        "pack",
+        "convert",
+        "inspect",
+        "verify",
+        "list",
+        "eval",
+        "predict",
+        "export",
+        "push",
+        "pull",
+        "demo",
+    ]
     for verb in verbs:
         assert verb in shown.stdout
         text = run(verb, "--help").stdout

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import maskpack
 from maskpack.codecs.base import CODECS
 from maskpack.data.base import SOURCES
+from maskpack.importers.base import IMPORTERS
 from maskpack.methods.base import METHODS
 from maskpack.training.config import TrainConfig, config_from
 
@@ -112,12 +113,14 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
-    for registry in (METHODS, CODECS, SOURCES):  # the examples of docs/extending.md are gone afterwards
+    for registry in (METHODS, CODECS, SOURCES, IMPORTERS):  # the examples of docs/extending.md are gone afterwards
         registry.all()
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     network = small("")
     masks = {"layer4.0.conv1.weight": network.get_parameter("layer4.0.conv1.weight") > 0}
     write_tensors("masks.safetensors", masks, {"format": "pt"})
+    pruned = {name: torch.where(masks[name], t, 0) if name in masks else t for name, t in network.state_dict().items()}
+    write_tensors("pruned.safetensors", pruned, {"format": "pt"})
     return folder
 
 

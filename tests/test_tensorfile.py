@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskpack.errors import ConfigError, CorruptAdapterError, DataError, StateError
-from maskpack.tensorfile import Blob, read_tensors, replacing, write_tensors
+from maskpack.tensorfile import Blob, open_tensors, read_tensors, replacing, write_tensors
 from maskpack.tensorheader import DTYPES, parse_header, strict_json
 
 TENSORS = {
@@ -29,6 +31,45 @@ def test_writes_what_the_official_library_reads(tmp_path: Path) -> None:
             assert found.keys() == {*TENSORS, "e"}
             assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
             assert torch.equal(found["e"], torch.ones(3).to(dtype))
+
+
+def test_one_tensor_at_a_time(tmp_path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, tmp_path / "x")
+    found = open_tensors(tmp_path / "x")
+    assert found.shapes == {"a": (3,), "b": (3, 2), "c": (0, 4), "d": ()}
+    assert list(found) == sorted(TENSORS)
+    assert len(found) == 4
+    assert "e" not in found
+    with pytest.raises(KeyError):
+        found["e"]
+    for name, tensor in found.items():
+        assert torch.equal(tensor, TENSORS[name])
+        assert tensor.dtype is TENSORS[name].dtype
+    (tmp_path / "x").write_bytes(b"another")
+    with pytest.raises(DataError, match="cannot read .*x as a safetensors file"):
+        found["a"]
+    (tmp_path / "x").unlink()
+    with pytest.raises(DataError, match="no file .*x; expected a .safetensors file"):
+        found["a"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="no file .*pipe"):
+        open_tensors(tmp_path / "pipe")
+
+
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "x", {f"{i:02}": torch.ones(1 << 21) for i in range(24)}, {})  # 192 MiB, 8 each
+    code = (
+        "import resource, sys, torch\n"
+        "from maskpack.tensorfile import open_tensors\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
+        "tensors = open_tensors(sys.argv[1])\n"
+        "tensors['00'].sum()\n"
+        "before = peak()\n"
+        "assert sum(int(t.sum()) for t in tensors.values()) == 24 << 21\n"
+        "sys.exit(f'{peak() - before} MiB more' if peak() - before > 60 else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_bytes_are_canonical(tmp_path: Path) -> None:

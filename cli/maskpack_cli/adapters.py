@@ -1,4 +1,4 @@
-"""maskpack pack | inspect | verify | list."""
+"""maskpack inspect | verify | list."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,47 +12,6 @@ Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
 RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
-
-
-def pack(
-    masks: Annotated[
-        Path, typer.Argument(help="Safetensors file: bool, or uint8 zeros and ones, named as the parameters.")
-    ],
-    backbone: Annotated[str, typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, or a .safetensors file.")],
-    weights: Weights = None,
-    random_weights: RandomWeights = None,
-    head: Annotated[str | None, typer.Option(help="Module that is not part of the body.")] = None,
-    profile: Annotated[Profile, typer.Option(help="How hard to pack; max may use the backbone.")] = "default",
-    codec: Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")] = None,
-    scale: Annotated[
-        bool, typer.Option("--scale", help="The masks were trained with weights / sqrt(density).")
-    ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Make an adapter from masks trained elsewhere."""
-    quiet_libraries(quiet)
-    from maskpack import MaskSet, fingerprint, inspect_adapter, load_backbone, save_adapter
-    from maskpack.apply.weights import check_masks
-    from maskpack.tensorfile import read_tensors
-
-    found = MaskSet.from_tensors(read_tensors(masks), scale=scale)
-    loaded = load_backbone(backbone, weights=weights, random_weights=random_weights, head=head)
-    check_masks(loaded.model, {name: mask.shape for name, mask in found.items()})
-    base = fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=loaded.outside)
-    note(f"Packing {len(found)} masks, {found.total:,} weights, density {found.density:.4f} …", quiet)
-    adapter = save_adapter(output, found, base, profile=profile, codec=codec, weights=loaded.model)
-    emit(
-        {"adapter": str(output), **_totals(inspect_adapter(adapter)), "file_bytes": adapter.size},
-        as_json,
-        f"✓ {output}",
-    )
-
-
-def _totals(about: dict[str, Any]) -> dict[str, Any]:
-    whole = about["sets"]["default"]
-    return {key: whole[key] for key in ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")}
 
 
 def inspect(
@@ -118,7 +77,9 @@ def verify(
 
 
 def listing(
-    what: Annotated[str, typer.Argument(help="adapters (cached from the Hub), methods, codecs or data.")] = "adapters",
+    what: Annotated[
+        str, typer.Argument(help="adapters (cached from the Hub), methods, codecs, data or importers.")
+    ] = "adapters",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -130,16 +91,18 @@ def listing(
 
         rows = [[a.repo_id, a.commit, a.size, str(a.path)] for a in cached_adapters()]
         columns = ["adapter", "commit", "bytes", "path"]
-    elif what in ("methods", "codecs", "data"):
+    elif what in ("methods", "codecs", "data", "importers"):
         from maskpack.codecs.base import CODECS
         from maskpack.data.base import SOURCES
+        from maskpack.importers.base import IMPORTERS
         from maskpack.methods.base import METHODS
 
-        registry: Any = {"methods": METHODS, "codecs": CODECS, "data": SOURCES}[what]
+        kinds: dict[str, Any] = {"methods": METHODS, "codecs": CODECS, "data": SOURCES, "importers": IMPORTERS}
+        registry = kinds[what]
         rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
         columns = [what.removesuffix("s"), "what", "reference"]
     else:
-        raise UnknownNameError(f"cannot list {what!r}; known: adapters, methods, codecs, data")
+        raise UnknownNameError(f"cannot list {what!r}; known: adapters, methods, codecs, data, importers")
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:
@@ -150,9 +113,6 @@ def listing(
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs."""
-    app.command(epilog=examples("maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask"))(
-        command(pack)
-    )
     app.command(
         epilog=examples("maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json")
     )(command(inspect))

@@ -73,7 +73,7 @@ class Decoder:
         if codec.needs_base and weights is None:
             raise AdapterError(
                 f"{self.path}: the mask of {name!r} is packed with the weights of {self.header.base.id} and cannot be "
-                f"decoded alone; pass that model: masks(base=model)"
+                f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
         reference = self._reference(payload, weights)
         side = Side(

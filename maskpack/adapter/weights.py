@@ -1,4 +1,4 @@
-"""The base's weights as base-conditioned codecs see them: magnitude classes."""
+"""The base's weights as base-conditioned codecs see them: magnitude classes and signs."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backbone.parameters import canonical, named_parameters
 from ..codecs.base import Bits
-from ..codecs.classes import magnitude_classes
+from ..codecs.classes import weight_classes
 from ..errors import BackboneMismatchError
 
 Weights = nn.Module | Mapping[str, Tensor]
@@ -22,7 +22,7 @@ def by_name(weights: Weights) -> dict[str, Tensor]:
 
 
 def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Bits:
-    """Return the 256 magnitude classes of one parameter of the base, one uint8 per weight, row-major.
+    """Return the magnitude classes and signs of one parameter of the base, one uint8 per weight, row-major.
 
     Raises:
         BackboneMismatchError: if the base has no such parameter, or it has another shape or was cast to a dtype that
@@ -41,4 +41,4 @@ def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
     rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous()
-    return magnitude_classes(rounded.view(torch.int16).numpy().view(np.uint16))
+    return weight_classes(rounded.view(torch.int16).numpy().view(np.uint16))

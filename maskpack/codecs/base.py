@@ -8,8 +8,8 @@ the least significant bit, row-major, the last byte padded with zero bits. `coun
 
 **Side** is all that a codec may use beside the payload: plain arrays, equal when packing and unpacking.
 - `shape`: of the parameter.
-- `classes`: only for a codec with `needs_base`: one uint8 per weight, row-major, its place among the parameter's
-  magnitudes from 0 (smallest) to 255, equally populated. `classes >> 4` gives the 16 classes.
+- `classes`: only for a codec with `needs_base`: one uint8 per weight of the base, row-major: in the lower seven bits
+  its place among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its sign.
 - `reference`: packed bits of the same parameter in another mask set of the file, where the payload is coded against
   it; else None. The bits that the codec gets, and gives back, are then the mask XOR the reference already, whatever
   the codec; it may use the reference as context beside that.
@@ -23,6 +23,9 @@ bytes that are left over. The same payload and side give the same bits on every 
 values under names other than codec, op, reference, table; `type(codec)(**codec.config())` must decode what `codec`
 encoded, and raise ConfigError or TypeError on settings that make no sense. Two classes may share an id never; what an
 id decodes today it decodes for ever.
+
+**Declining.** `encode` returns None for a mask that a codec is not made for (`nm` where groups are not alike). It does
+not compete then; asked for by name, it is an error.
 
 **Profiles.** `candidates` says which instances compete in a profile: `fast`, `default` (without the base, decoding at
 100 million weights a second or more) or `max` (may use the base). The smallest payload wins, whole parameter by
@@ -98,8 +101,8 @@ class Codec(ABC):
     needs_base: bool = False
 
     @abstractmethod
-    def encode(self, bits: Bits, side: Side) -> bytes:
-        """Return the payload of packed bits."""
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
+        """Return the payload of packed bits, or None if the codec is not made for such a mask."""
 
     @abstractmethod
     def decode(self, data: Bytes, side: Side) -> Bits:

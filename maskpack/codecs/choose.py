@@ -32,16 +32,31 @@ class Contest:
 
         Returns:
             At least one offer, smallest first. Ties go to the earlier variant, then to the id that sorts first.
+
+        Raises:
+            ConfigError: if every codec declines the mask.
         """
-        own = (Offer(c, c.encode(bits, side), v) for v, (bits, side) in enumerate(variants) for c in self.plain)
-        smallest = min(own, key=_rank, default=None)
+        own = [_offer(codec, variants) for codec in self.plain]
+        smallest = min((offer for offer in own if offer is not None), key=_rank, default=None)
         found = [] if smallest is None else [smallest]
         for at, (codec, table) in enumerate(self.tabled):
-            sides = [(bits, replace(side, table=table)) for bits, side in variants]
-            best = min((Offer(codec, codec.encode(*one), v, at) for v, one in enumerate(sides)), key=_rank)
-            if smallest is None or _rank(best) < _rank(smallest):
+            best = _offer(codec, [(bits, replace(side, table=table)) for bits, side in variants], at)
+            if best is not None and (smallest is None or _rank(best) < _rank(smallest)):
                 found.append(best)
+        if not found:  # raw is in every profile, so that one codec was asked for
+            (asked, *_) = [*self.plain, *(codec for codec, _ in self.tabled)]
+            raise ConfigError(
+                f"the codec {asked.id!r} is not made for this mask of shape {variants[0][1].shape}; choose another, or "
+                f"leave the choice to a profile"
+            )
         return sorted(found, key=_rank)
+
+
+def _offer(codec: Codec, variants: Sequence[tuple[Bits, Side]], table: int | None = None) -> Offer | None:
+    """Return the smallest that one codec makes of the variants, or None if it declines all."""
+    made = [(codec.encode(bits, side), variant) for variant, (bits, side) in enumerate(variants)]
+    offers = [Offer(codec, payload, variant, table) for payload, variant in made if payload is not None]
+    return min(offers, key=_rank, default=None)
 
 
 def _rank(offer: Offer) -> tuple[int, int, str]:

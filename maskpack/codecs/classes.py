@@ -1,4 +1,4 @@
-"""Magnitude classes: what base-conditioned codecs learn from the frozen weights (docs/format.md section 5)."""
+"""Classes of the frozen weights: what base-conditioned codecs learn from them (docs/format.md section 5)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,18 +7,18 @@ from .base import Bits
 
 CHUNK = 1 << 22  # weights; counting and looking up make copies of 8 bytes a weight
 INFINITY = 0x7F80  # bfloat16 bits of |inf|; greater ones are NaN
+MAGNITUDES = 128
 
 
-def magnitude_classes(bf16_bits: NDArray[np.uint16], count: int = 256) -> Bits:
-    """Sort weights into classes of equal population by |weight|, equal values always into the same class.
+def weight_classes(bf16_bits: NDArray[np.uint16]) -> Bits:
+    """Sort weights into 128 classes of equal population by |weight|; the negative ones are 128 to 255.
 
-    Integers only, so that every platform gives the same classes. With H[v] weights of magnitude v among n, and B[v]
-    of smaller magnitude, the class of v is floor(count * (2 B[v] + H[v]) / (2 n)). All NaN count as one magnitude
-    above infinity.
+    Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
+    weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(128 (2 B[v] + H[v]) / (2 n)).
+    All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros and NaN.
 
     Args:
         bf16_bits: the weights rounded to bfloat16 (to nearest, ties to even), as 16-bit patterns, any shape.
-        count: number of classes, 1 to 256.
 
     Returns:
         The class of every weight, row-major, uint8, flat.
@@ -33,9 +33,10 @@ def magnitude_classes(bf16_bits: NDArray[np.uint16], count: int = 256) -> Bits:
     histogram[INFINITY + 1] = histogram[INFINITY + 1 :].sum()
     histogram[INFINITY + 2 :] = 0
     below = np.cumsum(histogram) - histogram
-    # values that do not occur may come out as `count`; they are never looked up
-    look_up = np.minimum(count * (2 * below + histogram) // (2 * flat.size), count - 1).astype(np.uint8)
+    # values that do not occur may come out as 128; they are never looked up
+    look_up = np.minimum(MAGNITUDES * (2 * below + histogram) // (2 * flat.size), MAGNITUDES - 1).astype(np.uint8)
     look_up[INFINITY + 2 :] = look_up[INFINITY + 1]
+    look_up = np.concatenate([look_up, look_up | MAGNITUDES])
     for start in range(0, flat.size, CHUNK):
-        classes[start : start + CHUNK] = look_up[flat[start : start + CHUNK] & 0x7FFF]
+        classes[start : start + CHUNK] = look_up[flat[start : start + CHUNK]]
     return classes

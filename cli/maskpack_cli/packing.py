@@ -1,0 +1,104 @@
+"""maskpack pack | convert."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .adapters import Profile, RandomWeights, Ref, Revision, Weights
+from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries
+
+Hardness = Annotated[Profile, typer.Option(help="How hard to pack; max may use the backbone.")]
+Codec = Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")]
+
+
+def pack(
+    masks: Annotated[Path, typer.Argument(help="File with the masks, named as the parameters.")],
+    backbone: Annotated[str, typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, or a .safetensors file.")],
+    source: Annotated[
+        str, typer.Option("--from", help="What wrote the file: `maskpack list importers`; masks: plain tensors.")
+    ] = "masks",
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    head: Annotated[str | None, typer.Option(help="Module that is not part of the body.")] = None,
+    profile: Hardness = "default",
+    codec: Codec = None,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="The masks were trained with weights / sqrt(density).")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make an adapter from masks trained elsewhere, or from a pruned network."""
+    quiet_libraries(quiet)
+    from maskpack import fingerprint, inspect_adapter, load_backbone, save_adapter
+    from maskpack.apply.weights import check_masks
+    from maskpack.backbone.parameters import body, inside
+    from maskpack.importers.base import check_format, import_masks
+
+    check_format(source, scale)
+    loaded = load_backbone(backbone, weights=weights, random_weights=random_weights, head=head)
+    found = import_masks(masks, loaded.model, source, scale=scale)
+    check_masks(loaded.model, {name: mask.shape for name, mask in found.items()})
+    # a head that is masked belongs to the body
+    outside = [module for module in loaded.outside if not any(inside(name, [module]) for name in found)]
+    base = fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=outside)
+    left = [name for name, weight in body(loaded.model, outside).items() if weight.ndim > 1 and name not in found]
+    note(f"Packing {len(found)} masks, {found.total:,} weights, density {found.density:.4f} …", quiet)
+    if left:
+        note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.", quiet)
+    adapter = save_adapter(output, found, base, profile=profile, codec=codec, weights=loaded.model)
+    whole = inspect_adapter(adapter)["sets"]["default"]
+    totals = {key: whole[key] for key in ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")}
+    emit({"adapter": str(output), **totals, "file_bytes": adapter.size}, as_json, f"✓ {output}")
+
+
+def convert(
+    ref: Ref,
+    output: Annotated[Path, typer.Argument(help="Folder to write, or a .safetensors file; may be the same.")],
+    profile: Hardness = "default",
+    codec: Codec = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="The adapter's base, for codecs that use its weights: as for pack.")
+    ] = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
+    quiet_libraries(quiet)
+    from maskpack import inspect_adapter, load_adapter, load_backbone
+    from maskpack.adapter.convert import convert_adapter
+
+    adapter = load_adapter(ref, revision=revision, token=token)
+    loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
+    note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …", quiet)
+    converted = convert_adapter(
+        adapter, output, profile=profile, codec=codec, base=None if loaded is None else loaded.model
+    )
+    facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}
+    for key, one in (("before", adapter), ("after", converted)):
+        sets = inspect_adapter(one)["sets"].values()
+        facts[f"mask_bytes_{key}"] = sum(each["payload_bytes"] + each["table_bytes"] for each in sets)
+        facts[f"file_bytes_{key}"] = one.size
+    emit(facts, as_json, f"✓ {output}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verbs."""
+    app.command(
+        epilog=examples(
+            "maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask",
+            "maskpack pack pruned.safetensors --from zeros --backbone timm/resnet18.a1_in1k --output ./my-mask",
+        )
+    )(command(pack))
+    app.command(
+        epilog=examples(
+            "maskpack convert ./my-mask ./smaller --profile max --backbone timm/resnet18.a1_in1k",
+            "maskpack convert ./my-mask ./my-mask --codec raw",
+        )
+    )(command(convert))

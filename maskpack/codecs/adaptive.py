@@ -1,0 +1,120 @@
+"""Densities of rows and columns learned on the way, an arithmetic coder's precision: the smallest without the base."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptAdapterError
+from .base import CODECS, Bits, Bytes, Codec, Profile, Side
+from .gapcoder import MOST_PER_BYTE, GapDecoder, GapEncoder
+from .rates import CENTERS, CONTEXTS, ONE, Floats, Known, Rates, Settings
+from .streams import NO_EVENTS, Numbers, Reader, matrix_shape, place, rarer, varint
+
+MAX_PRIOR = 15
+MAX_SIZE = 1 << 20  # rows, and columns: each takes memory
+
+
+@CODECS.register
+@dataclass(frozen=True, slots=True)
+class Adaptive(Codec):
+    """Row and column densities, learned from what is decoded already. Needs no base; slow."""
+
+    id = "adaptive"
+    reference = "https://arxiv.org/abs/1311.2540"
+
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
+        return encode(bits, side, known(side, None), (0,))
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        return decode(data, side, known(side, None), 0)
+
+    @classmethod
+    def candidates(cls, profile: Profile) -> list[Self]:
+        return [cls()] if profile == "max" else []
+
+
+def known(side: Side, classes: Bits | None, curve: Floats | None = None) -> Known:
+    """Return what both sides know: the base's classes and signs, and the bits of the reference."""
+    traits: Bits | None = None
+    shape = matrix_shape(side.shape)
+    if classes is not None:
+        traits = np.asarray(classes >> 3 & 15 | classes & 128, dtype=np.uint8).reshape(shape)
+    if side.reference is not None:
+        bits = np.left_shift(np.unpackbits(side.reference, count=side.count, bitorder="little").reshape(shape), 4)
+        traits = np.bitwise_or(bits, 0 if traits is None else traits, dtype=np.uint8)
+    return Known(traits, np.ones(CONTEXTS) if curve is None else curve)
+
+
+def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> bytes | None:
+    """Code packed bits with the number of sign channels that is estimated best."""
+    shape = matrix_shape(side.shape)
+    if max(shape) > MAX_SIZE:
+        return None
+    symbol, where = rarer(bits, side.count)
+    if not where.size:
+        return bytes([symbol | NO_EVENTS])
+    events = np.zeros(side.count, dtype=np.bool_)
+    events[where] = True
+    matrix = events.reshape(shape)
+    row_prior, col_prior = _prior(matrix.sum(1)), _prior(matrix.sum(0))
+    tried = [Settings(row_prior, col_prior, number) for number in channels]
+    settings = tried[0] if len(tried) == 1 else min(tried, key=lambda one: _estimate(matrix, where.size, one, known))
+    rates, encoder = Rates(shape, where.size, settings, known), GapEncoder()
+    for block in rates.blocks():
+        levels, part = rates.levels(block), matrix[block.rows, block.cols]
+        encoder.put(levels, part)
+        rates.learn(block, levels, part)
+    head = bytes([symbol | settings.channels << 1, settings.row_prior << 4 | settings.col_prior])
+    return head + varint(where.size) + encoder.finish()
+
+
+def decode(data: Bytes, side: Side, known: Known, channels: int) -> Bits:
+    """Return the packed bits of a payload with at most `channels` sign channels."""
+    reader = Reader(data)
+    first = reader.byte()
+    symbol, stated = first & 1, first >> 1
+    if first & ~1 == NO_EVENTS and len(data) == 1:
+        return place(symbol, np.zeros(0, dtype=np.int64), side.count)
+    if stated > channels:
+        raise CorruptAdapterError(f"an adaptive payload states {stated} sign channels, expected at most {channels}")
+    priors, count = reader.byte(), reader.varint()
+    if not 0 < count <= side.count:
+        raise CorruptAdapterError(f"an adaptive payload states {count} events among {side.count} weights")
+    coded = reader.rest()
+    shape = matrix_shape(side.shape)
+    if side.count > MOST_PER_BYTE * len(coded) or max(shape) > MAX_SIZE:
+        raise CorruptAdapterError(
+            f"{len(coded)} bytes of coded gaps for {shape[0]} rows and {shape[1]} columns; expected at most {MAX_SIZE} "
+            f"of either, and a byte for every {MOST_PER_BYTE} weights"
+        )
+    rates = Rates(shape, count, Settings(priors >> 4, priors & 15, stated), known)
+    decoder = GapDecoder(coded)
+    found: list[Numbers] = []
+    for block in rates.blocks():
+        levels = rates.levels(block)
+        events = decoder.get(levels)
+        rates.learn(block, levels, events)
+        row, col = np.nonzero(events)
+        found.append((row + block.rows.start) * shape[1] + col + block.cols.start)
+    decoder.end()
+    return place(symbol, np.concatenate(found), side.count)
+
+
+def _prior(events: Numbers) -> int:
+    """Return the logarithm of the prior that rows (or columns) of so many events come from, by their variance."""
+    mean = float(events.mean())
+    excess = float(events.var()) - mean
+    strength = mean * mean / excess if excess > 0 else np.inf
+    return int(np.clip(np.rint(np.log2(strength)), 0, MAX_PRIOR)) if np.isfinite(strength) else MAX_PRIOR
+
+
+def _estimate(matrix: NDArray[np.bool_], count: int, settings: Settings, known: Known) -> float:
+    rates, bits = Rates(matrix.shape, count, settings, known), 0.0
+    likely, unlikely = np.log2(CENTERS / ONE), np.log2(1 - CENTERS / ONE)
+    for block in rates.blocks():
+        levels, part = rates.levels(block), matrix[block.rows, block.cols]
+        bits -= float(np.where(part, likely[levels], unlikely[levels]).sum())
+        rates.learn(block, levels, part)
+    return bits

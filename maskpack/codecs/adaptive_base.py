@@ -1,0 +1,64 @@
+"""The adaptive codec with the base at hand: the magnitude and the sign of the frozen weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from ..errors import CorruptAdapterError
+from .adaptive import decode, encode, known
+from .base import CODECS, Bits, Bytes, Codec, Profile, Side
+from .rates import CONTEXTS, Floats
+from .streams import rarer
+
+CHANNELS = 2
+CLASSES = 16
+UNIT = 4096  # a factor of one in the table
+
+
+@CODECS.register
+@dataclass(frozen=True, slots=True)
+class AdaptiveBase(Codec):
+    """Densities learned on the way, by row, column, magnitude and sign of the base's weight; needs the base, slow.
+
+    Scores trained with SGD move in proportion to the weight, so that its magnitude tells much. Scores trained with Adam
+    move with the sign of weight times gradient, and gradients are nearly of low rank, so that signs tell much.
+    """
+
+    id = "adaptive-base"
+    reference = "https://arxiv.org/abs/1311.2540"
+    needs_base = True
+
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
+        return encode(bits, side, known(side, side.classes, _curve(side.table)), (0, CHANNELS))
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        return decode(data, side, known(side, side.classes, _curve(side.table)), CHANNELS)
+
+    def table(self, masks: Iterable[tuple[Bits, Side]]) -> bytes:
+        """Return the factor of each of 16 magnitude classes, over all masks, as u16 in 1/4096."""
+        seen, expected = np.zeros(CLASSES), np.zeros(CLASSES)
+        for bits, side in masks:
+            assert side.classes is not None
+            _, where = rarer(bits, side.count)
+            classes = side.classes >> 3 & 15
+            seen += np.bincount(classes[where], minlength=CLASSES)
+            expected += np.bincount(classes, minlength=CLASSES) * (where.size / max(side.count, 1))
+        factors = (seen + 1) / (expected + 1)
+        return np.clip(np.rint(factors * UNIT), 1, 0xFFFF).astype("<u2").tobytes()
+
+    @classmethod
+    def candidates(cls, profile: Profile) -> list[Self]:
+        return [cls()] if profile == "max" else []
+
+
+def _curve(table: bytes | None) -> Floats | None:
+    if table is None:
+        return None
+    factors = np.frombuffer(table, dtype="<u2") if len(table) == 2 * CLASSES else np.zeros(1)
+    if not factors.all():
+        raise CorruptAdapterError(
+            f"a table of {len(table)} bytes, expected {CLASSES} factors over zero of 2 bytes each"
+        )
+    return np.tile(factors / UNIT, CONTEXTS // CLASSES)

@@ -1,0 +1,195 @@
+"""Row and column densities in octaves, gaps in Rice codes: for masks whose rows and columns differ."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from ..errors import CorruptAdapterError
+from .base import CODECS, Bits, Bytes, Codec, Profile, Side
+from .octaves import Octaves
+from .streams import (
+    NO_EVENTS,
+    Numbers,
+    Reader,
+    count_ones,
+    from_planes,
+    matrix_shape,
+    pack_unary,
+    place,
+    planes,
+    rarer,
+    unpack_unary,
+    varint,
+)
+
+CLASSES = np.arange(-8, 9)
+MAX_WIDTH = 40
+MOST = 1 << 62
+CROWDED = 0.35  # share of the rarer bit from which Rice codes are slower and larger than packed bits
+CHUNK = 1 << 20  # events that are mapped at once
+ROUNDS = 6  # of fitting rows, then columns; changes after that are rare
+
+
+@CODECS.register
+@dataclass(frozen=True, slots=True)
+class Density(Codec):
+    """Gaps of the rarer bit in Rice codes, whose width follows the density of row and column. Needs no base.
+
+    Every row and every column has a class; the density at their crossing doubles from one sum of classes to the next,
+    so that the Rice code's width, which halves its mean, always fits. Classes cost a bit or two each.
+    """
+
+    id = "density"
+    reference = "https://doi.org/10.1109/TIT.1966.1053907"
+
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
+        share = count_ones(bits) / max(side.count, 1)
+        if CROWDED < share < 1 - CROWDED:
+            return None
+        symbol, where = rarer(bits, side.count)
+        if not where.size:
+            return bytes([symbol | NO_EVENTS])
+        rows, cols = matrix_shape(side.shape)
+        fit = _best_fit(where, rows, cols)
+        octaves = Octaves.of(rows, cols, fit.rows, fit.cols)
+        for start in range(0, where.size, CHUNK):
+            where[start : start + CHUNK] = octaves.places(where[start : start + CHUNK])
+        places = where
+        places.sort()
+        starts = np.searchsorted(places, octaves.starts)
+        quotients, fields, counts = [], [np.zeros(0, dtype=np.uint8)], b""
+        for index, octave in enumerate(octaves.numbers):
+            own = places[starts[index] : starts[index + 1]] - octaves.starts[index]
+            gaps = np.diff(own, prepend=-1) - 1
+            width = fit.width - int(octave)
+            counts += varint(own.size)
+            quotients.append(gaps >> width)
+            fields += planes(gaps, width)
+        classes = [_fold(one) for one in (fit.rows, fit.cols) if one is not None]
+        unary = pack_unary(np.concatenate([*classes, *quotients]))
+        flags = symbol | (fit.rows is not None) << 1 | (fit.cols is not None) << 2
+        head = bytes([flags, fit.width]) + varint(len(unary))
+        return head + unary + counts + np.packbits(np.concatenate(fields), bitorder="little").tobytes()
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        reader = Reader(data)
+        flags = reader.byte()
+        if flags & ~1 == NO_EVENTS and len(data) == 1:
+            return place(flags & 1, np.zeros(0, dtype=np.int64), side.count)
+        if flags > 7:
+            raise CorruptAdapterError(f"a density payload begins with {flags}, expected 0 to 7")
+        width = reader.byte()
+        rows, cols = matrix_shape(side.shape)
+        numbers = unpack_unary(reader.take(reader.varint()))
+        stated = rows * (flags >> 1 & 1) + cols * (flags >> 2)
+        if not stated < numbers.size <= stated + side.count:
+            raise CorruptAdapterError(f"a density payload has {numbers.size} numbers for {rows} rows, {cols} columns")
+        split = rows if flags & 2 else 0
+        classes, quotients = _unfold(numbers[:stated]), numbers[stated:]
+        octaves = Octaves.of(rows, cols, classes[:split] if flags & 2 else None, classes[split:] if flags & 4 else None)
+        counts = [reader.varint() for _ in octaves.numbers]
+        widths = [width - int(octave) for octave in octaves.numbers]
+        bits = sum(count * width for count, width in zip(counts, widths, strict=True))
+        packed = reader.rest()
+        if (
+            sum(counts) != quotients.size
+            or min(widths) < 0
+            or max(widths) > MAX_WIDTH
+            or len(packed) != (bits + 7) // 8
+        ):
+            raise CorruptAdapterError(
+                f"a density payload has {quotients.size} gaps and {len(packed)} bytes of fields; its counts {counts} "
+                f"and widths {widths} say otherwise"
+            )
+        unpacked = np.unpackbits(packed, bitorder="little")
+        if unpacked[bits:].any():
+            raise CorruptAdapterError("a density payload has bits after its last field")
+        places, at, field = np.empty(quotients.size, dtype=np.int64), 0, 0
+        for index, (count, width) in enumerate(zip(counts, widths, strict=True)):
+            own = places[at : at + count]
+            quotient = quotients[at : at + count]
+            fits = int(quotient.sum()) << width <= side.count and count << width < MOST  # nothing overflows
+            if fits:
+                gaps = from_planes(unpacked[field : field + count * width], count, width) + (quotient << width) + 1
+                np.cumsum(gaps, out=own)
+                own += octaves.starts[index] - 1
+            if not fits or (count and own[-1] >= octaves.starts[index + 1]):
+                raise CorruptAdapterError(f"the gaps of a density payload run past the end of octave {index}")
+            at, field = at + count, field + count * width
+        for start in range(0, places.size, CHUNK):
+            places[start : start + CHUNK] = octaves.positions(places[start : start + CHUNK])
+        return place(flags & 1, places, side.count)
+
+    @classmethod
+    def candidates(cls, profile: Profile) -> list[Self]:
+        return [] if profile == "fast" else [cls()]
+
+
+class _Fit(NamedTuple):
+    """Classes of rows and columns, if they are worth their bits, the width of octave 0, and the bits it all takes."""
+
+    rows: Numbers | None
+    cols: Numbers | None
+    width: int
+    cost: float
+
+
+def _best_fit(where: Numbers, rows: int, cols: int) -> _Fit:
+    """Choose whether rows and columns have classes, and which, for events at row-major positions."""
+    share = where.size / (rows * cols)
+    middle = max(0, round(float(np.log2(np.log(2) / share))))
+    fits = [
+        _Fit(None, None, w, _cost(where.size, rows * cols / 2**w, w)) for w in (max(0, middle - 1), middle, middle + 1)
+    ]
+    if min(rows, cols) > 1:
+        in_rows, in_cols = np.bincount(where // cols, minlength=rows), np.bincount(where % cols, minlength=cols)
+        fits += [
+            _fit(in_rows, in_cols, use, width)
+            for use in ((True, False), (False, True), (True, True))
+            for width in (max(0, middle - 1), middle, middle + 1)
+        ]
+    return min(fits, key=lambda fit: fit.cost)
+
+
+def _cost(events: int, passed: float, width: int) -> float:
+    """Return about how many bits Rice codes take.
+
+    An event costs width + 1 bits, and every 2^width weights that pass another, less .443 an event for those that
+    rounding down saves.
+    """
+    return passed + events * (width + 0.557)
+
+
+def _fit(in_rows: Numbers, in_cols: Numbers, use: tuple[bool, bool], width: int) -> _Fit:
+    """Choose classes for the numbers of events in rows and columns."""
+    rows, cols = np.zeros(in_rows.size, dtype=np.int64), np.zeros(in_cols.size, dtype=np.int64)
+    for _ in range(ROUNDS if all(use) else 1):
+        if use[0]:
+            rows = _classes(in_rows, cols, width)
+        if use[1]:
+            cols = _classes(in_cols, rows, width)
+    passed = float(np.exp2(rows).sum() * np.exp2(cols).sum()) / 2**width
+    cost = _cost(int(in_rows.sum()), passed, width) - float(in_rows @ rows + in_cols @ cols)
+    cost += sum(float((_fold(one) + 1).sum()) for one, used in zip((rows, cols), use, strict=True) if used)
+    return _Fit(rows if use[0] else None, cols if use[1] else None, width, cost)
+
+
+def _classes(events: Numbers, others: Numbers, width: int) -> Numbers:
+    """Return the cheapest class of every row (or column), given those of the columns (or rows)."""
+    passed = np.exp2(others).sum() * np.exp2(CLASSES - width)
+    cost = passed - events[:, None] * CLASSES + _fold(CLASSES)
+    cost[:, width - CLASSES - others.max() < 0] = np.inf
+    chosen: Numbers = np.take(CLASSES, cost.argmin(1))
+    return chosen
+
+
+def _fold(classes: Numbers) -> Numbers:
+    """Return 0, -1, 1, -2, 2 … as 0, 1, 2, 3, 4 …"""
+    folded: Numbers = np.where(classes < 0, -2 * classes - 1, 2 * classes)
+    return folded
+
+
+def _unfold(numbers: Numbers) -> Numbers:
+    classes: Numbers = np.where(numbers & 1, -(numbers + 1) // 2, numbers // 2)
+    return classes

@@ -1,0 +1,194 @@
+"""How likely each weight's bit is the rarer one, learned from the blocks before (docs/format.md section 6.2).
+
+Every number here is the same on every machine: sums are of whole multiples of a power of two, so that their order does
+not matter, and all else is one IEEE 754 operation on binary64 at a time.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .streams import Numbers
+
+Floats = NDArray[np.float64]
+ONE = 1 << 16  # probabilities are multiples of 1 / ONE
+LEAST, MOST = 16.0, 57344.0  # of a probability
+LEVELS = 48  # four an octave
+CENTERS = np.array([((9 + 2 * (level & 3)) << (level >> 2) + 4) >> 3 for level in range(LEVELS)], dtype=np.float64)
+_FIRST = (1023 + 4) << 2  # upper 14 bits of LEAST as binary64
+MAX_BANDS, BAND = 16, 24
+PRIOR = 8.0  # events that a context's factor has to be seen with before they count as much as the curve
+CHANNEL_PRIOR = 4.0
+STRONGEST = 0.97  # a sign can leave 3 % of the rate
+CONTEXTS = 32
+SIGNS = np.repeat([1.0, -1.0], 128)  # by trait
+
+
+class Settings(NamedTuple):
+    """What a payload states beside its events: logarithms of the priors of rows and columns, and sign channels."""
+
+    row_prior: int
+    col_prior: int
+    channels: int
+
+
+class Known(NamedTuple):
+    """What both sides know of a matrix of weights, and nobody transmits.
+
+    Attributes:
+        traits: of every weight, or None: its context in the lower five bits, in the top bit the weight's sign.
+        curve: prior factor of each context.
+    """
+
+    traits: NDArray[np.uint8] | None
+    curve: Floats
+
+
+class Block(NamedTuple):
+    """Rows and columns that are predicted at once."""
+
+    rows: slice
+    cols: slice
+
+
+class Rates:
+    """Predicts and learns: for each of `blocks()`, call `levels`, then `learn`."""
+
+    def __init__(self, shape: tuple[int, int], events: int, settings: Settings, known: Known):
+        rows, cols = shape
+        self.share = events / (rows * cols)
+        self.traits, self.curve, self.channels = known.traits, known.curve, settings.channels
+        self.bands = [_bands(rows, rows * cols), _bands(cols, rows * cols)]
+        self.row = _Factors(rows, float(1 << settings.row_prior))
+        self.col = _Factors(cols, float(1 << settings.col_prior))
+        self.context = _Factors(CONTEXTS, PRIOR)
+        self.directions = np.zeros((settings.channels, cols))
+        self.directions[:1] = 1.0
+        self.band = _Events(*(np.zeros(0, dtype=np.int64),) * 2, np.zeros(0))
+        self.past = self.band
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks, a band of rows after another."""
+        for rows in self.bands[0]:
+            for cols in self.bands[1]:
+                yield Block(rows, cols)
+            if self.channels:
+                self._turn(rows)
+
+    def levels(self, block: Block) -> NDArray[np.uint8]:
+        """Return the level of each weight's probability in a block."""
+        rate = self.row.of(block.rows)[:, None] * (self.share * ONE * self.col.of(block.cols))
+        if self.traits is not None:
+            factors = self.curve * self.context.of(slice(None))
+            rate *= factors[self.traits[block] & CONTEXTS - 1]
+        if self.channels and self.traits is not None:
+            lean = np.zeros_like(rate)
+            strengths = self.band.strengths(self.directions, block.rows.stop - block.rows.start)
+            for strength, direction in zip(strengths, self.directions, strict=True):
+                lean += strength[:, None] * direction[block.cols]
+            np.clip(lean, -STRONGEST, STRONGEST, out=lean)
+            lean *= SIGNS[self.traits[block]]
+            lean += 1.0
+            rate *= lean
+        np.clip(rate, LEAST, MOST, out=rate)
+        return ((rate.view(np.int64) >> 50) - _FIRST).astype(np.uint8)
+
+    def learn(self, block: Block, levels: NDArray[np.uint8], events: NDArray[np.bool_]) -> None:
+        """Take note of the events of a block."""
+        expected: Floats = CENTERS[levels]
+        self.row.add(block.rows, events.sum(1), expected.sum(1))
+        self.col.add(block.cols, events.sum(0), expected.sum(0))
+        if self.traits is not None:
+            contexts = (self.traits[block] & CONTEXTS - 1).reshape(-1)
+            seen = np.bincount(contexts[events.reshape(-1)], minlength=CONTEXTS)
+            self.context.add(slice(None), seen, np.bincount(contexts, expected.reshape(-1), CONTEXTS))
+        if self.channels and self.traits is not None:
+            row, col = np.nonzero(events)
+            self.band = self.band.plus(row, col + block.cols.start, SIGNS[self.traits[block][row, col]])
+
+    def _turn(self, rows: slice) -> None:
+        """After a band of rows: fit the channels' directions to all events so far."""
+        self.past = self.past.plus(self.band.row + rows.start, self.band.col, self.band.sign)
+        self.band = _Events(self.band.row[:0], self.band.col[:0], self.band.sign[:0])
+        if self.past.row.size:
+            self.past.turn(self.directions, rows.stop)
+
+
+class _Factors:
+    """Multipliers of the rate, one for each row (or column, or context): (seen + prior) / (expected + prior)."""
+
+    def __init__(self, count: int, prior: float):
+        self.seen, self.expected = np.full(count, prior), np.full(count, prior)
+
+    def of(self, part: slice) -> Floats:
+        factors: Floats = self.seen[part] / self.expected[part]
+        return factors
+
+    def add(self, part: slice, seen: NDArray[Any], expected: NDArray[Any]) -> None:
+        # what was expected holds the factor itself; without it remains what the others expected
+        self.expected[part] += expected / ONE / self.of(part)
+        self.seen[part] += seen
+
+
+class _Events(NamedTuple):
+    """Events and the sign of the base's weight there."""
+
+    row: Numbers
+    col: Numbers
+    sign: Floats
+
+    def plus(self, row: Numbers, col: Numbers, sign: Floats) -> "_Events":
+        return _Events(*(np.concatenate(pair) for pair in zip(self, (row, col, sign), strict=True)))
+
+    def strengths(self, directions: Floats, rows: int) -> list[Floats]:
+        """Return how strongly each row leans to each direction, by shrunken least squares, one after another."""
+        left, found = self.sign, []
+        for direction in directions:
+            along = direction[self.col]
+            strength = _solved(self.row, rows, left, along, CHANNEL_PRIOR)
+            left = left - strength[self.row] * along
+            found.append(strength)
+        return found
+
+    def turn(self, directions: Floats, rows: int) -> None:
+        """Improve directions in place: one round of alternating least squares."""
+        left = self.sign
+        for direction in directions:
+            if not direction.any():  # begin with the row that has most events
+                first = np.bincount(self.row, minlength=rows).argmax()
+                direction[:] = _rounded(
+                    np.bincount(self.col, np.where(self.row == first, left, 0.0), direction.size), 64.0
+                )
+            along = direction[self.col]
+            strength = _solved(self.row, rows, left, along, CHANNEL_PRIOR)[self.row]
+            mean = np.square(strength).sum() / strength.size
+            if mean:
+                direction[:] = _solved(self.col, direction.size, left, strength, CHANNEL_PRIOR * mean)
+                length = np.sqrt(np.square(direction).sum() / direction.size)
+                if length:
+                    direction[:] = _rounded(direction / length, 8.0)
+            along = direction[self.col]
+            strength = _solved(self.row, rows, left, along, CHANNEL_PRIOR)[self.row]
+            left = left - strength * along
+
+
+def _solved(at: Numbers, count: int, left: Floats, along: Floats, prior: float) -> Floats:
+    """Return for each row (or column) the multiple of `along` that comes closest to `left`, drawn towards zero."""
+    return _rounded(np.bincount(at, left * along, count) / (np.bincount(at, along * along, count) + prior), 64.0)
+
+
+def _rounded(values: NDArray[Any], bound: float) -> Floats:
+    """Return multiples of 1/256, so that sums of their products are exact in any order."""
+    rounded: Floats = np.rint(np.clip(values, -bound, bound) * 256.0) / 256.0
+    return rounded
+
+
+def _bands(size: int, count: int) -> list[slice]:
+    """Cut rows (or columns) of a matrix of `count` weights into bands."""
+    bands = min(size, MAX_BANDS, 1 + math.isqrt(count) // BAND)
+    edges = [size * band // bands for band in range(bands + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]

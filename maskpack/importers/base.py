@@ -1,0 +1,127 @@
+"""The contract of an importer: the masks in a file that another tool wrote.
+
+An importer is a class in a file of this folder (or in another distribution, under the entry point group
+`maskpack.importers`), registered with `@IMPORTERS.register`. `masks.py` is the example to copy. It has
+
+- `id` (what `--from` takes), a docstring and a `reference` (the tool that writes such files, or ""),
+- `open(path, base)`: the names of the masked parameters, and a function that makes the mask of one of them.
+
+**Base.** Parameters and buffers of the frozen model by dotted name, under each of its names where tensors are tied.
+`match` finds names that carry a prefix; `known` refuses those that the backbone lacks.
+
+**Memory.** A file may have 14 GB. `open` reads it tensor by tensor and keeps none; the function reads one parameter
+each time that it is called, and gives the same mask each time. The file comes from a stranger: compare sizes with the
+base's shapes before anything is allocated.
+
+**Values.** A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit
+by bit (`weights.py`); a checkpoint that was trained further is refused by `open`.
+
+**Errors** are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from ..backbone.parameters import aliases, canonical, named_buffers, named_parameters
+from ..errors import BackboneMismatchError, ConfigError, DataError
+from ..mask import MaskSet, PackedMask
+from ..registry import Registry
+
+Found = tuple[Sequence[str], Callable[[str], PackedMask]]
+MOST_PREFIX_PARTS = 2  # as in "module.model."
+
+
+class Importer(Protocol):
+    """What every importer has (see the module's docstring)."""
+
+    id: ClassVar[str]
+    reference: ClassVar[str]
+
+    @staticmethod
+    def open(path: Path, base: Mapping[str, Tensor]) -> Found: ...
+
+
+IMPORTERS: Registry[Importer] = Registry("importer", "maskpack.importers")
+
+
+def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> MaskSet:
+    """Return the masks of a file, named as the model's parameters.
+
+    Args:
+        path: the file. model: the frozen backbone that the masks belong to.
+        format: id of an importer. scale: set alpha; only for the format "masks".
+
+    Raises:
+        UnknownNameError: if there is no such importer. ConfigError: if the scale does not go with the format.
+        DataError: if the file cannot be read, or is not in that format.
+        BackboneMismatchError: if the masks, or the weights beside them, are not of this model.
+    """
+    check_format(format, scale)
+    names, make = IMPORTERS[format].open(Path(path), {**named_buffers(model), **named_parameters(model)})
+    first, sources = aliases(model), dict[str, str]()
+    for name in names:
+        other = sources.setdefault(first.get(name, name), name)
+        if other != name and make(other) != make(name):
+            raise DataError(
+                f"{path}: {other!r} and {name!r} are one tensor in the backbone and have different masks here; "
+                f"expected equal ones, leave one of them out"
+            )
+    masks = {own: make(name) for own, name in sources.items()}
+    return MaskSet({name: mask.scaled() for name, mask in masks.items()} if scale else masks)
+
+
+def check_format(format: str, scale: bool) -> None:
+    """Refuse a format that is not known, or cannot have a scale; see `import_masks`."""
+    if IMPORTERS[format].id != "masks" and scale:
+        raise ConfigError(f"scale is for masks that were trained with it, and {format!r} files hold none; leave it out")
+
+
+def match(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map names of a file to the backbone's, for those that it has.
+
+    The `_orig_mod.` of compiled modules does not count. If no name is the backbone's as it stands, a prefix such as
+    `module.` or `model.`, of one or two parts and the same for all, does not count either.
+
+    Raises:
+        DataError: if two names of the file stand for one of the backbone's.
+    """
+    plain = {name: canonical(name) for name in names}
+    for parts in range(MOST_PREFIX_PARTS + 1):
+        for name in plain.values():
+            rest = name.split(".", parts)[-1]
+            if rest in base:
+                prefix = name[: len(name) - len(rest)]
+                cut = {full: one.removeprefix(prefix) for full, one in plain.items() if one.startswith(prefix)}
+                found = {full: one for full, one in cut.items() if one in base}
+                _refuse_twice(path, found)
+                return found
+    return {}
+
+
+def _refuse_twice(path: Path, found: Mapping[str, str]) -> None:
+    seen = dict[str, str]()
+    for full, one in found.items():
+        if seen.setdefault(one, full) != full:
+            raise DataError(
+                f"{path}: {seen[one]!r} and {full!r} both stand for {one!r}, expected one of them; leave the other out"
+            )
+
+
+def known(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map names of masks to the backbone's parameters.
+
+    Raises:
+        BackboneMismatchError: if the backbone lacks one.
+    """
+    names = sorted(names)
+    found = match(path, names, base)
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise BackboneMismatchError(
+            f"{path} has masks for {len(names)} parameters, and the backbone lacks {len(missing)} of them, first "
+            f"{missing[0]!r}; it has {', '.join(list(base)[:3])}, …; give the backbone that the masks were made for"
+        )
+    return found

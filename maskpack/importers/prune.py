@@ -1,0 +1,62 @@
+"""State dicts of modules under torch.nn.utils.prune: `X_mask`, and `X_orig` beside it."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..mask import PackedMask
+from ..tensorfile import open_tensors
+from .base import IMPORTERS, Found, known, match
+from .weights import check_shape, compare, read_weights, refuse_trained
+
+
+@IMPORTERS.register
+class Prune:
+    """Safetensors file of `X_mask` tensors, with or without the rest of a torch.nn.utils.prune state dict."""
+
+    id: ClassVar[str] = "prune"
+    reference: ClassVar[str] = (
+        "https://docs.pytorch.org/docs/stable/generated/torch.nn.utils.prune.BasePruningMethod.html"
+    )
+
+    @staticmethod
+    def open(path: Path, base: Mapping[str, Tensor]) -> Found:
+        tensors = open_tensors(path)
+        own = match(path, tensors, base)  # a backbone may have tensors of its own whose names end alike
+        stems = {name.removesuffix("_mask"): name for name in tensors if name.endswith("_mask") and name not in own}
+        if not stems:
+            raise DataError(
+                f"{path} has no tensor X_mask, expected the state dict of a module under torch.nn.utils.prune; it has "
+                f"{', '.join(list(tensors)[:3]) or 'none'}; after prune.remove, import it with --from zeros"
+            )
+        masked = {parameter: stem for stem, parameter in known(path, stems, base).items()}
+
+        def make(name: str) -> PackedMask:
+            stored = stems[masked[name]]
+            check_shape(tensors, stored, tuple(base[name].shape))
+            mask = tensors[stored]
+            kept = mask == 1
+            if bool((other := ~kept & (mask != 0)).any()):
+                raise DataError(
+                    f"{path}: {stored!r} holds {mask[other][0].item()}, expected zeros and ones; save the state dict "
+                    f"of the pruned module as it is"
+                )
+            return PackedMask.from_tensor(kept)
+
+        def rows() -> Iterator[tuple[str, int]]:
+            for name, stem in masked.items():
+                kept = make(name).tensor()
+                for stored in {f"{stem}_orig", stem} & tensors.keys():
+                    found = read_weights(tensors, stored, name, base)
+                    yield name, compare(found, base[name], kept)[0]
+            for stored, name in own.items():
+                if base[name].is_floating_point() and name not in masked:
+                    found = read_weights(tensors, stored, name, base)
+                    yield name, compare(found, base[name], torch.ones(found.shape, dtype=torch.bool))[0]
+
+        refuse_trained(path, rows())
+        return sorted(masked), make

@@ -1,0 +1,245 @@
+"""What single codecs promise beside the contract: how small they are, what they decline, what they refuse."""
+
+import math
+
+import numpy as np
+import pytest
+
+from maskpack.codecs.adaptive import MAX_SIZE, Adaptive
+from maskpack.codecs.adaptive_base import AdaptiveBase
+from maskpack.codecs.base import Bits, Codec, Profile, Side
+from maskpack.codecs.choose import encode_smallest
+from maskpack.codecs.density import Density
+from maskpack.codecs.frames import to_frame
+from maskpack.codecs.gap import Gap
+from maskpack.codecs.nm import NM
+from maskpack.codecs.streams import Reader, pack_unary, unpack_unary, varint
+from maskpack.errors import ConfigError, CorruptAdapterError
+
+RNG = np.random.default_rng
+
+
+def entropy(mask: np.ndarray) -> float:
+    """Return the bytes that independent bits of this density need."""
+    p = float(mask.mean())
+    return 0.0 if p in (0, 1) else -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * mask.size / 8
+
+
+def packed(mask: np.ndarray) -> Bits:
+    return np.packbits(mask.reshape(-1), bitorder="little")
+
+
+def by_rows_and_columns(seed: int = 0) -> np.ndarray:
+    """Return a mask whose rows and columns differ, as those of masks trained with Adam do."""
+    rng = RNG(seed)
+    rate = 0.03 * np.exp(rng.normal(0, 1.0, (300, 1)) + rng.normal(0, 0.6, (1, 400)))
+    return rng.random((300, 400)) >= np.minimum(rate, 0.9)
+
+
+def size(codec: Codec, mask: np.ndarray, side: Side | None = None) -> int:
+    side = side or Side(mask.shape)
+    payload = codec.encode(packed(mask), side)
+    assert payload is not None
+    assert np.array_equal(codec.decode(payload, side), packed(mask))
+    return len(payload)
+
+
+class TestHowSmall:
+    @pytest.mark.parametrize("share", [0.002, 0.01, 0.03, 0.06, 0.1, 0.2, 0.27, 0.35, 0.45, 0.5])
+    @pytest.mark.parametrize("profile", ["default", "max"])
+    def test_without_structure_never_over_1_02_of_entropy(self, share: float, profile: Profile) -> None:
+        mask = RNG(1).random((256, 1024)) >= share
+        _, payload = encode_smallest(packed(mask), Side(mask.shape), profile)
+        assert len(payload) < 1.02 * entropy(mask) + 16
+
+    def test_rows_and_columns_help(self) -> None:
+        mask = by_rows_and_columns()
+        assert size(Density(), mask) < 0.95 * entropy(mask)
+        assert size(Adaptive(), mask) < 0.97 * size(Density(), mask)
+
+    def test_magnitude_helps_where_scores_move_with_it(self) -> None:
+        classes = RNG(0).integers(0, 256, (64, 288), dtype=np.uint8)
+        mask = RNG(1).random(classes.shape) >= 0.4 * ((classes & 127) / 128) ** 2
+        side = Side(mask.shape, classes.reshape(-1))
+        assert size(AdaptiveBase(), mask, side) < 0.9 * size(Adaptive(), mask)
+        table = AdaptiveBase().table([(packed(mask), side)])
+        assert size(AdaptiveBase(), mask, Side(mask.shape, side.classes, None, table)) < size(
+            AdaptiveBase(), mask, side
+        )
+
+    def test_signs_help_where_gradients_have_low_rank(self) -> None:
+        rng = RNG(2)
+        classes = rng.integers(0, 256, (300, 400), dtype=np.uint8)
+        lean = np.sign(rng.normal(size=(300, 1)) * rng.normal(size=(1, 400))) * np.where(classes > 127, -1, 1)
+        mask = rng.random(classes.shape) >= 0.06 * (1 + 0.9 * lean)
+        assert size(AdaptiveBase(), mask, Side(mask.shape, classes.reshape(-1))) < 0.93 * size(Adaptive(), mask)
+
+    def test_a_reference_is_context(self) -> None:
+        reference = RNG(3).random((100, 200)) >= 0.2
+        flipped = RNG(4).random(reference.shape) < np.where(reference, 0.01, 0.3)  # most of what changes comes back
+        side = Side(reference.shape, None, packed(reference))
+        assert size(Adaptive(), flipped, side) < 0.75 * size(Adaptive(), flipped)
+
+    def test_two_of_four_takes_at_most_066_bits(self) -> None:
+        mask = RNG(5).random((64 * 1024, 4)).argsort(1) < 2
+        codec, payload = encode_smallest(packed(mask), Side((256, 1024)), "default")
+        assert (codec.id, 8 * len(payload) / mask.size <= 0.66) == ("nm", True)
+        for kept, group in ((1, 2), (1, 4), (3, 4), (4, 8), (1, 8), (2, 16), (15, 16)):
+            mask = RNG(6).random((1003, group)).argsort(1) < kept
+            ideal = math.log2(math.comb(group, kept)) / 8 * len(mask)
+            assert size(NM(), mask) < 1.02 * ideal + 80
+
+    def test_small_masks_cost_few_bytes(self) -> None:
+        ones = np.ones((64, 64), dtype=bool)
+        assert size(Density(), ones) == size(Adaptive(), ones) == 1
+
+
+class TestDeclining:
+    def test_density_declines_even_bits(self) -> None:
+        mask = RNG(0).random((100, 100)) < 0.5
+        assert Density().encode(packed(mask), Side(mask.shape)) is None
+
+    def test_nm_declines_other_masks(self) -> None:
+        for mask in (
+            RNG(0).random((100, 4)) < 0.5,
+            np.ones((4, 4), bool),
+            np.zeros((0, 4), bool),
+            np.ones((3, 3), bool),
+        ):
+            assert NM().encode(packed(mask), Side(mask.shape)) is None
+        late = RNG(5).random((2000, 4)).argsort(1) < 2
+        late[-1] = True
+        assert NM().encode(packed(late), Side(late.shape)) is None
+        wide = RNG(5).random((10, 16)).argsort(1) < 8  # 12,870 patterns
+        assert NM().encode(packed(wide), Side(wide.shape)) is None
+
+    def test_adaptive_declines_great_numbers_of_columns(self) -> None:
+        side = Side((2, MAX_SIZE + 1))
+        assert Adaptive().encode(np.zeros(side.size, dtype=np.uint8), side) is None
+
+    def test_asked_for_by_name_it_is_an_error(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"the codec 'nm' is not made for this mask of shape \(80,\); choose another"
+        ):
+            encode_smallest(packed(np.ones(80, bool)), Side((80,)), "max", "nm")
+
+
+def refused(codec: Codec, payload: bytes, side: Side, match: str) -> None:
+    with pytest.raises(CorruptAdapterError, match=match):
+        codec.decode(payload, side)
+
+
+class TestStreams:
+    @pytest.mark.parametrize("value", [0, 127, 128, 1 << 20, (1 << 63) - 1])
+    def test_varints(self, value: int) -> None:
+        assert Reader(varint(value)).varint() == value
+
+    def test_reader_refuses_what_is_not_there(self) -> None:
+        for payload, match in (
+            (b"\x80" * 12, "more than 9 bytes"),
+            (b"\x80", "a piece of 1 bytes is stated at byte 1"),
+        ):
+            with pytest.raises(CorruptAdapterError, match=match):
+                Reader(payload).varint()
+
+    def test_unary(self) -> None:
+        values = np.array([0, 3, 0, 0, 9, 1])
+        assert unpack_unary(np.frombuffer(pack_unary(values), np.uint8)).tolist() == values.tolist()
+        for spoiled in (b"\x00", b"\x01\x00"):
+            with pytest.raises(CorruptAdapterError, match="unary numbers of the payload end before their last byte"):
+                unpack_unary(np.frombuffer(spoiled, np.uint8))
+
+
+class TestGap:
+    side = Side((1000,))
+
+    def test_refuses(self) -> None:
+        refused(Gap(), b"\x02" + to_frame(b"", 1), self.side, "a gap payload begins with 2, expected 0 or 1")
+        refused(Gap(), b"\x01" + to_frame(bytes(1001), 1), self.side, "declares 1001 as its size, expected 0 to 1000")
+        refused(Gap(), b"\x01" + to_frame(b"\xfe" * 4, 1), self.side, "end at weight 1020 of 1000")
+        refused(Gap(), b"\x01" + to_frame(b"\x05\xff", 1), self.side, "end at weight 261 of 1000")
+        refused(Gap(), b"\x01" + to_frame(b"\x05", 1) + b"x", self.side, "cannot be decoded")
+
+
+class TestNM:
+    side = Side((10, 4))
+
+    def test_refuses(self) -> None:
+        for head in ((3, 1), (4, 0), (4, 4), (16, 8), (8, 4)):
+            side = Side((12,)) if head[0] == 8 else self.side
+            refused(NM(), bytes(head) + to_frame(bytes(5), 1), side, f"states {head[1]} of {head[0]} for")
+        refused(NM(), b"\x04\x02" + to_frame(bytes(4), 1), self.side, "declares 4 as its size, expected 5")
+        refused(NM(), b"\x04\x02" + to_frame(b"\x24" + bytes(4), 1), self.side, "bytes up to 36 for 6 patterns")
+        refused(NM(), b"\x04\x02" + to_frame(b"\x24\x06", 1), Side((3, 4)), "bytes up to 36 for 6 patterns")
+        refused(NM(), b"\x04\x02" + to_frame(b"\x01\x06", 1), Side((3, 4)), "bytes up to 6 for 6 patterns")
+
+
+class TestDensity:
+    """A mask of 4 x 4 with the events 1, 6 and 15, without classes: gaps 1, 4 and 8 in width 2."""
+
+    side = Side((4, 4))
+    unary = pack_unary(np.array([0, 1, 2]))
+    good = bytes([1, 2]) + varint(len(unary)) + unary + varint(3) + bytes([0b000001])
+
+    def test_is_read_as_the_format_says(self) -> None:
+        found = np.unpackbits(Density().decode(self.good, self.side), bitorder="little")
+        assert np.flatnonzero(found).tolist() == [1, 6, 15]
+
+    def test_refuses(self) -> None:
+        def spoiled(at: int, value: int) -> bytes:
+            return self.good[:at] + bytes([value]) + self.good[at + 1 :]
+
+        refused(Density(), spoiled(0, 9), self.side, "begins with 9, expected 0 to 7")
+        refused(Density(), spoiled(0, 3), self.side, "has 3 numbers for 4 rows, 4 columns")
+        refused(Density(), self.good, Side((2,)), "has 3 numbers for 1 rows, 2 columns")
+        refused(Density(), spoiled(1, 3), self.side, r"its counts \[3\] and widths \[3\] say otherwise")
+        refused(Density(), spoiled(4, 2), self.side, r"has 3 gaps and 1 bytes of fields; its counts \[2\]")
+        refused(Density(), spoiled(5, 0b11000001), self.side, "bits after its last field")
+        refused(Density(), spoiled(5, 0b00001001), self.side, "run past the end of octave 0")
+        wide = bytes([1, 41]) + self.good[2:5] + bytes(16)
+        refused(Density(), wide, self.side, r"widths \[41\] say otherwise")
+        far = bytes([1, 40]) + self.good[2:5] + bytes(15)
+        refused(Density(), far, self.side, "run past the end of octave 0")
+
+    def test_a_great_shape_takes_no_memory_that_its_mask_does_not(self) -> None:
+        side = Side((1, 1 << 27))
+        unary = pack_unary(np.array([3]))
+        payload = bytes([1, 10]) + varint(len(unary)) + unary + varint(1) + bytes(2)
+        found = Density().decode(payload, side)
+        assert np.flatnonzero(found).tolist() == [3 * 1024 // 8]
+
+
+class TestAdaptive:
+    mask = by_rows_and_columns()
+    side = Side(mask.shape)
+    good = Adaptive().encode(packed(mask), side) or b""
+
+    def test_refuses(self) -> None:
+        refused(Adaptive(), b"\x02" + self.good[1:], self.side, "states 1 sign channels, expected at most 0")
+        base_side = Side(self.side.shape, np.zeros(self.side.count, dtype=np.uint8))
+        refused(AdaptiveBase(), b"\x07" + self.good[1:], base_side, "states 3 sign channels, expected at most 2")
+        refused(
+            Adaptive(), self.good[:2] + varint(0) + self.good[4:], self.side, "states 0 events among 120000 weights"
+        )
+        refused(Adaptive(), self.good[:2] + varint(1 << 20) + self.good[4:], self.side, "states 1048576 events among")
+        refused(Adaptive(), self.good[:4] + self.good[5:], self.side, "expected 5 and pairs")
+        refused(Adaptive(), self.good[:-2], self.side, "end too early|last state is wrong")
+        refused(
+            Adaptive(), self.good + b"\0\0", self.side, "2 bytes of coded gaps are left, or the last state is wrong"
+        )
+        refused(
+            Adaptive(), self.good[:100], Side((1 << 10, 1 << 20)), r"\d+ bytes of coded gaps for 1024 rows and 1048576"
+        )
+        refused(Adaptive(), self.good, Side((1, MAX_SIZE + 1)), "expected at most 1048576 of either")
+
+    def test_table(self) -> None:
+        classes = np.zeros(self.side.count, dtype=np.uint8)
+        for table in (b"", bytes(32), bytes(31), b"\1\0" * 17):
+            side = Side(self.side.shape, classes, None, table)
+            refused(AdaptiveBase(), self.good, side, rf"a table of {len(table)} bytes, expected 16 factors over zero")
+
+    def test_a_short_payload_cannot_claim_many_weights(self) -> None:
+        side = Side((1 << 14, 1 << 20))
+        refused(
+            Adaptive(), b"\1\0" + varint(1) + bytes(1000), side, "1000 bytes of coded gaps for 16384 rows and 1048576"
+        )

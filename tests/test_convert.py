@@ -1,0 +1,142 @@
+"""An adapter packed anew is the same adapter in other bytes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from maskpack import fingerprint, load_mask, save_adapter
+from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.convert import convert_adapter
+from maskpack.adapter.file import CARD_FILE, MODEL_FILE
+from maskpack.adapter.read import read_adapter
+from maskpack.codecs.base import CODECS
+from maskpack.errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownNameError
+from maskpack.mask import MaskSet
+from maskpack.parts import Parts
+
+from .helpers_adapter import base_of, random_masks, with_payload
+from .test_adapter import assert_same, full
+from .test_codec_contract import Mixed
+
+ABOUT: dict[str, Any] = {
+    "task": "image-classification",
+    "class_names": ["cat", "größer 🐈", "dog"],
+    "preprocess": {"kind": "image", "mean": [0.485, 0.456, 0.406], "size": 224},
+    "training": {"seed": 7, "metrics": {"test_accuracy": 0.5}},
+}
+
+
+@pytest.fixture
+def sets() -> dict[str, Parts]:
+    """Two sets with everything that a set may hold."""
+    return full()
+
+
+@pytest.fixture
+def rich(sets: dict[str, Parts], tmp_path: Path) -> Adapter:
+    """Their adapter, with everything that may travel."""
+    return save_adapter(tmp_path / "rich", sets, base_of(["a", "b"]), codec="raw", **ABOUT)
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec that uses the base's weights."""
+    CODECS.all()
+    monkeypatch.setitem(CODECS._classes, "test-mixed", Mixed)  # type: ignore[arg-type]
+
+
+def assert_unchanged(found: Adapter, earlier: Adapter) -> None:
+    assert found.mask_id == earlier.mask_id
+    assert found.base == earlier.base
+    for name in ("task", "class_names", "preprocess_config", "training", "sets"):
+        assert getattr(found, name) == getattr(earlier, name), name
+    coding = {"default/payloads", "expert-1/payloads", "maskpack.digests"}
+    assert found.spans.keys() == earlier.spans.keys()
+    for name in found.spans.keys() - coding:
+        assert bytes(found.bytes_of(name)) == bytes(earlier.bytes_of(name)), name
+        assert found.spans[name].dtype == earlier.spans[name].dtype
+
+
+def codecs_of(adapter: Adapter) -> set[str]:
+    return {payload.coding.codec for one in adapter.header.sets.values() for payload in one.payloads}
+
+
+def test_everything_but_the_coding_stays(rich: Adapter, sets: dict[str, Parts], tmp_path: Path) -> None:
+    found = convert_adapter(tmp_path / "rich", tmp_path / "new", codec="zstd")
+    assert_unchanged(found, rich)
+    assert (codecs_of(rich), codecs_of(found)) == ({"raw"}, {"zstd"})
+    assert_same(read_adapter(tmp_path / "new"), sets)
+    back = convert_adapter(found, tmp_path / "back.safetensors", codec="raw")
+    assert (tmp_path / "back.safetensors").read_bytes() == (tmp_path / "rich" / MODEL_FILE).read_bytes()
+    assert back.sha256 == rich.sha256
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_in_place(rich: Adapter, tmp_path: Path, single: bool) -> None:
+    path = tmp_path / ("one.safetensors" if single else "rich")
+    convert_adapter(rich, path, codec="raw")
+    before = sorted(entry.name for entry in tmp_path.rglob("*"))
+    found = convert_adapter(path, path, codec="zstd")
+    assert_unchanged(found, rich)
+    assert read_adapter(path).sha256 == found.sha256 != rich.sha256
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == before
+
+
+def test_scale_is_kept_to_the_bit(tmp_path: Path) -> None:
+    """A trained alpha need not be what the mask's density gives."""
+    masks = MaskSet({name: replace(mask, alpha=0.8125) for name, mask in random_masks({"a": (7, 9)}).items()})
+    save_adapter(tmp_path / "a.safetensors", masks, base_of(["a"]))
+    found = convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", profile="max")
+    assert found.masks() == masks
+    assert found.masks()["a"].alpha == 0.8125
+
+
+def test_the_owners_words_of_the_card_travel(rich: Adapter, tmp_path: Path) -> None:
+    card = tmp_path / "rich" / CARD_FILE
+    card.write_text(card.read_text().replace("---\n\n", "license: mit\n---\n\nMy own words.\n\n", 1))
+    convert_adapter(tmp_path / "rich", tmp_path / "new", codec="zstd")
+    text = (tmp_path / "new" / CARD_FILE).read_text()
+    assert "license: mit" in text
+    assert "My own words." in text
+    assert text != card.read_text()  # the figures are the new ones
+    (tmp_path / "new" / CARD_FILE).write_text("Other words.\n")
+    convert_adapter(tmp_path / "rich", tmp_path / "new")
+    assert "Other words." in (tmp_path / "new" / CARD_FILE).read_text()
+
+
+@pytest.mark.usefixtures("mixed")
+def test_codecs_that_use_the_base(tiny: nn.Module, tmp_path: Path) -> None:
+    masks = MaskSet.from_tensors({"conv2.weight": tiny.get_parameter("conv2.weight") > 0})
+    plain = save_adapter(tmp_path / "plain", masks, fingerprint(tiny, id="timm/tiny", head=["fc"]))
+    packed = convert_adapter(plain, tmp_path / "packed", codec="test-mixed", base=tiny)
+    assert codecs_of(packed) == {"test-mixed"}
+    assert packed.mask_id == plain.mask_id
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(AdapterError, match="packed with the weights of timm/tiny .* --backbone on the command line"):
+        convert_adapter(packed, tmp_path / "again")
+    with torch.no_grad():
+        tiny.get_parameter("conv2.bias")[0] += 1
+    with pytest.raises(BackboneMismatchError, match="made for the weights of timm/tiny, and the model has others"):
+        convert_adapter(packed, tmp_path / "again", base=tiny)
+    assert sorted(tmp_path.rglob("*")) == before
+    with torch.no_grad():
+        tiny.get_parameter("conv2.bias")[0] -= 1
+    again = convert_adapter(packed, tmp_path / "packed", base=tiny.bfloat16())
+    assert (again.mask_id, codecs_of(again) <= {"raw", "zstd"}) == (plain.mask_id, True)
+    load_mask(tiny, tmp_path / "packed")
+
+
+def test_masks_that_are_not_those_stated(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, MaskSet.from_tensors({"a": torch.tensor([True, False] * 4)}), base_of(["a"]), codec="raw")
+    path.write_bytes(with_payload(path.read_bytes(), b"\xaa"))
+    with pytest.raises(CorruptAdapterError, match="the decoded masks have the mask_id .*, the header states"):
+        convert_adapter(path, tmp_path / "b.safetensors")
+    save_adapter(path, random_masks({"a": (3, 3)}), base_of(["a"]))
+    with pytest.raises(UnknownNameError, match="unknown codec 'zip'"):
+        convert_adapter(path, tmp_path / "b", codec="zip")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
