@@ -81,7 +81,7 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
     tensors = {name: hashlib.sha256(name.encode()).digest()[:18] for name in wanted}
     digests = dict.fromkeys(("float32", "bfloat16", "float16"), "0" * 64)
     base = Fingerprint("hf/meta-llama/Llama-2-7b-hf", None, "bfloat16", (), digests, tensors)
-    masks = MaskSet.streamed(wanted, make)
+    masks = MaskSet.streamed(wanted, make, wanted)
     started = time.perf_counter()
     adapter = save_adapter(path, masks, base, profile=profile)
     seconds = time.perf_counter() - started

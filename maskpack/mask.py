@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import ConfigError, UnknownNameError
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
 Op = Literal["zero", "flip", "replace"]
 OPS: tuple[Op, ...] = ("flip", "replace", "zero")
 
@@ -127,7 +128,7 @@ class PackedMask:
 class _Streamed(Mapping[str, PackedMask]):
     """Masks that are made whenever they are asked for, and not kept."""
 
-    shapes: Mapping[str, tuple[int, ...] | None]
+    shapes: Mapping[str, Shape | None]
     make: Callable[[str], PackedMask]
 
     def __getitem__(self, name: str) -> PackedMask:
@@ -158,20 +159,18 @@ class MaskSet(Mapping[str, PackedMask]):
 
     @classmethod
     def streamed(
-        cls, names: Iterable[str] | Mapping[str, tuple[int, ...]], make: Callable[[str], PackedMask]
+        cls, names: Iterable[str], make: Callable[[str], PackedMask], shapes: Mapping[str, Shape] | None = None
     ) -> "MaskSet":
         """Make a set whose masks are made when they are asked for and not kept, so that it may exceed memory.
 
         Args:
-            names: parameter names; as a mapping to shapes, `total` needs no mask.
-            make: parameter name -> mask; called anew, in one thread, each time that a mask is asked for, and must
-                give the same mask each time.
+            make: name -> mask; called in one thread whenever a mask is asked for, and gives the same mask each time.
+            shapes: of the masks by name, if known: then `total` needs no mask.
 
         Raises:
-            ConfigError: when a mask is asked for that has another shape than `names` says.
+            ConfigError: when a mask is asked for that has another shape than stated.
         """
-        known = {name: tuple(shape) for name, shape in names.items()} if isinstance(names, Mapping) else {}
-        return cls(_Streamed({name: known.get(name) for name in sorted(set(names))}, make))
+        return cls(_Streamed({name: (shapes or {}).get(name) for name in sorted(set(names))}, make))
 
     @classmethod
     def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> "MaskSet":
@@ -189,9 +188,9 @@ class MaskSet(Mapping[str, PackedMask]):
         return cls(packed)
 
     def __getitem__(self, name: str) -> PackedMask:
-        if name not in self.masks:
-            raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters")
-        return self.masks[name]
+        if name in self.masks:
+            return self.masks[name]
+        raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters")
 
     # Mapping's own `get` only knows KeyError
     @overload

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
 from maskpack.codecs.choose import settle
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
-from maskpack.mask import MaskSet
+from maskpack.mask import MaskSet, PackedMask
 
 from .helpers_adapter import base_of, random_masks, split_file, with_header
 
@@ -118,6 +119,61 @@ class TestContract:
         )
         header = alone.header.sets["default"]
         assert (header.tables, [payload.coding.table for payload in header.payloads]) == ((6,), [0, 0, 0])
+
+
+@dataclass(frozen=True, slots=True)
+class Common(Codec):
+    """The table is a byte that all masks have most; a mask of nothing else takes no bytes."""
+
+    id = "test-common"
+
+    def encode(self, bits: Bits, side: Side) -> bytes:
+        return b"" if side.table and (bits == side.table[0]).all() else bits.tobytes()
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        assert side.table is not None
+        return side.checked(np.frombuffer(bytes(data) or side.table[:1] * side.size, np.uint8))
+
+    @classmethod
+    def candidates(cls, profile: Profile) -> list[Self]:
+        return [cls()] if profile == "default" else []
+
+    def table(self, masks: Iterable[tuple[Bits, Side]]) -> bytes | None:
+        counts = sum(np.bincount(bits, minlength=256) for bits, _ in masks)
+        return bytes([int(np.argmax(counts))]) + b"-" * 9
+
+
+class TestTables:
+    @pytest.fixture(autouse=True)
+    def common(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(CODECS._classes, "test-common", Common)  # type: ignore[arg-type]
+
+    def test_a_table_costs_one_more_walk(self, tmp_path: Path) -> None:
+        asked: list[str] = []
+
+        def make(name: str) -> PackedMask:
+            asked.append(name)
+            return PackedMask.from_bytes(np.full(9, 0x56, np.uint8), (72,))
+
+        path = tmp_path / "x.safetensors"
+        save_adapter(path, MaskSet.streamed("abc", make), base_of("abc"))
+        adapter = read_adapter(path)
+        assert asked == list("abcabc")
+        assert [adapter.header.sets["default"].tables, *(p.size for p in adapter.header.sets["default"].payloads)] == [
+            (10,), 0, 0, 0,
+        ]  # fmt: skip
+        assert adapter.masks() == MaskSet.streamed("abc", make)
+        assert adapter.verify()["mask_id"] is True
+
+    def test_a_table_is_made_for_differences_where_those_are_likely(self, tmp_path: Path) -> None:
+        general = random_masks(dict.fromkeys("abc", (800,)), 0.7)
+        sets = {"x": general, "y": general}
+        adapter = save_adapter(tmp_path, sets, base_of("abc"), codec="test-common")
+        (own,) = {one.coding.reference for one in adapter.header.sets["x"].payloads}
+        (against,) = {one.coding.reference for one in adapter.header.sets["y"].payloads}
+        assert (own, against) == (None, "x")
+        assert [one.size for one in adapter.header.sets["y"].payloads] == [0, 0, 0]
+        assert {name: adapter.masks(set=name) for name in sets} == sets
 
 
 def test_tables_are_settled_by_all_that_they_cost() -> None:

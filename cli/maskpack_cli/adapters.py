@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
+from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
 
 Profile = Literal["fast", "default", "max"]
 Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .safetensors file.")]
@@ -68,7 +68,8 @@ def verify(
     from maskpack.backbone.fingerprint import check_fingerprint
 
     adapter = load_adapter(ref, revision=revision, token=token)
-    report: dict[str, Any] = {"adapter": ref, **adapter.verify()}
+    with progress_bar("Verifying", quiet or as_json) as step:
+        report: dict[str, Any] = {"adapter": ref, **adapter.verify(step)}
     if backbone is not None:
         loaded = load_backbone(backbone, weights=weights, random_weights=random_weights)
         report["base_matches_as"] = check_fingerprint(loaded.model, adapter.base)

@@ -4,7 +4,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -81,6 +82,25 @@ def quiet_libraries(quiet: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Give a function of (done, in all) that moves a bar on stderr; there is none if quiet or not on a terminal."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    off = quiet or not sys.stderr.isatty()
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=off) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def emit(result: Mapping[str, Any], as_json: bool, title: str | None = None) -> None:

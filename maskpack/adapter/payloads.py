@@ -24,7 +24,7 @@ from .weights import base_classes
 
 WORTH = 1 << 14  # weights; coding is slow
 Key = tuple[str, Op]
-Weights = Mapping[str, Tensor] | None  # of the base by name, where a codec that competes uses them
+Base = Mapping[str, Tensor] | None  # of the base by name, where a codec that competes uses them
 
 
 class Reference(NamedTuple):
@@ -80,7 +80,7 @@ class _Kept(NamedTuple):
 class _Walk(Iterable[tuple[Bits, Side]]):
     """The masks of a set, asked for anew in each walk."""
 
-    def __init__(self, parts: Parts, reference: Reference | None, weights: Weights):
+    def __init__(self, parts: Parts, reference: Reference | None, weights: Base):
         self.parts, self.reference, self.weights = parts, reference, weights
 
     def __iter__(self) -> Iterator[tuple[Bits, Side]]:
@@ -127,7 +127,7 @@ class _Walk(Iterable[tuple[Bits, Side]]):
 def encode_set(
     parts: Parts,
     spool: Spool,
-    weights: Weights,
+    weights: Base,
     profile: Profile,
     codec: str | None,
     reference: Reference | None,
