@@ -243,7 +243,7 @@ def test_convert(adapter: Path, tmp_path: Path) -> None:
     )
     assert (found["file_bytes_before"], found["file_bytes_after"]) == (earlier["size"], about["size"])
     assert about["training"] == earlier["training"]
-    result = run("convert", tmp_path / "raw", tmp_path / "raw", "--profile", "max", *BACKBONE)
+    result = run("convert", tmp_path / "raw", tmp_path / "raw", "--profile", "default", *BACKBONE)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == f"✓ {tmp_path / 'raw'}"
     assert ok("inspect", tmp_path / "raw")["sha256"] == earlier["sha256"]
