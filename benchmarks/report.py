@@ -12,7 +12,8 @@ MUST = {"default": 0.95, "max": 0.90}  # of the best general compressor, over th
 GOAL = {"default": 0.88, "max": 0.80}
 MUST_DECODE, GOAL_DECODE = 100e6, 500e6  # weights a second, default profile
 STRUCTURELESS = (1.02, 1000)  # never over this share of the entropy, plus these bytes
-COLOURS = {"best general": "tab:red", "constriction": "tab:grey", "fast": "tab:olive", "default": "tab:blue"}
+COLOURS = {"best general": "tab:red", "constriction": "black", "fast": "tab:olive", "default": "tab:blue"}
+MARKERS = {"best general": "s", "constriction": "|"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -97,7 +98,7 @@ def summary(measured: Mapping[str, Row]) -> dict[str, Any]:
     share, extra = STRUCTURELESS
     for name, row in measured.items():
         if row["kind"] == "drawn":
-            for profile in PROFILES:
+            for profile in MUST:
                 size = row["coded"][profile]["bytes"]
                 found["structureless"].setdefault(profile, {})[name] = {
                     "of_entropy": size / row["entropy_bytes"],
@@ -167,8 +168,12 @@ def plot(measured: Mapping[str, Row], path: Path) -> None:
         for axis, values, unit in ((left, sizes, row["entropy_bytes"]), (right, rates, 1e6)):
             axis.axhline(place, color="0.92", zorder=0)
             for what, value in values.items():
-                marker = {"best general": "s", "constriction": "|"}.get(what, "o")
-                axis.scatter(value / unit, place, color=colours[what], marker=marker, s=42, label=what, zorder=2)
+                # the ring of "max" leaves a dot of "default" in the same place to be seen
+                fill = (
+                    {"facecolors": "none", "edgecolors": colours[what]} if what == "max" else {"color": colours[what]}
+                )
+                size = 90 if what == "max" else 36
+                axis.scatter(value / unit, place, marker=MARKERS.get(what, "o"), s=size, label=what, zorder=2, **fill)
     left.set_yticks(range(len(measured)), [f"{name} ({row['density']:.3f})" for name, row in measured.items()])
     left.invert_yaxis()
     left.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
