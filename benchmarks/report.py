@@ -98,9 +98,9 @@ def summary(measured: Mapping[str, Row]) -> dict[str, Any]:
     share, extra = STRUCTURELESS
     for name, row in measured.items():
         if row["kind"] == "drawn":
-            for profile in MUST:
-                size = row["coded"][profile]["bytes"]
-                found["structureless"].setdefault(profile, {})[name] = {
+            for bounded in MUST:
+                size = row["coded"][bounded]["bytes"]
+                found["structureless"].setdefault(bounded, {})[name] = {
                     "of_entropy": size / row["entropy_bytes"],
                     "of_limit": size / (share * row["entropy_bytes"] + extra),
                 }

@@ -8,8 +8,8 @@ nothing. An input's first byte says what the rest is:
 - 2: a payload with its codec, settings, shape, classes, table and reference, for one call of `decode`.
 
 Files are changed as `mutations.py` does it half the time: random bytes alone hardly ever give a header that parses.
-Only our errors may come out, within SLOW seconds and ROOM bytes of memory. What else comes out ends the run and is kept
-in a file, which `--repeat FILE` runs again.
+Only our errors may come out, within SLOW seconds and the memory named below. What else comes out ends the run
+and is kept in a file that `--repeat FILE` runs again.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import resource
 import struct
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 try:
@@ -46,9 +47,10 @@ from .mutations import mutated
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "v1"
 SLOW = 10
-ROOM = 1 << 30  # address space beyond that of the start; the fuzzer's own corpus is in it
-LONGEST = 1 << 16  # bytes of an input
+LONGEST = 1 << 13  # bytes of an input; a zstd frame of that length may rightly hold 256 MiB of packed bits
+ROOM = 1 << 30  # address space beyond that of the start: three copies of those, and the fuzzer's corpus
 MOST = 1 << 20  # weights of a mask whose payload is decoded
+ALLOWED, ALLOWED_EACH = 8 << 20, 64  # bytes of memory for one payload, and for each of its weights
 RAW, SEALED, PAYLOAD = range(3)
 # codec, change of its settings, number of dimensions, dimensions, seed of classes and reference, length of the table
 FIELDS = struct.Struct("<BBB5HBH")
@@ -89,7 +91,14 @@ def decode(data: bytes) -> None:
     except (TypeError, ValueError):  # what a codec may say to settings that make no sense
         return
     side = side_of(codec, shape, seed, table or None)
-    side.checked(codec.decode(memoryview(payload), side))
+    tracemalloc.start()
+    try:
+        side.checked(codec.decode(memoryview(payload), side))
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        if peak > ALLOWED + ALLOWED_EACH * side.count:
+            raise MemoryError(f"{codec!r} took {peak} bytes for a payload of {len(payload)} and {side.count} weights")
 
 
 def run(data: bytes, path: Path) -> None:
