@@ -32,6 +32,7 @@ from maskpack.errors import MaskpackError
 from . import report
 from .general import RangeCoder, Sizes, strong_sizes
 from .mask_sets import Case, cases
+from .results import DATA
 
 INDEX_BYTES, INDEX_BYTES_EACH = 2000, 64  # an adapter's index and digests may take so much, beside the names
 Row = dict[str, Any]
@@ -158,6 +159,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/codecs.json"))
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
     arguments = parser.parse_args()
+    if not (DATA / "weights").is_dir():
+        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
     torch.set_num_threads(1)
     sizes = Sizes(arguments.output.with_name("general-sizes.json"))
     measured: dict[str, Row] = {}

@@ -17,7 +17,7 @@ import torch
 from .general import PLAIN, Sizes
 from .mask_sets import Bools, binary_entropy, cases, densities, drawn_masks
 from .report import table
-from .results import minilm, resnet
+from .results import DATA, minilm, resnet
 
 # Self-Masking Networks, supplement, tables 2 and 3: 1 - compressed / raw, in percent, of 23,462,592 masks and weights
 PUBLISHED = {
@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, default=Path("runs/results"), help="folder of ROW-SEED/adapter")
     parser.add_argument("--output", type=Path, default=Path("runs/compression.json"))
     arguments = parser.parse_args()
+    if not (DATA / "weights").is_dir():
+        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
     sizes = Sizes(arguments.output.with_name("general-sizes.json"))
     found: dict[str, dict[str, dict[str, float]]] = {}
     entropies: dict[str, float] = {}

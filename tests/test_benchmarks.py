@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from maskpack.backbone.fingerprint import fingerprint
 
 from .helpers_adapter import base_of, random_masks
+from .test_codec_contract import mixed as mixed
 
 for library in ("brotli", "constriction", "lz4", "matplotlib", "snappy"):
     pytest.importorskip(library, reason="needs the extra `bench`")
@@ -15,6 +19,12 @@ from benchmarks import codecs, compression, general, lora_sizes, report  # noqa:
 from benchmarks.mask_sets import Case, binary_entropy  # noqa: E402
 
 SHAPES = {"a.weight": (64, 32, 3, 3), "b.weight": (40, 90), "c.bias": (17,)}
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed here: what would be called for two seconds is called once."""
+    monkeypatch.setattr(codecs, "seconds", lambda act: (act(), 0.001)[1])
 
 
 @pytest.fixture
@@ -48,6 +58,19 @@ def test_every_figure_is_made_and_drawn(case: Case, tmp_path: Path) -> None:
     assert "## small" in report.case("small", row)
     report.plot(measured, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("mixed")
+def test_a_codec_with_base_and_table_is_measured(tmp_path: Path) -> None:
+    layers = {"a": torch.nn.Conv2d(32, 64, 3, bias=False), "b": torch.nn.Linear(90, 40, bias=False)}
+    model = torch.nn.ModuleDict(layers)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    case = Case("based", "trained", random_masks(shapes), fingerprint(model, id="timm/x"), model)
+    coded = codecs.measure(case, general.Sizes(tmp_path / "sizes.json"))["coded"]
+    assert coded["test-mixed"]["with_base"]
+    assert coded["test-mixed"]["chosen"] == {"test-mixed": 2}
+    assert coded["test-mixed"]["table_bytes"] == 6
+    assert coded["max"]["bytes"] <= coded["test-mixed"]["bytes"]
 
 
 def test_range_coder_gives_back_its_bits() -> None:
