@@ -73,11 +73,13 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     described = describe(adapter)
     one = described["sets"]["default"]
     total, size = case.masks.total, one["payload_bytes"] + one["table_bytes"]
-    coded = [(codec, bytes(data), side, codec.decode(data, side)) for codec, data, side in payloads(adapter, case)]
+    coded = [(used, bytes(data), side) for used, data, side in payloads(adapter, case)]
+    masks = [(used.decode(data, side), side) for used, data, side in coded]
     start = time.perf_counter()
     for competing in rivals(profile, codec, weights is not None) if codec else []:
-        for _, _, side, bits in coded:
-            competing.encode(bits, side)
+        table = competing.table(masks)
+        for bits, side in masks:
+            competing.encode(bits, Side(side.shape, side.classes, None, table))
     encoded = time.perf_counter() - start
     allowed = INDEX_BYTES + sum(INDEX_BYTES_EACH + len(name.encode()) for name in case.masks)
     chosen: dict[str, int] = {}
@@ -95,7 +97,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         "save_rate": total / saved,
         "decode_rate": total / seconds(lambda: adapter.masks(weights)),
         "codec_encode_rate": total / encoded if codec else None,
-        "codec_decode_rate": total / seconds(lambda: [used.decode(data, side) for used, data, side, _ in coded]),
+        "codec_decode_rate": total / seconds(lambda: [used.decode(data, side) for used, data, side in coded]),
         "chosen": chosen,
     }
 
