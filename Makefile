@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit wheel lowest results fuzz clean
+.PHONY: demo test lint types unit wheel lowest results bench-codec compression fuzz clean
+FUZZ_SECONDS ?= 120
 
 # the stamp is older than pyproject.toml whenever the dependencies may have changed
 $(VENV)/.installed: pyproject.toml
@@ -43,10 +44,25 @@ lowest:
 # figures of docs/results.md: about two hours on 2 cores; needs MASKPACK_DATA
 results: $(VENV)/.installed
 	$(BIN)/python benchmarks/results.py sketch banking77
+	$(BIN)/python benchmarks/results.py mnist photo --seeds 0
 
-# spoiled adapter files for two minutes; --seed and --case repeat what it finds
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	touch $@
+
+# mask bytes and decoding rates beside general compressors, some minutes; needs MASKPACK_DATA, and `make results` for more masks
+bench-codec: $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs --plot docs/codecs.png
+
+# the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
+compression: $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compression
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lora_sizes --plot docs/mask-lora-sizes.png
+
+# spoiled adapter files (--seed and --case repeat what it finds), then files and payloads guided by coverage if atheris is installed
 fuzz: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_reader --seconds 120
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 clean:
 	rm -rf dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis

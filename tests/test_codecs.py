@@ -1,6 +1,7 @@
 """Every codec keeps the contract of `maskpack/codecs/base.py`; a new one is tested without a line here."""
 
 import json
+import math
 import struct
 import sys
 from dataclasses import FrozenInstanceError, fields
@@ -66,6 +67,30 @@ def test_gives_back_any_bits(values: list[bool], data: st.DataObject) -> None:
     codec = data.draw(st.sampled_from(INSTANCES))
     bits, side = np.packbits(np.array(values, dtype=bool), bitorder="little"), side_of(len(values), codec)
     round_trip(codec, bits, side_of(len(values), codec, table=codec.table([(bits, side)])))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (5, 0, 3), (40, 33), (16, 4, 3, 3), (2, 3, 4, 3, 5), (1, 1, 700)])
+def test_gives_back_every_number_of_dimensions(codec: Codec, shape: tuple[int, ...]) -> None:
+    for density in (0.0, 0.03, 0.5, 0.97, 1.0):
+        round_trip_shaped(codec, shape, density, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    codec=st.sampled_from(INSTANCES),
+    shape=st.lists(st.integers(0, 9), max_size=5),
+    density=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_gives_back_any_shape_and_density(codec: Codec, shape: list[int], density: float, seed: int) -> None:
+    round_trip_shaped(codec, tuple(shape), density, seed)
+
+
+def round_trip_shaped(codec: Codec, shape: tuple[int, ...], density: float, seed: int) -> None:
+    count = math.prod(shape)
+    bits, classes = random_bits(count, density, seed), side_of(count, codec, seed).classes
+    table = codec.table([(bits, Side(shape, classes))])
+    round_trip(codec, bits, Side(shape, classes, None, table))
 
 
 def test_same_bits_give_the_same_payload(codec: Codec) -> None:

@@ -1,0 +1,175 @@
+"""The mask sets that benchmarks measure: trained ones, ones drawn from logged densities, and a large one from a seed.
+
+The set of seven billion weights is too large for the tables here: `benchmarks/scale.py` measures it, memory included.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from maskpack.adapter.file import read_adapter
+from maskpack.backbone.fingerprint import Fingerprint, fingerprint
+from maskpack.mask import MaskSet, PackedMask
+from maskpack.tensorfile import read_tensors
+
+from .results import DATA, ROWS
+
+Bools = NDArray[np.bool_]
+Shapes = dict[str, tuple[int, ...]]
+DENSITIES = "masks/resnet50_swav_densities.json"
+SHARED = "masks/resnet20_cifar10_to_pacs_sketch.safetensors"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mask set.
+
+    Attributes:
+        kind: "trained"; "drawn" (independent bits, one density a tensor); "made" (rows and columns differ).
+        weights: the frozen base, where there is one.
+        floor: bytes that no codec can beat on average: the entropy of what the bits were drawn from, where known.
+    """
+
+    name: str
+    kind: Literal["trained", "drawn", "made"]
+    masks: MaskSet
+    base: Fingerprint
+    weights: nn.Module | None = None
+    floor: float | None = None
+
+    @property
+    def packed(self) -> list[bytes]:
+        """The packed bits of every payload, in name order."""
+        return [bits.tobytes() for mask in self.masks.values() for _, bits in mask.payloads()]
+
+    @property
+    def entropy(self) -> float:
+        """Bytes: the sum over tensors of size times the entropy of its density."""
+        return sum(
+            len(bits) * binary_entropy(bits.count() / len(bits)) / 8
+            for mask in self.masks.values()
+            for _, bits in mask.payloads()
+            if len(bits)
+        )
+
+    @property
+    def lora_rank_bytes(self) -> int:
+        """Bytes of LoRA matrices of rank 1 in float16 on the same layers, a convolution taken as (out, in k k)."""
+        return sum(2 * (m.shape[0] + math.prod(m.shape[1:])) for m in self.masks.values() if len(m.shape) > 1)
+
+
+def binary_entropy(p: float) -> float:
+    """Return the entropy in bits of one bit that is set with probability p."""
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q > 0)
+
+
+def cases(adapters: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """Yield (name, function that makes the case); what is missing is named on stderr and left out."""
+    if (DATA / SHARED).exists():
+        yield "sketch-shared", _shared
+    else:
+        _missing(SHARED, "MASKPACK_DATA")
+    for row in ROWS:
+        found = sorted(adapters.glob(f"{row}-*/adapter"))
+        for folder in found:
+            yield folder.parent.name, partial(_trained, row, folder)
+        if not found:
+            _missing(f"{row}-*/adapter", str(adapters))
+    if (DATA / DENSITIES).exists():
+        for data in densities():
+            yield f"drawn-{data}", partial(_drawn, data)
+    else:
+        _missing(DENSITIES, "MASKPACK_DATA")
+    yield "vit-b16-made", vit
+
+
+def _missing(what: str, where: str) -> None:
+    print(f"left out: there is no {what} in {where}", file=sys.stderr)
+
+
+def _shared() -> Case:
+    model = ROWS["sketch"].load()
+    masks = MaskSet.from_tensors(read_tensors(DATA / SHARED))
+    return Case(
+        "sketch-shared", "trained", masks, fingerprint(model.model, id=model.id, head=model.outside), model.model
+    )
+
+
+def _trained(row: str, folder: Path) -> Case:
+    model = ROWS[row].load().model
+    adapter = read_adapter(folder)
+    return Case(folder.parent.name, "trained", adapter.masks(model), adapter.base, model)
+
+
+def densities() -> dict[str, dict[str, float]]:
+    """Return data set -> parameter -> density of four self-supervised ResNet-50 masks, as their authors logged them."""
+    found: dict[str, dict[str, float]] = json.loads((DATA / DENSITIES).read_text())
+    return found
+
+
+def resnet50_shapes() -> Shapes:
+    """Return names and shapes of timm's ResNet-50."""
+    import timm
+
+    return {name: tuple(p.shape) for name, p in timm.create_model("resnet50", pretrained=False).named_parameters()}
+
+
+def drawn_masks(data: str, seed: int = 0) -> dict[str, Bools]:
+    """Draw masks for a ResNet-50: independent bits with the logged density of each tensor."""
+    shapes = resnet50_shapes()
+    return {
+        name: np.random.default_rng([seed, row]).random(shapes[name], dtype=np.float32) < density
+        for row, (name, density) in enumerate(sorted(densities()[data].items()))
+    }
+
+
+def _drawn(data: str) -> Case:
+    return _made(f"drawn-{data}", "drawn", drawn_masks(data), None)
+
+
+def vit(seed: int = 0, spread: float = 0.5) -> Case:
+    """Make a mask set for the 48 linears of a ViT-B/16 (85 million weights) whose rows and columns differ in density.
+
+    The log-odds of a bit are those of its tensor's density (0.9 to 0.99) plus a normal term for its row and one for
+    its column, both of deviation `spread`. That is the structure that trained masks were seen to have, not their
+    magnitude-dependence: there is no base here.
+    """
+    rng = np.random.default_rng(seed)
+    masks: dict[str, Bools] = {}
+    floor = 0.0
+    for block in range(12):
+        for name, shape in (
+            ("attn.qkv", (2304, 768)),
+            ("attn.proj", (768, 768)),
+            ("mlp.fc1", (3072, 768)),
+            ("mlp.fc2", (768, 3072)),
+        ):
+            density = rng.uniform(0.9, 0.99)
+            odds = math.log(density / (1 - density))
+            rows, columns = (rng.normal(0, spread, size).astype(np.float32) for size in shape)
+            p = 1 / (1 + np.exp(-(odds + rows[:, None] + columns)))
+            masks[f"blocks.{block}.{name}.weight"] = rng.random(shape, dtype=np.float32) < p
+            floor -= float((p * np.log2(p) + (1 - p) * np.log2(1 - p)).sum(dtype=np.float64)) / 8
+    return _made("vit-b16-made", "made", masks, floor)
+
+
+def _made(name: str, kind: Literal["drawn", "made"], masks: dict[str, Bools], floor: float | None) -> Case:
+    packed = {
+        key: PackedMask.from_bytes(np.packbits(bits, bitorder="little"), bits.shape) for key, bits in masks.items()
+    }
+    digests = {dtype: hashlib.sha256(dtype.encode()).hexdigest() for dtype in ("float32", "bfloat16", "float16")}
+    tensors = {key: hashlib.sha256(key.encode()).digest()[:18] for key in masks}
+    # no network has these digests, and nothing is loaded onto one: an adapter cannot be written without
+    return Case(
+        name, kind, MaskSet(packed), Fingerprint(f"made/{name}", None, "float32", (), digests, tensors), None, floor
+    )
