@@ -41,8 +41,8 @@ class Adaptive(Codec):
 def kernels(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return a parameter's output channels, input channels and positions of its kernels; (rows, columns, 1) without."""
     rows, cols = matrix_shape(shape)
-    inputs = shape[1] if len(shape) > 2 else cols
-    return (rows, inputs, cols // inputs) if inputs and rows * inputs <= MAX_KERNELS else (rows, cols, 1)
+    inputs = shape[1] if len(shape) > 2 and cols else cols
+    return (rows, inputs, cols // inputs) if cols and rows * inputs <= MAX_KERNELS else (rows, cols, 1)
 
 
 def known(side: Side, classes: Bits | None, curve: Floats | None = None) -> Known:

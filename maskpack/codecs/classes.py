@@ -15,7 +15,8 @@ def weight_classes(bf16_bits: NDArray[np.uint16]) -> Bits:
 
     Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
     weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(128 (2 B[v] + H[v]) / (2 n)).
-    All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros and NaN.
+    All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros; NaN have none, because casts
+    change theirs.
 
     Args:
         bf16_bits: the weights rounded to bfloat16 (to nearest, ties to even), as 16-bit patterns, any shape.
@@ -36,7 +37,8 @@ def weight_classes(bf16_bits: NDArray[np.uint16]) -> Bits:
     # values that do not occur may come out as 128; they are never looked up
     look_up = np.minimum(MAGNITUDES * (2 * below + histogram) // (2 * flat.size), MAGNITUDES - 1).astype(np.uint8)
     look_up[INFINITY + 2 :] = look_up[INFINITY + 1]
-    look_up = np.concatenate([look_up, look_up | MAGNITUDES])
+    negative = look_up + MAGNITUDES * (np.arange(look_up.size) <= INFINITY)
+    look_up = np.concatenate([look_up, negative.astype(np.uint8)])
     for start in range(0, flat.size, CHUNK):
         classes[start : start + CHUNK] = look_up[flat[start : start + CHUNK]]
     return classes

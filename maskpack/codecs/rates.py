@@ -78,8 +78,8 @@ class Rates:
         self.kernel = _Factors((rows, self.signs, known.inputs), SIGNED_PRIOR if known.signed else KERNEL_PRIOR)
         self.link = _Factors(LINK, LINK_PRIOR)
         self.leaning = np.zeros((0, 0), dtype=np.int64)
-        self.directions = np.zeros((settings.channels, cols))
-        self.directions[:1] = 1.0
+        numbers = np.arange(1, settings.channels + 1)[:, None]
+        self.directions: Floats = np.where(np.arange(cols) % numbers, -1.0, 1.0)  # anything that differs will do
         self.band = _Events(*(np.zeros(0, dtype=np.int64),) * 2, np.zeros(0))
         self.past = self.band
 
@@ -194,11 +194,6 @@ class _Events(NamedTuple):
         """Improve directions in place: one round of alternating least squares."""
         left = self.sign
         for direction in directions:
-            if not direction.any():  # begin with the row that has most events
-                first = np.bincount(self.row, minlength=rows).argmax()
-                direction[:] = _rounded(
-                    np.bincount(self.col, np.where(self.row == first, left, 0.0), direction.size), 64.0
-                )
             strength = _solved(self.row, rows, left, direction[self.col], CHANNEL_PRIOR)[self.row]
             mean = np.square(strength).sum() / strength.size
             if mean:

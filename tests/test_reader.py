@@ -1,0 +1,170 @@
+"""docs/reader.py, which was written from docs/format.md alone: it reads what maskpack wrote, to the same masks."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.codecs.base import CODECS
+from maskpack.mask import MaskSet
+from maskpack.tensorfile import write_tensors
+
+from .helpers_adapter import base_of, join_file, split_file, with_header, write
+
+READER = Path(__file__).parent.parent / "docs" / "reader.py"
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*/*.safetensors"))
+NAMED = ["raw", "zstd", "gap", "nm", "density", "adaptive", "adaptive-base"]
+SHAPES = {"linear.weight": (300, 200), "conv.weight": (16, 8, 3, 3), "bias": (97,), "wide.weight": (2, 700)}
+
+
+@pytest.fixture(scope="module")
+def reader() -> Any:
+    spec = importlib.util.spec_from_file_location("second_reader", READER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def base_beside(path: Path) -> Path:
+    return path.parent / "base" / "weights.safetensors"
+
+
+def hexed(masks: dict[Any, Any]) -> dict[Any, str]:
+    return {key: np.packbits(mask.ravel(), bitorder="little").tobytes().hex() for key, mask in masks.items()}
+
+
+def test_is_one_page_and_needs_no_torch() -> None:
+    text = READER.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    assert max(map(len, text.splitlines())) <= 120
+    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in found if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"numpy", "safetensors", "zstandard"}
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_reads_what_releases_wrote(path: Path, reader: Any) -> None:
+    expected = json.loads(path.with_suffix(".json").read_text())["sets"]
+    needs_base = bool(read_adapter(path).verify()["needs_base"])
+    found = reader.read(path, base_beside(path) if needs_base else None)
+    assert found.keys() == expected.keys()
+    for name, one in expected.items():
+        wanted = {(key, op): bits for key, mask in one["masks"].items() for op, bits in mask["payloads"]}
+        assert hexed(found[name]) == wanted
+        assert all(list(mask.shape) == one["masks"][key]["shape"] for (key, _), mask in found[name].items())
+
+
+def test_golden_files_have_every_codec_of_the_page() -> None:
+    assert {path.stem for path in GOLDEN} >= set(NAMED)
+
+
+def uneven(seed: int, halves: bool) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Three sets that resemble each other, with more zeros in some rows and columns and by sign; and base weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    sets: dict[str, dict[str, torch.Tensor]] = {"a": {}, "b": {}, "c": {}}
+    weights = {}
+    for name, shape in SHAPES.items():
+        weight = torch.randn(shape, generator=generator)
+        weight.view(-1)[::17], weight.view(-1)[5::31] = 0.0, -0.0
+        weight.view(-1)[:3] = torch.tensor([1.0, torch.inf, -torch.inf])
+        weight.view(-1).view(torch.int32)[3:6] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF], dtype=torch.int32)
+        weights[name] = weight.bfloat16() if halves else weight
+        matrix = weight.reshape(shape[0] if len(shape) > 1 else 1, -1)
+        rows, columns = matrix.shape
+        rate = (0.02 + 0.3 * uniform(rows, 1) ** 3 * uniform(1, columns)) * torch.where(matrix.abs() < 0.5, 2, 0.5)
+        zeros = uniform(rows, columns) < rate * (1 + 0.9 * matrix.sign() * (uniform(rows, 1) - 0.5).sign())
+        sets["a"][name] = ~zeros.reshape(shape)
+        sets["b"][name] = (~zeros ^ (uniform(rows, columns) < 0.02)).reshape(shape)
+        sets["c"][name] = (zeros ^ (uniform(rows, columns) < 0.2 * rate)).reshape(shape)
+    if seed == 2:  # N:M
+        sets = {"a": {"linear.weight": torch.tensor([1, 0, 0, 1]).bool().repeat(300, 50)}}
+        sets["a"]["linear.weight"][:, 2::4] = uniform(300, 50) < 0.5
+        sets["a"]["linear.weight"][:, 3::4] = ~sets["a"]["linear.weight"][:, 2::4]
+    return sets, weights
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("codec", [*NAMED, None])
+def test_reads_larger_masks(codec: str | None, halves: bool, reader: Any, tmp_path: Path) -> None:
+    assert set(NAMED) <= {cls.id for cls in CODECS.all()}
+    sets, weights = uneven(2 if codec == "nm" else 1, halves)
+    weights = {name: weights[name] for name in sets["a"]}
+    path, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
+    write_tensors(base, weights, {"format": "pt"})
+    parts = {name: MaskSet.from_tensors(masks) for name, masks in sets.items()}
+    save_adapter(path, parts, base_of(weights), codec=codec, weights=weights, profile="max")
+    adapter = read_adapter(path)
+    needs_base = bool(adapter.verify()["needs_base"])
+    found = reader.read(path, base if needs_base else None)
+    for name, masks in sets.items():
+        decoded = adapter.masks(weights if needs_base else None, name)
+        for key, mask in masks.items():
+            assert np.array_equal(found[name][key, "zero"], mask.numpy())
+            assert np.array_equal(found[name][key, "zero"], decoded[key].tensor().numpy())
+
+
+def test_sign_channels_and_references_are_among_them(tmp_path: Path) -> None:
+    sets, weights = uneven(1, False)
+    path = tmp_path / "adapter.safetensors"
+    parts = {name: MaskSet.from_tensors(masks) for name, masks in sets.items()}
+    save_adapter(path, parts, base_of(weights), codec="adaptive-base", weights=weights, profile="max")
+    outer, section = split_file(path.read_bytes())
+    firsts, referenced = set(), 0
+    for name, one in json.loads(outer["__metadata__"]["maskpack"])["sets"].items():
+        at = outer[f"{name}/payloads"]["data_offsets"][0] + sum(one["tables"])
+        for coding, size in zip(one["coding"], one["size"], strict=True):
+            firsts.add(section[at] >> 1)
+            referenced += "reference" in one["codings"][coding]
+            at += size
+    assert firsts >= {0, 3}
+    assert referenced
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("mask_id", lambda header: header.update(mask_id="0" * 64)),
+        ("data_sha256", lambda header: header.update(data_sha256="0" * 64)),
+    ],
+)
+def test_says_what_does_not_agree(key: str, change: Any, reader: Any, tmp_path: Path) -> None:
+    golden = next(path for path in GOLDEN if path.stem == "raw")
+    path = write(tmp_path, with_header(golden.read_bytes(), change))
+    with pytest.raises(ValueError, match=f"'{key}': False"):
+        reader.read(path)
+
+
+def test_reports_damaged_digests(reader: Any, tmp_path: Path) -> None:
+    data = next(path for path in GOLDEN if path.stem == "raw").read_bytes()
+    outer, section = split_file(data)
+    at = outer["maskpack.digests"]["data_offsets"][0]
+    spoiled = join_file(outer, section[:at] + bytes([section[at] ^ 1]) + section[at + 1 :])
+    with pytest.raises(ValueError, match=r"'maskpack\.digests': False, 'data_sha256': False, 'header_sha256': True"):
+        reader.read(write(tmp_path, spoiled))
+    at = data.index(b"producer")
+    with pytest.raises(ValueError, match="'header_sha256': False"):
+        reader.read(write(tmp_path, data[:at] + b"Producer" + data[at + 8 :]))
+
+
+def test_prints() -> None:
+    path = next(path for path in GOLDEN if path.stem == "adaptive-base")
+    words = [sys.executable, str(READER), str(path), str(base_beside(path))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert "ternary vector flip [7] 4 0.5714" in lines
+    assert lines[-4:] == [f"{what}: agrees" for what in ("mask_id", "maskpack.digests", "data_sha256", "header_sha256")]
