@@ -101,8 +101,7 @@ class PackedMask:
 
     def scaled(self) -> "PackedMask":
         """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""
-        share = max(self.kept, 1) / max(len(self.bits), 1)
-        return replace(self, alpha=float(np.float32(math.sqrt(share))))
+        return replace(self, alpha=float(np.float32(math.sqrt(max(self.kept, 1) / max(len(self.bits), 1)))))
 
     def payloads(self) -> list[tuple[Op, bitarray]]:
         """Return the (op, bits) pairs that are stored, sorted by op: two for a ternary mask, else one."""
@@ -165,10 +164,8 @@ class MaskSet(Mapping[str, PackedMask]):
 
         Args:
             make: name -> mask; called in one thread whenever a mask is asked for, and gives the same mask each time.
-            shapes: of the masks by name, if known: then `total` needs no mask.
-
-        Raises:
-            ConfigError: when a mask is asked for that has another shape than stated.
+            shapes: of the masks by name, if known: then `shapes` and `total` need no mask, and a mask that is made
+                with another shape is a ConfigError.
         """
         return cls(_Streamed({name: (shapes or {}).get(name) for name in sorted(set(names))}, make))
 
@@ -211,11 +208,15 @@ class MaskSet(Mapping[str, PackedMask]):
         return len(self.masks)
 
     @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes by name; a mask is made for those only that a streamed set was not told."""
+        known = self.masks.shapes if isinstance(self.masks, _Streamed) else {}
+        return {name: known.get(name) or self.masks[name].shape for name in self.masks}
+
+    @property
     def total(self) -> int:
         """Number of masked weights."""
-        if isinstance(self.masks, _Streamed) and None not in self.masks.shapes.values():
-            return sum(math.prod(shape or ()) for shape in self.masks.shapes.values())
-        return sum(len(mask.bits) for mask in self.masks.values())
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
     def kept(self) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .adapters import Profile, RandomWeights, Ref, Revision, Weights
-from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries
+from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries
 
 Hardness = Annotated[Profile, typer.Option(help="How hard to pack; max may use the backbone.")]
 Codec = Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")]
@@ -40,15 +40,16 @@ def pack(
     check_format(source, scale)
     loaded = load_backbone(backbone, weights=weights, random_weights=random_weights, head=head)
     found = import_masks(masks, loaded.model, source, scale=scale)
-    check_masks(loaded.model, {name: mask.shape for name, mask in found.items()})
+    check_masks(loaded.model, found.shapes)
     # a head that is masked belongs to the body
     outside = [module for module in loaded.outside if not any(inside(name, [module]) for name in found)]
     base = fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=outside)
     left = [name for name, weight in body(loaded.model, outside).items() if weight.ndim > 1 and name not in found]
-    note(f"Packing {len(found)} masks, {found.total:,} weights, density {found.density:.4f} …", quiet)
+    note(f"Packing {len(found)} masks, {found.total:,} weights …", quiet)
     if left:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.", quiet)
-    adapter = save_adapter(output, found, base, profile=profile, codec=codec, weights=loaded.model)
+    with progress_bar("Packing", quiet or as_json) as step:
+        adapter = save_adapter(output, found, base, profile=profile, codec=codec, weights=loaded.model, progress=step)
     whole = inspect_adapter(adapter)["sets"]["default"]
     totals = {key: whole[key] for key in ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")}
     emit({"adapter": str(output), **totals, "file_bytes": adapter.size}, as_json, f"✓ {output}")
@@ -77,9 +78,9 @@ def convert(
     adapter = load_adapter(ref, revision=revision, token=token)
     loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …", quiet)
-    converted = convert_adapter(
-        adapter, output, profile=profile, codec=codec, base=None if loaded is None else loaded.model
-    )
+    base = None if loaded is None else loaded.model
+    with progress_bar("Packing", quiet or as_json) as step:
+        converted = convert_adapter(adapter, output, profile=profile, codec=codec, base=base, progress=step)
     facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}
     for key, one in (("before", adapter), ("after", converted)):
         sets = inspect_adapter(one)["sets"].values()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.head import Head
 from ..errors import CorruptAdapterError, UnknownNameError
-from ..mask import MaskSet, PackedMask, Row, rows_id
+from ..mask import MaskSet, PackedMask
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..tensorheader import DTYPES, Span
 from .decode import Decoder
@@ -21,7 +21,7 @@ from .header import Header
 from .layout import BASE, BASE_BYTES, masked_names
 from .predict import Prediction, predict
 from .sets import SetHeader
-from .threads import Progress, counted
+from .threads import Progress
 from .weights import Weights, by_name
 
 
@@ -112,8 +112,11 @@ class Adapter:
 
     def iter_masks(self, base: Weights | None = None, set: str = "default") -> Iterator[tuple[str, PackedMask]]:
         """Decode masks as they are asked for, sorted by name, in threads a bounded way ahead; else as `masks`."""
-        one, alphas = self._set(set), self._alphas(set)
-        return self._decoder.masks(set, one, alphas, None if base is None else by_name(base))
+        return self._decoder.masks(set, self._alphas(set), None if base is None else by_name(base))
+
+    def stream_masks(self, base: Weights | None = None, set: str = "default") -> MaskSet:
+        """Return a set that decodes a mask whenever it is asked for, in the caller's thread; else as `masks`."""
+        return self._decoder.streamed(set, self._alphas(set), None if base is None else by_name(base))
 
     def shapes(self, set: str = "default") -> dict[str, tuple[int, ...]]:
         """Return the shape of every mask of a set, by parameter name, without decoding."""
@@ -175,8 +178,8 @@ class Adapter:
             batch_size=batch_size,
         )
 
-    def verify(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Decode every mask that needs no base, and compare `mask_id` if those are all.
+    def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
+        """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
 
         After each payload, `progress` gets the number of weights done and of those in all.
 
@@ -185,22 +188,11 @@ class Adapter:
             `mask_id`, True if it was compared and agrees, None if some masks were left out.
 
         Raises:
-            UnknownCodecError, CorruptAdapterError: as for `masks`, or if `mask_id` differs.
+            UnknownCodecError, BackboneMismatchError, CorruptAdapterError: as for `masks`, or if `mask_id` differs.
         """
-        every = [(name, i, p) for name, one in self.header.sets.items() for i, p in enumerate(one.payloads)]
-        alone = [one for one in every if not self._decoder.needs_base(one[2])]
-        skipped = [f"{name}/{payload.name}" for name, _, payload in every if self._decoder.needs_base(payload)]
-        step, rows = counted(progress, (payload.weights for _, _, payload in alone)), list[Row]()
-        for (name, _, payload), digest in zip(alone, self._decoder.digests(alone), strict=True):
-            rows.append((name, payload.name, payload.coding.op, payload.shape, digest))
-            step(payload.weights)
         for name in self.sets:
             self._alphas(name)
-        if not skipped and (found := rows_id(rows)) != self.mask_id:
-            what = f"the decoded masks have the mask_id {found}, the header states {self.mask_id}"
-            raise CorruptAdapterError(f"{self.path}: {what}; fetch the file again")
-        compared = None if skipped else True
-        return {"payloads": len(every), "decoded": len(alone), "needs_base": skipped, "mask_id": compared}
+        return self._decoder.verify(progress, None if base is None else by_name(base))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""

@@ -6,14 +6,18 @@ from torch import nn
 
 from ..backbone.fingerprint import check_fingerprint
 from ..codecs.base import Profile
-from ..errors import CorruptAdapterError
-from ..mask import mask_id
 from ..parts import Parts
-from ..tensorfile import replacing
+from ..tensorfile import Blob, replacing
 from .adapter import Adapter
 from .card import update_card
-from .file import CARD_FILE, save_adapter
+from .decode import check_id
+from .encode import encode
+from .file import CARD_FILE, write_adapter
+from .header import Header
 from .read import MODEL_FILE, read_adapter
+from .spool import Spool
+from .threads import Progress
+from .weights import by_name
 
 
 def convert_adapter(
@@ -23,14 +27,18 @@ def convert_adapter(
     profile: Profile = "default",
     codec: str | None = None,
     base: nn.Module | None = None,
+    progress: Progress | None = None,
 ) -> Adapter:
     """Write an adapter again with another profile or codec; `mask_id` and everything but the coding stay.
+
+    Masks are decoded one at a time when the writer asks for them, so that the adapter's masks may exceed memory.
 
     Args:
         adapter: opened, or its folder or file.
         path: folder or `.safetensors` file; may be the adapter's own. A new folder gets the owner's words of the card.
         profile, codec: as in `save_adapter`.
         base: the adapter's frozen base; needed where masks were packed with its weights, or are to be.
+        progress: as in `save_adapter`.
 
     Raises:
         AdapterError: if masks were packed with the base's weights and it is not given.
@@ -38,39 +46,41 @@ def convert_adapter(
         CorruptAdapterError: if the masks are not those that the adapter states.
         Others: as `read_adapter` and `save_adapter`.
     """
-    adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    old = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if base is not None:
-        check_fingerprint(base, adapter.base)
+        check_fingerprint(base, old.base)
     sets = {
         name: Parts(
-            adapter.masks(base, name),
-            adapter.head(name),
-            adapter.statistics(name),
-            adapter.parameters(name),
-            adapter.values(name),
+            old.stream_masks(base, name),
+            old.head(name),
+            old.statistics(name),
+            old.parameters(name),
+            old.values(name),
         )
-        for name in adapter.sets
+        for name in old.sets
     }
-    if (found := mask_id({name: parts.masks for name, parts in sets.items()})) != adapter.mask_id:
-        raise CorruptAdapterError(
-            f"{adapter.path}: the decoded masks have the mask_id {found}, the header states {adapter.mask_id}; fetch "
-            f"the file again"
+
+    def coded(spool: Spool) -> tuple[Header, list[Blob]]:
+        header, blobs = encode(
+            sets,
+            old.base,
+            None if base is None else by_name(base),
+            profile,
+            codec,
+            spool,
+            progress,
+            task=old.task,
+            class_names=old.class_names,
+            preprocess=old.preprocess_config,
+            training=old.training,
         )
+        check_id(old.path, old.header, header.mask_id)
+        return header, blobs
+
     path = Path(path)
-    card, earlier = path / CARD_FILE, Path(adapter.path)
+    card, earlier = path / CARD_FILE, Path(old.path)
     is_new = path.suffix != ".safetensors" and not card.exists()
-    converted = save_adapter(
-        path,
-        sets,
-        adapter.base,
-        task=adapter.task,
-        class_names=adapter.class_names,
-        preprocess=adapter.preprocess_config,
-        training=adapter.training,
-        profile=profile,
-        codec=codec,
-        weights=base,
-    )
+    converted = write_adapter(path, coded)
     owners = earlier.with_name(CARD_FILE)
     if is_new and earlier.name == MODEL_FILE and owners.is_file():
         text = update_card(owners.read_bytes().decode("utf-8", "surrogateescape"), card.read_text(encoding="utf-8"))

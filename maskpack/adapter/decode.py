@@ -1,7 +1,8 @@
 """One payload -> one mask's bits, whatever the codec and whoever wrote it."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bitarray import bitarray
 from torch import Tensor
@@ -9,10 +10,10 @@ from torch import Tensor
 from ..backbone.fingerprint import Fingerprint, same_tensor
 from ..codecs.base import CODECS, Bits, Codec, Side
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
-from ..mask import Op, PackedMask, bits_digest, packed_bits
+from ..mask import MaskSet, Op, PackedMask, Row, bits_digest, packed_bits, rows_id
 from .header import Header
-from .sets import Payload, SetHeader
-from .threads import in_order
+from .sets import Payload
+from .threads import Progress, counted, in_order
 from .weights import base_classes
 
 WORTH = 1 << 22  # weights; below, a thread gains nothing over zstd
@@ -75,13 +76,13 @@ class Decoder:
                 f"{self.path}: the mask of {name!r} is packed with the weights of {self.header.base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
+        classes = None
+        if codec.needs_base and weights is not None:
+            classes = base_classes(weights, name, payload.shape)
+            self._check_base(name, weights[name])
         reference = self._reference(payload, weights)
-        side = Side(
-            payload.shape,
-            base_classes(weights, name, payload.shape) if codec.needs_base and weights is not None else None,
-            reference,
-            None if coding.table is None else bytes(self.pieces[set][coding.table]),
-        )
+        table = None if coding.table is None else bytes(self.pieces[set][coding.table])
+        side = Side(payload.shape, classes, reference, table)
         try:
             packed = side.checked(codec.decode(self.pieces[set][len(one.tables) + index], side))
             if reference is not None:
@@ -92,17 +93,16 @@ class Decoder:
         except MemoryError:
             raise
         except Exception as error:  # a codec from elsewhere may fail in any way on bytes that a stranger wrote
-            if codec.needs_base and weights is not None:
-                self._check_base(name, weights[name])
             raise CorruptAdapterError(
                 f"{self.path}: the mask of {name!r} in set {set!r} does not decode: {error}; fetch the file again"
             ) from error
         return bits
 
     def masks(
-        self, set: str, one: SetHeader, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None
+        self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None
     ) -> Iterator[tuple[str, PackedMask]]:
         """Decode the masks of a set in order; see `Adapter.iter_masks`."""
+        one = self.header.sets[set]
         indices, signs = range(len(one.payloads)), None
         decoded = in_order(lambda i: self.decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
         for index, bits in enumerate(decoded):
@@ -113,13 +113,39 @@ class Decoder:
             yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alphas[index], signs)
             signs = None
 
-    def digests(self, payloads: Iterable[tuple[str, int, Payload]]) -> Iterator[str]:
-        """Decode payloads that need no base, given as (set, index, payload); return the hex sha256 of each's bits."""
+    def streamed(self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None) -> MaskSet:
+        """Return the masks of a set, decoded one at a time; see `Adapter.stream_masks`."""
+        payloads = self.header.sets[set].payloads
+        indices: dict[str, list[int]] = {}
+        for index, payload in enumerate(payloads):
+            indices.setdefault(payload.name, []).append(index)
+
+        def make(name: str) -> PackedMask:
+            *signs, index = indices[name]  # the signs of a ternary mask come before its zeros
+            first, bits = (self.decode(set, signs[0], weights) if signs else None), self.decode(set, index, weights)
+            return PackedMask(bits, payloads[index].shape, payloads[index].coding.op, alphas[index], first)
+
+        return MaskSet.streamed(indices, make, {payload.name: payload.shape for payload in payloads})
+
+    def verify(self, progress: Progress | None, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """Decode what can be decoded and compare `mask_id` if that is all; see `Adapter.verify`."""
+        every = [(name, i, p) for name, one in self.header.sets.items() for i, p in enumerate(one.payloads)]
+        needing = [weights is None and self.needs_base(payload) for _, _, payload in every]
+        skipped = [f"{name}/{p.name}" for (name, _, p), left in zip(every, needing, strict=True) if left]
+        found = [one for one, left in zip(every, needing, strict=True) if not left]
 
         def digest(one: tuple[str, int, Payload]) -> str:
-            return bits_digest(self.decode(one[0], one[1], None))
+            return bits_digest(self.decode(one[0], one[1], weights))
 
-        return in_order(digest, payloads, lambda one: one[2].weights, WORTH)
+        step, rows = counted(progress, (payload.weights for _, _, payload in found)), list[Row]()
+        digests = in_order(digest, found, lambda one: one[2].weights, WORTH)
+        for (name, _, payload), own in zip(found, digests, strict=True):
+            rows.append((name, payload.name, payload.coding.op, payload.shape, own))
+            step(payload.weights)
+        if not skipped:
+            check_id(self.path, self.header, rows_id(rows))
+        compared = None if skipped else True
+        return {"payloads": len(every), "decoded": len(found), "needs_base": skipped, "mask_id": compared}
 
     def needs_base(self, payload: Payload) -> bool:
         """Tell whether a payload, or the one it refers to, is packed with the base's weights."""
@@ -141,9 +167,21 @@ class Decoder:
         return self.indices[other][payload.name, payload.coding.op]
 
     def _check_base(self, name: str, weight: Tensor) -> None:
-        """Raise BackboneMismatchError if a weight that classes were made from is not the base's."""
+        """Raise BackboneMismatchError if a weight that classes are made from is not the base's.
+
+        Before decoding: few other classes may leave a payload that decodes, to another mask.
+        """
         if not same_tensor(weight, self.base, name):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load "
                 f"{self.header.base.id}, which the adapter was made for"
             )
+
+
+def check_id(path: str, header: Header, found: str) -> None:
+    """Raise CorruptAdapterError if the `mask_id` of the decoded masks is not the one that the header states."""
+    if found != header.mask_id:
+        raise CorruptAdapterError(
+            f"{path}: the decoded masks have the mask_id {found}, the header states {header.mask_id}; fetch the file "
+            f"again"
+        )

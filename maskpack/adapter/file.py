@@ -1,6 +1,6 @@
 """Writing adapters: folder or file, whole or not at all; see `read.py` for the way back."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .adapter import Adapter
 from .card import render_card, update_card
 from .describe import config_text, describe
 from .encode import check_names, encode
+from .header import Header
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_adapter, read_file
 from .spool import Spool
 from .threads import Progress
@@ -64,12 +65,11 @@ def save_adapter(
         StateError: if the files cannot be written. DataError: if the card that is there cannot be updated (the
             adapter is saved then).
     """
-    path = Path(path)
     sets = _named(masks)
     check_names(sets, base)
-    whole = path.suffix == ".safetensors"
-    with nullcontext() if whole else _folder(path), Spool(path.parent if whole else path) as spool:
-        header, blobs = encode(
+
+    def coded(spool: Spool) -> tuple[Header, list[Blob]]:
+        return encode(
             sets,
             base,
             None if weights is None else by_name(weights),
@@ -82,6 +82,15 @@ def save_adapter(
             preprocess=preprocess,
             training=training,
         )
+
+    return write_adapter(Path(path), coded)
+
+
+def write_adapter(path: Path, coded: Callable[[Spool], tuple[Header, list[Blob]]]) -> Adapter:
+    """Write the folder or file; what `coded` returns and raises is what `encode` does. Else as `save_adapter`."""
+    whole = path.suffix == ".safetensors"
+    with nullcontext() if whole else _folder(path), Spool(path.parent if whole else path) as spool:
+        header, blobs = coded(spool)
         metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
         if whole:
             with replacing(path) as (temporary,):

@@ -61,7 +61,7 @@ def load_mask(
     Args:
         ref: `user/name[@revision]` on the Hub, a folder, a `.safetensors` file, or an `Adapter`.
         verify: "strict" refuses a base whose body differs from the adapter's; "warn" says so and goes on; "off" does
-            not look. Names and shapes are checked always.
+            not look. Names and shapes are checked always, and so are weights that masks were packed with.
         head: "replace" puts the adapter's head in the place of the model's; "keep" leaves the model's.
         restorable: keep what `unload_mask` needs: the removed weights, or a whole copy where the scale is on.
         token, cache_dir, local_files_only: as in the Hugging Face Hub client.

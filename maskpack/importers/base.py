@@ -4,14 +4,14 @@ An importer is a class in a file of this folder (or in another distribution, und
 `maskpack.importers`), registered with `@IMPORTERS.register`. `masks.py` is the example to copy. It has
 
 - `id` (what `--from` takes), a docstring and a `reference` (the tool that writes such files, or ""),
-- `open(path, base)`: the names of the masked parameters, and a function that makes the mask of one of them.
+- `open(path, base)`: the shapes of the masks by parameter name, and a function that makes one of them.
 
 **Base.** Parameters and buffers of the frozen model by dotted name, under each of its names where tensors are tied.
 `match` finds names that carry a prefix; `known` refuses those that the backbone lacks.
 
 **Memory.** A file may have 14 GB. `open` reads it tensor by tensor and keeps none; the function reads one parameter
-each time that it is called, and gives the same mask each time. The file comes from a stranger: compare sizes with the
-base's shapes before anything is allocated.
+each time that it is called, and gives the same mask each time: packing calls it in one thread, once or more for each
+mask. The file comes from a stranger: compare sizes with the base's shapes before anything is allocated.
 
 **Values.** A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit
 by bit (`weights.py`); a checkpoint that was trained further is refused by `open`.
@@ -19,7 +19,7 @@ by bit (`weights.py`); a checkpoint that was trained further is refused by `open
 **Errors** are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..backbone.parameters import aliases, canonical, named_buffers, named_parameters
 from ..errors import BackboneMismatchError, ConfigError, DataError
-from ..mask import MaskSet, PackedMask
+from ..mask import MaskSet, PackedMask, Shape
 from ..registry import Registry
 
-Found = tuple[Sequence[str], Callable[[str], PackedMask]]
+Found = tuple[Mapping[str, Shape], Callable[[str], PackedMask]]
 MOST_PREFIX_PARTS = 2  # as in "module.model."
 
 
@@ -48,10 +48,13 @@ IMPORTERS: Registry[Importer] = Registry("importer", "maskpack.importers")
 
 
 def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> MaskSet:
-    """Return the masks of a file, named as the model's parameters.
+    """Return the masks of a file, named as the model's parameters; each is read whenever it is asked for.
+
+    Weights beside the masks are compared here, all of them; what is wrong with a mask itself may be raised when it is
+    asked for.
 
     Args:
-        path: the file. model: the frozen backbone that the masks belong to.
+        path: the file; it must stay while masks are asked for. model: the frozen backbone that the masks belong to.
         format: id of an importer. scale: set alpha; only for the format "masks".
 
     Raises:
@@ -60,17 +63,21 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
         BackboneMismatchError: if the masks, or the weights beside them, are not of this model.
     """
     check_format(format, scale)
-    names, make = IMPORTERS[format].open(Path(path), {**named_buffers(model), **named_parameters(model)})
+    shapes, make = IMPORTERS[format].open(Path(path), {**named_buffers(model), **named_parameters(model)})
     first, sources = aliases(model), dict[str, str]()
-    for name in names:
+    for name in shapes:
         other = sources.setdefault(first.get(name, name), name)
         if other != name and make(other) != make(name):
             raise DataError(
                 f"{path}: {other!r} and {name!r} are one tensor in the backbone and have different masks here; "
                 f"expected equal ones, leave one of them out"
             )
-    masks = {own: make(name) for own, name in sources.items()}
-    return MaskSet({name: mask.scaled() for name, mask in masks.items()} if scale else masks)
+
+    def own(name: str) -> PackedMask:
+        mask = make(sources[name])
+        return mask.scaled() if scale else mask
+
+    return MaskSet.streamed(sources, own, {name: shapes[stored] for name, stored in sources.items()})
 
 
 def check_format(format: str, scale: bool) -> None:

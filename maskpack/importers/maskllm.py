@@ -36,8 +36,9 @@ class MaskllmNpz:
             what = f"{strange[0]!r}" if strange else "no entry" if not entries else "a name that comes twice"
             raise DataError(f"{path} has {what}, expected an .npz of arrays, each under its own name; fetch it again")
         masked = {parameter: stems[stem] for stem, parameter in known(path, stems, base).items()}
+        shapes = {name: tuple(base[name].shape) for name in masked}
         for name, entry in masked.items():
-            size, shape = (base[name].numel() + 7) // 8, tuple(base[name].shape)
+            size, shape = (base[name].numel() + 7) // 8, shapes[name]
             if not size < entry.file_size <= size + LONGEST_HEADER:
                 raise BackboneMismatchError(
                     f"{path}: the mask of {name!r} has {entry.file_size} bytes, expected {size} and a short header for "
@@ -48,7 +49,7 @@ class MaskllmNpz:
                     f"{path}: {entry.filename!r} has the compression {entry.compress_type}, expected what "
                     f"numpy.savez and numpy.savez_compressed write; save it with these"
                 )
-        return sorted(masked), lambda name: _read(path, name, masked[name], tuple(base[name].shape))
+        return shapes, lambda name: _read(path, name, masked[name], shapes[name])
 
 
 @contextmanager

@@ -122,4 +122,4 @@ def pruned(path: Path, names: Iterable[str], read: Callable[[str], Tensor], base
             f"{path}: no parameter has a zero where the backbone has none, expected a pruned network; give the file "
             f"after pruning, and the backbone before it"
         )
-    return masked, lambda name: PackedMask.from_tensor(read(name) != 0)
+    return {name: tuple(base[name].shape) for name in masked}, lambda name: PackedMask.from_tensor(read(name) != 0)
