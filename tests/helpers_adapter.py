@@ -3,14 +3,15 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from maskpack.backbone.fingerprint import Fingerprint
+from maskpack.backbone.fingerprint import Fingerprint, fingerprint
 from maskpack.codecs.base import Bits
 from maskpack.mask import MaskSet
 from maskpack.tensorheader import SEAL, UNSEALED, seal
@@ -18,9 +19,14 @@ from maskpack.tensorheader import SEAL, UNSEALED, seal
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def base_of(names: Iterable[str], id: str = "timm/resnet18.a1_in1k") -> Fingerprint:
-    """Return a fingerprint that has these tensors."""
+def base_of(
+    names: Iterable[str], id: str = "timm/resnet18.a1_in1k", weights: Mapping[str, Tensor] | None = None
+) -> Fingerprint:
+    """Return a fingerprint that has these tensors, with the digests of the weights, if there are any."""
     tensors = {name: hashlib.sha256(name.encode()).digest()[:18] for name in names}
+    for name, weight in (weights or {}).items():
+        module = nn.ParameterDict({"x": nn.Parameter(weight, requires_grad=False)})
+        tensors[name] = fingerprint(module, id=id).tensors["x"]
     digests = {dtype: hashlib.sha256(dtype.encode()).hexdigest() for dtype in DTYPES}
     return Fingerprint(id, "a" * 40, "float32", ("fc",), digests, tensors)
 

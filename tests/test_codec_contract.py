@@ -70,7 +70,7 @@ class TestContract:
     def saved(self, path: Path) -> tuple[MaskSet, dict[str, torch.Tensor]]:
         weights = {name: torch.randn(shape) for name, shape in self.shapes.items()}
         masks = random_masks(self.shapes)
-        save_adapter(path, masks, base_of(self.shapes), codec="test-mixed", weights=weights)
+        save_adapter(path, masks, base_of(self.shapes, weights=weights), codec="test-mixed", weights=weights)
         return masks, weights
 
     def test_classes_table_and_config_reach_the_codec(self, tmp_path: Path) -> None:

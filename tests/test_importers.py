@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from maskpack.errors import BackboneMismatchError, ConfigError, DataError, MaskpackError, UnknownNameError
 from maskpack.importers.base import IMPORTERS, Importer, import_masks
 from maskpack.importers.weights import compare
-from maskpack.mask import MaskSet
+from maskpack.mask import MaskSet, PackedMask
 
 ALL = IMPORTERS.all()
 MASKED = ("conv1.weight", "conv2.weight", "fc.weight")
@@ -73,6 +73,11 @@ def packed_npz(path: Path, masks: Mapping[str, Tensor], prefix: str = "") -> Pat
     return path
 
 
+def imported(path: Path, model: nn.Module, format: str = "masks") -> dict[str, PackedMask]:
+    """All masks of a file: what is wrong with one is found when it is asked for."""
+    return dict(import_masks(path, model, format))
+
+
 # --- the contract ----------------------------------------------------------------------------------------------------
 
 
@@ -92,7 +97,7 @@ def test_contract(cls: type[Importer], tiny: nn.Module, tmp_path: Path) -> None:
         before = [path for path in before if path.name != "nothing"]
     for name in ("missing", "", *(path.name for path in before)):
         with pytest.raises(MaskpackError) as caught:
-            import_masks(tmp_path / name, tiny, cls.id)
+            imported(tmp_path / name, tiny, cls.id)
         assert str(tmp_path) in str(caught.value)
     assert len(list(tmp_path.iterdir())) == 6
 
@@ -316,7 +321,7 @@ def test_bits_beyond_a_row(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_wrong_tensors(tiny: nn.Module, tmp_path: Path, format: str, state: dict[str, Tensor], words: str) -> None:
     with pytest.raises(MaskpackError) as caught:
-        import_masks(saved(tmp_path / "m", state), tiny, format)
+        imported(saved(tmp_path / "m", state), tiny, format)
     assert str(tmp_path / "m") in str(caught.value)
     assert words in str(caught.value)
 
@@ -360,7 +365,7 @@ def forged(shape: int) -> bytes:
 def test_wrong_archives(tiny: nn.Module, tmp_path: Path, contents: dict[str, bytes], words: str) -> None:
     entries(tmp_path / "m.npz", contents)
     with pytest.raises(MaskpackError) as caught:
-        import_masks(tmp_path / "m.npz", tiny, "maskllm-npz")
+        imported(tmp_path / "m.npz", tiny, "maskllm-npz")
     assert str(tmp_path / "m.npz") in str(caught.value)
     assert words in str(caught.value)
 
@@ -394,7 +399,7 @@ def test_declared_sizes_that_lie(tiny: nn.Module, tmp_path: Path) -> None:
     data = (tmp_path / "m.npz").read_bytes().replace(len(bomb).to_bytes(4, "little"), (129).to_bytes(4, "little"))
     (tmp_path / "m.npz").write_bytes(data)
     with pytest.raises(DataError, match="cannot read .* as an .npz file: Bad CRC-32"):
-        import_masks(tmp_path / "m.npz", tiny, "maskllm-npz")
+        imported(tmp_path / "m.npz", tiny, "maskllm-npz")
 
 
 FORMATS: dict[str, Callable[[Path, nn.Module], object]] = {
@@ -421,7 +426,7 @@ def test_damaged_files_give_our_errors(tiny: nn.Module, tmp_path: Path, format: 
             data[at] = noise.randrange(256)
         file.write_bytes(bytes(data[: noise.randrange(len(data))] if noise.random() < 0.2 else data))
         try:
-            import_masks(file, tiny, format)
+            imported(file, tiny, format)
         except MaskpackError as error:
             messages.append(str(error))
     assert len(messages) > 50

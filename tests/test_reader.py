@@ -107,7 +107,7 @@ def test_reads_larger_masks(codec: str | None, halves: bool, reader: Any, tmp_pa
     path, base = tmp_path / "adapter.safetensors", tmp_path / "base.safetensors"
     write_tensors(base, weights, {"format": "pt"})
     parts = {name: MaskSet.from_tensors(masks) for name, masks in sets.items()}
-    save_adapter(path, parts, base_of(weights), codec=codec, weights=weights, profile="max")
+    save_adapter(path, parts, base_of(weights, weights=weights), codec=codec, weights=weights, profile="max")
     adapter = read_adapter(path)
     needs_base = bool(adapter.verify()["needs_base"])
     found = reader.read(path, base if needs_base else None)
@@ -122,7 +122,7 @@ def test_sign_channels_and_references_are_among_them(tmp_path: Path) -> None:
     sets, weights = uneven(1, False)
     path = tmp_path / "adapter.safetensors"
     parts = {name: MaskSet.from_tensors(masks) for name, masks in sets.items()}
-    save_adapter(path, parts, base_of(weights), codec="adaptive-base", weights=weights, profile="max")
+    save_adapter(path, parts, base_of(weights, weights=weights), codec="adaptive-base", weights=weights, profile="max")
     outer, section = split_file(path.read_bytes())
     firsts, referenced = set(), 0
     for name, one in json.loads(outer["__metadata__"]["maskpack"])["sets"].items():

@@ -124,7 +124,7 @@ def expectation(sets: dict[str, Parts], mask_id: str) -> dict[str, Any]:
 def main() -> None:
     """Write a file for every codec that has none yet."""
     FOLDER.mkdir(exist_ok=True)
-    base = base_of(weights())
+    base = base_of(weights(), weights=weights())
     about: dict[str, Any] = {"task": "image-classification", "class_names": ["a", "ü"], "training": {"seed": 0}}
     for cls in CODECS.all():
         path = FOLDER / f"{cls.id}.safetensors"
