@@ -129,21 +129,23 @@ def main() -> None:
     profile = arguments.profiles[0]
     if arguments.step:
         path = arguments.folder / f"{profile}.safetensors"
-        step = pack(path, arguments.scale, profile, arguments.workers) if arguments.step == "pack" else None
-        print(json.dumps(step or read(path, arguments.workers)))
+        packing = arguments.step == "pack"
+        done = pack(path, arguments.scale, profile, arguments.workers) if packing else read(path, arguments.workers)
+        print(json.dumps(done))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder, found = arguments.folder or Path(temporary), {}
+        folder = arguments.folder or Path(temporary)
+        found: dict[str, dict[str, Any]] = {}
         for profile in arguments.profiles:
             own = ["--scale", str(arguments.scale), "--profiles", profile, "--folder", str(folder)]
             own += ["--workers", str(arguments.workers)] if arguments.workers else []
             for step in ("pack", "read"):
                 # this process imports nothing great: what a child starts from would count as its peak
-                done = subprocess.run(
+                child = subprocess.run(
                     [sys.executable, __file__, *own, "--step", step],
                     env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=subprocess.PIPE, check=True,
                 )  # fmt: skip
-                found.setdefault(profile, {})[step] = json.loads(done.stdout)
+                found.setdefault(profile, {})[step] = json.loads(child.stdout)
     print(json.dumps(found, indent=2))
 
 

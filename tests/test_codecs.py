@@ -204,7 +204,9 @@ class TestZstd:
     def test_level_19_proves_itself_on_a_sample_of_great_masks(self) -> None:
         unstructured = np.random.default_rng(0).integers(0, 256, SAMPLED + 8, dtype=np.uint8)
         side = Side((8 * len(unstructured),))
-        assert Zstd(19).encode(unstructured, side) == Zstd(1).encode(unstructured, side)
+        assert Zstd(19).encode(unstructured, side) is None
+        structured = np.tile(unstructured[:5000], 300)
+        assert len(Zstd(19).encode(structured, Side((8 * len(structured),))) or b"") < 20_000
 
 
 class TestChoice:

@@ -9,11 +9,13 @@ from ..errors import CorruptAdapterError
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .octaves import Octaves
 from .streams import (
+    CHUNK,
     NO_EVENTS,
     Numbers,
     Reader,
+    add_planes,
     count_ones,
-    from_planes,
+    distances,
     matrix_shape,
     pack_unary,
     place,
@@ -27,7 +29,6 @@ CLASSES = np.arange(-8, 9)
 MAX_WIDTH = 40
 MOST = 1 << 62
 CROWDED = 0.35  # share of the rarer bit from which Rice codes are slower and larger than packed bits
-CHUNK = 1 << 20  # events that are mapped at once
 ROUNDS = 6  # of fitting rows, then columns; changes after that are rare
 
 
@@ -55,19 +56,16 @@ class Density(Codec):
         octaves = Octaves.of(rows, cols, fit.rows, fit.cols)
         for start in range(0, where.size, CHUNK):
             where[start : start + CHUNK] = octaves.places(where[start : start + CHUNK])
-        places = where
-        places.sort()
-        starts = np.searchsorted(places, octaves.starts)
-        quotients, fields, counts = [], [np.zeros(0, dtype=np.uint8)], b""
+        where.sort()
+        starts = np.append(np.searchsorted(where, octaves.starts[:-1]), where.size)
+        fields, counts = [np.zeros(0, dtype=np.uint8)], b""
         for index, octave in enumerate(octaves.numbers):
-            own = places[starts[index] : starts[index + 1]] - octaves.starts[index]
-            gaps = np.diff(own, prepend=-1) - 1
-            width = fit.width - int(octave)
+            own = where[starts[index] : starts[index + 1]]
+            gaps, width = distances(own - octaves.starts[index]), fit.width - int(octave)
             counts += varint(own.size)
-            quotients.append(gaps >> width)
             fields += planes(gaps, width)
-        classes = [_fold(one) for one in (fit.rows, fit.cols) if one is not None]
-        unary = pack_unary(np.concatenate([*classes, *quotients]))
+            own[:] = gaps >> width
+        unary = pack_unary(np.concatenate([*(_fold(one) for one in (fit.rows, fit.cols) if one is not None), where]))
         flags = symbol | (fit.rows is not None) << 1 | (fit.cols is not None) << 2
         head = bytes([flags, fit.width]) + varint(len(unary))
         return head + unary + counts + np.packbits(np.concatenate(fields), bitorder="little").tobytes()
@@ -105,14 +103,14 @@ class Density(Codec):
         unpacked = np.unpackbits(packed, bitorder="little")
         if unpacked[bits:].any():
             raise CorruptAdapterError("a density payload has bits after its last field")
-        places, at, field = np.empty(quotients.size, dtype=np.int64), 0, 0
+        places, at, field = quotients, 0, 0
         for index, (count, width) in enumerate(zip(counts, widths, strict=True)):
             own = places[at : at + count]
-            quotient = quotients[at : at + count]
-            fits = int(quotient.sum()) << width <= side.count and count << width < MOST  # nothing overflows
+            fits = int(own.sum()) << width <= side.count and count << width < MOST  # nothing overflows
             if fits:
-                gaps = from_planes(unpacked[field : field + count * width], count, width) + (quotient << width) + 1
-                np.cumsum(gaps, out=own)
+                add_planes(own, unpacked[field : field + count * width], width)
+                own += 1
+                np.cumsum(own, out=own)
                 own += octaves.starts[index] - 1
             if not fits or (count and own[-1] >= octaves.starts[index + 1]):
                 raise CorruptAdapterError(f"the gaps of a density payload run past the end of octave {index}")
@@ -143,7 +141,11 @@ def _best_fit(where: Numbers, rows: int, cols: int) -> _Fit:
         _Fit(None, None, w, _cost(where.size, rows * cols / 2**w, w)) for w in (max(0, middle - 1), middle, middle + 1)
     ]
     if min(rows, cols) > 1:
-        in_rows, in_cols = np.bincount(where // cols, minlength=rows), np.bincount(where % cols, minlength=cols)
+        in_rows, in_cols = np.zeros(rows, dtype=np.int64), np.zeros(cols, dtype=np.int64)
+        for start in range(0, where.size, CHUNK):
+            row, col = np.divmod(where[start : start + CHUNK], cols)
+            in_rows += np.bincount(row, minlength=rows)
+            in_cols += np.bincount(col, minlength=cols)
         fits += [
             _fit(in_rows, in_cols, use, width)
             for use in ((True, False), (False, True), (True, True))

@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import CorruptAdapterError
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .frames import from_frame, to_frame
-from .streams import Reader, place, rarer
+from .streams import Reader, distances, place, rarer
 
 FAR = 255  # as many weights without an event
 
@@ -23,11 +23,11 @@ class Gap(Codec):
 
     def encode(self, bits: Bits, side: Side) -> bytes:
         symbol, where = rarer(bits, side.count)
-        gaps = np.diff(where, prepend=-1) - 1
-        far = gaps // FAR
-        ends = np.cumsum(far + 1) - 1
+        gaps = distances(where)
+        ends = np.cumsum(gaps // FAR + 1)
+        ends -= 1
         steps = np.full(int(ends[-1]) + 1 if ends.size else 0, FAR, dtype=np.uint8)
-        steps[ends] = gaps - far * FAR
+        steps[ends] = gaps % FAR
         return bytes([symbol]) + to_frame(steps.tobytes(), 1)
 
     def decode(self, data: Bytes, side: Side) -> Bits:
@@ -37,10 +37,12 @@ class Gap(Codec):
             raise CorruptAdapterError(f"a gap payload begins with {symbol}, expected 0 or 1")
         steps = np.frombuffer(from_frame(reader.rest(), 0, side.count), dtype=np.uint8)
         near = steps != FAR
-        ends = np.cumsum(np.where(near, steps + np.int64(1), FAR))
+        ends = np.cumsum(np.add(steps, near, dtype=np.uint16), dtype=np.int64)
         if steps.size and (not near[-1] or ends[-1] > side.count):
             raise CorruptAdapterError(f"the gaps of a payload end at weight {ends[-1]} of {side.count}")
-        return place(symbol, ends[near] - 1, side.count)
+        where = ends[near]
+        where -= 1
+        return place(symbol, where, side.count)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:

@@ -9,6 +9,7 @@ from ..errors import CorruptAdapterError
 from .base import Bits, Bytes
 
 Numbers = NDArray[np.int64]
+CHUNK = 1 << 20  # numbers, or bytes of packed bits, that are worked on at once where copies would add up
 MAX_VARINT = 9  # bytes, 63 bits
 NO_EVENTS = 0x80  # in the first byte, and with the symbol all of the payload
 ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)
@@ -72,7 +73,9 @@ def pack_unary(values: Numbers) -> bytes:
     """Return numbers >= 0 as bits: as many zeros as the number says, then a one."""
     if not values.size:
         return b""
-    ends = np.cumsum(values + 1) - 1
+    ends = values + 1
+    np.cumsum(ends, out=ends)
+    ends -= 1
     bits = np.zeros(int(ends[-1]) + 1, dtype=np.bool_)
     bits[ends] = True
     return np.packbits(bits, bitorder="little").tobytes()
@@ -80,10 +83,18 @@ def pack_unary(values: Numbers) -> bytes:
 
 def unpack_unary(packed: Bits) -> Numbers:
     """Return the numbers that `pack_unary` packed; zeros after the last one are padding."""
-    ends = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))
+    ends = where_ones(packed)
     if len(packed) and (not ends.size or ends[-1] < 8 * len(packed) - 8):
         raise CorruptAdapterError("the unary numbers of the payload end before their last byte")
-    return np.diff(ends, prepend=-1) - 1
+    return distances(ends)
+
+
+def distances(positions: Numbers) -> Numbers:
+    """Return how many places lie between each of rising positions and the one before, or the start."""
+    found = positions.copy()
+    found[1:] -= positions[:-1]
+    found[1:] -= 1
+    return found
 
 
 def planes(values: Numbers, width: int) -> list[NDArray[np.uint8]]:
@@ -91,12 +102,14 @@ def planes(values: Numbers, width: int) -> list[NDArray[np.uint8]]:
     return [(values >> bit & 1).astype(np.uint8) for bit in range(width)]
 
 
-def from_planes(bits: NDArray[np.uint8], count: int, width: int) -> Numbers:
-    """Return `count` numbers of `width` bits from planes."""
-    values = np.zeros(count, dtype=np.int64)
-    for bit in range(width):
-        values |= bits[bit * count : (bit + 1) * count].astype(np.int64) << bit
-    return values
+def add_planes(values: Numbers, bits: NDArray[np.uint8], width: int) -> None:
+    """Shift numbers by `width` bits to the left and fill these from planes."""
+    for start in range(0, values.size, CHUNK):
+        part = values[start : start + CHUNK]
+        part <<= width
+        for bit in range(width):
+            first = bit * values.size + start
+            part |= np.left_shift(bits[first : first + part.size], bit, dtype=np.int64)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -111,19 +124,34 @@ def count_ones(bits: Bits) -> int:
     return int(ONES[bits].sum(dtype=np.int64))
 
 
+def where_ones(bits: Bits) -> Numbers:
+    """Return the positions of true bits, in increasing order."""
+    found, at = np.empty(count_ones(bits), dtype=np.int64), 0
+    for start in range(0, len(bits), CHUNK):
+        own = np.flatnonzero(np.unpackbits(bits[start : start + CHUNK], bitorder="little").view(np.bool_))
+        np.add(own, 8 * start, out=found[at : at + own.size])
+        at += own.size
+    return found
+
+
 def rarer(bits: Bits, count: int) -> tuple[int, Numbers]:
     """Return the rarer of the two symbols (1 if they are even) and where it is, in increasing order."""
-    unpacked = np.unpackbits(bits, count=count, bitorder="little").view(np.bool_)
-    symbol = int(2 * np.count_nonzero(unpacked) <= count)
-    return symbol, np.flatnonzero(unpacked if symbol else ~unpacked)
+    symbol = int(2 * count_ones(bits) <= count)
+    return symbol, where_ones(bits if symbol else flipped(bits, count))
+
+
+def flipped(bits: Bits, count: int) -> Bits:
+    """Return packed bits with each of the `count` bits inverted."""
+    bits = ~bits
+    if count % 8:
+        bits[-1] &= (1 << count % 8) - 1
+    return bits
 
 
 def place(symbol: int, where: Numbers, count: int) -> Bits:
     """Return packed bits that are `symbol` at distinct positions and the other symbol elsewhere."""
     bits = np.zeros((count + 7) // 8, dtype=np.uint8)
-    np.add.at(bits, where >> 3, np.left_shift(1, where & 7).astype(np.uint8))
-    if not symbol:
-        np.invert(bits, out=bits)
-        if count % 8:
-            bits[-1] &= (1 << count % 8) - 1
-    return bits
+    for start in range(0, where.size, CHUNK):
+        own = where[start : start + CHUNK]
+        np.add.at(bits, own >> 3, np.left_shift(1, own & 7).astype(np.uint8))
+    return bits if symbol else flipped(bits, count)

@@ -9,8 +9,8 @@ from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .frames import from_frame, to_frame
 
 PATIENT = 19
-SAMPLED = 4 << 20  # bytes of packed bits (34 million weights) from which level 19 has to prove itself
-SAMPLE = 1 << 20
+SAMPLED = 1 << 20  # bytes of packed bits (8 million weights) from which level 19 has to prove itself
+SAMPLE = 1 << 18
 
 
 @CODECS.register
@@ -27,14 +27,13 @@ class Zstd(Codec):
 
     level: int = 1
 
-    def encode(self, bits: Bits, side: Side) -> bytes:
-        level = self.level
-        if level == PATIENT and len(bits) > SAMPLED:
-            # minutes are at stake on embeddings of half a billion weights, so a sample from the middle decides
+    def encode(self, bits: Bits, side: Side) -> bytes | None:
+        if self.level == PATIENT and len(bits) > SAMPLED:
+            # minutes are at stake on large embeddings, so a sample from the middle decides
             sample = bits[len(bits) // 2 :][:SAMPLE].tobytes()
             if len(to_frame(sample, PATIENT)) > 0.99 * len(to_frame(sample, 1)):
-                level = 1
-        return to_frame(bits.tobytes(), level)
+                return None
+        return to_frame(bits.tobytes(), self.level)
 
     def decode(self, data: Bytes, side: Side) -> Bits:
         return side.checked(np.frombuffer(from_frame(data, side.size), dtype=np.uint8))
