@@ -8,6 +8,7 @@ import typer
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
 
 Profile = Literal["fast", "default", "max"]
+PROFILES = "fast: quick. default: small, decodes quickly. max: smallest, slow, may need the backbone to decode."
 Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .safetensors file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
@@ -62,18 +63,23 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check every byte, digest and mask of an adapter, and its base if one is given."""
+    """Check every byte, digest and mask of an adapter, and its base if one is given: some masks need it."""
     quiet_libraries(quiet)
     from maskpack import load_adapter, load_backbone
     from maskpack.backbone.fingerprint import check_fingerprint
 
     adapter = load_adapter(ref, revision=revision, token=token)
-    with progress_bar("Verifying", quiet or as_json) as step:
-        report: dict[str, Any] = {"adapter": ref, **adapter.verify(step)}
+    report: dict[str, Any] = {"adapter": ref}
+    base = None
     if backbone is not None:
-        loaded = load_backbone(backbone, weights=weights, random_weights=random_weights)
-        report["base_matches_as"] = check_fingerprint(loaded.model, adapter.base)
+        base = load_backbone(backbone, weights=weights, random_weights=random_weights).model
+        report["base_matches_as"] = check_fingerprint(base, adapter.base)
+    with progress_bar("Verifying", quiet or as_json) as step:
+        report |= adapter.verify(step, base)
     emit(report, as_json, f"✓ {ref} is valid")
+    if left := report["needs_base"]:
+        shown = ", ".join(left[:3]) + (", … (all: --json)" if len(left) > 3 else "")
+        note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)
 
 
 def listing(

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 from rich.console import Console
@@ -131,7 +131,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or row[i] is None for row in rows)
-        shown.add_column(column, justify="right" if numbers and rows else "left", no_wrap=not numbers and i == 0)
+        justify: Literal["left", "right"] = "right" if numbers and rows else "left"
+        # an address or a path that does not fit goes on in the next line: cut off it is of no use
+        shown.add_column(column, justify=justify, no_wrap=not numbers and i == 0, overflow="fold")
     for row in rows:
         shown.add_row(*(_plain(readable(value)) for value in row))
     Console(width=None if sys.stdout.isatty() else 160).print(shown)

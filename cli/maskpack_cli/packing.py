@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .adapters import Profile, RandomWeights, Ref, Revision, Weights
+from .adapters import PROFILES, Profile, RandomWeights, Ref, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries
 
-Hardness = Annotated[Profile, typer.Option(help="How hard to pack; max may use the backbone.")]
+Hardness = Annotated[Profile, typer.Option(help=PROFILES)]
 Codec = Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")]
 
 

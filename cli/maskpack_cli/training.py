@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import Profile
+from .adapters import PROFILES, Profile
 from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def train(
     config: Annotated[
         Path | None, _option("run", "TOML file with these options as keys; the command line goes before it.")
     ] = None,
-    profile: Annotated[Profile | None, _option("run", "How hard to pack. (default: default)")] = None,
+    profile: Annotated[Profile | None, _option("run", f"{PROFILES} (default: default)")] = None,
     resume: Annotated[bool, _option("run", "Continue from the last checkpoint in --output.", "--resume")] = False,
     dry_run: Annotated[bool, _option("run", "Check everything, run one batch, write nothing.", "--dry-run")] = False,
     as_json: Json = False,

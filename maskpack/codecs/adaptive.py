@@ -22,7 +22,7 @@ T = TypeVar("T", bound=np.generic)
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Adaptive(Codec):
-    """Row and column densities, learned from what is decoded already. Needs no base; slow."""
+    """Row and column densities, learned on the way; small and slow."""
 
     id = "adaptive"
     reference = "https://arxiv.org/abs/1311.2540"

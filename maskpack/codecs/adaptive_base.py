@@ -20,7 +20,7 @@ UNIT = 4096  # a factor of one in the table
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class AdaptiveBase(Codec):
-    """Densities learned on the way, by row, column, magnitude and sign of the base's weight; needs the base, slow.
+    """As adaptive, also by the base's weights, which it needs; slow.
 
     Scores trained with SGD move in proportion to the weight, so that its magnitude tells much. Scores trained with Adam
     move with the sign of weight times gradient, and gradients are nearly of low rank, so that signs tell much.

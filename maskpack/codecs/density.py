@@ -35,7 +35,7 @@ ROUNDS = 6  # of fitting rows, then columns; changes after that are rare
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Density(Codec):
-    """Gaps of the rarer bit in Rice codes, whose width follows the density of row and column. Needs no base.
+    """Gaps in Rice codes of a width for each row and column; quick.
 
     Every row and every column has a class; the density at their crossing doubles from one sum of classes to the next,
     so that the Rice code's width, which halves its mean, always fits. Classes cost a bit or two each.

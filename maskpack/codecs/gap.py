@@ -16,7 +16,7 @@ FAR = 255  # as many weights without an event
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Gap(Codec):
-    """Gaps between the rarer bits as bytes, Huffman-coded by zstandard: quick, for one bit in eight or fewer."""
+    """Gaps between the rarer bits as bytes, Huffman-coded; quick."""
 
     id = "gap"
     reference = "https://www.rfc-editor.org/rfc/rfc8878"

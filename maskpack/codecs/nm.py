@@ -19,9 +19,10 @@ GLANCE = 256  # groups that are looked at before all are
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class NM(Codec):
-    """N true bits in every M consecutive ones, as 2:4: several patterns a byte, Huffman-coded by zstandard.
+    """N true bits in every M consecutive ones, as 2:4; quick.
 
-    2:4 takes .653 bits a weight where all patterns are as frequent; the least is log2(6) / 4 = .646.
+    Several patterns a byte, Huffman-coded by zstandard: 2:4 takes .653 bits a weight where all patterns are as
+    frequent; the least is log2(6) / 4 = .646.
     """
 
     id = "nm"

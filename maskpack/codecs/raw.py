@@ -11,7 +11,7 @@ from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Raw(Codec):
-    """Packed bits without compression: for masks near density one half, and for other tools to read."""
+    """Packed bits as they are: for masks near density one half."""
 
     id = "raw"
 

@@ -16,7 +16,7 @@ SAMPLE = 1 << 18
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Zstd(Codec):
-    """Packed bits in one zstandard frame: general-purpose, quick to decode, good on repeating structure.
+    """Packed bits in a zstandard frame: good on what repeats; quick.
 
     Level 1 beats the middle levels on sparse bits without structure (its literal coder does the work), level 19 finds
     repeats that it misses, at a hundredth of the speed.
