@@ -1,21 +1,30 @@
 """The command line: what people type, what they see, and how it ends."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from maskpack_cli import console, packing
 from maskpack_cli.main import app
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
+from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from maskpack.backbone.load import load_backbone
+from maskpack.importers.base import IMPORTERS, Found
+from maskpack.mask import PackedMask
 from maskpack.tensorfile import read_tensors
 
 from .hub_fixtures import hub as hub
@@ -183,8 +192,6 @@ def test_export_pack_and_back(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_pack_refuses_what_are_no_masks(tmp_path: Path) -> None:
-    import torch
-
     save_file({"0.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "m.safetensors")
     result = run("pack", tmp_path / "m.safetensors", *BACKBONE, "--output", tmp_path / "out")
     assert "mask '0.weight': a mask must be bool, or uint8 of zeros and ones; got torch.float32" in result.stderr
@@ -220,6 +227,42 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
     assert "unknown importer 'pickle'; known: compressed-tensors, maskllm-npz, masks, prune, zeros" in unknown.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_pack_and_convert_make_each_mask_once_and_show_how_far_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, seen = list[str](), list[tuple[object, object]]()
+    shapes: dict[str, tuple[int, ...]] = {"0.weight": (32, 3, 3, 3), "3.weight": (64, 32, 3, 3)}
+
+    def make(name: str) -> PackedMask:
+        made.append(name)
+        return PackedMask.from_tensor(torch.ones(shapes[name]) == 1)
+
+    class Counted:
+        """Masks of ones."""
+
+        id, reference = "counted", ""
+
+        @staticmethod
+        def open(path: Path, base: Mapping[str, Tensor]) -> Found:
+            assert [tuple(base[name].shape) for name in shapes] == list(shapes.values())
+            return shapes, make
+
+    @contextmanager
+    def bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+        seen.append((what, quiet))
+        yield lambda done, total: seen.append((done, total))
+
+    IMPORTERS.all()
+    monkeypatch.setitem(IMPORTERS._classes, "counted", Counted)
+    monkeypatch.setattr(packing, "progress_bar", bar)
+    ok("pack", "masks", "--from", "counted", *BACKBONE, "--output", tmp_path / "a")
+    assert made == list(shapes), "one walk over the masks: none for their shapes or their density"
+    assert seen == [("Packing", True), (864, 19296), (19296, 19296)]
+    seen.clear()
+    assert run("convert", tmp_path / "a", tmp_path / "b").exit_code == 0
+    assert seen == [("Packing", False), (864, 19296), (19296, 19296)]
 
 
 def test_a_masked_head_belongs_to_the_body(tmp_path: Path) -> None:
@@ -269,6 +312,19 @@ def test_push_pull_and_list(adapter: Path, hub: HubServer, tmp_path: Path) -> No
     assert missing.exit_code == 1
     assert "alice/digit" in missing.stderr
     assert WRITE_TOKEN not in missing.stderr
+
+
+def test_what_codecs_are_stands_on_one_line() -> None:
+    about = {row["codec"]: row["what"] for row in ok("list", "codecs")["codecs"]}
+    assert {name: text for name, text in about.items() if len(text) > 64} == {}
+    assert len(run("list", "codecs").stdout.splitlines()) == len(about) + 1
+
+
+def test_addresses_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(console, "Console", lambda **_: Console(file=out, width=30))
+    console.table(["what", "reference"], [["short", "https://example.org/a-long-address"]])
+    assert "".join(line[7:].strip() for line in out.getvalue().splitlines()[1:]) == "https://example.org/a-long-address"
 
 
 def test_list_plug_ins() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from maskpack import fingerprint, load_mask, save_adapter
 from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.convert import convert_adapter
+from maskpack.adapter.decode import Decoder
 from maskpack.adapter.file import CARD_FILE, MODEL_FILE
 from maskpack.adapter.read import read_adapter
 from maskpack.codecs.base import CODECS
@@ -75,6 +76,30 @@ def test_everything_but_the_coding_stays(rich: Adapter, sets: dict[str, Parts], 
     assert back.sha256 == rich.sha256
 
 
+def test_masks_are_decoded_when_the_writer_asks(rich: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[str, int]] = []
+    original = Decoder.decode
+    monkeypatch.setattr(Decoder, "decode", lambda *given: decoded.append(given[1:3]) or original(*given))
+    streams = {name: rich.stream_masks(set=name) for name in rich.sets}
+    assert {name: one.shapes for name, one in streams.items()} == {name: rich.shapes(name) for name in rich.sets}
+    assert decoded == []
+    for name, one in streams.items():
+        assert dict(one) == dict(one) == rich.masks(set=name)
+    with pytest.raises(UnknownNameError, match="has no mask set 'x'"):
+        rich.stream_masks(set="x")
+    seen: list[tuple[int, int]] = []
+    many = random_masks({f"{i}": (i + 3, 5) for i in range(6)})
+    save_adapter(tmp_path / "many", many, base_of(many))
+    decoded.clear()
+
+    def step(done: int, total: int) -> None:
+        seen.append((done, total))
+        assert len(decoded) == len(seen), "small payloads are coded in the caller's thread: none is ahead"
+
+    convert_adapter(tmp_path / "many", tmp_path / "new", profile="fast", progress=step)
+    assert (len(seen), seen[-1]) == (6, (many.total, many.total))
+
+
 @pytest.mark.parametrize("single", [False, True])
 def test_in_place(rich: Adapter, tmp_path: Path, single: bool) -> None:
     path = tmp_path / ("one.safetensors" if single else "rich")
@@ -133,9 +158,11 @@ def test_codecs_that_use_the_base(tiny: nn.Module, tmp_path: Path) -> None:
 def test_masks_that_are_not_those_stated(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_adapter(path, MaskSet.from_tensors({"a": torch.tensor([True, False] * 4)}), base_of(["a"]), codec="raw")
-    path.write_bytes(with_payload(path.read_bytes(), b"\xaa"))
-    with pytest.raises(CorruptAdapterError, match="the decoded masks have the mask_id .*, the header states"):
-        convert_adapter(path, tmp_path / "b.safetensors")
+    path.write_bytes(spoiled := with_payload(path.read_bytes(), b"\xaa"))
+    for target in (tmp_path / "b.safetensors", tmp_path / "b", path):
+        with pytest.raises(CorruptAdapterError, match="the decoded masks have the mask_id .*, the header states"):
+            convert_adapter(path, target)
+    assert path.read_bytes() == spoiled
     save_adapter(path, random_masks({"a": (3, 3)}), base_of(["a"]))
     with pytest.raises(UnknownNameError, match="unknown codec 'zip'"):
         convert_adapter(path, tmp_path / "b", codec="zip")

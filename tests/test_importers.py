@@ -412,6 +412,19 @@ FORMATS: dict[str, Callable[[Path, nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_masks_are_read_when_they_are_asked_for(tiny: nn.Module, tmp_path: Path, format: str) -> None:
+    FORMATS[format](tmp_path / "m.npz", tiny)
+    found, expected = import_masks(tmp_path / "m.npz", tiny, format), MaskSet.from_tensors(masks_of(tiny))
+    assert found == expected == MaskSet(dict(found))
+    (tmp_path / "m.npz").unlink()
+    assert list(found) == list(MASKED)
+    assert found.shapes == expected.shapes
+    assert found.total == expected.total
+    with pytest.raises(DataError, match=r"no file .*m\.npz; expected"):
+        found["fc.weight"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_damaged_files_give_our_errors(tiny: nn.Module, tmp_path: Path, format: str) -> None:
     file, noise = tmp_path / "m.npz", random.Random(1)
     FORMATS[format](file, tiny)

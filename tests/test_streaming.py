@@ -61,7 +61,11 @@ class TestStreamedSet:
         streamed = MaskSet.streamed(SHAPES, make, SHAPES)
         assert "layer1.weight" in streamed
         assert streamed.total == MASKS.total
+        assert streamed.shapes == MASKS.shapes == SHAPES
         assert made == [], "nothing was asked for that needs a mask"
+        assert MaskSet.streamed(SHAPES, make, {"layer1.weight": (6, 7)}).shapes == SHAPES
+        assert made == sorted(SHAPES.keys() - {"layer1.weight"}), "shapes that are not known"
+        made.clear()
         assert streamed["layer1.weight"] is streamed["layer1.weight"]
         assert made == ["layer1.weight"] * 2
 
