@@ -2,14 +2,17 @@
 
     python benchmarks/scale.py                       # 6.7e9 weights, profiles fast and default
     python benchmarks/scale.py --scale 0.1 --profiles fast
+    python benchmarks/scale.py --general runs/general-sizes.json      # extra `bench`; some minutes more
 
 Masks are made on the fly from a seed, with densities that vary by tensor, row and column; the time that this takes is
 reported beside (`making`) and is part of `seconds`. Packing and reading run in a fresh process each. Prints JSON.
+With `--general` the masks of one layer (all are drawn alike) are compared with general-purpose compressors.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import resource
 import subprocess
@@ -30,6 +33,7 @@ SHAPES = {
 }
 VOCABULARY = (32000, 4096)
 LAYERS = 32
+LAYER = "model.layers.0."
 BLOCK = 1 << 20  # weights made at one time
 
 
@@ -48,10 +52,26 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[str, Any]:
-    """Pack the set in this process."""
+def made(name: str, rows: int, columns: int) -> Any:
+    """Return the packed bits of one mask, which follow from its name."""
     import numpy as np
 
+    source = np.random.Generator(np.random.SFC64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])))
+    middle = source.uniform(235, 250)  # of 256: densities from 0.9 to 0.99
+    across = source.normal(middle, 4, (rows, 1)).clip(1, 255)
+    along = source.normal(0, 4, (1, columns))
+    packed = np.empty(rows * columns // 8, np.uint8)
+    step = max(1, BLOCK // columns)
+    for row in range(0, rows, step):
+        limits = (across[row : row + step] + along).clip(1, 255).astype(np.uint8)
+        drawn = np.frombuffer(source.bytes(limits.size), np.uint8).reshape(limits.shape)
+        bits = np.packbits(drawn < limits, bitorder="little")
+        packed[row * columns // 8 :][: bits.size] = bits
+    return packed
+
+
+def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[str, Any]:
+    """Pack the set in this process."""
     from maskpack.adapter import threads
     from maskpack.adapter.file import save_adapter
     from maskpack.backbone.fingerprint import Fingerprint
@@ -63,20 +83,10 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
 
     def make(name: str) -> PackedMask:
         nonlocal making
-        started, (rows, columns) = time.perf_counter(), wanted[name]
-        source = np.random.Generator(np.random.SFC64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])))
-        middle = source.uniform(235, 250)  # of 256: densities from 0.9 to 0.99
-        across = source.normal(middle, 4, (rows, 1)).clip(1, 255)
-        along = source.normal(0, 4, (1, columns))
-        packed = np.empty(rows * columns // 8, np.uint8)
-        step = max(1, BLOCK // columns)
-        for row in range(0, rows, step):
-            limits = (across[row : row + step] + along).clip(1, 255).astype(np.uint8)
-            drawn = np.frombuffer(source.bytes(limits.size), np.uint8).reshape(limits.shape)
-            bits = np.packbits(drawn < limits, bitorder="little")
-            packed[row * columns // 8 :][: bits.size] = bits
+        started = time.perf_counter()
+        packed = made(name, *wanted[name])
         making += time.perf_counter() - started
-        return PackedMask.from_bytes(packed, (rows, columns))
+        return PackedMask.from_bytes(packed, wanted[name])
 
     tensors = {name: hashlib.sha256(name.encode()).digest()[:18] for name in wanted}
     digests = dict.fromkeys(("float32", "bfloat16", "float16"), "0" * 64)
@@ -87,8 +97,7 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
     seconds = time.perf_counter() - started
     return {
         "weights": masks.total,
-        "bytes": adapter.size,
-        "bits_per_weight": 8 * adapter.size / masks.total,
+        **sizes(adapter),
         "seconds": seconds,
         "making": making,
         "weights_per_second": masks.total / seconds,
@@ -96,6 +105,38 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
         "peak_mb": peak(),
         "peak_after_import_mb": imported,
     }
+
+
+def sizes(adapter: Any) -> dict[str, Any]:
+    """Return bytes with and without index and digests, beside the entropy of the densities and LoRA's matrices."""
+    from maskpack.adapter.describe import describe
+
+    about = describe(adapter)
+    one = about["sets"]["default"]
+    entropy = sum(
+        -share * math.log2(share) * math.prod(row["shape"]) / 8
+        for row in one["payloads"]
+        for share in (row["density"], 1 - row["density"])
+    )
+    coded = one["payload_bytes"] + one["table_bytes"]
+    return {
+        "bytes": adapter.size,
+        "index_bytes": about["index_bytes"],
+        "mask_bytes": coded,
+        "bits_per_weight": 8 * coded / one["weights"],
+        "of_entropy": coded / entropy,
+        "lora_rank": coded / sum(2 * sum(row["shape"]) for row in one["payloads"]),
+        "layer_bytes": sum(row["bytes"] for row in one["payloads"] if row["name"].startswith(LAYER)),
+    }
+
+
+def general(remembered: Path) -> dict[str, int]:
+    """Return the bytes of one layer under general-purpose compressors: the better of one stream and each mask alone."""
+    from benchmarks.general import Sizes, strong_sizes
+
+    names = sorted(name for name in shapes(1) if name.startswith(LAYER))
+    packed = [made(name, *shapes(1)[name]).tobytes() for name in names]
+    return {name: min(ways.values()) for name, ways in strong_sizes(packed, Sizes(remembered)).items()}
 
 
 def read(path: Path, workers: int | None) -> dict[str, Any]:
@@ -123,6 +164,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the layers and of the vocabulary")
     parser.add_argument("--profiles", nargs="+", default=["fast", "default"], choices=["fast", "default"])
     parser.add_argument("--workers", type=int, help="threads; default: as the library chooses")
+    parser.add_argument("--general", type=Path, help="compare one layer; where sizes are remembered")
     parser.add_argument("--folder", type=Path, help="where the files are written; default: a temporary folder")
     parser.add_argument("--step", choices=["pack", "read"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -146,7 +188,8 @@ def main() -> None:
                     env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=subprocess.PIPE, check=True,
                 )  # fmt: skip
                 found.setdefault(profile, {})[step] = json.loads(child.stdout)
-    print(json.dumps(found, indent=2))
+    compared = {"layer": general(arguments.general)} if arguments.general else {}
+    print(json.dumps({**found, **compared}, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .octaves import Octaves
 from .streams import (
     CHUNK,
+    FOUR_BYTES,
     NO_EVENTS,
     Numbers,
     Reader,
@@ -103,17 +104,18 @@ class Density(Codec):
         unpacked = np.unpackbits(packed, bitorder="little")
         if unpacked[bits:].any():
             raise CorruptAdapterError("a density payload has bits after its last field")
-        places, at, field = quotients, 0, 0
+        wide = side.count >= FOUR_BYTES or max(widths) >= 30
+        places, at, field = quotients.astype(np.int64) if wide else quotients, 0, 0
         for index, (count, width) in enumerate(zip(counts, widths, strict=True)):
             own = places[at : at + count]
-            fits = int(own.sum()) << width <= side.count and count << width < MOST  # nothing overflows
+            fits = int(own.sum(dtype=np.int64)) << width <= side.count and count << width < MOST  # nothing overflows
             if fits:
                 add_planes(own, unpacked[field : field + count * width], width)
                 own += 1
-                np.cumsum(own, out=own)
-                own += octaves.starts[index] - 1
-            if not fits or (count and own[-1] >= octaves.starts[index + 1]):
+            if not fits or int(own.sum(dtype=np.int64)) > octaves.starts[index + 1] - octaves.starts[index]:
                 raise CorruptAdapterError(f"the gaps of a density payload run past the end of octave {index}")
+            np.cumsum(own, out=own)
+            own += int(octaves.starts[index]) - 1
             at, field = at + count, field + count * width
         for start in range(0, places.size, CHUNK):
             places[start : start + CHUNK] = octaves.positions(places[start : start + CHUNK])

@@ -1,6 +1,7 @@
 """Pieces that payloads are made of: varints, unary numbers, bit planes, the rarer symbol (docs/format.md section 6)."""
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,8 @@ from numpy.typing import NDArray
 from ..errors import CorruptAdapterError
 from .base import Bits, Bytes
 
-Numbers = NDArray[np.int64]
+Numbers = NDArray[Any]  # integers: of four bytes where all fit, as most masks' positions do
+FOUR_BYTES = 1 << 30
 CHUNK = 1 << 20  # numbers, or bytes of packed bits, that are worked on at once where copies would add up
 MAX_VARINT = 9  # bytes, 63 bits
 NO_EVENTS = 0x80  # in the first byte, and with the symbol all of the payload
@@ -109,7 +111,7 @@ def add_planes(values: Numbers, bits: NDArray[np.uint8], width: int) -> None:
         part <<= width
         for bit in range(width):
             first = bit * values.size + start
-            part |= np.left_shift(bits[first : first + part.size], bit, dtype=np.int64)
+            part |= np.left_shift(bits[first : first + part.size], bit, dtype=part.dtype)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -126,10 +128,10 @@ def count_ones(bits: Bits) -> int:
 
 def where_ones(bits: Bits) -> Numbers:
     """Return the positions of true bits, in increasing order."""
-    found, at = np.empty(count_ones(bits), dtype=np.int64), 0
+    found, at = np.empty(count_ones(bits), dtype=np.int32 if 8 * len(bits) < FOUR_BYTES else np.int64), 0
     for start in range(0, len(bits), CHUNK):
         own = np.flatnonzero(np.unpackbits(bits[start : start + CHUNK], bitorder="little").view(np.bool_))
-        np.add(own, 8 * start, out=found[at : at + own.size])
+        np.add(own, 8 * start, out=found[at : at + own.size], casting="unsafe")
         at += own.size
     return found
 
