@@ -5,11 +5,15 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 
 from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.codecs.base import Side, plausible
+from maskpack.codecs.choose import encode_smallest
 from maskpack.errors import CorruptAdapterError
 from maskpack.tensorheader import SEAL
 
@@ -60,9 +64,29 @@ def test_bombs_take_little_memory(valid: bytes, tmp_path: Path) -> None:
         bomb = with_payload(valid, b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", claimed) + blocks)
         assert peak_of(lambda bomb=bomb: refuse(tmp_path, bomb, "does not decode: a zstd payload")) < 4 << 20  # type: ignore[misc]
     shape = with_header(valid, lambda header: header["sets"]["default"].update(shapes=[[1 << 17, 1 << 17], [17]]))
-    assert peak_of(lambda: refuse(tmp_path, shape, "declares 15 as its size, expected 2147483648")) < 4 << 20
+    assert peak_of(lambda: refuse(tmp_path, shape, "17179869184 weights in a payload of 24 bytes, which")) < 4 << 20
+    shape = with_header(valid, lambda header: header["sets"]["default"].update(shapes=[[1 << 14, 1 << 14], [17]]))
+    assert peak_of(lambda: refuse(tmp_path, shape, "declares 15 as its size, expected 33554432")) < 4 << 20
     names = with_header(valid, lambda header: header["sets"]["default"].update(names="\n" * (2 << 20)))
     assert peak_of(lambda: refuse(tmp_path, names, "as there are `kept`")) < 64 << 20
+
+
+@pytest.mark.parametrize("codec", ["gap", "density", "adaptive"])
+def test_a_byte_does_not_stand_for_billions_of_weights(valid: bytes, codec: str, tmp_path: Path) -> None:
+    def claim(header: dict[str, Any]) -> None:
+        one = header["sets"]["default"]
+        one["shapes"], one["codings"] = [[1 << 17, 1 << 17], [17]], [{"codec": codec, "op": "zero"}]
+
+    forged = with_header(with_payload(valid, b"\x80"), claim)
+    assert (
+        peak_of(lambda: refuse(tmp_path, forged, "17179869184 weights in a payload of 1 bytes, which is too")) < 4 << 20
+    )
+
+
+def test_writers_leave_out_what_readers_would_refuse() -> None:
+    side = Side((1 << 15, 1 << 14))
+    codec, payload = encode_smallest(np.zeros(side.size, dtype=np.uint8), side, "default")
+    assert (codec.id, plausible(payload, side.count)) == ("zstd", True)
 
 
 def test_huge_headers_take_bounded_memory(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from bitarray import bitarray
 from torch import Tensor
 
 from ..backbone.fingerprint import Fingerprint, same_tensor
-from ..codecs.base import CODECS, Bits, Codec, Side
+from ..codecs.base import CODECS, Bits, Codec, Side, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, Op, PackedMask, Row, bits_digest, packed_bits, rows_id
 from .header import Header
@@ -76,6 +76,12 @@ class Decoder:
                 f"{self.path}: the mask of {name!r} is packed with the weights of {self.header.base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
+        data = self.pieces[set][len(one.tables) + index]
+        if not plausible(data, payload.weights):
+            raise CorruptAdapterError(
+                f"{self.path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
+                f"which is too few for so many; fetch the file again"
+            )
         classes = None
         if codec.needs_base and weights is not None:
             classes = base_classes(weights, name, payload.shape)
@@ -84,7 +90,7 @@ class Decoder:
         table = None if coding.table is None else bytes(self.pieces[set][coding.table])
         side = Side(payload.shape, classes, reference, table)
         try:
-            packed = side.checked(codec.decode(self.pieces[set][len(one.tables) + index], side))
+            packed = side.checked(codec.decode(data, side))
             if reference is not None:
                 packed = packed ^ reference
             bits = PackedMask.from_bytes(packed, payload.shape).bits

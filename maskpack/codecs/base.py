@@ -17,7 +17,8 @@ the least significant bit, row-major, the last byte padded with zero bits. `coun
 
 **Decoding** gives exactly `count` bits or raises CorruptAdapterError (`Side.checked` does the last step). The payload
 comes from a stranger: never allocate more than a small multiple of `count` bits because of what it says, and refuse
-bytes that are left over. The same payload and side give the same bits on every machine: integers only.
+bytes that are left over. What is too short for its number of weights (`plausible`) is neither stored nor decoded. The
+same payload and side give the same bits on every machine: integers only.
 
 **Configuration.** The fields of an instance are its settings. `config` returns those that decoding needs, as JSON
 values under names other than codec, op, reference, table; `type(codec)(**codec.config())` must decode what `codec`
@@ -50,6 +51,7 @@ from ..registry import Registry
 Bits = NDArray[np.uint8]
 Bytes = bytes | bytearray | memoryview
 Profile = Literal["fast", "default", "max"]
+FREE, EACH = 1 << 28, 1 << 21  # weights that a payload may stand for at all, and for each of its bytes
 PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
 
 
@@ -86,6 +88,11 @@ class Side:
         if self.count % 8 and int(bits[-1]) >> (self.count % 8):
             raise CorruptAdapterError(f"the payload decodes to more than {self.count} bits: its padding is not zero")
         return bits
+
+
+def plausible(payload: Bytes, count: int) -> bool:
+    """Tell whether a payload is long enough for a mask of so many bits: a few bytes must not fill the memory."""
+    return count <= FREE + EACH * len(payload)
 
 
 class Codec(ABC):

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
-from .base import CODECS, PROFILES, Bits, Codec, Profile, Side
+from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, plausible
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,10 @@ class Contest:
 def _offer(codec: Codec, variants: Sequence[tuple[Bits, Side]], table: int | None = None) -> Offer | None:
     """Return the smallest that one codec makes of the variants, or None if it declines all."""
     made = [(codec.encode(bits, side), variant) for variant, (bits, side) in enumerate(variants)]
-    offers = [Offer(codec, payload, variant, table) for payload, variant in made if payload is not None]
+    count = variants[0][1].count
+    offers = [
+        Offer(codec, payload, v, table) for payload, v in made if payload is not None and plausible(payload, count)
+    ]
     return min(offers, key=_rank, default=None)
 
 
