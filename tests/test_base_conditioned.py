@@ -84,7 +84,7 @@ def test_onto_nothing_else(tmp_path: Path, verify: str) -> None:
     packed(tmp_path, base, by_magnitude(base))
     last = copy.deepcopy(base)
     with torch.no_grad():
-        last.get_parameter("fc.weight")[-1, -1] *= -1  # what comes last in a payload may change without a trace
+        last.get_parameter("fc.weight")[-1, -1] *= -1  # the last of a payload: most of it decodes
     for other in (network(1), last):
         before = bits(other.state_dict())
         words = "made for the weights of" if verify == "strict" else "was packed with other weights than those of the"
