@@ -30,6 +30,7 @@ CLASSES = np.arange(-8, 9)
 MAX_WIDTH = 40
 MOST = 1 << 62
 CROWDED = 0.35  # share of the rarer bit from which Rice codes are slower and larger than packed bits
+WORTH = 1.01  # classes take time to decode, so that they have to save a hundredth
 ROUNDS = 6  # of fitting rows, then columns; changes after that are rare
 
 
@@ -153,7 +154,7 @@ def _best_fit(where: Numbers, rows: int, cols: int) -> _Fit:
             for use in ((True, False), (False, True), (True, True))
             for width in (max(0, middle - 1), middle, middle + 1)
         ]
-    return min(fits, key=lambda fit: fit.cost)
+    return min(fits, key=lambda fit: fit.cost * (1 if fit.rows is None and fit.cols is None else WORTH))
 
 
 def _cost(events: int, passed: float, width: int) -> float:

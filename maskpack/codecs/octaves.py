@@ -29,6 +29,8 @@ class Octaves(NamedTuple):
     def of(cls, rows: int, cols: int, row_classes: Numbers | None, col_classes: Numbers | None) -> "Octaves":
         """Order the weights of a matrix; None where all classes are 0, which takes no memory."""
         row, col = _Sorted.of(rows, row_classes), _Sorted.of(cols, col_classes)
+        if row_classes is None and col_classes is None:  # most small masks
+            return cls(row.kinds, np.array([0, rows * cols]), np.zeros((6, 1), dtype=np.int64), row, col, cols)
         sums = row.kinds[:, None] + col.kinds
         order = np.argsort(sums, axis=None, kind="stable")  # row-major, so that row classes rise within an octave
         of_row, of_col = np.divmod(order, col.kinds.size)
