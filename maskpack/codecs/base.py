@@ -18,12 +18,12 @@ the least significant bit, row-major, the last byte padded with zero bits. `coun
 **Decoding** gives exactly `count` bits or raises CorruptAdapterError (`Side.checked` does the last step). The payload
 comes from a stranger: never allocate more than a small multiple of `count` bits because of what it says, and refuse
 bytes that are left over. What is too short for its number of weights (`plausible`) is neither stored nor decoded. The
-same payload and side give the same bits on every machine: integers only.
+same payload and side give the same bits on every machine: integers, or floats whose sums are exact.
 
 **Configuration.** The fields of an instance are its settings. `config` returns those that decoding needs, as JSON
 values under names other than codec, op, reference, table; `type(codec)(**codec.config())` must decode what `codec`
-encoded, and raise ConfigError or TypeError on settings that make no sense. Two classes may share an id never; what an
-id decodes today it decodes for ever.
+encoded, and raise ConfigError or TypeError on settings that make no sense. Several threads use one instance. Two
+classes may share an id never; what an id decodes today it decodes for ever.
 
 **Declining.** `encode` returns None for a mask that a codec is not made for (`nm` where groups are not alike). It does
 not compete then; asked for by name, it is an error.
