@@ -38,7 +38,7 @@ lowest:
 	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print("\n".join(d.split(",")[0].replace(">=", "==") for d in p["dependencies"]))' > .venv-lowest/lowest.txt
 	.venv-lowest/bin/pip install --quiet -r .venv-lowest/lowest.txt pytest pytest-timeout hypothesis
 	.venv-lowest/bin/pip install --quiet --no-deps --editable .
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/test_mask.py tests/test_codecs.py tests/test_tensorfile.py tests/test_adapter.py \
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/test_mask.py tests/test_codecs.py tests/test_codec_payloads.py tests/test_reader.py tests/test_tensorfile.py tests/test_adapter.py \
 	  tests/test_hostile.py tests/test_golden.py tests/test_apply.py tests/test_hub.py --deselect tests/test_apply.py::test_predict
 
 # figures of docs/results.md: about two hours on 2 cores; needs MASKPACK_DATA

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from maskpack.backbone.fingerprint import Fingerprint, fingerprint
-from maskpack.codecs.base import Bits
+from maskpack.codecs.base import Bits, Codec, Profile, Side
+from maskpack.codecs.choose import Contest, rivals
 from maskpack.mask import MaskSet
 from maskpack.tensorheader import SEAL, UNSEALED, seal
 
@@ -117,3 +118,9 @@ def write(folder: Path, data: bytes) -> Path:
     path = folder / "spoiled.safetensors"
     path.write_bytes(data)
     return path
+
+
+def encode_smallest(bits: Bits, side: Side, profile: Profile, codec: str | None = None) -> tuple[Codec, bytes]:
+    """Code packed bits with every candidate of a profile and return the codec of the smallest payload, and that."""
+    best = Contest(rivals(profile, codec, side.classes is not None)).offers([(bits, side)])[0]
+    return best.codec, best.payload

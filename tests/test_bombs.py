@@ -13,11 +13,10 @@ import zstandard
 
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.codecs.base import Side, plausible
-from maskpack.codecs.choose import encode_smallest
 from maskpack.errors import CorruptAdapterError
 from maskpack.tensorheader import SEAL
 
-from .helpers_adapter import base_of, join_file, random_masks, with_header, with_payload, write
+from .helpers_adapter import base_of, encode_smallest, join_file, random_masks, with_header, with_payload, write
 
 SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
 MASKS = random_masks(SHAPES, 0.9)

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side
-from maskpack.codecs.choose import encode_smallest, rivals
+from maskpack.codecs.choose import rivals
 from maskpack.codecs.classes import weight_classes
 from maskpack.codecs.raw import Raw
 from maskpack.codecs.zstd import SAMPLED, Zstd
 from maskpack.errors import ConfigError, CorruptAdapterError, UnknownNameError
 from maskpack.mask import MaskSet
 
-from .helpers_adapter import random_bits
+from .helpers_adapter import encode_smallest, random_bits
 
 INSTANCES = [codec for cls in CODECS.all() for codec in rivals("max", cls.id, True)]
 

@@ -87,15 +87,6 @@ def rivals(profile: Profile, codec: str | None, base: bool) -> list[Codec]:
     return list(cls.candidates(profile) or cls.candidates("max") or [cls()])
 
 
-def encode_smallest(bits: Bits, side: Side, profile: Profile, codec: str | None = None) -> tuple[Codec, bytes]:
-    """Code packed bits with every candidate of a profile and return the smallest payload with its codec.
-
-    Ties go to the id that sorts first. Raises as `rivals` does.
-    """
-    best = Contest(rivals(profile, codec, side.classes is not None)).offers([(bits, side)])[0]
-    return best.codec, best.payload
-
-
 def contest(
     masks: Iterable[tuple[Bits, Side]], profile: Profile, codec: str | None = None, base: bool = False
 ) -> Contest:

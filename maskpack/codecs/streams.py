@@ -65,11 +65,6 @@ class Reader:
         """Return all bytes that are left."""
         return self.take(len(self.data) - self.at)
 
-    def end(self) -> None:
-        """Check that nothing is left."""
-        if self.at != len(self.data):
-            raise CorruptAdapterError(f"the payload has {len(self.data)} bytes, its content ends at {self.at}")
-
 
 def pack_unary(values: Numbers) -> bytes:
     """Return numbers >= 0 as bits: as many zeros as the number says, then a one."""
