@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import CorruptAdapterError
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .frames import from_frame, to_frame
-from .streams import Reader, distances, place, rarer
+from .streams import FOUR_BYTES, Reader, distances, place, rarer
 
 FAR = 255  # as many weights without an event
 
@@ -37,9 +37,11 @@ class Gap(Codec):
             raise CorruptAdapterError(f"a gap payload begins with {symbol}, expected 0 or 1")
         steps = np.frombuffer(from_frame(reader.rest(), 0, side.count), dtype=np.uint8)
         near = steps != FAR
-        ends = np.cumsum(np.add(steps, near, dtype=np.uint16), dtype=np.int64)
-        if steps.size and (not near[-1] or ends[-1] > side.count):
-            raise CorruptAdapterError(f"the gaps of a payload end at weight {ends[-1]} of {side.count}")
+        widths = np.add(steps, near, dtype=np.uint16)
+        end = int(widths.sum(dtype=np.int64))
+        if steps.size and (not near[-1] or end > side.count):
+            raise CorruptAdapterError(f"the gaps of a payload end at weight {end} of {side.count}")
+        ends = np.cumsum(widths, dtype=np.int32 if side.count < FOUR_BYTES else np.int64)
         where = ends[near]
         where -= 1
         return place(symbol, where, side.count)
