@@ -30,7 +30,7 @@ CLASSES = np.arange(-8, 9)
 MAX_WIDTH = 40
 MOST = 1 << 62
 CROWDED = 0.35  # share of the rarer bit from which Rice codes are slower and larger than packed bits
-WORTH = 1.01  # classes take time to decode, so that they have to save a hundredth
+LEAST_SAVED = 256  # bits: classes take time to decode, as much as for 30,000 weights
 ROUNDS = 6  # of fitting rows, then columns; changes after that are rare
 
 
@@ -154,7 +154,7 @@ def _best_fit(where: Numbers, rows: int, cols: int) -> _Fit:
             for use in ((True, False), (False, True), (True, True))
             for width in (max(0, middle - 1), middle, middle + 1)
         ]
-    return min(fits, key=lambda fit: fit.cost * (1 if fit.rows is None and fit.cols is None else WORTH))
+    return min(fits, key=lambda fit: fit.cost + LEAST_SAVED * (fit.rows is not None or fit.cols is not None))
 
 
 def _cost(events: int, passed: float, width: int) -> float:
