@@ -53,6 +53,17 @@ class TestHowSmall:
         _, payload = encode_smallest(packed(mask), Side(mask.shape), profile)
         assert len(payload) < 1.02 * entropy(mask) + 16
 
+    @pytest.mark.parametrize("share", [0.01, 0.1, 0.4])
+    def test_beside_a_range_coder_from_elsewhere(self, share: float) -> None:
+        stream = pytest.importorskip("constriction").stream
+        mask = RNG(8).random((300, 1000)) >= share
+        encoder = stream.queue.RangeEncoder()
+        encoder.encode(mask.reshape(-1).astype(np.int32), stream.model.Bernoulli(float(mask.mean()), perfect=False))
+        reference = 4 * len(encoder.get_compressed())
+        assert size(Adaptive(), mask) < 1.01 * reference
+        _, payload = encode_smallest(packed(mask), Side(mask.shape), "default")
+        assert len(payload) < 1.02 * reference
+
     def test_rows_and_columns_help(self) -> None:
         mask = by_rows_and_columns()
         assert size(Density(), mask) < 0.95 * entropy(mask)
