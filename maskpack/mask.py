@@ -82,11 +82,11 @@ class PackedMask:
     @classmethod
     def from_tensor(cls, mask: Tensor, op: Op = "zero", scale: bool = False) -> "PackedMask":
         """Pack a tensor of bool, or of uint8 zeros and ones; `scale` sets alpha."""
-        if mask.dtype is not torch.bool:
-            if mask.dtype is not torch.uint8 or (mask.numel() and int(mask.max()) > 1):
-                raise ConfigError(f"a mask must be bool, or uint8 of zeros and ones; got {mask.dtype}")
-            mask = mask.view(torch.bool)
-        flat = mask.detach().reshape(-1).cpu().numpy()
+        raw = mask.detach().view(torch.uint8) if mask.dtype in (torch.bool, torch.uint8) else None
+        if raw is None or (raw.numel() and int(raw.max()) > 1):  # a file may hold any byte as a bool
+            held = "" if raw is None else f" with the byte {int(raw.max())}"
+            raise ConfigError(f"a mask must be bool, or uint8 of zeros and ones; got {mask.dtype}{held}")
+        flat = raw.reshape(-1).cpu().numpy()
         packed = cls.from_bytes(np.packbits(flat, bitorder="little"), tuple(mask.shape), op)
         return packed.scaled() if scale else packed
 

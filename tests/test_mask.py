@@ -94,3 +94,9 @@ def test_mask_id_is_what_the_format_page_says() -> None:
     rows = [["d", "w", "zero", [3, 1], own], ["x", "w", "flip", [3], sign], ["x", "w", "zero", [3], own]]
     expected = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
     assert mask_id(sets) == expected
+
+
+def test_bools_that_are_neither_zero_nor_one_are_refused() -> None:
+    odd = torch.tensor([0, 1, 2], dtype=torch.uint8).view(torch.bool)  # as a file may hold them
+    with pytest.raises(ConfigError, match=r"mask 'w': a mask must be bool, .*; got torch.bool with the byte 2"):
+        MaskSet.from_tensors({"w": odd})
