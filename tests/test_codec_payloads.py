@@ -1,10 +1,13 @@
 """What single codecs promise beside the contract: how small they are, what they decline, what they refuse."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from maskpack.adapter.file import save_adapter
 from maskpack.codecs.adaptive import MAX_SIZE, Adaptive
 from maskpack.codecs.adaptive_base import AdaptiveBase
 from maskpack.codecs.base import Bits, Codec, Profile, Side
@@ -14,8 +17,9 @@ from maskpack.codecs.gap import Gap
 from maskpack.codecs.nm import NM
 from maskpack.codecs.streams import Reader, pack_unary, unpack_unary, varint
 from maskpack.errors import ConfigError, CorruptAdapterError
+from maskpack.mask import MaskSet
 
-from .helpers_adapter import encode_smallest
+from .helpers_adapter import base_of, encode_smallest
 
 RNG = np.random.default_rng
 
@@ -129,11 +133,15 @@ class TestDeclining:
         side = Side((2, MAX_SIZE + 1))
         assert Adaptive().encode(np.zeros(side.size, dtype=np.uint8), side) is None
 
-    def test_asked_for_by_name_it_is_an_error(self) -> None:
+    def test_asked_for_by_name_it_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=r"the codec 'nm' is not made for this mask of shape \(80,\); choose another"
         ):
             encode_smallest(packed(np.ones(80, bool)), Side((80,)), "max", "nm")
+        masks = MaskSet.from_tensors({"a.weight": torch.ones(8, 10, dtype=torch.bool)})
+        with pytest.raises(ConfigError, match=r"the mask of 'a.weight': the codec 'nm' is not made for"):
+            save_adapter(tmp_path / "x.safetensors", masks, base_of(["a.weight"]), codec="nm")
+        assert not list(tmp_path.iterdir())
 
 
 def refused(codec: Codec, payload: bytes, side: Side, match: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..codecs.base import Bits, Codec, Profile, Side
 from ..codecs.choose import Contest, Offer, contest, settle
-from ..errors import AdapterError
+from ..errors import AdapterError, ConfigError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits
 from ..parts import Parts
 from .layout import head_spec
@@ -102,7 +102,10 @@ class _Walk(Iterable[tuple[Bits, Side]]):
     def make(self, job: _Job, rivals: Contest) -> _Made:
         """Code one payload in every way and decode what is offered; called in several threads."""
         variants = self._variants(job)
-        offers = rivals.offers(variants)
+        try:
+            offers = rivals.offers(variants)
+        except ConfigError as error:
+            raise ConfigError(f"the mask of {job.name!r}: {error}") from None
         for offer in offers:
             table = None if offer.table is None else rivals.tabled[offer.table][1]
             _check_round_trip(offer, *variants[offer.variant], table)
