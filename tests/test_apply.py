@@ -339,8 +339,7 @@ def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
 def test_an_image_too_large_to_be_honest_is_refused(
     tmp_path: Path, tiny: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from PIL import Image
-
+    Image = pytest.importorskip("PIL.Image")
     adapter = make_adapter(tmp_path, tiny)
     load_mask(tiny, adapter)
     Image.new("L", (9, 12)).save(tmp_path / "x.png")
