@@ -117,6 +117,7 @@ def sizes(adapter: Any) -> dict[str, Any]:
         -share * math.log2(share) * math.prod(row["shape"]) / 8
         for row in one["payloads"]
         for share in (row["density"], 1 - row["density"])
+        if share
     )
     coded = one["payload_bytes"] + one["table_bytes"]
     return {

@@ -211,7 +211,7 @@ class MaskSet(Mapping[str, PackedMask]):
     def shapes(self) -> dict[str, Shape]:
         """Shapes by name; a mask is made for those only that a streamed set was not told."""
         known = self.masks.shapes if isinstance(self.masks, _Streamed) else {}
-        return {name: known.get(name) or self.masks[name].shape for name in self.masks}
+        return {name: s if (s := known.get(name)) is not None else self.masks[name].shape for name in self.masks}
 
     @property
     def total(self) -> int:

@@ -7,9 +7,8 @@ from torch import nn
 from ..backbone.fingerprint import check_fingerprint
 from ..codecs.base import Profile
 from ..parts import Parts
-from ..tensorfile import Blob, replacing
+from ..tensorfile import Blob
 from .adapter import Adapter
-from .card import update_card
 from .decode import check_id
 from .encode import encode
 from .file import CARD_FILE, write_adapter
@@ -77,13 +76,6 @@ def convert_adapter(
         check_id(old.path, old.header, header.mask_id)
         return header, blobs
 
-    path = Path(path)
-    card, earlier = path / CARD_FILE, Path(old.path)
-    is_new = path.suffix != ".safetensors" and not card.exists()
-    converted = write_adapter(path, coded)
-    owners = earlier.with_name(CARD_FILE)
-    if is_new and earlier.name == MODEL_FILE and owners.is_file():
-        text = update_card(owners.read_bytes().decode("utf-8", "surrogateescape"), card.read_text(encoding="utf-8"))
-        with replacing(card) as (temporary,):
-            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-    return converted
+    card = Path(old.path).with_name(CARD_FILE)
+    has_card = Path(old.path).name == MODEL_FILE and card.is_file()
+    return write_adapter(Path(path), coded, card if has_card else None)

@@ -86,8 +86,14 @@ def save_adapter(
     return write_adapter(Path(path), coded)
 
 
-def write_adapter(path: Path, coded: Callable[[Spool], tuple[Header, list[Blob]]]) -> Adapter:
-    """Write the folder or file; what `coded` returns and raises is what `encode` does. Else as `save_adapter`."""
+def write_adapter(
+    path: Path, coded: Callable[[Spool], tuple[Header, list[Blob]]], owners: Path | None = None
+) -> Adapter:
+    """Write the folder or file; what `coded` returns and raises is what `encode` does. Else as `save_adapter`.
+
+    Args:
+        owners: a card whose owner's words a new folder gets.
+    """
     whole = path.suffix == ".safetensors"
     with nullcontext() if whole else _folder(path), Spool(path.parent if whole else path) as spool:
         header, blobs = coded(spool)
@@ -99,8 +105,9 @@ def write_adapter(path: Path, coded: Callable[[Spool], tuple[Header, list[Blob]]
         adapter = _write_model(path, blobs, metadata)
     card = path / CARD_FILE
     rendered = render_card(describe(adapter))
-    if card.exists():
-        rendered = update_card(card.read_bytes().decode("utf-8", "surrogateescape"), rendered)
+    earlier = card if card.exists() else owners
+    if earlier is not None:
+        rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
     with replacing(card) as (temporary,):
         temporary.write_bytes(rendered.encode("utf-8", "surrogateescape"))
     return adapter

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,13 +45,18 @@ def kernels(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return (rows, inputs, cols // inputs) if cols and rows * inputs <= MAX_KERNELS else (rows, cols, 1)
 
 
+def magnitudes(classes: Bits) -> Bits:
+    """Return the 16 magnitude classes that are contexts."""
+    return np.asarray(classes >> 3 & 15, dtype=np.uint8)
+
+
 def known(side: Side, classes: Bits | None, curve: Floats | None = None) -> Known:
     """Return what both sides know: the base's classes and signs, and the bits of the reference."""
     traits: Bits | None = None
     rows, inputs, positions = kernels(side.shape)
     shape = (rows, inputs * positions)
     if classes is not None:
-        traits = np.asarray(classes >> 3 & 15 | classes & 128, dtype=np.uint8).reshape(shape)
+        traits = np.bitwise_or(magnitudes(classes), classes & 128, dtype=np.uint8).reshape(shape)
     if side.reference is not None:
         bits = np.left_shift(np.unpackbits(side.reference, count=side.count, bitorder="little").reshape(shape), 4)
         traits = np.bitwise_or(bits, 0 if traits is None else traits, dtype=np.uint8)
@@ -82,13 +87,11 @@ def encode(bits: Bits, side: Side, known: Known, channels: tuple[int, ...]) -> b
     _, inputs, positions = kernels(side.shape)
     matrix = _by_position(events.reshape(shape), inputs, positions)
     row_prior, col_prior = _prior(matrix.sum(1)), _prior(matrix.sum(0))
-    tried = [Settings(row_prior, col_prior, number) for number in channels]
-    settings = tried[0] if len(tried) == 1 else min(tried, key=lambda one: _estimate(matrix, where.size, one, known))
-    rates, encoder = Rates(shape, where.size, settings, known), GapEncoder()
-    for block in rates.blocks():
-        levels, part = rates.levels(block), matrix[block.rows, block.cols]
+    tried = (_predict(matrix, where.size, Settings(row_prior, col_prior, number), known) for number in channels)
+    settings, blocks, _ = min(tried, key=lambda one: one.bits)
+    encoder = GapEncoder()
+    for levels, part in blocks:
         encoder.put(levels, part)
-        rates.learn(block, levels, part)
     head = bytes([symbol | settings.channels << 1, settings.row_prior << 4 | settings.col_prior])
     return head + varint(where.size) + encoder.finish()
 
@@ -140,11 +143,20 @@ def _prior(events: Numbers) -> int:
     return max(range(MAX_PRIOR + 1), key=likelihood)
 
 
-def _estimate(matrix: NDArray[np.bool_], count: int, settings: Settings, known: Known) -> float:
-    rates, bits = Rates(matrix.shape, count, settings, known), 0.0
+class _Predicted(NamedTuple):
+    """Levels and events of each block with some settings, and about how many bits the events take."""
+
+    settings: Settings
+    blocks: list[tuple[NDArray[np.uint8], NDArray[np.bool_]]]
+    bits: float
+
+
+def _predict(matrix: NDArray[np.bool_], count: int, settings: Settings, known: Known) -> _Predicted:
+    rates, blocks, bits = Rates(matrix.shape, count, settings, known), [], 0.0
     likely, unlikely = np.log2(CENTERS / ONE), np.log2(1 - CENTERS / ONE)
     for block in rates.blocks():
         levels, part = rates.levels(block), matrix[block.rows, block.cols]
         bits -= float(np.where(part, likely[levels], unlikely[levels]).sum())
         rates.learn(block, levels, part)
-    return bits
+        blocks.append((levels, part))
+    return _Predicted(settings, blocks, bits)

@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from ..errors import CorruptAdapterError
-from .adaptive import decode, encode, known
+from .adaptive import decode, encode, known, magnitudes
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .rates import CONTEXTS, Floats
 from .streams import rarer
@@ -42,7 +42,7 @@ class AdaptiveBase(Codec):
         for bits, side in masks:
             assert side.classes is not None
             _, where = rarer(bits, side.count)
-            classes = side.classes >> 3 & 15
+            classes = magnitudes(side.classes)
             seen += np.bincount(classes[where], minlength=CLASSES)
             expected += np.bincount(classes, minlength=CLASSES) * (where.size / max(side.count, 1))
         factors = (seen + 1) / (expected + 1)

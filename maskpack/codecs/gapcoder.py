@@ -5,7 +5,6 @@ https://arxiv.org/abs/1311.2540; docs/format.md section 6.
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable
 from functools import cache
 
 import numpy as np
@@ -92,14 +91,13 @@ class GapDecoder:
     def get(self, levels: NDArray[np.uint8]) -> NDArray[np.bool_]:
         """Return the events of the next block."""
         order, counts = by_level(levels)
-        where = list(self._positions(enumerate(counts)))
         events = np.zeros(levels.size, dtype=np.bool_)
-        events[order[where]] = True
+        events[order[self._positions(counts)]] = True
         return events.reshape(levels.shape)
 
-    def _positions(self, counts: Iterable[tuple[int, int]]) -> list[int]:
+    def _positions(self, counts: list[int]) -> list[int]:
         state, words, start, found = self.state, self.words, 0, []
-        for level, count in counts:
+        for level, count in enumerate(counts):
             if not count:
                 continue
             cumulative, stop = steps(level), start + count
