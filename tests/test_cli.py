@@ -450,6 +450,7 @@ def test_help_has_examples_for_every_verb() -> None:
         "export",
         "push",
         "pull",
+        "search",
         "demo",
     ]
     for verb in verbs:
