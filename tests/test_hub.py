@@ -186,8 +186,70 @@ def test_cached_adapters(hub: HubServer, tmp_path: Path) -> None:
     commits = [hub.add("alice/birds", contents()), hub.add("alice/birds", contents(1))]
     paths = [pull("alice/birds", revision=commit, cache_dir=cache).path for commit in commits]
     sizes = [sum(map(len, contents(seed).values())) for seed in (0, 1)]
-    found = [CachedAdapter("alice/birds", *each) for each in zip(commits, sizes, paths, strict=True)]
+    one = [json.loads(contents(seed)[CONFIG])["sets"]["default"] for seed in (0, 1)]
+    about = [("timm/resnet18.a1_in1k", sets["density"], sets["bits_per_weight"]) for sets in one]
+    rows = zip(commits, sizes, paths, about, strict=True)
+    found = [CachedAdapter("alice/birds", commit, size, path, *rest) for commit, size, path, rest in rows]
     assert cached_adapters(cache) == sorted(found, key=lambda one: one.commit)
+
+
+def test_cached_adapters_are_adapters(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("alice/birds", contents() | {"sub/x": b"x"})
+    found = pull("alice/birds").path
+    (found / "sub").mkdir()
+    (found / "sub" / MODEL).write_bytes((found / MODEL).read_bytes())
+    assert len(cached_adapters()) == 1
+    (found / MODEL).unlink()
+    assert cached_adapters() == [], "a folder inside is not where an adapter lies"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"id": "timm/resnet18.a1_in1k"', '"id": "/home/me/net"'),
+        ('"id": "timm/resnet18.a1_in1k"', '"id": "\\u001b[31mred"'),
+        ('"id": "timm/resnet18.a1_in1k"', '"id": 7'),
+        ('"kept": ', '"kept": -'),
+        ('"kept": ', '"kept": 9'),
+        ('"weights": ', '"weights": 1e'),
+        ('"weights": ', '"weights": 9' + "9" * 5000),
+        ('"table_bytes": 0', '"table_bytes": true'),
+        ('"sets": {', '"sets": {"more": [], '),
+        ('{\n  "base"', '{"base": {}, "base"'),
+        ("{", "[" * 100_000),
+        ('"sets": {', '"sets": {}, "other": {'),
+    ],
+)
+def test_cached_adapters_with_a_config_of_a_stranger(hub: HubServer, old: str, new: str) -> None:
+    hub.add("alice/birds", contents())
+    config = pull("alice/birds").path / CONFIG
+    text = config.read_text()
+    assert old in text
+    config.unlink()
+    config.write_text(text.replace(old, new, 1))
+    (found,) = cached_adapters()
+    assert (found.repo_id, found.base, found.density, found.bits_per_weight) == ("alice/birds", None, None, None)
+
+
+def test_cached_adapters_with_a_config_that_is_none(hub: HubServer) -> None:
+    hub.add("alice/birds", contents())
+    config = pull("alice/birds").path / CONFIG
+    text = config.read_bytes()
+    config.unlink()
+    assert cached_adapters()[0].base is None
+    os.mkfifo(config)
+    assert cached_adapters()[0].base is None, "nothing is waited for"
+    config.unlink()
+    config.write_bytes(text + b" " * (1 << 20))
+    assert cached_adapters()[0].base is None
+    config.write_bytes(text + b" ")
+    assert cached_adapters()[0].base == "timm/resnet18.a1_in1k"
+
+
+def test_cache_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StateError, match=r"cannot read the Hub's cache: .*; check what HF_HOME or HF_HUB_CACHE name"):
+        cached_adapters(tmp_path / "cache")
 
 
 def test_pull_in_another_process(hub: HubServer, tmp_path: Path) -> None:

@@ -95,8 +95,19 @@ def listing(
     if what == "adapters":
         from maskpack.hub.cache import cached_adapters
 
-        rows = [[a.repo_id, a.commit, a.size, str(a.path)] for a in cached_adapters()]
-        columns = ["adapter", "commit", "bytes", "path"]
+        rows = [
+            [
+                a.repo_id,
+                a.commit if as_json else a.commit[:12],
+                a.size,
+                a.base,
+                a.density,
+                a.bits_per_weight,
+                str(a.path),
+            ]
+            for a in cached_adapters()
+        ]
+        columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
     elif what in ("methods", "codecs", "data", "importers"):
         from maskpack.codecs.base import CODECS
         from maskpack.data.base import SOURCES
@@ -112,7 +123,7 @@ def listing(
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:
-        table(columns, rows)
+        table([column.replace("bits_per_weight", "bits/weight") for column in columns], rows)
     else:
         note("No adapter is cached; fetch one with: maskpack pull USER/NAME", quiet)
 
