@@ -95,16 +95,9 @@ def listing(
     if what == "adapters":
         from maskpack.hub.cache import cached_adapters
 
+        digits = None if as_json else 12
         rows = [
-            [
-                a.repo_id,
-                a.commit if as_json else a.commit[:12],
-                a.size,
-                a.base,
-                a.density,
-                a.bits_per_weight,
-                str(a.path),
-            ]
+            [a.repo_id, a.commit[:digits], a.size, a.base, a.density, a.bits_per_weight, str(a.path)]
             for a in cached_adapters()
         ]
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]

@@ -1,13 +1,14 @@
 """maskpack push | pull."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .adapters import Ref, Revision
-from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries
+from .adapters import Revision
+from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries
 
 
 def push(
@@ -35,25 +36,83 @@ def push(
 
 
 def pull(
-    ref: Ref,
+    refs: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="user/name[@revision], a folder, or a .safetensors file.")
+    ],
     revision: Revision = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to copy the files to. (default: only the cache)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to copy the files to; for several, a folder each inside. (default: only the cache)"),
+    ] = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Download an adapter and verify every byte of it; prints the folder and the commit."""
+    """Download adapters and verify every byte of them; prints their folders and commits.
+
+    Of several, one that fails does not stop the others; the errors come last, and the exit code is 1.
+    """
     quiet_libraries(quiet or as_json)
+    from maskpack import MaskpackError
     from maskpack import pull as pull_adapter
 
-    done = pull_adapter(ref, revision=revision, output=output, token=token)
-    facts = {"path": str(done.path), "commit": done.commit, "repo_id": done.repo_id}
-    if quiet and not as_json:
-        typer.echo(done.path)
-        return
-    emit(facts, as_json, f"✓ {done.path}")
-    if done.commit and not as_json:
-        note(f"Pinned: {done.repo_id}@{done.commit}")
+    pulled: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    for ref, target in zip(refs, _targets(refs, output), strict=True):
+        try:
+            done = pull_adapter(ref, revision=revision, output=target, token=token)
+        except (MaskpackError, OSError) as error:
+            if len(refs) == 1 or os.environ.get("MASKPACK_DEBUG"):
+                raise
+            failed.append({"ref": ref, "error": str(error)})
+            continue
+        pulled.append({"path": str(done.path), "commit": done.commit, "repo_id": done.repo_id})
+        if as_json:
+            continue
+        if quiet:
+            typer.echo(done.path)
+            continue
+        emit(pulled[-1], False, f"✓ {done.path}")
+        if done.commit:
+            note(f"Pinned: {done.repo_id}@{done.commit}")
+    if as_json:
+        emit({"adapters": pulled, "errors": failed} if len(refs) > 1 else pulled[0], True)
+    for one in failed:
+        complain(f"{one['ref']}: {one['error']}")
+    if failed:
+        note(f"{len(failed)} of {len(refs)} adapters could not be pulled.", quiet)
+        raise typer.Exit(1)
+
+
+def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
+    """Return where each adapter is to be copied, or refuse before anything is fetched."""
+    from maskpack import MaskpackError
+    from maskpack.errors import ConfigError
+    from maskpack.hub import parse_reference
+
+    if output is None or len(refs) == 1:
+        return [output] * len(refs)
+    targets: list[Path | None] = []
+    taken: dict[str, str] = {}
+    for ref in refs:
+        try:
+            reference = parse_reference(ref)
+        except MaskpackError:
+            targets.append(None)  # pulling it says what is wrong, when it is its turn
+            continue
+        if reference.path is not None:
+            folder = reference.path.resolve().name.removesuffix(".safetensors")
+        else:
+            folder = str(reference.repo_id).replace("/", "--")
+        key = folder.casefold()  # some file systems do not tell A from a
+        if key in taken:
+            raise ConfigError(
+                f"{taken[key]} and {ref} would both be copied to {output / folder}; nothing was fetched: pull them one "
+                "at a time, each with its own --output"
+            )
+        taken[key] = ref
+        targets.append(output / folder)
+    return targets
 
 
 def register(app: typer.Typer) -> None:
@@ -65,6 +124,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "maskpack pull user/my-mask",
             "maskpack pull user/my-mask@v1 --output ./my-mask",
+            "maskpack pull user/one user/two@v1 --output ./masks",
             "maskpack pull user/my-mask -q",
         )
     )(command(pull))
