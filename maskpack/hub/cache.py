@@ -59,27 +59,19 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[CachedAdapter]:
 def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
     """Return base, density and bits per weight from a config file, which a stranger may have written."""
     try:
-        return _read(config)
+        if not config.is_file():  # neither a folder, nor a pipe that would be waited for
+            return None, None, None
+        with config.open("rb") as file:
+            text = file.read(MAX_CONFIG + 1)
+        about = Fields.of(strict_json(text, CONFIG_FILE), CONFIG_FILE)
+        base = about.object("base").text("id")
+        sets = [about.object("sets").object(name) for name in about.object("sets").members]
+        weights, kept = (sum(_count(one, key) for one in sets) for key in ("weights", "kept"))
+        coded = sum(_count(one, key) for one in sets for key in ("payload_bytes", "table_bytes"))
     except (AdapterError, OSError):
         return None, None, None
-
-
-def _read(config: Path) -> tuple[str, float, float]:
-    if not config.is_file():
-        raise AdapterError(f"{config} is no file")
-    with config.open("rb") as file:
-        text = file.read(MAX_CONFIG + 1)
-    if len(text) > MAX_CONFIG:
-        raise AdapterError(f"{config} has over {MAX_CONFIG} bytes")
-    about = Fields.of(strict_json(text, CONFIG_FILE), CONFIG_FILE)
-    base = about.object("base").text("id")
-    sets = [about.object("sets").object(name) for name in about.object("sets").members]
-    weights, kept, coded = (
-        sum(_count(one, key) for one in sets for key in keys)
-        for keys in (("weights",), ("kept",), ("payload_bytes", "table_bytes"))
-    )
-    if PATH.match(base) or not 0 < weights or kept > weights:
-        raise AdapterError(f"{config} names a place on a disk, or impossible counts")
+    if len(text) > MAX_CONFIG or PATH.match(base) or not 0 < weights >= kept:
+        return None, None, None
     return base, kept / weights, 8 * coded / weights
 
 
