@@ -110,7 +110,7 @@ def test_two_that_would_share_a_folder(
 def test_none_at_all() -> None:
     done = pull()
     assert done.exit_code == 2
-    assert "Missing argument 'REF...'" in done.stderr
+    assert "Missing argument 'REF'" in done.stderr
 
 
 def test_debug_shows_the_traceback_of_the_first(commits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

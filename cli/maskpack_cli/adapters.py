@@ -9,7 +9,7 @@ from .console import Json, Quiet, Token, command, emit, examples, note, progress
 
 Profile = Literal["fast", "default", "max"]
 PROFILES = "fast: quick. default: small, decodes quickly. max: smallest, slow, may need the backbone to decode."
-Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .safetensors file.")]
+Ref = Annotated[str, typer.Argument(help="user/name or user/name@revision, a folder, or a .safetensors file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
 RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]

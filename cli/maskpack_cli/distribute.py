@@ -37,7 +37,8 @@ def push(
 
 def pull(
     refs: Annotated[
-        list[str], typer.Argument(metavar="REF...", help="user/name[@revision], a folder, or a .safetensors file.")
+        list[str],
+        typer.Argument(metavar="REF", help="user/name or user/name@revision, a folder, or a .safetensors file."),
     ],
     revision: Revision = None,
     output: Annotated[
