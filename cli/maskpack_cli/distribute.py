@@ -12,7 +12,7 @@ from .console import Json, Quiet, Token, command, complain, emit, examples, note
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder, or its model file.")],
     ref: Annotated[str, typer.Argument(help="user/name on the Hub, or a folder as registry: ./registry/name.")],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of the repository. (default: the account's)")
@@ -20,6 +20,8 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     commit_message: Annotated[str | None, typer.Option("--commit-message", "-m", help="Of the one commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of a commit.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Give the commit this tag, as v1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -28,11 +30,22 @@ def push(
     quiet_libraries(quiet or as_json)
     from maskpack import push as push_adapter
 
-    note(f"Pushing {folder} to {ref} …", quiet)
+    note(f"{'Comparing' if dry_run else 'Pushing'} {folder} {'with' if dry_run else 'to'} {ref} …", quiet)
     done = push_adapter(
-        folder, ref, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr, token=token
+        folder,
+        ref,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+        tag=tag,
+        dry_run=dry_run,
+        token=token,
     )
-    emit(asdict(done), as_json, f"✓ {done.url}" + (" (unchanged)" if done.unchanged else ""))
+    state = " (unchanged)" if done.unchanged else " (dry run: nothing was sent)" if dry_run else ""
+    emit(asdict(done) | {"dry_run": dry_run}, as_json, f"{'-' if dry_run else '✓'} {done.url}{state}")
+    for name, size in done.files.items():
+        note(f"  {'would send' if dry_run else 'sent'} {name}, {size:,} bytes", quiet or as_json)
 
 
 def pull(
@@ -119,7 +132,12 @@ def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
 def register(app: typer.Typer) -> None:
     """Add this file's verbs."""
     app.command(
-        epilog=examples("maskpack push ./my-mask user/my-mask --private", "maskpack push ./my-mask ./registry/my-mask")
+        epilog=examples(
+            "maskpack push ./my-mask user/my-mask --private",
+            "maskpack push ./my-mask user/my-mask --tag v1 --dry-run",
+            "maskpack push ./my-mask user/my-mask --create-pr -m 'Trained longer'",
+            "maskpack push ./my-mask ./registry/my-mask",
+        )
     )(command(push))
     app.command(
         epilog=examples(

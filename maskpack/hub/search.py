@@ -65,7 +65,8 @@ def search_adapters(
 
     Raises:
         ConfigError: if an argument cannot be searched for.
-        HubError: if the network or the login failed, or the Hub may not be asked.
+        HubError: if the login failed, or the Hub may not be asked.
+        HubUnreachableError: if the Hub did not answer, after several attempts.
     """
     if not 1 <= limit <= MOST:
         raise ConfigError(f"limit must be from 1 to {MOST}, got {limit}")
