@@ -11,6 +11,9 @@ Profile = Literal["fast", "default", "max"]
 PROFILES = "fast: quick. default: small, decodes quickly. max: smallest, slow, may need the backbone to decode."
 Ref = Annotated[str, typer.Argument(help="user/name or user/name@revision, a folder, or a .safetensors file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+RequireRevision = Annotated[
+    bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
+]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
 RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
 
@@ -44,7 +47,7 @@ def inspect(
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
         **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
-    emit(facts, False, str(ref))
+    emit(facts, False, adapter.pinned)
     for name, one in about["sets"].items():
         emit(one, False, f"mask set {name}")
         if parameters:
@@ -59,6 +62,7 @@ def verify(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     revision: Revision = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -68,15 +72,15 @@ def verify(
     from maskpack import load_adapter, load_backbone
     from maskpack.backbone.fingerprint import check_fingerprint
 
-    adapter = load_adapter(ref, revision=revision, token=token)
-    report: dict[str, Any] = {"adapter": ref}
+    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    report: dict[str, Any] = {"adapter": adapter.pinned}
     base = None
     if backbone is not None:
         base = load_backbone(backbone, weights=weights, random_weights=random_weights).model
         report["base_matches_as"] = check_fingerprint(base, adapter.base)
     with progress_bar("Verifying", quiet or as_json) as step:
         report |= adapter.verify(step, base)
-    emit(report, as_json, f"✓ {ref} is valid")
+    emit(report, as_json, f"✓ {adapter.pinned} is valid")
     if left := report["needs_base"]:
         shown = ", ".join(left[:3]) + (", … (all: --json)" if len(left) > 3 else "")
         note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)

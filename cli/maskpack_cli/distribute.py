@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .adapters import Revision
+from .adapters import RequireRevision, Revision
 from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries
 
 
@@ -20,6 +20,7 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     commit_message: Annotated[str | None, typer.Option("--commit-message", "-m", help="Of the one commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of a commit.")] = False,
+    license: Annotated[str | None, typer.Option(help="Of the masks, for the card: apache-2.0, mit, … (SPDX)")] = None,
     tag: Annotated[str | None, typer.Option(help="Give the commit this tag, as v1.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     token: Token = None,
@@ -38,6 +39,7 @@ def push(
         revision=revision,
         commit_message=commit_message,
         create_pr=create_pr,
+        license=license,
         tag=tag,
         dry_run=dry_run,
         token=token,
@@ -58,6 +60,7 @@ def pull(
         Path | None,
         typer.Option(help="Folder to copy the files to; for several, a folder each inside. (default: only the cache)"),
     ] = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -74,7 +77,7 @@ def pull(
     failed: list[dict[str, str]] = []
     for ref, target in zip(refs, _targets(refs, output), strict=True):
         try:
-            done = pull_adapter(ref, revision=revision, output=target, token=token)
+            done = pull_adapter(ref, revision=revision, output=target, require_revision=require_revision, token=token)
         except (MaskpackError, OSError) as error:
             if len(refs) == 1 or os.environ.get("MASKPACK_DEBUG"):
                 raise
@@ -88,7 +91,7 @@ def pull(
             continue
         emit(pulled[-1], False, f"✓ {done.path}")
         if done.commit:
-            note(f"Pinned: {done.repo_id}@{done.commit}")
+            note(f"Pinned: {done.pinned}")
     if as_json:
         emit({"adapters": pulled, "errors": failed} if len(refs) > 1 else pulled[0], True)
     for one in failed:

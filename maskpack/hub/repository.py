@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..adapter.card import PICTURE_FILE
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import HubError
@@ -145,18 +146,21 @@ class RepositoryPush:
             self.listed = {}
         else:
             snapshot = Snapshot(self.session, self.repo_id, head)
-            self.listed = snapshot.listed(*FILES)
+            self.listed = snapshot.listed(*FILES, PICTURE_FILE)
             if CARD_FILE in self.listed:
                 card = bytes(snapshot.fetch(self.listed[CARD_FILE])[1])
         self.contents = self.build(card_text(card, f"{CARD_FILE} of {self.repo_id}"))
 
     def _changed(self) -> Contents:
         """Return the files that are not there as they are wanted."""
-        return {
+        changed = {
             name: content
             for name, content in self.contents.items()
             if name not in self.listed or not is_same(self.listed[name], content)
         }
+        if MODEL_FILE not in changed and PICTURE_FILE in self.listed:
+            changed.pop(PICTURE_FILE, None)  # the same picture has other bytes where zlib is another one
+        return changed
 
     def _commit(self) -> tuple[str, str | None]:
         """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
@@ -194,7 +198,7 @@ class RepositoryPush:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
         for number, commit in pull_requests(self.session, self.repo_id).items():
             there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
-            if all(name in there and is_same(there[name], content) for name, content in self.contents.items()):
+            if all(name in there and is_same(there[name], self.contents[name]) for name in FILES):
                 return commit, f"{self._page()}/discussions/{number}"
         return None
 

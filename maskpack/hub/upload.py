@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..adapter.card import render_card, update_card
+from ..adapter.card import PICTURE_FILE, render_card, update_card
 from ..adapter.describe import config_text, describe
 from ..adapter.file import CARD_FILE
+from ..adapter.picture import density_picture
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import ConfigError
 from .download import OpenedAdapter, open_local
@@ -23,6 +24,7 @@ def push(
     revision: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    license: str | None = None,
     tag: str | None = None,
     dry_run: bool = False,
     token: str | bool | None = None,
@@ -39,6 +41,7 @@ def push(
         revision: branch to push to, made where it is missing.
         commit_message: None for one that names the adapter.
         create_pr: open a pull request instead of writing to the branch.
+        license: identifier for the card, as in "apache-2.0"; None leaves what the card says.
         tag: give the commit this tag.
         dry_run: look and say what would be done, and write nothing.
         token: as everywhere on the Hub: None for the login.
@@ -58,7 +61,7 @@ def push(
     description = describe(opened.adapter)
 
     def build(existing: str | None) -> dict[str, bytes | memoryview]:
-        return _contents(opened, description, reference.repo_id, existing)
+        return _contents(opened, description, reference.repo_id, license, existing)
 
     if reference.path is not None:
         if private is not None or create_pr or commit_message is not None or tag is not None:
@@ -91,14 +94,19 @@ def _push_to_folder(contents: Contents, target: Path, dry_run: bool) -> PushedAd
 
 
 def _contents(
-    opened: OpenedAdapter, description: dict[str, Any], repo_id: str | None, existing: str | None
+    opened: OpenedAdapter, description: dict[str, Any], repo_id: str | None, license: str | None, existing: str | None
 ) -> dict[str, bytes | memoryview]:
-    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
-    card = render_card(description, repo_id)
-    found = opened.contents
+    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed.
+
+    A picture goes to the Hub only, whose pages show it; a folder has the three files of an adapter.
+    """
+    found, picture = opened.contents, {}
+    if repo_id is not None:
+        picture = {PICTURE_FILE: density_picture(description)}
+    card = render_card(description, repo_id, license=license, picture=PICTURE_FILE if picture else None)
     if existing is None and CARD_FILE in found:
         existing = card_text(bytes(found[CARD_FILE]), str(opened.pulled.path / CARD_FILE))
     if existing is not None:
         card = update_card(existing, card)
     config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
-    return {CARD_FILE: card.encode(), CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
+    return {**picture, CARD_FILE: card.encode(), CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
