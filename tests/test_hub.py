@@ -15,6 +15,7 @@ from maskpack.hub.cache import CachedAdapter, cached_adapters
 
 from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, size, with_record, write_adapter
 from .hub_fixtures import hub as hub
+from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 

@@ -12,10 +12,12 @@ import httpx2
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
+from .hub_fixtures import TRANSPORTS
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
+BOTH = pytest.mark.parametrize("hub", TRANSPORTS, indirect=True)
 CARD = b"---\nlibrary_name: maskpack\nbase_model: timm/resnet18\nbase_model_relation: adapter\n---\n# Birds\n"
 
 
@@ -34,6 +36,7 @@ def git(*arguments: object, env: dict[str, str] | None = None) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=quiet | (env or {})).stdout
 
 
+@BOTH
 def test_git_accepts_the_repository_and_clones_the_pointer(hub: HubServer, tmp_path: Path) -> None:
     api = as_user()
     api.create_repo("alice/birds")
@@ -55,6 +58,7 @@ def test_git_accepts_the_repository_and_clones_the_pointer(hub: HubServer, tmp_p
     assert refs == ["refs/heads/dev/one", "refs/heads/main", "refs/pr/1", "refs/tags/v1"]
 
 
+@BOTH
 def test_client_reads_back_what_it_wrote(hub: HubServer) -> None:
     api = as_user()
     api.create_repo("alice/birds")
@@ -220,6 +224,7 @@ def test_faults_are_what_they_say(hub: HubServer) -> None:
         hub.fail("typo")
 
 
+@BOTH
 def test_client_of_another_process(hub: HubServer) -> None:
     hub.add("alice/birds", {"m.safetensors": b"bits"})
     code = "import huggingface_hub as h; print(open(h.hf_hub_download('alice/birds', 'm.safetensors')).read())"

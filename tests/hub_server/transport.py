@@ -102,7 +102,8 @@ class Handler(BaseHTTPRequestHandler):
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-        if match and status == 200 and request.method == "GET" and kind != "norange":
+        may_be_cut = status == 200 and "Accept-Ranges" in response.headers and request.method == "GET"
+        if match and may_be_cut and kind != "norange":
             total, first = len(body), int(match[1])
             last = min(int(match[2] or total - 1), total - 1)
             if first >= total:
