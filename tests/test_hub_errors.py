@@ -107,9 +107,10 @@ def test_file_that_is_gone_after_all(birds: HubServer) -> None:
 
 
 def test_name_that_only_the_client_refuses(hub: HubServer) -> None:
-    session = Session("pull", Reference("alice/na--me"), False)  # no such name gets past our own check
+    reference = Reference("alice/na--me")  # no such name gets past our own check
+    session = Session(f"pull {reference}", False, reference)
     with pytest.raises(AdapterError, match="cannot pull alice/na--me: the Hub accepts no such name; expected user/na"):
-        session.call(lambda: session.api.model_info(session.repo_id))
+        session.call(lambda: session.api.model_info(str(reference.repo_id)))
     assert hub.log == []
 
 

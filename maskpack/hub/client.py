@@ -19,23 +19,23 @@ T = TypeVar("T")
 
 
 class Session:
-    """Calls to the Hub on behalf of one push or pull.
+    """Calls to the Hub on behalf of one task.
+
+    Args:
+        task: what is done, for messages: "pull user/name".
+        reference: the repository that it is about, if it is about one.
 
     The client is imported here and not with the module: it takes a third of a second, and applying a local adapter
     does not need it.
     """
 
-    def __init__(self, verb: str, reference: "Reference", token: str | bool | None) -> None:
+    def __init__(self, task: str, token: str | bool | None, reference: "Reference | None" = None) -> None:
         from huggingface_hub import HfApi, constants
 
-        assert reference.repo_id is not None
         if isinstance(token, str) and not re.fullmatch(r"[!-~]+", token):
             # such a token cannot be sent, and the client would write it into its log
-            raise HubError(
-                f"cannot {verb} {reference}: the token is empty or holds spaces, line ends or non-ASCII; {LOGIN}"
-            )
-        self.verb, self.reference, self.token = verb, reference, token
-        self.repo_id: str = reference.repo_id
+            raise HubError(f"cannot {task}: the token is empty or holds spaces, line ends or non-ASCII; {LOGIN}")
+        self.task, self.token, self.reference = task, token, reference
         self.offline = bool(constants.HF_HUB_OFFLINE)
         self.api = HfApi(library_name="maskpack", library_version=_version(), token=token)
 
@@ -59,7 +59,7 @@ class Session:
         """Wait before the next attempt, or raise if the fault will not pass, or has not for long enough."""
         wait = retry_after(error) or float(4 ** (attempt - 1))
         if attempt >= ATTEMPTS or wait > LONGEST_WAIT or not is_passing(error):
-            raise explain(error, self.verb, self.reference, self.api.endpoint, self.token) from self.cause(error)
+            raise explain(error, self.task, self.reference, self.api.endpoint, self.token) from self.cause(error)
         time.sleep(wait)
 
     def cause(self, error: Exception) -> Exception | None:

@@ -10,7 +10,7 @@ from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import AdapterError, CorruptAdapterError, HubError
 from .client import Session
 from .folder import FILES, Digest, check_folder, check_limit, check_record, copy_files, digest
-from .reference import parse_reference
+from .reference import Reference, parse_reference
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -63,9 +63,9 @@ def pull(
     if reference.path is not None:
         found = _find_local(reference.path)
     else:
-        session = Session("pull", reference, token)
+        session = Session(f"pull {reference}", token, reference)
         cache = None if cache_dir is None else Path(cache_dir)
-        found = _find_on_hub(session, cache, local_files_only or session.offline)
+        found = _find_on_hub(session, reference, cache, local_files_only or session.offline)
     if output is None:
         return found
     target = Path(output).expanduser()
@@ -87,8 +87,8 @@ def _find_local(path: Path) -> PulledAdapter:
     return PulledAdapter(path)
 
 
-def _find_on_hub(session: Session, cache: Path | None, offline: bool) -> PulledAdapter:
-    reference, repo_id = session.reference, session.repo_id
+def _find_on_hub(session: Session, reference: Reference, cache: Path | None, offline: bool) -> PulledAdapter:
+    repo_id = str(reference.repo_id)
     if reference.is_pinned:
         commit = str(reference.revision)
     else:
@@ -104,7 +104,7 @@ def _find_on_hub(session: Session, cache: Path | None, offline: bool) -> PulledA
             f"cannot pull {reference}: commit {commit[:12]} is not in the cache and the Hub may not be asked; "
             "go online (unset HF_HUB_OFFLINE, leave out local_files_only) once"
         )
-    return PulledAdapter(folder or _download(session, commit, cache), commit, repo_id)
+    return PulledAdapter(folder or _download(session, repo_id, commit, cache), commit, repo_id)
 
 
 def _find_cached(repo_id: str, commit: str, cache: Path | None, offline: bool) -> Path | None:
@@ -125,9 +125,9 @@ def _find_cached(repo_id: str, commit: str, cache: Path | None, offline: bool) -
     return Path(model).parent
 
 
-def _download(session: Session, commit: str, cache: Path | None) -> Path:
-    listed = list_files(session, commit)
-    where = f"{session.repo_id}@{commit[:12]}"
+def _download(session: Session, repo_id: str, commit: str, cache: Path | None) -> Path:
+    listed = list_files(session, repo_id, commit)
+    where = f"{repo_id}@{commit[:12]}"
     missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in listed]
     if missing:
         raise AdapterError(
@@ -135,16 +135,16 @@ def _download(session: Session, commit: str, cache: Path | None) -> Path:
         )
     for name, entry in listed.items():
         check_limit(name, size_of(entry), where)
-    fetched = {name: fetch(session, listed[name], commit, cache) for name in FILES if name in listed}
+    fetched = {name: fetch(session, repo_id, listed[name], commit, cache) for name in FILES if name in listed}
     check_record(fetched[CONFIG_FILE][0], fetched[MODEL_FILE][1], where)
     return fetched[MODEL_FILE][0].parent
 
 
-def list_files(session: Session, commit: str) -> dict[str, "RepoFile"]:
+def list_files(session: Session, repo_id: str, commit: str) -> dict[str, "RepoFile"]:
     """Return those of an adapter's files that a commit has, with sizes and digests."""
     from huggingface_hub.hf_api import RepoFile
 
-    found = session.call(lambda: session.api.get_paths_info(session.repo_id, list(FILES), revision=commit))
+    found = session.call(lambda: session.api.get_paths_info(repo_id, list(FILES), revision=commit))
     return {entry.path: entry for entry in found if isinstance(entry, RepoFile) and entry.path in FILES}
 
 
@@ -160,7 +160,7 @@ def is_same(entry: "RepoFile", content: Digest) -> bool:
     return (entry.size, entry.blob_id) == (content.size, content.git)
 
 
-def fetch(session: Session, entry: "RepoFile", commit: str, cache: Path | None) -> tuple[Path, Digest]:
+def fetch(session: Session, repo_id: str, entry: "RepoFile", commit: str, cache: Path | None) -> tuple[Path, Digest]:
     """Bring a file into the cache and verify it; the client compares nothing but the length.
 
     Raises:
@@ -169,7 +169,7 @@ def fetch(session: Session, entry: "RepoFile", commit: str, cache: Path | None) 
     for force in (False, True):
         download = partial(
             session.api.hf_hub_download,
-            session.repo_id,
+            repo_id,
             entry.path,
             revision=commit,
             cache_dir=cache,
@@ -180,6 +180,6 @@ def fetch(session: Session, entry: "RepoFile", commit: str, cache: Path | None) 
         if is_same(entry, content):
             return path, content
     raise CorruptAdapterError(
-        f"{entry.path} of {session.repo_id}@{commit[:12]} arrived twice with other bytes than the repository lists; "
+        f"{entry.path} of {repo_id}@{commit[:12]} arrived twice with other bytes than the repository lists; "
         "it is damaged on the way or on the server: try another network, or tell the owner"
     )

@@ -71,13 +71,13 @@ def is_passing(error: BaseException) -> bool:
 
 
 def explain(
-    error: Exception, verb: str, reference: "Reference", endpoint: str, token: str | bool | None
+    error: Exception, task: str, reference: "Reference | None", endpoint: str, token: str | bool | None
 ) -> MaskpackError:
     """Return our error for one of the client's."""
     cause = origin(error)
     kind, reason = _reason(cause, reference, endpoint, _without_tokens(str(cause), token))
     # the server's words could quote the token as well
-    return kind(_without_tokens(f"cannot {verb} {reference}: {reason}", token))
+    return kind(_without_tokens(f"cannot {task}: {reason}", token))
 
 
 def quotes_token(error: BaseException | None, token: str | bool | None) -> bool:
@@ -95,18 +95,21 @@ def _without_tokens(text: str, token: str | bool | None) -> str:
     return re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", text)
 
 
-def _reason(error: BaseException, reference: "Reference", endpoint: str, text: str) -> tuple[type[MaskpackError], str]:
+def _reason(
+    error: BaseException, reference: "Reference | None", endpoint: str, text: str
+) -> tuple[type[MaskpackError], str]:
     """Return the class and the words for an error, the most telling first."""
     from huggingface_hub import errors
 
-    host, page = urlsplit(endpoint).hostname, f"{endpoint}/{reference.repo_id}"
+    host = urlsplit(endpoint).hostname
+    repo_id, revision = (reference.repo_id, reference.revision or "main") if reference else ("the repository", "main")
+    page = f"{endpoint}/{repo_id}"
     if isinstance(error, errors.GatedRepoError):
         return HubError, f"its owner asks for an agreement first; open {page}, accept it, {LOGIN}, and try again"
     if isinstance(error, errors.DisabledRepoError):
         return HubError, "access to it was disabled on the Hub; ask its owner"
     if isinstance(error, errors.RevisionNotFoundError):
-        name = reference.revision or "main"
-        return AdapterError, f"{reference.repo_id} has no revision {name!r}; give a branch, tag or commit of {page}"
+        return AdapterError, f"{repo_id} has no revision {revision!r}; give a branch, tag or commit of {page}"
     if isinstance(error, errors.RepositoryNotFoundError):
         who = "your token's account may not see it" if _sent_token(error) else f"you are not logged in ({LOGIN})"
         return AdapterError, f"{host} has no such repository, or it is private and {who}; check the name"

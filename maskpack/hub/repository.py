@@ -57,14 +57,14 @@ class RepositoryPush:
         create_pr: bool,
         token: str | bool | None,
     ) -> None:
-        self.session = Session("push to", reference, token)
-        self.repo_id, self.branch = self.session.repo_id, reference.revision or "main"
+        self.session = Session(f"push to {reference}", token, reference)
+        self.repo_id, self.branch = str(reference.repo_id), reference.revision or "main"
         self.build, self.private, self.message, self.create_pr = build, private, message, create_pr
 
     def run(self) -> PushedAdapter:
         created = self._prepare_repository()
         head = self._prepare_branch()
-        listed = list_files(self.session, head)
+        listed = list_files(self.session, self.repo_id, head)
         self.contents = self.build(self._remote_card(listed, head))
         self.digests = {name: digest(content) for name, content in self.contents.items()}
         changed = self._changed(listed)
@@ -130,7 +130,9 @@ class RepositoryPush:
         if CARD_FILE not in listed:
             return None
         check_limit(CARD_FILE, size_of(listed[CARD_FILE]), self.repo_id)
-        return read_text(fetch(self.session, listed[CARD_FILE], head, None)[0], f"{CARD_FILE} of {self.repo_id}")
+        return read_text(
+            fetch(self.session, self.repo_id, listed[CARD_FILE], head, None)[0], f"{CARD_FILE} of {self.repo_id}"
+        )
 
     def _changed(self, listed: dict[str, "RepoFile"]) -> list[str]:
         return [name for name, one in self.digests.items() if name not in listed or not is_same(listed[name], one)]
@@ -175,7 +177,7 @@ class RepositoryPush:
         now = self._head()
         if now is None or now == head:
             return None
-        if not self._changed(list_files(self.session, now)):
+        if not self._changed(list_files(self.session, self.repo_id, now)):
             return now
         raise HubError(
             f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile ({head[:12]} "
