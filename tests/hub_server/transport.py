@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import select
 import socket
 import struct
 import sys
@@ -27,6 +28,7 @@ class Origin(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.name, self.application, self.faults, self.log = name, application, faults, log
         self.connections: set[socket.socket] = set()
+        self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     def start(self) -> None:
@@ -34,6 +36,7 @@ class Origin(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop answering and close every connection, so that clients see a dead server."""
+        self.stopping.set()
         self.shutdown()
         self.thread.join()
         self.server_close()
@@ -82,7 +85,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append(request)
         fault = self.server.faults.match(request.method, f"{self.server.name}:{request.target}")
         kind = fault.kind if fault else ""
-        if kind == "drop":
+        if kind == "silent":
+            self.hold()
+        if kind in ("drop", "silent"):
             self.close_connection = True
             return
         if fault and kind == "status":
@@ -90,6 +95,8 @@ class Handler(BaseHTTPRequestHandler):
             response.headers |= fault.headers
         else:
             response = self.server.application(request)
+        if fault and fault.change and kind == "lie":
+            fault.change(response)
         if kind == "lost":
             self.close_connection = True
             return
@@ -122,16 +129,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if request.method == "HEAD":
             return
-        if kind in ("close", "reset"):
-            self.break_off(body[: len(body) // 2], reset=kind == "reset")
+        if kind in ("close", "reset", "stall"):
+            self.break_off(body[: len(body) // 2], kind)
         else:
             self.wfile.write(body)
 
-    def break_off(self, body: bytes, reset: bool) -> None:
+    def hold(self) -> None:
+        """Wait until the client or the server goes."""
+        while not self.server.stopping.is_set():
+            readable, _, _ = select.select([self.connection], [], [], 0.02)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                return
+
+    def break_off(self, body: bytes, kind: str) -> None:
         self.wfile.write(body)
         self.wfile.flush()
         self.close_connection = True
-        if reset:
+        if kind == "stall":
+            self.hold()
+        if kind == "reset":
             time.sleep(0.05)  # a reset discards what the peer has not read yet
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             # the descriptor stays open while the streams hold it: take it from under them
