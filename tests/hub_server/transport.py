@@ -85,8 +85,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append(request)
         fault = self.server.faults.match(request.method, f"{self.server.name}:{request.target}")
         kind = fault.kind if fault else ""
-        if kind == "silent":
-            self.hold()
+        if fault and kind == "silent":
+            self.hold(fault)
         if kind in ("drop", "silent"):
             self.close_connection = True
             return
@@ -94,7 +94,7 @@ class Handler(BaseHTTPRequestHandler):
             response = answer_error(HttpError(fault.status, fault.message, fault.code))
             response.headers |= fault.headers
         else:
-            response = self.server.application(request)
+            request.answer = response = self.server.application(request)
         if fault and fault.change and kind == "lie":
             fault.change(response)
         if kind == "lost":
@@ -129,25 +129,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if request.method == "HEAD":
             return
-        if kind in ("close", "reset", "stall"):
-            self.break_off(body[: len(body) // 2], kind)
+        if fault and kind in ("close", "reset", "stall"):
+            self.break_off(body[: len(body) // 2], fault)
         else:
             self.wfile.write(body)
 
-    def hold(self) -> None:
-        """Wait until the client or the server goes."""
-        while not self.server.stopping.is_set():
+    def hold(self, fault: Fault) -> None:
+        """Wait until the client, the server or the rule goes."""
+        while fault in self.server.faults.rules and not self.server.stopping.is_set():
             readable, _, _ = select.select([self.connection], [], [], 0.02)
             if readable and not self.connection.recv(1, socket.MSG_PEEK):
                 return
 
-    def break_off(self, body: bytes, kind: str) -> None:
+    def break_off(self, body: bytes, fault: Fault) -> None:
         self.wfile.write(body)
         self.wfile.flush()
         self.close_connection = True
-        if kind == "stall":
-            self.hold()
-        if kind == "reset":
+        if fault.kind == "stall":
+            self.hold(fault)
+        if fault.kind == "reset":
             time.sleep(0.05)  # a reset discards what the peer has not read yet
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             # the descriptor stays open while the streams hold it: take it from under them
