@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.fault_flows import FLOWS, SECRETS, Answer, Client, Flow, Run
 from benchmarks.fault_matrix import markdown, write_between
 from benchmarks.fault_races import races
-from tests.hub_server import Fault, HubServer
+from tests.hub_server import WRITE_TOKEN, Fault, HubServer
 from tests.hub_server.messages import Request
 
 TRANSPORTS = ("lfs", "xet")
@@ -161,9 +161,9 @@ class Bench:
         places = {
             "an answer": json.dumps(answer),
             "the client's output": self.client.log.read_text(errors="replace"),
-            "the store": "".join(f"{one.target} {one.headers}" for one in sent if "hf_" in str(one.headers)),
         }
-        return [f"a token in {place}" for place, text in places.items() if SECRETS.search(text)]
+        found = [f"a token in {place}" for place, text in places.items() if SECRETS.search(text)]
+        return found + ["the user's token at the store"] * any(WRITE_TOKEN in f"{one}" for one in sent)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Push and pull against the loopback Hub: what arrives, what is kept, and what is asked of the server."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,7 +196,7 @@ def test_pull_in_another_process(hub: HubServer, tmp_path: Path) -> None:
         "import json, sys; from maskpack.hub import pull; lazy = 'huggingface_hub' not in sys.modules; "
         "found = pull('alice/birds'); print(json.dumps([str(found.path), found.commit, lazy]))"
     )
-    environment = {"PATH": os.environ["PATH"], **hub.env(READ_TOKEN)}
+    environment = hub.env(READ_TOKEN)
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """The loopback Hub: an origin for the API, another one for the store of large files, by LFS and by Xet."""
 
 import json
+import os
 from pathlib import Path
 
 from .content import CONTENT
@@ -82,7 +83,9 @@ class HubServer:
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        return variables | ({"HF_TOKEN": token} if token else {})
+        # another client than the installed one may lie on the path
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        return kept | variables | ({"HF_TOKEN": token} if token else {})
 
     def fail(self, kind: str, method: str = "GET", path: str = "", **details: object) -> Fault:
         """Let coming requests go wrong; `path` is matched in `hub:/…` or `store:/…`, see `Fault`."""
