@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from tests.hub_adapters import CARD, NAMES, contents, read_folder, saved, write_adapter
 from tests.hub_server import WRITE_TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +96,13 @@ def wrong_adapter(found: dict[str, bytes], seed: int) -> list[str]:
     return [name for name, data in contents(seed).items() if found.get(name) != data]
 
 
+def stored(server: HubServer, repo_id: str, revision: str) -> dict[str, bytes]:
+    """Return an adapter's files at the Hub, as far as they are there."""
+    repository = server.repositories[repo_id]
+    there = repository.entries(repository.head(revision))
+    return {name: server.file(repo_id, name, revision) for name in NAMES if name in there}
+
+
 def fsck(server: HubServer, repo_id: str) -> list[str]:
     """Return what git has to say about a repository."""
     repository = server.repositories.get(repo_id)
@@ -150,8 +157,9 @@ def _look_at_push(run: Run, answer: Answer) -> list[str]:
     made = [commit for commit in run.history() if commit not in before]
     wrong = [f"{len(made)} commits"] if len(made) > 1 else []
     if made:
-        found = {name: run.server.file(run.repo_id, name) for name in (MODEL, CONFIG)}
+        found = stored(run.server, run.repo_id, made[0])
         wrong += [f"{name} at the Hub has other bytes" for name in wrong_adapter(found, run.seed)]
+        wrong += [] if found.get(CARD, b"").startswith(b"---\n") else ["no model card at the Hub"]
     if "error" not in answer and made[:1] != [answer["commit"]]:
         wrong.append("success without that commit")
     if made and "nothing of yours was" in answer.get("text", ""):

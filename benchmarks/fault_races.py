@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_flows import Answer, Client, fsck, wrong_adapter
-from tests.hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
+from benchmarks.fault_flows import Answer, Client, fsck, stored, wrong_adapter
+from tests.hub_adapters import contents, read_folder, write_adapter
 from tests.hub_server import HubServer
 
 PUSHERS, PULLERS, PULLS = 10, 2, 5
@@ -45,10 +45,6 @@ def adapters(folder: Path, name: str, seeds: Iterable[int]) -> list[Path]:
     return [write_adapter(folder / f"{name}-{at}", contents(seed)) for at, seed in enumerate(seeds)]
 
 
-def at(server: HubServer, repo_id: str, revision: str) -> dict[str, bytes]:
-    return {name: server.file(repo_id, name, revision) for name in (MODEL, CONFIG)}
-
-
 def outcome(answers: list[Answer]) -> str:
     counted = Counter(
         answer.get("error", "unchanged" if answer.get("unchanged") == "True" else "ok") for answer in answers
@@ -70,7 +66,7 @@ def to_one_branch(
     answers = together(clients, [("push", one, repo_id) for one in folders])
     repository = server.repositories[repo_id]
     history = repository.git.history(repository.head("main"))[:-1]
-    held = [at(server, repo_id, commit) for commit in history]
+    held = [stored(server, repo_id, commit) for commit in history]
     wrong = named(answers) + fsck(server, repo_id)
     for seed, answer in zip(seeds, answers, strict=True):
         landed = [commit for commit, files in zip(history, held, strict=True) if not wrong_adapter(files, seed)]
@@ -101,7 +97,9 @@ def to_own_branches(server: HubServer, clients: list[Client], folder: Path) -> d
     for n, (seed, answer) in enumerate(zip(seeds, answers, strict=True)):
         if "error" not in answer:
             made = len(git.history(str(git.resolve(f"b{n}")))) - 2
-            right = git.resolve(f"b{n}") == answer["commit"] and not wrong_adapter(at(server, repo_id, f"b{n}"), seed)
+            right = git.resolve(f"b{n}") == answer["commit"] and not wrong_adapter(
+                stored(server, repo_id, f"b{n}"), seed
+            )
             wrong += [] if right and made == 1 else [f"the branch b{n} holds something else"]
     return {
         "what": f"{len(calls)} processes push to branches of their own",

@@ -90,6 +90,7 @@ class Bench:
     def __enter__(self) -> "Bench":
         self.server.__enter__()
         self.client = self.new_client()
+        self.client.call("pull", self.root)  # an error at once; what is imported is imported then
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,6 +154,7 @@ class Bench:
         except queue.Empty:
             self.client.stop()
             self.client = self.new_client()
+            self.client.call("pull", self.root)
             return {"error": "none", "ours": True, "text": "the client never answered"}, "hangs"
 
     def leaks(self, answer: Answer) -> list[str]:

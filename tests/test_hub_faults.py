@@ -170,7 +170,7 @@ def test_fault_of_an_upload_by_lfs(hub: HubServer, adapter: Path, path: str, kin
 
 @pytest.mark.transport("xet")
 @pytest.mark.parametrize("kind", ["status", "lost"])
-@pytest.mark.parametrize("path", ["xet-write-token", "v1/xorbs", "v1/shards"])
+@pytest.mark.parametrize("path", ["xet-write-token", "v1/xorbs", "v2/shards"])
 def test_fault_of_an_upload_by_xet(hub: HubServer, adapter: Path, path: str, kind: str) -> None:
     push_with_a_fault(hub, adapter, kind, path)
 

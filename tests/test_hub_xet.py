@@ -39,17 +39,21 @@ def download(name: str, folder: Path) -> bytes:
     return Path(HfApi(token=False).hf_hub_download("alice/birds", name, cache_dir=folder)).read_bytes()
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("scheme", CONTENTS, ids=["lz4", "grouped", "plain"])
 def test_upload_is_read_both_ways(
-    hub: HubServer, api: HfApi, scheme: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, api: HfApi, scheme: int, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("SHARD", "RECONSTRUCTION"):
+        monkeypatch.setenv(f"HF_XET_CLIENT_{name}_API_VERSION", version)
     data = CONTENTS[scheme]
     commit(api, "m.safetensors", data)
     assert {xorb.data[4] for xorb in hub.xet.xorbs.values()} == {scheme}
-    assert hub.requests("POST", "store:/v1/shards")
+    assert hub.requests("POST", f"store:/v{version}/shards")
     assert not hub.requests("POST", "/objects/batch")
     assert hub.file("alice/birds", "m.safetensors") == data
     assert download("m.safetensors", tmp_path / "xet") == data
+    assert hub.requests("GET", f"store:/v{version}/reconstructions/")
     assert len(hub.requests("GET", "store:/xorbs/")) == 1
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     assert download("m.safetensors", tmp_path / "lfs") == data
@@ -128,7 +132,7 @@ def test_tokens_are_for_those_who_may(hub: HubServer, api: HfApi) -> None:
 def test_what_does_not_fit_is_refused(hub: HubServer, api: HfApi) -> None:
     commit(api, "m.safetensors", CONTENTS[PLAIN])
     token, store = hub.xet.new_token("write"), hub.store_endpoint
-    shard = next(one.body for one in hub.log if one.target == "/v1/shards")
+    shard = next(one.body for one in hub.log if one.target == "/v2/shards")
     (xorb,) = hub.xet.xorbs
     wrong = hashlib.sha256(b"other").digest()
     right = struct.pack(">4Q", *struct.unpack("<4Q", hashlib.sha256(CONTENTS[PLAIN]).digest()))

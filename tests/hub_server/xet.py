@@ -184,13 +184,20 @@ def put_shard(server: "HubServer", request: Request) -> Response:
     return answer_json({"result": 1})
 
 
-@XET.add("GET", "/v1/reconstructions/{file}")
+@XET.add("POST", "/v2/shards")
+def put_shard_and_report(server: "HubServer", request: Request) -> Response:
+    """The same; the answer is a stream of events, of which this is the last."""
+    put_shard(server, request)
+    return Response(200, b'{"type": "result"}\n', {"Content-Type": "application/x-ndjson"})
+
+
+@XET.add("GET", "/{version}/reconstructions/{file}")
 def reconstruct(server: "HubServer", request: Request) -> Response:
     """Say which chunks make up a file, or a range of it, and where they are to be had."""
     require_token(server, request, "read")
-    terms = server.xet.files.get(request.args["file"])
-    if terms is None:
-        raise HttpError(404, "no such file")
+    terms, version = server.xet.files.get(request.args["file"]), request.args["version"]
+    if terms is None or version not in ("v1", "v2"):
+        raise HttpError(404, "no such file, or no such version")
     wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("range", ""))
     first, last = (int(wanted[1]), int(wanted[2])) if wanted else (0, sum(term.size for term in terms))
     listed: list[Term] = []
@@ -202,22 +209,26 @@ def reconstruct(server: "HubServer", request: Request) -> Response:
         at += term.size
     if not listed:
         raise HttpError(416, "the range begins behind the end of the file")
-    places = {term.xorb: [_place(server, term.xorb, listed)] for term in listed}
     described = [
         {"hash": term.xorb, "unpacked_length": term.size, "range": {"start": term.start, "end": term.end}}
         for term in listed
     ]
-    return answer_json({"offset_into_first_range": skipped, "terms": described, "fetch_info": places})
+    places = {term.xorb: [_place(server, term.xorb, listed, version)] for term in listed}
+    where = "fetch_info" if version == "v1" else "xorbs"
+    return answer_json({"offset_into_first_range": skipped, "terms": described, where: places})
 
 
-def _place(server: "HubServer", xorb: str, terms: list[Term]) -> dict[str, object]:
+def _place(server: "HubServer", xorb: str, terms: list[Term], version: str) -> dict[str, object]:
     """Return where all the chunks of a xorb that the terms need are to be had, those in between included."""
     start = min(term.start for term in terms if term.xorb == xorb)
     end = max(term.end for term in terms if term.xorb == xorb)
     ends = [0, *server.xet.xorbs[xorb].ends]
     url = f"{server.store_endpoint}/xorbs/{xorb}?{SIGNATURE}"
     url_range = {"start": ends[start], "end": ends[end] - 1}  # both included
-    return {"range": {"start": start, "end": end}, "url": url, "url_range": url_range}
+    chunks = {"start": start, "end": end}
+    if version == "v1":
+        return {"url": url, "range": chunks, "url_range": url_range}
+    return {"url": url, "ranges": [{"chunks": chunks, "bytes": url_range}]}
 
 
 @XET.add("GET", "/xorbs/{xorb}")
