@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit wheel lowest results bench-codec compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults compression fuzz clean
 FUZZ_SECONDS ?= 120
 
 # the stamp is older than pyproject.toml whenever the dependencies may have changed
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/maskpack demo
 
-test: lint types unit wheel
+test: lint types unit lowest-client wheel
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -28,6 +28,22 @@ types: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# the tests of push and pull once more, with the lowest Hub client that pyproject.toml allows laid over the environment
+CLIENT := .clients/lowest
+$(CLIENT)/version.txt: pyproject.toml $(VENV)/.installed
+	rm -rf $(CLIENT) && mkdir -p $(CLIENT)
+	$(BIN)/python -c 'import re; print(re.search(r"huggingface-hub>=([0-9.]+)", open("pyproject.toml").read())[1])' > .clients/version.txt
+	$(BIN)/pip install --quiet --target $(CLIENT) "huggingface-hub==$$(cat .clients/version.txt)"
+	mv .clients/version.txt $@
+
+lowest-client: $(CLIENT)/version.txt
+	MASKPACK_CLIENT=$$(cat $(CLIENT)/version.txt) PYTHONPATH=$(CLIENT) OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_hub*.py
+
+# push and pull at the real Hub, in a temporary private repository of your account; needs a login
+hub-live: $(VENV)/.installed
+	HF_TOKEN=$$($(BIN)/python -c 'import huggingface_hub; print(huggingface_hub.get_token() or "")') MASKPACK_HUB_LIVE=1 \
+	  $(BIN)/pytest tests/test_hub_live.py
 
 wheel: $(VENV)/.installed
 	rm -rf dist && $(BIN)/python -m build --quiet --wheel . && $(BIN)/check-wheel-contents dist
@@ -55,6 +71,10 @@ $(VENV)/.bench: $(VENV)/.installed
 bench-codec: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs --plot docs/codecs.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale --general runs/general-sizes.json
+
+# every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes
+bench-faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md
 
 # the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
 compression: $(VENV)/.bench

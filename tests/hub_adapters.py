@@ -16,7 +16,7 @@ CLASSES = ("finch", "owl")
 
 @cache
 def _saved(seed: int, weights: int) -> dict[str, bytes]:
-    shapes = {"layer.weight": (weights,), "other.weight": (7,)}
+    shapes: dict[str, tuple[int, ...]] = {"layer.weight": (weights,), "other.weight": (7,)}
     with tempfile.TemporaryDirectory() as folder:
         masks, training = random_masks(shapes, seed=seed), {"seed": seed}
         save_adapter(folder, masks, base_of(shapes), class_names=CLASSES, training=training, codec="raw")

@@ -8,12 +8,21 @@ from typing import Any
 import huggingface_hub.constants as constants
 import pytest
 from huggingface_hub import file_download
-from huggingface_hub.utils import _http, disable_progress_bars
+from huggingface_hub.utils import _http, _xet, disable_progress_bars
 
 from .hub_adapters import contents, write_adapter
 from .hub_server import HubServer
 
 BIRDS = "alice/birds"
+TRANSPORTS = ("lfs", "xet")
+CONTENT = "signature="  # in the address of a large file's bytes at the store, on both transports
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of a module that imports this over LFS and over Xet, or what their marker `transport` names."""
+    if "hub" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("transport")
+        metafunc.parametrize("hub", marker.args if marker else TRANSPORTS, indirect=True)
 
 
 class NoWaiting:
@@ -42,11 +51,13 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: NoWaiting) -> Iterator[HubServer]:
-    """A running loopback Hub that the client of this process uses, anonymously, with an empty cache."""
-    # the client read its environment at import, so its constants are what has to change
-    with HubServer(tmp_path / "hub") as server:
+def hub(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: NoWaiting
+) -> Iterator[HubServer]:
+    """A running loopback Hub that the client of this process uses, anonymously, with an empty cache; over LFS."""
+    with HubServer(tmp_path / "hub", getattr(request, "param", "lfs")) as server:
         home = tmp_path / "home"
+        # the client read its environment at import, so its constants are what has to change
         settings: dict[str, Any] = {
             "ENDPOINT": server.endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
@@ -55,16 +66,22 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: NoWaiting) -> It
             "HF_TOKEN_PATH": str(home / "token"),
             "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
             "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_XET": server.transport == "lfs",
             "HF_HUB_DISABLE_TELEMETRY": True,
         }
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        # a session of the Xet client reads its environment when it is made, and keeps what it knows of a store
+        for name, text in server.env().items():
+            if name.startswith(("HF_XET_", "NO_PROXY")):
+                monkeypatch.setenv(name, text)
+        monkeypatch.setattr(_xet, "_GLOBAL_XET_HOLDER", _xet.XetSessionHolder())
+        _xet.XET_CONNECTION_INFO_CACHE.clear()
         disable_progress_bars()
         _http.close_session()  # a kept connection may belong to another test's server
+        _http.get_session()  # client 1.31 makes several if threads ask at once, and loses all but one unclosed
         yield server
         _http.close_session()
 

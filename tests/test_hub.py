@@ -15,6 +15,7 @@ from maskpack.hub.cache import CachedAdapter, cached_adapters
 
 from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, with_record, write_adapter
 from .hub_fixtures import hub as hub
+from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
@@ -259,7 +260,7 @@ def test_pull_in_another_process(hub: HubServer, tmp_path: Path) -> None:
         "import json, sys; from maskpack.hub import pull; lazy = 'huggingface_hub' not in sys.modules; "
         "found = pull('alice/birds'); print(json.dumps([str(found.path), found.commit, lazy]))"
     )
-    environment = {"PATH": os.environ["PATH"], **hub.env(READ_TOKEN)}
+    environment = hub.env(READ_TOKEN)
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr

@@ -11,27 +11,33 @@ from maskpack.hub import folder as folder_module
 from maskpack.hub import pull, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, size, write_adapter
-from .hub_fixtures import BIRDS, NoWaiting
+from .hub_fixtures import BIRDS, CONTENT, NoWaiting
 from .hub_fixtures import adapter as adapter
 from .hub_fixtures import birds as birds
 from .hub_fixtures import hub as hub
+from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
 
 
+def sent_contents(server: HubServer) -> list[str]:
+    """The requests for a large file's bytes."""
+    return [line for line in server.requests("GET", "store:") if CONTENT in line]
+
+
 # bytes that are not what they should be
 def test_flipped_bit_is_fetched_again(birds: HubServer) -> None:
-    birds.fail("corrupt", "GET", "store:")
+    birds.fail("corrupt", "GET", CONTENT)
     assert read_folder(pull(BIRDS).path)[MODEL] == contents()[MODEL]
-    assert len(birds.requests("GET", "store:")) == 2
+    assert len(sent_contents(birds)) == 2
 
 
-@pytest.mark.parametrize(("path", "name"), [("store:", MODEL), (CONFIG, CONFIG)])
+@pytest.mark.parametrize(("path", "name"), [(CONTENT, MODEL), (CONFIG, CONFIG)])
 def test_flipped_bit_twice(birds: HubServer, path: str, name: str) -> None:
     birds.fail("corrupt", "GET", path, times=2)
     with pytest.raises(CorruptAdapterError, match=f"{name} of alice/birds@.* arrived twice with other bytes"):
         pull(BIRDS)
-    assert len(birds.requests("GET", path)) == 2
+    assert len([line for line in birds.requests("GET") if path in line]) == 2
 
 
 def test_damaged_cache_is_repaired_or_named(birds: HubServer) -> None:
@@ -49,15 +55,16 @@ def test_record_that_does_not_fit(hub: HubServer) -> None:
         CorruptAdapterError, match=r"one of them was replaced; fetch both again, tell their owner, or delete"
     ):
         pull(BIRDS)
-    assert len(hub.requests("GET", "store:")) == 1
+    assert len(sent_contents(hub)) == 1
 
 
 def test_shortened_download(birds: HubServer) -> None:
-    birds.fail("short", "GET", "store:")
+    birds.fail("short", "GET", CONTENT)
     assert read_folder(pull(BIRDS).path)[MODEL] == contents()[MODEL]
     birds.add(BIRDS, contents(1))
-    birds.fail("short", "GET", "store:", times=9)
-    with pytest.raises(HubError, match="a download ended before the file was whole; try again"):
+    birds.fail("short", "GET", CONTENT, times=99)
+    words = {"lfs": "a download ended before the file was whole; try again", "xet": ""}
+    with pytest.raises(HubError, match=f"cannot pull alice/birds: {words[birds.transport]}"):
         pull(BIRDS)
 
 
@@ -78,7 +85,7 @@ def test_too_large_here(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # faults that pass
 @pytest.mark.parametrize("kind", ["status", "drop"])
-@pytest.mark.parametrize("path", ["hub:/api/models/alice/birds$", "paths-info", "/resolve/", "store:"])
+@pytest.mark.parametrize("path", ["hub:/api/models/alice/birds$", "paths-info", "/resolve/", "store:", CONTENT])
 def test_passing_fault_is_waited_for(birds: HubServer, kind: str, path: str) -> None:
     for method in ("GET", "POST", "HEAD"):
         birds.fail(kind, method, path)
@@ -90,7 +97,7 @@ def test_broken_body_is_fetched_again(hub: HubServer, kind: str) -> None:
     large = contents(weights=16_000_000)
     assert len(large[MODEL]) > 2_000_000
     hub.add(BIRDS, large)
-    hub.fail(kind, "GET", "store:")
+    hub.fail(kind, "GET", CONTENT)
     assert read_folder(pull(BIRDS).path)[MODEL] == large[MODEL]
 
 
@@ -99,9 +106,10 @@ def test_lasting_fault(birds: HubServer, waits: NoWaiting) -> None:
     with pytest.raises(HubError, match=r"127\.0\.0\.1 answered 503 \(maintenance\), also when asked again; try later"):
         pull(BIRDS)
     assert waits.slept == [1, 2, 4, 8]
-    birds.fail("reset", "GET", "store:", times=99)
+    birds.fail("reset", "GET", CONTENT, times=99)
     birds.faults.rules[0].times = 0
-    with pytest.raises(HubError, match=r"the connection to 127\.0\.0\.1 broke \(Re\w+Error\); try again"):
+    words = {"lfs": r"the connection to 127\.0\.0\.1 broke \(Re\w+Error\); try again", "xet": ""}
+    with pytest.raises(HubError, match=f"cannot pull alice/birds: {words[birds.transport]}"):
         pull(BIRDS)
 
 
@@ -142,14 +150,32 @@ def test_commit_after_a_fault_happens_once(birds: HubServer, adapter: Path, kind
     assert len(birds.requests("POST", "/commit/")) == (1 if kind == "lost" else 2)
 
 
-@pytest.mark.parametrize("path", ["create", "preupload", "batch", "store:", "verify", "/api/models/alice/new", "yaml"])
-@pytest.mark.parametrize("kind", ["status", "lost"])
-def test_fault_before_the_commit(hub: HubServer, adapter: Path, path: str, kind: str) -> None:
-    for method in ("GET", "POST", "PUT"):
-        hub.fail(kind, method, path)
+def push_with_a_fault(hub: HubServer, adapter: Path, kind: str, path: str) -> None:
+    faults = [hub.fail(kind, method, path) for method in ("GET", "POST", "PUT")]
     pushed = push(adapter, "alice/new", token=WRITE_TOKEN)
+    assert any(fault.met for fault in faults)
     assert len(hub.repositories["alice/new"].git.history(pushed.commit or "")) == 2
     assert hub.file("alice/new", MODEL) == contents()[MODEL]
+
+
+@pytest.mark.parametrize("kind", ["status", "lost"])
+@pytest.mark.parametrize("path", ["create", "preupload", "store:", "/api/models/alice/new", "yaml"])
+def test_fault_before_the_commit(hub: HubServer, adapter: Path, path: str, kind: str) -> None:
+    push_with_a_fault(hub, adapter, kind, path)
+
+
+@pytest.mark.transport("lfs")
+@pytest.mark.parametrize("kind", ["status", "lost"])
+@pytest.mark.parametrize("path", ["batch", CONTENT, "verify"])
+def test_fault_of_an_upload_by_lfs(hub: HubServer, adapter: Path, path: str, kind: str) -> None:
+    push_with_a_fault(hub, adapter, kind, path)
+
+
+@pytest.mark.transport("xet")
+@pytest.mark.parametrize("kind", ["status", "lost"])
+@pytest.mark.parametrize("path", ["xet-write-token", "v1/xorbs", "v2/shards"])
+def test_fault_of_an_upload_by_xet(hub: HubServer, adapter: Path, path: str, kind: str) -> None:
+    push_with_a_fault(hub, adapter, kind, path)
 
 
 def test_conflict(birds: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +246,9 @@ def test_racing_pushes(birds: HubServer, tmp_path: Path) -> None:
 
 def test_store_refuses(birds: HubServer, adapter: Path) -> None:
     write_adapter(adapter, contents(1))
-    birds.fail("status", "PUT", "store:", status=400, message="no space")
-    with pytest.raises(HubError, match=r"cannot push to alice/birds: 127\.0\.0\.1 answered 400 \(no space\)"):
+    for method, path in (("PUT", CONTENT), ("POST", "store:/v1/xorbs")):
+        birds.fail("status", method, path, times=9, status=400, message="no space")
+    words = {"lfs": r"127\.0\.0\.1 answered 400 \(no space\)", "xet": ""}
+    with pytest.raises(HubError, match=f"cannot push to alice/birds: {words[birds.transport]}"):
         push(adapter, BIRDS, token=WRITE_TOKEN)
     assert birds.file(BIRDS, MODEL) == contents()[MODEL]

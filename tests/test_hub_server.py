@@ -3,19 +3,26 @@
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import httpx2
+import huggingface_hub
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+from huggingface_hub.utils import _http
+from packaging.requirements import Requirement
+from packaging.version import Version
 
+from .hub_fixtures import TRANSPORTS
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
+BOTH = pytest.mark.parametrize("hub", TRANSPORTS, indirect=True)
 CARD = b"---\nlibrary_name: maskpack\nbase_model: timm/resnet18\nbase_model_relation: adapter\n---\n# Birds\n"
 
 
@@ -34,6 +41,7 @@ def git(*arguments: object, env: dict[str, str] | None = None) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=quiet | (env or {})).stdout
 
 
+@BOTH
 def test_git_accepts_the_repository_and_clones_the_pointer(hub: HubServer, tmp_path: Path) -> None:
     api = as_user()
     api.create_repo("alice/birds")
@@ -55,6 +63,7 @@ def test_git_accepts_the_repository_and_clones_the_pointer(hub: HubServer, tmp_p
     assert refs == ["refs/heads/dev/one", "refs/heads/main", "refs/pr/1", "refs/tags/v1"]
 
 
+@BOTH
 def test_client_reads_back_what_it_wrote(hub: HubServer) -> None:
     api = as_user()
     api.create_repo("alice/birds")
@@ -201,9 +210,10 @@ def test_range_and_what_lies_outside(hub: HubServer) -> None:
 def test_faults_are_what_they_say(hub: HubServer) -> None:
     data = os.urandom(2_000_000)
     hub.add("alice/birds", {"m.safetensors": data})
-    expected = {"drop": httpx2.RemoteProtocolError, "close": httpx2.RemoteProtocolError, "reset": httpx2.ReadError}
+    http: Any = getattr(_http, "httpx2", None) or _http.httpx  # which one depends on the client's version
+    expected = {"drop": http.RemoteProtocolError, "close": http.RemoteProtocolError, "reset": http.ReadError}
     address = f"{hub.endpoint}/alice/birds/resolve/main/m.safetensors"
-    with httpx2.Client(follow_redirects=True, trust_env=False) as client:
+    with http.Client(follow_redirects=True, trust_env=False) as client:
         for kind, error in expected.items():
             hub.fail(kind, "GET", "store:")
             with pytest.raises(error):
@@ -220,9 +230,20 @@ def test_faults_are_what_they_say(hub: HubServer) -> None:
         hub.fail("typo")
 
 
+@BOTH
 def test_client_of_another_process(hub: HubServer) -> None:
     hub.add("alice/birds", {"m.safetensors": b"bits"})
-    code = "import huggingface_hub as h; print(open(h.hf_hub_download('alice/birds', 'm.safetensors')).read())"
-    environment = {"PATH": os.environ["PATH"], **hub.env(READ_TOKEN)}
+    file = "open(h.hf_hub_download('alice/birds', 'm.safetensors'))"
+    code = f"import huggingface_hub as h; print({file}.read(), h.__version__)"
+    environment = hub.env(READ_TOKEN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
-    assert (done.stdout, done.returncode) == ("bits\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == (f"bits {huggingface_hub.__version__}\n", 0), done.stderr
+
+
+def test_which_client_this_is() -> None:
+    """`make test` runs the tests of the Hub on two clients: each must be the one that is meant."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    allowed = next(Requirement(one) for one in project["dependencies"] if one.startswith("huggingface-hub"))
+    version = Version(huggingface_hub.__version__)
+    assert version in allowed.specifier
+    assert version == Version(os.environ.get("MASKPACK_CLIENT", metadata.version("huggingface_hub")))

@@ -28,6 +28,9 @@ def resolve(server: "HubServer", request: Request) -> Response:
     if entry.sha256:
         headers |= {"X-Linked-Etag": json.dumps(entry.sha256), "X-Linked-Size": str(entry.size)}
         headers |= {"Location": f"{server.store_endpoint}/{entry.sha256}?{SIGNATURE}", "ETag": json.dumps(entry.oid)}
+        if name := server.xet.names.get(entry.sha256):
+            token_page = f"{server.endpoint}/api/models/{repository.repo_id}/xet-read-token/{commit}"
+            headers |= {"X-Xet-Hash": name, "Link": f'<{token_page}>; rel="xet-auth"'}
         return Response(302, b"", headers)
     return Response(200, repository.git.read(entry.oid)[1], headers | {"ETag": json.dumps(entry.oid)})
 

@@ -1,8 +1,11 @@
-"""Faults on demand: counted rules that say which request goes wrong, how and how often."""
+"""Faults and lies on demand: counted rules that say which request goes wrong, how and how often."""
 
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from .messages import Response
 
 KINDS = {
     "status": "answer with an error status",
@@ -13,6 +16,9 @@ KINDS = {
     "short": "send half of the body and declare only that",
     "norange": "ignore the Range header",
     "corrupt": "flip one bit of the body",
+    "silent": "do nothing, say nothing and hold the connection until the client or the server goes",
+    "stall": "send half of the body and hold the connection until the client or the server goes",
+    "lie": "answer what `change` makes of the right answer",
 }
 
 
@@ -29,6 +35,7 @@ class Fault:
     message: str = "injected fault"
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    change: Callable[[Response], None] | None = None
     met: int = 0
 
     def __post_init__(self) -> None:

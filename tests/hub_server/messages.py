@@ -17,8 +17,17 @@ class HttpError(Exception):
 
 
 @dataclass
+class Response:
+    """One answer."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
 class Request:
-    """One request: the path is kept quoted, because a revision may hold a quoted slash."""
+    """One request: the path is kept quoted, because a revision may hold a quoted slash. `answer` is the right one."""
 
     origin: str
     method: str
@@ -26,6 +35,7 @@ class Request:
     headers: dict[str, str]
     body: bytes
     args: dict[str, str] = field(default_factory=dict)
+    answer: Response | None = None
 
     @property
     def path(self) -> str:
@@ -40,15 +50,6 @@ class Request:
             return json.loads(self.body)
         except ValueError as error:
             raise HttpError(400, "the body is not JSON") from error
-
-
-@dataclass
-class Response:
-    """One answer."""
-
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 def answer_json(value: object, status: int = 200, **headers: str) -> Response:

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlencode
 from .accounts import account_of, require_reader, require_writer
 from .git_store import REF_NAME
 from .messages import HttpError, Request, Response, Routes, answer_json
-from .repository import Repository
+from .repository import Entry, Repository
 
 if TYPE_CHECKING:
     from .server import HubServer
@@ -122,6 +122,12 @@ def paged(server: "HubServer", request: Request, items: list[dict[str, Any]], si
     return answer_json(items[start : start + size], 200, **headers)
 
 
+def describe_file(server: "HubServer", entry: Entry) -> dict[str, Any]:
+    """Return how a file is listed."""
+    name = server.xet.names.get(entry.sha256 or "")
+    return entry.as_json() | ({"xetHash": name} if name else {})
+
+
 @REPOSITORIES.add("GET", MODEL + "/tree/{rev}")
 @REPOSITORIES.add("GET", MODEL + "/tree/{rev}/{path*}")
 def tree(server: "HubServer", request: Request) -> Response:
@@ -137,7 +143,7 @@ def tree(server: "HubServer", request: Request) -> Response:
     for path, entry in inside.items():
         name, slash, _ = path[len(folder) :].partition("/")
         if recursive or not slash:
-            listed.append(entry.as_json())
+            listed.append(describe_file(server, entry))
         elif name not in folders:
             folders.add(name)
             listed.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": folder + name})
@@ -150,7 +156,7 @@ def paths_info(server: "HubServer", request: Request) -> Response:
     repository = require_reader(request, server.repositories)
     entries = repository.entries(repository.head(request.args["rev"]))
     asked = parse_qs(request.body.decode()).get("paths", [])
-    found: list[dict[str, Any]] = [entries[path].as_json() for path in asked if path in entries]
+    found = [describe_file(server, entries[path]) for path in asked if path in entries]
     for path in asked:
         if any(one.startswith(path + "/") for one in entries):
             found.append({"type": "directory", "oid": "0" * 40, "size": 0, "path": path})

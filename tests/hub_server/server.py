@@ -1,6 +1,7 @@
-"""The loopback Hub: an origin for the API, another one for the LFS objects."""
+"""The loopback Hub: an origin for the API, another one for the store of large files, by LFS and by Xet."""
 
 import json
+import os
 from pathlib import Path
 
 from .content import CONTENT
@@ -10,26 +11,34 @@ from .repositories import REPOSITORIES
 from .repository import Repository, pointer
 from .storage import OBJECTS, STORAGE, ObjectStore
 from .transport import Origin
+from .xet import XET, XET_TOKENS, XetStore
 
-HUB = Routes()
-HUB.table = [*REPOSITORIES.table, *STORAGE.table, *CONTENT.table]
+HUB, STORE = Routes(), Routes()
+HUB.table = [*REPOSITORIES.table, *STORAGE.table, *XET_TOKENS.table, *CONTENT.table]
+STORE.table = [*XET.table, *OBJECTS.table]
+
+
+# otherwise the Xet client tries again for minutes
+XET_IN_A_HURRY = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms"}
 
 
 class HubServer:
-    """A Hub on 127.0.0.1 and its object store on `localhost` (another origin, which must never see a token).
+    """A Hub on 127.0.0.1 and its store on `localhost` (another origin, which must never see a token of the Hub).
 
     Attributes:
         endpoint: what HF_ENDPOINT must be.
         log: every request seen so far, both origins.
         repositories: by id; tests may set `private`, `gated` and `disabled` on them.
+        transport: lfs or xet: what `env` tells the client to use, and how `add` stores; the server offers both.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, transport: str = "lfs") -> None:
+        self.root, self.transport = root, transport
         self.repositories: dict[str, Repository] = {}
         self.log: list[Request] = []
         self.faults = Faults()
         self.objects = ObjectStore(root / "objects")
+        self.xet = XetStore(self.objects)
         self.page_size = 1000
         self.multipart_over = 20_000_000
         self.hub = Origin("hub", self.answer_hub, self.faults, self.log)
@@ -58,7 +67,7 @@ class HubServer:
         return HUB.dispatch(self, request)
 
     def answer_store(self, request: Request) -> Response:
-        return OBJECTS.dispatch(self, request)
+        return STORE.dispatch(self, request)
 
     def env(self, token: str | None = None) -> dict[str, str]:
         """Return the environment of a client process that talks to this server only."""
@@ -66,13 +75,17 @@ class HubServer:
         variables = {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": str(int(self.transport == "lfs")),
+            "HF_XET_CACHE": str(home / "xet"),
+            **XET_IN_A_HURRY,
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "NO_PROXY": "127.0.0.1,localhost",
         }
-        return variables | ({"HF_TOKEN": token} if token else {})
+        # another client than the installed one may lie on the path
+        kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+        return kept | variables | ({"HF_TOKEN": token} if token else {})
 
     def fail(self, kind: str, method: str = "GET", path: str = "", **details: object) -> Fault:
         """Let coming requests go wrong; `path` is matched in `hub:/…` or `store:/…`, see `Fault`."""
@@ -95,6 +108,8 @@ class HubServer:
             tree = repository.git.files(head)
             for path, data in files.items():
                 if repository.wants_lfs(head, path, len(data), data[:512]):
+                    if self.transport == "xet":
+                        self.xet.put_content(data)
                     data = pointer(self.objects.put(data), len(data))
                 tree[path] = repository.git.write("blob", data)
             return repository.commit(f"refs/heads/{branch}", tree, repo_id.split("/")[0], "direct", head)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import select
 import socket
 import struct
 import sys
@@ -27,6 +28,7 @@ class Origin(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.name, self.application, self.faults, self.log = name, application, faults, log
         self.connections: set[socket.socket] = set()
+        self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
     def start(self) -> None:
@@ -34,6 +36,7 @@ class Origin(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop answering and close every connection, so that clients see a dead server."""
+        self.stopping.set()
         self.shutdown()
         self.thread.join()
         self.server_close()
@@ -82,14 +85,18 @@ class Handler(BaseHTTPRequestHandler):
         self.server.log.append(request)
         fault = self.server.faults.match(request.method, f"{self.server.name}:{request.target}")
         kind = fault.kind if fault else ""
-        if kind == "drop":
+        if fault and kind == "silent":
+            self.hold(fault)
+        if kind in ("drop", "silent"):
             self.close_connection = True
             return
         if fault and kind == "status":
             response = answer_error(HttpError(fault.status, fault.message, fault.code))
             response.headers |= fault.headers
         else:
-            response = self.server.application(request)
+            request.answer = response = self.server.application(request)
+        if fault and fault.change and kind == "lie":
+            fault.change(response)
         if kind == "lost":
             self.close_connection = True
             return
@@ -102,7 +109,8 @@ class Handler(BaseHTTPRequestHandler):
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-        if match and status == 200 and request.method == "GET" and kind != "norange":
+        may_be_cut = status == 200 and "Accept-Ranges" in response.headers and request.method == "GET"
+        if match and may_be_cut and kind != "norange":
             total, first = len(body), int(match[1])
             last = min(int(match[2] or total - 1), total - 1)
             if first >= total:
@@ -121,16 +129,25 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if request.method == "HEAD":
             return
-        if kind in ("close", "reset"):
-            self.break_off(body[: len(body) // 2], reset=kind == "reset")
+        if fault and kind in ("close", "reset", "stall"):
+            self.break_off(body[: len(body) // 2], fault)
         else:
             self.wfile.write(body)
 
-    def break_off(self, body: bytes, reset: bool) -> None:
+    def hold(self, fault: Fault) -> None:
+        """Wait until the client, the server or the rule goes."""
+        while fault in self.server.faults.rules and not self.server.stopping.is_set():
+            readable, _, _ = select.select([self.connection], [], [], 0.02)
+            if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                return
+
+    def break_off(self, body: bytes, fault: Fault) -> None:
         self.wfile.write(body)
         self.wfile.flush()
         self.close_connection = True
-        if reset:
+        if fault.kind == "stall":
+            self.hold(fault)
+        if fault.kind == "reset":
             time.sleep(0.05)  # a reset discards what the peer has not read yet
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             # the descriptor stays open while the streams hold it: take it from under them

@@ -1,0 +1,66 @@
+"""A client process of the fault benchmark: calls `maskpack.push` and `maskpack.pull` as it is told, a line a call.
+
+    {"call": "pull", "args": ["alice/r1"], "options": {"cache_dir": "…"}}
+
+Its environment says which Hub and which transport. Back-off does not sleep, and every time limit that is set is cut to
+a second; a request without a limit stays without.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any
+
+LONGEST_SLEEP, LIMIT = 0.01, 1.0
+real_sleep = time.sleep
+
+
+def shorten_waits() -> None:
+    """Shorten sleeps and time limits in this process; what the library decides is left alone."""
+    time.sleep = lambda seconds: real_sleep(min(float(seconds), LONGEST_SLEEP))
+    for name in ("httpx", "httpx2"):  # the client's HTTP library depends on its version
+        try:
+            transport = importlib.import_module(name).HTTPTransport
+        except ModuleNotFoundError:
+            continue
+        transport.handle_request = limited(transport.handle_request)
+
+
+def limited(handle: Any) -> Any:
+    """Return the transport's method with every finite time limit cut short."""
+
+    def handle_request(self: Any, request: Any) -> Any:
+        limits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {name: one and min(one, LIMIT) for name, one in limits.items()}
+        return handle(self, request)
+
+    return handle_request
+
+
+def answer(command: dict[str, Any]) -> dict[str, Any]:
+    """Make one call and return what came of it."""
+    import maskpack
+
+    try:
+        found = getattr(maskpack, command["call"])(*command["args"], **command["options"])
+    except Exception as error:
+        ours = isinstance(error, maskpack.MaskpackError)
+        return {"error": type(error).__name__, "ours": ours, "text": str(error)}
+    return {name: None if value is None else str(value) for name, value in vars(found).items()}
+
+
+def main() -> None:
+    """Answer every line of the standard input with one of the standard output."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not be taken for an answer
+    if "--real-time" not in sys.argv:
+        shorten_waits()
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

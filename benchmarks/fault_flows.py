@@ -1,0 +1,215 @@
+"""The flows of the fault benchmark: what is called, what stands at the Hub before, and what must hold afterwards."""
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.hub_adapters import CARD, NAMES, contents, read_folder, saved, write_adapter
+from tests.hub_server import WRITE_TOKEN, HubServer
+
+ROOT = Path(__file__).parents[1]
+SECRETS = re.compile(r"hf_alice\w+|xet_(?:read|write)_\w+")
+Answer = dict[str, Any]
+
+
+class Client:
+    """A process that pushes and pulls."""
+
+    def __init__(self, server: HubServer, home: Path, real_time: bool = False) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        self.log = home / "stderr.txt"
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        environment |= server.env(WRITE_TOKEN) | {"HF_HOME": str(home), "HF_XET_CACHE": str(home / "xet")}
+        # as many attempts as by default, without the waits
+        environment |= {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "5", "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms"}
+        environment |= {"HF_XET_CLIENT_READ_TIMEOUT": "1s"}
+        command = [sys.executable, "-m", "benchmarks.fault_client", *(["--real-time"] if real_time else [])]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=ROOT
+            )
+        self.answers: queue.Queue[Answer] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.answers.put(json.loads(line))
+
+    def start(self, call: str, *args: object, **options: object) -> None:
+        """Begin a call; `wait` returns what comes of it."""
+        assert self.process.stdin is not None
+        command = {"call": call, "args": [str(one) for one in args], "options": options}
+        self.process.stdin.write(json.dumps(command, default=str) + "\n")
+        self.process.stdin.flush()
+
+    def wait(self, seconds: float = 60) -> Answer:
+        """Return the answer; queue.Empty if there is none in time."""
+        return self.answers.get(timeout=seconds)
+
+    def call(self, call: str, *args: object, **options: object) -> Answer:
+        self.start(call, *args, **options)
+        return self.wait()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@dataclass
+class Run:
+    """One run of a flow: its own repository, adapter, cache and folder."""
+
+    server: HubServer
+    client: Client
+    folder: Path
+    number: int
+    seed: int
+    commit: str = ""
+    before: list[str] = field(default_factory=list)
+
+    @property
+    def repo_id(self) -> str:
+        return f"alice/r{self.number}"
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    def history(self) -> list[str]:
+        """Return the commits of main, newest first; none if there is no repository."""
+        repository = self.server.repositories.get(self.repo_id)
+        return repository.git.history(repository.head("main")) if repository else []
+
+
+def wrong_adapter(found: dict[str, bytes], seed: int) -> list[str]:
+    """Return the files that are not those of the seed's adapter; a card may be another."""
+    return [name for name, data in contents(seed).items() if found.get(name) != data]
+
+
+def stored(server: HubServer, repo_id: str, revision: str) -> dict[str, bytes]:
+    """Return an adapter's files at the Hub, as far as they are there."""
+    repository = server.repositories[repo_id]
+    there = repository.entries(repository.head(revision))
+    return {name: server.file(repo_id, name, revision) for name in NAMES if name in there}
+
+
+def fsck(server: HubServer, repo_id: str) -> list[str]:
+    """Return what git has to say about a repository."""
+    repository = server.repositories.get(repo_id)
+    if repository is None:
+        return []
+    command = ["git", "-C", str(repository.git.path), "fsck", "--strict", "--no-dangling"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [f"git fsck: {done.stdout}{done.stderr}"] if done.returncode or done.stdout else []
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A call that is run again and again with one fault each.
+
+    Attributes:
+        prepare: sets up what stands before. start: begins the call. check: returns what does not hold afterwards.
+    """
+
+    name: str
+    prepare: Callable[[Run], None]
+    start: Callable[[Run], None]
+    check: Callable[[Run, Answer], list[str]]
+
+
+def prepare_push(run: Run) -> None:
+    write_adapter(run.folder / "adapter", contents(run.seed))
+
+
+def prepare_update(run: Run) -> None:
+    run.server.add(run.repo_id, saved(run.seed + 1))
+    run.before = run.history()
+    prepare_push(run)
+
+
+def start_push(run: Run) -> None:
+    run.client.start("push", run.folder / "adapter", run.repo_id)
+
+
+def check_push(run: Run, answer: Answer) -> list[str]:
+    """At most one commit, whole, and where the call succeeded exactly that one; a repetition ends with just one."""
+    wrong = _look_at_push(run, answer)
+    if "error" in answer and not wrong:
+        again = run.client.call("push", run.folder / "adapter", run.repo_id)
+        wrong = [f"pushed again: {one}" for one in _look_at_push(run, again)]
+        if "error" in again:
+            wrong.append(f"pushed again: {again['text']}")
+    return wrong + fsck(run.server, run.repo_id)
+
+
+def _look_at_push(run: Run, answer: Answer) -> list[str]:
+    before = run.before or run.history()[-1:]  # a new repository begins with a commit of the Hub's
+    made = [commit for commit in run.history() if commit not in before]
+    wrong = [f"{len(made)} commits"] if len(made) > 1 else []
+    if made:
+        found = stored(run.server, run.repo_id, made[0])
+        wrong += [f"{name} at the Hub has other bytes" for name in wrong_adapter(found, run.seed)]
+        wrong += [] if found.get(CARD, b"").startswith(b"---\n") else ["no model card at the Hub"]
+    if "error" not in answer and made[:1] != [answer["commit"]]:
+        wrong.append("success without that commit")
+    if made and "nothing of yours was" in answer.get("text", ""):
+        wrong.append("the commit landed and the error says that nothing was written")
+    return wrong
+
+
+def prepare_pull(run: Run) -> None:
+    run.commit = run.server.add(run.repo_id, saved(run.seed))
+
+
+def start_pull_branch(run: Run) -> None:
+    run.client.start("pull", run.repo_id, cache_dir=run.cache, output=run.folder / "output")
+
+
+def start_pull_commit(run: Run) -> None:
+    run.client.start("pull", f"{run.repo_id}@{run.commit}", cache_dir=run.cache)
+
+
+def check_pull(run: Run, answer: Answer) -> list[str]:
+    """The right bytes or an error; what the cache and the folder hold then is right or refused; a repetition works."""
+    wrong = _look_at_pull(run, answer)
+    if "error" in answer:
+        left = [run.client.call("pull", f"{run.repo_id}@{run.commit}", cache_dir=run.cache, local_files_only=True)]
+        if (run.folder / "output").exists():
+            left.append(run.client.call("pull", run.folder / "output"))
+        wrong += [f"left behind: {one}" for found in left for one in _look_at_pull(run, found)]
+        start_pull_branch(run)
+        again = run.client.wait()
+        wrong += [f"pulled again: {one}" for one in _look_at_pull(run, again)]
+        if "error" in again:
+            wrong.append(f"pulled again: {again['text']}")
+    return wrong
+
+
+def _look_at_pull(run: Run, answer: Answer) -> list[str]:
+    if "error" in answer:
+        return []
+    found = read_folder(Path(answer["path"]))
+    wrong = [f"{name} has other bytes" for name in wrong_adapter(found, run.seed)]
+    if found.get(CARD) != saved(run.seed)[CARD]:
+        wrong.append(f"{CARD} has other bytes")
+    if answer["commit"] not in (run.commit, None):
+        wrong.append("another commit")
+    return wrong + [f"{name} is no file of an adapter" for name in set(found) - set(saved(run.seed))]
+
+
+FLOWS = (
+    Flow("push to a new repository", prepare_push, start_push, check_push),
+    Flow("push an update", prepare_update, start_push, check_push),
+    Flow("pull a branch into a folder", prepare_pull, start_pull_branch, check_pull),
+    Flow("pull a commit", prepare_pull, start_pull_commit, check_pull),
+)

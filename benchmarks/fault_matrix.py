@@ -1,0 +1,59 @@
+"""The tables of the fault benchmark."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import table
+
+BEGIN, END = "<!-- begin: make bench-faults -->", "<!-- end: make bench-faults -->"
+KINDS = ("503", "503 for ever", "429", "drop", "lost", "stall", "close", "reset", "short", "corrupt")
+TITLES = {"lfs": "LFS", "xet": "Xet"}
+
+Row = Mapping[str, Any]
+
+
+def cell(row: Row) -> str:
+    """Return the outcome of a run; in bold if something was wrong."""
+    return f"**{row['outcome']}**" if row["wrong"] else str(row["outcome"])
+
+
+def flow_table(rows: Iterable[Row]) -> str:
+    """Return the table of one flow on one transport: requests by kinds of fault."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["step"] != "-":
+            kind = "stall" if row["kind"] == "silent" else row["kind"]
+            found.setdefault(row["step"], {})[kind] = cell(row)
+    return table(
+        ("request", *KINDS), [(f"`{step}`", *(of.get(kind, "") for kind in KINDS)) for step, of in found.items()]
+    )
+
+
+def markdown(rows: list[dict[str, Any]], raced: list[dict[str, Any]]) -> str:
+    """Return all tables and a summary."""
+    outcomes = Counter(row["outcome"] for row in rows)
+    counted = ", ".join(f"{count} `{name}`" for name, count in outcomes.most_common())
+    bad = sum(bool(row["wrong"]) for row in [*rows, *raced])
+    parts = [f"{len(rows)} runs with one fault each: {counted}. Runs in which something was wrong: {bad}.\n"]
+    for transport, title in TITLES.items():
+        for flow in dict.fromkeys(row["flow"] for row in rows):
+            chosen = [row for row in rows if (row["transport"], row["flow"]) == (transport, flow)]
+            if chosen:
+                parts.append(f"**{title}: {flow}**\n\n{flow_table(chosen)}")
+    if raced:
+        lines = [
+            (TITLES[one["transport"]], one["what"], one["outcome"], "; ".join(one["wrong"]) or "no") for one in raced
+        ]
+        parts.append("**At the same time**\n\n" + table(("transport", "what", "outcome", "anything wrong"), lines))
+    return "\n".join(parts)
+
+
+def write_between(path: Path, text: str) -> None:
+    """Replace what stands between the markers of a Markdown file."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path} lacks the markers {BEGIN} and {END}")
+    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")

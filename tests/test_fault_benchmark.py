@@ -1,0 +1,143 @@
+"""The fault benchmark: it writes down the requests of a flow, lets the right one fail, and notices what is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import fault_flows
+from benchmarks.fault_client import answer
+from benchmarks.fault_flows import FLOWS, Client, Run
+from benchmarks.fault_matrix import BEGIN, END, markdown, write_between
+from benchmarks.faults import steps_of
+from maskpack.hub import pull, push
+
+from .hub_adapters import CARD, CONFIG, MODEL, contents, saved, write_adapter
+from .hub_fixtures import hub as hub
+from .hub_fixtures import waits as waits
+from .hub_server import WRITE_TOKEN, HubServer
+
+
+class Told:
+    """Stands in for a client: gives the answers that it was told, and calls nobody."""
+
+    def __init__(self, *answers: dict[str, Any]) -> None:
+        self.answers = list(answers)
+
+    def start(self, *_: object, **__: object) -> None:
+        return
+
+    def wait(self) -> dict[str, Any]:
+        return self.answers.pop(0)
+
+    def call(self, *_: object, **__: object) -> dict[str, Any]:
+        return self.wait()
+
+
+FAILED = {"error": "HubError", "ours": True, "text": "the connection broke"}
+
+
+def run_of(hub: HubServer, folder: Path, *answers: dict[str, Any]) -> Run:
+    told: Any = Told(*answers)
+    return Run(hub, told, folder, 7, seed=0)
+
+
+@pytest.mark.parametrize("hub", ["lfs", "xet"], indirect=True)
+def test_every_step_of_a_push_can_fail(hub: HubServer, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    push(adapter, "alice/r1", token=WRITE_TOKEN)
+    steps = steps_of(list(hub.log), "alice/r1")
+    assert "POST hub:/api/repos/create" in [step.label for step in steps]
+    assert "POST hub:/api/models/REPOSITORY/commit/main" in [step.label for step in steps]
+    write_adapter(adapter, contents(1))
+    faults = [step.fault("norange", "alice/r2") for step in steps]  # this kind breaks nothing here
+    for fault in faults:
+        hub.faults.rules = [fault]
+        hub.repositories.pop("alice/r2", None)
+        fault_flows.write_adapter(adapter, contents(2 + faults.index(fault)))
+        push(adapter, "alice/r2", token=WRITE_TOKEN)
+        assert fault.met > fault.skip, fault
+
+
+def test_faults_that_make_sense(hub: HubServer) -> None:
+    hub.add("alice/r1", saved())
+    pull("alice/r1")
+    steps = {step.label: step.kinds for step in steps_of(list(hub.log), "alice/r1")}
+    assert "corrupt" in steps["GET store:/HASH"]
+    assert "stall" in steps[f"GET hub:/REPOSITORY/resolve/COMMIT/{CONFIG}"]
+    assert {"lost", "silent", "short"} <= set(steps["POST hub:/api/models/REPOSITORY/paths-info/COMMIT"])
+    assert not {"lost", "short", "close"} & set(steps[f"HEAD hub:/REPOSITORY/resolve/COMMIT/{MODEL}"])
+
+
+def test_wrong_pushes_are_noticed(hub: HubServer, tmp_path: Path) -> None:
+    flow = FLOWS[1]
+    run = run_of(hub, tmp_path)
+    flow.prepare(run)
+    assert flow.check(run, {"commit": "a" * 40}) == ["success without that commit"]
+    commit = hub.add(run.repo_id, contents(run.seed))
+    assert flow.check(run, {"commit": commit}) == []
+    words = {**FAILED, "text": "and nothing of yours was written"}
+    assert flow.check(run, words) == ["the commit landed and the error says that nothing was written"]
+    assert flow.check(run, {"commit": hub.add(run.repo_id, {"x": b""})}) == ["2 commits"]
+    hub.add(run.repo_id, {MODEL: contents(5)[MODEL]})
+    found = flow.check(run_of(hub, tmp_path), FAILED)
+    assert f"{MODEL} at the Hub has other bytes" in found
+    run.client = Told({"commit": "x"})  # type: ignore[assignment]
+    run.before = run.history()
+    assert flow.check(run, FAILED) == ["pushed again: success without that commit"]
+    git = hub.repositories[run.repo_id].git
+    next((git.path / "objects").glob("[0-9a-f][0-9a-f]/*")).write_bytes(b"damaged")
+    run.client = Told(FAILED)  # type: ignore[assignment]
+    assert "git fsck" in flow.check(run, FAILED)[-1]
+
+
+def test_wrong_pulls_are_noticed(hub: HubServer, tmp_path: Path) -> None:
+    flow, run = FLOWS[3], run_of(hub, tmp_path)
+    flow.prepare(run)
+    right = {"path": str(write_adapter(tmp_path / "right", saved(run.seed))), "commit": run.commit}
+    assert flow.check(run, right) == []
+    assert flow.check(run, {**right, "commit": "b" * 40}) == ["another commit"]
+    other = saved(run.seed) | {MODEL: b"half", "x.tmp": b""}
+    wrong = {"path": str(write_adapter(tmp_path / "wrong", other)), "commit": run.commit}
+    assert flow.check(run, wrong) == [f"{MODEL} has other bytes", "x.tmp is no file of an adapter"]
+    run.client = Told(wrong, right)  # type: ignore[assignment]
+    assert flow.check(run, FAILED)[0] == f"left behind: {MODEL} has other bytes"
+    run.client = Told(FAILED, FAILED)  # type: ignore[assignment]
+    assert flow.check(run, FAILED) == ["pulled again: the connection broke"]
+    (Path(right["path"]) / CARD).unlink()
+    assert flow.check(run, right) == [f"{CARD} has other bytes"]
+
+
+def test_answers_of_a_client(tmp_path: Path) -> None:
+    found = answer({"call": "pull", "args": [str(tmp_path / "gone")], "options": {}})
+    assert (found["error"], found["ours"]) == ("AdapterError", True)
+    found = answer({"call": "pull", "args": [], "options": {}})
+    assert (found["error"], found["ours"]) == ("TypeError", False)
+    adapter = write_adapter(tmp_path / "adapter")
+    assert answer({"call": "pull", "args": [str(adapter)], "options": {}})["path"] == str(adapter)
+
+
+def test_client_process(hub: HubServer, tmp_path: Path) -> None:
+    commit = hub.add("alice/r1", saved())
+    client = Client(hub, tmp_path / "client")
+    try:
+        assert client.call("pull", "alice/r1", cache_dir=tmp_path / "cache")["commit"] == commit
+        assert client.call("pull", "alice/typo")["error"] == "AdapterError"
+    finally:
+        client.stop()
+
+
+def test_tables(tmp_path: Path) -> None:
+    row = {"flow": "a push", "transport": "lfs", "step": "GET hub:/x", "outcome": "ok", "wrong": []}
+    rows = [row | {"kind": "503"}, row | {"kind": "silent", "outcome": "hangs", "wrong": ["no answer"]}]
+    text = markdown(rows, [{"transport": "xet", "what": "a race", "outcome": "2 ok", "wrong": []}])
+    assert "Runs in which something was wrong: 1." in text
+    assert "| `GET hub:/x` | ok |  |  |  |  | **hangs** |" in text
+    assert "| Xet | a race | 2 ok | no |" in text
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_between(page, text)
+    assert page.read_text() == f"before\n{BEGIN}\n{text}{END}\nafter\n"
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        write_between(page, text)
