@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .backbone.load import load_backbone
     from .data.load import load_data
     from .errors import MaskpackError
-    from .hub import pull, push
+    from .hub import pull, push, search_adapters
     from .mask import MaskSet
     from .training.config import TrainConfig
     from .training.loop import train_mask
@@ -41,6 +41,7 @@ _WHERE = {
     "pull": "hub",
     "push": "hub",
     "save_adapter": "adapter.file",
+    "search_adapters": "hub",
     "train_mask": "training.loop",
     "unload_mask": "apply.load",
 }
@@ -61,6 +62,7 @@ __all__ = [
     "pull",
     "push",
     "save_adapter",
+    "search_adapters",
     "train_mask",
     "unload_mask",
 ]

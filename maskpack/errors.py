@@ -15,6 +15,7 @@ MaskpackError
 ├── BackboneMismatchError    the adapter was made for other weights (ValueError)
 ├── StateError               the model or folder is not in the state that the call needs (RuntimeError)
 └── HubError                 push, pull or their network failed (OSError)
+    └── HubUnreachableError      the Hub did not answer, or not yet: later it may
 
 A message says what was wrong (with the value), what was expected, and what to do.
 """
@@ -81,6 +82,10 @@ class StateError(MaskpackError, RuntimeError):
 
 class HubError(MaskpackError, OSError):
     """Raised when a push, a pull or the network under them failed."""
+
+
+class HubUnreachableError(HubError):
+    """Raised when the Hub was asked several times and could not answer: network, overload, rate limit; try later."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -202,7 +202,7 @@ class TestFolder:
         with pytest.raises(CorruptAdapterError, match="one of them was replaced; fetch both again, or delete"):
             read_adapter(tmp_path / "a")
         (tmp_path / "a/maskpack_config.json").write_text("{" + " " * (1 << 20))
-        with pytest.raises(CorruptAdapterError, match="has over 1048576 bytes"):
+        with pytest.raises(AdapterError, match="has 1048577 bytes; at most 1048576 are accepted; fetch it again"):
             read_adapter(tmp_path / "a")
         (tmp_path / "a/maskpack_config.json").write_text('{"size": 1, "size": 2}')
         with pytest.raises(CorruptAdapterError, match="the key 'size' comes twice"):

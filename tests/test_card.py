@@ -1,15 +1,19 @@
 """The model card: ours in the front matter and in the fence, its owner's everywhere else."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml  # type: ignore[import-untyped]
 
-from maskpack.adapter.card import BEGIN, END, base_model, render_card, update_card
+from maskpack import MaskSet
+from maskpack.adapter.card import BEGIN, END, PICTURE_FILE, render_card, update_card
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.file import save_adapter
-from maskpack.errors import DataError
+from maskpack.adapter.frontmatter import base_model
+from maskpack.errors import ConfigError, DataError
 
 from .helpers_adapter import base_of, random_masks
 
@@ -26,7 +30,10 @@ def front(card: str) -> dict[str, Any]:
 
 
 def test_new_card(tmp_path: Path) -> None:
-    record = {"metrics": {"accuracy": 0.91, "steps": 3}, "data": {"id": "uoft-cs/cifar100", "hash": "0"}}
+    record = {
+        "metrics": {"accuracy": 0.91, "steps": 3},
+        "data": {"id": "uoft-cs/cifar100", "source": "hub", "rows": {"train": 45000}},
+    }
     what = described(tmp_path, task="image-classification", class_names=["a_b", "c"], training=record)
     card = render_card(what, "user/name")
     assert front(card) == {
@@ -35,6 +42,7 @@ def test_new_card(tmp_path: Path) -> None:
         "base_model_relation": "adapter",
         "tags": ["maskpack", "binary-mask", f"maskpack:base:{what['base']['digests']['float32'][:12]}"],
         "pipeline_tag": "image-classification",
+        "datasets": ["uoft-cs/cifar100"],
         "model-index": [{
             "name": "user/name",
             "results": [{
@@ -45,7 +53,11 @@ def test_new_card(tmp_path: Path) -> None:
         }],
     }  # fmt: skip
     for text in (
+        'model = load_backbone("timm/resnet18.a1_in1k").model',
         'load_mask(model, "user/name")',
+        "maskpack pull user/name",
+        "`timm/resnet18.a1_in1k` at revision `aaaa",
+        "Data: `uoft-cs/cifar100` of the Hugging Face Hub (examples: train 45,000).",
         "| accuracy | 0.91 |",
         "a\\_b, c",
         "| default | 1 | 12 |",
@@ -56,18 +68,160 @@ def test_new_card(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("id", "hub"),
+    ("id", "hub", "load"),
     [
-        ("timm/x.y", "timm/x.y"),
-        ("hf/org/name", "org/name"),
-        ("torchvision/resnet18", None),
-        ("net:make", None),
-        ("hf/x", None),
+        ("timm/x.y", "timm/x.y", "timm/x.y"),
+        ("hf/org/name", "org/name", f"hf/org/name@{'a' * 40}"),
+        ("torchvision/resnet18", None, f"torchvision/resnet18@{'a' * 40}"),
+        ("net:make", None, None),
+        ("hf/x", None, None),
+        ('timm/x"y', None, None),
     ],
 )
-def test_base_model_only_for_hub_ids(tmp_path: Path, id: str, hub: str | None) -> None:
+def test_base_is_named_as_far_as_others_can_get_it(tmp_path: Path, id: str, hub: str | None, load: str | None) -> None:
     assert base_model(id) == hub
-    assert front(render_card(described(tmp_path, id))).get("base_model") == hub
+    what = described(tmp_path, id)
+    card = render_card(what)
+    found = front(card)
+    assert (found.get("base_model"), found.get("base_model_relation")) == (hub, hub and "adapter")
+    own = [tag for tag in found["tags"] if tag.startswith("maskpack:base-id:")]
+    assert own == ([f"maskpack:base-id:{id}"] if id.startswith("torchvision/") else [])
+    assert ("load_backbone" in card) == (load is not None)
+    if load is not None:
+        assert f'model = load_backbone("{load}").model' in card
+    code = card[card.index("```python\n") + len("```python\n") :]
+    compile(code[: code.index("```")], "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"id": "uoft-cs/cifar100", "source": "hub"}, ["uoft-cs/cifar100"]),
+        ({"id": "imdb", "source": "hub"}, ["imdb"]),
+        ({"id": "flowers", "source": "image_folder"}, None),
+        ({"id": "data/flowers"}, None),  # nobody says that this is a data set of the Hub
+        ({"id": "/data/x", "source": "hub"}, None),
+        ({"id": "a/b/c", "source": "hub"}, None),
+        ({"id": 3, "source": "hub"}, None),
+        ("user/name", None),
+    ],
+)
+def test_only_data_sets_of_the_hub_are_named_as_such(tmp_path: Path, data: Any, named: list[str] | None) -> None:
+    record = {"data": data, "metrics": {"accuracy": 0.5}}
+    found = front(render_card(described(tmp_path, task="image-classification", training=record)))
+    assert found.get("datasets") == named
+    assert found["model-index"][0]["results"][0]["dataset"]["type"] == (named[0] if named else "unknown")
+
+
+PLACES = [
+    "/home/me/run.toml",
+    "~/data/x",
+    "./data",
+    "../data",
+    "C:\\Users\\me me\\x",
+    "D:/data",
+    "\\\\server\\share",
+    "hf//home/me/net",
+    "nets/model.py:make",
+    "data\\flowers",
+    "file:///home/me/x",
+    "trained on /home/me/flowers, twice",
+    "the data: 'C:\\Users\\me'",
+    "see:/home/me/x",
+    "from ~me/x",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_place_on_a_disk_is_told(tmp_path: Path, place: str) -> None:
+    record = {
+        "data": {"id": place, "rows": {place: 1}},
+        "settings": {"weights": [place], place: 1},
+        "metrics": {f"accuracy {place}": 0.5},
+    }
+    card = render_card(described(tmp_path, task="image-classification", training=record))
+    assert card.count("(local path)") >= 5
+    for word in ("home", "Users", "flowers", "server", "model.py", "/x", "/data", "run.toml", "~me"):
+        assert word not in card, word
+
+
+def test_what_is_no_place_stays(tmp_path: Path) -> None:
+    kept = [
+        "https://x.org/a/b",
+        "uoft-cs/cifar100",
+        "layer?.*/weight",
+        "and/or",
+        "digits:5-9",
+        "1 / 2",
+        "a.py",
+        "x \\ y",
+    ]
+    card = render_card(described(tmp_path, training={"kept": kept, "rate": 0.5, "none": None}))
+    block = card[card.index("```json\n") + len("```json\n") :]
+    assert json.loads(block[: block.index("```")]) == {"kept": kept, "rate": 0.5, "none": None}
+
+
+def test_license(tmp_path: Path) -> None:
+    what = described(tmp_path)
+    stated = render_card(what, license="apache-2.0")
+    assert front(stated)["license"] == "apache-2.0"
+    assert "license" not in front(render_card(what))
+    for text in ("Apache 2.0", "", "mit\nx: y"):
+        with pytest.raises(ConfigError, match=r"license must be an identifier .* such as apache-2.0, mit or other"):
+            render_card(what, license=text)
+    mine = "---\nlicense: mit   # because\n---\n"
+    assert update_card(mine, render_card(what)).startswith("---\nlicense: mit   # because\nlibrary_name")
+    assert update_card(mine, render_card(what, license="mit")).startswith("---\nlicense: mit   # because\nlibrary_name")
+    assert update_card(mine, stated).startswith('---\nlicense: "apache-2.0"\nlibrary_name')
+    # what was stated once is not taken back by silence
+    assert update_card(stated, render_card(what)) == stated
+
+
+@pytest.mark.parametrize(
+    ("theirs", "merged"),
+    [
+        ("[x, y]", ["x", "y", "ours"]),
+        ("\n- x\n- ours", ["x", "ours"]),
+        ("x", ["x", "ours"]),
+        ("", ["ours"]),
+        ("[2024]", ["2024", "ours"]),
+        ("[{a: b}]", [{"a": "b"}]),  # not for us to understand
+    ],
+)
+def test_data_sets_are_merged(tmp_path: Path, theirs: str, merged: list[Any]) -> None:
+    mine = f"---\ndatasets: {theirs}\n---\nWords\n"
+    assert f"datasets: {theirs}\n" in update_card(mine, render_card(described(tmp_path)))
+    new = render_card(described(tmp_path, training={"data": {"id": "ours", "source": "hub"}}))
+    card = update_card(mine, new)
+    assert front(card)["datasets"] == merged
+    assert update_card(card, new) == card
+
+
+def test_picture_is_linked_and_told(tmp_path: Path) -> None:
+    shapes = {"low": (40, 3), "high": (40, 3), "middle": (40, 3)}
+    generator = torch.Generator().manual_seed(0)
+    rates = {"low": 0.2, "high": 0.9, "middle": 0.5}
+    masks = MaskSet.from_tensors({name: torch.rand(40, 3, generator=generator) < rates[name] for name in shapes})
+    save_adapter(tmp_path / "x.safetensors", {"one": masks, "two": masks}, base_of(shapes))
+    what = inspect_adapter(tmp_path / "x.safetensors")
+    density = {row["name"]: f"{row['density']:.4f}" for row in what["sets"]["one"]["payloads"]}
+    told = f"ensity of the 3 masked parameters: lowest {density['low']} in `low`, highest {density['high']} in `high`."
+    with_picture, without = render_card(what, picture=PICTURE_FILE), render_card(what)
+    assert with_picture.count("![Density of every masked layer](maskpack_density.png)") == 1
+    assert "the lowest and the highest are orange. Sets stand one below the other." in with_picture
+    assert PICTURE_FILE not in without
+    assert "picture" not in without
+    for card in (with_picture, without):
+        assert f"Set `one`: d{told}" in card
+        assert f"Set `two`: d{told}" in card
+
+
+def test_density_that_is_the_same_everywhere(tmp_path: Path) -> None:
+    masks = MaskSet.from_tensors({"a": torch.ones(4) == 1, "b": torch.ones(6) == 1})
+    save_adapter(tmp_path / "x.safetensors", masks, base_of(["a", "b"]))
+    assert "\nDensity of the 2 masked parameters: 1.0000 in every one.\n" in render_card(
+        inspect_adapter(tmp_path / "x.safetensors")
+    )
 
 
 def test_text_from_elsewhere_cannot_break_the_card(tmp_path: Path) -> None:
@@ -80,7 +234,23 @@ def test_text_from_elsewhere_cannot_break_the_card(tmp_path: Path) -> None:
     assert "<script>" not in card
     assert "license" not in front(card)
     assert front(card)["model-index"][0]["results"][0]["dataset"]["name"] == record["data"]
-    assert card.count("```") == 4
+    assert card.count("```") == 6
+
+
+def test_names_from_elsewhere_cannot_break_the_card(tmp_path: Path) -> None:
+    evil = [f"a`{END}", "|b|\u00a0[x](http://x.org)<img>", "c" * 3000]
+    save_adapter(tmp_path / "x.safetensors", random_masks(dict.fromkeys(evil, (40,))), base_of(evil))
+    card = render_card(inspect_adapter(tmp_path / "x.safetensors"), picture=PICTURE_FILE)
+    assert card.count(END) == 1
+    assert "<img>" not in card
+    assert "c" * 100 not in card
+    line = next(line for line in card.splitlines() if line.startswith("Density of"))
+    assert line.count("`") == 4
+
+
+def test_links_in_names_are_not_live(tmp_path: Path) -> None:
+    card = render_card(described(tmp_path, class_names=["https://x.org", "a@x.org", "[x](y)"]))
+    assert "Classes: https\\://x.org, a\\@x.org, \\[x\\](y)\n" in card
 
 
 MINE = f"""---
@@ -117,6 +287,21 @@ def test_update_keeps_what_is_the_owners(tmp_path: Path) -> None:
     assert card.endswith(f"# Title\n\n{block}\n\nMy words: {{x}} \\1.\n")
     assert update_card(card, new) == card
     assert "000000000000" not in card
+
+
+def test_update_leaves_what_says_the_same_already(tmp_path: Path) -> None:
+    what = described(tmp_path)
+    tag = f"maskpack:base:{what['base']['digests']['float32'][:12]}"
+    mine = f"library_name: maskpack # mine\ntags:\n  - binary-mask\n  - vision\n  - maskpack\n  - {tag}\n"
+    assert update_card(f"---\n{mine}---\n", render_card(what)).startswith(f"---\n{mine}base_model: ")
+
+
+def test_update_drops_the_tags_of_another_base(tmp_path: Path) -> None:
+    old = render_card(described(tmp_path, "torchvision/resnet18"))
+    new = render_card(described(tmp_path, "torchvision/resnet50"))
+    card = update_card(old, new)
+    assert front(card)["tags"] == front(new)["tags"]
+    assert "resnet18" not in card
 
 
 def test_update_drops_a_base_that_is_no_more(tmp_path: Path) -> None:

@@ -308,6 +308,14 @@ def test_push_pull_and_list(adapter: Path, hub: HubServer, tmp_path: Path) -> No
     assert run("pull", "alice/digits", "--token", WRITE_TOKEN, "-q").stdout.strip().endswith(pushed["commit"])
     listed = ok("list")["adapters"]
     assert [(one["adapter"], one["commit"]) for one in listed] == [("alice/digits", pushed["commit"])]
+    about = ok("inspect", adapter)["sets"]["default"]
+    assert (listed[0]["base"], listed[0]["density"]) == ("digits_backbone:digits_cnn", about["density"])
+    assert listed[0]["bits_per_weight"] == about["bits_per_weight"]
+    columns, row, *_ = run("list").stdout.splitlines()
+    assert columns.split() == ["adapter", "commit", "bytes", "base", "density", "bits/weight", "path"]
+    assert row.split()[:2] == ["alice/digits", pushed["commit"][:12]]
+    (Path(listed[0]["path"]) / "maskpack_config.json").unlink()
+    assert run("list").stdout.splitlines()[1].split()[3:6] == ["-", "-", "-"]
     missing = run("pull", "alice/digit", "--token", WRITE_TOKEN)
     assert missing.exit_code == 1
     assert "alice/digit" in missing.stderr
@@ -450,6 +458,7 @@ def test_help_has_examples_for_every_verb() -> None:
         "export",
         "push",
         "pull",
+        "search",
         "demo",
     ]
     for verb in verbs:

@@ -172,7 +172,7 @@ def test_options_in_pages_exist() -> None:
         for name in (*option.opts, *option.secondary_opts)
     }
     others = {"--version", "--help"}
-    for page in ("cli.md", "quickstart.md", "methods.md", "troubleshooting.md", "reliability.md"):
+    for page in ("cli.md", "hub.md", "quickstart.md", "methods.md", "troubleshooting.md", "reliability.md"):
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", BLOCK.sub("", TEXTS[page])):
             assert option in known | others, f"{page}: {option}"
 

@@ -98,7 +98,7 @@ def test_trailing_bytes_are_refused(valid: bytes, tmp_path: Path) -> None:
         (join_file(b'{"__metadata__":{"maskpack":"{}","maskpack":"{}"}}', b""), "the key 'maskpack' comes twice"),
         (join_file({"__metadata__": {SEAL: "", "maskpack": '{"a":1,"a":1}'}}, b""), "comes twice"),
         (join_file({"__metadata__": {SEAL: "", "maskpack": "[]"}}, b""), "is list, expected an object"),
-        (join_file({"__metadata__": {SEAL: "", "maskpack": "{}"}}, b""), "format_version .* is missing"),
+        (join_file({"__metadata__": {SEAL: "", "maskpack": "{}"}}, b""), "format_version is missing"),
         (join_file({"__metadata__": {SEAL: "", "maskpack": "[" * 9999}}, b""), "the adapter header is not valid JSON"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """Push and pull against the loopback Hub: what arrives, what is kept, and what is asked of the server."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from maskpack.errors import AdapterError, ConfigError, CorruptAdapterError, HubE
 from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
 from maskpack.hub.cache import CachedAdapter, cached_adapters
 
-from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, size, with_record, write_adapter
+from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, with_record, write_adapter
 from .hub_fixtures import hub as hub
 from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
 from .hub_fixtures import waits as waits
@@ -46,7 +47,7 @@ def test_what_is_pushed_is_pulled(hub: HubServer, adapter: Path) -> None:
 def test_same_again_makes_no_commit(hub: HubServer, adapter: Path, tmp_path: Path) -> None:
     first = push(adapter, "alice/birds", token=WRITE_TOKEN)
     again = push(adapter, "alice/birds", token=WRITE_TOKEN)
-    assert again == PushedAdapter("alice/birds", first.url, first.commit, created=False, unchanged=True)
+    assert again == PushedAdapter("alice/birds", first.url, first.commit, created=False, unchanged=True, files={})
     copy = pull("alice/birds", output=tmp_path / "copy").path
     assert push(copy, "alice/birds", token=WRITE_TOKEN) == again
     assert len(hub.requests("POST", "/commit/")) == 1
@@ -111,6 +112,7 @@ def test_options_that_contradict(hub: HubServer, adapter: Path) -> None:
 def test_pinned_and_cached_asks_nothing(hub: HubServer) -> None:
     commit = hub.add("alice/birds", contents())
     pull("alice/birds", revision=commit)
+    pull("alice/birds")
     hub.log.clear()
     assert pull(f"alice/birds@{commit}").commit == commit
     assert hub.log == []
@@ -159,12 +161,12 @@ def test_output_that_holds_something_else(hub: HubServer, tmp_path: Path) -> Non
 
 def test_folder_is_verified_before_a_push(hub: HubServer, adapter: Path) -> None:
     (adapter / MODEL).write_bytes(b"other")
-    with pytest.raises(CorruptAdapterError, match=f"records {size()} bytes"):
+    with pytest.raises(CorruptAdapterError, match="has 5 bytes and states a header"):
         push(adapter, "alice/birds", token=WRITE_TOKEN)
     data = bytearray(contents()[MODEL])
     data[-1] ^= 1
     write_adapter(adapter, {MODEL: bytes(data)})
-    with pytest.raises(CorruptAdapterError, match="they are damaged or of two adapters"):
+    with pytest.raises(CorruptAdapterError, match=r"the mask of .* has not the dig"):
         push(adapter, "alice/birds", token=WRITE_TOKEN)
     write_adapter(adapter, with_record(bytes(data)))
     with pytest.raises(
@@ -186,8 +188,70 @@ def test_cached_adapters(hub: HubServer, tmp_path: Path) -> None:
     commits = [hub.add("alice/birds", contents()), hub.add("alice/birds", contents(1))]
     paths = [pull("alice/birds", revision=commit, cache_dir=cache).path for commit in commits]
     sizes = [sum(map(len, contents(seed).values())) for seed in (0, 1)]
-    found = [CachedAdapter("alice/birds", *each) for each in zip(commits, sizes, paths, strict=True)]
+    one = [json.loads(contents(seed)[CONFIG])["sets"]["default"] for seed in (0, 1)]
+    about = [("timm/resnet18.a1_in1k", sets["density"], sets["bits_per_weight"]) for sets in one]
+    rows = zip(commits, sizes, paths, about, strict=True)
+    found = [CachedAdapter("alice/birds", commit, size, path, *rest) for commit, size, path, rest in rows]
     assert cached_adapters(cache) == sorted(found, key=lambda one: one.commit)
+
+
+def test_cached_adapters_are_adapters(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("alice/birds", contents() | {"sub/x": b"x"})
+    found = pull("alice/birds").path
+    (found / "sub").mkdir()
+    (found / "sub" / MODEL).write_bytes((found / MODEL).read_bytes())
+    assert len(cached_adapters()) == 1
+    (found / MODEL).unlink()
+    assert cached_adapters() == [], "a folder inside is not where an adapter lies"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"id": "timm/resnet18.a1_in1k"', '"id": "/home/me/net"'),
+        ('"id": "timm/resnet18.a1_in1k"', '"id": "\\u001b[31mred"'),
+        ('"id": "timm/resnet18.a1_in1k"', '"id": 7'),
+        ('"kept": ', '"kept": -'),
+        ('"kept": ', '"kept": 9'),
+        ('"weights": ', '"weights": 1e'),
+        ('"weights": ', '"weights": 9' + "9" * 5000),
+        ('"table_bytes": 0', '"table_bytes": true'),
+        ('"sets": {', '"sets": {"more": [], '),
+        ('{\n  "base"', '{"base": {}, "base"'),
+        ("{", "[" * 100_000),
+        ('"sets": {', '"sets": {}, "other": {'),
+    ],
+)
+def test_cached_adapters_with_a_config_of_a_stranger(hub: HubServer, old: str, new: str) -> None:
+    hub.add("alice/birds", contents())
+    config = pull("alice/birds").path / CONFIG
+    text = config.read_text()
+    assert old in text
+    config.unlink()
+    config.write_text(text.replace(old, new, 1))
+    (found,) = cached_adapters()
+    assert (found.repo_id, found.base, found.density, found.bits_per_weight) == ("alice/birds", None, None, None)
+
+
+def test_cached_adapters_with_a_config_that_is_none(hub: HubServer) -> None:
+    hub.add("alice/birds", contents())
+    config = pull("alice/birds").path / CONFIG
+    text = config.read_bytes()
+    config.unlink()
+    assert cached_adapters()[0].base is None
+    os.mkfifo(config)
+    assert cached_adapters()[0].base is None, "nothing is waited for"
+    config.unlink()
+    config.write_bytes(text + b" " * (1 << 20))
+    assert cached_adapters()[0].base is None
+    config.write_bytes(text + b" ")
+    assert cached_adapters()[0].base == "timm/resnet18.a1_in1k"
+
+
+def test_cache_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StateError, match=r"cannot read the Hub's cache: .*; check what HF_HOME or HF_HUB_CACHE name"):
+        cached_adapters(tmp_path / "cache")
 
 
 def test_pull_in_another_process(hub: HubServer, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The model card on its way: rendered for the repository, merged with its owner's words, and never left behind."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from maskpack.adapter.card import BEGIN, END
+from maskpack.adapter.card import BEGIN, END, PICTURE_FILE
 from maskpack.adapter.read import read_adapter
-from maskpack.errors import AdapterError, DataError
+from maskpack.errors import AdapterError, ConfigError, DataError
 from maskpack.hub import pull, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
@@ -74,10 +75,36 @@ def test_card_as_it_was_saved(hub: HubServer, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", saved())
     assert "USER/NAME" in parts(saved()[CARD])[1]
     push(adapter, BIRDS, token=WRITE_TOKEN)
-    assert hub.file(BIRDS, CARD) == saved()[CARD].replace(b"USER/NAME", b"alice/birds").replace(
+    pushed = re.sub(rb"(!\[Density|Each bar of the picture).*\n\n", b"", hub.file(BIRDS, CARD))
+    assert pushed == saved()[CARD].replace(b"USER/NAME", b"alice/birds").replace(
         b"# maskpack adapter\n", b"# alice/birds\n"
     )
     assert push(adapter, BIRDS, token=WRITE_TOKEN).unchanged
+
+
+def test_picture_of_densities(hub: HubServer, adapter: Path) -> None:
+    push(adapter, BIRDS, token=WRITE_TOKEN)
+    assert hub.file(BIRDS, PICTURE_FILE).startswith(b"\x89PNG")
+    assert f"]({PICTURE_FILE})" in hub.file(BIRDS, CARD).decode()
+    assert not (pull(BIRDS).path / PICTURE_FILE).exists()  # what a page shows is not fetched
+    hub.add(BIRDS, {PICTURE_FILE: b"the same, compressed otherwise"})
+    assert push(adapter, BIRDS, token=WRITE_TOKEN).unchanged
+    write_adapter(adapter, contents(1))
+    assert PICTURE_FILE in push(adapter, BIRDS, token=WRITE_TOKEN).files
+    assert hub.file(BIRDS, PICTURE_FILE).startswith(b"\x89PNG")
+    push(adapter, tmp := adapter.parent / "registry")
+    assert not (tmp / PICTURE_FILE).exists()
+    assert PICTURE_FILE not in (tmp / CARD).read_text()
+
+
+def test_licence(hub: HubServer, adapter: Path) -> None:
+    push(adapter, BIRDS, license="mit", token=WRITE_TOKEN)
+    assert hub.repositories[BIRDS].card(hub.repositories[BIRDS].head("main"))["license"] == "mit"
+    assert push(adapter, BIRDS, token=WRITE_TOKEN).unchanged  # what is not said again stays
+    push(adapter, BIRDS, license="apache-2.0", token=WRITE_TOKEN)
+    assert hub.repositories[BIRDS].card(hub.repositories[BIRDS].head("main"))["license"] == "apache-2.0"
+    with pytest.raises(ConfigError, match="license must be an identifier as the Hub writes them"):
+        push(adapter, BIRDS, license="Free as a bird", token=WRITE_TOKEN)
 
 
 def test_card_that_is_no_text(hub: HubServer, adapter: Path) -> None:

@@ -1,11 +1,14 @@
 """Names, rights, logins and the network: the right class, and words that say what to do."""
 
+import importlib
+import logging
 from pathlib import Path
 
 import huggingface_hub.constants as constants
 import pytest
+from huggingface_hub import errors, get_session
 
-from maskpack.errors import AdapterError, HubError
+from maskpack.errors import AdapterError, HubError, MaskpackError
 from maskpack.hub import Reference, pull, push
 from maskpack.hub.client import Session
 
@@ -139,7 +142,9 @@ def test_cache_that_cannot_be_written(birds: HubServer, tmp_path: Path) -> None:
 def test_file_that_cannot_be_read(adapter: Path) -> None:
     (adapter / MODEL).unlink()
     (adapter / MODEL).symlink_to("/proc/self/mem")
-    with pytest.raises(AdapterError, match=r"cannot read .*maskpack_model\.safetensors: .*; check its permissions"):
+    with pytest.raises(
+        AdapterError, match=r"cannot read .*maskpack_model\.safetensors: .*; check the path and its permissions"
+    ):
         pull(adapter)
 
 
@@ -177,13 +182,45 @@ def test_server_is_gone(birds: HubServer, adapter: Path, waits: NoWaiting) -> No
         pull("alice/fish")
     with pytest.raises(HubError, match=r"cannot push to alice/birds: 127\.0\.0\.1 cannot be reached"):
         push(adapter, BIRDS, token=WRITE_TOKEN)
-    assert waits.slept == [1, 4, 1, 4]
+    assert waits.slept == [1, 1, 2, 4, 8, 1, 2, 4, 8]
+
+
+# whatever the client raises
+def _raised() -> list[Exception]:
+    """Every error class of the client and of its HTTP library, and what else its calls were seen to raise."""
+    http = importlib.import_module(get_session().__class__.__module__.partition(".")[0])
+    kinds = [*vars(errors).values(), *vars(http).values(), RuntimeError, OSError, KeyError, TimeoutError, EOFError]
+    found = []
+    for kind in {one for one in kinds if isinstance(one, type) and issubclass(one, Exception)}:
+        error = kind.__new__(kind)  # some want a response or a request, which not every one of them gets
+        error.args = ("it went wrong",)
+        found.append(error)
+    return found
+
+
+def test_every_error_of_the_client_becomes_ours(hub: HubServer) -> None:
+    raised = _raised()
+    assert len(raised) > 40
+    for error in raised:
+
+        def act(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(MaskpackError, match=r"^cannot pull alice/birds: .{20}"):
+            Session("pull alice/birds", False, Reference("alice/birds")).call(act)
 
 
 # secrets
-def test_token_appears_nowhere(birds: HubServer, adapter: Path) -> None:
-    push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
-    pull(BIRDS, token=WRITE_TOKEN)
+def test_token_appears_nowhere(
+    birds: HubServer, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
+        pull(BIRDS, token=WRITE_TOKEN, output=tmp_path / "copy")
+    assert WRITE_TOKEN not in caplog.text
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if WRITE_TOKEN.encode() in path.read_bytes()] == []
     assert birds.requests("PUT" if birds.transport == "lfs" else "POST", "store:")
     assert WRITE_TOKEN not in birds.log_text()
     odd = "secretWithoutPrefix"

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from maskpack.adapter import read
 from maskpack.errors import AdapterError, CorruptAdapterError, HubError
 from maskpack.hub import folder as folder_module
 from maskpack.hub import pull, push
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, size, write_adapter
+from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, size, write_adapter
 from .hub_fixtures import BIRDS, CONTENT, NoWaiting
 from .hub_fixtures import adapter as adapter
 from .hub_fixtures import birds as birds
@@ -42,7 +43,7 @@ def test_flipped_bit_twice(birds: HubServer, path: str, name: str) -> None:
 def test_damaged_cache_is_repaired_or_named(birds: HubServer) -> None:
     found = pull(BIRDS)
     (found.path / MODEL).resolve().write_bytes(b"\0" * size())
-    words = rf"maskpack_model\.safetensors of alice/birds in the cache has {size()}"
+    words = rf"maskpack_model\.safetensors has {size()} bytes and states a header of 0"
     with pytest.raises(CorruptAdapterError, match=words):
         pull(BIRDS, local_files_only=True)
     assert read_folder(pull(BIRDS, revision=found.commit).path)[MODEL] == contents()[MODEL]
@@ -50,7 +51,9 @@ def test_damaged_cache_is_repaired_or_named(birds: HubServer) -> None:
 
 def test_record_that_does_not_fit(hub: HubServer) -> None:
     hub.add(BIRDS, contents() | {CONFIG: contents(1)[CONFIG]})
-    with pytest.raises(CorruptAdapterError, match=r"they are damaged or of two adapters; get it again"):
+    with pytest.raises(
+        CorruptAdapterError, match=r"one of them was replaced; fetch both again, tell their owner, or delete"
+    ):
         pull(BIRDS)
     assert len(sent_contents(hub)) == 1
 
@@ -74,9 +77,9 @@ def test_too_large_is_not_fetched(birds: HubServer, monkeypatch: pytest.MonkeyPa
 
 
 def test_too_large_here(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(folder_module.LIMITS, MODEL, size() - 1)
+    monkeypatch.setattr(read, "MAX_MODEL", size() - 1)
     for path in (adapter, adapter / MODEL):
-        with pytest.raises(AdapterError, match=f"has {size()} bytes; at most {size() - 1} are accepted"):
+        with pytest.raises(AdapterError, match=f"has {size()} bytes; at most {size() - 1} are accepted; fetch it aga"):
             pull(path)
 
 
@@ -102,7 +105,7 @@ def test_lasting_fault(birds: HubServer, waits: NoWaiting) -> None:
     birds.fail("status", "POST", "paths-info", times=99, message="maintenance")
     with pytest.raises(HubError, match=r"127\.0\.0\.1 answered 503 \(maintenance\), also when asked again; try later"):
         pull(BIRDS)
-    assert waits.slept == [1, 4]
+    assert waits.slept == [1, 2, 4, 8]
     birds.fail("reset", "GET", CONTENT, times=99)
     birds.faults.rules[0].times = 0
     words = {"lfs": r"the connection to 127\.0\.0\.1 broke \(Re\w+Error\); try again", "xet": ""}
@@ -195,12 +198,34 @@ def test_conflict(birds: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPat
     assert len(birds.requests("POST", "/commit/")) == 1
 
 
-def test_lost_pull_request_is_not_opened_twice(birds: HubServer, adapter: Path) -> None:
+def test_others_words_do_not_stop_a_push(birds: HubServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody writes the model card and adds a file between our look and our commit: both stay."""
+    answer, theirs = birds.hub.application, {CARD: b"their words\n", "notes.txt": b"theirs"}
+
+    def interfere(request):  # type: ignore[no-untyped-def]
+        if "/commit/" in request.target and len(birds.requests("POST", "/commit/")) == 1:
+            birds.add(BIRDS, theirs)
+        return answer(request)
+
     write_adapter(adapter, contents(1))
-    birds.fail("lost", "POST", "/commit/")
-    with pytest.raises(HubError, match=r"look at .*/alice/birds/discussions before pushing again"):
-        push(adapter, BIRDS, create_pr=True, token=WRITE_TOKEN)
-    assert list(birds.repositories[BIRDS].git.refs("refs/pr")) == ["1"]
+    monkeypatch.setattr(birds.hub, "application", interfere)
+    pushed = push(adapter, BIRDS, token=WRITE_TOKEN)
+    assert birds.file(BIRDS, MODEL, str(pushed.commit)) == contents(1)[MODEL]
+    assert birds.file(BIRDS, CARD).startswith(b"---\n")
+    assert b"their words" in birds.file(BIRDS, CARD)
+    assert birds.file(BIRDS, "notes.txt") == b"theirs"
+    assert len(birds.requests("POST", "/commit/")) == 2
+
+
+@pytest.mark.parametrize("kind", ["lost", "drop"])
+def test_lost_pull_request_is_not_opened_twice(birds: HubServer, adapter: Path, kind: str) -> None:
+    push(write_adapter(adapter, contents(2)), BIRDS, create_pr=True, token=WRITE_TOKEN)
+    write_adapter(adapter, contents(1))
+    birds.fail(kind, "POST", "/commit/")
+    pushed = push(adapter, BIRDS, create_pr=True, token=WRITE_TOKEN)
+    assert birds.repositories[BIRDS].git.refs("refs/pr")["2"] == pushed.commit
+    assert len(birds.repositories[BIRDS].git.refs("refs/pr")) == 2
+    assert pushed.url.endswith("/alice/birds/discussions/2")
 
 
 def test_racing_pushes(birds: HubServer, tmp_path: Path) -> None:

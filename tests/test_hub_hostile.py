@@ -9,10 +9,11 @@ from urllib.request import Request, urlopen
 import huggingface_hub.constants as constants
 import pytest
 
+from maskpack.adapter.card import PICTURE_FILE
 from maskpack.errors import AdapterError, HubError, MaskpackError
 from maskpack.hub import pull, push
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
+from .hub_adapters import CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
 from .hub_fixtures import BIRDS, CONTENT
 from .hub_fixtures import adapter as adapter
 from .hub_fixtures import birds as birds
@@ -60,7 +61,7 @@ def test_push_does_not_touch_hostile_names(birds: HubServer, adapter: Path, name
     pushed = push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
     sent = [json.loads(line) for line in birds.log[-1].body.splitlines()]
     assert birds.log[-1].target.endswith("/commit/main")
-    assert {line["value"]["path"] for line in sent[1:]} == {"README.md", CONFIG, MODEL}
+    assert {line["value"]["path"] for line in sent[1:]} == {*NAMES, PICTURE_FILE}
     assert birds.repositories[BIRDS].head("main") == pushed.commit
 
 

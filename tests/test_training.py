@@ -84,6 +84,7 @@ def test_the_record_says_all_that_reproduces_the_run(tiny_backbone: Backbone, di
     record = train_mask(tiny_backbone, digits, QUICK).about["training"]
     assert record["data"]["rows"] == {"train": 323, "validation": 72, "test": 178}
     assert record["data"]["digest"] == digits.digest
+    assert (record["data"]["id"], record["data"]["source"]) == ("digits:5-9", "digits")
     assert record["settings"]["lr"] == 20.0
     assert record["settings"]["head_lr"] == 0.1
     assert record["versions"]["torch"] == torch.__version__

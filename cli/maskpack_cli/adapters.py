@@ -9,8 +9,11 @@ from .console import Json, Quiet, Token, command, emit, examples, note, progress
 
 Profile = Literal["fast", "default", "max"]
 PROFILES = "fast: quick. default: small, decodes quickly. max: smallest, slow, may need the backbone to decode."
-Ref = Annotated[str, typer.Argument(help="user/name[@revision], a folder, or a .safetensors file.")]
+Ref = Annotated[str, typer.Argument(help="user/name or user/name@revision, a folder, or a .safetensors file.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+RequireRevision = Annotated[
+    bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
+]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
 RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
 
@@ -44,7 +47,7 @@ def inspect(
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
         **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
-    emit(facts, False, str(ref))
+    emit(facts, False, adapter.pinned)
     for name, one in about["sets"].items():
         emit(one, False, f"mask set {name}")
         if parameters:
@@ -59,6 +62,7 @@ def verify(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     revision: Revision = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -68,15 +72,15 @@ def verify(
     from maskpack import load_adapter, load_backbone
     from maskpack.backbone.fingerprint import check_fingerprint
 
-    adapter = load_adapter(ref, revision=revision, token=token)
-    report: dict[str, Any] = {"adapter": ref}
+    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    report: dict[str, Any] = {"adapter": adapter.pinned}
     base = None
     if backbone is not None:
         base = load_backbone(backbone, weights=weights, random_weights=random_weights).model
         report["base_matches_as"] = check_fingerprint(base, adapter.base)
     with progress_bar("Verifying", quiet or as_json) as step:
         report |= adapter.verify(step, base)
-    emit(report, as_json, f"✓ {ref} is valid")
+    emit(report, as_json, f"✓ {adapter.pinned} is valid")
     if left := report["needs_base"]:
         shown = ", ".join(left[:3]) + (", … (all: --json)" if len(left) > 3 else "")
         note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)
@@ -95,8 +99,12 @@ def listing(
     if what == "adapters":
         from maskpack.hub.cache import cached_adapters
 
-        rows = [[a.repo_id, a.commit, a.size, str(a.path)] for a in cached_adapters()]
-        columns = ["adapter", "commit", "bytes", "path"]
+        digits = None if as_json else 12
+        rows = [
+            [a.repo_id, a.commit[:digits], a.size, a.base, a.density, a.bits_per_weight, str(a.path)]
+            for a in cached_adapters()
+        ]
+        columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
     elif what in ("methods", "codecs", "data", "importers"):
         from maskpack.codecs.base import CODECS
         from maskpack.data.base import SOURCES
@@ -112,7 +120,7 @@ def listing(
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:
-        table(columns, rows)
+        table([column.replace("bits_per_weight", "bits/weight") for column in columns], rows)
     else:
         note("No adapter is cached; fetch one with: maskpack pull USER/NAME", quiet)
 

@@ -37,13 +37,13 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             except MaskpackError as error:
                 if os.environ.get("MASKPACK_DEBUG"):
                     raise
-                notes.print(f"[bold red]Error:[/] {_plain(str(error))}")
+                complain(str(error))
                 raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
             except OSError as error:
                 # a path that cannot be read or written
                 if os.environ.get("MASKPACK_DEBUG") or isinstance(error, BrokenPipeError):
                     raise
-                notes.print(f"[bold red]Error:[/] {_plain(str(error))}")
+                complain(str(error))
                 raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notes.print("Interrupted.")
@@ -54,6 +54,11 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def complain(text: str) -> None:
+    """Print an error to stderr."""
+    notes.print(f"[bold red]Error:[/] {_plain(text)}")
 
 
 def _plain(text: str) -> str:

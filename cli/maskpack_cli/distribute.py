@@ -1,17 +1,18 @@
 """maskpack push | pull."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .adapters import Ref, Revision
-from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries
+from .adapters import RequireRevision, Revision
+from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="The adapter's folder.")],
+    folder: Annotated[Path, typer.Argument(help="The adapter's folder, or its model file.")],
     ref: Annotated[str, typer.Argument(help="user/name on the Hub, or a folder as registry: ./registry/name.")],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Of the repository. (default: the account's)")
@@ -19,6 +20,9 @@ def push(
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
     commit_message: Annotated[str | None, typer.Option("--commit-message", "-m", help="Of the one commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of a commit.")] = False,
+    license: Annotated[str | None, typer.Option(help="Of the masks, for the card: apache-2.0, mit, … (SPDX)")] = None,
+    tag: Annotated[str | None, typer.Option(help="Give the commit this tag, as v1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -27,44 +31,122 @@ def push(
     quiet_libraries(quiet or as_json)
     from maskpack import push as push_adapter
 
-    note(f"Pushing {folder} to {ref} …", quiet)
+    note(f"{'Comparing' if dry_run else 'Pushing'} {folder} {'with' if dry_run else 'to'} {ref} …", quiet)
     done = push_adapter(
-        folder, ref, private=private, revision=revision, commit_message=commit_message, create_pr=create_pr, token=token
+        folder,
+        ref,
+        private=private,
+        revision=revision,
+        commit_message=commit_message,
+        create_pr=create_pr,
+        license=license,
+        tag=tag,
+        dry_run=dry_run,
+        token=token,
     )
-    emit(asdict(done), as_json, f"✓ {done.url}" + (" (unchanged)" if done.unchanged else ""))
+    state = " (unchanged)" if done.unchanged else " (dry run: nothing was sent)" if dry_run else ""
+    emit(asdict(done) | {"dry_run": dry_run}, as_json, f"{'-' if dry_run else '✓'} {done.url}{state}")
+    for name, size in done.files.items():
+        note(f"  {'would send' if dry_run else 'sent'} {name}, {size:,} bytes", quiet or as_json)
 
 
 def pull(
-    ref: Ref,
+    refs: Annotated[
+        list[str],
+        typer.Argument(metavar="REF", help="user/name or user/name@revision, a folder, or a .safetensors file."),
+    ],
     revision: Revision = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to copy the files to. (default: only the cache)")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to copy the files to; for several, a folder each inside. (default: only the cache)"),
+    ] = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Download an adapter and verify every byte of it; prints the folder and the commit."""
+    """Download adapters and verify every byte of them; prints their folders and commits.
+
+    Of several, one that fails does not stop the others; the errors come last, and the exit code is 1.
+    """
     quiet_libraries(quiet or as_json)
+    from maskpack import MaskpackError
     from maskpack import pull as pull_adapter
 
-    done = pull_adapter(ref, revision=revision, output=output, token=token)
-    facts = {"path": str(done.path), "commit": done.commit, "repo_id": done.repo_id}
-    if quiet and not as_json:
-        typer.echo(done.path)
-        return
-    emit(facts, as_json, f"✓ {done.path}")
-    if done.commit and not as_json:
-        note(f"Pinned: {done.repo_id}@{done.commit}")
+    pulled: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+    for ref, target in zip(refs, _targets(refs, output), strict=True):
+        try:
+            done = pull_adapter(ref, revision=revision, output=target, require_revision=require_revision, token=token)
+        except (MaskpackError, OSError) as error:
+            if len(refs) == 1 or os.environ.get("MASKPACK_DEBUG"):
+                raise
+            failed.append({"ref": ref, "error": str(error)})
+            continue
+        pulled.append({"path": str(done.path), "commit": done.commit, "repo_id": done.repo_id})
+        if as_json:
+            continue
+        if quiet:
+            typer.echo(done.path)
+            continue
+        emit(pulled[-1], False, f"✓ {done.path}")
+        if done.commit:
+            note(f"Pinned: {done.pinned}")
+    if as_json:
+        emit({"adapters": pulled, "errors": failed} if len(refs) > 1 else pulled[0], True)
+    for one in failed:
+        complain(f"{one['ref']}: {one['error']}")
+    if failed:
+        note(f"{len(failed)} of {len(refs)} adapters could not be pulled.", quiet)
+        raise typer.Exit(1)
+
+
+def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
+    """Return where each adapter is to be copied, or refuse before anything is fetched."""
+    from maskpack import MaskpackError
+    from maskpack.errors import ConfigError
+    from maskpack.hub import parse_reference
+
+    if output is None or len(refs) == 1:
+        return [output] * len(refs)
+    targets: list[Path | None] = []
+    taken: dict[str, str] = {}
+    for ref in refs:
+        try:
+            reference = parse_reference(ref)
+        except MaskpackError:
+            targets.append(None)  # pulling it says what is wrong, when it is its turn
+            continue
+        if reference.path is not None:
+            folder = reference.path.resolve().name.removesuffix(".safetensors")
+        else:
+            folder = str(reference.repo_id).replace("/", "--")
+        key = folder.casefold()  # some file systems do not tell A from a
+        if key in taken:
+            raise ConfigError(
+                f"{taken[key]} and {ref} would both be copied to {output / folder}; nothing was fetched: pull them one "
+                "at a time, each with its own --output"
+            )
+        taken[key] = ref
+        targets.append(output / folder)
+    return targets
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs."""
     app.command(
-        epilog=examples("maskpack push ./my-mask user/my-mask --private", "maskpack push ./my-mask ./registry/my-mask")
+        epilog=examples(
+            "maskpack push ./my-mask user/my-mask --private",
+            "maskpack push ./my-mask user/my-mask --tag v1 --dry-run",
+            "maskpack push ./my-mask user/my-mask --create-pr -m 'Trained longer'",
+            "maskpack push ./my-mask ./registry/my-mask",
+        )
     )(command(push))
     app.command(
         epilog=examples(
             "maskpack pull user/my-mask",
             "maskpack pull user/my-mask@v1 --output ./my-mask",
+            "maskpack pull user/one user/two@v1 --output ./masks",
             "maskpack pull user/my-mask -q",
         )
     )(command(pull))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import RandomWeights, Ref, Revision, Weights
+from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
 
 if TYPE_CHECKING:
@@ -19,13 +19,19 @@ BackboneOption = Annotated[
 
 
 def _loaded(
-    ref: str, revision: str | None, token: str | None, reference: str | None, weights: Path | None, random: int | None
+    ref: str,
+    revision: str | None,
+    require_revision: bool,
+    token: str | None,
+    reference: str | None,
+    weights: Path | None,
+    random: int | None,
 ) -> "tuple[Backbone, Adapter]":
     """The backbone with the adapter applied."""
     from maskpack import load_adapter, load_backbone, load_mask
     from maskpack.errors import BackboneError
 
-    adapter = load_adapter(ref, revision=revision, token=token)
+    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
     base = adapter.base.id
     if reference is None:
         # only libraries' own models: a file's factory is never run because an adapter names it
@@ -50,6 +56,7 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not found.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     revision: Revision = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -60,14 +67,14 @@ def evaluate(
     from maskpack.errors import DataError
     from maskpack.evaluate.accuracy import adapter_accuracy
 
-    loaded, adapter = _loaded(ref, revision, token, backbone, weights, random_weights)
+    loaded, adapter = _loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
     found = load_data(data, class_names=adapter.class_names, input_column=input_column, label_column=label_column)
     examples_ = {"test": found.test, "train": found.train}.get(split)
     if examples_ is None:
         raise DataError(f"the data {data!r} have no split {split!r}; choose test or train")
     note(f"Evaluating {len(examples_):,} examples …", quiet)
     result = adapter_accuracy(loaded.model, adapter, examples_, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    emit({"adapter": ref, "data": found.id, "split": split, **result}, as_json, f"✓ {ref}")
+    emit({"adapter": adapter.pinned, "data": found.id, "split": split, **result}, as_json, f"✓ {adapter.pinned}")
 
 
 def predict(
@@ -79,6 +86,7 @@ def predict(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     revision: Revision = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -87,7 +95,7 @@ def predict(
     quiet_libraries(quiet)
     from maskpack.errors import DataError
 
-    loaded, adapter = _loaded(ref, revision, token, backbone, weights, random_weights)
+    loaded, adapter = _loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
     inputs: list[str] = []
     if adapter.task == "text-classification":
         for file in files:
@@ -97,6 +105,7 @@ def predict(
                 raise DataError(f"cannot read the text file {file!r}: {error}") from None
     else:
         inputs = files
+    note(f"Adapter: {adapter.pinned}", quiet or as_json)
     found = adapter.predict(loaded.model, inputs, tokenizer=loaded.tokenizer)
     rows: list[list[Any]] = [[x, p.label, p.score] for x, p in zip(inputs, found, strict=True)]
     if as_json:
@@ -112,6 +121,7 @@ def export(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     revision: Revision = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -120,8 +130,9 @@ def export(
     quiet_libraries(quiet)
     from maskpack.apply.export import export_state
 
-    loaded, adapter = _loaded(ref, revision, token, backbone, weights, random_weights)
+    loaded, adapter = _loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
     count = export_state(output, loaded.model, {"maskpack_mask_id": adapter.mask_id})
+    note(f"Adapter: {adapter.pinned}", quiet or as_json)
     note("The weights are in the file whole: it is as large as the backbone.", quiet or as_json)
     emit({"file": str(output), "tensors": count, "bytes": output.stat().st_size}, as_json, f"✓ {output}")
 

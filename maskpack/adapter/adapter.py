@@ -34,16 +34,17 @@ class Adapter:
         path: the file that it was read from, for messages.
         header: what the file says beside its tensors.
         spans: where each tensor lies in the data section.
-        size: bytes of the file.
+        content: the bytes of the file. size: their number.
+        pinned: the reference that always means these bytes, `user/name@commit`; the path of a local adapter.
     """
 
-    def __init__(self, path: str, header: Header, spans: Mapping[str, Span], prefix: bytes, data: memoryview):
-        self.path = path
+    def __init__(self, path: str, header: Header, spans: Mapping[str, Span], content: memoryview, start: int):
+        self.path = self.pinned = path
         self.header = header
         self.spans = spans
-        self.size = len(prefix) + len(data)
-        self._prefix = prefix
-        self._data = data
+        self.content = content
+        self.size = len(content)
+        self._data = content[start:]
 
     def __repr__(self) -> str:
         return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={self.sets}, bytes={self.size})"
@@ -59,9 +60,7 @@ class Adapter:
     @cached_property
     def sha256(self) -> str:
         """Hex sha256 of the whole file."""
-        whole = hashlib.sha256(self._prefix)
-        whole.update(self._data)
-        return whole.hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
     @property
     def sets(self) -> tuple[str, ...]:

@@ -35,15 +35,13 @@ class Fields:
     def of(cls, value: object, where: str) -> "Fields":
         """Wrap a value that must be an object."""
         if not isinstance(value, dict):
-            raise CorruptAdapterError(f"{where} of the adapter header is {_short(value)}, expected an object")
+            raise CorruptAdapterError(f"{where} is {_short(value)}, expected an object")
         return cls(where, value)
 
     def refuse(self, key: str, expected: str) -> CorruptAdapterError:
         """Return the error for a member that is missing or not as expected."""
         what = f"is {_short(self.members[key])}" if key in self.members else "is missing"
-        return CorruptAdapterError(
-            f"{self.where}.{key} of the adapter header {what}, expected {expected}; fetch the file again"
-        )
+        return CorruptAdapterError(f"{self.where}.{key} {what}, expected {expected}; fetch the file again")
 
     def get(self, key: str) -> Any:
         """Return a member of any type; None if it is missing."""

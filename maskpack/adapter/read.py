@@ -4,6 +4,8 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -19,13 +21,15 @@ P = ParamSpec("P")
 
 MODEL_FILE = "maskpack_model.safetensors"
 CONFIG_FILE = "maskpack_config.json"
+MAX_MODEL = 16 << 30  # bytes; masks of 10^11 weights fit
 MAX_CONFIG = 1 << 20  # bytes; class names of 20,000 classes fit
 
 
 def read_adapter(path: str | Path) -> Adapter:
     """Read and verify an adapter: a folder, or a `.safetensors` file alone. Masks are decoded when asked for.
 
-    The file is read once; what is verified are the bytes that are used. A config beside it must name its sha256.
+    Each file is opened and read once; what is verified are the bytes that are used. A config beside the model file
+    must name its sha256.
 
     Raises:
         AdapterError: if there is no adapter; the message lists what is there.
@@ -33,39 +37,89 @@ def read_adapter(path: str | Path) -> Adapter:
         CorruptAdapterError: if its bytes are not what format, digests or config say.
     """
     path = Path(path)
-    if not path.is_dir():
-        return read_file(path, path)
+    return read_folder(path)[0] if path.is_dir() else read_file(path, path)
+
+
+def read_folder(path: Path) -> tuple[Adapter, bytes | None]:
+    """Read and verify an adapter folder; return it with the text of its config, None if it has none."""
     model, config = path / MODEL_FILE, path / CONFIG_FILE
     if not model.exists():
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
         raise AdapterError(f"{path} has no {MODEL_FILE}, it has: {there}; expected the folder of an adapter")
     adapter = read_file(model, model)
-    if config.exists():
-        _check_config(config, adapter)
-    return adapter
+    text = read_bytes(config, config, MAX_CONFIG) if config.exists() else None
+    if text is not None:
+        check_config(text, config, adapter)
+    return adapter, text
 
 
 def read_file(path: Path, name: Path) -> Adapter:
-    """Read and verify one file; `name` is what messages call it."""
+    """Read and verify one model file; `name` is what messages call it."""
+    return parse_adapter(read_model(path, name), name)
+
+
+def read_model(path: Path, name: Path) -> memoryview:
+    """Return the bytes of a model file; one that does not begin like an adapter's is refused before it is read whole.
+
+    Raises:
+        AdapterError, CorruptAdapterError: as `read_adapter`; `name` is what messages call the file.
+    """
+    with _opened(path, name, MAX_MODEL) as (file, size):
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise CorruptAdapterError(
+                f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
+                f"within the file; it was cut off or is no safetensors file"
+            )
+        head = file.read(length)
+        metadata, _ = _located(name, parse_header, memoryview(head), size - 8 - length)
+        if "maskpack" not in metadata:
+            raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+        content = bytearray(size)
+        content[: 8 + len(head)] = start + head
+        read = 8 + len(head) + file.readinto(memoryview(content)[8 + len(head) :])
+    return memoryview(content)[:read].toreadonly()
+
+
+def read_bytes(path: Path, name: Path, limit: int) -> bytes:
+    """Return all bytes of a file of at most `limit`; `name` is what messages call it.
+
+    Raises:
+        AdapterError: if it is missing, no regular file, too large or unreadable.
+    """
+    with _opened(path, name, limit) as (file, size):
+        return file.read(size)
+
+
+def parse_adapter(content: memoryview, name: Path) -> Adapter:
+    """Verify the bytes of a model file; `name` is what messages call it. Raises as `read_adapter`."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    head, data = content[8:start], content[start:]
+    metadata, spans = _located(name, parse_header, head, len(data))
+    _located(name, check_seal, bytes(head), metadata)
+    header = _located(name, Header.from_json, metadata["maskpack"])
+    _located(name, check_layout, header, spans)
+    adapter = Adapter(str(name), header, spans, content, start)
+    _check_digests(adapter, data)
+    return adapter
+
+
+@contextmanager
+def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader, int]]:
+    """Open a regular file of at most `limit` bytes and give it with its size; errors are ours."""
     try:
         # not blocking, so that a named pipe is refused and not waited for
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise AdapterError(f"{name} is not a regular file; expected a .safetensors file")
-            length = int.from_bytes(start := file.read(8), "little")
-            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, status.st_size - 8):
-                raise CorruptAdapterError(
-                    f"{name} has {status.st_size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
-                    f"within the file; it was cut off or is no safetensors file"
-                )
-            head = file.read(length)
-            metadata, spans = _located(name, parse_header, memoryview(head), status.st_size - 8 - length)
-            if "maskpack" not in metadata:
-                raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
-            _located(name, check_seal, head, metadata)
-            data = file.read(status.st_size - 8 - length)
+                raise AdapterError(f"{name} is not a regular file; delete it, or fetch the adapter again")
+            if status.st_size > limit:
+                raise AdapterError(f"{name} has {status.st_size} bytes; at most {limit} are accepted; fetch it again")
+            yield file, status.st_size
+    except IsADirectoryError:
+        raise AdapterError(f"{name} is not a regular file; delete it, or fetch the adapter again") from None
     except FileNotFoundError:
         there = sorted(p.name for p in name.parent.iterdir()) if name.parent.is_dir() else []
         raise AdapterError(
@@ -76,11 +130,6 @@ def read_file(path: Path, name: Path) -> Adapter:
         raise AdapterError(
             f"cannot read {name}: {error.strerror or error}; check the path and its permissions"
         ) from error
-    header = _located(name, Header.from_json, metadata["maskpack"])
-    _located(name, check_layout, header, spans)
-    adapter = Adapter(str(name), header, spans, start + head, memoryview(data))
-    _check_digests(adapter, memoryview(data))
-    return adapter
 
 
 def _located(name: Path, step: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
@@ -115,21 +164,17 @@ def _check_digests(adapter: Adapter, data: memoryview) -> None:
         )
 
 
-def _check_config(path: Path, adapter: Adapter) -> None:
-    """Compare size and sha256 in a folder's config with the model file."""
-    if not path.is_file():
-        raise AdapterError(f"{path} is not a regular file; delete it, or fetch the adapter again")
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
-    if len(text) > MAX_CONFIG:
-        raise CorruptAdapterError(f"{path} has over {MAX_CONFIG} bytes; fetch it again, or delete it")
-    fields = Fields.of(strict_json(text, str(path)), str(path))
+def check_config(text: bytes, name: Path, adapter: Adapter) -> None:
+    """Compare size and sha256 in the text of a config file with the model file.
+
+    Raises:
+        CorruptAdapterError: if the config is no such record, or records another file.
+    """
+    fields = Fields.of(strict_json(text, str(name)), str(name))
     sha256, size = fields.digest("sha256"), fields.get("size")
     if (sha256, size) != (adapter.sha256, adapter.size):
         raise CorruptAdapterError(
-            f"{path} names a model file of {size} bytes with sha256 {sha256}, and {MODEL_FILE} has {adapter.size} "
-            f"bytes and {adapter.sha256}: one of them was replaced; fetch both again, or delete {CONFIG_FILE}"
+            f"{name} names a model file of {size} bytes with sha256 {sha256}, and {MODEL_FILE} has {adapter.size} "
+            f"bytes and {adapter.sha256}: one of them was replaced; fetch both again, tell their "
+            f"owner, or delete {CONFIG_FILE}"
         )

@@ -7,11 +7,10 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..adapter.file import read_adapter
 from ..backbone.fingerprint import check_fingerprint
 from ..backbone.parameters import unwrap
 from ..errors import BackboneMismatchError, ConfigError, StateError
-from ..hub import pull
+from ..hub.download import open_adapter
 from .weights import applied, apply_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,6 +25,7 @@ def load_adapter(
     ref: Reference,
     *,
     revision: str | None = None,
+    require_revision: bool = False,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -34,12 +34,23 @@ def load_adapter(
 
     Args:
         ref: `user/name`, `user/name@revision`, `./folder`, `/folder` or `file.safetensors`.
+        require_revision: refuse what moves: a reference without a revision, and branches.
+
+    Returns:
+        The adapter; its `pinned` is the reference that always means these bytes.
 
     Raises:
         AdapterError: if it is not there or not valid. HubError: if the download failed.
     """
-    pulled = pull(ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    return read_adapter(pulled.path)
+    opened = open_adapter(
+        ref,
+        revision=revision,
+        require_revision=require_revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    return opened.adapter
 
 
 def load_mask(

@@ -90,6 +90,7 @@ class Data:
         train, validation, test: None where there is no such split. Validation is split off the training rows.
         task: "image-classification" or "text-classification".
         id, digest: what it is and the sha256 of its bytes, for the training record.
+        source: id of the data source that read it, as in "hub", so that a card can name a data set of the Hub.
     """
 
     train: Examples | None
@@ -99,6 +100,7 @@ class Data:
     task: str
     id: str
     digest: str
+    source: str = ""
 
 
 def decode_image(value: Any) -> Any:

@@ -135,7 +135,7 @@ def load_data(
             validation = Examples(train.rows, column, train.labels, sorted(order[:held]))
         train = Examples(train.rows, column, train.labels, sorted(kept))
     assert names is not None
-    return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest)
+    return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
 
 
 def _undecoded(rows: Any, column: str, task: str) -> Any:

@@ -1,19 +1,21 @@
-"""Pull: from a reference to a verified adapter on this disk."""
+"""Pull: from a reference to a verified adapter, whose bytes are read once."""
 
+import logging
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..adapter.read import CONFIG_FILE, MODEL_FILE
-from ..errors import AdapterError, CorruptAdapterError, HubError
-from .client import Session
-from .folder import FILES, Digest, check_folder, check_limit, check_record, copy_files, digest
+from ..adapter.adapter import Adapter
+from ..adapter.file import CARD_FILE
+from ..adapter.read import CONFIG_FILE, MODEL_FILE, check_config, parse_adapter, read_file, read_folder
+from ..errors import AdapterError, HubError, HubUnreachableError
+from .client import ATTEMPTS, TIMEOUT, Session
+from .files import Snapshot, size_of
+from .folder import FILES, Contents, check_limit, read_card, write_files
 from .reference import Reference, parse_reference
+from .refs import check_is_no_branch
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
+log = logging.getLogger("maskpack")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,27 @@ class PulledAdapter:
     commit: str | None = None
     repo_id: str | None = None
 
+    @property
+    def pinned(self) -> str:
+        """The reference that always means these bytes: `user/name@commit`; the path of a local adapter."""
+        return f"{self.repo_id}@{self.commit}" if self.repo_id else str(self.path)
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter that was read and verified, and the bytes of its files by name."""
+
+    pulled: PulledAdapter
+    adapter: Adapter
+    contents: Contents
+
 
 def pull(
     ref: str | os.PathLike[str],
     *,
     revision: str | None = None,
     output: str | os.PathLike[str] | None = None,
+    require_revision: bool = False,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -49,137 +66,146 @@ def pull(
         ref: `user/name`, `user/name@revision`, a local folder or a `.safetensors` file.
         revision: branch, tag or commit on the Hub.
         output: folder to copy the adapter into, instead of using it from the cache.
+        require_revision: refuse what moves: a reference without a revision, and branches.
         token: as everywhere on the Hub: None for the login, False for none.
         cache_dir: another cache than the Hub's.
         local_files_only: never ask the Hub.
 
     Raises:
-        AdapterError: if there is no such adapter, or it is larger than accepted.
+        AdapterError: if there is no such adapter, it is larger than accepted, or it is not pinned and has to be.
         CorruptAdapterError: if its bytes are not those that the repository and the config file record.
-        HubError: if the network, the login or the permissions failed, or it is offline and not cached.
+        HubError: if the login or the permissions failed, or it is offline and not cached.
+        HubUnreachableError: if the Hub did not answer, after several attempts.
         StateError: if `output` holds something else.
     """
-    reference = parse_reference(ref, revision)
-    if reference.path is not None:
-        found = _find_local(reference.path)
-    else:
-        session = Session(f"pull {reference}", token, reference)
-        cache = None if cache_dir is None else Path(cache_dir)
-        found = _find_on_hub(session, reference, cache, local_files_only or session.offline)
+    opened = open_adapter(
+        ref,
+        revision=revision,
+        require_revision=require_revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    found = opened.pulled
     if output is None:
         return found
     target = Path(output).expanduser()
-    if found.path.is_file():
-        copy_files({MODEL_FILE: found.path}, target)
-        return PulledAdapter(target / MODEL_FILE)
-    copy_files({name: found.path / name for name in FILES if (found.path / name).is_file()}, target)
-    return PulledAdapter(target, found.commit, found.repo_id)
+    write_files(opened.contents, target)
+    path = target / MODEL_FILE if found.path.suffix == ".safetensors" else target
+    return PulledAdapter(path, found.commit, found.repo_id)
 
 
-def _find_local(path: Path) -> PulledAdapter:
-    if path.suffix == ".safetensors" and not path.is_dir():
-        # the file alone is a whole adapter, which carries its own digests; they are checked when it is read
-        if not path.is_file():
-            raise AdapterError(f"{path} does not exist; expected an adapter's model file")
-        check_limit(MODEL_FILE, path.stat().st_size, str(path.parent))
-        return PulledAdapter(path)
-    check_folder(path)
-    return PulledAdapter(path)
-
-
-def _find_on_hub(session: Session, reference: Reference, cache: Path | None, offline: bool) -> PulledAdapter:
-    repo_id = str(reference.repo_id)
-    if reference.is_pinned:
-        commit = str(reference.revision)
-    else:
-        resolved = session.call(
-            lambda: session.api.resolve_revision(
-                repo_id, revision=reference.revision, cache_dir=cache, local_files_only=offline
-            )
-        )
-        commit = resolved.resolved
-    folder = _find_cached(repo_id, commit, cache, offline)
-    if folder is None and offline:
+def open_adapter(
+    ref: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    require_revision: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> OpenedAdapter:
+    """Fetch, read and verify an adapter: every file is opened once. Arguments and errors as of `pull`."""
+    reference = parse_reference(ref, revision)
+    if reference.path is not None:
+        return open_local(reference.path)
+    session = Session(f"pull {reference}", token, reference)
+    cache = None if cache_dir is None else Path(cache_dir)
+    offline = local_files_only or session.offline
+    if require_revision:
+        check_is_no_branch(session, reference, offline)
+    snapshot = Snapshot(session, str(reference.repo_id), _resolve(session, reference, cache, offline), cache)
+    found = _from_cache(snapshot, offline)
+    if found is None and offline:
         raise HubError(
-            f"cannot pull {reference}: commit {commit[:12]} is not in the cache and the Hub may not be asked; "
+            f"cannot pull {reference}: commit {snapshot.commit[:12]} is not in the cache and the Hub may not be asked; "
             "go online (unset HF_HUB_OFFLINE, leave out local_files_only) once"
         )
-    return PulledAdapter(folder or _download(session, repo_id, commit, cache), commit, repo_id)
+    return found or _download(snapshot)
 
 
-def _find_cached(repo_id: str, commit: str, cache: Path | None, offline: bool) -> Path | None:
-    """Return the snapshot folder if it is whole; a damaged one is an error only where it cannot be repaired."""
-    from huggingface_hub import try_to_load_from_cache
+def open_local(path: Path) -> OpenedAdapter:
+    """Read and verify an adapter on this disk: a folder, or a model file alone. Raises as `read_adapter`."""
+    if path.suffix == ".safetensors" and not path.is_dir():
+        # the file alone is a whole adapter, which carries its own digests
+        if not path.is_file():
+            raise AdapterError(f"{path} does not exist; expected an adapter's model file")
+        adapter = read_file(path, path)
+        return OpenedAdapter(PulledAdapter(path), adapter, {MODEL_FILE: adapter.content})
+    if not path.is_dir():
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise AdapterError(f"{path} {state}; expected a folder with {MODEL_FILE} and {CONFIG_FILE}")
+    adapter, config = read_folder(path)
+    found = {CARD_FILE: read_card(path), CONFIG_FILE: config, MODEL_FILE: adapter.content}
+    return OpenedAdapter(PulledAdapter(path), adapter, {name: one for name, one in found.items() if one is not None})
 
-    # the model is fetched last, so where it is cached, the card is too or does not exist
-    model = try_to_load_from_cache(repo_id, MODEL_FILE, cache_dir=cache, revision=commit)
-    config = try_to_load_from_cache(repo_id, CONFIG_FILE, cache_dir=cache, revision=commit)
-    if not isinstance(model, str) or not isinstance(config, str):
-        return None
+
+def _resolve(session: Session, reference: Reference, cache: Path | None, offline: bool) -> str:
+    """Return the commit that a reference means now; if the Hub does not answer, the one that it meant last time."""
+    from huggingface_hub.errors import RevisionResolutionError
+
+    if reference.is_pinned:
+        return str(reference.revision)
+    repo_id, revision, api = str(reference.repo_id), reference.revision, session.api
+
+    def known(only: bool) -> str:
+        # also remembers what the Hub says, for a time without one
+        return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=only).resolved
+
+    if offline:
+        return session.call(lambda: known(only=True))
     try:
-        check_record(Path(config), digest(Path(model)), f"{repo_id} in the cache")
+        remembered = known(only=True)
+    except RevisionResolutionError:
+        remembered = None
+    try:
+        info = session.call(
+            lambda: api.model_info(repo_id, revision=revision, timeout=TIMEOUT), attempts=2 if remembered else ATTEMPTS
+        )
+    except HubUnreachableError as error:
+        if remembered is None:
+            raise
+        log.warning("%s; going on with commit %s, which the cache knows", error, remembered)
+        return remembered
+    commit = info.sha
+    if commit is None:
+        raise HubError(f"cannot pull {reference}: the Hub does not say which commit it means; try again")
+    if commit != remembered:
+        session.call(lambda: known(only=False))
+    log.info("%s is at commit %s", reference, commit)
+    return commit
+
+
+def _from_cache(snapshot: Snapshot, offline: bool) -> OpenedAdapter | None:
+    """Return the adapter if the cache has it whole; a damaged one is an error only where it cannot be repaired."""
+    try:
+        # the model is fetched last, so where it is cached, the card is too or does not exist
+        found = {name: snapshot.cached(name) for name in FILES}
+        if found[MODEL_FILE] is None or found[CONFIG_FILE] is None:
+            return None
+        return _verified(snapshot, {name: one for name, one in found.items() if one is not None})
     except AdapterError:
         if offline:
             raise
         return None
-    return Path(model).parent
 
 
-def _download(session: Session, repo_id: str, commit: str, cache: Path | None) -> Path:
-    listed = list_files(session, repo_id, commit)
-    where = f"{repo_id}@{commit[:12]}"
+def _download(snapshot: Snapshot) -> OpenedAdapter:
+    listed = snapshot.listed(*FILES)
     missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in listed]
     if missing:
         raise AdapterError(
-            f"{where} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision"
+            f"{snapshot} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision"
         )
     for name, entry in listed.items():
-        check_limit(name, size_of(entry), where)
-    fetched = {name: fetch(session, repo_id, listed[name], commit, cache) for name in FILES if name in listed}
-    check_record(fetched[CONFIG_FILE][0], fetched[MODEL_FILE][1], where)
-    return fetched[MODEL_FILE][0].parent
+        check_limit(name, size_of(entry), str(snapshot))
+    return _verified(snapshot, {name: snapshot.fetch(listed[name]) for name in FILES if name in listed})
 
 
-def list_files(session: Session, repo_id: str, commit: str) -> dict[str, "RepoFile"]:
-    """Return those of an adapter's files that a commit has, with sizes and digests."""
-    from huggingface_hub.hf_api import RepoFile
-
-    found = session.call(lambda: session.api.get_paths_info(repo_id, list(FILES), revision=commit))
-    return {entry.path: entry for entry in found if isinstance(entry, RepoFile) and entry.path in FILES}
-
-
-def size_of(entry: "RepoFile") -> int:
-    """Return the size of a listed file's content."""
-    return entry.lfs.size if entry.lfs else entry.size
-
-
-def is_same(entry: "RepoFile", content: Digest) -> bool:
-    """Tell whether a content is the one that the repository lists."""
-    if entry.lfs:
-        return (entry.lfs.size, entry.lfs.sha256) == (content.size, content.sha256)
-    return (entry.size, entry.blob_id) == (content.size, content.git)
-
-
-def fetch(session: Session, repo_id: str, entry: "RepoFile", commit: str, cache: Path | None) -> tuple[Path, Digest]:
-    """Bring a file into the cache and verify it; the client compares nothing but the length.
-
-    Raises:
-        CorruptAdapterError: if a second download differs as well.
-    """
-    for force in (False, True):
-        download = partial(
-            session.api.hf_hub_download,
-            repo_id,
-            entry.path,
-            revision=commit,
-            cache_dir=cache,
-            force_download=force,
-        )
-        path = Path(session.call(download))
-        content = digest(path)
-        if is_same(entry, content):
-            return path, content
-    raise CorruptAdapterError(
-        f"{entry.path} of {repo_id}@{commit[:12]} arrived twice with other bytes than the repository lists; "
-        "it is damaged on the way or on the server: try another network, or tell the owner"
-    )
+def _verified(snapshot: Snapshot, files: dict[str, tuple[Path, bytes | memoryview]]) -> OpenedAdapter:
+    path, content = files[MODEL_FILE]
+    adapter = parse_adapter(memoryview(content), path)
+    config_path, config = files[CONFIG_FILE]
+    check_config(bytes(config), config_path, adapter)
+    pulled = PulledAdapter(path.parent, snapshot.commit, snapshot.repo_id)
+    adapter.pinned = pulled.pinned
+    return OpenedAdapter(pulled, adapter, {name: one for name, (_, one) in files.items()})

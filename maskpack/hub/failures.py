@@ -4,7 +4,7 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from ..errors import AdapterError, HubError, MaskpackError
+from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
 
 if TYPE_CHECKING:
     from .reference import Reference
@@ -40,10 +40,15 @@ def _sent_token(error: BaseException) -> bool:
     return response is not None and "authorization" in response.request.headers
 
 
-def retry_after(error: BaseException) -> float:
+def seconds_to_wait(error: BaseException) -> float:
     """Return how many seconds the server asks to wait, or 0."""
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
     value = _header(error, "retry-after")
-    return float(value) if value.isdigit() else 0.0
+    if value.isdigit():
+        return float(value)
+    limit = parse_ratelimit_headers({"ratelimit": _header(error, "ratelimit")})
+    return limit.reset_in_seconds + 1.0 if limit and limit.remaining == 0 else 0.0
 
 
 def _is_transport(error: BaseException) -> bool:
@@ -71,13 +76,15 @@ def is_passing(error: BaseException) -> bool:
 
 
 def explain(
-    error: Exception, task: str, reference: "Reference | None", endpoint: str, token: str | bool | None
+    error: Exception, task: str, reference: "Reference | None", endpoint: str, token: str | bool | None, hint: str = ""
 ) -> MaskpackError:
-    """Return our error for one of the client's."""
+    """Return our error for one of the client's; `hint` goes behind the reason."""
     cause = origin(error)
     kind, reason = _reason(cause, reference, endpoint, _without_tokens(str(cause), token))
+    if kind is HubError and is_passing(error):
+        kind = HubUnreachableError
     # the server's words could quote the token as well
-    return kind(_without_tokens(f"cannot {task}: {reason}", token))
+    return kind(_without_tokens(f"cannot {task}: {reason}{hint}", token))
 
 
 def quotes_token(error: BaseException | None, token: str | bool | None) -> bool:
@@ -151,8 +158,8 @@ def _status_reason(error: BaseException, status: int, host: str | None) -> str:
     if status in (409, 412):
         return f"somebody else changed it meanwhile{quote}; pull, look, and try again"
     if status == 429:
-        wait = _header(error, "retry-after")
-        return f"too many requests{quote}; wait {wait + ' seconds' if wait else 'some minutes'} and try again"
+        wait = seconds_to_wait(error)
+        return f"too many requests{quote}; wait {f'{wait:.0f} seconds' if wait else 'some minutes'} and try again"
     if status >= 500:
         return f"{host} answered {status}{quote}, also when asked again; try later"
     return f"{host} answered {status}{quote}"

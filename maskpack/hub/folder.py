@@ -1,71 +1,42 @@
-"""The files of an adapter folder: their names, limits and digests, and how they are copied."""
+"""The files of an adapter folder: their names, limits and digests, and how they are written."""
 
 import hashlib
-import json
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapter.card import BEGIN
 from ..adapter.file import CARD_FILE
-from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE
-from ..errors import AdapterError, CorruptAdapterError, StateError
+from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MAX_MODEL, MODEL_FILE, read_bytes
+from ..errors import AdapterError, StateError
 from ..tensorfile import replacing
 
 FILES = (CARD_FILE, CONFIG_FILE, MODEL_FILE)
-LIMITS = {MODEL_FILE: 16 << 30, CONFIG_FILE: MAX_CONFIG, CARD_FILE: 5 << 20}
-CHUNK = 1 << 20
+LIMITS = {MODEL_FILE: MAX_MODEL, CONFIG_FILE: MAX_CONFIG, CARD_FILE: 5 << 20}
+
+Contents = Mapping[str, bytes | memoryview]
 
 
-@dataclass(frozen=True)
-class Digest:
-    """Size, sha256 and git blob id of a content."""
-
-    size: int
-    sha256: str
-    git: str
+def git_id(content: bytes | memoryview) -> str:
+    """Return the id that git gives a blob of these bytes, hex sha1."""
+    digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)
+    digest.update(content)
+    return digest.hexdigest()
 
 
-def digest(content: Path | bytes) -> Digest:
-    """Return the digests of a file or of bytes, in one pass.
-
-    Raises:
-        AdapterError: if the file cannot be read.
-    """
-    size = len(content) if isinstance(content, bytes) else content.stat().st_size
-    sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-    if isinstance(content, bytes):
-        sha256.update(content)
-        git.update(content)
-        return Digest(size, sha256.hexdigest(), git.hexdigest())
-    read = 0
-    with _readable(content), content.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha256.update(chunk)
-            git.update(chunk)
-            read += len(chunk)
-    return Digest(read, sha256.hexdigest(), git.hexdigest())
+def read_card(folder: Path) -> bytes | None:
+    """Return the bytes of a folder's model card, or None if it has none."""
+    card = folder / CARD_FILE
+    return read_bytes(card, card, LIMITS[CARD_FILE]) if card.is_file() else None
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror or error}; check its permissions") from error
-
-
-def read_text(path: Path, where: str) -> str:
+def card_text(content: bytes | None, where: str) -> str | None:
     """Return a model card's text with its line ends as they are.
 
     Raises:
         AdapterError: if it is not UTF-8.
     """
     try:
-        return path.read_bytes().decode()
+        return None if content is None else content.decode()
     except UnicodeDecodeError as error:
         raise AdapterError(f"{where} is not UTF-8 text, so it cannot be brought up to date; correct it") from error
 
@@ -80,53 +51,17 @@ def check_limit(name: str, size: int, where: str) -> None:
         raise AdapterError(f"{name} of {where} has {size} bytes; at most {LIMITS[name]} are accepted")
 
 
-def check_record(config: Path, model: Digest, where: str) -> None:
-    """Compare the model file with what the config file records about it.
-
-    Raises:
-        CorruptAdapterError: if the record is missing or differs.
-    """
-    with _readable(config):
-        check_limit(CONFIG_FILE, config.stat().st_size, where)
-        text = config.read_bytes()
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptAdapterError(f"{CONFIG_FILE} of {where} is not valid JSON; get the adapter again") from error
-    sha256 = record.get("sha256") if isinstance(record, dict) else None
-    size = record.get("size") if isinstance(record, dict) else None
-    if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256) or type(size) is not int:
-        raise CorruptAdapterError(
-            f"{CONFIG_FILE} of {where} does not record the sha256 and size of {MODEL_FILE}, so it cannot be verified; "
-            "save the adapter again, or give the path of the model file itself"
-        )
-    if (model.sha256, model.size) != (sha256, size):
-        raise CorruptAdapterError(
-            f"{MODEL_FILE} of {where} has {model.size} bytes and sha256 {model.sha256[:12]}…, but {CONFIG_FILE} "
-            f"records {size} bytes and {sha256[:12]}…; they are damaged or of two adapters; get it again"
-        )
+def holds(folder: Path, contents: Contents) -> bool:
+    """Tell whether a folder has just these contents under their names."""
+    return all(
+        (folder / name).is_file()
+        and (folder / name).stat().st_size == len(content)
+        and (folder / name).read_bytes() == content
+        for name, content in contents.items()
+    )
 
 
-def check_folder(folder: Path) -> None:
-    """Verify that a local folder is a whole adapter.
-
-    Raises:
-        AdapterError: if a file is missing or too large.
-        CorruptAdapterError: if the model file is not the one that the config file records.
-    """
-    if not folder.is_dir():
-        state = "is not a folder" if folder.exists() else "does not exist"
-        raise AdapterError(f"{folder} {state}; expected a folder with {MODEL_FILE} and {CONFIG_FILE}")
-    for name in (MODEL_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder} lacks {name}; an adapter folder has {MODEL_FILE} and {CONFIG_FILE}")
-    for name in FILES:
-        if (folder / name).is_file():
-            check_limit(name, (folder / name).stat().st_size, str(folder))
-    check_record(folder / CONFIG_FILE, digest(folder / MODEL_FILE), str(folder))
-
-
-def copy_files(contents: dict[str, Path | bytes], target: Path) -> None:
+def write_files(contents: Contents, target: Path) -> None:
     """Write an adapter's files into a folder, as plain files; other files of an adapter folder stay.
 
     What another adapter there had besides, its card or config, goes. Nothing is replaced before everything is
@@ -142,19 +77,15 @@ def copy_files(contents: dict[str, Path | bytes], target: Path) -> None:
         raise StateError(f"cannot make {target}: {error.strerror or error}; choose another folder") from error
     with replacing(*(target / name for name in contents)) as unfinished:
         for path, content in zip(unfinished, contents.values(), strict=True):
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                shutil.copyfile(content, path)
+            path.write_bytes(content)
         for path in _leftovers(contents, target):
             path.unlink()
 
 
-def _leftovers(contents: dict[str, Path | bytes], target: Path) -> list[Path]:
+def _leftovers(contents: Contents, target: Path) -> list[Path]:
     """Return what the adapter in `target` has and another one, which takes its place, has not."""
     found = [target / name for name in FILES if name not in contents and (target / name).is_file()]
-    model = target / MODEL_FILE
-    if not found or not model.is_file() or digest(model) == digest(contents[MODEL_FILE]):
+    if not found or not (target / MODEL_FILE).is_file() or holds(target, {MODEL_FILE: contents[MODEL_FILE]}):
         return []
     # a card without our part was written by hand, and nothing in it tells of the adapter that goes
     return [path for path in found if path.name != CARD_FILE or BEGIN.encode() in path.read_bytes()]

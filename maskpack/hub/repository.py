@@ -2,19 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapter.card import PICTURE_FILE
 from ..adapter.file import CARD_FILE
+from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import HubError
-from .client import Session
-from .download import fetch, is_same, list_files, size_of
+from .client import ATTEMPTS, TIMEOUT, Session, patience
 from .failures import PASSING_STATUSES, status_of
-from .folder import check_limit, digest, read_text
+from .files import Snapshot, is_same
+from .folder import FILES, Contents, card_text
 from .reference import Reference
+from .refs import check_tag, pull_requests, read_tag, set_tag
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitInfo
     from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 CONFLICTS = frozenset({409, 412})
@@ -22,14 +23,15 @@ CONFLICTS = frozenset({409, 412})
 
 @dataclass(frozen=True)
 class PushedAdapter:
-    """Where an adapter went.
+    """Where an adapter went, or after a dry run would go.
 
     Attributes:
         repo_id: the Hub repository; None for a local folder.
         url: the page of the repository or pull request, or the folder.
-        commit: the commit that holds the adapter; None for a local folder.
+        commit: the commit that holds the adapter; None for a local folder, and after a dry run that found changes.
         created: whether the repository or folder is new.
         unchanged: whether everything was there already, so that nothing was written.
+        files: bytes of each file that was written, by name.
     """
 
     repo_id: str | None
@@ -37,6 +39,7 @@ class PushedAdapter:
     commit: str | None
     created: bool
     unchanged: bool
+    files: dict[str, int]
 
 
 class RepositoryPush:
@@ -45,32 +48,44 @@ class RepositoryPush:
     Args:
         reference: the repository and its branch.
         build: returns what is to be there, given the model card that is there (or None).
-        private, message, create_pr, token: as of `push`.
+        private, message, create_pr, tag, dry_run, token: as of `push`.
+
+    What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours.
     """
 
     def __init__(
         self,
         reference: Reference,
-        build: Callable[[str | None], dict[str, Path | bytes]],
+        build: Callable[[str | None], dict[str, bytes | memoryview]],
         private: bool | None,
         message: str,
         create_pr: bool,
+        tag: str | None,
+        dry_run: bool,
         token: str | bool | None,
     ) -> None:
         self.session = Session(f"push to {reference}", token, reference)
         self.repo_id, self.branch = str(reference.repo_id), reference.revision or "main"
         self.build, self.private, self.message, self.create_pr = build, private, message, create_pr
+        self.tag, self.dry_run = tag, dry_run
+        self.head: str | None = None
+        self.listed: dict[str, RepoFile] = {}
 
     def run(self) -> PushedAdapter:
         created = self._prepare_repository()
-        head = self._prepare_branch()
-        listed = list_files(self.session, self.repo_id, head)
-        self.contents = self.build(self._remote_card(listed, head))
-        self.digests = {name: digest(content) for name, content in self.contents.items()}
-        changed = self._changed(listed)
-        if not changed:
-            return self._result(head, created, unchanged=True)
-        return self._commit(changed, head, created)
+        if not (created and self.dry_run):
+            self._prepare_branch()
+        self._look(self.head)
+        tagged = read_tag(self.session, self.repo_id, self.tag) if self.tag and self.head else None
+        if self.tag:
+            check_tag(self.repo_id, self.tag, tagged, None if self._changed() else self.head)
+        changed = self._changed()
+        if self.dry_run:
+            return self._result(None if changed else self.head, created, changed)
+        commit, url = self._commit() if changed else (str(self.head), None)
+        if self.tag:
+            set_tag(self.session, self.repo_id, self.tag, commit)
+        return self._result(commit, created, changed, url)
 
     def _prepare_repository(self) -> bool:
         """Make the repository where it is missing, and return whether it was."""
@@ -78,7 +93,7 @@ class RepositoryPush:
 
         def find() -> "ModelInfo | None":
             try:
-                return self.session.api.model_info(self.repo_id)
+                return self.session.api.model_info(self.repo_id, timeout=TIMEOUT)
             except RepositoryNotFoundError:
                 if self.create_pr:  # a pull request needs somebody's repository
                     raise
@@ -86,26 +101,25 @@ class RepositoryPush:
 
         info = self.session.call(find)
         created = info is None
-        if info is None:
+        if created and not self.dry_run:
             api, private = self.session.api, self.private
             self.session.call(lambda: api.create_repo(self.repo_id, exist_ok=True, private=private))
-        if self.private:
-            # asking for an existing repository to be private is silently ignored, so look before anything is sent
-            info = self.session.call(lambda: self.session.api.model_info(self.repo_id))
-            if not info.private:
-                raise HubError(
-                    f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent. "
-                    "Make it private in its settings, or choose another name"
-                )
+            info = self.session.call(lambda: api.model_info(self.repo_id, timeout=TIMEOUT)) if self.private else None
+        # asking for an existing repository to be private is silently ignored, so look before anything is sent
+        if self.private and info is not None and not info.private:
+            raise HubError(
+                f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent. "
+                "Make it private in its settings, or choose another name"
+            )
         return created
 
-    def _head(self) -> str | None:
+    def _find_head(self) -> str | None:
         """Return the branch's head, or None if there is no such branch."""
         from huggingface_hub.errors import RevisionNotFoundError
 
         def find() -> str | None:
             try:
-                return self.session.api.model_info(self.repo_id, revision=self.branch).sha
+                return self.session.api.model_info(self.repo_id, revision=self.branch, timeout=TIMEOUT).sha
             except RevisionNotFoundError:
                 if self.branch.startswith("refs/"):  # a pull request cannot be made by its name
                     raise
@@ -113,80 +127,109 @@ class RepositoryPush:
 
         return self.session.call(find)
 
-    def _prepare_branch(self) -> str:
-        """Make the branch where it is missing, and return its head."""
-        found = self._head()
-        if found is None:
+    def _prepare_branch(self) -> None:
+        """Find the branch's head, making the branch where it is missing."""
+        self.head = self._find_head()
+        if self.head is None and not self.dry_run:
             api = self.session.api
             self.session.call(lambda: api.create_branch(self.repo_id, branch=self.branch, exist_ok=True))
-            found = self._head()
-        if found is None:
-            raise HubError(
-                f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
-            )
-        return found
+            self.head = self._find_head()
+            if self.head is None:
+                raise HubError(
+                    f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
+                )
 
-    def _remote_card(self, listed: dict[str, "RepoFile"], head: str) -> str | None:
-        if CARD_FILE not in listed:
-            return None
-        check_limit(CARD_FILE, size_of(listed[CARD_FILE]), self.repo_id)
-        return read_text(
-            fetch(self.session, self.repo_id, listed[CARD_FILE], head, None)[0], f"{CARD_FILE} of {self.repo_id}"
-        )
+    def _look(self, head: str | None) -> None:
+        """Read what is at a commit, and build what is to be there."""
+        self.head, card = head, None
+        if head is None:
+            self.listed = {}
+        else:
+            snapshot = Snapshot(self.session, self.repo_id, head)
+            self.listed = snapshot.listed(*FILES, PICTURE_FILE)
+            if CARD_FILE in self.listed:
+                card = bytes(snapshot.fetch(self.listed[CARD_FILE])[1])
+        self.contents = self.build(card_text(card, f"{CARD_FILE} of {self.repo_id}"))
 
-    def _changed(self, listed: dict[str, "RepoFile"]) -> list[str]:
-        return [name for name, one in self.digests.items() if name not in listed or not is_same(listed[name], one)]
+    def _changed(self) -> Contents:
+        """Return the files that are not there as they are wanted."""
+        changed = {
+            name: content
+            for name, content in self.contents.items()
+            if name not in self.listed or not is_same(self.listed[name], content)
+        }
+        if MODEL_FILE not in changed and PICTURE_FILE in self.listed:
+            changed.pop(PICTURE_FILE, None)  # the same picture has other bytes where zlib is another one
+        return changed
 
-    def _commit(self, changed: list[str], head: str, created: bool) -> PushedAdapter:
-        """Send one commit; after a fault look what became of it before anything is sent again."""
+    def _commit(self) -> tuple[str, str | None]:
+        """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
+        before = pull_requests(self.session, self.repo_id) if self.create_pr else {}
         attempt = 1
         while True:
+            parent = self.head
             try:
-                info = self._send(changed, head)
-                return self._result(info.oid, created, unchanged=False, url=info.pr_url)
+                with patience():
+                    return self._send()
             except Exception as error:
-                landed = self._find_after(error, head)
-                if landed is not None:
-                    return self._result(landed, created, unchanged=False)
-                self.session.wait_or_fail(error, attempt)
+                status = status_of(error)
+                if status is None or status in PASSING_STATUSES | CONFLICTS:
+                    found = self._find_request(before) if self.create_pr else self._find_commit(error)
+                    if found is not None:
+                        return found
+                if status not in CONFLICTS or self.head == parent or attempt == ATTEMPTS:
+                    self.session.wait_or_fail(error, attempt)
             attempt += 1
 
-    def _send(self, changed: list[str], head: str) -> "CommitInfo":
+    def _send(self) -> tuple[str, str | None]:
         from huggingface_hub import CommitOperationAdd
 
-        return self.session.api.create_commit(
+        info = self.session.api.create_commit(
             self.repo_id,
-            [CommitOperationAdd(name, self.contents[name]) for name in changed],
+            [CommitOperationAdd(name, bytes(content)) for name, content in self._changed().items()],
             commit_message=self.message,
             revision=self.branch,
             create_pr=self.create_pr,
-            parent_commit=head,
+            parent_commit=self.head,
         )
+        return info.oid, info.pr_url
 
-    def _find_after(self, error: Exception, head: str) -> str | None:
-        """Return the commit if it landed although the answer says otherwise or never came."""
-        status = status_of(error)
-        if status is not None and status not in PASSING_STATUSES | CONFLICTS:
-            return None
-        if self.create_pr:
-            # the client does not say which pull request would be ours, and a second one must not be opened
-            raise HubError(
-                f"cannot tell whether the pull request to {self.repo_id} was opened, as the answer was lost; "
-                f"look at {self._page()}/discussions before pushing again"
-            ) from self.session.cause(error)
-        now = self._head()
+    def _find_request(self, before: dict[str, str]) -> tuple[str, str] | None:
+        """Return our pull request if it was opened although the answer says otherwise or never came."""
+        for number, commit in pull_requests(self.session, self.repo_id).items():
+            there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
+            if all(name in there and is_same(there[name], self.contents[name]) for name in FILES):
+                return commit, f"{self._page()}/discussions/{number}"
+        return None
+
+    def _find_commit(self, error: Exception) -> tuple[str, None] | None:
+        """Return the commit if it landed although the answer says otherwise or never came; else prepare for another.
+
+        Raises:
+            HubError: if somebody else changed the adapter meanwhile.
+        """
+        head, listed = self.head, self.listed
+        now = self._find_head()
         if now is None or now == head:
             return None
-        if not self._changed(list_files(self.session, self.repo_id, now)):
-            return now
-        raise HubError(
-            f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile ({head[:12]} "
-            f"became {now[:12]}), and nothing of yours was written; pull, look, and push again"
-        ) from self.session.cause(error)
+        self._look(now)
+        if not self._changed():
+            return now, None
+        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE)):
+            raise HubError(
+                f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
+                f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push again"
+            ) from self.session.cause(error)
+        return None
 
     def _page(self) -> str:
         return f"{self.session.api.endpoint}/{self.repo_id}"
 
-    def _result(self, commit: str, created: bool, unchanged: bool, url: str | None = None) -> PushedAdapter:
+    def _result(self, commit: str | None, created: bool, changed: Contents, url: str | None = None) -> PushedAdapter:
         page = self._page() if self.branch == "main" else f"{self._page()}/tree/{self.branch}"
-        return PushedAdapter(self.repo_id, url or page, commit, created, unchanged)
+        files = {name: len(content) for name, content in changed.items()}
+        return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
+
+
+def _id(listed: "dict[str, RepoFile]", name: str) -> str | None:
+    return listed[name].blob_id if name in listed else None

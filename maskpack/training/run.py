@@ -187,6 +187,7 @@ class Run:
             "processes": self.accelerator.num_processes,
             "data": {
                 "id": self.data.id,
+                "source": self.data.source,
                 "digest": self.data.digest,
                 "rows": {name: len(split) for name, split in splits.items() if split is not None},
                 "unreadable": sum(len(split.unreadable) for split in splits.values() if split is not None),

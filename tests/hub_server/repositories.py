@@ -1,6 +1,7 @@
 """Repositories: create, delete, describe, list; their trees, refs, commits, branches and tags."""
 
 import shutil
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
@@ -70,11 +71,18 @@ def describe(repository: Repository, commit: str, blobs: bool = False) -> dict[s
         "tags": repository.tags(commit),
         "downloads": 0,
         "likes": 0,
+        "lastModified": changed_at(repository, commit),
         "cardData": card,
         "siblings": siblings,
     }
     names = ("library_name", "pipeline_tag")
     return described | {name: card[name] for name in names if name in card}
+
+
+def changed_at(repository: Repository, commit: str) -> str:
+    """Return when a commit was made, as the Hub writes it."""
+    seconds = int(repository.git.commit_field(commit, "author")[0].split(" ")[-2])
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
 
 
 @REPOSITORIES.add("GET", MODEL)
@@ -98,7 +106,8 @@ def list_models(server: "HubServer", request: Request) -> Response:
         named = query.get("search", [""])[0].lower() in repo_id.lower()
         authored = query.get("author", [described["author"]])[0] == described["author"]
         if wanted and named and authored and (mine or not repository.private):
-            listed.append(described)
+            asked = {"_id", "id", "modelId", *query.get("expand", described)}
+            listed.append({name: value for name, value in described.items() if name in asked})
     size = min(int(query.get("limit", [server.page_size])[0]), server.page_size)
     return paged(server, request, listed, size)
 

@@ -1,0 +1,108 @@
+"""The files of an adapter in a Hub repository at a commit: listed, fetched, read once and compared."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..adapter.read import MODEL_FILE, read_bytes, read_model
+from ..errors import AdapterError, CorruptAdapterError, HubError
+from .client import Session
+from .folder import LIMITS, check_limit, git_id
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+
+class Snapshot:
+    """A repository at one commit.
+
+    Args:
+        cache: another cache than the Hub's.
+    """
+
+    def __init__(self, session: Session, repo_id: str, commit: str, cache: Path | None = None) -> None:
+        self.session, self.repo_id, self.commit, self.cache = session, repo_id, commit, cache
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.commit[:12]}"
+
+    def listed(self, *names: str) -> dict[str, "RepoFile"]:
+        """Return those of some files that are there, with sizes and digests; other names are never looked at."""
+        from huggingface_hub.hf_api import RepoFile
+
+        api = self.session.api
+        found = self.session.call(lambda: api.get_paths_info(self.repo_id, list(names), revision=self.commit))
+        return {entry.path: entry for entry in found if isinstance(entry, RepoFile) and entry.path in names}
+
+    def fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
+        """Bring a file into the cache and return its path and its bytes, which are those that the repository lists.
+
+        The client compares nothing but the length, so a file that differs is fetched a second time.
+
+        Raises:
+            AdapterError: if it is too large. CorruptAdapterError: if the second one differs as well.
+        """
+        check_limit(entry.path, size_of(entry), str(self))
+        refused: AdapterError | None = None
+        for force in (False, True):
+            path = self._download(entry.path, force)
+            try:
+                content = self._read(path)
+            except CorruptAdapterError as error:  # not even the beginning of an adapter
+                refused = error
+                continue
+            if is_same(entry, content):
+                return path, content
+        raise refused or CorruptAdapterError(
+            f"{entry.path} of {self} arrived twice with other bytes than the repository lists; it is damaged on the "
+            "way or on the server: try another network, or tell the owner"
+        )
+
+    def cached(self, name: str) -> tuple[Path, bytes | memoryview] | None:
+        """Return path and bytes of a file in the cache, or None if it is not there; nothing is asked or compared."""
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache, revision=self.commit)
+        return (Path(path), self._read(Path(path))) if isinstance(path, str) else None
+
+    def _download(self, name: str, force: bool) -> Path:
+        download: Callable[[], str] = partial(
+            self.session.api.hf_hub_download,
+            self.repo_id,
+            name,
+            revision=self.commit,
+            cache_dir=self.cache,
+            force_download=force,
+        )
+        return Path(self.session.call(download))
+
+    def _read(self, path: Path) -> bytes | memoryview:
+        self._check_inside(path)
+        return read_model(path, path) if path.name == MODEL_FILE else read_bytes(path, path, LIMITS[path.name])
+
+    def _check_inside(self, path: Path) -> None:
+        """Refuse a cache entry that leads out of the cache: links within it are normal, others were planted."""
+        from huggingface_hub import constants
+
+        root = os.path.realpath(self.cache or constants.HF_HUB_CACHE)
+        if os.path.commonpath([root, os.path.realpath(path)]) != root:
+            raise HubError(
+                f"{path} leads out of the cache {root}, to {os.path.realpath(path)}; delete that entry and pull again"
+            )
+
+
+def size_of(entry: "RepoFile") -> int:
+    """Return the size of a listed file's content."""
+    return entry.lfs.size if entry.lfs else entry.size
+
+
+def is_same(entry: "RepoFile", content: bytes | memoryview) -> bool:
+    """Tell whether a content is the one that the repository lists."""
+    if size_of(entry) != len(content):
+        return False
+    if entry.lfs:
+        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
+    return entry.blob_id == git_id(content)
