@@ -66,8 +66,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
 
-# mask bytes and rates beside general compressors, and a 7-billion-weight set: half an hour; needs MASKPACK_DATA, and `make results`
-# for more masks
+# mask bytes and rates beside general compressors, and a 7-billion-weight set: half an hour; needs MASKPACK_DATA
 bench-codec: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs --plot docs/codecs.png
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale --general runs/general-sizes.json

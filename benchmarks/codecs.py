@@ -1,7 +1,7 @@
 """How small masks become and how fast they decode, beside general compressors, entropies, a range coder and LoRA.
 
     MASKPACK_DATA=… make bench-codec
-    MASKPACK_DATA=… python -m benchmarks.codecs --adapters runs/results --only 'sketch-*' 'drawn-C100'
+    MASKPACK_DATA=… python -m benchmarks.codecs --only 'sketch-*' 'drawn-C100'
 
 One core. The codecs are those that `maskpack list codecs` shows. The sizes of general compressors are remembered beside
 the output (xz and brotli are slow); ours are measured anew every time.
@@ -31,7 +31,7 @@ from maskpack.errors import MaskpackError
 
 from . import report
 from .general import RangeCoder, Sizes, strong_sizes
-from .mask_sets import Case, cases
+from .mask_sets import CORPUS, Case, cases
 from .results import DATA
 
 INDEX_BYTES, INDEX_BYTES_EACH = 2000, 64  # an adapter's index and digests may take so much, beside the names
@@ -156,7 +156,7 @@ def measure(case: Case, sizes: Sizes) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=Path, default=Path("runs/results"), help="folder of ROW-SEED/adapter")
+    parser.add_argument("--adapters", type=Path, default=CORPUS, help="folder of ROW-SEED.safetensors")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of mask sets, with wildcards")
     parser.add_argument("--output", type=Path, default=Path("runs/codecs.json"))
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))

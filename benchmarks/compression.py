@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .general import PLAIN, Sizes
-from .mask_sets import Bools, binary_entropy, cases, densities, drawn_masks
+from .mask_sets import CORPUS, Bools, binary_entropy, cases, densities, drawn_masks
 from .report import table
 from .results import DATA, minilm, resnet
 
@@ -78,7 +78,7 @@ def derivation() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=Path, default=Path("runs/results"), help="folder of ROW-SEED/adapter")
+    parser.add_argument("--adapters", type=Path, default=CORPUS, help="folder of ROW-SEED.safetensors")
     parser.add_argument("--output", type=Path, default=Path("runs/compression.json"))
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():

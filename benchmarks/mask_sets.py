@@ -27,6 +27,7 @@ from .results import DATA, ROWS
 Bools = NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
 DENSITIES = "masks/resnet50_swav_densities.json"
+CORPUS = Path(__file__).with_name("corpus")  # trained adapters, kept so that sizes can be compared over releases
 SHARED = "masks/resnet20_cifar10_to_pacs_sketch.safetensors"
 
 
@@ -80,11 +81,11 @@ def cases(adapters: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
     else:
         _missing(SHARED, "MASKPACK_DATA")
     for row in ROWS:
-        found = sorted(adapters.glob(f"{row}-*/adapter"))
-        for folder in found:
-            yield folder.parent.name, partial(_trained, row, folder)
+        found = sorted(adapters.glob(f"{row}-*.safetensors"))
+        for file in found:
+            yield file.stem, partial(_trained, row, file)
         if not found:
-            _missing(f"{row}-*/adapter", str(adapters))
+            _missing(f"{row}-*.safetensors", str(adapters))
     if (DATA / DENSITIES).exists():
         for data in densities():
             yield f"drawn-{data}", partial(_drawn, data)
@@ -105,10 +106,10 @@ def _shared() -> Case:
     )
 
 
-def _trained(row: str, folder: Path) -> Case:
+def _trained(row: str, file: Path) -> Case:
     model = ROWS[row].load().model
-    adapter = read_adapter(folder)
-    return Case(folder.parent.name, "trained", adapter.masks(model), adapter.base, model)
+    adapter = read_adapter(file)
+    return Case(file.stem, "trained", adapter.masks(model), adapter.base, model)
 
 
 def densities() -> dict[str, dict[str, float]]:

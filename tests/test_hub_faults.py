@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from maskpack.adapter import read
-from maskpack.errors import AdapterError, CorruptAdapterError, HubError
+from maskpack.errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError
 from maskpack.hub import folder as folder_module
 from maskpack.hub import pull, push
 
@@ -132,8 +132,14 @@ def test_other_answers(birds: HubServer) -> None:
     birds.fail("status", "POST", "paths-info", status=400, message="no such thing")
     with pytest.raises(HubError, match=r"127\.0\.0\.1 answered 400 \(no such thing\)"):
         pull(BIRDS)
-    birds.fail("status", "POST", "paths-info", status=200, message="a login page of the hotel")
+    birds.fail("status", "POST", "paths-info", status=200, message="not what was asked for")
     with pytest.raises(HubError, match=r"cannot pull alice/birds: the client failed with \w+Error"):
+        pull(BIRDS)
+    birds.fail("short", "POST", "paths-info")
+    pull(BIRDS)
+    birds.add(BIRDS, contents(1))
+    birds.fail("short", "POST", "paths-info", times=99)
+    with pytest.raises(HubUnreachableError, match=r"does not answer like a Hub; check HF_ENDPOINT, firewall and proxy"):
         pull(BIRDS)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,14 +148,13 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
         return str(reference.revision)
     repo_id, revision, api = str(reference.repo_id), reference.revision, session.api
 
-    def known(only: bool) -> str:
-        # also remembers what the Hub says, for a time without one
-        return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=only).resolved
+    def known() -> str:
+        return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=True).resolved
 
     if offline:
-        return session.call(lambda: known(only=True))
+        return session.call(known)
     try:
-        remembered = known(only=True)
+        remembered = known()
     except RevisionResolutionError:
         remembered = None
     try:
@@ -170,7 +170,10 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
     if commit is None:
         raise HubError(f"cannot pull {reference}: the Hub does not say which commit it means; try again")
     if commit != remembered:
-        session.call(lambda: known(only=False))
+        # the client writes down what it is told, for a time without a Hub; it is told what was answered just now
+        told = copy(api)
+        told.repo_info = lambda *_, **__: info  # type: ignore[method-assign]
+        session.call(lambda: told.resolve_revision(repo_id, revision=revision, cache_dir=cache))
     log.info("%s is at commit %s", reference, commit)
     return commit
 

@@ -1,5 +1,6 @@
 """What the client's errors mean, in our words: what was wrong and what to do."""
 
+import json
 import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -72,7 +73,9 @@ def is_passing(error: BaseException) -> bool:
     if _is_transport(error):
         names = {kind.__name__ for kind in type(error).__mro__}
         return "TransportError" in names and not names & LASTING
-    return isinstance(error, (ConnectionError, TimeoutError)) or "Consistency check failed" in str(error)
+    # an answer that was cut off, or that something between here and the Hub gave in its place
+    cut = isinstance(error, (ConnectionError, TimeoutError, json.JSONDecodeError))
+    return cut or "Consistency check failed" in str(error)
 
 
 def explain(
@@ -126,7 +129,7 @@ def _reason(
         return HubError, f"this needs a login; {LOGIN}"
     if isinstance(error, errors.HFValidationError):
         return AdapterError, "the Hub accepts no such name; expected user/name"
-    if isinstance(error, errors.FileMetadataError):
+    if isinstance(error, (errors.FileMetadataError, json.JSONDecodeError)):
         return HubError, f"{host} does not answer like a Hub; check HF_ENDPOINT, firewall and proxy"
     if _is_offline(error):
         return HubError, "it is not in the cache and the Hub may not be asked; go online (unset HF_HUB_OFFLINE) once"
