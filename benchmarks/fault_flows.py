@@ -12,12 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.hub_adapters import CARD, NAMES, contents, read_folder, saved, write_adapter
+from tests.hub_adapters import CARD, NAMES, read_folder, saved, write_adapter
 from tests.hub_server import WRITE_TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
 SECRETS = re.compile(r"hf_alice\w+|xet_(?:read|write)_\w+")
+SMALL = 24  # parameters, so that no two runs send the same picture, which would not be sent again
 Answer = dict[str, Any]
+
+
+def adapter(seed: int, weights: int = 12_000) -> dict[str, bytes]:
+    """Return the files of an adapter that has nothing in common with those of other seeds."""
+    return saved(seed, weights, SMALL)
+
+
+def without_card(seed: int, weights: int = 12_000) -> dict[str, bytes]:
+    """Return the same without its card."""
+    return {name: data for name, data in adapter(seed, weights).items() if name != CARD}
 
 
 class Client:
@@ -93,7 +104,7 @@ class Run:
 
 def wrong_adapter(found: dict[str, bytes], seed: int) -> list[str]:
     """Return the files that are not those of the seed's adapter; a card may be another."""
-    return [name for name, data in contents(seed).items() if found.get(name) != data]
+    return [name for name, data in without_card(seed).items() if found.get(name) != data]
 
 
 def stored(server: HubServer, repo_id: str, revision: str) -> dict[str, bytes]:
@@ -128,11 +139,11 @@ class Flow:
 
 
 def prepare_push(run: Run) -> None:
-    write_adapter(run.folder / "adapter", contents(run.seed))
+    write_adapter(run.folder / "adapter", without_card(run.seed))
 
 
 def prepare_update(run: Run) -> None:
-    run.server.add(run.repo_id, saved(run.seed + 1))
+    run.server.add(run.repo_id, adapter(run.seed + 1))
     run.before = run.history()
     prepare_push(run)
 
@@ -168,7 +179,7 @@ def _look_at_push(run: Run, answer: Answer) -> list[str]:
 
 
 def prepare_pull(run: Run) -> None:
-    run.commit = run.server.add(run.repo_id, saved(run.seed))
+    run.commit = run.server.add(run.repo_id, adapter(run.seed))
 
 
 def start_pull_branch(run: Run) -> None:
@@ -200,11 +211,11 @@ def _look_at_pull(run: Run, answer: Answer) -> list[str]:
         return []
     found = read_folder(Path(answer["path"]))
     wrong = [f"{name} has other bytes" for name in wrong_adapter(found, run.seed)]
-    if found.get(CARD) != saved(run.seed)[CARD]:
+    if found.get(CARD) != adapter(run.seed)[CARD]:
         wrong.append(f"{CARD} has other bytes")
     if answer["commit"] not in (run.commit, None):
         wrong.append("another commit")
-    return wrong + [f"{name} is no file of an adapter" for name in set(found) - set(saved(run.seed))]
+    return wrong + [f"{name} is no file of an adapter" for name in set(found) - set(adapter(run.seed))]
 
 
 FLOWS = (

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fault_flows import Answer, Client, fsck, stored, wrong_adapter
-from tests.hub_adapters import contents, read_folder, write_adapter
+from benchmarks.fault_flows import Answer, Client, fsck, stored, without_card, wrong_adapter
+from tests.hub_adapters import read_folder, write_adapter
 from tests.hub_server import HubServer
 
 PUSHERS, PULLERS, PULLS = 10, 2, 5
@@ -42,7 +42,7 @@ def together(clients: Iterable[Client], calls: Iterable[tuple[Any, ...]], **opti
 
 
 def adapters(folder: Path, name: str, seeds: Iterable[int]) -> list[Path]:
-    return [write_adapter(folder / f"{name}-{at}", contents(seed)) for at, seed in enumerate(seeds)]
+    return [write_adapter(folder / f"{name}-{at}", without_card(seed)) for at, seed in enumerate(seeds)]
 
 
 def outcome(answers: list[Answer]) -> str:
@@ -116,7 +116,7 @@ def into_one_cache(server: HubServer, clients: list[Client], folder: Path) -> di
     answers: list[Answer] = []
     for number in range(PULLS):
         repo_id, cache = f"alice/large{number}", folder / f"cache{number}"
-        files = contents(FIRST_SEED + 100 + number, LARGE)
+        files = without_card(FIRST_SEED + 100 + number, LARGE)
         commit = server.add(repo_id, files)
         found = together(clients, [("pull", repo_id)] * len(clients), cache_dir=str(cache))
         wrong += [answer["text"][:200] for answer in found if "error" in answer]

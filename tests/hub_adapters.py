@@ -15,22 +15,26 @@ CLASSES = ("finch", "owl")
 
 
 @cache
-def _saved(seed: int, weights: int) -> dict[str, bytes]:
+def _saved(seed: int, weights: int, small: int) -> dict[str, bytes]:
     shapes: dict[str, tuple[int, ...]] = {"layer.weight": (weights,), "other.weight": (7,)}
+    shapes |= {f"small{n}.weight": (32,) for n in range(small)}
     with tempfile.TemporaryDirectory() as folder:
         masks, training = random_masks(shapes, seed=seed), {"seed": seed}
         save_adapter(folder, masks, base_of(shapes), class_names=CLASSES, training=training, codec="raw")
         return read_folder(Path(folder))
 
 
-def saved(seed: int = 0, weights: int = 12_000) -> dict[str, bytes]:
-    """Return the files of an adapter as it is saved, different for each seed; a weight takes a bit."""
-    return dict(_saved(seed, weights))
+def saved(seed: int = 0, weights: int = 12_000, small: int = 0) -> dict[str, bytes]:
+    """Return the files of an adapter as it is saved, different for each seed; a weight takes a bit.
+
+    With some `small` parameters more, the picture of its densities is another for each seed as well.
+    """
+    return dict(_saved(seed, weights, small))
 
 
-def contents(seed: int = 0, weights: int = 12_000) -> dict[str, bytes]:
+def contents(seed: int = 0, weights: int = 12_000, small: int = 0) -> dict[str, bytes]:
     """Return the files of an adapter without its card."""
-    return {name: data for name, data in saved(seed, weights).items() if name != CARD}
+    return {name: data for name, data in saved(seed, weights, small).items() if name != CARD}
 
 
 def size(seed: int = 0) -> int:

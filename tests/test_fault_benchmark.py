@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import fault_flows
 from benchmarks.fault_client import answer
-from benchmarks.fault_flows import FLOWS, Client, Run
+from benchmarks.fault_flows import FLOWS, Client, Run, adapter, without_card
 from benchmarks.fault_matrix import BEGIN, END, markdown, write_between
 from benchmarks.faults import steps_of
 from maskpack.hub import pull, push
 
-from .hub_adapters import CARD, CONFIG, MODEL, contents, saved, write_adapter
+from .hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
@@ -44,18 +43,17 @@ def run_of(hub: HubServer, folder: Path, *answers: dict[str, Any]) -> Run:
 
 @pytest.mark.parametrize("hub", ["lfs", "xet"], indirect=True)
 def test_every_step_of_a_push_can_fail(hub: HubServer, tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter")
-    push(adapter, "alice/r1", token=WRITE_TOKEN)
+    folder = write_adapter(tmp_path / "adapter", without_card(0))
+    push(folder, "alice/r1", token=WRITE_TOKEN)
     steps = steps_of(list(hub.log), "alice/r1")
     assert "POST hub:/api/repos/create" in [step.label for step in steps]
     assert "POST hub:/api/models/REPOSITORY/commit/main" in [step.label for step in steps]
-    write_adapter(adapter, contents(1))
     faults = [step.fault("norange", "alice/r2") for step in steps]  # this kind breaks nothing here
     for fault in faults:
         hub.faults.rules = [fault]
         hub.repositories.pop("alice/r2", None)
-        fault_flows.write_adapter(adapter, contents(2 + faults.index(fault)))
-        push(adapter, "alice/r2", token=WRITE_TOKEN)
+        write_adapter(folder, without_card(2 + faults.index(fault)))
+        push(folder, "alice/r2", token=WRITE_TOKEN)
         assert fault.met > fault.skip, fault
 
 
@@ -74,12 +72,12 @@ def test_wrong_pushes_are_noticed(hub: HubServer, tmp_path: Path) -> None:
     run = run_of(hub, tmp_path)
     flow.prepare(run)
     assert flow.check(run, {"commit": "a" * 40}) == ["success without that commit"]
-    commit = hub.add(run.repo_id, contents(run.seed))
+    commit = hub.add(run.repo_id, without_card(run.seed))
     assert flow.check(run, {"commit": commit}) == []
     words = {**FAILED, "text": "and nothing of yours was written"}
     assert flow.check(run, words) == ["the commit landed and the error says that nothing was written"]
     assert flow.check(run, {"commit": hub.add(run.repo_id, {"x": b""})}) == ["2 commits"]
-    hub.add(run.repo_id, {MODEL: contents(5)[MODEL]})
+    hub.add(run.repo_id, {MODEL: without_card(5)[MODEL]})
     found = flow.check(run_of(hub, tmp_path), FAILED)
     assert f"{MODEL} at the Hub has other bytes" in found
     run.client = Told({"commit": "x"})  # type: ignore[assignment]
@@ -94,10 +92,10 @@ def test_wrong_pushes_are_noticed(hub: HubServer, tmp_path: Path) -> None:
 def test_wrong_pulls_are_noticed(hub: HubServer, tmp_path: Path) -> None:
     flow, run = FLOWS[3], run_of(hub, tmp_path)
     flow.prepare(run)
-    right = {"path": str(write_adapter(tmp_path / "right", saved(run.seed))), "commit": run.commit}
+    right = {"path": str(write_adapter(tmp_path / "right", adapter(run.seed))), "commit": run.commit}
     assert flow.check(run, right) == []
     assert flow.check(run, {**right, "commit": "b" * 40}) == ["another commit"]
-    other = saved(run.seed) | {MODEL: b"half", "x.tmp": b""}
+    other = adapter(run.seed) | {MODEL: b"half", "x.tmp": b""}
     wrong = {"path": str(write_adapter(tmp_path / "wrong", other)), "commit": run.commit}
     assert flow.check(run, wrong) == [f"{MODEL} has other bytes", "x.tmp is no file of an adapter"]
     run.client = Told(wrong, right)  # type: ignore[assignment]
@@ -113,8 +111,8 @@ def test_answers_of_a_client(tmp_path: Path) -> None:
     assert (found["error"], found["ours"]) == ("AdapterError", True)
     found = answer({"call": "pull", "args": [], "options": {}})
     assert (found["error"], found["ours"]) == ("TypeError", False)
-    adapter = write_adapter(tmp_path / "adapter")
-    assert answer({"call": "pull", "args": [str(adapter)], "options": {}})["path"] == str(adapter)
+    folder = write_adapter(tmp_path / "adapter")
+    assert answer({"call": "pull", "args": [str(folder)], "options": {}})["path"] == str(folder)
 
 
 def test_client_process(hub: HubServer, tmp_path: Path) -> None:
