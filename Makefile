@@ -68,7 +68,7 @@ $(VENV)/.bench: $(VENV)/.installed
 
 # mask bytes and rates beside general compressors, and a 7-billion-weight set: half an hour; needs MASKPACK_DATA
 bench-codec: $(VENV)/.bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs --plot docs/codecs.png
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs --plot docs/codecs.png --write docs/results.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale --general runs/general-sizes.json
 
 # every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes

@@ -29,9 +29,10 @@ from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
 from maskpack.codecs.choose import rivals
 from maskpack.errors import MaskpackError
 
-from . import report
+from . import codec_tables, report
 from .general import RangeCoder, Sizes, strong_sizes
 from .mask_sets import CORPUS, Case, cases
+from .pages import write_between
 from .results import DATA
 
 INDEX_BYTES, INDEX_BYTES_EACH = 2000, 64  # an adapter's index and digests may take so much, beside the names
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="names of mask sets, with wildcards")
     parser.add_argument("--output", type=Path, default=Path("runs/codecs.json"))
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
+    parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
         parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
@@ -177,6 +179,8 @@ def main() -> None:
     arguments.output.write_text(json.dumps({"versions": versions, "cases": measured, "summary": summary}, indent=1))
     if measured:
         report.plot(measured, arguments.plot)
+    if arguments.write is not None:
+        write_between(arguments.write, "make bench-codec", codec_tables.markdown(measured, summary))
 
 
 if __name__ == "__main__":

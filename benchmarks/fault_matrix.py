@@ -2,12 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
 
-BEGIN, END = "<!-- begin: make bench-faults -->", "<!-- end: make bench-faults -->"
 KINDS = ("503", "503 for ever", "429", "drop", "lost", "stall", "close", "reset", "short", "corrupt")
 TITLES = {"lfs": "LFS", "xet": "Xet"}
 
@@ -48,12 +46,3 @@ def markdown(rows: list[dict[str, Any]], raced: list[dict[str, Any]]) -> str:
         ]
         parts.append("**At the same time**\n\n" + table(("transport", "what", "outcome", "anything wrong"), lines))
     return "\n".join(parts)
-
-
-def write_between(path: Path, text: str) -> None:
-    """Replace what stands between the markers of a Markdown file."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{path} lacks the markers {BEGIN} and {END}")
-    path.write_text(f"{before}{BEGIN}\n{text}{END}{after}")

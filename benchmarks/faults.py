@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_flows import FLOWS, SECRETS, Answer, Client, Flow, Run
-from benchmarks.fault_matrix import markdown, write_between
+from benchmarks.fault_matrix import markdown
 from benchmarks.fault_races import races
+from benchmarks.pages import write_between
 from tests.hub_server import WRITE_TOKEN, Fault, HubServer
 from tests.hub_server.messages import Request
 
@@ -193,7 +194,7 @@ def main() -> None:
     seconds = round(time.monotonic() - began)
     options.json.write_text(json.dumps({"seconds": seconds, "runs": rows, "races": raced}, indent=1))
     if options.write:
-        write_between(options.write, text)
+        write_between(options.write, "make bench-faults", text)
     wrong = [f"{one}: {what}" for one in [*rows, *raced] for what in one["wrong"]]
     print(f"{len(rows)} runs in {seconds} s; {len(wrong)} things that must not be", *wrong, sep="\n")
     sys.exit(bool(wrong))

@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.fault_client import answer
 from benchmarks.fault_flows import FLOWS, Client, Run, adapter, without_card
-from benchmarks.fault_matrix import BEGIN, END, markdown, write_between
+from benchmarks.fault_matrix import markdown
 from benchmarks.faults import steps_of
+from benchmarks.pages import write_between
 from maskpack.hub import pull, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
@@ -133,9 +134,10 @@ def test_tables(tmp_path: Path) -> None:
     assert "| `GET hub:/x` | ok |  |  |  |  | **hangs** |" in text
     assert "| Xet | a race | 2 ok | no |" in text
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_between(page, text)
-    assert page.read_text() == f"before\n{BEGIN}\n{text}{END}\nafter\n"
+    begin, end = "<!-- begin: make it -->", "<!-- end: make it -->"
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    write_between(page, "make it", text)
+    assert page.read_text() == f"before\n{begin}\n{text}{end}\nafter\n"
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the markers"):
-        write_between(page, text)
+        write_between(page, "make it", text)

@@ -163,3 +163,19 @@ def test_silence_ends_with_the_server(birds: HubServer) -> None:
     with pytest.raises(HubError, match=r"127\.0\.0\.1"):
         pull(BIRDS)
     end.join()
+
+
+@pytest.mark.parametrize("sha", ["main", "../../../../x", "A" * 40, "", 5])
+def test_commit_that_is_none(birds: HubServer, sha: object) -> None:
+    birds.fail("lie", "GET", f"/api/models/{BIRDS}$", times=9, change=lies.field("sha", sha))
+    with pytest.raises(
+        HubError, match=r"alice/birds is said to be at commit .*, expected 40 hexadecimal digits; check HF_END"
+    ):
+        pull(BIRDS)
+
+
+@pytest.mark.parametrize("commit", ["a" * 40, ""])
+def test_file_of_another_commit(birds: HubServer, commit: str) -> None:
+    birds.fail("lie", "HEAD", "/resolve/", times=99, change=lies.headers(X_Repo_Commit=commit))
+    with pytest.raises(HubError, match="was answered as a file of commit|does not answer like a Hub"):
+        pull(BIRDS)

@@ -101,6 +101,16 @@ def test_entry_that_leads_out_of_the_cache(birds: HubServer, tmp_path: Path) -> 
         pull(pulled.pinned)
 
 
+@pytest.mark.parametrize("planted", [b"../../x", b"\xff\xfe", b""])
+def test_spoiled_memory_of_a_branch(birds: HubServer, planted: bytes) -> None:
+    pulled = pull(BIRDS)
+    (pulled.path.parents[1] / "refs/main").write_bytes(planted)
+    with pytest.raises(HubError, match=r"expected 40 hexadecimal digits|cannot pull alice/birds: the client failed"):
+        pull(BIRDS, local_files_only=True)
+    assert pull(BIRDS).commit == pulled.commit
+    assert pull(BIRDS, local_files_only=True).commit == pulled.commit
+
+
 def test_silent_server_is_not_waited_for_ever(birds: HubServer) -> None:
     before = get_session().timeout
     inside = Session("look", False).call(lambda: get_session().timeout)

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import HubError
-from .failures import LOGIN, explain, is_passing, origin, quotes_token, seconds_to_wait
+from .failures import LOGIN, explain, is_from_xet, is_passing, origin, quotes_token, seconds_to_wait
 from .nearest import did_you_mean
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Session:
 
     def wait_or_fail(self, error: Exception, attempt: int, attempts: int = ATTEMPTS) -> None:
         """Wait before the next attempt, or raise if the fault will not pass, or has not for long enough."""
+        if is_from_xet(error):
+            attempts = min(attempts, 2)  # it has tried for minutes by itself
         wait = seconds_to_wait(error) or float(2 ** (attempt - 1))
         if attempt >= attempts or wait > LONGEST_WAIT or not is_passing(error):
             with patience():

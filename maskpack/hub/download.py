@@ -9,7 +9,7 @@ from pathlib import Path
 from ..adapter.adapter import Adapter
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, check_config, parse_adapter, read_file, read_folder
-from ..errors import AdapterError, HubError, HubUnreachableError
+from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
 from .client import ATTEMPTS, TIMEOUT, Session
 from .files import Snapshot, size_of
 from .folder import FILES, Contents, check_limit, read_card, write_files
@@ -142,8 +142,6 @@ def open_local(path: Path) -> OpenedAdapter:
 
 def _resolve(session: Session, reference: Reference, cache: Path | None, offline: bool) -> str:
     """Return the commit that a reference means now; if the Hub does not answer, the one that it meant last time."""
-    from huggingface_hub.errors import RevisionResolutionError
-
     if reference.is_pinned:
         return str(reference.revision)
     repo_id, revision, api = str(reference.repo_id), reference.revision, session.api
@@ -154,8 +152,8 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
     if offline:
         return session.call(known)
     try:
-        remembered = known()
-    except RevisionResolutionError:
+        remembered = session.call(known, attempts=1)
+    except MaskpackError:
         remembered = None
     try:
         info = session.call(
@@ -166,9 +164,7 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
             raise
         log.warning("%s; going on with commit %s, which the cache knows", error, remembered)
         return remembered
-    commit = info.sha
-    if commit is None:
-        raise HubError(f"cannot pull {reference}: the Hub does not say which commit it means; try again")
+    commit = str(info.sha)
     if commit != remembered:
         # the client writes down what it is told, for a time without a Hub; it is told what was answered just now
         told = copy(api)

@@ -75,7 +75,12 @@ def is_passing(error: BaseException) -> bool:
         return "TransportError" in names and not names & LASTING
     # an answer that was cut off, or that something between here and the Hub gave in its place
     cut = isinstance(error, (ConnectionError, TimeoutError, json.JSONDecodeError))
-    return cut or "Consistency check failed" in str(error)
+    return cut or is_from_xet(error) or "Consistency check failed" in str(error)
+
+
+def is_from_xet(error: BaseException) -> bool:
+    """Tell whether the client's Xet library failed: it raises these builtins, whatever happened to it."""
+    return type(origin(error)) in (RuntimeError, ConnectionError)
 
 
 def explain(
@@ -135,18 +140,27 @@ def _reason(
         return HubError, "it is not in the cache and the Hub may not be asked; go online (unset HF_HUB_OFFLINE) once"
     if (status := status_of(error)) is not None:
         return HubError, _status_reason(error, status, host)
+    if is_from_xet(error):
+        return HubError, f"the Xet store failed ({_named(error, text)}); try again, or set HF_HUB_DISABLE_XET=1"
     if _is_transport(error) or isinstance(error, (ConnectionError, TimeoutError)):
         names = {kind.__name__ for kind in type(error).__mro__}
         if names & {"ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"}:
             return HubError, f"{host} cannot be reached ({_first_line(text)}); check network, proxy and HF_ENDPOINT"
-        return HubError, f"the connection to {host} broke ({type(error).__name__}); try again"
+        return HubError, f"the connection to {host} broke ({_named(error, text)}); try again"
     if "Consistency check failed" in text:
         return HubError, "a download ended before the file was whole; try again"
     if isinstance(error, ValueError) and "README.md" in text:
         return HubError, f"the Hub refuses the model card ({' '.join(text.split())[:300]}); correct README.md"
     if isinstance(error, OSError) and error.errno is not None:
         return HubError, f"{error.strerror} ({error.filename}); check space and permissions of the cache"
-    return HubError, f"the client failed with {type(error).__name__}: {_first_line(text)}"
+    if isinstance(error, (TypeError, LookupError, AttributeError)):
+        return HubError, f"{host} does not answer like a Hub ({_named(error, text)}); check HF_ENDPOINT and proxy"
+    return HubError, f"the client failed with {_named(error, text)}; if it stays, update huggingface_hub and hf-xet"
+
+
+def _named(error: BaseException, text: str) -> str:
+    line = _first_line(text)
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _status_reason(error: BaseException, status: int, host: str | None) -> str:

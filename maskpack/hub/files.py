@@ -11,6 +11,7 @@ from ..adapter.read import MODEL_FILE, read_bytes, read_model
 from ..errors import AdapterError, CorruptAdapterError, HubError
 from .client import Session
 from .folder import LIMITS, check_limit, git_id
+from .reference import COMMIT
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -21,9 +22,17 @@ class Snapshot:
 
     Args:
         cache: another cache than the Hub's.
+
+    Raises:
+        HubError: if what the Hub or the cache gave is no commit; it would become part of a path.
     """
 
     def __init__(self, session: Session, repo_id: str, commit: str, cache: Path | None = None) -> None:
+        if not COMMIT.fullmatch(commit):
+            raise HubError(
+                f"{repo_id} is said to be at commit {commit!r}, expected 40 hexadecimal digits; check HF_ENDPOINT, "
+                "firewall and proxy, or who can write to the cache"
+            )
         self.session, self.repo_id, self.commit, self.cache = session, repo_id, commit, cache
 
     def __str__(self) -> str:
@@ -77,7 +86,13 @@ class Snapshot:
             cache_dir=self.cache,
             force_download=force,
         )
-        return Path(self.session.call(download))
+        path = Path(self.session.call(download))
+        if path.parent.name != self.commit:  # where the client puts a file follows from what the server says
+            raise HubError(
+                f"{name} of {self} was answered as a file of commit {path.parent.name!r}; check HF_ENDPOINT, firewall "
+                "and proxy"
+            )
+        return path
 
     def _read(self, path: Path) -> bytes | memoryview:
         self._check_inside(path)
