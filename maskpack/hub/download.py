@@ -169,7 +169,10 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
         # the client writes down what it is told, for a time without a Hub; it is told what was answered just now
         told = copy(api)
         told.repo_info = lambda *_, **__: info  # type: ignore[method-assign]
-        session.call(lambda: told.resolve_revision(repo_id, revision=revision, cache_dir=cache))
+        try:
+            session.call(lambda: told.resolve_revision(repo_id, revision=revision, cache_dir=cache))
+        except HubError as error:
+            log.warning("the cache cannot remember commit %s for a time without a Hub: %s", commit, error)
     log.info("%s is at commit %s", reference, commit)
     return commit
 

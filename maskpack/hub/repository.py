@@ -76,10 +76,10 @@ class RepositoryPush:
         if not (created and self.dry_run):
             self._prepare_branch()
         self._look(self.head)
-        tagged = read_tag(self.session, self.repo_id, self.tag) if self.tag and self.head else None
-        if self.tag:
-            check_tag(self.repo_id, self.tag, tagged, None if self._changed() else self.head)
         changed = self._changed()
+        if self.tag and self.head:
+            tagged = read_tag(self.session, self.repo_id, self.tag)
+            check_tag(self.repo_id, self.tag, tagged, None if changed else self.head)
         if self.dry_run:
             return self._result(None if changed else self.head, created, changed)
         commit, url = self._commit() if changed else (str(self.head), None)
