@@ -199,7 +199,7 @@ class TestFolder:
         save_adapter(tmp_path / "a", MASKS, BASE)
         save_adapter(tmp_path / "b", random_masks(SHAPES, seed=1), BASE)
         (tmp_path / "b/maskpack_model.safetensors").replace(tmp_path / "a/maskpack_model.safetensors")
-        with pytest.raises(CorruptAdapterError, match="one of them was replaced; fetch both again, tell their owner, or delete"):
+        with pytest.raises(CorruptAdapterError, match="one of them was replaced; fetch both again, tell their own"):
             read_adapter(tmp_path / "a")
         (tmp_path / "a/maskpack_config.json").write_text("{" + " " * (1 << 20))
         with pytest.raises(AdapterError, match="has 1048577 bytes; at most 1048576 are accepted; fetch it again"):
