@@ -9,6 +9,7 @@ _KEPT = tempfile.TemporaryDirectory(prefix="maskpack-tests-", ignore_cleanup_err
 _HOME = _KEPT.name
 os.environ.update(
     HF_HOME=_HOME,
+    MASKPACK_CACHE=f"{_HOME}/maskpack",
     HF_DATASETS_CACHE=f"{_HOME}/datasets",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError
+from ..errors import BackboneError, DataError
 from .head import Head, Pooling, swap_module
+from .load import Backbone
 from .parameters import unwrap
 
 Inputs = Tensor | dict[str, Tensor]
@@ -127,6 +128,55 @@ def features(classifier: Classifier, batches: Iterable[Batch]) -> tuple[Tensor, 
         _evaluated(classifier, batches, step)
     finally:
         hook.remove()
+    return torch.cat(collected), torch.cat(labels)
+
+
+@torch.no_grad()
+def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return what the head gets, (N, D) float32 on the CPU, and the labels, (N,), over all batches.
+
+    The model is as it is now, with a mask loaded or not, but in evaluation mode; its modes come back. The head itself
+    may be any module at that place, also the `nn.Identity` that is left where one was removed.
+
+    Raises:
+        BackboneError: if the backbone has no place for a head, or the head gets no vector for each example.
+        DataError: if there is no batch.
+    """
+    model, head = backbone.model, backbone.head
+    if head is None and backbone.pooling is None:
+        raise BackboneError(f"the backbone {backbone.id} has no head whose input could be read; name it with head=NAME")
+    example = next(model.parameters())
+    collected: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def seen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        collected.append(args[0].float().cpu())
+
+    def step(inputs: Inputs, y: Tensor) -> None:
+        inputs = to_device(inputs, example.device)
+        if isinstance(inputs, Tensor):
+            model(inputs.to(example.dtype))
+        else:
+            output = model(**inputs)
+            if backbone.pooling is not None:
+                pooled = pool(output.last_hidden_state, inputs["attention_mask"], backbone.pooling, backbone.normalize)
+                collected.append(pooled.float().cpu())
+        labels.append(y)
+        rows = [tuple(x.shape) for x in collected[len(labels) - 1 :]]
+        if len(rows) != 1 or len(rows[0]) != 2 or rows[0][0] != len(y):
+            raise BackboneError(
+                f"the head {head!r} of {backbone.id} gets inputs of the shapes {rows} for a batch of {len(y)}, "
+                f"expected one vector for each example; name another module as the head"
+            )
+
+    hook = None if head is None else unwrap(model).get_submodule(head).register_forward_pre_hook(seen)
+    try:
+        _evaluated(model, batches, step)
+    finally:
+        if hook is not None:
+            hook.remove()
+    if not labels:
+        raise DataError("there is no example that could be read, so there are no features")
     return torch.cat(collected), torch.cat(labels)
 
 

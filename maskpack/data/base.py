@@ -60,6 +60,7 @@ class Examples(Sequence[tuple[Any, int]]):
         labels: class index per row.
         indices: which rows belong to this split, in order.
         unreadable: indices into `rows` that could not be decoded so far; whoever reads batches adds them.
+        digest: what `rows` are: the digest of the data and the split's name; "" where it is not known.
     """
 
     rows: Any
@@ -67,6 +68,7 @@ class Examples(Sequence[tuple[Any, int]]):
     labels: Sequence[int]
     indices: Sequence[int]
     unreadable: set[int] = field(default_factory=set)
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)

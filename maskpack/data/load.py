@@ -1,6 +1,7 @@
 """load_data: from a source's splits to examples: columns, class names, validation split, label fractions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,19 +124,42 @@ def load_data(
     for kind, rows in named.items():
         if rows is not None:
             labels, names = _labels(rows, label, names, kind)
-            found[kind] = Examples(_undecoded(rows, column, task), column, labels, range(len(rows)))
+            digest = f"{loaded.digest} {kind}"
+            found[kind] = Examples(_undecoded(rows, column, task), column, labels, range(len(rows)), digest=digest)
             if not labels:
                 raise DataError(f"the {kind} split of {reference!r} has no rows")
     train, validation = found.get("train"), None
     if train is not None:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = _shuffled(train.indices, seed)
         held = round(len(order) * validation_fraction)
-        kept = order[held : held + max(1, int((len(order) - held) * labels_fraction))]
         if held:
-            validation = Examples(train.rows, column, train.labels, sorted(order[:held]))
-        train = Examples(train.rows, column, train.labels, sorted(kept))
+            validation = replace(train, indices=sorted(order[:held]), unreadable=set())
+        train = replace(train, indices=_share(order[held:], labels_fraction), unreadable=set())
     assert names is not None
     return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
+
+
+def few_labels(examples: Examples, fraction: float, seed: int = 42) -> Examples:
+    """Return a share of the examples, drawn by `seed` whatever their classes: int(n * fraction), at least one.
+
+    Of a whole training split it draws the rows that `load_data(…, labels_fraction=fraction, seed=seed)` does.
+
+    Raises:
+        ConfigError: if the share is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"the share of labels must be in (0, 1], got {fraction}")
+    return replace(examples, indices=_share(_shuffled(examples.indices, seed), fraction), unreadable=set())
+
+
+def _shuffled(indices: Sequence[int], seed: int) -> list[int]:
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
+    return [indices[i] for i in order.tolist()]
+
+
+def _share(order: Sequence[int], fraction: float) -> list[int]:
+    """The first of the rows in a drawn order, in the order of the data."""
+    return sorted(order[: max(1, int(len(order) * fraction))])
 
 
 def _undecoded(rows: Any, column: str, task: str) -> Any:
