@@ -5,17 +5,9 @@ from typing import Any
 
 from maskpack.codecs.base import CODECS, PROFILES
 
-from .report import GOAL, MUST, Row, table
+from .report import GOAL, MUST, Row, millions, table
 
 EACH_CODEC = ("sketch-1", "banking77-1", "drawn-DTD", "vit-b16-made")  # one mask set of each kind
-
-
-def millions(value: float | None) -> str:
-    """Return weights a second in millions: two digits below ten, none behind the point above."""
-    if value is None:
-        return "-"
-    scaled = value / 1e6
-    return f"{scaled:,.0f}" if scaled >= 10 else f"{scaled:.2g}"
 
 
 def markdown(measured: Mapping[str, Row], found: Mapping[str, Any]) -> str:

@@ -1,15 +1,13 @@
 """The tables of the fault benchmark."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.report import table
+from benchmarks.report import Row, table
 
 KINDS = ("503", "503 for ever", "429", "drop", "lost", "stall", "close", "reset", "short", "corrupt")
 TITLES = {"lfs": "LFS", "xet": "Xet"}
-
-Row = Mapping[str, Any]
 
 
 def cell(row: Row) -> str:

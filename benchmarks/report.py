@@ -22,11 +22,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rate(value: float | None) -> str:
-    """Return weights a second in millions, three digits."""
+def millions(value: float | None) -> str:
+    """Return weights a second in millions: two digits below ten, none behind the point above."""
     if value is None:
         return "-"
-    return f"{value / 1e6:.0f}" if value >= 1e8 else f"{value / 1e6:.3g}"
+    scaled = value / 1e6
+    return f"{scaled:,.0f}" if scaled >= 10 else f"{scaled:.2g}"
 
 
 def case(name: str, row: Row) -> str:
@@ -53,10 +54,10 @@ def case(name: str, row: Row) -> str:
             f"{one['bits_per_weight']:.4f}",
             f"{one['of_general']:.3f}",
             f"{one['of_entropy']:.3f}",
-            rate(one["save_rate"]),
-            rate(one["codec_encode_rate"]),
-            rate(one["decode_rate"]),
-            rate(one["codec_decode_rate"]),
+            millions(one["save_rate"]),
+            millions(one["codec_encode_rate"]),
+            millions(one["decode_rate"]),
+            millions(one["codec_decode_rate"]),
             f"{one['lora_rank']:.3f}",
             ", ".join(f"{codec} {count}" for codec, count in sorted(one["chosen"].items())),
         )
@@ -64,8 +65,9 @@ def case(name: str, row: Row) -> str:
     ]
     coded.append(
         ("constriction", f"{made['bytes']:,}", "-", f"{made['bits_per_weight']:.4f}",
-         f"{made['bytes'] / best['bytes']:.3f}", f"{made['of_entropy']:.3f}", "-", rate(made["codec_encode_rate"]), "-",
-         rate(made["codec_decode_rate"]), f"{made['bytes'] / row['lora_rank_bytes']:.3f}", "-")
+         f"{made['bytes'] / best['bytes']:.3f}", f"{made['of_entropy']:.3f}", "-",
+         millions(made["codec_encode_rate"]), "-",
+         millions(made["codec_decode_rate"]), f"{made['bytes'] / row['lora_rank_bytes']:.3f}", "-")
     )  # fmt: skip
     refused = "".join(f"\n{what} refused: {why}\n" for what, why in row["refused"].items())
     return "\n".join([
@@ -123,14 +125,14 @@ def overview(measured: Mapping[str, Row], found: Mapping[str, Any]) -> str:
          f"{8 * row['best_general']['bytes'] / row['weights']:.4f} ({row['best_general']['name']})",
          f"{row['constriction']['bits_per_weight']:.4f}",
          *(f"{row['coded'][p]['bits_per_weight']:.4f}" for p in PROFILES),
-         f"{row['coded']['default']['lora_rank']:.2f}", rate(row["coded"]["default"]["decode_rate"]))
+         f"{row['coded']['default']['lora_rank']:.2f}", millions(row["coded"]["default"]["decode_rate"]))
         for name, row in measured.items()
     ]  # fmt: skip
     lines = ["\n## Bits per weight\n", table(head, rows), f"## The {found['trained_masks']} trained masks together\n"]
     ratios = [
         (p, f"{one['sum']:.3f}", f"{one['geometric_mean']:.3f}", f"{one['worst']:.3f}",
          verdict(one["sum"], MUST.get(p), GOAL.get(p)), verdict(one["geometric_mean"], MUST.get(p), GOAL.get(p)),
-         rate(one["decode_rate"]), rate(one["slowest_decode_rate"]))
+         millions(one["decode_rate"]), millions(one["slowest_decode_rate"]))
         for p, one in found["trained"].items()
     ]  # fmt: skip
     lines.append(
@@ -143,7 +145,7 @@ def overview(measured: Mapping[str, Row], found: Mapping[str, Any]) -> str:
     if "default" in found["trained"]:
         reached = found["trained"]["default"]["decode_rate"]
         bound = verdict(-reached, -MUST_DECODE, -GOAL_DECODE)
-        lines.append(f"Decoding, default profile: {rate(reached)} M weights/s on one core: {bound}.\n")
+        lines.append(f"Decoding, default profile: {millions(reached)} M weights/s on one core: {bound}.\n")
     for profile, each in found["structureless"].items():
         for name, one in each.items():
             kept = "kept" if one["of_limit"] <= 1 else "MISSED"

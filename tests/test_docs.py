@@ -11,7 +11,7 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -197,9 +197,11 @@ def test_signatures_in_api() -> None:
         parameters = inspect.signature(getattr(maskpack, name)).parameters.values()
         real: list[str] = []
         for parameter in parameters:
-            if parameter.kind is parameter.KEYWORD_ONLY and "*" not in real:
+            if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD) and "*" not in real:
                 real.append("*")
-            real.append(parameter.name)
+            # **options: Unpack[a TypedDict]
+            passed_on = get_args(parameter.annotation) if parameter.kind is parameter.VAR_KEYWORD else ()
+            real += passed_on[0].__annotations__ if passed_on else [parameter.name]
         assert stated == real, name
 
 

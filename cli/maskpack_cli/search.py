@@ -1,6 +1,5 @@
 """maskpack search."""
 
-import re
 from dataclasses import asdict
 from typing import Annotated
 
@@ -8,8 +7,6 @@ import typer
 
 from .adapters import RandomWeights, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
-
-DIGEST = re.compile("[0-9a-f]{12,64}")
 
 
 def search(
@@ -32,8 +29,9 @@ def search(
     quiet_libraries(quiet or as_json)
     from maskpack import search_adapters
     from maskpack.errors import ConfigError
+    from maskpack.hub.search import HEX
 
-    is_digest = fits is not None and DIGEST.fullmatch(fits) is not None
+    is_digest = fits is not None and HEX.fullmatch(fits) is not None
     if (fits is None or is_digest) and (weights is not None or random_weights is not None):
         raise ConfigError("--weights and --random-weights are weights of the backbone in --fits, which is missing")
     digest = fits

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, Unpack
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from ..adapter.adapter import Adapter
 from ..backbone.fingerprint import check_fingerprint
 from ..backbone.parameters import unwrap
 from ..errors import BackboneMismatchError, ConfigError, StateError
-from ..hub.download import open_adapter
+from ..hub.download import PullOptions, open_adapter
 from .weights import applied, apply_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,20 +21,12 @@ class MaskpackWarning(UserWarning):
     """Warned when verification is relaxed and the base differs."""
 
 
-def load_adapter(
-    ref: Reference,
-    *,
-    revision: str | None = None,
-    require_revision: bool = False,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Adapter:
+def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
     """Read and verify an adapter from the Hub, a folder or a single file; nothing is decoded or applied yet.
 
     Args:
         ref: `user/name`, `user/name@revision`, `./folder`, `/folder` or `file.safetensors`.
-        require_revision: refuse what moves: a reference without a revision, and branches.
+        revision, require_revision, token, cache_dir, local_files_only: as of `pull`.
 
     Returns:
         The adapter; its `pinned` is the reference that always means these bytes.
@@ -42,15 +34,7 @@ def load_adapter(
     Raises:
         AdapterError: if it is not there or not valid. HubError: if the download failed.
     """
-    opened = open_adapter(
-        ref,
-        revision=revision,
-        require_revision=require_revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
-    return opened.adapter
+    return open_adapter(ref, **options).adapter
 
 
 def load_mask(
@@ -88,8 +72,9 @@ def load_mask(
     if isinstance(ref, Adapter):
         adapter = ref
     else:
-        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        adapter = load_adapter(ref, **options)  # type: ignore[arg-type]
+        adapter = load_adapter(
+            ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
     if len(adapter.sets) > 1:
         raise StateError(
             f"this adapter is a cascade of {len(adapter.sets)} mask sets; this release loads adapters of one"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapter.fields import PATH, Fields
-from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE
+from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..errors import AdapterError, StateError
 from ..tensorheader import strict_json
 
@@ -59,18 +59,14 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[CachedAdapter]:
 def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
     """Return base, density and bits per weight from a config file, which a stranger may have written."""
     try:
-        if not config.is_file():  # neither a folder, nor a pipe that would be waited for
-            return None, None, None
-        with config.open("rb") as file:
-            text = file.read(MAX_CONFIG + 1)
-        about = Fields.of(strict_json(text, CONFIG_FILE), CONFIG_FILE)
+        about = Fields.of(strict_json(read_bytes(config, config, MAX_CONFIG), CONFIG_FILE), CONFIG_FILE)
         base = about.object("base").text("id")
         sets = [about.object("sets").object(name) for name in about.object("sets").members]
         weights, kept = (sum(_count(one, key) for one in sets) for key in ("weights", "kept"))
         coded = sum(_count(one, key) for one in sets for key in ("payload_bytes", "table_bytes"))
-    except (AdapterError, OSError):
+    except AdapterError:
         return None, None, None
-    if len(text) > MAX_CONFIG or PATH.match(base) or not 0 < weights >= kept:
+    if PATH.match(base) or not 0 < weights >= kept:
         return None, None, None
     return base, kept / weights, 8 * coded / weights
 

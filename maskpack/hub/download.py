@@ -5,14 +5,15 @@ import os
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from ..adapter.adapter import Adapter
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, check_config, parse_adapter, read_file, read_folder
 from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
 from .client import ATTEMPTS, TIMEOUT, Session
-from .files import Snapshot, size_of
-from .folder import FILES, Contents, check_limit, read_card, write_files
+from .files import Snapshot
+from .folder import FILES, Contents, read_card, write_files
 from .reference import Reference, parse_reference
 from .refs import check_is_no_branch
 
@@ -48,15 +49,18 @@ class OpenedAdapter:
     contents: Contents
 
 
+class PullOptions(TypedDict, total=False):
+    """Options of `open_adapter`, for functions that pass them on."""
+
+    revision: str | None
+    require_revision: bool
+    token: str | bool | None
+    cache_dir: str | os.PathLike[str] | None
+    local_files_only: bool
+
+
 def pull(
-    ref: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    output: str | os.PathLike[str] | None = None,
-    require_revision: bool = False,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    ref: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, **options: Unpack[PullOptions]
 ) -> PulledAdapter:
     """Fetch an adapter, verify it and say where it lies.
 
@@ -65,8 +69,8 @@ def pull(
 
     Args:
         ref: `user/name`, `user/name@revision`, a local folder or a `.safetensors` file.
-        revision: branch, tag or commit on the Hub.
         output: folder to copy the adapter into, instead of using it from the cache.
+        revision: branch, tag or commit on the Hub.
         require_revision: refuse what moves: a reference without a revision, and branches.
         token: as everywhere on the Hub: None for the login, False for none.
         cache_dir: another cache than the Hub's.
@@ -79,14 +83,7 @@ def pull(
         HubUnreachableError: if the Hub did not answer, after several attempts.
         StateError: if `output` holds something else.
     """
-    opened = open_adapter(
-        ref,
-        revision=revision,
-        require_revision=require_revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
+    opened = open_adapter(ref, **options)
     found = opened.pulled
     if output is None:
         return found
@@ -198,9 +195,7 @@ def _download(snapshot: Snapshot) -> OpenedAdapter:
         raise AdapterError(
             f"{snapshot} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision"
         )
-    for name, entry in listed.items():
-        check_limit(name, size_of(entry), str(snapshot))
-    return _verified(snapshot, {name: snapshot.fetch(listed[name]) for name in FILES if name in listed})
+    return _verified(snapshot, snapshot.fetch(listed[name] for name in FILES if name in listed))
 
 
 def _verified(snapshot: Snapshot, files: dict[str, tuple[Path, bytes | memoryview]]) -> OpenedAdapter:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,15 +46,20 @@ class Snapshot:
         found = self.session.call(lambda: api.get_paths_info(self.repo_id, list(names), revision=self.commit))
         return {entry.path: entry for entry in found if isinstance(entry, RepoFile) and entry.path in names}
 
-    def fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
-        """Bring a file into the cache and return its path and its bytes, which are those that the repository lists.
+    def fetch(self, entries: "Iterable[RepoFile]") -> dict[str, tuple[Path, bytes | memoryview]]:
+        """Bring files into the cache; return path and bytes of each by name. The bytes are those that are listed.
 
         The client compares nothing but the length, so a file that differs is fetched a second time.
 
         Raises:
-            AdapterError: if it is too large. CorruptAdapterError: if the second one differs as well.
+            AdapterError: if one is too large; then none is fetched. CorruptAdapterError: if one differs twice.
         """
-        check_limit(entry.path, size_of(entry), str(self))
+        found = list(entries)
+        for entry in found:
+            check_limit(entry.path, size_of(entry), str(self))
+        return {entry.path: self._fetch(entry) for entry in found}
+
+    def _fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
         refused: AdapterError | None = None
         for force in (False, True):
             path = self._download(entry.path, force)

@@ -50,7 +50,8 @@ class RepositoryPush:
         build: returns what is to be there, given the model card that is there (or None).
         private, message, create_pr, tag, dry_run, token: as of `push`.
 
-    What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours.
+    What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours;
+    `contents` is what is to be there, and `changed` what of it is not.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RepositoryPush:
         if not (created and self.dry_run):
             self._prepare_branch()
         self._look(self.head)
-        changed = self._changed()
+        changed = self.changed  # as it is now: after a fault there is another look
         if self.tag and self.head:
             tagged = read_tag(self.session, self.repo_id, self.tag)
             check_tag(self.repo_id, self.tag, tagged, None if changed else self.head)
@@ -148,11 +149,12 @@ class RepositoryPush:
             snapshot = Snapshot(self.session, self.repo_id, head)
             self.listed = snapshot.listed(*FILES, PICTURE_FILE)
             if CARD_FILE in self.listed:
-                card = bytes(snapshot.fetch(self.listed[CARD_FILE])[1])
+                card = bytes(snapshot.fetch([self.listed[CARD_FILE]])[CARD_FILE][1])
         self.contents = self.build(card_text(card, f"{CARD_FILE} of {self.repo_id}"))
+        self.changed = self._changed()
 
     def _changed(self) -> Contents:
-        """Return the files that are not there as they are wanted."""
+        """Return the files that are not there as they are wanted; hashes all of them."""
         changed = {
             name: content
             for name, content in self.contents.items()
@@ -186,7 +188,7 @@ class RepositoryPush:
 
         info = self.session.api.create_commit(
             self.repo_id,
-            [CommitOperationAdd(name, bytes(content)) for name, content in self._changed().items()],
+            [CommitOperationAdd(name, bytes(content)) for name, content in self.changed.items()],
             commit_message=self.message,
             revision=self.branch,
             create_pr=self.create_pr,
@@ -213,7 +215,7 @@ class RepositoryPush:
         if now is None or now == head:
             return None
         self._look(now)
-        if not self._changed():
+        if not self.changed:
             return now, None
         if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE)):
             raise HubError(
