@@ -18,6 +18,7 @@ from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..tensorheader import DTYPES, Span
 from .decode import Decoder
 from .header import Header
+from .heads import stored_head
 from .layout import BASE, BASE_BYTES, masked_names
 from .predict import Prediction, predict
 from .sets import SetHeader
@@ -122,12 +123,9 @@ class Adapter:
         return {payload.name: payload.shape for payload in self._set(set).payloads}
 
     def head(self, set: str = "default") -> Head | None:
-        """Return the trained head of a set, or None if it has none."""
+        """Return the head of a set, or None if it has none; a masked random one is rebuilt."""
         spec = self._set(set).head
-        if spec is None:
-            return None
-        found = self.tensors(f"{set}/head/")
-        return Head(spec.kind, found["weight"], found.get("bias"), spec.module, spec.pooling, spec.normalize)
+        return None if spec is None else stored_head(spec, self.tensors(f"{set}/head/"), self.path)
 
     def statistics(self, set: str = "default") -> dict[str, Tensor]:
         """Return the BatchNorm buffers of a set by dotted name, float32."""
@@ -191,6 +189,7 @@ class Adapter:
         """
         for name in self.sets:
             self._alphas(name)
+            self.head(name)
         return self._decoder.verify(progress, None if base is None else by_name(base))
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:

@@ -73,6 +73,12 @@ class Fields:
             raise self.refuse(key, f"one of {', '.join(allowed)}")
         return str(self.members[key])
 
+    def boolean(self, key: str) -> bool:
+        """Return a member that must be true or false."""
+        if type(self.get(key)) is not bool:
+            raise self.refuse(key, "true or false")
+        return bool(self.members[key])
+
     def digest(self, key: str) -> str:
         """Return a member that must be a sha256 in lower-case hex."""
         value = self.get(key)

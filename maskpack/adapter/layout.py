@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from ..backbone.fingerprint import CASTS, PREFIX
-from ..backbone.head import Head
 from ..errors import AdapterError, CorruptAdapterError
 from ..parts import Parts
 from ..tensorfile import Blob
 from ..tensorheader import NAMES, Span
 from .header import Header
-from .sets import HeadSpec, SetHeader
+from .heads import head_tensors, mask_blob
+from .sets import SetHeader
 
 DIGESTS, BASE = "maskpack.digests", "maskpack.base"
 DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
@@ -19,11 +19,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT_NAMES = tuple(NAMES[dtype] for dtype in FLOATS)
 ROLES = ("statistics", "parameters", "values")
 STATISTICS = ("running_mean", "running_var")
-
-
-def head_spec(head: Head | None) -> HeadSpec | None:
-    """Return what the header says about a head."""
-    return None if head is None else HeadSpec(head.kind, head.module, head.pooling, head.normalize)
 
 
 def dense_blobs(name: str, parts: Parts) -> list[Blob]:
@@ -34,13 +29,13 @@ def dense_blobs(name: str, parts: Parts) -> list[Blob]:
     """
     found = {f"{name}/{role}/{key}": tensor for role in ROLES for key, tensor in getattr(parts, role).items()}
     if parts.head is not None:
-        found[f"{name}/head/weight"] = parts.head.weight
-        if parts.head.bias is not None:
-            found[f"{name}/head/bias"] = parts.head.bias
+        found.update({f"{name}/head/{role}": tensor for role, tensor in head_tensors(parts.head).items()})
     for key, tensor in found.items():
         if tensor.dtype not in FLOATS:
             raise AdapterError(f"{key} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it")
-    return [Blob.of(key, t.float() if key.startswith(f"{name}/statistics/") else t) for key, t in found.items()]
+    blobs = [Blob.of(key, t.float() if key.startswith(f"{name}/statistics/") else t) for key, t in found.items()]
+    mask = mask_blob(name, parts.head)
+    return blobs if mask is None else [*blobs, mask]
 
 
 def scale_blob(name: str, alphas: Sequence[float | None]) -> Blob | None:
@@ -95,7 +90,9 @@ def _required(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...] 
     yield BASE, ("U8", (len(masked_names(header)), BASE_BYTES))
     for name, one in header.sets.items():
         yield f"{name}/payloads", ("U8", (sum(one.tables) + sum(payload.size for payload in one.payloads),))
-        if one.head is not None:
+        if one.head is not None and one.head.random is not None:
+            yield f"{name}/head/mask", ("U8", (one.head.random.mask_bytes,))
+        elif one.head is not None:
             yield f"{name}/head/weight", ("", None)
         for payload in one.payloads:
             if payload.coding.op == "replace":
@@ -111,7 +108,7 @@ def _optional(
     role, _, key = rest.partition("/")
     if one is not None and rest == "scale":
         return ("F32",), (len(one.payloads),), span.dtype == "F32" and span.shape == (len(one.payloads),)
-    if one is not None and rest == "head/bias" and one.head is not None:
+    if one is not None and rest == "head/bias" and one.head is not None and one.head.random is None:
         weight = spans.get(f"{set_name}/head/weight")
         rows = weight.shape[:1] if weight is not None else ()
         return FLOAT_NAMES, rows, span.dtype in FLOAT_NAMES and span.shape == rows

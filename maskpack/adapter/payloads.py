@@ -15,7 +15,7 @@ from ..codecs.choose import Contest, Offer, contest, settle
 from ..errors import AdapterError, ConfigError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits
 from ..parts import Parts
-from .layout import head_spec
+from .heads import head_spec
 from .reference import counterpart, is_nearer
 from .sets import Coding, Payload, SetHeader
 from .spool import Spool, Stretch

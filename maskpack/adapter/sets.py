@@ -5,11 +5,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from ..errors import CorruptAdapterError
 from ..mask import OPS, Op
 from .fields import SET_NAME, Fields, plain
+from .heads import HeadSpec, parse_head
 
 MAX_WEIGHTS = 1 << 34  # of a parameter
 MAX_SET_WEIGHTS = 1 << 48
@@ -48,22 +49,6 @@ class Payload:
     def weights(self) -> int:
         """Number of mask bits."""
         return math.prod(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSpec:
-    """A head without its tensors; the attributes are those of `backbone.head.Head`."""
-
-    kind: Literal["linear", "pooled-linear"]
-    module: str | None = None
-    pooling: Literal["mean", "cls"] | None = None
-    normalize: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the head as JSON values."""
-        if self.kind == "linear":
-            return {"kind": self.kind, "module": self.module}
-        return {"kind": self.kind, "normalize": self.normalize, "pooling": self.pooling}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +143,7 @@ def _set(name: str, sets: Fields) -> SetHeader:
         )
     )
     _check_payloads(payloads, fields)
-    head = _head(fields.object("head")) if "head" in fields.members else None
+    head = parse_head(fields.object("head")) if "head" in fields.members else None
     return SetHeader(payloads, tuple(tables), head)
 
 
@@ -207,13 +192,3 @@ def _check_references(sets: Mapping[str, SetHeader]) -> None:
                     f"$.sets.{name} of the adapter header codes {payload.name!r} against the set {reference!r}, which "
                     f"has no such mask coded on its own; fetch the file again"
                 )
-
-
-def _head(fields: Fields) -> HeadSpec:
-    if fields.one_of("kind", ("linear", "pooled-linear")) == "linear":
-        return HeadSpec("linear", module=fields.text("module"))
-    normalize = fields.get("normalize")
-    if type(normalize) is not bool:
-        raise fields.refuse("normalize", "true or false")
-    pooling = cast(Literal["mean", "cls"], fields.one_of("pooling", ("mean", "cls")))
-    return HeadSpec("pooled-linear", pooling=pooling, normalize=normalize)

@@ -39,6 +39,14 @@ def pool(hidden: Tensor, attention: Tensor, pooling: Pooling, normalize: bool) -
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
 
 
+def project(tower: nn.Module, images: Tensor, normalize: bool) -> Tensor:
+    """Return one embedding per image, (B, D), from a CLIP-like vision tower."""
+    output = tower(pixel_values=images)
+    # SigLIP has no projection: its pooled state is the embedding
+    embedding: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+
+
 class Classifier(nn.Module):
     """A backbone with its head.
 
@@ -46,7 +54,7 @@ class Classifier(nn.Module):
         model: the backbone.
         linear: the head.
         module: where in the model the head is; None puts it behind the encoder.
-        pooling, normalize: how an encoder's last hidden state becomes one embedding.
+        pooling, normalize: how an encoder's output becomes one embedding.
     """
 
     def __init__(
@@ -68,6 +76,9 @@ class Classifier(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Return what an encoder's head gets, (B, D)."""
+        if self.pooling == "projection":
+            assert isinstance(inputs, Tensor)
+            return project(self.model, inputs.to(self.linear.weight.dtype), self.normalize)
         assert isinstance(inputs, dict)
         assert self.pooling is not None
         hidden = self.model(**inputs).last_hidden_state

@@ -8,18 +8,23 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, UnknownNameError
 from .parameters import unwrap
+from .random_weight import RandomWeight
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "projection"]
+POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "projection")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """A trained linear head.
+    """A linear head.
 
     Attributes:
-        kind: "linear" replaces the module called `module`; "pooled-linear" pools an encoder's last hidden state
-            (tokens of the attention mask), divides by its Euclidean norm if `normalize`, then applies the layer.
+        kind: "linear" replaces the module called `module`; "pooled-linear" lies behind an encoder: its embedding by
+            `pooling`, divided by its Euclidean norm if `normalize`, then the layer.
         weight: (classes, features). bias: (classes,) or None.
+        pooling: "mean" or "cls" of the last hidden state (tokens of the attention mask), or "projection", the image
+            embedding that a CLIP-like vision tower gives.
+        random: seed and mask of a masked random head, which stand for `weight` in the file; None: it is stored whole.
     """
 
     kind: Literal["linear", "pooled-linear"]
@@ -28,6 +33,7 @@ class Head:
     module: str | None = None
     pooling: Pooling | None = None
     normalize: bool = False
+    random: RandomWeight | None = None
 
 
 def _stated_classifier(model: nn.Module) -> str | None:

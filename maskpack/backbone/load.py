@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
-from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Preprocess, TextPreprocess
+from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess
 from ..tensorfile import read_tensors
 from .head import Pooling, find_head, head_features
+from .hf import is_vision, load_model, stated_preprocess, tower_name
 
 LARGEST_IMAGE = 8192  # pixels
 Task = Literal["image-classification", "text-classification"]
@@ -31,7 +32,7 @@ class Backbone:
         outside: modules that do not belong to the body: the head, or an encoder's unused pooler.
         preprocess: what the model expects of its inputs.
         tokenizer: of a text backbone, else None.
-        pooling, normalize: how an encoder's last hidden state becomes one embedding.
+        pooling, normalize: how an encoder's output becomes one embedding; "projection" for a CLIP-like vision tower.
     """
 
     model: nn.Module
@@ -57,7 +58,8 @@ class Backbone:
         if self.head is not None:
             return head_features(self.model, self.head)
         config: Any = self.model.config
-        return int(config.hidden_size)
+        projected = getattr(config, "projection_dim", None) if self.pooling == "projection" else None
+        return int(projected or config.hidden_size)
 
 
 def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
@@ -105,20 +107,15 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         raise BackboneError(f"no folder {repo!r}; hf/ is followed by a Hub repository or an existing folder")
     options: dict[str, Any] = {} if local else {"revision": revision or "main"}
     config = transformers.AutoConfig.from_pretrained(repo, **options)
-    vision = config.model_type in transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    auto = transformers.AutoModelForImageClassification if vision else transformers.AutoModel
-    # float32 whatever the file holds: the scores learn from full-precision products
-    model = auto.from_pretrained(repo, dtype=torch.float32, **options) if pretrained else auto.from_config(config)
     # a folder is named by its own name, never by its path
     id_ = f"hf/{folder.resolve().name}" if local else f"hf/{repo}"
     commit = None if local else getattr(config, "_commit_hash", None)
-    if vision:
-        stated = transformers.AutoImageProcessor.from_pretrained(repo, **options)
-        size = image_size or stated.size.get("shortest_edge") or stated.size["height"]
-        preprocess = ImagePreprocess(
-            size, size, "bilinear", tuple(stated.image_mean or IMAGENET_MEAN), tuple(stated.image_std or IMAGENET_STD)
-        )
-        return Backbone(model, id_, commit, preprocess=preprocess)
+    model = load_model(transformers, config, repo, pretrained, options)
+    if is_vision(transformers, config):
+        stated = stated_preprocess(transformers.AutoImageProcessor.from_pretrained(repo, **options), image_size)
+        if tower_name(config) is None:
+            return Backbone(model, id_, commit, preprocess=stated)
+        return Backbone(model, id_, commit, preprocess=stated, pooling="projection", normalize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
     limit = min(128, getattr(config, "max_position_embeddings", 128))
     return Backbone(
@@ -242,6 +239,8 @@ def load_backbone(
         backbone = replace(
             backbone, preprocess=replace(stated, mean=tuple(mean or stated.mean), std=tuple(std or stated.std))
         )
+    if backbone.pooling == "projection" and head is not None:
+        raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
     if backbone.pooling is None or head is not None:
         backbone = replace(backbone, head=find_head(backbone.model, head), pooling=None)
     return backbone

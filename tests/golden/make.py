@@ -1,4 +1,4 @@
-"""Write the golden files of format version 1. Run by hand, once per codec; files that exist are never changed.
+"""Write the golden files of format version 1. Run by hand; files that exist are never changed.
 
 python -m tests.golden.make
 
@@ -17,6 +17,7 @@ from bitarray import bitarray
 
 from maskpack.adapter.file import Parts, save_adapter
 from maskpack.backbone.head import Head
+from maskpack.backbone.random_weight import RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
 from maskpack.tensorfile import read_tensors, write_tensors
@@ -85,6 +86,19 @@ def contents() -> dict[str, Parts]:
     }
 
 
+def heads() -> dict[str, Parts]:
+    """Return sets with the kinds of heads that the others have not."""
+    generator = torch.Generator().manual_seed(6)
+    masks = MaskSet.from_tensors({"vector": torch.rand(7, generator=generator) < 0.7})
+    bits = torch.rand(5, 13, generator=generator) < 0.8
+    plain, scaled = (RandomWeight(seed, PackedMask.from_tensor(bits, scale=seed > 0)) for seed in (0, 2**32 - 1))
+    return {
+        "projection": Parts(masks, Head("pooled-linear", torch.eye(3), pooling="projection", normalize=True)),
+        "random": Parts(masks, Head("linear", plain.dense(), module="fc", random=plain)),
+        "random-scaled": Parts(masks, Head("pooled-linear", scaled.dense(), pooling="cls", random=scaled)),
+    }
+
+
 def taken(parts: Parts, codec: Codec) -> Parts:
     """Return the parts with those masks only that a codec does not decline."""
     kept = {}
@@ -121,22 +135,27 @@ def expectation(sets: dict[str, Parts], mask_id: str) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    """Write a file for every codec that has none yet."""
-    FOLDER.mkdir(exist_ok=True)
+def write(name: str, sets: dict[str, Parts], codec: str) -> None:
+    """Write a golden file and what must be found in it."""
     base = base_of(weights(), weights=weights())
     about: dict[str, Any] = {"task": "image-classification", "class_names": ["a", "ü"], "training": {"seed": 0}}
+    about["preprocess"] = {"kind": "image", "size": 32}
+    path = FOLDER / f"{name}.safetensors"
+    adapter = save_adapter(path, sets, base, codec=codec, weights=weights(), **about)
+    text = json.dumps(expectation(sets, adapter.mask_id), sort_keys=True) + "\n"
+    path.with_suffix(".json").write_text(text)
+
+
+def main() -> None:
+    """Write a file for every codec that has none yet, and one for heads."""
+    FOLDER.mkdir(exist_ok=True)
     for cls in CODECS.all():
-        path = FOLDER / f"{cls.id}.safetensors"
-        if path.exists():
-            continue
-        (codec,) = (cls.candidates("max") or [cls()])[:1]
-        sets = {name: taken(parts, codec) for name, parts in contents().items()}
-        sets = {name: parts for name, parts in sets.items() if parts.masks}
-        about["preprocess"] = {"kind": "image", "size": 32}
-        adapter = save_adapter(path, sets, base, codec=cls.id, weights=weights(), **about)
-        text = json.dumps(expectation(sets, adapter.mask_id), sort_keys=True) + "\n"
-        path.with_suffix(".json").write_text(text)
+        if not (FOLDER / f"{cls.id}.safetensors").exists():
+            (codec,) = (cls.candidates("max") or [cls()])[:1]
+            sets = {name: taken(parts, codec) for name, parts in contents().items()}
+            write(cls.id, {name: parts for name, parts in sets.items() if parts.masks}, cls.id)
+    if not (FOLDER / "heads.safetensors").exists():
+        write("heads", heads(), "raw")
 
 
 if __name__ == "__main__":
