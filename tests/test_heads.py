@@ -195,8 +195,8 @@ FIELDS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda h: random_of(h).update(shape=[-3, -5]), r"random\.shape .*expected integers from 0 to"),
     (lambda h: random_of(h).update(shape=[1 << 14, 1 << 14]), r"random\.shape .*at most 134217728 weights"),
     (lambda h: random_of(h).update(shape=[1 << 40, 1]), r"random\.shape .*expected integers from 0 to 134217728"),
-    (lambda h: random_of(h).update(shape=[1 << 13, 1 << 14]), r"head/mask' is U8 of shape \(2,\), expected U8 of shape \(16777"),
-    (lambda h: random_of(h).update(shape=[1, 7]), r"'default/head/mask' is U8 of shape \(2,\), expected U8 of shape \(1,\)"),
+    (lambda h: random_of(h).update(shape=[1 << 13, 1 << 14]), r"mask' is U8 of shape \(2,\), expected .*\(16777216,\)"),
+    (lambda h: random_of(h).update(shape=[1, 7]), r"'default/head/mask' is U8 of shape \(2,\), expected .*\(1,\)"),
 ]  # fmt: skip
 
 
@@ -235,7 +235,9 @@ def test_set_bits_in_the_padding_are_refused(valid: bytes, tmp_path: Path) -> No
     outer["__metadata__"]["maskpack"] = json.dumps(inner)
     adapter = read_adapter(write(tmp_path, join_file(outer, forged)))
     for use in (adapter.head, adapter.verify):
-        with pytest.raises(CorruptAdapterError, match=r"spoiled\.safetensors: the mask of the head has set bits behind"):
+        with pytest.raises(
+            CorruptAdapterError, match=r"spoiled\.safetensors: the mask of the head has set bits behind"
+        ):
             use()
 
 
