@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskpack.adapter.file import Parts, read_adapter, save_adapter
 from maskpack.apply.load import load_mask, unload_mask
-from maskpack.backbone.classifier import classifier_from
+from maskpack.backbone.classifier import classifier_from, embeddings
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.select import select_parameters
@@ -138,6 +138,15 @@ def test_an_untouched_mask_with_a_text_head_is_zero_shot_clip(clip: Path, tmp_pa
     assert (expected.max(-1).values - expected.min(-1).values).max() > 0.01, "the test must be able to tell"
     unload_mask(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_features_are_the_image_embeddings(clip: Path) -> None:
+    backbone, images = load_backbone(f"hf/{clip}"), torch.randn(5, 3, 16, 16)
+    found, labels = embeddings(backbone, [(images, torch.arange(5))])
+    with torch.no_grad():
+        expected = transformers.CLIPModel.from_pretrained(clip).eval().get_image_features(images).pooler_output
+    assert torch.allclose(found, nn.functional.normalize(expected, dim=-1), atol=1e-6)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_siglip(siglip: Path, tmp_path: Path) -> None:

@@ -39,9 +39,13 @@ def pool(hidden: Tensor, attention: Tensor, pooling: Pooling, normalize: bool) -
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
 
 
-def project(tower: nn.Module, images: Tensor, normalize: bool) -> Tensor:
-    """Return one embedding per image, (B, D), from a CLIP-like vision tower."""
-    output = tower(pixel_values=images)
+def encode(model: nn.Module, inputs: Inputs, pooling: Pooling, normalize: bool) -> Tensor:
+    """Return one embedding per example, (B, D), from a text encoder or a CLIP-like vision tower."""
+    if pooling != "projection":
+        assert isinstance(inputs, dict)
+        return pool(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling, normalize)
+    assert isinstance(inputs, Tensor)
+    output = model(pixel_values=inputs.to(next(model.parameters()).dtype))
     # SigLIP has no projection: its pooled state is the embedding
     embedding: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
@@ -76,13 +80,8 @@ class Classifier(nn.Module):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Return what an encoder's head gets, (B, D)."""
-        if self.pooling == "projection":
-            assert isinstance(inputs, Tensor)
-            return project(self.model, inputs.to(self.linear.weight.dtype), self.normalize)
-        assert isinstance(inputs, dict)
         assert self.pooling is not None
-        hidden = self.model(**inputs).last_hidden_state
-        return pool(hidden, inputs["attention_mask"], self.pooling, self.normalize)
+        return encode(self.model, inputs, self.pooling, self.normalize)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the logits, (B, classes)."""
@@ -165,13 +164,12 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
 
     def step(inputs: Inputs, y: Tensor) -> None:
         inputs = to_device(inputs, example.device)
-        if isinstance(inputs, Tensor):
+        if backbone.pooling is not None:
+            collected.append(encode(model, inputs, backbone.pooling, backbone.normalize).float().cpu())
+        elif isinstance(inputs, Tensor):
             model(inputs.to(example.dtype))
         else:
-            output = model(**inputs)
-            if backbone.pooling is not None:
-                pooled = pool(output.last_hidden_state, inputs["attention_mask"], backbone.pooling, backbone.normalize)
-                collected.append(pooled.float().cpu())
+            model(**inputs)
         labels.append(y)
         rows = [tuple(x.shape) for x in collected[len(labels) - 1 :]]
         if len(rows) != 1 or len(rows[0]) != 2 or rows[0][0] != len(y):
