@@ -22,7 +22,7 @@ from maskpack.adapter.file import save_adapter
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.data.base import Data
 from maskpack.data.load import load_data
-from maskpack.evaluate.linear_probe import linear_probe
+from maskpack.evaluate.frozen import measure_features
 from maskpack.training.checkpoint import FILE
 from maskpack.training.config import TrainConfig
 from maskpack.training.loop import train_mask
@@ -102,7 +102,8 @@ def probe(row: str, output: Path) -> float:
     done = output / f"{row}-probe.json"
     if not done.exists():
         output.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps(linear_probe(spec.load(), spec.examples(0))))
+        (measured,) = measure_features(spec.load(), spec.examples(0), ["probe"])
+        done.write_text(json.dumps({"test_accuracy": measured["accuracy"]}))
     return float(json.loads(done.read_text())["test_accuracy"])
 
 

@@ -71,7 +71,7 @@ def demo(
     from maskpack.apply.load import load_adapter
     from maskpack.backbone.fingerprint import fingerprint
     from maskpack.errors import StateError
-    from maskpack.evaluate.linear_probe import linear_probe
+    from maskpack.evaluate.frozen import measure_features
     from maskpack.training.config import TrainConfig
 
     # so small a network is slower on several cores than on one
@@ -93,7 +93,7 @@ def demo(
         export_state(weights, backbone.model)
         old_accuracy = _accuracy(backbone, old_task)
     with clock("probe the frozen backbone on digits 5-9"):
-        probe = linear_probe(backbone, new_task)["test_accuracy"]
+        (probe,) = measure_features(backbone, new_task, ["probe"], cache=False)
     with clock("train the mask for digits 5-9"):
         config = TrainConfig(epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, warmup=0.2, augment="crop")
         result = train_mask(backbone, new_task, config)
@@ -112,7 +112,7 @@ def demo(
     whole = inspect_adapter(adapter)["sets"]["default"]
     facts: dict[str, Any] = {
         "old_task_accuracy": old_accuracy,
-        "probe_accuracy": probe,
+        "probe_accuracy": probe["accuracy"],
         "mask_accuracy": masked,
         "old_task_accuracy_after_unload": _accuracy(backbone, old_task),
         "base_bits_unchanged": restored,
@@ -131,7 +131,7 @@ def demo(
         ["network", "digits 0-4", "digits 5-9", "bytes"],
         [
             ["backbone", f"{old_accuracy:.3f}", "-", f"{facts['backbone_bytes']:,}"],
-            ["backbone + linear probe", "-", f"{probe:.3f}", "-"],
+            ["backbone + linear probe", "-", f"{probe['accuracy']:.3f}", "-"],
             ["backbone + mask", "-", f"{masked:.3f}", f"{adapter.size:,} ({facts['mask_bytes']:,} of masks)"],
             ["after unload_mask", f"{facts['old_task_accuracy_after_unload']:.3f}", "-", "-"],
         ],
