@@ -9,10 +9,12 @@ A file can name an id, but can never cause code to be imported: only installed p
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib.metadata import entry_points
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from .errors import UnknownNameError
+from .errors import ConfigError, UnknownNameError
 
 
 class Plugin(Protocol):
@@ -85,3 +87,28 @@ class Registry(Generic[T]):
         for entry in entry_points(group=self.package):
             self.register(entry.load())
         self._discovered = True
+
+
+_BOOLS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:
+    """Make a dataclass, each field of which has a default, from options as the command line or a file gives them.
+
+    Args:
+        what: whose options they are, for messages, as in "the method 'threshold'".
+
+    Raises:
+        ConfigError: if there is no such field, or a value is not of the type of the field's default.
+    """
+    known = {field.name: field for field in fields(cls)}
+    values = {}
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigError(f"{what} has no option {key!r}; it has: {', '.join(known) or 'none'}")
+        kind = type(getattr(cls(), key))
+        try:
+            values[key] = _BOOLS[str(value).lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            raise ConfigError(f"option {key!r} of {what} must be a {kind.__name__}, got {value!r}") from None
+    return cls(**values)

@@ -165,7 +165,7 @@ def test_broken_data_are_clear_errors(tmp_path: Path, monkeypatch: pytest.Monkey
         load_data(str(tmp_path))
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "flat/a.png")
-    with pytest.raises(DataError, match="are not in folders; expected one folder per class"):
+    with pytest.raises(DataError, match="the labels among image; .* put the images of each class into a folder"):
         load_data(str(tmp_path / "flat"))
     with pytest.raises(DataError, match="cannot load 'user/nothing', which is no local folder, from the Hub"):
         load_data("user/nothing")

@@ -88,7 +88,7 @@ def verify(
 
 def listing(
     what: Annotated[
-        str, typer.Argument(help="adapters (cached from the Hub), methods, codecs, data or importers.")
+        str, typer.Argument(help="adapters (cached from the Hub), methods, objectives, codecs, data or importers.")
     ] = "adapters",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -105,18 +105,24 @@ def listing(
             for a in cached_adapters()
         ]
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
-    elif what in ("methods", "codecs", "data", "importers"):
+    elif what in ("methods", "objectives", "codecs", "data", "importers"):
         from maskpack.codecs.base import CODECS
         from maskpack.data.base import SOURCES
         from maskpack.importers.base import IMPORTERS
         from maskpack.methods.base import METHODS
+        from maskpack.training.objectives.base import OBJECTIVES
 
-        kinds: dict[str, Any] = {"methods": METHODS, "codecs": CODECS, "data": SOURCES, "importers": IMPORTERS}
-        registry = kinds[what]
+        registry: Any = {
+            "methods": METHODS,
+            "objectives": OBJECTIVES,
+            "codecs": CODECS,
+            "data": SOURCES,
+            "importers": IMPORTERS,
+        }[what]
         rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
         columns = [what.removesuffix("s"), "what", "reference"]
     else:
-        raise UnknownNameError(f"cannot list {what!r}; known: adapters, methods, codecs, data, importers")
+        raise UnknownNameError(f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers")
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:

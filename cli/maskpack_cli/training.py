@@ -13,6 +13,7 @@ from .console import Json, Quiet, command, emit, examples, main_process, note, n
 if TYPE_CHECKING:
     from maskpack.data.base import Data
 
+SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 
@@ -46,7 +47,7 @@ def train(
     label_column: Annotated[str | None, _option("data", "Column of labels, where it is not found.")] = None,
     labels_fraction: Annotated[float | None, _option("data", "Share of the training rows to use. (default: 1)")] = None,
     validation_fraction: Annotated[
-        float | None, _option("data", "Share of the training rows held out. (default: 0.1)")
+        float | None, _option("data", "Share of the training rows held out. (default: 0.1; 0 without labels)")
     ] = None,
     augment: Annotated[
         str | None, _option("data", "none, crop, flip or crop-flip, for images. (default: crop-flip)")
@@ -55,7 +56,12 @@ def train(
     method_option: Annotated[
         list[str] | None, _option("mask", "KEY=VALUE for the method; may be repeated.", "--method-option")
     ] = None,
-    objective: Annotated[str | None, _option("mask", "What the scores learn from: supervised.")] = None,
+    objective: Annotated[
+        str | None, _option("mask", "supervised or self-supervised: `maskpack list objectives`. (default: supervised)")
+    ] = None,
+    objective_option: Annotated[
+        list[str] | None, _option("mask", "KEY=VALUE for the objective; may be repeated.", "--objective-option")
+    ] = None,
     include: Annotated[list[str] | None, _option("mask", "Glob of parameters to mask; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, _option("mask", "Glob of parameters to leave out; may be repeated.")] = None,
     scale: Annotated[
@@ -106,12 +112,13 @@ def _settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
                 settings[name] = [float(value) for value in settings[name].split(",")]
             except ValueError:
                 raise ConfigError(f"--{name} must be three numbers joined by commas, got {settings[name]!r}") from None
-    options = settings.pop("method_option", None)
-    if options is not None:
-        pairs = [option.partition("=") for option in ([options] if isinstance(options, str) else options)]
-        if any(not mark for _, mark, _ in pairs):
-            raise ConfigError(f"--method-option must be KEY=VALUE, got {options}")
-        settings["method_options"] = {key: value for key, _, value in pairs}
+    for kind in ("method", "objective"):
+        options = settings.pop(f"{kind}_option", None)
+        if options is not None:
+            pairs = [option.partition("=") for option in ([options] if isinstance(options, str) else options)]
+            if any(not mark for _, mark, _ in pairs):
+                raise ConfigError(f"--{kind}-option must be KEY=VALUE, got {options}")
+            settings[f"{kind}_options"] = {key: value for key, _, value in pairs}
     missing = [name for name in ("backbone", "data", "output") if name not in settings]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
@@ -129,17 +136,19 @@ def _train(
     from maskpack import inspect_adapter, load_backbone, load_data, save_adapter, train_mask
     from maskpack.training.config import config_from
     from maskpack.training.loop import plan_training
+    from maskpack.training.objectives.base import find_objective
 
     settings = _settings(given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
-    data_options = _take(settings, "input_column", "label_column", "labels_fraction")
-    data_options["validation_fraction"] = settings.pop("validation_fraction", 0.1)
+    data_options = _take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
     backbone_options = _take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
     run_config = config_from(settings)
     note(f"Loading {reference} and {data_reference} …", quiet)
     backbone = load_backbone(reference, **backbone_options)
-    data = load_data(data_reference, seed=run_config.seed, **data_options)
+    labelled = find_objective(run_config.objective, backbone.task).needs_labels
+    data_options.setdefault("validation_fraction", 0.1 if labelled else 0.0)
+    data = load_data(data_reference, labelled=labelled, seed=run_config.seed, **data_options)
     plan = plan_training(backbone, data, run_config)
     _describe(plan, data, quiet)
     if dry_run:
@@ -165,6 +174,8 @@ def _train(
         "file_bytes": adapter.size,
     }
     emit(facts, as_json, f"✓ {output}")
+    if not labelled:
+        note(f"Next: maskpack eval {output} --data {data_reference} --knn --probe", quiet or as_json)
     note(f"Next: maskpack push {output} USER/NAME", quiet or as_json)
 
 
@@ -172,7 +183,7 @@ def _describe(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
     from maskpack.data.base import empty_classes
 
     note(
-        f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes']} classes; "
+        f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
         f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
         f"{plan['steps']:,} steps",
         quiet,
@@ -198,9 +209,10 @@ class _progress:
         task = self.bar.add_task("training", total=None)
 
         def report(event: Mapping[str, Any]) -> None:
-            words = [
-                f"{k} {event[k]:.4f}" for k in ("loss", "train_loss", "density", "validation_accuracy") if k in event
-            ]
+            words = [f"{k.replace('_', ' ')} {event[k]:.4f}" for k in SHOWN if k in event]
+            if event["event"] == "warning":
+                note(f"Warning: {event['warning']}")
+                return
             if event["event"] == "epoch" and not self.off:
                 self.bar.print(f"epoch {event['epoch']}: {', '.join(words)}")
             self.bar.update(task, completed=event["step"], total=event["steps"], description=" ".join(words[:2]))

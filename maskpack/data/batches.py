@@ -47,13 +47,11 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch) % 2**63
 
 
-def _collate(preprocess: Preprocess, tokenizer: Any) -> Collate:
-    to_inputs: Callable[[Sequence[Any]], Any] = (
-        (lambda images: torch.stack(list(images)))
-        if isinstance(preprocess, ImagePreprocess)
-        else collate_text(tokenizer, preprocess)
-    )
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(images))
 
+
+def _collate(to_inputs: Callable[[Sequence[Any]], Any]) -> Collate:
     def collate(items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
         unreadable = [item for item in items if isinstance(item, int)]
         pairs = [item for item in items if not isinstance(item, int)]
@@ -74,11 +72,15 @@ def loader(
     augment: Augment = "none",
     sampler: Sampler[int] | None = None,
     workers: int = 0,
+    transform: Callable[[Any], Any] | None = None,
+    stack: Callable[[Sequence[Any]], Any] = _stack,
 ) -> DataLoader[Any]:
     """Return batches of (inputs, labels, unreadable rows), to be read through `readable`.
 
     Args:
         sampler: for training: the order; a last batch that is not full is then left out. Else all, in order.
+        transform: of a PIL image, in place of the preprocessing.
+        stack: makes the inputs of a batch of what the transform returns.
 
     Raises:
         DataError: if images meet a text backbone, or texts an image backbone.
@@ -90,14 +92,17 @@ def loader(
             f"the backbone expects {preprocess.kind} inputs, and column {examples.column!r} holds "
             f"{'texts' if images else 'images'}"
         )
-    transform = preprocess.transform(augment) if isinstance(preprocess, ImagePreprocess) else lambda text: text
+    if isinstance(preprocess, ImagePreprocess):
+        transform = transform or preprocess.transform(augment)
+    else:
+        transform, stack = lambda text: text, collate_text(tokenizer, preprocess)
     return DataLoader(
         _Transformed(examples, transform),
         batch_size=batch_size,
         sampler=sampler,
         drop_last=sampler is not None and len(examples) >= batch_size,
         num_workers=workers,
-        collate_fn=_collate(preprocess, tokenizer),
+        collate_fn=_collate(stack),
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from ..errors import DataError, require
+from ..errors import require
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -15,7 +15,7 @@ def _images(folder: Path) -> list[Path]:
 
 @SOURCES.register
 class ImageFolder:
-    """Local folder with one folder of images per class, under train/ and test/ or alone."""
+    """Local folder with one folder of images per class, or images without labels, under train/ and test/ or alone."""
 
     id: ClassVar[str] = "image_folder"
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/image_load#imagefolder"
@@ -32,15 +32,15 @@ class ImageFolder:
         named = {p.name: p for p in root.iterdir() if p.is_dir() and p.name.lower() in (*TRAIN_NAMES, *TEST_NAMES)}
         folders = named or {"train": root}
         classes = sorted({p.name for folder in folders.values() for p in folder.iterdir() if p.is_dir()})
-        if not classes:
-            raise DataError(f"the images in {reference} are not in folders; expected one folder per class")
         index = {name: i for i, name in enumerate(classes)}
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)})
+        label = {"label": datasets.ClassLabel(names=classes)} if classes else {}
+        features = datasets.Features({"image": datasets.Image(), **label})
         splits, files = {}, []
         for split, folder in folders.items():
-            images = [file for file in _images(folder) if file.parent != folder]
-            labels = [index[file.relative_to(folder).parts[0]] for file in images]
-            rows = {"image": [str(file) for file in images], "label": labels}
+            images = [file for file in _images(folder) if file.parent != folder or not classes]
+            rows: dict[str, list[object]] = {"image": [str(file) for file in images]}
+            if classes:
+                rows["label"] = [index[file.relative_to(folder).parts[0]] for file in images]
             splits[split.lower()] = datasets.Dataset.from_dict(rows, features=features)
             files += images
         return Splits(splits, root.resolve().name, digest_files(files, root))

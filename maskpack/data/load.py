@@ -13,7 +13,7 @@ LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine
 TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
 
 
-def _input_column(features: Mapping[str, Any], label: str, given: str | None) -> tuple[str, str]:
+def _input_column(features: Mapping[str, Any], label: str | None, given: str | None) -> tuple[str, str]:
     """Return (column, task)."""
     import datasets
 
@@ -44,13 +44,18 @@ def _label_column(features: Mapping[str, Any], given: str | None) -> str:
     found = [n for n in LABEL_NAMES if n in typed] or typed or [n for n in LABEL_NAMES if n in features]
     if not found:
         raise DataError(
-            f"cannot tell which column holds the labels among {', '.join(features)}; name it with --label-column"
+            f"cannot tell which column holds the labels among {', '.join(features)}; name it with --label-column, or "
+            f"put the images of each class into a folder of its own"
         )
     return found[0]
 
 
-def _labels(rows: Any, column: str, names: Sequence[str] | None, split: str) -> tuple[list[int], tuple[str, ...]]:
+def _labels(
+    rows: Any, column: str | None, names: Sequence[str] | None, split: str
+) -> tuple[list[int], tuple[str, ...]]:
     """Return (class index per row, class names); `names` are those of the training split, if it was read before."""
+    if column is None:
+        return [0] * len(rows), ()
     feature = rows.features[column]
     values = rows[column][:]
     if hasattr(feature, "names"):
@@ -83,6 +88,7 @@ def load_data(
     class_names: Sequence[str] | None = None,
     validation_fraction: float = 0.0,
     labels_fraction: float = 1.0,
+    labelled: bool = True,
     seed: int = 0,
 ) -> Data:
     """Read a data set for classification.
@@ -94,6 +100,7 @@ def load_data(
         class_names: of an adapter; labels are then numbered as there. Else the data's own.
         validation_fraction: share of the training rows, chosen by `seed`, that becomes the validation split.
         labels_fraction: share of the remaining training rows, chosen by `seed`, that is kept.
+        labelled: False reads no labels, so that there need be none: `class_names` is empty.
 
     Raises:
         DataError: if it cannot be read, a column cannot be told, or labels do not fit the class names.
@@ -117,7 +124,7 @@ def load_data(
     some = named["train"] if named["train"] is not None else named["test"]
     if some is None:
         raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
-    label = _label_column(some.features, label_column)
+    label = _label_column(some.features, label_column) if labelled else None
     column, task = _input_column(some.features, label, input_column)
     found: dict[str, Examples] = {}
     names: Sequence[str] | None = class_names

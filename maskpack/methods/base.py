@@ -6,15 +6,14 @@ training, saving and applying exist once, in `training`, `adapter` and `apply`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..mask import masked_weight
-from ..registry import Registry
+from ..registry import Registry, make_options
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ class Method(ABC):
         return result
 
 
-_BOOLS = {"true": True, "false": False, "1": True, "0": False}
-
 METHODS: Registry[Method] = Registry("method", "maskpack.methods")
 
 
@@ -62,20 +59,8 @@ def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
         UnknownNameError: if there is no such method.
         ConfigError: if it has no such parameter, or a value is impossible.
     """
-    cls = METHODS[name]
-    known = {field.name: field for field in fields(cls)}
-    values = {}
-    for key, value in (options or {}).items():
-        if key not in known:
-            raise ConfigError(f"the method {name!r} has no option {key!r}; it has: {', '.join(known) or 'none'}")
-        kind = type(getattr(cls(), key))
-        try:
-            values[key] = _BOOLS[str(value).lower()] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            raise ConfigError(
-                f"option {key!r} of the method {name!r} must be a {kind.__name__}, got {value!r}"
-            ) from None
-    return cls(**values)
+    method: Method = make_options(METHODS[name], f"the method {name!r}", options or {})
+    return method
 
 
 def method_config(method: Method) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Checkpoints of a training run: one safetensors file, the facts as JSON in a tensor; no pickle."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,47 @@ def restore(
     whole = optimizer.state_dict()
     whole["state"] = {index: dict(values) for index, values in state.items()}
     optimizer.load_state_dict(whole)
+
+
+def take_over(module_tensors: Mapping[str, Tensor], path: Path, base: str, fresh: Collection[str]) -> None:
+    """Copy what another run ended with into a new run, to start from, except the tensors called `fresh`.
+
+    Args:
+        base: digest of the new run's backbone.
+
+    Raises:
+        StateError: if there is no checkpoint, or it is of another backbone or of other tensors.
+    """
+    tensors, _, facts = load_checkpoint(path)
+    if facts["run"]["base"] != base:
+        raise StateError(f"the run in {path.parent} is of another backbone; start from one of the same")
+    taken = {name: tensor for name, tensor in module_tensors.items() if name not in fresh}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in fresh}
+    differing = sorted(name for name in taken.keys() | shapes.keys() if shapes.get(name) != _shape(taken.get(name)))
+    if differing:
+        raise StateError(
+            f"the run in {path.parent} ended with other tensors: {len(differing)} differ, first {differing[0]!r}; "
+            f"start from a run with the same selection, objective and BatchNorm setting"
+        )
+    with torch.no_grad():
+        for name, tensor in taken.items():
+            tensor.copy_(tensors[name])
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
+
+
+def checkpoint_digest(path: Path) -> str:
+    """Return the hex sha256 of a checkpoint.
+
+    Raises:
+        StateError: if there is none.
+    """
+    if not path.is_file():
+        raise StateError(f"there is no checkpoint to start from at {path}; train that run first")
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:

