@@ -159,7 +159,7 @@ def readme_tree() -> set[str]:
         depth, entry = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         assert len(line.split()) > 1 or not depth, f"{entry} has no words"
         folders = [*folders[:depth], entry.rstrip("/")]
-        if not entry.endswith("/") or (depth == 1 and entry.rstrip("/") in PLUGIN_FOLDERS):
+        if not entry.endswith("/") or "/".join(folders[1:]) in PLUGIN_FOLDERS:
             found.add("/".join(folders))
     return found
 
@@ -168,8 +168,9 @@ def test_readme_tree() -> None:
     on_disk = {path.relative_to(ROOT) for path in [*FILES, PACKAGE / "py.typed"]}
     expected = set()
     for path in on_disk:
-        if path.parts[0] == "maskpack" and path.parts[1] in PLUGIN_FOLDERS:
-            expected.add("/".join(path.parts[:2]))
+        folder = "/".join(path.parts[1:-1])
+        if path.parts[0] == "maskpack" and folder in PLUGIN_FOLDERS:
+            expected.add(f"maskpack/{folder}")
         elif path.name != "__init__.py" or len(path.parts) == 2 or path.parts[0] == "cli":
             expected.add(path.as_posix())
     assert readme_tree() == expected

@@ -28,8 +28,8 @@ from maskpack.training.run import Run
 
 OPTIONS = {"prototypes": 12, "dimension": 16, "small_crops": 2, "small_size": 6, "queue": 48, "freeze_prototypes": 3}
 QUICK: dict[str, Any] = {
-    "objective": "self-supervised", "objective_options": OPTIONS, "optimizer": "sgd", "scale": True, "lr": 20.0,
-    "head_lr": 0.15, "warmup": 0.0, "epochs": 2, "batch_size": 32,
+    "objective": "self-supervised", "objective_options": OPTIONS, "optimizer": "sgd", "scale": True, "lr": 200.0,
+    "head_lr": 0.15, "warmup": 0.0, "epochs": 4, "batch_size": 16,
 }  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def test_self_supervised_is_the_objective_without_labels_for_the_task() -> None:
     assert find_objective("self-supervised", "text-classification").id == "simcse"
     with pytest.raises(ConfigError, match="the objective 'swav' is for image-classification, the backbone for text-"):
         find_objective("swav", "text-classification")
-    with pytest.raises(UnknownNameError, match="unknown objective 'swaw'; known: simcse, supervised, swav; did you"):
+    with pytest.raises(UnknownNameError, match="unknown objective 'swaw'; known: .*supervised, swav; did you"):
         find_objective("swaw", "image-classification")
 
 
@@ -130,7 +130,7 @@ def test_the_queue_begins_late_is_used_when_full_and_holds_the_newest_first(
 
 
 def test_prototypes_are_frozen_first_and_unit_always(tiny_backbone: Backbone, unlabelled: Data) -> None:
-    run = Run(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "batch_size": 16}))
+    run = Run(tiny_backbone, unlabelled, TrainConfig(**QUICK))
     assert isinstance(run.objective, Swav)
     weight = run.objective.module.prototypes.weight
     kept = []
@@ -214,7 +214,7 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
 
 
 def test_resumed_is_the_same_to_the_bit(tiny_backbone: Backbone, unlabelled: Data, tmp_path: Path) -> None:
-    config = TrainConfig(**{**QUICK, "epochs": 4})
+    config = TrainConfig(**QUICK)
 
     class StopError(Exception):
         pass
@@ -297,10 +297,10 @@ def test_collapse_is_measured_and_reported(
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(collapse_warning(bad))
     events: list[dict[str, Any]] = []
-    config = TrainConfig(**{**QUICK, "lr": 1e5, "head_lr": 50.0, "epochs": 3})
-    train_mask(tiny_backbone, unlabelled, config, report=lambda e: events.append(dict(e)))
+    monkeypatch.setattr("maskpack.training.objectives.collapse.LEAST_RANK", 16.5)  # more than the tiny net has features
+    train_mask(tiny_backbone, unlabelled, TrainConfig(**QUICK), report=lambda e: events.append(dict(e)))
     warnings = [e for e in events if e["event"] == "warning"]
-    assert warnings, events[-1]
+    assert len(warnings) == 4
     assert "lower the learning rate of the scores, or use more prototypes" in warnings[0]["warning"]
 
 
