@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.describe import inspect_adapter
     from .adapter.file import save_adapter
+    from .apply.cascade import load_cascade
     from .apply.load import load_adapter, load_mask, unload_mask
     from .backbone.fingerprint import fingerprint
     from .backbone.load import load_backbone
     from .data.load import load_data
     from .errors import MaskpackError
+    from .evaluate.cascade import fit_cascade_head
     from .hub import pull, push, search_adapters
     from .mask import MaskSet
+    from .training.cascade import train_cascade
     from .training.config import TrainConfig
     from .training.loop import train_mask
     from .training.scored import attach_scores, extract_masks
@@ -33,15 +36,18 @@ _WHERE = {
     "attach_scores": "training.scored",
     "extract_masks": "training.scored",
     "fingerprint": "backbone.fingerprint",
+    "fit_cascade_head": "evaluate.cascade",
     "inspect_adapter": "adapter.describe",
     "load_adapter": "apply.load",
     "load_backbone": "backbone.load",
+    "load_cascade": "apply.cascade",
     "load_data": "data.load",
     "load_mask": "apply.load",
     "pull": "hub",
     "push": "hub",
     "save_adapter": "adapter.file",
     "search_adapters": "hub",
+    "train_cascade": "training.cascade",
     "train_mask": "training.loop",
     "unload_mask": "apply.load",
 }
@@ -54,15 +60,18 @@ __all__ = [
     "attach_scores",
     "extract_masks",
     "fingerprint",
+    "fit_cascade_head",
     "inspect_adapter",
     "load_adapter",
     "load_backbone",
+    "load_cascade",
     "load_data",
     "load_mask",
     "pull",
     "push",
     "save_adapter",
     "search_adapters",
+    "train_cascade",
     "train_mask",
     "unload_mask",
 ]

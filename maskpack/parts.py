@@ -1,12 +1,18 @@
-"""One mask set with all that travels beside it."""
+"""What an adapter is made of: mask sets with all that travels beside them, and what makes a cascade of several."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
+from .backbone.embedding import Embedding
 from .backbone.head import Head
 from .mask import MaskSet
+from .router import Router, Whitening
+
+Combine = Literal["conditional", "unconditional"]
+COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,3 +30,31 @@ class Parts:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CascadeParts:
+    """What makes a cascade of mask sets: a dispatcher's embedding says which expert embeds the input once more.
+
+    The combined embedding is [D, E1, …, EK], of the dispatcher and every expert, (K + 1) times as long as one.
+
+    Attributes:
+        dispatcher: name of the set whose embeddings are routed.
+        experts: names of the other sets, one for each component of the router, in its order.
+        embedding: what of the model an embedding is.
+        router: from embeddings of the dispatcher to components.
+        combine: "conditional": blocks of experts other than the routed one are zero, so that an input takes two passes;
+            "unconditional": every block is computed.
+        reduction: of combined embeddings to fewer numbers, or None.
+        weight, bias: of a linear head on the combined (and, if so, reduced) embedding, (classes, …) and (classes,);
+            None where there is no head.
+    """
+
+    dispatcher: str
+    experts: tuple[str, ...]
+    embedding: Embedding
+    router: Router
+    combine: Combine = "conditional"
+    reduction: Whitening | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None

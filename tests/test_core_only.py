@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from maskpack import MaskSet, fingerprint, save_adapter
+from maskpack.backbone.embedding import Embedding
+
+from .helpers_cascade import SETS, cascade_parts
 
 EXTRAS = (
     "torchvision",
@@ -103,6 +106,25 @@ print(refused(opened.preprocess))
         "MissingDependencyError: reading images needs the library 'torchvision', which is not installed; "
         'install it with: pip install "maskpack[train]"'
     )
+
+
+def test_a_cascade_needs_no_scikit_learn(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    parts = cascade_parts(8, embedding=Embedding("0"))
+    masks = {name: MaskSet.from_tensors({"0.weight": torch.rand(4, 8) < 0.5}) for name in SETS}
+    save_adapter(tmp_path / "cascade", masks, fingerprint(model, id="linear"), cascade=parts)
+    code = """
+from maskpack import load_cascade
+
+cascade = load_cascade(torch.nn.Sequential(linear()), "./cascade")
+print(cascade.embed(torch.randn(5, 8)).shape, cascade.route(torch.randn(5, 8))[1].shape)
+late = ("maskpack.training", "maskpack.data", "maskpack.evaluate")
+print(sorted(name for name in sys.modules if name.startswith(late)))
+"""
+    done = run(code, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["torch.Size([5, 24]) torch.Size([5, 2])", "[]"]
 
 
 @pytest.mark.parametrize("words", ["inspect --json", "inspect --parameters", "verify", "verify --json"])

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.cascade import cascade_tensors
 from maskpack.adapter.file import read_adapter
 from maskpack.codecs.base import CODECS
 from maskpack.mask import mask_id
@@ -55,3 +57,11 @@ def test_decodes_to_what_was_written(path: Path) -> None:
         }
         assert found == one["masks"]
         assert tensors_of(adapter, name) == one["tensors"]
+    assert (adapter.cascade is None) == ("cascade" not in expected)
+    if adapter.cascade is not None:
+        one, found = adapter.cascade, expected["cascade"]
+        assert [one.dispatcher, list(one.experts), one.combine] == found["names"]
+        assert [one.embedding.module, one.embedding.pooling, one.embedding.normalize] == found["embedding"]
+        assert {name: tensor.tolist() for name, tensor in cascade_tensors(one).items()} == found["tensors"]
+        assert one.router.route(torch.tensor(found["embeddings"])).tolist() == found["routed"]
+        assert len(set(found["routed"])) > 1

@@ -48,6 +48,9 @@ def inspect(
         **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
     emit(facts, False, adapter.pinned)
+    if (cascade := about["cascade"]) is not None:
+        sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
+        emit({**cascade, "experts": len(cascade["experts"]), **sizes}, False, "cascade")
     for name, one in about["sets"].items():
         emit(one, False, f"mask set {name}")
         if parameters:

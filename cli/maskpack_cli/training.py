@@ -11,7 +11,9 @@ from .adapters import PROFILES, Profile
 from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
 
 if TYPE_CHECKING:
+    from maskpack.backbone.load import Backbone
     from maskpack.data.base import Data
+    from maskpack.training.config import TrainConfig
 
 SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
@@ -93,14 +95,14 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
-    given = {k: v for k, v in locals().items() if v is not None and v != [] and k not in _OWN}
+    given = {k: v for k, v in locals().items() if v is not None and v != [] and k not in OWN}
     _train(given, config, resume, dry_run, as_json, quiet)
 
 
-_OWN = ("config", "resume", "dry_run", "as_json", "quiet")
+OWN = ("config", "resume", "dry_run", "as_json", "quiet")
 
 
-def _settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+def read_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
     """The file's settings, and over them the command line's."""
     from maskpack.errors import ConfigError
     from maskpack.training.config import read_config
@@ -129,33 +131,43 @@ def _take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: settings.pop(name) for name in names if name in settings}
 
 
+def load_inputs(
+    settings: dict[str, Any], quiet: bool, labelled: bool | None = None
+) -> "tuple[Backbone, Data, TrainConfig]":
+    """Take what settings name: backbone, data, and how to train; `labelled` as in `load_data`, None: if it must."""
+    from maskpack import load_backbone, load_data
+    from maskpack.training.config import config_from
+    from maskpack.training.objectives.base import find_objective
+
+    reference, data_reference = settings.pop("backbone"), settings.pop("data")
+    data_options = _take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
+    backbone_options = _take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
+    config = config_from(settings)
+    note(f"Loading {reference} and {data_reference} …", quiet)
+    backbone = load_backbone(reference, **backbone_options)
+    needed = find_objective(config.objective, backbone.task).needs_labels
+    data_options.setdefault("validation_fraction", 0.1 if needed else 0.0)
+    labelled = needed if labelled is None else labelled
+    return backbone, load_data(data_reference, labelled=labelled, seed=config.seed, **data_options), config
+
+
 def _train(
     given: Mapping[str, Any], config: Path | None, resume: bool, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     quiet_libraries(quiet)
-    from maskpack import inspect_adapter, load_backbone, load_data, save_adapter, train_mask
-    from maskpack.training.config import config_from
+    from maskpack import inspect_adapter, save_adapter, train_mask
     from maskpack.training.loop import plan_training
-    from maskpack.training.objectives.base import find_objective
 
-    settings = _settings(given, config)
-    output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
-    reference, data_reference = settings.pop("backbone"), settings.pop("data")
-    data_options = _take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
-    backbone_options = _take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
-    run_config = config_from(settings)
-    note(f"Loading {reference} and {data_reference} …", quiet)
-    backbone = load_backbone(reference, **backbone_options)
-    labelled = find_objective(run_config.objective, backbone.task).needs_labels
-    data_options.setdefault("validation_fraction", 0.1 if labelled else 0.0)
-    data = load_data(data_reference, labelled=labelled, seed=run_config.seed, **data_options)
+    settings = read_settings(given, config)
+    output, profile, data_reference = Path(settings.pop("output")), settings.pop("profile", "default"), settings["data"]
+    backbone, data, run_config = load_inputs(settings, quiet)
     plan = plan_training(backbone, data, run_config)
-    _describe(plan, data, quiet)
+    describe_plan(plan, data, quiet)
     if dry_run:
         emit(plan, as_json, "Everything needed is there; nothing was trained or written.")
         return
     folder = output / RUN_FOLDER
-    with _progress(quiet or as_json or not sys.stderr.isatty()) as report:
+    with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_mask(backbone, data, run_config, output=folder, resume=resume, report=report)
     if not main_process():
         return
@@ -174,12 +186,12 @@ def _train(
         "file_bytes": adapter.size,
     }
     emit(facts, as_json, f"✓ {output}")
-    if not labelled:
+    if not data.class_names:
         note(f"Next: maskpack eval {output} --data {data_reference} --knn --probe", quiet or as_json)
     note(f"Next: maskpack push {output} USER/NAME", quiet or as_json)
 
 
-def _describe(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
+def describe_plan(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
     from maskpack.data.base import empty_classes
 
     note(
@@ -194,28 +206,31 @@ def _describe(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
         note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}", quiet)
 
 
-class _progress:
+class Progress:
     """A progress bar on stderr that `train_mask` reports to."""
 
     def __init__(self, off: bool):
         self.off = off
 
     def __enter__(self) -> Any:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=self.off)
+        self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=self.off)
         self.bar.start()
         task = self.bar.add_task("training", total=None)
 
         def report(event: Mapping[str, Any]) -> None:
             words = [f"{k.replace('_', ' ')} {event[k]:.4f}" for k in SHOWN if k in event]
+            part = f"{event['part']}: " if "part" in event else ""
             if event["event"] == "warning":
-                note(f"Warning: {event['warning']}")
+                note(f"Warning: {part}{event['warning']}")
                 return
             if event["event"] == "epoch" and not self.off:
-                self.bar.print(f"epoch {event['epoch']}: {', '.join(words)}")
-            self.bar.update(task, completed=event["step"], total=event["steps"], description=" ".join(words[:2]))
+                self.bar.print(f"{part}epoch {event['epoch']}: {', '.join(words)}")
+            shown = part + " ".join(words[:2])
+            self.bar.update(task, completed=event["step"], total=event["steps"], description=shown)
 
         return report
 

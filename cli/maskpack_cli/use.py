@@ -28,10 +28,19 @@ def _loaded(
     random: int | None,
 ) -> "tuple[Backbone, Adapter]":
     """The backbone with the adapter applied."""
-    from maskpack import load_adapter, load_backbone, load_mask
-    from maskpack.errors import BackboneError
+    from maskpack import load_adapter, load_mask
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    backbone = base_of(adapter, reference, weights, random)
+    load_mask(backbone.model, adapter)
+    return backbone, adapter
+
+
+def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, random: int | None) -> "Backbone":
+    """The backbone that an adapter is for, as the options name it."""
+    from maskpack import load_backbone
+    from maskpack.errors import BackboneError
+
     base = adapter.base.id
     if reference is None:
         # only libraries' own models: a file's factory is never run because an adapter names it
@@ -40,9 +49,7 @@ def _loaded(
         suffix = f"@{adapter.base.revision}" if adapter.base.revision and not base.startswith("timm/") else ""
         reference = base + suffix
     size = (adapter.preprocess_config or {}).get("size")
-    backbone = load_backbone(reference, weights=weights, random_weights=random, image_size=size)
-    load_mask(backbone.model, adapter)
-    return backbone, adapter
+    return load_backbone(reference, weights=weights, random_weights=random, image_size=size)
 
 
 def evaluate(
@@ -93,9 +100,14 @@ def predict(
 ) -> None:
     """Classify files with an adapter."""
     quiet_libraries(quiet)
+    from maskpack import load_adapter, load_cascade, load_mask
     from maskpack.errors import DataError
 
-    loaded, adapter = _loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
+    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    loaded = base_of(adapter, backbone, weights, random_weights)
+    together = None if adapter.cascade is None else load_cascade(loaded.model, adapter)
+    if together is None:
+        load_mask(loaded.model, adapter)
     inputs: list[str] = []
     if adapter.task == "text-classification":
         for file in files:
@@ -106,7 +118,10 @@ def predict(
     else:
         inputs = files
     note(f"Adapter: {adapter.pinned}", quiet or as_json)
-    found = adapter.predict(loaded.model, inputs, tokenizer=loaded.tokenizer)
+    if together is None:
+        found = adapter.predict(loaded.model, inputs, tokenizer=loaded.tokenizer)
+    else:
+        found = together.predict(inputs, tokenizer=loaded.tokenizer)
     rows: list[list[Any]] = [[x, p.label, p.score] for x, p in zip(inputs, found, strict=True)]
     if as_json:
         emit({"predictions": [dict(zip(("input", "label", "score"), row, strict=True)) for row in rows]}, True)

@@ -1,7 +1,6 @@
 """Adapter: an opened adapter file, its payloads not yet decoded."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.head import Head
-from ..errors import CorruptAdapterError, UnknownNameError
+from ..errors import UnknownNameError
 from ..mask import MaskSet, PackedMask
+from ..parts import CascadeParts
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..tensorheader import DTYPES, Span
-from .decode import Decoder
+from .cascade import PREFIX, cascade_parts
+from .decode import Decoder, checked_scales
 from .header import Header
 from .heads import stored_head
 from .layout import BASE, BASE_BYTES, masked_names
@@ -67,6 +68,12 @@ class Adapter:
     def sets(self) -> tuple[str, ...]:
         """Names of the mask sets, sorted."""
         return tuple(self.header.sets)
+
+    @cached_property
+    def cascade(self) -> CascadeParts | None:
+        """What makes a cascade of the mask sets, or None; raises CorruptAdapterError if a value in it cannot be."""
+        one = self.header.cascade
+        return None if one is None else cascade_parts(self.path, one, self.tensors(PREFIX))
 
     @property
     def mask_id(self) -> str:
@@ -187,6 +194,7 @@ class Adapter:
         Raises:
             UnknownCodecError, BackboneMismatchError, CorruptAdapterError: as for `masks`, or if `mask_id` differs.
         """
+        _ = self.cascade
         for name in self.sets:
             self._alphas(name)
             self.head(name)
@@ -210,18 +218,14 @@ class Adapter:
 
     def _set(self, name: str) -> SetHeader:
         if name not in self.header.sets:
-            raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {', '.join(self.sets)}")
+            together = "; it is a cascade, which load_cascade(model, ref) puts to use" if self.header.cascade else ""
+            known = ", ".join(self.sets)
+            raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {known}{together}")
         return self.header.sets[name]
 
     def _alphas(self, set: str) -> list[float | None]:
         """Return the scale of each payload of a set, None where it is off."""
-        payloads, stored = self._set(set).payloads, self.tensors(f"{set}/scale")
-        alphas = stored[""].tolist() if stored else [0.0] * len(payloads)
-        for payload, alpha in zip(payloads, alphas, strict=True):
-            if not 0 <= alpha < math.inf:
-                what = f"the scale of {payload.name!r} is {alpha}, expected a positive number"
-                raise CorruptAdapterError(f"{self.path}: {what}")
-        return [alpha or None for alpha in alphas]
+        return checked_scales(self.path, self._set(set).payloads, self.tensors(f"{set}/scale").get(""))
 
     @cached_property
     def _decoder(self) -> Decoder:

@@ -69,7 +69,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     revision = f" at revision {_code(base['revision'])}" if base["revision"] else ""
     yield f"# {_escape(repo_id or 'maskpack adapter')}\n"
     yield f"Binary weight masks for {_code(base['id'])}{revision}: one bit for each weight of the frozen network.\n"
-    yield from _usage(base, repo_id or "USER/NAME")
+    yield from _usage(base, repo_id or "USER/NAME", description["cascade"])
     yield "## Masks\n"
     yield "| mask set | parameters | weights | density | bytes | bits per weight |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -78,6 +78,8 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
             f"| {name} | {one['parameters']} | {one['weights']:,} | {one['density']:.4f} | "
             f"{one['payload_bytes'] + one['table_bytes']:,} | {one['bits_per_weight']:.4f} |"
         )
+    if (cascade := description["cascade"]) is not None:
+        yield f"\n{_together(cascade)}"
     smaller = f"{description['times_smaller_than_float32']:.1f} times fewer than the masked weights in float32"
     yield f"\nThe file has {description['size']:,} bytes, {smaller}.\n"
     if picture is not None:
@@ -98,17 +100,33 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     yield f"mask_id {_code(description['mask_id'])}, base digest (float32) {_code(digest)}.\n"
 
 
-def _usage(base: Mapping[str, Any], name: str) -> Iterator[str]:
+def _usage(base: Mapping[str, Any], name: str, cascade: Mapping[str, Any] | None) -> Iterator[str]:
     id_, revision = base["id"], base["revision"]
     known = base_model(id_) is not None or OTHER_ID.fullmatch(id_) is not None
     if known and revision and not id_.startswith("timm/") and re.fullmatch(r"[\w.-]+", revision):
         id_ = f"{id_}@{revision}"
     model = f'load_backbone("{id_}").model' if known else "...  # the base named above, with the same weights"
     yield "```python"
-    yield f"from maskpack import {'load_backbone, ' if known else ''}load_mask\n"
+    load = "load_mask" if cascade is None else "load_cascade"
+    yield f"from maskpack import {'load_backbone, ' if known else ''}{load}\n"
     yield f"model = {model}"
-    yield f"load_mask(model, {json.dumps(name)})  # in place; unload_mask(model) gives the base back, to the bit\n```\n"
+    reference = json.dumps(name)
+    if cascade is None:
+        yield f"load_mask(model, {reference})  # in place; unload_mask(model) gives the base back, to the bit\n```\n"
+    else:
+        yield f"cascade = load_cascade(model, {reference})"
+        yield "x = cascade.embed(inputs)  # by the dispatcher and experts; the model is as before, to the bit\n```\n"
     yield f"```bash\nmaskpack pull {name}  # fetches and verifies every byte\n```\n"
+
+
+def _together(cascade: Mapping[str, Any]) -> str:
+    """Return what the sets of a cascade do together, and what it stores beside them."""
+    sizes = ", ".join(f"{role} {size:,} bytes" for role, size in sorted(cascade["bytes"].items()))
+    how = "its block alone joins the dispatcher's" if cascade["combine"] == "conditional" else "every expert joins it"
+    return (
+        f"A cascade: the embedding by {_code(cascade['dispatcher'])} says which of {len(cascade['experts'])} experts "
+        f"an input is for ({cascade['combine']}: {how}). Beside the masks: {sizes}."
+    )
 
 
 def _densities(sets: Mapping[str, Any], picture: str | None) -> Iterator[str]:

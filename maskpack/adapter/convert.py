@@ -72,6 +72,7 @@ def convert_adapter(
             class_names=old.class_names,
             preprocess=old.preprocess_config,
             training=old.training,
+            cascade=old.cascade,
         )
         check_id(old.path, old.header, header.mask_id)
         return header, blobs

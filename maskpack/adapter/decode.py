@@ -1,5 +1,6 @@
 """One payload -> one mask's bits, whatever the codec and whoever wrote it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -182,6 +183,19 @@ class Decoder:
                 f"the mask of {name!r} was packed with other weights than those of the base given; load "
                 f"{self.header.base.id}, which the adapter was made for"
             )
+
+
+def checked_scales(path: str, payloads: Sequence[Payload], stored: Tensor | None) -> list[float | None]:
+    """Return the scale of each payload, None where it is off.
+
+    Raises:
+        CorruptAdapterError: if one cannot be.
+    """
+    alphas = [0.0] * len(payloads) if stored is None else stored.tolist()
+    for payload, alpha in zip(payloads, alphas, strict=True):
+        if not 0 <= alpha < math.inf:
+            raise CorruptAdapterError(f"{path}: the scale of {payload.name!r} is {alpha}, expected a positive number")
+    return [alpha or None for alpha in alphas]
 
 
 def check_id(path: str, header: Header, found: str) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import Adapter
+from .cascade import PREFIX
 from .header import FORMAT_VERSION, base_to_json
-from .layout import BASE, DIGESTS, dense_names
+from .layout import dense_names
 from .read import read_adapter
 from .sets import Payload, SetHeader
 
@@ -45,6 +46,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
         "sets": sets,
+        "cascade": _cascade(adapter),
     }
 
 
@@ -70,9 +72,21 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
         "payload_bytes": payload_bytes,
         "table_bytes": table_bytes,
         "bits_per_weight": 8 * (payload_bytes + table_bytes) / weights if weights else 0.0,
-        "dense_bytes": _dense(adapter, name),
+        "dense_bytes": _roles(adapter, name),
         "head": None if one.head is None else one.head.to_json(),
         "payloads": [_row(payload) for payload in one.payloads],
+    }
+
+
+def _cascade(adapter: Adapter) -> dict[str, Any] | None:
+    if adapter.header.cascade is None:
+        return None
+    features, coordinates = adapter.spans[f"{PREFIX}router/components"].shape[::-1]
+    return {
+        **adapter.header.cascade.to_json(),
+        "features": features,
+        "coordinates": coordinates,
+        "bytes": _roles(adapter, PREFIX.rstrip("/")),
     }
 
 
@@ -93,12 +107,12 @@ def _row(payload: Payload) -> dict[str, Any]:
     }
 
 
-def _dense(adapter: Adapter, set_name: str) -> dict[str, int]:
-    """Return bytes of the dense tensors by role: head, parameters, scale, statistics, values."""
+def _roles(adapter: Adapter, of: str) -> dict[str, int]:
+    """Return bytes of the dense tensors of a set (head, parameters, scale, …), or of the cascade, by role."""
     found: dict[str, int] = {}
     for name, span in adapter.spans.items():
         owner, _, rest = name.partition("/")
         role = rest.partition("/")[0]
-        if owner == set_name and rest != "payloads" and name not in (BASE, DIGESTS):
+        if owner == of and rest != "payloads":
             found[role] = found.get(role, 0) + span.end - span.start
     return found

@@ -14,10 +14,11 @@ from ..codecs.base import Profile
 from ..codecs.choose import rivals
 from ..errors import AdapterError, BackboneMismatchError
 from ..mask import rows_id
-from ..parts import Parts
+from ..parts import CascadeParts, Parts
 from ..tensorfile import Blob, in_order
+from .cascade import cascade_header
 from .header import Header
-from .layout import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, dense_blobs, scale_blob
+from .layout import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, cascade_blobs, dense_blobs, scale_blob
 from .payloads import Encoded, Reference, encode_set
 from .reference import choose_reference
 from .spool import Spool, Spooled
@@ -55,22 +56,27 @@ def encode(
     codec: str | None,
     spool: Spool,
     progress: Progress | None,
+    cascade: CascadeParts | None = None,
     **about: Any,
 ) -> tuple[Header, list[Blob]]:
     """Code mask sets and return the header and the tensors of their file; the payloads' bytes are in the spool.
 
     Args:
         progress: called after each mask with the weights done and those in all.
+        cascade: what makes a cascade of the sets.
         about: `task`, `class_names`, `preprocess` and `training` of the header.
 
     Raises:
         AdapterError: if a tensor cannot be stored, or a codec does not give back what it coded.
     """
-    dense = [blob for name, parts in sets.items() for blob in dense_blobs(name, parts)]
+    dense = [blob for name, parts in sets.items() for blob in dense_blobs(name, parts)] + cascade_blobs(cascade)
     if not any(rival.needs_base for rival in rivals(profile, codec, weights is not None)):
         weights = None  # classes cost time, and nobody asks for them
     step = counted(progress, (parts.masks.total for parts in sets.values()))
-    name = choose_reference({name: parts.masks for name, parts in sets.items()})
+    if cascade is not None and cascade.dispatcher in sets:
+        name: str | None = cascade.dispatcher  # where the experts began
+    else:
+        name = choose_reference({name: parts.masks for name, parts in sets.items()})
     made: dict[str, Encoded] = {}
     reference = None
     if name is not None:  # the others are coded against it, so it is first
@@ -102,6 +108,7 @@ def encode(
     )
     headers = {name: one.header for name, one in made.items()}
     producer = f"maskpack/{importlib.metadata.version('maskpack')}"
+    about["cascade"] = None if cascade is None else cascade_header(cascade)
     return Header(producer, identity, _sha256(blobs).hex(), replace(base, tensors={}), headers, **about), blobs
 
 

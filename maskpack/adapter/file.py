@@ -9,7 +9,7 @@ from ..backbone.fingerprint import Fingerprint
 from ..codecs.base import Profile
 from ..errors import AdapterError, CorruptAdapterError, StateError
 from ..mask import MaskSet
-from ..parts import Parts
+from ..parts import CascadeParts, Parts
 from ..tensorfile import Blob, replacing, write_blobs
 from ..tensorheader import SEAL, UNSEALED
 from .adapter import Adapter
@@ -36,6 +36,7 @@ def save_adapter(
     class_names: Iterable[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    cascade: CascadeParts | None = None,
     profile: Profile = "default",
     codec: str | None = None,
     weights: Weights | None = None,
@@ -53,6 +54,7 @@ def save_adapter(
         base: fingerprint of the frozen model that the masks belong to.
         task: as in "image-classification". class_names: one for each row of the head.
         preprocess: how inputs are prepared, with a `kind`. training: the training record.
+        cascade: what makes a cascade of the named sets.
         profile: which codecs compete: "fast", "default", or "max", which is smallest with `weights`.
         codec: only this codec, by id.
         weights: the frozen model or its state dict, for codecs that use the base.
@@ -81,6 +83,7 @@ def save_adapter(
             class_names=None if class_names is None else tuple(class_names),
             preprocess=preprocess,
             training=training,
+            cascade=cascade,
         )
 
     return write_adapter(Path(path), coded)
@@ -158,6 +161,8 @@ def _named(masks: MaskSet | Parts | Mapping[str, MaskSet | Parts]) -> dict[str, 
 def _read_back(temporary: Path, path: Path) -> Adapter:
     """Read what was just written; what a reader would refuse must not replace an older file."""
     try:
-        return read_file(temporary, path)
+        adapter = read_file(temporary, path)
+        _ = adapter.cascade  # its values are checked when it is asked for
+        return adapter
     except CorruptAdapterError as error:
         raise AdapterError(f"this adapter cannot be saved, readers would refuse it: {error}") from None

@@ -8,6 +8,7 @@ from typing import Any
 from ..backbone.fingerprint import Fingerprint
 from ..errors import AdapterError, UnsupportedVersionError
 from ..tensorheader import strict_json
+from .cascade import CascadeHeader, parse_cascade
 from .fields import PATH, Fields
 from .sets import SetHeader, canonical_json, parse_sets
 
@@ -39,6 +40,7 @@ class Header:
     class_names: tuple[str, ...] | None = None
     preprocess: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
+    cascade: CascadeHeader | None = None
 
     def to_json(self) -> str:
         """Return canonical JSON.
@@ -54,6 +56,8 @@ class Header:
             "base": base_to_json(self.base),
             "sets": {name: one.to_json() for name, one in self.sets.items()},
         }
+        if self.cascade is not None:
+            value["cascade"] = self.cascade.to_json()
         for key in ("task", "class_names", "preprocess", "training"):
             if (member := getattr(self, key)) is not None:
                 try:
@@ -84,16 +88,18 @@ class Header:
         preprocess = fields.optional_object("preprocess")
         if preprocess is not None:
             fields.object("preprocess").text("kind")
+        sets = parse_sets(fields.object("sets"))
         return cls(
             producer=fields.text("producer"),
             mask_id=fields.digest("mask_id"),
             data_sha256=fields.digest("data_sha256"),
             base=_base(fields.object("base")),
-            sets=parse_sets(fields.object("sets")),
+            sets=sets,
             task=fields.optional_text("task"),
             class_names=fields.texts("class_names") if "class_names" in fields.members else None,
             preprocess=preprocess,
             training=fields.optional_object("training"),
+            cascade=parse_cascade(fields.object("cascade"), sets) if "cascade" in fields.members else None,
         )
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ..backbone.fingerprint import CASTS, PREFIX
 from ..errors import AdapterError, CorruptAdapterError
-from ..parts import Parts
+from ..parts import CascadeParts, Parts
 from ..tensorfile import Blob
 from ..tensorheader import NAMES, Span
+from .cascade import cascade_shapes, cascade_tensors
 from .header import Header
 from .heads import head_tensors, mask_blob
 from .sets import SetHeader
@@ -30,12 +32,23 @@ def dense_blobs(name: str, parts: Parts) -> list[Blob]:
     found = {f"{name}/{role}/{key}": tensor for role in ROLES for key, tensor in getattr(parts, role).items()}
     if parts.head is not None:
         found.update({f"{name}/head/{role}": tensor for role, tensor in head_tensors(parts.head).items()})
-    for key, tensor in found.items():
-        if tensor.dtype not in FLOATS:
-            raise AdapterError(f"{key} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it")
+    _check_floats(found)
     blobs = [Blob.of(key, t.float() if key.startswith(f"{name}/statistics/") else t) for key, t in found.items()]
     mask = mask_blob(name, parts.head)
     return blobs if mask is None else [*blobs, mask]
+
+
+def cascade_blobs(cascade: CascadeParts | None) -> list[Blob]:
+    """Return the tensors of a cascade; none if there is none. Raises as `dense_blobs`."""
+    tensors = {} if cascade is None else cascade_tensors(cascade)
+    _check_floats(tensors)
+    return [Blob.of(name, tensor) for name, tensor in tensors.items()]
+
+
+def _check_floats(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise AdapterError(f"{key} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it")
 
 
 def scale_blob(name: str, alphas: Sequence[float | None]) -> Blob | None:
@@ -61,7 +74,7 @@ def check_layout(header: Header, spans: Mapping[str, Span]) -> None:
     Raises:
         CorruptAdapterError: if it does not; the message names the first tensor that is wrong.
     """
-    expected = dict(_required(header))
+    expected = dict(_required(header, spans))
     expected[DIGESTS] = ("U8", (digest_count(header, spans), DIGEST_BYTES))
     for name in sorted(expected.keys() | spans.keys()):
         if name not in spans:
@@ -86,7 +99,9 @@ def digest_count(header: Header, spans: Mapping[str, Span]) -> int:
     return sum(len(one.tables) + len(one.payloads) for one in header.sets.values()) + len(dense_names(spans))
 
 
-def _required(header: Header) -> Iterator[tuple[str, tuple[str, tuple[int, ...] | None]]]:
+def _required(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, tuple[str, tuple[int, ...] | None]]]:
+    if header.cascade is not None:
+        yield from cascade_shapes(header.cascade, spans, header.class_names)
     yield BASE, ("U8", (len(masked_names(header)), BASE_BYTES))
     for name, one in header.sets.items():
         yield f"{name}/payloads", ("U8", (sum(one.tables) + sum(payload.size for payload in one.payloads),))

@@ -15,6 +15,8 @@ from .weights import applied, apply_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
+Verify = Literal["strict", "warn", "off"]
+VERIFY = ("strict", "warn", "off")
 
 
 class MaskpackWarning(UserWarning):
@@ -42,7 +44,7 @@ def load_mask(
     ref: Reference | Adapter,
     *,
     revision: str | None = None,
-    verify: Literal["strict", "warn", "off"] = "strict",
+    verify: Verify = "strict",
     head: Literal["replace", "keep"] = "replace",
     restorable: bool = True,
     token: str | bool | None = None,
@@ -65,7 +67,7 @@ def load_mask(
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid. HubError: if the download failed.
     """
-    if verify not in ("strict", "warn", "off") or head not in ("replace", "keep"):
+    if verify not in VERIFY or head not in ("replace", "keep"):
         raise ConfigError(
             f"verify must be strict, warn or off, and head replace or keep; got verify={verify!r}, head={head!r}"
         )
@@ -76,18 +78,9 @@ def load_mask(
             ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
     if len(adapter.sets) > 1:
-        raise StateError(
-            f"this adapter is a cascade of {len(adapter.sets)} mask sets; this release loads adapters of one"
-        )
-    if applied(model) is not None:
-        restore(model)
-    if verify != "off":
-        try:
-            check_fingerprint(model, adapter.base)
-        except BackboneMismatchError as error:
-            if verify == "strict":
-                raise
-            warnings.warn(str(error), MaskpackWarning, stacklevel=2)
+        how = "load_mask loads adapters of one" if adapter.cascade is None else "it is a cascade: use load_cascade"
+        raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
+    make_base(model, adapter, verify)
     stored = adapter.head()
     apply_masks(
         model,
@@ -100,6 +93,19 @@ def load_mask(
         restorable=restorable,
     )
     return model
+
+
+def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
+    """Unload what a model has loaded, and see that it is the adapter's base; see `load_mask`."""
+    if applied(model) is not None:
+        restore(model)
+    if verify != "off":
+        try:
+            check_fingerprint(model, adapter.base)
+        except BackboneMismatchError as error:
+            if verify == "strict":
+                raise
+            warnings.warn(str(error), MaskpackWarning, stacklevel=3)
 
 
 def unload_mask(model: Model) -> Model:

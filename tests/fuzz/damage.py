@@ -35,7 +35,8 @@ class File:
             for size in [*one.get("tables", []), *one["size"]]:
                 found.append(joined[at : at + size])
                 at += size
-        dense = [n for n in sorted(self.data) if n.partition(".")[0] != "maskpack" and not n.endswith("/payloads")]
+        own = ("maskpack.base", "maskpack.digests")
+        dense = [n for n in sorted(self.data) if n not in own and not n.endswith("/payloads")]
         return found + [self.data[name] for name in dense]
 
     def joined(self, offsets: bool = True) -> bytes:

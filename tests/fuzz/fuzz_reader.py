@@ -30,6 +30,7 @@ from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError
 from maskpack.mask import MaskSet, PackedMask
 
 from ..helpers_adapter import base_of, random_masks
+from ..helpers_cascade import cascade_parts
 from .mutations import mutated
 
 SHAPES = {"a.weight": (40, 4), "b.weight": (17,)}
@@ -66,6 +67,10 @@ def valid_files(folder: Path) -> list[bytes]:
             with contextlib.suppress(ConfigError):  # a codec may decline masks
                 save_adapter(path, one, base_of(SHAPES, weights=WEIGHTS), codec=codec, weights=WEIGHTS, **about)
                 made.append(path.read_bytes())
+    named = {name: random_masks(SHAPES, seed=3) for name in ("dispatcher", "expert-0", "expert-1")}
+    for cascade in (cascade_parts(classes=2), cascade_parts(reduced=4, classes=2, combine="unconditional")):
+        save_adapter(path, named, base_of(SHAPES), cascade=cascade, **about)
+        made.append(path.read_bytes())
     return made
 
 
@@ -77,6 +82,8 @@ def use(path: Path) -> None:
     update_card(card, card)
     config_text(description, path.name)
     adapter.verify()
+    if adapter.cascade is not None:
+        adapter.cascade.router.route(torch.zeros(2, len(adapter.cascade.router.whitening.mean)))
     for name in adapter.sets:
         for method in (adapter.head, adapter.statistics, adapter.parameters, adapter.values):
             method(set=name)

@@ -15,13 +15,13 @@ from .damage import File, damaged, edited_header
 INTEGERS = (0, 1, -1, 2, 7, 8, 9, 16, 17, 18, 255, 1 << 17, 1 << 31, 1 << 34, (1 << 34) + 1, 1 << 48, 1 << 63, 10**400)
 TEXTS = (
     *"zero flip replace raw zstd default other linear pooled-linear mean cls x ../x ö <!--maskpack:end-->".split(),
-    *("", "\n", "a\nb", "\x00", "\u2028", "<!-- maskpack:end -->", "a" * 64, "0" * 64, "x" * 5000),
+    *("conditional", "", "\n", "a\nb", "\x00", "\u2028", "<!-- maskpack:end -->", "a" * 64, "0" * 64, "x" * 5000),
 )
 ODD = (None, True, False, 0.5, -0.0, 1e308, [], {}, [[]], [0], [0, 0], {"a": 1}, [1 << 17, 1 << 17])
 VALUES = (*INTEGERS, *TEXTS, *ODD)
 KEYS = (
     "reference table tables level self cls id op codec head training preprocess kind metrics accuracy data task "
-    "class_names more default other revision"
+    "class_names more default other revision cascade dispatcher experts combine embedding"
 ).split()
 SHAPES = ([], [0, 1 << 48], [0] + [1 << 48] * 15, [1] * 17, [-1], [3])
 
@@ -135,7 +135,8 @@ def forge_tensor(file: File, rng: random.Random) -> None:
                               "default/statistics/b.running_var", "/", "default/", "maskpack.base", ""))  # fmt: skip
             file.entries[new], file.data[new] = file.entries.pop(name), file.data.pop(name)
         case _:
-            new = rng.choice(("default/parameters/y", "default/statistics/c.running_mean", "other/payloads", "more"))
+            new = rng.choice(("default/parameters/y", "default/statistics/c.running_mean", "other/payloads", "more",
+                              "maskpack.cascade/reduction/mean", "maskpack.cascade/head/bias"))  # fmt: skip
             file.entries[new], file.data[new] = {"dtype": "F32", "shape": [0, 1 << rng.randrange(49)]}, b""
 
 

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from bitarray import bitarray
 
+from maskpack.adapter.cascade import cascade_tensors
 from maskpack.adapter.file import Parts, save_adapter
 from maskpack.backbone.head import Head
 from maskpack.backbone.random_weight import RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
+from maskpack.parts import CascadeParts
 from maskpack.tensorfile import read_tensors, write_tensors
 
 from ..helpers_adapter import base_of, random_masks
+from ..helpers_cascade import cascade_parts
 
 FOLDER = Path(__file__).parent / "v1"
 
@@ -99,6 +102,12 @@ def heads() -> dict[str, Parts]:
     }
 
 
+def cascade() -> tuple[dict[str, Parts], CascadeParts]:
+    """Return a cascade with everything that one may have."""
+    sets = {"dispatcher": Parts(large()), "expert-0": Parts(near(large())), "expert-1": Parts(near(near(large())))}
+    return sets, cascade_parts(reduced=5, classes=2, combine="unconditional")
+
+
 def taken(parts: Parts, codec: Codec) -> Parts:
     """Return the parts with those masks only that a codec does not decline."""
     kept = {}
@@ -135,19 +144,33 @@ def expectation(sets: dict[str, Parts], mask_id: str) -> dict[str, Any]:
     return found
 
 
-def write(name: str, sets: dict[str, Parts], codec: str) -> None:
+def cascade_expectation(one: CascadeParts) -> dict[str, Any]:
+    """Return what a reader must find of a cascade, and where it must route some embeddings."""
+    embeddings = torch.randn(8, len(one.router.whitening.mean), generator=torch.Generator().manual_seed(8))
+    return {
+        "names": [one.dispatcher, list(one.experts), one.combine],
+        "embedding": [one.embedding.module, one.embedding.pooling, one.embedding.normalize],
+        "tensors": {name: tensor.tolist() for name, tensor in cascade_tensors(one).items()},
+        "embeddings": embeddings.tolist(),
+        "routed": one.router.route(embeddings).tolist(),
+    }
+
+
+def write(name: str, sets: dict[str, Parts], codec: str, cascade: CascadeParts | None = None) -> None:
     """Write a golden file and what must be found in it."""
     base = base_of(weights(), weights=weights())
     about: dict[str, Any] = {"task": "image-classification", "class_names": ["a", "ü"], "training": {"seed": 0}}
     about["preprocess"] = {"kind": "image", "size": 32}
     path = FOLDER / f"{name}.safetensors"
-    adapter = save_adapter(path, sets, base, codec=codec, weights=weights(), **about)
-    text = json.dumps(expectation(sets, adapter.mask_id), sort_keys=True) + "\n"
-    path.with_suffix(".json").write_text(text)
+    adapter = save_adapter(path, sets, base, codec=codec, weights=weights(), cascade=cascade, **about)
+    expected = expectation(sets, adapter.mask_id)
+    if cascade is not None:
+        expected["cascade"] = cascade_expectation(cascade)
+    path.with_suffix(".json").write_text(json.dumps(expected, sort_keys=True) + "\n")
 
 
 def main() -> None:
-    """Write a file for every codec that has none yet, and one for heads."""
+    """Write a file for every codec that has none yet, one for heads, one for cascades."""
     FOLDER.mkdir(exist_ok=True)
     for cls in CODECS.all():
         if not (FOLDER / f"{cls.id}.safetensors").exists():
@@ -156,6 +179,9 @@ def main() -> None:
             write(cls.id, {name: parts for name, parts in sets.items() if parts.masks}, cls.id)
     if not (FOLDER / "heads.safetensors").exists():
         write("heads", heads(), "raw")
+    if not (FOLDER / "cascade.safetensors").exists():
+        sets, parts = cascade()
+        write("cascade", sets, "gap", parts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""The cascade of an adapter: its object in the header and its tensors (docs/format.md section 7)."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..backbone.embedding import Embedding
+from ..errors import CorruptAdapterError
+from ..parts import COMBINES, CascadeParts, Combine
+from ..router import Router, Whitening
+from ..tensorheader import Span
+from .fields import Fields
+from .heads import HeadSpec, parse_head
+
+PREFIX = "maskpack.cascade/"  # a set's name has no dot
+WHITENING = ("mean", "components", "scale")
+MIXTURE = ("weights", "means", "precisions")
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeHeader:
+    """A cascade without its tensors; the attributes are those of `parts.CascadeParts`."""
+
+    dispatcher: str
+    experts: tuple[str, ...]
+    embedding: Embedding
+    combine: Combine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the cascade as JSON values."""
+        one = self.embedding
+        kind = HeadSpec("pooled-linear" if one.module is None else "linear", one.module, one.pooling, one.normalize)
+        return {
+            "combine": self.combine,
+            "dispatcher": self.dispatcher,
+            "embedding": kind.to_json(),
+            "experts": list(self.experts),
+        }
+
+
+def cascade_header(cascade: CascadeParts) -> CascadeHeader:
+    """Return what the header says of a cascade."""
+    return CascadeHeader(cascade.dispatcher, cascade.experts, cascade.embedding, cascade.combine)
+
+
+def parse_cascade(fields: Fields, sets: Collection[str]) -> CascadeHeader:
+    """Parse and check the header's cascade; every set of the file has one place in it.
+
+    Raises:
+        CorruptAdapterError: if anything in it is not what the format allows.
+    """
+    dispatcher, experts = fields.text("dispatcher"), fields.texts("experts")
+    if not experts or sorted([dispatcher, *experts]) != sorted(sets):
+        known = ", ".join(sorted(sets)[:9])
+        raise fields.refuse("experts", f"to name, with the dispatcher {dispatcher!r}, each of the sets once: {known}")
+    head = parse_head(fields.object("embedding"))
+    embedding = Embedding(head.module, head.pooling, head.normalize)
+    return CascadeHeader(dispatcher, experts, embedding, cast(Combine, fields.one_of("combine", COMBINES)))
+
+
+def cascade_tensors(cascade: CascadeParts) -> dict[str, Tensor]:
+    """Return the tensors to store, by their names in the file; the router's and the reduction's as float32."""
+    found = {f"router/{name}": getattr(cascade.router.whitening, name) for name in WHITENING}
+    found |= {f"router/{name}": getattr(cascade.router, name) for name in MIXTURE}
+    if cascade.reduction is not None:
+        found |= {f"reduction/{name}": getattr(cascade.reduction, name) for name in WHITENING}
+    found = {name: tensor.float() for name, tensor in found.items()}
+    head = {"head/weight": cascade.weight, "head/bias": cascade.bias}
+    found |= {name: tensor for name, tensor in head.items() if tensor is not None}
+    return {PREFIX + name: tensor for name, tensor in found.items()}
+
+
+def cascade_shapes(
+    cascade: CascadeHeader, spans: Mapping[str, Span], classes: Sequence[str] | None
+) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+    """Yield name, dtype ("" for any float) and shape of each tensor of a cascade, given which of them a file has.
+
+    Sizes that the header does not state are those of the first tensor that shows them; all others must agree.
+    """
+
+    def size(name: str, dimensions: int) -> int:
+        """First size of a tensor; 1 if that cannot be, so that the tensor is refused."""
+        shape = spans[PREFIX + name].shape if PREFIX + name in spans else ()
+        return max(shape[0], 1) if len(shape) == dimensions else 1
+
+    def whitening(role: str, inputs: int, outputs: int) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+        for name, shape in zip(WHITENING, ((inputs,), (outputs, inputs), (outputs,)), strict=True):
+            yield f"{PREFIX}{role}/{name}", ("F32", shape)
+
+    features, coordinates = size("router/mean", 1), size("router/scale", 1)
+    components, width = len(cascade.experts), features * (len(cascade.experts) + 1)
+    yield from whitening("router", features, coordinates)
+    shapes = ((components,), (components, coordinates), (components, coordinates, coordinates))
+    for name, shape in zip(MIXTURE, shapes, strict=True):
+        yield f"{PREFIX}router/{name}", ("F32", shape)
+    if any(name.startswith(f"{PREFIX}reduction/") for name in spans):
+        reduced = size("reduction/scale", 1)
+        yield from whitening("reduction", width, reduced)
+        width = reduced
+    if any(name.startswith(f"{PREFIX}head/") for name in spans):
+        rows = size("head/weight", 2) if classes is None else len(classes)
+        yield f"{PREFIX}head/weight", ("", (rows, width))
+        yield f"{PREFIX}head/bias", ("", (rows,))
+
+
+def cascade_parts(path: str, cascade: CascadeHeader, tensors: Mapping[str, Tensor]) -> CascadeParts:
+    """Return a cascade with its tensors, given without their prefix; `path` is the file, for messages.
+
+    Raises:
+        CorruptAdapterError: if a value cannot be: none computes, or two readers would not agree.
+    """
+
+    def whitening(role: str) -> Whitening:
+        return Whitening(*(tensors[f"{role}/{name}"] for name in WHITENING))
+
+    def refuse(name: str, found: str, expected: str) -> CorruptAdapterError:
+        what = f"tensor '{PREFIX}{name}' has {found}, expected {expected}"
+        return CorruptAdapterError(f"{path}: {what}; fetch the file again")
+
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise refuse(name, "values that are not finite", "finite numbers")
+        if name.endswith(("/scale", "/weights")) and not bool((tensor > 0).all()):
+            raise refuse(name, f"the value {float(tensor.min())}", "numbers above 0")
+    total = float(tensors["router/weights"].double().sum())
+    if not math.isclose(total, 1, abs_tol=1e-3):
+        raise refuse("router/weights", f"the sum {total:.6f}", "shares that sum to 1")
+    precisions = tensors["router/precisions"]
+    if not torch.equal(precisions, precisions.triu()) or not bool((precisions.diagonal(dim1=1, dim2=2) > 0).all()):
+        raise refuse("router/precisions", "others", "upper triangular matrices with a diagonal above 0")
+    router = Router(whitening("router"), *(tensors[f"router/{name}"] for name in MIXTURE))
+    reduction = whitening("reduction") if "reduction/mean" in tensors else None
+    head = tensors.get("head/weight"), tensors.get("head/bias")
+    return CascadeParts(
+        cascade.dispatcher, cascade.experts, cascade.embedding, router, cascade.combine, reduction, *head
+    )

@@ -1,0 +1,159 @@
+"""maskpack cascade: train, look, compare, predict, push and pull."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from maskpack_cli.main import app
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from maskpack import load_backbone, load_cascade
+from maskpack.adapter.file import read_adapter
+
+from .hub_fixtures import hub as hub
+from .hub_fixtures import waits as waits
+from .hub_server import WRITE_TOKEN, HubServer
+from .test_cli import BACKBONE
+
+DATA = ["--data", "digits:5-9", "--labels-fraction", "0.2"]
+TRAIN = [
+    *("cascade", "train", *BACKBONE, *DATA, "--experts", "2", "--epochs", "1", "--batch-size", "16"),
+    *("--optimizer", "sgd", "--lr", "20", "--augment", "none", "--validation-fraction", "0"),
+]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def ok(*arguments: object) -> Any:
+    """Run with --json; return what it printed."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refused(*arguments: object, code: int = 1) -> str:
+    result = run(*arguments)
+    assert result.exit_code == code
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cascade") / "digits"
+    found = ok(*TRAIN, "--output", folder)
+    assert found["adapter"] == str(folder)
+    assert found["file_bytes"] == (folder / "maskpack_model.safetensors").stat().st_size
+    assert {"expert_density", "dispatcher_mask_bytes", "expert_mask_bytes", "router_bytes", "head_bytes"} <= set(found)
+    return folder
+
+
+def test_what_training_leaves(folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"README.md", "maskpack_config.json", "maskpack_model.safetensors", "training"}
+    runs = {path.name for path in (folder / "training").iterdir()}
+    assert runs == {"clusters.json", "dispatcher", "expert-0", "expert-1", "router.safetensors"}
+    adapter = read_adapter(folder)
+    assert adapter.sets == ("dispatcher", "expert-0", "expert-1")
+    assert adapter.class_names == tuple("56789")
+
+
+def test_resumes_with_other_options_for_what_comes_last(folder: Path) -> None:
+    found = ok(*TRAIN, "--output", folder, "--resume", "--combine", "conditional", "--profile", "fast")
+    assert found["combine"] == "conditional"
+    assert "belongs to another run: experts differ" in refused(*TRAIN, "--output", folder, "--resume", "--experts", "3")
+    assert "holds the checkpoint of an earlier run" in refused(*TRAIN, "--output", folder)
+
+
+def test_settings_file_reduction_and_no_labels(folder: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "run.toml"
+    settings.write_text(
+        'experts = 2\ncombine = "unconditional"\nreduce = 9\nno-labels = true\nsteps = 2\nobjective = "swav"\n'
+        'objective-option = ["prototypes=12", "small_crops=1", "queue=0"]\n'
+    )
+    words = [word for word in TRAIN if word not in ("--experts", "2")]
+    found = ok(*words, "--config", settings, "--output", tmp_path / "x")
+    assert found["reduction_bytes"] == 4 * (192 + 9 * 192 + 9)
+    assert "head_bytes" not in found
+    adapter = read_adapter(tmp_path / "x")
+    assert adapter.cascade is not None
+    assert (adapter.cascade.combine, adapter.cascade.weight, adapter.class_names) == ("unconditional", None, None)
+
+
+def test_dry_run_and_help(tmp_path: Path) -> None:
+    result = run(*TRAIN, "--output", tmp_path / "x", "--dry-run")
+    assert result.exit_code == 0
+    assert "nothing was trained or written" in result.stdout
+    assert "A dispatcher and 2 experts: about" in result.stderr
+    assert not (tmp_path / "x").exists()
+    shown = run("cascade", "train", "--help").stdout
+    for option in ("--experts", "--combine", "--backbone", "--objective", "--resume", "maskpack cascade train"):
+        assert option in shown
+    assert run("cascade").exit_code in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--combine", "both"], "--combine must be conditional or unconditional"),
+        (["--reduce", "0"], "--reduce one from 1; got 'conditional', 2 and 0"),
+        (["--experts", "1"], "at least 2 experts and a batch of rows for each; got 1 experts"),
+        (["--bn", "maybe"], "bn must be one of adapt, freeze"),
+    ],
+)
+def test_impossible_settings(words: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refused(*TRAIN, "--output", tmp_path / "x", *words, code=2)
+
+
+def test_inspect_and_verify(folder: Path) -> None:
+    shown = run("inspect", folder).stdout
+    for line in (
+        "cascade",
+        "dispatcher: dispatcher",
+        "experts: 2",
+        "combine: conditional",
+        "router bytes:",
+        "head bytes: ",
+    ):
+        assert line in shown
+    assert ok("inspect", folder)["cascade"]["embedding"] == {"kind": "linear", "module": "15"}
+    assert ok("verify", folder, *BACKBONE)["mask_id"] is True
+
+
+def test_eval_is_a_table(folder: Path) -> None:
+    rows = ok("cascade", "eval", folder, *BACKBONE, *DATA)["rows"]
+    assert [(row["embedding"], row["whitened"]) for row in rows][1] == ("dispatcher", True)
+    result = run("cascade", "eval", folder, *BACKBONE, *DATA, "--whiten", "10")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:5] == ["embedding", "dimensions", "knn", "probe", "passes"]
+    assert any(line.startswith("unconditional, whitened") and " 10 " in line for line in lines)
+    assert len(lines) == 7
+
+
+def test_predict(folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 200).save(tmp_path / "x.png")
+    (found,) = ok("predict", folder, tmp_path / "x.png", *BACKBONE)["predictions"]
+    assert found["label"] in "56789"
+
+
+def test_verbs_for_one_mask_say_what_to_use(folder: Path, tmp_path: Path) -> None:
+    assert "it is a cascade: use load_cascade" in refused("export", folder, "--output", tmp_path / "x", *BACKBONE)
+
+
+@pytest.mark.transport("lfs")
+def test_goes_over_the_hub(folder: Path, hub: HubServer, tmp_path: Path) -> None:
+    backbone = load_backbone(BACKBONE[1], random_weights=0)
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = load_cascade(backbone.model, folder).embed(x)
+    ok("push", folder, "alice/cascade", "--token", WRITE_TOKEN)
+    found = ok("pull", "alice/cascade", "--output", tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text().count('load_cascade(model, "alice/cascade")') == 1
+    cascade = load_cascade(backbone.model, "alice/cascade", revision=found["commit"])
+    assert torch.equal(cascade.embed(x), expected)
+    assert [row["base"] for row in ok("list")["adapters"]] == [read_adapter(folder).base.id]

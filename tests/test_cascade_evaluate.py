@@ -1,0 +1,148 @@
+"""The head of a cascade, and the table of it beside its dispatcher."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maskpack import fit_cascade_head, load_cascade, load_data, save_adapter, train_cascade
+from maskpack.adapter.describe import describe
+from maskpack.apply.cascade import Cascade
+from maskpack.backbone.load import Backbone
+from maskpack.data.base import Data
+from maskpack.data.batches import loader, readable
+from maskpack.errors import AdapterError, DataError
+from maskpack.evaluate.cascade import cascade_table, embed_all, routed
+from maskpack.evaluate.linear_probe import fit_probe
+from maskpack.training.cascade import CascadeResult
+from maskpack.training.router import fit_whitening
+
+from .test_apply import bits, same
+from .test_cascade_training import QUICK, tiny_net
+
+EXPERTS, D = 2, 16
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data("digits:5-9", labels_fraction=0.2)
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Data) -> CascadeResult:
+    return train_cascade(tiny_net(), digits, replace(QUICK, epochs=1), experts=EXPERTS)
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return tiny_net()
+
+
+def whole(backbone: Backbone, cascade: Cascade, data: Data) -> torch.Tensor:
+    """The combined embeddings of the test split as a user gets them."""
+    assert data.test is not None
+    return torch.cat([cascade.embed(x) for x, _ in readable(loader(data.test, backbone.preprocess))])
+
+
+@pytest.mark.parametrize("combine", ["conditional", "unconditional"])
+def test_embeddings_by_set_are_those_of_the_cascade(
+    combine: Any, trained: CascadeResult, backbone: Backbone, digits: Data
+) -> None:
+    parts = replace(trained.about["cascade"], combine=combine)
+    cascade = Cascade(backbone.model, trained.parts, parts)
+    assert digits.test is not None
+    before = bits(backbone.model)
+    x, y = embed_all(backbone, cascade, digits.test)
+    assert same(bits(backbone.model), before)
+    assert y.tolist() == [digits.test.labels[i] for i in digits.test.indices]
+    found = routed(x, parts) if combine == "conditional" else x
+    assert torch.allclose(found, whole(backbone, cascade, digits), atol=1e-5)
+
+
+@pytest.mark.parametrize(("combine", "reduce"), [("conditional", None), ("unconditional", 12)])
+def test_head_is_a_probe_on_what_the_cascade_gives(
+    combine: Any, reduce: int | None, trained: CascadeResult, backbone: Backbone, digits: Data, tmp_path: Path
+) -> None:
+    result = fit_cascade_head(backbone, digits, trained, combine=combine, reduce=reduce)
+    assert result.parts == trained.parts
+    assert trained.about["cascade"].weight is None, "what it was given is as before"
+    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
+    assert (adapter.task, adapter.class_names) == ("image-classification", digits.class_names)
+    cascade = load_cascade(backbone.model, adapter)
+    assert cascade.parts.combine == combine
+    assert cascade.embed(torch.zeros(1, 3, 8, 8)).shape == (1, reduce or D * (EXPERTS + 1))
+    assert digits.test is not None
+    images = torch.cat([x for x, _ in readable(loader(digits.test, backbone.preprocess))])
+    labels = torch.tensor([digits.test.labels[i] for i in digits.test.indices])
+    names = [digits.class_names[int(label)] for label in labels]
+    right = [one.label == name for one, name in zip(cascade.predict(images), names, strict=True)]
+    table = cascade_table(backbone, adapter, digits, whiten=reduce)["rows"]
+    row = next(r for r in table if (r["embedding"], r["whitened"]) == (combine, reduce is not None))
+    assert sum(right) / len(right) == pytest.approx(row["probe"], abs=0.01)
+    assert row["probe"] > 0.5
+
+
+def test_without_labels_there_is_no_head(trained: CascadeResult, backbone: Backbone, digits: Data) -> None:
+    unlabelled = replace(digits, class_names=())
+    plain = fit_cascade_head(backbone, unlabelled, trained, combine="unconditional").about
+    assert (plain["cascade"].combine, plain["cascade"].weight, plain["class_names"]) == ("unconditional", None, None)
+    reduced = fit_cascade_head(backbone, unlabelled, trained, reduce=7).about
+    assert reduced["cascade"].reduction.components.shape == (7, D * (EXPERTS + 1))
+    assert reduced["cascade"].weight is None
+    with pytest.raises(DataError, match="'digits:5-9' have no training split, which the head of a cascade is"):
+        fit_cascade_head(backbone, replace(digits, train=None), trained)
+
+
+def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path, trained.parts, trained.base, **trained.about)
+    before = bits(backbone.model)
+    found = cascade_table(backbone, adapter, digits)
+    assert same(bits(backbone.model), before)
+    assert digits.train is not None
+    assert digits.test is not None
+    assert (found["train"], found["test"], found["classes"]) == (len(digits.train), len(digits.test), 5)
+    rows = {(row["embedding"], row["whitened"]): row for row in found["rows"]}
+    kinds = ("dispatcher", "conditional", "unconditional")
+    assert list(rows) == [(kind, whitened) for kind in kinds for whitened in (False, True)]
+    steps = trained.about["training"]["cascade"]["steps"]
+    sets = describe(adapter)["sets"]
+    for (kind, whitened), row in rows.items():
+        width = D if kind == "dispatcher" else D * (EXPERTS + 1)
+        names = ["dispatcher"] if kind == "dispatcher" else list(sets)
+        assert row["passes"] == {"dispatcher": 1, "conditional": 2, "unconditional": EXPERTS + 1}[kind]
+        assert row["steps"] == sum(steps[name] for name in names)
+        assert row["dimensions"] == (D if whitened else width)
+        assert row["mask_bytes"] == sum(sets[name]["payload_bytes"] for name in names)
+        assert row["statistics_bytes"] == len(names) * (sum(sets["dispatcher"]["dense_bytes"].values()))
+        assert row["router_bytes"] == (describe(adapter)["cascade"]["bytes"]["router"] if kind == "conditional" else 0)
+        assert row["reduction_bytes"] == (4 * (width + D * width + D) if whitened else 0)
+        assert row["head_bytes"] == 4 * 5 * (row["dimensions"] + 1)
+        assert row["bytes"] == sum(size for key, size in row.items() if key.endswith("_bytes"))
+        assert 0 <= row["knn"] <= 1
+        assert 0.4 < row["probe"] <= 1
+
+
+def test_whitened_features_have_the_penalty_of_raw_ones() -> None:
+    """Coordinates of unit variance, and not 1 / n: else a probe's weights would be shrunk n times as strongly."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 10, generator=generator) + 2 * torch.nn.functional.one_hot(torch.arange(400) % 4, 10)
+    y = torch.arange(400) % 4
+    z = fit_whitening(x, 10)(x)
+    norms = [float(fit_probe(one, y, 4).weight.norm()) for one in (z, z / len(x) ** 0.5)]
+    assert norms[1] / len(x) ** 0.5 < 0.8 * norms[0]
+
+
+def test_what_cannot_be_compared(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "x", trained.parts, trained.base, **trained.about)
+    with pytest.raises(DataError, match="'digits:5-9' has no test split"):
+        cascade_table(backbone, adapter, replace(digits, test=None))
+    with pytest.raises(DataError, match="k-NN and probe need labels, and the data 'digits:5-9' have none; name"):
+        cascade_table(backbone, adapter, replace(digits, class_names=()))
+    plain = save_adapter(tmp_path / "y", trained.parts["dispatcher"], trained.base)
+    with pytest.raises(AdapterError, match="is no cascade"):
+        cascade_table(backbone, plain, digits)
+    about = {**trained.about, "training": {"cascade": {"steps": {"dispatcher": "many"}}}}
+    foreign = save_adapter(tmp_path / "z", trained.parts, trained.base, **about)
+    assert {row["steps"] for row in cascade_table(backbone, foreign, digits)["rows"]} == {None}
