@@ -191,7 +191,11 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode."""
+    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode.
+
+    Raises:
+        DataError: if there is no batch.
+    """
     device = next(classifier.parameters()).device
     logits: list[Tensor] = []
     labels: list[Tensor] = []
@@ -201,6 +205,8 @@ def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor
         labels.append(y)
 
     _evaluated(classifier, batches, step)
+    if not labels:
+        raise DataError("there is no example that could be read, so there are no predictions")
     return torch.cat(logits), torch.cat(labels)
 
 
