@@ -47,6 +47,13 @@ def blocks(page: str) -> list[tuple[str, str, bool]]:
     return [(found["kind"], found["body"], not found["skip"]) for found in BLOCK.finditer(TEXTS[page])]
 
 
+def verb_of(words: list[str]) -> tuple[Any, list[str]]:
+    """The verb, or the verb of a verb, that the words call, and the words for it."""
+    found = COMMAND.commands[words[0]]
+    own = getattr(found, "commands", {})
+    return (own[words[1]], words[2:]) if own else (found, words[1:])
+
+
 def commands(body: str) -> list[list[str]]:
     """The words of every maskpack command of a block."""
     lines = body.replace("\\\n", " ").splitlines()
@@ -152,7 +159,8 @@ COMMANDS = [
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
 def test_command_parses(page: str, words: list[str]) -> None:
-    COMMAND.commands[words[0]].make_context(words[0], list(words[1:]))
+    verb, rest = verb_of(words)
+    verb.make_context(words[0], list(rest))
 
 
 def test_commands_in_sentences_exist() -> None:
@@ -160,14 +168,17 @@ def test_commands_in_sentences_exist() -> None:
         for command in re.findall(r"`maskpack ([a-z][^`\n]*)`", BLOCK.sub("", text)):
             words = shlex.split(command)
             assert words[0] in COMMAND.commands, f"{page}: maskpack {command}"
-            known = {name for option in COMMAND.commands[words[0]].params for name in option.opts}
+            if len(words) == 1:
+                continue
+            known = {name for option in verb_of(words)[0].params for name in option.opts}
             assert {word for word in words if word.startswith("-")} <= known, f"{page}: maskpack {command}"
 
 
 def test_options_in_pages_exist() -> None:
     known = {
         name
-        for verb in COMMAND.commands.values()
+        for top in COMMAND.commands.values()
+        for verb in (top, *getattr(top, "commands", {}).values())
         for option in verb.params
         for name in (*option.opts, *option.secondary_opts)
     }

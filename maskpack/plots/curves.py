@@ -29,7 +29,7 @@ def draw_curves(curves: Curves, quantity: str) -> "tuple[Figure, Axes]":
     for name, x, accuracy, deviation in points:
         if not (0 < x < math.inf and 0 <= accuracy <= 1 and 0 <= (deviation or 0) < math.inf):
             raise ConfigError(
-                f"{name!r} has the accuracy {accuracy} and the deviation {deviation} at the {quantity} {x}; expected an "
+                f"{name!r} has the accuracy {accuracy} and deviation {deviation} at the {quantity} {x}; expected an "
                 f"accuracy from 0 to 1, a deviation of 0 or more or None, and {quantity} above 0"
             )
     figure = new_figure(7.5, max(4.2, 0.6 + 0.21 * len(curves)))

@@ -4,7 +4,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -28,7 +28,11 @@ SMALL = 8.0  # points, of names and numbers
 POINTS = 72  # of an inch
 MARGIN = 0.08  # inches
 LONGEST = 48  # characters of a label
-KINDS = {".png": {"Software": None}, ".svg": {"Creator": None, "Date": None}}  # suffix -> what is not written
+# by suffix, as matplotlib's `savefig` takes it: neither a program nor a date is written
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    ".png": {"format": "png", "dpi": 150, "metadata": {"Software": None}},
+    ".svg": {"format": "svg", "dpi": 100, "metadata": {"Creator": None, "Date": None}},
+}
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -78,7 +82,7 @@ def row_height(rows: int) -> float:
 
 
 def name_rows(axes: "Axes", names: Sequence[str]) -> None:
-    """Write the names of parameters beside rows of `row_height`, the first on top; as many of them as there is room for.
+    """Write the names of parameters beside rows of `row_height`, the first on top, as many as there is room for.
 
     Where all names end in `.weight` it is left out.
     """
@@ -130,6 +134,6 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "maskpack", "svg.fonttype": "none"}):
         # a name in a script that the font lacks: boxes in a PNG, and in an SVG text that the viewer has a font for
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(content, format=suffix[1:], dpi=150, metadata=KINDS[suffix])
+        figure.savefig(content, **KINDS[suffix])
     with replacing(path) as (temporary,):
         temporary.write_bytes(content.getvalue())

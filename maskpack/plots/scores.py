@@ -42,7 +42,7 @@ def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -
     above.stairs(counts.sum(0).tolist(), edges, fill=True, color=COLOURS[0])
     above.set_yscale("log")
     above.set_ylabel("weights")
-    shares = (counts / counts.sum(1, keepdim=True)).clamp(min=1e-4).numpy()
+    shares = (counts / counts.sum(1, keepdim=True)).numpy()
     image = below.imshow(
         shares, aspect="auto", cmap="Blues", norm="log", vmin=1e-4, vmax=1,
         extent=(low, high, len(names) - 0.5, -0.5), interpolation="nearest",
