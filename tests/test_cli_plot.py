@@ -104,9 +104,10 @@ def test_overlap_of_masks_that_need_their_base(tmp_path: Path) -> None:
     assert words.count("1.000") == 8
 
 
-def test_scores_of_a_run(tiny_backbone: Backbone, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["supervised", "self-supervised"])
+def test_scores_of_a_run(tiny_backbone: Backbone, tmp_path: Path, objective: str) -> None:
     data = load_data("digits:5-9", labels_fraction=0.1)
-    config = TrainConfig(epochs=1, method_options={"threshold": 0.25}, augment="none")
+    config = TrainConfig(steps=1, batch_size=16, method_options={"threshold": 0.25}, objective=objective)
     train_mask(tiny_backbone, data, config, output=tmp_path / "adapter" / "training")
     for folder in (tmp_path / "adapter", tmp_path / "adapter" / "training"):
         words = drawn(tmp_path, "scores", folder)

@@ -113,7 +113,9 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         if name.endswith(SCORES):
-            found[name.removeprefix("model.").removesuffix(SCORES).replace("parametrizations.", "")] = tensor
+            # what is trained holds the backbone as `model`, itself or in its classifier
+            own = name.partition("model.")[2].removesuffix(SCORES)
+            found[own.replace("parametrizations.", "").replace("_orig_mod.", "")] = tensor
     return found
 
 
