@@ -49,7 +49,8 @@ def inspect(
     }
     emit(facts, False, adapter.pinned)
     for name, one in about["sets"].items():
-        emit(one, False, f"mask set {name}")
+        dense = {f"{role}_bytes": size for role, size in one["dense_bytes"].items()}
+        emit({**one, **dense}, False, f"mask set {name}")
         if parameters:
             rows = [[r[k] for k in ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")]
                     for r in one["payloads"]]  # fmt: skip

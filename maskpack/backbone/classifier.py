@@ -106,6 +106,16 @@ class Classifier(nn.Module):
         )
 
 
+def linear_from(head: Head) -> nn.Linear:
+    """Return a layer with the head's tensors, on the CPU in float32."""
+    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(head.weight)
+        if head.bias is not None:
+            linear.bias.copy_(head.bias)
+    return linear
+
+
 def classifier_from(model: nn.Module, head: Head) -> Classifier:
     """Return a classifier that computes with `head` behind an encoder, or with the head that the model has."""
     if head.kind == "linear":
@@ -113,13 +123,9 @@ def classifier_from(model: nn.Module, head: Head) -> Classifier:
         linear = unwrap(model).get_submodule(head.module)
         assert isinstance(linear, nn.Linear)
         return Classifier(model, linear, head.module)
-    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
-    with torch.no_grad():
-        linear.weight.copy_(head.weight)
-        if head.bias is not None:
-            linear.bias.copy_(head.bias)
     example = next(model.parameters())
-    return Classifier(model, linear.to(example.device, example.dtype), None, head.pooling, head.normalize)
+    linear = linear_from(head).to(example.device, example.dtype)
+    return Classifier(model, linear, None, head.pooling, head.normalize)
 
 
 @torch.no_grad()
