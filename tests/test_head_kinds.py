@@ -164,6 +164,24 @@ def test_a_text_head_is_frozen_and_travels_whole(clip: Path, flowers: Path, tmp_
     assert adapter.predict(model, [str(flowers / "test/rose/0.png")])[0].label in ("rose", "tulip")
 
 
+def test_only_objectives_with_labels_have_a_head(tiny_backbone: Backbone, digits: Data) -> None:
+    config = TrainConfig(head_kind="masked", objective="self-supervised")
+    with pytest.raises(
+        ConfigError, match="head_kind 'masked' is for a head, and the objective 'self-supervised' trains"
+    ):
+        plan_training(tiny_backbone, digits, config)
+
+
+def test_views_of_other_sizes_pass_a_projection(clip: Path, flowers: Path) -> None:
+    data = load_data(str(flowers), labelled=False)
+    backbone = load_backbone(f"hf/{clip}", image_size=24)
+    options = {"prototypes": 3, "dimension": 4, "queue": 4, "small_size": 16}
+    plan = plan_training(
+        backbone, data, TrainConfig(objective="self-supervised", objective_options=options, batch_size=4)
+    )
+    assert plan["loss"] > 0
+
+
 @pytest.mark.parametrize("kind", ["linear", "masked"])
 def test_the_other_heads_behind_a_projection(kind: Any, clip: Path, flowers: Path, tmp_path: Path) -> None:
     backbone, data = load_backbone(f"hf/{clip}"), load_data(str(flowers))

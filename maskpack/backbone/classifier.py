@@ -45,7 +45,9 @@ def encode(model: nn.Module, inputs: Inputs, pooling: Pooling, normalize: bool) 
         assert isinstance(inputs, dict)
         return pool(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling, normalize)
     assert isinstance(inputs, Tensor)
-    output = model(pixel_values=inputs.to(next(model.parameters()).dtype))
+    images = inputs.to(next(model.parameters()).dtype)
+    # nothing is interpolated at the tower's own size
+    output = model(pixel_values=images, interpolate_pos_encoding=True)
     # SigLIP has no projection: its pooled state is the embedding
     embedding: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
