@@ -216,6 +216,8 @@ def test_command_line(clip: Path, flowers: Path, tmp_path: Path) -> None:
     assert made.exit_code == 0, made.stderr
     found = run("predict", tmp_path / "t", flowers / "test/rose/0.png", "--backbone", f"hf/{clip}", "--json")
     assert found.exit_code == 0, found.stderr
+    found = run("eval", tmp_path / "t", "--data", flowers, "--backbone", f"hf/{clip}", "--knn", "--json")
+    assert found.exit_code == 0, found.stderr
     made = run(*train, "--output", tmp_path / "m", "--head-kind", "masked", "--quiet")
     assert made.exit_code == 0, made.stderr
     assert "  head bytes: 3\n" in run("inspect", tmp_path / "m").stdout
