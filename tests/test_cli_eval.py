@@ -75,6 +75,14 @@ def test_head_by_class(adapter: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_it_prints_can_be_drawn(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "eval.json").write_text(run(adapter, *DATA, *BACKBONE, "--json").stdout)
+    words = ["plot", "confusion", str(tmp_path / "eval.json"), "--output", str(tmp_path / "confusion.svg")]
+    drawn = CliRunner().invoke(app, words)
+    assert drawn.exit_code == 0, drawn.stderr
+    assert "true class" in (tmp_path / "confusion.svg").read_text(encoding="utf-8")
+
+
 def test_features_of_the_masked_backbone_and_few_labels(adapter: Path) -> None:
     shares = ["--labels-fraction", "1", "--labels-fraction", "0.05"]
     found = ok(adapter, *DATA, *BACKBONE, "--knn", "--probe", *shares)
