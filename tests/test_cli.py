@@ -402,7 +402,7 @@ def test_wrong_inputs_of_predict_and_eval(adapter: Path, tmp_path: Path) -> None
     (tmp_path / "x.png").write_bytes(b"no image")
     assert "cannot read the image" in run("predict", adapter, tmp_path / "x.png", *BACKBONE).stderr
     split = run("eval", adapter, "--data", "digits:5-9", "--split", "dev", *BACKBONE)
-    assert "have no split 'dev'; choose test or train" in split.stderr
+    assert "--split must be test or train, got 'dev'" in split.stderr
     other = run("eval", adapter, "--data", "digits:0-4", *BACKBONE)
     assert "labels that the class names lack: 0, 1, 2, 3, 4" in other.stderr
 

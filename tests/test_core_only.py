@@ -157,6 +157,16 @@ def test_what_is_missing_is_said(call: str, library: str) -> None:
     )
 
 
+def test_pictures_need_matplotlib(adapter: Path, tmp_path: Path) -> None:
+    done = run(CLI, "plot", "density", str(adapter), "--output", str(tmp_path / "x.svg"))
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "Error: drawing pictures needs the library 'matplotlib', which is not installed; "
+        'install it with: pip install "maskpack[plots]"'
+    )
+    assert not (tmp_path / "x.svg").exists()
+
+
 def test_missing_on_the_command_line(tmp_path: Path) -> None:
     done = run(CLI, "train", "--backbone", "timm/resnet18", "--data", "digits:0-4", "--output", str(tmp_path / "m"))
     assert done.returncode == 1

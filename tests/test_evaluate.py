@@ -240,6 +240,8 @@ def test_both_splits_are_needed(tiny_backbone: Backbone) -> None:
     for missing in ("train", "test"):
         with pytest.raises(DataError, match=f"on the test split; 'digits:5-9' has no {missing} split"):
             measure_features(tiny_backbone, replace(data, **{missing: None}), ["knn"])
+    with pytest.raises(DataError, match="k-NN and probe need labels, and the data 'digits:5-9' have none; name their"):
+        measure_features(tiny_backbone, load_data("digits:5-9", labelled=False), ["knn"])
 
 
 @pytest.mark.usefixtures("cache")

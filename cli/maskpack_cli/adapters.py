@@ -52,7 +52,8 @@ def inspect(
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
         emit({**cascade, "experts": len(cascade["experts"]), **sizes}, False, "cascade")
     for name, one in about["sets"].items():
-        emit(one, False, f"mask set {name}")
+        dense = {f"{role}_bytes": size for role, size in one["dense_bytes"].items()}
+        emit({**one, **dense}, False, f"mask set {name}")
         if parameters:
             rows = [[r[k] for k in ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")]
                     for r in one["payloads"]]  # fmt: skip

@@ -69,6 +69,12 @@ def train(
     scale: Annotated[
         bool | None, _option("mask", "Divide kept weights by sqrt(density). (default: off)", "--scale/--no-scale")
     ] = None,
+    head_kind: Annotated[
+        str | None, _option("mask", "linear (trained), masked (random, under a mask) or text (CLIP). (default: linear)")
+    ] = None,
+    head_template: Annotated[
+        str | None, _option("mask", "Of a text head. (default: This is a photo of a {label})")
+    ] = None,
     bn: Annotated[str | None, _option("mask", "BatchNorm statistics: adapt or freeze. (default: adapt)")] = None,
     epochs: Annotated[int | None, _option("training", "Passes over the training rows. (default: 10)")] = None,
     steps: Annotated[int | None, _option("training", "Optimiser steps, in place of epochs.")] = None,

@@ -1,4 +1,4 @@
-"""maskpack eval | predict | export: an adapter on its backbone."""
+"""maskpack predict | export: an adapter on its backbone."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +18,7 @@ BackboneOption = Annotated[
 ]
 
 
-def _loaded(
+def loaded(
     ref: str,
     revision: str | None,
     require_revision: bool,
@@ -27,7 +27,7 @@ def _loaded(
     weights: Path | None,
     random: int | None,
 ) -> "tuple[Backbone, Adapter]":
-    """The backbone with the adapter applied."""
+    """Return the backbone with the adapter applied."""
     from maskpack import load_adapter, load_mask
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
@@ -52,38 +52,6 @@ def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, ran
     return load_backbone(reference, weights=weights, random_weights=random, image_size=size)
 
 
-def evaluate(
-    ref: Ref,
-    data: Annotated[str, typer.Option(help="Hub data set, folder (parquet, csv, images), or digits:0-9.")],
-    backbone: BackboneOption = None,
-    weights: Weights = None,
-    random_weights: RandomWeights = None,
-    split: Annotated[str, typer.Option(help="test or train.")] = "test",
-    input_column: Annotated[str | None, typer.Option(help="Column of images or texts, where it is not found.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not found.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
-    revision: Revision = None,
-    require_revision: RequireRevision = False,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure the accuracy of an adapter on a data set."""
-    quiet_libraries(quiet)
-    from maskpack import load_data
-    from maskpack.errors import DataError
-    from maskpack.evaluate.accuracy import adapter_accuracy
-
-    loaded, adapter = _loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
-    found = load_data(data, class_names=adapter.class_names, input_column=input_column, label_column=label_column)
-    examples_ = {"test": found.test, "train": found.train}.get(split)
-    if examples_ is None:
-        raise DataError(f"the data {data!r} have no split {split!r}; choose test or train")
-    note(f"Evaluating {len(examples_):,} examples …", quiet)
-    result = adapter_accuracy(loaded.model, adapter, examples_, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    emit({"adapter": adapter.pinned, "data": found.id, "split": split, **result}, as_json, f"✓ {adapter.pinned}")
-
-
 def predict(
     ref: Ref,
     files: Annotated[
@@ -104,10 +72,10 @@ def predict(
     from maskpack.errors import DataError
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
-    loaded = base_of(adapter, backbone, weights, random_weights)
-    together = None if adapter.cascade is None else load_cascade(loaded.model, adapter)
+    masked = base_of(adapter, backbone, weights, random_weights)
+    together = None if adapter.cascade is None else load_cascade(masked.model, adapter)
     if together is None:
-        load_mask(loaded.model, adapter)
+        load_mask(masked.model, adapter)
     inputs: list[str] = []
     if adapter.task == "text-classification":
         for file in files:
@@ -119,9 +87,9 @@ def predict(
         inputs = files
     note(f"Adapter: {adapter.pinned}", quiet or as_json)
     if together is None:
-        found = adapter.predict(loaded.model, inputs, tokenizer=loaded.tokenizer)
+        found = adapter.predict(masked.model, inputs, tokenizer=masked.tokenizer)
     else:
-        found = together.predict(inputs, tokenizer=loaded.tokenizer)
+        found = together.predict(inputs, tokenizer=masked.tokenizer)
     rows: list[list[Any]] = [[x, p.label, p.score] for x, p in zip(inputs, found, strict=True)]
     if as_json:
         emit({"predictions": [dict(zip(("input", "label", "score"), row, strict=True)) for row in rows]}, True)
@@ -145,8 +113,8 @@ def export(
     quiet_libraries(quiet)
     from maskpack.apply.export import export_state
 
-    loaded, adapter = _loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
-    count = export_state(output, loaded.model, {"maskpack_mask_id": adapter.mask_id})
+    masked, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
+    count = export_state(output, masked.model, {"maskpack_mask_id": adapter.mask_id})
     note(f"Adapter: {adapter.pinned}", quiet or as_json)
     note("The weights are in the file whole: it is as large as the backbone.", quiet or as_json)
     emit({"file": str(output), "tensors": count, "bytes": output.stat().st_size}, as_json, f"✓ {output}")
@@ -154,9 +122,5 @@ def export(
 
 def register(app: typer.Typer) -> None:
     """Add this file's verbs."""
-    app.command(
-        "eval",
-        epilog=examples("maskpack eval user/mask-flowers --data ./flowers", "maskpack eval ./m --data ./d --json"),
-    )(command(evaluate))
     app.command(epilog=examples("maskpack predict user/mask-flowers a.jpg b.jpg"))(command(predict))
     app.command(epilog=examples("maskpack export user/mask-flowers --output flowers.safetensors"))(command(export))

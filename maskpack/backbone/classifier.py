@@ -45,7 +45,9 @@ def encode(model: nn.Module, inputs: Inputs, pooling: Pooling, normalize: bool) 
         assert isinstance(inputs, dict)
         return pool(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling, normalize)
     assert isinstance(inputs, Tensor)
-    output = model(pixel_values=inputs.to(next(model.parameters()).dtype))
+    images = inputs.to(next(model.parameters()).dtype)
+    # nothing is interpolated at the tower's own size
+    output = model(pixel_values=images, interpolate_pos_encoding=True)
     # SigLIP has no projection: its pooled state is the embedding
     embedding: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
     return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
@@ -106,6 +108,16 @@ class Classifier(nn.Module):
         )
 
 
+def linear_from(head: Head) -> nn.Linear:
+    """Return a layer with the head's tensors, on the CPU in float32."""
+    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(head.weight)
+        if head.bias is not None:
+            linear.bias.copy_(head.bias)
+    return linear
+
+
 def classifier_from(model: nn.Module, head: Head) -> Classifier:
     """Return a classifier that computes with `head` behind an encoder, or with the head that the model has."""
     if head.kind == "linear":
@@ -113,13 +125,9 @@ def classifier_from(model: nn.Module, head: Head) -> Classifier:
         linear = unwrap(model).get_submodule(head.module)
         assert isinstance(linear, nn.Linear)
         return Classifier(model, linear, head.module)
-    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
-    with torch.no_grad():
-        linear.weight.copy_(head.weight)
-        if head.bias is not None:
-            linear.bias.copy_(head.bias)
     example = next(model.parameters())
-    return Classifier(model, linear.to(example.device, example.dtype), None, head.pooling, head.normalize)
+    linear = linear_from(head).to(example.device, example.dtype)
+    return Classifier(model, linear, None, head.pooling, head.normalize)
 
 
 @torch.no_grad()
@@ -191,7 +199,11 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode."""
+    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode.
+
+    Raises:
+        DataError: if there is no batch.
+    """
     device = next(classifier.parameters()).device
     logits: list[Tensor] = []
     labels: list[Tensor] = []
@@ -201,6 +213,8 @@ def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor
         labels.append(y)
 
     _evaluated(classifier, batches, step)
+    if not labels:
+        raise DataError("there is no example that could be read, so there are no predictions")
     return torch.cat(logits), torch.cat(labels)
 
 

@@ -10,7 +10,7 @@ from ..backbone.classifier import classifier_from, predictions
 from ..backbone.load import Backbone
 from ..data.base import Examples
 from ..data.batches import loader, readable
-from ..errors import AdapterError
+from ..errors import AdapterError, DataError
 from ..preprocess import preprocess_from_json
 
 
@@ -63,14 +63,20 @@ def adapter_accuracy(
         What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
 
     Raises:
-        AdapterError: if the adapter has no head or preprocessing. DataError: if no example can be read.
+        AdapterError: if the adapter has no head or preprocessing.
+        DataError: if no example can be read, or one has a class that the head lacks.
     """
     head, stored = adapter.head(), adapter.preprocess_config
     if head is None or stored is None:
         raise AdapterError(
-            "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features with "
-            "--knn or --probe"
+            "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
+            "k-NN or a linear probe (--knn, --probe)"
         )
     batches = loader(examples, preprocess_from_json(stored), tokenizer, batch_size=batch_size)
     logits, y = predictions(classifier_from(model, head), readable(batches))
+    if int(y.max()) >= logits.shape[1]:
+        raise DataError(
+            f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
+            f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
+        )
     return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}

@@ -55,7 +55,7 @@ def disjoint(data: Data) -> tuple[Examples, Examples]:
     """Return the training and the test split, which have no row in common.
 
     Raises:
-        DataError: if one is missing, or a row is in both.
+        DataError: if one is missing, has no labels, or a row is in both.
     """
     train, test = data.train, data.test
     if train is None or test is None:
@@ -63,6 +63,8 @@ def disjoint(data: Data) -> tuple[Examples, Examples]:
             f"k-NN and probe learn from the train split and are measured on the test split; {data.id!r} has no "
             f"{'train' if train is None else 'test'} split"
         )
+    if not data.class_names:
+        raise DataError(f"k-NN and probe need labels, and the data {data.id!r} have none; name their column")
     if train.rows is test.rows or (train.digest and train.digest == test.digest):
         both = len(set(train.indices) & set(test.indices))
         if both:

@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "constant"),
     "precision": ("no", "bf16", "fp16"),
     "bn": ("adapt", "freeze"),
+    "head_kind": ("linear", "masked", "text"),
     "augment": AUGMENTS,
 }
 
@@ -29,11 +30,14 @@ class TrainConfig:
             the one without labels for the backbone's task.
         include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
         scale: divide the kept weights by sqrt(density), per parameter.
+        head_kind: "linear" is trained and stored whole; "masked" is random, with scores of its own, and stored as seed
+            and mask; "text" is made of a CLIP-like backbone's text embeddings and frozen.
+        head_template: of a text head: text in which `{label}` stands for the name of a class.
         bn: "adapt" lets BatchNorm statistics follow the new data and stores them; "freeze" leaves them.
         epochs: passes over the training rows. steps: optimiser steps in place of epochs, or None.
         batch_size: examples per forward pass and process. accumulate: forward passes per optimiser step.
         optimizer: "sgd" (momentum 0.9) or "adam", for scores and head.
-        lr, head_lr: peak learning rates of scores and head; None: 50 and 0.1 for SGD, 0.02 and 0.01 for Adam.
+        lr, head_lr: peak learning rates of scores and trained head; None: 50 and 0.1 for SGD, 0.02 and 0.01 for Adam.
         schedule: "cosine" to zero, or "constant". warmup: share of the steps in which the rate rises from zero.
         clip: largest gradient norm per step over all trained tensors, or None.
         label_smoothing: share of the target probability spread over all classes.
@@ -50,6 +54,8 @@ class TrainConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     scale: bool = False
+    head_kind: Literal["linear", "masked", "text"] = "linear"
+    head_template: str = "This is a photo of a {label}"
     bn: Literal["adapt", "freeze"] = "adapt"
     epochs: int = 10
     steps: int | None = None
@@ -83,6 +89,8 @@ class TrainConfig:
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if "{label}" not in self.head_template:
+            raise ConfigError(f"head_template must have {{label}} in it for the class, got {self.head_template!r}")
         if self.workers < 0:
             raise ConfigError(f"workers must be 0 or more, got {self.workers}")
         if not 0 <= self.seed < 2**32:
@@ -95,7 +103,7 @@ class TrainConfig:
 
     @property
     def linear_lr(self) -> float:
-        """Peak learning rate of the head."""
+        """Peak learning rate of a trained head."""
         return self.head_lr if self.head_lr is not None else {"sgd": 0.1, "adam": 0.01}[self.optimizer]
 
     def to_json(self) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Run:
         accelerate.state.AcceleratorState._reset_state()
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
+        if config.head_kind != "linear" and not objective.needs_labels:
+            raise ConfigError(
+                f"head_kind {config.head_kind!r} is for a head, and the objective {config.objective!r} trains none; "
+                f"leave it out"
+            )
         names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
         method = build_method(config.method, dict(config.method_options))
         torch.manual_seed(config.seed)
@@ -62,13 +67,12 @@ class Run:
         backbone.model.to(self.accelerator.device)
         self.objective = objective(backbone, data, config)
         self.scores = attach(backbone.model, method, names, config.scale)
-        self.scored = list(scored_weights(backbone.model).values())
-        for parameter in self.objective.trained():
+        self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
+        scores, beside = [*self.scores.values(), *self.objective.scores()], self.objective.trained()
+        self.trained = [*scores, *beside]
+        for parameter in self.trained:
             parameter.requires_grad_(True)
-        groups = [
-            {"params": list(self.scores.values()), "lr": config.score_lr},
-            {"params": self.objective.trained(), "lr": config.linear_lr},
-        ]
+        groups = [{"params": scores, "lr": config.score_lr}, {"params": beside, "lr": config.linear_lr}]
         self.peaks = [config.score_lr, config.linear_lr]
         optimizer = torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.Adam(groups)
         self.sampler = EpochSampler(len(self.train_split), config.seed)
@@ -149,7 +153,6 @@ class Run:
         set_train_mode(self.module, self.config.bn == "adapt")
         self.objective.begin_epoch(epoch, self.epochs)
         total, count, started, steps_before = 0.0, 0, time.monotonic(), step
-        trained = [*self.scores.values(), *self.objective.trained()]
         for batch in readable(self.loader):
             if step == self.steps:
                 break
@@ -168,7 +171,7 @@ class Run:
                 self.accelerator.backward(loss)
                 self.objective.after_backward(step)
                 if self.config.clip is not None and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(trained, self.config.clip)
+                    self.accelerator.clip_grad_norm_(self.trained, self.config.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             total, count = total + value, count + 1

@@ -1,6 +1,6 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -10,6 +10,8 @@ from ..backbone.select import select_parameters
 from ..errors import StateError
 from ..mask import MaskSet, PackedMask
 from ..methods.base import Method, build_method
+
+SCORES = ".0.scores"  # how a checkpoint's names of scores end
 
 
 class ScoredWeight(nn.Module):
@@ -104,6 +106,17 @@ def scored_weights(model: nn.Module) -> dict[str, ScoredWeight]:
                 seen.add(id(scored))
                 found[raw.replace("parametrizations.", "").replace("_orig_mod.", "")] = scored
     return dict(sorted(found.items()))
+
+
+def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores among the tensors of a checkpoint, by parameter name."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SCORES):
+            # what is trained holds the backbone as `model`, itself or in its classifier
+            own = name.partition("model.")[2].removesuffix(SCORES)
+            found[own.replace("parametrizations.", "").replace("_orig_mod.", "")] = tensor
+    return found
 
 
 def density(scored: Iterable[ScoredWeight]) -> float:

@@ -60,6 +60,10 @@ class Objective(ABC):
             **options,
         )
 
+    def scores(self) -> list[nn.Parameter]:
+        """Return scores outside of the body, which learn at the rate of the body's."""
+        return []
+
     @abstractmethod
     def trained(self) -> list[nn.Parameter]:
         """Return the tensors trained beside the scores."""

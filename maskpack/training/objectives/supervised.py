@@ -11,6 +11,8 @@ from ...backbone.load import Backbone
 from ...data.base import Data, Examples
 from ...data.batches import readable
 from ..config import TrainConfig
+from ..heads import finished_head, new_classifier
+from ..scored import scored_weights
 from .base import OBJECTIVES, Objective
 
 CENTROID_SCALE = 10.0  # logits of unit embeddings against unit centroids, as sharp as a trained head's
@@ -32,17 +34,12 @@ class Supervised(Objective):
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            linear = nn.Linear(backbone.features, len(data.class_names))
-        example = next(backbone.model.parameters())
-        linear.to(example.device, example.dtype)
-        self.module = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize)
+        self.module = new_classifier(backbone, data.class_names, config)
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def start(self) -> None:
         """Start the head of an encoder from the class centroids of the frozen embeddings."""
-        if not (self.backbone.pooling and self.backbone.normalize):
+        if self.config.head_kind != "linear" or not (self.backbone.pooling and self.backbone.normalize):
             return
         assert self.data.train is not None
         x, y = features(self.module, readable(self.batches(self.data.train)))
@@ -52,7 +49,11 @@ class Supervised(Objective):
             self.module.linear.bias.zero_()
 
     def trained(self) -> list[nn.Parameter]:
-        return list(self.module.linear.parameters())
+        return list(self.module.linear.parameters()) if self.config.head_kind == "linear" else []
+
+    def scores(self) -> list[nn.Parameter]:
+        """Return the scores of a masked head."""
+        return [one.scores for one in scored_weights(self.module.linear).values()]
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, labels = batch
@@ -64,4 +65,4 @@ class Supervised(Objective):
         return {"accuracy": accuracy(self.module, readable(self.batches(examples)))[0]}
 
     def head(self) -> Head:
-        return self.module.head()
+        return finished_head(self.module, self.config)

@@ -1,0 +1,205 @@
+"""maskpack plot: pictures of masks, scores and results."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .adapters import RandomWeights, Weights
+from .console import Json, Quiet, Token, command, emit, examples, quiet_libraries
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from maskpack import Adapter
+
+Refs = Annotated[list[str], typer.Argument(help="Adapters, each as REF or NAME=REF.")]
+Results = Annotated[Path, typer.Argument(help="JSON file with a list of rows under the key `rows`.")]
+Output = Annotated[Path, typer.Option(help="The picture to write: .png or .svg.")]
+
+
+def density(refs: Refs, output: Output, token: Token = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Density per layer; adapters of the same NAME are one series, with mean and deviation."""
+    _begin(output, quiet)
+    from maskpack import inspect_adapter
+    from maskpack.adapter.picture import parameter_densities
+    from maskpack.plots.density import density_figure
+
+    groups: dict[str, list[dict[str, float]]] = {}
+    for name, adapter, one in _sets(refs, token, lambda ref: "adapters"):
+        described = inspect_adapter(adapter)["sets"][one]
+        groups.setdefault(name, []).append(dict(parameter_densities(described)))
+    _finish(density_figure(groups), output, as_json)
+
+
+def overlap(
+    refs: Refs,
+    output: Output,
+    backbone: Annotated[
+        str | None, typer.Option(help="Their base, for masks that were packed with its weights.")
+    ] = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How much masks agree, pair by pair: as a share of the weights, and beyond chance."""
+    _begin(output, quiet)
+    from maskpack import load_backbone
+    from maskpack.errors import ConfigError
+    from maskpack.plots.overlap import overlap_figure
+
+    base = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights).model
+    masks = {}
+    for name, adapter, one in _sets(refs, token, lambda ref: Path(ref).name.removesuffix(".safetensors")):
+        if name in masks:
+            raise ConfigError(f"two masks would be called {name!r}; name the adapters, as in first=REF second=REF")
+        masks[name] = adapter.masks(base, one)
+    _finish(overlap_figure(masks), output, as_json)
+
+
+def scores(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run, or of the adapter that it wrote.")],
+    output: Output,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Histogram of the scores in a run's last checkpoint: of all, and layer by layer."""
+    _begin(output, quiet)
+    from maskpack.errors import StateError
+    from maskpack.methods.base import build_method
+    from maskpack.plots.scores import score_figure
+    from maskpack.training.checkpoint import FILE, load_checkpoint
+    from maskpack.training.scored import scores_among
+
+    places = [run / FILE, run / "training" / FILE]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise StateError(f"there is no {FILE} in {run} or in {run / 'training'}; give the folder of a training run")
+    tensors, _, facts = load_checkpoint(found)
+    config = facts["run"]["config"]
+    method = build_method(config["method"], config["method_options"])
+    _finish(score_figure(scores_among(tensors), getattr(method, "threshold", None)), output, as_json)
+
+
+def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Accuracy against bytes, from rows with `method`, `bytes`, `accuracy` and perhaps `deviation`."""
+    _begin(output, quiet)
+    from maskpack.plots.accuracy_bytes import bytes_figure
+
+    _finish(bytes_figure(_curves(results, "bytes")), output, as_json)
+
+
+def labels(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Few-label curves, from rows with `method`, `labels_fraction`, `accuracy` and perhaps `deviation`."""
+    _begin(output, quiet)
+    from maskpack.plots.few_labels import label_figure
+
+    _finish(label_figure(_curves(results, "labels_fraction")), output, as_json)
+
+
+def clusters(
+    file: Annotated[Path, typer.Argument(help="JSON file with `points`, pairs of numbers, and `expert`.")],
+    output: Output,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which expert a cascade's router gives each sample to."""
+    _begin(output, quiet)
+    from maskpack.plots.clusters import cluster_figure
+
+    _finish(cluster_figure(*_members(file, "points", "expert")), output, as_json)
+
+
+def confusion(
+    file: Annotated[Path, typer.Argument(help="JSON file with `confusion`, rows of counts, and `class_names`.")],
+    output: Output,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Which classes are taken for which; `maskpack eval --json` prints the file."""
+    _begin(output, quiet)
+    from maskpack.plots.confusion import confusion_figure
+
+    _finish(confusion_figure(*_members(file, "confusion", "class_names")), output, as_json)
+
+
+def _begin(output: Path, quiet: bool) -> None:
+    """Refuse a wrong ending before any work is done."""
+    quiet_libraries(quiet)
+    from maskpack.plots.figure import image_suffix
+
+    image_suffix(output)
+
+
+def _finish(figure: "Figure", output: Path, as_json: bool) -> None:
+    from maskpack.plots.figure import save_figure
+
+    save_figure(figure, output)
+    emit({"file": str(output), "bytes": output.stat().st_size}, as_json, f"✓ {output}")
+
+
+def _sets(refs: list[str], token: str | None, unnamed: Callable[[str], str]) -> "Iterator[tuple[str, Adapter, str]]":
+    """Give (name, adapter, mask set) of every mask set of adapters given as REF or NAME=REF."""
+    from maskpack import load_adapter
+
+    for given in refs:
+        name, mark, ref = given.partition("=")
+        if not mark or "/" in name:
+            name, ref = unnamed(given), given
+        adapter = load_adapter(ref, token=token)
+        for one in adapter.sets:
+            yield name if len(adapter.sets) == 1 else f"{name} {one}", adapter, one
+
+
+def _members(file: Path, *keys: str) -> list[Any]:
+    """Return these members, all of them lists, of the JSON object in a file."""
+    from maskpack.errors import DataError
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"cannot read {file} as JSON: {error}; expected an object with {' and '.join(keys)}") from None
+    for key in keys:
+        if not isinstance(found, dict) or not isinstance(found.get(key), list):
+            has = ", ".join(sorted(found)[:10]) if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise DataError(f"{file} has no list {key!r}, it has: {has}; expected an object with {' and '.join(keys)}")
+    return [found[key] for key in keys]
+
+
+def _curves(file: Path, key: str) -> dict[str, list[tuple[float, float, float | None]]]:
+    """Return (key, accuracy, deviation) of the rows that have these, by method."""
+    from maskpack.errors import DataError
+
+    curves: dict[str, list[tuple[float, float, float | None]]] = {}
+    [rows] = _members(file, "rows")
+    for number, row in enumerate(rows, 1):
+        found: dict[str, Any] = row if isinstance(row, dict) else {}
+        point: list[Any] = [found.get(key), found.get("accuracy"), found.get("deviation")]
+        are_numbers = all(isinstance(one, int | float) for one in (*point[:2], point[2] or 0))
+        if not are_numbers or not isinstance(found.get("method"), str):
+            raise DataError(
+                f"row {number} of {file} is {row!r:.200}; expected an object with a text under 'method' and numbers "
+                f"under {key!r}, 'accuracy' and perhaps 'deviation'"
+            )
+        curves.setdefault(found["method"], []).append((point[0], point[1], point[2]))
+    return curves
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verb and its kinds of pictures."""
+    kinds = typer.Typer(help="Draw pictures: PNG or SVG, by the ending of --output.", no_args_is_help=True)
+    for name, function, example in (
+        ("density", density, "maskpack plot density labels=./a labels=./b none=./c --output density.svg"),
+        ("scores", scores, "maskpack plot scores ./mask --output scores.png"),
+        ("overlap", overlap, "maskpack plot overlap ./a ./b ./c --output overlap.svg"),
+        ("bytes", accuracy_bytes, "maskpack plot bytes results.json --output bytes.svg"),
+        ("labels", labels, "maskpack plot labels results.json --output labels.svg"),
+        ("clusters", clusters, "maskpack plot clusters clusters.json --output clusters.png"),
+        ("confusion", confusion, "maskpack plot confusion eval.json --output confusion.svg"),
+    ):
+        kinds.command(name, epilog=examples(example))(command(function))
+    app.add_typer(kinds, name="plot")

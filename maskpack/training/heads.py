@@ -1,0 +1,55 @@
+"""New heads for a data set's classes: trained, random under a mask, or made of text embeddings."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..backbone.classifier import Classifier, linear_from
+from ..backbone.head import Head
+from ..backbone.load import Backbone
+from ..backbone.random_weight import MAX_WEIGHTS, RandomWeight, random_weight
+from ..backbone.text_head import text_head
+from ..errors import ConfigError
+from ..methods.base import build_method
+from .config import TrainConfig
+from .scored import attach, extract_masks
+
+
+def new_classifier(backbone: Backbone, class_names: Sequence[str], config: TrainConfig) -> Classifier:
+    """Return a backbone with the head that `config.head_kind` asks for; a masked one has scores attached.
+
+    Raises:
+        BackboneError: if there can be no text head. ConfigError: if a masked head would have too many weights.
+    """
+    masked, classes, features = config.head_kind == "masked", len(class_names), backbone.features
+    if masked and classes * features > MAX_WEIGHTS:
+        raise ConfigError(
+            f"a masked head for {classes} classes would have {classes * features} weights, at most {MAX_WEIGHTS} are "
+            f"allowed; take a linear head"
+        )
+    if config.head_kind == "text":
+        linear = linear_from(text_head(backbone, class_names, config.head_template))
+    else:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(config.seed)
+            linear = nn.Linear(features, classes, bias=not masked)
+            if masked:
+                linear.weight.copy_(random_weight(config.seed, classes, features))
+    example = next(backbone.model.parameters())
+    linear.to(example.device, example.dtype)
+    if masked:
+        attach(linear, build_method(config.method, dict(config.method_options)), ["weight"], config.scale)
+    # random weights give embeddings of length 1 nearly equal logits
+    return Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize and not masked)
+
+
+def finished_head(classifier: Classifier, config: TrainConfig) -> Head:
+    """Return the head to store; scores that it has are detached."""
+    head = classifier.head()
+    if config.head_kind != "masked":
+        return head
+    random = RandomWeight(config.seed, extract_masks(classifier.linear)["weight"])
+    # not the layer's own values: those may be in another dtype than float32
+    return replace(head, weight=random.dense(), random=random)
