@@ -257,7 +257,12 @@ def test_what_cannot_be_told_is_not_cached(tiny_backbone: Backbone, digits: Data
     assert model_digest(tiny_backbone.model) is None
     embed(tiny_backbone, digits.test)
     extract_masks(tiny_backbone.model)
+    hook = tiny_backbone.model.bn1.register_forward_hook(lambda _, args, out: out + 1)
+    embed(tiny_backbone, digits.test)
     assert not cache.exists()
+    hook.remove()
+    embed(tiny_backbone, digits.test)
+    assert cache.exists()
 
 
 def test_rows_that_cannot_be_read_are_the_same_on_a_hit(tiny_backbone: Backbone, tmp_path: Path) -> None:

@@ -131,25 +131,6 @@ def classifier_from(model: nn.Module, head: Head) -> Classifier:
 
 
 @torch.no_grad()
-def features(classifier: Classifier, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return what the head gets, (N, D) float32, and the labels, (N,), over all batches, in evaluation mode."""
-    device = next(classifier.parameters()).device
-    collected: list[Tensor] = []
-    labels: list[Tensor] = []
-    hook = classifier.linear.register_forward_pre_hook(lambda _, args: collected.append(args[0].float().cpu()))
-
-    def step(inputs: Inputs, y: Tensor) -> None:
-        classifier(to_device(inputs, device))
-        labels.append(y)
-
-    try:
-        _evaluated(classifier, batches, step)
-    finally:
-        hook.remove()
-    return torch.cat(collected), torch.cat(labels)
-
-
-@torch.no_grad()
 def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Return what the head gets, (N, D) float32 on the CPU, and the labels, (N,), over all batches.
 

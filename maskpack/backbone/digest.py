@@ -19,12 +19,13 @@ def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
 
     A fingerprint tells bases apart; this tells apart whatever may change an output: every parameter and buffer in its
     own bits (integers and buffers that are not saved included), the modules with their settings, and the source of
-    their classes. None while scores are attached or weights are parametrized otherwise: what they compute is not in
-    tensors alone.
+    their classes. None while scores are attached, weights are parametrized otherwise, or a module has hooks: what those
+    compute is in none of these.
     """
     model, outside = unwrap(model), tuple(outside)
-    if any(parametrize.is_parametrized(module) for module in model.modules()):
-        return None
+    for module in model.modules():
+        if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
     whole = hashlib.sha256(torch.__version__.encode())
     sources = set()
     for name, module in model.named_modules(remove_duplicate=False):

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, accuracy, features
+from ...backbone.classifier import Classifier, accuracy, embeddings
 from ...backbone.head import Head
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
@@ -42,7 +42,7 @@ class Supervised(Objective):
         if self.config.head_kind != "linear" or not (self.backbone.pooling and self.backbone.normalize):
             return
         assert self.data.train is not None
-        x, y = features(self.module, readable(self.batches(self.data.train)))
+        x, y = embeddings(self.backbone, readable(self.batches(self.data.train)))
         with torch.no_grad():
             centroids = torch.zeros(self.module.linear.weight.shape).index_add_(0, y, x)
             self.module.linear.weight.copy_(nn.functional.normalize(centroids, dim=-1) * CENTROID_SCALE)
