@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults compression fuzz clean
 FUZZ_SECONDS ?= 120
+# a process for each of two cores
+PARALLEL := --numprocesses 2 --dist worksteal
 
 # the stamp is older than pyproject.toml whenever the dependencies may have changed
 $(VENV)/.installed: pyproject.toml
@@ -27,7 +29,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 # the tests of push and pull once more, with the lowest Hub client that pyproject.toml allows laid over the environment
 CLIENT := .clients/lowest
@@ -41,7 +43,7 @@ $(CLIENT)/version.txt: pyproject.toml $(VENV)/.installed
 	mv .clients/version.txt $@
 
 lowest-client: $(CLIENT)/version.txt
-	MASKPACK_CLIENT=$$(cat $(CLIENT)/version.txt) PYTHONPATH=$(CLIENT) OMP_NUM_THREADS=1 $(BIN)/pytest $(CLIENT_TESTS)
+	MASKPACK_CLIENT=$$(cat $(CLIENT)/version.txt) PYTHONPATH=$(CLIENT) OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) $(CLIENT_TESTS)
 
 # push and pull at the real Hub, in a temporary private repository of your account; needs a login
 hub-live: $(VENV)/.installed

@@ -25,6 +25,7 @@ from maskpack.data.base import SOURCES
 from maskpack.importers.base import IMPORTERS
 from maskpack.methods.base import METHODS
 from maskpack.training.config import TrainConfig, config_from
+from maskpack.training.objectives.base import OBJECTIVES
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
@@ -120,7 +121,7 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
-    for registry in (METHODS, CODECS, SOURCES, IMPORTERS):  # the examples of docs/extending.md are gone afterwards
+    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS):  # the examples of docs/extending.md are gone afterwards
         registry.all()
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     network = small("")
@@ -191,8 +192,9 @@ def test_options_in_pages_exist() -> None:
 def test_every_verb_option_and_name_is_described() -> None:
     cli, api = TEXTS["cli.md"], TEXTS["api.md"]
     for name, verb in COMMAND.commands.items():
-        assert f"\n## {name}\n" in cli
-        assert f"| `{name}` |" in TEXTS["README.md"]
+        for own in (name, *(f"{name} {word}" for word in getattr(verb, "commands", {}) if name != "plot")):
+            assert re.search(rf"^## {own}\b", cli, re.MULTILINE), own
+            assert re.search(rf"^\| `{own}\b", TEXTS["README.md"], re.MULTILINE), own
         if name == "train":
             for option in verb.params:
                 assert f"`{option.opts[0]}" in cli, option.opts
