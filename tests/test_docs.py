@@ -121,7 +121,8 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
-    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS):  # the examples of docs/extending.md are gone afterwards
+    # the examples of docs/extending.md are gone afterwards
+    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS):
         registry.all()
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     network = small("")

@@ -85,7 +85,7 @@ def test_wrong_pushes_are_noticed(hub: HubServer, tmp_path: Path) -> None:
     run.before = run.history()
     assert flow.check(run, FAILED) == ["pushed again: success without that commit"]
     git = hub.repositories[run.repo_id].git
-    empty = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # git's name of the blob of "x", which no check reads but git's own
+    empty = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # the blob of "x", which git fsck alone reads
     (git.path / "objects" / empty[:2] / empty[2:]).write_bytes(b"damaged")
     run.client = Told(FAILED)  # type: ignore[assignment]
     assert "git fsck" in flow.check(run, FAILED)[-1]
