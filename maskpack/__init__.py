@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .data.load import load_data
     from .errors import MaskpackError
     from .evaluate.cascade import fit_cascade_head
+    from .evaluate.compare import compare
     from .hub import pull, push, search_adapters
     from .mask import MaskSet
     from .training.cascade import train_cascade
@@ -34,6 +35,7 @@ _WHERE = {
     "MaskpackError": "errors",
     "TrainConfig": "training.config",
     "attach_scores": "training.scored",
+    "compare": "evaluate.compare",
     "extract_masks": "training.scored",
     "fingerprint": "backbone.fingerprint",
     "fit_cascade_head": "evaluate.cascade",
@@ -58,6 +60,7 @@ __all__ = [
     "MaskpackError",
     "TrainConfig",
     "attach_scores",
+    "compare",
     "extract_masks",
     "fingerprint",
     "fit_cascade_head",

@@ -92,7 +92,8 @@ def verify(
 
 def listing(
     what: Annotated[
-        str, typer.Argument(help="adapters (cached from the Hub), methods, objectives, codecs, data or importers.")
+        str,
+        typer.Argument(help="adapters (cached from the Hub), methods, objectives, codecs, data, importers or rows."),
     ] = "adapters",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -109,9 +110,10 @@ def listing(
             for a in cached_adapters()
         ]
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
-    elif what in ("methods", "objectives", "codecs", "data", "importers"):
+    elif what in ("methods", "objectives", "codecs", "data", "importers", "rows"):
         from maskpack.codecs.base import CODECS
         from maskpack.data.base import SOURCES
+        from maskpack.evaluate.rows.base import ROWS
         from maskpack.importers.base import IMPORTERS
         from maskpack.methods.base import METHODS
         from maskpack.training.objectives.base import OBJECTIVES
@@ -122,11 +124,14 @@ def listing(
             "codecs": CODECS,
             "data": SOURCES,
             "importers": IMPORTERS,
+            "rows": ROWS,
         }[what]
         rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
         columns = [what.removesuffix("s"), "what", "reference"]
     else:
-        raise UnknownNameError(f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers")
+        raise UnknownNameError(
+            f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers, rows"
+        )
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:

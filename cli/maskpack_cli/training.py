@@ -133,7 +133,8 @@ def read_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, An
     return settings
 
 
-def _take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+def take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Take the settings with these names."""
     return {name: settings.pop(name) for name in names if name in settings}
 
 
@@ -146,8 +147,8 @@ def load_inputs(
     from maskpack.training.objectives.base import find_objective
 
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
-    data_options = _take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
-    backbone_options = _take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
+    data_options = take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
+    backbone_options = take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
     config = config_from(settings)
     note(f"Loading {reference} and {data_reference} …", quiet)
     backbone = load_backbone(reference, **backbone_options)

@@ -137,13 +137,19 @@ def load_data(
                 raise DataError(f"the {kind} split of {reference!r} has no rows")
     train, validation = found.get("train"), None
     if train is not None:
-        order = _shuffled(train.indices, seed)
-        held = round(len(order) * validation_fraction)
-        if held:
-            validation = replace(train, indices=sorted(order[:held]), unreadable=set())
-        train = replace(train, indices=_share(order[held:], labels_fraction), unreadable=set())
+        train, validation = hold_out(train, validation_fraction, seed, labels_fraction)
     assert names is not None
     return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
+
+
+def hold_out(
+    examples: Examples, fraction: float, seed: int, labels_fraction: float = 1.0
+) -> tuple[Examples, Examples | None]:
+    """Split a share of the examples off, drawn by `seed`; return (the share `labels_fraction` of the rest, split)."""
+    order = _shuffled(examples.indices, seed)
+    held = round(len(order) * fraction)
+    rest = replace(examples, indices=_share(order[held:], labels_fraction), unreadable=set())
+    return rest, replace(examples, indices=sorted(order[:held]), unreadable=set()) if held else None
 
 
 def few_labels(examples: Examples, fraction: float, seed: int = 42) -> Examples:

@@ -15,6 +15,23 @@ from ..tensorfile import read_tensors, write_tensors
 FILE = "checkpoint.safetensors"
 
 
+def run_folder(output: str | Path | None, resume: bool) -> Path | None:
+    """Return the folder of a run, made if it is not there; None for None.
+
+    Raises:
+        StateError: if it has a checkpoint, and the run is not to be resumed.
+    """
+    if output is None:
+        return None
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / FILE).exists() and not resume:
+        raise StateError(
+            f"{folder} holds the checkpoint of an earlier run; continue it with resume, or choose another folder"
+        )
+    return folder
+
+
 def save_checkpoint(
     path: Path,
     tensors: Mapping[str, Tensor],

@@ -11,11 +11,11 @@ from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
-from ..errors import StateError, TrainingError, require
+from ..errors import TrainingError, require
 from ..parts import Parts
 from ..preprocess import preprocess_to_json
 from .borrow import batchnorm_statistics, borrowed
-from .checkpoint import FILE
+from .checkpoint import run_folder
 from .config import TrainConfig
 from .log import Report, RunLog
 from .run import Run
@@ -74,13 +74,7 @@ def train_mask(
     config = config or TrainConfig()
     backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
     main = require("accelerate", "train", "training").PartialState().is_main_process
-    folder = Path(output) if output is not None else None
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).exists() and not resume:
-            raise StateError(
-                f"{folder} holds the checkpoint of an earlier run; continue it with resume, or choose another folder"
-            )
+    folder = run_folder(output, resume)
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone), RunLog(folder if main else None, report if main else None, resume) as log:
         run = Run(backbone, data, config)

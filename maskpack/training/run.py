@@ -3,7 +3,7 @@
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ from .scored import attach, density, scored_weights
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 
+Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
+
+
+def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
+    """Freeze a backbone and attach scores to the weights that the settings select; return the scores by name."""
+    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+    return attach(backbone.model, build_method(config.method, dict(config.method_options)), names, config.scale)
+
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """Return the share of the peak learning rate at a step: a linear rise, then a half cosine to zero, or constant."""
@@ -39,9 +47,13 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class Run:
-    """The objects of one run, and its progress."""
+    """The objects of one run, and its progress.
 
-    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+    Args:
+        learn: freezes the backbone but for what it returns, which learns at the rate of scores.
+    """
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
         accelerate = require("accelerate", "train", "training")
         # Accelerate keeps one precision per process; a second run of ours may have another
         accelerate.state.AcceleratorState._reset_state()
@@ -52,8 +64,6 @@ class Run:
                 f"head_kind {config.head_kind!r} is for a head, and the objective {config.objective!r} trains none; "
                 f"leave it out"
             )
-        names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-        method = build_method(config.method, dict(config.method_options))
         torch.manual_seed(config.seed)
         self.backbone, self.data, self.config = backbone, data, config
         try:
@@ -66,7 +76,7 @@ class Run:
             raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
         backbone.model.to(self.accelerator.device)
         self.objective = objective(backbone, data, config)
-        self.scores = attach(backbone.model, method, names, config.scale)
+        self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
         scores, beside = [*self.scores.values(), *self.objective.scores()], self.objective.trained()
         self.trained = [*scores, *beside]
@@ -119,8 +129,7 @@ class Run:
                 take_over(trained_tensors(module), start_from / FILE, ours["base"], self.objective.fresh)
         for epoch in range(first, self.epochs):
             step, loss = self._epoch(epoch, step, log)
-            metrics = {"train_loss": loss, "density": density(self.scored)}
-            metrics |= self.objective.metrics()
+            metrics = {"train_loss": loss, **self._density(), **self.objective.metrics()}
             if self.data.validation is not None:
                 metrics |= self._held_out("validation", self.data.validation)
             log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
@@ -141,6 +150,9 @@ class Run:
             metrics |= self._held_out("test", self.data.test)
         log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
         return metrics
+
+    def _density(self) -> dict[str, float]:
+        return {"density": density(self.scored)} if self.scored else {}
 
     def _held_out(self, split: str, examples: Examples) -> dict[str, float]:
         return {f"{split}_{name}": value for name, value in self.objective.evaluate(examples).items()}
@@ -187,7 +199,7 @@ class Run:
                             "steps": self.steps,
                             "loss": value,
                             "lr": float(self.optimizer.param_groups[0]["lr"]),
-                            "density": density(self.scored),
+                            **self._density(),
                             "seconds_left": pace * (self.steps - step),
                         }
                     )

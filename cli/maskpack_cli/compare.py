@@ -1,0 +1,122 @@
+"""maskpack compare: a mask beside every alternative."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import training
+from .console import command, emit, examples, note, quiet_libraries, table
+
+PANEL = "Comparison"
+# what a comparison decides itself, or has for every row
+WITHOUT = (
+    *("lr", "seed", "labels_fraction", "validation_fraction", "objective", "head_kind", "head_template", "profile"),
+    *("resume", "dry_run"),
+)
+BACKBONE = ("weights", "random_weights", "head", "image_size", "mean", "std")
+DATA = ("input_column", "label_column")
+
+
+def _own(name: str, kind: Any, help: str, *names: str) -> inspect.Parameter:
+    annotation = Annotated[kind, typer.Option(*names, help=help, rich_help_panel=PANEL)]
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
+
+
+OPTIONS = (
+    _own(
+        "row", list[str] | None, "ID or ID:ARGUMENT, see `maskpack list rows`; may be repeated. (default: all)", "--row"
+    ),
+    _own("seeds", int | None, "How many seeds: 0, 1, … (default: 3)"),
+    _own("labels_fraction", list[float] | None, "Share of the labels; may be repeated. (default: 1)"),
+    _own("lr", list[str] | None, "ROW=RATE,RATE,… to choose from; one is taken as it is; may be repeated.", "--lr"),
+)
+
+
+def compare(**given: Any) -> None:
+    """Compare a mask with every alternative: same backbone, data, splits and budget; each in a process of its own.
+
+    Learning rates are chosen on a validation split. Called again, it does what is not done yet.
+    """
+    config, as_json, quiet = (given.pop(name) for name in training.OWN if name not in WITHOUT)
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    quiet_libraries(quiet)
+    from maskpack import compare
+    from maskpack.errors import ConfigError
+    from maskpack.evaluate.comparison_table import COLUMNS, cells
+    from maskpack.training.config import config_from
+
+    settings = training.read_settings(given, config)
+    output, seeds = Path(settings.pop("output")), settings.pop("seeds", 3)
+    names, fractions = _listed(settings, "row"), _listed(settings, "labels_fraction") or [1.0]
+    rates = _rates(_listed(settings, "lr"))
+    if not isinstance(seeds, int) or seeds < 1:
+        raise ConfigError(f"--seeds must be a number of at least 1, got {seeds!r}")
+    backbone = {"reference": settings.pop("backbone")} | training.take(settings, *BACKBONE)
+    data = {"reference": settings.pop("data")} | training.take(settings, *DATA)
+    with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
+
+        def told(event: Mapping[str, Any]) -> None:
+            if event["event"] == "trial":
+                note(f"{event['part']}: {event['accuracy']:.4f}", quiet)
+            elif event["event"] != "end":
+                report(event)
+
+        result = compare(
+            backbone,
+            data,
+            output,
+            rows=names,
+            seeds=range(seeds),
+            fractions=fractions,
+            rates=rates,
+            config=config_from(settings),
+            report=told,
+        )
+    if as_json:
+        emit(result, True)
+        return
+    table(COLUMNS, [cells(row) for row in result["rows"]])
+    note(f"The same in {output / 'results.md'}, and all of it in {output / 'results.json'}", quiet)
+
+
+def _listed(settings: dict[str, Any], name: str) -> list[Any]:
+    """Take a setting that may be one value or several."""
+    value = settings.pop(name, [])
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _rates(texts: list[Any]) -> dict[str, list[float]]:
+    from maskpack.errors import ConfigError
+
+    rates = {}
+    for text in texts:
+        row, _, values = str(text).partition("=")
+        try:
+            rates[row] = [float(value) for value in values.split(",")]
+        except ValueError:
+            raise ConfigError(f"--lr must be ROW=RATE or ROW=RATE,RATE,…, got {text!r}") from None
+    return rates
+
+
+compare.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *(parameter for name, parameter in inspect.signature(training.train).parameters.items() if name not in WITHOUT),
+        *OPTIONS,
+    ]
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verb."""
+    shared = "--backbone timm/resnet18.a1_in1k --data ./flowers"
+    app.command(
+        epilog=examples(
+            f"maskpack compare {shared} --row probe --row full --row lora:8 --row mask --output ./comparison",
+            f"maskpack compare {shared} --labels-fraction 1 --labels-fraction 0.1 --seeds 3 --output ./comparison",
+            "maskpack compare --config run.toml --lr mask=0.02 --lr full=0.0003 --json",
+        )
+    )(command(compare))

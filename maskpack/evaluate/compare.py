@@ -1,0 +1,228 @@
+"""compare: a mask beside every alternative, on one backbone, one data set, the same splits and the same budget."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .. import errors
+from ..backbone.load import load_backbone
+from ..data.load import load_data
+from ..errors import ConfigError, StateError, TrainingError
+from ..training.config import TrainConfig
+from ..training.log import Report
+from .comparison_table import markdown, summary
+from .rows.base import ROWS, Row, find_row
+from .trial import Job, splits, write_json
+
+COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
+FURTHER = 2  # more rates that are tried where the best is the least or the greatest
+
+
+def compare(
+    backbone: Mapping[str, Any],
+    data: Mapping[str, Any],
+    output: str | Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    fractions: Sequence[float] = (1.0,),
+    rates: Mapping[str, Sequence[float]] | None = None,
+    config: TrainConfig | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Compare ways to solve a task, each in a process of its own; what is finished in `output` is not done again.
+
+    Learning rates are chosen with the first seed and the greatest share of the labels, on a fifth of these labels;
+    where the least or the greatest rate is the best, the search goes on in that direction. Then every row is trained
+    on all labels of a share, once for each seed, and measured once on the test split. Rows that train without labels
+    do it once for all shares.
+
+    Args:
+        backbone, data: arguments of `load_backbone` and `load_data`, as {"reference": …}.
+        output: folder. A comparison with other settings must have another one; rows, seeds and shares may be added.
+        rows: "id" or "id:argument" (`maskpack list rows`); default: all.
+        seeds: of heads, orders, prototypes; and of which labels are used, where they are a share.
+        fractions: shares of the labels.
+        rates: by row, rates to choose from in place of the row's own; a single one is not searched.
+        config: budget and settings that all rows share; its own seed and `lr` are not used.
+        report: called with every event of training, with "part", and {"event": "trial", "part", "accuracy"}.
+
+    Returns:
+        {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
+        also in `results.json`, and as a table in `results.md`.
+
+    Raises:
+        UnknownNameError, ConfigError: if a row, a seed, a share or a rate is impossible.
+        StateError: if `output` holds a comparison with other settings. Others: as the rows raise.
+    """
+    config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
+    backbone, data = _plain(backbone), _plain(data)
+    names = list(rows) or [row.id for row in ROWS.all()]
+    _check(names, seeds, fractions, given)
+    model = load_backbone(**backbone)
+    found = {name: find_row(name) for name in names}
+    for row in found.values():
+        row.check(model, config)
+    examples = load_data(**data)
+    splits(examples, max(fractions), seeds[0], False)
+    about: dict[str, Any] = {"backbone": backbone, "data": data, "settings": _shared(config)}
+    about |= {"base": model.id, "digest": examples.digest}
+    _claim(folder, about)
+    trials = Trials(folder, backbone, data, config, report)
+    results: list[dict[str, Any]] = []
+    for name, row in found.items():
+        rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))
+        for share in fractions:
+            measured = [trials.run(name, row, seed, share, rate) for seed in seeds]
+            results.append({**summary(name, share, rate, seeds, measured), "search": tried})
+            whole = {**about, "rows": results}
+            write_json(folder / RESULT, whole)
+            (folder / TABLE).write_text(markdown(results), encoding="utf-8")
+    return whole
+
+
+class Trials:
+    """The trials of a comparison, by folder and file: those that are there are read, others run.
+
+    Args: as `compare`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backbone: Mapping[str, Any],
+        data: Mapping[str, Any],
+        config: TrainConfig,
+        report: Report | None,
+    ):
+        self.folder, self.backbone, self.data, self.config, self.report = folder, backbone, data, config, report
+
+    def choose(
+        self, name: str, row: Row, given: Sequence[float] | None, seed: int, share: float
+    ) -> tuple[float | None, list[dict[str, Any]]]:
+        """Return the best rate on the validation split, and what was tried; None if the row has no rate."""
+        rates = sorted(given or row.rates.get(self.config.optimizer, ()))
+        if len(rates) < 2:
+            return (rates[0] if rates else None), []
+        accuracy = {rate: self._tried(name, row, seed, share, rate) for rate in rates}
+        for _ in range(FURTHER):
+            ends = sorted(accuracy)
+            best = max(ends, key=lambda rate: accuracy[rate])
+            if best not in (ends[0], ends[-1]):
+                break
+            further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
+            accuracy[further] = self._tried(name, row, seed, share, further)
+        best = max(accuracy, key=lambda rate: accuracy[rate])
+        if accuracy[best] < 0:
+            raise TrainingError(
+                f"row {name!r}: with none of the rates {', '.join(f'{rate:g}' for rate in sorted(accuracy))} training "
+                f"came to an end; give others for it"
+            )
+        tried = [{"rate": rate, "accuracy": max(0.0, accuracy[rate])} for rate in sorted(accuracy)]
+        return best, tried
+
+    def _tried(self, name: str, row: Row, seed: int, share: float, rate: float) -> float:
+        """Return the validation accuracy with a rate, -1 where training broke off."""
+        try:
+            return float(self.run(name, row, seed, share, rate, validate=True)["accuracy"])
+        except TrainingError:
+            return -1.0
+
+    def run(
+        self, name: str, row: Row, seed: int, share: float, rate: float | None, validate: bool = False
+    ) -> dict[str, Any]:
+        """Return what one trial measured; run it if it is not there."""
+        settings = replace(self.config, seed=seed, lr=rate)
+        parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
+        if row.needs_labels or validate:
+            parts.append(f"labels-{share:g}")
+        folder = self.folder / name.replace(":", "-") / "-".join(parts)
+        result = folder / f"result-{share:g}.json"
+        part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
+        if share < 1:
+            part += f", {share:.2%} of the labels"
+        if not result.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            job = Job(name, share, validate, settings.to_json(), self.backbone, self.data, str(folder), str(result))
+            self._process(job, folder / "job.json", part)
+        measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if self.report is not None:
+            self.report({"event": "trial", "part": part, "accuracy": measured["accuracy"]})
+        return measured
+
+    def _process(self, job: Job, path: Path, part: str) -> None:
+        """Run a job in a process of its own, and pass on what it reports."""
+        job.write(path)
+        command = [sys.executable, "-m", "maskpack.evaluate.trial", str(path)]
+        failed: tuple[str, str] | None = None
+        # in a group of its own: the interrupt key reaches this process alone, which then ends the other
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", process_group=0) as process:
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    event = json.loads(line)
+                    if event["event"] == "error":
+                        failed = event["kind"], event["message"]
+                    elif self.report is not None:
+                        self.report({**event, "part": part})
+            except BaseException:
+                process.terminate()
+                raise
+        if failed is not None:
+            kind: type[errors.MaskpackError] = getattr(errors, failed[0])
+            raise kind(f"{part}: {failed[1]}")
+        if process.returncode:
+            raise StateError(
+                f"{part}: its process ended with the exit code {process.returncode}; what it printed stands above, and "
+                f"a trial that ran out of memory prints nothing (take a smaller batch size). Run it again to continue"
+            )
+
+
+def _check(
+    names: Sequence[str], seeds: Sequence[int], fractions: Sequence[float], rates: Mapping[str, Sequence[float]]
+) -> None:
+    for what, values in (("rows", names), ("seeds", seeds), ("shares of the labels", fractions)):
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{what} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
+    unknown = sorted(rates.keys() - set(names))
+    if unknown:
+        raise ConfigError(f"a rate is given for {unknown[0]!r}, which is none of the rows {', '.join(names)}")
+    for name, given in rates.items():
+        if not given or not all(0 < rate < float("inf") for rate in given):
+            raise ConfigError(f"the rates of {name!r} must be finite numbers above 0, got {list(given)}")
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as JSON values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def _shared(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that all trials share."""
+    return {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")}
+
+
+def _claim(folder: Path, about: Mapping[str, Any]) -> None:
+    """Note what a folder is for, or see that it is for this.
+
+    Raises:
+        StateError: if it holds a comparison with other settings.
+    """
+    path = folder / COMPARISON
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in about if there.get(key) != json.loads(json.dumps(about[key])))
+        if "settings" in differing:
+            old, new = there["settings"], json.loads(json.dumps(about["settings"]))
+            differing = [f"settings ({', '.join(key for key in new if old.get(key) != new[key])})"]
+        if differing:
+            raise StateError(
+                f"{folder} holds a comparison with other settings: {', '.join(differing)}; choose another folder"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, about)

@@ -1,0 +1,156 @@
+"""The contract of a row of a comparison.
+
+A row is a class in a file of this folder with `id`, `reference`, `argument`, `needs_labels` and `rates`. Its `fit` is
+run in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning rates and all
+that is measured exist once, in `evaluate.trial` and `evaluate.compare`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...backbone.classifier import Inputs, embeddings
+from ...backbone.load import Backbone
+from ...data.base import Data
+from ...errors import ConfigError
+from ...registry import Registry
+from ...training.config import TrainConfig
+from ...training.log import Report
+from ..features import embed
+from ..linear_probe import Probe
+
+Predict = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """What a row is fitted to.
+
+    Attributes:
+        backbone: to be used up.
+        data: its training split are the rows whose labels may be used; there is no other split.
+        unlabelled: all training rows, without class names.
+        config: with the seed and the learning rate of the trial.
+        folder: of this trial, for checkpoints; what lies there is to be continued.
+        report: gets the events of training.
+    """
+
+    backbone: Backbone
+    data: Data
+    unlabelled: Data
+    config: TrainConfig
+    folder: Path
+    report: Report
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.data.class_names)
+
+    def embed(self) -> tuple[Tensor, Tensor]:
+        """Return features, (N, D), and labels, (N,), of the training split, by the backbone as it is now."""
+        assert self.data.train is not None
+        # not cached: the time is measured
+        return embed(self.backbone, self.data.train, batch_size=self.config.batch_size, cache=False)
+
+    def probed(self, probe: Probe) -> Predict:
+        """Return what a probe on the backbone's features gives for a batch, (B, classes)."""
+        backbone = self.backbone
+
+        def predict(inputs: Inputs) -> Tensor:
+            return probe.logits(features(backbone, inputs))
+
+        return predict
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """What came of it.
+
+    Attributes:
+        predict: from a batch of preprocessed inputs to scores of the classes, (B, classes) float32 on the CPU.
+        trained: numbers that training changed, heads included; a score is one.
+        sizes: bytes to store beside the backbone, by what they are; those of the head under "head".
+        steps: optimiser steps.
+    """
+
+    predict: Predict
+    trained: int
+    sizes: Mapping[str, int]
+    steps: int = 0
+
+
+class Row(ABC):
+    """A way to solve the task.
+
+    Args:
+        argument: what stands behind the colon of the row's name, as "8" in "lora:8"; None without one.
+
+    Attributes:
+        argument: what may stand behind a colon, as in "rank"; None: nothing.
+        needs_labels: whether training does; without, it is done once for all shares of the labels.
+        rates: learning rates to choose from, by optimiser; empty: it has none.
+    """
+
+    id: ClassVar[str]
+    reference: ClassVar[str]
+    argument: ClassVar[str | None] = None
+    needs_labels: ClassVar[bool] = True
+    rates: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+
+    def __init__(self, given: str | None = None):
+        if given is not None and self.argument is None:
+            raise ConfigError(f"the row {self.id!r} takes nothing behind a colon, got {given!r}")
+        self.given = given
+
+    def number(self, default: int, least: int) -> int:
+        """Return the argument as a number.
+
+        Raises:
+            ConfigError: if it is none, or less than `least`.
+        """
+        if self.given is None:
+            return default
+        if not (self.given.isascii() and self.given.isdigit()) or int(self.given) < least:
+            raise ConfigError(
+                f"the row {self.id!r} takes a {self.argument} of at least {least} behind the colon, as in "
+                f"{self.id}:{default}; got {self.given!r}"
+            )
+        return int(self.given)
+
+    def check(self, backbone: Backbone, config: TrainConfig) -> None:  # noqa: B027
+        """See that the row is possible; raises errors of ours."""
+
+    @abstractmethod
+    def fit(self, trial: Trial) -> Fitted:
+        """Solve the task of a trial."""
+
+
+ROWS: Registry[Row] = Registry("row", "maskpack.evaluate.rows")
+
+
+def find_row(name: str) -> Row:
+    """Return the row called "id" or "id:argument".
+
+    Raises:
+        UnknownNameError: if there is none. ConfigError: if it does not take this argument.
+    """
+    own, mark, given = name.partition(":")
+    return ROWS[own](given if mark else None)
+
+
+def features(backbone: Backbone, inputs: Inputs) -> Tensor:
+    """Return the features of a batch, (B, D) float32 on the CPU."""
+    count = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+    return embeddings(backbone, [(inputs, torch.zeros(count, dtype=torch.long))])[0]
+
+
+def settings_of(trial: Trial, objective: str) -> TrainConfig:
+    """Return the trial's settings with this objective; its options are those of the objective that they are for."""
+    options: Mapping[str, Any] = trial.config.objective_options if objective != "supervised" else {}
+    return replace(trial.config, objective=objective, objective_options=options)

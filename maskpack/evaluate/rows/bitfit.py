@@ -1,0 +1,37 @@
+"""BitFit."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import nn
+
+from ...backbone.load import Backbone
+from ...errors import ConfigError
+from ...training.config import TrainConfig
+from .base import ROWS, Fitted, Row, Trial
+from .dense import body, fit_dense
+
+
+@ROWS.register
+class BitFit(Row):
+    """Biases alone learn, those of normalisation layers included, and a head."""
+
+    id: ClassVar[str] = "bitfit"
+    reference: ClassVar[str] = "https://arxiv.org/abs/2106.10199"
+    rates: ClassVar[Mapping[str, tuple[float, ...]]] = {"adam": (1e-3, 3e-3, 1e-2), "sgd": (0.01, 0.03, 0.1)}
+
+    def check(self, backbone: Backbone, config: TrainConfig) -> None:
+        if not _biases(backbone):
+            raise ConfigError(f"the backbone {backbone.id} has no biases, so there is no row 'bitfit'; leave it out")
+
+    def fit(self, trial: Trial) -> Fitted:
+        return fit_dense(trial, _freeze_others)
+
+
+def _biases(backbone: Backbone) -> dict[str, nn.Parameter]:
+    return {name: one for name, one in body(backbone).items() if name.rpartition(".")[2].endswith("bias")}
+
+
+def _freeze_others(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
+    backbone.model.requires_grad_(False)
+    return _biases(backbone)

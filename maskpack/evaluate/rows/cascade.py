@@ -1,0 +1,58 @@
+"""A cascade trained without labels."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ...apply.cascade import load_cascade
+from ...backbone.classifier import Inputs
+from ...backbone.load import Backbone
+from ...training.cascade import DISPATCHER, train_cascade
+from ...training.checkpoint import FILE
+from ...training.config import TrainConfig
+from ...training.objectives.base import SELF_SUPERVISED
+from ..cascade import fit_cascade_head
+from .base import ROWS, Fitted, Row, Trial, settings_of
+from .masked import stored, write
+
+EXPERTS = 5
+
+
+@ROWS.register
+class ConditionalCascade(Row):
+    """Dispatcher and experts trained without labels, and a linear probe of the conditional embeddings."""
+
+    id: ClassVar[str] = "cascade"
+    reference: ClassVar[str] = "Self-Masking Networks, section 3.4"
+    argument: ClassVar[str | None] = "number of experts"
+    needs_labels: ClassVar[bool] = False
+    rates: ClassVar[Mapping[str, tuple[float, ...]]] = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}
+
+    def check(self, backbone: Backbone, config: TrainConfig) -> None:
+        self.number(EXPERTS, least=2)
+
+    def fit(self, trial: Trial) -> Fitted:
+        folder = trial.folder / "training"
+        result = train_cascade(
+            trial.backbone,
+            trial.unlabelled,
+            settings_of(trial, SELF_SUPERVISED),
+            experts=self.number(EXPERTS, least=2),
+            output=folder,
+            resume=(folder / DISPATCHER / FILE).exists(),
+            report=trial.report,
+        )
+        result = fit_cascade_head(trial.backbone, trial.data, result, batch_size=trial.config.batch_size)
+        adapter = write(trial, result.parts, result.base, result.about)
+        cascade = load_cascade(trial.backbone.model, adapter)
+        weight, bias = cascade.parts.weight, cascade.parts.bias
+        assert weight is not None
+        assert bias is not None
+
+        def predict(inputs: Inputs) -> Tensor:
+            return nn.functional.linear(cascade.embed(inputs), weight, bias)
+
+        masked = sum(parts.masks.total for parts in result.parts.values())
+        steps = sum(result.about["training"]["cascade"]["steps"].values())
+        return Fitted(predict, masked + weight.numel() + bias.numel(), stored(adapter), steps)

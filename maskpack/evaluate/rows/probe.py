@@ -1,0 +1,20 @@
+"""Linear probe."""
+
+from typing import ClassVar
+
+from ..linear_probe import fit_probe
+from .base import ROWS, Fitted, Row, Trial
+
+
+@ROWS.register
+class LinearProbe(Row):
+    """Linear probe of the frozen features, a convex problem without a learning rate."""
+
+    id: ClassVar[str] = "probe"
+    reference: ClassVar[str] = "https://arxiv.org/abs/1610.01644"
+
+    def fit(self, trial: Trial) -> Fitted:
+        x, y = trial.embed()
+        probe = fit_probe(x, y, trial.classes)
+        count = probe.weight.numel() + probe.bias.numel()
+        return Fitted(trial.probed(probe), count, {"head": 4 * count})

@@ -1,0 +1,220 @@
+"""One row with one seed, in a process of its own: fitted, measured, and written as JSON.
+
+    python -m maskpack.evaluate.trial JOB.json
+
+A process of its own has a peak memory of its own, and nothing that a row does to a model or a library reaches the next.
+Events go to stdout, one JSON object a line; the last one says what went wrong, if anything did.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backbone.classifier import Classifier
+from ..backbone.load import Backbone, load_backbone
+from ..data.base import Data, Examples
+from ..data.batches import loader, readable
+from ..data.load import few_labels, hold_out, load_data
+from ..errors import DataError, MaskpackError
+from ..tensorfile import replacing
+from ..training.config import config_from
+from .accuracy import by_class
+from .rows.base import Fitted, Predict, Trial, find_row
+from .rows.dense import classified
+
+VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
+DRAW = 42  # the seed of `few_labels` for the seed 0
+SPENT = "spent.json"  # seconds of training so far, for a trial that is interrupted
+TIMED = 2.0  # seconds of timing, and at least
+ROUNDS = 5  # passes
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process is asked for.
+
+    Attributes:
+        row: name, with its argument. settings: of TrainConfig, with seed and rate. share: of the labels.
+        validate: measure on a validation split of these labels, and not on the test split.
+        backbone, data: arguments of `load_backbone` and `load_data`.
+        folder: of the trial. result: file to write.
+    """
+
+    row: str
+    share: float
+    validate: bool
+    settings: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    data: Mapping[str, Any]
+    folder: str
+    result: str
+
+    @property
+    def seed(self) -> int:
+        """Of the trial."""
+        return int(self.settings["seed"])
+
+    def write(self, path: Path) -> None:
+        """Write the job as JSON."""
+        write_json(path, asdict(self))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all."""
+    with replacing(path) as (temporary,):
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, Data, Examples]:
+    """Return (rows whose labels are known, rows without labels, rows to measure on).
+
+    Rows that are measured on are in neither of the others.
+
+    Raises:
+        DataError: if the training or the test split is missing, or there is no class.
+    """
+    if data.train is None or data.test is None or not data.class_names:
+        raise DataError(
+            f"a comparison needs a training and a test split with labels; {data.id!r} has "
+            f"{'no training split' if data.train is None else 'no test split' if data.test is None else 'no labels'}"
+        )
+    test, train, known = data.test, data.train, few_labels(data.train, share, DRAW + seed)
+    if validate:
+        known, held = hold_out(known, VALIDATION, seed)
+        if held is None:
+            raise DataError(f"{len(known)} rows with labels are too few to choose a learning rate on; give one with lr")
+        test, without = held, set(held.indices)
+        train = replace(train, indices=[row for row in train.indices if row not in without])
+    only = replace(data, validation=None, test=None)
+    return replace(only, train=known), replace(only, train=train, class_names=()), test
+
+
+@dataclass
+class Spent:
+    """Seconds of training, also of processes that were interrupted, as of their last epoch."""
+
+    path: Path
+    before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.path.exists():
+            self.before = float(json.loads(self.path.read_text())["seconds"])
+
+    def seconds(self) -> float:
+        """Return the seconds up to now."""
+        return self.before + time.monotonic() - self.started
+
+    def keep(self) -> None:
+        """Note the seconds up to now."""
+        write_json(self.path, {"seconds": self.seconds()})
+
+
+def memory() -> tuple[int, int]:
+    """Return the process's resident bytes, now and at most; on a system without /proc, at most and at most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage: a process that was started from a great one inherits that one's peak there
+        kilobytes = dict(line.split(":") for line in status.read_text().splitlines() if line.startswith("Vm"))
+        return int(kilobytes["VmRSS"].split()[0]) << 10, int(kilobytes["VmHWM"].split()[0]) << 10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most, most
+
+
+def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """Fit and measure what a job asks for; return the result, JSON values."""
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, config = load_backbone(**job.backbone), config_from(job.settings)
+    known, unlabelled, test = splits(load_data(**job.data), job.share, job.seed, job.validate)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    before, spent = memory()[0], Spent(folder / SPENT)
+
+    def passed_on(event: Mapping[str, Any]) -> None:
+        if event["event"] == "epoch":
+            spent.keep()
+        report(event)
+
+    fitted = find_row(job.row).fit(Trial(backbone, known, unlabelled, config, folder, passed_on))
+    seconds, peak = spent.seconds(), memory()[1]
+    spent.keep()
+    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    accuracy, rows = measure(fitted.predict, backbone, test, config.batch_size, len(known.class_names))
+    result = {
+        "accuracy": accuracy,
+        "examples": rows,
+        "labels": len(known.train or ()),
+        "trained": fitted.trained,
+        "sizes": dict(fitted.sizes),
+        "bytes": sum(fitted.sizes.values()),
+        "steps": fitted.steps,
+        "seconds": seconds,
+        "peak_memory": max(0, peak - before) + on_device,
+    }
+    if not job.validate:
+        result["overhead"] = overhead(fitted, load_backbone(**job.backbone), test, len(known.class_names), config)
+    return result
+
+
+@torch.no_grad()
+def measure(
+    predict: Predict, backbone: Backbone, examples: Examples, batch_size: int, classes: int
+) -> tuple[float, int]:
+    """Return the share of examples that get their class, and how many could be read."""
+    batches = readable(loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size))
+    scores, labels = [], []
+    for inputs, y in batches:
+        scores.append(predict(inputs))
+        labels.append(y)
+    if not labels:
+        raise DataError("no row to measure on could be read")
+    y = torch.cat(labels)
+    assert int(y.max()) < classes
+    return float(by_class(torch.cat(scores), y)["accuracy"]), len(y)
+
+
+@torch.no_grad()
+def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: int, config: Any) -> float:
+    """Return the time of a batch relative to that of the bare backbone with a linear head; medians, by turns."""
+    batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=config.batch_size)
+    inputs, _ = next(readable(batches))
+    linear = nn.Linear(backbone.features, classes).to(next(backbone.model.parameters()).dtype)
+    bare = classified(Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval())
+    times: dict[Predict, list[float]] = {bare: [], fitted.predict: []}
+    for predict in times:
+        predict(inputs)
+    until = time.perf_counter() + TIMED
+    while len(times[bare]) < ROUNDS or time.perf_counter() < until:
+        for predict, taken in times.items():
+            started = time.perf_counter()
+            predict(inputs)
+            taken.append(time.perf_counter() - started)
+    return median(times[fitted.predict]) / median(times[bare])
+
+
+def main() -> None:
+    """Run the job that the command line names."""
+
+    def report(event: Mapping[str, Any]) -> None:
+        print(json.dumps(event), flush=True)  # noqa: T201
+
+    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    try:
+        write_json(Path(job.result), run(job, report))
+    except MaskpackError as error:
+        report({"event": "error", "kind": type(error).__name__, "message": str(error)})
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""train_dense: weights themselves learn, by the loop that masks are trained by, to be compared with them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..backbone.fingerprint import fingerprint
+from ..backbone.load import Backbone
+from ..data.base import Data
+from ..errors import require
+from .borrow import batchnorm_statistics
+from .checkpoint import run_folder
+from .config import TrainConfig
+from .log import Report, RunLog
+from .run import Learn, Run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseResult:
+    """What a run without masks learned; the model has it.
+
+    Attributes:
+        classifier: the backbone with its new head, in evaluation mode.
+        learned: what `learn` returned, by name. statistics: of BatchNorm, if they adapted.
+        steps: optimiser steps.
+        metrics: train_loss, and what the objective measures of the splits that exist.
+    """
+
+    classifier: nn.Module
+    learned: Mapping[str, nn.Parameter]
+    statistics: dict[str, Tensor]
+    steps: int
+    metrics: dict[str, float]
+
+
+def train_dense(
+    backbone: Backbone,
+    data: Data,
+    config: TrainConfig,
+    learn: Learn,
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    report: Report | None = None,
+) -> DenseResult:
+    """Train a head and what `learn` names of a backbone, at the rate of scores. The backbone is changed.
+
+    Args:
+        learn: gets the backbone with its new head and the settings; leaves a gradient to nothing but the parameters
+            that it returns. It may put modules into the model, as LoRA does.
+        output, resume, report: as in `train_mask`.
+
+    Raises:
+        What `train_mask` raises.
+    """
+    main = require("accelerate", "train", "training").PartialState().is_main_process
+    folder = run_folder(output, resume)
+    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    with RunLog(folder if main else None, report if main else None, resume) as log:
+        run = Run(backbone, data, config, learn)
+        metrics = run.train(base, folder, resume, None, log)
+    statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
+    return DenseResult(run.objective.module.eval(), run.scores, statistics, run.steps, metrics)
