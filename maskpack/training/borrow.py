@@ -4,13 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from ..backbone.head import swap_module
 from ..backbone.load import Backbone
 from .scored import detach_scores
-
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 @contextmanager
@@ -37,22 +34,3 @@ def borrowed(backbone: Backbone) -> Iterator[None]:
             p.grad = None
         for module, mode in modes.items():
             module.training = mode
-
-
-def set_train_mode(module: nn.Module, adapt_batchnorm: bool) -> None:
-    """Put a module into training mode, with its BatchNorm layers in evaluation mode unless they adapt."""
-    module.train()
-    if not adapt_batchnorm:
-        for m in module.modules():
-            if isinstance(m, BATCH_NORMS):
-                m.eval()
-
-
-def batchnorm_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return running mean and variance of every BatchNorm layer, float32 on the CPU, by buffer name."""
-    return {
-        f"{name}.{leaf}": getattr(m, leaf).detach().to("cpu", torch.float32, copy=True)
-        for name, m in model.named_modules()
-        if isinstance(m, BATCH_NORMS) and m.running_mean is not None
-        for leaf in ("running_mean", "running_var")
-    }

@@ -10,7 +10,7 @@ from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..errors import require
-from .borrow import batchnorm_statistics
+from .batchnorm import batchnorm_statistics
 from .checkpoint import run_folder
 from .config import TrainConfig
 from .log import Report, RunLog

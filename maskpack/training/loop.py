@@ -14,7 +14,8 @@ from ..data.batches import readable
 from ..errors import TrainingError, require
 from ..parts import Parts
 from ..preprocess import preprocess_to_json
-from .borrow import batchnorm_statistics, borrowed
+from .batchnorm import batchnorm_statistics
+from .borrow import borrowed
 from .checkpoint import run_folder
 from .config import TrainConfig
 from .log import Report, RunLog

@@ -18,7 +18,7 @@ from ..data.base import Data, Examples, empty_classes
 from ..data.batches import EpochSampler, epoch_seed, readable
 from ..errors import ConfigError, StateError, TrainingError, require
 from ..methods.base import build_method
-from .borrow import set_train_mode
+from .batchnorm import set_train_mode
 from .checkpoint import FILE, checkpoint_digest, load_checkpoint, restore, save_checkpoint, take_over, trained_tensors
 from .config import TrainConfig
 from .log import RunLog
@@ -129,6 +129,8 @@ class Run:
                 take_over(trained_tensors(module), start_from / FILE, ours["base"], self.objective.fresh)
         for epoch in range(first, self.epochs):
             step, loss = self._epoch(epoch, step, log)
+            if epoch + 1 == self.epochs:
+                self.objective.finish()
             metrics = {"train_loss": loss, **self._density(), **self.objective.metrics()}
             if self.data.validation is not None:
                 metrics |= self._held_out("validation", self.data.validation)

@@ -78,6 +78,9 @@ class Objective(ABC):
     def after_backward(self, step: int) -> None:  # noqa: B027
         """Look at the gradients of an optimiser step, the first of which is 0, before it is made."""
 
+    def finish(self) -> None:  # noqa: B027
+        """Prepare what was trained for use, after the last epoch and before its metrics."""
+
     def metrics(self) -> Mapping[str, float]:
         """Return what the epoch that ends shows beside its loss."""
         return {}

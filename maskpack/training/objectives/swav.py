@@ -13,9 +13,11 @@ from torch.utils.data import Sampler
 from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
+from ...data.batches import readable
 from ...errors import ConfigError
 from ...preprocess import ImagePreprocess
 from ...registry import make_options
+from ..batchnorm import recalibrate
 from ..config import TrainConfig
 from .base import OBJECTIVES, Objective
 from .collapse import CollapseWatch, collapse_warning
@@ -182,6 +184,12 @@ class Swav(Objective):
     def after_backward(self, step: int) -> None:
         if step < self.options.freeze_prototypes:
             self.module.prototypes.weight.grad = None
+
+    def finish(self) -> None:
+        """Take BatchNorm statistics anew, of whole images: those of training are of crops, the small ones foremost."""
+        if self.config.bn == "adapt":
+            assert self.data.train is not None
+            recalibrate(self.module.classifier, readable(self.load(self.data.train)))
 
     def metrics(self) -> dict[str, float]:
         return self.watch.metrics()
