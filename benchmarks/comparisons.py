@@ -10,8 +10,9 @@ Results lie in benchmarks/measured, a JSON file a trial; checkpoints and adapter
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def told(event: Mapping[str, Any]) -> None:
 
 def chosen(output: Path) -> dict[str, list[float]]:
     """Return the learning rates that were chosen on the first data set."""
-    rows = json.loads((output / FIRST / "results.json").read_text())["rows"]
-    return {row["method"]: [row["rate"]] for row in rows if row["rate"] is not None}
+    tables = [json.loads((output / FIRST / f"{kind}.json").read_text()) for kind in ("table", "few-labels")]
+    return {row["method"]: [row["rate"]] for one in tables for row in one["rows"] if row["rate"] is not None}
 
 
 def some_mnist(output: Path) -> Path:
@@ -96,6 +97,32 @@ def some_mnist(output: Path) -> Path:
             rows = datasets.load_dataset(str(DATA / "data/mnist"), split=split).shuffle(seed=0).select(range(count))
             rows.to_parquet(path)
     return folder
+
+
+def measured(
+    name: str,
+    backbone: Mapping[str, Any],
+    data: Mapping[str, Any],
+    output: Path,
+    rows: Sequence[str],
+    rates: Mapping[str, Sequence[float]],
+    config: TrainConfig,
+    fractions: Sequence[float] = (1.0,),
+    seeds: Sequence[int] = SEEDS,
+) -> dict[str, Any]:
+    """Compare in a folder of its own; `rates` of other rows are left out."""
+    own = {row: rate for row, rate in rates.items() if row in rows}
+    return compare(
+        backbone,
+        data,
+        output / name,
+        rows=rows,
+        seeds=seeds,
+        fractions=fractions,
+        rates=own,
+        config=config,
+        report=told,
+    )
 
 
 def images(name: str, output: Path) -> None:
@@ -121,31 +148,17 @@ def images(name: str, output: Path) -> None:
 
 def deeper(name: str, output: Path) -> None:
     """The table of one domain with the ResNet of 32 layers."""
-    rates = {row: rate for row, rate in chosen(output).items() if row in TABLE}
     data = {"reference": DATA / f"data/pacs/{name}"}
-    folder = output / f"resnet32-{name}"
-    write_json(
-        folder / "table.json",
-        compare(resnet(32), data, folder, rows=TABLE, seeds=SEEDS, rates=rates, config=IMAGES, report=told),
-    )
+    result = measured(f"resnet32-{name}", resnet(32), data, output, TABLE, chosen(output), IMAGES)
+    write_json(output / f"resnet32-{name}" / "table.json", result)
 
 
 def texts(output: Path) -> None:
     """The table of Banking77."""
     rows = ("knn", "probe", "full", "lora:8", "mask")
     rates = {"mask": [0.02], "full": [1e-4, 3e-4], "lora:8": [1e-3, 3e-3]}
-    folder = output / "banking77"
-    result = compare(
-        minilm(),
-        {"reference": DATA / "data/banking77"},
-        folder,
-        rows=rows,
-        seeds=SEEDS,
-        rates=rates,
-        config=TEXTS,
-        report=told,
-    )
-    write_json(folder / "table.json", result)
+    data = {"reference": DATA / "data/banking77"}
+    write_json(output / "banking77/table.json", measured("banking77", minilm(), data, output, rows, rates, TEXTS))
 
 
 def cascades(output: Path, experts: int = 3) -> None:
@@ -157,7 +170,7 @@ def cascades(output: Path, experts: int = 3) -> None:
         folder = output / f"cascade-{seed}"
         if (folder / "table.json").exists():
             continue
-        backbone = load_backbone(**{key: str(value) for key, value in resnet(20).items()})
+        backbone = load_backbone(**resnet(20))
         config = replace(IMAGES, objective="self-supervised", lr=rate, seed=seed, steps=None, epochs=EPOCHS)
         only = replace(unlabelled, test=None)
         result = train_cascade(
@@ -177,20 +190,16 @@ def ablations(output: Path) -> None:
     rate = chosen(output)["self-supervised"]
     data = {"reference": DATA / f"data/pacs/{FIRST}"}
     for name, (_, config, random_start) in ABLATIONS.items():
-        folder = output / f"ablation-{name}"
         rows = ("probe", "self-supervised") if random_start else ("self-supervised",)
         rates = {"self-supervised": rate}
-        compare(resnet(20, random_start), data, folder, rows=rows, rates=rates, config=config, report=told)
+        measured(f"ablation-{name}", resnet(20, random_start), data, output, rows, rates, config, seeds=(0,))
 
 
 def main() -> None:
-    jobs = {
-        **{name: lambda output, name=name: images(name, output) for name in (*PACS, "mnist")},
-        "cascades": cascades,
-        "ablations": ablations,
-        **{f"resnet32-{name}": lambda output, name=name: deeper(name, output) for name in PACS},
-        "banking77": texts,
-    }
+    jobs: dict[str, Callable[[Path], None]] = {name: partial(images, name) for name in (*PACS, "mnist")}
+    jobs |= {"cascades": cascades, "ablations": ablations}
+    jobs |= {f"resnet32-{name}": partial(deeper, name) for name in PACS}
+    jobs |= {"banking77": texts}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(jobs)}; default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "measured")

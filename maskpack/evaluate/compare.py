@@ -84,8 +84,9 @@ def compare(
     for name, row in found.items():
         rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))
         for share in fractions:
-            measured = [trials.run(name, row, seed, share, rate) for seed in seeds]
-            results.append({**summary(name, share, rate, seeds, measured), "search": tried})
+            own = seeds if row.seeded or share < 1 else seeds[:1]
+            measured = [trials.run(name, row, seed, share, rate) for seed in own]
+            results.append({**summary(name, share, rate, own, measured), "search": tried})
             whole = {**about, "rows": results}
             write_json(folder / RESULT, whole)
             (folder / TABLE).write_text(markdown(results), encoding="utf-8")

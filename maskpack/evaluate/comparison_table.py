@@ -34,7 +34,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of a comparison as a Markdown table with a note."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    count = len(rows[0]["seeds"])
+    count = max(len(row["seeds"]) for row in rows)
     seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
     return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
 

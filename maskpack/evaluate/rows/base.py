@@ -1,7 +1,7 @@
 """The contract of a row of a comparison.
 
-A row is a class in a file of this folder with `id`, `reference`, `argument`, `needs_labels` and `rates`. Its `fit` is
-run in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning rates and all
+A row is a class in a file of this folder with `id`, `reference`, `argument`, `needs_labels`, `seeded` and `rates`. Its
+`fit` is run in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning rates and all
 that is measured exist once, in `evaluate.trial` and `evaluate.compare`.
 """
 
@@ -94,6 +94,7 @@ class Row(ABC):
     Attributes:
         argument: what may stand behind a colon, as in "rank"; None: nothing.
         needs_labels: whether training does; without, it is done once for all shares of the labels.
+        seeded: whether the seed matters where all labels are used.
         rates: learning rates to choose from, by optimiser; empty: it has none.
     """
 
@@ -101,6 +102,7 @@ class Row(ABC):
     reference: ClassVar[str]
     argument: ClassVar[str | None] = None
     needs_labels: ClassVar[bool] = True
+    seeded: ClassVar[bool] = True
     rates: ClassVar[Mapping[str, tuple[float, ...]]] = {}
 
     def __init__(self, given: str | None = None):

@@ -15,6 +15,7 @@ class Knn(Row):
 
     id: ClassVar[str] = "knn"
     reference: ClassVar[str] = "https://arxiv.org/abs/1805.01978"
+    seeded: ClassVar[bool] = False
 
     def fit(self, trial: Trial) -> Fitted:
         x, y = trial.embed()

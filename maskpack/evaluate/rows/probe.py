@@ -12,6 +12,7 @@ class LinearProbe(Row):
 
     id: ClassVar[str] = "probe"
     reference: ClassVar[str] = "https://arxiv.org/abs/1610.01644"
+    seeded: ClassVar[bool] = False
 
     def fit(self, trial: Trial) -> Fitted:
         x, y = trial.embed()
