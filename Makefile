@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maskpack needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[train,plots,dev]'
+	$(BIN)/pip install --quiet --editable '.[train,plots,compare,dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -79,6 +79,11 @@ bench-codec: $(VENV)/.bench
 # every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes
 bench-faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md
+
+# masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
+comparisons: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.comparisons
+	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
 
 # the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
 compression: $(VENV)/.bench

@@ -1,8 +1,8 @@
 """The contract of a row of a comparison.
 
 A row is a class in a file of this folder with `id`, `reference`, `argument`, `needs_labels`, `seeded` and `rates`. Its
-`fit` is run in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning rates and all
-that is measured exist once, in `evaluate.trial` and `evaluate.compare`.
+`fit` is run in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning rates
+and all that is measured exist once, in `evaluate.trial` and `evaluate.compare`.
 """
 
 from abc import ABC, abstractmethod
