@@ -110,5 +110,5 @@ def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:
         try:
             values[key] = _BOOLS[str(value).lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ConfigError(f"option {key!r} of {what} must be a {kind.__name__}, got {value!r}") from None
+            raise ConfigError(f"option {key!r} of {what} must be of type {kind.__name__}, got {value!r}") from None
     return cls(**values)

@@ -1,6 +1,8 @@
 """maskpack cascade: train, look, compare, predict, push and pull."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +66,20 @@ def test_what_training_leaves(folder: Path) -> None:
 
 
 def test_resumes_with_other_options_for_what_comes_last(folder: Path) -> None:
-    found = ok(*TRAIN, "--output", folder, "--resume", "--combine", "conditional", "--profile", "fast")
-    assert found["combine"] == "conditional"
+    result = run(*TRAIN, "--output", folder, "--resume", "--combine", "conditional", "--profile", "fast")
+    assert "  combine: conditional" in result.stdout.splitlines()
+    # what it names as the next command can be typed as it stands
+    (following,) = re.findall("Next: maskpack (cascade eval .*)", result.stderr)
+    assert following.startswith(f"cascade eval {folder} --data digits:5-9 --backbone ")
+    assert len(ok(*shlex.split(following))["rows"]) == 6
     assert "belongs to another run: experts differ" in refused(*TRAIN, "--output", folder, "--resume", "--experts", "3")
     assert "holds the checkpoint of an earlier run" in refused(*TRAIN, "--output", folder)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    said = refused(*TRAIN, "--output", tmp_path / "typo", "--resume")
+    assert f"resume needs the folder of an earlier run as `output`, got {tmp_path / 'typo'}/training" in said
+    assert not (tmp_path / "typo").exists()
 
 
 def test_settings_file_reduction_and_no_labels(folder: Path, tmp_path: Path) -> None:
@@ -95,13 +107,14 @@ def test_dry_run_and_help(tmp_path: Path) -> None:
     for option in ("--experts", "--combine", "--backbone", "--objective", "--resume", "maskpack cascade train"):
         assert option in shown
     assert run("cascade").exit_code in (0, 2)
+    assert "got 99 experts" in refused(*TRAIN, "--output", tmp_path / "x", "--experts", "99", "--dry-run", code=2)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--combine", "both"], "--combine must be conditional or unconditional"),
-        (["--reduce", "0"], "--reduce one from 1; got 'conditional', 2 and 0"),
+        (["--reduce", "0"], "--reduce at least 1; got 'conditional' and 0"),
         (["--experts", "1"], "at least 2 experts and a batch of rows for each; got 1 experts"),
         (["--bn", "maybe"], "bn must be one of adapt, freeze"),
     ],
@@ -143,7 +156,9 @@ def test_predict(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verbs_for_one_mask_say_what_to_use(folder: Path, tmp_path: Path) -> None:
-    assert "it is a cascade: use load_cascade" in refused("export", folder, "--output", tmp_path / "x", *BACKBONE)
+    said = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
+    assert said in refused("export", folder, "--output", tmp_path / "x", *BACKBONE)
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.transport("lfs")

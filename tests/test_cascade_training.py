@@ -77,7 +77,9 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
     assert about["steps"]["dispatcher"] == QUICK.epochs * (count // QUICK.batch_size)
     assert [event["part"] for event in events if event["event"] == "end"] == list(SETS)
     densities = [one.masks.density for one in result.parts.values()]
-    assert result.metrics["density"] == densities[0]
+    assert result.metrics["dispatcher_density"] == densities[0]
+    assert result.about["training"]["metrics"] == result.metrics
+    assert all(name.startswith("dispatcher_") for name in result.metrics if name != "expert_density")
     assert result.metrics["expert_density"] == pytest.approx(sum(densities[1:]) / EXPERTS)
 
 

@@ -112,6 +112,31 @@ def test_settings_file_under_the_command_line(tmp_path: Path) -> None:
     assert (about["preprocess"]["mean"], about["preprocess"]["std"]) == ([0.1] * 3, [0.5] * 3)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("steps = true", "steps in {file} must be a whole number, got True"),
+        ("image-size = 8.5", "image_size in {file} must be a whole number, got 8.5"),
+        ('labels-fraction = "x"', "labels_fraction in {file} must be a number, got 'x'"),
+        ("data = 7", "data in {file} must be a text, got 7"),
+        ("output = 5", "output in {file} must be a text, got 5"),
+        ('scale = "yes"', "scale in {file} must be true or false, got 'yes'"),
+        ('profile = "tiny"', "profile in {file} must be one of fast, default, max, got 'tiny'"),
+        ('method-option = ["init=2", 4]', "method_option in {file} must be a list, each a text, got ['init=2', 4]"),
+        ("mean = [0.5, 0.5]", "--mean must be three numbers joined by commas, got [0.5, 0.5]"),
+        ('std = ["a", "b", "c"]', "--std must be three numbers joined by commas, got ['a', 'b', 'c']"),
+        ("resume = true", "{file} has the setting 'resume', which cannot stand there; known: backbone, weights,"),
+        ("batchsize = 3", "{file} has the setting 'batchsize', which cannot stand there; known: backbone, weights,"),
+    ],
+)
+def test_settings_of_a_file_are_options_of_the_right_type(line: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(line)
+    result = run(*TRAIN, "--output", tmp_path / "x", "--config", file, "--dry-run")
+    assert result.exit_code == 2
+    assert said.format(file=file) in " ".join(result.stderr.split())
+
+
 def test_resume(tmp_path: Path) -> None:
     ok(*TRAIN, "--output", tmp_path)
     before = (tmp_path / "maskpack_model.safetensors").read_bytes()

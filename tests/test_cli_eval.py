@@ -142,7 +142,7 @@ def test_a_backbone_alone(headless: Path) -> None:
         (["x", "--split", "dev"], "--split must be test or train, got 'dev'"),
         (["x", "--split", "train", "--knn"], "--knn and --probe learn from the train split, so they are measured on"),
         (["x", "--labels-fraction", "0.1"], "--labels-fraction is for --knn and --probe"),
-        ([*BACKBONE, "--knn", "--labels-fraction", "0"], r"the share of labels must be in (0, 1], got 0.0"),
+        ([*BACKBONE, "--knn", "--labels-fraction", "0"], "--labels-fraction must be above 0 and at most 1, got 0.0"),
     ],
 )
 def test_what_contradicts_itself(words: list[str], said: str) -> None:

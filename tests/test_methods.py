@@ -49,7 +49,7 @@ def test_options_are_checked() -> None:
         build_method("treshold")
     with pytest.raises(ConfigError, match="method 'threshold' has no option 'k'; it has: init, threshold"):
         build_method("threshold", {"k": 1})
-    with pytest.raises(ConfigError, match="option 'init' of the method 'threshold' must be a float, got 'big'"):
+    with pytest.raises(ConfigError, match="option 'init' of the method 'threshold' must be of type float, got 'big'"):
         build_method("threshold", {"init": "big"})
     with pytest.raises(ConfigError, match="scores start at inf with the threshold 0.0: .* choose finite values"):
         build_method("threshold", {"init": "inf"})

@@ -10,6 +10,7 @@ import typer
 from . import training
 from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, main_process, note, quiet_libraries, table
+from .settings import OWN, read_settings
 from .use import BackboneOption, base_of
 
 verbs = typer.Typer(help="A dispatcher, and an expert for each cluster of the data: train them, compare them.")
@@ -34,25 +35,26 @@ def train(**given: Any) -> None:
 
     All options of `maskpack train` are here; they hold for the dispatcher and for every expert.
     """
-    config, resume, dry_run, as_json, quiet = (given.pop(name) for name in training.OWN)
+    config, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
     from maskpack import fit_cascade_head, inspect_adapter, save_adapter, train_cascade
     from maskpack.errors import ConfigError
     from maskpack.parts import COMBINES
+    from maskpack.training.cascade import check_cascade
     from maskpack.training.loop import plan_training
 
-    settings = training.read_settings(given, config)
+    settings = read_settings(train, given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
     experts, combine = settings.pop("experts", 5), settings.pop("combine", "conditional")
     reduce, labelled = settings.pop("reduce", None), not settings.pop("no_labels", False)
-    if combine not in COMBINES or not isinstance(experts, int) or (reduce is not None and reduce < 1):
+    if combine not in COMBINES or (reduce is not None and reduce < 1):
         raise ConfigError(
-            f"--combine must be {' or '.join(COMBINES)}, --experts a number and --reduce one from 1; got {combine!r}, "
-            f"{experts!r} and {reduce!r}"
+            f"--combine must be {' or '.join(COMBINES)} and --reduce at least 1; got {combine!r} and {reduce!r}"
         )
-    reference = settings["data"]
+    inputs = training.evaluated(output, settings)
     backbone, data, run_config = training.load_inputs(settings, quiet, labelled)
+    check_cascade(data, run_config, experts)
     plan = plan_training(backbone, data, run_config)
     training.describe_plan(plan, data, quiet)
     note(f"A dispatcher and {experts} experts: about {(experts + 1) * plan['steps']:,} steps in all", quiet)
@@ -78,7 +80,9 @@ def train(**given: Any) -> None:
         "file_bytes": adapter.size,
     }
     emit(facts, as_json, f"✓ {output}")
-    note(f"Next: maskpack cascade eval {output} --data {reference}", quiet or as_json)
+    if labelled:
+        note(f"Next: maskpack cascade eval {inputs}", quiet or as_json)
+    note(f"Next: maskpack push {training.reference(output)} USER/NAME", quiet or as_json)
 
 
 # the verb has the options of `maskpack train` and those above: they are written down once
@@ -99,7 +103,6 @@ def evaluate(
     input_column: Annotated[str | None, typer.Option(help="Column of images or texts, where it is not found.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not found.")] = None,
     labels_fraction: Annotated[float, typer.Option(help="Share of the training rows to use.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Which training rows are used.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     revision: Revision = None,
     require_revision: RequireRevision = False,
@@ -110,12 +113,17 @@ def evaluate(
     """Compare a cascade with its dispatcher alone: nearest neighbours, linear probes, passes, steps and bytes."""
     quiet_libraries(quiet)
     from maskpack import load_adapter, load_data
+    from maskpack.data.load import LABELS_SEED
     from maskpack.evaluate.cascade import cascade_table
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
     base = base_of(adapter, backbone, weights, random_weights)
     found = load_data(
-        data, input_column=input_column, label_column=label_column, labels_fraction=labels_fraction, seed=seed
+        data,
+        input_column=input_column,
+        label_column=label_column,
+        labels_fraction=labels_fraction,
+        seed=LABELS_SEED,
     )
     note(f"Embedding by {len(adapter.sets)} sets …", quiet)
     result = cascade_table(base, adapter, found, whiten=whiten, batch_size=batch_size)

@@ -10,6 +10,7 @@ import typer
 
 from . import training
 from .console import command, emit, examples, note, quiet_libraries, table
+from .settings import OWN, read_settings, take
 
 PANEL = "Comparison"
 # what a comparison decides itself, or has for every row
@@ -41,22 +42,22 @@ def compare(**given: Any) -> None:
 
     Learning rates are chosen on a validation split. Called again, it does what is not done yet.
     """
-    config, as_json, quiet = (given.pop(name) for name in training.OWN if name not in WITHOUT)
+    config, as_json, quiet = (given.pop(name) for name in OWN if name not in WITHOUT)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import compare
+    from maskpack import compare as compared
     from maskpack.errors import ConfigError
     from maskpack.evaluate.comparison_table import COLUMNS, cells
     from maskpack.training.config import config_from
 
-    settings = training.read_settings(given, config)
+    settings = read_settings(compare, given, config)
     output, seeds = Path(settings.pop("output")), settings.pop("seeds", 3)
     names, fractions = _listed(settings, "row"), _listed(settings, "labels_fraction") or [1.0]
     rates = _rates(_listed(settings, "lr"))
     if not isinstance(seeds, int) or seeds < 1:
         raise ConfigError(f"--seeds must be a number of at least 1, got {seeds!r}")
-    backbone = {"reference": settings.pop("backbone")} | training.take(settings, *BACKBONE)
-    data = {"reference": settings.pop("data")} | training.take(settings, *DATA)
+    backbone = {"reference": settings.pop("backbone")} | take(settings, *BACKBONE)
+    data = {"reference": settings.pop("data")} | take(settings, *DATA)
     with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
 
         def told(event: Mapping[str, Any]) -> None:
@@ -65,7 +66,7 @@ def compare(**given: Any) -> None:
             elif event["event"] != "end":
                 report(event)
 
-        result = compare(
+        result = compared(
             backbone,
             data,
             output,

@@ -109,6 +109,8 @@ def _check(
         raise ConfigError(f"--split must be test or train, got {split!r}")
     if measures and split == "train":
         raise ConfigError("--knn and --probe learn from the train split, so they are measured on the test split only")
+    if any(not 0 < share <= 1 for share in shares or ()):
+        raise ConfigError(f"--labels-fraction must be above 0 and at most 1, got {', '.join(map(str, shares or ()))}")
     if shares and not measures:
         raise ConfigError("--labels-fraction is for --knn and --probe")
 

@@ -1,5 +1,6 @@
 """maskpack train."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from .adapters import PROFILES, Profile
 from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
+from .settings import OWN, read_settings, take
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -105,39 +107,6 @@ def train(
     _train(given, config, resume, dry_run, as_json, quiet)
 
 
-OWN = ("config", "resume", "dry_run", "as_json", "quiet")
-
-
-def read_settings(given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
-    """The file's settings, and over them the command line's."""
-    from maskpack.errors import ConfigError
-    from maskpack.training.config import read_config
-
-    settings = {**(read_config(config) if config else {}), **given}
-    for name in ("mean", "std"):
-        if isinstance(settings.get(name), str):
-            try:
-                settings[name] = [float(value) for value in settings[name].split(",")]
-            except ValueError:
-                raise ConfigError(f"--{name} must be three numbers joined by commas, got {settings[name]!r}") from None
-    for kind in ("method", "objective"):
-        options = settings.pop(f"{kind}_option", None)
-        if options is not None:
-            pairs = [option.partition("=") for option in ([options] if isinstance(options, str) else options)]
-            if any(not mark for _, mark, _ in pairs):
-                raise ConfigError(f"--{kind}-option must be KEY=VALUE, got {options}")
-            settings[f"{kind}_options"] = {key: value for key, _, value in pairs}
-    missing = [name for name in ("backbone", "data", "output") if name not in settings]
-    if missing:
-        raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
-    return settings
-
-
-def take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Take the settings with these names."""
-    return {name: settings.pop(name) for name in names if name in settings}
-
-
 def load_inputs(
     settings: dict[str, Any], quiet: bool, labelled: bool | None = None
 ) -> "tuple[Backbone, Data, TrainConfig]":
@@ -165,8 +134,9 @@ def _train(
     from maskpack import inspect_adapter, save_adapter, train_mask
     from maskpack.training.loop import plan_training
 
-    settings = read_settings(given, config)
-    output, profile, data_reference = Path(settings.pop("output")), settings.pop("profile", "default"), settings["data"]
+    settings = read_settings(train, given, config)
+    output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
+    inputs = evaluated(output, settings)
     backbone, data, run_config = load_inputs(settings, quiet)
     plan = plan_training(backbone, data, run_config)
     describe_plan(plan, data, quiet)
@@ -194,8 +164,23 @@ def _train(
     }
     emit(facts, as_json, f"✓ {output}")
     if not data.class_names:
-        note(f"Next: maskpack eval {output} --data {data_reference} --knn --probe", quiet or as_json)
-    note(f"Next: maskpack push {output} USER/NAME", quiet or as_json)
+        note(f"Next: maskpack eval {inputs} --knn --probe", quiet or as_json)
+    note(f"Next: maskpack push {reference(output)} USER/NAME", quiet or as_json)
+
+
+def reference(output: Path) -> str:
+    """Return what verbs take for the adapter in a folder."""
+    return shlex.quote(str(output) if output.is_absolute() else f"./{output}")
+
+
+def evaluated(output: Path, settings: Mapping[str, Any]) -> str:
+    """Return the arguments with which `eval` measures the adapter in a folder on what it was trained with."""
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(settings[name]))}"
+        for name in ("data", "backbone", "weights", "random_weights", "input_column", "label_column")
+        if name in settings
+    ]
+    return " ".join([reference(output), *words])
 
 
 def describe_plan(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:

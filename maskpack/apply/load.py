@@ -78,7 +78,9 @@ def load_mask(
             ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
     if len(adapter.sets) > 1:
-        how = "load_mask loads adapters of one" if adapter.cascade is None else "it is a cascade: use load_cascade"
+        how = "load_mask loads adapters of one"
+        if adapter.cascade is not None:
+            how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
         raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
     make_base(model, adapter, verify)
     stored = adapter.head()

@@ -10,6 +10,7 @@ from ..errors import ConfigError, DataError
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Data, Examples
 
 LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label")
+LABELS_SEED = 42  # draws the rows that keep their labels, in every evaluation
 TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
 
 
@@ -152,7 +153,7 @@ def hold_out(
     return rest, replace(examples, indices=sorted(order[:held]), unreadable=set()) if held else None
 
 
-def few_labels(examples: Examples, fraction: float, seed: int = 42) -> Examples:
+def few_labels(examples: Examples, fraction: float, seed: int = LABELS_SEED) -> Examples:
     """Return a share of the examples, drawn by `seed` whatever their classes: int(n * fraction), at least one.
 
     Of a whole training split it draws the rows that `load_data(…, labels_fraction=fraction, seed=seed)` does.

@@ -43,7 +43,7 @@ class CascadeResult:
         parts: masks and BatchNorm statistics by set name: "dispatcher", "expert-0", "expert-1", …
         base: fingerprint of the backbone.
         about: task, class names, preprocessing, training record, and the cascade (`parts.CascadeParts`).
-        metrics: of the dispatcher, and the mean density of the experts.
+        metrics: of the dispatcher, named so, and the mean density of the experts.
     """
 
     parts: dict[str, Parts]
@@ -84,14 +84,27 @@ def train_cascade(
     """
     config = config or TrainConfig()
     backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
+    check_cascade(data, config, experts)
+    if resume and (output is None or not (Path(output) / DISPATCHER).exists()):
+        raise StateError(
+            f"resume needs the folder of an earlier run as `output`, got {output}; leave it out to start one"
+        )
+    with nullcontext(output) if output is not None else tempfile.TemporaryDirectory(prefix="maskpack-") as place:
+        return _train(backbone, data, config, experts, Path(place), resume, report)
+
+
+def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
+    """Check that there can be so many experts.
+
+    Raises:
+        ConfigError: if there are too few experts or rows.
+    """
     rows = 0 if data.train is None else len(data.train)
     if experts < 2 or (data.train is not None and rows < experts * config.batch_size):
         raise ConfigError(
             f"a cascade needs at least 2 experts and a batch of rows for each; got {experts} experts, {rows} training "
             f"rows and a batch size of {config.batch_size}"
         )
-    with nullcontext(output) if output is not None else tempfile.TemporaryDirectory(prefix="maskpack-") as place:
-        return _train(backbone, data, config, experts, Path(place), resume, report)
 
 
 def _train(
@@ -136,16 +149,19 @@ def _train(
         results[name] = run(name, own, settings, folder / DISPATCHER)
     embedding = Embedding(backbone.head, backbone.pooling, backbone.normalize if backbone.pooling else False)
     about |= {"rows": sizes, "steps": {name: one.about["training"]["steps"] for name, one in results.items()}}
+    # not of the cascade: the dispatcher's accuracy, for one, is that of a head which is not in it
+    metrics = {f"{DISPATCHER}_{name}": value for name, value in first.metrics.items()}
+    metrics["expert_density"] = sum(results[name].metrics["density"] for name in names) / experts
     return CascadeResult(
         {name: replace(one.parts, head=None) for name, one in results.items()},
         first.base,
         {
             **first.about,
             "class_names": None,
-            "training": {**first.about["training"], "cascade": about},
+            "training": {**first.about["training"], "metrics": metrics, "cascade": about},
             "cascade": CascadeParts(DISPATCHER, tuple(names), embedding, router),
         },
-        {**first.metrics, "expert_density": sum(results[name].metrics["density"] for name in names) / experts},
+        metrics,
     )
 
 

@@ -1,0 +1,99 @@
+"""The options of verbs that train: those of a TOML file, and over them the command line's."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+UNIONS = (UnionType, Union)  # X | None, and the same where X is a Literal
+OWN = ("config", "resume", "dry_run", "as_json", "quiet")  # options of a call, not of a run
+
+
+def read_settings(verb: Callable[..., None], given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+    """Return the settings of a run by option name.
+
+    Args:
+        verb: whose options may stand in the file.
+        given: options of the command line, which go before the file's.
+
+    Raises:
+        ConfigError: if the file cannot be read, has what is no option or not of its type, or a needed one is missing.
+    """
+    from maskpack.errors import ConfigError
+    from maskpack.training.config import read_config
+
+    settings = {**(_checked(verb, read_config(config), config) if config else {}), **given}
+    for name in ("mean", "std"):
+        if name in settings:
+            settings[name] = _three_numbers(name, settings[name])
+    for kind in ("method", "objective"):
+        options = settings.pop(f"{kind}_option", None)
+        if options is not None:
+            pairs = [option.partition("=") for option in ([options] if isinstance(options, str) else options)]
+            if any(not mark for _, mark, _ in pairs):
+                raise ConfigError(f"--{kind}-option must be KEY=VALUE, got {options}")
+            settings[f"{kind}_options"] = {key: value for key, _, value in pairs}
+    missing = [name for name in ("backbone", "data", "output") if name not in settings]
+    if missing:
+        raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
+    return settings
+
+
+def take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Take the settings with these names."""
+    return {name: settings.pop(name) for name in names if name in settings}
+
+
+def _checked(verb: Callable[..., None], settings: dict[str, Any], config: Path) -> dict[str, Any]:
+    """The file's settings, each of which is an option of the verb and has its type."""
+    from maskpack.errors import ConfigError
+
+    known = {k: get_args(p.annotation)[0] for k, p in inspect.signature(verb).parameters.items() if k not in OWN}
+    for name, value in settings.items():
+        if name not in known:
+            names = ", ".join(one.replace("_", "-") for one in known)
+            raise ConfigError(f"{config} has the setting {name!r}, which cannot stand there; known: {names}")
+        triple = name in ("mean", "std") and isinstance(value, list)
+        if not triple and not _fits(value, known[name]):
+            raise ConfigError(f"{name} in {config} must be {_words(known[name])}, got {value!r}")
+    return settings
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Tell whether a value of TOML is of an option's type; one may stand for a list of one."""
+    arguments, origin = get_args(kind), get_origin(kind)
+    if origin in UNIONS:
+        return any(_fits(value, one) for one in arguments)
+    if origin is list:
+        return all(_fits(one, arguments[0]) for one in (value if isinstance(value, list) else [value]))
+    if arguments:  # a Literal
+        return value in arguments
+    types = {float: (int, float), Path: (str,)}.get(kind, (kind,))
+    return isinstance(value, types) and (kind is bool or not isinstance(value, bool))
+
+
+def _words(kind: Any) -> str:
+    """What a value has to be, in words."""
+    arguments, origin = get_args(kind), get_origin(kind)
+    if origin in UNIONS:
+        return " or ".join(_words(one) for one in arguments if one is not type(None))
+    if origin is list:
+        return f"a list, each {_words(arguments[0])}"
+    if arguments:
+        return f"one of {', '.join(arguments)}"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
+
+
+def _three_numbers(name: str, value: str | list[Any]) -> list[float]:
+    """Three numbers, one a channel, as a text with commas or, from a file, as a list."""
+    from maskpack.errors import ConfigError
+
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        numbers = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3:
+        raise ConfigError(f"--{name} must be three numbers joined by commas, got {value!r}")
+    return numbers
