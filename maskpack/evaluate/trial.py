@@ -7,6 +7,7 @@ Events go to stdout, one JSON object a line; the last one says what went wrong, 
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -205,8 +206,14 @@ def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: in
 def main() -> None:
     """Run the job that the command line names."""
 
+    events, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no event
+
     def report(event: Mapping[str, Any]) -> None:
-        print(json.dumps(event), flush=True)  # noqa: T201
+        try:
+            events.write(json.dumps(event) + "\n")
+            events.flush()
+        except BrokenPipeError:  # nobody waits for the result any more
+            os._exit(1)
 
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     try:

@@ -1,0 +1,356 @@
+"""compare: every row is fitted and measured, splits are kept apart, what is done is not done again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from maskpack_cli.main import app
+from torch import nn
+from typer.testing import CliRunner
+
+from maskpack import TrainConfig, compare
+from maskpack.adapter.describe import inspect_adapter
+from maskpack.data.load import load_data
+from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
+from maskpack.evaluate.compare import Trials
+from maskpack.evaluate.comparison_table import markdown
+from maskpack.evaluate.rows.base import ROWS, Row, find_row
+from maskpack.evaluate.trial import Job, memory, run, splits
+from maskpack.training.batchnorm import recalibrate
+from maskpack.training.checkpoint import FILE
+
+FACTORY = """
+from torch import nn
+
+def tiny():
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, bias=False))
+    model = nn.Sequential(body, nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    model.pretrained_cfg = {"input_size": (3, 8, 8)}
+    return model
+
+def bare():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+"""  # noqa: E501
+FEATURES, CLASSES = 16, 5
+HEAD = CLASSES * (FEATURES + 1)
+BODY = 8 * 27 + 8 + 2 * 8 + 16 * 72 + 2 * 16
+MASKED = 8 * 27 + 16 * 72
+DATA = {"reference": "digits:0-4"}
+VIEWS = {"prototypes": 8, "dimension": 8, "small_crops": 0, "queue": 0, "freeze_prototypes": 1, "large_least": 0.5}
+QUICK = TrainConfig(
+    optimizer="sgd", scale=True, steps=4, batch_size=16, warmup=0.0, augment="none", objective_options=VIEWS
+)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("factory") / "nets.py"
+    path.write_text(FACTORY)
+    return {"reference": f"{path}:tiny", "random_weights": 0, "image_size": 8}
+
+
+def job(folder: Path, backbone: Mapping[str, Any], row: str, **changes: Any) -> Job:
+    settings = {**QUICK.to_json(), "lr": 0.05, **changes.pop("settings", {})}
+    values: dict[str, Any] = {"row": row, "share": 1.0, "validate": False, "settings": settings, "backbone": backbone}
+    values |= {"data": DATA, "folder": str(folder), "result": str(folder / "result.json"), **changes}
+    return Job(**values)
+
+
+EXPECTED = {
+    "knn": (0, "bank"),
+    "probe": (HEAD, "head"),
+    "full": (BODY + HEAD, "weights"),
+    "bitfit": (8 + 8 + 16 + HEAD, "weights"),
+    "lora:2": (2 * (27 + 8) + 2 * (72 + 16) + HEAD, "weights"),
+    "mask": (MASKED + HEAD, "masks"),
+    "self-supervised": (MASKED + HEAD, "masks"),
+    "cascade:2": (3 * MASKED + CLASSES * (3 * FEATURES + 1), "masks"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
+    events: list[Mapping[str, Any]] = []
+    found = run(job(tmp_path, backbone, name), events.append)
+    trained, part = EXPECTED[name]
+    assert found["trained"] == trained
+    assert found["sizes"][part] > 0
+    assert found["bytes"] == sum(found["sizes"].values())
+    assert 0 <= found["accuracy"] <= 1
+    assert found["examples"] == len(load_data("digits:0-4").test or ())
+    assert found["overhead"] > 0
+    assert found["seconds"] > 0
+    assert bool(events) == (found["steps"] > 0)
+    if name in ("mask", "cascade:2"):
+        assert found["bytes"] == inspect_adapter(tmp_path / "mask.safetensors")["size"]
+    if name in ("full", "lora:2"):
+        assert found["sizes"]["weights"] == 2 * (trained - HEAD)
+        assert found["sizes"]["statistics"] == 4 * 2 * (8 + 16)
+
+
+def test_every_row_is_in_the_table_above() -> None:
+    assert {name.partition(":")[0] for name in EXPECTED} == {row.id for row in ROWS.all()}
+    for row in ROWS.all():
+        assert row.__doc__
+        assert all(len(set(rates)) >= 3 for rates in row.rates.values())
+
+
+def test_learning_helps(backbone: dict[str, Any], tmp_path: Path) -> None:
+    long = {"steps": 80, "head_lr": 0.1, "bn": "adapt"}
+    full = run(job(tmp_path / "full", backbone, "full", settings={**long, "lr": 0.05}), lambda _: None)
+    none = run(job(tmp_path / "none", backbone, "full", settings={**long, "lr": 1e-9, "head_lr": 1e-9}), lambda _: None)
+    probe = run(job(tmp_path / "probe", backbone, "probe"), lambda _: None)
+    knn = run(job(tmp_path / "knn", backbone, "knn"), lambda _: None)
+    assert full["accuracy"] > none["accuracy"] + 0.3
+    assert min(probe["accuracy"], knn["accuracy"]) > 0.5
+
+
+def test_a_trial_that_was_finished_trains_no_more(backbone: dict[str, Any], tmp_path: Path) -> None:
+    events: list[Mapping[str, Any]] = []
+    first = run(job(tmp_path, backbone, "self-supervised"), events.append)
+    trained = [event for event in events if event["event"] == "epoch"]
+    few = run(job(tmp_path, backbone, "self-supervised", share=0.2), events.append)
+    assert [event for event in events if event["event"] == "epoch"] == trained
+    assert few["labels"] == first["labels"] // 5
+    assert few["seconds"] > first["seconds"]  # training is counted, and the second probe
+
+
+def test_splits() -> None:
+    data = load_data("digits:0-4")
+    assert data.train is not None
+    for share in (1.0, 0.1):
+        known, unlabelled, test = splits(data, share, 0, False)
+        assert test is data.test
+        assert known.train is not None and unlabelled.train is not None  # noqa: PT018
+        assert set(known.train.indices) <= set(unlabelled.train.indices)
+        assert len(unlabelled.train) == len(data.train)
+        assert (known.test, known.validation, unlabelled.test, unlabelled.class_names) == (None, None, None, ())
+        chosen, without, held = splits(data, share, 0, True)
+        assert chosen.train is not None and without.train is not None  # noqa: PT018
+        assert set(chosen.train.indices) | set(held.indices) == set(known.train.indices)
+        assert not set(held.indices) & set(without.train.indices)
+        assert len(held) == round(0.2 * len(known.train))
+    other, _, _ = splits(data, 0.1, 1, False)
+    assert other.train is not None
+    assert set(other.train.indices) != set(known.train.indices)
+    with pytest.raises(DataError, match="1 rows with labels are too few to choose a learning rate on; give one with"):
+        splits(data, 0.002, 0, True)
+    with pytest.raises(DataError, match="needs a training and a test split with labels; 'digits:0-4' has no test spl"):
+        splits(replace(data, test=None), 1.0, 0, False)
+    with pytest.raises(DataError, match="'digits:0-4' has no labels"):
+        splits(replace(data, class_names=()), 1.0, 0, False)
+    with pytest.raises(DataError, match="'digits:0-4' has no training split"):
+        splits(replace(data, train=None), 1.0, 0, False)
+
+
+class Told(Trials):
+    """Trials whose accuracies follow from the rate, without running any."""
+
+    def __init__(self, accuracy: Mapping[float, float]):
+        super().__init__(Path("nowhere"), {}, {}, QUICK, None)
+        self.accuracy = accuracy
+
+    def run(self, name: str, row: Row, seed: int, share: float, rate: float | None, validate: bool = False) -> Any:
+        assert validate
+        assert rate is not None
+        found = self.accuracy[round(rate, 6)]
+        if found < 0:
+            raise TrainingError("the loss is nan")
+        return {"accuracy": found}
+
+
+def test_rates_are_chosen_and_searched_past_an_edge() -> None:
+    row = find_row("full")
+    assert row.rates["sgd"] == (0.003, 0.01, 0.03)
+    inner = Told({0.003: 0.1, 0.01: 0.5, 0.03: 0.2})
+    assert inner.choose("full", row, None, 0, 1.0)[0] == 0.01
+    beyond = Told({0.003: 0.1, 0.01: 0.2, 0.03: 0.3, 0.09: 0.4, 0.27: -1})
+    rate, tried = beyond.choose("full", row, None, 0, 1.0)
+    assert rate == pytest.approx(0.09)
+    assert [one["accuracy"] for one in tried] == [0.1, 0.2, 0.3, 0.4, 0.0]
+    below = Told({1: 0.5, 2: 0.4, 0.5: 0.6, 0.25: 0.7})
+    assert below.choose("full", row, [2.0, 1.0], 0, 1.0)[0] == pytest.approx(0.25)  # two more at most
+    assert below.choose("full", row, [7.0], 0, 1.0) == (7.0, [])
+    assert below.choose("probe", find_row("probe"), None, 0, 1.0) == (None, [])
+    with pytest.raises(TrainingError, match=r"row 'full': with none of the rates .*1, 2 training came to an end; give"):
+        Told({1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1}).choose("full", row, [1.0, 2.0], 0, 1.0)
+
+
+def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
+    events: list[Mapping[str, Any]] = []
+    options: dict[str, Any] = {"config": QUICK, "report": events.append}
+    first = compare(backbone, DATA, tmp_path, rows=["probe", "mask"], rates={"mask": [20.0]}, seeds=(0, 1), **options)
+    assert [(row["method"], row["seeds"]) for row in first["rows"]] == [("probe", [0]), ("mask", [0, 1])]
+    mask = first["rows"][1]
+    assert mask["accuracy"] == pytest.approx(sum(mask["accuracies"]) / 2)
+    assert mask["rate"] == 20
+    assert {event["part"] for event in events} == {
+        "probe, seed 0", "mask, seed 0, rate 20", "mask, seed 1, rate 20"
+    }  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(first))
+    table = (tmp_path / "results.md").read_text()
+    assert table == markdown(first["rows"])
+    assert re.search(r"^\| mask \| 100 % \| \d+\.\d\d ± \d+\.\d\d \| 1,453 \|", table, re.MULTILINE)
+    assert "over 2 seeds" in table
+    assert str(tmp_path) not in json.dumps(first)  # results can be passed on
+
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")}
+    started = time.monotonic()
+    again = compare(backbone, DATA, tmp_path, rows=["mask", "probe"], rates={"mask": [20.0]}, seeds=(0, 1), **options)
+    assert time.monotonic() - started < 5
+    assert again["rows"] == first["rows"][::-1]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")} == stamps
+    other = TrainConfig(**{**{name: getattr(QUICK, name) for name in ("optimizer", "scale")}, "steps": 5})
+    with pytest.raises(StateError, match=r"holds a comparison with other settings: settings \(.*steps.*\); choose"):
+        compare(backbone, DATA, tmp_path, rows=["probe"], config=other)
+    with pytest.raises(StateError, match=r"other settings: data \(.*classes, digest, id\)"):
+        compare(backbone, {"reference": "digits:5-8"}, tmp_path, rows=["probe"], config=QUICK)
+
+
+def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
+        compare(backbone, DATA, tmp_path, rows=["full"], rates={"full": [1e30]}, config=QUICK)
+    trials = Trials(tmp_path, {"reference": "no/such"}, DATA, QUICK, None)
+    environment = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(tmp_path / "spoiled")
+    (tmp_path / "spoiled").mkdir()
+    (tmp_path / "spoiled" / "sitecustomize.py").write_text("import os; os._exit(9)")
+    try:
+        with pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9; what it"):
+            trials.run("probe", find_row("probe"), 3, 1.0, None)
+    finally:
+        os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"rows": ["lorra"]}, UnknownNameError, "unknown row 'lorra'; known: .*; did you mean 'lora'"),
+        ({"rows": ["lora:x"]}, ConfigError, "takes a rank of at least 1 behind the colon, as in lora:8; got 'x'"),
+        ({"rows": ["cascade:1"]}, ConfigError, "number of experts of at least 2 behind the colon, as in cascade:5"),
+        ({"rows": ["probe:2"]}, ConfigError, "the row 'probe' takes nothing behind a colon, got '2'"),
+        ({"rows": ["mask:magick"]}, UnknownNameError, "unknown method 'magick'"),
+        ({"rows": ["probe", "probe"]}, ConfigError, "rows must be at least one, each once; got probe, probe"),
+        ({"rows": ["probe"], "seeds": []}, ConfigError, "seeds must be at least one, each once; got none"),
+        ({"rows": ["probe"], "fractions": [0.0]}, ConfigError, "share of labels must be in"),
+        (
+            {"rows": ["probe"], "rates": {"full": [1]}},
+            ConfigError,
+            "a rate is given for 'full', which is none of the r",
+        ),
+        ({"rows": ["full"], "rates": {"full": [-1]}}, ConfigError, r"rates of 'full' must be finite .* got \[-1\]"),
+        ({"rows": ["mask"], "config": TrainConfig(include=("x",))}, SelectionError, "include 'x' matches none"),
+        (
+            {"rows": ["lora"], "config": TrainConfig(include=("0.1.weight",))},
+            ConfigError,
+            "LoRA is for weights of linear and convolution layers, and 1 of the 1 chosen are others, first '0.1.w",
+        ),
+    ],
+)
+def test_wrong_rows(
+    options: dict[str, Any], error: type[Exception], match: str, backbone: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=match):
+        compare(backbone, DATA, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_backbone_without_biases(backbone: dict[str, Any], tmp_path: Path) -> None:
+    bare = {**backbone, "reference": str(backbone["reference"]).replace(":tiny", ":bare")}
+    with pytest.raises(ConfigError, match="has no biases, so there is no row 'bitfit'; leave it out"):
+        compare(bare, DATA, tmp_path, rows=["bitfit"])
+
+
+def test_memory() -> None:
+    before = memory()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    after = memory()
+    assert after[0] >= before[0] + (60 << 20)
+    assert after[1] >= after[0]
+    del block
+
+
+def test_recalibrate() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 3, 6, 6) * 3 + 1, torch.zeros(8)) for _ in range(4)]
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(), nn.BatchNorm2d(3, track_running_stats=False))
+    layer = model[0]
+    assert isinstance(layer, nn.BatchNorm2d)
+    recalibrate(model, batches)
+    x = torch.cat([x for x, _ in batches])
+    assert layer.running_mean is not None and layer.running_var is not None  # noqa: PT018
+    assert torch.allclose(layer.running_mean, x.mean((0, 2, 3)), atol=1e-5)
+    variances = torch.stack([x.var((0, 2, 3)) for x, _ in batches])
+    assert torch.allclose(layer.running_var, variances.mean(0), atol=1e-4)
+    assert layer.momentum == 0.1
+    assert not model.training
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def words(backbone: Mapping[str, Any], folder: Path, *more: str) -> list[str]:
+    own = ["--backbone", str(backbone["reference"]), "--random-weights", "0", "--image-size", "8"]
+    return ["compare", *own, "--data", "digits:0-4", "--output", str(folder), *more]
+
+
+def test_command_line(backbone: dict[str, Any], tmp_path: Path) -> None:
+    more = ["--row", "probe", "--seeds", "1", "--labels-fraction", "1", "--labels-fraction", "0.1"]
+    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more))
+    assert done.exit_code == 0, done.output
+    assert "probe, seed 0, 10.00% of the labels: " in done.output
+    assert re.search(r"^probe +10 % +\d+\.\d\d +85 +340 +340", done.output, re.MULTILINE)
+    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--json"))
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["method"], row["labels_fraction"]) for row in rows] == [("probe", 1.0), ("probe", 0.1)]
+    picture = tmp_path / "labels.svg"
+    done = CliRunner().invoke(app, ["plot", "labels", str(tmp_path / "a" / "results.json"), "--output", str(picture)])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--config", "no.toml"], "cannot read the settings in no.toml"),
+        (["--lr", "full"], "--lr must be ROW=RATE or ROW=RATE,RATE,…, got 'full'"),
+        (["--lr", "full=a,b"], "--lr must be ROW=RATE"),
+        (["--seeds", "0"], "--seeds must be a number of at least 1, got 0"),
+        (["--row", "nothing"], "unknown row 'nothing'"),
+    ],
+)
+def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more))
+    assert done.exit_code in (1, 2)
+    assert message in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
+    more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
+    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "40")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "a" / "full" / "seed-0-0.01-labels-1" / "training" / FILE
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert not list((tmp_path / "a").rglob("result-*.json"))
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
+    assert not left
+    spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
+    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--epochs", "40", "--json"))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"][0]["seconds"] > spent
