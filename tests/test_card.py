@@ -29,6 +29,12 @@ def front(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
+def test_card_without_a_head_says_what_there_is_instead(tmp_path: Path) -> None:
+    said = "It has no head: what it gives is features, for nearest neighbours or a linear probe."
+    assert said in render_card(described(tmp_path, task="image-feature-extraction"))
+    assert said not in render_card(described(tmp_path, task="image-classification"))
+
+
 def test_new_card(tmp_path: Path) -> None:
     record = {
         "metrics": {"accuracy": 0.91, "steps": 3},

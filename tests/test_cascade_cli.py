@@ -88,7 +88,7 @@ def test_settings_file_reduction_and_no_labels(folder: Path, tmp_path: Path) -> 
         'experts = 2\ncombine = "unconditional"\nreduce = 9\nno-labels = true\nsteps = 2\nobjective = "swav"\n'
         'objective-option = ["prototypes=12", "small_crops=1", "queue=0"]\n'
     )
-    words = [word for word in TRAIN if word not in ("--experts", "2")]
+    words = [word for word in TRAIN if word not in ("--experts", "2", "--augment", "none")]
     found = ok(*words, "--config", settings, "--output", tmp_path / "x")
     assert found["reduction_bytes"] == 4 * (192 + 9 * 192 + 9)
     assert "head_bytes" not in found
@@ -117,6 +117,7 @@ def test_dry_run_and_help(tmp_path: Path) -> None:
         (["--reduce", "0"], "--reduce at least 1; got 'conditional' and 0"),
         (["--experts", "1"], "at least 2 experts and a batch of rows for each; got 1 experts"),
         (["--bn", "maybe"], "bn must be one of adapt, freeze"),
+        (["--objective", "swav"], "--augment is for the objective 'supervised', and 'swav' takes no notice of it"),
     ],
 )
 def test_impossible_settings(words: list[str], said: str, tmp_path: Path) -> None:
@@ -169,6 +170,7 @@ def test_goes_over_the_hub(folder: Path, hub: HubServer, tmp_path: Path) -> None
     ok("push", folder, "alice/cascade", "--token", WRITE_TOKEN)
     found = ok("pull", "alice/cascade", "--output", tmp_path / "copy")
     assert (tmp_path / "copy" / "README.md").read_text().count('load_cascade(model, "alice/cascade")') == 1
+    assert "cascade.predict(examples)" in (tmp_path / "copy" / "README.md").read_text()
     cascade = load_cascade(backbone.model, "alice/cascade", revision=found["commit"])
     assert torch.equal(cascade.embed(x), expected)
     assert [row["base"] for row in ok("list")["adapters"]] == [read_adapter(folder).base.id]

@@ -127,6 +127,14 @@ def test_clusters(tmp_path: Path) -> None:
     assert {"0 (2)", "1 (1)", "expert (samples)"} <= set(drawn(tmp_path, "clusters", file))
 
 
+def test_confusion_of_features(tmp_path: Path) -> None:
+    one = {"measure": "knn", "confusion": [[3, 1], [0, 17]]}
+    drawn(tmp_path, "confusion", file_with(tmp_path, {"features": [one], "class_names": ["cat", "dog"]}))
+    file = file_with(tmp_path, {"features": [one, one], "class_names": ["cat", "dog"]})
+    said = refused("confusion", file, "--output", tmp_path / "x.svg")
+    assert "several measures; print it with --knn or --probe alone, of one share" in said
+
+
 def test_confusion(tmp_path: Path) -> None:
     file = file_with(tmp_path, {"accuracy": 0.9, "confusion": [[3, 1], [0, 17]], "class_names": ["cat", "dog"]})
     words = drawn(tmp_path, "confusion", file)

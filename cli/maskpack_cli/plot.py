@@ -163,6 +163,12 @@ def _members(file: Path, *keys: str) -> list[Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file} as JSON: {error}; expected an object with {' and '.join(keys)}") from None
+    if isinstance(found, dict) and "confusion" in keys and "confusion" not in found:
+        match found.get("features"):  # of `maskpack eval --json` with k-NN or a probe
+            case [{"confusion": counts}]:
+                found["confusion"] = counts
+            case [_, _, *_]:
+                raise DataError(f"{file} has several measures; print it with --knn or --probe alone, of one share")
     for key in keys:
         if not isinstance(found, dict) or not isinstance(found.get(key), list):
             has = ", ".join(sorted(found)[:10]) if isinstance(found, dict) else f"a {type(found).__name__}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
+OF_LABELS = ("augment", "head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 
 
@@ -112,16 +113,23 @@ def load_inputs(
 ) -> "tuple[Backbone, Data, TrainConfig]":
     """Take what settings name: backbone, data, and how to train; `labelled` as in `load_data`, None: if it must."""
     from maskpack import load_backbone, load_data
+    from maskpack.errors import ConfigError
     from maskpack.training.config import config_from
     from maskpack.training.objectives.base import find_objective
 
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
     data_options = take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
     backbone_options = take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
+    idle = [f"--{name.replace('_', '-')}" for name in OF_LABELS if name in settings]
     config = config_from(settings)
     note(f"Loading {reference} and {data_reference} …", quiet)
     backbone = load_backbone(reference, **backbone_options)
     needed = find_objective(config.objective, backbone.task).needs_labels
+    if idle and not needed:
+        raise ConfigError(
+            f"{', '.join(idle)} {'is' if len(idle) == 1 else 'are'} for the objective 'supervised', and "
+            f"{config.objective!r} takes no notice of it; leave it out"
+        )
     data_options.setdefault("validation_fraction", 0.1 if needed else 0.0)
     labelled = needed if labelled is None else labelled
     return backbone, load_data(data_reference, labelled=labelled, seed=config.seed, **data_options), config

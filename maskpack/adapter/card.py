@@ -69,7 +69,9 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     revision = f" at revision {_code(base['revision'])}" if base["revision"] else ""
     yield f"# {_escape(repo_id or 'maskpack adapter')}\n"
     yield f"Binary weight masks for {_code(base['id'])}{revision}: one bit for each weight of the frozen network.\n"
-    yield from _usage(base, repo_id or "USER/NAME", description["cascade"])
+    if str(description["task"]).endswith("feature-extraction"):
+        yield "It has no head: what it gives is features, for nearest neighbours or a linear probe.\n"
+    yield from _usage(base, repo_id or "USER/NAME", description["cascade"], bool(description["class_names"]))
     yield "## Masks\n"
     yield "| mask set | parameters | weights | density | bytes | bits per weight |"
     yield "| --- | --- | --- | --- | --- | --- |"
@@ -100,7 +102,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     yield f"mask_id {_code(description['mask_id'])}, base digest (float32) {_code(digest)}.\n"
 
 
-def _usage(base: Mapping[str, Any], name: str, cascade: Mapping[str, Any] | None) -> Iterator[str]:
+def _usage(base: Mapping[str, Any], name: str, cascade: Mapping[str, Any] | None, classifies: bool) -> Iterator[str]:
     id_, revision = base["id"], base["revision"]
     known = base_model(id_) is not None or OTHER_ID.fullmatch(id_) is not None
     if known and revision and not id_.startswith("timm/") and re.fullmatch(r"[\w.-]+", revision):
@@ -115,7 +117,10 @@ def _usage(base: Mapping[str, Any], name: str, cascade: Mapping[str, Any] | None
         yield f"load_mask(model, {reference})  # in place; unload_mask(model) gives the base back, to the bit\n```\n"
     else:
         yield f"cascade = load_cascade(model, {reference})"
-        yield "x = cascade.embed(inputs)  # by the dispatcher and experts; the model is as before, to the bit\n```\n"
+        yield "x = cascade.embed(inputs)  # by the dispatcher and experts; the model is as before, to the bit"
+        if classifies:
+            yield "print(cascade.predict(examples))  # images or their paths, or texts"
+        yield "```\n"
     yield f"```bash\nmaskpack pull {name}  # fetches and verifies every byte\n```\n"
 
 

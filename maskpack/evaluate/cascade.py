@@ -103,11 +103,9 @@ def cascade_table(
         are those of the row, whether the adapter stores them or not.
 
     Raises:
-        DataError: if the data have no labels, or as `disjoint`. Others: as `load_cascade`.
+        DataError: as `disjoint`. Others: as `load_cascade`.
     """
     train_split, test_split = disjoint(data)
-    if not data.class_names:
-        raise DataError(f"k-NN and probe need labels, and the data {data.id!r} have none; name their column")
     cascade = load_cascade(backbone.model, adapter)
     parts, classes = cascade.parts, len(data.class_names)
     x, y = embed_all(backbone, cascade, train_split, batch_size)

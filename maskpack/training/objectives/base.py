@@ -16,7 +16,7 @@ from ...backbone.head import Head
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
 from ...data.batches import loader
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, UnknownNameError
 from ...registry import Registry
 from ..config import TrainConfig
 
@@ -109,7 +109,10 @@ def find_objective(name: str, task: str) -> type[Objective]:
     """
     if name == SELF_SUPERVISED:
         return next(cls for cls in OBJECTIVES.all() if not cls.needs_labels and task in cls.tasks)
-    cls = OBJECTIVES[name]
+    try:
+        cls = OBJECTIVES[name]
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}; {SELF_SUPERVISED!r} is the one without labels for the backbone") from None
     if task not in cls.tasks:
         raise ConfigError(f"the objective {name!r} is for {' and '.join(cls.tasks)}, the backbone for {task}")
     return cls
@@ -126,7 +129,10 @@ def check_data(data: Data, backbone: Backbone, cls: type[Objective]) -> Examples
     if data.task != backbone.task:
         raise DataError(f"the data {data.id!r} are for {data.task}, the backbone {backbone.id} for {backbone.task}")
     if cls.needs_labels and not data.class_names:
-        raise DataError(f"the data {data.id!r} have no labels, which the objective {cls.id!r} needs; name their column")
+        raise DataError(
+            f"the data {data.id!r} have no labels, which the objective {cls.id!r} needs; name their column, or take the "
+            f"objective {SELF_SUPERVISED!r}"
+        )
     if cls.needs_labels and len(data.class_names) < 2:
         raise DataError(f"the data {data.id!r} have one class, {data.class_names[0]!r}; at least two are needed")
     return data.train

@@ -125,6 +125,10 @@ class Swav(Objective):
         preprocess = backbone.preprocess
         assert isinstance(preprocess, ImagePreprocess)
         size = preprocess.size
+        if self.options.small_size > size:
+            raise ConfigError(
+                f"small_size must be at most {size}, the pixels of the large crops, got {self.options.small_size}"
+            )
         self.kinds = (
             Crops(ASSIGNED, size, (self.options.large_least, 1.0)),
             Crops(
