@@ -294,6 +294,10 @@ def test_collapse_is_measured_and_reported(
     dead.add(torch.ones(20, 6) * torch.arange(1, 21).unsqueeze(1), torch.eye(8)[:1].repeat(20, 1))
     good, bad = healthy.metrics(), dead.metrics()
     assert good["prototype_usage"] == pytest.approx(1)
+    healthy.add(torch.eye(3), torch.eye(8)[:3])
+    assert healthy.metrics()["prototype_usage"] == pytest.approx(1)  # three images cannot use eight
+    healthy.add(torch.eye(1), torch.eye(8)[:1])
+    assert healthy.metrics()["prototype_usage"] == 1
     assert 5.9 < good["feature_rank"] <= 6
     assert bad["prototype_usage"] == pytest.approx(0)
     assert bad["feature_rank"] == pytest.approx(1)

@@ -39,6 +39,8 @@ def inputs_to_batches(
     inputs: Sequence[Any] | Tensor, preprocess: ImagePreprocess | TextPreprocess, tokenizer: Any, batch_size: int
 ) -> Iterable[tuple[Any, Tensor]]:
     """Yield batches of model inputs, with dummy labels, from image paths, PIL images, a tensor, or texts."""
+    if isinstance(inputs, str):
+        raise DataError(f"inputs must be a list, got the text {inputs!r:.200} alone; put it into one")
     for start in range(0, len(inputs), batch_size):
         chunk = inputs[start : start + batch_size]
         if isinstance(chunk, Tensor):

@@ -130,8 +130,8 @@ def check_data(data: Data, backbone: Backbone, cls: type[Objective]) -> Examples
         raise DataError(f"the data {data.id!r} are for {data.task}, the backbone {backbone.id} for {backbone.task}")
     if cls.needs_labels and not data.class_names:
         raise DataError(
-            f"the data {data.id!r} have no labels, which the objective {cls.id!r} needs; name their column, or take the "
-            f"objective {SELF_SUPERVISED!r}"
+            f"the data {data.id!r} have no labels, which the objective {cls.id!r} needs; name their column, or take "
+            f"the objective {SELF_SUPERVISED!r}"
         )
     if cls.needs_labels and len(data.class_names) < 2:
         raise DataError(f"the data {data.id!r} have one class, {data.class_names[0]!r}; at least two are needed")

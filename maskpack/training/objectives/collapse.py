@@ -35,11 +35,13 @@ class CollapseWatch:
 
         `feature_rank` is the exponential of the entropy of the features' singular values (RankMe, arXiv 2210.02885):
         1 if all features are alike up to length, at most D. `prototype_usage` is the entropy of how often each
-        prototype is the nearest, over its greatest value: 0 if one takes all, 1 if all are used alike.
+        prototype is the nearest, over its greatest value: 0 if one takes all, 1 if all are used alike, or, by fewer
+        images than prototypes, no one twice.
         """
         found = {"feature_rank": _effective(torch.linalg.svdvals(torch.cat(list(self.rows)).double()))}
         if len(self.used):
-            found["prototype_usage"] = math.log(_effective(self.used)) / math.log(len(self.used))
+            most = min(len(self.used), int(self.used.sum()))
+            found["prototype_usage"] = math.log(_effective(self.used)) / math.log(most) if most > 1 else 1.0
         self.used.zero_()
         self.rows.clear()
         return found
