@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+WHITENING, MIXTURE = ("mean", "components", "scale"), ("weights", "means", "precisions")  # tensors, in their order
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whitening:

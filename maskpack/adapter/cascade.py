@@ -11,14 +11,12 @@ from torch import Tensor
 from ..backbone.embedding import Embedding
 from ..errors import CorruptAdapterError
 from ..parts import COMBINES, CascadeParts, Combine
-from ..router import Router, Whitening
+from ..router import MIXTURE, WHITENING, Router, Whitening
 from ..tensorheader import Span
 from .fields import Fields
 from .heads import HeadSpec, parse_head
 
 PREFIX = "maskpack.cascade/"  # a set's name has no dot
-WHITENING = ("mean", "components", "scale")
-MIXTURE = ("weights", "means", "precisions")
 
 
 @dataclass(frozen=True, slots=True)

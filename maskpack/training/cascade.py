@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..data.base import Data
 from ..data.batches import readable
 from ..errors import ConfigError, StateError, TrainingError, require
 from ..parts import CascadeParts, Parts
-from ..router import Router, Whitening
+from ..router import MIXTURE, WHITENING, Router, Whitening
 from ..tensorfile import read_tensors, replacing, write_tensors
 from .borrow import borrowed
 from .checkpoint import FILE, checkpoint_digest, take_over, trained_tensors
@@ -32,7 +32,6 @@ from .run import Run
 
 DISPATCHER = "dispatcher"
 ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
-WHITENING, MIXTURE = tuple(f.name for f in fields(Whitening)), ("weights", "means", "precisions")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
