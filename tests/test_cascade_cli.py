@@ -117,7 +117,7 @@ def test_dry_run_and_help(tmp_path: Path) -> None:
         (["--reduce", "0"], "--reduce at least 1; got 'conditional' and 0"),
         (["--experts", "1"], "at least 2 experts and a batch of rows for each; got 1 experts"),
         (["--bn", "maybe"], "bn must be one of adapt, freeze"),
-        (["--objective", "swav"], "--augment is for the objective 'supervised', and 'swav' takes no notice of it"),
+        (["--objective", "swav"], "the objective 'swav' takes no notice of --augment; leave out what is for labels"),
     ],
 )
 def test_impossible_settings(words: list[str], said: str, tmp_path: Path) -> None:

@@ -127,8 +127,7 @@ def load_inputs(
     needed = find_objective(config.objective, backbone.task).needs_labels
     if idle and not needed:
         raise ConfigError(
-            f"{', '.join(idle)} {'is' if len(idle) == 1 else 'are'} for the objective 'supervised', and "
-            f"{config.objective!r} takes no notice of it; leave it out"
+            f"the objective {config.objective!r} takes no notice of {', '.join(idle)}; leave out what is for labels"
         )
     data_options.setdefault("validation_fraction", 0.1 if needed else 0.0)
     labelled = needed if labelled is None else labelled
