@@ -43,9 +43,9 @@ IMAGES = TrainConfig(
     augment="flip",
     objective_options=VIEWS,
 )
-TEXTS = TrainConfig(optimizer="adam", head_lr=0.01, steps=312, batch_size=64, warmup=0.1, label_smoothing=0.05)
+TEXTS = TrainConfig(optimizer="adam", head_lr=0.01, steps=200, batch_size=64, warmup=0.1, label_smoothing=0.05)
 ROWS = ("probe", "full", "mask", "self-supervised")
-TABLE = ("knn", "probe", "full", "bitfit", "lora:4", "mask")
+TABLE = ("knn", "probe", "full", "lora:4", "mask")
 NORMS = "*bn*.weight"
 BIASES = "*bn*.bias"
 WEIGHTS = "*conv*.weight"

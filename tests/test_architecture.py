@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE, CLI = ROOT / "maskpack", ROOT / "cli" / "maskpack_cli"
 FILES = sorted([*PACKAGE.rglob("*.py"), *CLI.rglob("*.py")])
-PLUGIN_FOLDERS = ("codecs", "data", "importers", "methods", "training/objectives")
+PLUGIN_FOLDERS = ("codecs", "data", "evaluate/rows", "importers", "methods", "training/objectives")
 LONGEST = 250  # lines of a file
 KNOWN_UNREQUIRED = {"PIL", "datasets", "huggingface_hub", "yaml"}  # imported plainly inside a function
 

@@ -368,7 +368,7 @@ def test_list_plug_ins() -> None:
     wrong = run("list", "masks")
     assert (wrong.exit_code, wrong.stderr) == (
         1,
-        "Error: cannot list 'masks'; known: adapters, methods, objectives, codecs, data, importers\n",
+        "Error: cannot list 'masks'; known: adapters, methods, objectives, codecs, data, importers, rows\n",
     )
 
 

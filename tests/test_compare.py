@@ -1,6 +1,7 @@
 """compare: every row is fitted and measured, splits are kept apart, what is done is not done again."""
 
 import json
+import mmap
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from maskpack.adapter.describe import inspect_adapter
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
 from maskpack.evaluate.compare import Trials
-from maskpack.evaluate.comparison_table import markdown
+from maskpack.evaluate.comparison_table import markdown, summaries
 from maskpack.evaluate.rows.base import ROWS, Row, find_row
 from maskpack.evaluate.trial import Job, memory, run, splits
 from maskpack.training.batchnorm import recalibrate
@@ -93,6 +94,18 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     assert bool(events) == (found["steps"] > 0)
     if name in ("mask", "cascade:2"):
         assert found["bytes"] == inspect_adapter(tmp_path / "mask.safetensors")["size"]
+    if name == "cascade:2":
+        raw, whitened = found["controls"]["dispatcher"], found["controls"]["dispatcher, whitened"]
+        assert raw["trained"] == whitened["trained"] == MASKED + HEAD
+        assert whitened["bytes"] == raw["bytes"] + 4 * (FEATURES + FEATURES * FEATURES + FEATURES)
+        assert found["steps"] > raw["steps"] == whitened["steps"] > 0
+        lines = markdown(summaries(name, 1.0, 0.05, [0], [found])).splitlines()[2:5]
+        assert [line.split(" | ")[0] for line in lines] == [
+            "| cascade:2", "| cascade:2: dispatcher", "| cascade:2: dispatcher, whitened"
+        ]  # fmt: skip
+        assert lines[1].endswith("| - | - | - |")
+    else:
+        assert found["controls"] == {}
     if name in ("full", "lora:2"):
         assert found["sizes"]["weights"] == 2 * (trained - HEAD)
         assert found["sizes"]["statistics"] == 4 * 2 * (8 + 16)
@@ -273,11 +286,12 @@ def test_a_backbone_without_biases(backbone: dict[str, Any], tmp_path: Path) -> 
 
 def test_memory() -> None:
     before = memory()
-    block = torch.ones(64 << 20, dtype=torch.uint8)
+    block = mmap.mmap(-1, 64 << 20)  # pages of its own; an allocator might have free ones
+    block.write(b"x" * (64 << 20))
     after = memory()
     assert after[0] >= before[0] + (60 << 20)
     assert after[1] >= after[0]
-    del block
+    block.close()
 
 
 def test_recalibrate() -> None:
@@ -337,7 +351,7 @@ def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any]
 
 def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
     more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
-    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "40")]
+    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "6")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "a" / "full" / "seed-0-0.01-labels-1" / "training" / FILE
     until = time.monotonic() + 120
@@ -351,6 +365,6 @@ def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> 
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
     assert not left
     spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
-    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--epochs", "40", "--json"))
+    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--epochs", "6", "--json"))
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["rows"][0]["seconds"] > spent

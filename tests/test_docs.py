@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import maskpack
 from maskpack.codecs.base import CODECS
 from maskpack.data.base import SOURCES
+from maskpack.evaluate.rows.base import ROWS
 from maskpack.importers.base import IMPORTERS
 from maskpack.methods.base import METHODS
 from maskpack.training.config import TrainConfig, config_from
@@ -122,7 +123,7 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
     # the examples of docs/extending.md are gone afterwards
-    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS):
+    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS, ROWS):
         registry.all()
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     network = small("")

@@ -129,14 +129,19 @@ def cascade_table(
                     "knn": knn_accuracy(one, y, other, test_y, classes),
                     "probe": probe.accuracy(other, test_y),
                     "passes": passes,
-                    **_costs(adapter, kind, train.shape[1], one.shape[1] if whitened else 0, classes),
+                    **costs(adapter, kind, train.shape[1], one.shape[1] if whitened else 0, classes),
                 }
             )
     return {"rows": rows, "train": len(y), "test": len(test_y), "classes": classes}
 
 
-def _costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
-    """Training steps and bytes that a row of the table needs."""
+def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
+    """Return the training steps and bytes that embeddings of a kind need, with a head.
+
+    Args:
+        kind: "dispatcher", "conditional" or "unconditional".
+        width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
+    """
     about = describe(adapter)
     names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
     sets = [about["sets"][name] for name in names]

@@ -16,7 +16,7 @@ from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
 from ..training.config import TrainConfig
 from ..training.log import Report
-from .comparison_table import markdown, summary
+from .comparison_table import markdown, summaries
 from .rows.base import ROWS, Row, find_row
 from .trial import Job, splits, write_json
 
@@ -86,7 +86,7 @@ def compare(
         for share in fractions:
             own = seeds if row.seeded or share < 1 else seeds[:1]
             measured = [trials.run(name, row, seed, share, rate) for seed in own]
-            results.append({**summary(name, share, rate, own, measured), "search": tried})
+            results += [{**one, "search": tried} for one in summaries(name, share, rate, own, measured)]
             whole = {**about, "rows": results}
             write_json(folder / RESULT, whole)
             (folder / TABLE).write_text(markdown(results), encoding="utf-8")

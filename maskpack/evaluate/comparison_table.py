@@ -12,11 +12,21 @@ NOTE = (
 )
 
 
-def summary(
+def summaries(
+    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the means of a row's trials, one for each seed, under the keys that pictures read; controls follow."""
+    rows = [_summary(name, share, rate, seeds, trials)]
+    for control in trials[0]["controls"]:
+        own = [trial["controls"][control] for trial in trials]
+        rows.append(_summary(f"{name}: {control}", share, rate, seeds, own))
+    return rows
+
+
+def _summary(
     name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the means of a row's trials, one for each seed, under the keys that pictures read."""
-    values = {key: [trial[key] for trial in trials] for key in trials[0] if key != "sizes"}
+    values = {key: [trial[key] for trial in trials] for key in trials[0] if key not in ("sizes", "controls")}
     sizes = {what: mean(trial["sizes"][what] for trial in trials) for what in trials[0]["sizes"]}
     return {
         "method": name,
@@ -53,7 +63,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['sizes'].get('head', 0):,.0f}",
         "-" if row["rate"] is None else f"{row['rate']:g}",
         f"{row['steps']:,.0f}",
-        f"{row['seconds']:.1f}",
-        f"{row['peak_memory'] / 2**20:,.0f} MiB",
-        f"{row['overhead']:.2f}x",
+        f"{row['seconds']:.1f}" if "seconds" in row else "-",
+        f"{row['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in row else "-",
+        f"{row['overhead']:.2f}x" if "overhead" in row else "-",
     ]

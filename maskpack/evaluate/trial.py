@@ -24,7 +24,7 @@ from ..backbone.classifier import Classifier
 from ..backbone.load import Backbone, load_backbone
 from ..data.base import Data, Examples
 from ..data.batches import loader, readable
-from ..data.load import few_labels, hold_out, load_data
+from ..data.load import LABELS_SEED, few_labels, hold_out, load_data
 from ..errors import DataError, MaskpackError
 from ..tensorfile import replacing
 from ..training.config import config_from
@@ -33,7 +33,6 @@ from .rows.base import Fitted, Predict, Trial, find_row
 from .rows.dense import classified
 
 VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
-DRAW = 42  # the seed of `few_labels` for the seed 0
 SPENT = "spent.json"  # seconds of training so far, for a trial that is interrupted
 TIMED = 2.0  # seconds of timing, and at least
 ROUNDS = 5  # passes
@@ -88,7 +87,7 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
             f"a comparison needs a training and a test split with labels; {data.id!r} has "
             f"{'no training split' if data.train is None else 'no test split' if data.test is None else 'no labels'}"
         )
-    test, train, known = data.test, data.train, few_labels(data.train, share, DRAW + seed)
+    test, train, known = data.test, data.train, few_labels(data.train, share, LABELS_SEED + seed)
     if validate:
         known, held = hold_out(known, VALIDATION, seed)
         if held is None:
@@ -150,17 +149,19 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
     seconds, peak = spent.seconds(), memory()[1]
     spent.keep()
     on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    accuracy, rows = measure(fitted.predict, backbone, test, config.batch_size, len(known.class_names))
+
+    def measured(one: Fitted) -> dict[str, Any]:
+        accuracy, rows = measure(one.predict, backbone, test, config.batch_size, len(known.class_names))
+        sizes = dict(one.sizes)
+        about = {"accuracy": accuracy, "examples": rows, "trained": one.trained, "steps": one.steps}
+        return {**about, "sizes": sizes, "bytes": sum(sizes.values())}
+
     result = {
-        "accuracy": accuracy,
-        "examples": rows,
+        **measured(fitted),
         "labels": len(known.train or ()),
-        "trained": fitted.trained,
-        "sizes": dict(fitted.sizes),
-        "bytes": sum(fitted.sizes.values()),
-        "steps": fitted.steps,
         "seconds": seconds,
         "peak_memory": max(0, peak - before) + on_device,
+        "controls": {name: measured(one) for name, one in fitted.controls.items()},
     }
     if not job.validate:
         result["overhead"] = overhead(fitted, load_backbone(**job.backbone), test, len(known.class_names), config)

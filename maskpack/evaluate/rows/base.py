@@ -7,7 +7,7 @@ and all that is measured exist once, in `evaluate.trial` and `evaluate.compare`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,6 @@ from ...registry import Registry
 from ...training.config import TrainConfig
 from ...training.log import Report
 from ..features import embed
-from ..linear_probe import Probe
 
 Predict = Callable[[Inputs], Tensor]
 
@@ -58,14 +57,10 @@ class Trial:
         # not cached: the time is measured
         return embed(self.backbone, self.data.train, batch_size=self.config.batch_size, cache=False)
 
-    def probed(self, probe: Probe) -> Predict:
-        """Return what a probe on the backbone's features gives for a batch, (B, classes)."""
-        backbone = self.backbone
-
-        def predict(inputs: Inputs) -> Tensor:
-            return probe.logits(features(backbone, inputs))
-
-        return predict
+    def features(self, inputs: Inputs) -> Tensor:
+        """Return features of a batch by the backbone as it is now, (B, D) float32 on the CPU."""
+        count = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+        return embeddings(self.backbone, [(inputs, torch.zeros(count, dtype=torch.long))])[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,12 +72,14 @@ class Fitted:
         trained: numbers that training changed, heads included; a score is one.
         sizes: bytes to store beside the backbone, by what they are; those of the head under "head".
         steps: optimiser steps.
+        controls: what the row is to be compared with, made from the same training, by name.
     """
 
     predict: Predict
     trained: int
     sizes: Mapping[str, int]
     steps: int = 0
+    controls: Mapping[str, "Fitted"] = field(default_factory=dict)
 
 
 class Row(ABC):
@@ -144,12 +141,6 @@ def find_row(name: str) -> Row:
     """
     own, mark, given = name.partition(":")
     return ROWS[own](given if mark else None)
-
-
-def features(backbone: Backbone, inputs: Inputs) -> Tensor:
-    """Return the features of a batch, (B, D) float32 on the CPU."""
-    count = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
-    return embeddings(backbone, [(inputs, torch.zeros(count, dtype=torch.long))])[0]
 
 
 def settings_of(trial: Trial, objective: str) -> TrainConfig:

@@ -5,18 +5,22 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...apply.cascade import load_cascade
+from ...adapter.adapter import Adapter
+from ...apply.cascade import Cascade, load_cascade
 from ...backbone.classifier import Inputs
 from ...backbone.load import Backbone
 from ...training.cascade import DISPATCHER, train_cascade
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.objectives.base import SELF_SUPERVISED
-from ..cascade import fit_cascade_head
+from ...training.router import fit_whitening
+from ..cascade import costs, fit_cascade_head
+from ..linear_probe import fit_probe
 from .base import ROWS, Fitted, Row, Trial, settings_of
 from .masked import stored, write
 
 EXPERTS = 5
+WHITENED = "dispatcher, whitened"
 
 
 @ROWS.register
@@ -55,4 +59,25 @@ class ConditionalCascade(Row):
 
         masked = sum(parts.masks.total for parts in result.parts.values())
         steps = sum(result.about["training"]["cascade"]["steps"].values())
-        return Fitted(predict, masked + weight.numel() + bias.numel(), stored(adapter), steps)
+        controls = {name: _dispatcher(trial, cascade, adapter, name == WHITENED) for name in ("dispatcher", WHITENED)}
+        return Fitted(predict, masked + weight.numel() + bias.numel(), stored(adapter), steps, controls)
+
+
+def _dispatcher(trial: Trial, cascade: Cascade, adapter: Adapter, whitened: bool) -> Fitted:
+    """Fit a probe to the embeddings of the dispatcher alone, raw or whitened."""
+    name = cascade.parts.dispatcher
+    with cascade.loaded(name):
+        x, y = trial.embed()
+    whitening = fit_whitening(x, x.shape[1]) if whitened else None
+    probe = fit_probe(x if whitening is None else whitening(x), y, trial.classes)
+
+    def predict(inputs: Inputs) -> Tensor:
+        with cascade.loaded(name):
+            features = trial.features(inputs)
+        return probe.logits(features if whitening is None else whitening(features))
+
+    count = probe.weight.numel() + probe.bias.numel()
+    found = costs(adapter, "dispatcher", x.shape[1], probe.weight.shape[1] if whitened else 0, trial.classes)
+    steps = found.pop("steps")
+    sizes = {what.removesuffix("_bytes"): size for what, size in found.items() if what != "bytes" and size}
+    return Fitted(predict, adapter.masks(trial.backbone.model, name).total + count, sizes, steps or 0)

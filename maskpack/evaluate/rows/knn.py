@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...backbone.classifier import Inputs
 from ..knn import knn_scores
-from .base import ROWS, Fitted, Row, Trial, features
+from .base import ROWS, Fitted, Row, Trial
 
 
 @ROWS.register
@@ -21,6 +21,6 @@ class Knn(Row):
         x, y = trial.embed()
 
         def predict(inputs: Inputs) -> Tensor:
-            return knn_scores(x, y, features(trial.backbone, inputs), trial.classes)
+            return knn_scores(x, y, trial.features(inputs), trial.classes)
 
         return Fitted(predict, 0, {"bank": x.nbytes + y.nbytes})

@@ -18,4 +18,4 @@ class LinearProbe(Row):
         x, y = trial.embed()
         probe = fit_probe(x, y, trial.classes)
         count = probe.weight.numel() + probe.bias.numel()
-        return Fitted(trial.probed(probe), count, {"head": 4 * count})
+        return Fitted(lambda inputs: probe.logits(trial.features(inputs)), count, {"head": 4 * count})

@@ -25,5 +25,9 @@ class SelfSupervisedMask(Row):
         x, y = trial.embed()
         probe = fit_probe(x, y, trial.classes)
         head = probe.weight.numel() + probe.bias.numel()
-        sizes = {**stored(adapter), "head": 4 * head}
-        return Fitted(trial.probed(probe), result.parts.masks.total + head, sizes, result.about["training"]["steps"])
+        return Fitted(
+            lambda inputs: probe.logits(trial.features(inputs)),
+            result.parts.masks.total + head,
+            {**stored(adapter), "head": 4 * head},
+            result.about["training"]["steps"],
+        )
