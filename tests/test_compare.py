@@ -27,6 +27,7 @@ from maskpack.evaluate.compare import Trials
 from maskpack.evaluate.comparison_table import markdown, summaries
 from maskpack.evaluate.rows.base import ROWS, Row, find_row
 from maskpack.evaluate.trial import Job, memory, run, splits
+from maskpack.evaluate.worker import Worker
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.checkpoint import FILE
 
@@ -170,7 +171,7 @@ class Told(Trials):
     """Trials whose accuracies follow from the rate, without running any."""
 
     def __init__(self, accuracy: Mapping[float, float]):
-        super().__init__(Path("nowhere"), {}, {}, QUICK, None)
+        super().__init__(Path("nowhere"), {}, {}, QUICK, None, Worker())
         self.accuracy = accuracy
 
     def run(self, name: str, row: Row, seed: int, share: float, rate: float | None, validate: bool = False) -> Any:
@@ -233,14 +234,14 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
 def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
         compare(backbone, DATA, tmp_path, rows=["full"], rates={"full": [1e30]}, config=QUICK)
-    trials = Trials(tmp_path, {"reference": "no/such"}, DATA, QUICK, None)
     environment = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(tmp_path / "spoiled")
     (tmp_path / "spoiled").mkdir()
     (tmp_path / "spoiled" / "sitecustomize.py").write_text("import os; os._exit(9)")
     try:
         with pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9; what it"):
-            trials.run("probe", find_row("probe"), 3, 1.0, None)
+            with Worker() as worker:
+                Trials(tmp_path, backbone, DATA, QUICK, None, worker).run("probe", find_row("probe"), 3, 1.0, None)
     finally:
         os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
 

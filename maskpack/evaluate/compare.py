@@ -1,8 +1,6 @@
 """compare: a mask beside every alternative, on one backbone, one data set, the same splits and the same budget."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from ..training.log import Report
 from .comparison_table import markdown, summaries
 from .rows.base import ROWS, Row, find_row
 from .trial import Job, splits, write_json
+from .worker import Worker
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
 FURTHER = 2  # more rates that are tried where the best is the least or the greatest
@@ -79,17 +78,18 @@ def compare(
         "settings": {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")},
     }
     _claim(folder, about)
-    trials = Trials(folder, backbone, data, config, report)
     results: list[dict[str, Any]] = []
-    for name, row in found.items():
-        rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))
-        for share in fractions:
-            own = seeds if row.seeded or share < 1 else seeds[:1]
-            measured = [trials.run(name, row, seed, share, rate) for seed in own]
-            results += [{**one, "search": tried} for one in summaries(name, share, rate, own, measured)]
-            whole = {**about, "rows": results}
-            write_json(folder / RESULT, whole)
-            (folder / TABLE).write_text(markdown(results), encoding="utf-8")
+    with Worker() as worker:
+        trials = Trials(folder, backbone, data, config, report, worker)
+        for name, row in found.items():
+            rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))
+            for share in fractions:
+                own = seeds if row.seeded or share < 1 else seeds[:1]
+                measured = [trials.run(name, row, seed, share, rate) for seed in own]
+                results += [{**one, "search": tried} for one in summaries(name, share, rate, own, measured)]
+                whole = {**about, "rows": results}
+                write_json(folder / RESULT, whole)
+                (folder / TABLE).write_text(markdown(results), encoding="utf-8")
     return whole
 
 
@@ -106,8 +106,10 @@ class Trials:
         data: Mapping[str, Any],
         config: TrainConfig,
         report: Report | None,
+        worker: Worker,
     ):
-        self.folder, self.backbone, self.data, self.config, self.report = folder, backbone, data, config, report
+        self.folder, self.backbone, self.data, self.config = folder, backbone, data, config
+        self.report, self.worker = report, worker
 
     def choose(
         self, name: str, row: Row, given: Sequence[float] | None, seed: int, share: float
@@ -165,27 +167,21 @@ class Trials:
     def _process(self, job: Job, path: Path, part: str) -> None:
         """Run a job in a process of its own, and pass on what it reports."""
         job.write(path)
-        command = [sys.executable, "-m", "maskpack.evaluate.trial", str(path)]
         failed: tuple[str, str] | None = None
-        # in a group of its own: the interrupt key reaches this process alone, which then ends the other
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", process_group=0) as process:
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    event = json.loads(line)
-                    if event["event"] == "error":
-                        failed = event["kind"], event["message"]
-                    elif self.report is not None:
-                        self.report({**event, "part": part})
-            except BaseException:
-                process.terminate()
-                raise
+        code = 0
+        for event in self.worker.run(path):
+            if event["event"] == "error":
+                failed = event["kind"], event["message"]
+            elif event["event"] == "exit":
+                code = event["code"]
+            elif self.report is not None:
+                self.report({**event, "part": part})
         if failed is not None:
             kind: type[errors.MaskpackError] = getattr(errors, failed[0])
             raise kind(f"{part}: {failed[1]}")
-        if process.returncode:
+        if code:
             raise StateError(
-                f"{part}: its process ended with the exit code {process.returncode}; what it printed stands above, and "
+                f"{part}: its process ended with the exit code {code}; what it printed stands above, and "
                 f"a trial that ran out of memory prints nothing (take a smaller batch size). Run it again to continue"
             )
 

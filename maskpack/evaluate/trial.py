@@ -1,13 +1,6 @@
-"""One row with one seed, in a process of its own: fitted, measured, and written as JSON.
-
-    python -m maskpack.evaluate.trial JOB.json
-
-A process of its own has a peak memory of its own, and nothing that a row does to a model or a library reaches the next.
-Events go to stdout, one JSON object a line; the last one says what went wrong, if anything did.
-"""
+"""One row with one seed: fitted, measured, and written as JSON. For a process of its own."""
 
 import json
-import os
 import resource
 import sys
 import time
@@ -25,7 +18,7 @@ from ..backbone.load import Backbone, load_backbone
 from ..data.base import Data, Examples
 from ..data.batches import loader, readable
 from ..data.load import LABELS_SEED, few_labels, hold_out, load_data
-from ..errors import DataError, MaskpackError
+from ..errors import DataError
 from ..tensorfile import replacing
 from ..training.config import config_from
 from .accuracy import by_class
@@ -202,27 +195,3 @@ def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: in
             predict(inputs)
             taken.append(time.perf_counter() - started)
     return median(times[fitted.predict]) / median(times[bare])
-
-
-def main() -> None:
-    """Run the job that the command line names."""
-
-    events, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no event
-
-    def report(event: Mapping[str, Any]) -> None:
-        try:
-            events.write(json.dumps(event) + "\n")
-            events.flush()
-        except BrokenPipeError:  # nobody waits for the result any more
-            os._exit(1)
-
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    try:
-        write_json(Path(job.result), run(job, report))
-    except MaskpackError as error:
-        report({"event": "error", "kind": type(error).__name__, "message": str(error)})
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
