@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maskpack needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[train,plots,compare,dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[train,plots,compare,dev]'
 	touch $@
 
 demo: $(VENV)/.installed

@@ -352,7 +352,7 @@ def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any]
 
 def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
     more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
-    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "6")]
+    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "3")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "a" / "full" / "seed-0-0.01-labels-1" / "training" / FILE
     until = time.monotonic() + 120
@@ -366,6 +366,6 @@ def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> 
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
     assert not left
     spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
-    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--epochs", "6", "--json"))
+    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--epochs", "3", "--json"))
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["rows"][0]["seconds"] > spent
