@@ -10,23 +10,20 @@ import typer
 from . import training
 from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, main_process, note, quiet_libraries, table
-from .settings import OWN, read_settings
+from .settings import OWN, option, read_settings
 from .use import BackboneOption, base_of
 
 verbs = typer.Typer(help="A dispatcher, and an expert for each cluster of the data: train them, compare them.")
 PANEL = "Cascade"
 
 
-def _own(name: str, kind: Any, help: str, *names: str) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(*names, help=help, rich_help_panel=PANEL)]
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
-
-
 OPTIONS = (
-    _own("experts", int | None, "Experts, one for each cluster. (default: 5)"),
-    _own("combine", str | None, "conditional (2 passes for an input) or unconditional. (default: conditional)"),
-    _own("reduce", int | None, "Numbers that embeddings are reduced to. (default: not reduced)"),
-    _own("no_labels", bool | None, "The data have no labels: the cascade gets no head.", "--no-labels"),
+    option(PANEL, "experts", int | None, "Experts, one for each cluster. (default: 5)"),
+    option(
+        PANEL, "combine", str | None, "conditional (2 passes for an input) or unconditional. (default: conditional)"
+    ),
+    option(PANEL, "reduce", int | None, "Numbers that embeddings are reduced to. (default: not reduced)"),
+    option(PANEL, "no_labels", bool | None, "The data have no labels: the cascade gets no head.", "--no-labels"),
 )
 
 

@@ -4,13 +4,13 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from . import training
 from .console import command, emit, examples, note, quiet_libraries, table
-from .settings import OWN, read_settings, take
+from .settings import OWN, option, read_settings, take
 
 PANEL = "Comparison"
 # what a comparison decides itself, or has for every row
@@ -20,20 +20,11 @@ WITHOUT = (
 )
 BACKBONE = ("weights", "random_weights", "head", "image_size", "mean", "std")
 DATA = ("input_column", "label_column")
-
-
-def _own(name: str, kind: Any, help: str, *names: str) -> inspect.Parameter:
-    annotation = Annotated[kind, typer.Option(*names, help=help, rich_help_panel=PANEL)]
-    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
-
-
 OPTIONS = (
-    _own(
-        "row", list[str] | None, "ID or ID:ARGUMENT, see `maskpack list rows`; may be repeated. (default: all)", "--row"
-    ),
-    _own("seeds", int | None, "How many seeds: 0, 1, … (default: 3)"),
-    _own("labels_fraction", list[float] | None, "Share of the labels; may be repeated. (default: 1)"),
-    _own("lr", list[str] | None, "ROW=RATE,RATE,… to choose from; one is taken as it is; may be repeated.", "--lr"),
+    option(PANEL, "row", list[str] | None, "ID or ID:ARGUMENT: `maskpack list rows`; may be repeated. (default: all)"),
+    option(PANEL, "seeds", int | None, "How many seeds: 0, 1, … (default: 3)"),
+    option(PANEL, "labels_fraction", list[float] | None, "Share of the labels; may be repeated. (default: 1)"),
+    option(PANEL, "lr", list[str] | None, "ROW=RATE,RATE,… to choose from; one is taken as it is; may be repeated."),
 )
 
 

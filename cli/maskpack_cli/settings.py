@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
 
 UNIONS = (UnionType, Union)  # X | None, and the same where X is a Literal
 OWN = ("config", "resume", "dry_run", "as_json", "quiet")  # options of a call, not of a run
@@ -38,6 +40,12 @@ def read_settings(verb: Callable[..., None], given: Mapping[str, Any], config: P
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
     return settings
+
+
+def option(panel: str, name: str, kind: Any, help: str, *names: str) -> inspect.Parameter:
+    """Return an option with the default None, to be added to those of another verb."""
+    annotation = Annotated[kind, typer.Option(*names, help=help, rich_help_panel=panel)]
+    return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=annotation)
 
 
 def take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
