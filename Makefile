@@ -19,7 +19,10 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/maskpack demo
 
-test: lint types unit lowest-client wheel
+# types on one core beside the first tests
+test: lint
+	$(MAKE) --jobs 2 types unit
+	$(MAKE) lowest-client wheel
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

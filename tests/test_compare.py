@@ -61,6 +61,12 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"reference": f"{path}:tiny", "random_weights": 0, "image_size": 8}
 
 
+@pytest.fixture(autouse=True)
+def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few passes are enough to see that a time is measured."""
+    monkeypatch.setattr("maskpack.evaluate.trial.TIMED", 0.0)
+
+
 def job(folder: Path, backbone: Mapping[str, Any], row: str, **changes: Any) -> Job:
     settings = {**QUICK.to_json(), "lr": 0.05, **changes.pop("settings", {})}
     values: dict[str, Any] = {"row": row, "share": 1.0, "validate": False, "settings": settings, "backbone": backbone}
@@ -202,8 +208,17 @@ def test_rates_are_chosen_and_searched_past_an_edge() -> None:
 
 def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
     events: list[Mapping[str, Any]] = []
-    options: dict[str, Any] = {"config": QUICK, "report": events.append}
-    first = compare(backbone, DATA, tmp_path, rows=["probe", "mask"], rates={"mask": [20.0]}, seeds=(0, 1), **options)
+    options: dict[str, Any] = {"config": replace(QUICK, objective_options={})}
+    first = compare(
+        backbone,
+        DATA,
+        tmp_path,
+        rows=["probe", "mask"],
+        rates={"mask": [20.0]},
+        seeds=(0, 1),
+        report=events.append,
+        **options,
+    )
     assert [(row["method"], row["seeds"]) for row in first["rows"]] == [("probe", [0]), ("mask", [0, 1])]
     mask = first["rows"][1]
     assert mask["accuracy"] == pytest.approx(sum(mask["accuracies"]) / 2)
@@ -227,8 +242,22 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
     other = TrainConfig(**{**{name: getattr(QUICK, name) for name in ("optimizer", "scale")}, "steps": 5})
     with pytest.raises(StateError, match=r"holds a comparison with other settings: settings \(.*steps.*\); choose"):
         compare(backbone, DATA, tmp_path, rows=["probe"], config=other)
-    with pytest.raises(StateError, match=r"other settings: data \(.*classes, digest, id\)"):
+    with pytest.raises(StateError, match=r"other settings: data \(.*classes, digest, id\), settings"):
         compare(backbone, {"reference": "digits:5-8"}, tmp_path, rows=["probe"], config=QUICK)
+
+    settings = "--optimizer sgd --scale --steps 4 --batch-size 16 --warmup 0 --augment none".split()
+    more = "--row probe --row mask --lr mask=20 --seeds 2".split()
+    done = CliRunner().invoke(app, words(backbone, tmp_path, *settings, *more))
+    assert done.exit_code == 0, done.output
+    assert "mask, seed 1, rate 20: " in done.output
+    assert re.search(r"^probe +100 % +\d+\.\d\d +85 +340 +340", done.output, re.MULTILINE)
+    file = tmp_path / "run.toml"
+    file.write_text("\n".join(["seeds = 2", 'row = ["probe", "mask"]', 'lr = "mask=20"']))
+    done = CliRunner().invoke(app, words(backbone, tmp_path, *settings, "--config", str(file), "--json"))
+    assert json.loads(done.stdout) == json.loads(json.dumps(first))
+    picture = tmp_path / "labels.svg"
+    done = CliRunner().invoke(app, ["plot", "labels", str(tmp_path / "results.json"), "--output", str(picture)])
+    assert done.exit_code == 0, done.output
 
 
 def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
@@ -319,20 +348,6 @@ def words(backbone: Mapping[str, Any], folder: Path, *more: str) -> list[str]:
     return ["compare", *own, "--data", "digits:0-4", "--output", str(folder), *more]
 
 
-def test_command_line(backbone: dict[str, Any], tmp_path: Path) -> None:
-    more = ["--row", "probe", "--seeds", "1", "--labels-fraction", "1", "--labels-fraction", "0.1"]
-    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more))
-    assert done.exit_code == 0, done.output
-    assert "probe, seed 0, 10.00% of the labels: " in done.output
-    assert re.search(r"^probe +10 % +\d+\.\d\d +85 +340 +340", done.output, re.MULTILINE)
-    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--json"))
-    rows = json.loads(done.stdout)["rows"]
-    assert [(row["method"], row["labels_fraction"]) for row in rows] == [("probe", 1.0), ("probe", 0.1)]
-    picture = tmp_path / "labels.svg"
-    done = CliRunner().invoke(app, ["plot", "labels", str(tmp_path / "a" / "results.json"), "--output", str(picture)])
-    assert done.exit_code == 0, done.output
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -366,6 +381,7 @@ def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> 
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
     assert not left
     spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
-    done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more, "--epochs", "3", "--json"))
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["rows"][0]["seconds"] > spent
+    left_off = Job(**json.loads((checkpoint.parent.parent / "job.json").read_text()))
+    events: list[Mapping[str, Any]] = []
+    assert run(left_off, events.append)["seconds"] > spent
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] in ([2, 3], [3])

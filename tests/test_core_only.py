@@ -137,24 +137,22 @@ def test_command_line(adapter: Path, words: str) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("call", "library"),
-    [
-        ("load_backbone('timm/resnet18')", "timm"),
-        ("load_backbone('torchvision/resnet18')", "torchvision"),
-        ("load_backbone('hf/user/name')", "transformers"),
-        ("load_data('digits:0-4')", "datasets"),
-        ("load_data('user/name')", "datasets"),
-    ],
-)
-def test_what_is_missing_is_said(call: str, library: str) -> None:
-    done = run(f"import maskpack\nprint(refused(lambda: maskpack.{call}))\n")
+def test_what_is_missing_is_said() -> None:
+    calls = {
+        "load_backbone('timm/resnet18')": "timm",
+        "load_backbone('torchvision/resnet18')": "torchvision",
+        "load_backbone('hf/user/name')": "transformers",
+        "load_data('digits:0-4')": "datasets",
+        "load_data('user/name')": "datasets",
+    }
+    # one process for all: importing torch is what takes time
+    done = run("import maskpack\n" + "".join(f"print(refused(lambda: maskpack.{call}))\n" for call in calls))
     assert done.returncode == 0, done.stderr
-    said = done.stdout.strip()
-    assert said.startswith("MissingDependencyError: ")
-    assert said.endswith(
-        f'the library {library!r}, which is not installed; install it with: pip install "maskpack[train]"'
-    )
+    for said, library in zip(done.stdout.splitlines(), calls.values(), strict=True):
+        assert said.startswith("MissingDependencyError: ")
+        assert said.endswith(
+            f'the library {library!r}, which is not installed; install it with: pip install "maskpack[train]"'
+        )
 
 
 def test_pictures_need_matplotlib(adapter: Path, tmp_path: Path) -> None:
