@@ -22,13 +22,12 @@ from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_dat
 from maskpack.evaluate.cascade import cascade_table
 from maskpack.evaluate.trial import write_json
 
-from .comparison_pages import write_pages
+from .comparison_pages import PACS, layer_densities, write_pages
 
 ROOT = Path(__file__).parent
 DATA = Path(os.environ.get("MASKPACK_DATA", "."))
 SHARES = (1.0, 0.1, 0.04, 0.01)
 SEEDS = (0, 1, 2)
-PACS = ("cartoon", "photo", "art_painting", "sketch")
 FIRST = "cartoon"  # learning rates are chosen here, and taken for the other data sets of the same optimiser
 MNIST_ROWS = {"train": 10_000, "test": 2_000}
 
@@ -44,6 +43,7 @@ IMAGES = TrainConfig(
     objective_options=VIEWS,
 )
 TEXTS = TrainConfig(optimizer="adam", head_lr=0.01, steps=200, batch_size=64, warmup=0.1, label_smoothing=0.05)
+EPOCHS = 8  # of cascades, whose clusters differ in size: about the 240 steps of the others
 ROWS = ("probe", "full", "mask", "self-supervised")
 TABLE = ("knn", "probe", "full", "lora:4", "mask")
 NORMS = "*bn*.weight"
@@ -129,21 +129,12 @@ def images(name: str, output: Path) -> None:
     """Few-label curves of one data set, and the table at all labels."""
     data = {"reference": some_mnist(output) if name == "mnist" else DATA / f"data/pacs/{name}"}
     rates = {} if name == FIRST else chosen(output)
-    for rows, shares in ((TABLE, (1.0,)), (ROWS, SHARES)):
-        own = {row: rate for row, rate in rates.items() if row in rows}
-        result = compare(
-            resnet(20),
-            data,
-            output / name,
-            rows=rows,
-            seeds=SEEDS,
-            fractions=shares,
-            rates=own,
-            config=IMAGES,
-            report=told,
-        )
-        kind = "table" if rows is TABLE else "few-labels"
-        write_json(output / name / f"{kind}.json", result)
+    folder = output / name
+    write_json(
+        folder / "few-labels.json", measured(name, resnet(20), data, output, ROWS, rates, IMAGES, fractions=SHARES)
+    )
+    write_json(folder / "densities.json", layer_densities(folder))
+    write_json(folder / "table.json", measured(name, resnet(20), data, output, TABLE, rates, IMAGES))
 
 
 def deeper(name: str, output: Path) -> None:
@@ -180,9 +171,6 @@ def cascades(output: Path, experts: int = 3) -> None:
         save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
         write_json(folder / "table.json", cascade_table(backbone, load_adapter(path), data))
         print(f"cascade, seed {seed}: done", flush=True)
-
-
-EPOCHS = 8  # of cascades, whose clusters differ in size: about the 240 steps of the others
 
 
 def ablations(output: Path) -> None:

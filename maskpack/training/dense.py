@@ -48,8 +48,8 @@ def train_dense(
     """Train a head and what `learn` names of a backbone, at the rate of scores. The backbone is changed.
 
     Args:
-        learn: gets the backbone with its new head and the settings; leaves a gradient to nothing but the parameters
-            that it returns. It may put modules into the model, as LoRA does.
+        learn: gets the frozen backbone with its new head, and the settings; returns the parameters that learn. It may
+            put modules into the model, as LoRA does.
         output, resume, report: as in `train_mask`.
 
     Raises:

@@ -31,7 +31,7 @@ Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
 
 
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Freeze a backbone and attach scores to the weights that the settings select; return the scores by name."""
+    """Attach scores to the weights that the settings select; return the scores by name."""
     names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
     return attach(backbone.model, build_method(config.method, dict(config.method_options)), names, config.scale)
 
@@ -50,7 +50,7 @@ class Run:
     """The objects of one run, and its progress.
 
     Args:
-        learn: freezes the backbone but for what it returns, which learns at the rate of scores.
+        learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
     """
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
@@ -76,6 +76,7 @@ class Run:
             raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
         backbone.model.to(self.accelerator.device)
         self.objective = objective(backbone, data, config)
+        backbone.model.requires_grad_(False)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
         scores, beside = [*self.scores.values(), *self.objective.scores()], self.objective.trained()

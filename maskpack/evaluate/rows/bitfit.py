@@ -25,13 +25,8 @@ class BitFit(Row):
             raise ConfigError(f"the backbone {backbone.id} has no biases, so there is no row 'bitfit'; leave it out")
 
     def fit(self, trial: Trial) -> Fitted:
-        return fit_dense(trial, _freeze_others)
+        return fit_dense(trial, lambda backbone, _: _biases(backbone))
 
 
 def _biases(backbone: Backbone) -> dict[str, nn.Parameter]:
     return {name: one for name, one in body(backbone).items() if name.rpartition(".")[2].endswith("bias")}
-
-
-def _freeze_others(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    backbone.model.requires_grad_(False)
-    return _biases(backbone)

@@ -9,6 +9,7 @@ from ...adapter.adapter import Adapter
 from ...apply.cascade import Cascade, load_cascade
 from ...backbone.classifier import Inputs
 from ...backbone.load import Backbone
+from ...router import Whitening
 from ...training.cascade import DISPATCHER, train_cascade
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
@@ -17,10 +18,10 @@ from ...training.router import fit_whitening
 from ..cascade import costs, fit_cascade_head
 from ..linear_probe import fit_probe
 from .base import ROWS, Fitted, Row, Trial, settings_of
-from .masked import stored, write
+from .masked import RATES, stored, write
 
 EXPERTS = 5
-WHITENED = "dispatcher, whitened"
+WHITENED = f"{DISPATCHER}, whitened"
 
 
 @ROWS.register
@@ -31,7 +32,7 @@ class ConditionalCascade(Row):
     reference: ClassVar[str] = "Self-Masking Networks, section 3.4"
     argument: ClassVar[str | None] = "number of experts"
     needs_labels: ClassVar[bool] = False
-    rates: ClassVar[Mapping[str, tuple[float, ...]]] = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}
+    rates: ClassVar[Mapping[str, tuple[float, ...]]] = RATES
 
     def check(self, backbone: Backbone, config: TrainConfig) -> None:
         self.number(EXPERTS, least=2)
@@ -59,25 +60,29 @@ class ConditionalCascade(Row):
 
         masked = sum(parts.masks.total for parts in result.parts.values())
         steps = sum(result.about["training"]["cascade"]["steps"].values())
-        controls = {name: _dispatcher(trial, cascade, adapter, name == WHITENED) for name in ("dispatcher", WHITENED)}
+        with cascade.loaded(DISPATCHER):
+            x, y = trial.embed()
+        trained = result.parts[DISPATCHER].masks.total
+        controls = {
+            DISPATCHER: _dispatcher(trial, cascade, adapter, x, y, None, trained),
+            WHITENED: _dispatcher(trial, cascade, adapter, x, y, fit_whitening(x, x.shape[1]), trained),
+        }
         return Fitted(predict, masked + weight.numel() + bias.numel(), stored(adapter), steps, controls)
 
 
-def _dispatcher(trial: Trial, cascade: Cascade, adapter: Adapter, whitened: bool) -> Fitted:
-    """Fit a probe to the embeddings of the dispatcher alone, raw or whitened."""
-    name = cascade.parts.dispatcher
-    with cascade.loaded(name):
-        x, y = trial.embed()
-    whitening = fit_whitening(x, x.shape[1]) if whitened else None
+def _dispatcher(
+    trial: Trial, cascade: Cascade, adapter: Adapter, x: Tensor, y: Tensor, whitening: Whitening | None, masked: int
+) -> Fitted:
+    """Fit a probe to embeddings by the dispatcher alone, (N, D), raw or whitened."""
     probe = fit_probe(x if whitening is None else whitening(x), y, trial.classes)
 
     def predict(inputs: Inputs) -> Tensor:
-        with cascade.loaded(name):
+        with cascade.loaded(DISPATCHER):
             features = trial.features(inputs)
         return probe.logits(features if whitening is None else whitening(features))
 
     count = probe.weight.numel() + probe.bias.numel()
-    found = costs(adapter, "dispatcher", x.shape[1], probe.weight.shape[1] if whitened else 0, trial.classes)
+    found = costs(adapter, "dispatcher", x.shape[1], 0 if whitening is None else probe.weight.shape[1], trial.classes)
     steps = found.pop("steps")
     sizes = {what.removesuffix("_bytes"): size for what, size in found.items() if what != "bytes" and size}
-    return Fitted(predict, adapter.masks(trial.backbone.model, name).total + count, sizes, steps or 0)
+    return Fitted(predict, masked + count, sizes, steps or 0)

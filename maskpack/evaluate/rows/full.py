@@ -3,10 +3,6 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import nn
-
-from ...backbone.load import Backbone
-from ...training.config import TrainConfig
 from .base import ROWS, Fitted, Row, Trial
 from .dense import body, fit_dense
 
@@ -20,10 +16,4 @@ class Full(Row):
     rates: ClassVar[Mapping[str, tuple[float, ...]]] = {"adam": (1e-4, 3e-4, 1e-3), "sgd": (0.003, 0.01, 0.03)}
 
     def fit(self, trial: Trial) -> Fitted:
-        return fit_dense(trial, all_weights)
-
-
-def all_weights(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Freeze what is not of the body, and return all that is."""
-    backbone.model.requires_grad_(False)
-    return body(backbone)
+        return fit_dense(trial, lambda backbone, _: body(backbone))

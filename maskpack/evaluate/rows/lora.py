@@ -36,7 +36,6 @@ class Lora(Row):
 
         def add(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
             layers = "|".join(re.escape(name) for name in _layers(backbone, config))
-            backbone.model.requires_grad_(False)
             # a pattern that is matched as a whole: as a list, names would match the ends of others
             settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"(?:{layers})")
             peft.inject_adapter_in_model(settings, backbone.model)

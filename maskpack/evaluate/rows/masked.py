@@ -11,6 +11,8 @@ from ...training.config import TrainConfig
 from ...training.loop import TrainResult, train_mask
 from .base import Trial
 
+RATES = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}  # of scores without labels, by optimiser
+
 
 def train(trial: Trial, config: TrainConfig, labelled: bool) -> tuple[TrainResult, Adapter]:
     """Train a mask, with labels or without, and write it as an adapter."""

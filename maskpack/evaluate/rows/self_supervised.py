@@ -7,7 +7,7 @@ from ...apply.load import load_mask
 from ...training.objectives.base import SELF_SUPERVISED
 from ..linear_probe import fit_probe
 from .base import ROWS, Fitted, Row, Trial, settings_of
-from .masked import stored, train
+from .masked import RATES, stored, train
 
 
 @ROWS.register
@@ -17,7 +17,7 @@ class SelfSupervisedMask(Row):
     id: ClassVar[str] = "self-supervised"
     reference: ClassVar[str] = "Self-Masking Networks, section 3"
     needs_labels: ClassVar[bool] = False
-    rates: ClassVar[Mapping[str, tuple[float, ...]]] = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}
+    rates: ClassVar[Mapping[str, tuple[float, ...]]] = RATES
 
     def fit(self, trial: Trial) -> Fitted:
         result, adapter = train(trial, settings_of(trial, SELF_SUPERVISED), labelled=False)
