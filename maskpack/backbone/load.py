@@ -117,7 +117,7 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
             return Backbone(model, id_, commit, preprocess=stated)
         return Backbone(model, id_, commit, preprocess=stated, pooling="projection", normalize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
-    limit = min(128, getattr(config, "max_position_embeddings", 128))
+    limit = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
     return Backbone(
         model,
         id_,
