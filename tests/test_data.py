@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskpack.data.base import SOURCES, Data, empty_classes
+from maskpack.data.base import SOURCES, Data, Splits, empty_classes
 from maskpack.data.batches import EpochSampler, loader, readable
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError
@@ -111,6 +111,47 @@ def test_class_names_of_an_adapter_number_the_labels(tmp_path: Path) -> None:
     assert [label for _, label in data.train] == [1, 2, 1]
     with pytest.raises(DataError, match=r"the train split has labels that the class names lack: b; known are a"):
         load_data(str(tmp_path), class_names=["a"])
+
+
+def test_rows_without_a_label_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\na,x\nb,\nc,y\n")
+    with pytest.raises(DataError, match="the train split has rows without a label in column 'label'; remove them"):
+        load_data(str(tmp_path))
+    (tmp_path / "train.csv").write_text("text,label\na,-1\nb,1\n")
+    assert load_data(str(tmp_path)).class_names == ("-1", "1"), "a number like others where no schema names classes"
+    schema = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    for missing in (-1, None):
+        folder = tmp_path / str(missing)
+        folder.mkdir()
+        rows = {"text": list("xyz"), "label": [0, 1, missing]}
+        datasets.Dataset.from_dict(rows, features=schema).to_parquet(folder / "train.parquet")
+        for names in (None, ["b", "a"]):
+            with pytest.raises(DataError, match="the train split has rows without a label in column 'label'"):
+                load_data(str(folder), class_names=names)
+
+
+def test_splits_that_are_missing_or_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in (image_tree(tmp_path) / "test").rglob("*.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="the test split of '.*' has no rows"):
+        load_data(str(tmp_path))
+
+    class Foreign:
+        """A plug-in whose splits have other names."""
+
+        id, reference, priority = "foreign", "", 1
+
+        @staticmethod
+        def matches(reference: str) -> bool:
+            return reference == "foreign:x"
+
+        @staticmethod
+        def load(reference: str) -> Splits:
+            return Splits({"dev": None, "extra": None}, "x", "")
+
+    monkeypatch.setattr(SOURCES, "_classes", {**SOURCES._classes, "foreign": Foreign})
+    with pytest.raises(DataError, match="the data 'foreign:x' have neither a train nor a test split: dev, extra"):
+        load_data("foreign:x")
 
 
 def test_labels_only_in_the_test_split_are_an_error(tmp_path: Path) -> None:

@@ -59,11 +59,12 @@ def _labels(
         return [0] * len(rows), ()
     feature = rows.features[column]
     values = rows[column][:]
-    if hasattr(feature, "names"):
-        own = tuple(str(name) for name in feature.names)
+    own = tuple(str(name) for name in getattr(feature, "names", ()))
+    # where classes are named in the schema, -1 stands for none
+    if any(value is None or (own and value < 0) for value in values):
+        raise DataError(f"the {split} split has rows without a label in column {column!r}; remove them")
+    if own:
         if names is None or tuple(names) == own:
-            if any(value is None or value < 0 for value in values):
-                raise DataError(f"the {split} split has rows without a label in column {column!r}; remove them")
             return list(values), own
         values = [own[value] for value in values]
     texts = [str(value) for value in values]
