@@ -11,7 +11,7 @@ from torch import nn
 
 from maskpack.backbone.fingerprint import check_fingerprint, fingerprint
 from maskpack.backbone.head import find_head, head_features
-from maskpack.backbone.load import load_backbone
+from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.parameters import aliases, body, unwrap
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, SelectionError, UnknownNameError
@@ -287,3 +287,9 @@ def test_transformers_vision_folder(tmp_path: Path) -> None:
     assert loaded.preprocess == ImagePreprocess(16, 16, mean=(0.4,) * 3, std=(0.2,) * 3)
     assert len(select_parameters(loaded.model, head=loaded.outside)) == 13
     assert Classifier(loaded.model, nn.Linear(16, 5), "classifier")(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_a_model_without_a_linear_layer_has_no_features() -> None:
+    backbone = Backbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), "tests:conv")
+    with pytest.raises(BackboneError, match="tests:conv has no linear layer that could be its head; add one"):
+        backbone.features  # noqa: B018

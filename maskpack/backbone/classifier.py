@@ -72,8 +72,6 @@ class Classifier(nn.Module):
         normalize: bool = False,
     ):
         super().__init__()
-        if (module is None) == (pooling is None):
-            raise BackboneError("a classifier has either a head module inside the model or a pooling behind it")
         self.model = model
         self.linear = linear
         self.module, self.pooling, self.normalize = module, pooling, normalize

@@ -54,9 +54,15 @@ class Backbone:
 
     @property
     def features(self) -> int:
-        """Number of features that go into the head."""
+        """Number of features that go into the head.
+
+        Raises:
+            BackboneError: if there is no head, or it was removed and the model does not state its `num_features`.
+        """
         if self.head is not None:
             return head_features(self.model, self.head)
+        if self.pooling is None:
+            raise BackboneError(f"the backbone {self.id} has no linear layer that could be its head; add one")
         config: Any = self.model.config
         projected = getattr(config, "projection_dim", None) if self.pooling == "projection" else None
         return int(projected or config.hidden_size)
@@ -119,15 +125,7 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
     limit = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
     return Backbone(
-        model,
-        id_,
-        commit,
-        "text-classification",
-        None,
-        TextPreprocess(limit),
-        tokenizer,
-        pooling="mean",
-        normalize=True,
+        model, id_, commit, "text-classification", None, TextPreprocess(limit), tokenizer, "mean", normalize=True
     )
 
 
