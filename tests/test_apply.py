@@ -13,6 +13,7 @@ from torch import nn
 
 from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.file import save_adapter
+from maskpack.adapter.predict import predict
 from maskpack.apply.export import export_state
 from maskpack.apply.load import MaskpackWarning, load_adapter, load_mask, unload_mask
 from maskpack.apply.weights import apply_masks, restore
@@ -308,6 +309,13 @@ def test_nothing_is_left_behind(tmp_path: Path, tiny: nn.Module) -> None:
 
 
 # --- predictions and export ------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_know_its_tokenizer() -> None:
+    text = {"kind": "text", "max_length": 8}
+    words = r"the model does not say where its tokenizer is; pass it: predict\(model, texts, tokenizer=…\)"
+    with pytest.raises(DataError, match=words):
+        predict(TinyNet(), ["x"], head=Head("linear", torch.zeros(2, 16)), class_names=["a", "b"], preprocess=text)
 
 
 def test_predict(tmp_path: Path, tiny: nn.Module) -> None:

@@ -19,14 +19,14 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import TrainConfig, compare
+from maskpack import TrainConfig, compare, load_backbone
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
 from maskpack.evaluate.compare import Trials
 from maskpack.evaluate.comparison_table import markdown, summaries
 from maskpack.evaluate.rows.base import ROWS, Row, find_row
-from maskpack.evaluate.trial import Job, memory, run, splits
+from maskpack.evaluate.trial import Job, measure, memory, run, splits
 from maskpack.evaluate.worker import Worker
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.checkpoint import FILE
@@ -171,6 +171,13 @@ def test_splits() -> None:
         splits(replace(data, class_names=()), 1.0, 0, False)
     with pytest.raises(DataError, match="'digits:0-4' has no training split"):
         splits(replace(data, train=None), 1.0, 0, False)
+
+
+def test_nothing_to_measure_on(backbone: dict[str, Any]) -> None:
+    test = load_data("digits:0-4").test
+    assert test is not None
+    with pytest.raises(DataError, match="no row to measure on could be read"):
+        measure(lambda _: torch.zeros(0), load_backbone(**backbone), replace(test, unreadable=set(test.indices)), 64, 5)
 
 
 class Told(Trials):

@@ -4,13 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from maskpack import MaskSet, fingerprint, save_adapter
+from maskpack import MaskSet, TrainConfig, fingerprint, save_adapter, train_cascade, train_mask
+from maskpack.adapter.predict import model_tokenizer
 from maskpack.backbone.embedding import Embedding
+from maskpack.backbone.load import Backbone
+from maskpack.data.base import Data
+from maskpack.data.image_folder import ImageFolder
+from maskpack.errors import MissingDependencyError
+from maskpack.evaluate.rows.base import find_row
+from maskpack.preprocess import ImagePreprocess
+from maskpack.training.dense import train_dense
+from maskpack.training.loop import plan_training
+from maskpack.training.objectives.crops import multi_crop
+from maskpack.training.router import fit_mixture, fit_whitening
 
 from .helpers_cascade import SETS, cascade_parts
 
@@ -49,6 +62,7 @@ def linear():
     return torch.nn.Linear(8, 4)
 """
 
+EMPTY = Data(None, None, None, (), "image-classification", "x", "")
 CLI = "sys.argv[0] = 'maskpack'\nfrom maskpack_cli.main import main\nmain()\n"
 
 
@@ -153,6 +167,35 @@ def test_what_is_missing_is_said() -> None:
         assert said.endswith(
             f'the library {library!r}, which is not installed; install it with: pip install "maskpack[train]"'
         )
+
+
+@pytest.mark.parametrize(
+    ("module", "said", "call"),
+    [
+        ("accelerate", "training", lambda: train_mask(nn.Linear(2, 2), EMPTY)),
+        ("accelerate", "training", lambda: plan_training(Backbone(nn.Linear(2, 2), "x"), EMPTY, TrainConfig())),
+        ("accelerate", "training", lambda: train_dense(Backbone(nn.Linear(2, 2), "x"), EMPTY, TrainConfig(), None)),
+        ("accelerate", "training", lambda: train_cascade(nn.Linear(2, 2), EMPTY)),
+        ("sklearn.decomposition", "principal components", lambda: fit_whitening(torch.rand(5, 3), 2)),
+        ("sklearn.mixture", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
+        ("sklearn.exceptions", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
+        ("torchvision.transforms.v2", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
+        ("PIL.ImageFilter", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
+        ("transformers", "tokenising texts", lambda: model_tokenizer(nn.Linear(2, 2))),
+        ("datasets", "reading data", lambda: ImageFolder.load(".")),
+        ("peft", "the row 'lora'", lambda: find_row("lora").check(None, None)),  # before anything else is looked at
+    ],
+)
+def test_what_a_library_is_needed_for(
+    module: str, said: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    extra = "compare" if module == "peft" else "train"
+    with pytest.raises(MissingDependencyError) as caught:
+        call()
+    assert str(caught.value) == (
+        f'{said} needs the library {module!r}, which is not installed; install it with: pip install "maskpack[{extra}]"'
+    )
 
 
 def test_pictures_need_matplotlib(adapter: Path, tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_gradient_reaches_every_score(cls: type[Method], scale: bool) -> None:
     assert bool((scores.grad != 0).all())
 
 
+def test_two_classes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_classes", dict(METHODS._classes))
+    known = METHODS["threshold"]
+    assert METHODS.register(known) is known, "once more is the same"
+    other = type("Other", (known,), {"id": "threshold"})
+    with pytest.raises(UnknownNameError, match=r"two methods have the id 'threshold': .*\.Threshold and .*; rename"):
+        METHODS.register(other)
+    assert METHODS["threshold"] is known
+
+
 def test_options_are_checked() -> None:
     assert build_method("threshold", {"init": "2"}).init_scores(torch.zeros(1)).item() == 2.0
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,11 @@ def test_a_text_mask_without_labels(minilm: Backbone, tmp_path: Path) -> None:
     assert (result.parts.head, result.about["task"]) == (None, "feature-extraction")
     assert result.metrics["feature_rank"] > 2
     assert result.metrics["density"] < 1
+    with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got inf"):
+        Run(minilm, data, replace(config, objective_options={"temperature": "inf"}))
+    headed = replace(minilm, head="pooler.dense", pooling=None)
+    with pytest.raises(ConfigError, match="'simcse' is for encoders, whose embedding is pooled; .* the head 'pooler.d"):
+        Run(headed, data, config)
     for module in minilm.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

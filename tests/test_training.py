@@ -20,7 +20,7 @@ from maskpack.data.base import Data
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
-from maskpack.preprocess import TextPreprocess
+from maskpack.preprocess import ImagePreprocess, TextPreprocess
 from maskpack.training import checkpoint
 from maskpack.training.config import TrainConfig, config_from, read_config
 from maskpack.training.loop import plan_training, train_mask
@@ -373,6 +373,29 @@ def test_data_that_do_not_fit(tiny_backbone: Backbone, digits: Data, tmp_path: P
         train_mask(text, load_data(str(tmp_path)), QUICK)
     with pytest.raises(DataError, match="have no training split"):
         train_mask(tiny_backbone, Data(None, None, None, ("a", "b"), "image-classification", "x", ""), QUICK)
+
+
+def test_a_model_that_changes_its_own_weights_is_noticed(digits: Data) -> None:
+    class Drifts(TinyNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.conv2.bias.add_(1)
+            return super().forward(x)
+
+    backbone = Backbone(Drifts().eval(), "x", head="fc", preprocess=ImagePreprocess(8, 8))
+    with pytest.raises(TrainingError, match="the backbone's tensors changed during training: .* defect of maskpack"):
+        train_mask(backbone, digits, QUICK)
+
+
+def test_a_precision_that_the_device_lacks(
+    tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: Any, **options: Any) -> None:
+        raise ValueError("bf16 mixed precision requires a supported device")  # as Accelerate says of old GPUs
+
+    monkeypatch.setattr("accelerate.Accelerator", lacking)
+    with pytest.raises(ConfigError, match="precision 'bf16' is not possible on this device: bf16 mixed precision req"):
+        train_mask(tiny_backbone, digits, TrainConfig(precision="bf16"))
 
 
 def test_nothing_readable_is_an_error(tiny_backbone: Backbone, digits: Data) -> None:

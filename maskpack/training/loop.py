@@ -85,7 +85,10 @@ def train_mask(
         parts = Parts(extract_masks(backbone.model), head, statistics)
     after = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     if after.digests != before.digests:
-        raise TrainingError("the backbone's tensors changed during training, which is a defect of maskpack; report it")
+        raise TrainingError(
+            "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
+            "maskpack; report it"
+        )
     about = {
         "task": data.task if head is not None else FEATURES[data.task],
         "class_names": list(data.class_names) if head is not None else None,

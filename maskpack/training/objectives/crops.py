@@ -41,8 +41,8 @@ def multi_crop(preprocess: ImagePreprocess, kinds: Sequence[Crops]) -> Callable[
     Every view on its own: a crop of random place, size and aspect, mirrored or not, with jittered colours (8 of 10),
     in grey (2 of 10), blurred (5 of 10); normalised as the backbone expects.
     """
+    pillow = require("PIL.ImageFilter", "train", "reading images")  # first: torchvision needs it as well
     v2 = require("torchvision.transforms.v2", "train", "reading images")
-    pillow = require("PIL.ImageFilter", "train", "reading images")
 
     def blur(image: Any) -> Any:
         # Pillow's, as in the reference: torchvision's takes thirty times as long
