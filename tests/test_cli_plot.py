@@ -122,6 +122,15 @@ def test_results(tmp_path: Path) -> None:
     assert {"LoRA", "mask", "1 %", "100 %", "share of the training labels", "accuracy (mean ± deviation)"} <= set(words)
 
 
+def test_bytes_are_of_the_greatest_share_of_labels(tmp_path: Path) -> None:
+    few = {"method": "mask", "bytes": 90_000, "labels_fraction": 0.1, "accuracy": 0.9}
+    words = drawn(tmp_path, "bytes", file_with(tmp_path, {"rows": [few, *ROWS, few]}))
+    assert {"100 B", "1 kB"} <= set(words)
+    assert not {"10 kB", "100 kB"} & set(words)
+    said = refused("bytes", file_with(tmp_path, {"rows": [{**few, "labels_fraction": "x"}]}), "--output", "x.svg")
+    assert "row 1 of" in said
+
+
 def test_clusters(tmp_path: Path) -> None:
     file = file_with(tmp_path, {"points": [[0, 1], [0.5, 2], [1, 1]], "expert": [0, 1, 0]})
     assert {"0 (2)", "1 (1)", "expert (samples)"} <= set(drawn(tmp_path, "clusters", file))

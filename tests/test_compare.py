@@ -23,7 +23,7 @@ from maskpack import TrainConfig, compare, load_backbone
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
-from maskpack.evaluate.compare import Trials
+from maskpack.evaluate.compare import Trials, _claim
 from maskpack.evaluate.comparison_table import markdown, summaries
 from maskpack.evaluate.rows.base import ROWS, Row, find_row
 from maskpack.evaluate.trial import Job, measure, memory, run, splits
@@ -139,10 +139,17 @@ def test_a_trial_that_was_finished_trains_no_more(backbone: dict[str, Any], tmp_
     events: list[Mapping[str, Any]] = []
     first = run(job(tmp_path, backbone, "self-supervised"), events.append)
     trained = [event for event in events if event["event"] == "epoch"]
+    spent = json.loads((tmp_path / "spent.json").read_text())
+    assert spent["seconds"] < first["seconds"]  # without the first probe
+    (tmp_path / "spent.json").write_text(json.dumps({"seconds": 1000, "peak_memory": 10**12}))
     few = run(job(tmp_path, backbone, "self-supervised", share=0.2), events.append)
     assert [event for event in events if event["event"] == "epoch"] == trained
     assert few["labels"] == first["labels"] // 5
-    assert few["seconds"] > first["seconds"]  # training is counted, and the second probe
+    assert few["seconds"] > 1000
+    assert few["peak_memory"] == 10**12
+    (tmp_path / "spent.json").write_text("{")
+    with pytest.raises(StateError, match=r"cannot read .*spent.json as JSON: .*; delete it and run again"):
+        run(job(tmp_path, backbone, "self-supervised", share=0.1), events.append)
 
 
 def test_splits() -> None:
@@ -267,6 +274,36 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
+def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text('{"backbone": {}')
+    done = CliRunner().invoke(app, words(backbone, tmp_path, "--row", "probe", "--seeds", "1"))
+    assert done.exit_code == 1, done.output
+    assert re.search(r"cannot read .*comparison.json as JSON: .*; choose another folder, or delete th", done.stderr)
+    (tmp_path / "comparison.json").write_text("[]")
+    with pytest.raises(StateError, match="comparison.json must have backbone, data, it has a list; choose another fol"):
+        _claim(tmp_path, {"backbone": {}, "data": {}})
+    result = tmp_path / "probe" / "seed-0-labels-1" / "result-1.json"
+    result.parent.mkdir(parents=True)
+    with Worker() as worker:
+        trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
+        for text, message in (("", "cannot read .*result-1.json as JSON"), ("{}", "must have accuracy, .* nothing")):
+            result.write_text(text)
+            with pytest.raises(StateError, match=f"{message}.*; delete it, and its trial is measured again"):
+                trials.run("probe", find_row("probe"), 0, 1.0, None)
+
+
+def test_a_trial_that_cannot_write(backbone: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "probe" / "seed-3-labels-1"
+    (folder / "result-1.json").mkdir(parents=True)
+    one = job(folder, backbone, "probe", result=str(folder / "result-1.json"))
+    one.write(folder / "job.json")
+    with Worker() as worker:
+        events = list(worker.run(folder / "job.json"))
+    assert [event["event"] for event in events] == ["error", "exit"]
+    assert events[0]["kind"] == "StateError"
+    assert "result-1.json" in events[0]["message"]
+
+
 def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
         compare(backbone, DATA, tmp_path, rows=["full"], rates={"full": [1e30]}, config=QUICK)
@@ -299,6 +336,11 @@ def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
             "a rate is given for 'full', which is none of the r",
         ),
         ({"rows": ["full"], "rates": {"full": [-1]}}, ConfigError, r"rates of 'full' must be finite .* got \[-1\]"),
+        (
+            {"rows": ["probe", "cascade:2"], "config": replace(QUICK, objective_options={"prototypes": "x"})},
+            ConfigError,
+            "option 'prototypes' of the objective 'swav' must be of type int, got 'x'",
+        ),
         ({"rows": ["mask"], "config": TrainConfig(include=("x",))}, SelectionError, "include 'x' matches none"),
         (
             {"rows": ["lora"], "config": TrainConfig(include=("0.1.weight",))},
@@ -363,9 +405,15 @@ def words(backbone: Mapping[str, Any], folder: Path, *more: str) -> list[str]:
         (["--lr", "full=a,b"], "--lr must be ROW=RATE"),
         (["--seeds", "0"], "--seeds must be a number of at least 1, got 0"),
         (["--row", "nothing"], "unknown row 'nothing'"),
+        (["--row", "probe", "--data", "texts"], "the data 'texts' are for text-classification, the backbone"),
     ],
 )
 def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any], tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "test"):
+        (texts / f"{split}.csv").write_text("text,label\na,x\nb,y\n")
+    more = [str(texts) if one == "texts" else one for one in more]
     done = CliRunner().invoke(app, words(backbone, tmp_path / "a", *more))
     assert done.exit_code in (1, 2)
     assert message in done.stderr

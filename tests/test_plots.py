@@ -189,6 +189,13 @@ def test_bytes_of_one_size_are_on_a_plain_axis() -> None:
     assert "400 kB" in {text.get_text() for text in axes.get_xticklabels()}
 
 
+def test_no_deviation_makes_accuracies_above_one() -> None:
+    [axes] = bytes_figure({"a": [(100, 0.98, 0.05), (300, 1.0, 0.02)]}).axes
+    assert 1 < axes.get_ylim()[1] < 1.01
+    [axes] = bytes_figure({"a": [(100, 0.9, 0.05)]}).axes
+    assert axes.get_ylim()[1] < 1
+
+
 def test_few_labels() -> None:
     shares = {"probe": [(1.0, 0.9, 0.01), (0.01, 0.4, 0.1)], "mask": [(0.04, 0.5, 0.1), (0.1, 0.6, 0.1)]}
     [axes] = label_figure(shares).axes

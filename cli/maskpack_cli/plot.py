@@ -86,11 +86,14 @@ def scores(
 
 
 def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Accuracy against bytes, from rows with `method`, `bytes`, `accuracy` and perhaps `deviation`."""
+    """Accuracy against bytes, from rows with `method`, `bytes`, `accuracy` and perhaps `deviation`.
+
+    Of a method with several `labels_fraction` the greatest is drawn.
+    """
     _begin(output, quiet)
     from maskpack.plots.accuracy_bytes import bytes_figure
 
-    _finish(bytes_figure(_curves(results, "bytes")), output, as_json)
+    _finish(bytes_figure(_curves(results, "bytes", most_labels=True)), output, as_json)
 
 
 def labels(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -176,22 +179,28 @@ def _members(file: Path, *keys: str) -> list[Any]:
     return [found[key] for key in keys]
 
 
-def _curves(file: Path, key: str) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Return (key, accuracy, deviation) of the rows that have these, by method."""
+def _curves(file: Path, key: str, most_labels: bool = False) -> dict[str, list[tuple[float, float, float | None]]]:
+    """Return (key, accuracy, deviation) of the rows, or of each method's rows with most labels, by method."""
     from maskpack.errors import DataError
 
     curves: dict[str, list[tuple[float, float, float | None]]] = {}
+    most: dict[str, Any] = {}
     [rows] = _members(file, "rows")
     for number, row in enumerate(rows, 1):
         found: dict[str, Any] = row if isinstance(row, dict) else {}
         point: list[Any] = [found.get(key), found.get("accuracy"), found.get("deviation")]
-        are_numbers = all(isinstance(one, int | float) for one in (*point[:2], point[2] or 0))
+        share = found.get("labels_fraction", 1) if most_labels else 1
+        are_numbers = all(isinstance(one, int | float) for one in (*point[:2], point[2] or 0, share))
         if not are_numbers or not isinstance(found.get("method"), str):
             raise DataError(
                 f"row {number} of {file} is {row!r:.200}; expected an object with a text under 'method' and numbers "
                 f"under {key!r}, 'accuracy' and perhaps 'deviation'"
             )
-        curves.setdefault(found["method"], []).append((point[0], point[1], point[2]))
+        method = found["method"]
+        if method not in curves or share > most[method]:
+            most[method], curves[method] = share, []
+        if share == most[method]:
+            curves[method].append((point[0], point[1], point[2]))
     return curves
 
 

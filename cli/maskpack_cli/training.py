@@ -171,7 +171,7 @@ def _train(
     }
     emit(facts, as_json, f"✓ {output}")
     if not data.class_names:
-        note(f"Next: maskpack eval {inputs} --knn --probe", quiet or as_json)
+        note(f"Next, if the data have labels: maskpack eval {inputs} --knn --probe", quiet or as_json)
     note(f"Next: maskpack push {reference(output)} USER/NAME", quiet or as_json)
 
 

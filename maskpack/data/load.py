@@ -46,7 +46,8 @@ def _label_column(features: Mapping[str, Any], given: str | None) -> str:
     if not found:
         raise DataError(
             f"cannot tell which column holds the labels among {', '.join(features)}; name it with --label-column, or "
-            f"put the images of each class into a folder of its own"
+            f"put the images of each class into a folder of its own; without labels train with --objective "
+            f"self-supervised, a cascade also with --no-labels"
         )
     return found[0]
 

@@ -14,9 +14,11 @@ from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
 from ..training.config import TrainConfig
 from ..training.log import Report
+from ..training.loop import plan_training
+from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from .comparison_table import markdown, summaries
 from .rows.base import ROWS, Row, find_row
-from .trial import Job, splits, write_json
+from .trial import MEASURED, Job, read_json, splits, write_json
 from .worker import Worker
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
@@ -69,7 +71,11 @@ def compare(
     for row in found.values():
         row.check(model, config)
     examples = load_data(**data)
-    splits(examples, max(fractions), seeds[0], False)
+    known, unlabelled, _ = splits(examples, max(fractions), seeds[0], False)
+    check_data(known, model, find_objective("supervised", model.task))
+    if not all(row.needs_labels for row in found.values()) and not (folder / COMPARISON).exists():
+        # a wrong option is seen before the folder is bound to it
+        plan_training(model, unlabelled, replace(config, objective=SELF_SUPERVISED))
     base = fingerprint(model.model, id=model.id, head=model.outside)
     about = {
         "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
@@ -159,7 +165,7 @@ class Trials:
             folder.mkdir(parents=True, exist_ok=True)
             job = Job(name, share, validate, settings.to_json(), self.backbone, self.data, str(folder), str(result))
             self._process(job, folder / "job.json", part)
-        measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        measured = read_json(result, MEASURED, "delete it, and its trial is measured again")
         if self.report is not None:
             self.report({"event": "trial", "part": part, "accuracy": measured["accuracy"]})
         return measured
@@ -213,12 +219,12 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
     """
     path = folder / COMPARISON
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path, frozenset(about), "choose another folder, or delete this one")
         here = json.loads(json.dumps(about))
         differing = [
-            f"{part} ({', '.join(sorted(key for key in one if there.get(part, {}).get(key) != one[key]))})"
+            f"{part} ({', '.join(sorted(key for key in one if there[part].get(key) != one[key]))})"
             for part, one in here.items()
-            if there.get(part) != one
+            if there[part] != one
         ]
         if differing:
             raise StateError(

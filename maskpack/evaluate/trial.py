@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +18,7 @@ from ..backbone.load import Backbone, load_backbone
 from ..data.base import Data, Examples
 from ..data.batches import loader, readable
 from ..data.load import LABELS_SEED, few_labels, hold_out, load_data
-from ..errors import DataError
+from ..errors import DataError, StateError
 from ..tensorfile import replacing
 from ..training.config import config_from
 from .accuracy import by_class
@@ -26,9 +26,10 @@ from .rows.base import Fitted, Predict, Trial, find_row
 from .rows.dense import classified
 
 VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
-SPENT = "spent.json"  # seconds of training so far, for a trial that is interrupted
+SPENT = "spent.json"  # what training took so far, for a trial that is interrupted or has other labels
 TIMED = 2.0  # seconds of timing, and at least
 ROUNDS = 5  # passes
+MEASURED = frozenset(("accuracy", "trained", "steps", "sizes", "bytes", "labels", "seconds", "peak_memory", "controls"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,22 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        StateError: if there is none, or it lacks one of the keys; `remedy` says what to do then.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"cannot read {path} as JSON: {error}; {remedy}") from None
+    if not isinstance(value, dict) or not keys <= value.keys():
+        has = ", ".join(sorted(value)[:10]) if isinstance(value, dict) else f"a {type(value).__name__}"
+        raise StateError(f"{path} must have {', '.join(sorted(keys))}, it has {has or 'nothing'}; {remedy}")
+    return value
+
+
 def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, Data, Examples]:
     """Return (rows whose labels are known, rows without labels, rows to measure on).
 
@@ -84,32 +101,38 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
     if validate:
         known, held = hold_out(known, VALIDATION, seed)
         if held is None:
-            raise DataError(f"{len(known)} rows with labels are too few to choose a learning rate on; give one with lr")
+            raise DataError(
+                f"{len(known)} rows with labels are too few to choose a learning rate on; give one with --lr ROW=RATE"
+            )
         test, without = held, set(held.indices)
         train = replace(train, indices=[row for row in train.indices if row not in without])
     only = replace(data, validation=None, test=None)
     return replace(only, train=known), replace(only, train=train, class_names=()), test
 
 
-@dataclass
 class Spent:
-    """Seconds of training, also of processes that were interrupted, as of their last epoch."""
+    """Seconds and memory of training as of its last epoch, also of processes that were interrupted or had other labels.
 
-    path: Path
-    before: float = 0.0
-    started: float = field(default_factory=time.monotonic)
+    Args:
+        path: where they are noted. resident: bytes of the process before training.
+    """
 
-    def __post_init__(self) -> None:
-        if self.path.exists():
-            self.before = float(json.loads(self.path.read_text())["seconds"])
+    def __init__(self, path: Path, resident: int):
+        self.path, self.resident, self.started = path, resident, time.monotonic()
+        self.before: dict[str, Any] = {"seconds": 0.0}
+        if path.exists():
+            self.before = read_json(path, frozenset(("seconds",)), "delete it and run again")
 
-    def seconds(self) -> float:
-        """Return the seconds up to now."""
-        return self.before + time.monotonic() - self.started
+    def now(self) -> dict[str, Any]:
+        """Return {"seconds", "peak_memory"} up to now."""
+        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = max(0, memory()[1] - self.resident) + on_device
+        seconds = self.before["seconds"] + time.monotonic() - self.started
+        return {"seconds": seconds, "peak_memory": max(peak, self.before.get("peak_memory", 0))}
 
     def keep(self) -> None:
-        """Note the seconds up to now."""
-        write_json(self.path, {"seconds": self.seconds()})
+        """Note what was spent up to now."""
+        write_json(self.path, self.now())
 
 
 def memory() -> tuple[int, int]:
@@ -131,7 +154,7 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
     known, unlabelled, test = splits(load_data(**job.data), job.share, job.seed, job.validate)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    before, spent = memory()[0], Spent(folder / SPENT)
+    spent = Spent(folder / SPENT, memory()[0])
 
     def passed_on(event: Mapping[str, Any]) -> None:
         if event["event"] == "epoch":
@@ -139,9 +162,7 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
         report(event)
 
     fitted = find_row(job.row).fit(Trial(backbone, known, unlabelled, config, folder, passed_on))
-    seconds, peak = spent.seconds(), memory()[1]
-    spent.keep()
-    on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    total = spent.now()
 
     def measured(one: Fitted) -> dict[str, Any]:
         accuracy, rows = measure(one.predict, backbone, test, config.batch_size, len(known.class_names))
@@ -152,8 +173,7 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
     result = {
         **measured(fitted),
         "labels": len(known.train or ()),
-        "seconds": seconds,
-        "peak_memory": max(0, peak - before) + on_device,
+        **total,
         "controls": {name: measured(one) for name, one in fitted.controls.items()},
     }
     if not job.validate:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from ..errors import MaskpackError
+from ..errors import MaskpackError, StateError
 from .trial import Job, run, write_json
 
 # not run here, so that no thread is there when the process forks; one that is not installed is needed by no trial
@@ -87,6 +87,8 @@ def _run(path: Path, events: TextIO) -> None:
         code = 0
     except MaskpackError as error:
         _write(events, {"event": "error", "kind": type(error).__name__, "message": str(error)})
+    except OSError as error:  # a full disk, say
+        _write(events, {"event": "error", "kind": StateError.__name__, "message": str(error)})
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

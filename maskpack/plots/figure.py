@@ -47,7 +47,7 @@ def new_figure(width: float, height: float) -> "Figure":
 def plain_axes(axes: "Axes", *, grid: "Literal['x', 'y', 'both'] | None" = None) -> None:
     """Leave of a frame the two lines that are scales, and give `grid` ("x", "y" or "both") faint lines."""
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=SMALL)
+    axes.tick_params(which="both", labelsize=SMALL)
     axes.set_axisbelow(True)
     if grid is not None:
         axes.grid(axis=grid, color=FAINT)

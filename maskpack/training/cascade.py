@@ -86,7 +86,7 @@ def train_cascade(
     check_cascade(data, config, experts)
     if resume and (output is None or not (Path(output) / DISPATCHER).exists()):
         raise StateError(
-            f"resume needs the folder of an earlier run as `output`, got {output}; leave it out to start one"
+            f"resume needs the folder of an earlier run as `output`, got {output}; without resume a new one starts"
         )
     with nullcontext(output) if output is not None else tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         return _train(backbone, data, config, experts, Path(place), resume, report)
