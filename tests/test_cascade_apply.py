@@ -1,6 +1,7 @@
 """load_cascade: the right masks for each input, one model, and the base to the bit after every call."""
 
 import copy
+from collections import UserDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from maskpack.apply.cascade import Cascade, Cost
 from maskpack.apply.load import MaskpackWarning
 from maskpack.backbone.embedding import Embedding
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, StateError
+from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, DataError, StateError
 from maskpack.parts import CascadeParts, Parts
 from maskpack.router import Router, Whitening
 
@@ -199,6 +200,11 @@ def test_of_an_encoder(tmp_path: Path) -> None:
                             @ model.words(tokens)[..., None] + model.dense.bias[:, None])[..., 0]  # fmt: skip
         seen = batch["attention_mask"][..., None]
         assert torch.allclose(found[:, 2], nn.functional.normalize((hidden * seen).sum(1), dim=1), atol=1e-5)
+    as_tokenized = UserDict(batch)  # as a tokenizer's BatchEncoding: a mapping, but no dictionary
+    assert torch.equal(unconditional.embed(as_tokenized).reshape(found.shape), found)
+    assert torch.equal(unconditional.route(as_tokenized)[0], unconditional.route(batch)[0])
+    with pytest.raises(DataError, match="embed and route take a preprocessed batch, .*; got list, which predict may"):
+        unconditional.embed(["a text"])  # type: ignore[arg-type]
     conditional = Cascade(model, sets, replace(parts, combine="conditional"))
     some = conditional.embed(batch).reshape(12, EXPERTS + 1, 16)
     assert torch.allclose(some[some != 0], found[some != 0], atol=1e-5)

@@ -23,6 +23,7 @@ from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
 from maskpack.training import checkpoint
 from maskpack.training.config import TrainConfig, config_from, read_config
+from maskpack.training.log import RunLog
 from maskpack.training.loop import plan_training, train_mask
 from maskpack.training.run import learning_rate
 from maskpack.training.scored import attach_scores, extract_masks, scored_weights
@@ -293,6 +294,12 @@ def test_logs(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines if line["event"] != "step"] == ["epoch"] * 4 + ["end"]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_logs_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(StateError, match="cannot write the logs in .*: Is a directory; make room, or choose a folder"):
+        RunLog(tmp_path, None, resume=False)
 
 
 def test_resume_checks_that_it_is_the_same_run(tmp_path: Path, tiny_backbone: Backbone, digits: Data) -> None:

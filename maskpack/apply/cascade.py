@@ -14,7 +14,7 @@ from ..adapter.predict import Prediction, inputs_to_batches, model_tokenizer
 from ..backbone.classifier import Inputs, embeddings
 from ..backbone.load import Backbone
 from ..backbone.parameters import unwrap
-from ..errors import AdapterError, BackboneMismatchError, ConfigError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, DataError
 from ..hub.download import PullOptions
 from ..parts import CascadeParts, Parts
 from ..preprocess import TextPreprocess, preprocess_from_json
@@ -80,7 +80,7 @@ class Cascade:
         """Length D of the embedding by one set."""
         return len(self.parts.router.whitening.mean)
 
-    def embed(self, inputs: Inputs) -> Tensor:
+    def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         """Return the combined embeddings of a batch, float32 on the CPU.
 
         Args:
@@ -92,7 +92,9 @@ class Cascade:
 
         Raises:
             StateError: if the model has a mask loaded. BackboneMismatchError: if it has other features.
+            DataError: if the inputs are not preprocessed.
         """
+        inputs = _preprocessed(inputs)
         first = self._embed(self.parts.dispatcher, inputs)
         chosen = self.parts.router.route(first)
         blocks = [first]
@@ -108,9 +110,9 @@ class Cascade:
         whole = torch.cat(blocks, dim=1)
         return whole if self.parts.reduction is None else self.parts.reduction(whole)
 
-    def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def route(self, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return which expert each input of a batch is for, (B,), and the probability of every expert, (B, K)."""
-        posterior = self.parts.router.posterior(self._embed(self.parts.dispatcher, inputs))
+        posterior = self.parts.router.posterior(self._embed(self.parts.dispatcher, _preprocessed(inputs)))
         self.cost = replace(self.cost, inputs=self.cost.inputs + len(posterior))
         return posterior.argmax(1), posterior
 
@@ -223,6 +225,16 @@ def load_cascade(
         masks = adapter.masks(unwrap(model), name)
         sets[name] = Parts(masks, None, adapter.statistics(name), adapter.parameters(name), adapter.values(name))
     return Cascade(model, sets, parts, class_names=adapter.class_names, preprocess=adapter.preprocess_config)
+
+
+def _preprocessed(inputs: Any) -> Inputs:
+    """Return a batch as the model takes it; what a tokenizer returns is a mapping, but no dictionary."""
+    if not isinstance(inputs, Tensor | Mapping):
+        raise DataError(
+            f"embed and route take a preprocessed batch, a tensor or a tokenizer's tensors by name; got "
+            f"{type(inputs).__name__}, which predict may take"
+        )
+    return inputs if isinstance(inputs, Tensor) else dict(inputs)
 
 
 def _taken(inputs: Inputs, rows: Tensor) -> Inputs:

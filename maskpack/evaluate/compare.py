@@ -12,6 +12,7 @@ from ..backbone.load import load_backbone
 from ..data.load import load_data
 from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
+from ..tensorfile import replacing
 from ..training.config import TrainConfig
 from ..training.log import Report
 from ..training.loop import plan_training
@@ -95,7 +96,8 @@ def compare(
                 results += [{**one, "search": tried} for one in summaries(name, share, rate, own, measured)]
                 whole = {**about, "rows": results}
                 write_json(folder / RESULT, whole)
-                (folder / TABLE).write_text(markdown(results), encoding="utf-8")
+                with replacing(folder / TABLE) as (temporary,):
+                    temporary.write_text(markdown(results), encoding="utf-8")
     return whole
 
 

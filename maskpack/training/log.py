@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,16 +26,23 @@ class RunLog:
         self.file = self.board = None
         if folder is not None:
             writer = require("torch.utils.tensorboard", "train", "writing TensorBoard logs").SummaryWriter
-            self.file = (folder / "log.jsonl").open("a" if resume else "w", encoding="utf-8")
-            self.board = writer(str(folder / "tensorboard"))
+            try:
+                self.file = (folder / "log.jsonl").open("a" if resume else "w", encoding="utf-8")
+                self.board = writer(str(folder / "tensorboard"))
+            except OSError as error:
+                raise StateError(
+                    f"cannot write the logs in {folder}: {error.strerror or error}; make room, or choose a folder that "
+                    f"you may write to"
+                ) from error
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.file is not None and self.board is not None:
-            self.file.close()
-            self.board.close()
+            with suppress(OSError):  # lines were flushed one by one; curves are not worth a run
+                self.file.close()
+                self.board.close()
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Record one event: "event" says which kind, "step" when, and the rest are its numbers."""
