@@ -78,7 +78,7 @@ def test_density(adapters: list[Path], tmp_path: Path) -> None:
 
 
 def test_sets_of_one_file(cascade: Path, tmp_path: Path) -> None:
-    assert {"adapters dispatcher", "adapters expert-0"} <= set(drawn(tmp_path, "density", cascade))
+    assert {"dispatcher", "expert-0"} <= set(drawn(tmp_path, "density", cascade))
     words = drawn(tmp_path, "overlap", cascade)
     assert words.count("cascade dispatcher") == words.count("cascade expert-0") == 4
 

@@ -62,6 +62,12 @@ def test_density_of_two_groups() -> None:
     assert heights[1].tolist() == [1.125, 2.125]
 
 
+def test_no_density_is_above_one() -> None:
+    for densities in ((1.0, 1.0), (1.0, 0.9)):
+        [axes] = density_figure({"a": [{"x": one} for one in densities]}).axes
+        assert 1 < axes.get_xlim()[1] < 1.01
+
+
 def test_names_of_many_layers_do_not_touch() -> None:
     for count, shown in ((60, 60), (400, 200)):
         figure = density_figure({"x": [{f"encoder.layers.{n}.weight": 0.5 for n in range(count)}]})

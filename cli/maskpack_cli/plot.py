@@ -28,9 +28,9 @@ def density(refs: Refs, output: Output, token: Token = None, as_json: Json = Fal
     from maskpack.plots.density import density_figure
 
     groups: dict[str, list[dict[str, float]]] = {}
-    for name, adapter, one in _sets(refs, token, lambda ref: "adapters"):
+    for name, adapter, one in _sets(refs, token, lambda ref: ""):
         described = inspect_adapter(adapter)["sets"][one]
-        groups.setdefault(name, []).append(dict(parameter_densities(described)))
+        groups.setdefault(name or "adapters", []).append(dict(parameter_densities(described)))
     _finish(density_figure(groups), output, as_json)
 
 
@@ -155,7 +155,7 @@ def _sets(refs: list[str], token: str | None, unnamed: Callable[[str], str]) -> 
             name, ref = unnamed(given), given
         adapter = load_adapter(ref, token=token)
         for one in adapter.sets:
-            yield name if len(adapter.sets) == 1 else f"{name} {one}", adapter, one
+            yield name if len(adapter.sets) == 1 else f"{name} {one}".strip(), adapter, one
 
 
 def _members(file: Path, *keys: str) -> list[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import ConfigError
-from .figure import label, look, new_figure, plain_axes
+from .figure import label, look, new_figure, plain_axes, up_to_one
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +48,7 @@ def draw_curves(curves: Curves, quantity: str) -> "tuple[Figure, Axes]":
         axes.set_xscale("log")
         if most < 100 * least:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bottom, top = axes.get_ylim()
-    if top > 1:  # by a deviation: there is no such accuracy
-        axes.set_ylim(top=1 + 0.02 * (1 - bottom))
+    axes.set_ylim(up_to_one(*axes.get_ylim()))
     axes.set_ylabel("accuracy" + (" (mean ± deviation)" if any(point[3] for point in points) else ""))
     plain_axes(axes, grid="both")
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .figure import in_order, label, look, name_rows, new_figure, plain_axes, row_height
+from .figure import in_order, label, look, name_rows, new_figure, plain_axes, row_height, up_to_one
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +44,7 @@ def density_figure(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figu
         )
     name_rows(axes, names)
     plain_axes(axes, grid="both")
+    axes.set_xlim(up_to_one(*axes.get_xlim()))
     axes.set_xlabel("density (share of weights kept)")
     if len(groups) > 1 or any(len(adapters) > 1 for adapters in groups.values()):
         figure.legend(loc="outside upper center", ncols=min(3, len(groups)), frameon=False, fontsize="small")

@@ -53,6 +53,11 @@ def plain_axes(axes: "Axes", *, grid: "Literal['x', 'y', 'both'] | None" = None)
         axes.grid(axis=grid, color=FAINT)
 
 
+def up_to_one(low: float, high: float) -> tuple[float, float]:
+    """Return the limits of an axis of shares: no deviation shows shares above 1."""
+    return low, min(high, 1 + 0.05 * max(0.0, 1 - low))
+
+
 def look(index: int) -> dict[str, Any]:
     """Return colour and marker of the series with this number; 49 differ."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
