@@ -306,6 +306,9 @@ def test_collapse_is_measured_and_reported(
     words = "the representation is collapsing \\(prototype usage 0.00, feature rank 1.0; healthy are over 0.5 and 2\\)"
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(collapse_warning(bad))
+    assert collapse_warning({"feature_rank": 1.0}) == (
+        "the representation is collapsing (feature rank 1.0; healthy is over 2); lower the learning rate of the scores"
+    )
     events: list[dict[str, Any]] = []
     monkeypatch.setattr("maskpack.training.objectives.collapse.LEAST_RANK", 16.5)  # more than the tiny net has features
     train_mask(tiny_backbone, unlabelled, TrainConfig(**QUICK), report=lambda e: events.append(dict(e)))

@@ -17,7 +17,7 @@ def read_settings(verb: Callable[..., None], given: Mapping[str, Any], config: P
 
     Args:
         verb: whose options may stand in the file.
-        given: options of the command line, which go before the file's.
+        given: options of the command line, which override the file's.
 
     Raises:
         ConfigError: if the file cannot be read, has what is no option or not of its type, or a needed one is missing.

@@ -95,7 +95,7 @@ def train(
     seed: Annotated[int | None, _option("training", "Of everything random. (default: 0)")] = None,
     output: Annotated[Path | None, _option("run", "Folder for the adapter, the checkpoint and the logs.")] = None,
     config: Annotated[
-        Path | None, _option("run", "TOML file with these options as keys; the command line goes before it.")
+        Path | None, _option("run", "TOML file with these options as keys; the command line overrides it.")
     ] = None,
     profile: Annotated[Profile | None, _option("run", f"{PROFILES} (default: default)")] = None,
     resume: Annotated[bool, _option("run", "Continue from the last checkpoint in --output.", "--resume")] = False,

@@ -190,7 +190,8 @@ class Trials:
         if code:
             raise StateError(
                 f"{part}: its process ended with the exit code {code}; what it printed stands above, and "
-                f"a trial that ran out of memory prints nothing (take a smaller batch size). Run it again to continue"
+                f"a trial that ran out of memory prints nothing. Free some and call it again to go on, or take a "
+                f"smaller batch size and another folder"
             )
 
 

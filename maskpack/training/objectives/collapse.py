@@ -58,6 +58,11 @@ def collapse_warning(metrics: Mapping[str, float]) -> str | None:
     usage, rank = metrics.get("prototype_usage", 1.0), metrics["feature_rank"]
     if usage >= LEAST_USAGE and rank >= LEAST_RANK:
         return None
+    if "prototype_usage" not in metrics:
+        return (
+            f"the representation is collapsing (feature rank {rank:.1f}; healthy is over {LEAST_RANK:.0f}); lower the "
+            f"learning rate of the scores"
+        )
     return (
         f"the representation is collapsing (prototype usage {usage:.2f}, feature rank {rank:.1f}; healthy are over "
         f"{LEAST_USAGE} and {LEAST_RANK:.0f}); lower the learning rate of the scores, or use more prototypes"
