@@ -399,7 +399,7 @@ def test_demo(tmp_path: Path) -> None:
         ([*TRAIN, "--output", "x", "--method-option", "init"], 2, "--method-option must be KEY=VALUE, got ['init']"),
         ([*TRAIN, "--output", "x", "--method", "magic"], 1, "unknown method 'magic'; known: "),
         ([*TRAIN, "--output", "x", "--head", "99"], 1, "the model has no module '99' to be its head"),
-        ([*TRAIN, "--output", "/dev/null/x"], 1, "Not a directory: '/dev/null/x"),
+        ([*TRAIN, "--output", "/dev/null/x"], 1, "Not a directory: '/dev/null/x/training'; give a path that"),
         (["train", "--wrong"], 2, "No such option"),
         (["inspect", "./nowhere"], 1, "nowhere does not exist"),
         (["inspect", "nowhere"], 1, "'nowhere' is not a reference to an adapter; expected user/name"),

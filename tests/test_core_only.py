@@ -21,6 +21,7 @@ from maskpack.errors import MissingDependencyError
 from maskpack.evaluate.rows.base import find_row
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.dense import train_dense
+from maskpack.training.log import RunLog
 from maskpack.training.loop import plan_training
 from maskpack.training.objectives.crops import multi_crop
 from maskpack.training.router import fit_mixture, fit_whitening
@@ -181,6 +182,7 @@ def test_what_is_missing_is_said() -> None:
         ("sklearn.exceptions", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
         ("torchvision.transforms.v2", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
         ("PIL.ImageFilter", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
+        ("tensorboard", "writing TensorBoard logs", lambda: RunLog(Path(), None, False)),
         ("transformers", "tokenising texts", lambda: model_tokenizer(nn.Linear(2, 2))),
         ("datasets", "reading data", lambda: ImageFolder.load(".")),
         ("peft", "the row 'lora'", lambda: find_row("lora").check(None, None)),  # before anything else is looked at

@@ -201,6 +201,12 @@ def test_broken_data_are_clear_errors(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no waiting for a network that is not there
     with pytest.raises(DataError, match="cannot read the data '/no/where'; expected a Hub data set id, a folder"):
         load_data("/no/where")
+    with pytest.raises(DataError, match=r"cannot read the data './where'; expected a Hub data set id, a folder"):
+        load_data("./where")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/train.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="cannot read the csv files in .*empty: .*; expected rows in each, with the sa"):
+        load_data(str(tmp_path / "empty"))
     (tmp_path / "train.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot read the parquet files in"):
         load_data(str(tmp_path))

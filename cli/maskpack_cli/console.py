@@ -43,7 +43,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 # a path that cannot be read or written
                 if os.environ.get("MASKPACK_DEBUG") or isinstance(error, BrokenPipeError):
                     raise
-                complain(str(error))
+                remedy = "; give a path that is there or can be made, and that you may use" if error.filename else ""
+                complain(f"{error}{remedy}")
                 raise typer.Exit(1) from None
         except KeyboardInterrupt:
             notes.print("Interrupted.")

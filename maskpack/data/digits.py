@@ -33,7 +33,7 @@ class Digits:
         first, last = int(wanted[1]), int(wanted[2])
         datasets = require("datasets", "train", "reading data")
         image = require("PIL.Image", "train", "reading data")
-        bunch = require("sklearn.datasets", "train", "the digits images").load_digits()
+        bunch = require("sklearn.datasets", "train", "reading the digits images").load_digits()
         features = datasets.Features(
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(n) for n in range(first, last + 1)])}
         )

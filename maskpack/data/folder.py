@@ -22,7 +22,9 @@ def _load(kind: str, reference: str) -> Splits:
     except Exception as error:
         # datasets raises its own and pyarrow's errors for a broken file
         cause = error.__cause__ or error
-        raise DataError(f"cannot read the {kind} files in {reference}: {cause}") from error
+        raise DataError(
+            f"cannot read the {kind} files in {reference}: {cause}; expected rows in each, with the same columns"
+        ) from error
     return Splits(loaded, root.resolve().name, digest_files(files, root))
 
 

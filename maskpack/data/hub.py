@@ -18,7 +18,7 @@ class HubDataset:
 
     @staticmethod
     def matches(reference: str) -> bool:
-        pattern = r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?"
+        pattern = r"(?!\.)[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?"
         return re.fullmatch(pattern, reference) is not None and not Path(reference).exists()
 
     @staticmethod

@@ -25,6 +25,7 @@ class RunLog:
         self.report = report
         self.file = self.board = None
         if folder is not None:
+            require("tensorboard", "train", "writing TensorBoard logs")
             writer = require("torch.utils.tensorboard", "train", "writing TensorBoard logs").SummaryWriter
             try:
                 self.file = (folder / "log.jsonl").open("a" if resume else "w", encoding="utf-8")
