@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError
 
-PENALTY = 0.01  # times 1 / n; methods-spec section 5.2
+PENALTY = 0.01  # times 1 / n: see docs/methods.md, evaluation
 ABSENT = -1e30  # the logit of a class without a training row: below all others, and finite
 STEPS = 2000  # at most; some hundred are enough
 

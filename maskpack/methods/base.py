@@ -75,7 +75,7 @@ def alpha(mask: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """w' = w * m / alpha with dL/dS := dL/dM, alpha = sqrt(mean(m)) in the graph (methods-spec: Self-Masking Networks).
+    """w' = w * m / alpha with dL/dS := dL/dM, alpha = sqrt(mean(m)) in the graph (Self-Masking Networks).
 
     g_i = (w_i / alpha) G_i - (1 / (2 N alpha^3)) sum_j G_j w_j m_j; without a scale only the first term, alpha = 1.
     The weight is frozen and gets no gradient. `where` is used in place of a product, so that infinite weights give no

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import TrainingError, require
 from ..router import Router, Whitening
 
-COORDINATES = 20  # of the router at most; methods-spec section 4
+COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
 LEAST = 1e-5  # standard deviations below this share of the first are rounding errors
 WIDEST = 4096  # features up to which components are computed exactly
