@@ -14,7 +14,7 @@ Codec = Annotated[str | None, typer.Option(help="Only this codec: `maskpack list
 
 def pack(
     masks: Annotated[Path, typer.Argument(help="File with the masks, named as the parameters.")],
-    backbone: Annotated[str, typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")],
+    backbone: Annotated[str, typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION.")],
     output: Annotated[Path, typer.Option(help="Folder to write, or a .safetensors file.")],
     source: Annotated[
         str, typer.Option("--from", help="What wrote the file: `maskpack list importers`; masks: plain tensors.")

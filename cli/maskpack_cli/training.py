@@ -37,7 +37,7 @@ EPILOG = examples(
 
 def train(
     backbone: Annotated[
-        str | None, _option("backbone", "timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY.")
+        str | None, _option("backbone", "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION.")
     ] = None,
     weights: Annotated[Path | None, _option("backbone", "Safetensors state dict, loaded strictly.")] = None,
     random_weights: Annotated[int | None, _option("backbone", "Seed of random weights.")] = None,

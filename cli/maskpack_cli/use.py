@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 BackboneOption = Annotated[
     str | None,
-    typer.Option(help="timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FACTORY. (default: the adapter's base)"),
+    typer.Option(
+        help="timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. (default: the adapter's base)"
+    ),
 ]
 
 
