@@ -143,13 +143,17 @@ def test_another_run_is_not_continued(trained: Any, digits: Data) -> None:
         return train_cascade(tiny_net(), data, config, experts=experts, output=folder, resume=True)
 
     kept = (folder / ROUTER).read_bytes()
-    with pytest.raises(StateError, match="belongs to another run: config differ"):
+    with pytest.raises(StateError, match="belongs to another run: epochs differ; resume"):
         again(replace(QUICK, epochs=3))
     with pytest.raises(StateError, match="the router in .* belongs to another run: experts differ; resume"):
         again(experts=3)
     with pytest.raises(StateError, match="belongs to another run: data differ"):
         again(data=load_data("digits:5-9", labels_fraction=0.2))
     assert (folder / ROUTER).read_bytes() == kept
+    (folder / ROUTER).write_bytes(kept[:100])
+    with pytest.raises(StateError, match="router.safetensors is damaged, or no router; delete it and resume: it is fi"):
+        again()
+    (folder / ROUTER).write_bytes(kept)
     assert again().parts["expert-1"].masks == trained[1].parts["expert-1"].masks
 
 

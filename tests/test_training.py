@@ -311,8 +311,12 @@ def test_resume_checks_that_it_is_the_same_run(tmp_path: Path, tiny_backbone: Ba
     with pytest.raises(StateError, match="holds the checkpoint of an earlier run; continue it with resume"):
         train_mask(tiny_backbone, digits, QUICK, output=tmp_path)
     other = TrainConfig(**{**QUICK.__dict__, "lr": 7.0})
-    with pytest.raises(StateError, match="belongs to another run: config differ"):
+    with pytest.raises(StateError, match="belongs to another run: lr differ; resume"):
         train_mask(tiny_backbone, digits, other, output=tmp_path, resume=True)
+    for spoiled in (b"spoiled", (1 << 3).to_bytes(8, "little") + b"{}      "):  # no safetensors, and no tensors
+        (tmp_path / checkpoint.FILE).write_bytes(spoiled)
+        with pytest.raises(StateError, match="checkpoint.safetensors is damaged, or no checkpoint; delete it and trai"):
+            train_mask(tiny_backbone, digits, QUICK, output=tmp_path, resume=True)
 
 
 # --- when things go wrong --------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def evaluate(
         labels_fraction=labels_fraction,
         seed=LABELS_SEED,
     )
-    note(f"Embedding by {len(adapter.sets)} sets …", quiet)
+    note("Embedding the training and the test rows by every set …", quiet)
     result = cascade_table(base, adapter, found, whiten=whiten, batch_size=batch_size)
     if as_json:
         emit({"adapter": adapter.pinned, "data": found.id, **result}, True)

@@ -18,7 +18,7 @@ from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
-from ..errors import ConfigError, StateError, TrainingError, require
+from ..errors import ConfigError, DataError, StateError, TrainingError, require
 from ..parts import CascadeParts, Parts
 from ..router import MIXTURE, WHITENING, Router, Whitening
 from ..tensorfile import read_tensors, replacing, write_tensors
@@ -186,8 +186,11 @@ def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: M
 
 def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str, Any]]:
     """Read back the router that an interrupted run has fitted, and what that fit showed."""
-    found = read_tensors(path)
-    stored = json.loads(found["facts"].numpy().tobytes())
+    try:
+        found = read_tensors(path)
+        stored = json.loads(found["facts"].numpy().tobytes())
+    except (DataError, KeyError, ValueError):
+        raise StateError(f"{path} is damaged, or no router; delete it and resume: it is fitted again") from None
     differing = [key for key in facts if stored["run"].get(key) != facts[key]]
     if differing:
         raise StateError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import StateError
+from ..errors import DataError, StateError
 from ..tensorfile import read_tensors, write_tensors
 
 FILE = "checkpoint.safetensors"
@@ -58,18 +58,22 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, 
     """Read a checkpoint: (tensors by name, optimiser state by parameter index, facts).
 
     Raises:
-        StateError: if there is none.
+        StateError: if there is none, or it is damaged.
     """
     if not path.is_file():
         raise StateError(f"there is no checkpoint to resume from at {path}; train without --resume")
-    whole = read_tensors(path)
+    try:
+        whole = read_tensors(path)
+        facts = json.loads(whole["facts"].numpy().tobytes())
+    except (DataError, KeyError, ValueError):
+        raise StateError(f"{path} is damaged, or no checkpoint; delete it and train without --resume") from None
     tensors = {name.removeprefix("model/"): t for name, t in whole.items() if name.startswith("model/")}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in whole.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
             state.setdefault(int(index), {})[key] = tensor
-    return tensors, state, json.loads(whole["facts"].numpy().tobytes())
+    return tensors, state, facts
 
 
 def restore(

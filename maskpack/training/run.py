@@ -114,7 +114,9 @@ class Run:
             if folder is None:
                 raise StateError("resume needs the folder of the run in `output`")
             tensors, state, facts = load_checkpoint(folder / FILE)
-            differing = [key for key in ours if facts["run"].get(key) != ours[key]]
+            there = facts["run"]
+            differing = [key for key in ours if there.get(key) != ours[key] and key != "config"]
+            differing += [key for key, value in ours["config"].items() if there["config"].get(key) != value]
             if differing:
                 raise StateError(
                     f"the checkpoint in {folder} belongs to another run: {', '.join(differing)} differ; resume with "
