@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from maskpack import TrainConfig, load_data, save_adapter, train_cascade
-from maskpack.apply.cascade import load_cascade
+from maskpack.apply.cascade import Cascade, load_cascade
 from maskpack.backbone.embedding import Embedding
 from maskpack.backbone.load import Backbone
 from maskpack.data.base import Data
 from maskpack.data.batches import loader, readable
 from maskpack.errors import ConfigError, StateError, TrainingError
+from maskpack.evaluate.features import embed
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.cascade import CLUSTERS, ROUTER, CascadeResult
@@ -173,6 +174,29 @@ def test_clusters_smaller_than_a_batch_are_an_error(digits: Data, tmp_path: Path
     assert parts.count("dispatcher") == 1, "the dispatcher is not trained again: one event, its end"
 
 
+def test_rows_that_cannot_be_read_belong_to_no_cluster(digits: Data, tmp_path: Path) -> None:
+    assert digits.train is not None
+    broken = set(digits.train.indices[:7])
+    data = replace(digits, train=replace(digits.train, unreadable=set(broken)))
+    config = replace(QUICK, epochs=1, seed=3)
+    result = train_cascade(tiny_net(), data, config, experts=2, output=tmp_path)
+    rows = [row for row in digits.train.indices if row not in broken]
+    chosen = json.loads((tmp_path / CLUSTERS).read_text())["expert"]
+    assert len(chosen) == len(rows)
+    # each expert has seen its rows, and the router is the one of the run's seed
+    cascade = Cascade(tiny_net().model, result.parts, result.about["cascade"])
+    readable_rows = replace(digits.train, indices=rows)
+    with cascade.loaded("dispatcher"):
+        x, _ = embed(replace(tiny_net(), model=cascade.model), readable_rows, cache=False)
+    router = fit_router(x, 2, seed=3)[0]
+    assert torch.allclose(router.means, result.about["cascade"].router.means, atol=1e-3)
+    assert not torch.allclose(router.means, fit_router(x, 2, seed=0)[0].means, atol=1e-3), "else the test shows little"
+    assert router.route(x).tolist() == chosen
+    for k in range(2):
+        run = load_checkpoint(tmp_path / f"expert-{k}" / FILE)[2]["run"]
+        assert run["data"][1] == chosen.count(k)
+
+
 def test_impossible_settings(digits: Data) -> None:
     with pytest.raises(ConfigError, match="at least 2 experts and a batch of rows for each; got 1 experts, 107"):
         train_cascade(tiny_net(), digits, QUICK, experts=1)
@@ -222,6 +246,7 @@ def test_says_what_scikit_learn_says() -> None:
     assert torch.cdist(z, means).argmin(1).tolist() != nearest.tolist(), "the most likely is not always the nearest"
     again, about = fit_router(x, 4, seed=3)
     assert torch.equal(again.precisions, router.precisions)
+    assert (mixture.covariance_type, mixture.n_init) == ("full", 5)
     assert about["coordinates"] == COORDINATES
     assert about["log_likelihood"] == pytest.approx(mixture.score(z.numpy()))
     assert about["converged"] is True

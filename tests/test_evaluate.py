@@ -17,7 +17,7 @@ from maskpack.evaluate.accuracy import by_class, confusion
 from maskpack.evaluate.features import embed
 from maskpack.evaluate.frozen import measure_features
 from maskpack.evaluate.knn import knn_accuracy, knn_scores
-from maskpack.evaluate.linear_probe import ABSENT, PENALTY, Probe, fit_probe
+from maskpack.evaluate.linear_probe import ABSENT, Probe, fit_probe
 
 
 @pytest.fixture
@@ -79,6 +79,10 @@ def test_knn_of_few_lengthless_and_equal_rows() -> None:
     assert scores[2].tolist() == pytest.approx([0.5, 0.5, 0, 0])
     # of equal votes the first class counts
     assert knn_accuracy(bank, labels, x, torch.tensor([1, 0, 0]), 4, k=2) == 1.0
+    bank_x, bank_y, other, y = drawn(0, 300, 5, 4)
+    assert torch.equal(knn_scores(bank_x, bank_y, other, 4), knn_scores(bank_x, bank_y, other, 4, 200, 0.1))
+    found = knn_scores(bank_x, bank_y, other, 4, 200, 0.1).argmax(1)
+    assert knn_accuracy(bank_x, bank_y, other, y, 4) == float((found == y).double().mean())
     assert torch.isfinite(knn_scores(bank, labels, x, 4, temperature=1e-4)).all()
     assert torch.isfinite(knn_scores(bank, labels, torch.zeros(2, 2), 4)).all()
     assert bank[2].tolist() == [0.0, 3.0], "the bank stays as it was"
@@ -99,7 +103,7 @@ def test_knn_refuses_what_makes_no_sense() -> None:
 
 def objective(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> Tensor:
     loss = nn.functional.cross_entropy(x.double() @ weight.T + bias, y)
-    return loss + PENALTY / len(x) / 2 * weight.square().sum()
+    return loss + 0.01 / len(x) / 2 * weight.square().sum()
 
 
 def gradient(probe: Probe, x: Tensor, y: Tensor) -> float:
@@ -117,7 +121,7 @@ def test_probe_is_the_minimum_and_that_of_scikit_learn(n: int, features: int, cl
     probe = fit_probe(x, y, classes)
     assert gradient(probe, x, y) < 2e-5
     # with two classes scikit-learn has one vector of weights, the difference of our two: half the penalty
-    strength = 1 / PENALTY * (2 if classes == 2 else 1)
+    strength = 100 * (2 if classes == 2 else 1)
     other = linear_model.LogisticRegression(C=strength, tol=1e-9, max_iter=50_000).fit(x.double().numpy(), y.numpy())
     if classes > 2:
         weight, bias = torch.tensor(other.coef_), torch.tensor(other.intercept_)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.data.base import Data
+from maskpack.data.batches import loader, readable
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
@@ -128,6 +129,9 @@ def test_the_queue_begins_late_is_used_when_full_and_holds_the_newest_first(
     together = torch.cat([torch.full((4, 16), v) for v in (2.0, 1.0, 3.0)]) @ network.prototypes.weight.T
     torch.testing.assert_close(third, sinkhorn(together, 0.05, 3)[-4:])
     assert not queue[1].any()
+    z = torch.full((4, 16), 4.0)
+    objective._targets(1, z, z @ network.prototypes.weight.T)
+    assert queue[:, 0, 0].tolist() == [3.0, 4.0], "each large view has a queue of its own"
 
 
 def test_prototypes_are_frozen_first_and_unit_always(tiny_backbone: Backbone, unlabelled: Data) -> None:
@@ -189,6 +193,8 @@ def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
         run(queue_start=2)
     with pytest.raises(ConfigError, match="2 crops of 8 pixels and of 0.0 to 1.0 of the area are not possible"):
         run(large_least=0)
+    with pytest.raises(ConfigError, match="6 crops of 3 pixels and of 0.5 to 0.2 of the area are not possible"):
+        run(small_least=0.5, small_most=0.2)  # 3 of 8 pixels: by default 3/7 of the large
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -212,6 +218,14 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
     kept = {"classifier.model.fc.weight", "classifier.model.fc.bias", "prototypes.weight", "queue"}
     assert kept <= tensors.keys()
     assert tensors["queue"].any()
+    # statistics are those of whole images under the final mask, every batch counted alike
+    mask = result.parts.masks["conv1.weight"]
+    assert mask.alpha is not None
+    weight = torch.where(mask.tensor(), model.conv1.weight / mask.alpha, 0)
+    assert unlabelled.train is not None
+    batches = readable(loader(unlabelled.train, tiny_backbone.preprocess, batch_size=16))
+    means = [nn.functional.conv2d(x, weight, padding=1).mean((0, 2, 3)) for x, _ in batches]
+    torch.testing.assert_close(result.parts.statistics["bn1.running_mean"], torch.stack(means).mean(0))
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert all({"feature_rank", "prototype_usage"} <= e.keys() for e in logged if e["event"] == "epoch")
 
@@ -303,6 +317,13 @@ def test_collapse_is_measured_and_reported(
     assert bad["prototype_usage"] == pytest.approx(0)
     assert bad["feature_rank"] == pytest.approx(1)
     assert collapse_warning(good) is None
+    healthy.add(rows, torch.eye(8).repeat(500, 1))
+    healthy.add(torch.ones(1024, 6), torch.eye(8).repeat(128, 1))
+    assert healthy.metrics()["feature_rank"] == pytest.approx(1), "of the newest rows"
+    healthy.add(torch.ones(20, 6), torch.eye(8)[:1].repeat(20, 1))
+    assert healthy.metrics()["prototype_usage"] == pytest.approx(0), "of one epoch, not of those before"
+    assert collapse_warning({"feature_rank": 6.0, "prototype_usage": 0.4}) is not None
+    assert collapse_warning({"feature_rank": 1.5, "prototype_usage": 0.9}) is not None
     words = "the representation is collapsing \\(prototype usage 0.00, feature rank 1.0; healthy are over 0.5 and 2\\)"
     with pytest.raises(AssertionError, match=words):
         raise AssertionError(collapse_warning(bad))
