@@ -5,10 +5,11 @@ import mmap
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import TrainConfig, compare, load_backbone
+from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_cascade, load_mask
 from maskpack.adapter.describe import inspect_adapter
+from maskpack.data.batches import loader, readable
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
+from maskpack.evaluate.accuracy import adapter_accuracy
 from maskpack.evaluate.compare import Trials, _claim
 from maskpack.evaluate.comparison_table import markdown, summaries
-from maskpack.evaluate.rows.base import ROWS, Row, find_row
-from maskpack.evaluate.trial import Job, measure, memory, run, splits
+from maskpack.evaluate.frozen import measure_features
+from maskpack.evaluate.rows.base import ROWS, Trial, find_row
+from maskpack.evaluate.trial import Job, measure, memory, run, splits, write_json
 from maskpack.evaluate.worker import Worker
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.checkpoint import FILE
@@ -61,6 +65,13 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"reference": f"{path}:tiny", "random_weights": 0, "image_size": 8}
 
 
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """One for all: its start is what takes time."""
+    with Worker() as one:
+        yield one
+
+
 @pytest.fixture(autouse=True)
 def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few passes are enough to see that a time is measured."""
@@ -89,7 +100,8 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     events: list[Mapping[str, Any]] = []
-    found = run(job(tmp_path, backbone, name), events.append)
+    rate = 0.05 if name in ("full", "bitfit", "lora:2") else 40.0  # of scores: one that changes masks
+    found = run(job(tmp_path, backbone, name, settings={"lr": rate}), events.append)
     trained, part = EXPECTED[name]
     assert found["trained"] == trained
     assert found["sizes"][part] > 0
@@ -113,9 +125,63 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
         assert lines[1].endswith("| - | - | - |")
     else:
         assert found["controls"] == {}
+    if name in ("mask", "self-supervised", "cascade:2"):
+        assert found["accuracy"] == of_the_file(tmp_path / "mask.safetensors", backbone), "of what is stored"
+    if not find_row(name).needs_labels:
+        trained_once = [event for event in events if event["event"] == "epoch"]
+        spent = json.loads((tmp_path / "spent.json").read_text())
+        assert spent["seconds"] < found["seconds"], "without the first probe"
+        (tmp_path / "spent.json").write_text(json.dumps({"seconds": 1000, "peak_memory": 10**12}))
+        few = run(job(tmp_path, backbone, name, settings={"lr": rate}, share=0.2), events.append)
+        assert [event for event in events if event["event"] == "epoch"] == trained_once
+        assert few["labels"] == found["labels"] // 5
+        assert few["seconds"] > 1000
+        assert few["peak_memory"] == 10**12
+        (tmp_path / "spent.json").write_text("{")
+        with pytest.raises(StateError, match=r"cannot read .*spent.json as JSON: .*; delete it and run again"):
+            run(job(tmp_path, backbone, name, settings={"lr": rate}, share=0.1), events.append)
     if name in ("full", "lora:2"):
         assert found["sizes"]["weights"] == 2 * (trained - HEAD)
         assert found["sizes"]["statistics"] == 4 * 2 * (8 + 16)
+
+
+def of_the_file(path: Path, options: Mapping[str, Any]) -> float:
+    """Test accuracy by an adapter file: of its head, or of a probe where it has none."""
+    backbone, data, adapter = load_backbone(**options), load_data("digits:0-4"), load_adapter(str(path))
+    assert data.test is not None
+    if adapter.cascade is not None:
+        cascade = load_cascade(backbone.model, adapter)
+        labels = [label for _, label in data.test]
+        images = torch.cat([x for x, _ in readable(loader(data.test, backbone.preprocess, batch_size=16))])
+        given = cascade.predict(images, batch_size=16)
+        return sum(one.label == data.class_names[y] for one, y in zip(given, labels, strict=True)) / len(labels)
+    load_mask(backbone.model, adapter)
+    if adapter.head() is not None:
+        return float(adapter_accuracy(backbone.model, adapter, data.test, batch_size=16)["accuracy"])
+    return float(measure_features(backbone, data, ["probe"], batch_size=16, cache=False)[0]["accuracy"])
+
+
+def test_dense_rows_are_measured_as_they_are_stored(backbone: dict[str, Any], tmp_path: Path) -> None:
+    for name, what in (("full", ""), ("lora:2", ".lora_")):
+        data = load_data("digits:0-4", labels_fraction=0.1)
+        data = replace(data, test=None)
+        trial = Trial(load_backbone(**backbone), data, data, replace(QUICK, lr=0.05), tmp_path / name, print)
+        find_row(name).fit(trial)
+        model = trial.backbone.model
+        learned = [one for key, one in model.named_parameters() if what in key and not key.startswith("5.")]
+        assert learned
+        assert all(torch.equal(one, one.half().float()) for one in learned), "2 bytes a number"
+        if what:
+            layers = [module for module in model.modules() if hasattr(module, "scaling")]
+            assert {scale for layer in layers for scale in layer.scaling.values()} == {2.0}, "alpha is twice the rank"
+
+
+def test_rates_are_measured_on_held_out_rows(backbone: dict[str, Any], tmp_path: Path) -> None:
+    found = run(job(tmp_path, backbone, "knn", validate=True), lambda _: None)
+    rows = len(load_data("digits:0-4").train or ())
+    assert found["examples"] == round(0.2 * rows)
+    assert found["labels"] == rows - found["examples"]
+    assert "overhead" not in found, "which is of no use for choosing"
 
 
 def test_every_row_is_in_the_table_above() -> None:
@@ -126,30 +192,11 @@ def test_every_row_is_in_the_table_above() -> None:
 
 
 def test_learning_helps(backbone: dict[str, Any], tmp_path: Path) -> None:
-    long = {"steps": 80, "head_lr": 0.1, "bn": "adapt"}
-    full = run(job(tmp_path / "full", backbone, "full", settings={**long, "lr": 0.05}), lambda _: None)
-    none = run(job(tmp_path / "none", backbone, "full", settings={**long, "lr": 1e-9, "head_lr": 1e-9}), lambda _: None)
+    settings = {"steps": 40, "lr": 0.1, "head_lr": 0.2}
+    full = run(job(tmp_path / "full", backbone, "full", settings=settings), lambda _: None)
     probe = run(job(tmp_path / "probe", backbone, "probe"), lambda _: None)
     knn = run(job(tmp_path / "knn", backbone, "knn"), lambda _: None)
-    assert full["accuracy"] > none["accuracy"] + 0.3
-    assert min(probe["accuracy"], knn["accuracy"]) > 0.5
-
-
-def test_a_trial_that_was_finished_trains_no_more(backbone: dict[str, Any], tmp_path: Path) -> None:
-    events: list[Mapping[str, Any]] = []
-    first = run(job(tmp_path, backbone, "self-supervised"), events.append)
-    trained = [event for event in events if event["event"] == "epoch"]
-    spent = json.loads((tmp_path / "spent.json").read_text())
-    assert spent["seconds"] < first["seconds"]  # without the first probe
-    (tmp_path / "spent.json").write_text(json.dumps({"seconds": 1000, "peak_memory": 10**12}))
-    few = run(job(tmp_path, backbone, "self-supervised", share=0.2), events.append)
-    assert [event for event in events if event["event"] == "epoch"] == trained
-    assert few["labels"] == first["labels"] // 5
-    assert few["seconds"] > 1000
-    assert few["peak_memory"] == 10**12
-    (tmp_path / "spent.json").write_text("{")
-    with pytest.raises(StateError, match=r"cannot read .*spent.json as JSON: .*; delete it and run again"):
-        run(job(tmp_path, backbone, "self-supervised", share=0.1), events.append)
+    assert min(full["accuracy"], probe["accuracy"], knn["accuracy"]) > 0.5, "of five classes"
 
 
 def test_splits() -> None:
@@ -187,37 +234,94 @@ def test_nothing_to_measure_on(backbone: dict[str, Any]) -> None:
         measure(lambda _: torch.zeros(0), load_backbone(**backbone), replace(test, unreadable=set(test.indices)), 64, 5)
 
 
-class Told(Trials):
-    """Trials whose accuracies follow from the rate, without running any."""
+class Told:
+    """Stands for the worker: what a trial measures is told by its job, and nothing is trained."""
 
-    def __init__(self, accuracy: Mapping[float, float]):
-        super().__init__(Path("nowhere"), {}, {}, QUICK, None, Worker())
-        self.accuracy = accuracy
+    def __init__(self, accuracy: Callable[[Job], float]):
+        self.accuracy, self.jobs = accuracy, list[Job]()
 
-    def run(self, name: str, row: Row, seed: int, share: float, rate: float | None, validate: bool = False) -> Any:
-        assert validate
-        assert rate is not None
-        found = self.accuracy[round(rate, 6)]
+    def __enter__(self) -> "Told":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, path: Path) -> Iterator[dict[str, Any]]:
+        job = Job(**json.loads(path.read_text()))
+        self.jobs.append(job)
+        found = self.accuracy(job)
         if found < 0:
-            raise TrainingError("the loss is nan")
-        return {"accuracy": found}
+            yield {"event": "error", "kind": "TrainingError", "message": "the loss is nan"}
+        else:
+            sizes: dict[str, int] = {"head": 4}
+            numbers = {"examples": 1, "trained": 1, "steps": 1, "bytes": 4, "labels": 1, "seconds": 1, "peak_memory": 1}
+            write_json(Path(job.result), {"accuracy": found, **numbers, "sizes": sizes, "controls": {}, "overhead": 1})
+        yield {"event": "exit", "code": int(found < 0)}
 
 
-def test_rates_are_chosen_and_searched_past_an_edge() -> None:
-    row = find_row("full")
-    assert row.rates["sgd"] == (0.003, 0.01, 0.03)
-    inner = Told({0.003: 0.1, 0.01: 0.5, 0.03: 0.2})
-    assert inner.choose("full", row, None, 0, 1.0)[0] == 0.01
-    beyond = Told({0.003: 0.1, 0.01: 0.2, 0.03: 0.3, 0.09: 0.4, 0.27: -1})
-    rate, tried = beyond.choose("full", row, None, 0, 1.0)
+def chosen(
+    folder: Path, name: str, rates: Sequence[float] | None, accuracy: Mapping[float, float]
+) -> tuple[float | None, list[dict[str, Any]]]:
+    """The rate that is chosen where validation accuracies follow from it."""
+    told = Told(lambda job: accuracy[round(job.settings["lr"], 6)])
+    trials = Trials(folder, {}, {}, QUICK, None, told)  # type: ignore[arg-type]
+    found = trials.choose(name, find_row(name), rates, 0, 1.0)
+    assert all(job.validate for job in told.jobs), "rates are never chosen on the test split"
+    return found
+
+
+def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
+    assert find_row("full").rates["sgd"] == (0.003, 0.01, 0.03)
+    assert chosen(tmp_path / "inner", "full", None, {0.003: 0.1, 0.01: 0.5, 0.03: 0.2})[0] == 0.01
+    beyond = {0.003: 0.1, 0.01: 0.2, 0.03: 0.3, 0.09: 0.4, 0.27: -1}
+    rate, tried = chosen(tmp_path / "beyond", "full", None, beyond)
     assert rate == pytest.approx(0.09)
     assert [one["accuracy"] for one in tried] == [0.1, 0.2, 0.3, 0.4, 0.0]
-    below = Told({1: 0.5, 2: 0.4, 0.5: 0.6, 0.25: 0.7})
-    assert below.choose("full", row, [2.0, 1.0], 0, 1.0)[0] == pytest.approx(0.25)  # two more at most
-    assert below.choose("full", row, [7.0], 0, 1.0) == (7.0, [])
-    assert below.choose("probe", find_row("probe"), None, 0, 1.0) == (None, [])
+    below = {1: 0.5, 2: 0.4, 0.5: 0.6, 0.25: 0.7}
+    assert chosen(tmp_path / "below", "full", [2.0, 1.0], below)[0] == pytest.approx(0.25)  # two more at most
+    assert chosen(tmp_path, "full", [7.0], {}) == (7.0, [])
+    assert chosen(tmp_path, "probe", None, {}) == (None, [])
     with pytest.raises(TrainingError, match=r"row 'full': with none of the rates .*1, 2 training came to an end; give"):
-        Told({1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1}).choose("full", row, [1.0, 2.0], 0, 1.0)
+        chosen(tmp_path / "none", "full", [1.0, 2.0], {1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1})
+
+
+def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accuracy(job: Job) -> float:
+        best = {"probe": 0.3, "self-supervised": 0.7}.get(job.row) or 0.6 - 10 * abs(job.settings["lr"] - 0.02)
+        # the test split likes other rates, and must not be asked
+        return (best if job.validate else 1 - best) + job.seed / 100 + job.share / 1000
+
+    told = Told(accuracy)
+    monkeypatch.setattr("maskpack.evaluate.compare.Worker", lambda: told)
+    found = compare(
+        backbone,
+        DATA,
+        tmp_path,
+        rows=["probe", "full", "self-supervised"],
+        rates={"full": [0.01, 0.02, 0.03], "self-supervised": [5.0]},
+        seeds=(3, 4),
+        fractions=(0.5, 1.0),
+        config=QUICK,
+    )
+    asked = [
+        (job.row, job.validate, None if job.row == "probe" else job.settings["lr"], job.share, job.seed)
+        for job in told.jobs
+    ]
+    assert asked == [
+        *(("probe", False, None, *one) for one in ((0.5, 3), (0.5, 4), (1.0, 3))),
+        *(("full", True, rate, 1.0, 3) for rate in (0.01, 0.02, 0.03)),
+        *(("full", False, 0.02, *one) for one in ((0.5, 3), (0.5, 4), (1.0, 3), (1.0, 4))),
+        *(("self-supervised", False, 5.0, *one) for one in ((0.5, 3), (0.5, 4), (1.0, 3), (1.0, 4))),
+    ]
+    assert len({job.result for job in told.jobs}) == len(told.jobs)
+    folders = {job.folder for job in told.jobs if job.row == "full"}
+    assert len(folders) == 7, "training of a share is not continued by that of another, or by that of a search"
+    assert len({job.folder for job in told.jobs if job.row == "self-supervised"}) == 2, "trained once for all shares"
+    full = found["rows"][2]
+    assert (full["method"], full["labels_fraction"], full["rate"]) == ("full", 0.5, 0.02)
+    assert full["accuracies"] == pytest.approx([0.4305, 0.4405])
+    assert full["deviation"] == pytest.approx(statistics.stdev([0.43, 0.44]))
+    assert found["rows"][1]["deviation"] is None, "a row in which the seed plays no part has one accuracy"
 
 
 def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
@@ -292,29 +396,29 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
                 trials.run("probe", find_row("probe"), 0, 1.0, None)
 
 
-def test_a_trial_that_cannot_write(backbone: dict[str, Any], tmp_path: Path) -> None:
+def test_a_trial_that_cannot_write(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
     folder = tmp_path / "probe" / "seed-3-labels-1"
     (folder / "result-1.json").mkdir(parents=True)
     one = job(folder, backbone, "probe", result=str(folder / "result-1.json"))
     one.write(folder / "job.json")
-    with Worker() as worker:
-        events = list(worker.run(folder / "job.json"))
+    events = list(worker.run(folder / "job.json"))
     assert [event["event"] for event in events] == ["error", "exit"]
     assert events[0]["kind"] == "StateError"
     assert "result-1.json" in events[0]["message"]
 
 
-def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
+def test_errors_of_a_trial(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
+    trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
     with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
-        compare(backbone, DATA, tmp_path, rows=["full"], rates={"full": [1e30]}, config=QUICK)
+        trials.run("full", find_row("full"), 0, 1.0, 1e30)
     environment = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(tmp_path / "spoiled")
     (tmp_path / "spoiled").mkdir()
     (tmp_path / "spoiled" / "sitecustomize.py").write_text("import os; os._exit(9)")
     try:
         with pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9; what it"):
-            with Worker() as worker:
-                Trials(tmp_path, backbone, DATA, QUICK, None, worker).run("probe", find_row("probe"), 3, 1.0, None)
+            with Worker() as spoiled:
+                Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", find_row("probe"), 3, 1.0, None)
     finally:
         os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
 
