@@ -64,7 +64,23 @@ def linear():
 """
 
 EMPTY = Data(None, None, None, (), "image-classification", "x", "")
-CLI = "sys.argv[0] = 'maskpack'\nfrom maskpack_cli.main import main\nmain()\n"
+# commands one after another: importing torch is what takes time
+CLI = """
+import contextlib, io, json
+from maskpack_cli.main import main
+
+found = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["maskpack", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    found.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +105,6 @@ def run(code: str, *arguments: str, folder: Path | None = None) -> subprocess.Co
         cwd=folder,
         check=False,
     )
-
-
-def test_the_hook_works() -> None:
-    done = run(f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\nimport numpy, rich\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"ModuleNotFoundError: No module named '{name}'" for name in EXTRAS]
 
 
 def test_load_look_unload(adapter: Path, tmp_path: Path) -> None:
@@ -142,14 +152,30 @@ print(sorted(name for name in sys.modules if name.startswith(late)))
     assert done.stdout.splitlines() == ["torch.Size([5, 24]) torch.Size([5, 2])", "[]"]
 
 
-@pytest.mark.parametrize("words", ["inspect --json", "inspect --parameters", "verify", "verify --json"])
-def test_command_line(adapter: Path, words: str) -> None:
-    verb, *options = words.split()
-    done = run(CLI, verb, str(adapter), *options)
+def test_command_line(adapter: Path, tmp_path: Path) -> None:
+    looks = [
+        ["inspect", str(adapter), "--json"],
+        ["inspect", str(adapter), "--parameters"],
+        ["verify", str(adapter)],
+        ["verify", str(adapter), "--json"],
+    ]
+    train = ["train", "--backbone", "timm/resnet18", "--data", "digits:0-4", "--output", str(tmp_path / "m")]
+    plot = ["plot", "density", str(adapter), "--output", str(tmp_path / "x.svg")]
+    done = run(CLI, json.dumps([*looks, train, plot]))
     assert done.returncode == 0, done.stderr
-    if "--json" in options:
-        assert json.loads(done.stdout)["mask_id"]
-    assert done.stderr == ""
+    *looked, trained, plotted = json.loads(done.stdout)
+    for words, (code, out, err) in zip(looks, looked, strict=True):
+        assert (code, err) == (0, ""), words
+        assert "--json" not in words or json.loads(out)["mask_id"]
+    for code, out, _ in (trained, plotted):
+        assert (code, out) == (1, "")
+    assert 'pip install "maskpack[train]"' in trained[2]
+    assert plotted[2].strip() == (
+        "Error: drawing pictures needs the library 'matplotlib', which is not installed; "
+        'install it with: pip install "maskpack[plots]"'
+    )
+    assert not any("Traceback" in err for _, _, err in (trained, plotted))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_missing_is_said() -> None:
@@ -160,10 +186,13 @@ def test_what_is_missing_is_said() -> None:
         "load_data('digits:0-4')": "datasets",
         "load_data('user/name')": "datasets",
     }
-    # one process for all: importing torch is what takes time
-    done = run("import maskpack\n" + "".join(f"print(refused(lambda: maskpack.{call}))\n" for call in calls))
+    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\nimport maskpack, numpy, rich\n"
+    done = run(code + "".join(f"print(refused(lambda: maskpack.{call}))\n" for call in calls))
     assert done.returncode == 0, done.stderr
-    for said, library in zip(done.stdout.splitlines(), calls.values(), strict=True):
+    lines = done.stdout.splitlines()
+    hidden = [f"ModuleNotFoundError: No module named '{name}'" for name in EXTRAS]
+    assert lines[: len(EXTRAS)] == hidden, "what hides the libraries works"
+    for said, library in zip(lines[len(EXTRAS) :], calls.values(), strict=True):
         assert said.startswith("MissingDependencyError: ")
         assert said.endswith(
             f'the library {library!r}, which is not installed; install it with: pip install "maskpack[train]"'
@@ -198,22 +227,3 @@ def test_what_a_library_is_needed_for(
     assert str(caught.value) == (
         f'{said} needs the library {module!r}, which is not installed; install it with: pip install "maskpack[{extra}]"'
     )
-
-
-def test_pictures_need_matplotlib(adapter: Path, tmp_path: Path) -> None:
-    done = run(CLI, "plot", "density", str(adapter), "--output", str(tmp_path / "x.svg"))
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "Error: drawing pictures needs the library 'matplotlib', which is not installed; "
-        'install it with: pip install "maskpack[plots]"'
-    )
-    assert not (tmp_path / "x.svg").exists()
-
-
-def test_missing_on_the_command_line(tmp_path: Path) -> None:
-    done = run(CLI, "train", "--backbone", "timm/resnet18", "--data", "digits:0-4", "--output", str(tmp_path / "m"))
-    assert done.returncode == 1
-    assert 'pip install "maskpack[train]"' in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert not (tmp_path / "m").exists()

@@ -113,7 +113,9 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
         """Stand in for pretrained weights, which would have to be downloaded: a small network with random ones."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return create("test_resnet", pretrained=False)
+            network = create("test_resnet", pretrained=False)
+        network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, 64, 64)}  # the flowers have 32 pixels
+        return network
 
     folder = tmp_path / "here"
     shutil.copytree(prepared, folder)
