@@ -285,6 +285,14 @@ def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
         chosen(tmp_path / "none", "full", [1.0, 2.0], {1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1})
 
 
+def test_searches_with_other_shares_share_no_training(tmp_path: Path) -> None:
+    told = Told(lambda job: 0.5 - abs(job.settings["lr"] - 2) / 10)
+    trials = Trials(tmp_path, {}, {}, QUICK, None, told)  # type: ignore[arg-type]
+    for share in (0.5, 1.0):
+        assert trials.choose("self-supervised", find_row("self-supervised"), [1.0, 2.0, 3.0], 0, share)[0] == 2
+    assert len({job.folder for job in told.jobs}) == 6, "other rows are held out"
+
+
 def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def accuracy(job: Job) -> float:
         best = {"probe": 0.3, "self-supervised": 0.7}.get(job.row) or 0.6 - 10 * abs(job.settings["lr"] - 0.02)
