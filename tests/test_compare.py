@@ -360,9 +360,7 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(first)  # results can be passed on
 
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")}
-    started = time.monotonic()
     again = compare(backbone, DATA, tmp_path, rows=["mask", "probe"], rates={"mask": [20.0]}, seeds=(0, 1), **options)
-    assert time.monotonic() - started < 5
     assert again["rows"] == first["rows"][::-1]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")} == stamps
     other = TrainConfig(**{**{name: getattr(QUICK, name) for name in ("optimizer", "scale")}, "steps": 5})
