@@ -30,7 +30,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            from maskpack.errors import ConfigError, MaskpackError
+            from maskpack.errors import ConfigError, MaskpackError, UnknownNameError
 
             try:
                 function(*args, **kwargs)
@@ -38,7 +38,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 if os.environ.get("MASKPACK_DEBUG"):
                     raise
                 complain(str(error))
-                raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+                raise typer.Exit(2 if isinstance(error, ConfigError | UnknownNameError) else 1) from None
             except OSError as error:
                 # a path that cannot be read or written
                 if os.environ.get("MASKPACK_DEBUG") or isinstance(error, BrokenPipeError):
