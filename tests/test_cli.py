@@ -367,7 +367,7 @@ def test_list_plug_ins() -> None:
     assert {"masks", "zeros"} <= {row["importer"] for row in ok("list", "importers")["importers"]}
     wrong = run("list", "masks")
     assert (wrong.exit_code, wrong.stderr) == (
-        1,
+        2,
         "Error: cannot list 'masks'; known: adapters, methods, objectives, codecs, data, importers, rows\n",
     )
 
