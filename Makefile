@@ -54,7 +54,7 @@ hub-live: $(VENV)/.installed
 	  $(BIN)/pytest tests/test_hub_live.py
 
 wheel: $(VENV)/.installed
-	rm -rf dist && $(BIN)/python -m build --quiet --wheel . && $(BIN)/check-wheel-contents dist
+	rm -rf dist && $(BIN)/python -m build --quiet --no-isolation --wheel . && $(BIN)/check-wheel-contents dist
 
 # the core on the lowest versions that pyproject.toml allows
 lowest:

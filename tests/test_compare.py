@@ -65,13 +65,6 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"reference": f"{path}:tiny", "random_weights": 0, "image_size": 8}
 
 
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    """One for all: its start is what takes time."""
-    with Worker() as one:
-        yield one
-
-
 @pytest.fixture(autouse=True)
 def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few passes are enough to see that a time is measured."""
@@ -402,7 +395,15 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
                 trials.run("probe", find_row("probe"), 0, 1.0, None)
 
 
-def test_a_trial_that_cannot_write(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
+def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
+    with Worker() as worker:  # one for both: its start is what takes time
+        _cannot_write(backbone, worker, tmp_path)
+        trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
+        with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
+            trials.run("full", find_row("full"), 0, 1.0, 1e30)
+
+
+def _cannot_write(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
     folder = tmp_path / "probe" / "seed-3-labels-1"
     (folder / "result-1.json").mkdir(parents=True)
     one = job(folder, backbone, "probe", result=str(folder / "result-1.json"))
@@ -413,10 +414,7 @@ def test_a_trial_that_cannot_write(backbone: dict[str, Any], worker: Worker, tmp
     assert "result-1.json" in events[0]["message"]
 
 
-def test_errors_of_a_trial(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
-    trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
-    with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
-        trials.run("full", find_row("full"), 0, 1.0, 1e30)
+def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path) -> None:
     environment = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(tmp_path / "spoiled")
     (tmp_path / "spoiled").mkdir()
