@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import METHODS, Method
+from .base import FINISHED, METHODS, Method, State, straight_through
 
 
 @METHODS.register
@@ -19,6 +19,7 @@ class Threshold(Method):
     Attributes:
         init: constant that all scores start from.
         threshold: a weight is kept if its score is strictly above; ties are off.
+        detach_scale: leave the gradient of the scale out of that of the scores.
     """
 
     id: ClassVar[str] = "threshold"
@@ -26,6 +27,7 @@ class Threshold(Method):
 
     init: float = 1.0
     threshold: float = 0.0
+    detach_scale: bool = False
 
     def __post_init__(self) -> None:
         if not -math.inf < self.threshold < self.init < math.inf:
@@ -37,5 +39,9 @@ class Threshold(Method):
     def init_scores(self, weight: Tensor) -> Tensor:
         return torch.full_like(weight, self.init, dtype=torch.float32)
 
-    def binarize(self, scores: Tensor) -> Tensor:
+    def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
         return scores > self.threshold
+
+    def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
+        mask = self.binarize(scores.detach())
+        return straight_through(weight, scores, mask, scale, detach_scale=self.detach_scale)

@@ -1,5 +1,6 @@
 """train_mask: scores learn, weights never move."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .checkpoint import run_folder
 from .config import TrainConfig
 from .log import Report, RunLog
 from .run import Run
-from .scored import extract_masks
+from .scored import extract_masks, replaced_values
 
 # the Hub's names for what a network without a head does
 FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
@@ -82,7 +83,8 @@ def train_mask(
         metrics = run.train(before, folder, resume, None if start_from is None else Path(start_from), log)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()
-        parts = Parts(extract_masks(backbone.model), head, statistics)
+        values = replaced_values(backbone.model)
+        parts = Parts(extract_masks(backbone.model), head, statistics, values=values)
     after = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     if after.digests != before.digests:
         raise TrainingError(
@@ -114,7 +116,7 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
         return {
             "backbone": backbone.id,
             "parameters": len(run.scores),
-            "weights": sum(scores.numel() for scores in run.scores.values()),
+            "weights": sum(math.prod(one.shape) for one in run.scored),
             "classes": len(data.class_names),
             "train": len(run.train_split),
             "validation": len(data.validation) if data.validation else 0,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.load import Backbone
@@ -23,7 +23,7 @@ from .checkpoint import FILE, checkpoint_digest, load_checkpoint, restore, save_
 from .config import TrainConfig
 from .log import RunLog
 from .objectives.base import check_data, find_objective
-from .scored import attach, density, scored_weights
+from .scored import attach, density, scored_weights, set_progress
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 
@@ -79,7 +79,8 @@ class Run:
         backbone.model.requires_grad_(False)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
-        scores, beside = [*self.scores.values(), *self.objective.scores()], self.objective.trained()
+        learned = [one for one in self.scores.values() if one.requires_grad]
+        scores, beside = [*learned, *self.objective.scores()], self.objective.trained()
         self.trained = [*scores, *beside]
         for parameter in self.trained:
             parameter.requires_grad_(True)
@@ -151,10 +152,15 @@ class Run:
                     "scaler": scaler,
                 }
                 save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
+        set_progress(module, 1.0)
         if self.data.test is not None:
             metrics |= self._held_out("test", self.data.test)
         log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
         return metrics
+
+    def _penalty(self) -> Tensor | float:
+        found = [penalty for one in self.scored if (penalty := one.penalty()) is not None]
+        return torch.stack(found).sum() if found else 0.0
 
     def _density(self) -> dict[str, float]:
         return {"density": density(self.scored)} if self.scored else {}
@@ -170,14 +176,16 @@ class Run:
         set_train_mode(self.module, self.config.bn == "adapt")
         self.objective.begin_epoch(epoch, self.epochs)
         total, count, started, steps_before = 0.0, 0, time.monotonic(), step
+        examples = self.config.batch_size * self.config.accumulate * self.accelerator.num_processes
         for batch in readable(self.loader):
             if step == self.steps:
                 break
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * learning_rate(self.config, step, self.steps)
+            set_progress(self.objective.module, step / max(self.steps - 1, 1), examples)
             with self.accelerator.accumulate(self.module):
                 with self.accelerator.autocast():
-                    loss = self.objective.loss(self.module, batch)
+                    loss = self.objective.loss(self.module, batch) + self._penalty()
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise TrainingError(

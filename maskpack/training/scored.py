@@ -1,15 +1,16 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..backbone.parameters import aliases, unwrap
 from ..backbone.select import select_parameters
-from ..errors import StateError
+from ..errors import ConfigError, StateError
 from ..mask import MaskSet, PackedMask
-from ..methods.base import Method, build_method
+from ..methods.base import Method, State, build_method
 
 SCORES = ".0.scores"  # how a checkpoint's names of scores end
 
@@ -18,21 +19,61 @@ class ScoredWeight(nn.Module):
     """Parametrization that computes the effective weight from the frozen weight and its scores.
 
     Attributes:
-        scores: trained, float32, of the weight's shape.
+        scores: float32, of a shape that the method chose.
+        model: what the scores of one model share.
     """
 
-    def __init__(self, weight: Tensor, method: Method, scale: bool):
+    def __init__(self, weight: Tensor, method: Method, scale: bool, model: "ScoredModel"):
         super().__init__()
-        self.method = method
-        self.scale = scale
-        self.scores = nn.Parameter(method.init_scores(weight.detach()))
+        self.method, self.scale, self.model = method, scale, model
+        self.shape = tuple(weight.shape)
+        self.scores = nn.Parameter(method.init_scores(weight.detach()), requires_grad=method.learns)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.method.effective(weight, self.scores, self.scale)
+        return self.method.effective(weight, self.scores, self.scale, self.state(self.training))
+
+    def state(self, training: bool = False) -> State:
+        """Return what the method is told beside the scores."""
+        model = self.model
+        return State(model.progress, training, model.shared(self), self.shape, model.batch_size)
+
+    def binary(self) -> Tensor:
+        """Return the mask that the scores stand for, bool."""
+        return self.method.binarize(self.scores.detach(), self.state())
 
     def mask(self) -> PackedMask:
-        """Return the mask that the scores stand for."""
-        return PackedMask.from_tensor(self.method.binarize(self.scores.detach()), scale=self.scale)
+        """Return the mask that the scores stand for, packed."""
+        return self.method.packed(self.scores.detach(), self.scale, self.state())
+
+    def penalty(self) -> Tensor | None:
+        """Return what the method adds to the loss of a step."""
+        return self.method.penalty(self.scores, self.state(training=True))
+
+
+class ScoredModel:
+    """What the scores of one model have in common.
+
+    Attributes:
+        members: in the order of their names.
+        progress: share of the training steps that are done. batch_size: examples of an optimiser step.
+        orders: modules with the names of their parameters, as they were before scores were attached.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        self.members: list[ScoredWeight] = []
+        self.orders: list[tuple[nn.Module, list[str]]] = []
+        self.progress = 1.0
+        self.batch_size = 1
+        self._made: tuple[object, dict[int, Tensor]] = (None, {})
+
+    def shared(self, one: ScoredWeight) -> Tensor | None:
+        """Return what the method tells a member of all scores, made anew when these have changed."""
+        now = self.progress, [(id(member.scores), member.scores._version) for member in self.members]
+        if self._made[0] != now:
+            found = self.method.shared([member.scores for member in self.members], self.progress) or ()
+            self._made = now, dict(zip(map(id, self.members), found, strict=False))
+        return self._made[1].get(id(one))
 
 
 def attach_scores(
@@ -58,6 +99,7 @@ def attach_scores(
     Raises:
         StateError: if scores are attached already.
         SelectionError: if nothing matches, or a match cannot be masked.
+        ConfigError: if the method is not for such weights, or has no scale.
     """
     if isinstance(method, str):
         method = build_method(method)
@@ -70,6 +112,9 @@ def attach_scores(
 
 def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) -> dict[str, nn.Parameter]:
     """Freeze a model and attach scores to exactly these parameters."""
+    if scale and method.op != "zero":
+        raise ConfigError(f"the method {method.id!r} removes no weights, so that there is no scale; leave it out")
+    together = ScoredModel(method)
     tied: dict[str, list[str]] = {}
     for name, first in aliases(model).items():
         tied.setdefault(first, []).append(name)
@@ -78,8 +123,15 @@ def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) 
     for name in names:
         owner, leaf = _owner(model, name)
         # one ScoredWeight for all names of a tied weight: it has one set of scores
-        scored = ScoredWeight(getattr(owner, leaf), method, scale)
+        try:
+            scored = ScoredWeight(getattr(owner, leaf), method, scale, together)
+        except ConfigError as error:
+            detach_scores(model)
+            raise ConfigError(f"{name}: {error}") from None
+        together.members.append(scored)
         for alias in tied[name]:
+            module = _owner(model, alias)[0]
+            together.orders.append((module, list(module._parameters)))
             # unsafe: the parametrization keeps shape and dtype by contract, and must not be run to find that out
             parametrize.register_parametrization(*_owner(model, alias), scored, unsafe=True)
         scores[name] = scored.scores
@@ -119,13 +171,37 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def set_progress(model: nn.Module, progress: float, batch_size: int = 1) -> None:
+    """Tell the scores of a model where training stands, for methods that change on the way.
+
+    Args:
+        progress: share of the training steps that are done, 0 at the first step and 1 at the last. Scores that nobody
+            tells are treated as finished.
+        batch_size: examples of an optimiser step.
+    """
+    for one in scored_weights(model).values():
+        one.model.progress, one.model.batch_size = progress, batch_size
+
+
 def density(scored: Iterable[ScoredWeight]) -> float:
     """Return the share of weights kept under the current scores."""
     kept = total = 0
     for one in scored:
-        kept += int(one.method.binarize(one.scores.detach()).count_nonzero())
-        total += one.scores.numel()
+        mask = one.binary()
+        kept, total = kept + int(mask.count_nonzero()), total + mask.numel()
     return kept / total if total else 1.0
+
+
+def replaced_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return what masks with op "replace" put in place of weights, as `Parts.values`; empty for other methods."""
+    found = {}
+    for name, one in scored_weights(model).items():
+        if one.method.op == "replace":
+            owner, leaf = _owner(unwrap(model), name)
+            chains: Any = owner.parametrizations
+            weight = chains[leaf].original.detach()
+            found[name] = one.method.values(weight, one.scores.detach())[~one.binary()].cpu()
+    return found
 
 
 def extract_masks(model: nn.Module) -> MaskSet:
@@ -146,6 +222,7 @@ def extract_masks(model: nn.Module) -> MaskSet:
 
 def detach_scores(model: nn.Module) -> None:
     """Remove the scores from a model; its weights keep their bits."""
+    orders = [order for one in scored_weights(model).values() for order in one.model.orders]
     for module in list(unwrap(model).modules()):
         if not parametrize.is_parametrized(module):
             continue
@@ -154,3 +231,7 @@ def detach_scores(model: nn.Module) -> None:
         for leaf in [leaf for leaf, chain in lists.items() if isinstance(chain[0], ScoredWeight)]:  # type: ignore[index]
             # the frozen weight itself is put back, not a copy
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+    # removing a parametrization puts its parameter behind the others of its module
+    for module, names in reversed(orders):
+        if module._parameters.keys() == set(names):
+            module._parameters = {name: module._parameters[name] for name in names}
