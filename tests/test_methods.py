@@ -5,40 +5,96 @@ from dataclasses import fields
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from maskpack import attach_scores, extract_masks
+from maskpack.apply.weights import apply_masks, restore
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import PackedMask
-from maskpack.methods.base import METHODS, Method, alpha, build_method, method_config
+from maskpack.methods.base import METHODS, Method, State, alpha, build_method, method_config
+from maskpack.methods.topk import greatest
+from maskpack.training.scored import replaced_values, scored_weights, set_progress
 
 ALL = METHODS.all()
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 12, 3), nn.Flatten(), nn.Linear(48, 8))
+
+
+def trained(method: Method, scale: bool = False, steps: int = 3) -> tuple[nn.Module, Tensor]:
+    """A small model with scores that took a few large steps, and an input for it."""
+    torch.manual_seed(0)
+    model = small_model()
+    scores = attach_scores(model, method, scale=scale)
+    assert all(one.dtype is torch.float32 for one in scores.values())
+    x = torch.randn(5, 8, 4, 4)
+    optimizer = torch.optim.SGD([one for one in scores.values() if method.learns], lr=5.0) if method.learns else None
+    for step in range(steps):
+        set_progress(model, step / (steps - 1), batch_size=5)
+        loss = model(x).square().mean()
+        for one in scored_weights(model).values():
+            loss = loss + (0.0 if (penalty := one.penalty()) is None else penalty)
+        if optimizer is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model, x
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
 def test_contract(cls: type[Method]) -> None:
     method = cls()
-    weight = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
-    scores = method.init_scores(weight)
-    assert scores.shape == weight.shape
-    assert scores.dtype is torch.float32
-    mask = method.binarize(scores)
-    assert mask.shape == weight.shape
-    assert mask.dtype is torch.bool
-    assert torch.equal(mask, method.binarize(scores))
-    assert mask.any()
     assert cls.reference.startswith("https://")
     assert cls.__doc__
     assert json.loads(json.dumps(method_config(method)))["id"] == cls.id
     assert build_method(cls.id, {f.name: getattr(method, f.name) for f in fields(cls)}) == method
+    model, _ = trained(method)
+    for one in scored_weights(model).values():
+        mask = one.binary()
+        assert mask.shape == one.shape
+        assert mask.dtype is torch.bool
+        assert torch.equal(mask, one.binary())
+        assert torch.equal(mask, one.mask().tensor())
 
 
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
-def test_gradient_reaches_every_score(cls: type[Method], scale: bool) -> None:
-    method, weight = cls(), torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
-    scores = method.init_scores(weight).requires_grad_()
-    (method.effective(weight, scores, scale) * torch.randn(5, 7)).sum().backward()
-    assert scores.grad is not None
-    assert bool((scores.grad != 0).all())
+def test_the_adapter_computes_what_evaluation_computed(cls: type[Method], scale: bool) -> None:
+    """Bit for bit, and the model is as before the scores, its parameters in their order."""
+    if scale and cls.op != "zero":
+        with pytest.raises(ConfigError, match=f"the method '{cls.id}' removes no weights, so that there is no scale"):
+            attach_scores(small_model(), cls(), scale=True)
+        return
+    torch.manual_seed(0)
+    before = small_model().state_dict()
+    model, x = trained(cls(), scale)
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+    values = replaced_values(model)
+    masks = extract_masks(model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    apply_masks(model, masks.items(), masks.shapes, mask_id="one", values=values, dense={})
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+    restore(model)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
+def test_gradient_reaches_every_score(cls: type[Method]) -> None:
+    model = small_model()
+    scores = attach_scores(model, cls())
+    set_progress(model, 0.0)
+    (model(torch.randn(5, 8, 4, 4)) * torch.randn(5, 8)).sum().backward() if cls.learns else None
+    for one in scores.values():
+        assert one.requires_grad == cls.learns
+        assert cls.learns == (one.grad is not None and bool((one.grad != 0).all()))
 
 
 def test_two_classes_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +170,193 @@ def test_zeros_are_positive_and_infinite_weights_no_nan() -> None:
     effective = build_method("threshold").effective(weight, scores, False)
     assert effective.tolist() == [0.0, 0.0, -2.0, 0.0]
     assert not torch.signbit(effective[0])
+
+
+def losses_and_masks(method: Method, rate: float, momentum: float = 0.9) -> tuple[list[float], list[Tensor]]:
+    """Train the scores of a network that ends in logits, with a scale, and return what every step saw."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 20, generator=generator), torch.randint(5, (64,), generator=generator)
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+    scores = attach_scores(model, method, scale=True)
+    optimizer = torch.optim.SGD(list(scores.values()), lr=rate, momentum=momentum)
+    losses, masks = [], []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        masks.append(torch.cat([one.binary().flatten() for one in scored_weights(model).values()]))
+    return losses, masks
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_shifted_and_scaled_scores_train_the_same_masks(detach: bool) -> None:
+    """Theorems 1 and 2 of Self-Masking Networks, where powers of two make them exact; a single change differs."""
+
+    def run(init: float, threshold: float, rate: float) -> tuple[list[float], list[Tensor]]:
+        return losses_and_masks(
+            build_method("threshold", dict(init=init, threshold=threshold, detach_scale=detach)), rate
+        )
+
+    losses, masks = run(1.0, 0.0, 32.0)
+    assert 0.2 < float(masks[-1].float().mean()) < 0.9
+    for init, threshold, rate in ((2.0, 0.0, 64.0), (0.5, 0.0, 16.0), (2.0, 1.0, 32.0), (4.0, 2.0, 64.0)):
+        same_losses, same_masks = run(init, threshold, rate)
+        assert same_losses == losses
+        assert all(torch.equal(one, other) for one, other in zip(masks, same_masks, strict=True))
+    for init, threshold, rate in ((1.0, 0.0, 64.0), (1.0, 0.5, 32.0), (2.0, 0.0, 32.0)):
+        assert run(init, threshold, rate)[0] != losses
+
+
+def test_the_rate_doubled_is_the_threshold_halfway() -> None:
+    doubled, _ = losses_and_masks(build_method("threshold"), 64.0)
+    halfway, _ = losses_and_masks(build_method("threshold", {"threshold": 0.5}), 32.0)
+    assert doubled == halfway
+
+
+def test_the_gradient_of_the_scale_can_be_left_out() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, scores, g = (torch.randn(9, 11, generator=generator) for _ in range(3))
+    ours = scores.clone().requires_grad_()
+    (build_method("threshold", {"detach_scale": True}).effective(weight, ours, True) * g).sum().backward()
+    assert ours.grad is not None
+    assert torch.allclose(ours.grad, g * weight / alpha(scores > 0))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=40), st.data())
+def test_the_greatest_are_those_of_a_stable_sort(values: list[int], data: st.DataObject) -> None:
+    kept = data.draw(st.integers(0, len(values)))
+    best = sorted(range(len(values)), key=lambda index: -values[index])[:kept]
+    found = greatest(torch.tensor(values, dtype=torch.float32), kept)
+    assert found.nonzero()[:, 0].tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_topk_keeps_its_share(scope: str) -> None:
+    model = small_model()
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    attach_scores(model, build_method("topk", {"share": 0.3, "scope": scope, "init": "magnitude"}))
+    masks = extract_masks(model)
+    assert masks.kept == (
+        masks.total - int(0.7 * masks.total)
+        if scope == "global"
+        else sum(len(one.bits) - int(0.7 * len(one.bits)) for one in masks.values())
+    )
+    flat = torch.cat([p.detach().abs().flatten() for n, p in model.named_parameters() if n in masks])
+    kept = torch.cat([mask.tensor().flatten() for mask in masks.values()])
+    if scope == "global":
+        assert flat[kept].min() >= flat[~kept].max()
+    else:
+        assert [round(one.density, 2) for one in masks.values()] == [0.3, 0.3]
+
+
+def test_topk_of_absolute_or_raw_scores_and_its_progress() -> None:
+    scores = torch.tensor([-4.0, 1.0, 2.0, -3.0])
+    assert build_method("topk").binarize(scores).tolist() == [True, False, False, True]
+    assert build_method("topk", {"absolute": False}).binarize(scores).tolist() == [False, True, True, False]
+    method = build_method("topk", {"progressive": True, "share": 0.25})
+    kept = [int(method.binarize(scores, State(progress=at)).sum()) for at in (0.0, 0.4, 0.7, 1.0)]
+    assert kept == [4, 3, 2, 1]
+
+
+def test_nm_keeps_n_of_m_inputs() -> None:
+    for kept, group in ((2, 4), (1, 4), (4, 8)):
+        model, _ = trained(build_method("nm", {"kept": kept, "group": group}))
+        for mask in extract_masks(model).values():
+            groups = mask.tensor().movedim(1, -1).reshape(-1, group)
+            assert set(groups.sum(1).tolist()) == {kept}
+    # before any step the prior wins: the choice is that of the greatest weights
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8)
+    attach_scores(linear, build_method("nm", {"prior": 100.0}))
+    groups = linear.parametrizations.weight.original.detach().abs().reshape(-1, 4)  # type: ignore[union-attr, index]
+    least = groups.sort(dim=1).values[:, 2:3]
+    assert torch.equal(extract_masks(linear)["weight"].tensor().reshape(-1, 4), groups >= least)
+
+
+def test_ternary_keeps_removes_and_inverts() -> None:
+    method, weight = build_method("ternary"), torch.tensor([1.0, 2.0, -3.0, 4.0])
+    scores = torch.tensor([0.6, 0.5, -0.1, 0.0])
+    assert method.effective(weight, scores, False).tolist() == [1.0, 0.0, 3.0, 0.0]
+
+
+def test_gumbel_draws_in_training_and_decides_in_evaluation() -> None:
+    method = build_method("gumbel")
+    weight, scores = torch.ones(20_000), torch.full((20_000,), 1.5)
+    torch.manual_seed(0)
+    drawn = method.effective(weight, scores, False, State(training=True)).mean()
+    assert abs(float(drawn.detach()) - float(torch.tensor(1.5).sigmoid())) < 0.01
+    assert float(method.effective(weight, scores, False).mean()) == 1.0
+    assert method.binarize(torch.tensor([0.0, -1e-9])).tolist() == [True, False]
+    penalty = method.penalty(scores, State(batch_size=100))
+    assert penalty is not None
+    assert penalty.item() == pytest.approx(1e-4 / 100 * 1.5 * 20_000)
+
+
+def test_naive_removes_a_band_about_the_mean() -> None:
+    model = small_model()
+    with torch.no_grad():
+        model[0].weight.normal_(5.0, 2.0)
+        model[2].weight.normal_(0.0, 0.01)
+    attach_scores(model, "naive")
+    own = extract_masks(model)
+    assert all(0.25 < mask.density < 0.4 for mask in own.values())  # 0.317 of a normal distribution
+    every = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()]).double()
+    away = (model[0].weight.double() - every.mean()).abs() - every.std(correction=0)
+    attach_scores(model, build_method("naive", {"scope": "global"}))
+    sure = away.abs() > 1e-5
+    assert torch.equal(extract_masks(model)["0.weight"].tensor()[sure], (away > 0)[sure])
+
+
+def test_edit_keeps_what_was_hardly_edited() -> None:
+    weight, scores = torch.ones(4), torch.tensor([0.5, -0.001, 0.01, -2.0])
+    method = build_method("edit")
+    assert method.binarize(scores).tolist() == [False, True, True, False]
+    assert method.effective(weight, scores, False).tolist() == [1.5, 1.0, 1.0, -1.0]
+    assert build_method("edit", {"share": 0.25}).binarize(scores).tolist() == [True, True, True, False]
+    penalty = method.penalty(scores, State())
+    assert penalty is not None
+    assert penalty.item() == pytest.approx(-(0.5 + 0.001 + 0.01 + 1.0) / 4)
+    low = build_method("edit", {"rank": 1, "threshold": 0.0})
+    edits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    left = low.values(torch.zeros(6, 5), edits)
+    assert int(torch.linalg.matrix_rank(left)) == 1
+    assert torch.linalg.matrix_norm(edits - left, 2) == pytest.approx(float(torch.linalg.svdvals(edits)[1]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("topk", {"share": 0}, "share must be above 0 and at most 1, got 0"),
+        ("topk", {"scope": "all"}, "scope must be tensor or global, got 'all'"),
+        ("topk", {"init": "ones"}, "init must be kaiming or magnitude, got 'ones'"),
+        ("flip", {"init": 0}, "init must be a finite number above 0, got 0"),
+        ("ternary", {"init": 0.5}, "scores start at 0.5 with the threshold 0.5; choose finite values with 0 <="),
+        ("gumbel", {"temperature": 0}, "temperature must be a finite number above 0, got 0"),
+        ("gumbel", {"strength": -1}, "strength must be a finite number of at least 0, got -1"),
+        ("nm", {"kept": 4}, "expected 0 < kept < group <= 8, got 4 kept weights of a group of 4"),
+        ("nm", {"factor": "inf"}, "factor must be a finite number above 0, got inf"),
+        ("naive", {"width": 0}, "width must be a finite number above 0, got 0"),
+        ("naive", {"scope": "x"}, "scope must be tensor or global, got 'x'"),
+        ("edit", {"share": 2}, "share must be from 0 to 1, got 2"),
+        ("edit", {"bound": 0}, "threshold and strength must be finite numbers of at least 0 and bound above 0"),
+        ("edit", {"rank": -1}, "rank must be at least 0, got -1"),
+    ],
+)  # fmt: skip
+def test_impossible_options(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_method(name, options)
+
+
+def test_nm_refuses_weights_without_whole_groups() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    before = list(model.state_dict())
+    with pytest.raises(
+        ConfigError, match=r"1.weight: a weight of shape \(4, 6\) has no whole groups of 4 along its inputs"
+    ):
+        attach_scores(model, "nm")
+    assert list(model.state_dict()) == before

@@ -159,7 +159,8 @@ class Run:
         return metrics
 
     def _penalty(self) -> Tensor | float:
-        found = [penalty for one in self.scored if (penalty := one.penalty()) is not None]
+        every = scored_weights(self.objective.module).values()
+        found = [penalty for one in every if (penalty := one.penalty()) is not None]
         return torch.stack(found).sum() if found else 0.0
 
     def _density(self) -> dict[str, float]:
