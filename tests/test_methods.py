@@ -197,7 +197,7 @@ def test_shifted_and_scaled_scores_train_the_same_masks(detach: bool) -> None:
 
     def run(init: float, threshold: float, rate: float) -> tuple[list[float], list[Tensor]]:
         return losses_and_masks(
-            build_method("threshold", dict(init=init, threshold=threshold, detach_scale=detach)), rate
+            build_method("threshold", {"init": init, "threshold": threshold, "detach_scale": detach}), rate
         )
 
     losses, masks = run(1.0, 0.0, 32.0)
