@@ -199,12 +199,26 @@ def test_the_other_heads_behind_a_projection(kind: Any, clip: Path, flowers: Pat
 
 
 def test_settings(tiny_backbone: Backbone, digits: Data) -> None:
-    with pytest.raises(ConfigError, match="head_kind must be one of linear, masked, text, got 'random'"):
+    with pytest.raises(ConfigError, match="head_kind must be one of linear, masked, text, own, got 'random'"):
         config_from({"head_kind": "random"})
     with pytest.raises(ConfigError, match=r"head_template must have \{label\} in it for the class, got 'a photo'"):
         config_from({"head_template": "a photo"})
     with pytest.raises(BackboneError, match="a text head needs a CLIP-like backbone .*tests:tiny is none; take"):
         plan_training(tiny_backbone, digits, TrainConfig(head_kind="text"))
+
+
+def test_own_head_stays_as_it_is(tiny_backbone: Backbone, digits: Data) -> None:
+    own = tiny_backbone.model.fc
+    classes = len(digits.class_names)
+    with pytest.raises(ConfigError, match=rf"head_kind 'own' .* tests:tiny has a head for 5 classes, the data have {classes}"):
+        train_mask(tiny_backbone, digits, TrainConfig(head_kind="own"))
+    tiny_backbone.model.fc = nn.Linear(own.in_features, classes)
+    before = {name: one.clone() for name, one in tiny_backbone.model.state_dict().items()}
+    result = train_mask(tiny_backbone, digits, TrainConfig(head_kind="own", epochs=1, batch_size=32, augment="none"))
+    head = result.parts.head
+    assert head is not None
+    assert torch.equal(head.weight, before["fc.weight"])
+    assert all(torch.equal(one, before[name]) for name, one in tiny_backbone.model.state_dict().items())
 
 
 def test_command_line(clip: Path, flowers: Path, tmp_path: Path) -> None:
@@ -223,4 +237,4 @@ def test_command_line(clip: Path, flowers: Path, tmp_path: Path) -> None:
     assert "  head bytes: 3\n" in run("inspect", tmp_path / "m").stdout
     refused = run(*train, "--output", tmp_path / "x", "--head-kind", "dense")
     assert refused.exit_code == 2
-    assert "head_kind must be one of linear, masked, text, got 'dense'" in refused.stderr
+    assert "head_kind must be one of linear, masked, text, own, got 'dense'" in refused.stderr

@@ -73,7 +73,8 @@ def train(
         bool | None, _option("mask", "Divide kept weights by sqrt(density). (default: off)", "--scale/--no-scale")
     ] = None,
     head_kind: Annotated[
-        str | None, _option("mask", "linear (trained), masked (random, under a mask) or text (CLIP). (default: linear)")
+        str | None,
+        _option("mask", "linear (trained), masked (random, under a mask), text (CLIP) or own. (default: linear)"),
     ] = None,
     head_template: Annotated[
         str | None, _option("mask", "Of a text head. (default: This is a photo of a {label})")

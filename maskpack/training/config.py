@@ -15,7 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "constant"),
     "precision": ("no", "bf16", "fp16"),
     "bn": ("adapt", "freeze"),
-    "head_kind": ("linear", "masked", "text"),
+    "head_kind": ("linear", "masked", "text", "own"),
     "augment": AUGMENTS,
 }
 
@@ -31,7 +31,7 @@ class TrainConfig:
         include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
         scale: divide the kept weights by sqrt(density), per parameter.
         head_kind: "linear" is trained and stored whole; "masked" is random, with scores of its own, and stored as seed
-            and mask; "text" is made of a CLIP-like backbone's text embeddings and frozen.
+            and mask; "text" is made of a CLIP-like backbone's text embeddings and frozen; "own" is the model's, frozen.
         head_template: of a text head: text in which `{label}` stands for the name of a class.
         bn: "adapt" lets BatchNorm statistics follow the new data and stores them; "freeze" leaves them.
         epochs: passes over the training rows. steps: optimiser steps in place of epochs, or None.
@@ -54,7 +54,7 @@ class TrainConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     scale: bool = False
-    head_kind: Literal["linear", "masked", "text"] = "linear"
+    head_kind: Literal["linear", "masked", "text", "own"] = "linear"
     head_template: str = "This is a photo of a {label}"
     bn: Literal["adapt", "freeze"] = "adapt"
     epochs: int = 10

@@ -9,6 +9,7 @@ from torch import nn
 from ..backbone.classifier import Classifier, linear_from
 from ..backbone.head import Head
 from ..backbone.load import Backbone
+from ..backbone.parameters import unwrap
 from ..backbone.random_weight import MAX_WEIGHTS, RandomWeight, random_weight
 from ..backbone.text_head import text_head
 from ..errors import ConfigError
@@ -21,7 +22,8 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
     """Return a backbone with the head that `config.head_kind` asks for; a masked one has scores attached.
 
     Raises:
-        BackboneError: if there can be no text head. ConfigError: if a masked head would have too many weights.
+        BackboneError: if there can be no text head. ConfigError: if a masked head would have too many weights, or the
+            model's own head is none for these classes.
     """
     masked, classes, features = config.head_kind == "masked", len(class_names), backbone.features
     if masked and classes * features > MAX_WEIGHTS:
@@ -29,6 +31,8 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
             f"a masked head for {classes} classes would have {classes * features} weights, at most {MAX_WEIGHTS} are "
             f"allowed; take a linear head"
         )
+    if config.head_kind == "own":
+        return Classifier(backbone.model, _own(backbone, class_names), backbone.head)
     if config.head_kind == "text":
         linear = linear_from(text_head(backbone, class_names, config.head_template))
     else:
@@ -43,6 +47,18 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
         attach(linear, build_method(config.method, dict(config.method_options)), ["weight"], config.scale)
     # random weights give embeddings of length 1 nearly equal logits
     return Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize and not masked)
+
+
+def _own(backbone: Backbone, class_names: Sequence[str]) -> nn.Linear:
+    """The head that the model has, for as many classes as the data have."""
+    own = None if backbone.head is None else unwrap(backbone.model).get_submodule(backbone.head)
+    if not isinstance(own, nn.Linear) or own.out_features != len(class_names):
+        found = "no linear head" if not isinstance(own, nn.Linear) else f"a head for {own.out_features} classes"
+        raise ConfigError(
+            f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {len(class_names)} "
+            f"classes; take a linear head"
+        )
+    return own
 
 
 def finished_head(classifier: Classifier, config: TrainConfig) -> Head:
