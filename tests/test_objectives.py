@@ -57,6 +57,27 @@ def test_self_supervised_is_the_objective_without_labels_for_the_task() -> None:
         find_objective("swaw", "image-classification")
 
 
+def test_distribution_removes_weights_and_keeps_outputs(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    config = TrainConfig(objective="distribution", optimizer="adam", lr=0.2, bn="freeze", epochs=8, batch_size=32)
+    with pytest.raises(ConfigError, match="compares with the network as it is, .* take bn 'freeze'"):
+        plan_training(tiny_backbone, unlabelled, replace(config, bn="adapt"))
+    with pytest.raises(ConfigError, match="strength must be a finite number of at least 0 and temperature above 0"):
+        plan_training(tiny_backbone, unlabelled, replace(config, objective_options={"temperature": 0}))
+    with pytest.raises(ConfigError, match="compares outputs, and tests:tiny has no head that gives any"):
+        plan_training(replace(tiny_backbone, head=None), unlabelled, config)
+    with torch.no_grad():
+        tiny_backbone.model.fc.weight.mul_(40)  # outputs that say something
+    plain = train_mask(tiny_backbone, unlabelled, replace(config, objective_options={"strength": 0}))
+    assert plain.parts.head is None
+    assert plain.metrics["density"] == 1.0, "nothing changes a network that is what it is to be"
+    assert plain.metrics["divergence"] == pytest.approx(0.0, abs=1e-6)
+    pressed = train_mask(tiny_backbone, unlabelled, replace(config, objective_options={"strength": 0.01}))
+    hard = train_mask(tiny_backbone, unlabelled, replace(config, objective_options={"strength": 10}))
+    assert hard.metrics["density"] < pressed.metrics["density"] < 1
+    assert pressed.metrics["divergence"] < 0.1 * hard.metrics["divergence"]
+    assert pressed.metrics["test_agreement"] > 0.9
+
+
 # --- sinkhorn and the loss, against slow ones -----------------------------------------------------------------------
 
 

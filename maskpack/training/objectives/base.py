@@ -29,6 +29,7 @@ class Objective(ABC):
     Attributes:
         module: what is trained: the backbone with what the objective needs beside it. Every trained tensor and every
             buffer of it is kept in checkpoints.
+        self_supervised: it is what the name "self-supervised" stands for, for backbones of its tasks.
         fresh: names of tensors of `module` that a run which starts from another one's end does not take over.
     """
 
@@ -36,6 +37,7 @@ class Objective(ABC):
     reference: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]
     needs_labels: ClassVar[bool]
+    self_supervised: ClassVar[bool] = False
     fresh: ClassVar[tuple[str, ...]] = ()
     module: nn.Module
 
@@ -108,7 +110,7 @@ def find_objective(name: str, task: str) -> type[Objective]:
         UnknownNameError: if there is no such objective. ConfigError: if it is not for this task.
     """
     if name == SELF_SUPERVISED:
-        return next(cls for cls in OBJECTIVES.all() if not cls.needs_labels and task in cls.tasks)
+        return next(cls for cls in OBJECTIVES.all() if cls.self_supervised and task in cls.tasks)
     try:
         cls = OBJECTIVES[name]
     except UnknownNameError as error:

@@ -59,6 +59,7 @@ class Simcse(Objective):
     reference: ClassVar[str] = "https://arxiv.org/abs/2104.08821"
     tasks: ClassVar[tuple[str, ...]] = ("text-classification",)
     needs_labels: ClassVar[bool] = False
+    self_supervised: ClassVar[bool] = True
     module: SimcseNetwork
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):

@@ -1,0 +1,135 @@
+"""Masks that change nothing of what a network says: as many weights as possible go, its outputs stay."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone.classifier import Inputs, to_device
+from ...backbone.load import Backbone
+from ...data.base import Data, Examples
+from ...data.batches import readable
+from ...errors import ConfigError
+from ...registry import make_options
+from ..batchnorm import batchnorm_statistics
+from ..config import TrainConfig
+from ..scored import scored_weights, without_scores
+from .base import OBJECTIVES, Objective
+
+
+@dataclass(frozen=True)
+class DistributionOptions:
+    """Options of the objective.
+
+    Attributes:
+        strength: of the pressure to remove weights: the density times it is added to the divergence.
+        temperature: that logits are divided by.
+    """
+
+    strength: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf or not 0 < self.temperature < math.inf:
+            raise ConfigError(
+                f"strength must be a finite number of at least 0 and temperature above 0, got {self.strength} and "
+                f"{self.temperature}"
+            )
+
+
+class TwiceNetwork(nn.Module):
+    """A network that gives its logits with the masks, and those that it would give without."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Return the logits (B, classes) with masks, and without in evaluation mode."""
+        with torch.no_grad(), without_scores(self.model):
+            modes = {module: module.training for module in self.model.modules()}
+            whole = self._logits(self.model.eval(), inputs)
+            for module, mode in modes.items():
+                module.training = mode
+        return self._logits(self.model, inputs), whole
+
+    def _logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        assert isinstance(inputs, Tensor)
+        output = model(inputs)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        return logits.float()
+
+
+@OBJECTIVES.register
+class Distribution(Objective):
+    """Keep the output distribution of the unmasked network with as few weights as possible; needs no labels.
+
+    The loss is KL(unmasked || masked) + strength * density, with the network's own head. The density has the gradient 1
+    / weights for every score (straight through).
+    """
+
+    id: ClassVar[str] = "distribution"
+    reference: ClassVar[str] = "https://arxiv.org/abs/2308.13957"
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
+    needs_labels: ClassVar[bool] = False
+    module: TwiceNetwork
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+        super().__init__(backbone, data, config)
+        self.options: DistributionOptions = make_options(
+            DistributionOptions, "the objective 'distribution'", config.objective_options
+        )
+        if backbone.head is None:
+            raise ConfigError(
+                f"the objective 'distribution' compares outputs, and {backbone.id} has no head that gives any; take a "
+                f"backbone with its head"
+            )
+        if config.bn == "adapt" and batchnorm_statistics(backbone.model):
+            raise ConfigError(
+                "the objective 'distribution' compares with the network as it is, whose BatchNorm statistics stay; "
+                "take bn 'freeze'"
+            )
+        self.module = TwiceNetwork(backbone.model)
+        self.sums = [0.0, 0.0, 0.0]
+
+    def trained(self) -> list[nn.Parameter]:
+        return []
+
+    def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        inputs, _ = batch
+        masked, whole = module(inputs)
+        divergence = self._divergence(masked, whole)
+        self.sums = [
+            self.sums[0] + float(divergence.detach()) * len(masked),
+            self.sums[1] + float((masked.argmax(1) == whole.argmax(1)).sum()),
+            self.sums[2] + len(masked),
+        ]
+        return divergence + self.options.strength * self._density()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the mean divergence of the epoch, in nats, and how often the class stayed."""
+        divergence, agreed, count = self.sums
+        self.sums = [0.0, 0.0, 0.0]
+        return {"divergence": divergence / max(count, 1), "agreement": agreed / max(count, 1)}
+
+    @torch.no_grad()
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        """Return the same two of a held-out split."""
+        self.module.eval()
+        device = next(self.module.parameters()).device
+        self.sums = [0.0, 0.0, 0.0]
+        for inputs, labels in readable(self.batches(examples)):
+            self.loss(self.module, (to_device(inputs, device), labels))
+        return self.metrics()
+
+    def _divergence(self, masked: Tensor, whole: Tensor) -> Tensor:
+        log_p, log_q = ((one / self.options.temperature).log_softmax(-1) for one in (whole, masked))
+        return nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    def _density(self) -> Tensor:
+        every = list(scored_weights(self.backbone.model).values())
+        total = sum(math.prod(one.shape) for one in every)
+        parts = [one.binary().sum() + one.scores.sum() - one.scores.sum().detach() for one in every]
+        return torch.stack(parts).sum() / total

@@ -1,0 +1,71 @@
+"""A weight with scores, and what the scores of one model have in common."""
+
+from torch import Tensor, nn
+
+from ..mask import PackedMask
+from ..methods.base import Method, State
+
+
+class ScoredWeight(nn.Module):
+    """Parametrization that computes the effective weight from the frozen weight and its scores.
+
+    Attributes:
+        scores: float32, of a shape that the method chose.
+        model: what the scores of one model share.
+    """
+
+    def __init__(self, weight: Tensor, method: Method, scale: bool, model: "ScoredModel"):
+        super().__init__()
+        self.method, self.scale, self.model = method, scale, model
+        self.shape = tuple(weight.shape)
+        self.scores = nn.Parameter(method.init_scores(weight.detach()), requires_grad=method.learns)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.model.off:
+            return weight
+        return self.method.effective(weight, self.scores, self.scale, self.state(self.training))
+
+    def state(self, training: bool = False) -> State:
+        """Return what the method is told beside the scores."""
+        model = self.model
+        return State(model.progress, training, model.shared(self), self.shape, model.batch_size)
+
+    def binary(self) -> Tensor:
+        """Return the mask that the scores stand for, bool."""
+        return self.method.binarize(self.scores.detach(), self.state())
+
+    def mask(self) -> PackedMask:
+        """Return the mask that the scores stand for, packed."""
+        return self.method.packed(self.scores.detach(), self.scale, self.state())
+
+    def penalty(self) -> Tensor | None:
+        """Return what the method adds to the loss of a step."""
+        return self.method.penalty(self.scores, self.state(training=True))
+
+
+class ScoredModel:
+    """What the scores of one model have in common.
+
+    Attributes:
+        members: in the order of their names.
+        progress: share of the training steps that are done. batch_size: examples of an optimiser step.
+        off: compute with the weights as they are.
+        orders: modules with the names of their parameters, as they were before scores were attached.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        self.members: list[ScoredWeight] = []
+        self.orders: list[tuple[nn.Module, list[str]]] = []
+        self.progress = 1.0
+        self.batch_size = 1
+        self.off = False
+        self._made: tuple[object, dict[int, Tensor]] = (None, {})
+
+    def shared(self, one: ScoredWeight) -> Tensor | None:
+        """Return what the method tells a member of all scores, made anew when these have changed."""
+        now = self.progress, [(id(member.scores), member.scores._version) for member in self.members]
+        if self._made[0] != now:
+            found = self.method.shared([member.scores for member in self.members], self.progress) or ()
+            self._made = now, dict(zip(map(id, self.members), found, strict=False))
+        return self._made[1].get(id(one))
