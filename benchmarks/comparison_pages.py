@@ -44,7 +44,7 @@ def few_labels(measured: Path, folder: Path) -> str:
     """A table of all data sets, and a picture for each."""
     from maskpack.plots.few_labels import label_figure
 
-    lines = []
+    lines, pictures = [], []
     for name in (*PACS, "mnist"):
         rows = rows_of(measured / name / "few-labels.json")
         methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -57,9 +57,13 @@ def few_labels(measured: Path, folder: Path) -> str:
                 for method in methods
             }
             save_figure(label_figure(curves), folder / f"few-labels-{name}.svg")
+            pictures.append(f"\n![Accuracy over the share of the labels, {name}](few-labels-{name}.svg)")
     if not lines:
         return "Nothing is finished yet.\n"
-    return "\n".join(["| data | row | 100 % | 10 % | 4 % | 1 % |", "| --- | --- |" + " ---: |" * 4, *lines]) + "\n"
+    return (
+        "\n".join(["| data | row | 100 % | 10 % | 4 % | 1 % |", "| --- | --- |" + " ---: |" * 4, *lines, *pictures])
+        + "\n"
+    )
 
 
 def tables(measured: Path) -> str:
@@ -135,5 +139,6 @@ def densities(measured: Path, folder: Path) -> str:
             means = {name: mean(one[name] for one in masks) for name in masks[0]}
             least = min(means, key=lambda name: means[name])
             lines.append(f"| {path.parent.name} | {row} | {mean(means.values()):.4f} | {means[least]:.3f} | {least} |")
+    picture = f"\n![Density by layer on {PACS[0]}](density-objectives.svg)"
     head = ["| data | row | mean of the layers | least | of the layer |", "| --- | --- | ---: | ---: | --- |"]
-    return "\n".join([*head, *lines]) + "\n" if lines else "Nothing is finished yet.\n"
+    return "\n".join([*head, *lines, picture]) + "\n" if lines else "Nothing is finished yet.\n"
