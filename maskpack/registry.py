@@ -8,6 +8,7 @@ A file can name an id, but can never cause code to be imported: only installed p
 
 import difflib
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -90,6 +91,18 @@ class Registry(Generic[T]):
 
 
 _BOOLS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def check_above_zero(options: Any, *names: str) -> None:
+    """Check that these options are finite numbers above 0.
+
+    Raises:
+        ConfigError: if one is not.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name} must be a finite number above 0, got {value}")
 
 
 def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:

@@ -62,7 +62,8 @@ def test_import_is_lazy() -> None:
 
 
 def test_the_check_can_fail() -> None:
-    assert {"torch", "maskpack.training"} <= modules_after("import maskpack; maskpack.train_mask")
+    assert "torch" in modules_after("import maskpack; maskpack.load_mask")
+    assert "maskpack.training" in modules_after("import maskpack; maskpack.train_mask")
 
 
 @pytest.mark.parametrize("words", ["--help", "train --help", "--version"])

@@ -138,7 +138,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
         return int(done.stdout)
 
     few, many = peak(20), peak(80)  # a mask takes a MiB
-    assert many - few < 20 << 10, f"packing 60 MiB more of masks took {(many - few) >> 10} MiB more"
+    assert many - few < 15 << 10, f"packing 60 MiB more of masks took {(many - few) >> 10} MiB more"
 
 
 SLOW = """
@@ -160,7 +160,7 @@ save_adapter(sys.argv[1], MaskSet.streamed(names, make), base_of(names), profile
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
-@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(tmp_path: Path, how: str) -> None:
     path = tmp_path / "x.safetensors"
     save_adapter(path, MASKS, BASE)

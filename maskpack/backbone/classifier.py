@@ -1,6 +1,7 @@
 """A backbone that classifies: inputs -> features -> logits, with the head inside the model or behind an encoder."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -204,11 +205,18 @@ def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, in
 
 
 def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], None]) -> None:
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
+    with modes_kept(module):
+        module.eval()
         for inputs, labels in batches:
             step(inputs, labels)
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """On exit every part of a module is in training or evaluation mode as before."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
     finally:
-        for m, mode in modes.items():
-            m.training = mode
+        for part, mode in modes.items():
+            part.training = mode

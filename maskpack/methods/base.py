@@ -68,9 +68,9 @@ class Method(ABC):
         """
 
     def shared(self, scores: Sequence[Tensor], progress: float) -> Sequence[Tensor] | None:
-        """Return what each parameter is to be told of all of them, in their order; None if nothing.
+        """Return what each parameter is to be told of all of them, in their order; None, always, if nothing.
 
-        It is asked for again whenever a score or the progress has changed.
+        If it gives something, it is asked for again whenever a score or the progress has changed.
         """
         return None
 

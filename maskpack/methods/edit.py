@@ -55,16 +55,14 @@ class Edit(Method):
         return (DEVIATION * torch.randn(weight.shape)).to(weight.device)
 
     def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
-        size = self._kept(scores).abs()
-        if not self.share:
-            return size <= self.threshold
-        return ~greatest(size.flatten(), round(self.share * size.numel())).reshape(size.shape)
+        return self._small(self._kept(scores))
 
     def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
         """Return the edited weight, with every edit while `state.training`."""
         if state.training:
             return (weight + scores).to(weight.dtype)
-        return torch.where(self.binarize(scores.detach()), weight, self.values(weight, scores))
+        kept = self._kept(scores.detach())
+        return torch.where(self._small(kept), weight, (weight + kept).to(weight.dtype))
 
     def penalty(self, scores: Tensor, state: State) -> Tensor | None:
         return -self.strength * scores.abs().clamp(max=self.bound).mean()
@@ -79,3 +77,9 @@ class Edit(Method):
         left, size, right = torch.linalg.svd(scores.flatten(1), full_matrices=False)
         kept: Tensor = (left[:, : self.rank] * size[: self.rank]) @ right[: self.rank]
         return kept.reshape(scores.shape)
+
+    def _small(self, edit: Tensor) -> Tensor:
+        """Which edits do not count, bool."""
+        if not self.share:
+            return edit.abs() <= self.threshold
+        return ~greatest(edit.abs().flatten(), round(self.share * edit.numel())).reshape(edit.shape)

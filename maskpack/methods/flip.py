@@ -1,14 +1,13 @@
 """Masks of signs."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..mask import Op
+from ..registry import check_above_zero
 from .base import FINISHED, METHODS, Method, State, StraightThrough
 
 
@@ -28,8 +27,7 @@ class Flip(Method):
     init: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.init < math.inf:
-            raise ConfigError(f"init must be a finite number above 0, got {self.init}")
+        check_above_zero(self, "init")
 
     def init_scores(self, weight: Tensor) -> Tensor:
         return torch.full_like(weight, self.init, dtype=torch.float32)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..registry import check_above_zero
 from .base import FINISHED, METHODS, Method, State, straight_through
 
 LEAST = 1e-10  # of the logarithms, as published
@@ -36,9 +37,7 @@ class Gumbel(Method):
     strength: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("init", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        check_above_zero(self, "init", "temperature")
         if not 0 <= self.strength < math.inf:
             raise ConfigError(f"strength must be a finite number of at least 0, got {self.strength}")
 

@@ -1,6 +1,5 @@
 """Masks by magnitude, without training."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..mask import masked_weight
-from .base import FINISHED, METHODS, Method, State, alpha
+from ..registry import check_above_zero
+from .base import FINISHED, METHODS, Method, State
 
 
 @METHODS.register
@@ -33,8 +32,7 @@ class Naive(Method):
     scope: str = "tensor"
 
     def __post_init__(self) -> None:
-        if not 0 < self.width < math.inf:
-            raise ConfigError(f"width must be a finite number above 0, got {self.width}")
+        check_above_zero(self, "width")
         if self.scope not in ("tensor", "global"):
             raise ConfigError(f"scope must be tensor or global, got {self.scope!r}")
 
@@ -53,10 +51,6 @@ class Naive(Method):
         mean, deviation = (_band(scores) if state.shared is None else state.shared).to(scores.device)
         far: Tensor = (scores - mean).abs() >= self.width * deviation
         return far
-
-    def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
-        mask = self.binarize(scores, state)
-        return masked_weight(weight, mask, alpha(mask) if scale else None)
 
 
 def _band(values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..mask import masked_weight
+from ..registry import check_above_zero
 from .base import FINISHED, METHODS, Method, State
 
 DEVIATION = 0.01  # of the logits at the start
@@ -47,9 +48,7 @@ class NM(Method):
             raise ConfigError(
                 f"expected 0 < kept < group <= {MOST}, got {self.kept} kept weights of a group of {self.group}"
             )
-        for name in ("temperature", "last_temperature", "factor", "last_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        check_above_zero(self, "temperature", "last_temperature", "factor", "last_factor")
 
     def init_scores(self, weight: Tensor) -> Tensor:
         """Return the logits, (groups, choices)."""
@@ -76,7 +75,7 @@ class NM(Method):
         noise = -torch.rand_like(scores).clamp(min=1e-10).log_().neg_().clamp(min=1e-10).log_()
         soft = ((scores * self._between("factor", state) + noise) / self._between("temperature", state)).softmax(1)
         masked = weight * self._weights(soft @ self._choices(scores.device), state)
-        return masked if divisor is None else masked / divisor.to(masked.device)
+        return masked if divisor is None else masked / divisor
 
     def _between(self, name: str, state: State) -> float:
         first, last = getattr(self, name), getattr(self, f"last_{name}")

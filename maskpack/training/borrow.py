@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..backbone.classifier import modes_kept
 from ..backbone.head import swap_module
 from ..backbone.load import Backbone
 from .scored import detach_scores
@@ -15,12 +16,12 @@ def borrowed(backbone: Backbone) -> Iterator[None]:
     """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before."""
     model = backbone.model
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     head = model.get_submodule(backbone.head) if backbone.head is not None else None
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         detach_scores(model)
         if backbone.head is not None and head is not None:
@@ -32,5 +33,3 @@ def borrowed(backbone: Backbone) -> Iterator[None]:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
             p.grad = None
-        for module, mode in modes.items():
-            module.training = mode

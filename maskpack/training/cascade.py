@@ -18,12 +18,12 @@ from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
-from ..errors import ConfigError, DataError, StateError, TrainingError, require
+from ..errors import ConfigError, StateError, TrainingError, require
 from ..parts import CascadeParts, Parts
 from ..router import MIXTURE, WHITENING, Router, Whitening
-from ..tensorfile import read_tensors, replacing, write_tensors
+from ..tensorfile import replacing
 from .borrow import borrowed
-from .checkpoint import FILE, checkpoint_digest, take_over, trained_tensors
+from .checkpoint import FILE, checkpoint_digest, read_with_facts, take_over, trained_tensors, write_with_facts
 from .config import TrainConfig
 from .log import Report
 from .loop import TrainResult, train_mask
@@ -177,20 +177,14 @@ def _embeddings(backbone: Backbone, data: Data, config: TrainConfig, folder: Pat
 
 
 def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    text = json.dumps({"run": facts, "about": about}, sort_keys=True)
     tensors = {name: getattr(router.whitening, name) for name in WHITENING}
     tensors |= {name: getattr(router, name) for name in MIXTURE}
-    tensors["facts"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    write_tensors(path, tensors, {"format": "pt"})
+    write_with_facts(path, tensors, {"run": facts, "about": about})
 
 
 def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str, Any]]:
     """Read back the router that an interrupted run has fitted, and what that fit showed."""
-    try:
-        found = read_tensors(path)
-        stored = json.loads(found["facts"].numpy().tobytes())
-    except (DataError, KeyError, ValueError):
-        raise StateError(f"{path} is damaged, or no router; delete it and resume: it is fitted again") from None
+    found, stored = read_with_facts(path, "no router; delete it and resume: it is fitted again")
     differing = [key for key in facts if stored["run"].get(key) != facts[key]]
     if differing:
         raise StateError(

@@ -32,6 +32,25 @@ def run_folder(output: str | Path | None, resume: bool) -> Path | None:
     return folder
 
 
+def write_with_facts(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors, and JSON values as one more of them; atomic."""
+    text = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
+    write_tensors(path, {**tensors, "facts": text}, {"format": "pt"})
+
+
+def read_with_facts(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_with_facts` wrote.
+
+    Raises:
+        StateError: if it is damaged; `remedy` says what else it may be and what to do then.
+    """
+    try:
+        whole = read_tensors(path)
+        return whole, json.loads(whole.pop("facts").numpy().tobytes())
+    except (DataError, KeyError, ValueError):
+        raise StateError(f"{path} is damaged, or {remedy}") from None
+
+
 def save_checkpoint(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -50,8 +69,7 @@ def save_checkpoint(
         for key, value in values.items():
             if isinstance(value, Tensor):
                 whole[f"optimizer/{index}/{key}"] = value
-    whole["facts"] = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
-    write_tensors(path, whole, {"format": "pt"})
+    write_with_facts(path, whole, facts)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]], dict[str, Any]]:
@@ -62,11 +80,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, 
     """
     if not path.is_file():
         raise StateError(f"there is no checkpoint to resume from at {path}; train without --resume")
-    try:
-        whole = read_tensors(path)
-        facts = json.loads(whole["facts"].numpy().tobytes())
-    except (DataError, KeyError, ValueError):
-        raise StateError(f"{path} is damaged, or no checkpoint; delete it and train without --resume") from None
+    whole, facts = read_with_facts(path, "no checkpoint; delete it and train without --resume")
     tensors = {name.removeprefix("model/"): t for name, t in whole.items() if name.startswith("model/")}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in whole.items():

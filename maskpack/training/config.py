@@ -1,6 +1,5 @@
 """The settings of a training run: the one configuration class."""
 
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..preprocess import AUGMENTS, Augment
+from ..registry import check_above_zero
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam"),
@@ -82,10 +82,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        for name in ("lr", "head_lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} must be a finite number above 0, got {value}")
+        check_above_zero(self, *(name for name in ("lr", "head_lr", "clip") if getattr(self, name) is not None))
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")

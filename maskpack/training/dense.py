@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -60,14 +59,7 @@ def train_dense(
     folder = run_folder(output, resume)
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     with RunLog(folder if main else None, report if main else None, resume) as log:
-        run = Run(backbone, data, config, partial(_awake, learn))
+        run = Run(backbone, data, config, learn)
         metrics = run.train(base, folder, resume, None, log)
     statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
     return DenseResult(run.objective.module.eval(), run.scores, statistics, run.steps, metrics)
-
-
-def _awake(learn: Learn, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    found = learn(backbone, config)
-    for one in found.values():
-        one.requires_grad_(True)
-    return found

@@ -49,11 +49,17 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
     return Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize and not masked)
 
 
+def own_linear(backbone: Backbone) -> nn.Linear | None:
+    """Return the head that the model has, or None where it has no linear layer for one."""
+    own = None if backbone.head is None else unwrap(backbone.model).get_submodule(backbone.head)
+    return own if isinstance(own, nn.Linear) else None
+
+
 def _own(backbone: Backbone, class_names: Sequence[str]) -> nn.Linear:
     """The head that the model has, for as many classes as the data have."""
-    own = None if backbone.head is None else unwrap(backbone.model).get_submodule(backbone.head)
-    if not isinstance(own, nn.Linear) or own.out_features != len(class_names):
-        found = "no linear head" if not isinstance(own, nn.Linear) else f"a head for {own.out_features} classes"
+    own = own_linear(backbone)
+    if own is None or own.out_features != len(class_names):
+        found = "no linear head" if own is None else f"a head for {own.out_features} classes"
         raise ConfigError(
             f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {len(class_names)} "
             f"classes; take a linear head"

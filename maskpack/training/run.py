@@ -23,7 +23,7 @@ from .checkpoint import FILE, checkpoint_digest, load_checkpoint, restore, save_
 from .config import TrainConfig
 from .log import RunLog
 from .objectives.base import check_data, find_objective
-from .scored import attach, density, scored_weights, set_progress
+from .scored import attach, density, scored_models, scored_weights
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 
@@ -79,7 +79,7 @@ class Run:
         backbone.model.requires_grad_(False)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
-        learned = [one for one in self.scores.values() if one.requires_grad]
+        learned = self.scores.values() if all(one.method.learns for one in self.scored) else ()
         scores, beside = [*learned, *self.objective.scores()], self.objective.trained()
         self.trained = [*scores, *beside]
         for parameter in self.trained:
@@ -93,6 +93,9 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulate)
         self.steps = config.steps or config.epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
+        self.models = scored_models(self.objective.module)
+        for model in self.models:
+            model.batch_size = config.batch_size * config.accumulate * self.accelerator.num_processes
 
     def facts(self, base: Fingerprint, start_from: Path | None) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued."""
@@ -152,15 +155,18 @@ class Run:
                     "scaler": scaler,
                 }
                 save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
-        set_progress(module, 1.0)
+        self._progress(1.0)
         if self.data.test is not None:
             metrics |= self._held_out("test", self.data.test)
         log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
         return metrics
 
+    def _progress(self, share: float) -> None:
+        for model in self.models:
+            model.progress = share
+
     def _penalty(self) -> Tensor | float:
-        every = scored_weights(self.objective.module).values()
-        found = [penalty for one in every if (penalty := one.penalty()) is not None]
+        found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
         return torch.stack(found).sum() if found else 0.0
 
     def _density(self) -> dict[str, float]:
@@ -177,13 +183,12 @@ class Run:
         set_train_mode(self.module, self.config.bn == "adapt")
         self.objective.begin_epoch(epoch, self.epochs)
         total, count, started, steps_before = 0.0, 0, time.monotonic(), step
-        examples = self.config.batch_size * self.config.accumulate * self.accelerator.num_processes
         for batch in readable(self.loader):
             if step == self.steps:
                 break
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * learning_rate(self.config, step, self.steps)
-            set_progress(self.objective.module, step / max(self.steps - 1, 1), examples)
+            self._progress(step / max(self.steps - 1, 1))
             with self.accelerator.accumulate(self.module):
                 with self.accelerator.autocast():
                     loss = self.objective.loss(self.module, batch) + self._penalty()

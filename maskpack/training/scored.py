@@ -65,16 +65,16 @@ def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) 
         owner, leaf = _owner(model, name)
         # one ScoredWeight for all names of a tied weight: it has one set of scores
         try:
-            scored = ScoredWeight(getattr(owner, leaf), method, scale, together)
+            scored = ScoredWeight(getattr(owner, leaf), scale, together)
         except ConfigError as error:
             detach_scores(model)
             raise ConfigError(f"{name}: {error}") from None
         together.members.append(scored)
         for alias in tied[name]:
-            module = _owner(model, alias)[0]
-            together.orders.append((module, list(module._parameters)))
+            module, parameter = _owner(model, alias)
+            together.orders.setdefault(module, list(module._parameters))
             # unsafe: the parametrization keeps shape and dtype by contract, and must not be run to find that out
-            parametrize.register_parametrization(*_owner(model, alias), scored, unsafe=True)
+            parametrize.register_parametrization(module, parameter, scored, unsafe=True)
         scores[name] = scored.scores
     return scores
 
@@ -112,10 +112,15 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def scored_models(model: nn.Module) -> list[ScoredModel]:
+    """Return what the scores of a model share: one for each time that some were attached, as to body and head."""
+    return list(dict.fromkeys(one.model for one in scored_weights(model).values()))
+
+
 @contextmanager
 def without_scores(model: nn.Module) -> Iterator[None]:
     """Compute with the weights as they are, as long as this lasts."""
-    models = {id(one.model): one.model for one in scored_weights(model).values()}.values()
+    models = scored_models(model)
     for one in models:
         one.off = True
     try:
@@ -133,8 +138,8 @@ def set_progress(model: nn.Module, progress: float, batch_size: int = 1) -> None
             tells are treated as finished.
         batch_size: examples of an optimiser step.
     """
-    for one in scored_weights(model).values():
-        one.model.progress, one.model.batch_size = progress, batch_size
+    for one in scored_models(model):
+        one.progress, one.batch_size = progress, batch_size
 
 
 def density(scored: Iterable[ScoredWeight]) -> float:
@@ -176,7 +181,7 @@ def extract_masks(model: nn.Module) -> MaskSet:
 
 def detach_scores(model: nn.Module) -> None:
     """Remove the scores from a model; its weights keep their bits."""
-    orders = [order for one in scored_weights(model).values() for order in one.model.orders]
+    models = scored_models(model)
     for module in list(unwrap(model).modules()):
         if not parametrize.is_parametrized(module):
             continue
@@ -186,6 +191,6 @@ def detach_scores(model: nn.Module) -> None:
             # the frozen weight itself is put back, not a copy
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
     # removing a parametrization puts its parameter behind the others of its module
-    for module, names in reversed(orders):
+    for module, names in ((module, names) for one in models for module, names in one.orders.items()):
         if module._parameters.keys() == set(names):
             module._parameters = {name: module._parameters[name] for name in names}

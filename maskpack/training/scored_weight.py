@@ -14,11 +14,11 @@ class ScoredWeight(nn.Module):
         model: what the scores of one model share.
     """
 
-    def __init__(self, weight: Tensor, method: Method, scale: bool, model: "ScoredModel"):
+    def __init__(self, weight: Tensor, scale: bool, model: "ScoredModel"):
         super().__init__()
-        self.method, self.scale, self.model = method, scale, model
+        self.method, self.scale, self.model = model.method, scale, model
         self.shape = tuple(weight.shape)
-        self.scores = nn.Parameter(method.init_scores(weight.detach()), requires_grad=method.learns)
+        self.scores = nn.Parameter(self.method.init_scores(weight.detach()), requires_grad=self.method.learns)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.model.off:
@@ -50,22 +50,27 @@ class ScoredModel:
         members: in the order of their names.
         progress: share of the training steps that are done. batch_size: examples of an optimiser step.
         off: compute with the weights as they are.
-        orders: modules with the names of their parameters, as they were before scores were attached.
+        orders: names of the parameters of each module with scores, in their order before these were attached.
     """
 
     def __init__(self, method: Method):
         self.method = method
         self.members: list[ScoredWeight] = []
-        self.orders: list[tuple[nn.Module, list[str]]] = []
+        self.orders: dict[nn.Module, list[str]] = {}
         self.progress = 1.0
         self.batch_size = 1
         self.off = False
-        self._made: tuple[object, dict[int, Tensor]] = (None, {})
+        self._made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
         """Return what the method tells a member of all scores, made anew when these have changed."""
+        if self._made is None:
+            return None
         now = self.progress, [(id(member.scores), member.scores._version) for member in self.members]
         if self._made[0] != now:
-            found = self.method.shared([member.scores for member in self.members], self.progress) or ()
-            self._made = now, dict(zip(map(id, self.members), found, strict=False))
-        return self._made[1].get(id(one))
+            found = self.method.shared([member.scores for member in self.members], self.progress)
+            if found is None:
+                self._made = None
+                return None
+            self._made = now, dict(zip(self.members, found, strict=True))
+        return self._made[1][one]

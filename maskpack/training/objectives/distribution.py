@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Inputs, to_device
+from ...backbone.classifier import Classifier, Inputs, modes_kept, to_device
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
 from ...data.batches import readable
@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ...registry import make_options
 from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
+from ..heads import own_linear
 from ..scored import scored_weights, without_scores
 from .base import OBJECTIVES, Objective
 
@@ -42,24 +43,15 @@ class DistributionOptions:
 class TwiceNetwork(nn.Module):
     """A network that gives its logits with the masks, and those that it would give without."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, classifier: Classifier):
         super().__init__()
-        self.model = model
+        self.classifier = classifier
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Return the logits (B, classes) with masks, and without in evaluation mode."""
-        with torch.no_grad(), without_scores(self.model):
-            modes = {module: module.training for module in self.model.modules()}
-            whole = self._logits(self.model.eval(), inputs)
-            for module, mode in modes.items():
-                module.training = mode
-        return self._logits(self.model, inputs), whole
-
-    def _logits(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        assert isinstance(inputs, Tensor)
-        output = model(inputs)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits.float()
+        with torch.no_grad(), without_scores(self.classifier), modes_kept(self.classifier):
+            whole = self.classifier.eval()(inputs)
+        return self.classifier(inputs).float(), whole.float()
 
 
 @OBJECTIVES.register
@@ -81,7 +73,8 @@ class Distribution(Objective):
         self.options: DistributionOptions = make_options(
             DistributionOptions, "the objective 'distribution'", config.objective_options
         )
-        if backbone.head is None:
+        own = own_linear(backbone)
+        if own is None:
             raise ConfigError(
                 f"the objective 'distribution' compares outputs, and {backbone.id} has no head that gives any; take a "
                 f"backbone with its head"
@@ -91,7 +84,7 @@ class Distribution(Objective):
                 "the objective 'distribution' compares with the network as it is, whose BatchNorm statistics stay; "
                 "take bn 'freeze'"
             )
-        self.module = TwiceNetwork(backbone.model)
+        self.module = TwiceNetwork(Classifier(backbone.model, own, backbone.head))
         self.sums = [0.0, 0.0, 0.0]
 
     def trained(self) -> list[nn.Parameter]:
@@ -99,17 +92,10 @@ class Distribution(Objective):
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, _ = batch
-        masked, whole = module(inputs)
-        divergence = self._divergence(masked, whole)
-        self.sums = [
-            self.sums[0] + float(divergence.detach()) * len(masked),
-            self.sums[1] + float((masked.argmax(1) == whole.argmax(1)).sum()),
-            self.sums[2] + len(masked),
-        ]
-        return divergence + self.options.strength * self._density()
+        return self._divergence(*module(inputs)) + self.options.strength * self._density()
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean divergence of the epoch, in nats, and how often the class stayed."""
+        """Return the mean divergence since the last time, in nats, and how often the class stayed."""
         divergence, agreed, count = self.sums
         self.sums = [0.0, 0.0, 0.0]
         return {"divergence": divergence / max(count, 1), "agreement": agreed / max(count, 1)}
@@ -117,16 +103,21 @@ class Distribution(Objective):
     @torch.no_grad()
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """Return the same two of a held-out split."""
-        self.module.eval()
         device = next(self.module.parameters()).device
-        self.sums = [0.0, 0.0, 0.0]
-        for inputs, labels in readable(self.batches(examples)):
-            self.loss(self.module, (to_device(inputs, device), labels))
+        with modes_kept(self.module):
+            self.module.eval()
+            for inputs, _ in readable(self.batches(examples)):
+                self._divergence(*self.module(to_device(inputs, device)))
         return self.metrics()
 
     def _divergence(self, masked: Tensor, whole: Tensor) -> Tensor:
+        """Return the divergence of a batch, and note it for `metrics`."""
         log_p, log_q = ((one / self.options.temperature).log_softmax(-1) for one in (whole, masked))
-        return nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        divergence = nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        agreed = float((masked.argmax(1) == whole.argmax(1)).sum())
+        found = (float(divergence.detach()) * len(masked), agreed, len(masked))
+        self.sums = [one + more for one, more in zip(self.sums, found, strict=True)]
+        return divergence
 
     def _density(self) -> Tensor:
         every = list(scored_weights(self.backbone.model).values())

@@ -1,6 +1,5 @@
 """Self-supervised masks for texts: one text, two dropout masks (SimCSE)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from ...backbone.head import Pooling
 from ...backbone.load import Backbone
 from ...data.base import Data
 from ...errors import ConfigError
-from ...registry import make_options
+from ...registry import check_above_zero, make_options
 from ..config import TrainConfig
 from .base import OBJECTIVES, Objective
 from .collapse import CollapseWatch, collapse_warning
@@ -32,8 +31,7 @@ class SimcseOptions:
     temperature: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature must be a finite number above 0, got {self.temperature}")
+        check_above_zero(self, "temperature")
 
 
 class SimcseNetwork(nn.Module):

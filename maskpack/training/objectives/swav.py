@@ -1,6 +1,5 @@
 """Self-supervised masks for images: swapped assignments between views (SwAV)."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from ...data.base import Data, Examples
 from ...data.batches import readable
 from ...errors import ConfigError
 from ...preprocess import ImagePreprocess
-from ...registry import make_options
+from ...registry import check_above_zero, make_options
 from ..batchnorm import recalibrate
 from ..config import TrainConfig
 from .base import OBJECTIVES, Objective
@@ -57,9 +56,7 @@ class SwavOptions:
     small_most: float = 0.14
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "epsilon"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be a finite number above 0, got {getattr(self, name)}")
+        check_above_zero(self, "temperature", "epsilon")
         for name, least in (("prototypes", 2), ("dimension", 1), ("iterations", 1), ("queue", 0), ("small_size", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
