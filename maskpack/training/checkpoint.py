@@ -90,6 +90,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, 
     return tensors, state, facts
 
 
+def check_same_run(folder: Path, ours: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """Compare the facts of a run with those of the checkpoint in a folder.
+
+    Raises:
+        StateError: if they differ; the message names the facts, and of `config` the settings.
+    """
+    differing = [key for key in ours if there.get(key) != ours[key] and key != "config"]
+    differing += [key for key, value in ours["config"].items() if there["config"].get(key) != value]
+    if differing:
+        raise StateError(
+            f"the checkpoint in {folder} belongs to another run: {', '.join(differing)} differ; resume with "
+            f"the same settings, data and backbone, or choose another folder"
+        )
+
+
 def restore(
     module_tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,

@@ -91,13 +91,7 @@ def train_mask(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    about = {
-        "task": data.task if head is not None else FEATURES[data.task],
-        "class_names": list(data.class_names) if head is not None else None,
-        "preprocess": preprocess_to_json(backbone.preprocess),
-        "training": run.record(metrics),
-    }
-    return TrainResult(parts, _only(before, parts), about, metrics)
+    return finished(backbone, data, parts, before, run.record(metrics))
 
 
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:
@@ -127,6 +121,13 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
         }
 
 
-def _only(base: Fingerprint, parts: Parts) -> Fingerprint:
-    """The fingerprint with the digests of the masked tensors alone."""
-    return Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
+def finished(backbone: Backbone, data: Data, parts: Parts, base: Fingerprint, record: dict[str, Any]) -> TrainResult:
+    """Return the result of a run with this training record; `base` is the fingerprint of the whole body."""
+    about = {
+        "task": data.task if parts.head is not None else FEATURES[data.task],
+        "class_names": list(data.class_names) if parts.head is not None else None,
+        "preprocess": preprocess_to_json(backbone.preprocess),
+        "training": record,
+    }
+    masked = Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
+    return TrainResult(parts, masked, about, record["metrics"])

@@ -1,10 +1,8 @@
 """One run: its objects, its epochs, its record. Seeded and resumable, on Accelerate."""
 
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,25 @@ from torch import Tensor, nn
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.load import Backbone
 from ..backbone.select import select_parameters
-from ..data.base import Data, Examples, empty_classes
+from ..data.base import Data, Examples
 from ..data.batches import EpochSampler, epoch_seed, readable
 from ..errors import ConfigError, StateError, TrainingError, require
 from ..methods.base import build_method
 from .batchnorm import set_train_mode
-from .checkpoint import FILE, checkpoint_digest, load_checkpoint, restore, save_checkpoint, take_over, trained_tensors
+from .checkpoint import (
+    FILE,
+    check_same_run,
+    checkpoint_digest,
+    load_checkpoint,
+    restore,
+    save_checkpoint,
+    take_over,
+    trained_tensors,
+)
 from .config import TrainConfig
 from .log import RunLog
 from .objectives.base import check_data, find_objective
+from .record import training_record
 from .scored import attach, density, scored_models, scored_weights
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
@@ -46,6 +54,25 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
+def new_accelerator(config: TrainConfig) -> Any:
+    """Return the Accelerator of a run.
+
+    Raises:
+        ConfigError: if the precision is not possible on this device.
+    """
+    accelerate = require("accelerate", "train", "training")
+    # Accelerate keeps one precision per process; a second run of ours may have another
+    accelerate.state.AcceleratorState._reset_state()
+    try:
+        return accelerate.Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=False),
+        )
+    except ValueError as error:
+        raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
+
+
 class Run:
     """The objects of one run, and its progress.
 
@@ -54,9 +81,6 @@ class Run:
     """
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
-        accelerate = require("accelerate", "train", "training")
-        # Accelerate keeps one precision per process; a second run of ours may have another
-        accelerate.state.AcceleratorState._reset_state()
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
         if config.head_kind != "linear" and not objective.needs_labels:
@@ -66,14 +90,7 @@ class Run:
             )
         torch.manual_seed(config.seed)
         self.backbone, self.data, self.config = backbone, data, config
-        try:
-            self.accelerator = accelerate.Accelerator(
-                mixed_precision=config.precision,
-                gradient_accumulation_steps=config.accumulate,
-                dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=False),
-            )
-        except ValueError as error:
-            raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
+        self.accelerator = new_accelerator(config)
         backbone.model.to(self.accelerator.device)
         self.objective = objective(backbone, data, config)
         backbone.model.requires_grad_(False)
@@ -118,14 +135,7 @@ class Run:
             if folder is None:
                 raise StateError("resume needs the folder of the run in `output`")
             tensors, state, facts = load_checkpoint(folder / FILE)
-            there = facts["run"]
-            differing = [key for key in ours if there.get(key) != ours[key] and key != "config"]
-            differing += [key for key, value in ours["config"].items() if there["config"].get(key) != value]
-            if differing:
-                raise StateError(
-                    f"the checkpoint in {folder} belongs to another run: {', '.join(differing)} differ; resume with "
-                    f"the same settings, data and backbone, or choose another folder"
-                )
+            check_same_run(folder, ours, facts["run"])
             restore(trained_tensors(module), self.optimizer, tensors, state)
             first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
             if self.accelerator.scaler is not None and facts["scaler"]:
@@ -227,24 +237,5 @@ class Run:
         return step, total / count
 
     def record(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """Return the training record that travels with the adapter; no times, so that equal runs give equal bytes."""
-        splits = {"train": self.train_split, "validation": self.data.validation, "test": self.data.test}
-        return {
-            "settings": self.config.to_json(),
-            "steps": self.steps,
-            "processes": self.accelerator.num_processes,
-            "data": {
-                "id": self.data.id,
-                "source": self.data.source,
-                "digest": self.data.digest,
-                "rows": {name: len(split) for name, split in splits.items() if split is not None},
-                "unreadable": sum(len(split.unreadable) for split in splits.values() if split is not None),
-                "empty_classes": empty_classes(self.train_split, self.data.class_names),
-            },
-            "versions": {
-                "maskpack": version("maskpack"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "metrics": dict(metrics),
-        }
+        """Return the training record that travels with the adapter."""
+        return training_record(self.config, self.data, self.steps, self.accelerator.num_processes, metrics)

@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..backbone.parameters import aliases, unwrap
+from ..backbone.parameters import unwrap
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError
 from ..mask import MaskSet
 from ..methods.base import Method, build_method
+from .parametrized import all_names, owner, put_on, take_off
 from .scored_weight import ScoredModel, ScoredWeight
 
 SCORES = ".0.scores"  # how a checkpoint's names of scores end
@@ -56,36 +57,21 @@ def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) 
     if scale and method.op != "zero":
         raise ConfigError(f"the method {method.id!r} removes no weights, so that there is no scale; leave it out")
     together = ScoredModel(method)
-    tied: dict[str, list[str]] = {}
-    for name, first in aliases(model).items():
-        tied.setdefault(first, []).append(name)
+    tied = all_names(model)
     model.requires_grad_(False)
     scores = {}
     for name in names:
-        owner, leaf = _owner(model, name)
+        place, leaf = owner(model, name)
         # one ScoredWeight for all names of a tied weight: it has one set of scores
         try:
-            scored = ScoredWeight(getattr(owner, leaf), scale, together)
+            scored = ScoredWeight(getattr(place, leaf), scale, together)
         except ConfigError as error:
             detach_scores(model)
             raise ConfigError(f"{name}: {error}") from None
         together.members.append(scored)
-        for alias in tied[name]:
-            module, parameter = _owner(model, alias)
-            together.orders.setdefault(module, list(module._parameters))
-            # unsafe: the parametrization keeps shape and dtype by contract, and must not be run to find that out
-            parametrize.register_parametrization(module, parameter, scored, unsafe=True)
+        put_on(model, tied[name], scored, together.orders)
         scores[name] = scored.scores
     return scores
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, leaf = name.rpartition(".")
-    module = model
-    for part in parent.split(".") if parent else ():
-        module = getattr(module, part)
-        module = unwrap(module)
-    return module, leaf
 
 
 def scored_weights(model: nn.Module) -> dict[str, ScoredWeight]:
@@ -156,8 +142,8 @@ def replaced_values(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, one in scored_weights(model).items():
         if one.method.op == "replace":
-            owner, leaf = _owner(unwrap(model), name)
-            chains: Any = owner.parametrizations
+            place, leaf = owner(unwrap(model), name)
+            chains: Any = place.parametrizations
             weight = chains[leaf].original.detach()
             found[name] = one.method.values(weight, one.scores.detach())[~one.binary()].cpu()
     return found
@@ -181,16 +167,4 @@ def extract_masks(model: nn.Module) -> MaskSet:
 
 def detach_scores(model: nn.Module) -> None:
     """Remove the scores from a model; its weights keep their bits."""
-    models = scored_models(model)
-    for module in list(unwrap(model).modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        lists = module.parametrizations
-        assert isinstance(lists, nn.ModuleDict)
-        for leaf in [leaf for leaf, chain in lists.items() if isinstance(chain[0], ScoredWeight)]:  # type: ignore[index]
-            # the frozen weight itself is put back, not a copy
-            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-    # removing a parametrization puts its parameter behind the others of its module
-    for module, names in ((module, names) for one in models for module, names in one.orders.items()):
-        if module._parameters.keys() == set(names):
-            module._parameters = {name: module._parameters[name] for name in names}
+    take_off(model, ScoredWeight, [one.orders for one in scored_models(model)])

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from ..mask import PackedMask
 from ..methods.base import Method, State
+from .parametrized import Orders
 
 
 class ScoredWeight(nn.Module):
@@ -50,13 +51,13 @@ class ScoredModel:
         members: in the order of their names.
         progress: share of the training steps that are done. batch_size: examples of an optimiser step.
         off: compute with the weights as they are.
-        orders: names of the parameters of each module with scores, in their order before these were attached.
+        orders: what taking the scores off needs.
     """
 
     def __init__(self, method: Method):
         self.method = method
         self.members: list[ScoredWeight] = []
-        self.orders: dict[nn.Module, list[str]] = {}
+        self.orders: Orders = {}
         self.progress = 1.0
         self.batch_size = 1
         self.off = False
