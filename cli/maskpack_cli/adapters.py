@@ -15,7 +15,9 @@ RequireRevision = Annotated[
     bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
 ]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
-RandomWeights = Annotated[int | None, typer.Option(help="Seed of random weights.")]
+RandomWeights = Annotated[
+    str | None, typer.Option(help="SEED, kaiming:SEED or signed-constant:SEED of random weights.")
+]
 
 
 def inspect(

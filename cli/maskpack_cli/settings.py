@@ -58,6 +58,8 @@ def _checked(verb: Callable[..., None], settings: dict[str, Any], config: Path) 
     from maskpack.errors import ConfigError
 
     known = {k: get_args(p.annotation)[0] for k, p in inspect.signature(verb).parameters.items() if k not in OWN}
+    if type(settings.get("random_weights")) is int:  # a seed alone
+        settings["random_weights"] = str(settings["random_weights"])
     for name, value in settings.items():
         if name not in known:
             names = ", ".join(one.replace("_", "-") for one in known)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import PROFILES, Profile
+from .adapters import PROFILES, Profile, RandomWeights
 from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
 from .settings import OWN, read_settings, take
 
@@ -40,7 +40,7 @@ def train(
         str | None, _option("backbone", "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION.")
     ] = None,
     weights: Annotated[Path | None, _option("backbone", "Safetensors state dict, loaded strictly.")] = None,
-    random_weights: Annotated[int | None, _option("backbone", "Seed of random weights.")] = None,
+    random_weights: RandomWeights = None,
     head: Annotated[str | None, _option("backbone", "Module that gives the logits, where it is not found.")] = None,
     image_size: Annotated[int | None, _option("backbone", "Pixels. (default: the backbone's)")] = None,
     mean: Annotated[
@@ -69,6 +69,13 @@ def train(
     ] = None,
     include: Annotated[list[str] | None, _option("mask", "Glob of parameters to mask; may be repeated.")] = None,
     exclude: Annotated[list[str] | None, _option("mask", "Glob of parameters to leave out; may be repeated.")] = None,
+    selective: Annotated[
+        str | None,
+        _option("mask", "Scores that learn: all, first:STAGES, random:SHARE or largest:SHARE. (default: all)"),
+    ] = None,
+    train: Annotated[
+        list[str] | None, _option("mask", "Glob of norms or biases that learn themselves; may be repeated.", "--train")
+    ] = None,
     scale: Annotated[
         bool | None, _option("mask", "Divide kept weights by sqrt(density). (default: off)", "--scale/--no-scale")
     ] = None,

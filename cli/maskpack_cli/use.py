@@ -27,7 +27,7 @@ def loaded(
     token: str | None,
     reference: str | None,
     weights: Path | None,
-    random: int | None,
+    random: str | None,
 ) -> "tuple[Backbone, Adapter]":
     """Return the backbone with the adapter applied."""
     from maskpack import load_adapter, load_mask
@@ -38,7 +38,7 @@ def loaded(
     return backbone, adapter
 
 
-def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, random: int | None) -> "Backbone":
+def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, random: str | None) -> "Backbone":
     """The backbone that an adapter is for, as the options name it."""
     from maskpack import load_backbone
     from maskpack.errors import BackboneError
@@ -48,8 +48,11 @@ def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, ran
         # only libraries' own models: a file's factory is never run because an adapter names it
         if not base.startswith(("timm/", "torchvision/", "hf/")) or (base.startswith("hf/") and base.count("/") != 2):
             raise BackboneError(f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone")
-        suffix = f"@{adapter.base.revision}" if adapter.base.revision and not base.startswith("timm/") else ""
-        reference = base + suffix
+        revision = adapter.base.revision or ""
+        if revision.startswith("random:"):
+            reference, random = base, random or revision.removeprefix("random:")
+        else:
+            reference = f"{base}@{revision}" if revision and not base.startswith("timm/") else base
     size = (adapter.preprocess_config or {}).get("size")
     return load_backbone(reference, weights=weights, random_weights=random, image_size=size)
 

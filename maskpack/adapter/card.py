@@ -105,9 +105,11 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
 def _usage(base: Mapping[str, Any], name: str, cascade: Mapping[str, Any] | None, classifies: bool) -> Iterator[str]:
     id_, revision = base["id"], base["revision"]
     known = base_model(id_) is not None or OTHER_ID.fullmatch(id_) is not None
+    drawn = re.fullmatch(r"random:([\w:-]+)", revision or "")
     if known and revision and not id_.startswith("timm/") and re.fullmatch(r"[\w.-]+", revision):
         id_ = f"{id_}@{revision}"
-    model = f'load_backbone("{id_}").model' if known else "...  # the base named above, with the same weights"
+    options = f', random_weights="{drawn[1]}"' if drawn else ""
+    model = f'load_backbone("{id_}"{options}).model' if known else "...  # the base named above, with the same weights"
     yield "```python"
     load = "load_mask" if cascade is None else "load_cascade"
     yield f"from maskpack import {'load_backbone, ' if known else ''}{load}\n"

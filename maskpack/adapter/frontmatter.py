@@ -52,7 +52,8 @@ def front_matter(description: Mapping[str, Any], repo_id: str | None, license: s
     front: dict[str, Any] = {"library_name": "maskpack"}
     if license is not None:
         front["license"] = license
-    if (hub := base_model(base["id"])) is not None:
+    # a network of random weights shares nothing with the pretrained one but its shape
+    if (hub := base_model(base["id"])) is not None and not str(base["revision"]).startswith("random:"):
         front |= {"base_model": hub, "base_model_relation": "adapter"}
     tags = ("maskpack", "binary-mask", digest_tag(base["digests"]["float32"]), base_id_tag(base["id"]))
     front["tags"] = [tag for tag in tags if tag is not None]

@@ -15,6 +15,7 @@ from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess
 from ..tensorfile import read_tensors
 from .head import Pooling, find_head, head_features
 from .hf import is_vision, load_model, stated_preprocess, tower_name
+from .random_init import PREFIX, parse_random, randomize
 
 LARGEST_IMAGE = 8192  # pixels
 Task = Literal["image-classification", "text-classification"]
@@ -27,7 +28,7 @@ class Backbone:
     Attributes:
         model: in evaluation mode.
         id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
-        revision: Hub commit, torchvision weights enum, or None.
+        revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
         head: dotted name of the linear layer that gives the logits; None for an encoder.
         outside: modules that do not belong to the body: the head, or an encoder's unused pooler.
         preprocess: what the model expects of its inputs.
@@ -123,10 +124,8 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
             return Backbone(model, id_, commit, preprocess=stated)
         return Backbone(model, id_, commit, preprocess=stated, pooling="projection", normalize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
-    limit = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
-    return Backbone(
-        model, id_, commit, "text-classification", None, TextPreprocess(limit), tokenizer, "mean", normalize=True
-    )
+    text = TextPreprocess(min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length)))
+    return Backbone(model, id_, commit, "text-classification", None, text, tokenizer, "mean", normalize=True)
 
 
 def _factory(reference: str, image_size: int | None) -> Backbone:
@@ -135,8 +134,7 @@ def _factory(reference: str, image_size: int | None) -> Backbone:
     if not path.is_file():
         raise BackboneError(f"no file {file!r}; a factory is given as PATH.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(f"maskpack_factory_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -194,7 +192,7 @@ def load_backbone(
     reference: str,
     *,
     weights: str | Path | None = None,
-    random_weights: int | None = None,
+    random_weights: int | str | None = None,
     head: str | None = None,
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
@@ -206,7 +204,8 @@ def load_backbone(
         reference: `timm/NAME`, `torchvision/NAME[@WEIGHTS]`, `hf/REPO[@REVISION]`, `hf/FOLDER` or `PATH.py:FUNCTION`
             (which runs that file: only ever from the user's own command line, never from an adapter).
         weights: safetensors state dict to load strictly in place of the pretrained weights.
-        random_weights: seed; random weights in place of the pretrained ones.
+        random_weights: random weights in place of the pretrained ones: a seed for those that the library draws, or
+            "kaiming:SEED" or "signed-constant:SEED" for those of `random_init`, which are the same everywhere.
         head: dotted name of the head, where it cannot be found.
         image_size: pixels, in place of the backbone's own.
         mean, std: normalisation per channel, in place of the backbone's own.
@@ -217,10 +216,13 @@ def load_backbone(
     """
     if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE:
         raise ConfigError(f"image_size must be from 1 to {LARGEST_IMAGE} pixels, got {image_size}")
+    kind, seed = parse_random(str(random_weights)) if random_weights is not None else ("", 0)
+    if random_weights is not None and weights is not None:
+        raise ConfigError(f"weights {weights} and random_weights {random_weights} exclude each other; leave one out")
     with torch.random.fork_rng():
         try:
             if random_weights is not None:
-                torch.manual_seed(random_weights)
+                torch.manual_seed(seed)
             backbone = _make(reference, weights is None and random_weights is None, image_size)
         except MaskpackError:
             raise
@@ -231,6 +233,9 @@ def load_backbone(
             ) from error
     if weights is not None:
         load_weights(backbone.model, weights)
+    if kind:
+        randomize(backbone.model, kind, seed)
+        backbone = replace(backbone, revision=f"{PREFIX}{kind}:{seed}")
     backbone.model.eval()
     if isinstance(backbone.preprocess, ImagePreprocess):
         stated = backbone.preprocess

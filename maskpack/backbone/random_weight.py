@@ -1,4 +1,4 @@
-"""Random weights of a masked head: the same in every release and on every machine, so that a seed stands for them."""
+"""Random weights: the same in every release and on every machine, so that a seed stands for those of a masked head."""
 
 import hashlib
 import math
@@ -21,11 +21,16 @@ def random_weight(seed: int, classes: int, features: int) -> Tensor:
     """
     whole = torch.empty(classes * features)
     for block, part in enumerate(torch.split(whole, BLOCK)):
-        words = hashlib.shake_128(f"maskpack head {seed} {block}".encode()).digest(4 * len(part))
-        upper = torch.frombuffer(bytearray(words), dtype=torch.int32) >> 8 & 0xFFFFFF
+        words = random_words(f"maskpack head {seed} {block}", len(part))
         # exact up to the last division: 24 bits and a half
-        part.copy_((2 * upper + 1 - (1 << 24)).to(torch.float64) / (1 << 24) / math.sqrt(features))
+        part.copy_((2 * words + 1 - (1 << 24)).to(torch.float64) / (1 << 24) / math.sqrt(features))
     return whole.reshape(classes, features)
+
+
+def random_words(label: str, count: int) -> Tensor:
+    """Return `count` numbers from 0 to 2**24 - 1, int32: the upper three bytes of the words of SHAKE-128 of a text."""
+    words = hashlib.shake_128(label.encode()).digest(4 * count)
+    return torch.frombuffer(bytearray(words), dtype=torch.int32) >> 8 & 0xFFFFFF
 
 
 @dataclass(frozen=True, slots=True, eq=False)

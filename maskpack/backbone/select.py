@@ -49,6 +49,19 @@ def _match(patterns: Iterable[str], names: Sequence[str], option: str) -> set[st
     return matched
 
 
+def match_parameters(model: nn.Module, patterns: Iterable[str], option: str, head: Sequence[str] = ()) -> list[str]:
+    """Return the names of the body's parameters that globs match, sorted; tied ones under their first name only.
+
+    Args:
+        option: what the patterns are called in errors.
+
+    Raises:
+        SelectionError: if a pattern matches nothing.
+    """
+    first = aliases(model)
+    return sorted({first[name] for name in _match(patterns, [n for n in first if not inside(n, head)], option)})
+
+
 def select_parameters(
     model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), head: Sequence[str] = ()
 ) -> list[str]:

@@ -170,7 +170,7 @@ def _tagged(report: Report, part: str) -> Report:
 
 def _embeddings(backbone: Backbone, data: Data, config: TrainConfig, folder: Path, base: Fingerprint) -> Tensor:
     """Embed the training rows that can be read as a finished run left the model, (N, D) float32."""
-    with borrowed(backbone):
+    with borrowed(backbone, config.train):
         run = Run(backbone, data, config)
         take_over(trained_tensors(run.objective.module), folder / FILE, base.digests[base.dtype], ())
         return embeddings(backbone, readable(run.objective.load(run.train_split)))[0]

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from ..preprocess import AUGMENTS, Augment
 from ..registry import check_above_zero
+from .selective import ALL, parse_rule
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam"),
@@ -29,6 +30,8 @@ class TrainConfig:
         objective, objective_options: what the scores are trained on (`maskpack list objectives`); "self-supervised" is
             the one without labels for the backbone's task.
         include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
+        selective: which scores learn, as of `selective.learning_weights`; the others keep their weights.
+        train: globs of parameters that learn themselves, as norms and biases, at the rate of heads; stored whole.
         scale: divide the kept weights by sqrt(density), per parameter.
         head_kind: "linear" is trained and stored whole; "masked" is random, with scores of its own, and stored as seed
             and mask; "text" is made of a CLIP-like backbone's text embeddings and frozen; "own" is the model's, frozen.
@@ -53,6 +56,8 @@ class TrainConfig:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    selective: str = ALL
+    train: tuple[str, ...] = ()
     scale: bool = False
     head_kind: Literal["linear", "masked", "text", "own"] = "linear"
     head_template: str = "This is a photo of a {label}"
@@ -77,6 +82,7 @@ class TrainConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        parse_rule(self.selective)
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -111,6 +117,7 @@ class TrainConfig:
             "objective_options": dict(self.objective_options),
             "include": list(self.include),
             "exclude": list(self.exclude),
+            "train": list(self.train),
             "lr": self.score_lr,
             "head_lr": self.linear_lr,
         }

@@ -13,8 +13,9 @@ from ..errors import require
 from .batchnorm import batchnorm_statistics
 from .checkpoint import run_folder
 from .config import TrainConfig
+from .learn import Learn
 from .log import Report, RunLog
-from .run import Learn, Run
+from .run import Run
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,7 +32,7 @@ class TrainResult:
     """What a run learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
 
     Attributes:
-        parts: masks, head (None without labels), BatchNorm statistics.
+        parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
         base: fingerprint of the backbone.
         about: task, class names, preprocessing and training record.
         metrics: train_loss, density, and what the objective measures of the splits that exist.
@@ -78,13 +78,14 @@ def train_mask(
     main = require("accelerate", "train", "training").PartialState().is_main_process
     folder = run_folder(output, resume)
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with borrowed(backbone), RunLog(folder if main else None, report if main else None, resume) as log:
+    with borrowed(backbone, config.train), RunLog(folder if main else None, report if main else None, resume) as log:
         run = Run(backbone, data, config)
         metrics = run.train(before, folder, resume, None if start_from is None else Path(start_from), log)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()
         values = replaced_values(backbone.model)
-        parts = Parts(extract_masks(backbone.model), head, statistics, values=values)
+        whole = {name: parameter.detach().cpu().clone() for name, parameter in run.whole.items()}
+        parts = Parts(extract_masks(backbone.model), head, statistics, whole, values)
     after = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     if after.digests != before.digests:
         raise TrainingError(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.load import Backbone
-from ..backbone.select import select_parameters
 from ..data.base import Data, Examples
 from ..data.batches import EpochSampler, epoch_seed, readable
 from ..errors import ConfigError, StateError, TrainingError, require
-from ..methods.base import build_method
 from .batchnorm import set_train_mode
 from .checkpoint import (
     FILE,
@@ -28,20 +26,13 @@ from .checkpoint import (
     trained_tensors,
 )
 from .config import TrainConfig
+from .learn import Learn, learn_scores, learn_whole
 from .log import RunLog
 from .objectives.base import check_data, find_objective
 from .record import training_record
-from .scored import attach, density, scored_models, scored_weights
+from .scored import density, scored_models, scored_weights
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
-
-Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
-
-
-def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Attach scores to the weights that the settings select; return the scores by name."""
-    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-    return attach(backbone.model, build_method(config.method, dict(config.method_options)), names, config.scale)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -78,6 +69,9 @@ class Run:
 
     Args:
         learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
+
+    Attributes:
+        whole: parameters that learn themselves beside scores, by name.
     """
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
@@ -94,10 +88,12 @@ class Run:
         backbone.model.to(self.accelerator.device)
         self.objective = objective(backbone, data, config)
         backbone.model.requires_grad_(False)
+        self.whole = learn_whole(backbone, config) if learn is learn_scores else {}
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
         learned = self.scores.values() if all(one.method.learns for one in self.scored) else ()
-        scores, beside = [*learned, *self.objective.scores()], self.objective.trained()
+        scores = [*learned, *self.objective.scores()]
+        beside = [*self.objective.trained(), *self.whole.values()]
         self.trained = [*scores, *beside]
         for parameter in self.trained:
             parameter.requires_grad_(True)

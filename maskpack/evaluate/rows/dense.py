@@ -7,7 +7,7 @@ from ...backbone.load import Backbone
 from ...backbone.parameters import inside
 from ...training.checkpoint import FILE
 from ...training.dense import train_dense
-from ...training.run import Learn
+from ...training.learn import Learn
 from .base import Fitted, Predict, Trial, settings_of
 
 

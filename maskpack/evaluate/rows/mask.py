@@ -12,7 +12,7 @@ from ...methods.base import METHODS, build_method
 from ...training.config import TrainConfig
 from .base import ROWS, Fitted, Row, Trial, settings_of
 from .dense import classified
-from .masked import stored, train
+from .masked import learned, stored, train
 
 
 @ROWS.register
@@ -34,7 +34,7 @@ class SupervisedMask(Row):
         head = result.parts.head
         assert head is not None
         load_mask(trial.backbone.model, adapter)
-        count = result.parts.masks.total + sum(t.numel() for t in (head.weight, head.bias) if t is not None)
+        count = learned(result.parts) + sum(t.numel() for t in (head.weight, head.bias) if t is not None)
         predict = classified(classifier_from(trial.backbone.model, head).eval())
         return Fitted(predict, count, stored(adapter), result.about["training"]["steps"])
 

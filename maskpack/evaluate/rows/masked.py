@@ -6,6 +6,7 @@ from typing import Any
 from ...adapter.adapter import Adapter
 from ...adapter.describe import describe
 from ...adapter.file import save_adapter
+from ...parts import Parts
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.loop import TrainResult, train_mask
@@ -31,6 +32,11 @@ def train(trial: Trial, config: TrainConfig, labelled: bool) -> tuple[TrainResul
 def write(trial: Trial, parts: Any, base: Any, about: Mapping[str, Any]) -> Adapter:
     """Write an adapter of the profile "default" into the folder of a trial."""
     return save_adapter(trial.folder / "mask.safetensors", parts, base, weights=trial.backbone.model, **about)
+
+
+def learned(parts: Parts) -> int:
+    """Return how many numbers of a mask set learned: a score of every weight, and parameters themselves."""
+    return parts.masks.total + sum(one.numel() for one in parts.parameters.values())
 
 
 def stored(adapter: Adapter) -> dict[str, int]:

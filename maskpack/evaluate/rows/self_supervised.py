@@ -7,7 +7,7 @@ from ...apply.load import load_mask
 from ...training.objectives.base import SELF_SUPERVISED
 from ..linear_probe import fit_probe
 from .base import ROWS, Fitted, Row, Trial, settings_of
-from .masked import RATES, stored, train
+from .masked import RATES, learned, stored, train
 
 
 @ROWS.register
@@ -27,7 +27,7 @@ class SelfSupervisedMask(Row):
         head = probe.weight.numel() + probe.bias.numel()
         return Fitted(
             lambda inputs: probe.logits(trial.features(inputs)),
-            result.parts.masks.total + head,
+            learned(result.parts) + head,
             {**stored(adapter), "head": 4 * head},
             result.about["training"]["steps"],
         )

@@ -79,6 +79,11 @@ class Distribution(Objective):
                 f"the objective 'distribution' compares outputs, and {backbone.id} has no head that gives any; take a "
                 f"backbone with its head"
             )
+        if config.train:
+            raise ConfigError(
+                f"the objective 'distribution' compares with the network as it is, of which train would change "
+                f"{', '.join(config.train)}; leave out train"
+            )
         if config.bn == "adapt" and batchnorm_statistics(backbone.model):
             raise ConfigError(
                 "the objective 'distribution' compares with the network as it is, whose BatchNorm statistics stay; "
