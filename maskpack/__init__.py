@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from .errors import MaskpackError
     from .evaluate.cascade import fit_cascade_head
     from .evaluate.compare import compare
+    from .evaluate.multitask import train_tasks
     from .hub import pull, push, search_adapters
     from .mask import MaskSet
     from .training.cascade import train_cascade
     from .training.config import TrainConfig
+    from .training.gated import attach_gates
     from .training.loop import train_mask
     from .training.scored import attach_scores, extract_masks
 
@@ -34,6 +36,7 @@ _WHERE = {
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "TrainConfig": "training.config",
+    "attach_gates": "training.gated",
     "attach_scores": "training.scored",
     "compare": "evaluate.compare",
     "extract_masks": "training.scored",
@@ -51,6 +54,7 @@ _WHERE = {
     "search_adapters": "hub",
     "train_cascade": "training.cascade",
     "train_mask": "training.loop",
+    "train_tasks": "evaluate.multitask",
     "unload_mask": "apply.load",
 }
 
@@ -59,6 +63,7 @@ __all__ = [
     "MaskSet",
     "MaskpackError",
     "TrainConfig",
+    "attach_gates",
     "attach_scores",
     "compare",
     "extract_masks",
@@ -76,6 +81,7 @@ __all__ = [
     "search_adapters",
     "train_cascade",
     "train_mask",
+    "train_tasks",
     "unload_mask",
 ]
 

@@ -1,7 +1,7 @@
 """The options of verbs that train: those of a TOML file, and over them the command line's."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -9,15 +9,23 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 UNIONS = (UnionType, Union)  # X | None, and the same where X is a Literal
-OWN = ("config", "resume", "dry_run", "as_json", "quiet")  # options of a call, not of a run
+OWN = ("config", "resume", "dry_run", "as_json", "quiet")  # of a call, not of a run
 
 
-def read_settings(verb: Callable[..., None], given: Mapping[str, Any], config: Path | None) -> dict[str, Any]:
+def read_settings(
+    verb: Callable[..., None],
+    given: Mapping[str, Any],
+    config: Path | None,
+    needed: Sequence[str] = ("backbone", "data", "output"),
+    apart: str | None = None,
+) -> dict[str, Any]:
     """Return the settings of a run by option name.
 
     Args:
         verb: whose options may stand in the file.
         given: options of the command line, which override the file's.
+        needed: options without which there is no run.
+        apart: key of the file that is no option, returned with the settings as it is.
 
     Raises:
         ConfigError: if the file cannot be read, has what is no option or not of its type, or a needed one is missing.
@@ -25,7 +33,9 @@ def read_settings(verb: Callable[..., None], given: Mapping[str, Any], config: P
     from maskpack.errors import ConfigError
     from maskpack.training.config import read_config
 
-    settings = {**(_checked(verb, read_config(config), config) if config else {}), **given}
+    stored = read_config(config) if config else {}
+    other = {key: stored.pop(key) for key in (apart,) if key in stored}
+    settings = {**checked(kinds_of(verb), stored, str(config)), **given, **other}
     for name in ("mean", "std"):
         if name in settings:
             settings[name] = _three_numbers(name, settings[name])
@@ -36,7 +46,7 @@ def read_settings(verb: Callable[..., None], given: Mapping[str, Any], config: P
             if any(not mark for _, mark, _ in pairs):
                 raise ConfigError(f"--{kind}-option must be KEY=VALUE, got {options}")
             settings[f"{kind}_options"] = {key: value for key, _, value in pairs}
-    missing = [name for name in ("backbone", "data", "output") if name not in settings]
+    missing = [name for name in needed if name not in settings]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
     return settings
@@ -53,20 +63,29 @@ def take(settings: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: settings.pop(name) for name in names if name in settings}
 
 
-def _checked(verb: Callable[..., None], settings: dict[str, Any], config: Path) -> dict[str, Any]:
-    """The file's settings, each of which is an option of the verb and has its type."""
+def kinds_of(verb: Callable[..., None]) -> dict[str, Any]:
+    """Return the types of a verb's options that may stand in a file, by name."""
+    parameters = inspect.signature(verb).parameters.items()
+    return {name: get_args(one.annotation)[0] for name, one in parameters if name not in OWN}
+
+
+def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return settings of a file, each of which is an option and has its type.
+
+    Raises:
+        ConfigError: if one is or has not; the message names it and the place.
+    """
     from maskpack.errors import ConfigError
 
-    known = {k: get_args(p.annotation)[0] for k, p in inspect.signature(verb).parameters.items() if k not in OWN}
     if type(settings.get("random_weights")) is int:  # a seed alone
         settings["random_weights"] = str(settings["random_weights"])
     for name, value in settings.items():
         if name not in known:
             names = ", ".join(one.replace("_", "-") for one in known)
-            raise ConfigError(f"{config} has the setting {name!r}, which cannot stand there; known: {names}")
+            raise ConfigError(f"{place} has the setting {name!r}, which cannot stand there; known: {names}")
         triple = name in ("mean", "std") and isinstance(value, list)
         if not triple and not _fits(value, known[name]):
-            raise ConfigError(f"{name} in {config} must be {_words(known[name])}, got {value!r}")
+            raise ConfigError(f"{name} in {place} must be {_words(known[name])}, got {value!r}")
     return settings
 
 

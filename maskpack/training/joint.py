@@ -1,0 +1,226 @@
+"""The joint run: several tasks learn on shared weights, each with its own head, statistics and, if asked for, gates."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backbone.classifier import Batch, to_device
+from ..backbone.fingerprint import Fingerprint
+from ..backbone.head import swap_module
+from ..backbone.load import Backbone
+from ..backbone.parameters import inside
+from ..backbone.select import select_parameters
+from ..data.batches import EpochSampler, epoch_seed, readable
+from ..errors import ConfigError, StateError, TrainingError
+from .batchnorm import BATCH_NORMS, set_train_mode
+from .checkpoint import FILE, check_same_run, load_checkpoint, restore, save_checkpoint
+from .config import TrainConfig
+from .gated import Gates, attach_gates
+from .histograms import GateHistory
+from .log import RunLog
+from .objectives.base import check_data
+from .objectives.supervised import Supervised
+from .run import LOG_EVERY, learning_rate, new_accelerator
+from .selective import ALL
+from .tasks import JointConfig, Task
+
+PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ
+
+
+class JointRun:
+    """The objects of a joint run. The backbone is changed; `close` puts everything back but its weights.
+
+    Args: as `train_jointly`.
+    """
+
+    def __init__(
+        self, backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
+    ):
+        if config.objective != Supervised.id or config.head_kind != "linear":
+            raise ConfigError(
+                f"tasks learn together with the objective {Supervised.id!r} and linear heads, got "
+                f"{config.objective!r} and {config.head_kind!r}; train them in a row (sequential) for others"
+            )
+        if config.train or config.selective != ALL:
+            raise ConfigError(
+                f"train and selective are for masks on frozen weights, and here all weights learn; leave them out, "
+                f"got {list(config.train)} and {config.selective!r}"
+            )
+        splits = {name: check_data(task.data, backbone, Supervised) for name, task in tasks.items()}
+        self.accelerator = new_accelerator(config)
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"tasks learn together in one process, got {self.accelerator.num_processes}; start one, or train them "
+                f"in a row (sequential)"
+            )
+        torch.manual_seed(config.seed)
+        model = backbone.model.to(self.accelerator.device)
+        self.backbone, self.tasks, self.config, self.names = backbone, tasks, config, list(tasks)
+        self.own_head = None if backbone.head is None else model.get_submodule(backbone.head)
+        self.selected = select_parameters(model, config.include, config.exclude, backbone.outside)
+        self.objectives = {n: Supervised(backbone, task.data, task.settings(config)) for n, task in tasks.items()}
+        self.samplers = {name: EpochSampler(len(split), config.seed) for name, split in splits.items()}
+        self.loaders = {n: one.batches(splits[n], self.samplers[n]) for n, one in self.objectives.items()}
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and not inside(name, backbone.outside))
+        self.gates: Gates | None = attach_gates(model, tasks, self.selected) if gated else None
+        self.history = None if self.gates is None else GateHistory(self.gates)
+        self.joint, self.settings = joint, joint.to_json(config.optimizer, len(tasks))
+        lr, factor = self.settings["weight_lr"], self.settings["gate_factor"]
+        body = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": body, "lr": lr}] if self.gates is None else self.gates.parameter_groups(lr, factor)
+        heads = [p for objective in self.objectives.values() for p in objective.trained()]
+        groups.append({"params": heads, "lr": config.linear_lr})
+        self.trained = [p for group in groups for p in group["params"]]
+        for parameter in heads:
+            parameter.requires_grad_(True)
+        self.peaks = [float(group["lr"]) for group in groups]
+        optimizer = torch.optim.SGD(groups, momentum=0.9) if config.optimizer == "sgd" else torch.optim.Adam(groups)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.slots = [
+            (layer, leaf)
+            for layer in model.modules()
+            if isinstance(layer, BATCH_NORMS)
+            for leaf, buffer in layer._buffers.items()
+            if buffer is not None
+        ]
+        self.own_buffers = [layer._buffers[leaf] for layer, leaf in self.slots]
+        self.buffers = {n: [b.clone() for b in self.own_buffers if b is not None] for n in tasks}
+        self.steps_per_epoch = sum(math.ceil(len(one) / config.accumulate) for one in self.loaders.values())
+        self.steps = config.steps * len(tasks) if config.steps else config.epochs * self.steps_per_epoch
+        self.epochs = math.ceil(self.steps / self.steps_per_epoch)
+
+    def use(self, name: str) -> Supervised:
+        """Make the backbone this task's: head, statistics, gates; return the task's objective."""
+        objective = self.objectives[name]
+        if self.backbone.head is not None:
+            swap_module(self.backbone.model, self.backbone.head, objective.module.linear)
+        for (layer, leaf), buffer in zip(self.slots, self.buffers[name], strict=True):
+            layer._buffers[leaf] = buffer
+        if self.gates is not None:
+            self.gates.use(name)
+        return objective
+
+    def close(self) -> None:
+        """Take the gates off; head and statistics are those that the backbone came with."""
+        if self.gates is not None:
+            self.gates.detach()
+        if self.backbone.head is not None and self.own_head is not None:
+            swap_module(self.backbone.model, self.backbone.head, self.own_head)
+        for (layer, leaf), buffer in zip(self.slots, self.own_buffers, strict=True):
+            layer._buffers[leaf] = buffer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that the run changes, by name."""
+        found = {f"trained/{at}": parameter.detach() for at, parameter in enumerate(self.trained)}
+        for name, buffers in self.buffers.items():
+            found.update({f"buffers/{name}/{at}": buffer for at, buffer in enumerate(buffers)})
+        return found
+
+    def train(self, base: Fingerprint, folder: Path | None, resume: bool, log: RunLog) -> dict[str, float]:
+        """Run the epochs that are left; return what the last one showed."""
+        ours = {
+            "config": {**self.config.to_json(), **self.settings, "gated": self.gates is not None},
+            "tasks": {n: [t.data.digest, len(self.loaders[n].dataset), t.augment] for n, t in self.tasks.items()},
+            "base": base.digests[base.dtype],
+        }
+        first, step, metrics = 0, 0, dict[str, float]()
+        if resume:
+            if folder is None:
+                raise StateError("resume needs the folder of the run in `output`")
+            tensors, state, facts = load_checkpoint(folder / FILE)
+            check_same_run(folder, ours, facts["run"])
+            restore(self.tensors(), self.optimizer, tensors, state)
+            first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
+            if self.history is not None:
+                self.history.content = facts["history"]
+        else:
+            for name in self.names:
+                self.use(name).start()
+            if self.history is not None:
+                self.history.add(0)
+        for epoch in range(first, self.epochs):
+            step, loss = self._epoch(epoch, step, log)
+            metrics = {"train_loss": loss, **self.accuracies("validation")}
+            if self.history is not None:
+                self.history.add(step)
+            log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
+            if folder is not None:
+                history = None if self.history is None else self.history.content
+                facts = {"run": ours, "epoch": epoch + 1, "step": step, "metrics": metrics, "history": history}
+                save_checkpoint(folder / FILE, self.tensors(), self.optimizer, facts)
+        return metrics
+
+    def accuracies(self, split: str) -> dict[str, float]:
+        """Return the accuracies of the tasks that have this split, and their mean, by name."""
+        found = {}
+        for name, task in self.tasks.items():
+            examples = getattr(task.data, split)
+            if examples is not None:
+                found[name] = self.use(name).evaluate(examples)["accuracy"]
+        if not found:
+            return {}
+        mean = {f"{split}_accuracy": sum(found.values()) / len(found)}
+        return {**mean, **{f"{split}_accuracy_{name}": value for name, value in found.items()}}
+
+    def loss(self, objective: Supervised, batch: Batch) -> Tensor:
+        """Return the loss of a batch of the task in use, with the regularisers."""
+        inputs, labels = batch
+        device = self.accelerator.device
+        with self.accelerator.autocast():
+            loss = objective.loss(objective.module, (to_device(inputs, device), labels.to(device)))
+        return loss if self.gates is None else loss + self.gates.penalty(self.joint.r1, self.joint.r2)
+
+    def _epoch(self, epoch: int, step: int, log: RunLog) -> tuple[int, float]:
+        """Run one epoch, a task drawn anew for each step; return the number of steps so far, and the mean loss."""
+        # everything random in an epoch follows from its seed: a resumed run needs no generator states
+        torch.manual_seed(epoch_seed(self.config.seed, epoch))
+        drawn = torch.randint(len(self.names), (self.steps_per_epoch,)).tolist()
+        streams = {name: self.stream(name, epoch) for name in self.names}
+        for objective in self.objectives.values():
+            set_train_mode(objective.module, self.config.bn == "adapt")
+        total, count, accumulate = 0.0, 0, self.config.accumulate
+        for name in (self.names[at] for at in drawn[: self.steps - step]):
+            objective = self.use(name)
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * learning_rate(self.config, step, self.steps)
+            value = 0.0
+            for _ in range(accumulate):
+                loss = self.loss(objective, next(streams[name])) / accumulate
+                value += float(loss.detach())
+                self.accelerator.backward(loss)
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss of {name!r} is {value} at step {step + 1} of {self.steps}; lower the learning rates "
+                    f"(weights {self.settings['weight_lr']}, head {self.config.linear_lr}), or clip gradients; the "
+                    f"checkpoint of the last whole epoch is kept"
+                )
+            if self.config.clip is not None:
+                self.accelerator.clip_grad_norm_(self.trained, self.config.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            total, count, step = total + value, count + 1, step + 1
+            if step % LOG_EVERY == 0 or step == self.steps:
+                rate = float(self.optimizer.param_groups[0]["lr"])
+                log.write({"event": "step", "epoch": epoch + 1, "step": step, "steps": self.steps,
+                           "loss": value, "lr": rate})  # fmt: skip
+        return step, total / count
+
+    def stream(self, name: str, epoch: int) -> Iterator[Batch]:
+        """Give a task's batches without an end, its examples in another order each time.
+
+        Raises:
+            TrainingError: if no example can be read.
+        """
+        for again in itertools.count():
+            self.samplers[name].epoch = epoch * PASSES + again
+            batch = None
+            for batch in readable(self.loaders[name]):
+                yield batch
+            if batch is None:
+                raise TrainingError(f"no example of the training split of {name!r} can be read")

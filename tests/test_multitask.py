@@ -1,0 +1,413 @@
+"""Many tasks on one backbone: what is written, what stays when a task is added, and how a joint run goes on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from maskpack_cli.main import app
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from maskpack import TrainConfig, load_adapter, load_data, load_mask, train_tasks
+from maskpack.backbone.classifier import predictions
+from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.load import Backbone, load_weights
+from maskpack.data.batches import loader, readable
+from maskpack.errors import ConfigError, DataError, StateError, TrainingError
+from maskpack.evaluate.accuracy import adapter_accuracy
+from maskpack.evaluate.multitask import plan_tasks
+from maskpack.evaluate.task_folder import BASE, CLAIM, RESULT
+from maskpack.training.batchnorm import recalibrate
+from maskpack.training.gated import GatedWeight
+from maskpack.training.joint import JointRun
+from maskpack.training.log import RunLog
+from maskpack.training.multitask import HISTOGRAMS, train_jointly
+from maskpack.training.tasks import JointConfig, Task
+
+from .test_apply import bits, same
+from .test_cascade_training import StopHere, tiny_net
+
+QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
+FAST = JointConfig(weight_lr=0.01, r1=1e-5, r2=1e-5)
+FACTORY = f"{Path(__file__).parent.parent / 'cli/maskpack_cli/digits_backbone.py'}:digits_cnn"
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, Task]:
+    """Three tasks: the classes of the first two differ in number."""
+    found = {"low": "digits:0-4", "high": "digits:6-9", "odd": "digits:1-3"}
+    tasks = {}
+    for name, ref in found.items():
+        data = load_data(ref, labels_fraction=0.06, validation_fraction=0.2)
+        assert data.test is not None
+        tasks[name] = Task(replace(data, test=replace(data.test, indices=data.test.indices[:32])))
+    return tasks
+
+
+def two(tasks: Mapping[str, Task]) -> dict[str, Task]:
+    return {name: tasks[name] for name in ("low", "high")}
+
+
+def digests(folder: Path, *names: str) -> dict[str, str]:
+    """The sha256 of every file of these tasks, and of the base."""
+    files = [file for name in names for file in (folder / name).iterdir()] + [folder / BASE]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def logits_of(folder: Path, name: str, task: Task) -> Tensor:
+    """What a network with the weights of the base and the task's adapter gives for the test rows."""
+    backbone = tiny_net()
+    load_weights(backbone.model, folder / BASE)
+    load_mask(backbone.model, folder / name)
+    assert task.data.test is not None
+    return predictions(backbone.model, readable(loader(task.data.test, backbone.preprocess)))[0]
+
+
+@pytest.fixture(scope="module")
+def gated(tasks: dict[str, Task], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gated")
+    return folder, train_tasks(tiny_net(), two(tasks), folder, mode="gated", config=QUICK, joint=FAST)
+
+
+def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Task]) -> None:
+    folder, result = gated
+    backbone = tiny_net()
+    base = fingerprint(backbone.model, id="x", head=("fc",))
+    run = JointRun(backbone, two(tasks), QUICK, FAST, gated=True)
+    run.train(base, None, False, RunLog(None, None, False))
+    assert run.gates is not None
+    soft = run.accuracies("test")
+    run.gates.hard = True
+    for row, (name, task) in zip(result["rows"], two(tasks).items(), strict=True):
+        module = run.use(name).module
+        assert task.data.test is not None
+        assert task.data.train is not None
+        recalibrate(module, readable(loader(task.data.train, backbone.preprocess, batch_size=QUICK.batch_size)))
+        hard = predictions(module, readable(loader(task.data.test, backbone.preprocess)))[0]
+        assert torch.equal(logits_of(folder, name, task), hard)
+        assert row["task"] == name
+        assert row["soft_accuracy"] == soft[f"test_accuracy_{name}"]
+        assert row["jointly"]
+        labels = torch.tensor([task.data.test.labels[i] for i in task.data.test.indices])
+        assert row["accuracy"] == pytest.approx(float((hard.argmax(1) == labels).double().mean()))
+        adapter = load_adapter(folder / name)
+        assert adapter.masks() == run.gates.masks(name)
+        assert sorted(adapter.masks()) == ["conv1.weight", "conv2.weight"]
+        assert adapter.training is not None
+        assert adapter.training["joint"]["gate_factor"] == 8
+    run.close()
+    shared = tiny_net()
+    load_weights(shared.model, folder / BASE)
+    for name, weight in backbone.model.named_parameters():
+        assert torch.equal(weight, shared.model.get_parameter(name)), "the file has the weights as they are"
+    assert not torch.equal(tiny_net().model.conv1.weight, shared.model.conv1.weight)
+    assert not torch.equal(tiny_net().model.bn1.weight, shared.model.bn1.weight), "norms learn as well"
+    assert torch.equal(tiny_net().model.fc.weight, shared.model.fc.weight), "its own head does not"
+
+
+def test_accuracy_of_the_loaded_adapter(gated: Any, tasks: dict[str, Task]) -> None:
+    folder, result = gated
+    backbone = tiny_net()
+    load_weights(backbone.model, folder / BASE)
+    adapter = load_adapter(folder / "high")
+    load_mask(backbone.model, adapter)
+    assert tasks["high"].data.test is not None
+    found = adapter_accuracy(backbone.model, adapter, tasks["high"].data.test)
+    assert found["accuracy"] == result["rows"][1]["accuracy"]
+    assert json.loads((folder / RESULT).read_text()) == result
+
+
+def test_histograms_of_a_run(gated: Any) -> None:
+    history = json.loads((gated[0] / "training/jointly" / HISTOGRAMS).read_text())
+    assert len(history["rows"]) == QUICK.epochs + 1
+    steps = [row["step"] for row in history["rows"]]
+    assert steps[0] == 0 < steps[1] < steps[2]
+    for row in history["rows"]:
+        for kind in ("gates", "weights"):
+            assert {n: sum(c) for n, c in row[kind]["high"].items()} == {"conv1.weight": 216, "conv2.weight": 1152}
+    first = history["rows"][0]["gates"]["low"]["conv1.weight"]
+    assert max(first) == 216, "all gates start at the same value"
+    assert max(history["rows"][2]["gates"]["low"]["conv1.weight"]) < 216
+
+
+@pytest.mark.parametrize("mode", ["sequential", "gated"])
+def test_a_task_that_is_added_leaves_the_others_alone(
+    mode: Any, gated: Any, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    options = {"mode": mode, "config": replace(QUICK, epochs=1)}
+    if mode == "gated":
+        options |= {"joint": FAST, "config": QUICK}
+        folder = gated[0]
+    else:
+        folder = tmp_path
+        train_tasks(tiny_net(), two(tasks), folder, **options)
+    before = digests(folder, "low", "high")
+    logits = logits_of(folder, "low", tasks["low"])
+    events = list[Mapping[str, Any]]()
+    result = train_tasks(tiny_net(), tasks, folder, report=events.append, **options)
+    assert {event["part"] for event in events} == {"odd"}
+    assert digests(folder, "low", "high") == before
+    assert torch.equal(logits_of(folder, "low", tasks["low"]), logits)
+    assert [row["task"] for row in result["rows"]] == list(tasks)
+    assert [row["jointly"] for row in result["rows"]] == [mode == "gated"] * 2 + [False]
+    assert load_adapter(folder / "odd").base.digests == load_adapter(folder / "low").base.digests
+    assert logits_of(folder, "odd", tasks["odd"]).shape[1] == 3
+    plan = plan_tasks(tiny_net(), tasks, folder, **{"joint": JointConfig(), **options})
+    assert (plan["missing"], plan["steps"]) == ([], 0)
+
+
+def test_in_a_row_the_backbone_stays_as_it_is(tasks: dict[str, Task], tmp_path: Path) -> None:
+    backbone = tiny_net()
+    before = bits(backbone.model)
+    train_tasks(backbone, {"odd": tasks["odd"]}, tmp_path, config=replace(QUICK, epochs=1))
+    assert same(bits(backbone.model), before)
+    other = tiny_net()
+    load_weights(other.model, tmp_path / BASE)
+    assert same(bits(other.model), before)
+
+
+def test_a_joint_run_goes_on_where_it_stopped(gated: Any, tasks: dict[str, Task], tmp_path: Path) -> None:
+    def report(event: Mapping[str, Any]) -> None:
+        if event["event"] == "epoch" and event["epoch"] == 2:
+            raise StopHere
+
+    def run(**options: Any) -> dict[str, Any]:
+        config = options.pop("config", QUICK)
+        return train_tasks(tiny_net(), two(tasks), tmp_path, mode="gated", config=config, joint=FAST, **options)
+
+    with pytest.raises(StopHere):
+        run(report=report)
+    assert not (tmp_path / "low").exists()
+    with pytest.raises(StateError, match="holds the checkpoint of an earlier run; continue it with resume"):
+        run()
+    with pytest.raises(StateError, match=r"jointly belongs to another run: epochs differ; resume with the same"):
+        run(config=replace(QUICK, epochs=3), resume=True)
+    events = list[Mapping[str, Any]]()
+    run(resume=True, report=events.append)
+    assert [event["epoch"] for event in events if event["event"] == "epoch"] == [2]
+    assert digests(tmp_path, "low", "high") == digests(gated[0], "low", "high")
+    histograms = [folder / "training/jointly" / HISTOGRAMS for folder in (tmp_path, gated[0])]
+    assert histograms[0].read_bytes() == histograms[1].read_bytes()
+    # what is lost can be made again from the run's checkpoint
+    before = digests(tmp_path, "low", "high")
+    (tmp_path / BASE).unlink()
+    run(resume=True)
+    assert digests(tmp_path, "low", "high") == before
+
+
+def test_a_finished_task_is_not_trained_otherwise(gated: Any, tasks: dict[str, Task]) -> None:
+    folder = gated[0]
+
+    def again(backbone: Backbone | None = None, own: Mapping[str, Task] | None = None, **options: Any) -> None:
+        options = {"mode": "gated", "config": QUICK, "joint": FAST, **options}
+        train_tasks(backbone or tiny_net(), own or two(tasks), folder, **options)
+
+    kept = digests(folder, "low", "high")
+    start = "the task 'low' in .* is finished, and was trained with other settings or data: "
+    with pytest.raises(StateError, match=start + "epochs 2, now 3; take the earlier ones, another name, or another"):
+        again(config=replace(QUICK, epochs=3))
+    with pytest.raises(StateError, match=start + r"weight_lr 0.01, now 0.02; r1 1e-05, now 0.0; take"):
+        again(joint=JointConfig(weight_lr=0.02, r2=1e-5))
+    with pytest.raises(StateError, match=start + "augment none, now flip; take"):
+        again(own={"low": Task(tasks["low"].data, "flip")})
+    with pytest.raises(StateError, match=start + "data; rows; classes; take"):
+        again(own={"low": tasks["high"]})
+    with pytest.raises(StateError, match="were trained otherwise: mode gated, now shared; take the same again, or ano"):
+        again(mode="shared", joint=JointConfig(weight_lr=0.01))
+    changed = tiny_net()
+    with torch.no_grad():
+        changed.model.conv1.weight += 1
+    with pytest.raises(StateError, match="were trained otherwise: weights .*, now .*; take the same again"):
+        again(changed)
+    base = (folder / BASE).read_bytes()
+    try:
+        (folder / BASE).write_bytes(_other_weights(folder / BASE))
+        with pytest.raises(StateError, match=r"safetensors is not the base of the task 'low': one of them was ch"):
+            again()
+    finally:
+        (folder / BASE).write_bytes(base)
+    assert digests(folder, "low", "high") == kept
+    claim = (folder / CLAIM).read_text()
+    try:
+        (folder / CLAIM).write_text("{}")
+        with pytest.raises(StateError, match="it is of no folder of tasks; choose another one"):
+            again()
+    finally:
+        (folder / CLAIM).write_text(claim)
+
+
+def _other_weights(path: Path) -> bytes:
+    """A file of the same length whose last weight is another one."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("mode", ["shared", "separate"])
+def test_baselines(mode: Any, tasks: dict[str, Task], tmp_path: Path) -> None:
+    joint, config = JointConfig(weight_lr=0.01), replace(QUICK, steps=5)
+    result = train_tasks(tiny_net(), two(tasks), tmp_path, mode=mode, config=config, joint=joint)
+    for row in result["rows"]:
+        assert (row["density"], row["soft_accuracy"]) == (1.0, None)
+        place = tmp_path if mode == "shared" else tmp_path / row["task"]
+        backbone = tiny_net()
+        load_weights(backbone.model, place / BASE)
+        adapter = load_adapter(tmp_path / row["task"])
+        load_mask(backbone.model, adapter)
+        examples = tasks[row["task"]].data.test
+        assert examples is not None
+        assert adapter_accuracy(backbone.model, adapter, examples)["accuracy"] == row["accuracy"]
+        assert adapter.training is not None
+        assert adapter.training["steps"] == (10 if mode == "shared" else 5)
+        assert adapter.training["joint"]["tasks"] == (["low", "high"] if mode == "shared" else [row["task"]])
+    bases = {load_adapter(tmp_path / row["task"]).base.digests["float32"] for row in result["rows"]}
+    assert len(bases) == (1 if mode == "shared" else 2)
+    assert not list(tmp_path.rglob(HISTOGRAMS))
+    kept = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    train_tasks(tiny_net(), two(tasks), tmp_path, mode=mode, config=config, joint=joint)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == kept
+
+
+def test_the_backbone_comes_back_whole(tasks: dict[str, Task]) -> None:
+    backbone = tiny_net()
+    head, before = backbone.model.fc, dict(backbone.model.named_buffers())
+    flags = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
+    seen = {name: buffer.clone() for name, buffer in before.items()}
+    result = train_jointly(backbone, two(tasks), replace(QUICK, steps=4), FAST)
+    assert backbone.model.fc is head
+    assert not any(isinstance(one, GatedWeight) for one in backbone.model.modules())
+    assert {name: p.requires_grad for name, p in backbone.model.named_parameters()} == flags
+    statistics = [one.parts.statistics["bn1.running_mean"] for one in result.results.values()]
+    assert not torch.equal(*statistics), "each task has its own"
+    assert torch.allclose(backbone.model.bn1.running_mean, (statistics[0] + statistics[1]) / 2)
+    assert all(backbone.model.get_buffer(name) is buffer for name, buffer in before.items())
+    assert torch.equal(seen["bn1.num_batches_tracked"], backbone.model.bn1.num_batches_tracked)
+    frozen = train_jointly(tiny_net(), two(tasks), replace(QUICK, steps=2, bn="freeze"), FAST)
+    assert not frozen.results["low"].parts.statistics
+
+
+def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
+    config = replace(QUICK, steps=2, accumulate=2, clip=1.0)
+    result = train_jointly(tiny_net(), two(tasks), config, FAST)
+    assert result.results["low"].about["training"]["steps"] == 4
+
+
+def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
+    def run(own: Mapping[str, Task] | None = None, **options: Any) -> None:
+        train_tasks(tiny_net(), two(tasks) if own is None else own, tmp_path / "new", **{"config": QUICK, **options})
+
+    for name in ("training", "jointly", "a/b", ".a", "", "ä"):
+        with pytest.raises(ConfigError, match="a task cannot be called '.*': its folder has this name; take letters"):
+            run({name: tasks["low"]})
+    with pytest.raises(ConfigError, match="a task cannot be called 'LOW': .* another name for each task"):
+        run({"low": tasks["low"], "LOW": tasks["high"]})
+    with pytest.raises(ConfigError, match="mode must be one of sequential, gated, shared, separate, got 'both'"):
+        run(mode="both")
+    with pytest.raises(ConfigError, match="there is no task; name at least one"):
+        run({})
+    with pytest.raises(ConfigError, match="are for weights that learn; in sequence only masks do"):
+        run(joint=FAST)
+    with pytest.raises(ConfigError, match="r1 and r2 are for gates, and the mode 'shared' has none; leave them out"):
+        run(mode="shared", joint=FAST)
+    with pytest.raises(ConfigError, match="tasks learn together with the objective 'supervised' and linear heads, got"):
+        run(mode="gated", config=replace(QUICK, head_kind="masked"))
+    with pytest.raises(
+        ConfigError, match=r"train and selective are for masks on frozen weights, .* got \['bn1.bias'\] and"
+    ):
+        run(mode="gated", config=replace(QUICK, train=("bn1.bias",)))
+    for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0)):
+        with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
+            JointConfig(**{name: value})
+    with pytest.raises(ConfigError, match=r"r2 must be 0 or more, got -1.0"):
+        JointConfig(r2=-1.0)
+    with pytest.raises(StateError, match="resume needs the folder of the run in `output`"):
+        train_jointly(tiny_net(), two(tasks), QUICK, resume=True)
+    with pytest.raises(TrainingError, match="the loss of '.*' is .* lower the learning rates .* or clip gradients"):
+        train_jointly(tiny_net(), two(tasks), replace(QUICK, head_lr=1e37))
+    low = tasks["low"].data
+    assert low.train is not None
+    broken = replace(low, train=replace(low.train, unreadable=set(low.train.indices)))
+    with pytest.raises(TrainingError, match="no example of the training split of 'low' can be read"):
+        train_jointly(tiny_net(), {"low": Task(broken)}, QUICK)
+    with pytest.raises(DataError, match="have no training split"):
+        train_jointly(tiny_net(), {"low": Task(replace(low, train=None))}, QUICK)
+    assert not (tmp_path / "new").exists() or not list((tmp_path / "new").rglob("*.safetensors"))
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+COMMON = f"""
+backbone = "{FACTORY}"
+random-weights = 0
+epochs = 1
+batch-size = 32
+labels-fraction = 0.1
+weight-lr = 0.01
+mode = "gated"
+"""
+
+
+def task_table(name: str, data: str, more: str = "") -> str:
+    return f'\n[[task]]\nname = "{name}"\ndata = "{data}"\n{more}\n'
+
+
+def cli(folder: Path, text: str, *words: str) -> Result:
+    (folder / "tasks.toml").write_text(text)
+    return CliRunner().invoke(app, ["multitask", str(folder / "tasks.toml"), "--output", str(folder / "out"), *words])
+
+
+def test_verb(tmp_path: Path) -> None:
+    first = COMMON + task_table("low", "digits:0-1") + task_table("high", "digits:2-3", 'augment = "crop"')
+    planned = cli(tmp_path, first, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert json.loads(planned.stdout)["missing"] == ["low", "high"]
+    assert not (tmp_path / "out").exists()
+    done = cli(tmp_path, first)
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "| task | accuracy | before hardening | density | mask bytes | file bytes |"
+    assert [line.split()[1] for line in lines[2:]] == ["low", "high"]
+    assert "Next: maskpack eval" in done.stderr
+    settings = load_adapter(tmp_path / "out/high").training["settings"]  # type: ignore[index]
+    assert (settings["augment"], settings["epochs"]) == ("crop", 1)
+    before = digests(tmp_path / "out", "low", "high")
+    more = cli(tmp_path, first + task_table("few", "digits:4-5", "labels-fraction = 0.2"), "--json")
+    assert more.exit_code == 0, more.stderr
+    assert "To train: few, " in more.stderr
+    assert "finished before: low, high" in more.stderr
+    rows = json.loads(more.stdout)["rows"]
+    assert [(row["task"], row["jointly"]) for row in rows] == [("low", True), ("high", True), ("few", False)]
+    assert digests(tmp_path / "out", "low", "high") == before
+    changed = cli(tmp_path, first, "--epochs", "2")
+    assert changed.exit_code == 1
+    assert "epochs 1, now 2" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (COMMON, "has no tasks; write a table [[task]] with name and data for each"),
+        (COMMON + "task = 3", "has no tasks; write a table [[task]]"),
+        (COMMON + "[[task]]\nname = 'a'", "task 1 of .* lacks data; give each task a name and data"),
+        (
+            COMMON + "[[task]]\nname = 'a'\ndata='x'\nepochs = 3",
+            "task 1 of .* has the setting 'epochs', which",
+        ),
+        (COMMON + "[[task]]\nname = 3\ndata='x'", "name in task 1 of .* must be a text, got 3"),
+        (COMMON + 2 * task_table("a", "digits:0-4"), "has several tasks called 'a'; give each a name of its own"),
+        ("data = 'x'\n" + task_table("a", "x"), "has the setting 'data', which cannot stand there"),
+        (task_table("a", "digits:0-4"), "missing: --backbone"),
+        (COMMON.replace('"gated"', '"both"') + task_table("a", "digits:0-4"), "mode must be one of sequential, gated"),
+    ],
+)
+def test_wrong_tables(text: str, expected: str, tmp_path: Path) -> None:
+    result = cli(tmp_path, text)
+    assert result.exit_code == 2, result.output
+    assert re.search(expected.replace("[[", r"\[\[").replace("]]", r"\]\]"), " ".join(result.stderr.split()))
+    assert not (tmp_path / "out").exists()
