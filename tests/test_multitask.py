@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from maskpack_cli.main import app
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from maskpack import TrainConfig, load_adapter, load_data, load_mask, train_tasks
+from maskpack import MaskSet, TrainConfig, load_adapter, load_data, load_mask, train_tasks
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
@@ -23,6 +24,8 @@ from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.evaluate.accuracy import adapter_accuracy
 from maskpack.evaluate.multitask import plan_tasks
 from maskpack.evaluate.task_folder import BASE, CLAIM, RESULT
+from maskpack.plots.features import users
+from maskpack.plots.gates import gate_figure, over_time
 from maskpack.tensorfile import read_tensors, write_tensors
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.gated import GatedWeight
@@ -47,7 +50,11 @@ def tasks() -> dict[str, Task]:
     for name, ref in found.items():
         data = load_data(ref, labels_fraction=0.06, validation_fraction=0.2)
         assert data.test is not None
-        tasks[name] = Task(replace(data, test=replace(data.test, indices=data.test.indices[:32])))
+        assert data.validation is not None
+        validation = replace(data.validation, indices=data.validation.indices[:8])
+        tasks[name] = Task(
+            replace(data, validation=validation, test=replace(data.test, indices=data.test.indices[:32]))
+        )
     return tasks
 
 
@@ -343,6 +350,7 @@ random-weights = 0
 epochs = 1
 batch-size = 32
 labels-fraction = 0.1
+validation-fraction = 0.05
 weight-lr = 0.01
 mode = "gated"
 """
@@ -406,3 +414,71 @@ def test_wrong_tables(text: str, expected: str, tmp_path: Path) -> None:
     assert result.exit_code == 2, result.output
     assert re.search(expected.replace("[[", r"\[\[").replace("]]", r"\]\]"), " ".join(result.stderr.split()))
     assert not (tmp_path / "out").exists()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def picture(folder: Path, *words: str) -> list[str]:
+    """Draw with the command line; return the words in the picture."""
+    path = folder / "picture.svg"
+    done = CliRunner().invoke(app, ["plot", *words, "--output", str(path)])
+    assert done.exit_code == 0, done.stderr
+    texts = ElementTree.parse(path).getroot().iter("{http://www.w3.org/2000/svg}text")
+    return ["".join(text.itertext()) for text in texts]
+
+
+def test_pictures(gated: Any, tmp_path: Path) -> None:
+    folder = gated[0]
+    words = picture(tmp_path, "gates", str(folder))
+    assert {"low", "high", "gate", "effective weight", "share of the values", "0"} <= set(words)
+    assert words == picture(tmp_path, "gates", str(folder / "training/jointly" / HISTOGRAMS))
+    words = picture(tmp_path, "features", str(folder / "low"), str(folder / "high"))
+    assert {"conv1", "conv2", "no task", "one task", "all 2 tasks"} <= set(words)
+
+
+def test_gates_that_move_over_time(gated: Any) -> None:
+    history = json.loads((gated[0] / "training/jointly" / HISTOGRAMS).read_text())
+    shares = over_time(history["rows"], "gates", "low")
+    assert shares.shape == (QUICK.epochs + 1, history["bins"])
+    assert shares.sum(1) == pytest.approx(1)
+    assert shares[0].max() == 1
+    assert shares[1].max() < 1
+    counts = history["rows"][2]["gates"]["low"]
+    total = [a + b for a, b in zip(counts["conv1.weight"], counts["conv2.weight"], strict=True)]
+    assert shares[2] == pytest.approx([one / sum(total) for one in total])
+
+
+def test_users_of_weights() -> None:
+    torch.manual_seed(0)
+    bits_of = {task: {"a": torch.rand(5, 7) < 0.5, "b": torch.rand(9) < 0.8} for task in ("x", "y", "z")}
+    masks = {task: MaskSet.from_tensors(own) for task, own in bits_of.items()}
+    expected = {
+        name: [int((sum(own[name].int() for own in bits_of.values()) == k).sum()) for k in range(4)]
+        for name in ("a", "b")
+    }
+    assert users(masks) == expected
+    assert sum(expected["a"][1:3]) > 0
+    # a task without a mask there uses all of it
+    masks["z"] = MaskSet.from_tensors({"a": bits_of["z"]["a"]})
+    b = bits_of["x"]["b"].int() + bits_of["y"]["b"].int() + 1
+    assert users(masks)["b"] == torch.bincount(b, minlength=4).tolist()
+
+
+def test_what_cannot_be_drawn(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no masked parameter to draw"):
+        users({})
+    one, other = (MaskSet.from_tensors({"a": torch.ones(n, dtype=torch.bool)}) for n in (3, 4))
+    with pytest.raises(
+        ConfigError, match=r"the masks of 'a' have different shapes, \(3,\) and others; give masks of one"
+    ):
+        users({"x": one, "y": other})
+    empty = {"weight_end": 1, "rows": [{"step": 0, "gates": {"a": {"w": [0]}}, "weights": {"a": {"w": [0]}}}]}
+    for wrong in ({}, [], {"weight_end": 1, "rows": []}, {"weight_end": 1, "rows": [{"gates": 3}]}, empty):
+        with pytest.raises(
+            ConfigError, match="there are no histograms of gates to draw; give the histograms.json of a"
+        ):
+            gate_figure(wrong)
+    refused = CliRunner().invoke(app, ["plot", "gates", str(tmp_path), "--output", str(tmp_path / "x.svg")])
+    assert refused.exit_code == 1
+    assert "expected the histograms.json of a gated run; give its output folder" in " ".join(refused.stderr.split())

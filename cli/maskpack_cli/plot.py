@@ -1,22 +1,23 @@
 """maskpack plot: pictures of masks, scores and results."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .adapters import RandomWeights, Weights
 from .console import Json, Quiet, Token, command, emit, examples, quiet_libraries
+from .plot_files import content, curves_of, members
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from maskpack import Adapter
+    from maskpack import Adapter, MaskSet
 
 Refs = Annotated[list[str], typer.Argument(help="Adapters, each as REF or NAME=REF.")]
 Results = Annotated[Path, typer.Argument(help="JSON file with a list of rows under the key `rows`.")]
+Base = Annotated[str | None, typer.Option(help="Their base, for masks that were packed with its weights.")]
 Output = Annotated[Path, typer.Option(help="The picture to write: .png or .svg.")]
 
 
@@ -37,9 +38,7 @@ def density(refs: Refs, output: Output, token: Token = None, as_json: Json = Fal
 def overlap(
     refs: Refs,
     output: Output,
-    backbone: Annotated[
-        str | None, typer.Option(help="Their base, for masks that were packed with its weights.")
-    ] = None,
+    backbone: Base = None,
     weights: Weights = None,
     random_weights: RandomWeights = None,
     token: Token = None,
@@ -48,17 +47,43 @@ def overlap(
 ) -> None:
     """How much masks agree, pair by pair: as a share of the weights, and beyond chance."""
     _begin(output, quiet)
-    from maskpack import load_backbone
-    from maskpack.errors import ConfigError
     from maskpack.plots.overlap import overlap_figure
 
-    base = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights).model
-    masks = {}
-    for name, adapter, one in _sets(refs, token, lambda ref: Path(ref).name.removesuffix(".safetensors")):
-        if name in masks:
-            raise ConfigError(f"two masks would be called {name!r}; name the adapters, as in first=REF second=REF")
-        masks[name] = adapter.masks(base, one)
+    masks = _named_masks(refs, backbone, weights, random_weights, token)
     _finish(overlap_figure(masks), output, as_json)
+
+
+def features(
+    refs: Refs,
+    output: Output,
+    backbone: Base = None,
+    weights: Weights = None,
+    random_weights: RandomWeights = None,
+    token: Token = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How many of several tasks use each weight, layer by layer: what is shared, and what is a task's own."""
+    _begin(output, quiet)
+    from maskpack.plots.features import feature_figure
+
+    masks = _named_masks(refs, backbone, weights, random_weights, token)
+    _finish(feature_figure(masks), output, as_json)
+
+
+def gates(
+    run: Annotated[Path, typer.Argument(help="Folder of `maskpack multitask --mode gated`, or histograms.json in it.")],
+    output: Output,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Histograms of the gates and the effective weights of each task over time."""
+    _begin(output, quiet)
+    from maskpack.plots.gates import gate_figure
+
+    file = run if run.suffix == ".json" else run / "training" / "jointly" / "histograms.json"
+    history = content(file, "the histograms.json of a gated run; give its output folder")
+    _finish(gate_figure(history), output, as_json)
 
 
 def scores(
@@ -93,7 +118,7 @@ def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quie
     _begin(output, quiet)
     from maskpack.plots.accuracy_bytes import bytes_figure
 
-    _finish(bytes_figure(_curves(results, "bytes", most_labels=True)), output, as_json)
+    _finish(bytes_figure(curves_of(results, "bytes", most_labels=True)), output, as_json)
 
 
 def labels(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
@@ -101,7 +126,7 @@ def labels(results: Results, output: Output, as_json: Json = False, quiet: Quiet
     _begin(output, quiet)
     from maskpack.plots.few_labels import label_figure
 
-    _finish(label_figure(_curves(results, "labels_fraction")), output, as_json)
+    _finish(label_figure(curves_of(results, "labels_fraction")), output, as_json)
 
 
 def clusters(
@@ -114,7 +139,7 @@ def clusters(
     _begin(output, quiet)
     from maskpack.plots.clusters import cluster_figure
 
-    _finish(cluster_figure(*_members(file, "points", "expert")), output, as_json)
+    _finish(cluster_figure(*members(file, "points", "expert")), output, as_json)
 
 
 def confusion(
@@ -127,7 +152,7 @@ def confusion(
     _begin(output, quiet)
     from maskpack.plots.confusion import confusion_figure
 
-    _finish(confusion_figure(*_members(file, "confusion", "class_names")), output, as_json)
+    _finish(confusion_figure(*members(file, "confusion", "class_names")), output, as_json)
 
 
 def _begin(output: Path, quiet: bool) -> None:
@@ -158,50 +183,20 @@ def _sets(refs: list[str], token: str | None, unnamed: Callable[[str], str]) -> 
             yield name if len(adapter.sets) == 1 else f"{name} {one}".strip(), adapter, one
 
 
-def _members(file: Path, *keys: str) -> list[Any]:
-    """Return these members, all of them lists, of the JSON object in a file."""
-    from maskpack.errors import DataError
+def _named_masks(
+    refs: list[str], backbone: str | None, weights: Path | None, random_weights: str | None, token: str | None
+) -> "dict[str, MaskSet]":
+    """Return the mask sets of adapters by name, decoded."""
+    from maskpack import load_backbone
+    from maskpack.errors import ConfigError
 
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {file} as JSON: {error}; expected an object with {' and '.join(keys)}") from None
-    if isinstance(found, dict) and "confusion" in keys and "confusion" not in found:
-        match found.get("features"):  # of `maskpack eval --json` with k-NN or a probe
-            case [{"confusion": counts}]:
-                found["confusion"] = counts
-            case [_, _, *_]:
-                raise DataError(f"{file} has several measures; print it with --knn or --probe alone, of one share")
-    for key in keys:
-        if not isinstance(found, dict) or not isinstance(found.get(key), list):
-            has = ", ".join(sorted(found)[:10]) if isinstance(found, dict) else f"a {type(found).__name__}"
-            raise DataError(f"{file} has no list {key!r}, it has: {has}; expected an object with {' and '.join(keys)}")
-    return [found[key] for key in keys]
-
-
-def _curves(file: Path, key: str, most_labels: bool = False) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Return (key, accuracy, deviation) of the rows, or of each method's rows with most labels, by method."""
-    from maskpack.errors import DataError
-
-    curves: dict[str, list[tuple[float, float, float | None]]] = {}
-    most: dict[str, Any] = {}
-    [rows] = _members(file, "rows")
-    for number, row in enumerate(rows, 1):
-        found: dict[str, Any] = row if isinstance(row, dict) else {}
-        point: list[Any] = [found.get(key), found.get("accuracy"), found.get("deviation")]
-        share = found.get("labels_fraction", 1) if most_labels else 1
-        are_numbers = all(isinstance(one, int | float) for one in (*point[:2], point[2] or 0, share))
-        if not are_numbers or not isinstance(found.get("method"), str):
-            raise DataError(
-                f"row {number} of {file} is {row!r:.200}; expected an object with a text under 'method' and numbers "
-                f"under {key!r}, 'accuracy' and perhaps 'deviation'"
-            )
-        method = found["method"]
-        if method not in curves or share > most[method]:
-            most[method], curves[method] = share, []
-        if share == most[method]:
-            curves[method].append((point[0], point[1], point[2]))
-    return curves
+    base = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights).model
+    masks = {}
+    for name, adapter, one in _sets(refs, token, lambda ref: Path(ref).name.removesuffix(".safetensors")):
+        if name in masks:
+            raise ConfigError(f"two masks would be called {name!r}; name the adapters, as in first=REF second=REF")
+        masks[name] = adapter.masks(base, one)
+    return masks
 
 
 def register(app: typer.Typer) -> None:
@@ -211,6 +206,8 @@ def register(app: typer.Typer) -> None:
         ("density", density, "maskpack plot density labels=./a labels=./b none=./c --output density.svg"),
         ("scores", scores, "maskpack plot scores ./mask --output scores.png"),
         ("overlap", overlap, "maskpack plot overlap ./a ./b ./c --output overlap.svg"),
+        ("features", features, "maskpack plot features ./many/flowers ./many/digits --output features.svg"),
+        ("gates", gates, "maskpack plot gates ./many --output gates.svg"),
         ("bytes", accuracy_bytes, "maskpack plot bytes results.json --output bytes.svg"),
         ("labels", labels, "maskpack plot labels results.json --output labels.svg"),
         ("clusters", clusters, "maskpack plot clusters clusters.json --output clusters.png"),
