@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .training.gated import attach_gates
     from .training.loop import train_mask
     from .training.scored import attach_scores, extract_masks
+    from .training.transfer import train_transfer
 
 # read when first used: loading an adapter never imports training, methods or data
 _WHERE = {
@@ -55,6 +56,7 @@ _WHERE = {
     "train_cascade": "training.cascade",
     "train_mask": "training.loop",
     "train_tasks": "evaluate.multitask",
+    "train_transfer": "training.transfer",
     "unload_mask": "apply.load",
 }
 
@@ -82,6 +84,7 @@ __all__ = [
     "train_cascade",
     "train_mask",
     "train_tasks",
+    "train_transfer",
     "unload_mask",
 ]
 

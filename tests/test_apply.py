@@ -14,13 +14,13 @@ from torch import nn
 from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.file import save_adapter
 from maskpack.adapter.predict import predict
-from maskpack.apply.export import export_state
 from maskpack.apply.load import MaskpackWarning, load_adapter, load_mask, unload_mask
 from maskpack.apply.weights import apply_masks, restore
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.head import Head
 from maskpack.backbone.parameters import same_size_int
 from maskpack.backbone.select import select_parameters
+from maskpack.backbone.state import export_state
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.parts import Parts

@@ -205,6 +205,18 @@ def test_weights_are_loaded_strictly(tmp_path: Path) -> None:
         load_backbone(f"{path}:net", weights=tmp_path / "w.safetensors")
 
 
+def test_weights_may_have_a_head_for_other_classes(tmp_path: Path) -> None:
+    path = factory_file(tmp_path)
+    given = {"0.weight": torch.ones(3, 2), "0.bias": torch.arange(3.0)}
+    save_file(given, tmp_path / "w.safetensors")
+    loaded = load_backbone(f"{path}:net", weights=tmp_path / "w.safetensors")
+    assert (loaded.head, loaded.features, loaded.model.training) == ("0", 2, False)
+    assert all(torch.equal(loaded.model.state_dict()[name], tensor) for name, tensor in given.items())
+    save_file({"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3)}, tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=r"0 missing \[\], 0 unexpected \[\], 2 of another shape"):
+        load_backbone(f"{path}:net", weights=tmp_path / "w.safetensors")
+
+
 def test_timm() -> None:
     pytest.importorskip("timm")
     loaded = load_backbone("timm/resnet10t", random_weights=0)

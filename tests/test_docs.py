@@ -90,7 +90,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = root / "demo-output"
     demo.mkdir()
     shutil.copyfile(ROOT / "cli/maskpack_cli/digits_backbone.py", demo / "backbone.py")
-    from maskpack.apply.export import export_state
+    from maskpack.backbone.state import export_state
 
     backbone = maskpack.load_backbone(f"{demo}/backbone.py:digits_cnn", random_weights=0)
     export_state(demo / "backbone.safetensors", backbone.model)

@@ -67,9 +67,9 @@ def demo(
         train_mask,
         unload_mask,
     )
-    from maskpack.apply.export import export_state
     from maskpack.apply.load import load_adapter
     from maskpack.backbone.fingerprint import fingerprint
+    from maskpack.backbone.state import export_state
     from maskpack.errors import StateError
     from maskpack.evaluate.frozen import measure_features
     from maskpack.training.config import TrainConfig

@@ -1,7 +1,7 @@
 """maskpack eval: what an adapter, or a backbone alone, is worth on a data set."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -36,6 +36,10 @@ def evaluate(
         list[float] | None,
         typer.Option(help="Share of the training rows for k-NN and probe; may be repeated. (default: 1)"),
     ] = None,
+    mode: Annotated[
+        Literal["target", "source"],
+        typer.Option(help="Of an adapter of `maskpack transfer`: which of its two networks."),
+    ] = "target",
     split: Annotated[str, typer.Option(help="test, or train for the head.")] = "test",
     input_column: Annotated[str | None, typer.Option(help="Column of images or texts, where it is not found.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not found.")] = None,
@@ -51,19 +55,20 @@ def evaluate(
     from maskpack import load_backbone, load_data
     from maskpack.evaluate.accuracy import adapter_accuracy, as_loaded
     from maskpack.evaluate.frozen import Measure, measure_features
+    from maskpack.evaluate.transfer import source_classes
 
     measures: list[Measure] = [*(["knn"] if knn else []), *(["probe"] if probe else [])]  # type: ignore[list-item]
     _check(ref, backbone, head, image_size, split, bool(measures), labels_fraction)
     adapter = None
     if ref is not None:
-        found, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
+        found, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights, mode)
         model = as_loaded(found, adapter)
     else:
         assert backbone is not None
         model = load_backbone(
             backbone, weights=weights, random_weights=random_weights, head=head, image_size=image_size
         )
-    names = adapter.class_names if adapter is not None else None
+    names = None if adapter is None else source_classes(adapter) if mode == "source" else adapter.class_names
     read = load_data(data, class_names=names, input_column=input_column, label_column=label_column)
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,

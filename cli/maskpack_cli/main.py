@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from . import adapters, cascade, compare, demo, distribute, evaluate, multitask, packing, plot, search, training, use
+from . import adapters, cascade, compare, demo, distribute, evaluate, multitask, packing, plot, search, training
+from . import transfer, use
 
 app = typer.Typer(
     name="maskpack",
@@ -31,7 +32,21 @@ def options(
     """Binary weight masks on frozen PyTorch backbones: train, pack, push, pull, apply, undo."""
 
 
-for verbs in (training, cascade, multitask, packing, adapters, evaluate, compare, use, plot, distribute, search, demo):
+for verbs in (
+    training,
+    cascade,
+    transfer,
+    multitask,
+    packing,
+    adapters,
+    evaluate,
+    compare,
+    use,
+    plot,
+    distribute,
+    search,
+    demo,
+):
     verbs.register(app)
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
 OF_LABELS = ("augment", "head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
+DATA_OPTIONS = ("input_column", "label_column", "labels_fraction", "validation_fraction")
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 
 
@@ -126,7 +127,7 @@ def load_inputs(
     from maskpack.training.objectives.base import find_objective
 
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
-    data_options = take(settings, "input_column", "label_column", "labels_fraction", "validation_fraction")
+    data_options = take(settings, *DATA_OPTIONS)
     backbone_options = take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
     idle = [f"--{name.replace('_', '-')}" for name in OF_LABELS if name in settings]
     config = config_from(settings)

@@ -10,6 +10,7 @@ from .console import Json, Quiet, Token, command, emit, examples, note, quiet_li
 
 if TYPE_CHECKING:
     from maskpack import Adapter
+    from maskpack.apply.load import Mode
     from maskpack.backbone.load import Backbone
 
 BackboneOption = Annotated[
@@ -28,13 +29,14 @@ def loaded(
     reference: str | None,
     weights: Path | None,
     random: str | None,
+    mode: "Mode" = "target",
 ) -> "tuple[Backbone, Adapter]":
     """Return the backbone with the adapter applied."""
     from maskpack import load_adapter, load_mask
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
     backbone = base_of(adapter, reference, weights, random)
-    load_mask(backbone.model, adapter)
+    load_mask(backbone.model, adapter, mode=mode)
     return backbone, adapter
 
 
@@ -116,7 +118,7 @@ def export(
 ) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
     quiet_libraries(quiet)
-    from maskpack.apply.export import export_state
+    from maskpack.backbone.state import export_state
 
     masked, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
     count = export_state(output, masked.model, {"maskpack_mask_id": adapter.mask_id})

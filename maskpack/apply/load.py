@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Literal, TypeVar, Unpack
 
 from torch import nn
@@ -9,14 +11,17 @@ from torch import nn
 from ..adapter.adapter import Adapter
 from ..backbone.fingerprint import check_fingerprint
 from ..backbone.parameters import unwrap
-from ..errors import BackboneMismatchError, ConfigError, StateError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
+from ..mask import PackedMask
 from .weights import applied, apply_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
 VERIFY = ("strict", "warn", "off")
+Mode = Literal["target", "source"]
+MODES: tuple[Mode, ...] = ("target", "source")
 
 
 class MaskpackWarning(UserWarning):
@@ -46,6 +51,7 @@ def load_mask(
     revision: str | None = None,
     verify: Verify = "strict",
     head: Literal["replace", "keep"] = "replace",
+    mode: Mode = "target",
     restorable: bool = True,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -60,16 +66,19 @@ def load_mask(
         verify: "strict" refuses a base whose body differs from the adapter's; "warn" says so and goes on; "off" does
             not look. Names and shapes are checked always, and so are weights that masks were packed with.
         head: "replace" puts the adapter's head in the place of the model's; "keep" leaves the model's.
+        mode: of an adapter that replaces weights, as `train_transfer` makes: "target" puts the values in, "source"
+            removes these weights, and leaves the adapter's head, statistics and parameters out.
         restorable: keep what `unload_mask` needs: the removed weights, or a whole copy where the scale is on.
         token, cache_dir, local_files_only: as in the Hugging Face Hub client.
 
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
-        AdapterError: if the adapter is not there or not valid. HubError: if the download failed.
+        AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
     """
-    if verify not in VERIFY or head not in ("replace", "keep"):
+    if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
         raise ConfigError(
-            f"verify must be strict, warn or off, and head replace or keep; got verify={verify!r}, head={head!r}"
+            f"verify must be strict, warn or off, head replace or keep, and mode target or source; got "
+            f"verify={verify!r}, head={head!r}, mode={mode!r}"
         )
     if isinstance(ref, Adapter):
         adapter = ref
@@ -82,19 +91,33 @@ def load_mask(
         if adapter.cascade is not None:
             how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
         raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
+    values, stored, dense = adapter.values(), adapter.head(), {**adapter.statistics(), **adapter.parameters()}
+    if mode == "source":
+        if not values:
+            raise AdapterError(
+                f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
+                f"`maskpack transfer`: leave it out"
+            )
+        values, stored, dense = {}, None, {}
     make_base(model, adapter, verify)
-    stored = adapter.head()
+    masks = adapter.iter_masks(base=unwrap(model))
     apply_masks(
         model,
-        adapter.iter_masks(base=unwrap(model)),
+        masks if mode == "target" else removing(masks),
         adapter.shapes(),
         mask_id=adapter.mask_id,
-        values=adapter.values(),
-        dense={**adapter.statistics(), **adapter.parameters()},
+        values=values,
+        dense=dense,
         head=stored if stored is not None and stored.kind == "linear" and head == "replace" else None,
         restorable=restorable,
     )
     return model
+
+
+def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:
+    """Yield masks by name, with op "zero" in the place of op "replace"."""
+    for name, mask in masks:
+        yield name, replace(mask, op="zero") if mask.op == "replace" else mask
 
 
 def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:

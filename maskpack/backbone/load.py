@@ -12,10 +12,10 @@ from torch import nn
 
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
 from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess
-from ..tensorfile import read_tensors
 from .head import Pooling, find_head, head_features
 from .hf import is_vision, load_model, stated_preprocess, tower_name
 from .random_init import PREFIX, parse_random, randomize
+from .state import load_weights
 
 LARGEST_IMAGE = 8192  # pixels
 Task = Literal["image-classification", "text-classification"]
@@ -168,26 +168,6 @@ def _make(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
     return loaders[kind](name, pretrained, image_size)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a safetensors state dict into a model, strictly.
-
-    Raises:
-        BackboneError: if names or shapes differ; the message shows the first of them.
-    """
-    state = read_tensors(path)
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError:
-        own = model.state_dict()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        shapes = [f"{n}: {tuple(state[n].shape)} in the file, {tuple(own[n].shape)} in the model" for n in own
-                  if n in state and own[n].shape != state[n].shape]  # fmt: skip
-        raise BackboneError(
-            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(shapes)} of another shape {shapes[:3]}"
-        ) from None
-
-
 def load_backbone(
     reference: str,
     *,
@@ -203,7 +183,8 @@ def load_backbone(
     Args:
         reference: `timm/NAME`, `torchvision/NAME[@WEIGHTS]`, `hf/REPO[@REVISION]`, `hf/FOLDER` or `PATH.py:FUNCTION`
             (which runs that file: only ever from the user's own command line, never from an adapter).
-        weights: safetensors state dict to load strictly in place of the pretrained weights.
+        weights: safetensors state dict to load strictly in place of the pretrained weights; its head may have other
+            classes.
         random_weights: random weights in place of the pretrained ones: a seed for those that the library draws, or
             "kaiming:SEED" or "signed-constant:SEED" for those of `random_init`, which are the same everywhere.
         head: dotted name of the head, where it cannot be found.
@@ -231,12 +212,9 @@ def load_backbone(
                 f"cannot load the backbone {reference!r}: {type(error).__name__}: {error}; if its weights cannot be "
                 f"downloaded, give them with --weights FILE.safetensors"
             ) from error
-    if weights is not None:
-        load_weights(backbone.model, weights)
     if kind:
         randomize(backbone.model, kind, seed)
         backbone = replace(backbone, revision=f"{PREFIX}{kind}:{seed}")
-    backbone.model.eval()
     if isinstance(backbone.preprocess, ImagePreprocess):
         stated = backbone.preprocess
         backbone = replace(
@@ -246,4 +224,7 @@ def load_backbone(
         raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
     if backbone.pooling is None or head is not None:
         backbone = replace(backbone, head=find_head(backbone.model, head), pooling=None)
+    if weights is not None:
+        load_weights(backbone.model, weights, backbone.head)
+    backbone.model.eval()
     return backbone

@@ -25,7 +25,7 @@ from ..tensorfile import replacing
 from .borrow import borrowed
 from .checkpoint import FILE, checkpoint_digest, read_with_facts, take_over, trained_tensors, write_with_facts
 from .config import TrainConfig
-from .log import Report
+from .log import Report, tagged
 from .loop import TrainResult, train_mask
 from .router import fit_router
 from .run import Run
@@ -117,7 +117,7 @@ def _train(
             output=folder / name,
             resume=resume and (folder / name / FILE).exists(),
             start_from=start,
-            report=None if report is None else _tagged(report, name),
+            report=tagged(report, name),
         )
 
     main = require("accelerate", "train", "training").PartialState().is_main_process
@@ -162,10 +162,6 @@ def _train(
         },
         metrics,
     )
-
-
-def _tagged(report: Report, part: str) -> Report:
-    return lambda event: report({**event, "part": part})
 
 
 def _embeddings(backbone: Backbone, data: Data, config: TrainConfig, folder: Path, base: Fingerprint) -> Tensor:

@@ -1,13 +1,14 @@
 """train_dense: weights themselves learn, by the loop that masks are trained by, to be compared with them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
+from ..backbone.parameters import inside
 from ..data.base import Data
 from ..errors import require
 from .batchnorm import batchnorm_statistics
@@ -16,6 +17,8 @@ from .config import TrainConfig
 from .learn import Learn
 from .log import Report, RunLog
 from .run import Run
+
+WEIGHT_LR = {"sgd": 0.03, "adam": 1e-3}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +37,20 @@ class DenseResult:
     statistics: dict[str, Tensor]
     steps: int
     metrics: dict[str, float]
+
+
+def body_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
+    """Return the parameters of the body by name."""
+    return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}
+
+
+def of_weights(config: TrainConfig, weight_lr: float | None) -> TrainConfig:
+    """Return settings whose `lr`, which is the scores', is the peak rate of weights; None: `WEIGHT_LR`.
+
+    Raises:
+        ConfigError: if it is not above 0.
+    """
+    return replace(config, lr=WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr)
 
 
 def train_dense(

@@ -12,6 +12,11 @@ from ..errors import StateError, require
 Report = Callable[[Mapping[str, Any]], None]
 
 
+def tagged(report: Report | None, part: str) -> Report | None:
+    """Return a report whose events have also "part", the name of the run that they are of."""
+    return None if report is None else lambda event: report({**event, "part": part})
+
+
 class RunLog:
     """Writes events to `log.jsonl` and their numbers to TensorBoard, and passes them on.
 

@@ -19,6 +19,7 @@ from .batchnorm import batchnorm_statistics
 from .borrow import borrowed
 from .checkpoint import run_folder
 from .config import TrainConfig
+from .learn import Learn, learn_scores
 from .log import Report, RunLog
 from .run import Run
 from .scored import extract_masks, replaced_values
@@ -52,6 +53,7 @@ def train_mask(
     output: str | Path | None = None,
     resume: bool = False,
     start_from: str | Path | None = None,
+    learn: Learn = learn_scores,
     report: Report | None = None,
 ) -> TrainResult:
     """Train a mask on a frozen backbone.
@@ -65,6 +67,7 @@ def train_mask(
             a run that was not interrupted.
         start_from: `output` of a finished run on the same backbone, with whose scores, head and statistics this one
             starts; the optimiser starts afresh.
+        learn: attaches what is trained as scores, and returns it; the default does what `config` says.
         report: called, in the main process, with every event: {"event": "step" | "epoch" | "warning" | "end",
             "step", "steps", "loss", "density", …}.
 
@@ -79,7 +82,7 @@ def train_mask(
     folder = run_folder(output, resume)
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone, config.train), RunLog(folder if main else None, report if main else None, resume) as log:
-        run = Run(backbone, data, config)
+        run = Run(backbone, data, config, learn)
         metrics = run.train(before, folder, resume, None if start_from is None else Path(start_from), log)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()

@@ -8,8 +8,9 @@ from torch import nn
 from ...backbone.load import Backbone
 from ...errors import ConfigError
 from ...training.config import TrainConfig
+from ...training.dense import body_parameters
 from .base import ROWS, Fitted, Row, Trial
-from .dense import body, fit_dense
+from .dense import fit_dense
 
 
 @ROWS.register
@@ -29,4 +30,4 @@ class BitFit(Row):
 
 
 def _biases(backbone: Backbone) -> dict[str, nn.Parameter]:
-    return {name: one for name, one in body(backbone).items() if name.rpartition(".")[2].endswith("bias")}
+    return {name: one for name, one in body_parameters(backbone).items() if name.rpartition(".")[2].endswith("bias")}

@@ -1,19 +1,12 @@
 """What the rows that change weights themselves share: training, and what has to be stored."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...backbone.classifier import Classifier, Inputs, to_device
-from ...backbone.load import Backbone
-from ...backbone.parameters import inside
 from ...training.checkpoint import FILE
 from ...training.dense import train_dense
 from ...training.learn import Learn
 from .base import Fitted, Predict, Trial, settings_of
-
-
-def body(backbone: Backbone) -> dict[str, nn.Parameter]:
-    """Return the parameters of the body by name."""
-    return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}
 
 
 def fit_dense(trial: Trial, learn: Learn) -> Fitted:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
+from ...training.dense import body_parameters
 from .base import ROWS, Fitted, Row, Trial
-from .dense import body, fit_dense
+from .dense import fit_dense
 
 
 @ROWS.register
@@ -16,4 +17,4 @@ class Full(Row):
     rates: ClassVar[Mapping[str, tuple[float, ...]]] = {"adam": (1e-4, 3e-4, 1e-3), "sgd": (0.003, 0.01, 0.03)}
 
     def fit(self, trial: Trial) -> Fitted:
-        return fit_dense(trial, lambda backbone, _: body(backbone))
+        return fit_dense(trial, lambda backbone, _: body_parameters(backbone))

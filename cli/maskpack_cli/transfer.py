@@ -1,0 +1,125 @@
+"""maskpack transfer."""
+
+import inspect
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from . import training
+from .console import command, emit, examples, main_process, note, quiet_libraries
+from .settings import OWN, option, read_settings
+
+PANEL = "Transfer"
+WITHOUT = ("data", "head_kind", "head_template", "objective", "objective_option", "scale")  # see check_transfer
+TABLE = "transfer.json"
+
+OPTIONS = (
+    option(PANEL, "source", str | None, "Data that the network learns first, as for --data of train."),
+    option(PANEL, "target", str | None, "Data that it is carried to."),
+    option(
+        PANEL,
+        "start",
+        Literal["source-start", "source-end", "random"] | None,
+        "Of the weights that learn the target: their values before the source, after it, or drawn anew. "
+        "(default: source-start; source-end with --source-trained)",
+    ),
+    option(PANEL, "weight_lr", float | None, "Peak rate of weights. (default: 0.001; 0.03 for sgd)"),
+    option(PANEL, "source_trained", bool | None, "The backbone knows the source already.", "--source-trained"),
+    option(PANEL, "baseline", bool | None, "Fine-tune without a mask as well.", "--baseline"),
+)
+
+
+def transfer(**given: Any) -> None:
+    """Train on a source, find the weights that it does not need, and let these alone learn a target.
+
+    The options of `maskpack train` are here; they hold for every run.
+    """
+    config, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
+    given = {name: value for name, value in given.items() if value is not None and value != []}
+    quiet_libraries(quiet)
+    from maskpack import load_data, save_adapter, train_transfer
+    from maskpack.evaluate.transfer import markdown, transfer_table
+    from maskpack.evaluate.trial import write_json
+    from maskpack.training.loop import plan_training
+    from maskpack.training.transfer import SOURCE_FILE, check_transfer
+
+    settings = read_settings(transfer, given, config, needed=("backbone", "source", "target", "output"))
+    output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
+    source_reference, target_reference = settings.pop("source"), settings.pop("target")
+    source_trained, baseline = settings.pop("source_trained", False), settings.pop("baseline", False)
+    start = settings.pop("start", "source-end" if source_trained else "source-start")
+    weight_lr = settings.pop("weight_lr", None)
+    network = {name: settings[name] for name in ("backbone", "weights", "random_weights") if name in settings}
+    columns = {name: settings[name] for name in training.DATA_OPTIONS if name in settings}
+    settings.setdefault("bn", "freeze")
+    backbone, source, run_config = training.load_inputs({**settings, "data": source_reference}, quiet)
+    note(f"Loading {target_reference} …", quiet)
+    target = load_data(target_reference, seed=run_config.seed, **{"validation_fraction": 0.1, **columns})
+    check_transfer(backbone, source, run_config, start, source_trained)
+    plans = {}
+    for name, data in (("source", source), ("target", target)):
+        plans[name] = plan_training(backbone, data, run_config)
+        note(f"The {name}, {data.id}:", quiet)
+        training.describe_plan(plans[name], data, quiet)
+    if dry_run:
+        emit(plans, as_json, "Everything needed is there; nothing was trained or written.")
+        return
+    with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
+        result = train_transfer(
+            backbone,
+            source,
+            target,
+            run_config,
+            start=start,
+            weight_lr=weight_lr,
+            source_trained=source_trained,
+            baseline=baseline,
+            output=output,
+            resume=resume,
+            report=report,
+        )
+    if not main_process():
+        return
+    rows = transfer_table(result, source, target, batch_size=run_config.batch_size)
+    adapter = save_adapter(
+        output, result.parts, result.base, profile=profile, weights=result.backbone.model, **result.about
+    )
+    facts = {"adapter": str(output), "start": start, "density": result.metrics["density"], "file_bytes": adapter.size}
+    facts |= {} if source_trained else {"source_weights": str(output / SOURCE_FILE)}
+    write_json(output / TABLE, {**facts, "rows": rows})
+    if as_json:
+        typer.echo(json.dumps({**facts, "rows": rows}, indent=2, sort_keys=True))
+        return
+    emit(facts, False, f"✓ {output}")
+    typer.echo(f"\n{markdown(rows)}", nl=False)
+    if not source_trained:
+        network = {"backbone": network["backbone"], "weights": output / SOURCE_FILE}
+    base = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in network.items())
+    note(
+        f"Next: maskpack eval {training.reference(output)} {base} --mode source --data {shlex.quote(source_reference)}",
+        quiet,
+    )
+
+
+transfer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *(one for name, one in inspect.signature(training.train).parameters.items() if name not in WITHOUT),
+        *OPTIONS,
+    ]
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's verb."""
+    shared = "--backbone timm/resnet18.a1_in1k --source ./photos --target ./sketches"
+    app.command(
+        epilog=examples(
+            f"maskpack transfer {shared} --method naive --output ./sketches-of-photos",
+            f"maskpack transfer {shared} --method gumbel --start random --baseline --output ./sketches-of-photos",
+            "maskpack transfer --config run.toml --start source-end --resume",
+        )
+    )(command(transfer))

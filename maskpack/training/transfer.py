@@ -1,0 +1,196 @@
+"""train_transfer: what a network does not need for a source domain learns a target domain; the rest stays."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backbone.fingerprint import Fingerprint
+from ..backbone.load import Backbone
+from ..backbone.select import select_parameters
+from ..backbone.state import export_state
+from ..data.base import Data
+from ..errors import ConfigError, StateError, require
+from ..mask import MaskSet
+from ..parts import Parts
+from .borrow import borrowed
+from .checkpoint import FILE
+from .config import TrainConfig
+from .dense import body_parameters, of_weights, train_dense
+from .heads import own_linear
+from .log import Report, tagged
+from .reuse import STARTS, Start, current_values, find_reuse, start_values, train_reused
+from .learn import learn_scores
+from .scored import scored_weights
+
+SOURCE_FILE, RUNS = "source.safetensors", "training"  # in the output folder
+SOURCE, MASK, TARGET, BASELINE = "source", "mask", "target", "baseline"  # runs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TransferResult:
+    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+
+    Attributes:
+        backbone: the source network, in place of the one that was given: what the adapter goes onto.
+        parts: masks with op "replace", True where the source needs the weight; values for the others; head.
+        base: fingerprint of the source network.
+        about: task, class names of the target, preprocessing and training record.
+        metrics: of the run on the target; `density` is the share of weights kept.
+        baseline: the same for plain fine-tuning, which keeps none of these weights; None if it was not asked for.
+    """
+
+    backbone: Backbone
+    parts: Parts
+    base: Fingerprint
+    about: dict[str, Any]
+    metrics: dict[str, float]
+    baseline: Parts | None
+
+
+def train_transfer(
+    backbone: Backbone,
+    source: Data,
+    target: Data,
+    config: TrainConfig | None = None,
+    *,
+    start: Start = "source-start",
+    weight_lr: float | None = None,
+    source_trained: bool = False,
+    baseline: bool = False,
+    output: str | Path | None = None,
+    resume: bool = False,
+    report: Report | None = None,
+) -> TransferResult:
+    """Carry a network from a source domain to a target domain: Differentiable Weight Masks for Domain Transfer.
+
+    The body and a linear head learn the source. A mask is learned on the source alone, with this head, by the method of
+    the settings. The weights that it does not keep start anew and learn the target, all others stay to the bit. Where
+    the classes of both have the same names the head stays as well, else the target gets a head of its own.
+
+    Args:
+        backbone: with a head; it is changed, and is the source network afterwards.
+        config: of all runs, with a mask method that says which weights to keep; `lr` is the rate of its scores. `bn` is
+            that of the target's run: "freeze", the default here, leaves the source its statistics.
+        start: of the weights that learn the target: their values before the source, after it, or drawn anew from a
+            normal distribution with the standard deviation that the tensor had before the source.
+        weight_lr: peak rate of weights, on source and target; None: 0.001 for Adam, 0.03 for SGD.
+        source_trained: the backbone knows the source already, with its head; it stays as it is.
+        baseline: fine-tune all these weights on the target as well, from their values after the source.
+        output: folder: `source.safetensors`, the source network (not if it was trained already), and in `training` a
+            folder for each run, as of `train_mask`. None keeps nothing.
+        resume: continue in `output`: what is finished is read back, what was interrupted continues. `start` and
+            `baseline` may differ from the earlier call.
+        report: as in `train_mask`; every event has also "part", the name of the run.
+
+    Raises:
+        ConfigError: if settings and backbone do not fit: see `check_transfer`.
+        TrainingError: if the mask keeps every weight. StateError: if there is nothing to resume. Others: as
+            `train_mask`.
+    """
+    config = config or TrainConfig(bn="freeze")
+    check_transfer(backbone, source, config, start, source_trained)
+    weights = of_weights(config, weight_lr)
+    folder = None if output is None else Path(output)
+    if resume and (folder is None or not (folder / RUNS).exists()):
+        raise StateError(
+            f"resume needs the folder of an earlier transfer as `output`, got {output}; without resume a new one starts"
+        )
+
+    def run(name: str) -> dict[str, Any]:
+        own = None if folder is None else folder / RUNS / name
+        again = resume and own is not None and (own / FILE).exists()
+        return {"output": own, "resume": again, "report": tagged(report, name)}
+
+    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+    before = current_values(backbone, names)
+    if not source_trained:
+        backbone = train_source(backbone, source, weights, **run(SOURCE))
+        if folder is not None and require("accelerate", "train", "training").PartialState().is_main_process:
+            export_state(folder / SOURCE_FILE, backbone.model)
+    masks = find_reuse(backbone, source, config, **run(MASK))
+    weights = replace(weights, head_kind="own" if source.class_names == target.class_names else "linear")
+    after = current_values(backbone, names)
+    values = start_values(start, before, after, config.seed)
+    result = train_reused(backbone, masks, values, target, weights, **run(f"{TARGET}-{start}"))
+    plain = None
+    if baseline:
+        none = MaskSet.from_tensors({n: torch.zeros(m.shape, dtype=torch.bool) for n, m in masks.items()}, op="replace")
+        plain = train_reused(backbone, none, after, target, weights, **run(BASELINE)).parts
+    about = {
+        "method": {"id": config.method, **config.method_options},
+        "lr": config.score_lr,
+        "start": start,
+        "source": {"id": source.id, "digest": source.digest, "class_names": list(source.class_names)},
+        "source_trained": source_trained,
+    }
+    return TransferResult(
+        backbone,
+        result.parts,
+        result.base,
+        {**result.about, "training": {**result.about["training"], "transfer": about}},
+        result.metrics,
+        plain,
+    )
+
+
+def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start: str, source_trained: bool) -> None:
+    """Check what can be checked before anything is trained.
+
+    Raises:
+        ConfigError: if the backbone has no head, or the settings do not tell what to keep, or contradict each other.
+        SelectionError: if there is nothing to mask.
+    """
+    if start not in STARTS or (source_trained and start == "source-start"):
+        known = STARTS[1:] if source_trained else STARTS
+        why = " where the source was trained before" if source_trained else ""
+        raise ConfigError(f"start must be one of {', '.join(known)}{why}, got {start!r}")
+    for name in ("objective", "head_kind", "scale"):
+        given, usual = getattr(config, name), getattr(TrainConfig(), name)
+        if given != usual:
+            raise ConfigError(
+                f"{name} is {usual!r} in a transfer, got {given!r}: it is supervised, with the head of the source, and "
+                f"weights that are kept stay as they are; leave it out"
+            )
+    if backbone.head is None:
+        raise ConfigError(
+            f"{backbone.id} is an encoder without a head inside, which the source network needs; take a backbone with "
+            f"one, or train a mask for the target"
+        )
+    if source_trained:
+        own = own_linear(backbone)
+        if own is None or own.out_features != len(source.class_names):
+            found = "none" if own is None else f"one for {own.out_features}"
+            raise ConfigError(
+                f"the source {source.id} has {len(source.class_names)} classes, and a backbone that was trained on it "
+                f"a head for them; {backbone.id} has {found}; give its weights, or train on the source first"
+            )
+    with borrowed(backbone):
+        learn_scores(backbone, config)
+        mask = next(iter(scored_weights(backbone.model).values())).mask()
+    if mask.op == "flip" or mask.signs is not None:
+        raise ConfigError(
+            f"the method {config.method!r} changes signs, so its mask does not tell which weights the source needs; "
+            f"take another, as naive, edit or gumbel"
+        )
+
+
+def train_source(backbone: Backbone, source: Data, config: TrainConfig, **options: Any) -> Backbone:
+    """Train the body and a linear head on the source, BatchNorm statistics too; the backbone is changed.
+
+    Args:
+        config: with the rate of weights; what it says of masks does not matter.
+        options: `output`, `resume` and `report` as in `train_mask`.
+
+    Returns:
+        The network as a backbone of another name.
+    """
+    usual = TrainConfig()
+    # one source network serves several masks
+    settings = replace(
+        config, method=usual.method, method_options={}, include=(), exclude=(), head_kind="linear", bn="adapt"
+    )
+    train_dense(backbone, source, settings, lambda own, _: body_parameters(own), **options)
+    backbone.model.eval()
+    return replace(backbone, id=f"{SOURCE}:{backbone.id}", revision=None)
