@@ -288,7 +288,7 @@ def test_wrong_calls(tmp_path: Path, tiny: nn.Module) -> None:
     with pytest.raises(StateError, match="this model has no mask to unload; load one with load_mask"):
         unload_mask(tiny)
     with pytest.raises(
-        ConfigError, match="verify must be strict, warn or off, and head replace or keep; got verify='x'"
+        ConfigError, match="verify must be strict, warn or off, head replace or keep, and mode target or source; got "
     ):
         load_mask(tiny, tmp_path, verify="x")  # type: ignore[arg-type]
     adapter = save_adapter(

@@ -64,7 +64,7 @@ def commands(body: str) -> list[list[str]]:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the docs name: flowers, single images, masks, settings, a demo's output."""
+    """A folder with everything that the docs name: flowers, sketches, images, masks, settings, a demo's output."""
     from sklearn.datasets import load_digits
 
     root = tmp_path_factory.mktemp("docs")
@@ -79,6 +79,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder.mkdir(parents=True, exist_ok=True)
                 image = Image.fromarray((digits.images[row] * 15).astype("uint8")).resize((32, 32))
                 image.save(folder / f"{row:03}.png")
+                inverted = root / "sketches" / split / names[int(digits.target[row])]
+                inverted.mkdir(parents=True, exist_ok=True)
+                Image.eval(image, lambda value: 255 - value).save(inverted / f"{row:03}.png")
     for name in ("rose", "daisy"):
         image.save(root / f"{name}.jpg")
     image.save(root / "a.jpg")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 
 UNIONS = (UnionType, Union)  # X | None, and the same where X is a Literal
+DATA = ("input_column", "label_column", "labels_fraction", "validation_fraction")  # how data are read
 OWN = ("config", "resume", "dry_run", "as_json", "quiet")  # of a call, not of a run
 
 

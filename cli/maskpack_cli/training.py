@@ -10,7 +10,7 @@ import typer
 
 from .adapters import PROFILES, Profile, RandomWeights
 from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
-from .settings import OWN, read_settings, take
+from .settings import DATA, OWN, read_settings, take
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
 OF_LABELS = ("augment", "head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
-DATA_OPTIONS = ("input_column", "label_column", "labels_fraction", "validation_fraction")
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 
 
@@ -127,7 +126,7 @@ def load_inputs(
     from maskpack.training.objectives.base import find_objective
 
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
-    data_options = take(settings, *DATA_OPTIONS)
+    data_options = take(settings, *DATA)
     backbone_options = take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
     idle = [f"--{name.replace('_', '-')}" for name in OF_LABELS if name in settings]
     config = config_from(settings)

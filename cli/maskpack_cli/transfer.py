@@ -11,10 +11,11 @@ import typer
 
 from . import training
 from .console import command, emit, examples, main_process, note, quiet_libraries
-from .settings import OWN, option, read_settings
+from .settings import DATA, OWN, option, read_settings
 
 PANEL = "Transfer"
-WITHOUT = ("data", "head_kind", "head_template", "objective", "objective_option", "scale")  # see check_transfer
+# what a transfer settles itself, see check_transfer
+WITHOUT = ("data", "head_kind", "head_template", "objective", "objective_option", "scale", "train")
 TABLE = "transfer.json"
 
 OPTIONS = (
@@ -54,7 +55,7 @@ def transfer(**given: Any) -> None:
     start = settings.pop("start", "source-end" if source_trained else "source-start")
     weight_lr = settings.pop("weight_lr", None)
     network = {name: settings[name] for name in ("backbone", "weights", "random_weights") if name in settings}
-    columns = {name: settings[name] for name in training.DATA_OPTIONS if name in settings}
+    columns = {name: settings[name] for name in DATA if name in settings}
     settings.setdefault("bn", "freeze")
     backbone, source, run_config = training.load_inputs({**settings, "data": source_reference}, quiet)
     note(f"Loading {target_reference} …", quiet)

@@ -15,8 +15,8 @@ from ..mask import MaskSet, Op, PackedMask
 from ..methods.base import FINISHED, Method, State, build_method
 from .borrow import borrowed
 from .config import TrainConfig
-from .loop import TrainResult, train_mask
 from .learn import learn_scores
+from .loop import TrainResult, train_mask
 from .scored import attach, extract_masks
 
 Start = Literal["source-start", "source-end", "random"]

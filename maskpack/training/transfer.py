@@ -19,9 +19,9 @@ from .checkpoint import FILE
 from .config import TrainConfig
 from .dense import body_parameters, of_weights, train_dense
 from .heads import own_linear
+from .learn import learn_scores
 from .log import Report, tagged
 from .reuse import STARTS, Start, current_values, find_reuse, start_values, train_reused
-from .learn import learn_scores
 from .scored import scored_weights
 
 SOURCE_FILE, RUNS = "source.safetensors", "training"  # in the output folder
@@ -146,12 +146,12 @@ def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start:
         known = STARTS[1:] if source_trained else STARTS
         why = " where the source was trained before" if source_trained else ""
         raise ConfigError(f"start must be one of {', '.join(known)}{why}, got {start!r}")
-    for name in ("objective", "head_kind", "scale"):
+    for name in ("objective", "head_kind", "scale", "train"):
         given, usual = getattr(config, name), getattr(TrainConfig(), name)
         if given != usual:
             raise ConfigError(
                 f"{name} is {usual!r} in a transfer, got {given!r}: it is supervised, with the head of the source, and "
-                f"weights that are kept stay as they are; leave it out"
+                f"all that the source needs stays as it is; leave it out"
             )
     if backbone.head is None:
         raise ConfigError(
@@ -189,7 +189,14 @@ def train_source(backbone: Backbone, source: Data, config: TrainConfig, **option
     usual = TrainConfig()
     # one source network serves several masks
     settings = replace(
-        config, method=usual.method, method_options={}, include=(), exclude=(), head_kind="linear", bn="adapt"
+        config,
+        method=usual.method,
+        method_options={},
+        include=(),
+        exclude=(),
+        selective=usual.selective,
+        head_kind="linear",
+        bn="adapt",
     )
     train_dense(backbone, source, settings, lambda own, _: body_parameters(own), **options)
     backbone.model.eval()
