@@ -5,8 +5,21 @@ from typing import Annotated
 
 import typer
 
-from . import adapters, cascade, compare, demo, distribute, evaluate, multitask, packing, plot, search, training
-from . import transfer, use
+from . import (
+    adapters,
+    cascade,
+    compare,
+    demo,
+    distribute,
+    evaluate,
+    multitask,
+    packing,
+    plot,
+    search,
+    training,
+    transfer,
+    use,
+)
 
 app = typer.Typer(
     name="maskpack",

@@ -10,14 +10,14 @@ import typer
 
 from . import training
 from .console import command, emit, examples, main_process, note, quiet_libraries
-from .settings import OWN, checked, kinds_of, option, read_settings, take
+from .settings import DATA, OWN, checked, kinds_of, option, read_settings, take
 
 if TYPE_CHECKING:
     from maskpack.training.config import TrainConfig
     from maskpack.training.tasks import Task
 
 PANEL = "Many tasks"
-OF_DATA = ("data", "input_column", "label_column", "labels_fraction", "validation_fraction")
+OF_DATA = ("data", *DATA)
 OF_TASK = ("name", *OF_DATA, "augment")
 OF_JOINT = ("weight_lr", "gate_factor", "r1", "r2")
 

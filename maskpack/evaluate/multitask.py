@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.file import read_adapter, save_adapter
-from ..apply.export import export_state
 from ..backbone.load import Backbone
+from ..backbone.state import export_state
 from ..codecs.base import Profile
 from ..errors import require
 from ..training.checkpoint import FILE

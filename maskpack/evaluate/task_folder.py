@@ -9,7 +9,8 @@ from ..adapter.adapter import Adapter
 from ..adapter.describe import describe
 from ..adapter.file import MODEL_FILE, read_adapter
 from ..backbone.fingerprint import fingerprint
-from ..backbone.load import Backbone, load_weights
+from ..backbone.load import Backbone
+from ..backbone.state import load_weights
 from ..errors import ConfigError, StateError
 from ..training.config import TrainConfig
 from ..training.tasks import JointConfig, Task
