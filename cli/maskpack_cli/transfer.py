@@ -28,7 +28,7 @@ OPTIONS = (
         "Of the weights that learn the target: their values before the source, after it, or drawn anew. "
         "(default: source-start; source-end with --source-trained)",
     ),
-    option(PANEL, "weight_lr", float | None, "Peak rate of weights. (default: 0.001; 0.03 for sgd)"),
+    option(PANEL, "weight_lr", float | None, "Peak rate of weights. (default: 0.001; 0.05 for sgd)"),
     option(PANEL, "source_trained", bool | None, "The backbone knows the source already.", "--source-trained"),
     option(PANEL, "baseline", bool | None, "Fine-tune without a mask as well.", "--baseline"),
 )

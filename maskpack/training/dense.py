@@ -18,7 +18,7 @@ from .learn import Learn
 from .log import Report, RunLog
 from .run import Run
 
-WEIGHT_LR = {"sgd": 0.03, "adam": 1e-3}
+WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
 from .config import TrainConfig
+from .dense import WEIGHT_LR
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,6 @@ class JointConfig:
 
     def to_json(self, optimizer: str, tasks: int) -> dict[str, Any]:
         """Return the settings as JSON values, defaults resolved."""
-        lr = {"sgd": 0.05, "adam": 0.001}[optimizer] if self.weight_lr is None else self.weight_lr
+        lr = WEIGHT_LR[optimizer] if self.weight_lr is None else self.weight_lr
         factor = 4.0 * tasks if self.gate_factor is None else self.gate_factor
         return {**asdict(self), "weight_lr": lr, "gate_factor": factor}

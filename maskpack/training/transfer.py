@@ -75,7 +75,7 @@ def train_transfer(
             that of the target's run: "freeze", the default here, leaves the source its statistics.
         start: of the weights that learn the target: their values before the source, after it, or drawn anew from a
             normal distribution with the standard deviation that the tensor had before the source.
-        weight_lr: peak rate of weights, on source and target; None: 0.001 for Adam, 0.03 for SGD.
+        weight_lr: peak rate of weights, on source and target; None: 0.001 for Adam, 0.05 for SGD.
         source_trained: the backbone knows the source already, with its head; it stays as it is.
         baseline: fine-tune all these weights on the target as well, from their values after the source.
         output: folder: `source.safetensors`, the source network (not if it was trained already), and in `training` a
