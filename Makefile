@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -87,6 +87,11 @@ bench-faults: $(VENV)/.installed
 comparisons: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
+
+# domain transfer between all pairs of PACS, two sources at a time: about two hours; needs MASKPACK_DATA
+transfer: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.transfer cartoon photo & $(BIN)/python -m benchmarks.transfer art_painting sketch & wait
+	$(BIN)/python -m benchmarks.transfer --write docs/results.md
 
 # the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
 compression: $(VENV)/.bench

@@ -1,5 +1,6 @@
 """train_transfer: what the source needs keeps its bits, the rest learns the target, and both networks load exactly."""
 
+import itertools
 import json
 import re
 import shlex
@@ -374,6 +375,37 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
     config = replace(LEARNED, steps=1, lr=1e-6)
     with pytest.raises(TrainingError, match="the mask keeps all 1368 weights, so that none is left for the target; tr"):
         train_transfer(tiny_net(), source, shifted, config)
+
+
+def test_tables_of_the_benchmark(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    from benchmarks import transfer
+
+    assert transfer.tables(tmp_path, tmp_path) == "Nothing is finished yet.\n"
+    for seed in (0, 1):
+        folder = tmp_path / f"photo-{seed}"
+        folder.mkdir()
+        for method in transfer.MASKS:
+            found = {"source": 0.9, "through_mask": 0.7 + 0.1 * seed, "density": 0.5, "layers": {"a": 0.25, "b": 0.75}}
+            (folder / f"{method}.json").write_text(json.dumps(found))
+        for number, target in enumerate(transfer.targets("photo")):
+            plain = {"source": 0.5, "target": 0.8}
+            (folder / f"{target}-plain.json").write_text(json.dumps(plain))
+            for method, start in itertools.product(transfer.MASKS, STARTS):
+                gain = 0.3 * number if (method, start) == ("gumbel", "random") else 0.0
+                own = {"source": 0.5 + gain, "target": 0.8 - 0.1 * seed}
+                assert transfer.finished(tmp_path, "photo") == [tmp_path / "photo-0"] * seed
+                (folder / f"{target}-{method}-{start}.json").write_text(json.dumps(own))
+    lines = transfer.tables(tmp_path, tmp_path).splitlines()
+    assert "| mask | start | photo S | photo T |" in lines
+    assert "| gumbel | random | +0.300 | -0.050 |" in lines
+    assert "| naive | source-end | +0.000 | -0.050 |" in lines
+    assert "| source network on S | 0.900 |" in lines
+    assert "| S through the mask, edit | 0.750 |" in lines
+    assert "| density, gumbel | 0.500 |" in lines
+    assert "| plain fine-tuning on T | 0.800 |" in lines
+    assert "Means over targets and seeds; of these there are: photo 2." in lines
+    assert (tmp_path / transfer.PICTURE).stat().st_size > 1000
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def train_source(backbone: Backbone, source: Data, config: TrainConfig, **option
     Returns:
         The network as a backbone of another name.
     """
-    usual = TrainConfig()
+    usual, device = TrainConfig(), next(backbone.model.parameters()).device
     # one source network serves several masks
     settings = replace(
         config,
@@ -199,5 +199,5 @@ def train_source(backbone: Backbone, source: Data, config: TrainConfig, **option
         bn="adapt",
     )
     train_dense(backbone, source, settings, lambda own, _: body_parameters(own), **options)
-    backbone.model.eval()
+    backbone.model.to(device).eval()
     return replace(backbone, id=f"{SOURCE}:{backbone.id}", revision=None)
