@@ -10,6 +10,7 @@ import typer
 from . import training
 from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, main_process, note, quiet_libraries, table
+from .progress import Progress
 from .settings import OWN, option, read_settings
 from .use import BackboneOption, base_of
 
@@ -59,7 +60,7 @@ def train(**given: Any) -> None:
         emit({**plan, "experts": experts}, as_json, "Everything needed is there; nothing was trained or written.")
         return
     folder = output / training.RUN_FOLDER
-    with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
+    with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_cascade(backbone, data, run_config, experts=experts, output=folder, resume=resume, report=report)
     if not main_process():
         return

@@ -10,6 +10,7 @@ import typer
 
 from . import training
 from .console import command, emit, examples, note, quiet_libraries, table
+from .progress import Progress
 from .settings import OWN, option, read_settings, take
 
 PANEL = "Comparison"
@@ -49,7 +50,7 @@ def compare(**given: Any) -> None:
         raise ConfigError(f"--seeds must be a number of at least 1, got {seeds!r}")
     backbone = {"reference": settings.pop("backbone")} | take(settings, *BACKBONE)
     data = {"reference": settings.pop("data")} | take(settings, *DATA)
-    with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
+    with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
 
         def told(event: Mapping[str, Any]) -> None:
             if event["event"] == "trial":

@@ -10,6 +10,7 @@ import typer
 
 from . import training
 from .console import command, emit, examples, main_process, note, quiet_libraries
+from .progress import Progress
 from .settings import DATA, OWN, checked, kinds_of, option, read_settings, take
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def multitask(**given: Any) -> None:
     if dry_run:
         emit(plan, as_json, "Everything needed is there; nothing was trained or written.")
         return
-    with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
+    with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_tasks(backbone, tasks, output, profile=profile, resume=resume, report=report, **options)
     if not main_process():
         return

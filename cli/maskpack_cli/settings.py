@@ -1,6 +1,7 @@
 """The options of verbs that train: those of a TOML file, and over them the command line's."""
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -47,6 +48,8 @@ def read_settings(
             if any(not mark for _, mark, _ in pairs):
                 raise ConfigError(f"--{kind}-option must be KEY=VALUE, got {options}")
             settings[f"{kind}_options"] = {key: value for key, _, value in pairs}
+    if isinstance(settings.get("bytes_budget"), str):
+        settings["bytes_budget"] = _size(settings["bytes_budget"])
     missing = [name for name in needed if name not in settings]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")
@@ -78,8 +81,9 @@ def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str) -> d
     """
     from maskpack.errors import ConfigError
 
-    if type(settings.get("random_weights")) is int:  # a seed alone
-        settings["random_weights"] = str(settings["random_weights"])
+    for name in ("random_weights", "bytes_budget"):  # a seed alone, or bytes
+        if type(settings.get(name)) is int:
+            settings[name] = str(settings[name])
     for name, value in settings.items():
         if name not in known:
             names = ", ".join(one.replace("_", "-") for one in known)
@@ -113,6 +117,19 @@ def _words(kind: Any) -> str:
     if arguments:
         return f"one of {', '.join(arguments)}"
     return {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a text")
+
+
+def _size(text: str) -> int:
+    """A number of bytes, perhaps in kB (1000) or MB."""
+    from maskpack.errors import ConfigError
+
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(B|kB|MB)?", text)
+    size = 0 if found is None else round(float(found[1]) * {"kB": 1e3, "MB": 1e6}.get(found[2], 1))
+    if size < 1:
+        raise ConfigError(
+            f"--bytes-budget must be a number of bytes above 0, as in 200000, 200kB or 1.5MB; got {text!r}"
+        )
+    return size
 
 
 def _three_numbers(name: str, value: str | list[Any]) -> list[float]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapters import PROFILES, Profile, RandomWeights
-from .console import Json, Quiet, command, emit, examples, main_process, note, notes, quiet_libraries
+from .console import Json, Quiet, command, emit, examples, main_process, note, quiet_libraries
+from .progress import Progress
 from .settings import DATA, OWN, read_settings, take
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from maskpack.data.base import Data
     from maskpack.training.config import TrainConfig
 
-SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
 OF_LABELS = ("augment", "head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
@@ -86,6 +86,10 @@ def train(
     head_template: Annotated[
         str | None, _option("mask", "Of a text head. (default: This is a photo of a {label})")
     ] = None,
+    bytes_budget: Annotated[
+        str | None, _option("mask", "Most bytes of the masks, as in 200kB or 1.5MB. (default: no limit)")
+    ] = None,
+    rate: Annotated[float | None, _option("mask", "The same in bits a weight. (default: no limit)")] = None,
     bn: Annotated[str | None, _option("mask", "BatchNorm statistics: adapt or freeze. (default: adapt)")] = None,
     epochs: Annotated[int | None, _option("training", "Passes over the training rows. (default: 10)")] = None,
     steps: Annotated[int | None, _option("training", "Optimiser steps, in place of epochs.")] = None,
@@ -211,38 +215,6 @@ def describe_plan(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
     empty = empty_classes(data.train, data.class_names)
     if empty:
         note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}", quiet)
-
-
-class Progress:
-    """A progress bar on stderr that `train_mask` reports to."""
-
-    def __init__(self, off: bool):
-        self.off = off
-
-    def __enter__(self) -> Any:
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=self.off)
-        self.bar.start()
-        task = self.bar.add_task("training", total=None)
-
-        def report(event: Mapping[str, Any]) -> None:
-            words = [f"{k.replace('_', ' ')} {event[k]:.4f}" for k in SHOWN if k in event]
-            part = f"{event['part']}: " if "part" in event else ""
-            if event["event"] == "warning":
-                note(f"Warning: {part}{event['warning']}")
-                return
-            if event["event"] == "epoch" and not self.off:
-                self.bar.print(f"{part}epoch {event['epoch']}: {', '.join(words)}")
-            shown = part + " ".join(words[:2])
-            self.bar.update(task, completed=event["step"], total=event["steps"], description=shown)
-
-        return report
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
 
 def register(app: typer.Typer) -> None:

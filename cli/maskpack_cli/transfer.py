@@ -11,6 +11,7 @@ import typer
 
 from . import training
 from .console import command, emit, examples, main_process, note, quiet_libraries
+from .progress import Progress
 from .settings import DATA, OWN, option, read_settings
 
 PANEL = "Transfer"
@@ -69,7 +70,7 @@ def transfer(**given: Any) -> None:
     if dry_run:
         emit(plans, as_json, "Everything needed is there; nothing was trained or written.")
         return
-    with training.Progress(quiet or as_json or not sys.stderr.isatty()) as report:
+    with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_transfer(
             backbone,
             source,

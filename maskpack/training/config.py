@@ -32,6 +32,8 @@ class TrainConfig:
         include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
         selective: which scores learn, as of `selective.learning_weights`; the others keep their weights.
         train: globs of parameters that learn themselves, as norms and biases, at the rate of heads; stored whole.
+        bytes_budget: most bytes that the masks' payloads may take, in the profile "default". rate: the same in bits a
+            weight. None: no limit.
         scale: divide the kept weights by sqrt(density), per parameter.
         head_kind: "linear" is trained and stored whole; "masked" is random, with scores of its own, and stored as seed
             and mask; "text" is made of a CLIP-like backbone's text embeddings and frozen; "own" is the model's, frozen.
@@ -58,6 +60,8 @@ class TrainConfig:
     exclude: tuple[str, ...] = ()
     selective: str = ALL
     train: tuple[str, ...] = ()
+    bytes_budget: int | None = None
+    rate: float | None = None
     scale: bool = False
     head_kind: Literal["linear", "masked", "text", "own"] = "linear"
     head_template: str = "This is a photo of a {label}"
@@ -88,7 +92,12 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
-        check_above_zero(self, *(name for name in ("lr", "head_lr", "clip") if getattr(self, name) is not None))
+        positive = ("lr", "head_lr", "clip", "bytes_budget", "rate")
+        check_above_zero(self, *(name for name in positive if getattr(self, name) is not None))
+        if self.bytes_budget is not None and self.rate is not None:
+            raise ConfigError(
+                f"bytes_budget {self.bytes_budget} and rate {self.rate} both limit the size of the masks; give one"
+            )
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -164,5 +173,5 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
 def _accepted(name: str, default: Any) -> tuple[type, ...]:
     """The types that a setting may have."""
     if default is None:
-        return (int, type(None)) if name == "steps" else (int, float, type(None))
+        return (int, type(None)) if name in ("steps", "bytes_budget") else (int, float, type(None))
     return (int, float) if isinstance(default, float) else (type(default),)

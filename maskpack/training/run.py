@@ -29,6 +29,7 @@ from .config import TrainConfig
 from .learn import Learn, learn_scores, learn_whole
 from .log import RunLog
 from .objectives.base import check_data, find_objective
+from .rate import rate_control
 from .record import training_record
 from .scored import density, scored_models, scored_weights
 
@@ -72,6 +73,7 @@ class Run:
 
     Attributes:
         whole: parameters that learn themselves beside scores, by name.
+        control: keeps the masks within a budget of bytes, or None.
     """
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
@@ -91,6 +93,7 @@ class Run:
         self.whole = learn_whole(backbone, config) if learn is learn_scores else {}
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(backbone.model).items() if name in self.scores]
+        self.control = rate_control(config, self.scored)
         learned = self.scores.values() if all(one.method.learns for one in self.scored) else ()
         scores = [*learned, *self.objective.scores()]
         beside = [*self.objective.trained(), *self.whole.values()]
@@ -136,6 +139,8 @@ class Run:
             first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
             if self.accelerator.scaler is not None and facts["scaler"]:
                 self.accelerator.scaler.load_state_dict(facts["scaler"])
+            if self.control is not None:
+                self.control.restore(facts["control"])
         else:
             self.objective.start()
             if start_from is not None:
@@ -144,7 +149,8 @@ class Run:
             step, loss = self._epoch(epoch, step, log)
             if epoch + 1 == self.epochs:
                 self.objective.finish()
-            metrics = {"train_loss": loss, **self._density(), **self.objective.metrics()}
+            size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(epoch + 1 == self.epochs)}
+            metrics = {"train_loss": loss, **self._density(), **size, **self.objective.metrics()}
             if self.data.validation is not None:
                 metrics |= self._held_out("validation", self.data.validation)
             log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
@@ -159,6 +165,7 @@ class Run:
                     "step": step,
                     "metrics": metrics,
                     "scaler": scaler,
+                    "control": None if self.control is None else self.control.state(),
                 }
                 save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
         self._progress(1.0)
@@ -173,6 +180,7 @@ class Run:
 
     def _penalty(self) -> Tensor | float:
         found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
+        found += [] if self.control is None else [self.control.penalty()]
         return torch.stack(found).sum() if found else 0.0
 
     def _density(self) -> dict[str, float]:

@@ -1,0 +1,40 @@
+"""Progress bars of training."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .console import note, notes
+
+SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
+
+
+class Progress:
+    """A progress bar on stderr that `train_mask` reports to."""
+
+    def __init__(self, off: bool):
+        self.off = off
+
+    def __enter__(self) -> Any:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=self.off)
+        self.bar.start()
+        task = self.bar.add_task("training", total=None)
+
+        def report(event: Mapping[str, Any]) -> None:
+            words = [f"{k.replace('_', ' ')} {event[k]:.4f}" for k in SHOWN if k in event]
+            part = f"{event['part']}: " if "part" in event else ""
+            if event["event"] == "warning":
+                note(f"Warning: {part}{event['warning']}")
+                return
+            if event["event"] == "epoch" and not self.off:
+                self.bar.print(f"{part}epoch {event['epoch']}: {', '.join(words)}")
+            shown = part + " ".join(words[:2])
+            self.bar.update(task, completed=event["step"], total=event["steps"], description=shown)
+
+        return report
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
