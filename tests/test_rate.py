@@ -180,7 +180,10 @@ def test_sizes_on_the_command_line(tmp_path: Path) -> None:
     for text in ("0", "12 GB", "-5", "1e3", "kB"):
         done = CliRunner().invoke(app, [*given, f"--bytes-budget={text}"])
         assert done.exit_code == 2
-        assert f"--bytes-budget must be bytes, as in 200000, 200kB or 1.5MB, and above 0; got '{text}'" in done.stderr
+        assert (
+            f"--bytes-budget must be a number of bytes above 0, as in 200000, 200kB or 1.5MB; got '{text}'"
+            in done.stderr
+        )
     from maskpack_cli.settings import read_settings
     from maskpack_cli.training import train
 
