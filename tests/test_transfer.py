@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +167,7 @@ def test_the_table_and_the_record(trained: Any, source: Data, shifted: Data) -> 
     assert markdown(rows[:1]).splitlines()[2] == f"| source | {100 * rows[0]['source']:.2f} | - |"
     record = result.about["training"]
     assert (record["data"]["id"], record["settings"]["lr"]) == ("shifted", RATE)
+    assert record["settings"]["method_options"] == {"mask_id": load_adapter(folder).mask_id}
     assert record["transfer"]["source"]["class_names"] == list("56789")
     assert (record["transfer"]["method"], record["transfer"]["start"]) == ({"id": "naive"}, "source-start")
     assert result.baseline.masks.kept == 0
@@ -295,6 +297,18 @@ def test_resumes_wherever_it_stopped(
     )
     assert parts.count((stop[0], "epoch")) == (stop[1] == "epoch"), "what is finished is read back"
     assert parts.count(("target-source-start", "epoch")) == 1
+    assert files(tmp_path, result) == whole
+
+
+def test_values_are_not_read_back_for_another_mask(
+    whole: dict[str, bytes], source: Data, shifted: Data, tmp_path: Path
+) -> None:
+    train_transfer(tiny_net(), source, shifted, LEARNED, output=tmp_path)
+    shutil.rmtree(tmp_path / "training/mask")
+    with pytest.raises(StateError, match="target-source-start belongs to another run: method_options differ; resume"):
+        train_transfer(tiny_net(), source, shifted, replace(LEARNED, lr=600.0), output=tmp_path, resume=True)
+    shutil.rmtree(tmp_path / "training/mask")
+    result = train_transfer(tiny_net(), source, shifted, LEARNED, output=tmp_path, resume=True)
     assert files(tmp_path, result) == whole
 
 
@@ -480,6 +494,8 @@ def test_wrong_commands(tmp_path: Path) -> None:
         *TRANSFER, "--output", tmp_path / "x", "--source-trained", "--start", "source-start", code=2
     )
     assert not (tmp_path / "x").exists()
+    said = refused("eval", *BACKBONE, "--data", "digits:5-9", "--probe", "--mode", "source", code=2)
+    assert "--mode is for an adapter, a backbone alone has one network" in said
     shown = run("transfer", "--help").stdout
     for option in ("--source", "--target", "--start", "--source-trained", "--baseline", "--method-option"):
         assert option in shown

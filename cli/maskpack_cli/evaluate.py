@@ -58,7 +58,7 @@ def evaluate(
     from maskpack.evaluate.transfer import source_classes
 
     measures: list[Measure] = [*(["knn"] if knn else []), *(["probe"] if probe else [])]  # type: ignore[list-item]
-    _check(ref, backbone, head, image_size, split, bool(measures), labels_fraction)
+    _check(ref, backbone, head, image_size, mode, split, bool(measures), labels_fraction)
     adapter = None
     if ref is not None:
         found, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights, mode)
@@ -97,6 +97,7 @@ def _check(
     backbone: str | None,
     head: str | None,
     image_size: int | None,
+    mode: str,
     split: str,
     measures: bool,
     shares: Sequence[float] | None,
@@ -110,6 +111,8 @@ def _check(
         raise ConfigError("a backbone alone has no head for these data; give --knn, --probe or both")
     if ref is not None and (head is not None or image_size is not None):
         raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
+    if ref is None and mode != "target":
+        raise ConfigError("--mode is for an adapter, a backbone alone has one network; leave it out")
     if split not in ("test", "train"):
         raise ConfigError(f"--split must be test or train, got {split!r}")
     if measures and split == "train":

@@ -11,7 +11,7 @@ from ..backbone.load import Backbone
 from ..backbone.parameters import named_parameters
 from ..data.base import Data
 from ..errors import TrainingError
-from ..mask import MaskSet, Op, PackedMask
+from ..mask import MaskSet, Op, PackedMask, mask_id
 from ..methods.base import FINISHED, Method, State, build_method
 from .borrow import borrowed
 from .config import TrainConfig
@@ -129,4 +129,6 @@ def train_reused(
                 own.copy_(values[name])
         return scores
 
+    # in the record, and what a checkpoint of another mask differs in
+    config = replace(config, method=Reuse.id, method_options={"mask_id": mask_id({"default": masks})})
     return train_mask(backbone, target, config, learn=learn, **options)
