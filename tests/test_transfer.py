@@ -365,6 +365,11 @@ def test_a_network_that_knows_the_source(trained: Any, source: Data, shifted: Da
     [
         ({"scale": True}, "scale is False in a transfer, got True: it is supervised, with the head of the source"),
         ({"train": ("bn1.*",)}, r"train is \(\) in a transfer, got \('bn1.*',\): .* all that the source needs"),
+        (
+            {"bytes_budget": 500},
+            "bytes_budget is None in a transfer, got 500: .* and values are most of what is stored",
+        ),
+        ({"rate": 0.1}, "rate is None in a transfer, got 0.1"),
         ({"head_kind": "masked"}, "head_kind is 'linear' in a transfer, got 'masked'"),
         ({"objective": "swav"}, "objective is 'supervised' in a transfer, got 'swav'"),
         ({"method": "flip"}, "the method 'flip' changes signs, so its mask does not tell which weights the source nee"),

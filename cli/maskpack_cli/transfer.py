@@ -16,7 +16,17 @@ from .settings import DATA, OWN, option, read_settings
 
 PANEL = "Transfer"
 # what a transfer settles itself, see check_transfer
-WITHOUT = ("data", "head_kind", "head_template", "objective", "objective_option", "scale", "train")
+WITHOUT = (
+    "data",
+    "head_kind",
+    "head_template",
+    "objective",
+    "objective_option",
+    "scale",
+    "train",
+    "bytes_budget",
+    "rate",
+)
 TABLE = "transfer.json"
 
 OPTIONS = (

@@ -146,12 +146,12 @@ def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start:
         known = STARTS[1:] if source_trained else STARTS
         why = " where the source was trained before" if source_trained else ""
         raise ConfigError(f"start must be one of {', '.join(known)}{why}, got {start!r}")
-    for name in ("objective", "head_kind", "scale", "train"):
+    for name in ("objective", "head_kind", "scale", "train", "bytes_budget", "rate"):
         given, usual = getattr(config, name), getattr(TrainConfig(), name)
         if given != usual:
             raise ConfigError(
-                f"{name} is {usual!r} in a transfer, got {given!r}: it is supervised, with the head of the source, and "
-                f"all that the source needs stays as it is; leave it out"
+                f"{name} is {usual!r} in a transfer, got {given!r}: it is supervised, with the head of the source, all "
+                f"that the source needs stays as it is, and values are most of what is stored; leave it out"
             )
     if backbone.head is None:
         raise ConfigError(
