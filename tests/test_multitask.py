@@ -38,7 +38,7 @@ from .test_apply import bits, same
 from .test_cascade_training import StopHere, tiny_net
 
 QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
-FAST = JointConfig(weight_lr=0.01, r1=1e-5, r2=1e-5)
+FAST = JointConfig(weight_lr=0.01, gate_start=0.5, r1=1e-5, r2=1e-5)
 FACTORY = f"{Path(__file__).parent.parent / 'cli/maskpack_cli/digits_backbone.py'}:digits_cnn"
 
 
@@ -220,7 +220,9 @@ def test_a_finished_task_is_not_trained_otherwise(gated: Any, tasks: dict[str, T
     start = "the task 'low' in .* is finished, and was trained with other settings or data: "
     with pytest.raises(StateError, match=start + "epochs 2, now 3; take the earlier ones, another name, or another"):
         again(config=replace(QUICK, epochs=3))
-    with pytest.raises(StateError, match=start + r"weight_lr 0.01, now 0.02; r1 1e-05, now 0.0; take"):
+    with pytest.raises(
+        StateError, match=start + "weight_lr 0.01, now 0.02; gate_start 0.5, now 2.0; r1 1e-05, now 0.0; take"
+    ):
         again(joint=JointConfig(weight_lr=0.02, r2=1e-5))
     with pytest.raises(StateError, match=start + "augment none, now flip; take"):
         again(own={"low": Task(tasks["low"].data, "flip")})
@@ -294,6 +296,15 @@ def test_the_backbone_comes_back_whole(tasks: dict[str, Task]) -> None:
     assert not frozen.results["low"].parts.statistics
 
 
+def test_masks_that_keep_everything_are_said(tasks: dict[str, Task]) -> None:
+    events = list[Mapping[str, Any]]()
+    train_jointly(tiny_net(), two(tasks), replace(QUICK, steps=1), report=events.append)
+    [warning] = [event["warning"] for event in events if event["event"] == "warning"]
+    assert warning.startswith(
+        "no gate of low, high has closed, so that the masks keep everything; take more steps, a g"
+    )
+
+
 def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
     config = replace(QUICK, steps=2, accumulate=2, clip=1.0)
     result = train_jointly(tiny_net(), two(tasks), config, FAST)
@@ -315,7 +326,9 @@ def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
         run({})
     with pytest.raises(ConfigError, match="are for weights that learn; in sequence only masks do"):
         run(joint=FAST)
-    with pytest.raises(ConfigError, match="r1 and r2 are for gates, and the mode 'shared' has none; leave them out"):
+    with pytest.raises(
+        ConfigError, match="gate_start, r1 and r2 are for gates, and the mode 'shared' has none; leave them out"
+    ):
         run(mode="shared", joint=FAST)
     with pytest.raises(ConfigError, match="tasks learn together with the objective 'supervised' and linear heads, got"):
         run(mode="gated", config=replace(QUICK, head_kind="masked"))
@@ -323,7 +336,7 @@ def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
         ConfigError, match=r"train and selective are for masks on frozen weights, .* got \['bn1.bias'\] and"
     ):
         run(mode="gated", config=replace(QUICK, train=("bn1.bias",)))
-    for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0)):
+    for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0), ("gate_start", 0.0)):
         with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
             JointConfig(**{name: value})
     with pytest.raises(ConfigError, match=r"r2 must be 0 or more, got -1.0"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PANEL = "Many tasks"
 OF_DATA = ("data", *DATA)
 OF_TASK = ("name", *OF_DATA, "augment")
-OF_JOINT = ("weight_lr", "gate_factor", "r1", "r2")
+OF_JOINT = ("weight_lr", "gate_factor", "gate_start", "r1", "r2")
 
 TASKS = inspect.Parameter(
     "config",
@@ -37,6 +37,7 @@ OPTIONS = (
     option(PANEL, "mode", str | None, "sequential, gated, shared or separate. (default: sequential)"),
     option(PANEL, "weight_lr", float | None, "Peak rate of weights that learn. (default: 0.001; 0.05 for sgd)"),
     option(PANEL, "gate_factor", float | None, "Gates learn at this times --weight-lr. (default: 4 x tasks)"),
+    option(PANEL, "gate_start", float | None, "Of the logits of gates; nearer to 0 they close sooner. (default: 2)"),
     option(PANEL, "r1", float | None, "Strength of the regulariser sum exp(-|l|) of gates. (default: 0)"),
     option(PANEL, "r2", float | None, "Strength of the regulariser sum exp(-l^2) of gates. (default: 0)"),
 )

@@ -68,9 +68,13 @@ def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
     if not tasks:
         raise ConfigError("there is no task; name at least one")
     if mode == "sequential" and joint != JointConfig():
-        raise ConfigError("weight_lr, gate_factor, r1 and r2 are for weights that learn; in sequence only masks do")
+        raise ConfigError(
+            "weight_lr, gate_factor, gate_start, r1 and r2 are for weights that learn; in sequence only masks do"
+        )
     if mode in ("shared", "separate") and joint != JointConfig(weight_lr=joint.weight_lr):
-        raise ConfigError(f"gate_factor, r1 and r2 are for gates, and the mode {mode!r} has none; leave them out")
+        raise ConfigError(
+            f"gate_factor, gate_start, r1 and r2 are for gates, and the mode {mode!r} has none; leave them out"
+        )
     seen: set[str] = set()
     for name in tasks:
         plain = name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name.isascii()

@@ -17,7 +17,7 @@ from ..errors import ConfigError, StateError, UnknownNameError
 from ..mask import MaskSet, masked_weight
 from .parametrized import Orders, all_names, owner, put_on, take_off
 
-START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; see docs/methods.md
+START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 
 
 class GatedWeight(nn.Module):

@@ -68,7 +68,7 @@ class JointRun:
         model.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and not inside(name, backbone.outside))
-        self.gates: Gates | None = attach_gates(model, tasks, self.selected) if gated else None
+        self.gates: Gates | None = attach_gates(model, tasks, self.selected, start=joint.gate_start) if gated else None
         self.history = None if self.gates is None else GateHistory(self.gates)
         self.joint, self.settings = joint, joint.to_json(config.optimizer, len(tasks))
         lr, factor = self.settings["weight_lr"], self.settings["gate_factor"]

@@ -88,6 +88,13 @@ def train_jointly(
                 recalibrate(objective.module, readable(objective.load(run.loaders[name].dataset.examples)))
         hard = {**run.accuracies("validation"), **run.accuracies("test")}
         parts = {name: _parts(run, name) for name in tasks}
+        whole = [name for name in tasks if gated and parts[name].masks.density == 1]
+        if whole:
+            warning = (
+                f"no gate of {', '.join(whole)} has closed, so that the masks keep everything; take more steps, a "
+                f"greater gate_factor, or a gate_start nearer to 0"
+            )
+            log.write({"event": "warning", "step": run.steps, "steps": run.steps, "warning": warning})
         log.write({"event": "end", "step": run.steps, "steps": run.steps, **last, **hard,
                    **{f"soft_{key}": value for key, value in soft.items()}})  # fmt: skip
     with torch.no_grad():

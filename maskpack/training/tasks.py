@@ -10,6 +10,7 @@ from ..preprocess import Augment
 from ..registry import check_above_zero
 from .config import TrainConfig
 from .dense import WEIGHT_LR
+from .gated import START
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,18 @@ class JointConfig:
     Attributes:
         weight_lr: peak learning rate of the weights; None: 0.05 for SGD, 0.001 for Adam.
         gate_factor: gates learn at this times the rate of the weights; None: 4 times the number of tasks.
+        gate_start: of every logit; the smaller, the sooner gates close.
         r1, r2: strength of the two regularisers, sum exp(-|l|) and sum exp(-l^2) over a task's logits.
     """
 
     weight_lr: float | None = None
     gate_factor: float | None = None
+    gate_start: float = START
     r1: float = 0.0
     r2: float = 0.0
 
     def __post_init__(self) -> None:
-        check_above_zero(self, *(n for n in ("weight_lr", "gate_factor") if getattr(self, n) is not None))
+        check_above_zero(self, *(n for n in ("weight_lr", "gate_factor", "gate_start") if getattr(self, n) is not None))
         for name in ("r1", "r2"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
