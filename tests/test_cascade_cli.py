@@ -157,6 +157,7 @@ def test_predict(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verbs_for_one_mask_say_what_to_use(folder: Path, tmp_path: Path) -> None:
+    assert "is a cascade; leave it out" in refused("predict", folder, "x.png", *BACKBONE, "--mode", "source", code=2)
     said = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
     assert said in refused("export", folder, "--output", tmp_path / "x", *BACKBONE)
     assert not (tmp_path / "x").exists()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from maskpack_cli.main import app
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
@@ -481,6 +482,12 @@ def test_the_command(tmp_path: Path) -> None:
     shown = ok(*shlex.split(following))
     assert (shown["accuracy"], shown["class_names"]) == (through["source"], list("56789"))
     assert source["source"] != through["source"], "else the test shows little"
+    images = [tmp_path / f"{digit}.png" for digit in range(3)]
+    for digit, image in enumerate(images):
+        Image.new("L", (8, 8), 80 * digit).save(image)
+    for mode, classes in (("target", "0123"), ("source", "56789")):
+        said = ok("predict", folder, *images, *weights, "--mode", mode)["predictions"]
+        assert {one["label"] for one in said} <= set(classes)
     assert "labels that the class names lack" in refused("eval", folder, *weights, "--data", "digits:5-9")
 
     settings = tmp_path / "run.toml"

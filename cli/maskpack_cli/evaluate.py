@@ -1,13 +1,13 @@
 """maskpack eval: what an adapter, or a backbone alone, is worth on a data set."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .adapters import RandomWeights, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
-from .use import BackboneOption, loaded
+from .use import BackboneOption, ModeOption, loaded
 
 if TYPE_CHECKING:
     from maskpack.data.base import Data, Examples
@@ -36,10 +36,7 @@ def evaluate(
         list[float] | None,
         typer.Option(help="Share of the training rows for k-NN and probe; may be repeated. (default: 1)"),
     ] = None,
-    mode: Annotated[
-        Literal["target", "source"],
-        typer.Option(help="Of an adapter of `maskpack transfer`: which of its two networks."),
-    ] = "target",
+    mode: ModeOption = "target",
     split: Annotated[str, typer.Option(help="test, or train for the head.")] = "test",
     input_column: Annotated[str | None, typer.Option(help="Column of images or texts, where it is not found.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of labels, where it is not found.")] = None,

@@ -1,7 +1,7 @@
 """maskpack predict | export: an adapter on its backbone."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,10 @@ BackboneOption = Annotated[
     typer.Option(
         help="timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. (default: the adapter's base)"
     ),
+]
+ModeOption = Annotated[
+    Literal["target", "source"],
+    typer.Option(help="Of an adapter of `maskpack transfer`: which of its two networks."),
 ]
 
 
@@ -67,6 +71,7 @@ def predict(
     backbone: BackboneOption = None,
     weights: Weights = None,
     random_weights: RandomWeights = None,
+    mode: ModeOption = "target",
     revision: Revision = None,
     require_revision: RequireRevision = False,
     token: Token = None,
@@ -76,13 +81,16 @@ def predict(
     """Classify files with an adapter."""
     quiet_libraries(quiet)
     from maskpack import load_adapter, load_cascade, load_mask
-    from maskpack.errors import DataError
+    from maskpack.errors import ConfigError, DataError
+    from maskpack.evaluate.transfer import source_classes
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
     masked = base_of(adapter, backbone, weights, random_weights)
+    if adapter.cascade is not None and mode != "target":
+        raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
     together = None if adapter.cascade is None else load_cascade(masked.model, adapter)
     if together is None:
-        load_mask(masked.model, adapter)
+        load_mask(masked.model, adapter, mode=mode)
     inputs: list[str] = []
     if adapter.task == "text-classification":
         for file in files:
@@ -94,7 +102,8 @@ def predict(
         inputs = files
     note(f"Adapter: {adapter.pinned}", quiet or as_json)
     if together is None:
-        found = adapter.predict(masked.model, inputs, tokenizer=masked.tokenizer)
+        names = source_classes(adapter) if mode == "source" else None
+        found = adapter.predict(masked.model, inputs, class_names=names, tokenizer=masked.tokenizer)
     else:
         found = together.predict(inputs, tokenizer=masked.tokenizer)
     rows: list[list[Any]] = [[x, p.label, p.score] for x, p in zip(inputs, found, strict=True)]

@@ -160,13 +160,19 @@ class Adapter:
         return stored.transform() if isinstance(stored, ImagePreprocess) else None
 
     def predict(
-        self, model: nn.Module, inputs: Sequence[Any] | Tensor, *, tokenizer: Any = None, batch_size: int = 64
+        self,
+        model: nn.Module,
+        inputs: Sequence[Any] | Tensor,
+        *,
+        class_names: Sequence[str] | None = None,
+        tokenizer: Any = None,
+        batch_size: int = 64,
     ) -> list[Prediction]:
         """Classify inputs with a model that has this adapter loaded.
 
         Args:
             inputs: image paths or PIL images; a tensor (B, 3, H, W) that is preprocessed already; or texts.
-            tokenizer: of a text model; default: the one that the model was loaded with.
+            class_names: of the model's head, where it is not the adapter's. tokenizer: of a text model; default: its own.
 
         Raises:
             AdapterError: if the adapter has no head, class names or preprocessing.
@@ -176,7 +182,7 @@ class Adapter:
             model,
             inputs,
             head=self.head(),
-            class_names=self.class_names,
+            class_names=class_names or self.class_names,
             preprocess=self.preprocess_config,
             tokenizer=tokenizer,
             batch_size=batch_size,
