@@ -172,7 +172,7 @@ class Adapter:
 
         Args:
             inputs: image paths or PIL images; a tensor (B, 3, H, W) that is preprocessed already; or texts.
-            class_names: of the model's head, where it is not the adapter's. tokenizer: of a text model; default: its own.
+            class_names: of the model's head, if not the adapter's. tokenizer: of a text model; default: its own.
 
         Raises:
             AdapterError: if the adapter has no head, class names or preprocessing.
