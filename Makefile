@@ -93,7 +93,7 @@ transfer: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.transfer cartoon photo & $(BIN)/python -m benchmarks.transfer art_painting sketch & wait
 	$(BIN)/python -m benchmarks.transfer --write docs/results.md
 
-# tasks that share weights, with and without gates: half an hour on one core; needs MASKPACK_DATA
+# tasks that share weights, with and without gates: forty minutes on one core; needs MASKPACK_DATA
 light-switch: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.light_switch
 	$(BIN)/python -m benchmarks.light_switch --write docs/results.md

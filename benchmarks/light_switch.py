@@ -1,6 +1,6 @@
 """The experiments of "Like a Light Switch" (Blum and Law, 2020): gates, a network for each task, one for all.
 
-    MASKPACK_DATA=… python -m benchmarks.light_switch                         all, half an hour of one core
+    MASKPACK_DATA=… python -m benchmarks.light_switch                         all, forty minutes of one core
     MASKPACK_DATA=… python -m benchmarks.light_switch linear noisy            some of them
     python -m benchmarks.light_switch --write docs/results.md                 tables and curves from what is finished
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from maskpack import attach_gates
 from maskpack.evaluate.trial import read_json, write_json
+from maskpack.plots.features import users
 from maskpack.training.gated import Gates
 from maskpack.training.histograms import GateHistory, counts, divergence
 
@@ -182,7 +183,8 @@ def train(experiment: Experiment, row: Row, seed: int) -> dict[str, Any]:
         gates.hard = True
         hard = measured(models, gates, problem, last=True)
         result |= {"hardened": sum(hard) / len(hard), "hardened_per_task": hard}
-        result["density"] = {task: gates.masks(task).density for task in gates.tasks}
+        masks = {task: gates.masks(task) for task in gates.tasks}
+        result |= {"density": {task: one.density for task, one in masks.items()}, "users": users(masks)}
     if history is not None:
         history.add(experiment.steps)
         result["history"] = {**history.content, "rows": [together(one) for one in history.content["rows"]]}

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from maskpack.plots.features import feature_figure
 from maskpack.plots.figure import label, look, new_figure, plain_axes, save_figure
 from maskpack.plots.gates import gate_figure
 
@@ -24,6 +25,8 @@ TITLES = {
 }
 ACCURACY = ("mnist", "colours", "white", "inverse")
 CURVES = {"noisy": "14 rows", "linear": "adam"}  # of experiments with many rows those with these words are drawn
+
+FEATURES = {"sinusoid": "gated", "colours": "gated, red, green, blue"}  # rows whose masks are drawn as sets of features
 
 
 def write_pages(measured: Path, page: Path) -> None:
@@ -64,6 +67,9 @@ def experiment(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> st
     )
     save_figure(curves(own, CURVES.get(name, ""), accuracy), folder / f"light-switch-{name}.svg")
     text += f"\n![{what.capitalize()} over steps](light-switch-{name}.svg)\n"
+    if FEATURES.get(name) in own:
+        save_figure(feature_figure(own[FEATURES[name]][0]["users"]), folder / f"light-switch-{name}-features.svg")
+        text += f"\n![How many tasks use each weight, layer by layer](light-switch-{name}-features.svg)\n"
     history = next((row["history"] for row in rows if "history" in row), None)
     if history is not None:
         save_figure(gate_figure(history), folder / "light-switch-gates.svg")

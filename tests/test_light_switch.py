@@ -71,7 +71,7 @@ def test_runs_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "| gated, adam |" in text
     assert "2 seeds, mean ± sample deviation." in text
     assert "Jensen-Shannon" in text
-    for name in ("linear", "sinusoid", "gates"):
+    for name in ("linear", "sinusoid", "gates", "sinusoid-features"):
         assert f"(light-switch-{name}.svg)" in text
         assert (tmp_path / f"light-switch-{name}.svg").stat().st_size > 1000
 

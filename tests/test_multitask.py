@@ -306,9 +306,16 @@ def test_masks_that_keep_everything_are_said(tasks: dict[str, Task]) -> None:
 
 
 def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
-    config = replace(QUICK, steps=2, accumulate=2, clip=1.0)
-    result = train_jointly(tiny_net(), two(tasks), config, FAST)
-    assert result.results["low"].about["training"]["steps"] == 4
+    weights = []
+    for batch_size, accumulate in ((16, 1), (8, 2)):
+        config = replace(QUICK, steps=1, batch_size=batch_size, accumulate=accumulate, optimizer="sgd", bn="freeze")
+        backbone = tiny_net()
+        result = train_jointly(backbone, {"low": tasks["low"]}, config, JointConfig(gate_start=0.5))
+        assert result.results["low"].about["training"]["steps"] == 1
+        weights.append(backbone.model.conv1.weight.detach())
+    assert torch.allclose(*weights, atol=1e-6)
+    assert float((weights[0] - tiny_net().model.conv1.weight.detach()).abs().max()) > 1e-4
+    train_jointly(tiny_net(), two(tasks), replace(QUICK, steps=1, clip=1.0), FAST)
 
 
 def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ def features(
 ) -> None:
     """How many of several tasks use each weight, layer by layer: what is shared, and what is a task's own."""
     _begin(output, quiet)
-    from maskpack.plots.features import feature_figure
+    from maskpack.plots.features import feature_figure, users
 
     masks = _named_masks(refs, backbone, weights, random_weights, token)
-    _finish(feature_figure(masks), output, as_json)
+    _finish(feature_figure(users(masks)), output, as_json)
 
 
 def gates(

@@ -1,6 +1,6 @@
 """Which features tasks use: how many tasks use each weight, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,13 +41,14 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
     return found
 
 
-def feature_figure(masks: Mapping[str, MaskSet]) -> "Figure":
+def feature_figure(counts: Mapping[str, Sequence[int]]) -> "Figure":
     """Draw a bar for each parameter: the shares of its weights that no task, one task, …, all tasks use.
 
-    Raises: as `users`.
+    Args:
+        counts: what `users` gives.
     """
-    counts = users(masks)
-    names, tasks = list(counts), len(masks)
+    names = list(counts)
+    tasks = len(counts[names[0]]) - 1
     figure = new_figure(8, 1.4 + row_height(len(names)) * len(names))
     from matplotlib import colormaps
 

@@ -139,6 +139,8 @@ class JointRun:
             first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
             if self.history is not None:
                 self.history.content = facts["history"]
+            if self.accelerator.scaler is not None and facts["scaler"]:
+                self.accelerator.scaler.load_state_dict(facts["scaler"])
         else:
             for name in self.names:
                 self.use(name).start()
@@ -153,6 +155,7 @@ class JointRun:
             if folder is not None:
                 history = None if self.history is None else self.history.content
                 facts = {"run": ours, "epoch": epoch + 1, "step": step, "metrics": metrics, "history": history}
+                facts["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
                 save_checkpoint(folder / FILE, self.tensors(), self.optimizer, facts)
         return metrics
 
@@ -191,9 +194,9 @@ class JointRun:
                 group["lr"] = peak * learning_rate(self.config, step, self.steps)
             value = 0.0
             for _ in range(accumulate):
-                loss = self.loss(objective, next(streams[name])) / accumulate
-                value += float(loss.detach())
-                self.accelerator.backward(loss)
+                loss = self.loss(objective, next(streams[name]))
+                value += float(loss.detach()) / accumulate
+                self.accelerator.backward(loss)  # divides by `accumulate`
             if not math.isfinite(value):
                 raise TrainingError(
                     f"the loss of {name!r} is {value} at step {step + 1} of {self.steps}; lower the learning rates "
