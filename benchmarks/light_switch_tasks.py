@@ -85,7 +85,7 @@ def linear(
     )
 
 
-def sinusoids(seed: int) -> Problem:
+def sinusoids(seed: int, count: int = 8) -> Problem:
     """Return sines of linear functions, for a network of three layers."""
     hidden = 64
 
@@ -93,7 +93,7 @@ def sinusoids(seed: int) -> Problem:
         layers = nn.Linear(5, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 3)
         return nn.Sequential(*layers)
 
-    return linear(seed, count=8, size=5, rows=500, half_width=2.0, sinusoid=True, model=model)
+    return linear(seed, count=count, size=5, rows=500, half_width=2.0, sinusoid=True, model=model)
 
 
 class LeNet(nn.Module):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,9 @@ def test_runs_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     rows = {"gated, adam": Row("gated", r1=1e-4), "separate, adam": Row("separate"), "shared, adam": Row("shared")}
     short = {"linear": replace(EXPERIMENTS["linear"], rows=rows, steps=40, every=20)}
     gated = {"gated": Row("gated")}
-    short["sinusoid"] = replace(EXPERIMENTS["sinusoid"], rows=gated, steps=20, every=20)
+    short["sinusoid"] = replace(
+        EXPERIMENTS["sinusoid"], problems={"": partial(sinusoids, count=2)}, rows=gated, steps=20, every=20
+    )
     for name, experiment in short.items():
         monkeypatch.setitem(light_switch.EXPERIMENTS, name, experiment)
         light_switch.run(name, (0, 1), tmp_path / "measured")

@@ -80,13 +80,14 @@ def train_jointly(
         if folder is not None and run.history is not None:
             with replacing(folder / HISTOGRAMS) as (temporary,):
                 temporary.write_text(json.dumps(run.history.content, sort_keys=True), encoding="utf-8")
-        soft = {**run.accuracies("validation"), **run.accuracies("test")}
+        hard, soft = _accuracies(run), dict[str, float]()
         if run.gates is not None:
+            soft = hard
             run.gates.hard = True
             for name in tasks if config.bn == "adapt" else ():
                 objective = run.use(name)
                 recalibrate(objective.module, readable(objective.load(run.loaders[name].dataset.examples)))
-        hard = {**run.accuracies("validation"), **run.accuracies("test")}
+            hard = _accuracies(run)
         parts = {name: _parts(run, name) for name in tasks}
         whole = [name for name in tasks if gated and parts[name].masks.density == 1]
         if whole:
@@ -95,8 +96,8 @@ def train_jointly(
                 f"greater gate_factor, or a gate_start nearer to 0"
             )
             log.write({"event": "warning", "step": run.steps, "steps": run.steps, "warning": warning})
-        log.write({"event": "end", "step": run.steps, "steps": run.steps, **last, **hard,
-                   **{f"soft_{key}": value for key, value in soft.items()}})  # fmt: skip
+        measured = {**hard, **{f"soft_{key}": value for key, value in soft.items()}}
+        log.write({"event": "end", "step": run.steps, "steps": run.steps, **last, **measured})
     with torch.no_grad():
         for name in next(iter(parts.values())).statistics:
             every = torch.stack([one.statistics[name] for one in parts.values()])
@@ -106,18 +107,11 @@ def train_jointly(
     results = {}
     for name, task in tasks.items():
         metrics = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
-        for split in ("validation", "test"):
-            key = f"{split}_accuracy_{name}"
-            if key in hard:
-                metrics[f"{split}_accuracy"] = hard[key]
-                if gated:
-                    metrics[f"soft_{split}_accuracy"] = soft[key]
+        for kind in ("validation_accuracy", "test_accuracy", "soft_validation_accuracy", "soft_test_accuracy"):
+            if f"{kind}_{name}" in measured:
+                metrics[kind] = measured[f"{kind}_{name}"]
         record = training_record(task.settings(config), task.data, run.steps, 1, metrics)
-        record["joint"] = {
-            **run.settings,
-            "gated": gated,
-            "tasks": list(tasks),
-        }
+        record["joint"] = {**run.settings, "gated": gated, "tasks": list(tasks)}
         results[name] = finished(backbone, task.data, parts[name], base, record)
     return JointResult(base, results)
 
@@ -147,6 +141,10 @@ def _run(
         yield run
     finally:
         run.close()
+
+
+def _accuracies(run: JointRun) -> dict[str, float]:
+    return {**run.accuracies("validation"), **run.accuracies("test")}
 
 
 def _parts(run: JointRun, name: str) -> Parts:
