@@ -25,7 +25,7 @@ from torch import nn
 from maskpack import attach_gates
 from maskpack.evaluate.trial import read_json, write_json
 from maskpack.plots.features import users
-from maskpack.training.gated import Gates
+from maskpack.training.gated import START, Gates
 from maskpack.training.histograms import GateHistory, counts, divergence
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
@@ -41,6 +41,7 @@ class Row:
     Attributes:
         kind: "gated", "separate" or "shared". optimizer: "adam" or "sgd", without momentum.
         factor: gates learn at this times the rate; None: 4T. r1, r2: regularisers.
+        start: of the logits of gates.
         variant: which of the experiment's problems.
     """
 
@@ -50,6 +51,7 @@ class Row:
     factor: float | None = None
     r1: float = 0.0
     r2: float = 0.0
+    start: float = START
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,11 @@ EXPERIMENTS = {
     ),
     "colours": Experiment(
         lenet(rgb=("red", "green", "blue"), pair=("black", "red")),
-        {**three("rgb", ", red, green, blue"), **three("pair", ", black, red")},
+        {
+            **three("rgb", ", red, green, blue"),
+            "gated from 0.2, red, green, blue": Row("gated", "rgb", start=0.2),
+            **three("pair", ", black, red"),
+        },
         steps=500,
         every=25,
         lr=1e-3,
@@ -151,7 +157,7 @@ def train(experiment: Experiment, row: Row, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     first = problem.model()
     models = [deepcopy(first) for _ in problem.tasks] if row.kind == "separate" else [first]
-    gates = attach_gates(first, problem.tasks) if row.kind == "gated" else None
+    gates = attach_gates(first, problem.tasks, start=row.start) if row.kind == "gated" else None
     lr = experiment.lr if row.optimizer == "adam" else experiment.lr_sgd
     groups = (
         [{"params": [p for model in models for p in model.parameters()], "lr": lr}]
