@@ -27,9 +27,6 @@ ACCURACY = ("mnist", "colours", "white", "inverse")
 CURVES = {"noisy": "14 rows", "linear": "adam"}  # of experiments with many rows those with these words are drawn
 # rows whose masks are drawn as sets of features
 FEATURES = {"sinusoid": "gated", "colours": "gated from 0.2, red, green, blue"}
-    "sinusoid": "gated",
-    "colours": "gated from 0.2, red, green, blue",
-}  # rows whose masks are drawn as sets of features
 
 
 def write_pages(measured: Path, page: Path) -> None:
