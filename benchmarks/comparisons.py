@@ -154,7 +154,7 @@ def deeper(name: str, output: Path) -> None:
 def texts(output: Path) -> None:
     """The table of Banking77."""
     rows = ("knn", "probe", "full", "lora:8", "mask")
-    rates = {"mask": [0.02], "full": [3e-5, 1e-4, 3e-4], "lora:8": [1e-3, 3e-3, 1e-2]}
+    rates = {"mask": [0.02, 0.04, 0.08], "full": [3e-5, 1e-4, 3e-4], "lora:8": [1e-3, 3e-3, 1e-2]}
     data = {"reference": DATA / "data/banking77"}
     write_json(output / "banking77/table.json", measured("banking77", minilm(output), data, output, rows, rates, TEXTS))
 

@@ -356,6 +356,10 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
     again = compare(backbone, DATA, tmp_path, rows=["mask", "probe"], rates={"mask": [20.0]}, seeds=(0, 1), **options)
     assert again["rows"] == first["rows"][::-1]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")} == stamps
+    about = json.loads((tmp_path / "comparison.json").read_text())  # as of a release that had fewer settings
+    del about["settings"]["selective"], about["settings"]["train"]
+    (tmp_path / "comparison.json").write_text(json.dumps(about))
+    assert compare(backbone, DATA, tmp_path, rows=["probe"], seeds=(0, 1), **options)["rows"] == first["rows"][:1]
     other = TrainConfig(**{**{name: getattr(QUICK, name) for name in ("optimizer", "scale")}, "steps": 5})
     with pytest.raises(StateError, match=r"holds a comparison with other settings: settings \(.*steps.*\); choose"):
         compare(backbone, DATA, tmp_path, rows=["probe"], config=other)

@@ -82,7 +82,7 @@ def compare(
         "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
         "preprocess": preprocess_to_json(model.preprocess),
         "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
-        "settings": {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")},
+        "settings": _settings(config),
     }
     _claim(folder, about)
     results: list[dict[str, Any]] = []
@@ -214,6 +214,10 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")}
+
+
 def _claim(folder: Path, about: Mapping[str, Any]) -> None:
     """Note what a folder is for, or see that it is for this.
 
@@ -223,6 +227,8 @@ def _claim(folder: Path, about: Mapping[str, Any]) -> None:
     path = folder / COMPARISON
     if path.exists():
         there = read_json(path, frozenset(about), "choose another folder, or delete this one")
+        # a folder of an earlier release knows no settings that came later: they had no effect, as by default
+        there["settings"] = _settings(TrainConfig()) | there["settings"]
         here = json.loads(json.dumps(about))
         differing = [
             f"{part} ({', '.join(sorted(key for key in one if there[part].get(key) != one[key]))})"

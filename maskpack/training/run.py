@@ -77,6 +77,7 @@ class Run:
     """
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
+        self.accelerator = new_accelerator(config)
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
         if config.head_kind != "linear" and not objective.needs_labels:
@@ -86,7 +87,6 @@ class Run:
             )
         torch.manual_seed(config.seed)
         self.backbone, self.data, self.config = backbone, data, config
-        self.accelerator = new_accelerator(config)
         backbone.model.to(self.accelerator.device)
         self.objective = objective(backbone, data, config)
         backbone.model.requires_grad_(False)

@@ -1,0 +1,127 @@
+"""Ways to learn a mask: methods side by side, some of the scores, a budget of bytes beside LoRA's ranks.
+
+    MASKPACK_DATA=… python -m benchmarks.methods                          all, some hours; what is finished is read back
+    MASKPACK_DATA=… python -m benchmarks.methods sketch selective         some of it
+    python -m benchmarks.methods --write docs/results.md                  tables and curves from what is finished
+
+Every line is a comparison of one row in a folder of its own in benchmarks/measured/methods: rates chosen on validation
+rows with seed 0, then three seeds. Banking77 is cut and trained as in `benchmarks.comparisons`.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskpack import TrainConfig, inspect_adapter
+from maskpack.evaluate.trial import write_json
+
+from .comparisons import DATA, IMAGES, ROOT, SEEDS, TEXTS, measured, minilm, resnet
+
+MEASURED = ROOT / "measured" / "methods"
+ADAM = replace(IMAGES, optimizer="adam", head_lr=0.01)
+UNSCALED = replace(IMAGES, scale=False)
+GROUPS = {"exclude": ("conv1.weight",)}  # its three input channels make no groups of four
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is trained: a row of `maskpack compare`, its settings, rates to choose from, labels in words."""
+
+    config: TrainConfig
+    rates: tuple[float, ...]
+    row: str = "mask"
+    words: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> TrainConfig:
+        return replace(self.config, **self.settings)
+
+
+def method(config: TrainConfig, name: str, rates: tuple[float, ...], words: str = "", **settings: Any) -> Line:
+    """Return the line of a method; `options` are its own."""
+    options = settings.pop("options", {})
+    return Line(config, rates, "mask", words or name, {"method": name, "method_options": options, **settings})
+
+
+SKETCH = {
+    "threshold-sgd": method(IMAGES, "threshold", (10.0, 25.0, 60.0), "threshold, SGD"),
+    "threshold-adam": method(ADAM, "threshold", (0.01, 0.03, 0.1), "threshold, Adam"),
+    "topk": method(IMAGES, "topk", (0.1, 1.0, 10.0), "topk, share 0.8", options={"share": 0.8, "init": "magnitude"}),
+    "topk-half": method(IMAGES, "topk", (0.1, 1.0, 10.0), "topk, share 0.5", options={"init": "magnitude"}),
+    "nm": method(ADAM, "nm", (0.001, 0.003, 0.01), "nm, 2:4", scale=False, **GROUPS),
+    "gumbel": method(ADAM, "gumbel", (0.03, 0.1, 0.3), scale=False, clip=1.0),
+    "flip": method(UNSCALED, "flip", (10.0, 25.0, 60.0)),
+    "ternary": method(UNSCALED, "ternary", (10.0, 25.0, 60.0)),
+    "edit": method(ADAM, "edit", (0.001, 0.003, 0.01), "edit, share 0.2", scale=False, options={"share": 0.2}),
+    "naive": method(IMAGES, "naive", (1.0,)),
+}
+RULES = {f"random-{share}": f"random:{share}" for share in (0.05, 0.1, 0.2, 0.4, 0.7)}
+RULES |= {f"largest-{share}": f"largest:{share}" for share in (0.05, 0.1, 0.2, 0.4, 0.7)}
+RULES |= {f"first-{stages}": f"first:{stages}" for stages in (1, 2, 3)}
+SELECTIVE = {
+    name: Line(IMAGES, (60.0,), words=rule, settings={"selective": rule})
+    for name, rule in {**RULES, "all": "all"}.items()
+}
+MINILM = {
+    "threshold": method(TEXTS, "threshold", (0.02,)),
+    "topk": method(TEXTS, "topk", (0.001, 0.003), "topk, share 0.95", options={"share": 0.95, "init": "magnitude"}),
+    "nm": method(TEXTS, "nm", (0.003, 0.01), "nm, 2:4"),
+    "gumbel": method(TEXTS, "gumbel", (0.02, 0.06), clip=1.0),
+    "flip": method(TEXTS, "flip", (0.02, 0.06)),
+    "ternary": method(TEXTS, "ternary", (0.01, 0.03)),
+    "edit": method(TEXTS, "edit", (0.0003, 0.001), "edit, share 0.05", options={"share": 0.05}),
+    "naive": method(TEXTS, "naive", (1.0,)),
+}
+BUDGETS = (20_000, 40_000, 80_000, 160_000)
+BYTES = {
+    f"budget-{budget // 1000}kB": Line(TEXTS, (0.02,), words=f"{budget // 1000} kB", settings={"bytes_budget": budget})
+    for budget in BUDGETS
+}
+BYTES |= {f"lora-{rank}": Line(TEXTS, (0.003, 0.01), f"lora:{rank}", f"rank {rank}") for rank in (1, 2, 4)}
+LINES: dict[str, dict[str, Line]] = {"sketch": SKETCH, "selective": SELECTIVE, "bytes": BYTES, "minilm": MINILM}
+TEXT_GROUPS = ("bytes", "minilm")
+
+
+def run(group: str, output: Path = MEASURED) -> None:
+    """Run what is missing of a group."""
+    texts = group in TEXT_GROUPS
+    backbone = minilm(output.parent) if texts else resnet(20)
+    data = {"reference": DATA / ("data/banking77" if texts else "data/pacs/sketch")}
+    for name, line in LINES[group].items():
+        folder = output / f"{group}-{name}"
+        path = folder / "line.json"
+        if path.exists():
+            continue
+        (row,) = measured(
+            folder.name, backbone, data, output, (line.row,), {line.row: line.rates}, line.whole, seeds=SEEDS
+        )["rows"]
+        adapters = [inspect_adapter(path)["sets"]["default"] for path in sorted(folder.glob("mask/seed-*/*.safetensors"))]
+        write_json(path, {**row, "densities": [one["density"] for one in adapters]})
+        print(f"{folder.name}: {row['accuracy']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(LINES)}; default: all")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="only write the tables into this page")
+    given = parser.parse_args()
+    if given.write is not None:
+        from .method_pages import write_pages
+
+        write_pages(MEASURED, given.write)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(given.threads)
+    torch.set_num_threads(given.threads)
+    for group in given.groups or LINES:
+        run(group)
+
+
+if __name__ == "__main__":
+    main()
