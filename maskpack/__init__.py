@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.describe import inspect_adapter
     from .adapter.file import save_adapter
+    from .apply.bank import MaskBank
     from .apply.cascade import load_cascade
     from .apply.load import load_adapter, load_mask, unload_mask
     from .backbone.fingerprint import fingerprint
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # read when first used: loading an adapter never imports training, methods or data
 _WHERE = {
     "Adapter": "adapter.adapter",
+    "MaskBank": "apply.bank",
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "TrainConfig": "training.config",
@@ -62,6 +64,7 @@ _WHERE = {
 
 __all__ = [
     "Adapter",
+    "MaskBank",
     "MaskSet",
     "MaskpackError",
     "TrainConfig",

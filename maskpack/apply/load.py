@@ -9,7 +9,7 @@ from typing import Literal, TypeVar, Unpack
 from torch import nn
 
 from ..adapter.adapter import Adapter
-from ..backbone.fingerprint import check_fingerprint
+from ..backbone.fingerprint import Measured, check_measured, measure_body
 from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
@@ -86,11 +86,7 @@ def load_mask(
         adapter = load_adapter(
             ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-    if len(adapter.sets) > 1:
-        how = "load_mask loads adapters of one"
-        if adapter.cascade is not None:
-            how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
-        raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
+    check_one_set(adapter)
     values, stored, dense = adapter.values(), adapter.head(), {**adapter.statistics(), **adapter.parameters()}
     if mode == "source":
         if not values:
@@ -114,6 +110,15 @@ def load_mask(
     return model
 
 
+def check_one_set(adapter: Adapter) -> None:
+    """Raise StateError if an adapter holds more than one mask set."""
+    if len(adapter.sets) > 1:
+        how = "masks are loaded from adapters of one"
+        if adapter.cascade is not None:
+            how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
+        raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
+
+
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:
     """Yield masks by name, with op "zero" in the place of op "replace"."""
     for name, mask in masks:
@@ -124,13 +129,21 @@ def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
     """Unload what a model has loaded, and see that it is the adapter's base; see `load_mask`."""
     if applied(model) is not None:
         restore(model)
-    if verify != "off":
-        try:
-            check_fingerprint(model, adapter.base)
-        except BackboneMismatchError as error:
-            if verify == "strict":
-                raise
-            warnings.warn(str(error), MaskpackWarning, stacklevel=3)
+    check_base(model, adapter, verify, stacklevel=4)
+
+
+def check_base(
+    model: nn.Module, adapter: Adapter, verify: Verify, measured: Measured | None = None, stacklevel: int = 3
+) -> None:
+    """See that a model is an adapter's base, as of `load_mask`; its body need not be measured again."""
+    if verify == "off":
+        return
+    try:
+        check_measured(measured or measure_body(model, adapter.base.head), adapter.base)
+    except BackboneMismatchError as error:
+        if verify == "strict":
+            raise
+        warnings.warn(str(error), MaskpackWarning, stacklevel=stacklevel)
 
 
 def unload_mask(model: Model) -> Model:

@@ -1,5 +1,6 @@
 """Masks on a model's weights: in place, one tensor at a time, restored to the bit."""
 
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from ..backbone.head import Head, swap_module
 from ..backbone.parameters import named_buffers, named_parameters, same_size_int, unwrap
 from ..errors import BackboneMismatchError, StateError
-from ..mask import PackedMask, masked_weight, unpack
+from ..mask import PackedMask
+from .heads import head_fits, head_module, head_tensors, new_head
+from .patch import at_places, patch_of, places, rewritten, write
 
 
 @dataclass(eq=False)
@@ -23,7 +26,7 @@ class Applied:
         saved: parameter name -> the bits that the mask removed (op zero and replace), or the whole tensor.
         tensors: name -> earlier value of buffers and parameters that were copied over.
         head: (dotted name, earlier module), if the head was swapped.
-        restorable: False if nothing was kept.
+        restorable: False if nothing was kept. held: a bank has the model, and nothing of this record is used.
     """
 
     mask_id: str
@@ -32,6 +35,7 @@ class Applied:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     head: tuple[str, nn.Module] | None = None
     restorable: bool = True
+    held: bool = False
 
 
 # beside the model, not on it: its attributes, state_dict and pickles stay as they are
@@ -41,6 +45,40 @@ _APPLIED: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDiction
 def applied(model: nn.Module) -> Applied | None:
     """Return what is applied to the model, or None."""
     return _APPLIED.get(unwrap(model))
+
+
+def hold(model: nn.Module) -> None:
+    """Note that a bank has the model, so that nothing else puts masks on it.
+
+    Raises:
+        StateError: if it has a mask, belongs to a bank, or is compiled with frozen weights.
+    """
+    check_compiled()
+    _check_free(model)
+    _APPLIED[unwrap(model)] = Applied("", held=True)
+
+
+def release(model: nn.Module) -> None:
+    """Note that a bank has given the model back."""
+    del _APPLIED[unwrap(model)]
+
+
+def _check_free(model: nn.Module) -> None:
+    record = applied(model)
+    if record is not None and record.held:
+        raise StateError("this model belongs to a MaskBank; use the bank, or close it first: bank.close()")
+    if record is not None:
+        raise StateError("this model has a mask already; call unload_mask(model) first")
+
+
+def check_compiled() -> None:
+    """Raise StateError if compiled code has weights in it, so that it would not see others."""
+    config = sys.modules.get("torch._inductor.config")
+    if config is not None and config.freezing:
+        raise StateError(
+            "torch._inductor.config.freezing is on: compiled code has copies of the weights in it and would go on with "
+            "the old ones; set it to False, call torch.compiler.reset(), and compile anew"
+        )
 
 
 def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
@@ -69,6 +107,16 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
                 f"backbone that the adapter was made for"
             )
     return {name: parameters[name] for name in shapes}
+
+
+def check_dense(dense: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raise BackboneMismatchError if a model lacks a tensor that an adapter writes as a whole."""
+    for name, tensor in dense.items():
+        if name not in state or state[name].shape != tensor.shape:
+            raise BackboneMismatchError(
+                f"the adapter has a tensor for {name!r} of shape {tuple(tensor.shape)}, which the model lacks or "
+                f"has in another shape; load the backbone that the adapter was made for"
+            )
 
 
 @torch.no_grad()
@@ -100,18 +148,13 @@ def apply_masks(
         StateError: if something is applied already.
     """
     model = unwrap(model)
-    if model in _APPLIED:
-        raise StateError("this model has a mask already; call unload_mask(model) first")
+    check_compiled()
+    _check_free(model)
     parameters = check_masks(model, shapes)
     state = {**named_buffers(model), **named_parameters(model)}
-    for name, tensor in (dense or {}).items():
-        if name not in state or state[name].shape != tensor.shape:
-            raise BackboneMismatchError(
-                f"the adapter has a tensor for {name!r} of shape {tuple(tensor.shape)}, which the model lacks or "
-                f"has in another shape; load the backbone that the adapter was made for"
-            )
+    check_dense(dense or {}, state)
     if head is not None:
-        _head_module(model, head)
+        head_module(model, head)
     record = Applied(mask_id, restorable=restorable)
     _APPLIED[model] = record
     try:
@@ -143,6 +186,8 @@ def restore(model: nn.Module) -> None:
     record = _APPLIED.get(model)
     if record is None:
         raise StateError("this model has no mask to unload; load one with load_mask(model, ref)")
+    if record.held:
+        _check_free(model)
     if not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     if record.head is not None:
@@ -159,50 +204,23 @@ def restore(model: nn.Module) -> None:
     del _APPLIED[model]
 
 
-def _zeros(mask: PackedMask, device: torch.device) -> Tensor:
-    return ~unpack(mask.bits).to(device).reshape(mask.shape)
-
-
-def _partial(mask: PackedMask) -> bool:
-    """Whether the mask touches only the weights at its zero bits."""
-    return mask.alpha is None and mask.signs is None
-
-
 def _apply(parameter: Tensor, mask: PackedMask, values: Tensor | None) -> Tensor | None:
-    """Apply one mask; return what is needed to undo it: the removed weights, the whole tensor, or nothing."""
+    """Apply one mask; return what is needed to undo it: the changed weights, the whole tensor, or nothing."""
     weight = parameter.detach()
-    zeros = _zeros(mask, weight.device)
-    if _partial(mask):
-        bits = same_size_int(weight)
-        if mask.op == "flip":
-            _flip(weight, zeros)
-            return None
-        saved = bits[zeros].view(weight.dtype)
-        if mask.op == "zero":
-            bits.masked_fill_(zeros, 0)
-        else:
-            assert values is not None
-            bits.masked_scatter_(zeros, same_size_int(values.to(weight)))
-        return saved
+    if at_places(mask):
+        patch = patch_of(weight, mask, values)
+        patch.put(weight)
+        return None if mask.op == "flip" else patch.old.view(weight.dtype)
     saved = weight.clone()
-    if mask.signs is not None:
-        _flip(weight, ~unpack(mask.signs).to(weight.device).reshape(mask.shape))
-    alpha = None if mask.alpha is None else torch.tensor(mask.alpha, dtype=torch.float32, device=weight.device)
-    weight.copy_(masked_weight(weight, ~zeros, alpha))
+    weight.copy_(rewritten(weight, mask))
     return saved
-
-
-def _flip(weight: Tensor, where: Tensor) -> None:
-    """Invert the sign bit where told: negation would change the payload of some NaNs."""
-    bits = same_size_int(weight)
-    bits.bitwise_xor_(where.to(bits.dtype) << (8 * weight.element_size() - 1))
 
 
 def _undo(weight: Tensor, mask: PackedMask, saved: Tensor | None) -> None:
     if saved is None:
         _apply(weight, mask, None)  # a sign flip undoes itself
-    elif _partial(mask):
-        same_size_int(weight).masked_scatter_(_zeros(mask, weight.device), same_size_int(saved.to(weight)))
+    elif at_places(mask):
+        write(weight, places(mask.bits, weight.device), same_size_int(saved.to(weight)))
     else:
         same_size_int(weight).copy_(same_size_int(saved.to(weight)))
 
@@ -212,32 +230,12 @@ def _copy(record: Applied, state: Mapping[str, Tensor], name: str, tensor: Tenso
     state[name].detach().copy_(tensor)
 
 
-def _head_module(model: nn.Module, head: Head) -> nn.Module:
-    assert head.module is not None
-    try:
-        return model.get_submodule(head.module)
-    except AttributeError:
-        raise BackboneMismatchError(
-            f"the model has no module {head.module!r} for the adapter's head; pass head='keep' to leave the head alone"
-        ) from None
-
-
 def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
     assert head.module is not None
-    old = _head_module(model, head)
-    same = isinstance(old, nn.Linear) and old.weight.shape == head.weight.shape
-    if same and (old.bias is None) == (head.bias is None):
-        # in place, so that compiled code and CUDA graphs stay valid
+    old = head_module(model, head)
+    if head_fits(old, head):
         state = {f"{head.module}.{name}": p for name, p in old.named_parameters()}
-        _copy(record, state, f"{head.module}.weight", head.weight)
-        if head.bias is not None:
-            _copy(record, state, f"{head.module}.bias", head.bias)
+        for name, tensor in head_tensors(head).items():
+            _copy(record, state, name, tensor)
         return
-    example = next(old.parameters(), next(model.parameters()))
-    new = nn.Linear(head.weight.shape[1], head.weight.shape[0], head.bias is not None, example.device, example.dtype)
-    new.weight.copy_(head.weight)
-    if head.bias is not None:
-        new.bias.copy_(head.bias)
-    new.requires_grad_(example.requires_grad)
-    new.train(old.training)
-    record.head = (head.module, swap_module(model, head.module, new))
+    record.head = (head.module, swap_module(model, head.module, new_head(model, old, head)))

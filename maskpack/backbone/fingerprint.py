@@ -88,16 +88,40 @@ def same_tensor(tensor: Tensor, expected: Fingerprint, name: str) -> bool:
     return _tensor_digest(tensor, tensor.dtype)[:PREFIX] == _prefix(expected, name, tensor.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A model's body as it is compared.
+
+    Attributes:
+        dtype: in which it is compared. digest: of all. tensors: digest of each by name.
+    """
+
+    dtype: torch.dtype
+    digest: str
+    tensors: Mapping[str, bytes]
+
+
+def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
+    """Take the digests of a model's body that fingerprints are compared with."""
+    tensors = body(model, head)
+    dtype = _compared_dtype(tensors.values())
+    each = {name: _tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
+    return Measured(dtype, _body_digest(tensors, each), each)
+
+
 def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     """Compare a model's body with the fingerprint of an adapter's base; return the dtype that matched.
 
     Raises:
         BackboneMismatchError: if they differ; the message says how many masked tensors differ and which is first.
     """
-    tensors = body(model, expected.head)
-    dtype = _compared_dtype(tensors.values())
-    each = {name: _tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
-    if _body_digest(tensors, each) == expected.digests[_name(dtype)]:
+    return check_measured(measure_body(model, expected.head), expected)
+
+
+def check_measured(found: Measured, expected: Fingerprint) -> str:
+    """As `check_fingerprint`, of a body that was measured with the same head."""
+    dtype, each = found.dtype, found.tensors
+    if found.digest == expected.digests[_name(dtype)]:
         return _name(dtype)
     masked = sorted(expected.tensors)
     differing = [name for name in masked if name not in each or each[name][:PREFIX] != _prefix(expected, name, dtype)]

@@ -1,0 +1,518 @@
+"""MaskBank: whatever the order of calls, the model has the bits of the base or of one adapter."""
+
+import copy
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from maskpack import MaskBank, load_adapter, load_mask, unload_mask
+from maskpack.adapter.file import save_adapter
+from maskpack.apply import costs
+from maskpack.apply.load import MaskpackWarning
+from maskpack.apply.weights import apply_masks, restore
+from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.head import Head
+from maskpack.backbone.select import select_parameters
+from maskpack.errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
+from maskpack.mask import MaskSet, PackedMask
+from maskpack.parts import Parts
+
+from .test_apply import bits, make_adapter, random_masks, same
+
+KINDS = ("zero", "scaled", "flip", "replace", "ternary")
+
+
+def masks_of(model: nn.Module, kind: str, seed: int, density: float = 0.7) -> Parts:
+    """Masks of one kind on the body, with values where they replace."""
+    masks = random_masks(model, seed, scale=kind == "scaled", density=density)
+    if kind in ("flip", "replace"):
+        masks = MaskSet({name: PackedMask(mask.bits, mask.shape, kind) for name, mask in masks.items()})  # type: ignore[arg-type]
+    if kind == "ternary":
+        signs = random_masks(model, seed + 100)
+        masks = MaskSet({name: PackedMask(m.bits, m.shape, signs=signs[name].bits) for name, m in masks.items()})
+    values = {name: torch.randn(mask.bits.count(0)) for name, mask in masks.items()} if kind == "replace" else {}
+    return Parts(masks, values=values)
+
+
+def adapter_of(path: Path, model: nn.Module, kind: str, seed: int, head: int | None = None) -> Path:
+    """Write an adapter of a tiny net, with statistics for every other seed, and a head of `head` classes."""
+    parts = masks_of(model, kind, seed)
+    generator = torch.Generator().manual_seed(seed)
+    layer = None if head is None else Head("linear", torch.randn(head, 16, generator=generator), None, module="fc")
+    if head == 5:
+        layer = Head(
+            "linear", torch.randn(5, 16, generator=generator), torch.randn(5, generator=generator), module="fc"
+        )
+    statistics = {"bn1.running_mean": torch.rand(8, generator=generator)} if seed % 2 else {}
+    whole = Parts(parts.masks, layer, statistics, {}, parts.values)
+    names = None if layer is None else tuple("abcdefg"[: layer.weight.shape[0]])
+    task = "image-classification" if layer is not None else "image-features"
+    save_adapter(path, whole, fingerprint(model, id="tests:tiny", head=["fc"]), task=task, class_names=names)
+    return path
+
+
+def loaded(base: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    return bits(load_mask(copy.deepcopy(base), load_adapter(path)))
+
+
+@pytest.fixture
+def five(tmp_path: Path, tiny: nn.Module) -> dict[str, Path]:
+    heads = {"zero": 5, "scaled": 7, "flip": 3, "replace": None, "ternary": 7}
+    return {kind: adapter_of(tmp_path / kind, tiny, kind, i, heads[kind]) for i, kind in enumerate(KINDS)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_switch_leads_to_what_loading_gives(tiny: nn.Module, five: dict[str, Path], dtype: torch.dtype) -> None:
+    base = copy.deepcopy(tiny).to(dtype)
+    wanted = {None: bits(base), **{name: loaded(base, path) for name, path in five.items()}}
+    with MaskBank(base) as bank:
+        assert [bank.add(path) for path in five.values()] == list(KINDS) == list(bank.names)
+        assert same(bits(base), wanted[None])
+        names: list[str | None] = [None, *KINDS]
+        for one in names:
+            for other in names:
+                for name in (one, other):
+                    assert (bank.disable() if name is None else bank.use(name)) is base
+                    assert same(bits(base), wanted[name]), (one, other)
+                    assert bank.active == name
+    assert same(bits(base), wanted[None])
+    load_mask(base, five["zero"])  # the model is free again
+
+
+def transformer() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    # its decoder is tied to the word embeddings
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return BertForMaskedLM(config)
+
+
+def vision_transformer() -> nn.Module:
+    import timm
+
+    return timm.create_model(  # type: ignore[no-any-return]
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=4
+    )
+
+
+def resnet() -> nn.Module:
+    import timm
+
+    return timm.create_model("resnet10t", num_classes=4, stem_width=8, channels=(8, 8, 16, 16))  # type: ignore[no-any-return]
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "bert": transformer, "vit": vision_transformer, "resnet": resnet, "tied": tied,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_sequence_keeps_every_bit(model: str, data: st.DataObject) -> None:
+    """Add, use, switch, combine, remove, evict, close: always the bits of the base or of the masks that are named."""
+    torch.manual_seed(0)
+    base = MODELS[model]().to(data.draw(st.sampled_from(list(DTYPES.values())), label="dtype")).eval()
+    if model == "resnet" and data.draw(st.booleans(), label="channels last"):
+        base = base.to(memory_format=torch.channels_last)
+    selected = [n for n in select_parameters(base) if not n.startswith(("head", "fc", "cls"))]
+    shapes = {n: p for n, p in base.named_parameters() if n in selected}
+    generator = torch.Generator().manual_seed(1)
+
+    def draw_masks(kind: str) -> MaskSet:
+        density = data.draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]))
+        made = {n: torch.rand(p.shape, generator=generator) < density for n, p in shapes.items()}
+        return MaskSet.from_tensors(made, op="flip" if kind == "flip" else "zero", scale=kind == "scaled")
+
+    pristine, before = copy.deepcopy(base), bits(base)
+    storages = {n: p.data_ptr() for n, p in base.named_parameters()}
+    known: dict[str, MaskSet] = {}
+    limit = data.draw(st.sampled_from([0, None]), label="device limit")
+    bank = MaskBank(base, max_device_bytes=limit)
+    actions = ("add", "combine", "use", "use", "use", "disable", "remove", "using")
+    for step in range(data.draw(st.integers(1, 12), label="steps")):
+        action = data.draw(st.sampled_from(actions if known else ("add",)))
+        name = data.draw(st.sampled_from(sorted(known))) if known else ""
+        if action == "add":
+            known[f"m{step}"] = draw_masks(data.draw(st.sampled_from(["zero", "zero", "flip", "scaled"])))
+            bank.add(known[f"m{step}"], f"m{step}")
+        elif action == "combine":
+            other = data.draw(st.sampled_from(sorted(known)))
+            a, b = known[name], known[other]
+            both = {n: PackedMask(a[n].bits & b[n].bits, a[n].shape) for n in a}
+            known[f"m{step}"] = MaskSet(both)
+            bank.add(known[f"m{step}"], f"m{step}")
+        elif action == "use":
+            bank.use(name)
+        elif action == "disable":
+            bank.disable()
+        elif action == "using":
+            active = bank.active
+            with bank.using(name):
+                assert bank.active == name
+            assert bank.active == active
+        else:
+            bank.remove(name)
+            del known[name]
+        fresh = copy.deepcopy(pristine)
+        if bank.active is not None:
+            apply_masks(fresh, known[bank.active].items(), known[bank.active].shapes, mask_id="")
+        assert same(bits(base), bits(fresh)), action
+    bank.close()
+    assert same(bits(base), before)
+    assert {n: p.data_ptr() for n, p in base.named_parameters()} == storages
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_similar_masks_are_switched_by_what_differs(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By bits the first time, by places, then by changes as soon as these would have been worth it."""
+    monkeypatch.setattr("maskpack.apply.switch.measured", lambda device, dtype: costs.Costs(write=1.0, scan=1.0))
+    base = copy.deepcopy(tiny)
+    first = random_masks(tiny, 0, density=0.2)
+    second = {name: mask.tensor().clone() for name, mask in first.items()}
+    for one in second.values():
+        one.view(-1)[:3] ^= True
+    other = MaskSet.from_tensors(second)
+    with MaskBank(tiny, max_device_bytes=10**6) as bank:
+        bank.add(first, "a")
+        bank.add(other, "b")
+        counts = []
+        for step in range(8):
+            bank.use("ab"[step % 2])
+            counts.append(dict(bank.status().switches))
+            wanted = copy.deepcopy(base)
+            apply_masks(wanted, (first, other)[step % 2].items(), first.shapes, mask_id="")
+            assert same(bits(tiny), bits(wanted)), step
+        assert counts[1] == {"bits": 2}
+        # the two are as one but for six weights: 2 scans of all cost as much as few switches by places would have
+        assert counts[-1]["changes"] >= 3
+        assert counts[-1]["places"] >= 1
+        both = bank.status().device_bytes
+        bank.remove("a")
+        assert bank.status().device_bytes < both / 2
+    assert same(bits(tiny), bits(base))
+
+
+def test_costs_are_measured() -> None:
+    found = costs.measured(torch.device("cpu"), torch.float32)
+    assert 0 < found.scan < found.write < 1e-5
+    assert costs.measured(torch.device("cpu"), torch.float32) is found
+
+
+def test_a_switch_that_fails_leaves_the_base(tiny: nn.Module, five: dict[str, Path], monkeypatch: Any) -> None:
+    before = bits(tiny)
+    with MaskBank(tiny) as bank:
+        for path in five.values():
+            bank.add(path)
+        for first in KINDS:
+            for second in KINDS:
+                if first == second:
+                    continue
+                bank.use(first)
+                monkeypatch.setattr("maskpack.apply.switch.Switch._dense", fails)
+                with pytest.raises(MemoryError):
+                    bank.use(second)
+                monkeypatch.undo()
+                assert bank.active is None
+                assert same(bits(tiny), before), (first, second)
+
+
+def fails(*_: object) -> None:
+    raise MemoryError
+
+
+def test_contexts_nest_and_come_back_after_errors(tiny: nn.Module, five: dict[str, Path]) -> None:
+    bank = MaskBank(tiny)
+    for path in five.values():
+        bank.add(path)
+    bank.use("zero")
+    with bank.using("scaled"), bank.disabled() as model:
+        assert model is tiny
+        assert bank.active is None
+        with bank.using("flip"):
+            assert bank.active == "flip"
+        assert bank.active is None
+    assert bank.active == "zero"
+    with pytest.raises(ConfigError, match="got 1 for 0 examples"), bank.using("scaled"):
+        bank({}, masks=["flip"])
+    assert bank.active == "zero"
+    with bank.using("zero"):
+        bank.remove("zero")
+    assert bank.active is None
+    assert "zero" not in bank
+    assert "flip" in bank
+    with pytest.raises(
+        UnknownNameError, match="this bank has no adapter 'zero'; it has: scaled, flip, replace, ternary"
+    ):
+        bank.use("zero")
+    bank.close()
+    bank.close()
+
+
+def test_memory_is_limited(tmp_path: Path, tiny: nn.Module) -> None:
+    paths = {name: adapter_of(tmp_path / name, tiny, "zero", i) for i, name in enumerate("abcd")}
+    wanted = {name: loaded(tiny, path) for name, path in paths.items()}
+    with MaskBank(tiny) as roomy:
+        for path in paths.values():
+            roomy.add(path)
+        size = roomy.status().residents["a"].host_bytes
+        assert size == sum((len(m.bits) + 7) // 8 for m in load_adapter(paths["a"]).masks().values())
+    bank = MaskBank(tiny, max_host_bytes=2 * size + 100, max_device_bytes=0)
+    for name, path in paths.items():
+        bank.add(path, pin=name == "a")
+    states = {name: one.state for name, one in bank.status().residents.items()}
+    assert states == {"a": "packed", "b": "evicted", "c": "evicted", "d": "packed"}
+    for name in "bcbdab":
+        bank.use(name)
+        assert same(bits(tiny), wanted[name])
+        status = bank.status()
+        assert status.active == name
+        assert status.host_bytes <= 2 * size + 100
+        assert status.residents["a"].state != "evicted"
+        assert [n for n, one in status.residents.items() if one.device_bytes] == [name]
+        # beside it the base's statistics, once an adapter has had others
+        assert status.device_bytes - status.residents[name].device_bytes == 8 * 4
+    # what is active and what is pinned stay
+    bank.use("b")
+    with pytest.raises(
+        StateError,
+        match=r"'e' takes \d+ bytes, and there is no room for it within max_host_bytes=\d+: 'a', 'b' cannot be",
+    ):
+        bank.add(paths["c"], "e", pin=True)
+    assert bank.names == ("a", "b", "c", "d")
+    adapter_of(tmp_path / "c", tiny, "zero", 9)
+    with pytest.raises(
+        StateError, match="'c' was evicted from the bank, and .* has other bytes now; remove it and add it"
+    ):
+        bank.use("c")
+    assert bank.active is None or same(bits(tiny), wanted[bank.active])
+    bank.close()
+    with pytest.raises(ConfigError, match="max_host_bytes must be 0 or more, or None, got -1"):
+        MaskBank(tiny, max_host_bytes=-1)
+    unload_mask(load_mask(tiny, paths["a"]))
+
+
+def test_the_model_belongs_to_the_bank(tmp_path: Path, tiny: nn.Module) -> None:
+    path = adapter_of(tmp_path / "a", tiny, "zero", 0)
+    load_mask(tiny, path)
+    with pytest.raises(StateError, match="has a mask already; call unload_mask"):
+        MaskBank(tiny)
+    unload_mask(tiny)
+    with MaskBank(tiny) as bank:
+        for act in (lambda: load_mask(tiny, path), lambda: unload_mask(tiny), lambda: MaskBank(tiny)):
+            with pytest.raises(
+                StateError, match=r"belongs to a MaskBank; use the bank, or close it first: bank.close\(\)"
+            ):
+                act()
+        bank.add(path)
+        tiny.bfloat16()
+        with pytest.raises(
+            StateError, match=r"conv1.weight' is torch.bfloat16 on cpu now, and was torch.float32 on cpu"
+        ):
+            bank.use("a")
+        tiny.float()
+
+
+def test_what_is_added_is_checked(tmp_path: Path, tiny: nn.Module, five: dict[str, Path]) -> None:
+    other = copy.deepcopy(tiny)
+    with torch.no_grad():
+        other.conv1.weight.view(-1)[0] += 1
+    with MaskBank(other) as strict, pytest.raises(BackboneMismatchError, match="1 of 2 masked tensors differ"):
+        strict.add(five["zero"])
+    with MaskBank(other, verify="off") as off:
+        off.add(five["zero"])
+    with MaskBank(other, verify="warn") as warned, pytest.warns(MaskpackWarning, match="1 of 2 masked tensors differ"):
+        warned.add(five["zero"])
+    with pytest.raises(ConfigError, match="verify must be strict, warn or off, got 'no'"):
+        MaskBank(tiny, verify="no")  # type: ignore[arg-type]
+    with MaskBank(tiny) as bank:
+        assert bank.add(load_adapter(five["zero"])) == "zero"
+        assert bank.add(five["zero"] / "maskpack_model.safetensors", "again") == "again"
+        with pytest.raises(
+            ConfigError, match=r"has an adapter called 'again' already; give another name, or remove it"
+        ):
+            bank.add(five["flip"], "again")
+        with pytest.raises(ConfigError, match="masks that are no adapter have no name of their own"):
+            bank.add(random_masks(tiny))
+        with pytest.raises(BackboneMismatchError, match="lacks 1 of the 1 masked parameters"):
+            bank.add(MaskSet.from_tensors({"x": torch.ones(2, dtype=torch.bool)}), "x")
+        assert bank.names == ("zero", "again")
+        # what is added is decoded from the base, also while another mask is on
+        bank.use("zero")
+        bank.add(five["scaled"])
+        assert bank.active == "zero"
+
+
+def test_a_batch_may_ask_for_several_masks(tmp_path: Path, tiny: nn.Module, five: dict[str, Path]) -> None:
+    x = torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        single = {name: load_mask(copy.deepcopy(tiny), path)(x) for name, path in five.items()}
+        single[None] = copy.deepcopy(tiny)(x)  # type: ignore[index]
+        with MaskBank(tiny) as bank:
+            for path in five.values():
+                bank.add(path)
+            bank.use("flip")
+            names = ["zero", "scaled", None, "flip", "zero", "replace"]
+            outputs = bank(x, masks=names)
+            assert bank.active == "flip"
+            for index, (name, output) in enumerate(zip(names, outputs, strict=True)):
+                torch.testing.assert_close(output, single[name][index])  # type: ignore[index]
+            assert [len(output) for output in outputs] == [5, 7, 5, 3, 5, 5]
+            switches = sum(bank.status().switches.values())
+            with pytest.raises(UnknownNameError, match="no adapter 'nobody'"):
+                bank(x, masks=["zero"] * 5 + ["nobody"])
+            with pytest.raises(
+                ConfigError, match="every example needs the name of a mask, or None; got 2 for 6 examples"
+            ):
+                bank(x, masks=["zero", "flip"])
+            assert sum(bank.status().switches.values()) == switches
+
+
+def test_texts_by_mask(tmp_path: Path) -> None:
+    """A head behind an encoder is the adapter's own; an output without logits is refused."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    base = fingerprint(model, id="tests:bert")
+    heads = {}
+    for seed, name in enumerate("ab"):
+        heads[name] = Head("pooled-linear", torch.randn(3 + seed, 16), torch.randn(3 + seed), pooling="mean")
+        parts = Parts(random_masks(model, seed), heads[name])
+        names = tuple("xyzw"[: 3 + seed])
+        save_adapter(tmp_path / name, parts, base, task="text-classification", class_names=names)
+    inputs = {"input_ids": torch.randint(40, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.long)}
+    with torch.no_grad(), MaskBank(model) as bank:
+        for name in "ab":
+            bank.add(tmp_path / name)
+        outputs = bank(inputs, masks=["a", "b", "a"])
+        assert [tuple(output.shape) for output in outputs] == [(3,), (4,), (3,)]
+        with bank.using("b"):
+            pooled = model(**inputs).last_hidden_state.mean(1)[1]
+        torch.testing.assert_close(outputs[1], heads["b"].weight @ pooled + heads["b"].bias)
+        with pytest.raises(
+            DataError, match=r"gives a BaseModelOutput\w* without logits, .* inside `with bank.using\(None\)`"
+        ):
+            bank(inputs, masks=[None] * 3)
+
+
+def test_threads_have_the_model_one_after_the_other(tiny: nn.Module) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    names = "abc"
+    sets = {name: random_masks(tiny, seed) for seed, name in enumerate(names)}
+    with torch.no_grad(), MaskBank(tiny) as bank:
+        wanted = {}
+        for name, masks in sets.items():
+            bank.add(masks, name)
+            with bank.using(name):
+                wanted[name] = tiny(x)
+        wrong: list[str] = []
+
+        def work(name: str) -> None:
+            with torch.no_grad():
+                for _ in range(25):
+                    with bank.using(name) as model:
+                        if not torch.equal(model(x), wanted[name]):
+                            wrong.append(name)
+                    if not torch.equal(bank(x, masks=[name, name])[0], wanted[name][0]):
+                        wrong.append(f"mixed {name}")
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+
+def test_compiled_code_is_not_compiled_anew(tiny: nn.Module, five: dict[str, Path]) -> None:
+    compiled = 0
+
+    def backend(graph: Any, _: Any) -> Any:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    x = torch.randn(2, 3, 8, 8)
+    plain = copy.deepcopy(tiny)
+    model = torch.compile(tiny, backend=backend)
+    with torch.no_grad(), MaskBank(model) as bank:
+        for name in ("zero", "replace"):
+            bank.add(five[name])
+        for name in ("zero", "replace", "zero", None, "replace"):
+            bank.use(name) if name else bank.disable()
+            fresh = load_mask(copy.deepcopy(plain), five[name]) if name else plain
+            torch.testing.assert_close(model(x), fresh(x))
+        assert compiled == 1
+        bank.add(five["scaled"])  # its head has another shape
+        bank.use("scaled")
+        assert model(x).shape == (2, 7)
+        assert compiled == 2
+    torch.compiler.reset()
+
+
+def test_frozen_weights_in_compiled_code_are_refused(tiny: nn.Module, five: dict[str, Path]) -> None:
+    import torch._inductor.config as inductor
+
+    message = r"torch._inductor.config.freezing is on: compiled code has copies of the weights in it"
+    with inductor.patch(freezing=True):
+        with pytest.raises(StateError, match=message):
+            MaskBank(tiny)
+        with pytest.raises(StateError, match=message):
+            load_mask(tiny, five["zero"])
+    with MaskBank(tiny) as bank:
+        bank.add(five["zero"])
+        with inductor.patch(freezing=True), pytest.raises(StateError, match=message):
+            bank.use("zero")
+
+
+def test_gradients_and_inference_mode(tiny: nn.Module, five: dict[str, Path]) -> None:
+    before = bits(tiny)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.inference_mode():
+        bank = MaskBank(tiny)
+        bank.add(five["zero"])
+        bank.add(five["scaled"])
+        bank.use("zero")
+        tiny(x)
+    bank.use("scaled")
+    tiny(x).sum().backward()
+    with torch.inference_mode():
+        bank.use("zero")
+    bank.close()
+    assert same(bits(tiny), before)
+    assert all(p.requires_grad for p in tiny.parameters())
+
+
+def test_adapters_like_those_that_load_mask_takes(tmp_path: Path, tiny: nn.Module) -> None:
+    make_adapter(tmp_path / "whole", tiny, scale=True)
+    wanted = loaded(tiny, tmp_path / "whole")
+    with MaskBank(tiny) as bank:
+        bank.use(bank.add(tmp_path / "whole"))
+        assert same(bits(tiny), wanted)
+        assert bank.status().residents["whole"].density == load_adapter(tmp_path / "whole").masks().density
+        assert bank.parts("whole").head is not None
+
+
+def test_weights_of_eight_bits_change_their_sign() -> None:
+    model = nn.Linear(4, 4, bias=False).to(torch.float8_e4m3fn)
+    before = model.weight.detach().view(torch.uint8).clone()
+    mask = PackedMask.from_tensor(torch.zeros(4, 4, dtype=torch.bool), op="flip")
+    apply_masks(model, [("weight", mask)], {"weight": (4, 4)}, mask_id="")
+    assert torch.equal(model.weight.detach().view(torch.uint8), before ^ 0x80)
+    restore(model)
+    assert torch.equal(model.weight.detach().view(torch.uint8), before)
