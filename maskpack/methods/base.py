@@ -50,12 +50,14 @@ class Method(ABC):
         reference: the paper.
         op: what a zero of the mask does to its weight.
         learns: the scores are trained; False where they follow from the weights.
+        draws: `effective` draws at random while training, so that it cannot be called again for the backward pass.
     """
 
     id: ClassVar[str]
     reference: ClassVar[str]
     op: ClassVar[Op] = "zero"
     learns: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
 
     @abstractmethod
     def init_scores(self, weight: Tensor) -> Tensor:

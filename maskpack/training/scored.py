@@ -71,6 +71,7 @@ def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) 
         together.members.append(scored)
         put_on(model, tied[name], scored, together.orders)
         scores[name] = scored.scores
+    together.recompute.watch(model)
     return scores
 
 
@@ -167,4 +168,7 @@ def extract_masks(model: nn.Module) -> MaskSet:
 
 def detach_scores(model: nn.Module) -> None:
     """Remove the scores from a model; its weights keep their bits."""
-    take_off(model, ScoredWeight, [one.orders for one in scored_models(model)])
+    models = scored_models(model)
+    for one in models:
+        one.recompute.stop()
+    take_off(model, ScoredWeight, [one.orders for one in models])

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ..mask import PackedMask
 from ..methods.base import Method, State
 from .parametrized import Orders
+from .recompute import Recompute
 
 
 class ScoredWeight(nn.Module):
@@ -24,7 +25,14 @@ class ScoredWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if self.model.off:
             return weight
-        return self.method.effective(weight, self.scores, self.scale, self.state(self.training))
+        state = self.state(self.training)
+        result = self.method.effective(weight, self.scores, self.scale, state)
+        if not (self.method.draws and state.training):
+            scores = self.scores
+            self.model.recompute.note(
+                result, lambda: self.method.effective(weight, scores, self.scale, state), weight, scores
+            )
+        return result
 
     def state(self, training: bool = False) -> State:
         """Return what the method is told beside the scores."""
@@ -51,7 +59,7 @@ class ScoredModel:
         members: in the order of their names.
         progress: share of the training steps that are done. batch_size: examples of an optimiser step.
         off: compute with the weights as they are.
-        orders: what taking the scores off needs.
+        orders: what taking the scores off needs. recompute: makes effective weights again for backward passes.
     """
 
     def __init__(self, method: Method):
@@ -61,6 +69,7 @@ class ScoredModel:
         self.progress = 1.0
         self.batch_size = 1
         self.off = False
+        self.recompute = Recompute()
         self._made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
