@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .adapter.file import save_adapter
     from .apply.bank import MaskBank
     from .apply.cascade import load_cascade
+    from .apply.identify import identify
     from .apply.load import load_adapter, load_mask, unload_mask
     from .backbone.fingerprint import fingerprint
     from .backbone.load import load_backbone
@@ -45,6 +46,7 @@ _WHERE = {
     "extract_masks": "training.scored",
     "fingerprint": "backbone.fingerprint",
     "fit_cascade_head": "evaluate.cascade",
+    "identify": "apply.identify",
     "inspect_adapter": "adapter.describe",
     "load_adapter": "apply.load",
     "load_backbone": "backbone.load",
@@ -74,6 +76,7 @@ __all__ = [
     "extract_masks",
     "fingerprint",
     "fit_cascade_head",
+    "identify",
     "inspect_adapter",
     "load_adapter",
     "load_backbone",
