@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch methods bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -97,6 +97,17 @@ transfer: $(VENV)/.installed
 light-switch: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.light_switch
 	$(BIN)/python -m benchmarks.light_switch --write docs/results.md
+
+# methods side by side, some of the scores, budgets of bytes beside LoRA's ranks: about six hours of one core; needs MASKPACK_DATA
+methods: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.methods --write docs/results.md
+
+# loading, switching, memory and training steps beside checkpoints, PEFT and dense copies, and which of ten masks: about an hour
+bench-runtime: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.identification
+	$(BIN)/python -m benchmarks.runtime --write docs/results.md
 
 # the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
 compression: $(VENV)/.bench

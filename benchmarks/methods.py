@@ -101,7 +101,9 @@ def run(group: str, output: Path = MEASURED) -> None:
         (row,) = measured(
             folder.name, backbone, data, output, (line.row,), {line.row: line.rates}, line.whole, seeds=SEEDS
         )["rows"]
-        adapters = [inspect_adapter(path)["sets"]["default"] for path in sorted(folder.glob("mask/seed-*/*.safetensors"))]
+        adapters = [
+            inspect_adapter(path)["sets"]["default"] for path in sorted(folder.glob("mask/seed-*/*.safetensors"))
+        ]
         write_json(path, {**row, "densities": [one["density"] for one in adapters]})
         print(f"{folder.name}: {row['accuracy']:.4f}", flush=True)
 
