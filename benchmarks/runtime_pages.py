@@ -1,7 +1,7 @@
 """What `benchmarks.runtime` and `benchmarks.identification` measured, as tables of a page."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any

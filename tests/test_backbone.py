@@ -58,6 +58,12 @@ def test_no_match_shows_the_nearest_names(tiny: nn.Module) -> None:
         select_parameters(tiny, ["conv3.*"])
     with pytest.raises(SelectionError, match=r"exclude 'layer9' matches none"):
         select_parameters(tiny, exclude=["layer9"])
+    with pytest.raises(SelectionError, match="has no parameters; a quantised one keeps its weights in a form that"):
+        select_parameters(nn.ReLU())
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    with pytest.raises(SelectionError, match="'weight' is on the meta device and has no data; load the weights first"):
+        select_parameters(empty)
     with pytest.raises(SelectionError, match="no parameter is left to mask of 9"):
         select_parameters(tiny, ["conv*"], ["conv*"])
 

@@ -79,6 +79,11 @@ def select_parameters(
     """
     parameters = named_parameters(model)
     names = list(parameters)
+    if not names:
+        raise SelectionError(
+            "the model has no parameters; a quantised one keeps its weights in a form that cannot be masked: mask the "
+            "float model, then quantise"
+        )
     include, exclude = list(include), list(exclude)
     chosen = _match(include, names, "include") if include else set(_default_names(model, head))
     chosen -= _match(exclude, names, "exclude")
