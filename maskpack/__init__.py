@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.describe import inspect_adapter
     from .adapter.file import save_adapter
+    from .algebra import combine
     from .apply.cascade import load_cascade
     from .apply.load import load_adapter, load_mask, unload_mask
     from .backbone.fingerprint import fingerprint
@@ -39,6 +40,7 @@ _WHERE = {
     "TrainConfig": "training.config",
     "attach_gates": "training.gated",
     "attach_scores": "training.scored",
+    "combine": "algebra",
     "compare": "evaluate.compare",
     "extract_masks": "training.scored",
     "fingerprint": "backbone.fingerprint",
@@ -67,6 +69,7 @@ __all__ = [
     "TrainConfig",
     "attach_gates",
     "attach_scores",
+    "combine",
     "compare",
     "extract_masks",
     "fingerprint",
