@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .algebra import combine
     from .apply.cascade import load_cascade
     from .apply.load import load_adapter, load_mask, unload_mask
+    from .apply.stream import load_masked
     from .backbone.fingerprint import fingerprint
     from .backbone.load import load_backbone
     from .data.load import load_data
@@ -51,6 +52,7 @@ _WHERE = {
     "load_cascade": "apply.cascade",
     "load_data": "data.load",
     "load_mask": "apply.load",
+    "load_masked": "apply.stream",
     "pull": "hub",
     "push": "hub",
     "save_adapter": "adapter.file",
@@ -80,6 +82,7 @@ __all__ = [
     "load_cascade",
     "load_data",
     "load_mask",
+    "load_masked",
     "pull",
     "push",
     "save_adapter",

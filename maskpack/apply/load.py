@@ -4,12 +4,13 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, TypeVar, Unpack
+from typing import Literal, NamedTuple, TypeVar, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..backbone.fingerprint import check_fingerprint
+from ..backbone.head import Head
 from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
@@ -20,6 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
 VERIFY = ("strict", "warn", "off")
+HeadChoice = Literal["replace", "keep"]
 Mode = Literal["target", "source"]
 MODES: tuple[Mode, ...] = ("target", "source")
 
@@ -50,7 +52,7 @@ def load_mask(
     *,
     revision: str | None = None,
     verify: Verify = "strict",
-    head: Literal["replace", "keep"] = "replace",
+    head: HeadChoice = "replace",
     mode: Mode = "target",
     restorable: bool = True,
     token: str | bool | None = None,
@@ -75,30 +77,14 @@ def load_mask(
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
     """
-    if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
-        raise ConfigError(
-            f"verify must be strict, warn or off, head replace or keep, and mode target or source; got "
-            f"verify={verify!r}, head={head!r}, mode={mode!r}"
-        )
+    check_choices(verify, head, mode)
     if isinstance(ref, Adapter):
         adapter = ref
     else:
         adapter = load_adapter(
             ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-    if len(adapter.sets) > 1:
-        how = "load_mask loads adapters of one"
-        if adapter.cascade is not None:
-            how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
-        raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
-    values, stored, dense = adapter.values(), adapter.head(), {**adapter.statistics(), **adapter.parameters()}
-    if mode == "source":
-        if not values:
-            raise AdapterError(
-                f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
-                f"`maskpack transfer`: leave it out"
-            )
-        values, stored, dense = {}, None, {}
+    beside = beside_masks(adapter, head, mode)
     make_base(model, adapter, verify)
     masks = adapter.iter_masks(base=unwrap(model))
     apply_masks(
@@ -106,12 +92,52 @@ def load_mask(
         masks if mode == "target" else removing(masks),
         adapter.shapes(),
         mask_id=adapter.mask_id,
-        values=values,
-        dense=dense,
-        head=stored if stored is not None and stored.kind == "linear" and head == "replace" else None,
+        values=beside.values,
+        dense=beside.dense,
+        head=beside.head,
         restorable=restorable,
     )
     return model
+
+
+def check_choices(verify: Verify, head: HeadChoice, mode: Mode) -> None:
+    """Raise ConfigError if one of these arguments of `load_mask` is not one of its values."""
+    if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
+        raise ConfigError(
+            f"verify must be strict, warn or off, head replace or keep, and mode target or source; got "
+            f"verify={verify!r}, head={head!r}, mode={mode!r}"
+        )
+
+
+class Beside(NamedTuple):
+    """What goes onto a model beside masks: values of op "replace", buffers and parameters, a head that is a module."""
+
+    values: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    head: Head | None
+
+
+def beside_masks(adapter: Adapter, head: HeadChoice, mode: Mode) -> Beside:
+    """Return what an adapter of one mask set puts onto a model beside it; see `load_mask` for `head` and `mode`.
+
+    Raises:
+        StateError: if it has several sets. AdapterError: if `mode` is "source" and it has none.
+    """
+    if len(adapter.sets) > 1:
+        how = "load_mask loads adapters of one"
+        if adapter.cascade is not None:
+            how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
+        raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
+    values, stored = adapter.values(), adapter.head()
+    if mode == "source":
+        if not values:
+            raise AdapterError(
+                f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
+                f"`maskpack transfer`: leave it out"
+            )
+        return Beside({}, {}, None)
+    replaces = stored is not None and stored.kind == "linear" and head == "replace"
+    return Beside(values, {**adapter.statistics(), **adapter.parameters()}, stored if replaces else None)
 
 
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:
