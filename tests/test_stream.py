@@ -296,8 +296,22 @@ def test_quantised_parameters_are_refused(tmp_path: Path, tiny: nn.Module, weigh
         BackboneMismatchError, match=r"'conv1\.weight' is of torch\.int8 and cannot be masked; load float"
     ):
         load_masked(model, weights, adapter)
+
+
+def test_load_mask_refuses_what_has_no_weights(tmp_path: Path, tiny: nn.Module) -> None:
+    adapter = make_adapter(tmp_path / "a", tiny)
     with pytest.raises(BackboneMismatchError, match=r"'conv1\.weight' is on the meta device and cannot be masked"):
-        load_mask(empty(), adapter, verify="off")
+        load_mask(empty(), adapter)
+    model = copy.deepcopy(tiny)
+    model.bn2 = empty().bn2
+    said = r"4 of the 11 tensors of the model's body are on the meta device and have no values, first 'bn2\.bias'; load"
+    with pytest.raises(BackboneMismatchError, match=said):
+        load_mask(model, adapter)
+    with pytest.raises(BackboneMismatchError, match=said):
+        fingerprint(model, id="tests:tiny", head=["fc"])
+    tiny.conv1.weight = nn.Parameter(torch.zeros(8, 3, 3, 3, dtype=torch.int8), False)
+    with pytest.raises(BackboneMismatchError, match=r"'conv1\.weight' is of torch\.int8 and cannot be masked"):
+        load_mask(tiny, adapter)
 
 
 LAYERS, SIDE = 12, 2048  # 12 tensors of 16 MiB

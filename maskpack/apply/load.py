@@ -15,7 +15,7 @@ from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
 from ..mask import PackedMask
-from .weights import applied, apply_masks, restore
+from .weights import applied, apply_masks, check_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
@@ -150,6 +150,8 @@ def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
     """Unload what a model has loaded, and see that it is the adapter's base; see `load_mask`."""
     if applied(model) is not None:
         restore(model)
+    for name in adapter.sets:  # first, since quantised weights have a digest of nothing
+        check_masks(model, adapter.shapes(name))
     if verify != "off":
         try:
             check_fingerprint(model, adapter.base)

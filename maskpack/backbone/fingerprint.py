@@ -46,6 +46,17 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     return hashlib.sha256(same_size_int(cast).reshape(-1).numpy().data).digest()
 
 
+def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors, or raise BackboneMismatchError if one is on the meta device."""
+    if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise BackboneMismatchError(
+            f"{len(on_meta)} of the {len(tensors)} tensors of the model's body are on the meta device and have no "
+            f"values, first {on_meta[0]!r}; load its weights before, or weights and adapter together by "
+            f"load_masked(model, weights, ref)"
+        )
+    return tensors
+
+
 def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
     whole = hashlib.sha256()
     for name, tensor in tensors.items():
@@ -69,7 +80,7 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
         head: names of modules that do not belong to the body.
     """
     head = tuple(sorted(head))
-    tensors = body(model, head)
+    tensors = _with_data(body(model, head))
     digests: dict[str, str] = {}
     prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
     for dtype in CASTS:
@@ -100,7 +111,7 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     Raises:
         BackboneMismatchError: if they differ; the message says how many masked tensors differ and which is first.
     """
-    tensors = body(model, expected.head)
+    tensors = _with_data(body(model, expected.head))
     dtype = compared_dtype(tensors.values())
     return check_digests(tensors, {name: tensor_digest(one, dtype) for name, one in tensors.items()}, expected)
 
