@@ -132,6 +132,9 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
 
 def test_no_local_path_is_stored_and_the_hub_s_reference_is(folder: Path, hub: HubServer) -> None:
     commit = push(folder / "a", "alice/one", token=WRITE_TOKEN).commit
+    said = "names no revision, and one is required"
+    assert said in refused("combine", "or", "alice/one", "./c", "--output", "out", "--require-revision", code=1)
+    assert said in refused("diff", "alice/one", "./c", "--require-revision", code=1)
     ok("combine", "or", "alice/one", "./c", "--output", "out")
     made = read_adapter("out")
     one, other = (read_adapter(name).mask_id for name in "ac")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .adapters import RandomWeights, Ref, Weights
+from .adapters import RandomWeights, Ref, RequireRevision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
 from .packing import Codec, Hardness
 
@@ -48,6 +48,7 @@ def combine(
     backbone: BaseOption = None,
     weights: Weights = None,
     random_weights: RandomWeights = None,
+    require_revision: RequireRevision = False,
     profile: Hardness = "default",
     codec: Codec = None,
     token: Token = None,
@@ -61,7 +62,7 @@ def combine(
     from maskpack.algebra import operation
 
     operation(how, len(refs), weight, k)
-    adapters = [load_adapter(ref, token=token) for ref in refs]
+    adapters = [load_adapter(ref, require_revision=require_revision, token=token) for ref in refs]
     loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
     note(f"Combining {len(adapters)} adapters …", quiet)
     with progress_bar("Combining", quiet or as_json) as step:
@@ -93,6 +94,7 @@ def diff(
     backbone: BaseOption = None,
     weights: Weights = None,
     random_weights: RandomWeights = None,
+    require_revision: RequireRevision = False,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -107,7 +109,7 @@ def diff(
     from maskpack.adapter.combine import mask_sets
     from maskpack.algebra import Overlap, overlaps
 
-    adapters = [load_adapter(ref, token=token) for ref in (first, second)]
+    adapters = [load_adapter(ref, require_revision=require_revision, token=token) for ref in (first, second)]
     loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
     sets = mask_sets(adapters, None if loaded is None else loaded.model)
     found = dict(overlaps(*sets, missing=missing))
