@@ -272,7 +272,7 @@ def test_diff(folder: Path) -> None:
     assert shown.startswith(f"≠ {found['hamming']:,} bits differ\n  first: a/maskpack_model.safetensors\n  second: c/")
     assert "parameter" in shown
     assert "conv2.weight" in shown
-    assert run("diff", "./a", "./a").stdout.startswith("= the masks are equal\n")
+    assert run("diff", "./a", "./a").stdout.startswith("= all bits are equal\n")
 
 
 def test_over_an_earlier_adapter_the_owner_s_words_stay(folder: Path) -> None:

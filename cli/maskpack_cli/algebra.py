@@ -119,7 +119,7 @@ def diff(
         rows = [{"name": name, **_facts(one)} for name, one in found.items()]
         emit({**facts, "parameters": rows}, True)
         return
-    emit(facts, False, "= the masks are equal" if not whole.hamming else f"≠ {whole.hamming:,} bits differ")
+    emit(facts, False, "= all bits are equal" if not whole.hamming else f"≠ {whole.hamming:,} bits differ")
     table(
         [column.replace("_", " ") for column in COLUMNS],
         [[name, *(_facts(one)[key] for key in COLUMNS[1:])] for name, one in found.items()],
