@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from .adapter.adapter import Adapter
     from .adapter.describe import inspect_adapter
     from .adapter.file import save_adapter
+    from .algebra import combine
     from .apply.bank import MaskBank
     from .apply.cascade import load_cascade
     from .apply.identify import identify
     from .apply.load import load_adapter, load_mask, unload_mask
+    from .apply.stream import load_masked
     from .backbone.fingerprint import fingerprint
     from .backbone.load import load_backbone
     from .data.load import load_data
@@ -42,6 +44,7 @@ _WHERE = {
     "TrainConfig": "training.config",
     "attach_gates": "training.gated",
     "attach_scores": "training.scored",
+    "combine": "algebra",
     "compare": "evaluate.compare",
     "extract_masks": "training.scored",
     "fingerprint": "backbone.fingerprint",
@@ -53,6 +56,7 @@ _WHERE = {
     "load_cascade": "apply.cascade",
     "load_data": "data.load",
     "load_mask": "apply.load",
+    "load_masked": "apply.stream",
     "pull": "hub",
     "push": "hub",
     "save_adapter": "adapter.file",
@@ -72,6 +76,7 @@ __all__ = [
     "TrainConfig",
     "attach_gates",
     "attach_scores",
+    "combine",
     "compare",
     "extract_masks",
     "fingerprint",
@@ -83,6 +88,7 @@ __all__ = [
     "load_cascade",
     "load_data",
     "load_mask",
+    "load_masked",
     "pull",
     "push",
     "save_adapter",

@@ -13,6 +13,8 @@ from .router import Router, Whitening
 
 Combine = Literal["conditional", "unconditional"]
 COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
+# the Hub's names for what a network of a task does without its head
+FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ConfigError, DataError, MaskpackError, StateError
+from .shards import check_shard, checkpoint_files
 from .tensorheader import DTYPES, MAX_HEADER, NAMES, SEAL, UNSEALED, seal
 
 Buffer = bytes | bytearray | memoryview
@@ -58,23 +59,29 @@ class Blob:
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read when it is asked for and not kept; see `open_tensors`.
+    """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
 
     Attributes:
-        path: the file.
+        path: the file, index or folder.
         shapes: name -> shape, known without reading a tensor.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with _reading(path), safe_open(path, framework="pt") as file:
-            self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for shard, names in checkpoint_files(path).items():
+            with _reading(shard), safe_open(shard, framework="pt") as file:
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            check_shard(shard, found, names)
+            shapes |= found
+            self._files |= dict.fromkeys(found, shard)
+        self.shapes = dict(sorted(shapes.items()))
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.shapes:
-            raise KeyError(name)
+        path = self._files[name]
         # opened anew each time: what is read stays mapped, and so resident, until the file is closed
-        with _reading(self.path), safe_open(self.path, framework="pt") as file:
+        with _reading(path), safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -86,35 +93,33 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Open a safetensors file that the user names, to read it tensor by tensor; memory holds those in use only.
+    """Open a checkpoint that the user names, to read it tensor by tensor; memory holds those in use only.
+
+    Args:
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
 
     Raises:
-        DataError: if there is no such file, or it is not a safetensors file; the message names it. Reading a tensor
-            raises it as well.
+        DataError: if it is not there, or cannot be used; the message says why. Reading a tensor raises it as well.
     """
     return TensorFile(Path(path))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file of weights, masks or scores that the user names.
-
-    Raises:
-        DataError: if there is no such file, or it is not a safetensors file; the message names it.
-    """
-    path = Path(path)
-    with _reading(path):
-        tensors: dict[str, Tensor] = load_file(path)
-        return tensors
+    """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
+    tensors: dict[str, Tensor] = {}
+    for shard, names in checkpoint_files(Path(path)).items():
+        with _reading(shard):
+            found = load_file(shard)
+        check_shard(shard, found, names)
+        tensors |= found
+    return tensors
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn what the official reader raises into a DataError."""
-    if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.glob("*.safetensors"))[:5]) or "none"
-        raise DataError(f"{path} is a folder, expected a .safetensors file; those in it: {inside}")
     if not path.is_file():  # a pipe would be waited for
-        raise DataError(f"no file {path}; expected a .safetensors file")
+        raise DataError(f"no file {path}; expected a .safetensors file, the index of several, or a folder of either")
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError) as error:

@@ -153,8 +153,7 @@ def test_refuses_to_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file .*x\.safetensors"):
         read_tensors(tmp_path / "x.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "y.safetensors")
-    with pytest.raises(DataError, match=r"is a folder, expected a \.safetensors file; those in it: y\.safetensors"):
-        read_tensors(tmp_path)
+    assert read_tensors(tmp_path).keys() == {"a"}  # the only one in the folder
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
     with pytest.raises(DataError, match=r"cannot read .*x\.pt as a safetensors file.*if it is a pickle"):
         read_tensors(tmp_path / "x.pt")

@@ -14,7 +14,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 RequireRevision = Annotated[
     bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
 ]
-Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly.")]
+Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly: file, index or folder.")]
 RandomWeights = Annotated[
     str | None, typer.Option(help="SEED, kaiming:SEED or signed-constant:SEED of random weights.")
 ]

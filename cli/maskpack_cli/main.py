@@ -7,6 +7,7 @@ import typer
 
 from . import (
     adapters,
+    algebra,
     cascade,
     compare,
     demo,
@@ -51,6 +52,7 @@ for verbs in (
     transfer,
     multitask,
     packing,
+    algebra,
     adapters,
     evaluate,
     compare,

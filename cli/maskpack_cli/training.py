@@ -39,7 +39,9 @@ def train(
     backbone: Annotated[
         str | None, _option("backbone", "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION.")
     ] = None,
-    weights: Annotated[Path | None, _option("backbone", "Safetensors state dict, loaded strictly.")] = None,
+    weights: Annotated[
+        Path | None, _option("backbone", "Safetensors state dict, loaded strictly: file, index or folder.")
+    ] = None,
     random_weights: RandomWeights = None,
     head: Annotated[str | None, _option("backbone", "Module that gives the logits, where it is not found.")] = None,
     image_size: Annotated[int | None, _option("backbone", "Pixels. (default: the backbone's)")] = None,

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import DataError
 from .frontmatter import OTHER_ID, base_model, from_yaml, front_matter, merge, to_yaml
 from .picture import MAX_SETS, parameter_densities
-from .record import dataset_name, hub_dataset, metrics, rows, without_paths
+from .record import combination, dataset_name, hub_dataset, metrics, rows, without_paths
 
 BEGIN, END = "<!-- maskpack:begin -->", "<!-- maskpack:end -->"
 FENCE = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
@@ -16,6 +16,7 @@ FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", r
 PICTURE_FILE = "maskpack_density.png"
 LONGEST_NAME = 100  # characters of a parameter's name in a sentence
 MOST_CLASSES = 20
+MOST_PARENTS = 50
 
 
 def render_card(
@@ -90,6 +91,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     if results := metrics(record):
         yield "## Results\n\n| result | value |\n| --- | --- |"
         yield "".join(f"| {_escape(key)} | {value:.4g} |\n" for key, value in results.items())
+    yield from _combined(record)
     if record or description["class_names"]:
         yield "## Training\n"
     yield from _data(record)
@@ -152,6 +154,18 @@ def _densities(sets: Mapping[str, Any], picture: str | None) -> Iterator[str]:
             "Each bar of the picture is a masked parameter, in the file's order; the lowest and the highest are orange."
             f"{several if len(sets) > 1 else ''}\n"
         )
+
+
+def _combined(record: Any) -> Iterator[str]:
+    """Yield which adapters' masks were combined, and how."""
+    if (found := combination(record)) is None:
+        return
+    how, parents = found
+    yield f"## Combined\n\nThe masks are those of {len(parents)} adapters, combined by {_code(how)}, in this order:\n"
+    yield "| mask_id | adapter |\n| --- | --- |"
+    for id_, reference in parents[:MOST_PARENTS]:
+        yield f"| {_code(id_)} | {_code(reference) if reference else '-'} |"
+    yield f"\n… and {len(parents) - MOST_PARENTS} more.\n" if len(parents) > MOST_PARENTS else ""
 
 
 def _data(record: Any) -> Iterator[str]:

@@ -57,3 +57,15 @@ def rows(record: Any) -> dict[str, int]:
     if not isinstance(counts, dict):
         return {}
     return {without_paths(key): value for key, value in counts.items() if type(value) is int}
+
+
+def combination(record: Any) -> tuple[str, list[tuple[str, str]]] | None:
+    """Return by which operation masks were combined, and (mask_id, reference or "") of each adapter; None if not."""
+    found = record.get("combined") if isinstance(record, dict) else None
+    parents = found.get("parents") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not isinstance(parents, list):
+        return None
+    rows = [one for one in parents if isinstance(one, dict)]
+    of = [tuple(without_paths(str(one.get(key, ""))) for key in ("mask_id", "reference")) for one in rows]
+    extra = "".join(f", {key} = {found[key]}" for key in ("k", "weights") if key in found)
+    return without_paths(f"{found.get('operation')}{extra}"), [(id_, reference) for id_, reference in of]

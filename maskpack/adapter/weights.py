@@ -14,10 +14,15 @@ from ..errors import BackboneMismatchError
 Weights = nn.Module | Mapping[str, Tensor]
 
 
-def by_name(weights: Weights) -> dict[str, Tensor]:
-    """Return weights by canonical parameter name, whether they come as a module or as a state dict."""
+def by_name(weights: Weights) -> Mapping[str, Tensor]:
+    """Return weights by canonical parameter name, whether they come as a module or as a state dict.
+
+    No tensor is asked for where all names are canonical: a mapping that reads them from a file stays one.
+    """
     if isinstance(weights, nn.Module):
         return dict(named_parameters(weights))
+    if all(canonical(name) == name for name in weights):
+        return weights
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 

@@ -19,7 +19,7 @@ from ..hub.download import PullOptions
 from ..parts import CascadeParts, Parts
 from ..preprocess import TextPreprocess, preprocess_from_json
 from .load import VERIFY, Reference, Verify, load_adapter, make_base
-from .weights import apply_masks, check_masks, restore
+from .weights import apply_masks, restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,6 @@ def load_cascade(
         )
     sets = {}
     for name in adapter.sets:
-        check_masks(model, adapter.shapes(name))
         masks = adapter.masks(unwrap(model), name)
         sets[name] = Parts(masks, None, adapter.statistics(name), adapter.parameters(name), adapter.values(name))
     return Cascade(model, sets, parts, class_names=adapter.class_names, preprocess=adapter.preprocess_config)

@@ -4,22 +4,24 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, TypeVar, Unpack
+from typing import Literal, NamedTuple, TypeVar, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..backbone.fingerprint import Measured, check_measured, measure_body
+from ..backbone.head import Head
 from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
 from ..mask import PackedMask
-from .weights import applied, apply_masks, restore
+from .weights import applied, apply_masks, check_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
 VERIFY = ("strict", "warn", "off")
+HeadChoice = Literal["replace", "keep"]
 Mode = Literal["target", "source"]
 MODES: tuple[Mode, ...] = ("target", "source")
 
@@ -50,7 +52,7 @@ def load_mask(
     *,
     revision: str | None = None,
     verify: Verify = "strict",
-    head: Literal["replace", "keep"] = "replace",
+    head: HeadChoice = "replace",
     mode: Mode = "target",
     restorable: bool = True,
     token: str | bool | None = None,
@@ -75,26 +77,14 @@ def load_mask(
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
     """
-    if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
-        raise ConfigError(
-            f"verify must be strict, warn or off, head replace or keep, and mode target or source; got "
-            f"verify={verify!r}, head={head!r}, mode={mode!r}"
-        )
+    check_choices(verify, head, mode)
     if isinstance(ref, Adapter):
         adapter = ref
     else:
         adapter = load_adapter(
             ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-    check_one_set(adapter)
-    values, stored, dense = adapter.values(), adapter.head(), {**adapter.statistics(), **adapter.parameters()}
-    if mode == "source":
-        if not values:
-            raise AdapterError(
-                f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
-                f"`maskpack transfer`: leave it out"
-            )
-        values, stored, dense = {}, None, {}
+    beside = beside_masks(adapter, head, mode)
     make_base(model, adapter, verify)
     masks = adapter.iter_masks(base=unwrap(model))
     apply_masks(
@@ -102,12 +92,21 @@ def load_mask(
         masks if mode == "target" else removing(masks),
         adapter.shapes(),
         mask_id=adapter.mask_id,
-        values=values,
-        dense=dense,
-        head=stored if stored is not None and stored.kind == "linear" and head == "replace" else None,
+        values=beside.values,
+        dense=beside.dense,
+        head=beside.head,
         restorable=restorable,
     )
     return model
+
+
+def check_choices(verify: Verify, head: HeadChoice, mode: Mode) -> None:
+    """Raise ConfigError if one of these arguments of `load_mask` is not one of its values."""
+    if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
+        raise ConfigError(
+            f"verify must be strict, warn or off, head replace or keep, and mode target or source; got "
+            f"verify={verify!r}, head={head!r}, mode={mode!r}"
+        )
 
 
 def check_one_set(adapter: Adapter) -> None:
@@ -117,6 +116,33 @@ def check_one_set(adapter: Adapter) -> None:
         if adapter.cascade is not None:
             how = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
         raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
+
+
+class Beside(NamedTuple):
+    """What goes onto a model beside masks: values of op "replace", buffers and parameters, a head that is a module."""
+
+    values: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    head: Head | None
+
+
+def beside_masks(adapter: Adapter, head: HeadChoice, mode: Mode) -> Beside:
+    """Return what an adapter of one mask set puts onto a model beside it; see `load_mask` for `head` and `mode`.
+
+    Raises:
+        StateError: if it has several sets. AdapterError: if `mode` is "source" and it has none.
+    """
+    check_one_set(adapter)
+    values, stored = adapter.values(), adapter.head()
+    if mode == "source":
+        if not values:
+            raise AdapterError(
+                f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
+                f"`maskpack transfer`: leave it out"
+            )
+        return Beside({}, {}, None)
+    replaces = stored is not None and stored.kind == "linear" and head == "replace"
+    return Beside(values, {**adapter.statistics(), **adapter.parameters()}, stored if replaces else None)
 
 
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:
@@ -129,6 +155,8 @@ def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
     """Unload what a model has loaded, and see that it is the adapter's base; see `load_mask`."""
     if applied(model) is not None:
         restore(model)
+    for name in adapter.sets:  # first, since quantised weights have a digest of nothing
+        check_masks(model, adapter.shapes(name))
     check_base(model, adapter, verify, stacklevel=4)
 
 

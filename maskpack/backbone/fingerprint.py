@@ -40,9 +40,21 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
+def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    """Return the sha256 of a tensor cast to a dtype, row-major."""
     cast = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     return hashlib.sha256(same_size_int(cast).reshape(-1).numpy().data).digest()
+
+
+def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors, or raise BackboneMismatchError if one is on the meta device."""
+    if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise BackboneMismatchError(
+            f"{len(on_meta)} of the {len(tensors)} tensors of the model's body are on the meta device and have no "
+            f"values, first {on_meta[0]!r}; load its weights before, or weights and adapter together by "
+            f"load_masked(model, weights, ref)"
+        )
+    return tensors
 
 
 def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
@@ -53,8 +65,8 @@ def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) ->
     return whole.hexdigest()
 
 
-def _compared_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """The dtype in which a model is compared: the shortest mantissa among its tensors."""
+def compared_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Return the dtype in which a model is compared: the shortest mantissa among its tensors."""
     present = {tensor.dtype for tensor in tensors}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in present), torch.float32)
 
@@ -68,14 +80,14 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
         head: names of modules that do not belong to the body.
     """
     head = tuple(sorted(head))
-    tensors = body(model, head)
+    tensors = _with_data(body(model, head))
     digests: dict[str, str] = {}
     prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
     for dtype in CASTS:
-        each = {name: _tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
+        each = {name: tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
         digests[_name(dtype)] = _body_digest(tensors, each)
         prefixes = {name: prefix + each[name][:PREFIX] for name, prefix in prefixes.items()}
-    return Fingerprint(id, revision, _name(_compared_dtype(tensors.values())), head, digests, prefixes)
+    return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
 
 
 def _prefix(expected: Fingerprint, name: str, dtype: torch.dtype) -> bytes:
@@ -83,9 +95,14 @@ def _prefix(expected: Fingerprint, name: str, dtype: torch.dtype) -> bytes:
     return expected.tensors[name][at : at + PREFIX]
 
 
+def same_digest(digest: bytes, expected: Fingerprint, name: str, dtype: torch.dtype) -> bool:
+    """Tell whether a digest by `tensor_digest` is that of the base's masked tensor of that name."""
+    return digest[:PREFIX] == _prefix(expected, name, dtype)
+
+
 def same_tensor(tensor: Tensor, expected: Fingerprint, name: str) -> bool:
     """Tell whether a tensor, in its own dtype (one of the three casts), is the base's of that name."""
-    return _tensor_digest(tensor, tensor.dtype)[:PREFIX] == _prefix(expected, name, tensor.dtype)
+    return same_digest(tensor_digest(tensor, tensor.dtype), expected, name, tensor.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +120,9 @@ class Measured:
 
 def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     """Take the digests of a model's body that fingerprints are compared with."""
-    tensors = body(model, head)
-    dtype = _compared_dtype(tensors.values())
-    each = {name: _tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
+    tensors = _with_data(body(model, head))
+    dtype = compared_dtype(tensors.values())
+    each = {name: tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
     return Measured(dtype, _body_digest(tensors, each), each)
 
 
@@ -118,19 +135,34 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     return check_measured(measure_body(model, expected.head), expected)
 
 
+def check_digests(tensors: Mapping[str, Tensor], each: Mapping[str, bytes], expected: Fingerprint) -> str:
+    """Compare digests that were taken of a body's tensors as `check_fingerprint` does; return the dtype that matched.
+
+    Args:
+        tensors: the body, for names, dtypes and shapes alone: it may be on the meta device.
+        each: name -> digest by `tensor_digest` in the dtype of `compared_dtype(tensors.values())`.
+    """
+    return check_measured(Measured(compared_dtype(tensors.values()), _body_digest(tensors, each), each), expected)
+
+
 def check_measured(found: Measured, expected: Fingerprint) -> str:
     """As `check_fingerprint`, of a body that was measured with the same head."""
     dtype, each = found.dtype, found.tensors
     if found.digest == expected.digests[_name(dtype)]:
         return _name(dtype)
     masked = sorted(expected.tensors)
-    differing = [name for name in masked if name not in each or each[name][:PREFIX] != _prefix(expected, name, dtype)]
+    differing = [name for name in masked if name not in each or not same_digest(each[name], expected, name, dtype)]
     if differing:
         what = f"{len(differing)} of {len(masked)} masked tensors differ, first {differing[0]!r}"
     else:
         what = f"all {len(masked)} masked tensors agree, but other parameters or buffers of the body differ"
+    raise mismatch(expected, what, dtype)
+
+
+def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMismatchError:
+    """Return the error for a body that is not an adapter's base; `what` says what differs."""
     revision = f" at revision {expected.revision}" if expected.revision else ""
-    raise BackboneMismatchError(
+    return BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "
         f"(compared as {_name(dtype)}); load the backbone named there, or apply it anyway with "
         f"load_mask(…, verify='off')"

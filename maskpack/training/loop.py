@@ -13,7 +13,7 @@ from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
 from ..errors import TrainingError, require
-from ..parts import Parts
+from ..parts import FEATURES, Parts
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics
 from .borrow import borrowed
@@ -23,9 +23,6 @@ from .learn import Learn, learn_scores
 from .log import Report, RunLog
 from .run import Run
 from .scored import extract_masks, replaced_values
-
-# the Hub's names for what a network without a head does
-FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
