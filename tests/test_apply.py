@@ -294,7 +294,7 @@ def test_wrong_calls(tmp_path: Path, tiny: nn.Module) -> None:
     adapter = save_adapter(
         tmp_path, {"one": random_masks(tiny), "two": random_masks(tiny, 1)}, fingerprint(tiny, id="x")
     )
-    with pytest.raises(StateError, match="holds 2 mask sets; load_mask loads adapters of one"):
+    with pytest.raises(StateError, match="holds 2 mask sets; masks are loaded from adapters of one"):
         load_mask(tiny, adapter)
 
 

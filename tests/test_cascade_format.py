@@ -143,7 +143,7 @@ def test_is_not_loaded_as_one_mask(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="no mask set 'default'; it has: .*cascade, which load_cascade"):
         adapter.masks()
     several = save_adapter(tmp_path / "y", contents(), BASE)
-    with pytest.raises(StateError, match="holds 3 mask sets; load_mask loads adapters of one"):
+    with pytest.raises(StateError, match="holds 3 mask sets; masks are loaded from adapters of one"):
         load_mask(nn.Linear(2, 2), several)
 
 
