@@ -1,7 +1,10 @@
 """Every method keeps the contract; the threshold's gradient is the published one."""
 
+import itertools
 import json
+import math
 from dataclasses import fields
+from fractions import Fraction
 
 import pytest
 import torch
@@ -84,6 +87,20 @@ def test_the_adapter_computes_what_evaluation_computed(cls: type[Method], scale:
         assert torch.equal(model(x), expected)
     restore(model)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
+def test_methods_say_whether_higher_scores_keep_more(cls: type[Method]) -> None:
+    model, _ = trained(cls())
+    fits = cls.learns and cls.op != "replace"
+    for one in scored_weights(model).values():
+        scores, state = one.scores.detach(), one.state()
+        fits = fits and scores.shape == one.shape and one.mask().signs is None
+        if fits:
+            masks = [cls().binarize(scores + more, state) for more in (-1e6, 0.0, 0.5, 1e6)]
+            fits = all(bool((low <= high).all()) for low, high in itertools.pairwise(masks))
+            fits = fits and not masks[0].any() and bool(masks[-1].all())
+    assert cls.rising == fits
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
@@ -242,9 +259,9 @@ def test_topk_keeps_its_share(scope: str) -> None:
     attach_scores(model, build_method("topk", {"share": 0.3, "scope": scope, "init": "magnitude"}))
     masks = extract_masks(model)
     assert masks.kept == (
-        masks.total - int(0.7 * masks.total)
+        math.ceil(Fraction(3, 10) * masks.total)
         if scope == "global"
-        else sum(len(one.bits) - int(0.7 * len(one.bits)) for one in masks.values())
+        else sum(math.ceil(Fraction(3, 10) * len(one.bits)) for one in masks.values())
     )
     flat = torch.cat([p.detach().abs().flatten() for n, p in model.named_parameters() if n in masks])
     kept = torch.cat([mask.tensor().flatten() for mask in masks.values()])
@@ -261,6 +278,13 @@ def test_topk_of_absolute_or_raw_scores_and_its_progress() -> None:
     method = build_method("topk", {"progressive": True, "share": 0.25})
     kept = [int(method.binarize(scores, State(progress=at)).sum()) for at in (0.0, 0.4, 0.7, 1.0)]
     assert kept == [4, 3, 2, 1]
+    for share, count, expected in ((0.07, 100, 7), (0.9, 10, 9), (0.3, 10, 3), (0.31, 10, 4), (1.0, 10, 10)):
+        for progressive in (False, True):  # exact, also where the share was approached
+            method = build_method("topk", {"progressive": progressive, "share": share})
+            assert int(method.binarize(torch.arange(count).float()).sum()) == expected
+    assert (
+        int(build_method("topk", {"progressive": True, "share": 0.1}).binarize(scores, State(progress=0.0)).sum()) == 4
+    )
 
 
 def test_nm_keeps_n_of_m_inputs() -> None:

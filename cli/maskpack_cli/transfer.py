@@ -71,7 +71,7 @@ def transfer(**given: Any) -> None:
     backbone, source, run_config = training.load_inputs({**settings, "data": source_reference}, quiet)
     note(f"Loading {target_reference} …", quiet)
     target = load_data(target_reference, seed=run_config.seed, **{"validation_fraction": 0.1, **columns})
-    check_transfer(backbone, source, run_config, start, source_trained)
+    check_transfer(backbone, source, run_config, start, source_trained, weight_lr)
     plans = {}
     for name, data in (("source", source), ("target", target)):
         plans[name] = plan_training(backbone, data, run_config)

@@ -31,6 +31,7 @@ class Gumbel(Method):
 
     id: ClassVar[str] = "gumbel"
     reference: ClassVar[str] = "https://arxiv.org/abs/2010.02066"
+    rising: ClassVar[bool] = True
 
     init: float = 2.0
     temperature: float = 1.0

@@ -90,7 +90,7 @@ def train_transfer(
             `train_mask`.
     """
     config = config or TrainConfig(bn="freeze")
-    check_transfer(backbone, source, config, start, source_trained)
+    check_transfer(backbone, source, config, start, source_trained, weight_lr)
     weights = of_weights(config, weight_lr)
     folder = None if output is None else Path(output)
     if resume and (folder is None or not (folder / RUNS).exists()):
@@ -135,7 +135,14 @@ def train_transfer(
     )
 
 
-def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start: str, source_trained: bool) -> None:
+def check_transfer(
+    backbone: Backbone,
+    source: Data,
+    config: TrainConfig,
+    start: str,
+    source_trained: bool,
+    weight_lr: float | None = None,
+) -> None:
     """Check what can be checked before anything is trained.
 
     Raises:
@@ -146,6 +153,7 @@ def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start:
         known = STARTS[1:] if source_trained else STARTS
         why = " where the source was trained before" if source_trained else ""
         raise ConfigError(f"start must be one of {', '.join(known)}{why}, got {start!r}")
+    of_weights(config, weight_lr)
     for name in ("objective", "head_kind", "scale", "train", "bytes_budget", "rate"):
         given, usual = getattr(config, name), getattr(TrainConfig(), name)
         if given != usual:
