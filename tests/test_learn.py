@@ -16,6 +16,7 @@ from maskpack.backbone.parameters import same_size_int
 from maskpack.data.base import Data
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, SelectionError
+from maskpack.mask import PackedMask
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.config import TrainConfig
 from maskpack.training.loop import train_mask
@@ -104,14 +105,17 @@ def test_a_parameter_is_masked_or_learns(tiny: nn.Module, digits: Data) -> None:
 
 
 @pytest.mark.parametrize("rule", ["first:1", "random:0.3", "largest:0.3"])
-@pytest.mark.parametrize("method", ["threshold", "gumbel"])
+@pytest.mark.parametrize("method", ["threshold", "gumbel", "flip", "ternary", "edit"])
 def test_weights_whose_scores_do_not_learn_are_kept(tiny: nn.Module, digits: Data, rule: str, method: str) -> None:
-    lr = 500.0 if method == "threshold" else 1e5
+    lr = {"gumbel": 1e5, "edit": 1.0}.get(method, 500.0)
     config = replace(QUICK, method=method, selective=rule, lr=lr, seed=3)
     masks = train_mask(backbone_of(tiny), digits, config).parts.masks
     weights = {name: tiny.get_parameter(name) for name in ("conv1.weight", "conv2.weight")}
     learning = learning_weights(rule, weights, seed=3)
     removed = {name: ~masks[name].tensor() for name in masks}
+    if method == "ternary":
+        inverted = {name: ~PackedMask(mask.signs, mask.shape).tensor() for name, mask in masks.items() if mask.signs}
+        removed = {name: one | inverted[name] for name, one in removed.items()}
     assert not any((removed[name] & ~learning[name]).any() for name in masks)
     assert any(one.any() for one in removed.values())
 

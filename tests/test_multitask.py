@@ -62,6 +62,10 @@ def two(tasks: Mapping[str, Task]) -> dict[str, Task]:
     return {name: tasks[name] for name in ("low", "high")}
 
 
+def named() -> Backbone:
+    return replace(tiny_net(), revision="r1")
+
+
 def digests(folder: Path, *names: str) -> dict[str, str]:
     """The sha256 of every file of these tasks, and of the base."""
     files = [file for name in names for file in (folder / name).iterdir()] + [folder / BASE]
@@ -154,17 +158,21 @@ def test_a_task_that_is_added_leaves_the_others_alone(
         folder = gated[0]
     else:
         folder = tmp_path
-        train_tasks(tiny_net(), two(tasks), folder, **options)
+        train_tasks(named(), two(tasks), folder, **options)
     before = digests(folder, "low", "high")
     logits = logits_of(folder, "low", tasks["low"])
     events = list[Mapping[str, Any]]()
-    result = train_tasks(tiny_net(), tasks, folder, report=events.append, **options)
+    result = train_tasks(named(), tasks, folder, report=events.append, **options)
     assert {event["part"] for event in events} == {"odd"}
     assert digests(folder, "low", "high") == before
     assert torch.equal(logits_of(folder, "low", tasks["low"]), logits)
     assert [row["task"] for row in result["rows"]] == list(tasks)
     assert [row["jointly"] for row in result["rows"]] == [mode == "gated"] * 2 + [False]
-    assert load_adapter(folder / "odd").base.digests == load_adapter(folder / "low").base.digests
+    bases = [load_adapter(folder / name).base for name in tasks]
+    assert bases[0].digests == bases[1].digests == bases[2].digests
+    # weights that learned are not those that the backbone's name and revision stand for
+    known = ("tests:tiny", "r1") if mode == "sequential" else ("trained:tests:tiny", None)
+    assert {(base.id, base.revision) for base in bases} == {known}
     assert logits_of(folder, "odd", tasks["odd"]).shape[1] == 3
     plan = plan_tasks(tiny_net(), tasks, folder, **{"joint": JointConfig(), **options})
     assert (plan["missing"], plan["steps"]) == ([], 0)
@@ -320,7 +328,8 @@ def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
 
 def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
     def run(own: Mapping[str, Task] | None = None, **options: Any) -> None:
-        train_tasks(tiny_net(), two(tasks) if own is None else own, tmp_path / "new", **{"config": QUICK, **options})
+        folder = tmp_path / "new" / str(options.get("mode"))
+        train_tasks(tiny_net(), two(tasks) if own is None else own, folder, **{"config": QUICK, **options})
 
     for name in ("training", "jointly", "a/b", ".a", "", "ä"):
         with pytest.raises(ConfigError, match="a task cannot be called '.*': its folder has this name; take letters"):
@@ -339,10 +348,17 @@ def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
         run(mode="shared", joint=FAST)
     with pytest.raises(ConfigError, match="tasks learn together with the objective 'supervised' and linear heads, got"):
         run(mode="gated", config=replace(QUICK, head_kind="masked"))
-    with pytest.raises(
-        ConfigError, match=r"train and selective are for masks on frozen weights, .* got \['bn1.bias'\] and"
+    for name, value, shown in (
+        ("train", ("bn1.bias",), r"\('bn1.bias',\)"),
+        ("selective", "random:0.5", "'random:0.5'"),
+        ("scale", True, "True"),
+        ("bytes_budget", 100, "100"),
+        ("rate", 0.5, "0.5"),
     ):
-        run(mode="gated", config=replace(QUICK, train=("bn1.bias",)))
+        for mode in ("gated", "shared", "separate"):
+            said = f"{name} is for masks on frozen weights, and here all weights learn; leave it out, got {shown}"
+            with pytest.raises(ConfigError, match=said):
+                run(mode=mode, config=replace(QUICK, **{name: value}))
     for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0), ("gate_start", 0.0)):
         with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
             JointConfig(**{name: value})
@@ -427,6 +443,14 @@ def test_verb(tmp_path: Path) -> None:
         ("data = 'x'\n" + task_table("a", "x"), "has the setting 'data', which cannot stand there"),
         (task_table("a", "digits:0-4"), "missing: --backbone"),
         (COMMON.replace('"gated"', '"both"') + task_table("a", "digits:0-4"), "mode must be one of sequential, gated"),
+        (
+            COMMON + 'objective = "swav"\n' + task_table("a", "digits:0-4", 'augment = "flip"'),
+            "the objective 'swav' takes no notice of --augment; leave out what is for labels",
+        ),
+        (
+            COMMON + 'objective = "swav"\nlabel-smoothing = 0.1\n' + task_table("a", "digits:0-4"),
+            "the objective 'swav' takes no notice of --label-smoothing; leave out",
+        ),
     ],
 )
 def test_wrong_tables(text: str, expected: str, tmp_path: Path) -> None:

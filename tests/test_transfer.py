@@ -376,7 +376,8 @@ def test_a_network_that_knows_the_source(trained: Any, source: Data, shifted: Da
         ({"method": "flip"}, "the method 'flip' changes signs, so its mask does not tell which weights the source nee"),
         ({"method": "ternary"}, "the method 'ternary' changes signs"),
         ({"start": "end"}, "start must be one of source-start, source-end, random, got 'end'"),
-        ({"weight_lr": 0.0}, "lr must be .* got 0.0"),
+        ({"weight_lr": 0.0}, "weight_lr must be a finite number above 0, got 0.0"),
+        ({"weight_lr": float("nan")}, "weight_lr must be a finite number above 0, got nan"),
         ({"backbone": None}, "tests:tiny is an encoder without a head inside, which the source network needs; take"),
     ],
 )
@@ -505,6 +506,8 @@ def test_wrong_commands(tmp_path: Path) -> None:
     assert "start must be one of source-end, random where" in refused(
         *TRANSFER, "--output", tmp_path / "x", "--source-trained", "--start", "source-start", code=2
     )
+    said = refused(*TRANSFER, "--output", tmp_path / "x", "--weight-lr", "nan", "--dry-run", code=2)
+    assert "weight_lr must be a finite number above 0, got nan" in said
     assert not (tmp_path / "x").exists()
     said = refused("eval", *BACKBONE, "--data", "digits:5-9", "--probe", "--mode", "source", code=2)
     assert "--mode is for an adapter, a backbone alone has one network" in said
