@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -412,7 +413,12 @@ def test_verb(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "| task | accuracy | before hardening | density | mask bytes | file bytes |"
     assert [line.split()[1] for line in lines[2:]] == ["low", "high"]
-    assert "Next: maskpack eval" in done.stderr
+    # what it names as the next command can be typed as it stands
+    (following,) = re.findall("Next: maskpack (eval .*)", done.stderr)
+    shown = CliRunner().invoke(app, [*shlex.split(following), "--json"])
+    assert (
+        json.loads(shown.stdout)["accuracy"] == load_adapter(tmp_path / "out/low").training["metrics"]["test_accuracy"]
+    )  # type: ignore[index]
     settings = load_adapter(tmp_path / "out/high").training["settings"]  # type: ignore[index]
     assert (settings["augment"], settings["epochs"]) == ("crop", 1)
     before = digests(tmp_path / "out", "low", "high")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from maskpack_cli.main import app
 from maskpack_cli.use import base_of
 from torch import nn
+from typer.testing import CliRunner
 
 from maskpack import inspect_adapter, load_backbone, load_mask, save_adapter
 from maskpack.adapter.card import render_card
@@ -127,6 +129,12 @@ def test_a_file_of_the_users_is_drawn_again_as_the_adapter_says(tmp_path: Path) 
     other = base_of(adapter, f"{net}:net", None, "kaiming:4")
     with pytest.raises(Exception, match="at revision random:kaiming:3, and the model has others"):
         load_mask(other.model, adapter)
+    for words in (
+        ["verify", str(adapter.path)],
+        ["convert", str(adapter.path), str(tmp_path / "max"), "--profile", "max"],
+    ):
+        done = CliRunner().invoke(app, [*words, "--backbone", f"{net}:net"])
+        assert done.exit_code == 0, done.stderr
     export_state(tmp_path / "w.safetensors", made.model)
     load_mask(base_of(adapter, f"{net}:net", tmp_path / "w.safetensors", None).model, adapter)
 

@@ -1,7 +1,6 @@
 """maskpack multitask: a mask for each of several tasks, on one backbone."""
 
 import inspect
-import shlex
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -88,11 +87,9 @@ def multitask(**given: Any) -> None:
         typer.echo(markdown(result), nl=False)
     first = entries[0]
     base = output / first["name"] / BASE if mode == "separate" else output / BASE
-    note(
-        f"Next: maskpack eval {training.reference(output / first['name'])} --backbone {shlex.quote(reference)} "
-        f"--weights {shlex.quote(str(base))} --data {shlex.quote(first['data'])}",
-        quiet or as_json,
-    )
+    words = training.evaluated(output / first["name"], {**common, **first, "backbone": reference, "weights": base})
+    features = "" if tasks[first["name"]].data.class_names else " --knn --probe"
+    note(f"Next: maskpack eval {words}{features}", quiet or as_json)
 
 
 # the verb has the options of `maskpack train` and those above: they are written down once

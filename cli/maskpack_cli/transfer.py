@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -110,11 +109,8 @@ def transfer(**given: Any) -> None:
     typer.echo(f"\n{markdown(rows)}", nl=False)
     if not source_trained:
         network = {"backbone": network["backbone"], "weights": output / SOURCE_FILE}
-    base = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in network.items())
-    note(
-        f"Next: maskpack eval {training.reference(output)} {base} --mode source --data {shlex.quote(source_reference)}",
-        quiet,
-    )
+    words = training.evaluated(output, {**network, **columns, "data": source_reference})
+    note(f"Next: maskpack eval {words} --mode source", quiet)
 
 
 transfer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -45,7 +45,7 @@ def loaded(
 
 
 def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, random: str | None) -> "Backbone":
-    """The backbone that an adapter is for, as the options name it."""
+    """The backbone that an adapter is for, as the options name it; random weights as the adapter does, without any."""
     from maskpack import load_backbone
     from maskpack.errors import BackboneError
 
