@@ -474,6 +474,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert ok("eval", folder, *weights, "--data", "digits:0-3")["accuracy"] == transferred["target"]
     assert ok("verify", folder, *weights)["mask_id"] is True
 
+    said = refused(*TRANSFER, "--output", folder, "--dry-run")
+    assert "training/baseline holds the checkpoint of an earlier run; continue it with resume" in said
     result = run(*TRANSFER, "--output", folder, "--resume")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0] == f"✓ {folder}"

@@ -56,7 +56,7 @@ def transfer(**given: Any) -> None:
     from maskpack.evaluate.transfer import markdown, transfer_table
     from maskpack.evaluate.trial import write_json
     from maskpack.training.loop import plan_training
-    from maskpack.training.transfer import SOURCE_FILE, check_transfer
+    from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
 
     settings = read_settings(transfer, given, config, needed=("backbone", "source", "target", "output"))
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
@@ -67,6 +67,7 @@ def transfer(**given: Any) -> None:
     network = {name: settings[name] for name in ("backbone", "weights", "random_weights") if name in settings}
     columns = {name: settings[name] for name in DATA if name in settings}
     settings.setdefault("bn", "freeze")
+    check_output(output, resume)
     backbone, source, run_config = training.load_inputs({**settings, "data": source_reference}, quiet)
     note(f"Loading {target_reference} …", quiet)
     target = load_data(target_reference, seed=run_config.seed, **{"validation_fraction": 0.1, **columns})

@@ -15,7 +15,7 @@ from ..errors import ConfigError, StateError, require
 from ..mask import MaskSet
 from ..parts import Parts
 from .borrow import borrowed
-from .checkpoint import FILE
+from .checkpoint import FILE, run_folder
 from .config import TrainConfig
 from .dense import body_parameters, of_weights, train_dense
 from .heads import own_linear
@@ -93,10 +93,7 @@ def train_transfer(
     check_transfer(backbone, source, config, start, source_trained, weight_lr)
     weights = of_weights(config, weight_lr)
     folder = None if output is None else Path(output)
-    if resume and (folder is None or not (folder / RUNS).exists()):
-        raise StateError(
-            f"resume needs the folder of an earlier transfer as `output`, got {output}; without resume a new one starts"
-        )
+    check_output(folder, resume)
 
     def run(name: str) -> dict[str, Any]:
         own = None if folder is None else folder / RUNS / name
@@ -133,6 +130,21 @@ def train_transfer(
         result.metrics,
         plain,
     )
+
+
+def check_output(folder: Path | None, resume: bool) -> None:
+    """Check that a transfer can begin in a folder, or go on.
+
+    Raises:
+        StateError: if it cannot.
+    """
+    if resume and (folder is None or not (folder / RUNS).exists()):
+        raise StateError(
+            f"resume needs the folder of an earlier transfer as `output`, got {folder}; without resume a new one starts"
+        )
+    if not resume and folder is not None:
+        for path in sorted((folder / RUNS).glob(f"*/{FILE}")):
+            run_folder(path.parent, resume)
 
 
 def check_transfer(
