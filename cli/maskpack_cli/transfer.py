@@ -64,7 +64,7 @@ def transfer(**given: Any) -> None:
     source_trained, baseline = settings.pop("source_trained", False), settings.pop("baseline", False)
     start = settings.pop("start", "source-end" if source_trained else "source-start")
     weight_lr = settings.pop("weight_lr", None)
-    network = {name: settings[name] for name in ("backbone", "weights", "random_weights") if name in settings}
+    network: dict[str, Any] = {n: settings[n] for n in ("backbone", "weights", "random_weights") if n in settings}
     columns = {name: settings[name] for name in DATA if name in settings}
     settings.setdefault("bn", "freeze")
     check_output(output, resume)
