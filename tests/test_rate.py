@@ -134,11 +134,11 @@ def test_pressure_follows_the_size(tiny: nn.Module) -> None:
     penalty = control.penalty()
     assert control.pressure > low
     masks = [one.binary().float().requires_grad_() for one in scored]
-    bits = sum(coded_bits(mask) for mask in masks)
+    bits = torch.stack([coded_bits(mask) for mask in masks]).sum()
     share = control.pressure / sum(mask.numel() for mask in masks)
-    assert float(penalty.detach()) == pytest.approx(share * float(bits), rel=1e-5)  # type: ignore[arg-type]
+    assert float(penalty.detach()) == pytest.approx(share * float(bits.detach()), rel=1e-5)
     found = torch.autograd.grad(penalty, [one.scores for one in scored])
-    for own, expected in zip(found, torch.autograd.grad(bits, masks), strict=True):  # type: ignore[arg-type]
+    for own, expected in zip(found, torch.autograd.grad(bits, masks), strict=True):
         assert torch.allclose(own, share * expected, rtol=1e-4)
     before = [one.scores.detach().clone() for one in scored]
     assert control.fit() <= 100
