@@ -101,6 +101,32 @@ def test_a_parameter_is_masked_or_learns(tiny: nn.Module, digits: Data) -> None:
         train_mask(backbone, digits, config)
 
 
+# --- what methods are told -------------------------------------------------------------------------------------------
+
+
+def test_methods_are_told_where_training_stands(tiny: nn.Module, digits: Data) -> None:
+    events: list[dict[str, float]] = []
+    options = {"progressive": True, "share": 0.25}
+    config = replace(QUICK, method="topk", method_options=options, steps=None, epochs=3)
+    result = train_mask(backbone_of(tiny), digits, config, report=lambda event: events.append(dict(event)))
+    first, second, last = [event["density"] for event in events if event["event"] == "epoch"]  # type: ignore[comparison-overlap]
+    assert first == pytest.approx(0.75, abs=0.05)
+    assert second == pytest.approx(0.5, abs=0.05)
+    assert last == result.parts.masks.density == 0.25
+
+
+def test_what_a_method_adds_to_the_loss_is_of_an_optimiser_step(tiny: nn.Module, digits: Data) -> None:
+    losses = []
+    for accumulate, strength in ((1, 0.0), (1, 0.1), (2, 0.1)):
+        config = replace(QUICK, method="gumbel", method_options={"strength": strength}, steps=1, lr=1e-9, head_lr=1e-9)
+        torch.manual_seed(0)
+        config = replace(config, batch_size=32 // accumulate, accumulate=accumulate, bn="freeze")
+        losses.append(train_mask(backbone_of(tiny), digits, config).metrics["train_loss"])
+    # 1368 logits of 2, and 32 examples a step however they are accumulated
+    assert losses[1] - losses[0] == pytest.approx(0.1 / 32 * 2 * 1368, rel=1e-3)
+    assert losses[2] == pytest.approx(losses[1], rel=0.1)
+
+
 # --- scores that learn -----------------------------------------------------------------------------------------------
 
 

@@ -284,6 +284,7 @@ def test_topk_starts_as_layers_do_and_its_scale_is_a_constant() -> None:
         scores = method.init_scores(weight)
         assert bool((scores >= 0).all()) == absolute
         assert 0.19 < float(scores.abs().max()) <= 0.2, "1 / sqrt(25)"
+        assert absolute or float(scores.min()) < -0.19
         scores = torch.randn(40, 25, generator=torch.Generator().manual_seed(2)).requires_grad_()
         (method.effective(weight, scores, True) * g).sum().backward()
         sign = scores.detach().sign() if absolute else 1.0

@@ -28,6 +28,7 @@ from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
 from maskpack.evaluate.transfer import markdown, source_classes, transfer_table
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.dense import WEIGHT_LR, of_weights
 from maskpack.training.reuse import STARTS, current_values, find_reuse, start_values, train_reused
 from maskpack.training.transfer import SOURCE_FILE, TransferResult, check_transfer, train_source
@@ -256,6 +257,15 @@ def test_learned_masks(method: str, options: dict[str, Any], lr: float, source: 
     assert {mask.op for mask in result.parts.masks.values()} == {"replace"}
     assert result.about["training"]["settings"]["lr"] == WEIGHT_LR["adam"]
     assert result.about["training"]["transfer"]["lr"] == lr
+
+
+def test_a_mask_is_learned_with_the_sources_head_and_statistics(source: Data, tmp_path: Path) -> None:
+    config = replace(QUICK, method="gumbel", lr=2.0, optimizer="adam", steps=2, bn="adapt")
+    find_reuse(tiny_net(), source, config, output=tmp_path)
+    tensors, _, facts = load_checkpoint(tmp_path / FILE)
+    assert (facts["run"]["config"]["head_kind"], facts["run"]["config"]["bn"]) == ("own", "freeze")
+    assert not any("linear" in name for name in tensors), "the head is frozen"
+    assert torch.equal(tensors["model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
 
 
 class StopHere(Exception):  # noqa: N818
