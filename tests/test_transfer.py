@@ -268,6 +268,27 @@ def test_a_mask_is_learned_with_the_sources_head_and_statistics(source: Data, tm
     assert torch.equal(tensors["model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
 
 
+def test_where_the_runs_on_the_target_start(
+    source: Data, shifted: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Mapping[str, torch.Tensor]] = []
+
+    def noted(backbone: Backbone, masks: MaskSet, values: Any, *rest: Any, **options: Any) -> Any:
+        starts.append({name: value.clone() for name, value in values.items()})
+        return train_reused(backbone, masks, values, *rest, **options)
+
+    monkeypatch.setattr("maskpack.training.transfer.train_reused", noted)
+    backbone, before = tiny_net(), current_values(tiny_net(), NAMES)
+    config = replace(QUICK, seed=5, steps=1, method="gumbel", method_options={"init": 0.01}, lr=50.0)
+    config = replace(config, selective="random:0.9")
+    result = train_transfer(backbone, source, shifted, config, start="random", baseline=True, output=tmp_path)
+    drawn, plain = starts
+    assert all(torch.equal(drawn[n], one) for n, one in start_values("random", before, {}, 5).items())
+    assert all(torch.equal(plain[n], one) for n, one in current_values(result.backbone, NAMES).items())
+    settings = load_checkpoint(tmp_path / "training/source" / FILE)[2]["run"]["config"]
+    assert (settings["selective"], settings["method"]) == ("all", "threshold"), "one source network serves any mask"
+
+
 class StopHere(Exception):  # noqa: N818
     pass
 
