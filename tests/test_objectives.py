@@ -20,6 +20,7 @@ from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training.batchnorm import set_train_mode
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import TrainConfig
 from maskpack.training.loop import plan_training, train_mask
@@ -29,6 +30,7 @@ from maskpack.training.objectives.crops import Crops, multi_crop, stack_views
 from maskpack.training.objectives.simcse import Simcse
 from maskpack.training.objectives.swav import Swav, sinkhorn
 from maskpack.training.run import Run
+from maskpack.training.scored import density, detach_scores
 
 from .test_cli import BACKBONE
 
@@ -89,6 +91,30 @@ def test_distribution_removes_weights_and_keeps_outputs(tiny_backbone: Backbone,
     assert hard.metrics["density"] < pressed.metrics["density"] < 1
     assert pressed.metrics["divergence"] < 0.1 * hard.metrics["divergence"]
     assert pressed.metrics["test_agreement"] > 0.9
+
+
+def test_the_loss_of_distribution_is_that_of_the_formula(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    with torch.no_grad():
+        tiny_backbone.model.fc.weight.mul_(40)
+    images, grads = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    whole = tiny_backbone.model(images).detach().double()
+    for strength in (0.5, 0.0):
+        options = {"strength": strength, "temperature": 2.0}
+        config = TrainConfig(objective="distribution", bn="freeze", objective_options=options)
+        run = Run(tiny_backbone, unlabelled, config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for one in run.scored:
+                one.scores.copy_(torch.randn(one.scores.shape, generator=generator) + 0.5)
+        set_train_mode(run.module, False)
+        loss = run.objective.loss(run.module, (images, torch.zeros(6)))
+        p, q = ((x / 2).softmax(1) for x in (whole, tiny_backbone.model(images).detach().double()))
+        expected = float((p * (p.log() - q.log())).sum(1).mean()) + strength * density(run.scored)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+        assert float((p * (p.log() - q.log())).sum(1).mean()) > 0.01
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [one.scores for one in run.scored])]))
+        detach_scores(tiny_backbone.model)
+    assert torch.allclose(grads[0] - grads[1], torch.full((1368,), 0.5 / 1368), atol=1e-6)
 
 
 def test_images_of_distribution_are_augmented_as_it_is_said(tmp_path: Path) -> None:
