@@ -1,6 +1,7 @@
 """What learns beside all scores or in place of them: some of the scores, and parameters that are stored whole."""
 
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from maskpack.errors import ConfigError, SelectionError
 from maskpack.mask import PackedMask
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.config import TrainConfig
+from maskpack.training.learn import learn_scores
 from maskpack.training.loop import train_mask
 from maskpack.training.selective import learning_weights, model_stages
 
@@ -184,6 +186,13 @@ def test_stages_are_the_modules_of_the_highest_level_that_are_not_nearly_all_of_
     bert = {f"bert.encoder.layer.{i}.query.weight": 10 for i in range(3)}
     assert list(model_stages(bert)) == [f"bert.encoder.layer.{i}" for i in range(3)]
     assert model_stages({"weight": 5}) == {"weight": ["weight"]}
+
+
+def test_the_first_stage_is_the_models_first() -> None:
+    model = nn.Sequential(OrderedDict(z=nn.Linear(4, 4), a=nn.Linear(4, 4), fc=nn.Linear(4, 2)))
+    scores = learn_scores(Backbone(model, "x", head="fc"), TrainConfig(selective="first:1"))
+    model(torch.randn(3, 4)).square().sum().backward()
+    assert {name: bool((one.grad != 0).any()) for name, one in scores.items()} == {"a.weight": False, "z.weight": True}
 
 
 def test_rules_that_there_are_not(tiny: nn.Module, digits: Data) -> None:
