@@ -142,11 +142,16 @@ def test_hard_gates_compute_what_a_loaded_mask_does(tmp_path: Path) -> None:
 
 
 def test_hardening_is_the_sign_of_the_logit() -> None:
-    _, gates = gated_linear(start=0.0)
+    layer, gates = gated_linear(start=0.0)
     with torch.no_grad():
         gates.logits("a")["bias"].copy_(torch.tensor([-1e-30, 0.0, 1e-30]))
     assert gates.masks("a")["bias"].tensor().tolist() == [False, False, True]
     assert gates.values("a")["bias"].tolist() == [0.5, 0.5, 0.5]
+    gates.use("a")
+    soft = layer.bias.detach()
+    gates.hard = True
+    assert (layer.bias != 0).tolist() == [False, False, True]
+    assert torch.equal(layer.bias[2].detach(), 2 * soft[2])
 
 
 def test_tied_weights_have_one_gate() -> None:

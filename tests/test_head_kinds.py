@@ -183,6 +183,28 @@ def test_views_of_other_sizes_pass_a_projection(clip: Path, flowers: Path) -> No
     assert plan["loss"] > 0
 
 
+@pytest.mark.parametrize("method", ["edit", "flip", "ternary"])
+def test_masks_that_a_masked_head_cannot_be_stored_with(
+    tiny_backbone: Backbone, digits: Data, method: str, tmp_path: Path
+) -> None:
+    config = TrainConfig(head_kind="masked", method=method)
+    with pytest.raises(ConfigError, match=f"whose zeros remove weights, and the method '{method}' makes others; take "):
+        train_mask(tiny_backbone, digits, config, output=tmp_path / "x")
+    groups = TrainConfig(head_kind="masked", method="nm", method_options={"kept": 1, "group": 3})
+    with pytest.raises(
+        ConfigError, match=r"the masked head's weight: .* \(5, 16\) has no whole .* or take a linear head"
+    ):
+        plan_training(tiny_backbone, digits, groups)
+
+
+def test_something_has_to_learn(tiny_backbone: Backbone, digits: Data) -> None:
+    config = TrainConfig(method="naive", head_kind="own")
+    said = "nothing would learn: the method 'naive' follows from the weights, and no head is trained beside it; take"
+    with pytest.raises(ConfigError, match=said):
+        plan_training(tiny_backbone, digits, config)
+    plan_training(tiny_backbone, digits, replace(config, head_kind="linear"))
+
+
 @pytest.mark.parametrize("kind", ["linear", "masked"])
 def test_the_other_heads_behind_a_projection(kind: Any, clip: Path, flowers: Path, tmp_path: Path) -> None:
     backbone, data = load_backbone(f"hf/{clip}"), load_data(str(flowers))

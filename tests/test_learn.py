@@ -1,6 +1,7 @@
 """What learns beside all scores or in place of them: some of the scores, and parameters that are stored whole."""
 
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from maskpack.backbone.parameters import same_size_int
 from maskpack.data.base import Data
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, SelectionError
+from maskpack.mask import PackedMask
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.config import TrainConfig
+from maskpack.training.learn import learn_scores
 from maskpack.training.loop import train_mask
 from maskpack.training.selective import learning_weights, model_stages
 
@@ -100,18 +103,47 @@ def test_a_parameter_is_masked_or_learns(tiny: nn.Module, digits: Data) -> None:
         train_mask(backbone, digits, config)
 
 
+# --- what methods are told -------------------------------------------------------------------------------------------
+
+
+def test_methods_are_told_where_training_stands(tiny: nn.Module, digits: Data) -> None:
+    events: list[dict[str, float]] = []
+    options = {"progressive": True, "share": 0.25}
+    config = replace(QUICK, method="topk", method_options=options, steps=None, epochs=3)
+    result = train_mask(backbone_of(tiny), digits, config, report=lambda event: events.append(dict(event)))
+    first, second, last = [event["density"] for event in events if event["event"] == "epoch"]  # type: ignore[comparison-overlap]
+    assert first == pytest.approx(0.75, abs=0.05)
+    assert second == pytest.approx(0.5, abs=0.05)
+    assert last == result.parts.masks.density == 0.25
+
+
+def test_what_a_method_adds_to_the_loss_is_of_an_optimiser_step(tiny: nn.Module, digits: Data) -> None:
+    losses = []
+    for accumulate, strength in ((1, 0.0), (1, 0.1), (2, 0.1)):
+        config = replace(QUICK, method="gumbel", method_options={"strength": strength}, steps=1, lr=1e-9, head_lr=1e-9)
+        torch.manual_seed(0)
+        config = replace(config, batch_size=32 // accumulate, accumulate=accumulate, bn="freeze")
+        losses.append(train_mask(backbone_of(tiny), digits, config).metrics["train_loss"])
+    # 1368 logits of 2, and 32 examples a step however they are accumulated
+    assert losses[1] - losses[0] == pytest.approx(0.1 / 32 * 2 * 1368, rel=1e-3)
+    assert losses[2] == pytest.approx(losses[1], rel=0.1)
+
+
 # --- scores that learn -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["first:1", "random:0.3", "largest:0.3"])
-@pytest.mark.parametrize("method", ["threshold", "gumbel"])
+@pytest.mark.parametrize("method", ["threshold", "gumbel", "flip", "ternary", "edit"])
 def test_weights_whose_scores_do_not_learn_are_kept(tiny: nn.Module, digits: Data, rule: str, method: str) -> None:
-    lr = 500.0 if method == "threshold" else 1e5
+    lr = {"gumbel": 1e5, "edit": 1.0}.get(method, 500.0)
     config = replace(QUICK, method=method, selective=rule, lr=lr, seed=3)
     masks = train_mask(backbone_of(tiny), digits, config).parts.masks
     weights = {name: tiny.get_parameter(name) for name in ("conv1.weight", "conv2.weight")}
     learning = learning_weights(rule, weights, seed=3)
     removed = {name: ~masks[name].tensor() for name in masks}
+    if method == "ternary":
+        inverted = {name: ~PackedMask(mask.signs, mask.shape).tensor() for name, mask in masks.items() if mask.signs}
+        removed = {name: one | inverted[name] for name, one in removed.items()}
     assert not any((removed[name] & ~learning[name]).any() for name in masks)
     assert any(one.any() for one in removed.values())
 
@@ -154,6 +186,13 @@ def test_stages_are_the_modules_of_the_highest_level_that_are_not_nearly_all_of_
     bert = {f"bert.encoder.layer.{i}.query.weight": 10 for i in range(3)}
     assert list(model_stages(bert)) == [f"bert.encoder.layer.{i}" for i in range(3)]
     assert model_stages({"weight": 5}) == {"weight": ["weight"]}
+
+
+def test_the_first_stage_is_the_models_first() -> None:
+    model = nn.Sequential(OrderedDict(z=nn.Linear(4, 4), a=nn.Linear(4, 4), fc=nn.Linear(4, 2)))
+    scores = learn_scores(Backbone(model, "x", head="fc"), TrainConfig(selective="first:1"))
+    model(torch.randn(3, 4)).square().sum().backward()
+    assert {name: bool((one.grad != 0).any()) for name, one in scores.items()} == {"a.weight": False, "z.weight": True}
 
 
 def test_rules_that_there_are_not(tiny: nn.Module, digits: Data) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,10 @@ def tasks() -> dict[str, Task]:
 
 def two(tasks: Mapping[str, Task]) -> dict[str, Task]:
     return {name: tasks[name] for name in ("low", "high")}
+
+
+def named() -> Backbone:
+    return replace(tiny_net(), revision="r1")
 
 
 def digests(folder: Path, *names: str) -> dict[str, str]:
@@ -141,7 +146,8 @@ def test_histograms_of_a_run(gated: Any) -> None:
             assert {n: sum(c) for n, c in row[kind]["high"].items()} == {"conv1.weight": 216, "conv2.weight": 1152}
     first = history["rows"][0]["gates"]["low"]["conv1.weight"]
     assert max(first) == 216, "all gates start at the same value"
-    assert max(history["rows"][2]["gates"]["low"]["conv1.weight"]) < 216
+    for task in ("low", "high"):
+        assert max(history["rows"][2]["gates"][task]["conv1.weight"]) < 216, "every task is drawn"
 
 
 @pytest.mark.parametrize("mode", ["sequential", "gated"])
@@ -154,17 +160,21 @@ def test_a_task_that_is_added_leaves_the_others_alone(
         folder = gated[0]
     else:
         folder = tmp_path
-        train_tasks(tiny_net(), two(tasks), folder, **options)
+        train_tasks(named(), two(tasks), folder, **options)
     before = digests(folder, "low", "high")
     logits = logits_of(folder, "low", tasks["low"])
     events = list[Mapping[str, Any]]()
-    result = train_tasks(tiny_net(), tasks, folder, report=events.append, **options)
+    result = train_tasks(named(), tasks, folder, report=events.append, **options)
     assert {event["part"] for event in events} == {"odd"}
     assert digests(folder, "low", "high") == before
     assert torch.equal(logits_of(folder, "low", tasks["low"]), logits)
     assert [row["task"] for row in result["rows"]] == list(tasks)
     assert [row["jointly"] for row in result["rows"]] == [mode == "gated"] * 2 + [False]
-    assert load_adapter(folder / "odd").base.digests == load_adapter(folder / "low").base.digests
+    bases = [load_adapter(folder / name).base for name in tasks]
+    assert bases[0].digests == bases[1].digests == bases[2].digests
+    # weights that learned are not those that the backbone's name and revision stand for
+    known = ("tests:tiny", "r1") if mode == "sequential" else ("trained:tests:tiny", None)
+    assert {(base.id, base.revision) for base in bases} == {known}
     assert logits_of(folder, "odd", tasks["odd"]).shape[1] == 3
     plan = plan_tasks(tiny_net(), tasks, folder, **{"joint": JointConfig(), **options})
     assert (plan["missing"], plan["steps"]) == ([], 0)
@@ -320,7 +330,8 @@ def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
 
 def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
     def run(own: Mapping[str, Task] | None = None, **options: Any) -> None:
-        train_tasks(tiny_net(), two(tasks) if own is None else own, tmp_path / "new", **{"config": QUICK, **options})
+        folder = tmp_path / "new" / str(options.get("mode"))
+        train_tasks(tiny_net(), two(tasks) if own is None else own, folder, **{"config": QUICK, **options})
 
     for name in ("training", "jointly", "a/b", ".a", "", "ä"):
         with pytest.raises(ConfigError, match="a task cannot be called '.*': its folder has this name; take letters"):
@@ -339,10 +350,17 @@ def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
         run(mode="shared", joint=FAST)
     with pytest.raises(ConfigError, match="tasks learn together with the objective 'supervised' and linear heads, got"):
         run(mode="gated", config=replace(QUICK, head_kind="masked"))
-    with pytest.raises(
-        ConfigError, match=r"train and selective are for masks on frozen weights, .* got \['bn1.bias'\] and"
+    for name, value, shown in (
+        ("train", ("bn1.bias",), r"\('bn1.bias',\)"),
+        ("selective", "random:0.5", "'random:0.5'"),
+        ("scale", True, "True"),
+        ("bytes_budget", 100, "100"),
+        ("rate", 0.5, "0.5"),
     ):
-        run(mode="gated", config=replace(QUICK, train=("bn1.bias",)))
+        for mode in ("gated", "shared", "separate"):
+            said = f"{name} is for masks on frozen weights, and here all weights learn; leave it out, got {shown}"
+            with pytest.raises(ConfigError, match=said):
+                run(mode=mode, config=replace(QUICK, **{name: value}))
     for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0), ("gate_start", 0.0)):
         with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
             JointConfig(**{name: value})
@@ -396,7 +414,12 @@ def test_verb(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[0] == "| task | accuracy | before hardening | density | mask bytes | file bytes |"
     assert [line.split()[1] for line in lines[2:]] == ["low", "high"]
-    assert "Next: maskpack eval" in done.stderr
+    # what it names as the next command can be typed as it stands
+    (following,) = re.findall("Next: maskpack (eval .*)", done.stderr)
+    shown = CliRunner().invoke(app, [*shlex.split(following), "--json"])
+    assert (
+        json.loads(shown.stdout)["accuracy"] == load_adapter(tmp_path / "out/low").training["metrics"]["test_accuracy"]
+    )  # type: ignore[index]
     settings = load_adapter(tmp_path / "out/high").training["settings"]  # type: ignore[index]
     assert (settings["augment"], settings["epochs"]) == ("crop", 1)
     before = digests(tmp_path / "out", "low", "high")
@@ -427,6 +450,14 @@ def test_verb(tmp_path: Path) -> None:
         ("data = 'x'\n" + task_table("a", "x"), "has the setting 'data', which cannot stand there"),
         (task_table("a", "digits:0-4"), "missing: --backbone"),
         (COMMON.replace('"gated"', '"both"') + task_table("a", "digits:0-4"), "mode must be one of sequential, gated"),
+        (
+            COMMON + 'objective = "swav"\n' + task_table("a", "digits:0-4", 'augment = "flip"'),
+            "the objective 'swav' takes no notice of --augment; leave out what is for labels",
+        ),
+        (
+            COMMON + 'objective = "swav"\nlabel-smoothing = 0.1\n' + task_table("a", "digits:0-4"),
+            "the objective 'swav' takes no notice of --label-smoothing; leave out",
+        ),
     ],
 )
 def test_wrong_tables(text: str, expected: str, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from maskpack_cli.main import app
 from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.data.base import Data
@@ -18,6 +20,7 @@ from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training.batchnorm import set_train_mode
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import TrainConfig
 from maskpack.training.loop import plan_training, train_mask
@@ -27,6 +30,9 @@ from maskpack.training.objectives.crops import Crops, multi_crop, stack_views
 from maskpack.training.objectives.simcse import Simcse
 from maskpack.training.objectives.swav import Swav, sinkhorn
 from maskpack.training.run import Run
+from maskpack.training.scored import density, detach_scores
+
+from .test_cli import BACKBONE
 
 OPTIONS = {"prototypes": 12, "dimension": 16, "small_crops": 2, "small_size": 6, "queue": 48, "freeze_prototypes": 3}
 QUICK: dict[str, Any] = {
@@ -65,9 +71,18 @@ def test_distribution_removes_weights_and_keeps_outputs(tiny_backbone: Backbone,
         plan_training(tiny_backbone, unlabelled, replace(config, objective_options={"temperature": 0}))
     with pytest.raises(ConfigError, match="compares outputs, and tests:tiny has no head that gives any"):
         plan_training(replace(tiny_backbone, head=None), unlabelled, config)
+    free = replace(config, objective_options={"strength": 0})
+    with pytest.raises(ConfigError, match="nothing would learn: the method 'naive' follows from the weights, and no h"):
+        plan_training(tiny_backbone, unlabelled, replace(free, method="naive"))
+    for method in ("topk", "ternary", "edit", "naive"):
+        with pytest.raises(
+            ConfigError, match=f"those of the method '{method}' do not keep more .*; take flip, gumbel or threshold, or"
+        ):
+            plan_training(tiny_backbone, unlabelled, replace(config, method=method))
+    plan_training(tiny_backbone, unlabelled, replace(free, method="topk"))
     with torch.no_grad():
         tiny_backbone.model.fc.weight.mul_(40)  # outputs that say something
-    plain = train_mask(tiny_backbone, unlabelled, replace(config, objective_options={"strength": 0}))
+    plain = train_mask(tiny_backbone, unlabelled, free)
     assert plain.parts.head is None
     assert plain.metrics["density"] == 1.0, "nothing changes a network that is what it is to be"
     assert plain.metrics["divergence"] == pytest.approx(0.0, abs=1e-6)
@@ -76,6 +91,45 @@ def test_distribution_removes_weights_and_keeps_outputs(tiny_backbone: Backbone,
     assert hard.metrics["density"] < pressed.metrics["density"] < 1
     assert pressed.metrics["divergence"] < 0.1 * hard.metrics["divergence"]
     assert pressed.metrics["test_agreement"] > 0.9
+
+
+def test_the_loss_of_distribution_is_that_of_the_formula(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    with torch.no_grad():
+        tiny_backbone.model.fc.weight.mul_(40)
+    images, grads = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    whole = tiny_backbone.model(images).detach().double()
+    for strength in (0.5, 0.0):
+        options = {"strength": strength, "temperature": 2.0}
+        config = TrainConfig(objective="distribution", bn="freeze", objective_options=options)
+        run = Run(tiny_backbone, unlabelled, config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for one in run.scored:
+                one.scores.copy_(torch.randn(one.scores.shape, generator=generator) + 0.5)
+        set_train_mode(run.module, False)
+        loss = run.objective.loss(run.module, (images, torch.zeros(6)))
+        p, q = ((x / 2).softmax(1) for x in (whole, tiny_backbone.model(images).detach().double()))
+        expected = float((p * (p.log() - q.log())).sum(1).mean()) + strength * density(run.scored)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+        assert float((p * (p.log() - q.log())).sum(1).mean()) > 0.01
+        grads.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, [one.scores for one in run.scored])]))
+        detach_scores(tiny_backbone.model)
+    assert torch.allclose(grads[0] - grads[1], torch.full((1368,), 0.5 / 1368), atol=1e-6)
+
+
+def test_images_of_distribution_are_augmented_as_it_is_said(tmp_path: Path) -> None:
+    train = ["train", *BACKBONE, "--data", "digits:5-9", "--labels-fraction", "0.1", "--steps", "2", "--bn", "freeze"]
+    train += ["--objective", "distribution", "--objective-option", "strength=0", "--method", "topk"]
+    losses = []
+    for augment in ("none", "crop"):
+        folder = tmp_path / augment
+        done = CliRunner().invoke(app, [*train, "--augment", augment, "--output", str(folder), "--json"])
+        assert done.exit_code == 0, done.stderr
+        losses.append(json.loads(done.stdout)["train_loss"])
+    assert losses[0] != losses[1]
+    done = CliRunner().invoke(app, [*train, "--label-smoothing", "0.1", "--output", str(tmp_path / "x")])
+    assert done.exit_code == 2
+    assert "takes no notice of --label-smoothing; leave out what is for labels" in " ".join(done.stderr.split())
 
 
 # --- sinkhorn and the loss, against slow ones -----------------------------------------------------------------------

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from maskpack_cli.main import app
 from maskpack_cli.use import base_of
 from torch import nn
+from typer.testing import CliRunner
 
 from maskpack import inspect_adapter, load_backbone, load_mask, save_adapter
 from maskpack.adapter.card import render_card
@@ -16,6 +18,7 @@ from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.parameters import named_parameters
 from maskpack.backbone.random_init import random_values, randomize
+from maskpack.backbone.state import export_state
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import MaskSet
 from maskpack.parts import Parts
@@ -106,6 +109,34 @@ def test_an_adapter_names_its_random_base_and_the_command_line_makes_it_again(tm
     other = load_backbone("timm/resnet10t", random_weights="signed-constant:4", image_size=32)
     with pytest.raises(Exception, match="made for the weights of timm/resnet10t at revision random:signed-constant:3"):
         load_mask(other.model, read_adapter(path))
+
+
+def test_a_file_of_the_users_is_drawn_again_as_the_adapter_says(tmp_path: Path) -> None:
+    """The adapter names kind and seed; the file comes from the command line only."""
+    net = tmp_path / "nets.py"
+    net.write_text(
+        "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))\n"
+    )
+    made = load_backbone(f"{net}:net", random_weights="kaiming:3")
+    base = fingerprint(made.model, id=made.id, revision=made.revision, head=made.outside)
+    masks = MaskSet.from_tensors({"0.weight": made.model.get_parameter("0.weight") > 0})
+    adapter = save_adapter(tmp_path / "x.safetensors", Parts(masks), base, weights=made.model)
+    load_mask(base_of(adapter, f"{net}:net", None, None).model, adapter)
+    with pytest.raises(
+        BackboneError, match="the adapter's base 'nets:net' cannot be fetched by its name; give it with"
+    ):
+        base_of(adapter, None, None, None)
+    other = base_of(adapter, f"{net}:net", None, "kaiming:4")
+    with pytest.raises(Exception, match="at revision random:kaiming:3, and the model has others"):
+        load_mask(other.model, adapter)
+    for words in (
+        ["verify", str(adapter.path)],
+        ["convert", str(adapter.path), str(tmp_path / "max"), "--profile", "max"],
+    ):
+        done = CliRunner().invoke(app, [*words, "--backbone", f"{net}:net"])
+        assert done.exit_code == 0, done.stderr
+    export_state(tmp_path / "w.safetensors", made.model)
+    load_mask(base_of(adapter, f"{net}:net", tmp_path / "w.safetensors", None).model, adapter)
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:

@@ -131,8 +131,15 @@ def test_pressure_follows_the_size(tiny: nn.Module) -> None:
         for one in scored:
             one.scores[torch.rand(one.scores.shape) < 0.5] = -1.0
     low = control.pressure
-    control.penalty()
+    penalty = control.penalty()
     assert control.pressure > low
+    masks = [one.binary().float().requires_grad_() for one in scored]
+    bits = torch.stack([coded_bits(mask) for mask in masks]).sum()
+    share = control.pressure / sum(mask.numel() for mask in masks)
+    assert float(penalty.detach()) == pytest.approx(share * float(bits.detach()), rel=1e-5)
+    found = torch.autograd.grad(penalty, [one.scores for one in scored])
+    for own, expected in zip(found, torch.autograd.grad(bits, masks), strict=True):
+        assert torch.allclose(own, share * expected, rtol=1e-4)
     before = [one.scores.detach().clone() for one in scored]
     assert control.fit() <= 100
     moves = [one.scores.detach() - old for one, old in zip(scored, before, strict=True)]
@@ -140,6 +147,49 @@ def test_pressure_follows_the_size(tiny: nn.Module) -> None:
     assert float(moves[0].min()) > 0
     masks = extract_masks(tiny)
     assert coded_bytes(masks.values()) <= 100
+
+
+def test_rows_that_are_gone_whole_fit_as_well() -> None:
+    """The estimate of such a mask is 0; what the codecs take decides."""
+    layer = nn.Linear(64, 64, bias=False)
+    attach_scores(layer, "threshold")
+    [one] = scored_weights(layer).values()
+    with torch.no_grad():
+        one.scores.fill_(60.0)
+        one.scores[::3] = -40 - torch.rand(22, 64)
+    control = RateControl([one], 14.0)
+    assert control._estimate(0.0) < 1
+    assert coded_bytes([one.mask()]) > 14
+    assert control.fit() <= 14
+    assert 0 < one.mask().density < 1
+    assert coded_bytes([one.mask()]) <= 14
+
+
+@pytest.mark.parametrize("extra", [{"scale": True}, {"selective": "random:0.5"}, {"head_kind": "masked"}])
+def test_the_file_keeps_the_budget(tiny: nn.Module, digits: Data, tmp_path: Path, extra: dict[str, Any]) -> None:
+    config = replace(QUICK, rate=0.4, **extra)
+    result = train_mask(backbone_of(tiny), digits, config)
+    for profile in ("default", "max"):
+        path = tmp_path / f"{profile}.safetensors"
+        adapter = save_adapter(path, result.parts, result.base, profile=profile, weights=tiny, **result.about)
+        one = inspect_adapter(adapter)["sets"]["default"]
+        assert one["payload_bytes"] + one["table_bytes"] <= 0.4 * one["weights"] / 8
+        assert one["density"] < 1
+    assert result.parts.masks["conv2.weight"].alpha == (None if "scale" not in extra else pytest.approx(
+        math.sqrt(result.parts.masks["conv2.weight"].density)
+    ))  # fmt: skip
+
+
+def test_statistics_are_taken_with_the_masks_that_are_stored(
+    tiny: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(RateControl, "fit", lambda self: order.append("fit") or 1)
+    monkeypatch.setattr(
+        "maskpack.training.objectives.supervised.Supervised.finish", lambda self: order.append("finish")
+    )
+    train_mask(backbone_of(tiny), digits, replace(QUICK, epochs=1, bytes_budget=200))
+    assert order == ["fit", "finish"]
 
 
 def test_resumed_is_the_same_to_the_bit(tiny: nn.Module, digits: Data, tmp_path: Path) -> None:
@@ -159,7 +209,7 @@ def test_resumed_is_the_same_to_the_bit(tiny: nn.Module, digits: Data, tmp_path:
 @pytest.mark.parametrize("method", ["topk", "naive", "edit", "ternary", "nm"])
 def test_methods_without_a_budget(tiny: nn.Module, digits: Data, method: str) -> None:
     config = replace(QUICK, method=method, include=("conv2.weight",), rate=0.5)
-    with pytest.raises(ConfigError, match=rf"those of the method '{method}' are others; take threshold, gumbel or fl"):
+    with pytest.raises(ConfigError, match=rf"those of the method '{method}' are others; take flip, gumbel or thresh"):
         train_mask(backbone_of(tiny), digits, config)
 
 
@@ -184,6 +234,11 @@ def test_sizes_on_the_command_line(tmp_path: Path) -> None:
             f"--bytes-budget must be a number of bytes above 0, as in 200000, 200kB or 1.5MB; got '{text}'"
             in done.stderr
         )
+    for more in (["--bytes-budget", "200"], ["--rate", "0.1"]):
+        done = CliRunner().invoke(app, [*given, *more, "--profile", "fast"])
+        assert done.exit_code == 2
+        said = " ".join(done.stderr.split())
+        assert "--bytes-budget and --rate are kept in the profiles default and max; in the profile fast masks" in said
     from maskpack_cli.settings import read_settings
     from maskpack_cli.training import train
 

@@ -28,6 +28,7 @@ from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
 from maskpack.evaluate.transfer import markdown, source_classes, transfer_table
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.dense import WEIGHT_LR, of_weights
 from maskpack.training.reuse import STARTS, current_values, find_reuse, start_values, train_reused
 from maskpack.training.transfer import SOURCE_FILE, TransferResult, check_transfer, train_source
@@ -258,6 +259,36 @@ def test_learned_masks(method: str, options: dict[str, Any], lr: float, source: 
     assert result.about["training"]["transfer"]["lr"] == lr
 
 
+def test_a_mask_is_learned_with_the_sources_head_and_statistics(source: Data, tmp_path: Path) -> None:
+    config = replace(QUICK, method="gumbel", lr=2.0, optimizer="adam", steps=2, bn="adapt")
+    find_reuse(tiny_net(), source, config, output=tmp_path)
+    tensors, _, facts = load_checkpoint(tmp_path / FILE)
+    assert (facts["run"]["config"]["head_kind"], facts["run"]["config"]["bn"]) == ("own", "freeze")
+    assert not any("linear" in name for name in tensors), "the head is frozen"
+    assert torch.equal(tensors["model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
+
+
+def test_where_the_runs_on_the_target_start(
+    source: Data, shifted: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[Mapping[str, torch.Tensor]] = []
+
+    def noted(backbone: Backbone, masks: MaskSet, values: Any, *rest: Any, **options: Any) -> Any:
+        starts.append({name: value.clone() for name, value in values.items()})
+        return train_reused(backbone, masks, values, *rest, **options)
+
+    monkeypatch.setattr("maskpack.training.transfer.train_reused", noted)
+    backbone, before = tiny_net(), current_values(tiny_net(), NAMES)
+    config = replace(QUICK, seed=5, steps=1, method="gumbel", method_options={"init": 0.01}, lr=50.0)
+    config = replace(config, selective="random:0.9")
+    result = train_transfer(backbone, source, shifted, config, start="random", baseline=True, output=tmp_path)
+    drawn, plain = starts
+    assert all(torch.equal(drawn[n], one) for n, one in start_values("random", before, {}, 5).items())
+    assert all(torch.equal(plain[n], one) for n, one in current_values(result.backbone, NAMES).items())
+    settings = load_checkpoint(tmp_path / "training/source" / FILE)[2]["run"]["config"]
+    assert (settings["selective"], settings["method"]) == ("all", "threshold"), "one source network serves any mask"
+
+
 class StopHere(Exception):  # noqa: N818
     pass
 
@@ -376,7 +407,8 @@ def test_a_network_that_knows_the_source(trained: Any, source: Data, shifted: Da
         ({"method": "flip"}, "the method 'flip' changes signs, so its mask does not tell which weights the source nee"),
         ({"method": "ternary"}, "the method 'ternary' changes signs"),
         ({"start": "end"}, "start must be one of source-start, source-end, random, got 'end'"),
-        ({"weight_lr": 0.0}, "lr must be .* got 0.0"),
+        ({"weight_lr": 0.0}, "weight_lr must be a finite number above 0, got 0.0"),
+        ({"weight_lr": float("nan")}, "weight_lr must be a finite number above 0, got nan"),
         ({"backbone": None}, "tests:tiny is an encoder without a head inside, which the source network needs; take"),
     ],
 )
@@ -473,6 +505,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert ok("eval", folder, *weights, "--data", "digits:0-3")["accuracy"] == transferred["target"]
     assert ok("verify", folder, *weights)["mask_id"] is True
 
+    said = refused(*TRANSFER, "--output", folder, "--dry-run")
+    assert "training/baseline holds the checkpoint of an earlier run; continue it with resume" in said
     result = run(*TRANSFER, "--output", folder, "--resume")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0] == f"✓ {folder}"
@@ -505,6 +539,8 @@ def test_wrong_commands(tmp_path: Path) -> None:
     assert "start must be one of source-end, random where" in refused(
         *TRANSFER, "--output", tmp_path / "x", "--source-trained", "--start", "source-start", code=2
     )
+    said = refused(*TRANSFER, "--output", tmp_path / "x", "--weight-lr", "nan", "--dry-run", code=2)
+    assert "weight_lr must be a finite number above 0, got nan" in said
     assert not (tmp_path / "x").exists()
     said = refused("eval", *BACKBONE, "--data", "digits:5-9", "--probe", "--mode", "source", code=2)
     assert "--mode is for an adapter, a backbone alone has one network" in said

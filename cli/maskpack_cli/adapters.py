@@ -75,14 +75,16 @@ def verify(
 ) -> None:
     """Check every byte, digest and mask of an adapter, and its base if one is given: some masks need it."""
     quiet_libraries(quiet)
-    from maskpack import load_adapter, load_backbone
+    from maskpack import load_adapter
     from maskpack.backbone.fingerprint import check_fingerprint
+
+    from .use import base_of  # which takes its options from here
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
     report: dict[str, Any] = {"adapter": adapter.pinned}
     base = None
     if backbone is not None:
-        base = load_backbone(backbone, weights=weights, random_weights=random_weights).model
+        base = base_of(adapter, backbone, weights, random_weights).model
         report["base_matches_as"] = check_fingerprint(base, adapter.base)
     with progress_bar("Verifying", quiet or as_json) as step:
         report |= adapter.verify(step, base)

@@ -1,8 +1,8 @@
 """maskpack multitask: a mask for each of several tasks, on one backbone."""
 
 import inspect
-import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +69,7 @@ def multitask(**given: Any) -> None:
     config = config_from(settings)
     note(f"Loading {reference} and {len(entries)} tasks …", quiet)
     backbone = load_backbone(reference, **of_backbone)
-    tasks = {entry["name"]: _task({**common, **entry}, config, backbone.task) for entry in entries}
+    tasks = {entry["name"]: _task({**common, **entry}, settings, config, backbone.task) for entry in entries}
     options: dict[str, Any] = {"mode": mode or "sequential", "config": config, "joint": joint}
     plan = plan_tasks(backbone, tasks, output, **options)
     finished = f"; finished before: {', '.join(plan['finished'])}" if plan["finished"] else ""
@@ -87,11 +87,9 @@ def multitask(**given: Any) -> None:
         typer.echo(markdown(result), nl=False)
     first = entries[0]
     base = output / first["name"] / BASE if mode == "separate" else output / BASE
-    note(
-        f"Next: maskpack eval {training.reference(output / first['name'])} --backbone {shlex.quote(reference)} "
-        f"--weights {shlex.quote(str(base))} --data {shlex.quote(first['data'])}",
-        quiet or as_json,
-    )
+    words = training.evaluated(output / first["name"], {**common, **first, "backbone": reference, "weights": base})
+    features = "" if tasks[first["name"]].data.class_names else " --knn --probe"
+    note(f"Next: maskpack eval {words}{features}", quiet or as_json)
 
 
 # the verb has the options of `maskpack train` and those above: they are written down once
@@ -123,13 +121,12 @@ def _entries(entries: Any, file: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _task(entry: dict[str, Any], config: "TrainConfig", kind: str) -> "Task":
-    """Load a task's data."""
+def _task(entry: dict[str, Any], settings: Collection[str], config: "TrainConfig", kind: str) -> "Task":
+    """Load a task's data; `settings` are the names of those that all tasks have."""
     from maskpack import load_data
-    from maskpack.training.objectives.base import find_objective
     from maskpack.training.tasks import Task
 
-    labelled = find_objective(config.objective, kind).needs_labels
+    labelled = training.needs_labels(config.objective, kind, [*settings, *entry])
     options = {"validation_fraction": 0.1 if labelled else 0.0, **take(entry, *OF_DATA[1:])}
     return Task(load_data(entry["data"], labelled=labelled, seed=config.seed, **options), entry.get("augment"))
 

@@ -7,6 +7,7 @@ import typer
 
 from .adapters import PROFILES, Profile, RandomWeights, Ref, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries
+from .use import base_of
 
 Hardness = Annotated[Profile, typer.Option(help=PROFILES)]
 Codec = Annotated[str | None, typer.Option(help="Only this codec: `maskpack list codecs`.")]
@@ -72,13 +73,12 @@ def convert(
 ) -> None:
     """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
     quiet_libraries(quiet)
-    from maskpack import inspect_adapter, load_adapter, load_backbone
+    from maskpack import inspect_adapter, load_adapter
     from maskpack.adapter.convert import convert_adapter
 
     adapter = load_adapter(ref, revision=revision, token=token)
-    loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
+    base = None if backbone is None else base_of(adapter, backbone, weights, random_weights).model
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …", quiet)
-    base = None if loaded is None else loaded.model
     with progress_bar("Packing", quiet or as_json) as step:
         converted = convert_adapter(adapter, output, profile=profile, codec=codec, base=base, progress=step)
     facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}

@@ -5,7 +5,10 @@ from typing import Any
 
 from .console import note, notes
 
-SHOWN = ("loss", "train_loss", "density", "validation_accuracy", "prototype_usage", "feature_rank")
+SHOWN = (
+    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "divergence", "agreement"),
+    *("prototype_usage", "feature_rank"),
+)
 
 
 class Progress:
@@ -24,7 +27,7 @@ class Progress:
         task = self.bar.add_task("training", total=None)
 
         def report(event: Mapping[str, Any]) -> None:
-            words = [f"{k.replace('_', ' ')} {event[k]:.4f}" for k in SHOWN if k in event]
+            words = [f"{k.replace('_', ' ')} {_number(event[k])}" for k in SHOWN if k in event]
             part = f"{event['part']}: " if "part" in event else ""
             if event["event"] == "warning":
                 note(f"Warning: {part}{event['warning']}")
@@ -38,3 +41,7 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -30,7 +30,8 @@ def read_settings(
         apart: key of the file that is no option, returned with the settings as it is.
 
     Raises:
-        ConfigError: if the file cannot be read, has what is no option or not of its type, or a needed one is missing.
+        ConfigError: if the file cannot be read, has what is no option or not of its type, a needed one is missing, or
+            two exclude each other.
     """
     from maskpack.errors import ConfigError
     from maskpack.training.config import read_config
@@ -50,6 +51,10 @@ def read_settings(
             settings[f"{kind}_options"] = {key: value for key, _, value in pairs}
     if isinstance(settings.get("bytes_budget"), str):
         settings["bytes_budget"] = _size(settings["bytes_budget"])
+    if settings.get("profile") == "fast" and ("bytes_budget" in settings or "rate" in settings):
+        raise ConfigError(
+            "--bytes-budget and --rate are kept in the profiles default and max; in the profile fast masks take more"
+        )
     missing = [name for name in needed if name not in settings]
     if missing:
         raise ConfigError(f"missing: {', '.join('--' + name for name in missing)} (or the same keys in --config FILE)")

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from maskpack.training.config import TrainConfig
 
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
-OF_LABELS = ("augment", "head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
+OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 
 
@@ -127,25 +127,36 @@ def load_inputs(
 ) -> "tuple[Backbone, Data, TrainConfig]":
     """Take what settings name: backbone, data, and how to train; `labelled` as in `load_data`, None: if it must."""
     from maskpack import load_backbone, load_data
-    from maskpack.errors import ConfigError
     from maskpack.training.config import config_from
-    from maskpack.training.objectives.base import find_objective
 
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
     data_options = take(settings, *DATA)
     backbone_options = take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
-    idle = [f"--{name.replace('_', '-')}" for name in OF_LABELS if name in settings]
     config = config_from(settings)
     note(f"Loading {reference} and {data_reference} …", quiet)
     backbone = load_backbone(reference, **backbone_options)
-    needed = find_objective(config.objective, backbone.task).needs_labels
-    if idle and not needed:
-        raise ConfigError(
-            f"the objective {config.objective!r} takes no notice of {', '.join(idle)}; leave out what is for labels"
-        )
+    needed = needs_labels(config.objective, backbone.task, settings)
     data_options.setdefault("validation_fraction", 0.1 if needed else 0.0)
     labelled = needed if labelled is None else labelled
     return backbone, load_data(data_reference, labelled=labelled, seed=config.seed, **data_options), config
+
+
+def needs_labels(objective: str, task: str, settings: Collection[str]) -> bool:
+    """Tell whether an objective learns from labels.
+
+    Raises:
+        ConfigError: if one of these settings, by name, means nothing to it.
+    """
+    from maskpack.errors import ConfigError
+    from maskpack.training.objectives.base import find_objective
+
+    cls = find_objective(objective, task)
+    idle = [] if cls.needs_labels else [name for name in OF_LABELS if name in settings]
+    idle += ["augment"] if "augment" in settings and not cls.augments else []
+    if idle:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"the objective {objective!r} takes no notice of {names}; leave out what is for labels")
+    return cls.needs_labels
 
 
 def _train(

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +56,7 @@ def transfer(**given: Any) -> None:
     from maskpack.evaluate.transfer import markdown, transfer_table
     from maskpack.evaluate.trial import write_json
     from maskpack.training.loop import plan_training
-    from maskpack.training.transfer import SOURCE_FILE, check_transfer
+    from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
 
     settings = read_settings(transfer, given, config, needed=("backbone", "source", "target", "output"))
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
@@ -65,13 +64,14 @@ def transfer(**given: Any) -> None:
     source_trained, baseline = settings.pop("source_trained", False), settings.pop("baseline", False)
     start = settings.pop("start", "source-end" if source_trained else "source-start")
     weight_lr = settings.pop("weight_lr", None)
-    network = {name: settings[name] for name in ("backbone", "weights", "random_weights") if name in settings}
+    network: dict[str, Any] = {n: settings[n] for n in ("backbone", "weights", "random_weights") if n in settings}
     columns = {name: settings[name] for name in DATA if name in settings}
     settings.setdefault("bn", "freeze")
+    check_output(output, resume)
     backbone, source, run_config = training.load_inputs({**settings, "data": source_reference}, quiet)
     note(f"Loading {target_reference} …", quiet)
     target = load_data(target_reference, seed=run_config.seed, **{"validation_fraction": 0.1, **columns})
-    check_transfer(backbone, source, run_config, start, source_trained)
+    check_transfer(backbone, source, run_config, start, source_trained, weight_lr)
     plans = {}
     for name, data in (("source", source), ("target", target)):
         plans[name] = plan_training(backbone, data, run_config)
@@ -110,11 +110,8 @@ def transfer(**given: Any) -> None:
     typer.echo(f"\n{markdown(rows)}", nl=False)
     if not source_trained:
         network = {"backbone": network["backbone"], "weights": output / SOURCE_FILE}
-    base = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in network.items())
-    note(
-        f"Next: maskpack eval {training.reference(output)} {base} --mode source --data {shlex.quote(source_reference)}",
-        quiet,
-    )
+    words = training.evaluated(output, {**network, **columns, "data": source_reference})
+    note(f"Next: maskpack eval {words} --mode source", quiet)
 
 
 transfer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -45,20 +45,19 @@ def loaded(
 
 
 def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, random: str | None) -> "Backbone":
-    """The backbone that an adapter is for, as the options name it."""
+    """The backbone that an adapter is for, as the options name it; random weights as the adapter does, without any."""
     from maskpack import load_backbone
     from maskpack.errors import BackboneError
 
-    base = adapter.base.id
+    base, revision = adapter.base.id, adapter.base.revision or ""
+    drawn = revision.startswith("random:")
+    if drawn and weights is None:
+        random = random or revision.removeprefix("random:")
     if reference is None:
         # only libraries' own models: a file's factory is never run because an adapter names it
         if not base.startswith(("timm/", "torchvision/", "hf/")) or (base.startswith("hf/") and base.count("/") != 2):
             raise BackboneError(f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone")
-        revision = adapter.base.revision or ""
-        if revision.startswith("random:"):
-            reference, random = base, random or revision.removeprefix("random:")
-        else:
-            reference = f"{base}@{revision}" if revision and not base.startswith("timm/") else base
+        reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
     size = (adapter.preprocess_config or {}).get("size")
     return load_backbone(reference, weights=weights, random_weights=random, image_size=size)
 

@@ -13,7 +13,7 @@ from ..training.checkpoint import FILE
 from ..training.config import TrainConfig
 from ..training.log import Report
 from ..training.loop import TrainResult, plan_training, train_mask
-from ..training.multitask import plan_jointly, train_jointly
+from ..training.multitask import plan_jointly, train_jointly, trained_backbone
 from ..training.tasks import JointConfig, Task
 from .task_folder import BASE, CLAIM, JOINT, RESULT, RUNS, TOGETHER, Mode, about_folder, row_of, survey
 from .trial import write_json
@@ -89,8 +89,9 @@ def train_tasks(
     else:
         if main and not (folder / BASE).exists():
             export_state(folder / BASE, backbone.model)
+        base = trained_backbone(backbone) if mode in TOGETHER else backbone
         for name in missing:
-            save(name, train_mask(backbone, tasks[name].data, tasks[name].settings(config), **place_of(name)))
+            save(name, train_mask(base, tasks[name].data, tasks[name].settings(config), **place_of(name)))
     if not main:
         return about
     result = {**about, "rows": [row_of(name, read_adapter(folder / name)) for name in tasks]}

@@ -51,6 +51,8 @@ class Method(ABC):
         op: what a zero of the mask does to its weight.
         learns: the scores are trained; False where they follow from the weights.
         draws: `effective` draws at random while training, so that it cannot be called again for the backward pass.
+        rising: there is a score for each weight, with op "zero" or "flip", and each weight is kept above some score and
+            not below. Then a number added to all scores makes the mask denser, which budgets and pressures rely on.
     """
 
     id: ClassVar[str]
@@ -58,6 +60,7 @@ class Method(ABC):
     op: ClassVar[Op] = "zero"
     learns: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+    rising: ClassVar[bool] = False
 
     @abstractmethod
     def init_scores(self, weight: Tensor) -> Tensor:
@@ -114,6 +117,12 @@ def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
     """
     method: Method = make_options(METHODS[name], f"the method {name!r}", options or {})
     return method
+
+
+def rising_methods() -> str:
+    """Return the names of the methods whose masks are the denser the higher the scores are, for messages."""
+    *others, last = (cls.id for cls in METHODS.all() if cls.rising)
+    return f"{', '.join(others)} or {last}"
 
 
 def method_config(method: Method) -> dict[str, Any]:

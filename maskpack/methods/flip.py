@@ -23,6 +23,7 @@ class Flip(Method):
     id: ClassVar[str] = "flip"
     reference: ClassVar[str] = "https://arxiv.org/abs/2201.13361"
     op: ClassVar[Op] = "flip"
+    rising: ClassVar[bool] = True
 
     init: float = 1.0
 

@@ -24,6 +24,7 @@ class Threshold(Method):
 
     id: ClassVar[str] = "threshold"
     reference: ClassVar[str] = "https://arxiv.org/abs/1801.06519"
+    rising: ClassVar[bool] = True
 
     init: float = 1.0
     threshold: float = 0.0

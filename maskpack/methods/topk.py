@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -77,8 +78,9 @@ class TopK(Method):
         return scores.detach().abs() if self.absolute else scores.detach()
 
     def _kept(self, count: int, progress: float) -> int:
-        share = 1 - progress * (1 - self.share) if self.progressive else self.share
-        return count - int((1 - share) * count)
+        share = self.share + (1 - progress) * (1 - self.share) if self.progressive else self.share
+        # of the share as it is written: in floats 0.07 of 100 are more than 7
+        return math.ceil(Fraction(str(min(share, 1.0))) * count)
 
 
 def greatest(values: Tensor, kept: int) -> Tensor:

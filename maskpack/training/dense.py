@@ -1,5 +1,6 @@
 """train_dense: weights themselves learn, by the loop that masks are trained by, to be compared with them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.parameters import inside
 from ..data.base import Data
-from ..errors import require
+from ..errors import ConfigError, require
 from .batchnorm import batchnorm_statistics
 from .checkpoint import run_folder
 from .config import TrainConfig
@@ -50,7 +51,10 @@ def of_weights(config: TrainConfig, weight_lr: float | None) -> TrainConfig:
     Raises:
         ConfigError: if it is not above 0.
     """
-    return replace(config, lr=WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr)
+    lr = WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"weight_lr must be a finite number above 0, got {weight_lr}")
+    return replace(config, lr=lr)
 
 
 def train_dense(

@@ -15,15 +15,16 @@ from ..backbone.text_head import text_head
 from ..errors import ConfigError
 from ..methods.base import build_method
 from .config import TrainConfig
-from .scored import attach, extract_masks
+from .scored import attach, extract_masks, scored_weights
 
 
 def new_classifier(backbone: Backbone, class_names: Sequence[str], config: TrainConfig) -> Classifier:
     """Return a backbone with the head that `config.head_kind` asks for; a masked one has scores attached.
 
     Raises:
-        BackboneError: if there can be no text head. ConfigError: if a masked head would have too many weights, or the
-            model's own head is none for these classes.
+        BackboneError: if there can be no text head.
+        ConfigError: if a masked head would have too many weights or another kind of mask, or the model's own head is
+            none for these classes.
     """
     masked, classes, features = config.head_kind == "masked", len(class_names), backbone.features
     if masked and classes * features > MAX_WEIGHTS:
@@ -44,7 +45,16 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
     example = next(backbone.model.parameters())
     linear.to(example.device, example.dtype)
     if masked:
-        attach(linear, build_method(config.method, dict(config.method_options)), ["weight"], config.scale)
+        method = build_method(config.method, dict(config.method_options))
+        try:
+            attach(linear, method, ["weight"], config.scale)
+        except ConfigError as error:
+            raise ConfigError(f"the masked head's {error}, or take a linear head") from None
+        if method.op != "zero" or scored_weights(linear)["weight"].mask().signs is not None:
+            raise ConfigError(
+                f"head_kind 'masked' stores a mask whose zeros remove weights, and the method {config.method!r} makes "
+                f"others; take another method or a linear head"
+            )
     # random weights give embeddings of length 1 nearly equal logits
     return Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize and not masked)
 

@@ -25,7 +25,6 @@ from .log import RunLog
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
 from .run import LOG_EVERY, learning_rate, new_accelerator
-from .selective import ALL
 from .tasks import JointConfig, Task
 
 PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ
@@ -45,11 +44,13 @@ class JointRun:
                 f"tasks learn together with the objective {Supervised.id!r} and linear heads, got "
                 f"{config.objective!r} and {config.head_kind!r}; train them in a row (sequential) for others"
             )
-        if config.train or config.selective != ALL:
-            raise ConfigError(
-                f"train and selective are for masks on frozen weights, and here all weights learn; leave them out, "
-                f"got {list(config.train)} and {config.selective!r}"
-            )
+        usual = TrainConfig()
+        for setting in ("train", "selective", "scale", "bytes_budget", "rate"):
+            if getattr(config, setting) != getattr(usual, setting):
+                raise ConfigError(
+                    f"{setting} is for masks on frozen weights, and here all weights learn; leave it out, got "
+                    f"{getattr(config, setting)!r}"
+                )
         splits = {name: check_data(task.data, backbone, Supervised) for name, task in tasks.items()}
         self.accelerator = new_accelerator(config)
         if self.accelerator.num_processes > 1:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def train_jointly(
         for name in next(iter(parts.values())).statistics:
             every = torch.stack([one.statistics[name] for one in parts.values()])
             backbone.model.get_buffer(name).copy_(every.mean(0))
-    # the weights are others than those of the revision
+    backbone = trained_backbone(backbone)
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     results = {}
     for name, task in tasks.items():
@@ -114,6 +114,11 @@ def train_jointly(
         record["joint"] = {**run.settings, "gated": gated, "tasks": list(tasks)}
         results[name] = finished(backbone, task.data, parts[name], base, record)
     return JointResult(base, results)
+
+
+def trained_backbone(backbone: Backbone) -> Backbone:
+    """Return a backbone that tasks learned on under another name: its weights are not those that its own stands for."""
+    return replace(backbone, id=f"trained:{backbone.id}", revision=None)
 
 
 def plan_jointly(

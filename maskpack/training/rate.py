@@ -11,6 +11,7 @@ from ..codecs.base import Side
 from ..codecs.choose import contest
 from ..errors import ConfigError
 from ..mask import PackedMask, packed_bits
+from ..methods.base import rising_methods
 from .config import TrainConfig
 from .scored_weight import ScoredWeight
 
@@ -89,8 +90,12 @@ class RateControl:
         self.scored, self.budget = scored, budget
         self.weights = sum(math.prod(one.shape) for one in scored)
         self.pressure, self.ratio = START, 1.0
-        for one in scored:
-            _check(one)
+        if not scored[0].method.rising:
+            raise ConfigError(
+                f"a budget of bytes needs scores that keep more weights the higher they are, one for each weight, and "
+                f"those of the method {scored[0].method.id!r} are others; take {rising_methods()}, or leave the budget "
+                f"out"
+            )
         least = coded_bytes(PackedMask.from_tensor(torch.ones(one.shape, dtype=torch.bool)) for one in scored)
         if budget < least:
             raise ConfigError(
@@ -119,12 +124,14 @@ class RateControl:
         """Raise all scores by the least number that lets the masks fit into the budget; return their bytes."""
         while (size := self.compare()) > self.budget:
             self.ratio *= MARGIN
+            # of masks whose rows are all or nothing the estimate is 0, whatever the codecs take
+            fits = self._fits_coded if self._fits(0.0) else self._fits
             least, most = 0.0, 1.0
-            while not self._fits(most):
+            while not fits(most):
                 least, most = most, 2 * most
             for _ in range(HALVINGS):
                 middle = (least + most) / 2
-                least, most = (least, middle) if self._fits(middle) else (middle, most)
+                least, most = (least, middle) if fits(middle) else (middle, most)
             with torch.no_grad():
                 for one in self.scored:
                     one.scores.add_(most)
@@ -142,6 +149,11 @@ class RateControl:
         return self._estimate(shift) * self.ratio <= self.budget
 
     @torch.no_grad()
+    def _fits_coded(self, shift: float) -> bool:
+        masks = (one.method.packed(one.scores + shift, False, one.state()) for one in self.scored)
+        return coded_bytes(masks) <= self.budget
+
+    @torch.no_grad()
     def _estimate(self, shift: float) -> float:
         """Bytes by `coded_bits`, of scores that are raised."""
         bits = (coded_bits(one.method.binarize(one.scores + shift, one.state()).float()) for one in self.scored)
@@ -151,14 +163,3 @@ class RateControl:
 def _straight(one: ScoredWeight) -> Tensor:
     """The mask as floats, with the gradient straight through to the scores."""
     return one.binary().float() + one.scores - one.scores.detach()
-
-
-def _check(one: ScoredWeight) -> None:
-    """Refuse scores that do not remove fewer weights the higher they are."""
-    method, scores = one.method, one.scores.detach()
-    fits = method.learns and method.op != "replace" and scores.shape == one.shape
-    if not fits or one.mask().signs is not None or not method.binarize(scores + 1e6, one.state()).all():
-        raise ConfigError(
-            f"a budget of bytes needs scores that keep more weights the higher they are, one for each weight, and "
-            f"those of the method {method.id!r} are others; take threshold, gumbel or flip, or leave the budget out"
-        )

@@ -98,6 +98,11 @@ class Run:
         scores = [*learned, *self.objective.scores()]
         beside = [*self.objective.trained(), *self.whole.values()]
         self.trained = [*scores, *beside]
+        if not self.trained:
+            raise ConfigError(
+                f"nothing would learn: the method {config.method!r} follows from the weights, and no head is trained "
+                f"beside it; take another method, or head_kind 'linear' with labels"
+            )
         for parameter in self.trained:
             parameter.requires_grad_(True)
         groups = [{"params": scores, "lr": config.score_lr}, {"params": beside, "lr": config.linear_lr}]
@@ -147,9 +152,9 @@ class Run:
                 take_over(trained_tensors(module), start_from / FILE, ours["base"], self.objective.fresh)
         for epoch in range(first, self.epochs):
             step, loss = self._epoch(epoch, step, log)
+            size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(epoch + 1 == self.epochs)}
             if epoch + 1 == self.epochs:
                 self.objective.finish()
-            size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(epoch + 1 == self.epochs)}
             metrics = {"train_loss": loss, **self._density(), **size, **self.objective.metrics()}
             if self.data.validation is not None:
                 metrics |= self._held_out("validation", self.data.validation)

@@ -15,7 +15,7 @@ from ..errors import ConfigError, StateError, require
 from ..mask import MaskSet
 from ..parts import Parts
 from .borrow import borrowed
-from .checkpoint import FILE
+from .checkpoint import FILE, run_folder
 from .config import TrainConfig
 from .dense import body_parameters, of_weights, train_dense
 from .heads import own_linear
@@ -90,13 +90,10 @@ def train_transfer(
             `train_mask`.
     """
     config = config or TrainConfig(bn="freeze")
-    check_transfer(backbone, source, config, start, source_trained)
+    check_transfer(backbone, source, config, start, source_trained, weight_lr)
     weights = of_weights(config, weight_lr)
     folder = None if output is None else Path(output)
-    if resume and (folder is None or not (folder / RUNS).exists()):
-        raise StateError(
-            f"resume needs the folder of an earlier transfer as `output`, got {output}; without resume a new one starts"
-        )
+    check_output(folder, resume)
 
     def run(name: str) -> dict[str, Any]:
         own = None if folder is None else folder / RUNS / name
@@ -135,7 +132,29 @@ def train_transfer(
     )
 
 
-def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start: str, source_trained: bool) -> None:
+def check_output(folder: Path | None, resume: bool) -> None:
+    """Check that a transfer can begin in a folder, or go on.
+
+    Raises:
+        StateError: if it cannot.
+    """
+    if resume and (folder is None or not (folder / RUNS).exists()):
+        raise StateError(
+            f"resume needs the folder of an earlier transfer as `output`, got {folder}; without resume a new one starts"
+        )
+    if not resume and folder is not None:
+        for path in sorted((folder / RUNS).glob(f"*/{FILE}")):
+            run_folder(path.parent, resume)
+
+
+def check_transfer(
+    backbone: Backbone,
+    source: Data,
+    config: TrainConfig,
+    start: str,
+    source_trained: bool,
+    weight_lr: float | None = None,
+) -> None:
     """Check what can be checked before anything is trained.
 
     Raises:
@@ -146,6 +165,7 @@ def check_transfer(backbone: Backbone, source: Data, config: TrainConfig, start:
         known = STARTS[1:] if source_trained else STARTS
         why = " where the source was trained before" if source_trained else ""
         raise ConfigError(f"start must be one of {', '.join(known)}{why}, got {start!r}")
+    of_weights(config, weight_lr)
     for name in ("objective", "head_kind", "scale", "train", "bytes_budget", "rate"):
         given, usual = getattr(config, name), getattr(TrainConfig(), name)
         if given != usual:

@@ -29,6 +29,7 @@ class Objective(ABC):
     Attributes:
         module: what is trained: the backbone with what the objective needs beside it. Every trained tensor and every
             buffer of it is kept in checkpoints.
+        augments: its training images are augmented as the settings say; False where it makes views of its own.
         self_supervised: it is what the name "self-supervised" stands for, for backbones of its tasks.
         fresh: names of tensors of `module` that a run which starts from another one's end does not take over.
     """
@@ -37,6 +38,7 @@ class Objective(ABC):
     reference: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]
     needs_labels: ClassVar[bool]
+    augments: ClassVar[bool] = True
     self_supervised: ClassVar[bool] = False
     fresh: ClassVar[tuple[str, ...]] = ()
     module: nn.Module

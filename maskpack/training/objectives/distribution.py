@@ -12,6 +12,7 @@ from ...backbone.load import Backbone
 from ...data.base import Data, Examples
 from ...data.batches import readable
 from ...errors import ConfigError
+from ...methods.base import METHODS, rising_methods
 from ...registry import make_options
 from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
@@ -78,6 +79,12 @@ class Distribution(Objective):
             raise ConfigError(
                 f"the objective 'distribution' compares outputs, and {backbone.id} has no head that gives any; take a "
                 f"backbone with its head"
+            )
+        if self.options.strength and not METHODS[config.method].rising:
+            raise ConfigError(
+                f"the objective 'distribution' lowers all scores to remove weights, and those of the method "
+                f"{config.method!r} do not keep more weights the higher they are; take {rising_methods()}, or the "
+                f"option strength=0"
             )
         if config.train:
             raise ConfigError(

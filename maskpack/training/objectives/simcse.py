@@ -57,6 +57,7 @@ class Simcse(Objective):
     reference: ClassVar[str] = "https://arxiv.org/abs/2104.08821"
     tasks: ClassVar[tuple[str, ...]] = ("text-classification",)
     needs_labels: ClassVar[bool] = False
+    augments: ClassVar[bool] = False
     self_supervised: ClassVar[bool] = True
     module: SimcseNetwork
 

@@ -113,6 +113,7 @@ class Swav(Objective):
     reference: ClassVar[str] = "https://arxiv.org/abs/2006.09882"
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
     needs_labels: ClassVar[bool] = False
+    augments: ClassVar[bool] = False
     self_supervised: ClassVar[bool] = True
     fresh: ClassVar[tuple[str, ...]] = ("queue",)
     module: SwavNetwork
