@@ -14,6 +14,7 @@ from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.file import save_adapter
 from maskpack.adapter.frontmatter import base_model
 from maskpack.errors import ConfigError, DataError
+from maskpack.parts import Parts
 
 from .helpers_adapter import base_of, random_masks
 
@@ -33,6 +34,15 @@ def test_card_without_a_head_says_what_there_is_instead(tmp_path: Path) -> None:
     said = "It has no head: what it gives is features, for nearest neighbours or a linear probe."
     assert said in render_card(described(tmp_path, task="image-feature-extraction"))
     assert said not in render_card(described(tmp_path, task="image-classification"))
+
+
+def test_card_of_an_adapter_that_replaces_weights_says_so(tmp_path: Path) -> None:
+    masks = MaskSet.from_tensors({"a.weight": torch.eye(4, 3, dtype=torch.bool)}, op="replace")
+    parts = Parts(masks, values={"a.weight": torch.zeros(9)})
+    save_adapter(tmp_path / "x.safetensors", parts, base_of(SHAPES, "timm/x"))
+    said = 'replaced by stored values (36 bytes): this is the target. With `load_mask(…, mode="source")` they are 0'
+    assert said in render_card(inspect_adapter(tmp_path / "x.safetensors"))
+    assert "stored values" not in render_card(described(tmp_path))
 
 
 def test_new_card(tmp_path: Path) -> None:
