@@ -72,8 +72,8 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     yield f"Binary weight masks for {_code(base['id'])}{revision}: one bit for each weight of the frozen network.\n"
     if values := sum(one["dense_bytes"].get("values", 0) for one in sets.values()):
         yield (
-            f"It holds two networks. Weights whose bit is 0 are replaced by stored values ({values:,} bytes): this is the "
-            f'target. With `load_mask(…, mode="source")` they are 0 instead, and the model keeps its head and '
+            f"It holds two networks. Weights whose bit is 0 are replaced by stored values ({values:,} bytes): this is "
+            f'the target. With `load_mask(…, mode="source")` they are 0 instead, and the model keeps its head and '
             f"statistics: this is the source.\n"
         )
     if str(description["task"]).endswith("feature-extraction"):
