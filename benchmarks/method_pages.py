@@ -1,20 +1,19 @@
 """What `benchmarks.methods` measured, as tables and curves of a page."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from maskpack.plots.accuracy_bytes import bytes_figure
 from maskpack.plots.figure import save_figure
 
-from .comparison_pages import cell, rows_of
+from .comparison_pages import cell
 from .methods import LINES
 from .pages import write_between
 
 MARK = "python -m benchmarks.methods --write docs/results.md"
 TITLES = {"sketch": "ResNet-20 on sketch", "minilm": "MiniLM on Banking77"}
-BASELINES = ("mask", "lora:8", "full", "probe")
 
 
 def write_pages(measured: Path, page: Path) -> None:
@@ -83,18 +82,5 @@ def budgets(measured: Path, folder: Path) -> str:
         words = f"{kind}, {LINES['bytes'][name].words}"
         lines.append(f"| {words} | {cell(row)} | {masks(row):,.0f} | {density(row)} |")
         curves.setdefault(kind, []).append((masks(row), row["accuracy"], row["deviation"]))
-    for other in others(measured):
-        name = other["method"]
-        words = {"mask": "mask, no budget", "lora:8": "LoRA, rank 8"}.get(name, name)
-        lines.append(f"| {words} | {cell(other)} | {masks(other):,.0f} | - |")
-        if name in ("mask", "lora:8"):
-            point = masks(other), other["accuracy"], other["deviation"]
-            curves.setdefault("mask" if name == "mask" else "LoRA", []).append(point)
     save_figure(bytes_figure(curves), folder / "bytes-budget.svg")
     return "\n".join([*lines, "", "![Accuracy over bytes, masks and LoRA](bytes-budget.svg)"]) + "\n"
-
-
-def others(measured: Path) -> Sequence[Mapping[str, Any]]:
-    """Return what the comparison on Banking77 measured of the same task with the same steps."""
-    rows = rows_of(measured.parent / "banking77" / "table.json")
-    return [row for row in rows if row["method"] in BASELINES]

@@ -9,6 +9,7 @@ rows with seed 0, then three seeds. Banking77 is cut and trained as in `benchmar
 """
 
 import argparse
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ import torch
 from maskpack import TrainConfig, inspect_adapter
 from maskpack.evaluate.trial import write_json
 
-from .comparisons import DATA, IMAGES, ROOT, SEEDS, TEXTS, measured, minilm, resnet
+from .comparisons import DATA, IMAGES, ROOT, TEXTS, measured, minilm, resnet
 
 MEASURED = ROOT / "measured" / "methods"
 ADAM = replace(IMAGES, optimizer="adam", head_lr=0.01)
@@ -30,13 +31,19 @@ GROUPS = {"exclude": ("conv1.weight",)}  # its three input channels make no grou
 
 @dataclass(frozen=True)
 class Line:
-    """What is trained: a row of `maskpack compare`, its settings, rates to choose from, labels in words."""
+    """What is trained.
+
+    Attributes:
+        config, settings: how. rates: to choose from. row: of `maskpack compare`. words: its label.
+        like: the line whose rate is taken.
+    """
 
     config: TrainConfig
     rates: tuple[float, ...]
     row: str = "mask"
     words: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    like: str = ""
 
     @property
     def whole(self) -> TrainConfig:
@@ -78,12 +85,17 @@ MINILM = {
     "edit": method(TEXTS, "edit", (0.0003, 0.001), "edit, share 0.05", options={"share": 0.05}),
     "naive": method(TEXTS, "naive", (1.0,)),
 }
-BUDGETS = (20_000, 40_000, 80_000, 160_000)
-BYTES = {
-    f"budget-{budget // 1000}kB": Line(TEXTS, (0.02,), words=f"{budget // 1000} kB", settings={"bytes_budget": budget})
+LONG = replace(TEXTS, steps=624)  # four epochs: masks need them to pass the probe
+BUDGETS = (160_000, 80_000, 40_000)
+BYTES = {"mask": Line(LONG, (0.01, 0.02, 0.04), words="no budget")}
+BYTES |= {
+    f"mask-{budget // 1000}kB": Line(
+        LONG, (), words=f"{budget // 1000} kB", settings={"bytes_budget": budget}, like="mask"
+    )
     for budget in BUDGETS
 }
-BYTES |= {f"lora-{rank}": Line(TEXTS, (0.003, 0.01), f"lora:{rank}", f"rank {rank}") for rank in (1, 2, 4)}
+BYTES |= {"lora-4": Line(LONG, (1e-3, 3e-3, 1e-2), "lora:4", "rank 4")}
+BYTES |= {f"lora-{rank}": Line(LONG, (), f"lora:{rank}", f"rank {rank}", like="lora-4") for rank in (8, 2, 1)}
 LINES: dict[str, dict[str, Line]] = {"sketch": SKETCH, "selective": SELECTIVE, "bytes": BYTES, "minilm": MINILM}
 TEXT_GROUPS = ("bytes", "minilm")
 
@@ -98,9 +110,10 @@ def run(group: str, output: Path = MEASURED) -> None:
         path = folder / "line.json"
         if path.exists():
             continue
-        (row,) = measured(
-            folder.name, backbone, data, output, (line.row,), {line.row: line.rates}, line.whole, seeds=SEEDS
-        )["rows"]
+        rates = line.rates
+        if line.like:
+            rates = (json.loads((output / f"{group}-{line.like}" / "line.json").read_text())["rate"],)
+        (row,) = measured(folder.name, backbone, data, output, (line.row,), {line.row: rates}, line.whole)["rows"]
         adapters = [
             inspect_adapter(path)["sets"]["default"] for path in sorted(folder.glob("mask/seed-*/*.safetensors"))
         ]
