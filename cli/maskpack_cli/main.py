@@ -7,6 +7,7 @@ import typer
 
 from . import (
     adapters,
+    analyze,
     cascade,
     compare,
     demo,
@@ -54,6 +55,7 @@ for verbs in (
     adapters,
     evaluate,
     compare,
+    analyze,
     use,
     plot,
     distribute,

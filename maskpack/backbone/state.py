@@ -34,11 +34,15 @@ def load_weights(model: nn.Module, path: str | Path, head: str | None = None) ->
     Raises:
         BackboneError: if names or shapes differ; the message shows the first of them.
     """
-    state = read_tensors(path)
+    load_tensors(model, read_tensors(path), path, head)
+
+
+def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
+    """Load what was read from a file into a model; as `load_weights`."""
     if head is not None:
         _fit_head(model, head, state)
     try:
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(dict(state), strict=True)
     except RuntimeError:
         own = model.state_dict()
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -79,19 +79,25 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
 def _key(backbone: Backbone, examples: Examples) -> str | None:
     """What the features follow from, as a digest; None if a part of it cannot be told."""
     model = model_digest(backbone.model, backbone.outside)
-    tokenizer = _tokenizer_digest(backbone.tokenizer)
-    if model is None or tokenizer is None or not examples.digest:
+    inputs = inputs_content(backbone, examples)
+    if model is None or inputs is None:
         return None
-    parts: list[Any] = [
-        VERSION,
-        model,
-        next(backbone.model.parameters()).device.type,
-        [backbone.head, backbone.pooling, backbone.normalize],
-        preprocess_to_json(backbone.preprocess),
-        tokenizer,
-        [examples.digest, examples.column, list(examples.indices)],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    device = next(backbone.model.parameters()).device.type
+    return digest_of([VERSION, model, device, [backbone.head, backbone.pooling, backbone.normalize], *inputs])
+
+
+def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
+    """Return what the inputs of a backbone follow from, JSON values; None if a part of it cannot be told."""
+    tokenizer = _tokenizer_digest(backbone.tokenizer)
+    if tokenizer is None or not examples.digest:
+        return None
+    rows = [examples.digest, examples.column, list(examples.indices)]
+    return [preprocess_to_json(backbone.preprocess), tokenizer, rows]
+
+
+def digest_of(content: Any) -> str:
+    """Return the hex sha256 of JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Any) -> str | None:
