@@ -90,15 +90,12 @@ class Study:
         self.data = load_data(str(some_mnist(output.parent) if name == "mnist" else places[name]))
         self.config = TEXTS if self.texts else TARGETS[name]
         self.training = replace(self.data, test=None)
+        self.given = minilm(output.parent) if self.texts else resnet(20)
 
     def backbone(self, random: int | None = None) -> Backbone:
         """Return the backbone, pretrained or drawn from a seed."""
-        if self.texts:
-            return load_backbone(**minilm(self.output.parent))
-        given = resnet(20)
-        return load_backbone(
-            **(given if random is None else {"reference": given["reference"], "random_weights": random})
-        )
+        start = {} if random is None else {"weights": None, "random_weights": random}
+        return load_backbone(**{**self.given, **start})
 
     def started(self, kind: Kind, seed: int) -> Classifier:
         """Return a network before its training, with the head that the seed draws."""

@@ -1,5 +1,6 @@
 """The benchmark of analyses: a short run of each experiment, resumed, and the page that it writes."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,15 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weights = tmp_path / "weights.safetensors"
     monkeypatch.setattr(analysis, "resnet", lambda _: {**reference, "weights": weights})
     monkeypatch.setattr(analysis, "some_mnist", lambda _: "mnist")
+    minilm = analysis.minilm
+
+    def one_layer(output: Path) -> dict[str, Any]:
+        found = minilm(output)
+        file = Path(found["reference"].removeprefix("hf/")) / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 1}))
+        return found
+
+    monkeypatch.setattr(analysis, "minilm", one_layer)
     short = {"steps": 2, "batch_size": 16, "warmup": 0.0}
     settings = {
         "SEEDS": (0, 1),
