@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch analysis compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -97,6 +97,11 @@ transfer: $(VENV)/.installed
 light-switch: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.light_switch
 	$(BIN)/python -m benchmarks.light_switch --write docs/results.md
+
+# criticality, barriers, similarity, shuffled blocks, checkpoints: about three hours on one core; needs MASKPACK_DATA
+analysis: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.analysis
+	$(BIN)/python -m benchmarks.analysis --write docs/results.md
 
 # the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
 compression: $(VENV)/.bench

@@ -54,12 +54,12 @@ class Kind:
     """How networks come about: the start, and the peak rate of weights or scores."""
 
     random: bool = False
-    lr: float = 0.01
+    lr: float = 0.03
     mask: bool = False
 
 
-# the rate with which fine-tuning is best at this budget, and a ninth of it
-KINDS = {"pretrained": Kind(lr=0.01), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
+# the rate with which fine-tuning is best at this budget, and a third of it
+KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
 MASK = Kind(lr=60.0, mask=True)
 TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
 TARGETS = {"sketch": replace(IMAGES, augment="flip"), "mnist": replace(IMAGES, augment="none")}
