@@ -387,7 +387,7 @@ def test_similarities(measured: Evaluations, backbone: Backbone, digits: Data, m
         with torch.no_grad():
             features.append(model.conv1(x).mean((2, 3)))
     assert found["pairs"][0]["cka"][0] == pytest.approx(linear_cka(*features), abs=1e-5)
-    monkeypatch.setattr("maskpack.analysis.cka.layer_features", None)
+    monkeypatch.setattr("maskpack.analysis.cka.predictions", None)
     assert similarities(measured, networks, names) == found, "read back"
     with pytest.raises(ConfigError, match="similarity is of two networks; give at least two, got 1"):
         similarities(measured, networks[:1], names)
@@ -408,6 +408,7 @@ def test_features_of_tokens_leave_padding_out(backbone: Backbone) -> None:
     classifier = Classifier(Encoder(), nn.Linear(4, 2), pooling="mean")
 
     class Given:
+        folder = None
         module, batches = classifier, [({"input_ids": ids, "attention_mask": attention}, torch.tensor([0, 1]))]
 
         def put(self, state: Any) -> None:
@@ -558,6 +559,44 @@ def test_networks_that_do_not_fit(backbone: Backbone, tmp_path: Path) -> None:
                  fingerprint(backbone.model, id="tests:tiny", head=("fc",)))  # fmt: skip
     with pytest.raises(AdapterError, match="has 1 mask sets, or no head; give adapters that classify"):
         read_networks(backbone, [("x", str(tmp_path / "headless.safetensors"))])
+
+
+def test_an_encoder_has_its_head_in_the_file(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=8)  # fmt: skip
+    encoder = Backbone(transformers.BertModel(config).eval(), "tests:bert", pooling="mean", normalize=True)
+    classifier = Classifier(encoder.model, nn.Linear(8, 3), None, "mean", True)
+    state = {
+        name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state_of(classifier).items()
+    }
+    write_network(tmp_path / "a.safetensors", state)
+    before = bits(encoder.model)
+    _, made, (one,) = read_networks(encoder, [("a", str(tmp_path / "a.safetensors"))])
+    assert same(one.state, state)
+    assert same(bits(encoder.model), before)
+    assert not [name for name in one.initial if name.startswith(("head", "pooler"))]
+    groups = grouped(made, "block")
+    assert "encoder.layer.0" in groups
+    assert groups["head"] == ["head.weight", "head.bias"]
+    assert grouped(made)["encoder.layer.0.output.dense"] == [
+        f"encoder.layer.0.output.{n}" for n in ("dense.weight", "dense.bias", "LayerNorm.weight", "LayerNorm.bias")
+    ]
+
+
+def test_tied_tensors_are_in_the_file_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.fc = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.two.weight = self.one.weight
+
+    backbone = Backbone(Tied(), "tests:tied", head="fc")
+    state = state_of(Tied())
+    write_network(tmp_path / "a.safetensors", state)
+    _, _, (one,) = read_networks(backbone, [("a", str(tmp_path / "a.safetensors"))])
+    assert same(one.state, state)
 
 
 def test_a_mask_rewound_is_the_base(backbone: Backbone, digits: Data, tmp_path: Path) -> None:

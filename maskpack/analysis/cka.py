@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..backbone.classifier import Classifier, Inputs, predictions
 from ..backbone.parameters import canonical, unwrap
 from ..errors import ConfigError
+from ..evaluate.features import digest_of, keep_features, kept_features
 from .evaluations import Evaluations, Progress
 from .network import Network, State, kept
 
@@ -43,8 +44,21 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
     """Return what these modules of a state put out, (examples, features) float32 for each.
 
-    Maps are averaged over their positions, tokens over those that are no padding.
+    Maps are averaged over their positions, tokens over those that are no padding. They are in the cache of features,
+    unless the evaluations keep nothing.
     """
+    content = None if evaluations.folder is None else evaluations.content(state)
+    keys = {} if content is None else {name: digest_of(["layer", name, content]) for name in layers}
+    there = {name: kept_features(key, len(evaluations.examples)) for name, key in keys.items()}
+    found = {name: one[0] for name, one in there.items() if one is not None}
+    if len(found) < len(layers):
+        found = _computed(evaluations, state, layers)
+        for name, key in keys.items():
+            keep_features(key, found[name], evaluations.examples)
+    return found
+
+
+def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
     module = evaluations.module
     model = unwrap(module.model if isinstance(module, Classifier) else module)
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -84,27 +98,17 @@ def similarities(
     """
     if len(networks) < 2:
         raise ConfigError(f"similarity is of two networks; give at least two, got {len(networks)}")
-    layers, every = _layers(evaluations.module, names), list(combinations(networks, 2))
-    features: dict[str, dict[str, Tensor]] = {}
-    pairs = []
+    layers, features = _layers(evaluations.module, names), []
     with kept(evaluations.module):
-        contents = {one.name: evaluations.content(one.state) for one in networks}
-        for done, (first, second) in enumerate(every):
-
-            def computed(pair: tuple[Network, Network] = (first, second)) -> dict[str, Any]:
-                for one in pair:
-                    if one.name not in features:
-                        features[one.name] = layer_features(evaluations, one.state, layers)
-                x, y = (features[one.name] for one in pair)
-                return {"cka": [linear_cka(x[name], y[name]) for name in layers]}
-
-            parts = [contents[first.name], contents[second.name]]
-            content = [None] if None in parts else ["cka", layers, parts]
-            found = evaluations.remembered(content, computed)
-            kinds = " - ".join(sorted((first.kind, second.kind)))
-            pairs.append({"first": first.name, "second": second.name, "kinds": kinds, **found})
+        for one in networks:
+            features.append(layer_features(evaluations, one.state, layers))
             if report is not None:
-                report(done + 1, len(every))
+                report(len(features), len(networks))
+    pairs = []
+    for (first, x), (second, y) in combinations(zip(networks, features, strict=True), 2):
+        kinds = " - ".join(sorted((first.kind, second.kind)))
+        cka = [linear_cka(x[name], y[name]) for name in layers]
+        pairs.append({"first": first.name, "second": second.name, "kinds": kinds, "cka": cka})
     return {"layers": layers, "pairs": pairs, "examples": len(evaluations.examples)}
 
 

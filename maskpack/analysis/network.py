@@ -197,6 +197,9 @@ def _weights(backbone: Backbone, path: str) -> dict[str, Tensor]:
     own = dict(tensors)
     if backbone.head is None:
         own = {name: tensor for name, tensor in tensors.items() if not inside(name, (HEAD,))}
+    for name, first in aliases(backbone.model).items():
+        if first in own:
+            own.setdefault(name, own[first])  # `write_network` writes tied tensors once
     load_tensors(backbone.model, own, path, backbone.head)
     return _headed(backbone, state_of(backbone.model), weight, bias)
 

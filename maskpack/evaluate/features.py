@@ -61,19 +61,32 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
     # made first, so that data of the wrong kind are an error on a hit as well
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
     key = _key(backbone, examples) if cache else None
-    path = cache_folder() / f"{key}.safetensors" if key is not None else None
-    found = _read(path, len(examples)) if path is not None else None
+    found = None if key is None else kept_features(key, len(examples))
     if found is None:
         x, y = embeddings(backbone, readable(batches))
         if not torch.isfinite(x).all():
             raise DataError(f"the features of {backbone.id} are not finite; compute them in a wider dtype than its own")
-        if path is not None:
-            kept = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
-            _write(path, x, kept)
+        if key is not None:
+            keep_features(key, x, examples)
         return x, y
     x, rows = found
     examples.unreadable.update(set(examples.indices) - set(rows))
     return x, torch.tensor([examples.labels[row] for row in rows])
+
+
+def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
+    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
+
+    Args:
+        most: rows that there can be.
+    """
+    return _read(cache_folder() / f"{key}.safetensors", most)
+
+
+def keep_features(key: str, features: Tensor, examples: Examples) -> None:
+    """Cache the features of the examples that could be read under a digest of all that they follow from."""
+    rows = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
+    _write(cache_folder() / f"{key}.safetensors", features, rows)
 
 
 def _key(backbone: Backbone, examples: Examples) -> str | None:
@@ -167,4 +180,4 @@ def _shrink(newest: Path, newest_size: int) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, FeatureCacheWarning, stacklevel=4)
+    warnings.warn(text, FeatureCacheWarning, stacklevel=5)
