@@ -196,7 +196,7 @@ def critical(output: Path) -> None:
                 network = one.network(name, KINDS[name], seed)
                 evaluations = one.evaluations()
                 groups = grouped(evaluations.module)
-                points = PATH if seed == SEEDS[0] else 1
+                points = PATH if target == "sketch" and seed == SEEDS[0] else 1
                 own = (network.state, network.initial, groups)
                 place = output / "critical"
                 trial(place / f"{target}-{network.name}.json", partial(criticality, evaluations, *own, points=points))

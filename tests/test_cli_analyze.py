@@ -74,7 +74,7 @@ def test_criticality(ref: str, tmp_path: Path) -> None:
     shown = run(*words, "--points", "2", "--noise", "1")
     assert "accuracy: " in shown.stdout
     header = next(line for line in shown.stdout.splitlines() if line.startswith("module"))
-    assert header.split() == ["module", "parameters", "distance", "accuracy", "drop", "radius", "criticality"]
+    assert header.split() == ["module", "parameters", "distance", "rewound", "drop", "radius", "criticality"]
     assert f"The picture is in {tmp_path / 'a.svg'}" in shown.stderr
     blocks = answer(*words, "--per", "block")
     assert {row["module"] for row in blocks["rows"]} == ({"0"} if ref.startswith("./") else {"0", "1"})

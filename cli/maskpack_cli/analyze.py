@@ -89,7 +89,8 @@ def criticality(
             "drop",
             *(["radius", "criticality"] if noise else []),
         ]
-        table(columns, [[row[name] for name in columns] for row in result["rows"]])
+        titles = ["rewound" if name == "accuracy" else name for name in columns]
+        table(titles, [[row[name] for name in columns] for row in result["rows"]])
 
 
 @_shared

@@ -1,6 +1,6 @@
 """Accuracy and loss of the states of a model, each computed once for the same content."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .network import State, put_state
 VERSION = 1  # of the keys and of the files
 CALIBRATION = 1024  # training rows that BatchNorm statistics are taken from
 IN_MEMORY = 1_000_000_000  # bytes of preprocessed inputs that are kept
+MEASURED = frozenset(("accuracy", "loss", "examples"))
 Progress = Callable[[int, int], None]  # (done, in all)
 
 
@@ -123,32 +124,28 @@ class Evaluations:
         Args:
             rows: with "right", for each example whether it gets its class.
         """
-
-        def measured() -> dict[str, Any]:
-            self.put(state)
-            logits, y = predictions(self.module, self.batches)
-            if int(y.max()) >= logits.shape[1]:
-                raise DataError(
-                    f"the network has {logits.shape[1]} classes, and the data have a class {int(y.max())} (counted "
-                    f"from 0); give the data that it was trained for"
-                )
-            right = logits.argmax(1) == y
-            found = {"accuracy": float(right.double().mean()), "loss": _loss(logits, y), "examples": len(y)}
-            return {**found, "right": right.int().tolist()} if rows else found
-
-        return self.remembered(["evaluation", rows, self.content(state)], measured)
-
-    def remembered(self, content: Sequence[Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Return what was computed from this content, from its file if there is one; None in it: it cannot be told."""
-        if self.folder is None or None in content:
-            return compute()
-        path = self.folder / f"{digest_of(list(content))}.json"
+        content = None if self.folder is None else self.content(state)
+        if self.folder is None or content is None:
+            return self._measured(state, rows)
+        path = self.folder / f"{digest_of([*content, rows])}.json"
         if path.exists():
-            return read_json(path, frozenset(), "delete it, and it is computed again")
-        found = compute()
+            return read_json(path, MEASURED, "delete it, and it is computed again")
+        found = self._measured(state, rows)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
         return found
+
+    def _measured(self, state: State, rows: bool) -> dict[str, Any]:
+        self.put(state)
+        logits, y = predictions(self.module, self.batches)
+        if int(y.max()) >= logits.shape[1]:
+            raise DataError(
+                f"the network has {logits.shape[1]} classes, and the data have a class {int(y.max())} (counted from "
+                f"0); give the data that it was trained for"
+            )
+        right = logits.argmax(1) == y
+        found = {"accuracy": float(right.double().mean()), "loss": _loss(logits, y), "examples": len(y)}
+        return {**found, "right": right.int().tolist()} if rows else found
 
 
 def _loss(logits: Tensor, y: Tensor) -> float:
