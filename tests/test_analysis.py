@@ -646,6 +646,15 @@ def test_a_model_sees_shuffled_images() -> None:
         assert not torch.equal(model(x), expected)
     assert torch.equal(network(0)(x), plain)
 
+    class Tower(nn.Module):
+        def forward(self, pixel_values: Tensor, flag: bool) -> Tensor:
+            assert flag
+            return pixel_values
+
+    tower = Tower()
+    with shuffled_inputs(tower, 2):
+        assert torch.equal(tower(pixel_values=x, flag=True), x.flatten(2)[:, :, order].reshape(x.shape))
+
 
 @pytest.fixture(scope="module")
 def reference_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -709,7 +718,9 @@ def test_texts_have_no_blocks(digits: Data, tmp_path: Path, monkeypatch: pytest.
         feature_reuse({"reference": "x"}, digits, tmp_path, config=QUICK)
 
 
-def test_checkpoints(reference_of: dict[str, Any], digits: Data, tmp_path: Path) -> None:
+def test_checkpoints(
+    reference_of: dict[str, Any], digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from maskpack.backbone.load import load_backbone
 
     files = []
@@ -729,10 +740,21 @@ def test_checkpoints(reference_of: dict[str, Any], digits: Data, tmp_path: Path)
             assert row["pretraining"] == pytest.approx(float((own.model(x).argmax(1) == y).double().mean()))
         assert row["accuracy"] == sum(row["accuracies"]) / 2
     events.clear()
+    monkeypatch.setattr("maskpack.analysis.trials.held_out_accuracy", None)
+    again = from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=ten, **settings)
+    assert again == found, "nothing is measured twice"
+    monkeypatch.setattr("maskpack.analysis.trials.held_out_accuracy", lambda *_: None)
+    (tmp_path / "out/pretraining/epoch-0.json").unlink()
+    with pytest.raises(DataError, match="the data of pretraining digits:0-9 have no test split; leave them out"):
+        from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=ten, **settings)
+    events.clear()
     plain = from_checkpoints(reference_of, files[:1], digits, tmp_path / "out", **settings)
     assert trained(events) == 0
     assert plain["rows"][0]["pretraining"] is None
-    with pytest.raises(ConfigError, match="the checkpoint epoch-0 has no head for the 5 classes of digits:0-4"):
+    with pytest.raises(
+        ConfigError,
+        match="the checkpoint epoch-0 has a head for 10 classes, and the data of pretraining digits:0-4 have 5",
+    ):
         from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=digits, **settings)
     with pytest.raises(ConfigError, match="checkpoints must be at least one, each with a name of its own; got none"):
         from_checkpoints(reference_of, [], digits, tmp_path / "out", **settings)

@@ -10,11 +10,9 @@ from ..backbone.load import load_backbone
 from ..data.base import Data
 from ..errors import ConfigError
 from ..evaluate.rows.base import find_row
-from ..evaluate.transfer import held_out_accuracy
 from ..training.config import TrainConfig
-from ..training.heads import own_linear
 from ..training.log import Report
-from .trials import about_run, claim, peak_rate, trained_accuracy
+from .trials import about_run, accuracy_before, claim, peak_rate, trained_accuracy
 
 
 def from_checkpoints(
@@ -59,15 +57,9 @@ def from_checkpoints(
         own = load_backbone(**{**backbone, "weights": path})
         find_row(row).check(own, config)
         claim(folder, {**about_run(data, config, row), "lr": config.lr, "backbone": own.id})
-        before = None
-        if pretraining is not None:
-            linear = own_linear(own)
-            if linear is None or linear.out_features != len(pretraining.class_names):
-                raise ConfigError(
-                    f"the checkpoint {name} has no head for the {len(pretraining.class_names)} classes of "
-                    f"{pretraining.id}; leave out the data of pretraining, or give those that it was trained on"
-                )
-            before = held_out_accuracy(own, pretraining)
+        before = (
+            None if pretraining is None else accuracy_before(own, pretraining, folder / "pretraining" / f"{name}.json")
+        )
         found = []
         for seed in seeds:
             part = f"{name}-{seed}"

@@ -43,12 +43,16 @@ def block_order(size: int, block: int, seed: int = 0) -> Tensor:
 def shuffled_inputs(model: nn.Module, block: int, seed: int = 0) -> Iterator[None]:
     """As long as this lasts, a model sees every image, (B, C, H, H), shuffled by `block_order`, in every mode."""
 
-    def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        image, *rest = inputs
+    def shuffled(image: Tensor) -> Tensor:
         order = block_order(image.shape[-1], block, seed).to(image.device)
-        return image.flatten(2)[:, :, order].reshape(image.shape), *rest
+        return image.flatten(2)[:, :, order].reshape(image.shape)
 
-    hook = model.register_forward_pre_hook(before)
+    def before(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if inputs:
+            return (shuffled(inputs[0]), *inputs[1:]), named
+        return inputs, {**named, "pixel_values": shuffled(named["pixel_values"])}  # of a CLIP-like tower
+
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:

@@ -7,10 +7,12 @@ from typing import Any
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..data.base import Data
-from ..errors import StateError
+from ..errors import ConfigError, DataError, StateError
 from ..evaluate.rows.base import Trial, find_row
+from ..evaluate.transfer import held_out_accuracy
 from ..evaluate.trial import measure, read_json, splits, write_json
 from ..training.config import TrainConfig
+from ..training.heads import own_linear
 from ..training.log import Report, tagged
 
 RESULT = "result.json"
@@ -48,6 +50,40 @@ def claim(folder: Path, about: Mapping[str, Any]) -> None:
         )
 
 
+def accuracy_before(backbone: Backbone, data: Data, path: Path) -> float:
+    """Return the accuracy of a network on the test split of data that it was trained on, measured once.
+
+    Args:
+        path: JSON file of what was measured; of other weights or data it is measured anew.
+
+    Raises:
+        ConfigError: if the network has no head for these classes. DataError: if there is nothing to measure on.
+    """
+    linear = own_linear(backbone)
+    if linear is None or linear.out_features != len(data.class_names):
+        found = "no linear head" if linear is None else f"a head for {linear.out_features} classes"
+        raise ConfigError(
+            f"the checkpoint {path.stem} has {found}, and the data of pretraining {data.id} have "
+            f"{len(data.class_names)} classes; leave these data out, or give those that it was trained on"
+        )
+    about = {"start": _digest(backbone), "data": data.digest}
+    if path.exists():
+        there = read_json(path, frozenset(("start", "data", "accuracy")), "delete it, and it is measured again")
+        if about == {name: there[name] for name in about}:
+            return float(there["accuracy"])
+    accuracy = held_out_accuracy(backbone, data)
+    if accuracy is None:
+        raise DataError(f"the data of pretraining {data.id} have no test split; leave them out, or give them one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**about, "accuracy": accuracy})
+    return accuracy
+
+
+def _digest(backbone: Backbone) -> str:
+    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    return base.digests[base.dtype]
+
+
 def trained_accuracy(
     row: str, backbone: Backbone, data: Data, config: TrainConfig, folder: Path, part: str, report: Report | None
 ) -> float:
@@ -62,8 +98,7 @@ def trained_accuracy(
         DataError: if there is no training or no test split. StateError: if the folder's trial had other weights.
             Others: as the rows raise.
     """
-    path, base = folder / RESULT, fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    start = base.digests[base.dtype]
+    path, start = folder / RESULT, _digest(backbone)
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         known, unlabelled, test = splits(data, 1.0, config.seed, False)
