@@ -62,13 +62,16 @@ def heights(pairs: Sequence[Mapping[str, Any]], label: str) -> list[list[str]]:
     """Return a row for pairs of the same kinds: accuracies of their ends with the seeds' deviation, and barriers."""
     rows = []
     for kinds, own in by_kinds(pairs).items():
-        ends = {
-            pair[name]: pair["points"][at]["accuracy"] for pair in own for name, at in (("first", 0), ("second", -1))
-        }
+        ends: dict[str, dict[str, float]] = {}
+        for pair in own:
+            for name, at in ((pair["first"], 0), (pair["second"], -1)):
+                ends.setdefault(name.rpartition(" ")[0], {})[name] = pair["points"][at]["accuracy"]
         tallest = max(pair["barrier"] for pair in own)
         losses = f"{mean(pair['loss_barrier'] for pair in own):.3f}"
         heights = [points([pair["barrier"] for pair in own]), f"{100 * tallest:.1f}", losses]
-        rows.append([label, kinds, str(len(own)), points(list(ends.values())), *heights])
+        rows.append(
+            [label, kinds, str(len(own)), "; ".join(points(list(one.values())) for one in ends.values()), *heights]
+        )
     return rows
 
 
