@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch methods bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -108,6 +108,11 @@ bench-runtime: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results.md
+
+# criticality, barriers, similarity, shuffled blocks, checkpoints: about three hours on one core; needs MASKPACK_DATA
+analysis: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.analysis
+	$(BIN)/python -m benchmarks.analysis --write docs/results.md
 
 # the published compression experiment, and the sizes of masks and LoRA matrices; needs MASKPACK_DATA
 compression: $(VENV)/.bench

@@ -8,6 +8,7 @@ import typer
 from . import (
     adapters,
     algebra,
+    analyze,
     cascade,
     compare,
     demo,
@@ -56,6 +57,7 @@ for verbs in (
     adapters,
     evaluate,
     compare,
+    analyze,
     use,
     plot,
     distribute,

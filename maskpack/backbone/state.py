@@ -37,7 +37,11 @@ def load_weights(model: nn.Module, path: str | Path, head: str | None = None) ->
         BackboneError: if names or shapes differ; the message shows the first of them.
         DataError: if the file cannot be used.
     """
-    state = read_tensors(path)
+    load_tensors(model, read_tensors(path), path, head)
+
+
+def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
+    """Load what was read from a file into a model; as `load_weights`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if head is not None:
         fit_head(model, head, shapes)

@@ -61,37 +61,56 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
     # made first, so that data of the wrong kind are an error on a hit as well
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
     key = _key(backbone, examples) if cache else None
-    path = cache_folder() / f"{key}.safetensors" if key is not None else None
-    found = _read(path, len(examples)) if path is not None else None
+    found = None if key is None else kept_features(key, len(examples))
     if found is None:
         x, y = embeddings(backbone, readable(batches))
         if not torch.isfinite(x).all():
             raise DataError(f"the features of {backbone.id} are not finite; compute them in a wider dtype than its own")
-        if path is not None:
-            kept = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
-            _write(path, x, kept)
+        if key is not None:
+            keep_features(key, x, examples)
         return x, y
     x, rows = found
     examples.unreadable.update(set(examples.indices) - set(rows))
     return x, torch.tensor([examples.labels[row] for row in rows])
 
 
+def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
+    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
+
+    Args:
+        most: rows that there can be.
+    """
+    return _read(cache_folder() / f"{key}.safetensors", most)
+
+
+def keep_features(key: str, features: Tensor, examples: Examples) -> None:
+    """Cache the features of the examples that could be read under a digest of all that they follow from."""
+    rows = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
+    _write(cache_folder() / f"{key}.safetensors", features, rows)
+
+
 def _key(backbone: Backbone, examples: Examples) -> str | None:
     """What the features follow from, as a digest; None if a part of it cannot be told."""
     model = model_digest(backbone.model, backbone.outside)
-    tokenizer = _tokenizer_digest(backbone.tokenizer)
-    if model is None or tokenizer is None or not examples.digest:
+    inputs = inputs_content(backbone, examples)
+    if model is None or inputs is None:
         return None
-    parts: list[Any] = [
-        VERSION,
-        model,
-        next(backbone.model.parameters()).device.type,
-        [backbone.head, backbone.pooling, backbone.normalize],
-        preprocess_to_json(backbone.preprocess),
-        tokenizer,
-        [examples.digest, examples.column, list(examples.indices)],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    device = next(backbone.model.parameters()).device.type
+    return digest_of([VERSION, model, device, [backbone.head, backbone.pooling, backbone.normalize], *inputs])
+
+
+def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
+    """Return what the inputs of a backbone follow from, JSON values; None if a part of it cannot be told."""
+    tokenizer = _tokenizer_digest(backbone.tokenizer)
+    if tokenizer is None or not examples.digest:
+        return None
+    rows = [examples.digest, examples.column, list(examples.indices)]
+    return [preprocess_to_json(backbone.preprocess), tokenizer, rows]
+
+
+def digest_of(content: Any) -> str:
+    """Return the hex sha256 of JSON values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Any) -> str | None:
@@ -161,4 +180,4 @@ def _shrink(newest: Path, newest_size: int) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, FeatureCacheWarning, stacklevel=4)
+    warnings.warn(text, FeatureCacheWarning, stacklevel=5)

@@ -1,0 +1,1 @@
+"""What is transferred: criticality, barriers, similarity, common mistakes, feature reuse, checkpoints."""
