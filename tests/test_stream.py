@@ -178,6 +178,20 @@ def on_meta(model: nn.Module) -> bool:
     return all(tensor.is_meta for tensor in model.state_dict().values()) and applied(model) is None
 
 
+def test_counters_of_batchnorm_may_be_missing(tmp_path: Path, tiny: nn.Module) -> None:
+    """As in files of old PyTorch, also where the model has no values yet."""
+    state = {name: tensor for name, tensor in tiny.state_dict().items() if "num_batches_tracked" not in name}
+    write_tensors(tmp_path / "base.safetensors", state, {})
+    adapter = make_adapter(tmp_path / "a", tiny)
+    model = load_masked(empty(), tmp_path / "base.safetensors", adapter)
+    assert same(bits(model), bits(expected(tmp_path / "base.safetensors", adapter)))
+    assert model.bn1.num_batches_tracked == 0
+    del state["bn1.running_mean"]
+    write_tensors(tmp_path / "base.safetensors", state, {})
+    with pytest.raises(BackboneError, match=r"do not fit the model: 1 missing \['bn1.running_mean'\]"):
+        load_masked(empty(), tmp_path / "base.safetensors", adapter)
+
+
 def test_a_wrong_base_leaves_no_weights(tmp_path: Path, tiny: nn.Module, weights: Path, reads: list[str]) -> None:
     adapter = make_adapter(tmp_path / "a", tiny)
     state = read_tensors(weights)

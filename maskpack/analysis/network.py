@@ -13,6 +13,7 @@ from ..adapter.layout import BASE
 from ..apply.load import load_adapter, load_mask, unload_mask
 from ..apply.weights import applied
 from ..backbone.classifier import Classifier
+from ..backbone.head import swap_module
 from ..backbone.load import Backbone
 from ..backbone.parameters import aliases, canonical, inside, unwrap
 from ..backbone.state import load_tensors
@@ -124,9 +125,8 @@ def read_networks(
     if applied(backbone.model) is not None:
         raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")
     found: list[Network] = []
-    base = {
-        name: one for name, one in state_of(backbone.model).items() if not inside(name, filter(None, [backbone.head]))
-    }
+    whole = state_of(backbone.model)
+    base = {name: one for name, one in whole.items() if not inside(name, filter(None, [backbone.head]))}
     outside = backbone.outside
     parameters = {name: base[name] for name in aliases(backbone.model) if name in base and not inside(name, outside)}
     kinds = [name for name, _ in named]
@@ -141,10 +141,13 @@ def read_networks(
             found.append(Network(name, kind, state, {n: base[n] for n in masks}, masks))
         else:
             assert isinstance(given, str)
+            layer = None if backbone.head is None else backbone.model.get_submodule(backbone.head)
             try:
                 found.append(Network(name, kind, _weights(backbone, given), parameters))
             finally:
-                put_state(backbone.model, base)
+                if backbone.head is not None and layer is not None:
+                    swap_module(backbone.model, backbone.head, layer)  # a file may have other classes
+                put_state(backbone.model, whole)
     place = backbone.head or HEAD
     shape = found[0].state[f"{place}.weight"].shape
     for one in found:

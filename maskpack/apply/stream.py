@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapter.adapter import Adapter
 from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
 from ..backbone.parameters import aliases, body, canonical, named_parameters, unwrap
-from ..backbone.state import fit_head, sources
+from ..backbone.state import COUNTER, fit_head, sources
 from ..errors import BackboneMismatchError, StateError
 from ..hub.download import PullOptions
 from ..tensorfile import open_tensors
@@ -142,7 +142,11 @@ class _Base(Mapping[str, Tensor]):
         for name in sorted(own):
             names.setdefault(first.get(name, name), []).append(name)
         self.names = list(names.values())
-        self.unsaved = {canonical(n): b for n, b in model.named_buffers() if canonical(n) not in own}
+        self.unsaved = {
+            name: torch.zeros(b.shape, dtype=b.dtype) if b.is_meta and name.endswith(COUNTER) else b
+            for name, b in ((canonical(n), b) for n, b in model.named_buffers())
+            if name not in own
+        }
         if lost := [name for name, buffer in self.unsaved.items() if buffer.is_meta]:
             raise StateError(
                 f"the model has {len(lost)} buffers on the meta device that no file of weights holds, first "

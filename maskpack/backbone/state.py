@@ -26,6 +26,9 @@ def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str]
     return len(tensors)
 
 
+COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is computed
+
+
 def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
     """Load a safetensors state dict into a model, strictly.
 
@@ -47,13 +50,15 @@ def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
         fit_head(model, head, shapes)
     stored = sources(model, shapes, path)
     model = unwrap(model)
-    model.load_state_dict({name: state[stored[canonical(name)]] for name in model.state_dict()}, strict=True)
+    wanted = {name: stored.get(canonical(name)) for name in model.state_dict()}
+    model.load_state_dict({name: state[source] for name, source in wanted.items() if source is not None}, strict=True)
 
 
 def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> dict[str, str]:
     """Return, for each tensor of a model's state dict by canonical name, which tensor of a file it is loaded from.
 
-    A tied tensor may be in the file under one of its names alone, as Hugging Face writes it.
+    A tied tensor may be in the file under one of its names alone, as Hugging Face writes it. The counters of BatchNorm
+    may be missing, as in files of old PyTorch: they stay.
 
     Args:
         shapes: of the tensors of the file. path: what messages call it.
@@ -67,7 +72,7 @@ def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> 
     for name in sorted(own.keys() & shapes.keys()):
         present.setdefault(first.get(name, name), name)
     found = {name: name if name in shapes else present.get(first.get(name, name)) for name in own}
-    missing = sorted(name for name, source in found.items() if source is None)
+    missing = sorted(name for name, source in found.items() if source is None and not name.endswith(COUNTER))
     unexpected = sorted(shapes.keys() - own.keys())
     other = [
         f"{name}: {shapes[source]} in the file, {tuple(own[name].shape)} in the model"
