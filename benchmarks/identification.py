@@ -1,6 +1,6 @@
 """Which of ten masks is a batch for: permuted MNIST on one random network, after Wortsman et al. (2020).
 
-    MASKPACK_DATA=… python -m benchmarks.identification       three minutes of one core; what is measured is read back
+    MASKPACK_DATA=… python -m benchmarks.identification       a quarter of an hour of one core
 
 The result is a table of `benchmarks.runtime --write`.
 """
