@@ -98,7 +98,7 @@ light-switch: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.light_switch
 	$(BIN)/python -m benchmarks.light_switch --write docs/results.md
 
-# methods side by side, some of the scores, budgets of bytes beside LoRA's ranks: about six hours of one core; needs MASKPACK_DATA
+# methods side by side, some of the scores, budgets of bytes beside LoRA's ranks: about five hours of one core; needs MASKPACK_DATA
 methods: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --write docs/results.md
