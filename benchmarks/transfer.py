@@ -139,8 +139,13 @@ def targets(domain: str) -> list[str]:
 
 def finished(output: Path, domain: str) -> list[Path]:
     """Return the folders of a source in which there are all trials, one for each seed."""
+    return [folder for folder in sorted(output.glob(f"{domain}-*")) if complete(folder, domain)]
+
+
+def complete(folder: Path, domain: str) -> bool:
+    """Tell whether all trials of a source and seed are there."""
     count = len(MASKS) + len(targets(domain)) * (1 + len(MASKS) * len(STARTS))
-    return [folder for folder in sorted(output.glob(f"{domain}-*")) if len(list(folder.glob("*.json"))) == count]
+    return len(list(folder.glob("*.json"))) == count
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -205,7 +210,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     torch.set_num_threads(arguments.threads)
     for seed, domain in product(arguments.seeds, arguments.sources or PACS):
-        Source(domain, seed, arguments.output).measure()
+        if not complete(arguments.output / f"{domain}-{seed}", domain):
+            Source(domain, seed, arguments.output).measure()
 
 
 if __name__ == "__main__":
