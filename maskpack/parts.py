@@ -33,6 +33,19 @@ class Parts:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the masks, at a bit a weight, and of the tensors beside them."""
+        packed = sum((len(bits) + 7) // 8 for mask in self.masks.values() for _, bits in mask.payloads())
+        head = () if self.head is None else (self.head.weight, self.head.bias)
+        dense: list[Tensor | None] = [
+            *self.statistics.values(),
+            *self.parameters.values(),
+            *self.values.values(),
+            *head,
+        ]
+        return packed + sum(int(tensor.nbytes) for tensor in dense if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CascadeParts:

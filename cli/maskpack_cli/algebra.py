@@ -9,6 +9,7 @@ import typer
 from .adapters import RandomWeights, Ref, RequireRevision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
 from .packing import Codec, Hardness
+from .use import base_of
 
 if TYPE_CHECKING:
     from maskpack.algebra import Overlap
@@ -57,13 +58,13 @@ def combine(
 ) -> None:  # fmt: skip
     """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
     quiet_libraries(quiet)
-    from maskpack import inspect_adapter, load_adapter, load_backbone
+    from maskpack import inspect_adapter, load_adapter
     from maskpack.adapter.combine import combine_adapters, left_out
     from maskpack.algebra import operation
 
     operation(how, len(refs), weight, k)
     adapters = [load_adapter(ref, require_revision=require_revision, token=token) for ref in refs]
-    loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
+    base = None if backbone is None else base_of(adapters[0], backbone, weights, random_weights).model
     note(f"Combining {len(adapters)} adapters …", quiet)
     with progress_bar("Combining", quiet or as_json) as step:
         combined = combine_adapters(
@@ -73,7 +74,7 @@ def combine(
             weights=weight,
             k=k,
             missing=missing,
-            base=None if loaded is None else loaded.model,
+            base=base,
             profile=profile,
             codec=codec,
             progress=step,
@@ -105,13 +106,13 @@ def diff(
     unrelated masks with as many zeros in each parameter.
     """
     quiet_libraries(quiet)
-    from maskpack import load_adapter, load_backbone
+    from maskpack import load_adapter
     from maskpack.adapter.combine import mask_sets
     from maskpack.algebra import Overlap, overlaps
 
     adapters = [load_adapter(ref, require_revision=require_revision, token=token) for ref in (first, second)]
-    loaded = None if backbone is None else load_backbone(backbone, weights=weights, random_weights=random_weights)
-    sets = mask_sets(adapters, None if loaded is None else loaded.model)
+    base = None if backbone is None else base_of(adapters[0], backbone, weights, random_weights).model
+    sets = mask_sets(adapters, base)
     found = dict(overlaps(*sets, missing=missing))
     whole = sum(found.values(), Overlap())
     facts = {"first": adapters[0].pinned, "second": adapters[1].pinned, **_facts(whole)}

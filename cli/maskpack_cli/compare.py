@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import typer
 
 from . import training
 from .console import command, emit, examples, note, quiet_libraries, table
-from .progress import Progress
+from .progress import Progress, of_trials
 from .settings import OWN, option, read_settings, take
 
 PANEL = "Comparison"
@@ -51,13 +50,6 @@ def compare(**given: Any) -> None:
     backbone = {"reference": settings.pop("backbone")} | take(settings, *BACKBONE)
     data = {"reference": settings.pop("data")} | take(settings, *DATA)
     with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
-
-        def told(event: Mapping[str, Any]) -> None:
-            if event["event"] == "trial":
-                note(f"{event['part']}: {event['accuracy']:.4f}", quiet)
-            elif event["event"] != "end":
-                report(event)
-
         result = compared(
             backbone,
             data,
@@ -67,7 +59,7 @@ def compare(**given: Any) -> None:
             fractions=fractions,
             rates=rates,
             config=config_from(settings),
-            report=told,
+            report=of_trials(report, quiet),
         )
     if as_json:
         emit(result, True)

@@ -1,6 +1,6 @@
 """Progress bars of training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from .console import note, notes
@@ -41,6 +41,18 @@ class Progress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+
+
+def of_trials(report: Callable[[Mapping[str, Any]], None], quiet: bool) -> Callable[[Mapping[str, Any]], None]:
+    """Return what a run of many trials reports to: the progress bar, and a note of each trial that is finished."""
+
+    def told(event: Mapping[str, Any]) -> None:
+        if event["event"] == "trial":
+            note(f"{event['part']}: {event['accuracy']:.4f}", quiet)
+        elif event["event"] != "end":
+            report(event)
+
+    return told
 
 
 def _number(value: float) -> str:

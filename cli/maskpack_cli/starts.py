@@ -13,7 +13,7 @@ from . import training
 from .compare import BACKBONE, DATA
 from .compare import WITHOUT as SETTLED
 from .console import command, emit, examples, note, quiet_libraries, table
-from .progress import Progress
+from .progress import Progress, of_trials
 from .settings import OWN, option, read_settings, take
 
 PANEL = "Analysis"
@@ -114,14 +114,12 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
         data = load_data(settings.pop("data"), **take(settings, *DATA))
         row = settings.pop("row", "full")
         with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
-
-            def told(event: Mapping[str, Any]) -> None:
-                if event["event"] == "trial":
-                    note(f"{event['part']}: {event['accuracy']:.4f}", quiet)
-                elif event["event"] != "end":
-                    report(event)
-
-            shared = {"seeds": range(seeds), "row": row, "config": config_from(settings), "report": told}
+            shared = {
+                "seeds": range(seeds),
+                "row": row,
+                "config": config_from(settings),
+                "report": of_trials(report, quiet),
+            }
             result = analysis(data, output=output, **shared)
         if plot is not None:
             save_figure(draw(result["rows"]), plot)

@@ -54,7 +54,6 @@ class Gate:
             name,
             parts,
             source.mask_id,
-            source.class_names,
             lambda: load_adapter(pinned, **later),
             source.sha256,
         )

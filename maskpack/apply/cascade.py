@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.predict import Prediction, inputs_to_batches, model_tokenizer
-from ..backbone.classifier import Inputs, embeddings
+from ..backbone.classifier import Inputs, embeddings, example_count, taken
 from ..backbone.load import Backbone
 from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, DataError
@@ -71,9 +71,7 @@ class Cascade:
         self._sets, self._preprocess = sets, preprocess
         one = parts.embedding
         self._backbone = Backbone(model, "the model", head=one.module, pooling=one.pooling, normalize=one.normalize)
-        packed = sum((len(bits) + 7) // 8 for s in sets.values() for m in s.masks.values() for _, bits in m.payloads())
-        dense = [t for s in sets.values() for held in (s.statistics, s.parameters, s.values) for t in held.values()]
-        self.cost = Cost(mask_bytes=packed + sum(tensor.nbytes for tensor in dense))
+        self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
     @property
     def features(self) -> int:
@@ -104,7 +102,7 @@ class Cascade:
             if self.parts.combine == "unconditional":
                 rows = torch.arange(len(first))
             if len(rows):
-                block[rows] = self._embed(name, _taken(inputs, rows))
+                block[rows] = self._embed(name, taken(inputs, rows))
             blocks.append(block)
         self.cost = replace(self.cost, inputs=self.cost.inputs + len(first))
         whole = torch.cat(blocks, dim=1)
@@ -168,7 +166,7 @@ class Cascade:
 
     def _embed(self, name: str, inputs: Inputs) -> Tensor:
         """Return the embeddings of a batch by one set, (B, D) float32 on the CPU."""
-        count = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
+        count = example_count(inputs)
         if count == 0:
             return torch.zeros(0, self.features)
         started = time.perf_counter()
@@ -234,10 +232,3 @@ def _preprocessed(inputs: Any) -> Inputs:
             f"{type(inputs).__name__}, which predict may take"
         )
     return inputs if isinstance(inputs, Tensor) else dict(inputs)
-
-
-def _taken(inputs: Inputs, rows: Tensor) -> Inputs:
-    """Return the rows of a batch."""
-    if isinstance(inputs, dict):
-        return {name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()}
-    return inputs[rows.to(inputs.device)]

@@ -1,6 +1,7 @@
 """How long writing weights takes on a device, measured: what switching chooses its way by."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -33,12 +34,12 @@ def measured(device: torch.device, dtype: torch.dtype) -> Costs:
     at = places(bits, device)
     small, values = at.to(torch.int32), torch.zeros_like(at, dtype=torch.int16 if dtype.itemsize == 2 else torch.int32)
 
-    def seconds(act: "object") -> float:
+    def seconds(act: Callable[[], object]) -> float:
         taken = []
         for _ in range(REPEATS):
             _wait(device)
             started = time.perf_counter()
-            act()  # type: ignore[operator]
+            act()
             _wait(device)
             taken.append(time.perf_counter() - started)
         return median(taken)

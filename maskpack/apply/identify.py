@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..backbone.classifier import Inputs, modes_kept
+from ..backbone.classifier import Inputs, example_count, modes_kept
 from ..errors import ConfigError
 from .bank import MaskBank
 from .profiles import Identified, Profiles
@@ -140,9 +140,7 @@ def _slopes(one: Superposition, names: Sequence[str], batch: Inputs, how: How) -
 
 def _entropy(bank: MaskBank, name: str, batch: Inputs) -> tuple[float, float]:
     """Return the mean entropy of an adapter's outputs, and how sure that is: 1 - entropy / log(classes)."""
-    tensors = batch if isinstance(batch, dict) else {"": batch}
-    count = len(next(iter(tensors.values())))
-    logits = torch.stack(bank(batch, masks=[name] * count))
+    logits = torch.stack(bank(batch, masks=[name] * example_count(batch)))
     mean = float(entropies(logits).mean())
     return mean, 1 - mean / math.log(max(logits.shape[-1], 2))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..backbone.classifier import classifier_from
+from ..backbone.classifier import Inputs, classifier_from, example_count, taken
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def mixed_batch(bank: "MaskBank", inputs: Tensor | Mapping[str, Tensor], masks: Sequence[str | None]) -> list[Tensor]:
     """Compute examples in groups of the same adapter, the active one first; see `MaskBank.__call__`."""
-    tensors = {"": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    count = len(next(iter(tensors.values()))) if tensors else 0
+    batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    count = example_count(batch)
     if len(masks) != count:
         raise ConfigError(f"every example needs the name of a mask, or None; got {len(masks)} for {count} examples")
     rows: dict[str | None, list[int]] = {}
@@ -24,22 +24,21 @@ def mixed_batch(bank: "MaskBank", inputs: Tensor | Mapping[str, Tensor], masks: 
         rows.setdefault(name, []).append(index)
     found: list[Tensor | None] = [None] * count
     for name in sorted(rows, key=lambda name: name != bank.active):
-        at = torch.tensor(rows[name])
-        taken = {key: tensor[at.to(tensor.device)] for key, tensor in tensors.items()}
+        group = taken(batch, torch.tensor(rows[name]))
         with bank.disabled() if name is None else bank.using(name):
-            for index, output in zip(rows[name], _forward(bank, name, taken), strict=True):
+            for index, output in zip(rows[name], _forward(bank, name, group), strict=True):
                 found[index] = output
     return [output for output in found if output is not None]
 
 
-def _forward(bank: "MaskBank", name: str | None, inputs: Mapping[str, Tensor]) -> Tensor:
+def _forward(bank: "MaskBank", name: str | None, inputs: Inputs) -> Tensor:
     """Return the outputs of the model for one group, by the adapter's head where that lies behind the model."""
     head = None if name is None else bank.parts(name).head
     if head is not None and head.kind == "pooled-linear":
         classifier = classifier_from(bank.model, head).train(bank.model.training)
-        output: object = classifier(inputs[""] if "" in inputs else dict(inputs))
+        output: object = classifier(inputs)
     else:
-        output = bank.model(inputs[""]) if "" in inputs else bank.model(**inputs)
+        output = bank.model(**inputs) if isinstance(inputs, dict) else bank.model(inputs)
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor):
         raise DataError(

@@ -70,13 +70,13 @@ def inverted(bits: Tensor) -> Tensor:
     return bits ^ (torch.iinfo(bits.dtype).min or 0x80)
 
 
-def patch_of(weight: Tensor, mask: PackedMask, values: Tensor | None, at: Tensor | None = None) -> Patch:
+def patch_of(weight: Tensor, mask: PackedMask, values: Tensor | None) -> Patch:
     """Return the patch of a mask for a weight that has its base's bits; the mask must be one with `at_places`.
 
     Args:
-        values: what op "replace" puts at the zeros of the mask, flat. at: the places of its zeros, if known.
+        values: what op "replace" puts at the zeros of the mask, flat.
     """
-    at = places(mask.bits, weight.device) if at is None else at
+    at = places(mask.bits, weight.device)
     old = same_size_int(weight).take(at)
     new = None
     if mask.op == "flip":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..backbone.classifier import Inputs, embeddings
+from ..backbone.classifier import Inputs, embeddings, example_count
 from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..errors import ConfigError
@@ -40,7 +40,7 @@ class Profiles:
     Attributes:
         names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
             OWN of a task's own examples lie, (k,).
-        backbone: what gives the features.
+        head, pooling, normalize: where the features are taken, as of `Backbone`.
     """
 
     names: tuple[str, ...]
@@ -99,8 +99,7 @@ def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor
 
 def _features(model: nn.Module, head: str | None, pooling: str | None, normalize: bool, inputs: Inputs) -> Tensor:
     backbone = Backbone(model, "the model", head=head, pooling=pooling, normalize=normalize)  # type: ignore[arg-type]
-    count = len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values())))
-    return embeddings(backbone, [(inputs, torch.zeros(count, dtype=torch.long))])[0]
+    return embeddings(backbone, [(inputs, torch.zeros(example_count(inputs), dtype=torch.long))])[0]
 
 
 def _distances(features: Tensor, means: Tensor, deviation: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """What a bank keeps of an adapter: packed bits, and, while it is used, the places and values that it changes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from bitarray.util import count_xor
@@ -14,8 +13,6 @@ from ..errors import StateError
 from ..mask import PackedMask
 from ..parts import Parts
 from .patch import Patch, at_places, patch_of, places
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -33,7 +30,6 @@ class Resident:
     name: str
     parts: Parts | None
     mask_id: str
-    class_names: tuple[str, ...] | None = None
     read: Callable[[], Adapter] | None = None
     sha256: str | None = None
     pinned: bool = False
@@ -43,10 +39,7 @@ class Resident:
     @property
     def host_bytes(self) -> int:
         """Memory of packed bits and dense tensors."""
-        if self.parts is None:
-            return 0
-        packed = sum((len(bits) + 7) // 8 for mask in self.parts.masks.values() for _, bits in mask.payloads())
-        return packed + sum(tensor.nbytes for tensor in dense_tensors(self.parts))
+        return 0 if self.parts is None else self.parts.nbytes
 
     @property
     def device_bytes(self) -> int:
@@ -87,20 +80,12 @@ def parts_of(adapter: Adapter, base: nn.Module) -> Parts:
     return Parts(masks, adapter.head(), adapter.statistics(), adapter.parameters(), adapter.values())
 
 
-def dense_tensors(parts: Parts) -> Iterator[Tensor]:
-    """Yield the tensors beside the masks, the head's included."""
-    for held in (parts.statistics, parts.parameters, parts.values):
-        yield from held.values()
-    if parts.head is not None:
-        yield from (tensor for tensor in (parts.head.weight, parts.head.bias) if tensor is not None)
-
-
 def whole_masks(parts: Parts) -> dict[str, PackedMask]:
     """Return the masks with a scale or signs, which change every weight."""
     return {name: mask for name, mask in parts.masks.items() if not at_places(mask)}
 
 
-def removing(parts: Parts) -> bool:
+def only_removes(parts: Parts) -> bool:
     """Whether masks only remove weights, so that two of the sort differ in the places where their bits do."""
     return all(mask.op == "zero" and at_places(mask) for mask in parts.masks.values())
 

@@ -71,8 +71,7 @@ class Room:
     @property
     def device_bytes(self) -> int:
         """Memory of places and values, of the base's tensors that are kept, and of changes between adapters."""
-        patches = sum(one.device_bytes for one in self.residents.values()) + self._changes()
-        return patches + sum(tensor.nbytes for tensor in self.switch.kept.values())
+        return self._notes() + sum(tensor.nbytes for tensor in self.switch.kept.values())
 
     def status(self) -> BankStatus:
         """Return what the bank holds, and how it switched so far."""
@@ -119,11 +118,13 @@ class Room:
         idle.sort(key=lambda one: one.used)
         active = self.switch.active
         spare = self.device + (0 if active is None else active.device_bytes)
-        while idle and sum(one.device_bytes for one in self.residents.values()) + self._changes() > spare:
+        while idle and self._notes() > spare:
             self.switch.forget(idle.pop(0))
 
-    def _changes(self) -> int:
-        return sum(patch.nbytes for patches in self.switch.changes.values() for patch in patches.values())
+    def _notes(self) -> int:
+        """Memory of places and values, and of changes between adapters."""
+        changes = sum(patch.nbytes for patches in self.switch.changes.values() for patch in patches.values())
+        return changes + sum(one.device_bytes for one in self.residents.values())
 
     def _evictable(self, one: Resident) -> list[Resident]:
         return [

@@ -13,7 +13,7 @@ from ..parts import Parts
 from .costs import measured
 from .heads import head_fits, head_module, head_tensors, new_head
 from .patch import Patch, rewritten
-from .resident import Resident, change_patches, copy_bits, differing, removing, whole_masks
+from .resident import Resident, change_patches, copy_bits, differing, only_removes, whole_masks
 from .weights import check_compiled, check_dense
 
 
@@ -40,7 +40,9 @@ class Switch:
         self.kept: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
         self.kinds = {name: (tensor.dtype, tensor.device) for name, tensor in self.tensors.items()}
-        self._saved: dict[tuple[str, str], float] = {}  # seconds that changes would have saved so far
+        # of pairs that were switched between by places: see `_worth_of`, and how often
+        self._worth: dict[tuple[str, str], tuple[float, float]] = {}
+        self._repeated: Counter[tuple[str, str]] = Counter()
         self._written: set[str] = set()  # statistics, parameters and heads that are not the base's now
         self._head: tuple[str, nn.Module] | None = None  # the model's own, while another one is in its place
         self._clock = 0
@@ -79,7 +81,8 @@ class Switch:
         """Drop what is noted of an adapter that is not active."""
         one.patches.clear()
         self.changes = {pair: patches for pair, patches in self.changes.items() if one.name not in pair}
-        self._saved = {pair: saved for pair, saved in self._saved.items() if one.name not in pair}
+        self._worth = {pair: worth for pair, worth in self._worth.items() if one.name not in pair}
+        self._repeated = Counter({pair: count for pair, count in self._repeated.items() if one.name not in pair})
 
     def _weights(self, before: Resident | None, one: Resident | None) -> None:
         pair = self._pair(before, one)
@@ -114,20 +117,26 @@ class Switch:
         for pair in ((before.name, one.name), (one.name, before.name)):
             if pair in self.changes:
                 return pair
-        if not (removing(before.decoded()) and removing(one.decoded())):
+        if not (only_removes(before.decoded()) and only_removes(one.decoded())):
             return None
         first, second = sorted((before, one), key=lambda resident: resident.name)
         pair = (first.name, second.name)
-        weights = sum(len(mask.bits) for mask in one.decoded().masks.values())
-        written = sum(len(patch.at) for resident in (before, one) for patch in resident.patches.values())
-        example = self.tensors[next(iter(one.patches))]
-        costs = measured(example.device, example.dtype)
-        saved = costs.write * (written - differing(first.decoded(), second.decoded()))
-        self._saved[pair] = self._saved.get(pair, 0.0) + saved
-        if self._saved[pair] <= costs.scan * 2 * weights:
+        if pair not in self._worth:
+            self._worth[pair] = self._worth_of(first, second)
+        saved, price = self._worth[pair]
+        self._repeated[pair] += 1
+        if self._repeated[pair] * saved <= price:
             return None
         self.changes[pair] = change_patches(first, second)
         return pair
+
+    def _worth_of(self, one: Resident, other: Resident) -> tuple[float, float]:
+        """Return the seconds that changes save in a switch between two, and those that it takes to find them."""
+        weights = sum(len(mask.bits) for mask in one.decoded().masks.values())
+        written = sum(len(patch.at) for resident in (one, other) for patch in resident.patches.values())
+        example = self.tensors[next(iter(one.patches))]
+        costs = measured(example.device, example.dtype)
+        return costs.write * (written - differing(one.decoded(), other.decoded())), costs.scan * 2 * weights
 
     def _dense(self, one: Resident | None) -> None:
         """Switch statistics, parameters and heads."""

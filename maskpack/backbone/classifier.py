@@ -22,6 +22,18 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return inputs.to(device)
 
 
+def example_count(inputs: Inputs) -> int:
+    """Return the number of examples in a batch."""
+    return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values()), ()))
+
+
+def taken(inputs: Inputs, rows: Tensor) -> Inputs:
+    """Return the rows of a batch."""
+    if isinstance(inputs, dict):
+        return {name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()}
+    return inputs[rows.to(inputs.device)]
+
+
 def pool(hidden: Tensor, attention: Tensor, pooling: Pooling, normalize: bool) -> Tensor:
     """Return one embedding per text.
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...backbone.classifier import Inputs, embeddings
+from ...backbone.classifier import Inputs, embeddings, example_count
 from ...backbone.load import Backbone
 from ...data.base import Data
 from ...errors import ConfigError
@@ -59,7 +59,7 @@ class Trial:
 
     def features(self, inputs: Inputs) -> Tensor:
         """Return features of a batch by the backbone as it is now, (B, D) float32 on the CPU."""
-        count = len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs)
+        count = example_count(inputs)
         return embeddings(self.backbone, [(inputs, torch.zeros(count, dtype=torch.long))])[0]
 
 
