@@ -19,7 +19,8 @@ from bitarray import bitarray
 from maskpack_cli import console
 from rich.console import Console
 
-from maskpack.adapter import decode, payloads, threads
+from maskpack import threads
+from maskpack.adapter import decode, payloads
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.adapter.spool import Spool, Spooled
 from maskpack.codecs.raw import Raw

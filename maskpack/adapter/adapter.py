@@ -16,6 +16,7 @@ from ..mask import MaskSet, PackedMask
 from ..parts import CascadeParts
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..tensorheader import DTYPES, Span
+from ..threads import Progress
 from .cascade import PREFIX, cascade_parts
 from .decode import Decoder, checked_scales
 from .header import Header
@@ -23,7 +24,6 @@ from .heads import stored_head
 from .layout import BASE, BASE_BYTES, masked_names
 from .predict import Prediction, predict
 from .sets import SetHeader
-from .threads import Progress
 from .weights import Weights, by_name
 
 

@@ -13,9 +13,9 @@ from ..codecs.base import Profile
 from ..errors import BackboneMismatchError, ConfigError, StateError
 from ..mask import MaskSet
 from ..parts import FEATURES
+from ..threads import Progress
 from .adapter import Adapter
 from .file import save_adapter
-from .threads import Progress
 
 RECORD = "combined"  # key in the training record
 

@@ -8,6 +8,7 @@ from ..backbone.fingerprint import check_fingerprint
 from ..codecs.base import Profile
 from ..parts import Parts
 from ..tensorfile import Blob
+from ..threads import Progress
 from .adapter import Adapter
 from .decode import check_id
 from .encode import encode
@@ -15,7 +16,6 @@ from .file import CARD_FILE, write_adapter
 from .header import Header
 from .read import MODEL_FILE, read_adapter
 from .spool import Spool
-from .threads import Progress
 from .weights import by_name
 
 

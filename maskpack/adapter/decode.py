@@ -12,12 +12,12 @@ from ..backbone.fingerprint import Fingerprint, same_tensor
 from ..codecs.base import CODECS, Bits, Codec, Side, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, Op, PackedMask, Row, bits_digest, packed_bits, rows_id
+from ..threads import Progress, counted, in_order
 from .header import Header
 from .sets import Payload
-from .threads import Progress, counted, in_order
 from .weights import base_classes
 
-WORTH = 1 << 22  # weights; below, a thread gains nothing over zstd
+WORTH = 1 << 18  # weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,13 +16,13 @@ from ..errors import AdapterError, BackboneMismatchError
 from ..mask import rows_id
 from ..parts import CascadeParts, Parts
 from ..tensorfile import Blob, in_order
+from ..threads import Progress, counted
 from .cascade import cascade_header
 from .header import Header
 from .layout import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, cascade_blobs, dense_blobs, scale_blob
 from .payloads import Encoded, Reference, encode_set
 from .reference import choose_reference
 from .spool import Spool, Spooled
-from .threads import Progress, counted
 
 
 def check_names(sets: Mapping[str, Parts], base: Fingerprint) -> None:

@@ -12,6 +12,7 @@ from ..mask import MaskSet
 from ..parts import CascadeParts, Parts
 from ..tensorfile import Blob, replacing, write_blobs
 from ..tensorheader import SEAL, UNSEALED
+from ..threads import Progress
 from .adapter import Adapter
 from .card import render_card, update_card
 from .describe import config_text, describe
@@ -19,7 +20,6 @@ from .encode import check_names, encode
 from .header import Header
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_adapter, read_file
 from .spool import Spool
-from .threads import Progress
 from .weights import Weights, by_name
 
 __all__ = ["CARD_FILE", "CONFIG_FILE", "MODEL_FILE", "Parts", "read_adapter", "save_adapter"]

@@ -15,11 +15,11 @@ from ..codecs.choose import Contest, Offer, contest, settle
 from ..errors import AdapterError, ConfigError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits
 from ..parts import Parts
+from ..threads import in_order
 from .heads import head_spec
 from .reference import counterpart, is_nearer
 from .sets import Coding, Payload, SetHeader
 from .spool import Spool, Stretch
-from .threads import in_order
 from .weights import base_classes
 
 WORTH = 1 << 14  # weights; coding is slow

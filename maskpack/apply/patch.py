@@ -1,5 +1,7 @@
 """What a mask changes in one weight tensor, by the places of its zero bits."""
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +11,10 @@ from torch import Tensor
 
 from ..backbone.parameters import same_size_int
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
+from ..threads import in_order
+
+FEW = 0.02  # share of places
+WORTH = 1 << 16  # bytes of places
 
 
 def places(bits: bitarray, device: torch.device) -> Tensor:
@@ -19,8 +25,13 @@ def places(bits: bitarray, device: torch.device) -> Tensor:
     """
     packed = ~packed_bits(bits)
     if device.type == "cpu":
-        zeros = np.unpackbits(packed, count=len(bits), bitorder="little").view(np.bool_)
-        return torch.from_numpy(np.flatnonzero(zeros))
+        zeros = bits.count(0)
+        # up to a tenth of true values numpy looks for the next one, and beyond goes through all without a branch, in
+        # less than half the time from two in a hundred on: ones behind the end get it there
+        lacking = len(bits) / 10 - zeros if zeros > FEW * len(bits) else 0
+        packed = np.append(packed, np.full(max(0, math.ceil(lacking / 7)), 255, np.uint8))
+        there = np.unpackbits(packed, bitorder="little").view(np.bool_)
+        return torch.from_numpy(np.flatnonzero(there)[:zeros])
     shifts = torch.arange(8, dtype=torch.uint8, device=device)
     zeros_there = (torch.from_numpy(packed).to(device).unsqueeze(1) >> shifts & 1).flatten()[: len(bits)]
     return zeros_there.nonzero()[:, 0]
@@ -58,11 +69,21 @@ class Patch:
         write(weight, self.at, self.old)
 
 
+def read(weight: Tensor, at: Tensor) -> Tensor:
+    """Return the bits at flat positions (int64) of a weight."""
+    whole = same_size_int(weight)
+    if whole.is_cpu and whole.is_contiguous():  # one thread of numpy does it as fast as all of torch's
+        return torch.from_numpy(whole.view(-1).numpy().take(at.numpy()))
+    return whole.take(at)
+
+
 def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
     """Write bits, or zeros, at flat positions of a weight."""
-    whole = same_size_int(weight)
-    values = whole.new_zeros(()).expand(len(at)) if bits is None else bits
-    whole.put_(at.long(), values)
+    whole, at = same_size_int(weight), at.long()
+    if whole.is_contiguous():  # takes half to two thirds of the time of put_
+        whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
+    else:
+        whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
 def inverted(bits: Tensor) -> Tensor:
@@ -77,15 +98,31 @@ def patch_of(weight: Tensor, mask: PackedMask, values: Tensor | None) -> Patch:
         values: what op "replace" puts at the zeros of the mask, flat.
     """
     at = places(mask.bits, weight.device)
-    old = same_size_int(weight).take(at)
-    new = None
+    old, new = changes(weight, mask, at, values)
+    return Patch(at.to(torch.int32) if len(mask.bits) < 2**31 else at, old, new)
+
+
+def changes(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the bits at the places of a mask, before and after, as `Patch` has them."""
+    old = read(weight, at)
     if mask.op == "flip":
-        new = inverted(old)
-    elif mask.op == "replace":
+        return old, inverted(old)
+    if mask.op == "replace":
         assert values is not None
-        new = same_size_int(values.to(weight))
-    small = at.to(torch.int32) if len(mask.bits) < 2**31 else at
-    return Patch(small, old, new)
+        return old, same_size_int(values.to(weight))
+    return old, None
+
+
+def located(
+    masks: Iterable[tuple[str, PackedMask]], weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, PackedMask, Tensor | None]]:
+    """Yield names and masks with the places of those that have `at_places`, which threads look for ahead."""
+
+    def find(item: tuple[str, PackedMask]) -> tuple[str, PackedMask, Tensor | None]:
+        name, mask = item
+        return name, mask, places(mask.bits, weights[name].device) if at_places(mask) else None
+
+    return in_order(find, masks, lambda item: 8 * item[1].bits.count(0), WORTH)
 
 
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
@@ -94,6 +131,6 @@ def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
     if mask.signs is not None:
         weight = weight.clone()
         at = places(mask.signs, device)
-        write(weight, at, inverted(same_size_int(weight).take(at)))
+        write(weight, at, inverted(read(weight, at)))
     alpha = None if mask.alpha is None else torch.tensor(mask.alpha, dtype=torch.float32, device=device)
     return masked_weight(weight, unpack(mask.bits).to(device).reshape(mask.shape), alpha)

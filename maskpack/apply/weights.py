@@ -13,7 +13,7 @@ from ..backbone.parameters import named_buffers, named_parameters, same_size_int
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask
 from .heads import head_fits, head_module, head_tensors, new_head
-from .patch import at_places, patch_of, places, rewritten, write
+from .patch import changes, located, rewritten, write
 
 
 @dataclass(eq=False)
@@ -158,8 +158,8 @@ def apply_masks(
     record = Applied(mask_id, restorable=restorable)
     _APPLIED[model] = record
     try:
-        for name, mask in masks:
-            saved = _apply(parameters[name], mask, (values or {}).get(name))
+        for name, mask, at in located(masks, parameters):
+            saved = _apply(parameters[name], mask, at, (values or {}).get(name))
             record.masks[name] = mask
             if saved is not None:
                 record.saved[name] = saved
@@ -199,28 +199,28 @@ def restore(model: nn.Module) -> None:
     state: Mapping[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
     for name, tensor in record.tensors.items():
         same_size_int(state[name].detach()).copy_(same_size_int(tensor.to(state[name])))
-    for name, mask in record.masks.items():
-        _undo(state[name].detach(), mask, record.saved.get(name))
+    for name, mask, at in located(record.masks.items(), state):
+        _undo(state[name].detach(), mask, at, record.saved.get(name))
     del _APPLIED[model]
 
 
-def _apply(parameter: Tensor, mask: PackedMask, values: Tensor | None) -> Tensor | None:
+def _apply(parameter: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None) -> Tensor | None:
     """Apply one mask; return what is needed to undo it: the changed weights, the whole tensor, or nothing."""
     weight = parameter.detach()
-    if at_places(mask):
-        patch = patch_of(weight, mask, values)
-        patch.put(weight)
-        return None if mask.op == "flip" else patch.old.view(weight.dtype)
+    if at is not None:
+        old, new = changes(weight, mask, at, values)
+        write(weight, at, new)
+        return None if mask.op == "flip" else old.view(weight.dtype)
     saved = weight.clone()
     weight.copy_(rewritten(weight, mask))
     return saved
 
 
-def _undo(weight: Tensor, mask: PackedMask, saved: Tensor | None) -> None:
+def _undo(weight: Tensor, mask: PackedMask, at: Tensor | None, saved: Tensor | None) -> None:
     if saved is None:
-        _apply(weight, mask, None)  # a sign flip undoes itself
-    elif at_places(mask):
-        write(weight, places(mask.bits, weight.device), same_size_int(saved.to(weight)))
+        _apply(weight, mask, at, None)  # a sign flip undoes itself
+    elif at is not None:
+        write(weight, at, same_size_int(saved.to(weight)))
     else:
         same_size_int(weight).copy_(same_size_int(saved.to(weight)))
 

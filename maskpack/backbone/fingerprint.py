@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneMismatchError
+from ..threads import in_order
 from .parameters import body, same_size_int
 
 CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 PREFIX = 6  # bytes kept of a tensor's digest, for each cast
+WORTH = 1 << 17  # weights; hashing fewer takes less than a thread costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,12 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     """Return the sha256 of a tensor cast to a dtype, row-major."""
     cast = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     return hashlib.sha256(same_size_int(cast).reshape(-1).numpy().data).digest()
+
+
+def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
+    """Return `tensor_digest` of each, several at a time."""
+    digests = in_order(lambda one: tensor_digest(one, dtype), tensors.values(), Tensor.numel, WORTH)
+    return dict(zip(tensors, digests, strict=True))
 
 
 def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +92,7 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     digests: dict[str, str] = {}
     prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
     for dtype in CASTS:
-        each = {name: tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
+        each = tensor_digests(tensors, dtype)
         digests[_name(dtype)] = _body_digest(tensors, each)
         prefixes = {name: prefix + each[name][:PREFIX] for name, prefix in prefixes.items()}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
@@ -122,7 +130,7 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     """Take the digests of a model's body that fingerprints are compared with."""
     tensors = _with_data(body(model, head))
     dtype = compared_dtype(tensors.values())
-    each = {name: tensor_digest(tensor, dtype) for name, tensor in tensors.items()}
+    each = tensor_digests(tensors, dtype)
     return Measured(dtype, _body_digest(tensors, each), each)
 
 

@@ -1,4 +1,4 @@
-"""Many payloads: several at once, their results in order, and how far it is."""
+"""Many payloads or tensors: several at once, their results in order, and how far it is."""
 
 import os
 from collections import deque
