@@ -73,7 +73,8 @@ def test_resumes_with_other_options_for_what_comes_last(folder: Path) -> None:
     assert following.startswith(f"cascade eval {folder} --data digits:5-9 --backbone ")
     assert len(ok(*shlex.split(following))["rows"]) == 6
     assert "belongs to another run: experts differ" in refused(*TRAIN, "--output", folder, "--resume", "--experts", "3")
-    assert "holds the checkpoint of an earlier run" in refused(*TRAIN, "--output", folder)
+    for words in ([], ["--dry-run"]):
+        assert "holds the checkpoint of an earlier run" in refused(*TRAIN, "--output", folder, *words)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:

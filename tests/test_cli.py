@@ -143,9 +143,10 @@ def test_resume(tmp_path: Path) -> None:
     ok(*TRAIN, "--output", tmp_path)
     before = (tmp_path / "maskpack_model.safetensors").read_bytes()
     (tmp_path / "maskpack_model.safetensors").unlink()
-    refused = run(*TRAIN, "--output", tmp_path)
-    assert refused.exit_code == 1
-    assert "holds the checkpoint of an earlier run; continue it with resume" in refused.stderr
+    for words in ([], ["--dry-run"]):
+        refused = run(*TRAIN, "--output", tmp_path, *words)
+        assert refused.exit_code == 1
+        assert "holds the checkpoint of an earlier run; continue it with resume" in refused.stderr
     ok(*TRAIN, "--output", tmp_path, "--resume")
     assert (tmp_path / "maskpack_model.safetensors").read_bytes() == before
 

@@ -39,7 +39,8 @@ def train(**given: Any) -> None:
     from maskpack import fit_cascade_head, inspect_adapter, save_adapter, train_cascade
     from maskpack.errors import ConfigError
     from maskpack.parts import COMBINES
-    from maskpack.training.cascade import check_cascade
+    from maskpack.training.cascade import DISPATCHER, check_cascade
+    from maskpack.training.checkpoint import check_untaken
     from maskpack.training.loop import plan_training
 
     settings = read_settings(train, given, config)
@@ -50,6 +51,8 @@ def train(**given: Any) -> None:
         raise ConfigError(
             f"--combine must be {' or '.join(COMBINES)} and --reduce at least 1; got {combine!r} and {reduce!r}"
         )
+    folder = output / training.RUN_FOLDER
+    check_untaken(folder / DISPATCHER, resume)
     inputs = training.evaluated(output, settings)
     backbone, data, run_config = training.load_inputs(settings, quiet, labelled)
     check_cascade(data, run_config, experts)
@@ -59,7 +62,6 @@ def train(**given: Any) -> None:
     if dry_run:
         emit({**plan, "experts": experts}, as_json, "Everything needed is there; nothing was trained or written.")
         return
-    folder = output / training.RUN_FOLDER
     with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
         result = train_cascade(backbone, data, run_config, experts=experts, output=folder, resume=resume, report=report)
     if not main_process():

@@ -164,10 +164,12 @@ def _train(
 ) -> None:
     quiet_libraries(quiet)
     from maskpack import inspect_adapter, save_adapter, train_mask
+    from maskpack.training.checkpoint import check_untaken
     from maskpack.training.loop import plan_training
 
     settings = read_settings(train, given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
+    check_untaken(output / RUN_FOLDER, resume)
     inputs = evaluated(output, settings)
     backbone, data, run_config = load_inputs(settings, quiet)
     plan = plan_training(backbone, data, run_config)

@@ -19,17 +19,22 @@ def run_folder(output: str | Path | None, resume: bool) -> Path | None:
     """Return the folder of a run, made if it is not there; None for None.
 
     Raises:
-        StateError: if it has a checkpoint, and the run is not to be resumed.
+        StateError: as `check_untaken`.
     """
     if output is None:
         return None
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    check_untaken(folder, resume)
+    return folder
+
+
+def check_untaken(folder: Path, resume: bool) -> None:
+    """Raise StateError if a folder has a checkpoint, and its run is not to be resumed."""
     if (folder / FILE).exists() and not resume:
         raise StateError(
             f"{folder} holds the checkpoint of an earlier run; continue it with resume, or choose another folder"
         )
-    return folder
 
 
 def write_with_facts(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

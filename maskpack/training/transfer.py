@@ -15,7 +15,7 @@ from ..errors import ConfigError, StateError, require
 from ..mask import MaskSet
 from ..parts import Parts
 from .borrow import borrowed
-from .checkpoint import FILE, run_folder
+from .checkpoint import FILE, check_untaken
 from .config import TrainConfig
 from .dense import body_parameters, of_weights, train_dense
 from .heads import own_linear
@@ -144,7 +144,7 @@ def check_output(folder: Path | None, resume: bool) -> None:
         )
     if not resume and folder is not None:
         for path in sorted((folder / RUNS).glob(f"*/{FILE}")):
-            run_folder(path.parent, resume)
+            check_untaken(path.parent, resume)
 
 
 def check_transfer(
