@@ -16,6 +16,7 @@ from maskpack import MaskBank, load_adapter, load_mask, unload_mask
 from maskpack.adapter.file import save_adapter
 from maskpack.apply import costs
 from maskpack.apply.load import MaskpackWarning
+from maskpack.apply.patch import patch_of, places
 from maskpack.apply.weights import apply_masks, restore
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.head import Head
@@ -207,6 +208,15 @@ def test_similar_masks_are_switched_by_what_differs(tiny: nn.Module, monkeypatch
     assert same(bits(tiny), bits(base))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.019, 0.03, 0.09, 0.11, 0.5, 1.0])
+@pytest.mark.parametrize("length", [0, 1, 8, 1001, 4096])
+def test_places_are_where_zeros_are(share: float, length: int) -> None:
+    zeros = torch.rand(length, generator=torch.Generator().manual_seed(length)) < share
+    found = places(PackedMask.from_tensor(~zeros).bits, torch.device("cpu"))
+    assert found.dtype == torch.int64
+    assert found.tolist() == [at for at, zero in enumerate(zeros.tolist()) if zero]
+
+
 def test_costs_are_measured() -> None:
     found = costs.measured(torch.device("cpu"), torch.float32)
     assert 0 < found.scan < found.write < 1e-5
@@ -229,6 +239,25 @@ def test_a_switch_that_fails_leaves_the_base(tiny: nn.Module, five: dict[str, Pa
                 monkeypatch.undo()
                 assert bank.active is None
                 assert same(bits(tiny), before), (first, second)
+
+
+def test_places_of_some_parameters_are_not_kept(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def second_fails(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return fails() if calls == 2 else patch_of(*given)
+
+    shapes = {name: p.shape for name, p in tiny.named_parameters() if p.dim() > 1}
+    before = bits(tiny)
+    with MaskBank(tiny) as bank:
+        bank.add(MaskSet.from_tensors({name: torch.rand(shape) < 0.5 for name, shape in shapes.items()}), "a")
+        monkeypatch.setattr("maskpack.apply.resident.patch_of", second_fails)
+        with pytest.raises(MemoryError):
+            bank.use("a")
+        assert bank.status().residents["a"].state == "packed"
+        assert same(bits(tiny), before)
 
 
 def fails(*_: object) -> None:

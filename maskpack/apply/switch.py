@@ -74,6 +74,8 @@ class Switch:
         except BaseException:
             with torch.inference_mode(False), torch.no_grad():
                 self._reset(before, one)
+            if one is not None:
+                self.forget(one)  # places of some parameters alone would be taken for those of all
             raise
         self.active = one
 
