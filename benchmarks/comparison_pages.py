@@ -70,7 +70,7 @@ def tables(measured: Path) -> str:
     """The tables at all labels, of every backbone and data set."""
     texts = []
     for title, folders in (
-        ("ResNet-20", PACS),
+        ("ResNet-20", (*PACS, "mnist")),
         ("ResNet-32", [f"resnet32-{name}" for name in PACS]),
         ("all-MiniLM-L6-v2", ["banking77"]),
     ):
