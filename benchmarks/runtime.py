@@ -54,6 +54,7 @@ def ratios(one: Mapping[str, Any]) -> dict[str, float]:
     found = {
         "ready / full": ready / (size["full"] * 8 / MEGABITS + load["full checkpoint"]),
         "load / PEFT load and merge": load["load_mask"] / load["PEFT load and merge"],
+        "load, verify off / PEFT": load["load_mask, verify off"] / load["PEFT load and merge"],
         "switch / load": switch["switch"] / min(load["load_mask"], load["PEFT load and merge"]),
         "forward / plain": switch["forward with a mask"] / switch["plain forward"],
     }

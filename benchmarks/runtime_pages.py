@@ -13,6 +13,7 @@ MARK = "python -m benchmarks.runtime --write docs/results.md"
 LIMITS = {
     "ready / full": ("time to ready at 100 Mbit/s / full checkpoint", "≤ 0.2", "≤ 0.1"),
     "load / PEFT load and merge": ("load_mask from a warm disk / PEFT LoRA r=8, load and merge", "≤ 1", "≤ 0.5"),
+    "load, verify off / PEFT": ("the same with verify='off'", "-", "-"),
     "switch / load": ("switch / loading either", "≤ 0.5", "≤ 0.2"),
     "forward / plain": ("forward with a mask / plain", "1.00", "1.00"),
     "step / full": ("training step / the same weights in full, Adam", "≤ 1.3", "≤ 1.10"),

@@ -50,8 +50,10 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
 
 def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
     """Return `tensor_digest` of each, several at a time."""
-    digests = in_order(lambda one: tensor_digest(one, dtype), tensors.values(), Tensor.numel, WORTH)
-    return dict(zip(tensors, digests, strict=True))
+    # a large one in between would hold others up
+    items = sorted(tensors.items(), key=lambda item: -item[1].numel())
+    digests = in_order(lambda item: tensor_digest(item[1], dtype), items, lambda item: item[1].numel(), WORTH)
+    return {name: digest for (name, _), digest in zip(items, digests, strict=True)}
 
 
 def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
