@@ -115,8 +115,8 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
         found["call after a switch"] = statistics.median(calls)
         turns: dict[str | None, list[float]] = {None: [], ADAPTERS[0]: []}
         for _ in range(REPEATS):
-            for name, own in turns.items():
-                with bank.disabled() if name is None else bank.using(name):
+            for which, own in turns.items():
+                with bank.disabled() if which is None else bank.using(which):
                     own.append(clock.once(lambda: forward(model, inputs)))
         found["plain forward"], found["forward with a mask"] = map(statistics.median, turns.values())
         found["switches"] = dict(bank.status().switches)

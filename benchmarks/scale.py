@@ -72,7 +72,7 @@ def made(name: str, rows: int, columns: int) -> Any:
 
 def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[str, Any]:
     """Pack the set in this process."""
-    from maskpack.adapter import threads
+    from maskpack import threads
     from maskpack.adapter.file import save_adapter
     from maskpack.backbone.fingerprint import Fingerprint
     from maskpack.mask import MaskSet, PackedMask
@@ -142,7 +142,7 @@ def general(remembered: Path) -> dict[str, int]:
 
 def read(path: Path, workers: int | None) -> dict[str, Any]:
     """Read, verify and decode the file in this process."""
-    from maskpack.adapter import threads
+    from maskpack import threads
     from maskpack.adapter.read import read_adapter
 
     threads.WORKERS = workers or threads.WORKERS
