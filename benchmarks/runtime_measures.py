@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from maskpack import MaskBank, fingerprint, load_adapter, load_mask, unload_mask
+from maskpack.backbone.classifier import example_count, taken
 from maskpack.backbone.fingerprint import check_fingerprint
 
 from .runtime_models import SUBJECTS, Subject, adapter_at, drawn, forward
@@ -120,19 +121,14 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
                     own.append(clock.once(lambda: forward(model, inputs)))
         found["plain forward"], found["forward with a mask"] = map(statistics.median, turns.values())
         found["switches"] = dict(bank.status().switches)
-        count = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+        count = example_count(inputs)
         if count > 1:
             names = [ADAPTERS[at % 2] for at in range(count)]
 
             def one_by_one() -> None:
                 for at, name in enumerate(names):
-                    single = (
-                        {k: t[at : at + 1] for k, t in inputs.items()}
-                        if isinstance(inputs, dict)
-                        else inputs[at : at + 1]
-                    )
                     with bank.using(name):
-                        forward(model, single)
+                        forward(model, taken(inputs, torch.tensor([at])))
 
             found["mixed batch"] = clock.median(lambda: bank(inputs, masks=names), 3)
             found["one by one"] = clock.median(one_by_one, 3)
@@ -181,8 +177,7 @@ def step(subject: Subject, kind: str, device: str) -> dict[str, float]:
         for parameter in learned:
             parameter.requires_grad_()
     optimizer = torch.optim.Adam(learned, lr=1e-4)
-    inputs = subject.inputs(subject.train)
-    inputs = {k: t.to(device) for k, t in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+    inputs = subject.inputs_on(device, subject.train)
     clock = Clock(device)
 
     def one() -> None:
@@ -205,10 +200,7 @@ def measure(name: str, device: str) -> dict[str, Any]:
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     model = subject.make().to(device).eval()
-    inputs = subject.inputs(subject.batch)
-    inputs = (
-        {k: t.to(device) for k, t in inputs.items()} if isinstance(inputs, dict) else inputs.to(device, subject.dtype)
-    )
+    inputs = subject.inputs_on(device, subject.batch)
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = Path(temporary)

@@ -35,6 +35,13 @@ class Subject:
     def names(self, model: nn.Module) -> list[str]:
         return [name for name in select_parameters(model) if not name.startswith(self.head)]
 
+    def inputs_on(self, device: str, count: int) -> dict[str, Tensor] | Tensor:
+        """Return the inputs of this many examples on a device, numbers in the model's dtype."""
+        found = self.inputs(count)
+        if isinstance(found, dict):
+            return {name: tensor.to(device) for name, tensor in found.items()}
+        return found.to(device, self.dtype)
+
 
 def timm_model(name: str) -> nn.Module:
     import timm
