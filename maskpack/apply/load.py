@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar, Unpack
 
@@ -85,8 +86,7 @@ def load_mask(
             ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
     beside = beside_masks(adapter, head, mode)
-    make_base(model, adapter, verify)
-    masks = adapter.iter_masks(base=unwrap(model))
+    masks = masks_on(model, adapter, verify)
     apply_masks(
         model,
         masks if mode == "target" else removing(masks),
@@ -153,11 +153,31 @@ def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, Pac
 
 def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
     """Unload what a model has loaded, and see that it is the adapter's base; see `load_mask`."""
+    _clear(model, adapter)
+    check_base(model, adapter, verify, stacklevel=4)
+
+
+def masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tuple[str, PackedMask]]:
+    """As `make_base`, and return the adapter's masks, which are decoded while the base is hashed."""
+    _clear(model, adapter)
+    masks = adapter.iter_masks(base=unwrap(model))
+    if verify == "off":
+        return masks
+    with ThreadPoolExecutor(1, "maskpack") as pool:
+        measured = pool.submit(measure_body, model, adapter.base.head)
+        try:
+            masks = iter(list(masks))
+        finally:  # a base that is another one is what is to be said, whatever it made of decoding
+            check_base(model, adapter, verify, measured.result(), stacklevel=4)
+    return masks
+
+
+def _clear(model: nn.Module, adapter: Adapter) -> None:
+    """Unload what a model has loaded, and see that the masks are for parameters of it."""
     if applied(model) is not None:
         restore(model)
     for name in adapter.sets:  # first, since quantised weights have a digest of nothing
         check_masks(model, adapter.shapes(name))
-    check_base(model, adapter, verify, stacklevel=4)
 
 
 def check_base(
