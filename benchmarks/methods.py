@@ -2,6 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.methods                          all, some hours; what is finished is read back
     MASKPACK_DATA=… python -m benchmarks.methods sketch selective         some of it
+    MASKPACK_DATA=… python -m benchmarks.methods sketch/topk bytes/mask   some lines
     python -m benchmarks.methods --write docs/results.md                  tables and curves from what is finished
 
 Every line is a comparison of one row in a folder of its own in benchmarks/measured/methods: rates chosen on validation
@@ -101,15 +102,16 @@ LINES: dict[str, dict[str, Line]] = {"sketch": SKETCH, "selective": SELECTIVE, "
 TEXT_GROUPS = ("bytes", "minilm")
 
 
-def run(group: str, output: Path = MEASURED) -> None:
-    """Run what is missing of a group."""
+def run(wanted: str, output: Path = MEASURED) -> None:
+    """Run what is missing of a group, or one line of it."""
+    group, _, only = wanted.partition("/")
     texts = group in TEXT_GROUPS
     backbone = minilm(output.parent) if texts else resnet(20)
     data = {"reference": DATA / ("data/banking77" if texts else "data/pacs/sketch")}
     for name, line in LINES[group].items():
         folder = output / f"{group}-{name}"
         path = folder / "line.json"
-        if path.exists():
+        if path.exists() or only not in ("", name):
             continue
         rates = line.rates
         if line.like:
@@ -124,7 +126,7 @@ def run(group: str, output: Path = MEASURED) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(LINES)}; default: all")
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(LINES)}, or group/line; default: all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", type=Path, help="only write the tables into this page")
     given = parser.parse_args()
@@ -135,8 +137,8 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
     torch.set_num_threads(given.threads)
-    for group in given.groups or LINES:
-        run(group)
+    for wanted in given.groups or LINES:
+        run(wanted)
 
 
 if __name__ == "__main__":

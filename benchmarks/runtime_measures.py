@@ -83,7 +83,7 @@ def loading(subject: Subject, model: nn.Module, folder: Path, clock: Clock) -> d
         "unload_mask": lambda: unload_mask(model),
         "load_mask, verify off": lambda: load_mask(model, path, verify="off"),
         "unload_mask, again": lambda: unload_mask(model),
-        "full checkpoint": lambda: model.load_state_dict(load_file(full)),
+        "full checkpoint": lambda: model.load_state_dict(load_file(full, device=clock.device)),
     }
     times: dict[str, list[float]] = {name: [] for name in (*turns, "PEFT load and merge")}
     for _ in range(ROUNDS + 1):
