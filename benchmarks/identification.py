@@ -1,10 +1,11 @@
 """Which of ten masks is a batch for: permuted MNIST on one random network, after Wortsman et al. (2020).
 
-    MASKPACK_DATA=… python -m benchmarks.identification       a quarter of an hour of one core
+    MASKPACK_DATA=… python -m benchmarks.identification       a quarter of an hour of one core; finished seeds are kept
 
 The result is a table of `benchmarks.runtime --write`.
 """
 
+import json
 import statistics
 from itertools import pairwise
 from pathlib import Path
@@ -89,10 +90,12 @@ def measured(seed: int) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    if not PATH.exists():
-        PATH.parent.mkdir(parents=True, exist_ok=True)
-        write_json(PATH, {"runs": [measured(seed) for seed in SEEDS]})
-    print(PATH.read_text())
+    PATH.parent.mkdir(parents=True, exist_ok=True)
+    runs = json.loads(PATH.read_text())["runs"] if PATH.exists() else []
+    for seed in SEEDS[len(runs) :]:
+        runs.append(measured(seed))
+        write_json(PATH, {"runs": runs})
+        print(runs[-1], flush=True)
 
 
 if __name__ == "__main__":
