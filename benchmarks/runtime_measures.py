@@ -18,7 +18,7 @@ from maskpack.backbone.fingerprint import check_fingerprint
 
 from .runtime_models import SUBJECTS, Subject, adapter_at, drawn, forward
 
-ROUNDS, REPEATS, SWITCHES, MANY = 7, 5, 20, 100
+ROUNDS, REPEATS, TURNS, SWITCHES, MANY = 7, 5, 11, 20, 100
 RANK = 8
 ADAPTERS = ("one", "other")
 
@@ -115,7 +115,7 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
         found["switch, p95"] = sorted(times)[int(0.95 * len(times))]
         found["call after a switch"] = statistics.median(calls)
         turns: dict[str | None, list[float]] = {None: [], ADAPTERS[0]: []}
-        for _ in range(REPEATS):
+        for _ in range(TURNS):  # a passing load on memory lasts longer than one turn
             for which, own in turns.items():
                 with bank.disabled() if which is None else bank.using(which):
                     own.append(clock.once(lambda: forward(model, inputs)))
