@@ -117,6 +117,24 @@ def test_the_loss_of_distribution_is_that_of_the_formula(tiny_backbone: Backbone
     assert torch.allclose(grads[0] - grads[1], torch.full((1368,), 0.5 / 1368), atol=1e-6)
 
 
+def test_distribution_compares_with_the_network_in_evaluation_mode(tiny_backbone: Backbone, unlabelled: Data) -> None:
+    with torch.no_grad():
+        tiny_backbone.model.fc.weight.mul_(40)
+    tiny_backbone.model.fc = nn.Sequential(nn.Dropout(0.5), tiny_backbone.model.fc)
+    backbone = replace(tiny_backbone, head="fc.1")
+    images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = backbone.model.eval()(images).detach()
+    run = Run(backbone, unlabelled, TrainConfig(objective="distribution", bn="freeze"))
+    assert unlabelled.test is not None
+    assert run.objective.evaluate(unlabelled.test) == pytest.approx({"divergence": 0, "agreement": 1}, abs=1e-6)
+    assert run.module.training
+    masked, whole = run.module(images)
+    assert torch.equal(whole, expected)
+    assert not torch.allclose(masked, whole)
+    assert run.module.training
+    detach_scores(backbone.model)
+
+
 def test_images_of_distribution_are_augmented_as_it_is_said(tmp_path: Path) -> None:
     train = ["train", *BACKBONE, "--data", "digits:5-9", "--labels-fraction", "0.1", "--steps", "2", "--bn", "freeze"]
     train += ["--objective", "distribution", "--objective-option", "strength=0", "--method", "topk"]
