@@ -120,7 +120,7 @@ def located(
         name, mask = item
         return name, mask, places(mask.bits, weights[name].device) if at_places(mask) else None
 
-    return in_order(find, masks, lambda item: 8 * item[1].bits.count(0), WORTH)
+    return in_order(find, masks, lambda item: 8 * item[1].bits.count(0) if at_places(item[1]) else 0, WORTH)
 
 
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
