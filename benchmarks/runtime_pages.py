@@ -29,6 +29,8 @@ SWITCHING = (
     "one by one",
 )  # fmt: skip
 
+HOW = ("one-shot", "binary", "each", "profiles")  # of `identify`
+
 
 def write_pages(measured: Path, page: Path) -> None:
     """Write the tables of what is finished between the page's markers."""
@@ -84,8 +86,9 @@ def identification(runs: Sequence[Mapping[str, Any]]) -> str:
         "| which of ten permutations; how | images in a batch | right | none of these | passes |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for key in runs[0]["rows"]:
-        how, size = key.split(", ")
+    keys = [tuple(key.split(", ")) for key in runs[0]["rows"]]
+    for how, size in sorted(keys, key=lambda key: (HOW.index(key[0]), len(key[1]), key[1])):
+        key = f"{how}, {size}"
         found = [run["rows"][key] for run in runs]
         right = f"{mean(one['accuracy'] for one in found):.3f}" if "accuracy" in found[0] else "-"
         passes = found[0].get("passes", "-")
