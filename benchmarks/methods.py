@@ -135,6 +135,9 @@ def main() -> None:
 
         write_pages(MEASURED, given.write)
         return
+    known = {*LINES, *(f"{group}/{name}" for group, lines in LINES.items() for name in lines)}
+    if unknown := [name for name in given.groups if name not in known]:
+        parser.error(f"there is no group or line {unknown[0]!r}; known: {', '.join(sorted(known))}")
     os.environ["OMP_NUM_THREADS"] = str(given.threads)
     torch.set_num_threads(given.threads)
     for wanted in given.groups or LINES:

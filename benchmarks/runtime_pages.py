@@ -6,6 +6,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from maskpack.apply.identify import HOWS
+
+from .identification import SIZES, UNSEEN
 from .pages import write_between
 from .runtime import MEGABITS, ratios
 
@@ -28,8 +31,6 @@ SWITCHING = (
     "plain forward", "forward with a mask", "call after a switch", "PEFT forward, not merged", "mixed batch",
     "one by one",
 )  # fmt: skip
-
-HOW = ("one-shot", "binary", "each", "profiles")  # of `identify`
 
 
 def write_pages(measured: Path, page: Path) -> None:
@@ -86,9 +87,11 @@ def identification(runs: Sequence[Mapping[str, Any]]) -> str:
         "| which of ten permutations; how | images in a batch | right | none of these | passes |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    keys = [tuple(key.split(", ")) for key in runs[0]["rows"]]
-    for how, size in sorted(keys, key=lambda key: (HOW.index(key[0]), len(key[1]), key[1])):
+    rows = [(how, size) for how in (*HOWS, "profiles") for size in (*map(str, SIZES), UNSEEN)]
+    for how, size in rows:
         key = f"{how}, {size}"
+        if key not in runs[0]["rows"]:
+            continue
         found = [run["rows"][key] for run in runs]
         right = f"{mean(one['accuracy'] for one in found):.3f}" if "accuracy" in found[0] else "-"
         passes = found[0].get("passes", "-")

@@ -166,10 +166,10 @@ def masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tup
     with ThreadPoolExecutor(1, "maskpack") as pool:
         measured = pool.submit(measure_body, model, adapter.base.head)
         try:
-            masks = iter(list(masks))
+            decoded = list(masks)
         finally:  # a base that is another one is what is to be said, whatever it made of decoding
             check_base(model, adapter, verify, measured.result(), stacklevel=4)
-    return masks
+    return decoded
 
 
 def _clear(model: nn.Module, adapter: Adapter) -> None:
