@@ -16,7 +16,7 @@ from maskpack import MaskBank, fingerprint, load_adapter, load_mask, unload_mask
 from maskpack.backbone.classifier import example_count, taken
 from maskpack.backbone.fingerprint import check_fingerprint
 
-from .runtime_models import SUBJECTS, Subject, adapter_at, drawn, forward
+from .runtime_models import SUBJECTS, Subject, adapter_at, forward
 
 ROUNDS, REPEATS, TURNS, SWITCHES, MANY = 7, 5, 11, 20, 100
 RANK = 8
@@ -147,10 +147,10 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
     return found
 
 
-def residents(subject: Subject, model: nn.Module) -> dict[str, int]:
+def residents(model: nn.Module, folder: Path) -> dict[str, int]:
     """Bytes that a bank takes for 1, 10 and 100 adapters, of which two were used."""
     found = {}
-    first, second = drawn(subject, model, 0), drawn(subject, model, 1)
+    first, second = (load_adapter(folder / name).masks() for name in ADAPTERS)
     with MaskBank(model) as bank:
         for index in range(MANY):
             bank.add((first, second)[index % 2], str(index))
@@ -162,12 +162,13 @@ def residents(subject: Subject, model: nn.Module) -> dict[str, int]:
     return found
 
 
-def step(subject: Subject, kind: str, device: str) -> dict[str, float]:
+def step(subject: Subject, kind: str, examples: int, device: str) -> dict[str, float]:
     """A training step of the masks or of the same weights, by Adam: seconds and peak memory, in this process."""
     from maskpack import attach_scores
 
     torch.manual_seed(0)
-    model = subject.make().to(device).train()
+    with torch.device(device):
+        model = subject.make().train()
     model.requires_grad_(False)
     names = set(subject.names(model))
     if kind == "mask":
@@ -177,7 +178,7 @@ def step(subject: Subject, kind: str, device: str) -> dict[str, float]:
         for parameter in learned:
             parameter.requires_grad_()
     optimizer = torch.optim.Adam(learned, lr=1e-4)
-    inputs = subject.inputs_on(device, subject.train)
+    inputs = subject.inputs_on(device, examples)
     clock = Clock(device)
 
     def one() -> None:
@@ -199,7 +200,8 @@ def measure(name: str, device: str) -> dict[str, Any]:
     """Measure one model in this process."""
     subject = SUBJECTS[name]
     torch.manual_seed(0)
-    model = subject.make().to(device).eval()
+    with torch.device(device):
+        model = subject.make().eval()
     inputs = subject.inputs_on(device, subject.batch)
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
@@ -209,7 +211,7 @@ def measure(name: str, device: str) -> dict[str, Any]:
             adapter_at(folder / own, subject, model, seed, base)
         found: dict[str, Any] = {"loading": loading(subject, model, folder, clock)}
         found["switching"] = switching(subject, model, folder, clock, inputs)
-        found["resident bytes"] = residents(subject, model)
+        found["resident bytes"] = residents(model, folder)
     found["model bytes"] = sum(p.nbytes for p in model.parameters())
     weights = sum(p.numel() for n, p in model.named_parameters() if n in set(subject.names(model)))
     on = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -20,7 +20,7 @@ class Subject:
     Attributes:
         make: builds it with random weights. inputs: of a forward pass with this many examples, by keyword or alone.
         density: of its masks, drawn independently. head: module outside the body. targets: of LoRA, by name's end.
-        batch: of the forward passes. train: examples of a training step, 0: none is measured.
+        batch: of the forward passes. train: whether a training step is measured.
     """
 
     make: Callable[[], nn.Module]
@@ -29,7 +29,7 @@ class Subject:
     head: str
     targets: str
     batch: int = 4
-    train: int = 0
+    train: bool = False
     dtype: torch.dtype = torch.float32
 
     def names(self, model: nn.Module) -> list[str]:
@@ -77,10 +77,10 @@ LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 CONVOLUTIONS = "conv1|conv2|conv3|downsample.0"
 # densities: Self-Masking Networks' ResNet-50 on CIFAR-100 without labels, its CLIP ViT with labels; others are usual
 SUBJECTS = {
-    "ResNet-50": Subject(lambda: timm_model("resnet50"), images, 0.925, "fc", CONVOLUTIONS, train=8),
+    "ResNet-50": Subject(lambda: timm_model("resnet50"), images, 0.925, "fc", CONVOLUTIONS, train=True),
     "ViT-B/16": Subject(lambda: timm_model("vit_base_patch16_224"), images, 0.987, "head", "qkv|proj|fc1|fc2"),
     "BERT-base": Subject(
-        bert, lambda n: tokens(n, 128, 30_000), 0.95, "classifier", "query|key|value|dense", train=8
+        bert, lambda n: tokens(n, 128, 30_000), 0.95, "classifier", "query|key|value|dense", train=True
     ),
     "decoder, 1.1 billion": Subject(
         decoder, lambda n: tokens(n, 32, 32_000), 0.95, "lm_head", LINEARS,
@@ -93,10 +93,13 @@ def drawn(subject: Subject, model: nn.Module, seed: int) -> MaskSet:
     """Return independent masks, packed one after the other."""
     from maskpack.mask import PackedMask
 
-    generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator(device).manual_seed(seed)
     return MaskSet({
-        name: PackedMask.from_tensor(torch.rand(parameters[name].shape, generator=generator) < subject.density)
+        name: PackedMask.from_tensor(
+            torch.rand(parameters[name].shape, generator=generator, device=device) < subject.density
+        )
         for name in subject.names(model)
     })  # fmt: skip
 

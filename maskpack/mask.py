@@ -4,8 +4,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, overload
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class PackedMask:
         op: what a zero bit does to its weight.
         alpha: divisor of the kept weights, float32(sqrt(kept / total)), or None if the scale is off.
         signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
+        zeros: rising flat positions of the zero bits, where decoding came by them; who keeps a mask leaves them out.
     """
 
     bits: bitarray
@@ -67,6 +68,7 @@ class PackedMask:
     op: Op = "zero"
     alpha: float | None = None
     signs: bitarray | None = None
+    zeros: NDArray[Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.op not in OPS:

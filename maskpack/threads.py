@@ -15,7 +15,11 @@ AHEAD = 1 << 27  # weights that are worked on or wait at one time; what codecs n
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], weights: Callable[[Item], int], worth: int
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    weights: Callable[[Item], int],
+    worth: int,
+    workers: int | None = None,
 ) -> Iterator[Result]:
     """Do work on items in threads and yield the results in the items' order.
 
@@ -23,21 +27,24 @@ def in_order(
     of the work comes where its result would. A consumer that stops early, or Ctrl-C, ends the threads.
 
     Args:
-        worth: from how many weights on an item is worth a thread, which costs some 50 microseconds.
+        worth: from how many weights on an item is worth a thread, which costs some 50 microseconds, and more where the
+            work is short calls between which it waits for the interpreter.
+        workers: threads; None stands for `WORKERS`.
     """
-    if WORKERS == 1:
+    workers = workers or WORKERS
+    if workers == 1:
         yield from map(work, items)
         return
     ahead = 0
     waiting: deque[tuple[Future[Result], int]] = deque()
-    pool = ThreadPoolExecutor(WORKERS, "maskpack")
+    pool = ThreadPoolExecutor(workers, "maskpack")
     try:
         for item in items:
             size = weights(item)
             if size < worth and not waiting:
                 yield work(item)
                 continue
-            while waiting and (ahead + size > AHEAD or len(waiting) >= 2 * WORKERS):
+            while waiting and (ahead + size > AHEAD or len(waiting) >= 2 * workers):
                 first, its_size = waiting.popleft()
                 yield first.result()
                 ahead -= its_size

@@ -117,9 +117,15 @@ class Adapter:
         """
         return MaskSet(dict(self.iter_masks(base, set)))
 
-    def iter_masks(self, base: Weights | None = None, set: str = "default") -> Iterator[tuple[str, PackedMask]]:
-        """Decode masks as they are asked for, sorted by name, in threads a bounded way ahead; else as `masks`."""
-        return self._decoder.masks(set, self._alphas(set), None if base is None else by_name(base))
+    def iter_masks(
+        self, base: Weights | None = None, set: str = "default", zeros: bool = False
+    ) -> Iterator[tuple[str, PackedMask]]:
+        """Decode masks as they are asked for, sorted by name, in threads a bounded way ahead; else as `masks`.
+
+        Args:
+            zeros: keep positions that decoding comes by, for masks that are applied and not kept.
+        """
+        return self._decoder.masks(set, self._alphas(set), None if base is None else by_name(base), zeros)
 
     def stream_masks(self, base: Weights | None = None, set: str = "default") -> MaskSet:
         """Return a set that decodes a mask whenever it is asked for, in the caller's thread; else as `masks`."""

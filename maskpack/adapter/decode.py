@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from bitarray import bitarray
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..backbone.fingerprint import Fingerprint, same_tensor
 from ..codecs.base import CODECS, Bits, Codec, Side, plausible
+from ..codecs.streams import place
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, Op, PackedMask, Row, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
@@ -17,7 +20,7 @@ from .header import Header
 from .sets import Payload
 from .weights import base_classes
 
-WORTH = 1 << 18  # weights
+WORTH = 1 << 22  # weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +71,12 @@ class Decoder:
             AdapterError: if it needs the base and none is given; CorruptAdapterError, UnknownCodecError,
             BackboneMismatchError: see `Adapter.masks`.
         """
+        return self._decode(set, index, weights)[0]
+
+    def _decode(
+        self, set: str, index: int, weights: Mapping[str, Tensor] | None
+    ) -> tuple[bitarray, NDArray[Any] | None]:
+        """As `decode`; return also the rising positions of the false bits, if the codec came by them."""
         one = self.header.sets[set]
         payload = one.payloads[index]
         codec = self.codec(payload)
@@ -91,7 +100,8 @@ class Decoder:
         table = None if coding.table is None else bytes(self.pieces[set][coding.table])
         side = Side(payload.shape, classes, reference, table)
         try:
-            packed = side.checked(codec.decode(data, side))
+            events = codec.events(data, side)
+            packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
             if reference is not None:
                 packed = packed ^ reference
             bits = PackedMask.from_bytes(packed, payload.shape).bits
@@ -103,21 +113,27 @@ class Decoder:
             raise CorruptAdapterError(
                 f"{self.path}: the mask of {name!r} in set {set!r} does not decode: {error}; fetch the file again"
             ) from error
-        return bits
+        zeros = None
+        if events is not None and events[0] == 0 and reference is None:
+            zeros = events[1]
+            if (zeros[1:] <= zeros[:-1]).any():
+                zeros = np.sort(zeros)
+        return bits, zeros
 
     def masks(
-        self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None
+        self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None, zeros: bool = False
     ) -> Iterator[tuple[str, PackedMask]]:
         """Decode the masks of a set in order; see `Adapter.iter_masks`."""
         one = self.header.sets[set]
         indices, signs = range(len(one.payloads)), None
-        decoded = in_order(lambda i: self.decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
-        for index, bits in enumerate(decoded):
+        decoded = in_order(lambda i: self._decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
+        for index, (bits, where) in enumerate(decoded):
             payload = one.payloads[index]
             if index + 1 < len(one.payloads) and one.payloads[index + 1].name == payload.name:
                 signs = bits  # of a ternary mask: they come before its zeros
                 continue
-            yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alphas[index], signs)
+            own = where if zeros else None
+            yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alphas[index], signs, own)
             signs = None
 
     def streamed(self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None) -> MaskSet:

@@ -160,7 +160,7 @@ def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
 def masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tuple[str, PackedMask]]:
     """As `make_base`, and return the adapter's masks, which are decoded while the base is hashed."""
     _clear(model, adapter)
-    masks = adapter.iter_masks(base=unwrap(model))
+    masks = adapter.iter_masks(base=unwrap(model), zeros=True)
     if verify == "off":
         return masks
     with ThreadPoolExecutor(1, "maskpack") as pool:

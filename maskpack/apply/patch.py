@@ -1,7 +1,7 @@
 """What a mask changes in one weight tensor, by the places of its zero bits."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
 
 FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
-WORTH = 1 << 16  # bytes of places
+WORTH = 1 << 22  # bytes of places
+FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are still in the core's cache
 
 
 def places(bits: bitarray, device: torch.device) -> Tensor:
@@ -84,6 +85,18 @@ def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
         whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
+def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None) -> Tensor:
+    """Apply a mask at its places, and return the bits that were there; `values` as of `patch_of`."""
+    few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
+    before = []
+    for start in range(0, len(at), few):
+        part = slice(start, start + few)
+        old, new = changes(weight, mask, at[part], None if values is None else values[part])
+        write(weight, at[part], new)
+        before.append(old)
+    return torch.cat(before) if before else same_size_int(weight.new_empty(0))
+
+
 def inverted(bits: Tensor) -> Tensor:
     """Invert the sign bit of floats that are given as integers: negation would change the payload of some NaNs."""
     return bits ^ (torch.iinfo(bits.dtype).min or 0x80)
@@ -118,9 +131,17 @@ def located(
 
     def find(item: tuple[str, PackedMask]) -> tuple[str, PackedMask, Tensor | None]:
         name, mask = item
-        return name, mask, places(mask.bits, weights[name].device) if at_places(mask) else None
+        if not at_places(mask):
+            return name, mask, None
+        device = weights[name].device
+        if mask.zeros is None:
+            return name, mask, places(mask.bits, device)
+        return name, replace(mask, zeros=None), torch.from_numpy(mask.zeros).to(device).long()
 
-    return in_order(find, masks, lambda item: 8 * item[1].bits.count(0) if at_places(item[1]) else 0, WORTH)
+    def worth(item: tuple[str, PackedMask]) -> int:
+        return 8 * item[1].bits.count(0) if item[1].zeros is None and at_places(item[1]) else 0
+
+    return in_order(find, masks, worth, WORTH)
 
 
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:

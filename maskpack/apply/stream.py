@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
-from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
+from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest
 from ..backbone.parameters import aliases, body, canonical, named_parameters, unwrap
 from ..backbone.state import COUNTER, fit_head, sources
+from ..backbone.tensor_digest import tensor_digest
 from ..errors import BackboneMismatchError, StateError
 from ..hub.download import PullOptions
 from ..tensorfile import open_tensors

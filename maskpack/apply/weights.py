@@ -13,7 +13,7 @@ from ..backbone.parameters import named_buffers, named_parameters, same_size_int
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask
 from .heads import head_fits, head_module, head_tensors, new_head
-from .patch import changes, located, rewritten, write
+from .patch import exchange, located, rewritten, write
 
 
 @dataclass(eq=False)
@@ -208,8 +208,7 @@ def _apply(parameter: Tensor, mask: PackedMask, at: Tensor | None, values: Tenso
     """Apply one mask; return what is needed to undo it: the changed weights, the whole tensor, or nothing."""
     weight = parameter.detach()
     if at is not None:
-        old, new = changes(weight, mask, at, values)
-        write(weight, at, new)
+        old = exchange(weight, mask, at, values)
         return None if mask.op == "flip" else old.view(weight.dtype)
     saved = weight.clone()
     weight.copy_(rewritten(weight, mask))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneMismatchError
-from ..threads import in_order
-from .parameters import body, same_size_int
+from ..threads import WORKERS, in_order
+from .parameters import body
+from .tensor_digest import tensor_digest
 
 CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 PREFIX = 6  # bytes kept of a tensor's digest, for each cast
@@ -42,17 +43,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Return the sha256 of a tensor cast to a dtype, row-major."""
-    cast = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    return hashlib.sha256(same_size_int(cast).reshape(-1).numpy().data).digest()
-
-
 def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
-    """Return `tensor_digest` of each, several at a time."""
+    """Return `tensor_digest` of each, several at a time where they are on the CPU."""
     # a large one in between would hold others up
     items = sorted(tensors.items(), key=lambda item: -item[1].numel())
-    digests = in_order(lambda item: tensor_digest(item[1], dtype), items, lambda item: item[1].numel(), WORTH)
+    # two threads of one core are no faster than one, and masks are decoded beside
+    workers = max(1, WORKERS // 2) if all(tensor.is_cpu for tensor in tensors.values()) else 1
+    digests = in_order(lambda item: tensor_digest(item[1], dtype), items, lambda item: item[1].numel(), WORTH, workers)
     return {name: digest for (name, _), digest in zip(items, digests, strict=True)}
 
 

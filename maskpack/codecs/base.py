@@ -25,6 +25,9 @@ values under names other than codec, op, reference, table; `type(codec)(**codec.
 encoded, and raise ConfigError or TypeError on settings that make no sense. Several threads use one instance. Two
 classes may share an id never; what an id decodes today it decodes for ever.
 
+**Events.** A codec that finds positions rather than bits when it decodes gives them in `events`, and its `decode` makes
+bits of them: applying a mask wants positions.
+
 **Declining.** `encode` returns None for a mask that a codec is not made for (`nm` where groups are not alike). It does
 not compete then; asked for by name, it is an error.
 
@@ -118,6 +121,16 @@ class Codec(ABC):
         Raises:
             CorruptAdapterError: if the payload does not give exactly `side.count` bits.
         """
+
+    def events(self, data: Bytes, side: Side) -> tuple[int, NDArray[Any]] | None:
+        """Return (symbol, distinct positions that have it, in any order; all others have the other symbol).
+
+        None if decoding does not come by them.
+
+        Raises:
+            CorruptAdapterError: as `decode`.
+        """
+        return None
 
     @classmethod
     @abstractmethod

@@ -73,10 +73,13 @@ class Density(Codec):
         return head + unary + counts + np.packbits(np.concatenate(fields), bitorder="little").tobytes()
 
     def decode(self, data: Bytes, side: Side) -> Bits:
+        return place(*self.events(data, side), side.count)
+
+    def events(self, data: Bytes, side: Side) -> tuple[int, Numbers]:
         reader = Reader(data)
         flags = reader.byte()
         if flags & ~1 == NO_EVENTS and len(data) == 1:
-            return place(flags & 1, np.zeros(0, dtype=np.int64), side.count)
+            return flags & 1, np.zeros(0, dtype=np.int64)
         if flags > 7:
             raise CorruptAdapterError(f"a density payload begins with {flags}, expected 0 to 7")
         width = reader.byte()
@@ -120,7 +123,7 @@ class Density(Codec):
             at, field = at + count, field + count * width
         for start in range(0, places.size, CHUNK):
             places[start : start + CHUNK] = octaves.positions(places[start : start + CHUNK])
-        return place(flags & 1, places, side.count)
+        return flags & 1, places
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:

@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import CorruptAdapterError
 from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .frames import from_frame, to_frame
-from .streams import FOUR_BYTES, Reader, distances, place, rarer
+from .streams import FOUR_BYTES, Numbers, Reader, distances, place, rarer
 
 FAR = 255  # as many weights without an event
 
@@ -31,6 +31,9 @@ class Gap(Codec):
         return bytes([symbol]) + to_frame(steps.tobytes(), 1)
 
     def decode(self, data: Bytes, side: Side) -> Bits:
+        return place(*self.events(data, side), side.count)
+
+    def events(self, data: Bytes, side: Side) -> tuple[int, Numbers]:
         reader = Reader(data)
         symbol = reader.byte()
         if symbol > 1:
@@ -44,7 +47,7 @@ class Gap(Codec):
         ends = np.cumsum(widths, dtype=np.int32 if side.count < FOUR_BYTES else np.int64)
         where = ends[near]
         where -= 1
-        return place(symbol, where, side.count)
+        return symbol, where
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
