@@ -47,7 +47,7 @@ def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
     """
     if scale is not None:
         weight = (weight.to(torch.float32) / scale).to(weight.dtype)
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return torch.where(mask, weight, 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=True)

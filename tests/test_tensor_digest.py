@@ -1,6 +1,7 @@
 """The digest of a weight tensor (docs/format.md section 3), against a slow reading of its specification."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,12 @@ def expected(data: bytes) -> bytes:
 def test_is_what_the_specification_says(count: int, dtype: torch.dtype) -> None:
     tensor = torch.randn(count, generator=torch.Generator().manual_seed(count))
     assert tensor_digest(tensor, dtype) == expected(raw(tensor.to(dtype)))
+
+
+def test_is_that_of_the_test_vector() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert f"`{tensor_digest(torch.arange(70_000.0), dtype).hex()}`" in text
 
 
 def test_layout_and_place_in_memory_do_not_count() -> None:
