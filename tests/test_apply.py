@@ -375,3 +375,43 @@ def test_load_adapter_reads_folders_and_files(tmp_path: Path, tiny: nn.Module) -
     )
     with warnings.catch_warnings(), pytest.raises(AdapterError, match="nowhere"):
         load_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_backward_pass_sees_that_weights_changed(contiguous: bool) -> None:
+    model = nn.Linear(30, 20)
+    if not contiguous:
+        model.weight.data = torch.randn(30, 20).t()
+    mask = PackedMask.from_tensor(torch.rand(20, 30, generator=torch.Generator().manual_seed(0)) < 0.5)
+    loss = model(torch.ones(2, 30, requires_grad=True)).sum()
+    apply_masks(model, [("weight", mask)], {"weight": (20, 30)}, mask_id="x")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("op", ["zero", "flip", "replace"])
+@pytest.mark.parametrize("codec", ["gap", "density"])
+@pytest.mark.parametrize("banded", [False, True])
+def test_positions_from_decoding_give_what_the_bits_give(tmp_path: Path, codec: str, op: Any, banded: bool) -> None:
+    """Also where a codec finds them in another order than the weights'."""
+    torch.manual_seed(0)
+    model = nn.Linear(200, 300, bias=False)
+    rate = torch.rand(300, 1) * torch.rand(1, 200) * 0.5 if banded else torch.full((300, 200), 0.07)
+    mask = PackedMask.from_tensor(torch.rand(300, 200) >= rate, op)
+    given = {"weight": torch.randn(mask.bits.count(0))} if op == "replace" else {}
+    base = fingerprint(model, id="x")
+    path = tmp_path / "a.safetensors"
+    adapter = save_adapter(path, Parts(MaskSet({"weight": mask}), values=given), base, codec=codec, task="features")
+    ((_, found),) = adapter.iter_masks(zeros=True)
+    assert found == mask
+    assert found.zeros is not None
+    assert found.zeros.tolist() == (~mask.tensor()).flatten().nonzero()[:, 0].tolist()
+    assert next(iter(adapter.iter_masks()))[1].zeros is None
+    assert adapter.masks()["weight"].zeros is None
+    other = copy.deepcopy(model)
+    apply_masks(other, [("weight", mask)], {"weight": (300, 200)}, mask_id="x", values=given)
+    before = bits(model)
+    load_mask(model, path)
+    assert same(bits(model), bits(other))
+    assert not same(bits(model), before)
+    assert same(bits(unload_mask(model)), before)
