@@ -56,8 +56,7 @@ class PackedMask:
 
     Attributes:
         bits: little bit order, row-major, one bit a weight; True = weight kept.
-        shape: the parameter's shape.
-        op: what a zero bit does to its weight.
+        shape: the parameter's shape. op: what a zero bit does to its weight.
         alpha: divisor of the kept weights, float32(sqrt(kept / total)), or None if the scale is off.
         signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
         zeros: rising flat positions of the zero bits, where decoding came by them; who keeps a mask leaves them out.
@@ -228,10 +227,9 @@ class MaskSet(Mapping[str, PackedMask]):
     @property
     def density(self) -> float:
         """Share of weights kept, over all parameters."""
-        kept = total = 0
-        for mask in self.masks.values():
-            kept, total = kept + mask.kept, total + len(mask.bits)
-        return kept / total if total else 1.0
+        sizes = [(mask.kept, len(mask.bits)) for mask in self.masks.values()]
+        total = sum(size for _, size in sizes)
+        return sum(kept for kept, _ in sizes) / total if total else 1.0
 
 
 Row = tuple[str, str, Op, tuple[int, ...], str]  # set, parameter, op, shape, hex sha256 of the packed bits

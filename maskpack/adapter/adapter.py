@@ -1,7 +1,7 @@
 """Adapter: an opened adapter file, its payloads not yet decoded."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.head import Head
 from ..errors import UnknownNameError
-from ..mask import MaskSet, PackedMask
+from ..mask import MaskSet
 from ..parts import CascadeParts
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..tensorheader import DTYPES, Span
 from ..threads import Progress
 from .cascade import PREFIX, cascade_parts
-from .decode import Decoder, checked_scales
+from .decode import Decoder, Masks, checked_scales
 from .header import Header
 from .heads import stored_head
 from .layout import BASE, BASE_BYTES, masked_names
@@ -117,14 +117,8 @@ class Adapter:
         """
         return MaskSet(dict(self.iter_masks(base, set)))
 
-    def iter_masks(
-        self, base: Weights | None = None, set: str = "default", zeros: bool = False
-    ) -> Iterator[tuple[str, PackedMask]]:
-        """Decode masks as they are asked for, sorted by name, in threads a bounded way ahead; else as `masks`.
-
-        Args:
-            zeros: keep positions that decoding comes by, for masks that are applied and not kept.
-        """
+    def iter_masks(self, base: Weights | None = None, set: str = "default", zeros: bool = False) -> Masks:
+        """As `masks`, each when asked for, by name, in threads a bounded way ahead; `zeros`: with their positions."""
         return self._decoder.masks(set, self._alphas(set), None if base is None else by_name(base), zeros)
 
     def stream_masks(self, base: Weights | None = None, set: str = "default") -> MaskSet:

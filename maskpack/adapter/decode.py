@@ -21,6 +21,7 @@ from .sets import Payload
 from .weights import base_classes
 
 WORTH = 1 << 22  # weights
+Masks = Iterator[tuple[str, PackedMask]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,8 +123,8 @@ class Decoder:
 
     def masks(
         self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None, zeros: bool = False
-    ) -> Iterator[tuple[str, PackedMask]]:
-        """Decode the masks of a set in order; see `Adapter.iter_masks`."""
+    ) -> Masks:
+        """Decode the masks of a set in order, with `zeros` where decoding came by them; see `Adapter.iter_masks`."""
         one = self.header.sets[set]
         indices, signs = range(len(one.payloads)), None
         decoded = in_order(lambda i: self._decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
