@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from maskpack.backbone.head import Head
 from maskpack.backbone.parameters import same_size_int
 from maskpack.backbone.select import select_parameters
 from maskpack.backbone.state import export_state
+from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.parts import Parts
@@ -415,3 +417,17 @@ def test_positions_from_decoding_give_what_the_bits_give(tmp_path: Path, codec: 
     assert same(bits(model), bits(other))
     assert not same(bits(model), before)
     assert same(bits(unload_mask(model)), before)
+
+
+@pytest.mark.parametrize("where", [[3, 3, 0], [0, 9, 9], [4, 5, 5]])
+def test_positions_that_come_twice_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: list[int]
+) -> None:
+    """A codec from elsewhere may be wrong: what is applied and what is put back would differ."""
+    model = nn.Linear(20, 1, bias=False)
+    mask = PackedMask.from_tensor(torch.arange(20)[None] > 1)  # two zeros, as the positions give
+    path = tmp_path / "a.safetensors"
+    adapter = save_adapter(path, MaskSet({"weight": mask}), fingerprint(model, id="x"), codec="gap", task="features")
+    monkeypatch.setattr(Gap, "events", lambda *_: (0, np.array(where)))
+    with pytest.raises(CorruptAdapterError, match="3 positions give 18 true bits: some come twice"):
+        adapter.masks()

@@ -108,17 +108,18 @@ class Decoder:
             bits = PackedMask.from_bytes(packed, payload.shape).bits
             if bits.count() != payload.kept:
                 raise CorruptAdapterError(f"it has {bits.count()} true bits, the header states {payload.kept}")
+            zeros = events[1] if events is not None and events[0] == 0 and reference is None else None
+            # a position that comes twice carries into another bit, and there are fewer bits than positions
+            if zeros is not None and len(zeros) != payload.weights - payload.kept:
+                raise CorruptAdapterError(f"{len(zeros)} positions give {payload.kept} true bits: some come twice")
         except MemoryError:
             raise
         except Exception as error:  # a codec from elsewhere may fail in any way on bytes that a stranger wrote
             raise CorruptAdapterError(
                 f"{self.path}: the mask of {name!r} in set {set!r} does not decode: {error}; fetch the file again"
             ) from error
-        zeros = None
-        if events is not None and events[0] == 0 and reference is None:
-            zeros = events[1]
-            if (zeros[1:] <= zeros[:-1]).any():
-                zeros = np.sort(zeros)
+        if zeros is not None and (zeros[1:] < zeros[:-1]).any():
+            zeros = np.sort(zeros)
         return bits, zeros
 
     def masks(
