@@ -16,7 +16,7 @@ from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.file import save_adapter
 from maskpack.adapter.predict import predict
 from maskpack.apply.load import MaskpackWarning, load_adapter, load_mask, unload_mask
-from maskpack.apply.weights import apply_masks, restore
+from maskpack.apply.weights import applied, apply_masks, restore
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.head import Head
 from maskpack.backbone.parameters import same_size_int
@@ -417,6 +417,17 @@ def test_positions_from_decoding_give_what_the_bits_give(tmp_path: Path, codec: 
     assert same(bits(model), bits(other))
     assert not same(bits(model), before)
     assert same(bits(unload_mask(model)), before)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_what_is_kept_of_an_applied_mask_has_no_positions(tmp_path: Path, tiny: nn.Module, scale: bool) -> None:
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, random_masks(tiny, scale=scale, density=0.9), fingerprint(tiny, id="x"), codec="density")
+    load_mask(tiny, path)
+    record = applied(tiny)
+    assert record is not None
+    assert record.masks
+    assert all(mask.zeros is None for mask in record.masks.values())
 
 
 @pytest.mark.parametrize("where", [[3, 3, 0], [0, 9, 9], [4, 5, 5]])

@@ -13,6 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maskpack.codecs import streams
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side
 from maskpack.codecs.choose import rivals
 from maskpack.codecs.classes import weight_classes
@@ -35,9 +36,12 @@ def round_trip(codec: Codec, bits: Bits, side: Side) -> bytes:
     payload = codec.encode(bits, side)
     if payload is None:
         return b""
-    again = type(codec)(**json.loads(json.dumps(codec.config()))).decode(memoryview(payload), side)
+    decoder = type(codec)(**json.loads(json.dumps(codec.config())))
+    again = decoder.decode(memoryview(payload), side)
     assert again.dtype == np.uint8
     assert np.array_equal(again, bits)
+    if (events := decoder.events(memoryview(payload), side)) is not None:
+        assert np.array_equal(streams.place(*events, side.count), bits)
     return payload
 
 

@@ -75,9 +75,9 @@ class Decoder:
         return self._decode(set, index, weights)[0]
 
     def _decode(
-        self, set: str, index: int, weights: Mapping[str, Tensor] | None
+        self, set: str, index: int, weights: Mapping[str, Tensor] | None, rising: bool = False
     ) -> tuple[bitarray, NDArray[Any] | None]:
-        """As `decode`; return also the rising positions of the false bits, if the codec came by them."""
+        """As `decode`; return also the positions of the false bits, in order if asked, if the codec came by them."""
         one = self.header.sets[set]
         payload = one.payloads[index]
         codec = self.codec(payload)
@@ -118,7 +118,7 @@ class Decoder:
             raise CorruptAdapterError(
                 f"{self.path}: the mask of {name!r} in set {set!r} does not decode: {error}; fetch the file again"
             ) from error
-        if zeros is not None and (zeros[1:] < zeros[:-1]).any():
+        if rising and zeros is not None and (zeros[1:] < zeros[:-1]).any():
             zeros = np.sort(zeros)
         return bits, zeros
 
@@ -128,7 +128,9 @@ class Decoder:
         """Decode the masks of a set in order, with `zeros` where decoding came by them; see `Adapter.iter_masks`."""
         one = self.header.sets[set]
         indices, signs = range(len(one.payloads)), None
-        decoded = in_order(lambda i: self._decode(set, i, weights), indices, lambda i: one.payloads[i].weights, WORTH)
+        decoded = in_order(
+            lambda i: self._decode(set, i, weights, zeros), indices, lambda i: one.payloads[i].weights, WORTH
+        )
         for index, (bits, where) in enumerate(decoded):
             payload = one.payloads[index]
             if index + 1 < len(one.payloads) and one.payloads[index + 1].name == payload.name:

@@ -73,7 +73,8 @@ def read(weight: Tensor, at: Tensor) -> Tensor:
     """Return the bits at flat positions (int64) of a weight."""
     whole = same_size_int(weight)
     if whole.is_cpu and whole.is_contiguous():  # one thread of numpy does it as fast as all of torch's
-        return torch.from_numpy(whole.view(-1).numpy().take(at.numpy(), mode="clip"))  # no check of what is right
+        # a mask has the weight's shape, so that numpy need not look for positions outside
+        return torch.from_numpy(whole.view(-1).numpy().take(at.numpy(), mode="clip"))
     return whole.take(at)
 
 
@@ -134,13 +135,12 @@ def located(
     """Yield names and masks with the places of those that have `at_places`, which threads look for ahead."""
 
     def find(item: tuple[str, PackedMask]) -> tuple[str, PackedMask, Tensor | None]:
-        name, mask = item
+        (name, mask), device = item, weights[item[0]].device
+        kept = replace(mask, zeros=None)  # by whoever undoes it
         if not at_places(mask):
-            return name, mask, None
-        device = weights[name].device
-        if mask.zeros is None:
-            return name, mask, places(mask.bits, device)
-        return name, replace(mask, zeros=None), torch.from_numpy(mask.zeros).to(device).long()
+            return name, kept, None
+        at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
+        return name, kept, at
 
     def worth(item: tuple[str, PackedMask]) -> int:
         return 8 * item[1].bits.count(0) if item[1].zeros is None and at_places(item[1]) else 0

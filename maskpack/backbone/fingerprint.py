@@ -27,7 +27,7 @@ class Fingerprint:
         dtype: dtype of the body when the fingerprint was taken, as in "float32".
         head: names of modules outside the body.
         digests: dtype name -> hex sha256 of the body cast to that dtype.
-        tensors: parameter name -> first 18 bytes as in `maskpack.base`: 6 bytes each of the sha256 of the tensor
+        tensors: parameter name -> first 18 bytes as in `maskpack.base`: 6 bytes each of the digest of the tensor
             cast to float32, bfloat16, float16.
     """
 

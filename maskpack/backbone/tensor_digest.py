@@ -32,10 +32,9 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     """
     cast = tensor.detach().to(dtype=dtype).contiguous()
     flat = same_size_int(cast).reshape(-1)
-    if flat.nbytes < LEAST or flat.device.type != "cuda":
-        flat = flat.cpu()
     if flat.nbytes < LEAST:
-        return hashlib.sha256(flat.numpy().data).digest()
+        return hashlib.sha256(flat.cpu().numpy().data).digest()
+    flat = flat if flat.is_cuda else flat.cpu()
     whole = flat.nbytes // ROW * ROW // flat.itemsize
     words, rest = flat[:whole], flat[whole:].cpu().numpy()
     sums = sums_on_device(words) if flat.is_cuda else sums_by_numpy(words.numpy().view(np.uint64).reshape(-1, 2 * HALF))
