@@ -1,12 +1,15 @@
 """On a GPU: the bits that a CPU gives, one storage for all masks, graphs that stay valid. Skipped where none is."""
 
 import copy
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from maskpack_cli.main import app
 from torch import nn
+from typer.testing import CliRunner
 
 from maskpack import MaskBank, attach_scores, extract_masks, fingerprint, load_mask, load_masked, unload_mask
 from maskpack.backbone.state import export_state
@@ -15,6 +18,7 @@ from maskpack.training.scored import scored_weights
 from .conftest import TinyNet
 from .test_apply import bits, same
 from .test_bank import KINDS, adapter_of
+from .test_cli import BACKBONE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,3 +138,18 @@ def test_what_training_sees_is_what_loading_gives(tiny: nn.Module, scale: bool) 
         divided = own if mask.alpha is None else own / torch.tensor(mask.alpha, device="cuda")
         assert torch.equal(weight, torch.where(mask.tensor().cuda(), divided, 0.0))
         assert 0 < mask.kept < len(mask.bits)
+
+
+def test_the_command_line_computes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["eval", *BACKBONE, "--data", "digits:5-9", "--knn", "--json", "--quiet"]
+    found = []
+    for device in ("cuda", "cpu"):
+        if device == "cpu":
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.stderr
+        assert (torch.cuda.max_memory_allocated() > before) == (device == "cuda")
+        found.append(json.loads(done.stdout)["features"][0]["accuracy"])
+    assert found[0] == pytest.approx(found[1], abs=0.02)

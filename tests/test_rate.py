@@ -118,21 +118,45 @@ def test_masks_fit_into_the_budget(tiny: nn.Module, digits: Data, method: str) -
     assert mask_id({"x": same.parts.masks}) == mask_id({"x": bound.parts.masks})
 
 
+def test_pressure_looks_ahead(tiny: nn.Module) -> None:
+    attach_scores(tiny, "threshold", ["conv*.weight"])
+    control = RateControl(list(scored_weights(tiny).values()), 100.0)
+
+    def moved(sizes: list[float]) -> float:
+        """How the pressure changes over the last of these sizes."""
+        control.trend, control.before, control.pressure = 0.0, 0.0, 1.0
+        for control.size in sizes:
+            last = control.pressure
+            control.follow()
+        return control.pressure / last
+
+    assert moved([90.0] * 9) < 1 < moved([110.0] * 9)
+    assert moved([70.0, 75.0, 80.0, 85.0, 90.0]) > 1, "in a few steps it will be too large"
+    assert moved([150.0, 140.0, 130.0, 120.0, 110.0]) < 1, "and here within the budget"
+    assert moved([1e-3] * 30) == pytest.approx(math.exp(-0.15)), "at most so much in a step"
+
+
 def test_pressure_follows_the_size(tiny: nn.Module) -> None:
     attach_scores(tiny, "threshold", ["conv*.weight"])
     scored = list(scored_weights(tiny).values())
     control = RateControl(scored, 100.0)
-    start = control.pressure
+    least, control.pressure = control.pressure, 1.0
     for _ in range(5):
         penalty = control.penalty()
-    assert control.pressure < start, "nothing is removed yet"
+        control.follow()
+    assert control.pressure < 1, "nothing is removed yet"
     assert penalty.requires_grad
     with torch.no_grad():
         for one in scored:
             one.scores[torch.rand(one.scores.shape) < 0.5] = -1.0
-    low = control.pressure
-    penalty = control.penalty()
+    low = control.pressure = least
+    for _ in range(99):
+        control.follow()
+    assert control.pressure == least
+    control.penalty()
+    control.follow()
     assert control.pressure > low
+    penalty = control.penalty()
     masks = [one.binary().float().requires_grad_() for one in scored]
     bits = torch.stack([coded_bits(mask) for mask in masks]).sum()
     share = control.pressure / sum(mask.numel() for mask in masks)

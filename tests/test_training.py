@@ -22,10 +22,9 @@ from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
 from maskpack.training import checkpoint
-from maskpack.training.config import TrainConfig, config_from, read_config
+from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
 from maskpack.training.log import RunLog
 from maskpack.training.loop import plan_training, train_mask
-from maskpack.training.run import learning_rate
 from maskpack.training.scored import attach_scores, extract_masks, scored_weights
 
 from .conftest import TinyNet

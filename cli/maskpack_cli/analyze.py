@@ -10,7 +10,7 @@ import typer
 from . import starts
 from .adapters import RandomWeights, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
-from .use import base_of
+from .use import base_of, on_gpu
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,7 +184,7 @@ def _opened(refs: Sequence[str], **given: Any) -> "tuple[Evaluations, list[Netwo
         named.append((name, load_adapter(ref, token=given["token"]) if is_adapter(ref) else ref))
     classes = next((ref.class_names for _, ref in named if not isinstance(ref, str) and ref.class_names), None)
     note(f"Loading the backbone and {given['data']} …", given["quiet"])
-    backbone = _backbone(next((ref for _, ref in named if not isinstance(ref, str)), None), **given)
+    backbone = on_gpu(_backbone(next((ref for _, ref in named if not isinstance(ref, str)), None), **given))
     columns = {name: given[name] for name in ("input_column", "label_column")}
     data = load_data(given["data"], class_names=classes, **columns)
     base = state_of(backbone.model)

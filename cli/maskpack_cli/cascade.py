@@ -12,7 +12,7 @@ from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, main_process, note, quiet_libraries, table
 from .progress import Progress
 from .settings import OWN, option, read_settings
-from .use import BackboneOption, base_of
+from .use import BackboneOption, base_of, on_gpu
 
 verbs = typer.Typer(help="A dispatcher, and an expert for each cluster of the data: train them, compare them.")
 PANEL = "Cascade"
@@ -117,7 +117,7 @@ def evaluate(
     from maskpack.evaluate.cascade import cascade_table
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
-    base = base_of(adapter, backbone, weights, random_weights)
+    base = on_gpu(base_of(adapter, backbone, weights, random_weights))
     found = load_data(
         data,
         input_column=input_column,

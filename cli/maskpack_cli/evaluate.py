@@ -7,7 +7,7 @@ import typer
 
 from .adapters import RandomWeights, RequireRevision, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
-from .use import BackboneOption, ModeOption, loaded
+from .use import BackboneOption, ModeOption, loaded, on_gpu
 
 if TYPE_CHECKING:
     from maskpack.data.base import Data, Examples
@@ -62,8 +62,8 @@ def evaluate(
         model = as_loaded(found, adapter)
     else:
         assert backbone is not None
-        model = load_backbone(
-            backbone, weights=weights, random_weights=random_weights, head=head, image_size=image_size
+        model = on_gpu(
+            load_backbone(backbone, weights=weights, random_weights=random_weights, head=head, image_size=image_size)
         )
     names = None if adapter is None else source_classes(adapter) if mode == "source" else adapter.class_names
     read = load_data(data, class_names=names, input_column=input_column, label_column=label_column)

@@ -35,13 +35,22 @@ def loaded(
     random: str | None,
     mode: "Mode" = "target",
 ) -> "tuple[Backbone, Adapter]":
-    """Return the backbone with the adapter applied."""
+    """Return the backbone with the adapter applied, on the GPU where there is one."""
     from maskpack import load_adapter, load_mask
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
-    backbone = base_of(adapter, reference, weights, random)
+    backbone = on_gpu(base_of(adapter, reference, weights, random))
     load_mask(backbone.model, adapter, mode=mode)
     return backbone, adapter
+
+
+def on_gpu(backbone: "Backbone") -> "Backbone":
+    """Move a backbone, before anything is loaded into it, to the GPU where there is one, as training does."""
+    import torch
+
+    if torch.cuda.is_available():
+        backbone.model.cuda()
+    return backbone
 
 
 def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, random: str | None) -> "Backbone":
@@ -84,7 +93,7 @@ def predict(
     from maskpack.evaluate.transfer import source_classes
 
     adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
-    masked = base_of(adapter, backbone, weights, random_weights)
+    masked = on_gpu(base_of(adapter, backbone, weights, random_weights))
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
     together = None if adapter.cascade is None else load_cascade(masked.model, adapter)

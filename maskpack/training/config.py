@@ -1,5 +1,6 @@
 """The settings of a training run: the one configuration class."""
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -175,3 +176,13 @@ def _accepted(name: str, default: Any) -> tuple[type, ...]:
     if default is None:
         return (int, type(None)) if name in ("steps", "bytes_budget") else (int, float, type(None))
     return (int, float) if isinstance(default, float) else (type(default),)
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """Return the share of the peak learning rate at a step: a linear rise, then a half cosine to zero, or constant."""
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))

@@ -18,13 +18,13 @@ from ..data.batches import EpochSampler, epoch_seed, readable
 from ..errors import ConfigError, StateError, TrainingError
 from .batchnorm import BATCH_NORMS, set_train_mode
 from .checkpoint import FILE, check_same_run, load_checkpoint, restore, save_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, learning_rate
 from .gated import Gates, attach_gates
 from .histograms import GateHistory
 from .log import RunLog
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
-from .run import LOG_EVERY, learning_rate, new_accelerator
+from .run import LOG_EVERY, new_accelerator
 from .tasks import JointConfig, Task
 
 PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ

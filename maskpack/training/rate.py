@@ -15,7 +15,8 @@ from ..methods.base import rising_methods
 from .config import TrainConfig
 from .scored_weight import ScoredWeight
 
-START, REACTION = 0.1, 0.05  # of the pressure: its first value, and how fast it follows the size
+LEAST, REACTION = 0.01, 0.15  # of the pressure: its first and least value, and how fast it follows the size
+HORIZON, SMOOTHING = 20, 0.2  # steps that are looked ahead, and the weight of the last step in the trend
 HALVINGS = 24  # of the interval in which the shift that fits lies
 MARGIN = 1.002  # where an exact size turned out too great
 
@@ -79,17 +80,20 @@ def rate_control(config: TrainConfig, scored: Sequence[ScoredWeight]) -> "RateCo
 class RateControl:
     """Keeps the masks of a run within a budget of bytes.
 
-    The loss of a step gets pressure * coded bits / weights. The pressure rises while the masks are too large and falls
-    while they are not: its logarithm by REACTION times the logarithm of size / budget, at most 1, each step.
+    The loss of a step gets pressure * coded bits / weights. The pressure rises where the masks will be too large in
+    HORIZON steps and falls where they will not: its logarithm by REACTION times the logarithm of that size / budget, at
+    most 1, each step. Without looking ahead it rises as long as the size is too great, and is far too strong then.
 
     Attributes:
-        pressure: now. ratio: bytes of the codecs, relative to those of `coded_bits`, when they were last compared.
+        pressure: now. trend: the logarithm by which the size grows in a step, smoothed.
+        ratio: bytes of the codecs, relative to those of `coded_bits`, when they were last compared.
     """
 
     def __init__(self, scored: Sequence[ScoredWeight], budget: float):
         self.scored, self.budget = scored, budget
         self.weights = sum(math.prod(one.shape) for one in scored)
-        self.pressure, self.ratio = START, 1.0
+        self.pressure, self.trend, self.ratio = LEAST, 0.0, 1.0
+        self.size, self.before = 0.0, 0.0  # bytes by `coded_bits`, in this step and in the one before
         if not scored[0].method.rising:
             raise ConfigError(
                 f"a budget of bytes needs scores that keep more weights the higher they are, one for each weight, and "
@@ -104,11 +108,18 @@ class RateControl:
             )
 
     def penalty(self) -> Tensor:
-        """Return what is added to the loss of a step, and follow the size with the pressure."""
+        """Return what is added to the loss of a step."""
         bits = torch.stack([coded_bits(_straight(one)) for one in self.scored]).sum()
-        size = float(bits.detach()) / 8 * self.ratio
-        self.pressure *= math.exp(REACTION * min(max(math.log(max(size, 1.0) / self.budget), -1.0), 1.0))
+        self.size = max(float(bits.detach()) / 8, 1.0)
         return self.pressure / self.weights * bits
+
+    def follow(self) -> None:
+        """Follow the size with the pressure, after each step of the optimiser."""
+        grown = math.log(self.size / self.before) if self.before else 0.0
+        self.trend += SMOOTHING * (grown - self.trend)
+        self.before = self.size
+        ahead = math.log(self.size * self.ratio / self.budget) + HORIZON * self.trend
+        self.pressure = max(self.pressure * math.exp(REACTION * min(max(ahead, -1.0), 1.0)), LEAST)
 
     def end_epoch(self, last: bool) -> int:
         """Compare the estimate with the codecs, and return their bytes; after the last epoch within the budget."""
@@ -139,11 +150,12 @@ class RateControl:
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, beside the scores."""
-        return {"pressure": self.pressure, "ratio": self.ratio}
+        return {"pressure": self.pressure, "trend": self.trend, "before": self.before, "ratio": self.ratio}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue as a checkpoint left off."""
         self.pressure, self.ratio = state["pressure"], state["ratio"]
+        self.trend, self.before = state["trend"], state["before"]
 
     def _fits(self, shift: float) -> bool:
         return self._estimate(shift) * self.ratio <= self.budget

@@ -25,7 +25,7 @@ from .checkpoint import (
     take_over,
     trained_tensors,
 )
-from .config import TrainConfig
+from .config import TrainConfig, learning_rate
 from .learn import Learn, learn_scores, learn_whole
 from .log import RunLog
 from .objectives.base import check_data, find_objective
@@ -34,16 +34,6 @@ from .record import training_record
 from .scored import density, scored_models, scored_weights
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
-
-
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """Return the share of the peak learning rate at a step: a linear rise, then a half cosine to zero, or constant."""
-    warm = round(config.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
 def new_accelerator(config: TrainConfig) -> Any:
@@ -227,6 +217,8 @@ class Run:
             total, count = total + value, count + 1
             if self.accelerator.sync_gradients:
                 step += 1
+                if self.control is not None:
+                    self.control.follow()
                 if step % LOG_EVERY == 0 or step == self.steps:
                     pace = (time.monotonic() - started) / (step - steps_before)
                     log.write(
