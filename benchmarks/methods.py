@@ -68,6 +68,14 @@ SKETCH = {
     "flip": method(UNSCALED, "flip", (10.0, 25.0, 60.0)),
     "ternary": method(UNSCALED, "ternary", (10.0, 25.0, 60.0)),
     "edit": method(ADAM, "edit", (0.001, 0.003, 0.01), "edit, share 0.2", scale=False, options={"share": 0.2}),
+    "edit-gentle": method(
+        ADAM,
+        "edit",
+        (0.001, 0.003, 0.01),
+        "edit, share 0.2, strength 0.01",
+        scale=False,
+        options={"share": 0.2, "strength": 0.01},
+    ),
     "naive": method(IMAGES, "naive", (1.0,)),
 }
 RULES = {f"random-{share}": f"random:{share}" for share in (0.05, 0.1, 0.2, 0.4, 0.7)}
@@ -88,7 +96,7 @@ MINILM = {
     "naive": method(MIXED, "naive", (1.0,)),
 }
 LONG = replace(MIXED, steps=624)  # four epochs: masks need them to pass the probe
-BUDGETS = (160_000, 80_000, 40_000)
+BUDGETS = (160_000, 80_000, 40_000, 20_000)
 BYTES = {"mask": Line(LONG, (0.01, 0.02, 0.04), words="no budget")}
 BYTES |= {
     f"mask-{budget // 1000}kB": Line(

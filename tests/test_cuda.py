@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from maskpack.training.scored import scored_weights
 from .conftest import TinyNet
 from .test_apply import bits, same
 from .test_bank import KINDS, adapter_of
-from .test_cli import BACKBONE
+from .test_cli import BACKBONE, TRAIN
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,16 +143,28 @@ def test_what_training_sees_is_what_loading_gives(tiny: nn.Module, scale: bool) 
         assert 0 < mask.kept < len(mask.bits)
 
 
-def test_the_command_line_computes_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["eval", *BACKBONE, "--data", "digits:5-9", "--knn", "--json", "--quiet"]
+@pytest.mark.parametrize("verb", ["eval", "analyze mistakes"])
+def test_the_command_line_computes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    adapter = [str(tmp_path / "mask"), *BACKBONE, "--data", "digits:5-9", "--json", "--quiet"]
+    assert CliRunner().invoke(app, [*TRAIN, "--output", str(tmp_path / "mask")]).exit_code == 0
     found = []
-    for device in ("cuda", "cpu"):
-        if device == "cpu":
-            monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.max_memory_allocated()
-        done = CliRunner().invoke(app, words)
+    for on_cpu in ("false", "true"):
+        monkeypatch.setenv("ACCELERATE_USE_CPU", on_cpu)
+        torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved()
+        done = CliRunner().invoke(app, [*verb.split(), *adapter])
         assert done.exit_code == 0, done.stderr
-        assert (torch.cuda.max_memory_allocated() > before) == (device == "cuda")
-        found.append(json.loads(done.stdout)["features"][0]["accuracy"])
+        assert (torch.cuda.memory_reserved() > reserved) == (on_cpu == "false")
+        answer = json.loads(done.stdout)
+        found.append(answer["accuracy"] if verb == "eval" else answer["networks"][0]["accuracy"])
     assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
+@pytest.mark.parametrize("on_cpu", ["true", "false"])
+def test_training_may_be_kept_from_it(tmp_path: Path, on_cpu: str) -> None:
+    words = [*TRAIN, "--output", str(tmp_path / "mask")]
+    code = f"from maskpack_cli.main import app; app({words!r}, standalone_mode=False); import torch; "
+    code += "print(torch.cuda.is_initialized() and torch.cuda.max_memory_allocated() > 0)"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": on_cpu}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-1:] == [str(on_cpu == "false")], done.stderr

@@ -1,5 +1,6 @@
 """maskpack predict | export: an adapter on its backbone."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,10 +46,11 @@ def loaded(
 
 
 def on_gpu(backbone: "Backbone") -> "Backbone":
-    """Move a backbone, before anything is loaded into it, to the GPU where there is one, as training does."""
+    """Move a backbone, before anything is loaded into it, to the GPU where there is one and training would use it."""
     import torch
 
-    if torch.cuda.is_available():
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    if torch.cuda.is_available() and not on_cpu:
         backbone.model.cuda()
     return backbone
 

@@ -8,10 +8,9 @@ from ..adapter.file import read_adapter, save_adapter
 from ..backbone.load import Backbone
 from ..backbone.state import export_state
 from ..codecs.base import Profile
-from ..errors import require
 from ..training.checkpoint import FILE
 from ..training.config import TrainConfig
-from ..training.log import Report
+from ..training.log import Report, is_main_process
 from ..training.loop import TrainResult, plan_training, train_mask
 from ..training.multitask import plan_jointly, train_jointly, trained_backbone
 from ..training.tasks import JointConfig, Task
@@ -56,7 +55,7 @@ def train_tasks(
             backbone, or a finished task with other settings or data. Others: as the runs raise.
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
-    main = require("accelerate", "train", "training").PartialState().is_main_process
+    main = is_main_process()
     about = about_folder(backbone, mode)
     missing = survey(backbone, tasks, folder, mode, config, joint)
     folder.mkdir(parents=True, exist_ok=True)

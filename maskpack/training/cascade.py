@@ -18,14 +18,14 @@ from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
-from ..errors import ConfigError, StateError, TrainingError, require
+from ..errors import ConfigError, StateError, TrainingError
 from ..parts import CascadeParts, Parts
 from ..router import MIXTURE, WHITENING, Router, Whitening
 from ..tensorfile import replacing
 from .borrow import borrowed
 from .checkpoint import FILE, checkpoint_digest, read_with_facts, take_over, trained_tensors, write_with_facts
 from .config import TrainConfig
-from .log import Report, tagged
+from .log import Report, is_main_process, tagged
 from .loop import TrainResult, train_mask
 from .router import fit_router
 from .run import Run
@@ -120,7 +120,7 @@ def _train(
             report=tagged(report, name),
         )
 
-    main = require("accelerate", "train", "training").PartialState().is_main_process
+    main = is_main_process()
     first = run(DISPATCHER, data, config, None)
     assert data.train is not None
     x = _embeddings(backbone, data, config, folder / DISPATCHER, first.base)

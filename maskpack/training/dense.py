@@ -11,12 +11,12 @@ from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.parameters import inside
 from ..data.base import Data
-from ..errors import ConfigError, require
+from ..errors import ConfigError
 from .batchnorm import batchnorm_statistics
 from .checkpoint import run_folder
 from .config import TrainConfig
 from .learn import Learn
-from .log import Report, RunLog
+from .log import Report, RunLog, is_main_process
 from .run import Run
 
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
@@ -77,7 +77,7 @@ def train_dense(
     Raises:
         What `train_mask` raises.
     """
-    main = require("accelerate", "train", "training").PartialState().is_main_process
+    main = is_main_process()
     folder = run_folder(output, resume)
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     with RunLog(folder if main else None, report if main else None, resume) as log:

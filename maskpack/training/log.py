@@ -17,6 +17,13 @@ def tagged(report: Report | None, part: str) -> Report | None:
     return None if report is None else lambda event: report({**event, "part": part})
 
 
+def is_main_process() -> bool:
+    """Tell whether this process writes and prints, of those that Accelerate started."""
+    accelerate = require("accelerate", "train", "training")
+    # the first state of a process decides on its device, and does not look at this variable
+    return bool(accelerate.PartialState(accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process)
+
+
 class RunLog:
     """Writes events to `log.jsonl` and their numbers to TensorBoard, and passes them on.
 

@@ -12,7 +12,7 @@ from ..backbone.head import find_head
 from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import readable
-from ..errors import TrainingError, require
+from ..errors import TrainingError
 from ..parts import FEATURES, Parts
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics
@@ -20,7 +20,7 @@ from .borrow import borrowed
 from .checkpoint import run_folder
 from .config import TrainConfig
 from .learn import Learn, learn_scores
-from .log import Report, RunLog
+from .log import Report, RunLog, is_main_process
 from .run import Run
 from .scored import extract_masks, replaced_values
 
@@ -75,7 +75,7 @@ def train_mask(
     """
     config = config or TrainConfig()
     backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
-    main = require("accelerate", "train", "training").PartialState().is_main_process
+    main = is_main_process()
     folder = run_folder(output, resume)
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone, config.train), RunLog(folder if main else None, report if main else None, resume) as log:

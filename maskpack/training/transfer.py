@@ -11,7 +11,7 @@ from ..backbone.load import Backbone
 from ..backbone.select import select_parameters
 from ..backbone.state import export_state
 from ..data.base import Data
-from ..errors import ConfigError, StateError, require
+from ..errors import ConfigError, StateError
 from ..mask import MaskSet
 from ..parts import Parts
 from .borrow import borrowed
@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .dense import body_parameters, of_weights, train_dense
 from .heads import own_linear
 from .learn import learn_scores
-from .log import Report, tagged
+from .log import Report, is_main_process, tagged
 from .reuse import STARTS, Start, current_values, find_reuse, start_values, train_reused
 from .scored import scored_weights
 
@@ -104,7 +104,7 @@ def train_transfer(
     before = current_values(backbone, names)
     if not source_trained:
         backbone = train_source(backbone, source, weights, **run(SOURCE))
-        if folder is not None and require("accelerate", "train", "training").PartialState().is_main_process:
+        if folder is not None and is_main_process():
             export_state(folder / SOURCE_FILE, backbone.model)
     masks = find_reuse(backbone, source, config, **run(MASK))
     weights = replace(weights, head_kind="own" if source.class_names == target.class_names else "linear")
