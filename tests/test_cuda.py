@@ -145,14 +145,15 @@ def test_what_training_sees_is_what_loading_gives(tiny: nn.Module, scale: bool) 
 
 @pytest.mark.parametrize("verb", ["eval", "analyze mistakes"])
 def test_the_command_line_computes_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
-    adapter = [str(tmp_path / "mask"), *BACKBONE, "--data", "digits:5-9", "--json", "--quiet"]
+    adapters = [str(tmp_path / "mask")] * (1 if verb == "eval" else 2)
+    words = [*verb.split(), *adapters, *BACKBONE, "--data", "digits:5-9", "--json", "--quiet"]
     assert CliRunner().invoke(app, [*TRAIN, "--output", str(tmp_path / "mask")]).exit_code == 0
     found = []
     for on_cpu in ("false", "true"):
         monkeypatch.setenv("ACCELERATE_USE_CPU", on_cpu)
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved()
-        done = CliRunner().invoke(app, [*verb.split(), *adapter])
+        done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.stderr
         assert (torch.cuda.memory_reserved() > reserved) == (on_cpu == "false")
         answer = json.loads(done.stdout)
