@@ -51,6 +51,8 @@ class Method(ABC):
         op: what a zero of the mask does to its weight.
         learns: the scores are trained; False where they follow from the weights.
         draws: `effective` draws at random while training, so that it cannot be called again for the backward pass.
+        hardens: another weight is stored than training ends with: masks were soft or random until then, or small edits
+            are dropped. BatchNorm statistics are taken anew then.
         rising: there is a score for each weight, with op "zero" or "flip", and each weight is kept above some score and
             not below. Then a number added to all scores makes the mask denser, which budgets and pressures rely on.
     """
@@ -60,6 +62,7 @@ class Method(ABC):
     op: ClassVar[Op] = "zero"
     learns: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+    hardens: ClassVar[bool] = False
     rising: ClassVar[bool] = False
 
     @abstractmethod

@@ -33,6 +33,7 @@ class Edit(Method):
     id: ClassVar[str] = "edit"
     reference: ClassVar[str] = "https://arxiv.org/abs/2308.13957"
     op: ClassVar[Op] = "replace"
+    hardens: ClassVar[bool] = True
 
     threshold: float = 0.01
     share: float = 0.0

@@ -32,6 +32,7 @@ class Gumbel(Method):
     id: ClassVar[str] = "gumbel"
     reference: ClassVar[str] = "https://arxiv.org/abs/2010.02066"
     draws: ClassVar[bool] = True
+    hardens: ClassVar[bool] = True
     rising: ClassVar[bool] = True
 
     init: float = 2.0

@@ -35,6 +35,7 @@ class NM(Method):
     id: ClassVar[str] = "nm"
     reference: ClassVar[str] = "https://arxiv.org/abs/2409.17481"
     draws: ClassVar[bool] = True
+    hardens: ClassVar[bool] = True
 
     kept: int = 2
     group: int = 4

@@ -142,9 +142,10 @@ class Run:
                 take_over(trained_tensors(module), start_from / FILE, ours["base"], self.objective.fresh)
         for epoch in range(first, self.epochs):
             step, loss = self._epoch(epoch, step, log)
-            size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(epoch + 1 == self.epochs)}
-            if epoch + 1 == self.epochs:
-                self.objective.finish()
+            last = epoch + 1 == self.epochs
+            size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(last)}
+            if last and self.config.bn == "adapt" and self._stores_another():
+                self.objective.recalibrate()
             metrics = {"train_loss": loss, **self._density(), **size, **self.objective.metrics()}
             if self.data.validation is not None:
                 metrics |= self._held_out("validation", self.data.validation)
@@ -168,6 +169,11 @@ class Run:
             metrics |= self._held_out("test", self.data.test)
         log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
         return metrics
+
+    def _stores_another(self) -> bool:
+        """Tell whether BatchNorm saw other inputs or another network in training than it will."""
+        hardens = any(one.method.hardens for one in self.scored)
+        return self.objective.other_inputs or hardens or self.control is not None
 
     def _progress(self, share: float) -> None:
         for model in self.models:

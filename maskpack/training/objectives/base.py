@@ -15,9 +15,10 @@ from torch.utils.data import Sampler
 from ...backbone.head import Head
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
-from ...data.batches import loader
+from ...data.batches import loader, readable
 from ...errors import ConfigError, DataError, UnknownNameError
 from ...registry import Registry
+from ..batchnorm import recalibrate
 from ..config import TrainConfig
 
 SELF_SUPERVISED = "self-supervised"  # the objective without labels for the backbone's task
@@ -31,6 +32,7 @@ class Objective(ABC):
             buffer of it is kept in checkpoints.
         augments: its training images are augmented as the settings say; False where it makes views of its own.
         self_supervised: it is what the name "self-supervised" stands for, for backbones of its tasks.
+        other_inputs: training sees other inputs than whole images, so that BatchNorm statistics are always taken anew.
         fresh: names of tensors of `module` that a run which starts from another one's end does not take over.
     """
 
@@ -40,6 +42,7 @@ class Objective(ABC):
     needs_labels: ClassVar[bool]
     augments: ClassVar[bool] = True
     self_supervised: ClassVar[bool] = False
+    other_inputs: ClassVar[bool] = False
     fresh: ClassVar[tuple[str, ...]] = ()
     module: nn.Module
 
@@ -82,8 +85,18 @@ class Objective(ABC):
     def after_backward(self, step: int) -> None:  # noqa: B027
         """Look at the gradients of an optimiser step, the first of which is 0, before it is made."""
 
-    def finish(self) -> None:  # noqa: B027
-        """Prepare what was trained for use, after the last epoch and before its metrics."""
+    @property
+    def network(self) -> nn.Module:
+        """What computes from a batch as it is loaded: the part of `module` with the backbone."""
+        return self.module
+
+    def recalibrate(self) -> None:
+        """Take BatchNorm statistics anew, of whole training inputs in the network that will be stored.
+
+        Called after the last epoch and before its metrics, where that is another one than was trained.
+        """
+        assert self.data.train is not None
+        recalibrate(self.network, readable(self.load(self.data.train)))
 
     def metrics(self) -> Mapping[str, float]:
         """Return what the epoch that ends shows beside its loss."""

@@ -12,11 +12,9 @@ from torch.utils.data import Sampler
 from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
-from ...data.batches import readable
 from ...errors import ConfigError
 from ...preprocess import ImagePreprocess
 from ...registry import check_above_zero, make_options
-from ..batchnorm import recalibrate
 from ..config import TrainConfig
 from .base import OBJECTIVES, Objective
 from .collapse import CollapseWatch, collapse_warning
@@ -115,6 +113,7 @@ class Swav(Objective):
     needs_labels: ClassVar[bool] = False
     augments: ClassVar[bool] = False
     self_supervised: ClassVar[bool] = True
+    other_inputs: ClassVar[bool] = True  # crops, the small ones foremost
     fresh: ClassVar[tuple[str, ...]] = ("queue",)
     module: SwavNetwork
 
@@ -188,11 +187,9 @@ class Swav(Objective):
         if step < self.options.freeze_prototypes:
             self.module.prototypes.weight.grad = None
 
-    def finish(self) -> None:
-        """Take BatchNorm statistics anew, of whole images: those of training are of crops, the small ones foremost."""
-        if self.config.bn == "adapt":
-            assert self.data.train is not None
-            recalibrate(self.module.classifier, readable(self.load(self.data.train)))
+    @property
+    def network(self) -> nn.Module:
+        return self.module.classifier
 
     def metrics(self) -> dict[str, float]:
         return self.watch.metrics()
