@@ -67,6 +67,18 @@ def test_contract(cls: type[Method]) -> None:
         assert torch.equal(mask, one.mask().tensor())
 
 
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
+def test_hardens_says_that_another_weight_is_stored_than_was_trained(cls: type[Method]) -> None:
+    model, _ = trained(cls(), rate=RATES.get(cls.id, 5.0))
+    set_progress(model, 1.0, batch_size=5)
+    modes = []
+    for training in (True, False):
+        model.train(training)
+        modes.append([module.weight.detach().clone() for module in (model[0], model[2])])
+    same = all(torch.equal(one, other) for one, other in zip(*modes, strict=True))
+    assert same != cls.hardens
+
+
 @pytest.mark.parametrize("scale", [False, True])
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.id)
 def test_the_adapter_computes_what_evaluation_computed(cls: type[Method], scale: bool) -> None:

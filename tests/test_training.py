@@ -14,14 +14,17 @@ import pytest
 import torch
 from torch import nn
 
+from maskpack import load_mask, save_adapter
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.parameters import same_size_int
 from maskpack.data.base import Data
+from maskpack.data.batches import loader, readable
 from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
 from maskpack.training import checkpoint
+from maskpack.training.batchnorm import batchnorm_statistics, recalibrate
 from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
 from maskpack.training.log import RunLog
 from maskpack.training.loop import plan_training, train_mask
@@ -108,6 +111,33 @@ def test_batchnorm_freeze_leaves_the_statistics(tiny_backbone: Backbone, digits:
     result = train_mask(tiny_backbone, digits, config, report=lambda _: seen.append(bn.running_mean.clone()))
     assert not result.parts.statistics
     assert all(torch.equal(one, before) for one in seen)
+
+
+@pytest.mark.parametrize(
+    ("anew", "settings"),
+    [
+        (False, {}),
+        (True, {"method": "gumbel", "lr": 600.0}),
+        (True, {"method": "nm", "exclude": ("conv1.weight",)}),
+        (True, {"method": "edit", "lr": 0.05, "method_options": {"share": 0.2}}),
+        (True, {"bytes_budget": 60}),
+        (False, {"method": "edit", "lr": 0.05, "bn": "freeze"}),
+    ],
+)
+def test_statistics_are_those_of_the_network_that_is_stored(
+    tiny_backbone: Backbone, digits: Data, tmp_path: Path, anew: bool, settings: dict[str, Any]
+) -> None:
+    config = TrainConfig(**{**QUICK.__dict__, "scale": False, **settings})
+    result = train_mask(tiny_backbone, digits, config)
+    save_adapter(tmp_path, result.parts, result.base, **result.about)
+    model = load_mask(copy.deepcopy(tiny_backbone.model), tmp_path)
+    assert digits.train is not None
+    batches = readable(loader(digits.train, tiny_backbone.preprocess, batch_size=config.batch_size))
+    recalibrate(model, batches)
+    found, expected = result.parts.statistics, batchnorm_statistics(model)
+    assert bool(found) == (config.bn == "adapt")
+    for name, own in found.items():
+        assert torch.allclose(own, expected[name], rtol=1e-4, atol=1e-5) == anew, name
 
 
 def test_only_what_is_selected_is_masked(tiny_backbone: Backbone, digits: Data) -> None:
