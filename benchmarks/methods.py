@@ -68,6 +68,14 @@ SKETCH = {
     "flip": method(UNSCALED, "flip", (10.0, 25.0, 60.0)),
     "ternary": method(UNSCALED, "ternary", (10.0, 25.0, 60.0)),
     "edit": method(ADAM, "edit", (0.001, 0.003, 0.01), "edit, share 0.2", scale=False, options={"share": 0.2}),
+    "edit-gentle": method(
+        ADAM,
+        "edit",
+        (0.001, 0.003, 0.01),
+        "edit, share 0.2, strength 0.01",
+        scale=False,
+        options={"share": 0.2, "strength": 0.01},
+    ),
     "naive": method(IMAGES, "naive", (1.0,)),
 }
 RULES = {f"random-{share}": f"random:{share}" for share in (0.05, 0.1, 0.2, 0.4, 0.7)}

@@ -38,7 +38,7 @@ def read_settings(
 
     stored = read_config(config) if config else {}
     other = {key: stored.pop(key) for key in (apart,) if key in stored}
-    settings = {**checked(kinds_of(verb), stored, str(config)), **given, **other}
+    settings = {**checked(kinds_of(verb), stored, str(config), apart), **given, **other}
     for name in ("mean", "std"):
         if name in settings:
             settings[name] = _three_numbers(name, settings[name])
@@ -78,8 +78,11 @@ def kinds_of(verb: Callable[..., None]) -> dict[str, Any]:
     return {name: get_args(one.annotation)[0] for name, one in parameters if name not in OWN}
 
 
-def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str) -> dict[str, Any]:
+def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str, apart: str = "") -> dict[str, Any]:
     """Return settings of a file, each of which is an option and has its type.
+
+    Args:
+        apart: name of the tables that may stand beside them.
 
     Raises:
         ConfigError: if one is or has not; the message names it and the place.
@@ -91,7 +94,7 @@ def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str) -> d
             settings[name] = str(settings[name])
     for name, value in settings.items():
         if name not in known:
-            names = ", ".join(one.replace("_", "-") for one in known)
+            names = ", ".join([*([f"the tables [[{apart}]]"] if apart else []), *known]).replace("_", "-")
             raise ConfigError(f"{place} has the setting {name!r}, which cannot stand there; known: {names}")
         triple = name in ("mean", "std") and isinstance(value, list)
         if not triple and not _fits(value, known[name]):
