@@ -210,10 +210,10 @@ def test_statistics_are_taken_with_the_masks_that_are_stored(
     order: list[str] = []
     monkeypatch.setattr(RateControl, "fit", lambda self: order.append("fit") or 1)
     monkeypatch.setattr(
-        "maskpack.training.objectives.supervised.Supervised.finish", lambda self: order.append("finish")
+        "maskpack.training.objectives.base.Objective.recalibrate", lambda self: order.append("recalibrate")
     )
     train_mask(backbone_of(tiny), digits, replace(QUICK, epochs=1, bytes_budget=200))
-    assert order == ["fit", "finish"]
+    assert order == ["fit", "recalibrate"]
 
 
 def test_resumed_is_the_same_to_the_bit(tiny: nn.Module, digits: Data, tmp_path: Path) -> None:
