@@ -78,7 +78,7 @@ def kinds_of(verb: Callable[..., None]) -> dict[str, Any]:
     return {name: get_args(one.annotation)[0] for name, one in parameters if name not in OWN}
 
 
-def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str, apart: str = "") -> dict[str, Any]:
+def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str, apart: str | None = None) -> dict[str, Any]:
     """Return settings of a file, each of which is an option and has its type.
 
     Args:
