@@ -440,7 +440,10 @@ def test_verb(tmp_path: Path) -> None:
     [
         (COMMON, "has no tasks; write a table [[task]] with name and data for each"),
         (COMMON + "task = 3", "has no tasks; write a table [[task]]"),
-        (COMMON + "[tasks.a]\ndata='x'", "has the setting 'tasks', which cannot stand there; known: the tables "),
+        (
+            COMMON + "[tasks.a]\ndata='x'",
+            "the setting 'tasks', which cannot stand there; known: the tables [[task]], bac",
+        ),
         (COMMON + "[[task]]\nname = 'a'", "task 1 of .* lacks data; give each task a name and data"),
         (
             COMMON + "[[task]]\nname = 'a'\ndata='x'\nepochs = 3",

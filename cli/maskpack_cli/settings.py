@@ -94,7 +94,8 @@ def checked(known: Mapping[str, Any], settings: dict[str, Any], place: str, apar
             settings[name] = str(settings[name])
     for name, value in settings.items():
         if name not in known:
-            names = ", ".join([*([f"the tables [[{apart}]]"] if apart else []), *known]).replace("_", "-")
+            tables = f"the tables [[{apart}]], " if apart else ""
+            names = tables + ", ".join(one.replace("_", "-") for one in known)
             raise ConfigError(f"{place} has the setting {name!r}, which cannot stand there; known: {names}")
         triple = name in ("mean", "std") and isinstance(value, list)
         if not triple and not _fits(value, known[name]):

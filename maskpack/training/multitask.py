@@ -11,11 +11,10 @@ import torch
 
 from ..backbone.fingerprint import Fingerprint, fingerprint
 from ..backbone.load import Backbone
-from ..data.batches import readable
 from ..mask import MaskSet
 from ..parts import Parts
 from ..tensorfile import replacing
-from .batchnorm import batchnorm_statistics, recalibrate
+from .batchnorm import batchnorm_statistics
 from .borrow import borrowed
 from .checkpoint import run_folder
 from .config import TrainConfig
@@ -85,8 +84,7 @@ def train_jointly(
             soft = hard
             run.gates.hard = True
             for name in tasks if config.bn == "adapt" else ():
-                objective = run.use(name)
-                recalibrate(objective.module, readable(objective.load(run.loaders[name].dataset.examples)))
+                run.use(name).recalibrate()
             hard = _accuracies(run)
         parts = {name: _parts(run, name) for name in tasks}
         whole = [name for name in tasks if gated and parts[name].masks.density == 1]
