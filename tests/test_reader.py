@@ -50,7 +50,8 @@ def test_is_one_page_and_needs_no_torch() -> None:
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in found if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {
+    libraries = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert libraries == {
         "blake3",
         "numpy",
         "safetensors",

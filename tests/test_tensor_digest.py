@@ -9,6 +9,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from benchmarks.base_bits import calls, digests
 from maskpack.backbone.fingerprint import fingerprint, measure_body
 from maskpack.backbone.parameters import same_size_int
 from maskpack.backbone.tensor_digest import PIECE, stamp, tensor_digest
@@ -147,3 +148,11 @@ def test_an_inference_tensor_has_no_stamp() -> None:
     with torch.inference_mode():
         tensor = torch.randn(3)
     assert stamp(tensor) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_flipped_bit_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    width = 8 * dtype.itemsize
+    rows = [*digests(dtype, 2), *calls(dtype, width, tmp_path)]
+    assert {row.what for row in rows} > {"load_mask", "load_masked", "MaskBank.add", "load_cascade"}
+    assert all(row.noticed == row.flips >= width for row in rows)

@@ -20,12 +20,12 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     whole = blake3()
     if flat.is_cuda:
         for piece in _copied(flat, dtype):
-            whole.update(piece.numpy())
+            whole.update(piece.numpy().data)
     elif flat.dtype == dtype:
-        whole.update(_bytes(flat.cpu()).numpy())
+        whole.update(_bytes(flat.cpu()).numpy().data)
     else:
-        for piece in flat.split(PIECE // dtype.itemsize):
-            whole.update(_bytes(piece.cpu().to(dtype)).numpy())
+        for piece in _split(flat, PIECE // dtype.itemsize):
+            whole.update(_bytes(piece.cpu().to(dtype)).numpy().data)
     return whole.digest()
 
 
@@ -34,9 +34,9 @@ def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
     A piece is valid until the next one is asked for.
     """
-    pieces = flat.split(PIECE // dtype.itemsize)
+    pieces = _split(flat, PIECE // dtype.itemsize)
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in pieces[:2]]
-    stream = torch.cuda.Stream(flat.device)
+    stream = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(flat.device))
 
     def copy(index: int) -> tuple[Tensor, torch.cuda.Event]:
@@ -52,6 +52,10 @@ def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         target, done = copies.pop(0)
         done.synchronize()
         yield target
+
+
+def _split(flat: Tensor, size: int) -> list[Tensor]:
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
 
 
 def _bytes(flat: Tensor) -> Tensor:
@@ -86,4 +90,5 @@ def stamp(tensor: Tensor) -> Stamp | None:
         data = data.clone()
     whole = data.numel() // 8 * 8
     total = int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
-    return Stamp(StorageWeakRef(tensor.untyped_storage()), layout, version, total)
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return Stamp(storage, layout, version, total)
