@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-bits bench-faults comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -55,6 +55,48 @@ hub-live: $(VENV)/.installed
 
 wheel: $(VENV)/.installed
 	rm -rf dist && $(BIN)/python -m build --quiet --no-isolation --wheel . && $(BIN)/check-wheel-contents dist
+
+# every version and hash of the extras and of the release tools; keeps the versions that still fit (delete the file for the newest)
+LOCK := requirements-dev.txt
+RELEASE := .venv-release
+EXTRAS := train plots compare dev
+lock:
+	test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet uv
+	$(RELEASE)/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes \
+	  --custom-compile-command 'make lock' $(EXTRAS:%=--extra %) --group release --output-file $(LOCK) pyproject.toml
+
+# the environment with what the lock says and nothing else; `make test` takes it then
+locked:
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-compile --require-hashes -r $(LOCK)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(VENV)/.installed
+
+$(RELEASE)/.installed: pyproject.toml $(LOCK)
+	test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet --upgrade pip
+	$(RELEASE)/bin/pip install --quiet --constraint $(LOCK) --group release
+	touch $@
+
+# known vulnerabilities of what the lock names: Error 1 if there are any, Error 3 if the database cannot be asked
+audit: $(RELEASE)/.installed
+	$(RELEASE)/bin/python .ci/audit.py $(LOCK)
+
+# the core and all that it needs, in the lock's versions (CycloneDX); the same lock gives the same bytes
+sbom: $(RELEASE)/.installed
+	mkdir -p dist
+	$(RELEASE)/bin/uv pip compile --quiet --no-config --universal --python-version 3.11 --no-header --no-annotate \
+	  --constraint $(LOCK) --output-file $(RELEASE)/core.txt pyproject.toml
+	$(RELEASE)/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file dist/maskpack.cdx.json $(RELEASE)/core.txt
+
+# what a release uploads
+dist: $(RELEASE)/.installed
+	rm -rf dist
+	$(RELEASE)/bin/python -m build --quiet --no-isolation .
+	$(RELEASE)/bin/check-wheel-contents dist
+	$(MAKE) sbom
 
 # the core on the lowest versions that pyproject.toml allows
 lowest:

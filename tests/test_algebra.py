@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from maskpack.algebra import OPERATIONS, Overlap, combine, overlaps
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.votes import CHUNK
+from maskpack.votes import CHUNK, whole_votes
 
 from .helpers_adapter import random_masks
 
@@ -100,6 +100,14 @@ def test_an_even_split_removes_and_weights_are_decimal() -> None:
     assert bits_of(combine("weighted", three, weights=[0.1, 0.2, 0.3])) == [False]
     assert bits_of(combine("weighted", three, weights=[0.1, 0.2, 0.29])) == [True]
     assert bits_of(combine("weighted", three, weights=[0, 0, 7])) == [False]
+
+
+def test_votes_are_the_smallest_whole_numbers_in_their_ratios() -> None:
+    assert whole_votes([4, 6], 2) == [2, 3]
+    assert whole_votes([0.5, 0, 0.25], 3) == [2, 0, 1]
+    assert whole_votes([1 << 63, (1 << 63) - 1], 2) == [1 << 63, (1 << 63) - 1]  # a sum of 64 binary digits
+    with pytest.raises(ConfigError, match=r"2\^64"):
+        whole_votes([(1 << 64) - 1, 1], 2)
 
 
 @given(rows=rows(2, 2))

@@ -15,7 +15,7 @@ import torch
 
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
-from maskpack.codecs.choose import settle
+from maskpack.codecs.choose import Contest, settle
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 
@@ -119,6 +119,25 @@ class TestContract:
         )
         header = alone.header.sets["default"]
         assert (header.tables, [payload.coding.table for payload in header.payloads]) == ((6,), [0, 0, 0])
+
+
+class Declining(Mixed):
+    """Makes a table and then codes no mask, or codes it in no fewer bytes than raw does."""
+
+    def encode(self, bits: Bits, side: Side) -> bytes | None:  # type: ignore[override]
+        return bits.tobytes() if side.table == b"as raw" else None
+
+
+def test_a_codec_with_a_table_may_decline() -> None:
+    mask = (np.array([5], np.uint8), Side((3,)))
+    raw, declining = CODECS["raw"](), Declining()
+    for table in (b"table", b"as raw"):
+        (offer,) = Contest([raw], [(declining, table)]).offers([mask])
+        assert (offer.codec, offer.payload, offer.table) == (raw, b"\x05", None)
+    (offer,) = Contest([], [(declining, b"as raw")]).offers([mask])
+    assert offer.table == 0
+    with pytest.raises(ConfigError, match=r"'test-mixed' is not made for this mask of shape \(3,\)"):
+        Contest([], [(declining, b"table")]).offers([mask])
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,6 +195,21 @@ def test_an_index_that_is_absent_or_huge(tmp_path: Path) -> None:
         read_tensors(tmp_path / INDEX)
 
 
+def test_an_index_of_the_greatest_size_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (folder / INDEX).stat().st_size
+    monkeypatch.setattr("maskpack.shards.MAX_INDEX", size)
+    assert "conv1.weight" in open_tensors(folder)
+    monkeypatch.setattr("maskpack.shards.MAX_INDEX", size - 1)
+    with pytest.raises(DataError, match=f"{size} bytes"):
+        open_tensors(folder)
+
+
+def test_the_first_tensor_by_name_is_named(folder: Path) -> None:
+    first, *_ = json.loads((folder / INDEX).read_text())["weight_map"].values()
+    with pytest.raises(DataError, match=r"on 9 tensors, first 'zz1'"):
+        read_tensors(changed(folder, **{f"zz{number}": first for number in range(9, 0, -1)}))
+
+
 def test_a_damaged_shard_is_named(folder: Path) -> None:
     victim = sorted(folder.glob("*.safetensors"))[1]
     victim.write_bytes(victim.read_bytes()[:100])

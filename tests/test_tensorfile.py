@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from maskpack.errors import ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.tensorfile import Blob, open_tensors, read_tensors, replacing, write_tensors
-from maskpack.tensorheader import DTYPES, parse_header, strict_json
+from maskpack.tensorheader import DTYPES, MAX_DIMENSION, parse_header, strict_json
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3).t(),
@@ -84,12 +84,12 @@ def test_bytes_are_canonical(tmp_path: Path) -> None:
 
 
 def test_mode_follows_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
+    before = os.umask(0o002)
     try:
         write_tensors(tmp_path / "x", TENSORS, {})
     finally:
         os.umask(before)
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o664
 
 
 @pytest.mark.parametrize("stage", ["write", "sync", "rename"])
@@ -207,3 +207,11 @@ def entry(start: object, end: object, dtype: object = "U8", shape: object = None
 def test_refuses_headers(header: Callable[[], str], match: str) -> None:
     with pytest.raises(CorruptAdapterError, match=match):
         parse_header(memoryview(header().encode()), 4)
+
+
+def test_the_greatest_dimension() -> None:
+    header = '{{"a": {{"dtype": "U8", "shape": [{}, 0], "data_offsets": [0, 0]}}}}'
+    _, spans = parse_header(memoryview(header.format(MAX_DIMENSION).encode()), 0)
+    assert spans["a"].shape == (MAX_DIMENSION, 0)
+    with pytest.raises(CorruptAdapterError, match=str(MAX_DIMENSION)):
+        parse_header(memoryview(header.format(MAX_DIMENSION + 1).encode()), 0)

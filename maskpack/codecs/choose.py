@@ -13,8 +13,8 @@ class Offer:
 
     codec: Codec
     payload: bytes
-    variant: int = 0
-    table: int | None = None
+    variant: int
+    table: int | None
 
 
 @dataclass(frozen=True, slots=True)
