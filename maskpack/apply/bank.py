@@ -15,12 +15,13 @@ from ..hub.download import PullOptions
 from ..mask import MaskSet
 from ..parts import Parts
 from .admit import Gate, name_of
+from .applied import Applied, forget
 from .load import Reference, Verify, load_adapter
 from .mixed import mixed_batch
 from .resident import Resident
 from .room import BankStatus, Room
 from .switch import Switch
-from .weights import hold, release
+from .weights import hold
 
 
 class MaskBank:
@@ -34,7 +35,11 @@ class MaskBank:
     themselves until they are left; others wait. A forward pass of the model outside of them computes with whatever is
     active at the moment: wrap it where another thread may switch.
 
-    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained.
+    **Failures.** A call that fails, or is interrupted, leaves the model as the base or with one whole adapter; `active`
+    says which. If the way back to the base is interrupted as well, the next call finishes it, also that of `active`.
+
+    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained. What
+    something else wrote is noticed as `unload_mask` notices it, by the next switch that would write there.
 
     Args:
         model: the base, without a mask.
@@ -61,8 +66,8 @@ class MaskBank:
         self._residents: dict[str, Resident] = {}
         self._switch = Switch(unwrap(model))
         self._room = Room(self._residents, self._switch, max_host_bytes, max_device_bytes)
-        hold(model)
-        self._closed = False
+        self._closed, self._hold = False, Applied("", held=True)
+        hold(model, self._hold)
 
     def __enter__(self) -> "MaskBank":
         return self
@@ -83,7 +88,11 @@ class MaskBank:
     @property
     def active(self) -> str | None:
         """Name of the adapter that the model computes with now; None: the base."""
-        return self._switch.active.name if self._switch.active else None
+        if self._switch.between is not None:
+            with self._lock:
+                self._switch.settle()
+        one = self._switch.active
+        return one.name if one else None
 
     def add(
         self,
@@ -117,11 +126,11 @@ class MaskBank:
                 one = self._gate.admit(name, source, options)
             self._switch.check(one.decoded())
             one.pinned = pin
-            self._residents[name] = one
             try:
+                self._residents[name] = one
                 self._room.make(one)
             except BaseException:
-                del self._residents[name]
+                self._residents.pop(name, None)
                 raise
             return name
 
@@ -157,7 +166,7 @@ class MaskBank:
         """
         with self._lock:
             one = self._find(name)
-            if self._switch.active is one:
+            if self.active == name:
                 self._switch.to(None)
             self._switch.forget(one)
             del self._residents[name]
@@ -165,16 +174,27 @@ class MaskBank:
     def status(self) -> BankStatus:
         """Return what the bank holds, and how it switched so far."""
         with self._lock:
+            self._switch.settle()
             return self._room.status()
 
-    def close(self) -> None:
-        """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used."""
+    def close(self, *, force: bool = False) -> None:
+        """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used.
+
+        If that is interrupted, the next call finishes it.
+
+        Args:
+            force: also where something else wrote weights that the active adapter changes: what it changed gets the
+                base's values, the rest stays as it was written.
+
+        Raises:
+            StateError: if something else wrote such weights.
+        """
         with self._lock:
             if not self._closed:
-                self._switch.to(None)
+                self._switch.to(None, force)
                 for name in list(self._residents):
                     self.remove(name)
-                release(self.model)
+                forget(self.model, self._hold)
                 self._closed = True
 
     def __call__(self, inputs: Tensor | Mapping[str, Tensor], masks: Sequence[str | None]) -> list[Tensor]:

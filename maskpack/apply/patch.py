@@ -83,23 +83,44 @@ def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
     whole, at = same_size_int(weight), at.long()
     if whole.is_cpu and whole.is_contiguous():
         whole.view(-1).numpy()[at.numpy()] = 0 if bits is None else bits.numpy()
-        increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
-    elif whole.is_contiguous():  # takes half to two thirds of the time of put_
-        whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
-    else:
-        whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
+        if not whole.is_inference():  # those have no version
+            increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
+        return
+    with torch.inference_mode(whole.is_inference()):
+        if whole.is_contiguous():  # takes half to two thirds of the time of put_
+            whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
+        else:
+            whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
-def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None) -> Tensor:
-    """Apply a mask at its places, and return the bits that were there; `values` as of `patch_of`."""
+def copy_bits(target: Tensor, source: Tensor) -> None:
+    """Copy bits, whatever they stand for."""
+    with torch.inference_mode(target.is_inference()):
+        same_size_int(target).copy_(same_size_int(source))
+
+
+def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
+    """Apply a mask at its places; `values` as of `patch_of`.
+
+    The weights there are added to `before` piece by piece, each piece before it is overwritten. So `put_back` leads
+    back from wherever this was interrupted.
+    """
     few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
-    before = []
     for start in range(0, len(at), few):
-        part = slice(start, start + few)
-        old, new = changes(weight, mask, at[part], None if values is None else values[part])
-        write(weight, at[part], new)
-        before.append(old)
-    return torch.cat(before) if before else same_size_int(weight.new_empty(0))
+        part = at[start : start + few]
+        old, new = changes(weight, mask, part, None if values is None else values[start : start + few])
+        before.append(old.view(weight.dtype))
+        write(weight, part, new)
+
+
+def put_back(weight: Tensor, at: Tensor, before: list[Tensor]) -> None:
+    """Undo `exchange`, also a part of it, also on a weight that was moved or cast meanwhile; can be repeated."""
+    if before and before[0].device != weight.device:
+        before = [torch.cat(before)]  # one copy to another device
+    start = 0
+    for old in before:
+        write(weight, at[start : start + len(old)], same_size_int(old.to(weight)))
+        start += len(old)
 
 
 def inverted(bits: Tensor) -> Tensor:
