@@ -22,15 +22,21 @@ class Written(NamedTuple):
     device: torch.device
 
 
+class Changed(NamedTuple):
+    """A parameter under a mask: its dtype, and the bits that the mask changed, in pieces, or all in one piece."""
+
+    mask: PackedMask
+    dtype: torch.dtype
+    saved: list[Tensor]
+
+
 @dataclass(eq=False)
 class Applied:
     """What is applied to a model, and what it takes to undo it, each piece noted before it is overwritten.
 
     Attributes:
         mask_id: of the adapter.
-        masks: what was applied, in order of application.
-        saved: parameter name -> the weights that the mask changed, in pieces; one piece of all where it has a scale or
-            signs.
+        masked: what masks changed, by name of the parameter, in order of application.
         tensors: names and earlier values of buffers and parameters that were copied over, in order.
         head: (dotted name, earlier module), if the head was swapped.
         restorable: False if nothing is kept once the mask is on.
@@ -41,8 +47,7 @@ class Applied:
     """
 
     mask_id: str
-    masks: dict[str, PackedMask] = field(default_factory=dict)
-    saved: dict[str, list[Tensor]] = field(default_factory=dict)
+    masked: dict[str, Changed] = field(default_factory=dict)
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
     head: tuple[str, nn.Module] | None = None
     restorable: bool = True

@@ -83,14 +83,19 @@ def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
     whole, at = same_size_int(weight), at.long()
     if whole.is_cpu and whole.is_contiguous():
         whole.view(-1).numpy()[at.numpy()] = 0 if bits is None else bits.numpy()
-        if not whole.is_inference():  # those have no version
-            increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
+        counted(whole)
         return
     with torch.inference_mode(whole.is_inference()):
         if whole.is_contiguous():  # takes half to two thirds of the time of put_
             whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
         else:
             whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
+
+
+def counted(weight: Tensor) -> None:
+    """Count a write by numpy as PyTorch counts its own, so that a backward pass sees that a weight is another one."""
+    if not weight.is_inference():  # those have no version
+        increment_version(weight)
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
@@ -102,25 +107,28 @@ def copy_bits(target: Tensor, source: Tensor) -> None:
 def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
     """Apply a mask at its places; `values` as of `patch_of`.
 
-    The weights there are added to `before` piece by piece, each piece before it is overwritten. So `put_back` leads
-    back from wherever this was interrupted.
+    The bits there are added to `before` piece by piece, each piece before it is overwritten. So `put_back` leads back
+    from wherever this was interrupted.
     """
     few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
     for start in range(0, len(at), few):
         part = at[start : start + few]
         old, new = changes(weight, mask, part, None if values is None else values[start : start + few])
-        before.append(old.view(weight.dtype))
+        before.append(old)
         write(weight, part, new)
 
 
-def put_back(weight: Tensor, at: Tensor, before: list[Tensor]) -> None:
-    """Undo `exchange`, also a part of it, also on a weight that was moved or cast meanwhile; can be repeated."""
-    if before and before[0].device != weight.device:
-        before = [torch.cat(before)]  # one copy to another device
-    start = 0
-    for old in before:
-        write(weight, at[start : start + len(old)], same_size_int(old.to(weight)))
-        start += len(old)
+def put_back(weight: Tensor, at: Tensor, before: list[Tensor], dtype: torch.dtype) -> None:
+    """Undo `exchange`, or a part of it, on a weight that had this dtype then; can be repeated."""
+    if before and (before[0].device != weight.device or dtype != weight.dtype):  # moved or cast meanwhile
+        before = [same_size_int(torch.cat(before).view(dtype).to(weight))]
+    if len(before) > 1 and (whole := same_size_int(weight)).is_contiguous():  # as `write`, with less for each piece
+        flat, start, places = whole.view(-1).numpy(), 0, at.numpy()
+        for old in before:
+            flat[places[start : (start := start + len(old))]] = old.numpy()
+        counted(whole)
+    elif before:
+        write(weight, at[: sum(map(len, before))], torch.cat(before))
 
 
 def inverted(bits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from ..backbone.head import Head, swap_module
 from ..backbone.parameters import named_buffers, named_parameters, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask
-from .applied import Applied, applied, check_unwritten, follow, forget, note, written
+from .applied import Applied, Changed, applied, check_unwritten, follow, forget, note, written
 from .heads import head_fits, head_module, head_tensors, new_head
 from .patch import copy_bits, exchange, located, put_back, rewritten
 
@@ -165,15 +165,10 @@ def restore(model: nn.Module, *, force: bool = False) -> None:
         check_free(model)
     if record.complete and not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
-    state: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
-    if lost := [name for name in (*record.masks, *record.after) if name not in state]:
-        raise StateError(
-            f"the model no longer has {lost[0]!r}, which the mask changed; put it back, then unload the mask"
-        )
     if record.complete and not force:
         check_unwritten(
             record.after,
-            state,
+            named_parameters(model),
             "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written",
         )
     _undo(model, record)
@@ -197,12 +192,11 @@ def _apply(
     record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None
 ) -> None:
     """Apply one mask; what it takes to undo it is noted before."""
-    record.saved[name] = saved = []
-    record.masks[name] = mask
+    changed = record.masked[name] = Changed(mask, weight.dtype, [])
     if at is not None:
-        exchange(weight, mask, at, values, saved)
+        exchange(weight, mask, at, values, changed.saved)
         return
-    saved.append(weight.clone())
+    changed.saved.append(weight.clone())
     copy_bits(weight, rewritten(weight, mask))
 
 
@@ -219,10 +213,11 @@ def _undo(model: nn.Module, record: Applied) -> None:
         state: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
         for name, tensor in reversed(record.tensors):
             copy_bits(state[name].detach(), tensor.to(state[name]))
-        for name, _, at in located(reversed(record.masks.items()), state):
-            weight, saved = state[name].detach(), record.saved[name]
+        masks = ((name, changed.mask) for name, changed in reversed(record.masked.items()))
+        for name, _, at in located(masks, state):
+            weight, (_, dtype, saved) = state[name].detach(), record.masked[name]
             if at is not None:
-                put_back(weight, at, saved)
+                put_back(weight, at, saved, dtype)
             elif saved:
                 copy_bits(weight, saved[0].to(weight))
         follow(record)
