@@ -1,0 +1,210 @@
+"""Failures on purpose: at every line and every call of an operation, and real signals at random moments."""
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+from torch.overrides import TorchFunctionMode
+
+import maskpack.apply
+from benchmarks.interruption_cases import CASES, Case, check_bank
+from benchmarks.interruption_world import Setting, World
+from maskpack.adapter.adapter import Adapter
+from maskpack.apply import patch as places
+from maskpack.errors import CorruptAdapterError, MaskpackError
+
+ERRORS = (KeyboardInterrupt, MemoryError, CorruptAdapterError)
+FOLDER = str(Path(maskpack.apply.__file__).parent)
+NAMES = ("flatnonzero", "unpackbits")
+SENDER = """
+import os, signal, sys, time
+for line in sys.stdin:
+    time.sleep(float(line))
+    os.kill(os.getppid(), signal.SIGINT)
+"""
+
+
+class Fault:
+    """Counts places where something can fail, and raises at one of them.
+
+    Attributes:
+        at: number of the place, from 1; 0: only count. seen: places so far. raised: whether it was reached.
+    """
+
+    def __init__(self, at: int = 0, error: type[BaseException] = MemoryError, then: "Fault | None" = None):
+        self.at, self.error, self.then = at, error, then
+        self.seen, self.raised = 0, False
+
+    def step(self) -> None:
+        """Pass one place."""
+        if self.raised:
+            if self.then is not None:
+                self.then.step()
+            return
+        self.seen += 1
+        if self.seen == self.at:
+            self.raised = True
+            raise self.error(f"injected at {self.at}")
+
+
+@contextmanager
+def at_lines(fault: Fault) -> Iterator[None]:
+    """Let every line of maskpack/apply that is executed be a place."""
+
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        return line if frame.f_code.co_filename.startswith(FOLDER) else None
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            fault.step()
+        return line
+
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+@contextmanager
+def at_calls(fault: Fault) -> Iterator[None]:
+    """Let every call of PyTorch, numpy, reading, writing and decoding be two places: before and after its effect."""
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            fault.step()
+            result = func(*args, **(kwargs or {}))
+            fault.step()
+            return result
+
+    def both(call: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*args: Any, **named: Any) -> Any:
+            fault.step()
+            result = call(*args, **named)
+            fault.step()
+            return result
+
+        return inner
+
+    def decoded(self: Adapter, *args: Any, **named: Any) -> Iterator[Any]:
+        for item in iter_masks(self, *args, **named):
+            fault.step()
+            yield item
+
+    iter_masks = Adapter.iter_masks
+    with ExitStack() as stack:
+        for name in ("read", "write", "changes", "places", "counted"):
+            stack.enter_context(patch.object(places, name, both(getattr(places, name))))
+        for name in NAMES:
+            stack.enter_context(patch.object(places.np, name, both(getattr(places.np, name))))
+        stack.enter_context(patch.object(Adapter, "iter_masks", decoded))
+        stack.enter_context(Mode())
+        yield
+
+
+WAYS = (at_lines, at_calls)
+
+
+def once(world: World, case: Case, *ways: Any) -> str | None:
+    """Run a case under faults; return what is wrong afterwards, or None."""
+    case.before(world)
+    try:
+        with ExitStack() as stack:
+            for way, fault in ways:
+                stack.enter_context(way(fault))
+            case.act(world)
+    except (KeyboardInterrupt, MemoryError, MaskpackError):  # what is injected, or what became of it
+        pass
+    try:
+        case.check(world)
+    except Exception as error:
+        return f"{case.name}, {world.setting}, {[(way.__name__, fault.at) for way, fault in ways]}: {error!r}"
+    return None
+
+
+def every(world: World, case: Case, errors: int = 1, step: int = 1) -> tuple[Counter[str], list[str]]:
+    """Let a case fail at every place; return how many failures were injected, by kind, and what was wrong.
+
+    Args:
+        errors: how many kinds of error each place gets. step: every how many places.
+    """
+    counts: Counter[str] = Counter()
+    wrong: list[str | None] = []
+    for way in WAYS:
+        wrong.append(once(world, case, (way, count := Fault())))
+        for at in range(1, count.seen + 1, step):
+            for kind in range(errors):
+                wrong.append(once(world, case, (way, fault := Fault(at, ERRORS[(at + kind) % 3]))))
+                counts[way.__name__] += fault.raised
+    return counts, [one for one in wrong if one]
+
+
+def twice(world: World, case: Case, tries: int, draw: random.Random) -> tuple[int, list[str]]:
+    """Let a case fail at a random place, and the way back as well; return how often both came, and what was wrong."""
+    once(world, case, (at_calls, count := Fault()))
+    wrong, both = [], 0
+    for _ in range(tries):
+        first = Fault(draw.randint(1, count.seen), ERRORS[0], Fault(draw.randint(1, 200), ERRORS[0]))
+        wrong.append(once(world, case, (at_calls, first)))
+        both += first.then is not None and first.then.raised
+    return both, [one for one in wrong if one]
+
+
+def storm(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
+    """Interrupt loads, undos and switches of real size at random moments; return how often it met which."""
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    cases = [case for case in CASES if case.name in ("load_mask", "unload_mask", "bank.use, by places")]
+    sender = subprocess.Popen([sys.executable, "-c", SENDER], stdin=subprocess.PIPE, text=True)
+    assert sender.stdin is not None
+    came = False
+
+    def handler(*_: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGINT, handler)
+    try:
+        for op in ("zero", "flip"):
+            with tempfile.TemporaryDirectory() as folder:
+                world = World(Setting(op, side=1024, few=places.FEW_PLACES), Path(folder))
+                lasts = {}
+                for case in cases:
+                    case.before(world)
+                    began = time.perf_counter()
+                    case.act(world)
+                    lasts[case.name] = time.perf_counter() - began
+                for number in range(count // 2):
+                    case = cases[number % len(cases)]
+                    case.before(world)
+                    came, done = False, False
+                    try:
+                        sender.stdin.write(f"{draw.uniform(0, lasts[case.name])}\n")
+                        sender.stdin.flush()
+                        case.act(world)
+                        done = True
+                        while not came:
+                            time.sleep(1e-3)
+                    except KeyboardInterrupt:
+                        pass
+                    counts[f"{case.name}: {'after the end' if done else 'met'}"] += 1
+                    try:
+                        (check_bank if case.check is check_bank else World.check)(world)
+                    except Exception as error:
+                        wrong.append(f"storm, {op}, {case.name}: {error!r}")
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+        sender.stdin.close()
+        sender.wait()
+    return counts, wrong
