@@ -152,11 +152,12 @@ def every(world: World, case: Case, errors: int = 1, step: int = 1) -> tuple[Cou
 def twice(world: World, case: Case, tries: int, draw: random.Random) -> tuple[int, list[str]]:
     """Let a case fail at a random place, and the way back as well; return how often both came, and what was wrong."""
     once(world, case, (at_calls, count := Fault()))
-    wrong, both = [], 0
+    wrong, both, world.twice = [], 0, True
     for _ in range(tries):
         first = Fault(draw.randint(1, count.seen), ERRORS[0], Fault(draw.randint(1, 200), ERRORS[0]))
         wrong.append(once(world, case, (at_calls, first)))
         both += first.then is not None and first.then.raised
+    world.twice = False
     return both, [one for one in wrong if one]
 
 

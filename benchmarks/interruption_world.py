@@ -72,10 +72,12 @@ class World:
     Attributes:
         base: is never written; `model` is a copy of it, made by `renew`.
         wanted: bits by name of the adapter; None: the base's. bank: of the model, where a case has one.
+        twice: the way back is interrupted as well.
     """
 
     model: Net
     bank: MaskBank
+    twice = False
 
     def __init__(self, setting: Setting, folder: Path):
         torch.manual_seed(0)

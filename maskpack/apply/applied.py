@@ -94,7 +94,7 @@ def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor],
     dtype or device, it was moved too, by a library that makes new ones.
     """
     others = []
-    for name, (ref, version, dtype, device) in noted.items():
+    for name, (ref, version, dtype, device) in sorted(noted.items()):
         now = tensors.get(name)
         if now is None or ((now.dtype, now.device) == (dtype, device) if now is not ref() else now._version != version):
             others.append(name)

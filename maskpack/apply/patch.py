@@ -111,11 +111,12 @@ def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None
     from wherever this was interrupted.
     """
     few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
+    kept = same_size_int(weight.new_empty(len(at)))  # thousands of small pieces would leave holes in the memory
     for start in range(0, len(at), few):
-        part = at[start : start + few]
-        old, new = changes(weight, mask, part, None if values is None else values[start : start + few])
-        before.append(old)
-        write(weight, part, new)
+        part = slice(start, start + few)
+        old, new = changes(weight, mask, at[part], None if values is None else values[part])
+        before.append(kept[part].copy_(old))
+        write(weight, at[part], new)
 
 
 def put_back(weight: Tensor, at: Tensor, before: list[Tensor], dtype: torch.dtype) -> None:
