@@ -100,7 +100,7 @@ def check_cascade(world: World) -> None:
 def on_meta(world: World) -> None:
     """Make a model without weights."""
     with torch.device("meta"):
-        world.model = Net(world.setting.side).to(world.setting.dtype).eval()
+        world.model = Net(world.setting).to(world.setting.dtype).eval()
 
 
 def masked(world: World) -> None:

@@ -17,10 +17,12 @@ from unittest.mock import patch
 from torch.overrides import TorchFunctionMode
 
 import maskpack.apply
-from benchmarks.interruption_cases import CASES, Case, check_bank
+from benchmarks.interruption_cases import Case, bank_of, check_bank
 from benchmarks.interruption_world import Setting, World
+from maskpack import load_mask, unload_mask
 from maskpack.adapter.adapter import Adapter
 from maskpack.apply import patch as places
+from maskpack.apply.applied import applied
 from maskpack.errors import CorruptAdapterError, MaskpackError
 
 ERRORS = (KeyboardInterrupt, MemoryError, CorruptAdapterError)
@@ -132,20 +134,19 @@ def once(world: World, case: Case, *ways: Any) -> str | None:
     return None
 
 
-def every(world: World, case: Case, errors: int = 1, step: int = 1) -> tuple[Counter[str], list[str]]:
-    """Let a case fail at every place; return how many failures were injected, by kind, and what was wrong.
+def every(world: World, case: Case, step: int = 1, first: int = 1) -> tuple[Counter[str], list[str]]:
+    """Let a case fail at every place, or every `step` places from the `first` on; kinds of error take turns.
 
-    Args:
-        errors: how many kinds of error each place gets. step: every how many places.
+    Returns:
+        How many failures were injected, by kind of place, and what was wrong afterwards.
     """
     counts: Counter[str] = Counter()
     wrong: list[str | None] = []
     for way in WAYS:
         wrong.append(once(world, case, (way, count := Fault())))
-        for at in range(1, count.seen + 1, step):
-            for kind in range(errors):
-                wrong.append(once(world, case, (way, fault := Fault(at, ERRORS[(at + kind) % 3]))))
-                counts[way.__name__] += fault.raised
+        for at in range(first, count.seen + 1, step):
+            wrong.append(once(world, case, (way, fault := Fault(at, ERRORS[at % 3]))))
+            counts[way.__name__] += fault.raised
     return counts, [one for one in wrong if one]
 
 
@@ -165,7 +166,6 @@ def storm(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
     """Interrupt loads, undos and switches of real size at random moments; return how often it met which."""
     counts: Counter[str] = Counter()
     wrong: list[str] = []
-    cases = [case for case in CASES if case.name in ("load_mask", "unload_mask", "bank.use, by places")]
     sender = subprocess.Popen([sys.executable, "-c", SENDER], stdin=subprocess.PIPE, text=True)
     assert sender.stdin is not None
     came = False
@@ -175,35 +175,47 @@ def storm(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
         came = True
         raise KeyboardInterrupt
 
+    def met(name: str, act: Callable[[], object], world: World) -> None:
+        """Send a signal at a random moment of an operation, wait for it, and check the model."""
+        nonlocal came
+        assert sender.stdin is not None
+        came = done = False
+        began = time.perf_counter()
+        try:
+            sender.stdin.write(f"{draw.uniform(0, lasts[name])}\n")
+            sender.stdin.flush()
+            act()
+            done = True
+            lasts[name] = 0.9 * lasts[name] + 0.1 * (time.perf_counter() - began)
+            while not came:
+                time.sleep(1e-3)
+        except KeyboardInterrupt:
+            pass
+        counts[f"{name}: {'after the end' if done else 'met'}"] += 1
+        try:
+            world.check_said()
+        except Exception as error:
+            wrong.append(f"storm, {name}, {world.setting}: {error!r}")
+
     earlier = signal.signal(signal.SIGINT, handler)
     try:
         for op in ("zero", "flip"):
             with tempfile.TemporaryDirectory() as folder:
-                world = World(Setting(op, side=1024, few=places.FEW_PLACES), Path(folder))
-                lasts = {}
-                for case in cases:
-                    case.before(world)
-                    began = time.perf_counter()
-                    case.act(world)
-                    lasts[case.name] = time.perf_counter() - began
-                for number in range(count // 2):
-                    case = cases[number % len(cases)]
-                    case.before(world)
-                    came, done = False, False
-                    try:
-                        sender.stdin.write(f"{draw.uniform(0, lasts[case.name])}\n")
-                        sender.stdin.flush()
-                        case.act(world)
-                        done = True
-                        while not came:
-                            time.sleep(1e-3)
-                    except KeyboardInterrupt:
-                        pass
-                    counts[f"{case.name}: {'after the end' if done else 'met'}"] += 1
-                    try:
-                        (check_bank if case.check is check_bank else World.check)(world)
-                    except Exception as error:
-                        wrong.append(f"storm, {op}, {case.name}: {error!r}")
+                world = World(Setting(op, side=1024, few=places.FEW_PLACES, layers=4), Path(folder))
+                lasts = {"load_mask": 0.05, "unload_mask": 0.03, "bank.use": 0.05}
+                world.renew()
+                for _ in range(count // 6):
+                    met("load_mask", lambda: load_mask(world.model, world.adapters["a"]), world)
+                    if applied(world.model) is None:
+                        load_mask(world.model, world.adapters["a"])
+                    met("unload_mask", lambda: unload_mask(world.model), world)
+                    if applied(world.model) is not None:
+                        unload_mask(world.model)
+                    world.check()
+                bank_of(world)
+                for number in range(count // 6):
+                    met("bank.use", lambda: world.bank.use("abc"[number % 3]), world)  # noqa: B023
+                check_bank(world)
     finally:
         signal.signal(signal.SIGINT, earlier)
         sender.stdin.close()

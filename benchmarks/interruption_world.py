@@ -34,6 +34,7 @@ class Setting:
     contiguous: bool = True
     side: int = 16
     few: int = 50
+    layers: int = 2
 
 
 def settings() -> list[Setting]:
@@ -43,16 +44,16 @@ def settings() -> list[Setting]:
 
 
 class Net(nn.Module):
-    """Two masked layers, a normalisation, a head."""
+    """Masked layers, a normalisation, a head."""
 
-    def __init__(self, side: int):
+    def __init__(self, one: Setting):
         super().__init__()
-        self.one, self.norm, self.two = nn.Linear(side, side), nn.BatchNorm1d(side), nn.Linear(side, side)
-        self.fc = nn.Linear(side, 5)
+        self.norm, self.fc = nn.BatchNorm1d(one.side), nn.Linear(one.side, 5)
+        self.layers = nn.Sequential(*(nn.Linear(one.side, one.side) for _ in range(one.layers)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (B, 5)."""
-        out: Tensor = self.fc(self.two(self.norm(self.one(x.to(self.fc.weight.dtype)))))
+        out: Tensor = self.fc(self.norm(self.layers(x.to(self.fc.weight.dtype))))
         return out
 
 
@@ -82,10 +83,11 @@ class World:
     def __init__(self, setting: Setting, folder: Path):
         torch.manual_seed(0)
         self.setting, self.folder = setting, folder
-        self.base = Net(setting.side).to(setting.dtype).eval()
+        self.base = Net(setting).to(setting.dtype).eval()
         export_state(folder / "base.safetensors", self.base)
         if not setting.contiguous:
-            self.base.two.weight.data = self.base.two.weight.data.t().clone().t()
+            layer = self.base.layers[-1]
+            layer.weight.data = layer.weight.data.t().clone().t()
         self.parts = {"a": self._parts(0, 5), "b": self._parts(1, 7), "c": self._parts(2, None)}
         print_of = fingerprint(self.base, id="net", head=["fc"])
         self.adapters: dict[str, Adapter] = {}
@@ -105,9 +107,9 @@ class World:
         one, generator = self.setting, torch.Generator().manual_seed(seed)
         shape = (one.side, one.side)
         made, values = {}, {}
-        for name in ("one.weight", "two.weight"):
+        for name in (f"layers.{i}.weight" for i in range(one.layers)):
             op: Any = one.op if one.op in ("flip", "replace") else "zero"
-            mask = PackedMask.from_tensor(torch.rand(shape, generator=generator) < 0.3, op, scale=one.scale)
+            mask = PackedMask.from_tensor(torch.rand(shape, generator=generator) < 0.5, op, scale=one.scale)
             signs = PackedMask.from_tensor(torch.rand(shape, generator=generator) < 0.5).bits
             made[name] = PackedMask(mask.bits, shape, op, mask.alpha, signs) if one.op == "ternary" else mask
             if op == "replace":
@@ -128,13 +130,21 @@ class World:
         """Make the model a fresh copy of the base."""
         self.model = copy.deepcopy(self.base)
 
+    def check_said(self) -> None:
+        """Raise AssertionError if the model is not what is said of it."""
+        record, name = applied(self.model), None
+        if record is not None and record.held:
+            name = self.bank.active
+        elif record is not None and record.complete:
+            name = self.names.get(record.mask_id, record.mask_id)
+        elif record is not None:
+            return
+        assert same(bits_of(self.model), self.wanted[name]), f"damaged: it is said to be {name}"
+
     def check(self) -> None:
         """Raise AssertionError if the model is not what is said of it, or one more `unload_mask` is not the base."""
-        record = applied(self.model)
-        if record is None or record.complete:
-            name = None if record is None else self.names.get(record.mask_id, record.mask_id)
-            assert same(bits_of(self.model), self.wanted[name]), f"damaged: it is said to be {name}"
-        if record is not None:
+        self.check_said()
+        if applied(self.model) is not None:
             unload_mask(self.model)
         assert applied(self.model) is None
         assert same(bits_of(self.model), self.wanted[None]), "damaged after unload_mask"

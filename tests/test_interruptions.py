@@ -53,7 +53,7 @@ def test_some_failures_of_each_operation_and_of_the_way_back(
 
 @pytest.mark.parametrize("op", ["zero", "flip"])
 def test_masks_of_several_pieces_of_the_real_size(tmp_path: Path, op: str) -> None:
-    """Of 102,760 zeros, so that each piece of 16,384 is read, noted and written before the next."""
+    """Of 73,700 zeros, so that each piece of 16,384 is read, noted and written before the next."""
     world = World(Setting(op, side=384, few=places.FEW_PLACES), tmp_path)
     for name in ("load_mask", "unload_mask"):
         case = NAMED[name]

@@ -35,11 +35,11 @@ class MaskBank:
     themselves until they are left; others wait. A forward pass of the model outside of them computes with whatever is
     active at the moment: wrap it where another thread may switch.
 
-    **Failures.** A call that fails, or is interrupted, leaves the model as the base or with one whole adapter; `active`
+    **Failures.** A call that fails or is interrupted leaves the model as the base or with one whole adapter; `active`
     says which. If the way back to the base is interrupted as well, the next call finishes it, also that of `active`.
 
-    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained. What
-    something else wrote is noticed as `unload_mask` notices it, by the next switch that would write there.
+    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained; the
+    next switch notices that as `unload_mask` does.
 
     Args:
         model: the base, without a mask.
@@ -132,7 +132,7 @@ class MaskBank:
             except BaseException:
                 self._residents.pop(name, None)
                 raise
-            return name
+        return name
 
     def use(self, name: str) -> nn.Module:
         """Compute with an adapter from now on; return the model. If that fails, it computes as the base.
@@ -180,14 +180,8 @@ class MaskBank:
     def close(self, *, force: bool = False) -> None:
         """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used.
 
-        If that is interrupted, the next call finishes it.
-
-        Args:
-            force: also where something else wrote weights that the active adapter changes: what it changed gets the
-                base's values, the rest stays as it was written.
-
-        Raises:
-            StateError: if something else wrote such weights.
+        If it is interrupted, the next call finishes it. Weights that something else wrote are a StateError; with
+        `force`, what the active adapter changed gets the base's values in spite of that.
         """
         with self._lock:
             if not self._closed:
@@ -207,7 +201,7 @@ class MaskBank:
             masks: a name for each example, or None for the base.
 
         Returns:
-            The output for each example, in order; they may differ in shape, as the numbers of classes do.
+            The output for each example, in order; their shapes may differ.
 
         Raises:
             UnknownNameError: before anything is computed, if a name is none of the bank's.
