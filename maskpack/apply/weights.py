@@ -138,7 +138,7 @@ def apply_masks(
         record.after = written(state if record.head is None else named_parameters(model), names)
         record.complete = True
     except BaseException:
-        _undo(model, record)
+        _undo(model, record, state)
         raise
     if not restorable:
         note(model, Applied(mask_id, restorable=False, complete=True))
@@ -165,13 +165,14 @@ def restore(model: nn.Module, *, force: bool = False) -> None:
         check_free(model)
     if record.complete and not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
+    state = {**named_buffers(model), **named_parameters(model)}
     if record.complete and not force:
         check_unwritten(
             record.after,
-            named_parameters(model),
+            state,
             "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written",
         )
-    _undo(model, record)
+    _undo(model, record, state)
 
 
 @contextmanager
@@ -200,7 +201,7 @@ def _apply(
     copy_bits(weight, rewritten(weight, mask))
 
 
-def _undo(model: nn.Module, record: Applied) -> None:
+def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> None:
     """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
     record.complete = False
     try:
@@ -210,7 +211,7 @@ def _undo(model: nn.Module, record: Applied) -> None:
             assert isinstance(own, Tensor)
             # the model may have been moved or cast meanwhile
             swap_module(model, name, head.to(own.device, own.dtype))
-        state: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
+            state = {**named_buffers(model), **named_parameters(model)}
         for name, tensor in reversed(record.tensors):
             copy_bits(state[name].detach(), tensor.to(state[name]))
         masks = ((name, changed.mask) for name, changed in reversed(record.masked.items()))
