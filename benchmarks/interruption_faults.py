@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -197,25 +198,29 @@ def storm(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
         except Exception as error:
             wrong.append(f"storm, {name}, {world.setting}: {error!r}")
 
+    def rounds(world: World, adapter: Adapter) -> None:
+        """Interrupt each operation `count` / 6 times."""
+        world.renew()
+        for _ in range(count // 6):
+            met("load_mask", lambda: load_mask(world.model, adapter), world)
+            if applied(world.model) is None:
+                load_mask(world.model, adapter)
+            met("unload_mask", lambda: unload_mask(world.model), world)
+            if applied(world.model) is not None:
+                unload_mask(world.model)
+            world.check()
+        bank_of(world)
+        for number in range(count // 6):
+            met("bank.use", partial(world.bank.use, "abc"[number % 3]), world)
+        check_bank(world)
+
     earlier = signal.signal(signal.SIGINT, handler)
+    lasts = {"load_mask": 0.05, "unload_mask": 0.03, "bank.use": 0.05}
     try:
         for op in ("zero", "flip"):
             with tempfile.TemporaryDirectory() as folder:
                 world = World(Setting(op, side=1024, few=places.FEW_PLACES, layers=4), Path(folder))
-                lasts = {"load_mask": 0.05, "unload_mask": 0.03, "bank.use": 0.05}
-                world.renew()
-                for _ in range(count // 6):
-                    met("load_mask", lambda: load_mask(world.model, world.adapters["a"]), world)
-                    if applied(world.model) is None:
-                        load_mask(world.model, world.adapters["a"])
-                    met("unload_mask", lambda: unload_mask(world.model), world)
-                    if applied(world.model) is not None:
-                        unload_mask(world.model)
-                    world.check()
-                bank_of(world)
-                for number in range(count // 6):
-                    met("bank.use", lambda: world.bank.use("abc"[number % 3]), world)  # noqa: B023
-                check_bank(world)
+                rounds(world, world.adapters["a"])
     finally:
         signal.signal(signal.SIGINT, earlier)
         sender.stdin.close()

@@ -77,14 +77,10 @@ def failures(step: int, draw: random.Random) -> dict[str, Any]:
 def table(facts: dict[str, Any]) -> str:
     """Return the Markdown of what was injected."""
     found, signals = facts["failures"]["counts"], facts["signals"]["counts"]
-    lines = [
-        "| operation | failures at lines | failures of calls | with the way back interrupted |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| operation | failures at lines | of calls | with the way back interrupted |", "|---|---|---|---|"]
     for name, counts in found.items():
-        lines.append(
-            f"| {name} | " + " | ".join(f"{counts.get(k, 0):,}" for k in ("at_lines", "at_calls", "twice")) + " |"
-        )
+        numbers = (f"{counts.get(kind, 0):,}" for kind in ("at_lines", "at_calls", "twice"))
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
     total = sum(sum(counts.values()) for counts in found.values())
     lines.append(f"\n{total:,} failures, {len(facts['failures']['wrong'])} damaged models.\n")
     lines += ["| real SIGINTs during | met it | came after its end |", "|---|---|---|"]

@@ -35,11 +35,11 @@ class MaskBank:
     themselves until they are left; others wait. A forward pass of the model outside of them computes with whatever is
     active at the moment: wrap it where another thread may switch.
 
-    **Failures.** A call that fails or is interrupted leaves the model as the base or with one whole adapter; `active`
-    says which. If the way back to the base is interrupted as well, the next call finishes it, also that of `active`.
+    **Failures.** A call that fails or is interrupted leaves the base or one whole adapter; `active` says which. If the
+    way back to the base is interrupted as well, the next call finishes it, also that of `active`.
 
-    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained; the
-    next switch notices that as `unload_mask` does.
+    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained. The
+    next switch notices that.
 
     Args:
         model: the base, without a mask.
@@ -91,8 +91,7 @@ class MaskBank:
         if self._switch.between is not None:
             with self._lock:
                 self._switch.settle()
-        one = self._switch.active
-        return one.name if one else None
+        return self._switch.active.name if self._switch.active else None
 
     def add(
         self,
@@ -180,8 +179,8 @@ class MaskBank:
     def close(self, *, force: bool = False) -> None:
         """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used.
 
-        If it is interrupted, the next call finishes it. Weights that something else wrote are a StateError; with
-        `force`, what the active adapter changed gets the base's values in spite of that.
+        If it is interrupted, the next call finishes it. Weights that something else wrote are a StateError; `force`
+        puts back what the active adapter changed in spite of that.
         """
         with self._lock:
             if not self._closed:
@@ -201,11 +200,10 @@ class MaskBank:
             masks: a name for each example, or None for the base.
 
         Returns:
-            The output for each example, in order; their shapes may differ.
+            The output for each example, in order; shapes may differ.
 
         Raises:
-            UnknownNameError: before anything is computed, if a name is none of the bank's.
-            ConfigError: if there is not a name for each example.
+            UnknownNameError: if a name is none of the bank's. ConfigError: if there is not a name for each example.
         """
         with self._lock:
             for name in masks:
