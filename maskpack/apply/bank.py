@@ -32,8 +32,7 @@ class MaskBank:
     masks the way leads over the base's own bits, and `close` gives them back.
 
     **Threads.** All calls may come from any thread. `using`, `disabled` and a call of the bank have the model for
-    themselves until they are left; others wait. A forward pass of the model outside of them computes with whatever is
-    active at the moment: wrap it where another thread may switch.
+    themselves until they are left; others wait. A forward pass outside of them computes with whatever is active then.
 
     **Failures.** A call that fails or is interrupted leaves the base or one whole adapter; `active` says which. If the
     way back to the base is interrupted as well, the next call finishes it, also that of `active`.
