@@ -15,8 +15,9 @@ from torch import nn
 from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.file import save_adapter
 from maskpack.adapter.predict import predict
+from maskpack.apply.applied import applied
 from maskpack.apply.load import MaskpackWarning, load_adapter, load_mask, unload_mask
-from maskpack.apply.weights import applied, apply_masks, restore
+from maskpack.apply.weights import apply_masks, restore
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.head import Head
 from maskpack.backbone.parameters import same_size_int

@@ -217,6 +217,24 @@ def test_places_are_where_zeros_are(share: float, length: int) -> None:
     assert found.tolist() == [at for at, zero in enumerate(zeros.tolist()) if zero]
 
 
+def test_what_was_used_longest_ago_is_dropped_first(tiny: nn.Module) -> None:
+    """Places of the active adapter and of one other have room."""
+    sets = {name: random_masks(tiny, seed) for seed, name in enumerate("abc")}
+    with MaskBank(tiny) as roomy:
+        for name, masks in sets.items():
+            roomy.use(roomy.add(masks, name))
+        room = max(one.device_bytes for one in roomy.status().residents.values())
+    with MaskBank(tiny, max_device_bytes=room) as bank:
+        for name, masks in sets.items():
+            bank.use(bank.add(masks, name))
+        assert {name: one.state for name, one in bank.status().residents.items()} == {
+            "a": "packed", "b": "ready", "c": "active",
+        }  # fmt: skip
+        bank.use("b")
+        bank.use("a")
+        assert [name for name, one in bank.status().residents.items() if one.state == "ready"] == ["b"]
+
+
 def test_costs_are_measured() -> None:
     found = costs.measured(torch.device("cpu"), torch.float32)
     assert 0 < found.scan < found.write < 1e-5

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from maskpack import MaskSet, fingerprint, load_mask, load_masked, save_adapter, unload_mask
 from maskpack.apply import stream
+from maskpack.apply.applied import applied
 from maskpack.apply.load import MaskpackWarning
-from maskpack.apply.weights import applied
 from maskpack.backbone.state import export_state, load_weights
 from maskpack.errors import AdapterError, BackboneError, BackboneMismatchError, ConfigError, DataError, StateError
 from maskpack.mask import PackedMask

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.layout import BASE
+from ..apply.applied import applied
 from ..apply.load import load_adapter, load_mask, unload_mask
-from ..apply.weights import applied
 from ..backbone.classifier import Classifier
 from ..backbone.head import swap_module
 from ..backbone.load import Backbone

@@ -15,12 +15,13 @@ from ..hub.download import PullOptions
 from ..mask import MaskSet
 from ..parts import Parts
 from .admit import Gate, name_of
+from .applied import Applied, forget
 from .load import Reference, Verify, load_adapter
 from .mixed import mixed_batch
 from .resident import Resident
 from .room import BankStatus, Room
 from .switch import Switch
-from .weights import hold, release
+from .weights import hold
 
 
 class MaskBank:
@@ -31,10 +32,13 @@ class MaskBank:
     masks the way leads over the base's own bits, and `close` gives them back.
 
     **Threads.** All calls may come from any thread. `using`, `disabled` and a call of the bank have the model for
-    themselves until they are left; others wait. A forward pass of the model outside of them computes with whatever is
-    active at the moment: wrap it where another thread may switch.
+    themselves until they are left; others wait. A forward pass outside of them computes with whatever is active then.
 
-    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained.
+    **Failures.** A call that fails or is interrupted leaves the base or one whole adapter; `active` says which. If the
+    way back to the base is interrupted as well, the next call finishes it, also that of `active`.
+
+    The model belongs to the bank until `close`: `load_mask` refuses it, and it must not be moved, cast or trained. The
+    next switch notices that.
 
     Args:
         model: the base, without a mask.
@@ -61,8 +65,8 @@ class MaskBank:
         self._residents: dict[str, Resident] = {}
         self._switch = Switch(unwrap(model))
         self._room = Room(self._residents, self._switch, max_host_bytes, max_device_bytes)
-        hold(model)
-        self._closed = False
+        self._closed, self._hold = False, Applied("", held=True)
+        hold(model, self._hold)
 
     def __enter__(self) -> "MaskBank":
         return self
@@ -83,6 +87,9 @@ class MaskBank:
     @property
     def active(self) -> str | None:
         """Name of the adapter that the model computes with now; None: the base."""
+        if self._switch.between is not None:
+            with self._lock:
+                self._switch.settle()
         return self._switch.active.name if self._switch.active else None
 
     def add(
@@ -117,13 +124,13 @@ class MaskBank:
                 one = self._gate.admit(name, source, options)
             self._switch.check(one.decoded())
             one.pinned = pin
-            self._residents[name] = one
             try:
+                self._residents[name] = one
                 self._room.make(one)
             except BaseException:
-                del self._residents[name]
+                self._residents.pop(name, None)
                 raise
-            return name
+        return name
 
     def use(self, name: str) -> nn.Module:
         """Compute with an adapter from now on; return the model. If that fails, it computes as the base.
@@ -157,7 +164,7 @@ class MaskBank:
         """
         with self._lock:
             one = self._find(name)
-            if self._switch.active is one:
+            if self.active == name:
                 self._switch.to(None)
             self._switch.forget(one)
             del self._residents[name]
@@ -165,16 +172,21 @@ class MaskBank:
     def status(self) -> BankStatus:
         """Return what the bank holds, and how it switched so far."""
         with self._lock:
+            self._switch.settle()
             return self._room.status()
 
-    def close(self) -> None:
-        """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used."""
+    def close(self, *, force: bool = False) -> None:
+        """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used.
+
+        If it is interrupted, the next call finishes it. Weights that something else wrote are a StateError; `force`
+        puts back what the active adapter changed in spite of that.
+        """
         with self._lock:
             if not self._closed:
-                self._switch.to(None)
+                self._switch.to(None, force)
                 for name in list(self._residents):
                     self.remove(name)
-                release(self.model)
+                forget(self.model, self._hold)
                 self._closed = True
 
     def __call__(self, inputs: Tensor | Mapping[str, Tensor], masks: Sequence[str | None]) -> list[Tensor]:
@@ -187,11 +199,10 @@ class MaskBank:
             masks: a name for each example, or None for the base.
 
         Returns:
-            The output for each example, in order; they may differ in shape, as the numbers of classes do.
+            The output for each example, in order; shapes may differ.
 
         Raises:
-            UnknownNameError: before anything is computed, if a name is none of the bank's.
-            ConfigError: if there is not a name for each example.
+            UnknownNameError: if a name is none of the bank's. ConfigError: if there is not a name for each example.
         """
         with self._lock:
             for name in masks:

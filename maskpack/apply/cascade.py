@@ -19,7 +19,7 @@ from ..hub.download import PullOptions
 from ..parts import CascadeParts, Parts
 from ..preprocess import TextPreprocess, preprocess_from_json
 from .load import VERIFY, Reference, Verify, load_adapter, make_base
-from .weights import apply_masks, restore
+from .weights import masked
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,19 +150,10 @@ class Cascade:
             StateError: if the model has a mask loaded. BackboneMismatchError: if it is another one.
         """
         one = self._sets[name]
-        apply_masks(
-            self.model,
-            one.masks.items(),
-            one.masks.shapes,
-            mask_id=name,
-            values=one.values,
-            dense={**one.statistics, **one.parameters},
-        )
-        self.cost = replace(self.cost, switches=self.cost.switches + 1)
-        try:
+        dense = {**one.statistics, **one.parameters}
+        with masked(self.model, one.masks.items(), one.masks.shapes, mask_id=name, values=one.values, dense=dense):
+            self.cost = replace(self.cost, switches=self.cost.switches + 1)
             yield
-        finally:
-            restore(self.model)
 
     def _embed(self, name: str, inputs: Inputs) -> Tensor:
         """Return the embeddings of a batch by one set, (B, D) float32 on the CPU."""

@@ -16,7 +16,8 @@ from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
 from ..mask import PackedMask
-from .weights import applied, apply_masks, check_masks, restore
+from .applied import applied
+from .weights import apply_masks, check_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
@@ -62,7 +63,9 @@ def load_mask(
 ) -> Model:
     """Apply an adapter to a model in place and return the same model.
 
-    Class, parameter names, storage and `requires_grad` of the body stay. A mask loaded before is unloaded first.
+    Class, parameter names, storage and `requires_grad` of the body stay. A mask loaded before is unloaded first. If it
+    fails or is interrupted, the model is the base, to the bit; if it is interrupted once more while it puts that back,
+    `unload_mask(model)` finishes it.
 
     Args:
         ref: `user/name[@revision]` on the Hub, a folder, a `.safetensors` file, or an `Adapter`.
@@ -71,7 +74,8 @@ def load_mask(
         head: "replace" puts the adapter's head in the place of the model's; "keep" leaves the model's.
         mode: of an adapter that replaces weights, as `train_transfer` makes: "target" puts the values in, "source"
             removes these weights, and leaves the adapter's head, statistics and parameters out.
-        restorable: keep what `unload_mask` needs: the removed weights, or a whole copy where the scale is on.
+        restorable: keep what `unload_mask` needs: the weights that the mask changes, or a whole copy where the scale is
+            on. Until the mask is on, they are kept in any case.
         token, cache_dir, local_files_only: as in the Hugging Face Hub client.
 
     Raises:
@@ -194,11 +198,24 @@ def check_base(
         warnings.warn(str(error), MaskpackWarning, stacklevel=stacklevel)
 
 
-def unload_mask(model: Model) -> Model:
+def unload_mask(model: Model, *, force: bool = False) -> Model:
     """Undo `load_mask`: weights, statistics and head get back, to the bit, what they had; return the same model.
 
+    If it is interrupted or fails, the next call finishes it. That also holds for a `load_mask` that was interrupted
+    twice, so that it could not undo itself.
+
+    Parameters that something else wrote meanwhile (an optimizer step, `load_state_dict`) are noticed by PyTorch's count
+    of in-place writes. Only those that the mask changes are looked at, and no buffers: a forward pass in training mode
+    writes the statistics of BatchNorm. `model.to` and `model.half` leave the count as it is, and what is put back is
+    moved or cast alike. Not counted, and so not noticed: writes through `.data` or numpy, fused optimizers
+    (`fused=True`), and tensors made in inference mode.
+
+    Args:
+        force: undo although parameters were written: what the mask changed gets its earlier values, the rest stays as
+            it was written.
+
     Raises:
-        StateError: if no mask is loaded, or it was loaded with restorable=False.
+        StateError: if no mask is loaded, it was loaded with restorable=False, or parameters were written meanwhile.
     """
-    restore(model)
+    restore(model, force=force)
     return model

@@ -83,23 +83,53 @@ def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
     whole, at = same_size_int(weight), at.long()
     if whole.is_cpu and whole.is_contiguous():
         whole.view(-1).numpy()[at.numpy()] = 0 if bits is None else bits.numpy()
-        increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
-    elif whole.is_contiguous():  # takes half to two thirds of the time of put_
-        whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
-    else:
-        whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
+        counted(whole)
+        return
+    with torch.inference_mode(whole.is_inference()):
+        if whole.is_contiguous():  # takes half to two thirds of the time of put_
+            whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
+        else:
+            whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
-def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None) -> Tensor:
-    """Apply a mask at its places, and return the bits that were there; `values` as of `patch_of`."""
+def counted(weight: Tensor) -> None:
+    """Count a write by numpy as PyTorch counts its own, so that a backward pass sees that a weight is another one."""
+    if not weight.is_inference():  # those have no version
+        increment_version(weight)
+
+
+def copy_bits(target: Tensor, source: Tensor) -> None:
+    """Copy bits, whatever they stand for."""
+    with torch.inference_mode(target.is_inference()):
+        same_size_int(target).copy_(same_size_int(source))
+
+
+def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
+    """Apply a mask at its places; `values` as of `patch_of`.
+
+    The bits there are added to `before` piece by piece, each piece before it is overwritten. So `put_back` leads back
+    from wherever this was interrupted.
+    """
     few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
-    before = []
+    kept = same_size_int(weight.new_empty(len(at)))  # thousands of small pieces would leave holes in the memory
     for start in range(0, len(at), few):
         part = slice(start, start + few)
         old, new = changes(weight, mask, at[part], None if values is None else values[part])
+        before.append(kept[part].copy_(old))
         write(weight, at[part], new)
-        before.append(old)
-    return torch.cat(before) if before else same_size_int(weight.new_empty(0))
+
+
+def put_back(weight: Tensor, at: Tensor, before: list[Tensor], dtype: torch.dtype) -> None:
+    """Undo `exchange`, or a part of it, on a weight that had this dtype then; can be repeated."""
+    if before and (before[0].device != weight.device or dtype != weight.dtype):  # moved or cast meanwhile
+        before = [same_size_int(torch.cat(before).view(dtype).to(weight))]
+    if len(before) > 1 and (whole := same_size_int(weight)).is_contiguous():  # as `write`, with less for each piece
+        flat, start, places = whole.view(-1).numpy(), 0, at.numpy()
+        for old in before:
+            flat[places[start : (start := start + len(old))]] = old.numpy()
+        counted(whole)
+    elif before:
+        write(weight, at[: sum(map(len, before))], torch.cat(before))
 
 
 def inverted(bits: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from bitarray.util import count_xor
 from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
-from ..backbone.parameters import same_size_int
 from ..errors import StateError
 from ..mask import PackedMask
 from ..parts import Parts
@@ -69,9 +68,12 @@ class Resident:
     def make_patches(self, parameters: Mapping[str, Tensor]) -> None:
         """Note what the masks change in parameters that have their base's bits."""
         parts = self.decoded()
-        for name, mask in parts.masks.items():
-            if at_places(mask) and name not in self.patches:
-                self.patches[name] = patch_of(parameters[name], mask, parts.values.get(name))
+        if not self.patches:
+            self.patches = {  # in one step: places of some parameters alone would be taken for those of all
+                name: patch_of(parameters[name], mask, parts.values.get(name))
+                for name, mask in parts.masks.items()
+                if at_places(mask)
+            }
 
 
 def parts_of(adapter: Adapter, base: nn.Module) -> Parts:
@@ -123,8 +125,3 @@ def change_patches(one: Resident, other: Resident) -> dict[str, Patch]:
 def base_bits(patch: Patch, at: Tensor) -> Tensor:
     """Return the old bits of a patch at some of its places."""
     return patch.old[torch.searchsorted(patch.at.long(), at)]
-
-
-def copy_bits(target: Tensor, source: Tensor) -> None:
-    """Copy bits, whatever they stand for."""
-    same_size_int(target).copy_(same_size_int(source))

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..adapter.adapter import Adapter
 from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest
-from ..backbone.parameters import aliases, body, canonical, named_parameters, unwrap
+from ..backbone.parameters import aliases, body, canonical, named_parameters, slots, unwrap
 from ..backbone.state import COUNTER, fit_head, sources
 from ..backbone.tensor_digest import tensor_digest
 from ..errors import BackboneMismatchError, StateError
 from ..hub.download import PullOptions
 from ..tensorfile import open_tensors
+from .applied import applied, forget
 from .load import (
     HeadChoice,
     MaskpackWarning,
@@ -29,7 +30,7 @@ from .load import (
     load_adapter,
     removing,
 )
-from .weights import applied, apply_masks, check_masks
+from .weights import apply_masks, check_masks
 
 
 def load_masked(
@@ -52,7 +53,7 @@ def load_masked(
 
     If it fails before it reads the first tensor, the model keeps its weights (it may have another head, with as many
     classes as the file's). If it fails later, every parameter and saved buffer of the model is on the meta device: it
-    has no weights, rather than some.
+    has no weights, rather than some. An interruption at the very end leaves the whole adapter on it.
 
     Args:
         model: may be on the meta device, as made under `with torch.device("meta")`; its parameters become new ones.
@@ -116,7 +117,11 @@ def load_masked(
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
         apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=beside.dense, head=beside.head, restorable=False)
     except BaseException:
-        base.clear()
+        record = applied(whole)
+        if record is None or not record.complete:  # else it has the whole adapter
+            if record is not None:
+                forget(whole, record)
+            base.clear()
         raise
     return model
 
@@ -135,7 +140,7 @@ class _Base(Mapping[str, Tensor]):
         for head in set(heads) & dict(model.named_modules()).keys():
             fit_head(model, head, self._files.shapes)
         self._sources = sources(model, self._files.shapes, path)
-        self._places = dict(_places(model))
+        self._places = dict(slots(model))
         own = {name: self._places[name][0][self._places[name][1]] for name in self._sources}
         self.devices = {name: torch.device("cpu") if t.is_meta else t.device for name, t in own.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in own.items()}
@@ -167,10 +172,12 @@ class _Base(Mapping[str, Tensor]):
             owner[leaf] = tensor if parameter is None else parameter
 
     def clear(self) -> None:
-        """Put all that the file holds on the meta device."""
+        """Put all that the file holds on the meta device, and buffers that it does not hold as they were."""
         for names in self.names:
             owner, leaf = self._places[names[0]]
             self.put(names, _on_meta(owner[leaf]))
+        for name, buffer in self.unsaved.items():
+            self.put([name], buffer)
 
     def let_go(self) -> None:
         """Forget the last tensor that was read."""
@@ -188,15 +195,6 @@ class _Base(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sources)
-
-
-def _places(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
-    """Yield where a model keeps each parameter and buffer: canonical name, and a dictionary with its key there."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for owner in (module._parameters, module._buffers):
-            for leaf, tensor in owner.items():
-                if tensor is not None:
-                    yield canonical(f"{prefix}.{leaf}" if prefix else leaf), (owner, leaf)
 
 
 def _module(tensors: Mapping[str, Tensor]) -> nn.Module:

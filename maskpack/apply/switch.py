@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.head import Head, swap_module
-from ..backbone.parameters import named_buffers, named_parameters
+from ..backbone.parameters import named_buffers, named_parameters, slots
 from ..errors import StateError
 from ..parts import Parts
+from .applied import check_unwritten, written
 from .costs import measured
 from .heads import head_fits, head_module, head_tensors, new_head
-from .patch import Patch, rewritten
-from .resident import Resident, change_patches, copy_bits, differing, only_removes, whole_masks
+from .patch import Patch, copy_bits, rewritten
+from .resident import Resident, change_patches, differing, only_removes, whole_masks
 from .weights import check_compiled, check_dense
 
 
@@ -26,8 +27,12 @@ class Switch:
     is for adapters that remove weights only. What differs is noted for a pair as soon as the time that it would have
     saved so far is more than the time that it takes, by measured costs.
 
+    What adapters change never changes, since the base does not. So a switch that was interrupted is undone by writing
+    the base's bits of both adapters, and that may be interrupted and repeated: see `settle`.
+
     Attributes:
         active: what the model computes with; None: the base. counts: switches by how.
+        between: adapters that a switch is between; the model may have a part of each. None: the last switch is done.
         changes: patches of pairs of adapters by name of the pair. kept: the base's bits of tensors that are written as
             a whole: statistics, parameters, heads, and weights under a mask with a scale or signs.
     """
@@ -35,11 +40,14 @@ class Switch:
     def __init__(self, model: nn.Module):
         self.model = model
         self.active: Resident | None = None
+        self.between: tuple[Resident | None, Resident | None] | None = None
         self.counts: Counter[str] = Counter()
         self.changes: dict[tuple[str, str], dict[str, Patch]] = {}
         self.kept: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
         self.kinds = {name: (tensor.dtype, tensor.device) for name, tensor in self.tensors.items()}
+        self._slots = dict(slots(model))
+        self._written_last = written(self.tensors, self.tensors)  # by the bank
         # of pairs that were switched between by places: see `_worth_of`, and how often
         self._worth: dict[tuple[str, str], tuple[float, float]] = {}
         self._repeated: Counter[tuple[str, str]] = Counter()
@@ -53,12 +61,17 @@ class Switch:
         if parts.head is not None and parts.head.kind == "linear":
             head_module(self.model, parts.head)
 
-    def to(self, one: Resident | None) -> None:
+    def to(self, one: Resident | None, force: bool = False) -> None:
         """Let the model compute with an adapter, or as the base; if that fails, as the base.
 
+        Args:
+            force: also where something else wrote weights that these adapters change.
+
         Raises:
-            StateError: if the model was moved or cast, or is compiled with frozen weights.
+            StateError: if the model was moved or cast, is compiled with frozen weights, or something else wrote
+                weights; then nothing changed.
         """
+        self.settle()
         self._clock += 1
         if one is not None:
             one.used = self._clock
@@ -66,22 +79,42 @@ class Switch:
         if one is before:
             return
         check_compiled()
-        self._check_kinds(one for one in (before, one) if one is not None)
+        names = self._names(before, one)
+        self._check(names, force)
         try:
+            self.between = before, one
             with torch.inference_mode(False), torch.no_grad():
                 self._weights(before, one)
                 self._dense(one)
+            self._written_last |= written(self.tensors, names)
+            self.active = one
+            self.between = None
         except BaseException:
-            with torch.inference_mode(False), torch.no_grad():
-                self._reset(before, one)
-            if one is not None:
-                self.forget(one)  # places of some parameters alone would be taken for those of all
+            self.settle()
             raise
-        self.active = one
+
+    def settle(self) -> None:
+        """Make the model the base again if a switch was interrupted; this can be interrupted itself, and repeated."""
+        if self.between is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for one in self.between:
+                for name, patch in one.patches.items() if one is not None else ():
+                    patch.undo(self.tensors[name])
+            for name, tensor in self.kept.items():
+                copy_bits(self.tensors[name], tensor)
+            if self._head is not None:
+                swap_module(self.model, *self._head)
+                self._head = None
+        self._written.clear()
+        self._written_last |= written(self.tensors, self._names(*self.between) | self.kept.keys())
+        self.active = None
+        self.between = None
 
     def forget(self, one: Resident) -> None:
         """Drop what is noted of an adapter that is not active."""
-        one.patches.clear()
+        self.settle()
+        one.patches = {}
         self.changes = {pair: patches for pair, patches in self.changes.items() if one.name not in pair}
         self._worth = {pair: worth for pair, worth in self._worth.items() if one.name not in pair}
         self._repeated = Counter({pair: count for pair, count in self._repeated.items() if one.name not in pair})
@@ -103,7 +136,7 @@ class Switch:
                 patch.put(self.tensors[name])
             for name, mask in whole_masks(one.decoded()).items():
                 base = self._keep(name)
-                self.tensors[name].copy_(rewritten(base, mask))
+                copy_bits(self.tensors[name], rewritten(base, mask))
 
     def _undo(self, one: Resident, but: Iterable[str] = ()) -> None:
         """Put the base's bits back where an adapter changed weights, but for some that are to be written as a whole."""
@@ -159,7 +192,7 @@ class Switch:
         self._written = set(wanted)
         for name, tensor in wanted.items():
             self._keep(name)
-            self.tensors[name].copy_(tensor)
+            copy_bits(self.tensors[name], tensor.to(self.tensors[name]))
         if head is not None and not own:
             self._swap(head)
 
@@ -180,8 +213,8 @@ class Switch:
                 module.get_parameter(name.rpartition(".")[2]).detach().copy_(tensor)
             return
         module = new_head(self.model, there, head)
-        old = swap_module(self.model, head.module, module)
-        self._head = self._head or (head.module, old)
+        self._head = self._head or (head.module, there)
+        swap_module(self.model, head.module, module)
 
     def _keep(self, name: str) -> Tensor:
         """Return the base's bits of a tensor, which are noted when it is first written as a whole."""
@@ -189,25 +222,28 @@ class Switch:
             self.kept[name] = self.tensors[name].detach().clone()
         return self.kept[name]
 
-    def _reset(self, *residents: Resident | None) -> None:
-        """Make the model the base again, whatever was written last."""
+    def _names(self, *residents: Resident | None) -> set[str]:
+        """Return the names of the model's own parameters that some adapters change."""
+        names: set[str] = set()
         for one in residents:
-            for name, patch in one.patches.items() if one is not None else ():
-                patch.undo(self.tensors[name])
-        for name, tensor in self.kept.items():
-            copy_bits(self.tensors[name], tensor)
-        if self._head is not None:
-            swap_module(self.model, *self._head)
-            self._head = None
-        self._written.clear()
-        self.active = None
+            if one is not None:
+                parts = one.decoded()
+                names |= parts.masks.shapes.keys() | parts.parameters.keys()
+                names |= head_tensors(parts.head).keys() if parts.head is not None else set()
+        return names & self._slots.keys()
 
-    def _check_kinds(self, residents: Iterable[Resident]) -> None:
-        for one in residents:
-            for name in one.decoded().masks:
-                tensor, (dtype, device) = self.tensors[name], self.kinds[name]
-                if tensor.dtype != dtype or tensor.device != device:
-                    raise StateError(
-                        f"{name!r} is {tensor.dtype} on {tensor.device} now, and was {dtype} on {device} when the bank "
-                        f"was made; move or cast the model before that, or close the bank and make another one"
-                    )
+    def _check(self, names: Iterable[str], force: bool) -> None:
+        """Raise StateError if parameters were moved or cast, or, without `force`, written by something else."""
+        now = {name: owner[leaf] for name in names for owner, leaf in [self._slots[name]] if leaf in owner}
+        for name, tensor in now.items():
+            dtype, device = self.kinds[name]
+            if tensor.dtype != dtype or tensor.device != device:
+                raise StateError(
+                    f"{name!r} is {tensor.dtype} on {tensor.device} now, and was {dtype} on {device} when the bank "
+                    f"was made; move or cast the model before that, or close the bank and make another one"
+                )
+        if not force:
+            noted = {name: self._written_last[name] for name in names if name in self._written_last}
+            check_unwritten(
+                noted, now, "a bank's model must not be trained; bank.close(force=True) puts back what adapters changed"
+            )

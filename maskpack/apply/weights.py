@@ -1,74 +1,42 @@
 """Masks on a model's weights: in place, one tensor at a time, restored to the bit."""
 
 import sys
-import weakref
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbone.head import Head, swap_module
-from ..backbone.parameters import named_buffers, named_parameters, same_size_int, unwrap
+from ..backbone.parameters import named_buffers, named_parameters, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask
+from .applied import Applied, Changed, applied, check_unwritten, follow, forget, note, written
 from .heads import head_fits, head_module, head_tensors, new_head
-from .patch import exchange, located, rewritten, write
+from .patch import copy_bits, exchange, located, put_back, rewritten
 
 
-@dataclass(eq=False)
-class Applied:
-    """What is applied to a model, and what it takes to undo it.
-
-    Attributes:
-        mask_id: of the adapter.
-        masks: what was applied, in order of application.
-        saved: parameter name -> the bits that the mask removed (op zero and replace), or the whole tensor.
-        tensors: name -> earlier value of buffers and parameters that were copied over.
-        head: (dotted name, earlier module), if the head was swapped.
-        restorable: False if nothing was kept. held: a bank has the model, and nothing of this record is used.
-    """
-
-    mask_id: str
-    masks: dict[str, PackedMask] = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    head: tuple[str, nn.Module] | None = None
-    restorable: bool = True
-    held: bool = False
-
-
-# beside the model, not on it: its attributes, state_dict and pickles stay as they are
-_APPLIED: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
-
-
-def applied(model: nn.Module) -> Applied | None:
-    """Return what is applied to the model, or None."""
-    return _APPLIED.get(unwrap(model))
-
-
-def hold(model: nn.Module) -> None:
+def hold(model: nn.Module, record: Applied) -> None:
     """Note that a bank has the model, so that nothing else puts masks on it.
 
     Raises:
         StateError: if it has a mask, belongs to a bank, or is compiled with frozen weights.
     """
     check_compiled()
-    _check_free(model)
-    _APPLIED[unwrap(model)] = Applied("", held=True)
+    check_free(model)
+    note(model, record)
 
 
-def release(model: nn.Module) -> None:
-    """Note that a bank has given the model back."""
-    del _APPLIED[unwrap(model)]
-
-
-def _check_free(model: nn.Module) -> None:
+def check_free(model: nn.Module) -> None:
+    """Raise StateError if a model has a mask or belongs to a bank; a load or undo that was interrupted is undone."""
     record = applied(model)
     if record is not None and record.held:
         raise StateError("this model belongs to a MaskBank; use the bank, or close it first: bank.close()")
-    if record is not None:
+    if record is not None and record.complete:
         raise StateError("this model has a mask already; call unload_mask(model) first")
+    if record is not None:
+        restore(model)
 
 
 def check_compiled() -> None:
@@ -133,7 +101,8 @@ def apply_masks(
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
 
-    If anything fails midway, the model is put back before the error goes on.
+    If anything fails midway, the model is put back before the error goes on. If that is interrupted as well, `restore`
+    finishes it, and so does whatever puts a mask on the model next.
 
     Args:
         masks: (name, mask), decoded as they are asked for.
@@ -149,84 +118,120 @@ def apply_masks(
     """
     model = unwrap(model)
     check_compiled()
-    _check_free(model)
-    parameters = check_masks(model, shapes)
-    state = {**named_buffers(model), **named_parameters(model)}
-    check_dense(dense or {}, state)
+    check_free(model)
+    parameters, values, dense = check_masks(model, shapes), values or {}, dense or {}
+    state: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
+    check_dense(dense, state)
+    names = {*shapes, *dense}
     if head is not None:
         head_module(model, head)
-    record = Applied(mask_id, restorable=restorable)
-    _APPLIED[model] = record
+        names |= head_tensors(head).keys()
+    record = Applied(mask_id, restorable=restorable, before=written(state, names))
     try:
+        note(model, record)
         for name, mask, at in located(masks, parameters):
-            saved = _apply(parameters[name], mask, at, (values or {}).get(name))
-            record.masks[name] = mask
-            if saved is not None:
-                record.saved[name] = saved
-        for name, tensor in (dense or {}).items():
+            _apply(record, name, parameters[name].detach(), mask, at, values.get(name))
+        for name, tensor in dense.items():
             _copy(record, state, name, tensor)
         if head is not None:
             _apply_head(model, head, record)
+        record.after = written(state if record.head is None else named_parameters(model), names)
+        record.complete = True
     except BaseException:
-        record.restorable = True
-        restore(model)
+        _undo(model, record, state)
         raise
     if not restorable:
-        _APPLIED[model] = Applied(mask_id, restorable=False)
+        note(model, Applied(mask_id, restorable=False, complete=True))
 
 
 @torch.no_grad()
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module, *, force: bool = False) -> None:
     """Undo what is applied: weights, statistics and head have the bits that they had.
 
+    If it fails or is interrupted, the next call finishes it.
+
+    Args:
+        force: also where something else wrote the weights since.
+
     Raises:
-        StateError: if nothing is applied, or it was applied with restorable=False.
+        StateError: if nothing is applied, it was applied with restorable=False, or something else wrote parameters that
+            the mask changes.
     """
     model = unwrap(model)
-    record = _APPLIED.get(model)
+    record = applied(model)
     if record is None:
         raise StateError("this model has no mask to unload; load one with load_mask(model, ref)")
     if record.held:
-        _check_free(model)
-    if not record.restorable:
+        check_free(model)
+    if record.complete and not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
-    if record.head is not None:
-        name, head = record.head
-        own = model.get_submodule(name).weight
-        assert isinstance(own, Tensor)
-        # the model may have been moved or cast meanwhile
-        swap_module(model, name, head.to(own.device, own.dtype))
-    state: Mapping[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
-    for name, tensor in record.tensors.items():
-        same_size_int(state[name].detach()).copy_(same_size_int(tensor.to(state[name])))
-    for name, mask, at in located(record.masks.items(), state):
-        _undo(state[name].detach(), mask, at, record.saved.get(name))
-    del _APPLIED[model]
+    state = {**named_buffers(model), **named_parameters(model)}
+    if record.complete and not force:
+        check_unwritten(
+            record.after,
+            state,
+            "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written",
+        )
+    _undo(model, record, state)
 
 
-def _apply(parameter: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None) -> Tensor | None:
-    """Apply one mask; return what is needed to undo it: the changed weights, the whole tensor, or nothing."""
-    weight = parameter.detach()
+@contextmanager
+def masked(
+    model: nn.Module, masks: Iterable[tuple[str, PackedMask]], shapes: Mapping[str, tuple[int, ...]], **how: Any
+) -> Iterator[None]:
+    """Put masks on a model, as `apply_masks` does, as long as this lasts; then it is what it was, to the bit."""
+    check_free(model)
+    try:
+        apply_masks(model, masks, shapes, **how)
+        yield
+    finally:
+        if applied(model) is not None:
+            restore(model)
+
+
+def _apply(
+    record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None
+) -> None:
+    """Apply one mask; what it takes to undo it is noted before."""
+    changed = record.masked[name] = Changed(mask, weight.dtype, [])
     if at is not None:
-        old = exchange(weight, mask, at, values)
-        return None if mask.op == "flip" else old.view(weight.dtype)
-    saved = weight.clone()
-    weight.copy_(rewritten(weight, mask))
-    return saved
+        exchange(weight, mask, at, values, changed.saved)
+        return
+    changed.saved.append(weight.clone())
+    copy_bits(weight, rewritten(weight, mask))
 
 
-def _undo(weight: Tensor, mask: PackedMask, at: Tensor | None, saved: Tensor | None) -> None:
-    if saved is None:
-        _apply(weight, mask, at, None)  # a sign flip undoes itself
-    elif at is not None:
-        write(weight, at, same_size_int(saved.to(weight)))
-    else:
-        same_size_int(weight).copy_(same_size_int(saved.to(weight)))
+def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> None:
+    """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
+    record.complete = False
+    try:
+        if record.head is not None:
+            name, head = record.head
+            own = model.get_submodule(name).weight
+            assert isinstance(own, Tensor)
+            # the model may have been moved or cast meanwhile
+            swap_module(model, name, head.to(own.device, own.dtype))
+            state = {**named_buffers(model), **named_parameters(model)}
+        for name, tensor in reversed(record.tensors):
+            copy_bits(state[name].detach(), tensor.to(state[name]))
+        masks = ((name, changed.mask) for name, changed in reversed(record.masked.items()))
+        for name, _, at in located(masks, state):
+            weight, (_, dtype, saved) = state[name].detach(), record.masked[name]
+            if at is not None:
+                put_back(weight, at, saved, dtype)
+            elif saved:
+                copy_bits(weight, saved[0].to(weight))
+        follow(record)
+    except BaseException as error:
+        error.add_note("maskpack: the model still has a part of the mask; unload_mask(model) removes it")
+        raise
+    forget(model, record)
 
 
 def _copy(record: Applied, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-    record.tensors[name] = state[name].detach().clone()
-    state[name].detach().copy_(tensor)
+    target = state[name].detach()
+    record.tensors.append((name, target.clone()))
+    copy_bits(target, tensor.to(target))
 
 
 def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
@@ -237,4 +242,6 @@ def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
         for name, tensor in head_tensors(head).items():
             _copy(record, state, name, tensor)
         return
-    record.head = (head.module, swap_module(model, head.module, new_head(model, old, head)))
+    new = new_head(model, old, head)
+    record.head = (head.module, old)
+    swap_module(model, head.module, new)

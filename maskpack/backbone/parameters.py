@@ -1,6 +1,6 @@
 """Names and tensors of a model as adapters see them: wrappers removed, ties counted once, head set apart."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return every buffer by its canonical name."""
     return {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
+
+
+def slots(model: nn.Module) -> Iterator[tuple[str, tuple[dict[str, Tensor], str]]]:
+    """Yield where a model keeps each parameter and buffer: canonical name, and a dictionary with its key there."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for owner in (module._parameters, module._buffers):
+            for leaf, tensor in owner.items():
+                if tensor is not None:
+                    yield canonical(f"{prefix}.{leaf}" if prefix else leaf), (owner, leaf)
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

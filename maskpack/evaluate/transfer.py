@@ -8,7 +8,7 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..apply.load import Mode, removing
-from ..apply.weights import apply_masks, restore
+from ..apply.weights import masked
 from ..backbone.classifier import Classifier, accuracy
 from ..backbone.head import Head
 from ..backbone.load import Backbone
@@ -63,7 +63,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None = None) -> Iterator[None]:
     """As long as this lasts, a model is what `load_mask` makes of it in this mode; its head stays without `head`."""
     target, masks = mode == "target", parts.masks.items()
-    apply_masks(
+    with masked(
         model,
         masks if target else removing(masks),
         parts.masks.shapes,
@@ -71,11 +71,8 @@ def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None 
         values=parts.values if target else {},
         dense={**parts.statistics, **parts.parameters} if target else {},
         head=head,
-    )
-    try:
+    ):
         yield
-    finally:
-        restore(model)
 
 
 def source_classes(adapter: Adapter) -> tuple[str, ...] | None:

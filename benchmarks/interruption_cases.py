@@ -1,0 +1,138 @@
+"""What `interruptions.py` lets fail: loads, undos, switches, banks, cascades; and what must hold afterwards."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.interruption_world import Net, World, bits_of, same
+from maskpack import MaskBank, load_mask, load_masked, unload_mask
+from maskpack.apply.applied import applied
+from maskpack.apply.cascade import Cascade
+from maskpack.apply.costs import Costs
+from maskpack.backbone.embedding import Embedding
+from maskpack.parts import CascadeParts
+from maskpack.router import Router, Whitening
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation: what comes before it, the operation, and the check of what it left."""
+
+    name: str
+    before: Callable[[World], object]
+    act: Callable[[World], object]
+    check: Callable[[World], None] = World.check
+
+
+def load_c(world: World) -> None:
+    """Put an adapter on a fresh model, without a check of the base."""
+    world.renew()
+    load_mask(world.model, world.adapters["c"], verify="off")
+
+
+def forgetting(world: World) -> None:
+    """Load for good."""
+    load_mask(world.model, world.adapters["b"], restorable=False)
+
+
+def check_forgetting(world: World) -> None:
+    """As `World.check`, of a mask that cannot be undone."""
+    record = applied(world.model)
+    if record is None or not record.complete:
+        world.check()
+    else:
+        assert same(bits_of(world.model), world.wanted["b"])
+
+
+def bank_of(world: World, *used: str, tight: bool = False) -> None:
+    """Make a bank with three adapters, of which some were used; a tight one has room for the largest."""
+    room = max(parts.nbytes for parts in world.parts.values()) if tight else None
+    bank = MaskBank(world.model, max_host_bytes=room, max_device_bytes=0 if tight else None, verify="off")
+    world.bank = bank
+    for adapter in world.adapters.values():
+        bank.add(adapter, world.names[adapter.mask_id])
+    for name in used:
+        bank.use(name)
+
+
+def check_bank(world: World) -> None:
+    """Raise AssertionError if the model is not what its bank says, or is not the base once the bank is closed."""
+    bank = world.bank
+    name = bank.active
+    assert same(bits_of(world.model), world.wanted[name]), f"damaged: the bank says {name}"
+    for one in bank.names:
+        bank.use(one)
+        assert same(bits_of(world.model), world.wanted[one]), f"damaged: {one} after {name}"
+    bank.close()
+    assert applied(world.model) is None
+    assert same(bits_of(world.model), world.wanted[None]), "damaged after close"
+
+
+def by_changes(world: World) -> None:
+    """Switch often enough that what differs is noted."""
+    with patch("maskpack.apply.switch.measured", lambda *_: Costs(write=1.0, scan=0.0)):
+        world.bank.use("a")
+
+
+def cascade(world: World) -> None:
+    """Let a dispatcher and an expert embed two inputs."""
+    side = world.setting.side
+    router = Router(
+        Whitening(torch.zeros(side), torch.eye(side)[:2], torch.ones(2)),
+        torch.ones(1),
+        torch.zeros(1, 2),
+        torch.eye(2)[None],
+    )
+    parts = CascadeParts("c", ("d",), Embedding("fc"), router)
+    Cascade(world.model, {"c": world.parts["c"], "d": world.parts["c"]}, parts).embed(torch.ones(2, side))
+
+
+def check_cascade(world: World) -> None:
+    """As `World.check`: between calls no mask is on the model, except where the undo was interrupted twice."""
+    record = applied(world.model)
+    if record is not None and record.complete:
+        record.mask_id = "c"
+    world.check()
+
+
+def on_meta(world: World) -> None:
+    """Make a model without weights."""
+    with torch.device("meta"):
+        world.model = Net(world.setting).to(world.setting.dtype).eval()
+
+
+def masked(world: World) -> None:
+    """Load base and mask together."""
+    load_masked(world.model, world.folder / "base.safetensors", world.adapters["b"])
+
+
+def check_masked(world: World) -> None:
+    """Raise AssertionError if the model has some weights, or if it cannot be loaded once more."""
+    without = [tensor.is_meta for tensor in world.model.state_dict().values()]
+    if any(without):
+        assert all(without) or world.twice, "some weights"
+        assert applied(world.model) is None
+        masked(world)
+    assert same(bits_of(world.model), world.wanted["b"])
+
+
+CASES = (
+    Case("load_mask", World.renew, lambda w: load_mask(w.model, w.adapters["a"])),
+    Case("load_mask, a head of another shape", World.renew, lambda w: load_mask(w.model, w.adapters["b"])),
+    Case("load_mask over another mask", load_c, lambda w: load_mask(w.model, w.adapters["a"])),
+    Case("load_mask, restorable=False", World.renew, forgetting, check_forgetting),
+    Case("unload_mask", lambda w: (w.renew(), load_mask(w.model, w.adapters["b"])), lambda w: unload_mask(w.model)),
+    Case("bank.add", lambda w: (w.renew(), bank_of(w, "a"), w.bank.remove("c")),
+         lambda w: w.bank.add(w.adapters["c"], "c"), check_bank),
+    Case("bank.use, by bits", lambda w: (w.renew(), bank_of(w, "b")), lambda w: w.bank.use("a"), check_bank),
+    Case("bank.use, by places", lambda w: (w.renew(), bank_of(w, "b", "a")), lambda w: w.bank.use("b"), check_bank),
+    Case("bank.use, by changes", lambda w: (w.renew(), bank_of(w, "a", "c")), by_changes, check_bank),
+    Case("bank.use, after an eviction", lambda w: (w.renew(), bank_of(w, tight=True)),
+         lambda w: w.bank.use("a"), check_bank),
+    Case("bank.remove", lambda w: (w.renew(), bank_of(w, "b")), lambda w: w.bank.remove("b"), check_bank),
+    Case("bank.close", lambda w: (w.renew(), bank_of(w, "a", "b")), lambda w: w.bank.close(), check_bank),
+    Case("cascade", World.renew, cascade, check_cascade),
+    Case("load_masked", on_meta, masked, check_masked),
+)  # fmt: skip
