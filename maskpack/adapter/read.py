@@ -3,7 +3,7 @@
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -36,21 +36,35 @@ def read_adapter(path: str | Path) -> Adapter:
         UnsupportedVersionError: if a newer format version wrote it.
         CorruptAdapterError: if its bytes are not what format, digests or config say.
     """
-    path = Path(path)
-    return read_folder(path)[0] if path.is_dir() else read_file(path, path)
+    return parse_files(read_files(Path(path)))
 
 
-def read_folder(path: Path) -> tuple[Adapter, bytes | None]:
-    """Read and verify an adapter folder; return it with the text of its config, None if it has none."""
+def read_files(path: Path) -> dict[str, tuple[Path, bytes | memoryview]]:
+    """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified.
+
+    Returns:
+        Path and bytes of each file, by the name that the format gives it.
+    """
+    if not path.is_dir():
+        return {MODEL_FILE: (path, read_model(path, path))}
     model, config = path / MODEL_FILE, path / CONFIG_FILE
     if not model.exists():
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
         raise AdapterError(f"{path} has no {MODEL_FILE}, it has: {there}; expected the folder of an adapter")
-    adapter = read_file(model, model)
-    text = read_bytes(config, config, MAX_CONFIG) if config.exists() else None
-    if text is not None:
-        check_config(text, config, adapter)
-    return adapter, text
+    files: dict[str, tuple[Path, bytes | memoryview]] = {MODEL_FILE: (model, read_model(model, model))}
+    if config.exists():
+        files[CONFIG_FILE] = config, read_bytes(config, config, MAX_CONFIG)
+    return files
+
+
+def parse_files(files: Mapping[str, tuple[Path, bytes | memoryview]]) -> Adapter:
+    """Verify what `read_files` gives. Raises as `read_adapter`."""
+    path, content = files[MODEL_FILE]
+    adapter = parse_adapter(memoryview(content), path)
+    if CONFIG_FILE in files:
+        config, text = files[CONFIG_FILE]
+        check_config(bytes(text), config, adapter)
+    return adapter
 
 
 def read_file(path: Path, name: Path) -> Adapter:

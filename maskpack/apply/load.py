@@ -36,7 +36,7 @@ def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
 
     Args:
         ref: `user/name`, `user/name@revision`, `./folder`, `/folder` or `file.safetensors`.
-        revision, require_revision, token, cache_dir, local_files_only: as of `pull`.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
 
     Returns:
         The adapter; its `pinned` is the reference that always means these bytes.
@@ -59,6 +59,7 @@ def load_mask(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Apply an adapter to a model in place and return the same model.
 
@@ -73,6 +74,7 @@ def load_mask(
             removes these weights, and leaves the adapter's head, statistics and parameters out.
         restorable: keep what `unload_mask` needs: the removed weights, or a whole copy where the scale is on.
         token, cache_dir, local_files_only: as in the Hugging Face Hub client.
+        require_signature: public key or folder of keys, as of `pull`; an `Adapter` was verified when it was read.
 
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
@@ -83,7 +85,12 @@ def load_mask(
         adapter = ref
     else:
         adapter = load_adapter(
-            ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            ref,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            require_signature=require_signature,
         )
     beside = beside_masks(adapter, head, mode)
     masks = masks_on(model, adapter, verify)
