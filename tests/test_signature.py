@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from maskpack_cli.main import app
 from torch import nn
@@ -33,7 +34,7 @@ from maskpack.adapter.convert import convert_adapter
 from maskpack.adapter.keys import key_id, private_keys, public_keys, signature_of
 from maskpack.adapter.read import parse_files, read_files
 from maskpack.adapter.sign import sign_adapter
-from maskpack.adapter.signature import Envelope, check_signature, pae
+from maskpack.adapter.signature import Envelope, Statement, check_signature, pae
 from maskpack.errors import (
     AdapterError,
     ConfigError,
@@ -98,7 +99,8 @@ def test_nothing_is_parsed_before(adapter: Path, key: tuple[Path, Path], monkeyp
     def fail(*_: object) -> None:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(read, "parse_adapter", fail)
+    for name in ("parse_header", "parse_adapter", "check_config"):
+        monkeypatch.setattr(read, name, fail)
     with pytest.raises(AssertionError):
         load_adapter(adapter, require_signature=key[1])
     data = bytearray((adapter / MODEL).read_bytes())
@@ -568,3 +570,16 @@ def test_statement_is_readable(adapter: Path, key: tuple[Path, Path]) -> None:
         name: len(content) for name, (_, content) in files.items()
     }
     assert issubclass(SignatureError, MaskpackError)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"x" * 7, b"\xff" * 40, b"\x02" + b"\0" * 7 + b"{}", b"\x02" + b"\0" * 7 + b"[]"]
+)
+def test_signed_file_that_is_no_adapter(content: bytes, tmp_path: Path) -> None:
+    key = new_key()
+    folder = write_adapter(tmp_path / "signed", {MODEL: content})
+    statement = Statement({MODEL: (len(content), blake3(content).hexdigest())}, "0" * 64, {}, None, 1)
+    (folder / SIGNATURE).write_bytes(_again(b"", key, statement.to_bytes()))
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(folder, require_signature=write_key(tmp_path / "keys", "alice", key)[1])
+    assert not isinstance(caught.value, SignatureError)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..errors import AdapterError, CorruptAdapterError
-from ..tensorheader import MAX_HEADER, check_seal, parse_header, strict_json
+from ..tensorheader import MAX_HEADER, Span, check_seal, parse_header, strict_json
 from .adapter import Adapter
 from .fields import Fields
 from .header import Header
@@ -39,19 +39,22 @@ def read_adapter(path: str | Path) -> Adapter:
     return parse_files(read_files(Path(path)))
 
 
-def read_files(path: Path) -> dict[str, tuple[Path, bytes | memoryview]]:
+def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | memoryview]]:
     """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified.
+
+    Args:
+        look: as of `read_model`.
 
     Returns:
         Path and bytes of each file, by the name that the format gives it.
     """
     if not path.is_dir():
-        return {MODEL_FILE: (path, read_model(path, path))}
+        return {MODEL_FILE: (path, read_model(path, path, look))}
     model, config = path / MODEL_FILE, path / CONFIG_FILE
     if not model.exists():
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
         raise AdapterError(f"{path} has no {MODEL_FILE}, it has: {there}; expected the folder of an adapter")
-    files: dict[str, tuple[Path, bytes | memoryview]] = {MODEL_FILE: (model, read_model(model, model))}
+    files: dict[str, tuple[Path, bytes | memoryview]] = {MODEL_FILE: (model, read_model(model, model, look))}
     if config.exists():
         files[CONFIG_FILE] = config, read_bytes(config, config, MAX_CONFIG)
     return files
@@ -72,24 +75,22 @@ def read_file(path: Path, name: Path) -> Adapter:
     return parse_adapter(read_model(path, name), name)
 
 
-def read_model(path: Path, name: Path) -> memoryview:
+def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
     """Return the bytes of a model file; one that does not begin like an adapter's is refused before it is read whole.
+
+    Args:
+        look: False where a signature has to be verified before even the beginning is parsed.
 
     Raises:
         AdapterError, CorruptAdapterError: as `read_adapter`; `name` is what messages call the file.
     """
+    if not look:
+        return memoryview(read_bytes(path, name, MAX_MODEL))
     with _opened(path, name, MAX_MODEL) as (file, size):
         start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise CorruptAdapterError(
-                f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
-                f"within the file; it was cut off or is no safetensors file"
-            )
+        length = _header_length(start, size, name)
         head = file.read(length)
-        metadata, _ = _located(name, parse_header, memoryview(head), size - 8 - length)
-        if "maskpack" not in metadata:
-            raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+        _parse_header(memoryview(head), size - 8 - length, name)
         content = bytearray(size)
         content[: 8 + len(head)] = start + head
         read = 8 + len(head) + file.readinto(memoryview(content)[8 + len(head) :])
@@ -108,15 +109,32 @@ def read_bytes(path: Path, name: Path, limit: int) -> bytes:
 
 def parse_adapter(content: memoryview, name: Path) -> Adapter:
     """Verify the bytes of a model file; `name` is what messages call it. Raises as `read_adapter`."""
-    start = 8 + int.from_bytes(content[:8], "little")
+    start = 8 + _header_length(content[:8], len(content), name)
     head, data = content[8:start], content[start:]
-    metadata, spans = _located(name, parse_header, head, len(data))
+    metadata, spans = _parse_header(head, len(data), name)
     _located(name, check_seal, bytes(head), metadata)
     header = _located(name, Header.from_json, metadata["maskpack"])
     _located(name, check_layout, header, spans)
     adapter = Adapter(str(name), header, spans, content, start)
     _check_digests(adapter, data)
     return adapter
+
+
+def _header_length(start: bytes | memoryview, size: int, name: Path) -> int:
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise CorruptAdapterError(
+            f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
+            f"within the file; it was cut off or is no safetensors file"
+        )
+    return length
+
+
+def _parse_header(head: memoryview, data_size: int, name: Path) -> tuple[dict[str, str], dict[str, Span]]:
+    metadata, spans = _located(name, parse_header, head, data_size)
+    if "maskpack" not in metadata:
+        raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+    return metadata, spans
 
 
 @contextmanager

@@ -131,6 +131,7 @@ def open_adapter(
     if require_revision:
         check_is_no_branch(session, reference, offline)
     snapshot = Snapshot(session, str(reference.repo_id), _resolve(session, reference, cache, offline), cache)
+    snapshot.look = keys is None
     found = _from_cache(snapshot, offline, keys)
     if found is None and offline:
         raise HubError(
@@ -154,7 +155,7 @@ def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
         state = "is not a folder" if path.exists() and not alone else "does not exist"
         what = "an adapter's model file" if alone else f"a folder with {MODEL_FILE} and {CONFIG_FILE}"
         raise AdapterError(f"{path} {state}; expected {what}")
-    files = read_files(path)
+    files = read_files(path, look=keys is None)
     signature = signature_path(files[MODEL_FILE][0])
     if signature.exists():
         files[SIGNATURE_FILE] = signature, read_bytes(signature, signature, LIMITS[SIGNATURE_FILE])
