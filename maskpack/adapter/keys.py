@@ -27,14 +27,18 @@ def public_keys(path: str | os.PathLike[str]) -> Keys:
     files = sorted(place.glob("*.pem")) if place.is_dir() else [place]
     if not files:
         raise ConfigError(f"the folder of trusted keys {place} has no .pem file; put the public keys there")
+    require("cryptography", "sign", "signatures")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     keys = {}
     for file in files:
         content = _read(file)
         if b"PRIVATE KEY" in content:
             raise ConfigError(f"{file} is a private key, and a public one is expected: openssl pkey -in {file} -pubout")
         try:
-            key = _library("serialization").load_pem_public_key(content)
-        except (ValueError, _unsupported()) as error:
+            key = load_pem_public_key(content)
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise ConfigError(f"{file} is no public key in PEM (BEGIN PUBLIC KEY): {error}") from None
         keys[key_id(_known(key, file))] = key
     return keys
@@ -60,14 +64,18 @@ def private_keys(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     Raises:
         ConfigError: if one cannot be read or is of no kind that is known, or the passphrase is missing or wrong.
     """
-    keys = {}
     given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    require("cryptography", "sign", "signatures")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    keys = {}
     for file in (Path(path).expanduser() for path in given):
         content = _read(file)
         secret = _passphrase(file) if b"ENCRYPTED" in content else None
         try:
-            key = _library("serialization").load_pem_private_key(content, secret)
-        except (ValueError, TypeError, _unsupported()) as error:
+            key = load_pem_private_key(content, secret)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             what = "cannot be opened with this passphrase, or" if secret else "is"
             raise ConfigError(f"{file} {what} is no private key in PEM (BEGIN PRIVATE KEY): {error}") from None
         keys[key_id(_known(key, file).public_key())] = key
@@ -76,8 +84,9 @@ def private_keys(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
 
 def key_id(public: Any) -> str:
     """Return the id of a public key: what `openssl pkey -pubin -outform DER | sha256sum` prints for it."""
-    forms = _library("serialization")
-    der = public.public_bytes(forms.Encoding.DER, forms.PublicFormat.SubjectPublicKeyInfo)
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     return hashlib.sha256(der).hexdigest()
 
 
@@ -89,39 +98,33 @@ def signature_of(message: bytes, private: Any) -> bytes:
 
 def is_signature_of(message: bytes, signature: bytes, public: Any) -> bool:
     """Return True if a signature of a message is by a public key, whose kind alone says which algorithm is used."""
+    from cryptography.exceptions import InvalidSignature
+
     try:
         public.verify(signature, message, *_algorithm(public))
-    except require("cryptography.exceptions", "sign", "signatures").InvalidSignature:
+    except InvalidSignature:
         return False
     return True
 
 
-def _library(name: str) -> Any:
-    return require(f"cryptography.hazmat.primitives.{name}", "sign", "signatures")
-
-
-def _unsupported() -> type[Exception]:
-    found: type[Exception] = require("cryptography.exceptions", "sign", "signatures").UnsupportedAlgorithm
-    return found
-
-
 def _algorithm(public: Any) -> tuple[Any, ...]:
     """Return what `sign` and `verify` of a key take beside message and signature."""
-    curves = _library("asymmetric.ec")
-    if isinstance(public, curves.EllipticCurvePublicKey):
-        return (curves.ECDSA(_library("hashes").SHA256()),)
-    return ()
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    return (ECDSA(SHA256()),) if isinstance(public, EllipticCurvePublicKey) else ()
 
 
 def _known(key: Any, file: Path) -> Any:
     """Return a private or public key if it is of a kind that is known."""
-    curves, edwards = _library("asymmetric.ec"), _library("asymmetric.ed25519")
-    elliptic = isinstance(key, curves.EllipticCurvePublicKey | curves.EllipticCurvePrivateKey)
-    if isinstance(key, edwards.Ed25519PublicKey | edwards.Ed25519PrivateKey):
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+    elliptic = isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey)
+    if isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
         return key
-    if elliptic and isinstance(key.curve, curves.SECP256R1):
+    if elliptic and isinstance(key.curve, ec.SECP256R1):
         return key
-    kind = f"on the curve {key.curve.name}" if elliptic else type(key).__name__
+    kind = f"on the curve {key.curve.name}" if elliptic else f"of the kind {type(key).__name__}"
     raise ConfigError(f"{file} is a key {kind}; expected Ed25519 or P-256: openssl genpkey -algorithm ed25519")
 
 

@@ -67,7 +67,7 @@ def push(
     """
     source = Path(folder).expanduser()
     reference = parse_reference(ref, revision)
-    opened, keys = open_local(source), private_keys(sign)
+    opened, keys = open_local(source), private_keys(sign) if sign else {}
     description = describe(opened.adapter)
 
     def build(there: Mapping[str, bytes]) -> dict[str, bytes | memoryview]:
