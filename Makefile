@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults bench-signatures comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-bits bench-faults bench-signatures comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -78,6 +78,10 @@ $(VENV)/.bench: $(VENV)/.installed
 bench-codec: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs --plot docs/codecs.png --write docs/results.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale --general runs/general-sizes.json
+
+# every flipped bit of a base is noticed: ten minutes on one core
+bench-bits: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.base_bits --write docs/reliability.md
 
 # every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes
 bench-faults: $(VENV)/.installed

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import hashlib
 import json
 import lzma
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ import lz4.frame
 import numpy as np
 import snappy
 import zstandard
+from blake3 import blake3
 
 from maskpack.codecs.base import Bits
 
@@ -53,8 +53,8 @@ class Sizes:
 
     def of(self, name: str, compress: Compressor, pieces: Sequence[bytes]) -> int:
         """Return the sum of the compressed sizes of these pieces, each compressed alone."""
-        digests = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
-        key = f"{name} {hashlib.sha256(digests).hexdigest()}"
+        digests = b"".join(blake3(piece).digest() for piece in pieces)
+        key = f"{name} {blake3(digests).hexdigest()}"
         if key not in self.known:
             self.known[key] = sum(len(compress(piece)) for piece in pieces)
             self.path.parent.mkdir(parents=True, exist_ok=True)

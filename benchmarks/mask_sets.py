@@ -3,7 +3,6 @@
 The set of seven billion weights is too large for the tables here: `benchmarks/scale.py` measures it, memory included.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 from torch import nn
 
@@ -168,8 +168,8 @@ def _made(name: str, kind: Literal["drawn", "made"], masks: dict[str, Bools], fl
     packed = {
         key: PackedMask.from_bytes(np.packbits(bits, bitorder="little"), bits.shape) for key, bits in masks.items()
     }
-    digests = {dtype: hashlib.sha256(dtype.encode()).hexdigest() for dtype in ("float32", "bfloat16", "float16")}
-    tensors = {key: hashlib.sha256(key.encode()).digest()[:18] for key in masks}
+    digests = {dtype: blake3(dtype.encode()).hexdigest() for dtype in ("float32", "bfloat16", "float16")}
+    tensors = {key: blake3(key.encode()).digest()[:18] for key in masks}
     # no network has these digests, and nothing is loaded onto one: an adapter cannot be written without
     return Case(
         name, kind, MaskSet(packed), Fingerprint(f"made/{name}", None, "float32", (), digests, tensors), None, floor

@@ -72,6 +72,8 @@ def made(name: str, rows: int, columns: int) -> Any:
 
 def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[str, Any]:
     """Pack the set in this process."""
+    from blake3 import blake3
+
     from maskpack import threads
     from maskpack.adapter.file import save_adapter
     from maskpack.backbone.fingerprint import Fingerprint
@@ -88,7 +90,7 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
         making += time.perf_counter() - started
         return PackedMask.from_bytes(packed, wanted[name])
 
-    tensors = {name: hashlib.sha256(name.encode()).digest()[:18] for name in wanted}
+    tensors = {name: blake3(name.encode()).digest()[:18] for name in wanted}
     digests = dict.fromkeys(("float32", "bfloat16", "float16"), "0" * 64)
     base = Fingerprint("hf/meta-llama/Llama-2-7b-hf", None, "bfloat16", (), digests, tensors)
     masks = MaskSet.streamed(wanted, make, wanted)

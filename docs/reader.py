@@ -1,11 +1,11 @@
 """A second reader, from docs/format.md alone, for trusted files: python docs/reader.py FILE [BASE] (safetensors)."""
 
 import sys
-from hashlib import sha256
 from json import dumps, loads
 from math import prod
 
 import numpy as np
+from blake3 import blake3
 from safetensors import deserialize
 from zstandard import decompress as unframe
 
@@ -121,7 +121,7 @@ def read(path, base=None, show=lambda *_, **__: None):
     data = np.fromfile(path, np.uint8).tobytes()
     text = data[8 : 8 + int.from_bytes(data[:8], "little")]
     about, tensors = loads(text)["__metadata__"], {key: x["data"] for key, x in deserialize(data)}
-    weights, seal = dict(deserialize(np.fromfile(base, np.uint8).tobytes())) if base else {}, about["header_sha256"]
+    weights, seal = dict(deserialize(np.fromfile(base, np.uint8).tobytes())) if base else {}, about["header_blake3"]
     header, masks, entries, hashed, rows = loads(about["maskpack"]), {}, [], [], []
     for name, one in sorted(header["sets"].items()):
         ends = np.cumsum([*one.get("tables", []), *one["size"]])
@@ -133,13 +133,13 @@ def read(path, base=None, show=lambda *_, **__: None):
         reference = masks[coding["reference"]][key, coding["op"]].ravel() if "reference" in coding else False
         bits = decode(payload, coding, shape, weights.get(key), reference, pieces) != reference
         masks.setdefault(name, {})[key, coding["op"]] = bits.reshape(shape)
-        rows.append([name, key, coding["op"], shape, sha256(np.packbits(bits, bitorder="little")).hexdigest()])
+        rows.append([name, key, coding["op"], shape, blake3(np.packbits(bits, bitorder="little")).hexdigest()])
         show(name, key, coding["op"], shape, kept, f"{kept / max(bits.size, 1):.4f}")
     hashed += [tensors[key] for key in sorted(tensors) if key.partition("/")[2] not in ("", "payloads")]
-    agree = {"mask_id": header["mask_id"] == sha256(dumps(sorted(rows), separators=(",", ":")).encode()).hexdigest()}
-    agree["maskpack.digests"] = b"".join(sha256(x).digest()[:16] for x in hashed) == tensors["maskpack.digests"]
-    agree["data_sha256"] = header["data_sha256"] == sha256(data[8 + len(text) :]).hexdigest()
-    agree["header_sha256"] = seal == sha256(text.replace(seal.encode(), b"0" * 64)).hexdigest()
+    agree = {"mask_id": header["mask_id"] == blake3(dumps(sorted(rows), separators=(",", ":")).encode()).hexdigest()}
+    agree["maskpack.digests"] = b"".join(blake3(x).digest()[:16] for x in hashed) == tensors["maskpack.digests"]
+    agree["data_blake3"] = header["data_blake3"] == blake3(data[8 + len(text) :]).hexdigest()
+    agree["header_blake3"] = seal == blake3(text.replace(seal.encode(), b"0" * 64)).hexdigest()
     show(*(f"{what}: {'agrees' if fits else 'does not agree'}" for what, fits in agree.items()), sep="\n")
     if not all(agree.values()):
         raise ValueError(f"{path}: {agree}")

@@ -1,6 +1,5 @@
 """MaskSet: parameter name -> packed mask, the value that passes between stages."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import numpy as np
 import torch
 from bitarray import bitarray
+from blake3 import blake3
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,8 +31,8 @@ def packed_bits(bits: bitarray) -> NDArray[np.uint8]:
 
 
 def bits_digest(bits: bitarray) -> str:
-    """Return the hex sha256 of packed bits."""
-    return hashlib.sha256(packed_bits(bits).data).hexdigest()
+    """Return the hex BLAKE3 of packed bits."""
+    return blake3(packed_bits(bits).data).hexdigest()
 
 
 def unpack(bits: bitarray) -> Tensor:
@@ -232,7 +232,7 @@ class MaskSet(Mapping[str, PackedMask]):
         return sum(kept for kept, _ in sizes) / total if total else 1.0
 
 
-Row = tuple[str, str, Op, tuple[int, ...], str]  # set, parameter, op, shape, hex sha256 of the packed bits
+Row = tuple[str, str, Op, tuple[int, ...], str]  # set, parameter, op, shape, hex BLAKE3 of the packed bits
 
 
 def mask_id(sets: Mapping[str, MaskSet]) -> str:
@@ -247,4 +247,4 @@ def mask_id(sets: Mapping[str, MaskSet]) -> str:
 
 def rows_id(rows: Iterable[Row]) -> str:
     """Return the `mask_id` of masks that were hashed one by one, in file order."""
-    return hashlib.sha256(json.dumps(list(rows), separators=(",", ":")).encode()).hexdigest()
+    return blake3(json.dumps(list(rows), separators=(",", ":")).encode()).hexdigest()

@@ -1,6 +1,5 @@
 """The header of a safetensors file, parsed strictly: nothing that two readers could understand differently passes."""
 
-import hashlib
 import json
 import math
 import re
@@ -8,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from blake3 import blake3
 
 from .errors import CorruptAdapterError
 
 MAX_HEADER = 8 << 20  # bytes; a header of this size already names 100,000 tensors
 MAX_DIMENSION = 1 << 48
 MAX_DEPTH = 32  # nested JSON arrays and objects
-SEAL = "header_sha256"  # key in __metadata__
+SEAL = "header_blake3"  # key in __metadata__
 UNSEALED = "0" * 64
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -74,9 +74,9 @@ def strict_json(text: str | bytes | memoryview, what: str) -> Any:
 
 
 def seal(text: bytes) -> bytes:
-    """Fill in the header's own digest: the sha256 of its bytes with zeros for the digest."""
+    """Fill in the header's own digest: the BLAKE3 of its bytes with zeros for the digest."""
     empty = _sealed_as(UNSEALED)
-    return text.replace(empty, _sealed_as(hashlib.sha256(text).hexdigest()), 1)
+    return text.replace(empty, _sealed_as(blake3(text).hexdigest()), 1)
 
 
 def check_seal(text: bytes, metadata: Mapping[str, str]) -> None:
@@ -86,10 +86,10 @@ def check_seal(text: bytes, metadata: Mapping[str, str]) -> None:
         CorruptAdapterError: if it is missing or another; the header was changed then.
     """
     stated = metadata.get(SEAL, "")
-    found = hashlib.sha256(text.replace(_sealed_as(stated), _sealed_as(UNSEALED))).hexdigest()
+    found = blake3(text.replace(_sealed_as(stated), _sealed_as(UNSEALED))).hexdigest()
     if found != stated:
         raise CorruptAdapterError(
-            f"the header has the sha256 {found}, but states {stated[:64] or 'none'}; it was changed or damaged, fetch "
+            f"the header has the digest {found}, but states {stated[:64] or 'none'}; it was changed or damaged, fetch "
             f"the file again"
         )
 

@@ -1,6 +1,5 @@
 """Small adapters for tests, and ways to spoil their files."""
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor, nn
 
 from maskpack.backbone.fingerprint import Fingerprint, fingerprint
@@ -24,11 +24,11 @@ def base_of(
     names: Iterable[str], id: str = "timm/resnet18.a1_in1k", weights: Mapping[str, Tensor] | None = None
 ) -> Fingerprint:
     """Return a fingerprint that has these tensors, with the digests of the weights, if there are any."""
-    tensors = {name: hashlib.sha256(name.encode()).digest()[:18] for name in names}
+    tensors = {name: blake3(name.encode()).digest()[:18] for name in names}
     for name, weight in (weights or {}).items():
         module = nn.ParameterDict({"x": nn.Parameter(weight, requires_grad=False)})
         tensors[name] = fingerprint(module, id=id).tensors["x"]
-    digests = {dtype: hashlib.sha256(dtype.encode()).hexdigest() for dtype in DTYPES}
+    digests = {dtype: blake3(dtype.encode()).hexdigest() for dtype in DTYPES}
     return Fingerprint(id, "a" * 40, "float32", ("fc",), digests, tensors)
 
 
@@ -100,7 +100,7 @@ def with_payload(data: bytes, payload: bytes, index: int = 0) -> bytes:
     bytes_of["default/payloads"] = old[:at] + payload + old[at + one["size"][index] :]
     one["size"][index] = len(payload)
     digests = bytearray(bytes_of["maskpack.digests"])
-    digests[16 * index : 16 * index + 16] = hashlib.sha256(payload).digest()[:16]
+    digests[16 * index : 16 * index + 16] = blake3(payload).digest()[:16]
     bytes_of["maskpack.digests"] = bytes(digests)
     tensors["default/payloads"]["shape"] = [len(bytes_of["default/payloads"])]
     start, section = 0, b""
@@ -108,7 +108,7 @@ def with_payload(data: bytes, payload: bytes, index: int = 0) -> bytes:
         section += bytes_of[name]
         entry["data_offsets"] = [start, len(section)]
         start = len(section)
-    inner["data_sha256"] = hashlib.sha256(section).hexdigest()
+    inner["data_blake3"] = blake3(section).hexdigest()
     outer["__metadata__"]["maskpack"] = json.dumps(inner)
     return join_file(outer, section)
 

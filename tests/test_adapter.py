@@ -1,6 +1,5 @@
 """Adapters through a file and back."""
 
-import hashlib
 import json
 import struct
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import safetensors
 import torch
 from bitarray import bitarray
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -88,7 +88,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         assert one.class_names == tuple(about["class_names"])
         assert (one.task, one.training, one.preprocess_config) == (about["task"], record, PREPROCESS)
     data = (tmp_path / "new/adapter/maskpack_model.safetensors").read_bytes()
-    assert (adapter.sha256, adapter.size) == (hashlib.sha256(data).hexdigest(), len(data))
+    assert (adapter.digest, adapter.size) == (blake3(data).hexdigest(), len(data))
     assert adapter.shapes("expert-1") == {"a": (7,), "b": (2, 3)}
 
 
@@ -125,9 +125,9 @@ def test_impossible_scales_are_refused(tmp_path: Path, alpha: float) -> None:
     raw = struct.pack("<f", alpha)
     section = section[:start] + raw + section[end:]
     first, last = header["maskpack.digests"]["data_offsets"]
-    section = section[: first + 16] + hashlib.sha256(raw).digest()[:16] + section[last:]
+    section = section[: first + 16] + blake3(raw).digest()[:16] + section[last:]
     inner = json.loads(header["__metadata__"]["maskpack"])
-    inner["data_sha256"] = hashlib.sha256(section).hexdigest()
+    inner["data_blake3"] = blake3(section).hexdigest()
     header["__metadata__"]["maskpack"] = json.dumps(inner)
     path.write_bytes(join_file(header, section))
     with pytest.raises(CorruptAdapterError, match=f"the scale of 'a' is {alpha}, expected a positive number"):
@@ -165,7 +165,7 @@ def test_bytes_are_canonical_and_the_official_library_reads_them(tmp_path: Path)
     assert bytes(tensors["default/payloads"].tolist()) == bytes([0x55, 0x33]), "raw: signs, then zeros"
     assert torch.equal(tensors["default/head/bias"], torch.zeros(3))
     assert bytes(tensors["maskpack.base"][1].tolist()) == base_of("ab").tensors["b"]
-    digest = hashlib.sha256(bytes([0x55])).digest()[:16]
+    digest = blake3(bytes([0x55])).digest()[:16]
     assert bytes(tensors["maskpack.digests"][0].tolist()) == digest
 
 
@@ -190,7 +190,7 @@ def test_description_and_config(tmp_path: Path) -> None:
     assert (described["weights"], described["sets"]["default"]["kept"]) == (20, 4)
     config = json.loads((tmp_path / "maskpack_config.json").read_text())
     assert (config["model_file"], config["size"]) == ("maskpack_model.safetensors", described["size"])
-    assert config["sha256"] == described["sha256"]
+    assert config["blake3"] == described["blake3"]
     assert "payloads" not in config["sets"]["default"]
 
 

@@ -1,11 +1,11 @@
 """Loading backbones, choosing parameters, heads and fingerprints."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 from torch import nn
 
@@ -111,8 +111,8 @@ def slow_digest(model: nn.Module, outside: str, dtype: torch.dtype) -> str:
             values = tensor.to(dtype).flatten().tolist()
             raw = b"".join(bytes(torch.tensor([v], dtype=dtype).view(torch.uint8).tolist()) for v in values)
             shape = ",".join(map(str, tensor.shape))
-            whole += name.encode() + b"\0" + shape.encode() + b"\0" + hashlib.sha256(raw).digest()
-    return hashlib.sha256(whole).hexdigest()
+            whole += name.encode() + b"\0" + shape.encode() + b"\0" + blake3(raw).digest()
+    return blake3(whole).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

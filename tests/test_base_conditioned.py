@@ -134,4 +134,4 @@ def test_converted_to_masks_that_need_no_base_and_back(tmp_path: Path) -> None:
     plain = convert_adapter(adapter, tmp_path / "b", base=base)
     assert plain.masks() == masks
     back = convert_adapter(plain, tmp_path / "c", profile="max", base=base)
-    assert back.sha256 == adapter.sha256
+    assert back.digest == adapter.digest

@@ -317,7 +317,7 @@ def test_convert(adapter: Path, tmp_path: Path) -> None:
     result = run("convert", tmp_path / "raw", tmp_path / "raw", "--profile", "default", *BACKBONE)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0] == f"✓ {tmp_path / 'raw'}"
-    assert ok("inspect", tmp_path / "raw")["sha256"] == earlier["sha256"]
+    assert ok("inspect", tmp_path / "raw")["blake3"] == earlier["blake3"]
     wrong = run("convert", adapter, tmp_path / "new", *BACKBONE[:-1], "1")
     assert wrong.exit_code == 1
     assert "4 of 4 masked tensors differ, first '0.weight'" in wrong.stderr

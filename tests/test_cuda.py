@@ -50,7 +50,7 @@ def test_load_and_unload(tiny: nn.Module, paths: dict[str, Path], dtype: torch.d
 
 def test_fingerprint(tiny: nn.Module) -> None:
     assert fingerprint(copy.deepcopy(tiny).cuda(), id="x", head=["fc"]) == fingerprint(tiny, id="x", head=["fc"])
-    large = nn.Sequential(nn.Linear(1000, 777), nn.Linear(777, 9000))  # hashed where it lies, in two pieces
+    large = nn.Sequential(nn.Linear(1000, 777), nn.Linear(777, 9000))  # copied in two pieces
     assert fingerprint(copy.deepcopy(large).cuda(), id="x") == fingerprint(large, id="x")
 
 

@@ -76,9 +76,9 @@ def test_every_flipped_bit_is_refused(valid: bytes, tmp_path: Path) -> None:
 
 def test_a_changed_header_is_noticed(valid: bytes, tmp_path: Path) -> None:
     changed = valid.replace(b'\\"y\\"', b'\\"z\\"')
-    refuse(tmp_path, changed, r"the header has the sha256 .*, but states .*changed or damaged")
+    refuse(tmp_path, changed, r"the header has the digest .*, but states .*changed or damaged")
     outer, section = split_file(valid)
-    del outer["__metadata__"]["header_sha256"]
+    del outer["__metadata__"]["header_blake3"]
     refuse(tmp_path, join_file(outer, section), "but states none; it was changed")
 
 
@@ -122,8 +122,8 @@ FIELDS: list[tuple[Callable[[Header], Any], str]] = [
     (lambda h: h.pop("producer"), r"\$\.producer .*is missing, expected text"),
     (lambda h: h.update(mask_id="ab"), "mask_id .*is 'ab', expected 64 lower-case hex"),
     (lambda h: h.update(mask_id="0" * 64), "the decoded masks have the mask_id .*, the header states 0000"),
-    (lambda h: h.update(data_sha256="A" * 64), "data_sha256 .*expected 64 lower-case hex"),
-    (lambda h: h.update(data_sha256="0" * 64), "the sha256 of its data is .*, the header states 0000"),
+    (lambda h: h.update(data_blake3="A" * 64), "data_blake3 .*expected 64 lower-case hex"),
+    (lambda h: h.update(data_blake3="0" * 64), "the digest of its data is .*, the header states 0000"),
     (lambda h: h.update(base=[]), r"\$\.base .*is list, expected an object"),
     (lambda h: h["base"].update(id="/etc/x"), r"base\.id .*is '/etc/x', expected a name as in .*never a local path"),
     (lambda h: h["base"].update(id="x\x1b[31m"), r"base\.id .*expected text without control characters"),
@@ -211,7 +211,7 @@ def test_damage_is_located(tensor: str, what: str, valid: bytes, tmp_path: Path)
     refuse(tmp_path, join_file(outer, spoiled), f"{what} has not the digest that was stored; fetch the file again")
     base = outer["maskpack.base"]["data_offsets"][0]
     spoiled = section[:base] + bytes([section[base] ^ 1]) + section[base + 1 :]
-    refuse(tmp_path, join_file(outer, spoiled), "the sha256 of its data is .*, the header states")
+    refuse(tmp_path, join_file(outer, spoiled), "the digest of its data is .*, the header states")
 
 
 TENSORS: list[tuple[Callable[[Header], Any], str]] = [

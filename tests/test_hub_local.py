@@ -35,7 +35,7 @@ def test_local_adapters(tmp_path: Path, adapter: Path) -> None:
         pull(adapter / CONFIG)
 
 
-@pytest.mark.parametrize("record", [b"{}", b"[]", b'{"sha256": "AB", "size": 3}', b'{"sha256": 5, "size": true}'])
+@pytest.mark.parametrize("record", [b"{}", b"[]", b'{"blake3": "AB", "size": 3}', b'{"blake3": 5, "size": true}'])
 def test_config_without_a_record(adapter: Path, record: bytes) -> None:
     (adapter / CONFIG).write_bytes(record)
     with pytest.raises(CorruptAdapterError, match=r"maskpack_config\.json.* (expected|names a model file)"):

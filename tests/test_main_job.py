@@ -59,7 +59,7 @@ def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
     assert "base_model_relation" in card
     assert f"timm/{name}" in card
     record = json.loads((pulled.path / "maskpack_config.json").read_text())
-    assert record["sha256"] == adapter.sha256
+    assert record["blake3"] == adapter.digest
 
 
 def test_real_weights_and_masks(shared_data: Path, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """Masks as packed bits."""
 
-import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
 from bitarray import bitarray
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -90,9 +90,9 @@ class TestMaskSet:
 def test_mask_id_is_what_the_format_page_says() -> None:
     bits, signs = bitarray("101", endian="little"), bitarray("110", endian="little")
     sets = {"x": MaskSet({"w": PackedMask(bits, (3,), signs=signs)}), "d": MaskSet({"w": PackedMask(bits, (3, 1))})}
-    own, sign = hashlib.sha256(b"\x05").hexdigest(), hashlib.sha256(b"\x03").hexdigest()
+    own, sign = blake3(b"\x05").hexdigest(), blake3(b"\x03").hexdigest()
     rows = [["d", "w", "zero", [3, 1], own], ["x", "w", "flip", [3], sign], ["x", "w", "zero", [3], own]]
-    expected = hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    expected = blake3(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
     assert mask_id(sets) == expected
 
 

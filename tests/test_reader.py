@@ -50,7 +50,13 @@ def test_is_one_page_and_needs_no_torch() -> None:
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in found if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} - sys.stdlib_module_names == {"numpy", "safetensors", "zstandard"}
+    libraries = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert libraries == {
+        "blake3",
+        "numpy",
+        "safetensors",
+        "zstandard",
+    }
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -139,7 +145,7 @@ def test_sign_channels_and_references_are_among_them(tmp_path: Path) -> None:
     ("key", "change"),
     [
         ("mask_id", lambda header: header.update(mask_id="0" * 64)),
-        ("data_sha256", lambda header: header.update(data_sha256="0" * 64)),
+        ("data_blake3", lambda header: header.update(data_blake3="0" * 64)),
     ],
 )
 def test_says_what_does_not_agree(key: str, change: Any, reader: Any, tmp_path: Path) -> None:
@@ -154,10 +160,10 @@ def test_reports_damaged_digests(reader: Any, tmp_path: Path) -> None:
     outer, section = split_file(data)
     at = outer["maskpack.digests"]["data_offsets"][0]
     spoiled = join_file(outer, section[:at] + bytes([section[at] ^ 1]) + section[at + 1 :])
-    with pytest.raises(ValueError, match=r"'maskpack\.digests': False, 'data_sha256': False, 'header_sha256': True"):
+    with pytest.raises(ValueError, match=r"'maskpack\.digests': False, 'data_blake3': False, 'header_blake3': True"):
         reader.read(write(tmp_path, spoiled))
     at = data.index(b"producer")
-    with pytest.raises(ValueError, match="'header_sha256': False"):
+    with pytest.raises(ValueError, match="'header_blake3': False"):
         reader.read(write(tmp_path, data[:at] + b"Producer" + data[at + 8 :]))
 
 
@@ -167,4 +173,4 @@ def test_prints() -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert "ternary vector flip [7] 4 0.5714" in lines
-    assert lines[-4:] == [f"{what}: agrees" for what in ("mask_id", "maskpack.digests", "data_sha256", "header_sha256")]
+    assert lines[-4:] == [f"{what}: agrees" for what in ("mask_id", "maskpack.digests", "data_blake3", "header_blake3")]

@@ -1,12 +1,12 @@
 """Adapter: an opened adapter file, its payloads not yet decoded."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor, nn
 
 from ..backbone.fingerprint import Fingerprint
@@ -60,9 +60,9 @@ class Adapter:
         return replace(self.header.base, tensors=each)
 
     @cached_property
-    def sha256(self) -> str:
-        """Hex sha256 of the whole file."""
-        return hashlib.sha256(self.content).hexdigest()
+    def digest(self) -> str:
+        """Hex BLAKE3 of the whole file."""
+        return blake3(self.content).hexdigest()
 
     @property
     def sets(self) -> tuple[str, ...]:

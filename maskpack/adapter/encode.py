@@ -1,12 +1,12 @@
 """Mask sets -> the header and tensors of a file."""
 
 import difflib
-import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from blake3 import blake3
 from torch import Tensor
 
 from ..backbone.fingerprint import Fingerprint
@@ -88,7 +88,7 @@ def encode(
     scales = [scale_blob(name, one.alphas) for name, one in made.items()]
     dense = sorted([*dense, *(blob for blob in scales if blob is not None)], key=lambda blob: blob.name)
     digests = [stretch.digest for one in made.values() for stretch in one.stretches]
-    digests += [_sha256([blob]) for blob in dense]
+    digests += [_digest([blob]) for blob in dense]
     masked = sorted({name for parts in sets.values() for name in parts.masks})
     blobs = in_order(
         [
@@ -109,11 +109,11 @@ def encode(
     headers = {name: one.header for name, one in made.items()}
     producer = f"maskpack/{importlib.metadata.version('maskpack')}"
     about["cascade"] = None if cascade is None else cascade_header(cascade)
-    return Header(producer, identity, _sha256(blobs).hex(), replace(base, tensors={}), headers, **about), blobs
+    return Header(producer, identity, _digest(blobs).hex(), replace(base, tensors={}), headers, **about), blobs
 
 
-def _sha256(blobs: Iterable[Blob]) -> bytes:
-    whole = hashlib.sha256()
+def _digest(blobs: Iterable[Blob]) -> bytes:
+    whole = blake3()
     for blob in blobs:
         for piece in blob.data:
             whole.update(piece)

@@ -80,7 +80,7 @@ class Fields:
         return bool(self.members[key])
 
     def digest(self, key: str) -> str:
-        """Return a member that must be a sha256 in lower-case hex."""
+        """Return a member that must be a digest in lower-case hex."""
         value = self.get(key)
         if not isinstance(value, str) or not HEX.fullmatch(value):
             raise self.refuse(key, "64 lower-case hexadecimal digits")

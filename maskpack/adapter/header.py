@@ -33,7 +33,7 @@ class Header:
 
     producer: str
     mask_id: str
-    data_sha256: str
+    data_digest: str
     base: Fingerprint
     sets: Mapping[str, SetHeader]
     task: str | None = None
@@ -52,7 +52,7 @@ class Header:
             "format_version": FORMAT_VERSION,
             "producer": self.producer,
             "mask_id": self.mask_id,
-            "data_sha256": self.data_sha256,
+            "data_blake3": self.data_digest,
             "base": base_to_json(self.base),
             "sets": {name: one.to_json() for name, one in self.sets.items()},
         }
@@ -92,7 +92,7 @@ class Header:
         return cls(
             producer=fields.text("producer"),
             mask_id=fields.digest("mask_id"),
-            data_sha256=fields.digest("data_sha256"),
+            data_digest=fields.digest("data_blake3"),
             base=_base(fields.object("base")),
             sets=sets,
             task=fields.optional_text("task"),

@@ -28,7 +28,7 @@ Base = Mapping[str, Tensor] | None  # of the base by name, where a codec that co
 
 
 class Reference(NamedTuple):
-    """The set that others may be coded against, and the hex sha256 of the packed bits that it was stored with."""
+    """The set that others may be coded against, and the hex BLAKE3 of the packed bits that it was stored with."""
 
     name: str
     masks: MaskSet
@@ -36,7 +36,7 @@ class Reference(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A set in the spool: tables, then payloads; scale and hex sha256 of the packed bits of each payload."""
+    """A set in the spool: tables, then payloads; scale and hex BLAKE3 of the packed bits of each payload."""
 
     header: SetHeader
     stretches: list[Stretch]

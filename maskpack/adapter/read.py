@@ -1,6 +1,5 @@
 """Reading adapter files: opened once, read once, verified before anything is used."""
 
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -8,6 +7,8 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+
+from blake3 import blake3
 
 from ..errors import AdapterError, CorruptAdapterError
 from ..tensorheader import MAX_HEADER, Span, check_seal, parse_header, strict_json
@@ -29,7 +30,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read and verify an adapter: a folder, or a `.safetensors` file alone. Masks are decoded when asked for.
 
     Each file is opened and read once; what is verified are the bytes that are used. A config beside the model file
-    must name its sha256.
+    must name its digest.
 
     Raises:
         AdapterError: if there is no adapter; the message lists what is there.
@@ -185,28 +186,28 @@ def _digested(adapter: Adapter) -> Iterator[tuple[str, memoryview]]:
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
     stored = bytes(adapter.bytes_of(DIGESTS))
     for index, (what, piece) in enumerate(_digested(adapter)):
-        if hashlib.sha256(piece).digest()[:DIGEST_BYTES] != stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
+        if blake3(piece).digest()[:DIGEST_BYTES] != stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
             raise CorruptAdapterError(
                 f"{adapter.path}: {what} has not the digest that was stored; fetch the file again"
             )
-    if (found := hashlib.sha256(data).hexdigest()) != adapter.header.data_sha256:
+    if (found := blake3(data).hexdigest()) != adapter.header.data_digest:
         raise CorruptAdapterError(
-            f"{adapter.path}: the sha256 of its data is {found}, the header states {adapter.header.data_sha256}; fetch "
+            f"{adapter.path}: the digest of its data is {found}, the header states {adapter.header.data_digest}; fetch "
             f"the file again"
         )
 
 
 def check_config(text: bytes, name: Path, adapter: Adapter) -> None:
-    """Compare size and sha256 in the text of a config file with the model file.
+    """Compare size and digest in the text of a config file with the model file.
 
     Raises:
         CorruptAdapterError: if the config is no such record, or records another file.
     """
     fields = Fields.of(strict_json(text, str(name)), str(name))
-    sha256, size = fields.digest("sha256"), fields.get("size")
-    if (sha256, size) != (adapter.sha256, adapter.size):
+    digest, size = fields.digest("blake3"), fields.get("size")
+    if (digest, size) != (adapter.digest, adapter.size):
         raise CorruptAdapterError(
-            f"{name} names a model file of {size} bytes with sha256 {sha256}, and {MODEL_FILE} has {adapter.size} "
-            f"bytes and {adapter.sha256}: one of them was replaced; fetch both again, tell their "
+            f"{name} names a model file of {size} bytes with digest {digest}, and {MODEL_FILE} has {adapter.size} "
+            f"bytes and {adapter.digest}: one of them was replaced; fetch both again, tell their "
             f"owner, or delete {CONFIG_FILE}"
         )

@@ -1,11 +1,12 @@
 """Payloads put aside on disk until all are made: a file's header comes first and says how long each is."""
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
+
+from blake3 import blake3
 
 from ..errors import StateError
 
@@ -13,7 +14,7 @@ PIECE = 1 << 20  # bytes
 
 
 class Stretch(NamedTuple):
-    """Where a payload lies in the spool, in bytes, and the sha256 of it."""
+    """Where a payload lies in the spool, in bytes, and its BLAKE3."""
 
     start: int
     size: int
@@ -48,7 +49,7 @@ class Spool:
 
     def append(self, data: bytes) -> Stretch:
         """Put bytes aside."""
-        stretch, left = Stretch(self.size, len(data), hashlib.sha256(data).digest()), memoryview(data)
+        stretch, left = Stretch(self.size, len(data), blake3(data).digest()), memoryview(data)
         try:
             self._file.seek(self.size)
             while left:

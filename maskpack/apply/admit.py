@@ -55,7 +55,7 @@ class Gate:
             parts,
             source.mask_id,
             lambda: load_adapter(pinned, **later),
-            source.sha256,
+            source.digest,
         )
 
 

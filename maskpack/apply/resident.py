@@ -21,7 +21,7 @@ class Resident:
 
     Attributes:
         parts: its decoded masks, a bit a weight, and dense tensors; None after they were evicted from memory.
-        read: reads the adapter again, or None for masks that did not come from one. sha256: of its file.
+        read: reads the adapter again, or None for masks that did not come from one. digest: of its file.
         pinned: is never evicted.
         patches: what its masks change, for those that change only some places; empty until the adapter is used.
         used: when it was last used, by the bank's clock.
@@ -31,7 +31,7 @@ class Resident:
     parts: Parts | None
     mask_id: str
     read: Callable[[], Adapter] | None = None
-    sha256: str | None = None
+    digest: str | None = None
     pinned: bool = False
     patches: dict[str, Patch] = field(default_factory=dict)
     used: int = 0
@@ -59,7 +59,7 @@ class Resident:
         """
         assert self.read is not None
         adapter = self.read()
-        if adapter.sha256 != self.sha256:
+        if adapter.digest != self.digest:
             raise StateError(
                 f"{self.name!r} was evicted from the bank, and {adapter.path}, which it was read from, has other bytes "
                 f"now; remove it and add it again, or pin what must stay"

@@ -1,6 +1,5 @@
 """What a model computes with, as one digest: the same digest means the same features for the same inputs."""
 
-import hashlib
 import inspect
 import json
 from collections.abc import Iterable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -15,7 +15,7 @@ from .parameters import canonical, inside, unwrap
 
 
 def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
-    """Return the sha256 of what a model computes with, in evaluation mode, outside of the modules `outside`.
+    """Return the BLAKE3 of what a model computes with, in evaluation mode, outside of the modules `outside`.
 
     A fingerprint tells bases apart; this tells apart whatever may change an output: every parameter and buffer in its
     own bits (integers and buffers that are not saved included), the modules with their settings, and the source of
@@ -26,7 +26,7 @@ def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
     for module in model.modules():
         if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
             return None
-    whole = hashlib.sha256(torch.__version__.encode())
+    whole = blake3(torch.__version__.encode())
     sources = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if not inside(canonical(name), outside):
@@ -47,7 +47,7 @@ def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
     return whole.hexdigest()
 
 
-def _add(whole: "hashlib._Hash", *texts: str) -> None:
+def _add(whole: blake3, *texts: str) -> None:
     for text in texts:
         whole.update(text.encode() + b"\0")
 
@@ -66,9 +66,8 @@ def _setting(value: Any) -> str | None:
 
 
 def _source(cls: type) -> str:
-    """The sha256 of the file that defines a class; its name where there is no file."""
+    """The BLAKE3 of the file that defines a class; its name where there is no file."""
     try:
-        with Path(inspect.getfile(cls)).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return blake3().update_mmap(Path(inspect.getfile(cls))).hexdigest()
     except (OSError, TypeError):
         return f"{cls.__module__}.{cls.__qualname__}"

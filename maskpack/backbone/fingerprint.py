@@ -1,16 +1,17 @@
 """Fingerprint: what an adapter is bound to (docs/format.md section 3)."""
 
-import hashlib
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from torch import Tensor, nn
 
 from ..errors import BackboneMismatchError
 from ..threads import WORKERS, in_order
-from .parameters import body
-from .tensor_digest import tensor_digest
+from .parameters import body, unwrap
+from .tensor_digest import Stamp, stamp, tensor_digest
 
 CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 PREFIX = 6  # bytes kept of a tensor's digest, for each cast
@@ -26,7 +27,7 @@ class Fingerprint:
         revision: Hub commit, torchvision weights enum, or None.
         dtype: dtype of the body when the fingerprint was taken, as in "float32".
         head: names of modules outside the body.
-        digests: dtype name -> hex sha256 of the body cast to that dtype.
+        digests: dtype name -> hex BLAKE3 of the body cast to that dtype.
         tensors: parameter name -> first 18 bytes as in `maskpack.base`: 6 bytes each of the digest of the tensor
             cast to float32, bfloat16, float16.
     """
@@ -65,7 +66,7 @@ def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
-    whole = hashlib.sha256()
+    whole = blake3()
     for name, tensor in tensors.items():
         shape = ",".join(str(size) for size in tensor.shape)
         whole.update(name.encode() + b"\0" + shape.encode() + b"\0" + digests[name])
@@ -125,11 +126,24 @@ class Measured:
     tensors: Mapping[str, bytes]
 
 
+# model -> tensor name -> its stamp, the dtype of the cast, and the digest
+_MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Stamp, torch.dtype, bytes]]]
+_MEASURED = weakref.WeakKeyDictionary()
+
+
 def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
-    """Take the digests of a model's body that fingerprints are compared with."""
+    """Take the digests of a model's body that fingerprints are compared with.
+
+    A tensor that still has the stamp that it had when it was last measured is not hashed again.
+    """
     tensors = _with_data(body(model, head))
     dtype = compared_dtype(tensors.values())
-    each = tensor_digests(tensors, dtype)
+    known = _MEASURED.setdefault(unwrap(model), {})
+    # taken before hashing: what is written meanwhile makes them void
+    stamps = {name: stamp(tensor) for name, tensor in tensors.items()}
+    each = {name: known[name][2] for name, now in stamps.items() if now and known.get(name, ())[:2] == (now, dtype)}
+    each |= tensor_digests({name: tensor for name, tensor in tensors.items() if name not in each}, dtype)
+    known |= {name: (now, dtype, each[name]) for name, now in stamps.items() if now}
     return Measured(dtype, _body_digest(tensors, each), each)
 
 

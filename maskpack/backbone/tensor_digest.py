@@ -1,68 +1,94 @@
-"""The digest of one weight tensor (docs/format.md section 3): at the speed of memory, for hundreds of megabytes."""
+"""BLAKE3 of one tensor's bytes (docs/format.md section 3), and whether it has to be taken again."""
 
-import hashlib
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from blake3 import blake3
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from .parameters import same_size_int
-
-LEAST = 1 << 18  # bytes of a tensor from which on sums are hashed in the place of the bytes themselves
-HALF = 512  # words; one of the first half of a row is multiplied with one of the second
-ROW = 8 * 2 * HALF  # bytes
-TILE = 64  # rows that numpy works on at a time: what is between fits a core's cache
-TILE_ON_DEVICE = 1 << 13
-SEED = b"maskpack base"
-
-
-@cache
-def keys() -> NDArray[np.uint64]:
-    """Return what is added to the words of a row."""
-    return np.frombuffer(hashlib.shake_128(SEED).digest(ROW), dtype="<u8")
+PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
 
 def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Return the digest of a tensor cast to a dtype, 32 bytes.
+    """Return the BLAKE3 digest of a tensor's bytes after a cast to `dtype`, 32 bytes.
 
-    A large one is hashed by sums of products of its words, which tells whether two tensors differ by accident, not
-    by intent, and is exact wherever the tensor lies.
+    The bytes are row-major and little-endian, so the digest is the same on every device.
     """
-    cast = tensor.detach().to(dtype=dtype).contiguous()
-    flat = same_size_int(cast).reshape(-1)
-    if flat.nbytes < LEAST:
-        return hashlib.sha256(flat.cpu().numpy().data).digest()
-    flat = flat if flat.is_cuda else flat.cpu()
-    whole = flat.nbytes // ROW * ROW // flat.itemsize
-    words, rest = flat[:whole], flat[whole:].cpu().numpy()
-    sums = sums_on_device(words) if flat.is_cuda else sums_by_numpy(words.numpy().view(np.uint64).reshape(-1, 2 * HALF))
-    if rest.size:
-        last = np.zeros(2 * HALF, np.uint64)
-        last.view(rest.dtype)[: rest.size] = rest
-        sums = np.append(sums, sums_by_numpy(last[None]))
-    return hashlib.sha256(sums.tobytes() + flat.nbytes.to_bytes(8, "little")).digest()
+    flat = tensor.detach().reshape(-1)
+    whole = blake3()
+    if flat.is_cuda:
+        for piece in _copied(flat, dtype):
+            whole.update(piece.numpy().data)
+    elif flat.dtype == dtype:
+        whole.update(_bytes(flat.cpu()).numpy().data)
+    else:
+        for piece in _split(flat, PIECE // dtype.itemsize):
+            whole.update(_bytes(piece.cpu().to(dtype)).numpy().data)
+    return whole.digest()
 
 
-def sums_by_numpy(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the sum of each row of words, modulo 2^64."""
-    sums, added = np.empty(len(words), np.uint64), np.empty((TILE, 2 * HALF), np.uint64)
-    for at in range(0, len(words), TILE):
-        tile = words[at : at + TILE]
-        one = np.add(tile, keys(), out=added[: len(tile)])
-        np.einsum("ij,ij->i", one[:, :HALF], one[:, HALF:], out=sums[at : at + TILE])
-    return sums
+def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the bytes of a CUDA tensor piece by piece; while the caller hashes one, the next is copied.
+
+    A piece is valid until the next one is asked for.
+    """
+    pieces = _split(flat, PIECE // dtype.itemsize)
+    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in pieces[:2]]
+    stream = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(flat.device))
+
+    def copy(index: int) -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            cast = _bytes(pieces[index].to(dtype))
+            target = buffers[index % 2][: cast.numel()]
+            target.copy_(cast, non_blocking=True)
+            return target, stream.record_event()
+
+    copies = [copy(0)] if flat.numel() else []
+    for index in range(len(copies) and len(pieces)):
+        copies += [copy(index + 1)] if index + 1 < len(pieces) else []
+        target, done = copies.pop(0)
+        done.synchronize()
+        yield target
 
 
-def sums_on_device(flat: Tensor) -> NDArray[np.uint64]:
-    """As `sums_by_numpy`, of integers of any size, by torch where they lie."""
-    if flat.storage_offset() * flat.itemsize % 8:
-        flat = flat.clone()
-    words = flat.view(torch.int64).view(-1, 2 * HALF)
-    added = torch.from_numpy(keys().view(np.int64).copy()).to(flat.device)
-    sums = []
-    for at in range(0, len(words), TILE_ON_DEVICE):
-        one = words[at : at + TILE_ON_DEVICE] + added
-        sums.append((one[:, :HALF] * one[:, HALF:]).sum(1))
-    return torch.cat(sums).cpu().numpy().view(np.uint64)
+def _split(flat: Tensor, size: int) -> list[Tensor]:
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.contiguous().view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Evidence that a tensor has not changed; equal stamps mean equal bytes.
+
+    Attributes:
+        storage: its memory. Weak, but the identity is not given to other memory while the reference exists.
+        layout: dtype, shape, stride, offset. version: PyTorch's count of writes.
+        total: sum of the bytes as 64-bit words. It shows writes that are not counted: through `.data`, or by a fused
+            optimiser.
+    """
+
+    storage: StorageWeakRef
+    layout: tuple[object, ...]
+    version: int
+    total: int
+
+
+def stamp(tensor: Tensor) -> Stamp | None:
+    """Return a tensor's stamp, or None for an inference tensor, whose writes are not counted."""
+    if tensor.is_inference():
+        return None
+    layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    version = tensor._version
+    data = _bytes(tensor.detach().reshape(-1))
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    total = int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return Stamp(storage, layout, version, total)

@@ -10,12 +10,13 @@ A data source is a class in a file of this folder with
 Columns, class names, validation split and label fractions are found and made in `load.py`, once for every source.
 """
 
-import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
+
+from blake3 import blake3
 
 from ..errors import DataError
 from ..preprocess import open_image
@@ -27,7 +28,7 @@ TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """What a source reads: split name -> `datasets.Dataset`, an id without a path, and the sha256 of the data."""
+    """What a source reads: split name -> `datasets.Dataset`, an id without a path, and the BLAKE3 of the data."""
 
     splits: Mapping[str, Any]
     id: str
@@ -91,7 +92,7 @@ class Data:
     Attributes:
         train, validation, test: None where there is no such split. Validation is split off the training rows.
         task: "image-classification" or "text-classification".
-        id, digest: what it is and the sha256 of its bytes, for the training record.
+        id, digest: what it is and the BLAKE3 of its bytes, for the training record.
         source: id of the data source that read it, as in "hub", so that a card can name a data set of the Hub.
     """
 
@@ -116,11 +117,10 @@ def decode_image(value: Any) -> Any:
 
 
 def digest_files(files: Iterable[Path], root: Path) -> str:
-    """Return the sha256 over the names (relative to `root`) and bytes of files, in sorted order."""
-    whole = hashlib.sha256()
+    """Return the BLAKE3 over the names (relative to `root`) and bytes of files, in sorted order."""
+    whole = blake3()
     for file in sorted(files):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        content = blake3().update_mmap(file).hexdigest()
         whole.update(f"{file.relative_to(root).as_posix()}\0{content}\n".encode())
     return whole.hexdigest()
 

@@ -1,11 +1,11 @@
 """The digits images that scikit-learn ships: 1,797 grey images of 8x8 pixels, always at hand."""
 
-import hashlib
 import io
 import re
 from typing import ClassVar
 
 import numpy as np
+from blake3 import blake3
 
 from ..errors import DataError, require
 from .base import SOURCES, Splits
@@ -38,7 +38,7 @@ class Digits:
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(n) for n in range(first, last + 1)])}
         )
         splits: dict[str, dict[str, list[object]]] = {split: {"image": [], "label": []} for split in ("train", "test")}
-        whole = hashlib.sha256()
+        whole = blake3()
         for position, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
             if first <= label <= last:
                 grey = np.round(pixels * (255 / 16)).astype(np.uint8)

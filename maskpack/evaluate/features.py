@@ -5,7 +5,6 @@ features are read, preprocessing and tokenizer, the data and which rows. Labels 
 carry their own digest, are written atomically, and the oldest go when the folder exceeds `LIMIT`.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from ..backbone.classifier import embeddings
@@ -109,12 +109,12 @@ def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
 
 
 def digest_of(content: Any) -> str:
-    """Return the hex sha256 of JSON values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """Return the hex BLAKE3 of JSON values."""
+    return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer_digest(tokenizer: Any) -> str | None:
-    """The sha256 of a tokenizer of transformers; None for another object, of which nothing is known."""
+    """The BLAKE3 of a tokenizer of transformers; None for another object, of which nothing is known."""
     if tokenizer is None:
         return ""
     if not hasattr(tokenizer, "get_vocab"):
@@ -125,11 +125,11 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
         # these follow from the last call, and preprocessing says what they will be
         rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
     about = [type(tokenizer).__qualname__, repr(tokenizer), rules]
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return blake3(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(features: Tensor, rows: Tensor) -> Tensor:
-    whole = hashlib.sha256(repr((tuple(features.shape), tuple(rows.shape))).encode())
+    whole = blake3(repr((tuple(features.shape), tuple(rows.shape))).encode())
     for tensor in (features, rows):
         whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return torch.tensor(list(whole.digest()), dtype=torch.uint8)

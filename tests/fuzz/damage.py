@@ -1,11 +1,12 @@
 """Adapter files taken apart and put together with good digests, and bytes spoiled without regard to their meaning."""
 
-import hashlib
 import json
 import random
 import struct
 from dataclasses import dataclass
 from typing import Any
+
+from blake3 import blake3
 
 from maskpack.tensorheader import DTYPES, SEAL, UNSEALED, seal
 
@@ -42,7 +43,7 @@ class File:
     def joined(self, offsets: bool = True) -> bytes:
         """Return the file with shapes of our own tensors, offsets, digests and the seal made good where possible."""
         try:
-            made = b"".join(hashlib.sha256(piece).digest()[:16] for piece in self.pieces())
+            made = b"".join(blake3(piece).digest()[:16] for piece in self.pieces())
             if len(made) == len(self.data["maskpack.digests"]) or offsets:
                 self.data["maskpack.digests"] = made
                 self.entries["maskpack.digests"]["shape"] = [len(made) // 16, 16]
@@ -57,7 +58,7 @@ class File:
                 entry["data_offsets"] = [len(section), len(section) + len(data)]
             section += data
         if isinstance(self.inner, dict):
-            self.inner["data_sha256"] = hashlib.sha256(section).hexdigest()
+            self.inner["data_blake3"] = blake3(section).hexdigest()
         text = json.dumps(self.inner, sort_keys=True, separators=(",", ":"))
         metadata = {**self.metadata, "maskpack": text, SEAL: UNSEALED}
         return sealed(
