@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults bench-interruptions comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults bench-signatures bench-interruptions comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -132,6 +132,10 @@ bench-faults: $(VENV)/.installed
 # loads, undos and switches fail at every place, and meet real signals: half an hour
 bench-interruptions: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.interruptions --write docs/reliability.md
+
+# random attacks on signed adapters, on files and on a loopback Hub: ten minutes
+bench-signatures: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.signature_attacks --write docs/reliability.md
 
 # masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
 comparisons: $(VENV)/.installed

@@ -11,7 +11,8 @@ MaskpackError
 ├── AdapterError             something is wrong with an adapter file (ValueError)
 │   ├── CorruptAdapterError      its bytes are not what the format or the digests say
 │   ├── UnsupportedVersionError  written by a newer format version
-│   └── UnknownCodecError        packed with a codec that is not installed
+│   ├── UnknownCodecError        packed with a codec that is not installed
+│   └── SignatureError           it is not signed as it has to be
 ├── BackboneMismatchError    the adapter was made for other weights (ValueError)
 ├── StateError               the model or folder is not in the state that the call needs (RuntimeError)
 └── HubError                 push, pull or their network failed (OSError)
@@ -70,6 +71,10 @@ class UnsupportedVersionError(AdapterError):
 
 class UnknownCodecError(AdapterError):
     """Raised when an adapter is packed with a codec that is not installed."""
+
+
+class SignatureError(AdapterError):
+    """Raised when an adapter is not signed by a trusted key, for this repository, or not as recently as before."""
 
 
 class BackboneMismatchError(MaskpackError, ValueError):

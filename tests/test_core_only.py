@@ -38,6 +38,7 @@ EXTRAS = (
     "tensorboard",
     "matplotlib",
     "PIL",
+    "cryptography",
 )
 
 BLOCKED = f"""

@@ -31,6 +31,7 @@ from maskpack.training.objectives.base import OBJECTIVES
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
 from .hub_server import WRITE_TOKEN, HubServer
+from .signing import write_key
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -89,6 +90,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.save(root / "some-digit.png")
     settings = next(body for kind, body, _ in blocks("quickstart.md") if kind == "toml")
     (root / "run.toml").write_text(settings)
+
+    key = write_key(root, "public")[0]
+    key.rename(root / "key.pem")
 
     demo = root / "demo-output"
     demo.mkdir()

@@ -14,6 +14,12 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 RequireRevision = Annotated[
     bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
 ]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option(
+        help="Public key (PEM), or folder of keys: one must have signed it. (default: MASKPACK_REQUIRE_SIGNATURE's)"
+    ),
+]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly: file, index or folder.")]
 RandomWeights = Annotated[
     str | None, typer.Option(help="SEED, kaiming:SEED or signed-constant:SEED of random weights.")
@@ -23,6 +29,7 @@ RandomWeights = Annotated[
 def inspect(
     ref: Ref,
     revision: Revision = None,
+    require_signature: RequireSignature = None,
     parameters: Annotated[bool, typer.Option("--parameters", help="A line for every parameter.")] = False,
     token: Token = None,
     as_json: Json = False,
@@ -30,12 +37,15 @@ def inspect(
 ) -> None:
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
     quiet_libraries(quiet)
-    from maskpack import inspect_adapter, load_adapter
+    from maskpack import inspect_adapter
+    from maskpack.adapter.describe import describe_signature
+    from maskpack.hub.download import open_adapter
 
-    adapter = load_adapter(ref, revision=revision, token=token)
-    about = inspect_adapter(adapter)
+    opened = open_adapter(ref, revision=revision, require_signature=require_signature, token=token)
+    adapter = opened.adapter
+    about, signature = inspect_adapter(adapter), describe_signature(opened.contents, opened.signed)
     if as_json:
-        emit(about, True)
+        emit({**about, "signature": signature}, True)
         return
     classes = about.get("class_names") or ()
     training = about.get("training") or {}
@@ -50,6 +60,8 @@ def inspect(
         **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
     emit(facts, False, adapter.pinned)
+    if signature is not None:
+        emit({**signature, "keys": ", ".join(signature["keys"])}, False, "signature")
     if (cascade := about["cascade"]) is not None:
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
         emit({**cascade, "experts": len(cascade["experts"]), **sizes}, False, "cascade")
@@ -69,19 +81,27 @@ def verify(
     random_weights: RandomWeights = None,
     revision: Revision = None,
     require_revision: RequireRevision = False,
+    key: Annotated[
+        Path | None,
+        typer.Option(help="Public key (PEM), or folder of keys: also check that one of them signed the adapter."),
+    ] = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check every byte, digest and mask of an adapter, and its base if one is given: some masks need it."""
+    """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
     quiet_libraries(quiet)
-    from maskpack import load_adapter
+    from maskpack.adapter.describe import describe_signature
     from maskpack.backbone.fingerprint import check_fingerprint
+    from maskpack.hub.download import open_adapter
 
     from .use import base_of  # which takes its options from here
 
-    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    opened = open_adapter(ref, revision=revision, require_revision=require_revision, require_signature=key, token=token)
+    adapter = opened.adapter
     report: dict[str, Any] = {"adapter": adapter.pinned}
+    if opened.signed is not None:
+        report["signature"] = describe_signature(opened.contents, opened.signed)
     base = None
     if backbone is not None:
         base = base_of(adapter, backbone, weights, random_weights).model
@@ -89,6 +109,8 @@ def verify(
     with progress_bar("Verifying", quiet or as_json) as step:
         report |= adapter.verify(step, base)
     emit(report, as_json, f"✓ {adapter.pinned} is valid")
+    if opened.signed is not None and not as_json:
+        emit(report["signature"] | {"keys": ", ".join(report["signature"]["keys"])}, False, "✓ signed")
     if left := report["needs_base"]:
         shown = ", ".join(left[:3]) + (", … (all: --json)" if len(left) > 3 else "")
         note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .adapters import RandomWeights, Ref, RequireRevision, Weights
+from .adapters import RandomWeights, Ref, RequireRevision, RequireSignature, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
 from .packing import Codec, Hardness
 from .use import base_of
@@ -50,6 +50,7 @@ def combine(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     profile: Hardness = "default",
     codec: Codec = None,
     token: Token = None,
@@ -63,7 +64,8 @@ def combine(
     from maskpack.algebra import operation
 
     operation(how, len(refs), weight, k)
-    adapters = [load_adapter(ref, require_revision=require_revision, token=token) for ref in refs]
+    options: Any = {"require_revision": require_revision, "require_signature": require_signature, "token": token}
+    adapters = [load_adapter(ref, **options) for ref in refs]
     base = None if backbone is None else base_of(adapters[0], backbone, weights, random_weights).model
     note(f"Combining {len(adapters)} adapters …", quiet)
     with progress_bar("Combining", quiet or as_json) as step:
@@ -96,6 +98,7 @@ def diff(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -110,7 +113,8 @@ def diff(
     from maskpack.adapter.combine import mask_sets
     from maskpack.algebra import Overlap, overlaps
 
-    adapters = [load_adapter(ref, require_revision=require_revision, token=token) for ref in (first, second)]
+    options: Any = {"require_revision": require_revision, "require_signature": require_signature, "token": token}
+    adapters = [load_adapter(ref, **options) for ref in (first, second)]
     base = None if backbone is None else base_of(adapters[0], backbone, weights, random_weights).model
     sets = mask_sets(adapters, base)
     found = dict(overlaps(*sets, missing=missing))

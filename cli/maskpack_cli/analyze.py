@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import starts
-from .adapters import RandomWeights, Weights
+from .adapters import RandomWeights, RequireSignature, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
 from .use import base_of, on_gpu
 
@@ -48,6 +48,7 @@ def _shared(function: Callable[..., None]) -> Callable[..., None]:
     kinds: dict[str, Any] = {name: Annotated[kind, typer.Option(help=help)] for name, kind, _, help in OPTIONS}
     defaults = {name: default for name, _, default, _ in OPTIONS}
     kinds |= {"weights": Weights, "random_weights": RandomWeights, "token": Token, "as_json": Json, "quiet": Quiet}
+    kinds["require_signature"], defaults["require_signature"] = RequireSignature, None
     defaults |= {"weights": None, "random_weights": None, "token": None, "as_json": False, "quiet": False}
     keyword = inspect.Parameter.KEYWORD_ONLY
     shared = [inspect.Parameter(name, keyword, default=defaults[name], annotation=kind) for name, kind in kinds.items()]
@@ -181,7 +182,8 @@ def _opened(refs: Sequence[str], **given: Any) -> "tuple[Evaluations, list[Netwo
         name, mark, ref = one.partition("=")
         if not mark or "/" in name:
             name, ref = Path(one).name.removesuffix(".safetensors"), one
-        named.append((name, load_adapter(ref, token=given["token"]) if is_adapter(ref) else ref))
+        options: Any = {key: given[key] for key in ("token", "require_signature")}
+        named.append((name, load_adapter(ref, **options) if is_adapter(ref) else ref))
     classes = next((ref.class_names for _, ref in named if not isinstance(ref, str) and ref.class_names), None)
     note(f"Loading the backbone and {given['data']} …", given["quiet"])
     backbone = on_gpu(_backbone(next((ref for _, ref in named if not isinstance(ref, str)), None), **given))

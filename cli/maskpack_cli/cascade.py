@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import training
-from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
+from .adapters import RandomWeights, Ref, RequireRevision, RequireSignature, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, main_process, note, quiet_libraries, table
 from .progress import Progress
 from .settings import OWN, option, read_settings
@@ -106,6 +106,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     revision: Revision = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -116,7 +117,13 @@ def evaluate(
     from maskpack.data.load import LABELS_SEED
     from maskpack.evaluate.cascade import cascade_table
 
-    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    adapter = load_adapter(
+        ref,
+        revision=revision,
+        require_revision=require_revision,
+        require_signature=require_signature,
+        token=token,
+    )
     base = on_gpu(base_of(adapter, backbone, weights, random_weights))
     found = load_data(
         data,

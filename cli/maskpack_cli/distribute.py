@@ -1,4 +1,4 @@
-"""maskpack push | pull."""
+"""maskpack push | pull | sign."""
 
 import os
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .adapters import RequireRevision, Revision
+from .adapters import RequireRevision, RequireSignature, Revision
 from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries
 
 
@@ -23,6 +23,7 @@ def push(
     license: Annotated[str | None, typer.Option(help="Of the masks, for the card: apache-2.0, mit, … (SPDX)")] = None,
     tag: Annotated[str | None, typer.Option(help="Give the commit this tag, as v1.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
+    sign: Annotated[list[Path] | None, typer.Option(help="Private key (PEM) to sign it with; may be repeated.")] = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -42,6 +43,7 @@ def push(
         license=license,
         tag=tag,
         dry_run=dry_run,
+        sign=sign or (),
         token=token,
     )
     state = " (unchanged)" if done.unchanged else " (dry run: nothing was sent)" if dry_run else ""
@@ -61,6 +63,7 @@ def pull(
         typer.Option(help="Folder to copy the files to; for several, a folder each inside. (default: only the cache)"),
     ] = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -77,7 +80,14 @@ def pull(
     failed: list[dict[str, str]] = []
     for ref, target in zip(refs, _targets(refs, output), strict=True):
         try:
-            done = pull_adapter(ref, revision=revision, output=target, require_revision=require_revision, token=token)
+            done = pull_adapter(
+                ref,
+                revision=revision,
+                output=target,
+                require_revision=require_revision,
+                require_signature=require_signature,
+                token=token,
+            )
         except (MaskpackError, OSError) as error:
             if len(refs) == 1 or os.environ.get("MASKPACK_DEBUG"):
                 raise
@@ -92,6 +102,8 @@ def pull(
         emit(pulled[-1], False, f"✓ {done.path}")
         if done.commit:
             note(f"Pinned: {done.pinned}")
+        if done.signed_by:
+            note(f"Signed by: {', '.join(done.signed_by)}")
     if as_json:
         emit({"adapters": pulled, "errors": failed} if len(refs) > 1 else pulled[0], True)
     for one in failed:
@@ -99,6 +111,31 @@ def pull(
     if failed:
         note(f"{len(failed)} of {len(refs)} adapters could not be pulled.", quiet)
         raise typer.Exit(1)
+
+
+def sign(
+    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or its model file.")],
+    key: Annotated[list[Path], typer.Option(help="Private key (PEM): Ed25519 or P-256; may be repeated.")],
+    repository: Annotated[
+        str | None, typer.Option(help="user/name on the Hub that it is for. (default: any; push --sign states it)")
+    ] = None,
+    counter: Annotated[
+        int | None, typer.Option(min=1, help="Number of this version. (default: one more than the signature's there)")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Sign an adapter on this disk: writes maskpack_model.sig beside its model file."""
+    quiet_libraries(quiet)
+    from maskpack.adapter.sign import sign_adapter
+    from maskpack.errors import ConfigError
+    from maskpack.hub import parse_reference
+
+    if repository is not None and parse_reference(f"{repository}@main").repo_id != repository:
+        raise ConfigError(f"--repository is a name on the Hub, user/name; got {repository!r}")
+    signed = sign_adapter(adapter, key, repository=repository, counter=counter)
+    facts = {"repository": repository, "counter": signed.statement.counter, "keys": list(signed.by)}
+    emit(facts if as_json else facts | {"keys": ", ".join(signed.by)}, as_json, f"✓ {adapter} is signed")
 
 
 def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
@@ -139,6 +176,7 @@ def register(app: typer.Typer) -> None:
             "maskpack push ./my-mask user/my-mask --private",
             "maskpack push ./my-mask user/my-mask --tag v1 --dry-run",
             "maskpack push ./my-mask user/my-mask --create-pr -m 'Trained longer'",
+            "maskpack push ./my-mask user/my-mask --sign key.pem",
             "maskpack push ./my-mask ./registry/my-mask",
         )
     )(command(push))
@@ -147,6 +185,15 @@ def register(app: typer.Typer) -> None:
             "maskpack pull user/my-mask",
             "maskpack pull user/my-mask@v1 --output ./my-mask",
             "maskpack pull user/one user/two@v1 --output ./masks",
+            "maskpack pull user/my-mask --require-signature public.pem",
             "maskpack pull user/my-mask -q",
         )
     )(command(pull))
+    app.command(
+        epilog=examples(
+            "openssl genpkey -algorithm ed25519 -out key.pem",
+            "openssl pkey -in key.pem -pubout -out public.pem",
+            "maskpack sign ./my-mask --key key.pem --repository user/my-mask",
+            "maskpack verify ./my-mask --key public.pem",
+        )
+    )(command(sign))

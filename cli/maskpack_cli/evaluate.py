@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters import RandomWeights, RequireRevision, Revision, Weights
+from .adapters import RandomWeights, RequireRevision, RequireSignature, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
 from .use import BackboneOption, ModeOption, loaded, on_gpu
 
@@ -43,6 +43,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per forward pass.")] = 64,
     revision: Revision = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -58,7 +59,9 @@ def evaluate(
     _check(ref, backbone, head, image_size, mode, split, bool(measures), labels_fraction)
     adapter = None
     if ref is not None:
-        found, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights, mode)
+        found, adapter = loaded(
+            ref, revision, require_revision, require_signature, token, backbone, weights, random_weights, mode
+        )
         model = as_loaded(found, adapter)
     else:
         assert backbone is not None

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .adapters import PROFILES, Profile, RandomWeights, Ref, Revision, Weights
+from .adapters import PROFILES, Profile, RandomWeights, Ref, RequireSignature, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries
 from .use import base_of
 
@@ -67,6 +67,7 @@ def convert(
     weights: Weights = None,
     random_weights: RandomWeights = None,
     revision: Revision = None,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -76,7 +77,7 @@ def convert(
     from maskpack import inspect_adapter, load_adapter
     from maskpack.adapter.convert import convert_adapter
 
-    adapter = load_adapter(ref, revision=revision, token=token)
+    adapter = load_adapter(ref, revision=revision, require_signature=require_signature, token=token)
     base = None if backbone is None else base_of(adapter, backbone, weights, random_weights).model
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …", quiet)
     with progress_bar("Packing", quiet or as_json) as step:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .adapters import RandomWeights, Ref, RequireRevision, Revision, Weights
+from .adapters import RandomWeights, Ref, RequireRevision, RequireSignature, Revision, Weights
 from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def loaded(
     ref: str,
     revision: str | None,
     require_revision: bool,
+    require_signature: Path | None,
     token: str | None,
     reference: str | None,
     weights: Path | None,
@@ -39,7 +40,13 @@ def loaded(
     """Return the backbone with the adapter applied, on the GPU where there is one."""
     from maskpack import load_adapter, load_mask
 
-    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    adapter = load_adapter(
+        ref,
+        revision=revision,
+        require_revision=require_revision,
+        require_signature=require_signature,
+        token=token,
+    )
     backbone = on_gpu(base_of(adapter, reference, weights, random))
     load_mask(backbone.model, adapter, mode=mode)
     return backbone, adapter
@@ -84,6 +91,7 @@ def predict(
     mode: ModeOption = "target",
     revision: Revision = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -94,7 +102,13 @@ def predict(
     from maskpack.errors import ConfigError, DataError
     from maskpack.evaluate.transfer import source_classes
 
-    adapter = load_adapter(ref, revision=revision, require_revision=require_revision, token=token)
+    adapter = load_adapter(
+        ref,
+        revision=revision,
+        require_revision=require_revision,
+        require_signature=require_signature,
+        token=token,
+    )
     masked = on_gpu(base_of(adapter, backbone, weights, random_weights))
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
@@ -131,6 +145,7 @@ def export(
     random_weights: RandomWeights = None,
     revision: Revision = None,
     require_revision: RequireRevision = False,
+    require_signature: RequireSignature = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -139,7 +154,9 @@ def export(
     quiet_libraries(quiet)
     from maskpack.backbone.state import export_state
 
-    masked, adapter = loaded(ref, revision, require_revision, token, backbone, weights, random_weights)
+    masked, adapter = loaded(
+        ref, revision, require_revision, require_signature, token, backbone, weights, random_weights
+    )
     count = export_state(output, masked.model, {"maskpack_mask_id": adapter.mask_id})
     note(f"Adapter: {adapter.pinned}", quiet or as_json)
     note("The weights are in the file whole: it is as large as the backbone.", quiet or as_json)

@@ -19,6 +19,7 @@ from .describe import config_text, describe
 from .encode import check_names, encode
 from .header import Header
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_adapter, read_file
+from .sign import remove_signature
 from .spool import Spool
 from .weights import Weights, by_name
 
@@ -45,8 +46,8 @@ def save_adapter(
     """Write an adapter: a folder with model file, config and card, or only the file if `path` ends in `.safetensors`.
 
     Masks are asked for one after another and not kept, so that a set of `MaskSet.streamed` may exceed memory. The new
-    model file is read back and verified before it takes the place of an old one. A card that is there already keeps
-    what its owner wrote.
+    model file is read back and verified before it takes the place of an old one, whose signature goes. A card that is
+    there already keeps what its owner wrote.
 
     Args:
         path: the folder (made if need be) or file.
@@ -104,7 +105,9 @@ def write_adapter(
         if whole:
             with replacing(path) as (temporary,):
                 write_blobs(temporary, blobs, metadata)
-                return _read_back(temporary, path)
+                adapter = _read_back(temporary, path)
+                remove_signature(path)
+                return adapter
         adapter = _write_model(path, blobs, metadata)
     card = path / CARD_FILE
     rendered = render_card(describe(adapter))
@@ -131,6 +134,7 @@ def _write_model(path: Path, blobs: list[Blob], metadata: Mapping[str, str]) -> 
         temporary_config.write_bytes(text)
         # between the two renames the folder has no config rather than one that contradicts the model file
         config.unlink(missing_ok=True)
+        remove_signature(model)
     return adapter
 
 

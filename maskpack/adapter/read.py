@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from blake3 import blake3
 
 from ..errors import AdapterError, CorruptAdapterError
-from ..tensorheader import MAX_HEADER, check_seal, parse_header, strict_json
+from ..tensorheader import MAX_HEADER, Span, check_seal, parse_header, strict_json
 from .adapter import Adapter
 from .fields import Fields
 from .header import Header
@@ -37,21 +37,38 @@ def read_adapter(path: str | Path) -> Adapter:
         UnsupportedVersionError: if a newer format version wrote it.
         CorruptAdapterError: if its bytes are not what format, digests or config say.
     """
-    path = Path(path)
-    return read_folder(path)[0] if path.is_dir() else read_file(path, path)
+    return parse_files(read_files(Path(path)))
 
 
-def read_folder(path: Path) -> tuple[Adapter, bytes | None]:
-    """Read and verify an adapter folder; return it with the text of its config, None if it has none."""
+def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | memoryview]]:
+    """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified.
+
+    Args:
+        look: as of `read_model`.
+
+    Returns:
+        Path and bytes of each file, by the name that the format gives it.
+    """
+    if not path.is_dir():
+        return {MODEL_FILE: (path, read_model(path, path, look))}
     model, config = path / MODEL_FILE, path / CONFIG_FILE
     if not model.exists():
         there = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
         raise AdapterError(f"{path} has no {MODEL_FILE}, it has: {there}; expected the folder of an adapter")
-    adapter = read_file(model, model)
-    text = read_bytes(config, config, MAX_CONFIG) if config.exists() else None
-    if text is not None:
-        check_config(text, config, adapter)
-    return adapter, text
+    files: dict[str, tuple[Path, bytes | memoryview]] = {MODEL_FILE: (model, read_model(model, model, look))}
+    if config.exists():
+        files[CONFIG_FILE] = config, read_bytes(config, config, MAX_CONFIG)
+    return files
+
+
+def parse_files(files: Mapping[str, tuple[Path, bytes | memoryview]]) -> Adapter:
+    """Verify what `read_files` gives. Raises as `read_adapter`."""
+    path, content = files[MODEL_FILE]
+    adapter = parse_adapter(memoryview(content), path)
+    if CONFIG_FILE in files:
+        config, text = files[CONFIG_FILE]
+        check_config(bytes(text), config, adapter)
+    return adapter
 
 
 def read_file(path: Path, name: Path) -> Adapter:
@@ -59,24 +76,22 @@ def read_file(path: Path, name: Path) -> Adapter:
     return parse_adapter(read_model(path, name), name)
 
 
-def read_model(path: Path, name: Path) -> memoryview:
+def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
     """Return the bytes of a model file; one that does not begin like an adapter's is refused before it is read whole.
+
+    Args:
+        look: False where a signature has to be verified before even the beginning is parsed.
 
     Raises:
         AdapterError, CorruptAdapterError: as `read_adapter`; `name` is what messages call the file.
     """
+    if not look:
+        return memoryview(read_bytes(path, name, MAX_MODEL))
     with _opened(path, name, MAX_MODEL) as (file, size):
         start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise CorruptAdapterError(
-                f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
-                f"within the file; it was cut off or is no safetensors file"
-            )
+        length = _header_length(start, size, name)
         head = file.read(length)
-        metadata, _ = _located(name, parse_header, memoryview(head), size - 8 - length)
-        if "maskpack" not in metadata:
-            raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+        _parse_header(memoryview(head), size - 8 - length, name)
         content = bytearray(size)
         content[: 8 + len(head)] = start + head
         read = 8 + len(head) + file.readinto(memoryview(content)[8 + len(head) :])
@@ -95,15 +110,32 @@ def read_bytes(path: Path, name: Path, limit: int) -> bytes:
 
 def parse_adapter(content: memoryview, name: Path) -> Adapter:
     """Verify the bytes of a model file; `name` is what messages call it. Raises as `read_adapter`."""
-    start = 8 + int.from_bytes(content[:8], "little")
+    start = 8 + _header_length(content[:8], len(content), name)
     head, data = content[8:start], content[start:]
-    metadata, spans = _located(name, parse_header, head, len(data))
+    metadata, spans = _parse_header(head, len(data), name)
     _located(name, check_seal, bytes(head), metadata)
     header = _located(name, Header.from_json, metadata["maskpack"])
     _located(name, check_layout, header, spans)
     adapter = Adapter(str(name), header, spans, content, start)
     _check_digests(adapter, data)
     return adapter
+
+
+def _header_length(start: bytes | memoryview, size: int, name: Path) -> int:
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise CorruptAdapterError(
+            f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
+            f"within the file; it was cut off or is no safetensors file"
+        )
+    return length
+
+
+def _parse_header(head: memoryview, data_size: int, name: Path) -> tuple[dict[str, str], dict[str, Span]]:
+    metadata, spans = _located(name, parse_header, head, data_size)
+    if "maskpack" not in metadata:
+        raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+    return metadata, spans
 
 
 @contextmanager

@@ -188,7 +188,7 @@ def load_cascade(
     Args:
         model: the base. It stays the only network in memory; masks are kept as one bit a weight.
         ref, verify: as in `load_mask`.
-        revision, require_revision, token, cache_dir, local_files_only: as of `pull`.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
 
     Raises:
         AdapterError: if the adapter is not there, not valid, or no cascade.

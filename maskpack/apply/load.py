@@ -37,7 +37,7 @@ def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
 
     Args:
         ref: `user/name`, `user/name@revision`, `./folder`, `/folder` or `file.safetensors`.
-        revision, require_revision, token, cache_dir, local_files_only: as of `pull`.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
 
     Returns:
         The adapter; its `pinned` is the reference that always means these bytes.
@@ -60,6 +60,7 @@ def load_mask(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Apply an adapter to a model in place and return the same model.
 
@@ -77,6 +78,7 @@ def load_mask(
         restorable: keep what `unload_mask` needs: the weights that the mask changes, or a whole copy where the scale is
             on. Until the mask is on, they are kept in any case.
         token, cache_dir, local_files_only: as in the Hugging Face Hub client.
+        require_signature: public key or folder of keys, as of `pull`; an `Adapter` was verified when it was read.
 
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
@@ -87,7 +89,12 @@ def load_mask(
         adapter = ref
     else:
         adapter = load_adapter(
-            ref, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            ref,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            require_signature=require_signature,
         )
     beside = beside_masks(adapter, head, mode)
     masks = masks_on(model, adapter, verify)

@@ -64,7 +64,7 @@ def load_masked(
         dtype: of floating-point tensors in the end; default: the model's. Digests are compared and masks applied in
             the model's dtype, before that cast.
         verify, head, mode: as of `load_mask`; with "strict" the first masked tensor that is not the base's is the end.
-        revision, require_revision, token, cache_dir, local_files_only: as of `pull`.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
 
     Raises:
         StateError: if the model has a mask loaded, or a buffer on the meta device that files do not hold.

@@ -3,21 +3,27 @@
 import logging
 import os
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from ..adapter.adapter import Adapter
+from ..adapter.card import PICTURE_FILE
 from ..adapter.file import CARD_FILE
-from ..adapter.read import CONFIG_FILE, MODEL_FILE, check_config, parse_adapter, read_file, read_folder
-from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
+from ..adapter.keys import Keys, trusted_keys
+from ..adapter.read import CONFIG_FILE, MODEL_FILE, read_bytes, read_files
+from ..adapter.signature import SIGNATURE_FILE, Contents, Signed, parse_signed, signature_path
+from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from .client import ATTEMPTS, TIMEOUT, Session
+from .counters import check_newest
 from .files import Snapshot
-from .folder import FILES, Contents, read_card, write_files
+from .folder import FILES, LIMITS, read_card, write_files
 from .reference import Reference, parse_reference
 from .refs import check_is_no_branch
 
 log = logging.getLogger("maskpack")
+
+Files = dict[str, tuple[Path, bytes | memoryview]]  # path and bytes of each by name
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,13 @@ class PulledAdapter:
         path: the adapter folder, or the model file where a single file was referred to.
         commit: the full commit id; None for a local adapter.
         repo_id: the Hub repository; None for a local adapter.
+        signed_by: ids of the trusted keys that signed it; none where no signature was required.
     """
 
     path: Path
     commit: str | None = None
     repo_id: str | None = None
+    signed_by: tuple[str, ...] = ()
 
     @property
     def pinned(self) -> str:
@@ -42,11 +50,16 @@ class PulledAdapter:
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """An adapter that was read and verified, and the bytes of its files by name."""
+    """An adapter that was read and verified, and the bytes of its files by name.
+
+    Attributes:
+        signed: what was signed, and by whom; None where no signature was required.
+    """
 
     pulled: PulledAdapter
     adapter: Adapter
     contents: Contents
+    signed: Signed | None = None
 
 
 class PullOptions(TypedDict, total=False):
@@ -57,6 +70,7 @@ class PullOptions(TypedDict, total=False):
     token: str | bool | None
     cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
+    require_signature: str | os.PathLike[str] | None
 
 
 def pull(
@@ -75,12 +89,16 @@ def pull(
         token: as everywhere on the Hub: None for the login, False for none.
         cache_dir: another cache than the Hub's.
         local_files_only: never ask the Hub.
+        require_signature: PEM file of a public key, or folder of such files: one of these must have signed the
+            adapter, for this repository, and none older than what was seen there before. None for what the
+            environment variable MASKPACK_REQUIRE_SIGNATURE names; where that is not set, signatures are not looked at.
 
     Raises:
         AdapterError: if there is no such adapter, it is larger than accepted, or it is not pinned and has to be.
         CorruptAdapterError: if its bytes are not those that the repository and the config file record.
         HubError: if the login or the permissions failed, or it is offline and not cached.
         HubUnreachableError: if the Hub did not answer, after several attempts.
+        SignatureError: if it is not signed as required.
         StateError: if `output` holds something else.
     """
     opened = open_adapter(ref, **options)
@@ -90,7 +108,7 @@ def pull(
     target = Path(output).expanduser()
     write_files(opened.contents, target)
     path = target / MODEL_FILE if found.path.suffix == ".safetensors" else target
-    return PulledAdapter(path, found.commit, found.repo_id)
+    return replace(found, path=path)
 
 
 def open_adapter(
@@ -101,40 +119,55 @@ def open_adapter(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
+    require_signature: str | os.PathLike[str] | None = None,
 ) -> OpenedAdapter:
     """Fetch, read and verify an adapter: every file is opened once. Arguments and errors as of `pull`."""
-    reference = parse_reference(ref, revision)
+    reference, keys = parse_reference(ref, revision), trusted_keys(require_signature)
     if reference.path is not None:
-        return open_local(reference.path)
+        return open_local(reference.path, keys)
     session = Session(f"pull {reference}", token, reference)
     cache = None if cache_dir is None else Path(cache_dir)
     offline = local_files_only or session.offline
     if require_revision:
         check_is_no_branch(session, reference, offline)
     snapshot = Snapshot(session, str(reference.repo_id), _resolve(session, reference, cache, offline), cache)
-    found = _from_cache(snapshot, offline)
+    snapshot.look = keys is None
+    found = _from_cache(snapshot, offline, keys)
     if found is None and offline:
         raise HubError(
             f"cannot pull {reference}: commit {snapshot.commit[:12]} is not in the cache and the Hub may not be asked; "
             "go online (unset HF_HUB_OFFLINE, leave out local_files_only) once"
         )
-    return found or _download(snapshot)
+    found = found or _download(snapshot, keys)
+    if keys is not None and found.signed is not None:
+        check_newest(found.signed, keys, reference, snapshot.commit)
+    return found
 
 
-def open_local(path: Path) -> OpenedAdapter:
-    """Read and verify an adapter on this disk: a folder, or a model file alone. Raises as `read_adapter`."""
-    if path.suffix == ".safetensors" and not path.is_dir():
-        # the file alone is a whole adapter, which carries its own digests
-        if not path.is_file():
-            raise AdapterError(f"{path} does not exist; expected an adapter's model file")
-        adapter = read_file(path, path)
-        return OpenedAdapter(PulledAdapter(path), adapter, {MODEL_FILE: adapter.content})
-    if not path.is_dir():
-        state = "is not a folder" if path.exists() else "does not exist"
-        raise AdapterError(f"{path} {state}; expected a folder with {MODEL_FILE} and {CONFIG_FILE}")
-    adapter, config = read_folder(path)
-    found = {CARD_FILE: read_card(path), CONFIG_FILE: config, MODEL_FILE: adapter.content}
-    return OpenedAdapter(PulledAdapter(path), adapter, {name: one for name, one in found.items() if one is not None})
+def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
+    """Read and verify an adapter on this disk: a folder, or a model file alone. Raises as `read_adapter`.
+
+    Args:
+        keys: one of which must have signed it; None if that is not required.
+    """
+    alone = path.suffix == ".safetensors" and not path.is_dir()  # a whole adapter, which carries its own digests
+    if not (path.is_file() if alone else path.is_dir()):
+        state = "is not a folder" if path.exists() and not alone else "does not exist"
+        what = "an adapter's model file" if alone else f"a folder with {MODEL_FILE} and {CONFIG_FILE}"
+        raise AdapterError(f"{path} {state}; expected {what}")
+    files = read_files(path, look=keys is None)
+    signature = signature_path(files[MODEL_FILE][0])
+    if signature.exists():
+        files[SIGNATURE_FILE] = signature, read_bytes(signature, signature, LIMITS[SIGNATURE_FILE])
+    if not alone and (card := read_card(path)) is not None:
+        files[CARD_FILE] = path / CARD_FILE, card
+    if keys is not None and not alone:
+        others = sorted({one.name for one in path.glob("maskpack_*")} - {*FILES, PICTURE_FILE})
+        if others:
+            raise SignatureError(f"{path} has the unknown file {others[0]!r}, which nobody signed; remove it")
+    adapter, signed = parse_signed(files, keys, None, alone)
+    ordered = {name: files[name][1] for name in FILES if name in files}
+    return OpenedAdapter(PulledAdapter(path, signed_by=signed.by if signed else ()), adapter, ordered, signed)
 
 
 def _resolve(session: Session, reference: Reference, cache: Path | None, offline: bool) -> str:
@@ -174,35 +207,33 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
     return commit
 
 
-def _from_cache(snapshot: Snapshot, offline: bool) -> OpenedAdapter | None:
+def _from_cache(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAdapter | None:
     """Return the adapter if the cache has it whole; a damaged one is an error only where it cannot be repaired."""
     try:
-        # the model is fetched last, so where it is cached, the card is too or does not exist
+        # the model is fetched last, so where it is cached, the others are too or do not exist
         found = {name: snapshot.cached(name) for name in FILES}
         if found[MODEL_FILE] is None or found[CONFIG_FILE] is None:
             return None
-        return _verified(snapshot, {name: one for name, one in found.items() if one is not None})
+        return _opened(snapshot, {name: one for name, one in found.items() if one is not None}, keys)
     except AdapterError:
         if offline:
             raise
         return None
 
 
-def _download(snapshot: Snapshot) -> OpenedAdapter:
+def _download(snapshot: Snapshot, keys: Keys | None) -> OpenedAdapter:
     listed = snapshot.listed(*FILES)
     missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in listed]
     if missing:
         raise AdapterError(
             f"{snapshot} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision"
         )
-    return _verified(snapshot, snapshot.fetch(listed[name] for name in FILES if name in listed))
+    return _opened(snapshot, snapshot.fetch(listed[name] for name in FILES if name in listed), keys)
 
 
-def _verified(snapshot: Snapshot, files: dict[str, tuple[Path, bytes | memoryview]]) -> OpenedAdapter:
-    path, content = files[MODEL_FILE]
-    adapter = parse_adapter(memoryview(content), path)
-    config_path, config = files[CONFIG_FILE]
-    check_config(bytes(config), config_path, adapter)
-    pulled = PulledAdapter(path.parent, snapshot.commit, snapshot.repo_id)
+def _opened(snapshot: Snapshot, files: Files, keys: Keys | None) -> OpenedAdapter:
+    adapter, signed = parse_signed(files, keys, snapshot.repo_id)
+    by = signed.by if signed else ()
+    pulled = PulledAdapter(files[MODEL_FILE][0].parent, snapshot.commit, snapshot.repo_id, by)
     adapter.pinned = pulled.pinned
-    return OpenedAdapter(pulled, adapter, {name: one for name, (_, one) in files.items()})
+    return OpenedAdapter(pulled, adapter, {name: one for name, (_, one) in files.items()}, signed)

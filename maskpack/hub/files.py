@@ -23,6 +23,9 @@ class Snapshot:
     Args:
         cache: another cache than the Hub's.
 
+    Attributes:
+        look: whether the model file's beginning is looked at when it is read; see `read_model`.
+
     Raises:
         HubError: if what the Hub or the cache gave is no commit; it would become part of a path.
     """
@@ -34,6 +37,7 @@ class Snapshot:
                 "firewall and proxy, or who can write to the cache"
             )
         self.session, self.repo_id, self.commit, self.cache = session, repo_id, commit, cache
+        self.look = True
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]}"
@@ -101,7 +105,9 @@ class Snapshot:
 
     def _read(self, path: Path) -> bytes | memoryview:
         self._check_inside(path)
-        return read_model(path, path) if path.name == MODEL_FILE else read_bytes(path, path, LIMITS[path.name])
+        return (
+            read_model(path, path, self.look) if path.name == MODEL_FILE else read_bytes(path, path, LIMITS[path.name])
+        )
 
     def _check_inside(self, path: Path) -> None:
         """Refuse a cache entry that leads out of the cache: links within it are normal, others were planted."""

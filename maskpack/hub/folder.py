@@ -1,19 +1,17 @@
 """The files of an adapter folder: their names, limits and digests, and how they are written."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..adapter.card import BEGIN
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MAX_MODEL, MODEL_FILE, read_bytes
+from ..adapter.signature import MAX_SIGNATURE, SIGNATURE_FILE, Contents
 from ..errors import AdapterError, StateError
 from ..tensorfile import replacing
 
-FILES = (CARD_FILE, CONFIG_FILE, MODEL_FILE)
-LIMITS = {MODEL_FILE: MAX_MODEL, CONFIG_FILE: MAX_CONFIG, CARD_FILE: 5 << 20}
-
-Contents = Mapping[str, bytes | memoryview]
+FILES = (CARD_FILE, CONFIG_FILE, SIGNATURE_FILE, MODEL_FILE)
+LIMITS = {MODEL_FILE: MAX_MODEL, CONFIG_FILE: MAX_CONFIG, SIGNATURE_FILE: MAX_SIGNATURE, CARD_FILE: 5 << 20}
 
 
 def git_id(content: bytes | memoryview) -> str:
@@ -85,8 +83,11 @@ def write_files(contents: Contents, target: Path) -> None:
 def _leftovers(contents: Contents, target: Path) -> list[Path]:
     """Return what the adapter in `target` has and another one, which takes its place, has not."""
     found = [target / name for name in FILES if name not in contents and (target / name).is_file()]
-    if not found or not (target / MODEL_FILE).is_file() or holds(target, {MODEL_FILE: contents[MODEL_FILE]}):
+    if not found or not (target / MODEL_FILE).is_file():
         return []
+    signed = {name: one for name, one in contents.items() if name in (CONFIG_FILE, MODEL_FILE)}
+    if holds(target, {MODEL_FILE: contents[MODEL_FILE]}):  # the same adapter, perhaps with another config
+        return [path for path in found if path.name == SIGNATURE_FILE and not holds(target, signed)]
     # a card without our part was written by hand, and nothing in it tells of the adapter that goes
     return [path for path in found if path.name != CARD_FILE or BEGIN.encode() in path.read_bytes()]
 

@@ -1,17 +1,18 @@
 """One push to a Hub repository: look, commit once, and after a fault look again before anything is repeated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..adapter.card import PICTURE_FILE
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
+from ..adapter.signature import SIGNATURE_FILE, Contents
 from ..errors import HubError
 from .client import ATTEMPTS, TIMEOUT, Session, patience
 from .failures import PASSING_STATUSES, status_of
 from .files import Snapshot, is_same
-from .folder import FILES, Contents, card_text
+from .folder import FILES
 from .reference import Reference
 from .refs import check_tag, pull_requests, read_tag, set_tag
 
@@ -47,7 +48,7 @@ class RepositoryPush:
 
     Args:
         reference: the repository and its branch.
-        build: returns what is to be there, given the model card that is there (or None).
+        build: returns what is to be there, given the model card and the signature that are there.
         private, message, create_pr, tag, dry_run, token: as of `push`.
 
     What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours;
@@ -57,7 +58,7 @@ class RepositoryPush:
     def __init__(
         self,
         reference: Reference,
-        build: Callable[[str | None], dict[str, bytes | memoryview]],
+        build: Callable[[Mapping[str, bytes]], dict[str, bytes | memoryview]],
         private: bool | None,
         message: str,
         create_pr: bool,
@@ -142,15 +143,15 @@ class RepositoryPush:
 
     def _look(self, head: str | None) -> None:
         """Read what is at a commit, and build what is to be there."""
-        self.head, card = head, None
+        self.head, there = head, dict[str, bytes]()
         if head is None:
             self.listed = {}
         else:
             snapshot = Snapshot(self.session, self.repo_id, head)
             self.listed = snapshot.listed(*FILES, PICTURE_FILE)
-            if CARD_FILE in self.listed:
-                card = bytes(snapshot.fetch([self.listed[CARD_FILE]])[CARD_FILE][1])
-        self.contents = self.build(card_text(card, f"{CARD_FILE} of {self.repo_id}"))
+            wanted = [self.listed[name] for name in (CARD_FILE, SIGNATURE_FILE) if name in self.listed]
+            there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
+        self.contents = self.build(there)
         self.changed = self._changed()
 
     def _changed(self) -> Contents:
@@ -200,7 +201,8 @@ class RepositoryPush:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
         for number, commit in pull_requests(self.session, self.repo_id).items():
             there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
-            if all(name in there and is_same(there[name], self.contents[name]) for name in FILES):
+            ours = [name for name in FILES if name in self.contents]
+            if all(name in there and is_same(there[name], self.contents[name]) for name in ours):
                 return commit, f"{self._page()}/discussions/{number}"
         return None
 
@@ -217,7 +219,7 @@ class RepositoryPush:
         self._look(now)
         if not self.changed:
             return now, None
-        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE)):
+        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE, SIGNATURE_FILE)):
             raise HubError(
                 f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
                 f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push again"
