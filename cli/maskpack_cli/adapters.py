@@ -47,9 +47,10 @@ def inspect(
         "base_dtype": about["base"]["dtype"],
         "task": about.get("task"),
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
-        **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
     emit(facts, False, adapter.pinned)
+    if isinstance(metrics := training.get("metrics"), dict) and metrics:  # whatever their names, none is a fact above
+        emit(metrics, False, "metrics, as the training record has them")
     if (cascade := about["cascade"]) is not None:
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
         emit({**cascade, "experts": len(cascade["experts"]), **sizes}, False, "cascade")

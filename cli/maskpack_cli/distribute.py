@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .adapters import RequireRevision, Revision
-from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries
+from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries, say
 
 
 def push(
@@ -87,7 +87,7 @@ def pull(
         if as_json:
             continue
         if quiet:
-            typer.echo(done.path)
+            say(done.path)
             continue
         emit(pulled[-1], False, f"✓ {done.path}")
         if done.commit:

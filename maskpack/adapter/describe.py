@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..text import escape
 from .adapter import Adapter
 from .cascade import PREFIX
 from .header import FORMAT_VERSION, base_to_json
@@ -57,7 +58,8 @@ def config_text(description: dict[str, Any], model_file: str) -> str:
         for name, one in description["sets"].items()
     }
     config = {**description, "sets": sets, "model_file": model_file}
-    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return escape(text, "json") + "\n"
 
 
 def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.state import load_weights
 from ..errors import ConfigError, StateError
+from ..text import escape
 from ..training.config import TrainConfig
 from ..training.tasks import JointConfig, Task
 from .trial import read_json
@@ -145,7 +146,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = ["| task | accuracy |" + (" before hardening |" if soft else "") + " density | mask bytes | file bytes |"]
     lines.append("| --- |" + " ---: |" * (lines[0].count("|") - 2))
     for row in result["rows"]:
-        cells = [row["task"], share(row["accuracy"]), *([share(row["soft_accuracy"])] if soft else [])]
+        name = escape(row["task"], "markdown")
+        cells = [name, share(row["accuracy"]), *([share(row["soft_accuracy"])] if soft else [])]
         cells += [f"{row['density']:.4f}", f"{row['mask_bytes']:,}", f"{row['file_bytes']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
