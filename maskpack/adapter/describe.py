@@ -8,7 +8,7 @@ from ..text import escape
 from .adapter import Adapter
 from .cascade import PREFIX
 from .header import FORMAT_VERSION, base_to_json
-from .layout import dense_names
+from .layout import beginning, dense_names
 from .read import read_adapter
 from .sets import Payload, SetHeader
 
@@ -112,9 +112,8 @@ def _row(payload: Payload) -> dict[str, Any]:
 def _roles(adapter: Adapter, of: str) -> dict[str, int]:
     """Return bytes of the dense tensors of a set (head, parameters, scale, …), or of the cascade, by role."""
     found: dict[str, int] = {}
-    for name, span in adapter.spans.items():
-        owner, _, rest = name.partition("/")
-        role = rest.partition("/")[0]
-        if owner == of and rest != "payloads":
+    for name in beginning(adapter.names, f"{of}/"):
+        role, span = name.split("/", 2)[1], adapter.spans[name]
+        if name != f"{of}/payloads":
             found[role] = found.get(role, 0) + span.end - span.start
     return found

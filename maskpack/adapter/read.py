@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from ..errors import AdapterError, CorruptAdapterError
-from ..tensorheader import MAX_HEADER, check_seal, parse_header, strict_json
+from ..tensorheader import MAX_HEADER, Span, check_seal, parse_header, strict_json
 from .adapter import Adapter
 from .fields import Fields
 from .header import Header
@@ -73,9 +73,8 @@ def read_model(path: Path, name: Path) -> memoryview:
                 f"within the file; it was cut off or is no safetensors file"
             )
         head = file.read(length)
-        metadata, _ = _located(name, parse_header, memoryview(head), size - 8 - length)
-        if "maskpack" not in metadata:
-            raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+        if b'"maskpack"' not in head:
+            _parsed(memoryview(head), size - 8 - length, name)  # says what is wrong
         content = bytearray(size)
         content[: 8 + len(head)] = start + head
         read = 8 + len(head) + file.readinto(memoryview(content)[8 + len(head) :])
@@ -96,13 +95,21 @@ def parse_adapter(content: memoryview, name: Path) -> Adapter:
     """Verify the bytes of a model file; `name` is what messages call it. Raises as `read_adapter`."""
     start = 8 + int.from_bytes(content[:8], "little")
     head, data = content[8:start], content[start:]
-    metadata, spans = _located(name, parse_header, head, len(data))
+    metadata, spans = _parsed(head, len(data), name)
     _located(name, check_seal, bytes(head), metadata)
     header = _located(name, Header.from_json, metadata["maskpack"])
     _located(name, check_layout, header, spans)
     adapter = Adapter(str(name), header, spans, content, start)
     _check_digests(adapter, data)
     return adapter
+
+
+def _parsed(head: memoryview, size: int, name: Path) -> tuple[dict[str, str], dict[str, Span]]:
+    """Return metadata and spans of an adapter's header."""
+    metadata, spans = _located(name, parse_header, head, size)
+    if "maskpack" not in metadata:
+        raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
+    return metadata, spans
 
 
 @contextmanager
