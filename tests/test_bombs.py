@@ -112,7 +112,7 @@ ACTIONS: dict[str, Callable[[Adapter], object]] = {
 
 @pytest.mark.parametrize("what", ["sets", "parameters", "tensors", "classes"])
 def test_time_is_linear(what: str, tmp_path: Path) -> None:
-    """Four times as many of anything take less than eight times as long, where quadratic time would be sixteen."""
+    """Eight times as many of anything take less than 28 times as long, where quadratic time would be 64."""
 
     def seconds(count: int) -> dict[str, float]:
         path = write(tmp_path, many(**{what: count}))
@@ -130,7 +130,7 @@ def test_time_is_linear(what: str, tmp_path: Path) -> None:
 
     gc.disable()  # a collection takes as long as all that is imported is large
     try:
-        few, more = seconds(500), seconds(2000)
+        few, more = seconds(250), seconds(2000)
     finally:
         gc.enable()
-    assert {name: one for name, one in more.items() if one > 8 * max(few[name], 0.01)} == {}
+    assert {name: one for name, one in more.items() if one > 28 * max(few[name], 0.004)} == {}
