@@ -119,9 +119,10 @@ compression: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compression
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lora_sizes --plot docs/mask-lora-sizes.png
 
-# spoiled adapter files (--seed and --case repeat what it finds), then files and payloads guided by coverage if atheris is installed
+# spoiled adapter files, read and given to the command line (--seed and --case repeat what it finds), then files and payloads guided by coverage if atheris is installed
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_cli --seconds $(FUZZ_SECONDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 clean:

@@ -2,6 +2,11 @@
 
 import ast
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -166,6 +171,30 @@ def test_config_shows_names_as_they_are(valid: bytes, tmp_path: Path) -> None:
     assert "Größe 猫" in text
     assert "\u202e" not in text
     assert json.loads(text)["class_names"] == ["Größe 猫", "\u202e"]
+
+
+def test_a_terminal_shows_names_as_they_are(valid: bytes, tmp_path: Path) -> None:
+    """A real process on a real pseudo-terminal, with colours."""
+    training = {"metrics": {text: text for text in ESCAPES}}
+    path = write(tmp_path, with_header(valid, lambda header: header.update(training=training)))
+    words = [sys.executable, "-m", "maskpack_cli.main", "inspect", str(path), "--parameters"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        words, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"}
+    ) as child:
+        os.close(theirs)
+        shown = b""
+        try:
+            while piece := os.read(ours, 1 << 16):
+                shown += piece
+        except OSError:  # how Linux says that the child has ended
+            pass
+        os.close(ours)
+    text = re.sub(r"\x1b\[[01]m", "", shown.decode()).replace("\r\n", "\n")
+    assert child.returncode == 0, text
+    assert all(letter.isprintable() or letter == "\n" for letter in text), repr(text)
+    for one in (*NAMES, *ESCAPES):
+        assert escape(one) in text
 
 
 @pytest.mark.parametrize("path", sorted(CLI.glob("*.py")), ids=lambda path: path.name)
