@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults bench-hostile comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -82,6 +82,10 @@ bench-codec: $(VENV)/.bench
 # every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes
 bench-faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md
+
+# thousands of spoiled adapter files, and files of very many sets, parameters, tensors and classes: some minutes; Linux
+bench-hostile: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --write docs/reliability.md
 
 # masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
 comparisons: $(VENV)/.installed

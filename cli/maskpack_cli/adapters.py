@@ -31,6 +31,7 @@ def inspect(
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
     quiet_libraries(quiet)
     from maskpack import inspect_adapter, load_adapter
+    from maskpack.adapter.record import member
 
     adapter = load_adapter(ref, revision=revision, token=token)
     about = inspect_adapter(adapter)
@@ -49,7 +50,7 @@ def inspect(
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
     }
     emit(facts, False, adapter.pinned)
-    if isinstance(metrics := training.get("metrics"), dict) and metrics:  # whatever their names, none is a fact above
+    if metrics := member(training, "metrics"):  # whatever their names, none is a fact above
         emit(metrics, False, "metrics, as the training record has them")
     if (cascade := about["cascade"]) is not None:
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ..adapter.adapter import Adapter
 from ..adapter.describe import describe
 from ..adapter.file import MODEL_FILE, read_adapter
+from ..adapter.record import member, metrics
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.state import load_weights
@@ -97,16 +98,16 @@ def _check_finished(
     adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig
 ) -> None:
     """Compare what a finished task was trained with and what it would be trained with now."""
-    record: Mapping[str, Any] = adapter.training or {}
-    there, data = dict(record.get("settings", {})), record.get("data", {})
+    record = adapter.training
+    there, data, jointly = dict(member(record, "settings")), member(record, "data"), member(record, "joint")
     ours = task.settings(config).to_json()
     splits = {"train": task.data.train, "validation": task.data.validation, "test": task.data.test}
     rows = {key: len(split) for key, split in splits.items() if split is not None}
     ours |= {"data": task.data.digest, "rows": rows, "classes": list(task.data.class_names)}
     there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.class_names or ())}
-    if "joint" in record:
-        ours |= joint.to_json(config.optimizer, len(record["joint"]["tasks"]))
-        there |= record["joint"]
+    if isinstance(tasks := jointly.get("tasks"), list):
+        ours |= joint.to_json(config.optimizer, len(tasks))
+        there |= jointly
     # through JSON, as the record has been
     ours = json.loads(json.dumps(ours))
     differing = [
@@ -123,13 +124,13 @@ def _check_finished(
 
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
     record: Mapping[str, Any] = adapter.training or {}
-    metrics = record.get("metrics", {})
+    found = metrics(record)
     whole = describe(adapter)["sets"]["default"]
     return {
         "task": name,
         "jointly": "joint" in record,
-        "accuracy": metrics.get("test_accuracy"),
-        "soft_accuracy": metrics.get("soft_test_accuracy"),
+        "accuracy": found.get("test_accuracy"),
+        "soft_accuracy": found.get("soft_test_accuracy"),
         "density": whole["density"],
         "mask_bytes": whole["payload_bytes"],
         "file_bytes": adapter.size,

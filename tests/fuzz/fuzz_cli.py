@@ -78,10 +78,12 @@ def loadable(net: Path) -> bytes:
 
 
 def spoiled(seeds: list[bytes], rng: random.Random) -> bytes:
-    """Return a file in which a member of the header has text that acts, or one that is spoiled in any way."""
-    if rng.random() < 0.5:
-        return mutated(seeds, rng)
-    raw = rng.choice(seeds)
+    """Return a file in which members of the header have text that acts, or one that is spoiled in any way."""
+    return mutated(seeds, rng) if rng.random() < 0.5 else with_text(rng.choice(seeds), rng)
+
+
+def with_text(raw: bytes, rng: random.Random) -> bytes:
+    """Return a file in which members of the header have text that acts, with good digests."""
     file = File.of(raw)
     try:
         for _ in range(rng.choice((1, 3))):
