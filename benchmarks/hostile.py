@@ -25,13 +25,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bitarray import bitarray
+
 from benchmarks.pages import write_between
 from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, describe
 from maskpack.adapter.read import read_adapter
 from maskpack.errors import MaskpackError
-from tests.fuzz.damage import damaged, edited_header
+from maskpack.mask import bits_digest, rows_id
+from tests.fuzz.damage import File, damaged, edited_header
 from tests.fuzz.fuzz_cli import with_text
 from tests.fuzz.fuzz_reader import WEIGHTS, TooSlow, address_space, too_slow, valid_files
 from tests.fuzz.mutations import forged
@@ -50,6 +53,7 @@ STAGES: dict[str, Callable[[Adapter], object]] = {
     "verify": lambda adapter: adapter.verify(),
     "decode": lambda adapter: [one for name in adapter.sets for one in decoded(adapter, name)],
 }
+BOMBS = 20
 LARGE = {"sets": 16_000, "parameters": 100_000, "tensors": 50_000, "classes": 100_000}
 
 
@@ -134,6 +138,21 @@ def large(folder: Path) -> Iterator[dict[str, Any]]:
         path = folder / "large.safetensors"
         path.write_bytes(many(**{what: count}))
         yield {"way": f"{count:,} {what}", **measured(path)}
+    path.write_bytes(bombs())
+    yield {"way": f"{BOMBS} payloads of a byte, each for 2²⁸ weights", **measured(path)}
+
+
+def bombs() -> bytes:
+    """Return a file whose payloads stand for as many weights as a payload may, in a byte each."""
+    file, weights = File.of(many(sets=BOMBS)), 1 << 28
+    one = {"shapes": [[weights]], "kept": [weights], "codings": [{"codec": "density", "op": "zero"}]}
+    digest = bits_digest(bitarray("1", endian="little") * weights)
+    for name, members in file.inner["sets"].items():
+        members.update(one)
+        file.data[f"{name}/payloads"] = b"\x80"
+    names = ((name, members["names"], "zero", (weights,), digest) for name, members in file.inner["sets"].items())
+    file.inner["mask_id"] = rows_id(names)  # type: ignore[arg-type]
+    return file.joined()
 
 
 def markdown(rows: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
@@ -148,7 +167,7 @@ def markdown(rows: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
         early = sum(one["stage"] == "read" for one in refused)
         kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(one["outcome"] for one in refused).most_common())
         longest = max((sum(one["seconds"].values()) for one in own), default=0)
-        most = max(own, key=lambda one: one["memory"])
+        most = max(own, key=lambda one: one["memory"], default={"memory": 0, "bytes": 1})
         lines.append(
             f"| {way} | {len(own):,} | {early:,} | {len(refused) - early:,} | {len(own) - len(refused):,} | {kinds} | "
             f"{longest:.2f} | {most['memory'] / 1e6:.0f} | {most['memory'] / max(most['bytes'], 1):,.0f} |"
