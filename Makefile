@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults bench-signatures bench-interruptions comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults bench-hostile bench-signatures bench-interruptions comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -137,6 +137,10 @@ bench-interruptions: $(VENV)/.installed
 bench-signatures: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.signature_attacks --write docs/reliability.md
 
+# thousands of spoiled adapter files, and files of very many sets, parameters, tensors and classes: some minutes; Linux
+bench-hostile: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --write docs/reliability.md
+
 # masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
 comparisons: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.comparisons
@@ -173,9 +177,10 @@ compression: $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compression
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.lora_sizes --plot docs/mask-lora-sizes.png
 
-# spoiled adapter files (--seed and --case repeat what it finds), then files and payloads guided by coverage if atheris is installed
+# spoiled adapter files, read and given to the command line (--seed and --case repeat what it finds), then files and payloads guided by coverage if atheris is installed
 fuzz: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_cli --seconds $(FUZZ_SECONDS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 clean:

@@ -24,9 +24,14 @@ A message says what was wrong (with the value), what was expected, and what to d
 import importlib
 from types import ModuleType
 
+from .text import escape
+
 
 class MaskpackError(Exception):
     """The root: catch this to catch every error that maskpack raises on purpose."""
+
+    def __str__(self) -> str:
+        return escape(super().__str__())  # messages quote what files, servers and users say
 
 
 class ConfigError(MaskpackError, ValueError):

@@ -1,5 +1,6 @@
 """Preprocessing: what a backbone expects of its inputs, and what an adapter therefore carries."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +16,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 AUGMENTS: tuple[Augment, ...] = ("none", "crop", "flip", "crop-flip")
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic")
+LARGEST = 8192  # pixels of a side: a file must not ask for more memory than a picture of that size takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,17 @@ class ImagePreprocess:
     kind: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.resize < self.size:
-            raise ConfigError(
-                f"images are resized to {self.resize} and cropped to {self.size}: need 1 <= size <= resize"
-            )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ConfigError(f"mean and std need three values, std above 0; got mean {self.mean}, std {self.std}")
+        for name in ("size", "resize"):
+            _check_integer(name, getattr(self, name), LARGEST)
+        if self.resize < self.size:
+            raise _refused("resize", self.resize, f"at least the size, {self.size}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise _refused("interpolation", self.interpolation, f"one of {', '.join(INTERPOLATIONS)}")
+        for name, lowest in (("mean", -math.inf), ("std", 0.0)):
+            values = getattr(self, name)
+            of_type = isinstance(values, tuple) and all(type(one) in (int, float) for one in values)
+            if not of_type or len(values) != 3 or not all(lowest < one < math.inf for one in values):
+                raise _refused(name, values, "three finite numbers, of std above 0")
 
     def transform(self, augment: Augment = "none") -> Callable[[Any], Tensor]:
         """Return a function from a PIL image of any mode to a float32 tensor (3, size, size).
@@ -77,8 +85,21 @@ class TextPreprocess:
     max_length: int = 128
     kind: ClassVar[str] = "text"
 
+    def __post_init__(self) -> None:
+        _check_integer("max_length", self.max_length, 1 << 31)
+
 
 Preprocess = ImagePreprocess | TextPreprocess
+KINDS: Mapping[str, type[ImagePreprocess] | type[TextPreprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
+
+
+def _check_integer(name: str, value: object, largest: int) -> None:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise _refused(name, value, f"an integer from 1 to {largest}")
+
+
+def _refused(name: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"preprocess.{name} is {value!r:.80}, expected {expected}; give such a value")
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO) -> Any:
@@ -106,21 +127,17 @@ def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
     """Read what `preprocess_to_json` wrote; unknown keys are ignored.
 
     Raises:
-        ConfigError: if the kind is unknown or a value has the wrong type.
+        ConfigError: if the kind is unknown, or a value cannot be; the message names it.
     """
-    kinds: dict[str, type[ImagePreprocess] | type[TextPreprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
-    cls = kinds.get(str(config.get("kind")))
+    cls = KINDS.get(str(config.get("kind")))
     if cls is None:
-        raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(kinds)}")
+        raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(KINDS)}")
     values: dict[str, Any] = {}
     for field in fields(cls):
         if field.name in config:
             value = config[field.name]
             values[field.name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"preprocessing {dict(config)} does not fit {cls.__name__}: {error}") from None
+    return cls(**values)
 
 
 def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> Callable[[Sequence[str]], dict[str, Tensor]]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from bitarray import bitarray
 from blake3 import blake3
 from torch import Tensor, nn
 
 from maskpack.backbone.fingerprint import Fingerprint, fingerprint
 from maskpack.codecs.base import Bits, Codec, Profile, Side
 from maskpack.codecs.choose import Contest, rivals
-from maskpack.mask import MaskSet
+from maskpack.mask import MaskSet, bits_digest, rows_id
 from maskpack.tensorheader import SEAL, UNSEALED, seal
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -111,6 +112,40 @@ def with_payload(data: bytes, payload: bytes, index: int = 0) -> bytes:
     inner["data_blake3"] = blake3(section).hexdigest()
     outer["__metadata__"]["maskpack"] = json.dumps(inner)
     return join_file(outer, section)
+
+
+def many(sets: int = 1, parameters: int = 1, tensors: int = 0, classes: int = 0) -> bytes:
+    """Return a file of so many mask sets, with so many masks of 8 weights and stored parameters each, and classes."""
+    from .fuzz.damage import File  # which imports nothing of ours
+
+    names = [f"layer{i:07}.weight" for i in range(parameters)]
+    counts = {key: [value] * parameters for key, value in (("shape", 0), ("kept", 7), ("size", 1))}
+    coding = {"codec": "raw", "op": "zero"}
+    one = {"names": "\n".join(names), "shapes": [[8]], **counts}
+    one |= {"codings": [coding] * parameters, "coding": list(range(parameters))}
+    data = {"maskpack.digests": b"", "maskpack.base": bytes(18 * parameters)}
+    dtypes = {name: ("U8", [parameters, 18]) for name in data}
+    for set_name in (each := [f"s{i:07}" for i in range(sets)]):
+        data[f"{set_name}/payloads"], dtypes[f"{set_name}/payloads"] = b"\xfd" * parameters, ("U8", [parameters])
+        for name in (f"{set_name}/parameters/n{i:07}" for i in range(tensors)):
+            data[name], dtypes[name] = bytes(4), ("F32", [1])
+    digest = bits_digest(bitarray("10111111", endian="little"))
+    header = {
+        "format_version": 1,
+        "producer": "tests",
+        "mask_id": rows_id((set_name, name, "zero", (8,), digest) for set_name in each for name in names),
+        "base": {
+            "id": "x",
+            "revision": None,
+            "dtype": "float32",
+            "head": [],
+            "digests": dict.fromkeys(DTYPES, "0" * 64),
+        },
+        "sets": dict.fromkeys(each, one),
+        **({"class_names": [f"class {i}" for i in range(classes)]} if classes else {}),
+    }
+    entries = {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in dtypes.items()}
+    return File({"format": "pt"}, header, entries, data).joined()
 
 
 def write(folder: Path, data: bytes) -> Path:

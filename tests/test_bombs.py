@@ -1,7 +1,10 @@
 """Files that claim much: found out before memory is spent; and payloads forged with all digests right."""
 
+import gc
 import json
+import math
 import struct
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +14,15 @@ import numpy as np
 import pytest
 import zstandard
 
+from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.card import render_card
+from maskpack.adapter.describe import config_text, describe
 from maskpack.adapter.file import read_adapter, save_adapter
 from maskpack.codecs.base import Side, plausible
 from maskpack.errors import CorruptAdapterError
 from maskpack.tensorheader import SEAL
 
-from .helpers_adapter import base_of, encode_smallest, join_file, random_masks, with_header, with_payload, write
+from .helpers_adapter import base_of, encode_smallest, join_file, many, random_masks, with_header, with_payload, write
 
 SHAPES = {"a.weight": (40, 3), "b.weight": (17,)}
 MASKS = random_masks(SHAPES, 0.9)
@@ -92,3 +98,39 @@ def test_huge_headers_take_bounded_memory(tmp_path: Path) -> None:
     inner = json.dumps({"format_version": 1, "sets": {"default": {"kept": [[]] * 500_000}}}, separators=(",", ":"))
     data = join_file({"__metadata__": {SEAL: "", "maskpack": inner}}, b"")
     assert peak_of(lambda: refuse(tmp_path, data, "names is missing, expected as many")) < 150 << 20
+
+
+ACTIONS: dict[str, Callable[[Adapter], object]] = {
+    "describe": describe,
+    "config": lambda adapter: config_text(describe(adapter), "x"),
+    "card": lambda adapter: render_card(describe(adapter)),
+    "verify": lambda adapter: adapter.verify(),
+    "decode": lambda adapter: [list(adapter.iter_masks(set=name)) for name in adapter.sets],
+    "tensors": lambda adapter: [(adapter.head(name), adapter.parameters(name)) for name in adapter.sets],
+}
+
+
+@pytest.mark.parametrize("what", ["sets", "parameters", "tensors", "classes"])
+def test_time_is_linear(what: str, tmp_path: Path) -> None:
+    """Eight times as many of anything take less than 28 times as long, where quadratic time would be 64."""
+
+    def seconds(count: int) -> dict[str, float]:
+        path = write(tmp_path, many(**{what: count}))
+        found = dict.fromkeys(["read", *ACTIONS], math.inf)
+        for _ in range(3):
+            began = time.process_time()
+            adapter = read_adapter(path)
+            found["read"] = min(found["read"], time.process_time() - began)
+            for name, action in ACTIONS.items():
+                began = time.process_time()
+                action(adapter)
+                found[name] = min(found[name], time.process_time() - began)
+        assert adapter.verify()["mask_id"]
+        return found
+
+    gc.disable()  # a collection takes as long as all that is imported is large
+    try:
+        few, more = seconds(250), seconds(2000)
+    finally:
+        gc.enable()
+    assert {name: one for name, one in more.items() if one > 28 * max(few[name], 0.004)} == {}

@@ -1,12 +1,16 @@
 """The model card: ours in the front matter and in the fence, its owner's everywhere else."""
 
+import copy
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml  # type: ignore[import-untyped]
+from markdown_it import MarkdownIt
 
 from maskpack import MaskSet
 from maskpack.adapter.card import BEGIN, END, PICTURE_FILE, render_card, update_card
@@ -15,6 +19,7 @@ from maskpack.adapter.file import save_adapter
 from maskpack.adapter.frontmatter import base_model
 from maskpack.errors import ConfigError, DataError
 from maskpack.parts import Parts
+from maskpack.text import escape
 
 from .helpers_adapter import base_of, random_masks
 
@@ -249,7 +254,7 @@ def test_text_from_elsewhere_cannot_break_the_card(tmp_path: Path) -> None:
     assert card.endswith(END + "\n")
     assert "<script>" not in card
     assert "license" not in front(card)
-    assert front(card)["model-index"][0]["results"][0]["dataset"]["name"] == record["data"]
+    assert front(card)["model-index"][0]["results"][0]["dataset"]["name"] == escape(record["data"])
     assert card.count("```") == 6
 
 
@@ -266,7 +271,85 @@ def test_names_from_elsewhere_cannot_break_the_card(tmp_path: Path) -> None:
 
 def test_links_in_names_are_not_live(tmp_path: Path) -> None:
     card = render_card(described(tmp_path, class_names=["https://x.org", "a@x.org", "[x](y)"]))
-    assert "Classes: https\\://x.org, a\\@x.org, \\[x\\](y)\n" in card
+    assert "Classes: `https://x.org`, `a@x.org`, \\[x\\](y)\n" in card
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return described(tmp_path_factory.mktemp("adapter"), task="image-classification")
+
+
+HOSTILE = (
+    *("<script>alert(1)</script>", "</td></tr></table>", "<img src=x>", "<http://x.org>", "<!-- x", "&lt;b&gt;"),
+    *("![x](http://x.org/a.png)", "[x](y)", "![x](y)", "[x][y]", "[y]: http://x.org", "[^1]", r"\[x\](y)", r"\<b>"),
+    *("www.x.org", "WWW.x.org", "http://x.org", "a@x.org", "mailto:a@x.org", "x.org/y", "//x.org", "@user"),
+    *(
+        "| a | b |",
+        "a|b",
+        "`a`",
+        "``",
+        "`",
+        "```\n# x",
+        "**b**",
+        "_b_",
+        "__b__",
+        "~~b~~",
+        "# h",
+        "\n\n# h\n\n",
+        "\n- a",
+    ),
+    *(
+        "    code",
+        "\t",
+        "---",
+        "===",
+        "$$x$$",
+        "$x$",
+        r"\(x\)",
+        r"\\",
+        "\u202e\x1b[31m",
+        END,
+        f"`{END}`",
+        r"\`<b>`",
+        "1. x",
+        "* x",
+    ),
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_only_shows_itself(text: str, adapter: dict[str, Any]) -> None:
+    """A card full of it is rendered with the structure of one with harmless words, and no text becomes a link."""
+
+    def rendered(text: str) -> tuple[list[str], list[str], str, str]:
+        what = copy.deepcopy(adapter)
+        what["class_names"] = [text, f"a {text} b", "www.x.org"]
+        what["base"]["id"] = what["base"]["revision"] = what["task"] = text
+        what["sets"]["default"]["payloads"][0]["name"] = text
+        parents = [{"mask_id": text, "reference": text}, {"mask_id": "x", "reference": "y"}]
+        data = {"id": text, "source": "hub", "rows": {f"train {text}": 1}}
+        combined = {"operation": text, "parents": parents}
+        what["training"] = {"metrics": {f"a {text}": 1, "b": 2}, "data": data, "combined": combined, text: text}
+        card = render_card(what)
+        assert all(letter.isprintable() or letter == "\n" for letter in card)
+        assert card.count(BEGIN) == card.count(END) == 1
+        blocks = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card[card.index(BEGIN) :])
+        tokens = [token for block in blocks for token in [block, *(block.children or [])]]
+        # what is text and what a code span depends on the words
+        structure = [token.type for token in tokens if token.type not in ("text", "code_inline")]
+        cells = [after.content for token, after in itertools.pairwise(blocks) if token.type == "td_open"]
+        classes = next(block for block in blocks if block.content.startswith("Classes: "))
+        named = "".join(token.content for token in classes.children or ())
+        return structure, cells, named, " ".join(token.content for token in tokens if token.type == "text")
+
+    (structure, cells, named, shown), (expected, benign, *_) = rendered(text), rendered("word")
+    assert structure == expected
+    assert [one for one, other in zip(cells, benign, strict=True) if "word" not in other] == [
+        one for one in benign if "word" not in one
+    ]
+    assert not re.search(r"//|www\.|@|mailto:|\w\.(org|com)", shown, re.IGNORECASE)
+    words = re.sub(r"\\u00(60|7c|3c)", lambda found: chr(int(found[1], 16)), named).split()
+    assert "".join(words) == "".join(f"Classes: {escape(text)}, a {escape(text)} b, www.x.org".split())
 
 
 MINE = f"""---

@@ -202,6 +202,11 @@ def test_tables_are_settled_by_all_that_they_cost() -> None:
     assert settle([small, large], [50, 50]) == ([2, 2], [])
     assert settle([row[:2] for row in (small, large)], [50, 60]) == ([0, 1], [0]), "no codec does without a table"
     assert settle([[(3, None)]], []) == ([0], [])
+    assert settle([[(10, 0), (12, None)]], [1]) == ([0], [0])
+    assert settle([[(10, 0), (12, None)]], [2]) == ([1], []), (
+        "at equal cost the file without a table is the simpler one"
+    )
+    assert settle([[(10, 0), (12, 1)], [(9, 1), (11, 0)]], [4, 4]) == ([1, 0], [1]), "and one table simpler than two"
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ def test_card(folder: Path) -> None:
     shown = render_card({**about, "training": {"combined": hostile}}).split("## Training")[0]
     assert "The masks are those of 1 adapters, combined by `" in shown
     assert "/home" not in shown
-    assert "| `a b ` | `(local path)` |" in shown
+    assert r"| `a\u007cb\u0060` | `(local path)` |" in shown
     for strange in ({"combined": 3}, {"combined": {"parents": 3}}, {"combined": {}}):
         assert "## Combined" not in render_card({**about, "training": strange})
     many = {"operation": "or", "parents": [{"mask_id": str(n)} for n in range(60)]}

@@ -39,6 +39,7 @@ def inspect(
     quiet_libraries(quiet)
     from maskpack import inspect_adapter
     from maskpack.adapter.describe import describe_signature
+    from maskpack.adapter.record import member
     from maskpack.hub.download import open_adapter
 
     opened = open_adapter(ref, revision=revision, require_signature=require_signature, token=token)
@@ -57,11 +58,12 @@ def inspect(
         "base_dtype": about["base"]["dtype"],
         "task": about.get("task"),
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
-        **{name: value for name, value in training.get("metrics", {}).items() if name != "density"},
     }
     emit(facts, False, adapter.pinned)
     if signature is not None:
         emit({**signature, "keys": ", ".join(signature["keys"])}, False, "signature")
+    if metrics := member(training, "metrics"):  # whatever their names, none is a fact above
+        emit(metrics, False, "metrics, as the training record has them")
     if (cascade := about["cascade"]) is not None:
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
         emit({**cascade, "experts": len(cascade["experts"]), **sizes}, False, "cascade")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .adapters import RandomWeights, Ref, RequireRevision, RequireSignature, Weights
-from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
+from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, say, table
 from .packing import Codec, Hardness
 from .use import base_of
 
@@ -87,7 +87,7 @@ def combine(
     left = left_out(adapters)
     emit(facts | {"file_bytes": combined.size, "left_out": left}, as_json, f"✓ {output}")
     if left and not as_json:
-        typer.echo("  left out: " + "\n            ".join(left))
+        say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
 
 
 def diff(

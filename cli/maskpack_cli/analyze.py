@@ -9,7 +9,7 @@ import typer
 
 from . import starts
 from .adapters import RandomWeights, RequireSignature, Weights
-from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
+from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, say, table
 from .use import base_of, on_gpu
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def barrier(
             rows.append([pair["first"], pair["second"], line[0], line[-1], min(line), *heights])
         table(["first", "second", "accuracy", "and", "lowest", "barrier", "of the loss"], rows)
         for kind, deviation in result["deviations"].items():
-            typer.echo(f"  deviation of the accuracies of {kind}: {deviation:.4f}")
+            say(f"  deviation of the accuracies of {kind}: {deviation:.4f}")
 
 
 @_shared
@@ -141,7 +141,7 @@ def similarity(refs: Refs, per: Per = "block", **given: Any) -> None:
         shown = [f"{pair['first']}, {pair['second']}" for pair in result["pairs"]]
         lines = [[name, *(pair["cka"][at] for pair in result["pairs"])] for at, name in enumerate(result["layers"])]
         table(["CKA", *shown], lines)
-        typer.echo()
+        say("")
         rows = []
         for row in result["distances"]:
             masks, own = row.get("masks", {}), row["parameters"]
@@ -162,7 +162,7 @@ def mistakes(refs: Refs, **given: Any) -> None:
     _finish(result, given, lambda: mistakes_figure([one.name for one in networks], result["pairs"]))
     if not given["as_json"]:
         table(["network", "accuracy"], [[one["network"], one["accuracy"]] for one in result["networks"]])
-        typer.echo()
+        say("")
         columns = ["first", "second", "both", "only_first", "only_second", "overlap", "kappa"]
         table([name.replace("_", " ") for name in columns], [[row[one] for one in columns] for row in result["pairs"]])
 
@@ -220,7 +220,7 @@ def _finish(result: Mapping[str, Any], given: Mapping[str, Any], draw: "Callable
         note(f"The picture is in {given['plot']}", given["quiet"])
     emit(result, given["as_json"])
     if not given["as_json"]:
-        typer.echo()
+        say("")
 
 
 def register(app: typer.Typer) -> None:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, ParamSpec
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 P = ParamSpec("P")
-notes = Console(stderr=True, highlight=False, soft_wrap=True)
+notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only: no notes, no progress.")]
@@ -59,12 +60,9 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 def complain(text: str) -> None:
     """Print an error to stderr."""
-    notes.print(f"[bold red]Error:[/] {_plain(text)}")
+    from maskpack.text import escape
 
-
-def _plain(text: str) -> str:
-    """Text in which rich finds no markup."""
-    return text.replace("[", r"\[")
+    notes.print(Text.assemble(("Error:", "bold red"), " ", escape(text)))
 
 
 def main_process() -> bool:
@@ -74,8 +72,18 @@ def main_process() -> bool:
 
 def note(text: str, quiet: bool = False) -> None:
     """Print a note to stderr."""
+    from maskpack.text import escape
+
     if not quiet and main_process():
-        notes.print(_plain(text))
+        notes.print(escape(text))
+
+
+def say(*lines: object) -> None:
+    """Print lines on stdout."""
+    from maskpack.text import escape
+
+    for line in lines:
+        typer.echo(escape(line))
 
 
 def quiet_libraries(quiet: bool) -> None:
@@ -102,7 +110,7 @@ def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     off = quiet or not sys.stderr.isatty()
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=off) as bar:
         task = bar.add_task(what, total=None)
@@ -115,10 +123,10 @@ def emit(result: Mapping[str, Any], as_json: bool, title: str | None = None) -> 
         typer.echo(json.dumps(result, indent=2, sort_keys=True, default=str))
         return
     if title:
-        typer.echo(title)
+        say(title)
     for key, value in result.items():
         if not isinstance(value, Mapping | list | tuple):
-            typer.echo(f"  {key.replace('_', ' ')}: {readable(value)}")
+            say(f"  {key.replace('_', ' ')}: {readable(value)}")
 
 
 def readable(value: Any) -> str:
@@ -134,14 +142,16 @@ def readable(value: Any) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on stdout; numbers to the right."""
+    from maskpack.text import escape
+
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or row[i] is None for row in rows)
         justify: Literal["left", "right"] = "right" if numbers and rows else "left"
         # an address or a path that does not fit goes on in the next line: cut off it is of no use
-        shown.add_column(column, justify=justify, no_wrap=not numbers and i == 0, overflow="fold")
+        shown.add_column(Text(escape(column)), justify=justify, no_wrap=not numbers and i == 0, overflow="fold")
     for row in rows:
-        shown.add_row(*(_plain(readable(value)) for value in row))
+        shown.add_row(*(Text(escape(readable(value))) for value in row))
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 

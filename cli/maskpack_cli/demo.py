@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Json, Quiet, command, emit, examples, note, quiet_libraries, table
+from .console import Json, Quiet, command, emit, examples, note, quiet_libraries, say, table
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -136,17 +136,15 @@ def demo(
             ["after unload_mask", f"{facts['old_task_accuracy_after_unload']:.3f}", "-", "-"],
         ],
     )
-    typer.echo(
-        f"\n{facts['bits_per_weight']:.3f} bits per weight at density {facts['density']:.3f}; "
-        f"base bits unchanged: {'yes' if restored else 'NO'}\n"
-    )
+    shown = f"{facts['bits_per_weight']:.3f} bits per weight at density {facts['density']:.3f}"
+    say("", f"{shown}; base bits unchanged: {'yes' if restored else 'NO'}", "")
     table(["step", "seconds"], [[name, f"{value:.2f}"] for name, value in times.items()])
     adapter_path = str(output / "adapter") if output.is_absolute() else f"./{output / 'adapter'}"
-    typer.echo(
-        f"\nThe adapter: {adapter_path}\nUse it:\n\n"
-        f"    from maskpack import load_backbone, load_mask\n\n"
-        f"    backbone = load_backbone({f'{factory}:digits_cnn'!r}, weights={str(weights)!r})\n"
-        f"    load_mask(backbone.model, {adapter_path!r})"
+    say(
+        *("", f"The adapter: {adapter_path}", "Use it:", ""),
+        *("    from maskpack import load_backbone, load_mask", ""),
+        f"    backbone = load_backbone({f'{factory}:digits_cnn'!r}, weights={str(weights)!r})",
+        f"    load_mask(backbone.model, {adapter_path!r})",
     )
 
 

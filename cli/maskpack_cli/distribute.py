@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .adapters import RequireRevision, RequireSignature, Revision
-from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries
+from .console import Json, Quiet, Token, command, complain, emit, examples, note, quiet_libraries, say
 
 
 def push(
@@ -97,7 +97,7 @@ def pull(
         if as_json:
             continue
         if quiet:
-            typer.echo(done.path)
+            say(done.path)
             continue
         emit(pulled[-1], False, f"✓ {done.path}")
         if done.commit:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapters import RandomWeights, RequireRevision, RequireSignature, Revision, Weights
-from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, table
+from .console import Json, Quiet, Token, command, emit, examples, note, quiet_libraries, say, table
 from .use import BackboneOption, ModeOption, loaded, on_gpu
 
 if TYPE_CHECKING:
@@ -136,14 +136,14 @@ def _tables(result: Mapping[str, Any]) -> None:
     """Print a line for each measure of features, and one for each class."""
     features = result.get("features", [])
     if features:
-        typer.echo()
+        say("")
         rows = [[TITLES[r["measure"]], r["labels_fraction"], r["labels"], r["accuracy"]] for r in features]
         table(["measure", "labels fraction", "labels", "accuracy"], rows)
     columns = [(TITLES["head"], result)] if "per_class" in result else []
     several = len({one["labels_fraction"] for one in features}) > 1
     columns += [(TITLES[r["measure"]] + (f" ({r['labels']:,})" if several else ""), r) for r in features]
     counts = [sum(row) for row in columns[0][1]["confusion"]]
-    typer.echo()
+    say("")
     by_class = zip(result["class_names"], counts, *(one["per_class"] for _, one in columns), strict=False)
     table(["class", "examples", *(title for title, _ in columns)], [list(row) for row in by_class])
 

@@ -1,9 +1,13 @@
 """maskpack: the command line. Verbs only: parse, call the public API, print."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import (
     adapters,
@@ -22,9 +26,35 @@ from . import (
     transfer,
     use,
 )
+from .console import say
+
+
+@contextmanager
+def _escaped() -> Iterator[None]:
+    """Escape what errors of usage quote of the arguments."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+            from maskpack.text import escape
+
+            error.message = escape(error.message)  # type: ignore[attr-defined]
+        raise
+
+
+class _Verbs(TyperGroup):
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _escaped():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _escaped():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="maskpack",
+    cls=_Verbs,
     help="Binary weight masks on frozen PyTorch backbones: train, pack, push, pull, apply, undo.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,7 +64,7 @@ app = typer.Typer(
 
 def _version(shown: bool) -> None:
     if shown:
-        typer.echo(f"maskpack {version('maskpack')}")
+        say(f"maskpack {version('maskpack')}")
         raise typer.Exit
 
 
@@ -69,6 +99,9 @@ for verbs in (
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks is shown as its number
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

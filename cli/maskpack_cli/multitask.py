@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import training
-from .console import command, emit, examples, main_process, note, quiet_libraries
+from .console import command, emit, examples, main_process, note, quiet_libraries, say
 from .progress import Progress
 from .settings import DATA, OWN, checked, kinds_of, option, read_settings, take
 
@@ -84,7 +84,7 @@ def multitask(**given: Any) -> None:
     if as_json:
         emit(result, True)
     else:
-        typer.echo(markdown(result), nl=False)
+        say(*markdown(result).splitlines())
     first = entries[0]
     base = output / first["name"] / BASE if mode == "separate" else output / BASE
     words = training.evaluated(output / first["name"], {**common, **first, "backbone": reference, "weights": base})

@@ -21,7 +21,13 @@ class Progress:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        from maskpack.text import escape
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+        )
         self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=self.off)
         self.bar.start()
         task = self.bar.add_task("training", total=None)
@@ -33,9 +39,9 @@ class Progress:
                 note(f"Warning: {part}{event['warning']}")
                 return
             if event["event"] == "epoch" and not self.off:
-                self.bar.print(f"{part}epoch {event['epoch']}: {', '.join(words)}")
+                note(f"{part}epoch {event['epoch']}: {', '.join(words)}")
             shown = part + " ".join(words[:2])
-            self.bar.update(task, completed=event["step"], total=event["steps"], description=shown)
+            self.bar.update(task, completed=event["step"], total=event["steps"], description=escape(shown))
 
         return report
 

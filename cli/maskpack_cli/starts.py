@@ -12,7 +12,7 @@ import typer
 from . import training
 from .compare import BACKBONE, DATA
 from .compare import WITHOUT as SETTLED
-from .console import command, emit, examples, note, quiet_libraries, table
+from .console import command, emit, examples, note, quiet_libraries, say, table
 from .progress import Progress, of_trials
 from .settings import OWN, option, read_settings, take
 
@@ -55,7 +55,7 @@ def shuffle(**given: Any) -> None:
     if result is not None:
         table(["block", "start", "accuracy", "deviation"],
               [[row["block"], row["start"], row["accuracy"], row["deviation"]] for row in result["rows"]])  # fmt: skip
-        typer.echo()
+        say("")
         table(["block", "gain of the pretrained start"], [[one["block"], one["gain"]] for one in result["gains"]])
 
 

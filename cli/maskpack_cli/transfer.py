@@ -1,7 +1,6 @@
 """maskpack transfer."""
 
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import typer
 
 from . import training
-from .console import command, emit, examples, main_process, note, quiet_libraries
+from .console import command, emit, examples, main_process, note, quiet_libraries, say
 from .progress import Progress
 from .settings import DATA, OWN, option, read_settings
 
@@ -104,10 +103,10 @@ def transfer(**given: Any) -> None:
     facts |= {} if source_trained else {"source_weights": str(output / SOURCE_FILE)}
     write_json(output / TABLE, {**facts, "rows": rows})
     if as_json:
-        typer.echo(json.dumps({**facts, "rows": rows}, indent=2, sort_keys=True))
+        emit({**facts, "rows": rows}, True)
         return
     emit(facts, False, f"✓ {output}")
-    typer.echo(f"\n{markdown(rows)}", nl=False)
+    say("", *markdown(rows).splitlines())
     if not source_trained:
         network = {"backbone": network["backbone"], "weights": output / SOURCE_FILE}
     words = training.evaluated(output, {**network, **columns, "data": source_reference})

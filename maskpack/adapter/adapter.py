@@ -21,7 +21,7 @@ from .cascade import PREFIX, cascade_parts
 from .decode import Decoder, Masks, checked_scales
 from .header import Header
 from .heads import stored_head
-from .layout import BASE, BASE_BYTES, masked_names
+from .layout import BASE, BASE_BYTES, beginning, masked_names
 from .predict import Prediction, predict
 from .sets import SetHeader
 from .weights import Weights, by_name
@@ -35,7 +35,7 @@ class Adapter:
     Attributes:
         path: the file that it was read from, for messages.
         header: what the file says beside its tensors.
-        spans: where each tensor lies in the data section.
+        spans: where each tensor lies in the data section. names: those of the tensors, sorted.
         content: the bytes of the file. size: their number.
         pinned: the reference that always means these bytes, `user/name@commit`; the path of a local adapter.
     """
@@ -44,6 +44,7 @@ class Adapter:
         self.path = self.pinned = path
         self.header = header
         self.spans = spans
+        self.names = sorted(spans)
         self.content = content
         self.size = len(content)
         self._data = content[start:]
@@ -209,12 +210,11 @@ class Adapter:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""
         found = {}
-        for name, span in self.spans.items():
-            if name.startswith(prefix):
-                raw = bytearray(self.bytes_of(name))
-                dtype = DTYPES[span.dtype]
-                flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-                found[name.removeprefix(prefix)] = flat.reshape(span.shape)
+        for name in beginning(self.names, prefix):
+            raw, span = bytearray(self.bytes_of(name)), self.spans[name]
+            dtype = DTYPES[span.dtype]
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            found[name.removeprefix(prefix)] = flat.reshape(span.shape)
         return found
 
     def bytes_of(self, tensor: str) -> memoryview:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import DataError
+from ..text import escape
 from .frontmatter import OTHER_ID, base_model, from_yaml, front_matter, merge, to_yaml
 from .picture import MAX_SETS, parameter_densities
 from .record import combination, dataset_name, hub_dataset, metrics, rows, without_paths
@@ -68,7 +69,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     """Yield the paragraphs of our block."""
     base, sets, record = description["base"], description["sets"], description["training"]
     revision = f" at revision {_code(base['revision'])}" if base["revision"] else ""
-    yield f"# {_escape(repo_id or 'maskpack adapter')}\n"
+    yield f"# {escape(repo_id or 'maskpack adapter', 'markdown')}\n"
     yield f"Binary weight masks for {_code(base['id'])}{revision}: one bit for each weight of the frozen network.\n"
     if values := sum(one["dense_bytes"].get("values", 0) for one in sets.values()):
         yield (
@@ -96,14 +97,14 @@ def _body(description: Mapping[str, Any], repo_id: str | None, picture: str | No
     yield from _densities(sets, picture)
     if results := metrics(record):
         yield "## Results\n\n| result | value |\n| --- | --- |"
-        yield "".join(f"| {_escape(key)} | {value:.4g} |\n" for key, value in results.items())
+        yield "".join(f"| {escape(key, 'markdown')} | {value:.4g} |\n" for key, value in results.items())
     yield from _combined(record)
     if record or description["class_names"]:
         yield "## Training\n"
     yield from _data(record)
     if names := description["class_names"]:
         more = f", … ({len(names)} in all)" if len(names) > MOST_CLASSES else ""
-        yield f"Classes: {', '.join(map(_escape, names[:MOST_CLASSES]))}{more}\n"
+        yield f"Classes: {', '.join(escape(name, 'markdown') for name in names[:MOST_CLASSES])}{more}\n"
     if record:
         yield f"Training record:\n\n{_fenced(json.dumps(without_paths(record), indent=2, sort_keys=True))}\n"
     digest = base["digests"]["float32"]
@@ -179,18 +180,13 @@ def _data(record: Any) -> Iterator[str]:
     if (name := dataset_name(record)) is None:
         return
     where = " of the Hugging Face Hub" if hub_dataset(record) else ""
-    counts = ", ".join(f"{_escape(split)} {count:,}" for split, count in rows(record).items())
+    counts = ", ".join(f"{escape(split, 'markdown')} {count:,}" for split, count in rows(record).items())
     yield f"Data: {_code(name)}{where}{f' (examples: {counts})' if counts else ''}.\n"
 
 
-def _escape(text: object) -> str:
-    """Make text from an adapter harmless in Markdown: no markup, no HTML, no links, no end of our fence."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!&~:@$])", r"\\\1", re.sub(r"\s+", " ", str(text)))
-
-
 def _code(text: object) -> str:
-    text = re.sub(r"[`|<>]|\s+", " ", str(text))
-    return f"`{text if len(text) <= LONGEST_NAME else f'{text[: LONGEST_NAME - 1]}…'}`"
+    text = str(text)
+    return escape(text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…", "code")
 
 
 def _fenced(text: str) -> str:

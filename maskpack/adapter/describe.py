@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SignatureError
+from ..text import escape
 from .adapter import Adapter
 from .cascade import PREFIX
 from .header import FORMAT_VERSION, base_to_json
-from .layout import dense_names
+from .layout import beginning, dense_names
 from .read import read_adapter
 from .sets import Payload, SetHeader
 from .signature import SIGNATURE_FILE, Contents, Envelope, Signed
@@ -81,7 +82,8 @@ def config_text(description: dict[str, Any], model_file: str) -> str:
         for name, one in description["sets"].items()
     }
     config = {**description, "sets": sets, "model_file": model_file}
-    return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return escape(text, "json") + "\n"
 
 
 def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
@@ -134,9 +136,8 @@ def _row(payload: Payload) -> dict[str, Any]:
 def _roles(adapter: Adapter, of: str) -> dict[str, int]:
     """Return bytes of the dense tensors of a set (head, parameters, scale, …), or of the cascade, by role."""
     found: dict[str, int] = {}
-    for name, span in adapter.spans.items():
-        owner, _, rest = name.partition("/")
-        role = rest.partition("/")[0]
-        if owner == of and rest != "payloads":
+    for name in beginning(adapter.names, f"{of}/"):
+        role, span = name.split("/", 2)[1], adapter.spans[name]
+        if name != f"{of}/payloads":
             found[role] = found.get(role, 0) + span.end - span.start
     return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError, DataError
+from ..text import escape
 from .fields import UNPRINTABLE
 from .record import dataset_name, hub_dataset, metrics
 
@@ -58,15 +59,15 @@ def front_matter(description: Mapping[str, Any], repo_id: str | None, license: s
     tags = ("maskpack", "binary-mask", digest_tag(base["digests"]["float32"]), base_id_tag(base["id"]))
     front["tags"] = [tag for tag in tags if tag is not None]
     if task is not None:
-        front["pipeline_tag"] = task
+        front["pipeline_tag"] = escape(task)
     if (dataset := hub_dataset(record)) is not None:
         front["datasets"] = [dataset]
     accuracies = {key: value for key, value in metrics(record).items() if "accuracy" in key}
     if accuracies and task is not None:
         result = {
             "task": {"type": task},
-            "dataset": {"name": dataset_name(record) or "unknown", "type": dataset or "unknown"},
-            "metrics": [{"type": "accuracy", "name": key, "value": value} for key, value in accuracies.items()],
+            "dataset": {"name": escape(dataset_name(record) or "unknown"), "type": dataset or "unknown"},
+            "metrics": [{"type": "accuracy", "name": escape(key), "value": value} for key, value in accuracies.items()],
         }
         front["model-index"] = [{"name": repo_id or "maskpack adapter", "results": [result]}]
     return front

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..backbone.fingerprint import Fingerprint
-from ..errors import AdapterError, UnsupportedVersionError
+from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
+from ..preprocess import KINDS, preprocess_from_json
 from ..tensorheader import strict_json
 from .cascade import CascadeHeader, parse_cascade
 from .fields import PATH, Fields
@@ -86,8 +87,11 @@ class Header:
                 f"upgrade with: pip install --upgrade maskpack"
             )
         preprocess = fields.optional_object("preprocess")
-        if preprocess is not None:
-            fields.object("preprocess").text("kind")
+        if preprocess is not None and fields.object("preprocess").text("kind") in KINDS:
+            try:
+                preprocess_from_json(preprocess)
+            except ConfigError as error:
+                raise CorruptAdapterError(f"$.{error}, or fetch the file again") from None
         sets = parse_sets(fields.object("sets"))
         return cls(
             producer=fields.text("producer"),

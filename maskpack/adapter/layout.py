@@ -1,5 +1,6 @@
 """Which tensors a file holds beside its header, and which it may hold (docs/format.md section 4)."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -66,6 +67,11 @@ def masked_names(header: Header) -> list[str]:
 def dense_names(spans: Mapping[str, Span]) -> list[str]:
     """Return the tensors that are neither payloads nor the format's own, sorted."""
     return sorted(n for n in spans if n not in (DIGESTS, BASE) and not (n.endswith("/payloads") and n.count("/") == 1))
+
+
+def beginning(names: Sequence[str], prefix: str) -> Sequence[str]:
+    """Return those of some sorted names that begin with a prefix, without looking at the others."""
+    return names[bisect_left(names, prefix) : bisect_left(names, prefix[:-1] + chr(ord(prefix[-1]) + 1))]
 
 
 def check_layout(header: Header, spans: Mapping[str, Span]) -> None:

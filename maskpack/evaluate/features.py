@@ -25,6 +25,7 @@ from ..data.batches import loader, readable
 from ..errors import DataError, MaskpackError
 from ..preprocess import preprocess_to_json
 from ..tensorfile import read_tensors, write_tensors
+from ..text import escape
 
 VERSION = 1  # of the key and of the files; raise it when the same inputs are to give other features
 LIMIT = 5_000_000_000  # bytes that the folder may have
@@ -180,4 +181,4 @@ def _shrink(newest: Path, newest_size: int) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, FeatureCacheWarning, stacklevel=5)
+    warnings.warn(escape(text), FeatureCacheWarning, stacklevel=5)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 from ..adapter.adapter import Adapter
 from ..adapter.describe import describe
 from ..adapter.file import MODEL_FILE, read_adapter
+from ..adapter.record import member, metrics
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.state import load_weights
 from ..errors import ConfigError, StateError
+from ..text import escape
 from ..training.config import TrainConfig
 from ..training.tasks import JointConfig, Task
 from .trial import read_json
@@ -96,16 +98,16 @@ def _check_finished(
     adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig
 ) -> None:
     """Compare what a finished task was trained with and what it would be trained with now."""
-    record: Mapping[str, Any] = adapter.training or {}
-    there, data = dict(record.get("settings", {})), record.get("data", {})
+    record = adapter.training
+    there, data, jointly = dict(member(record, "settings")), member(record, "data"), member(record, "joint")
     ours = task.settings(config).to_json()
     splits = {"train": task.data.train, "validation": task.data.validation, "test": task.data.test}
     rows = {key: len(split) for key, split in splits.items() if split is not None}
     ours |= {"data": task.data.digest, "rows": rows, "classes": list(task.data.class_names)}
     there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.class_names or ())}
-    if "joint" in record:
-        ours |= joint.to_json(config.optimizer, len(record["joint"]["tasks"]))
-        there |= record["joint"]
+    if isinstance(tasks := jointly.get("tasks"), list):
+        ours |= joint.to_json(config.optimizer, len(tasks))
+        there |= jointly
     # through JSON, as the record has been
     ours = json.loads(json.dumps(ours))
     differing = [
@@ -122,13 +124,13 @@ def _check_finished(
 
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
     record: Mapping[str, Any] = adapter.training or {}
-    metrics = record.get("metrics", {})
+    found = metrics(record)
     whole = describe(adapter)["sets"]["default"]
     return {
         "task": name,
         "jointly": "joint" in record,
-        "accuracy": metrics.get("test_accuracy"),
-        "soft_accuracy": metrics.get("soft_test_accuracy"),
+        "accuracy": found.get("test_accuracy"),
+        "soft_accuracy": found.get("soft_test_accuracy"),
         "density": whole["density"],
         "mask_bytes": whole["payload_bytes"],
         "file_bytes": adapter.size,
@@ -145,7 +147,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = ["| task | accuracy |" + (" before hardening |" if soft else "") + " density | mask bytes | file bytes |"]
     lines.append("| --- |" + " ---: |" * (lines[0].count("|") - 2))
     for row in result["rows"]:
-        cells = [row["task"], share(row["accuracy"]), *([share(row["soft_accuracy"])] if soft else [])]
+        name = escape(row["task"], "markdown")
+        cells = [name, share(row["accuracy"]), *([share(row["soft_accuracy"])] if soft else [])]
         cells += [f"{row['density']:.4f}", f"{row['mask_bytes']:,}", f"{row['file_bytes']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -15,6 +15,7 @@ from ..backbone.load import Backbone
 from ..data.base import Data
 from ..data.batches import loader, readable
 from ..parts import Parts
+from ..text import escape
 from ..training.heads import own_linear
 from ..training.transfer import TransferResult
 
@@ -89,5 +90,5 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: |"]
     for row in rows:
         cells = ["-" if row[name] is None else f"{100 * row[name]:.2f}" for name in COLUMNS[1:]]
-        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
+        lines.append(f"| {escape(row['network'], 'markdown')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, require
 from ..tensorfile import replacing
+from ..text import escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def look(index: int) -> dict[str, Any]:
 
 def label(name: str, longest: int = LONGEST) -> str:
     """Return a name as a label: on one line, only its end if it is longer; nothing in it is a formula."""
-    shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    shown = escape(name)
     if len(shown) > longest:
         shown = f"…{shown[1 - longest :]}"
     return shown.replace("$", r"\$")

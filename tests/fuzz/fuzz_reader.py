@@ -1,4 +1,4 @@
-"""Fuzz the adapter reader: `python -m tests.fuzz.fuzz_reader --seconds 120`; not a part of the test suite.
+"""Fuzz the adapter reader: `python -m tests.fuzz.fuzz_reader --seconds 120`.
 
 Spoils valid adapter files (mutations.py) and reads everything in them. Only AdapterError may come out, no case may
 take longer than SLOW seconds, and the address space may not grow by more than ROOM bytes. Each case depends on the
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,62 +91,69 @@ def use(path: Path) -> None:
         adapter.masks(WEIGHTS, set=name)
 
 
-def check(data: bytes, path: Path) -> str | None:
-    """Read one file; return the traceback of what must not have come out, if anything did."""
+def read_all(data: bytes, path: Path, rng: random.Random) -> None:
+    """Write a file and read everything in it; errors of ours are what spoiled files are for."""
     path.write_bytes(data)
-    signal.alarm(SLOW)
-    try:
+    with contextlib.suppress(AdapterError, BackboneMismatchError):
         use(path)
-    except (AdapterError, BackboneMismatchError):
-        return None
-    except Exception:
-        return traceback.format_exc()
-    finally:
-        signal.alarm(0)
-    return None
+
+
+class TooSlow(BaseException):
+    """Raised in a case that takes over SLOW seconds; no boundary of errors takes it for one of its own."""
 
 
 def too_slow(*_: object) -> None:
-    raise TimeoutError(f"reading took over {SLOW} seconds")
+    raise TooSlow(f"a case took over {SLOW} seconds")
 
 
 def address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def fuzz(
+    doc: str | None,
+    seeds: list[bytes],
+    spoil: Callable[[list[bytes], random.Random], bytes],
+    run: Callable[[bytes, Path, random.Random], None],
+) -> int:
+    """Run cases for some time, as the command line says, and return the exit status; what `run` raises is a failure."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--case", type=int, help="only this case; its file is kept")
     options = parser.parse_args()
     signal.signal(signal.SIGALRM, too_slow)
     failures: dict[str, str] = {}
-    read = 0
+    cases = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.safetensors"
-        seeds = valid_files(Path(folder))
         for data in seeds:
-            path.write_bytes(data)
-            use(path)
+            run(data, path, random.Random(0))
         limit = address_space() + ROOM
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         start, case = time.monotonic(), options.case or 0
         while time.monotonic() - start < options.seconds and len(failures) < DIFFERENT:
-            data = mutated(seeds, random.Random(f"{options.seed}/{case}"))
-            found = check(data, path)
-            read += 1
-            if found is not None and (kind := alike(found)) not in failures:
-                failures[kind] = found
-                kept = Path(tempfile.gettempdir()) / f"fuzz-{options.seed}-{case}.safetensors"
-                kept.write_bytes(data)
-                sys.stdout.write(f"--seed {options.seed} --case {case} ({kept}):\n{found}\n")
+            rng = random.Random(f"{options.seed}/{case}")
+            data = spoil(seeds, rng)
+            signal.alarm(SLOW)
+            try:
+                run(data, path, rng)
+            except (Exception, TooSlow):
+                found = traceback.format_exc()
+                if (kind := alike(found)) not in failures:
+                    failures[kind] = found
+                    kept = Path(tempfile.gettempdir()) / f"fuzz-{options.seed}-{case}.safetensors"
+                    kept.write_bytes(data)
+                    sys.stdout.write(f"--seed {options.seed} --case {case} ({kept}):\n{found}\n")
+            finally:
+                signal.alarm(0)
+            cases += 1
             if options.case is not None:
                 break
             case += 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     sys.stdout.write(
-        f"{read} executions, seed {options.seed}, {len(failures)} different failures, peak memory {peak} MiB\n"
+        f"{cases} executions, seed {options.seed}, {len(failures)} different failures, peak memory {peak} MiB\n"
     )
     return 1 if failures else 0
 
@@ -155,6 +163,12 @@ def alike(found: str) -> str:
     lines = found.rstrip().splitlines()
     place = next(line for line in reversed(lines) if line.lstrip().startswith("File "))
     return f"{lines[-1].partition(':')[0]} {place}"
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        seeds = valid_files(Path(folder))
+    return fuzz(__doc__, seeds, mutated, read_all)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,51 @@ TEXTS = (
     *"zero flip replace raw zstd default other linear pooled-linear mean cls x ../x ö <!--maskpack:end-->".split(),
     *("conditional", "", "\n", "a\nb", "\x00", "\u2028", "<!-- maskpack:end -->", "a" * 64, "0" * 64, "x" * 5000),
 )
+# text that would act on a terminal, in rich's markup, in Markdown, HTML or a formula if it were not escaped
+ACTING = (
+    *(
+        "\x1b]0;pwned\x07",
+        "\x1b[32m✓ signature valid",
+        "\x1b[2J\x1b[1A",
+        "\x9b31m",
+        "\x9d0;x\x9c",
+        "\b\b",
+        "\r",
+        "\x7f",
+        "\x00",
+    ),
+    *(
+        "\u202e",
+        "\u2066x\u2069",
+        "\u200f",
+        "\u200b",
+        "\ufeff",
+        "\u2060",
+        "\U000e0041",
+        "\u2028",
+        "\u2029",
+        "\x85",
+        "\n",
+        "\xa0",
+    ),
+    *(
+        "[red]",
+        "[/b]",
+        r"\[/b]",
+        "[link=http://x.org]",
+        ":cat:",
+        "www.x.org",
+        "a@x.org",
+        "<script>",
+        "| a |",
+        "`",
+        "$x$",
+        "{x}",
+        "%s",
+    ),
+)
 ODD = (None, True, False, 0.5, -0.0, 1e308, [], {}, [[]], [0], [0, 0], {"a": 1}, [1 << 17, 1 << 17])
-VALUES = (*INTEGERS, *TEXTS, *ODD)
+VALUES = (*INTEGERS, *TEXTS, *ACTING, *ODD)
 KEYS = (
     "reference table tables level self cls id op codec head training preprocess kind metrics accuracy data task "
     "class_names more default other revision cascade dispatcher experts combine embedding"

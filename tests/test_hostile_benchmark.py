@@ -1,0 +1,51 @@
+"""The benchmark of hostile files: it notices what must not be, and counts what may."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import hostile
+from maskpack.adapter.file import save_adapter
+from maskpack.errors import CorruptAdapterError
+
+from .helpers_adapter import base_of, many, random_masks
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is measured as Linux tells it")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    shapes = {"a.weight": (40, 3)}
+    save_adapter(tmp_path / "x.safetensors", random_masks(shapes), base_of(shapes))
+    return tmp_path / "x.safetensors"
+
+
+def test_outcomes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = hostile.measured(adapter)
+    assert (row["outcome"], list(row["seconds"])) == ("read", ["read", *hostile.STAGES])
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    for error, outcome in ((CorruptAdapterError("x"), "CorruptAdapterError"), (KeyError("x"), "WRONG: KeyError('x')")):
+        monkeypatch.setitem(hostile.STAGES, "verify", lambda _, error=error: fail(error))
+        row = hostile.measured(adapter)
+        assert (row["outcome"], row["stage"]) == (outcome, "verify")
+    adapter.write_bytes(adapter.read_bytes()[:-1])
+    assert hostile.measured(adapter)["stage"] == "read"
+
+
+def test_memory_is_that_of_the_file(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hostile.STAGES, "verify", lambda _: bytearray(b"x") * (50 << 20))
+    assert 45 << 20 < hostile.measured(adapter)["memory"] < 100 << 20
+    monkeypatch.setitem(hostile.STAGES, "verify", lambda _: None)
+    assert hostile.measured(adapter)["memory"] < 20 << 20
+
+
+def test_a_process_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    [row] = hostile.rows_of("bytes", 1, 0)
+    assert row["outcome"].startswith("WRONG: the process ended with 1")
+    table = hostile.markdown([row], [{"way": "9 sets", "bytes": len(many()), "seconds": {}, "memory": 0}])
+    assert "1 spoiled files; wrong: 1." in table
