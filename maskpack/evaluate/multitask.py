@@ -8,10 +8,10 @@ from ..adapter.file import read_adapter, save_adapter
 from ..backbone.load import Backbone
 from ..backbone.state import export_state
 from ..codecs.base import Profile
+from ..training.accelerator import is_main_process
 from ..training.checkpoint import FILE
 from ..training.config import TrainConfig
 from ..training.folder import locked
-from ..training.accelerator import is_main_process
 from ..training.log import Report
 from ..training.loop import TrainResult, plan_training, train_mask
 from ..training.multitask import plan_jointly, train_jointly, trained_backbone

@@ -22,11 +22,11 @@ from ..errors import ConfigError, StateError, TrainingError
 from ..parts import CascadeParts, Parts
 from ..router import MIXTURE, WHITENING, Router, Whitening
 from ..tensorfile import replacing
+from .accelerator import is_main_process
 from .borrow import borrowed
 from .checkpoint import FILE, checkpoint_digest, take_over, trained_tensors
 from .config import TrainConfig
 from .folder import locked
-from .accelerator import is_main_process
 from .log import Report, tagged
 from .loop import TrainResult, train_mask
 from .router import fit_router
@@ -196,7 +196,11 @@ def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: M
 
 def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str, Any]]:
     """Read back the router that an interrupted run has fitted, and what that fit showed."""
-    found, stored = read_with_facts(path, "no router; delete it and resume: it is fitted again")
+    remedy = "delete it and resume: it is fitted again"
+    found, stored = read_with_facts(path, remedy)
+    missing = {*WHITENING, *MIXTURE} - found.keys() | {"run", "about"} - stored.keys()
+    if missing:
+        raise damaged(path, remedy, f"{min(missing)!r} is missing")
     differing = [key for key in facts if stored["run"].get(key) != facts[key]]
     if differing:
         raise StateError(

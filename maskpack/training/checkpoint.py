@@ -16,7 +16,7 @@ REMEDY = "delete it and train without --resume"
 # what a checkpoint says beside its tensors, and how
 FACTS: dict[str, tuple[type, ...]] = {
     **{"run": (dict,), "metrics": (dict,), "more": (dict,), "scaler": (dict, type(None)), "batches": (dict,)},
-    **{name: (int,) for name in ("epoch", "step", "steps", "count", "log")},
+    **dict.fromkeys(("epoch", "step", "steps", "count", "log"), (int,)),
     **{"loss": (float,), "done": (bool,), "extended": (list,), "optimizer": (list,)},
 }
 OBJECTIVE = "objective/"  # begins the names of what an objective keeps beside its module
@@ -111,7 +111,10 @@ def check_same_run(
 
 
 def check_tensors(path: Path, prefix: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise StateError if tensors have not the names, dtypes and shapes of others; an objective's may be of any length."""
+    """Raise StateError if tensors have not the names, dtypes and shapes that are expected.
+
+    Those of an objective may have other lengths.
+    """
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected:
             raise damaged(

@@ -12,11 +12,11 @@ from ..backbone.load import Backbone
 from ..backbone.parameters import inside
 from ..data.base import Data
 from ..errors import ConfigError
+from .accelerator import is_main_process
 from .batchnorm import batchnorm_statistics
 from .config import TrainConfig
 from .folder import run_folder
 from .learn import Learn
-from .accelerator import is_main_process
 from .log import Report, RunLog
 from .run import Run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import StateError
-from .checkpoint import FILE
 from .accelerator import is_main_process
+from .checkpoint import FILE
 
 LOCK = ".lock"  # names its holder; without one that lives it means nothing
 _held: set[IO[str]] = set()

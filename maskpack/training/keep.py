@@ -4,13 +4,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from ..data.base import Examples
@@ -138,7 +137,7 @@ class Keeper:
     def watching(self) -> Iterator[None]:
         """Take SIGTERM and SIGUSR1 as the wish to stop at the next optimiser step.
 
-        A second one does what it did before. Signals reach the main thread of a process; in another one nothing changes.
+        A second one does what it did before. In another than the main thread, where none arrives, nothing changes.
         """
         earlier = {}
         if self.folder is not None and threading.current_thread() is threading.main_thread():

@@ -15,13 +15,13 @@ from ..data.batches import readable
 from ..errors import TrainingError
 from ..parts import FEATURES, Parts
 from ..preprocess import preprocess_to_json
+from .accelerator import is_main_process
 from .batchnorm import batchnorm_statistics
 from .borrow import borrowed
 from .config import TrainConfig
 from .folder import run_folder
 from .keep import parse_every
 from .learn import Learn, learn_scores
-from .accelerator import is_main_process
 from .log import Report, RunLog
 from .run import Run
 from .scored import extract_masks, replaced_values

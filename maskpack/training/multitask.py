@@ -66,8 +66,8 @@ def train_jointly(
         config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
         joint: rates of weights and gates, and regularisers.
         gated: without gates the weights are shared as they are, and every mask keeps all.
-        output, resume, checkpoint_every, report: as in `train_mask`. With gates the folder also gets `histograms.json`: gates and
-            effective weights by task and parameter, after every epoch.
+        output, resume, checkpoint_every, report: as in `train_mask`. With gates the folder also gets `histograms.json`:
+            gates and effective weights by task and parameter, after every epoch.
 
     Raises:
         ConfigError: if the objective or the heads are others than linear ones trained on labels, or there are several

@@ -14,6 +14,7 @@ from ..data.base import Data
 from ..errors import ConfigError, StateError
 from ..mask import MaskSet
 from ..parts import Parts
+from .accelerator import is_main_process
 from .borrow import borrowed
 from .checkpoint import FILE
 from .config import TrainConfig
@@ -21,7 +22,6 @@ from .dense import body_parameters, of_weights, train_dense
 from .folder import check_untaken, locked
 from .heads import own_linear
 from .learn import learn_scores
-from .accelerator import is_main_process
 from .log import Report, tagged
 from .reuse import STARTS, Start, current_values, find_reuse, start_values, train_reused
 from .scored import scored_weights

@@ -39,7 +39,7 @@ class CollapseWatch:
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self.used.copy_(state["used"])
-        self.rows = deque(state["rows"].split(state["lengths"].tolist()))
+        self.rows = deque(torch.split(state["rows"], state["lengths"].tolist()))
 
     def metrics(self) -> dict[str, float]:
         """Return `feature_rank` and, with prototypes, `prototype_usage`, and begin again.
