@@ -48,7 +48,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[int, dict[str, 
         raise StateError(f"there is no checkpoint to resume from at {path}; train without --resume")
     whole, facts = read_with_facts(path, REMEDY)
     for name, kinds in FACTS.items():
-        check_kind(path, name, facts.get(name), kinds)
+        check_kind(path, name, facts.get(name, "missing"), kinds)
     check_kind(path, "run.config", facts["run"].get("config"), (dict,))
     check_kind(path, "run.base", facts["run"].get("base"), (str,))
     for name, value in facts["metrics"].items():

@@ -15,7 +15,7 @@ from ..backbone.head import swap_module
 from ..backbone.load import Backbone
 from ..backbone.parameters import inside
 from ..backbone.select import select_parameters
-from ..data.base import Examples
+from ..data.base import Data
 from ..data.batches import EpochSampler, draw_seed, epoch_seed, numbered
 from ..errors import ConfigError, TrainingError
 from .accelerator import new_accelerator
@@ -129,29 +129,21 @@ class JointRun:
     def more(self) -> dict[str, Any]:
         """Return what else there is to the run's state, as JSON values."""
         history = None if self.history is None else self.history.content
-        return {"history": history, "unreadable": unreadable_rows(self._splits())}
+        return {"history": history, "unreadable": unreadable_rows(self._data())}
 
     def take_back(self, more: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
         """Go on from what `more` gave."""
         if self.history is not None:
             self.history.content = more["history"]
-        note_unreadable(self._splits(), more["unreadable"])
+        note_unreadable(self._data(), more["unreadable"])
 
-    def _splits(self) -> dict[str, Examples | None]:
-        return {
-            f"{name}/{split}": getattr(task.data, split)
-            for name, task in self.tasks.items()
-            for split in ("train", "validation", "test")
-        }
+    def _data(self) -> dict[str, Data]:
+        return {name: task.data for name, task in self.tasks.items()}
 
     def train(
         self, base: Fingerprint, folder: Path | None, resume: bool, log: RunLog, every: str | None = None
     ) -> dict[str, float]:
-        """Run the epochs that are left; return what the last one showed.
-
-        Args:
-            every: as of `parse_every`.
-        """
+        """Run the epochs that are left; return what the last one showed. `every` is as of `parse_every`."""
         ours = {
             "config": {**self.config.to_json(), **self.settings, "gated": self.gates is not None},
             "tasks": {n: [t.data.digest, len(self.loaders[n].dataset), t.augment] for n, t in self.tasks.items()},

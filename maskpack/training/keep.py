@@ -1,18 +1,17 @@
-"""When a run writes its checkpoint, how a signal stops it, and how it goes on."""
+"""When a run writes its checkpoint, and how it goes on from there."""
 
 import re
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..data.base import Examples
+from ..data.base import Data, Examples
 from ..errors import ConfigError, StateError, StoppedError
 from .checkpoint import (
     FILE,
@@ -26,8 +25,8 @@ from .checkpoint import (
 )
 from .log import RunLog
 from .sealed import damaged
+from .signals import on_signal
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 LENGTH = ("epochs", "steps")  # settings that may be greater when a run goes on
 
@@ -121,7 +120,7 @@ class Keeper:
         try:
             run.take_back(facts["more"], {n: one for n, one in tensors.items() if n.startswith(OBJECTIVE)})
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, REMEDY, f"what the objective and the budget keep does not fit: {error}") from None
+            raise damaged(path, REMEDY, f"its budget, objective or unreadable rows do not fit: {error}") from None
         scaler = run.accelerator.scaler
         if scaler is not None and facts["scaler"]:
             check_like(path, "scaler", facts["scaler"], scaler.state_dict())
@@ -135,30 +134,13 @@ class Keeper:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1 as the wish to stop at the next optimiser step.
+        """Take SIGTERM and SIGUSR1 as the wish to stop at the next optimiser step."""
 
-        A second one does what it did before. In another than the main thread, where none arrives, nothing changes.
-        """
-        earlier = {}
-        if self.folder is not None and threading.current_thread() is threading.main_thread():
-            # one that is ignored stays so, and one that was not installed by Python could not be put back
-            handlers = {number: signal.getsignal(number) for number in SIGNALS}
-            earlier = {n: one for n, one in handlers.items() if one not in (None, signal.SIG_IGN)}
-
-        def put_back() -> None:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
-
-        def ask(number: int, _: object) -> None:
-            put_back()
+        def ask(number: int) -> None:
             self.asked = number
 
-        for number in earlier:
-            signal.signal(number, ask)
-        try:
+        with nullcontext() if self.folder is None else on_signal(ask):
             yield
-        finally:
-            put_back()
 
     def after_step(self, at: Position) -> None:
         """Write a checkpoint if one is due.
@@ -221,19 +203,26 @@ def parse_every(text: str | None) -> tuple[float | None, int | None]:
     return (None, int(found[1])) if steps else (float(found[1]) * SECONDS[found[2]], None)
 
 
-def unreadable_rows(splits: Mapping[str, Examples | None]) -> dict[str, list[int]]:
-    """Return which rows of splits could not be read so far, by the splits' names."""
-    return {name: sorted(one.unreadable) for name, one in splits.items() if one is not None}
+def unreadable_rows(data: Mapping[str, Data]) -> dict[str, list[int]]:
+    """Return which rows could not be read so far, by the names of data and split."""
+    return {name: sorted(examples.unreadable) for name, examples in _splits(data)}
 
 
-def note_unreadable(splits: Mapping[str, Examples | None], rows: Mapping[str, list[int]]) -> None:
+def note_unreadable(data: Mapping[str, Data], rows: Mapping[str, list[int]]) -> None:
     """Note what `unreadable_rows` gave.
 
     Raises:
         ValueError: if there are no such rows.
     """
-    for name, one in splits.items():
-        if one is not None:
-            if not set(rows[name]) <= set(range(len(one.rows))):
-                raise ValueError(f"unreadable rows of {name!r} beyond {len(one.rows)}")
-            one.unreadable.update(rows[name])
+    for name, examples in _splits(data):
+        if not set(rows[name]) <= set(range(len(examples.rows))):
+            raise ValueError(f"unreadable rows of {name!r} beyond {len(examples.rows)}")
+        examples.unreadable.update(rows[name])
+
+
+def _splits(data: Mapping[str, Data]) -> Iterator[tuple[str, Examples]]:
+    for name, one in data.items():
+        for split in ("train", "validation", "test"):
+            examples = getattr(one, split)
+            if examples is not None:
+                yield f"{name}/{split}", examples

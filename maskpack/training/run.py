@@ -154,7 +154,7 @@ class Run:
         """Return what else there is to the run's state, as JSON values."""
         return {
             "control": None if self.control is None else self.control.state(),
-            "unreadable": unreadable_rows(self._splits()),
+            "unreadable": unreadable_rows({"data": self.data}),
         }
 
     def take_back(self, more: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
@@ -162,10 +162,7 @@ class Run:
         if self.control is not None:
             self.control.restore(more["control"])
         self.objective.restore({name.removeprefix(OBJECTIVE): tensor for name, tensor in objective.items()})
-        note_unreadable(self._splits(), more["unreadable"])
-
-    def _splits(self) -> dict[str, Examples | None]:
-        return {"train": self.train_split, "validation": self.data.validation, "test": self.data.test}
+        note_unreadable({"data": self.data}, more["unreadable"])
 
     def _stores_another(self) -> bool:
         """Tell whether BatchNorm saw other inputs or another network in training than it will."""
