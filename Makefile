@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lowest hub-live results bench-codec bench-faults bench-kills comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -82,6 +82,10 @@ bench-codec: $(VENV)/.bench
 # every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes
 bench-faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md
+
+# trainings that are killed at random moments and resumed, beside uninterrupted ones: five minutes
+bench-kills: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training_kills --write docs/reliability.md
 
 # masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
 comparisons: $(VENV)/.installed
