@@ -169,8 +169,8 @@ def markdown(found: dict[str, Any]) -> str:
     runs = found["runs"]
     same, most = sum(not one["wrong"] for one in runs), max((one["kills"] for one in runs), default=0)
     told = (
-        f"{len(runs)} runs of {len(RUNS)} kinds, each ended up to {most} times, were resumed until they were done; {same} "
-        f"of them have the adapter, byte for byte, and the log of an uninterrupted run."
+        f"{len(runs)} runs of {len(RUNS)} kinds, each ended up to {most} times, were resumed until they were done; "
+        f"{same} of them have the adapter, byte for byte, and the log of an uninterrupted run."
     )
     return "\n".join([*lines, "", told]) + "\n"
 

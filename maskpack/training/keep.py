@@ -115,8 +115,8 @@ class Keeper:
                 f"the run in {self.folder} has made {at.step} of {at.steps} steps, and {steps} are asked for now; give "
                 f"at least as many, or choose another folder"
             )
-        restore(path, run.tensors(), run.optimizer, tensors, state)
         check_like(path, "more", facts["more"], run.more())
+        restore(path, run.tensors(), run.optimizer, tensors, state)
         try:
             run.take_back(facts["more"], {n: one for n, one in tensors.items() if n.startswith(OBJECTIVE)})
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
