@@ -406,7 +406,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "--output", "x", "--method-option", "init"], 2, "--method-option must be KEY=VALUE, got ['init']"),
         ([*TRAIN, "--output", "x", "--method", "magic"], 2, "unknown method 'magic'; known: "),
         ([*TRAIN, "--output", "x", "--head", "99"], 2, "the model has no module '99' to be its head"),
-        ([*TRAIN, "--output", "/dev/null/x"], 1, "Not a directory: '/dev/null/x/training'; give a path that"),
+        ([*TRAIN, "--output", "/dev/null/x"], 1, "cannot write into /dev/null/x/training: Not a directory; choose"),
         (["train", "--wrong"], 2, "No such option"),
         (["inspect", "./nowhere"], 1, "nowhere does not exist"),
         (["inspect", "nowhere"], 1, "'nowhere' is not a reference to an adapter; expected user/name"),
@@ -466,7 +466,7 @@ def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
 
 def test_terminated_and_resumed_is_the_same_adapter(tmp_path: Path) -> None:
     """The signal goes to all processes, as a scheduler sends it, those that read data included."""
-    options = [*TRAIN, "--batch-size", "2", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
+    options = [*TRAIN, "--batch-size", "4", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
     long = command_line(*options, "--output", tmp_path / "cut")
     process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log, until = tmp_path / "cut/training/log.jsonl", time.monotonic() + 120
