@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults bench-hostile bench-signatures bench-interruptions comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
+.PHONY: demo test lint types unit lowest-client wheel lock locked audit sbom dist lowest hub-live results bench-codec bench-bits bench-faults bench-kills bench-hostile bench-signatures bench-interruptions comparisons transfer light-switch methods analysis bench-runtime compression fuzz clean
 FUZZ_SECONDS ?= 120
 # a process for each of two cores
 PARALLEL := --numprocesses 2 --dist worksteal
@@ -140,6 +140,10 @@ bench-signatures: $(VENV)/.installed
 # thousands of spoiled adapter files, and files of very many sets, parameters, tensors and classes: some minutes; Linux
 bench-hostile: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --write docs/reliability.md
+
+# trainings that are killed at random moments and resumed, beside uninterrupted ones: five minutes
+bench-kills: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training_kills --write docs/reliability.md
 
 # masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
 comparisons: $(VENV)/.installed

@@ -8,6 +8,7 @@ MaskpackError
 ├── BackboneError            the backbone or its weights cannot be loaded (ValueError)
 ├── DataError                the data cannot be read or do not fit (ValueError)
 ├── TrainingError            training cannot go on (RuntimeError)
+├── StoppedError             a signal stopped the work, which can be taken up again
 ├── AdapterError             something is wrong with an adapter file (ValueError)
 │   ├── CorruptAdapterError      its bytes are not what the format or the digests say
 │   ├── UnsupportedVersionError  written by a newer format version
@@ -60,6 +61,18 @@ class DataError(MaskpackError, ValueError):
 
 class TrainingError(MaskpackError, RuntimeError):
     """Raised when training cannot go on, for instance after a loss that is not finite."""
+
+
+class StoppedError(MaskpackError):
+    """Raised when SIGTERM or SIGUSR1 stopped the work, after what it needs to go on was written.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int = 15):
+        super().__init__(message)
+        self.signal = signal
 
 
 class AdapterError(MaskpackError, ValueError):

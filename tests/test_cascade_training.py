@@ -152,7 +152,7 @@ def test_another_run_is_not_continued(trained: Any, digits: Data) -> None:
         again(data=load_data("digits:5-9", labels_fraction=0.2))
     assert (folder / ROUTER).read_bytes() == kept
     (folder / ROUTER).write_bytes(kept[:100])
-    with pytest.raises(StateError, match="router.safetensors is damaged, or no router; delete it and resume: it is fi"):
+    with pytest.raises(StateError, match="router.safetensors is damaged: .*; delete it and resume: it is fi"):
         again()
     (folder / ROUTER).write_bytes(kept)
     assert again().parts["expert-1"].masks == trained[1].parts["expert-1"].masks

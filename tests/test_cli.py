@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -405,7 +406,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "--output", "x", "--method-option", "init"], 2, "--method-option must be KEY=VALUE, got ['init']"),
         ([*TRAIN, "--output", "x", "--method", "magic"], 2, "unknown method 'magic'; known: "),
         ([*TRAIN, "--output", "x", "--head", "99"], 2, "the model has no module '99' to be its head"),
-        ([*TRAIN, "--output", "/dev/null/x"], 1, "Not a directory: '/dev/null/x/training'; give a path that"),
+        ([*TRAIN, "--output", "/dev/null/x"], 1, "cannot write into /dev/null/x/training: Not a directory; choose"),
         (["train", "--wrong"], 2, "No such option"),
         (["inspect", "./nowhere"], 1, "nowhere does not exist"),
         (["inspect", "nowhere"], 1, "'nowhere' is not a reference to an adapter; expected user/name"),
@@ -457,10 +458,45 @@ def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.endswith("Interrupted.\n")
+    assert re.search(r"Interrupted\. .*--resume.* checkpoint in .*training\.\n$", errors)
     assert "Traceback" not in errors
     assert checkpoint.exists()
     assert not (tmp_path / "maskpack_model.safetensors").exists()
+
+
+def test_terminated_and_resumed_is_the_same_adapter(tmp_path: Path) -> None:
+    """The signal goes to all processes, as a scheduler sends it, those that read data included."""
+    options = [*TRAIN, "--batch-size", "4", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
+    long = command_line(*options, "--output", tmp_path / "cut")
+    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log, until = tmp_path / "cut/training/log.jsonl", time.monotonic() + 120
+    while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.02)
+    second = run(*options, "--output", tmp_path / "cut", "--resume")
+    assert second.exit_code == 1
+    assert f"process {process.pid} on " in second.stderr
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert errors.splitlines()[-1].startswith("SIGTERM stopped the training at step ")
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    ok(*options, "--output", tmp_path / "cut", "--resume")
+    ok(*options, "--output", tmp_path / "whole")
+    one, other = ((tmp_path / name / "maskpack_model.safetensors").read_bytes() for name in ("cut", "whole"))
+    assert one == other
+    # more epochs
+    ok(*options, "--epochs", "4", "--output", tmp_path / "cut", "--resume")
+    said = ok("inspect", tmp_path / "cut")["training"]["extended"]
+    assert len(said) == 1
+    assert re.fullmatch(r"resumed at step (\d+) of \1 with \d+ steps", said[0])
+
+
+def test_wrong_intervals_are_told_at_once(tmp_path: Path) -> None:
+    result = run(*TRAIN, "--checkpoint-every", "10 minutes", "--output", tmp_path / "a")
+    assert result.exit_code == 2
+    assert "10min" in result.stderr
+    assert not (tmp_path / "a").exists()
 
 
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:

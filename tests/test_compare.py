@@ -532,6 +532,39 @@ def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any]
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_comparison_that_was_ended(
+    number: signal.Signals, backbone: dict[str, Any], tmp_path: Path
+) -> None:
+    more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--batch-size", "8", "--epochs", "2000"]
+    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--workers", "1")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "a" / "full" / "seed-0-0.01-labels-1" / "training" / FILE
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    worker = children("-P", process.pid)
+    assert len(worker) == 1
+    assert len(children("-g", worker[0])) >= 2
+    with pytest.raises(StateError, match=f"process {process.pid} on "):
+        compare(backbone, DATA, tmp_path / "a", rows=["probe"], config=QUICK)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (143 if number == signal.SIGTERM else -number), errors
+    assert ("SIGTERM; call compare again" in errors) == (number == signal.SIGTERM)
+    assert "Traceback" not in errors
+    until = time.monotonic() + 5
+    while (left := children("-g", worker[0])) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left
+
+
+def children(relation: str, process: int) -> list[int]:
+    """Processes of a parent (-P) or of a group (-g)."""
+    found = subprocess.run(["pgrep", relation, str(process)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
 def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
     more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
     command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "3")]
@@ -540,13 +573,14 @@ def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> 
     until = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
+    worker = children("-P", process.pid)
+    assert worker
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not list((tmp_path / "a").rglob("result-*.json"))
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
-    assert not left
+    assert not any(children("-g", one) for one in worker)
     spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
     left_off = Job(**json.loads((checkpoint.parent.parent / "job.json").read_text()))
     events: list[Mapping[str, Any]] = []

@@ -10,6 +10,7 @@ from benchmarks.fault_flows import FLOWS, Client, Run, adapter, without_card
 from benchmarks.fault_matrix import markdown
 from benchmarks.faults import steps_of
 from benchmarks.pages import write_between
+from benchmarks.training_kills import markdown as killed_table
 from maskpack.hub import pull, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
@@ -142,3 +143,17 @@ def test_tables(tmp_path: Path) -> None:
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the markers"):
         write_between(page, "make it", text)
+
+
+def test_table_of_killed_trainings() -> None:
+    kill = {"run": "adam", "signal": "SIGKILL", "status": -9, "step": 4, "middle": True, "wrong": ""}
+    other = {**kill, "signal": "SIGINT", "status": 1, "step": 0, "middle": False, "wrong": "status or traceback"}
+    runs = [{"run": "adam", "kills": 3, "wrong": ""}, {"run": "budget", "kills": 1, "wrong": "adapter"}]
+    lines = killed_table({"kills": [kill, {**kill, "middle": False}, other], "runs": runs}).splitlines()
+    assert [line for line in lines if line.startswith("| SIG")] == [
+        "| SIGKILL | 2 | 2 | 1 | 0 |",
+        "| SIGTERM | 0 | 0 | 0 | 0 |",
+        "| SIGINT | 1 | 0 | 0 | 1 |",
+    ]
+    assert lines[-1].startswith("2 runs of 6 kinds, each ended up to 3 times")
+    assert " 1 of them have the adapter" in lines[-1]

@@ -40,11 +40,14 @@ def train(**given: Any) -> None:
     from maskpack.errors import ConfigError
     from maskpack.parts import COMBINES
     from maskpack.training.cascade import DISPATCHER, check_cascade
-    from maskpack.training.checkpoint import check_untaken
+    from maskpack.training.folder import check_untaken
+    from maskpack.training.keep import parse_every
     from maskpack.training.loop import plan_training
 
     settings = read_settings(train, given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
+    every = settings.pop("checkpoint_every", None)
+    parse_every(every)
     experts, combine = settings.pop("experts", 5), settings.pop("combine", "conditional")
     reduce, labelled = settings.pop("reduce", None), not settings.pop("no_labels", False)
     if combine not in COMBINES or (reduce is not None and reduce < 1):
@@ -63,7 +66,16 @@ def train(**given: Any) -> None:
         emit({**plan, "experts": experts}, as_json, "Everything needed is there; nothing was trained or written.")
         return
     with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
-        result = train_cascade(backbone, data, run_config, experts=experts, output=folder, resume=resume, report=report)
+        result = train_cascade(
+            backbone,
+            data,
+            run_config,
+            experts=experts,
+            output=folder,
+            resume=resume,
+            checkpoint_every=every,
+            report=report,
+        )
     if not main_process():
         return
     result = fit_cascade_head(backbone, data, result, combine=combine, reduce=reduce)

@@ -16,7 +16,7 @@ PANEL = "Comparison"
 # what a comparison decides itself, or has for every row
 WITHOUT = (
     *("lr", "seed", "labels_fraction", "validation_fraction", "objective", "head_kind", "head_template", "profile"),
-    *("resume", "dry_run"),
+    *("resume", "dry_run", "checkpoint_every"),
 )
 BACKBONE = ("weights", "random_weights", "head", "image_size", "mean", "std")
 DATA = ("input_column", "label_column")

@@ -24,6 +24,8 @@ Token = Annotated[str | None, typer.Option(help="Hub token; better: `hf auth log
 def command(function: Callable[P, None]) -> Callable[P, None]:
     """The one error boundary: known errors end with a message and exit code 1, wrong settings with 2, Ctrl-C with 130.
 
+    A signal that training stopped for, with the message, ends with 128 and its number.
+
     With MASKPACK_DEBUG=1 the traceback is shown.
     """
 
@@ -31,10 +33,13 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            from maskpack.errors import ConfigError, MaskpackError, UnknownNameError
+            from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError
 
             try:
                 function(*args, **kwargs)
+            except StoppedError as error:
+                notes.print(_plain(str(error)))
+                raise typer.Exit(128 + error.signal) from None
             except MaskpackError as error:
                 if os.environ.get("MASKPACK_DEBUG"):
                     raise
@@ -47,8 +52,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 remedy = "; give a path that is there or can be made, and that you may use" if error.filename else ""
                 complain(f"{error}{remedy}")
                 raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            notes.print("Interrupted.")
+        except KeyboardInterrupt as error:
+            notes.print(_plain(". ".join(["Interrupted", *getattr(error, "__notes__", []), ""])).rstrip())
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # the reader of stdout went away, as `head` does

@@ -57,12 +57,15 @@ def multitask(**given: Any) -> None:
     from maskpack.evaluate.multitask import plan_tasks
     from maskpack.evaluate.task_folder import BASE, markdown
     from maskpack.training.config import config_from
+    from maskpack.training.keep import parse_every
     from maskpack.training.tasks import JointConfig
 
     settings = read_settings(multitask, given, file, ("backbone", "output"), apart="task")
     entries = _entries(settings.pop("task", []), file)
     output, profile, mode = Path(settings.pop("output")), settings.pop("profile", "default"), settings.get("mode")
     settings.pop("mode", None)
+    every = settings.pop("checkpoint_every", None)
+    parse_every(every)
     common, joint = take(settings, *OF_DATA), JointConfig(**take(settings, *OF_JOINT))
     reference = settings.pop("backbone")
     of_backbone = take(settings, "weights", "random_weights", "head", "image_size", "mean", "std")
@@ -78,7 +81,8 @@ def multitask(**given: Any) -> None:
         emit(plan, as_json, "Everything needed is there; nothing was trained or written.")
         return
     with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
-        result = train_tasks(backbone, tasks, output, profile=profile, resume=resume, report=report, **options)
+        options |= {"profile": profile, "resume": resume, "checkpoint_every": every, "report": report}
+        result = train_tasks(backbone, tasks, output, **options)
     if not main_process():
         return
     if as_json:

@@ -38,6 +38,9 @@ class Progress:
             if event["event"] == "warning":
                 note(f"Warning: {part}{event['warning']}")
                 return
+            if event["event"] == "resumed":
+                note(f"{part}{event['resumed']}")
+                return
             if event["event"] == "epoch" and not self.off:
                 note(f"{part}epoch {event['epoch']}: {', '.join(words)}")
             shown = part + " ".join(words[:2])

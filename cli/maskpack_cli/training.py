@@ -112,6 +112,9 @@ def train(
         Path | None, _option("run", "TOML file with these options as keys; the command line overrides it.")
     ] = None,
     profile: Annotated[Profile | None, _option("run", f"{PROFILES} (default: default)")] = None,
+    checkpoint_every: Annotated[
+        str | None, _option("run", "A time or steps, as in 10min or 500steps. (default: every epoch)")
+    ] = None,
     resume: Annotated[bool, _option("run", "Continue from the last checkpoint in --output.", "--resume")] = False,
     dry_run: Annotated[bool, _option("run", "Check everything, run one batch, write nothing.", "--dry-run")] = False,
     as_json: Json = False,
@@ -164,11 +167,14 @@ def _train(
 ) -> None:
     quiet_libraries(quiet)
     from maskpack import inspect_adapter, save_adapter, train_mask
-    from maskpack.training.checkpoint import check_untaken
+    from maskpack.training.folder import check_untaken
+    from maskpack.training.keep import parse_every
     from maskpack.training.loop import plan_training
 
     settings = read_settings(train, given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
+    every = settings.pop("checkpoint_every", None)
+    parse_every(every)
     check_untaken(output / RUN_FOLDER, resume)
     inputs = evaluated(output, settings)
     backbone, data, run_config = load_inputs(settings, quiet)
@@ -179,7 +185,9 @@ def _train(
         return
     folder = output / RUN_FOLDER
     with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
-        result = train_mask(backbone, data, run_config, output=folder, resume=resume, report=report)
+        result = train_mask(
+            backbone, data, run_config, output=folder, resume=resume, checkpoint_every=every, report=report
+        )
     if not main_process():
         return
     adapter = save_adapter(output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about)

@@ -54,6 +54,7 @@ def transfer(**given: Any) -> None:
     from maskpack import load_data, save_adapter, train_transfer
     from maskpack.evaluate.transfer import markdown, transfer_table
     from maskpack.evaluate.trial import write_json
+    from maskpack.training.keep import parse_every
     from maskpack.training.loop import plan_training
     from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
 
@@ -62,6 +63,8 @@ def transfer(**given: Any) -> None:
     source_reference, target_reference = settings.pop("source"), settings.pop("target")
     source_trained, baseline = settings.pop("source_trained", False), settings.pop("baseline", False)
     start = settings.pop("start", "source-end" if source_trained else "source-start")
+    every = settings.pop("checkpoint_every", None)
+    parse_every(every)
     weight_lr = settings.pop("weight_lr", None)
     network: dict[str, Any] = {n: settings[n] for n in ("backbone", "weights", "random_weights") if n in settings}
     columns = {name: settings[name] for name in DATA if name in settings}
@@ -91,6 +94,7 @@ def transfer(**given: Any) -> None:
             baseline=baseline,
             output=output,
             resume=resume,
+            checkpoint_every=every,
             report=report,
         )
     if not main_process():

@@ -1,9 +1,11 @@
 """Batches of examples, in an order that a seed and an epoch decide."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -15,16 +17,21 @@ Collate = Callable[[list[Any]], Any]
 
 
 class _Transformed(Dataset[Any]):
-    """Examples after their per-item transform; of an unreadable one only the row."""
+    """Examples after their per-item transform; of an unreadable one only the row.
 
-    def __init__(self, examples: Examples, transform: Callable[[Any], Any]):
-        self.examples, self.transform = examples, transform
+    What a transform draws follows from the sampler's epoch and the example, whichever process reads it and when.
+    """
+
+    def __init__(self, examples: Examples, transform: Callable[[Any], Any], sampler: "EpochSampler | None"):
+        self.examples, self.transform, self.sampler = examples, transform, sampler
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Any:
         item = self.examples[index]
+        if self.sampler is not None:
+            torch.default_generator.manual_seed(draw_seed(self.sampler.seed, self.sampler.epoch, "example", index))
         return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
 
 
@@ -43,8 +50,20 @@ class EpochSampler(Sampler[int]):
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """Return the seed of everything random in an epoch."""
+    """Return the seed of an epoch's order."""
     return (seed * 1_000_003 + epoch) % 2**63
+
+
+def draw_seed(seed: int, epoch: int, *place: str | int) -> int:
+    """Return the seed of what is drawn at a place in an epoch, such as a batch."""
+    return int.from_bytes(blake3(repr((seed, epoch, *place)).encode()).digest(7), "little")
+
+
+def _ignore_signals(_: int) -> None:
+    """In a process that reads data: a signal to the whole group of processes is for the one that trains."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def _stack(images: Sequence[Tensor]) -> Tensor:
@@ -70,7 +89,7 @@ def loader(
     *,
     batch_size: int = 64,
     augment: Augment = "none",
-    sampler: Sampler[int] | None = None,
+    sampler: EpochSampler | None = None,
     workers: int = 0,
     transform: Callable[[Any], Any] | None = None,
     stack: Callable[[Sequence[Any]], Any] = _stack,
@@ -97,20 +116,26 @@ def loader(
     else:
         transform, stack = lambda text: text, collate_text(tokenizer, preprocess)
     return DataLoader(
-        _Transformed(examples, transform),
+        _Transformed(examples, transform, sampler),
         batch_size=batch_size,
         sampler=sampler,
         drop_last=sampler is not None and len(examples) >= batch_size,
         num_workers=workers,
         collate_fn=_collate(stack),
+        worker_init_fn=_ignore_signals if workers else None,
     )
 
 
 def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
     """Yield (inputs, labels) of the batches in which something could be read, and note which rows could not."""
-    for inputs, labels, unreadable in batches:
+    return (batch for _, batch in numbered(batches))
+
+
+def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
+    """Yield what `readable` does, each with the number of batches up to it, those that could not be read included."""
+    for number, (inputs, labels, unreadable) in enumerate(batches, 1):
         examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
         # noted here and not where they are read: that may be another process
         examples.unreadable.update(unreadable)
         if inputs is not None:
-            yield inputs, labels
+            yield number, (inputs, labels)

@@ -14,9 +14,11 @@ from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
 from ..tensorfile import replacing
 from ..training.config import TrainConfig
+from ..training.folder import locked
 from ..training.log import Report
 from ..training.loop import plan_training
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
+from ..training.signals import stopping
 from .comparison_table import markdown, summaries
 from .rows.base import ROWS, Row, find_row
 from .trial import MEASURED, Job, read_json, splits, write_json
@@ -61,7 +63,8 @@ def compare(
 
     Raises:
         UnknownNameError, ConfigError: if a row, a seed, a share or a rate is impossible.
-        StateError: if `output` holds a comparison with other settings. Others: as the rows raise.
+        StateError: if `output` holds a comparison with other settings, or another process writes into it.
+        StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: as the rows raise.
     """
     config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
     backbone, data = _plain(backbone), _plain(data)
@@ -84,9 +87,9 @@ def compare(
         "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
         "settings": _settings(config),
     }
-    _claim(folder, about)
     results: list[dict[str, Any]] = []
-    with Worker() as worker:
+    with locked(folder), stopping("call compare again to go on"), Worker() as worker:
+        _claim(folder, about)
         trials = Trials(folder, backbone, data, config, report, worker)
         for name, row in found.items():
             rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))

@@ -8,9 +8,11 @@ from ..adapter.file import read_adapter, save_adapter
 from ..backbone.load import Backbone
 from ..backbone.state import export_state
 from ..codecs.base import Profile
+from ..training.accelerator import is_main_process
 from ..training.checkpoint import FILE
 from ..training.config import TrainConfig
-from ..training.log import Report, is_main_process
+from ..training.folder import locked
+from ..training.log import Report
 from ..training.loop import TrainResult, plan_training, train_mask
 from ..training.multitask import plan_jointly, train_jointly, trained_backbone
 from ..training.tasks import JointConfig, Task
@@ -28,6 +30,7 @@ def train_tasks(
     joint: JointConfig | None = None,
     profile: Profile = "default",
     resume: bool = False,
+    checkpoint_every: str | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
     """Train a mask for each task on weights that all share; tasks that are finished in `output` are left alone.
@@ -44,6 +47,7 @@ def train_tasks(
         config: of every run. joint: rates of weights and gates, and regularisers, for modes in which weights learn.
         profile: as in `save_adapter`.
         resume: continue runs that were interrupted.
+        checkpoint_every: as in `train_mask`.
         report: as in `train_mask`; every event has also "part", the name of the task, or "jointly".
 
     Returns:
@@ -57,45 +61,48 @@ def train_tasks(
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
     main = is_main_process()
     about = about_folder(backbone, mode)
-    missing = survey(backbone, tasks, folder, mode, config, joint)
-    folder.mkdir(parents=True, exist_ok=True)
-    if main:
-        write_json(folder / CLAIM, about)
-
-    def place_of(name: str) -> dict[str, Any]:
-        place = folder / RUNS / name
-        return {"output": place, "resume": resume and (place / FILE).exists(), "report": _tagged(report, name)}
-
-    def save(name: str, result: TrainResult) -> None:
+    with locked(folder):
+        missing = survey(backbone, tasks, folder, mode, config, joint)
         if main:
-            training = {**result.about["training"], "mode": mode}
-            whole = {**result.about, "training": training}
-            save_adapter(folder / name, result.parts, result.base, profile=profile, weights=backbone.model, **whole)
+            write_json(folder / CLAIM, about)
 
-    if mode == "separate":
-        start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-        for name in missing:
-            backbone.model.load_state_dict(start)
-            alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **place_of(name))
-            (folder / name).mkdir(exist_ok=True)
-            export_state(folder / name / BASE, backbone.model)
-            save(name, alone.results[name])
-    elif mode in TOGETHER and not (folder / BASE).exists():
-        together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **place_of(JOINT))
-        for name, one_of_them in together.results.items():
-            save(name, one_of_them)
-        export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
-    else:
-        if main and not (folder / BASE).exists():
-            export_state(folder / BASE, backbone.model)
-        base = trained_backbone(backbone) if mode in TOGETHER else backbone
-        for name in missing:
-            save(name, train_mask(base, tasks[name].data, tasks[name].settings(config), **place_of(name)))
-    if not main:
-        return about
-    result = {**about, "rows": [row_of(name, read_adapter(folder / name)) for name in tasks]}
-    write_json(folder / RESULT, result)
-    return result
+        def place_of(name: str) -> dict[str, Any]:
+            place = folder / RUNS / name
+            again = resume and (place / FILE).exists()
+            options = {"checkpoint_every": checkpoint_every, "report": _tagged(report, name)}
+            return {"output": place, "resume": again, **options}
+
+        def save(name: str, result: TrainResult) -> None:
+            if main:
+                training = {**result.about["training"], "mode": mode}
+                whole = {**result.about, "training": training}
+                save_adapter(folder / name, result.parts, result.base, profile=profile, weights=backbone.model, **whole)
+
+        if mode == "separate":
+            start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+            for name in missing:
+                backbone.model.load_state_dict(start)
+                alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **place_of(name))
+                (folder / name).mkdir(exist_ok=True)
+                export_state(folder / name / BASE, backbone.model)
+                save(name, alone.results[name])
+        elif mode in TOGETHER and not (folder / BASE).exists():
+            together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **place_of(JOINT))
+            for name, one_of_them in together.results.items():
+                save(name, one_of_them)
+            export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
+        else:
+            if main and not (folder / BASE).exists():
+                export_state(folder / BASE, backbone.model)
+            base = trained_backbone(backbone) if mode in TOGETHER else backbone
+            for name in missing:
+                data, settings = tasks[name].data, tasks[name].settings(config)
+                save(name, train_mask(base, data, settings, longer=False, **place_of(name)))
+        if not main:
+            return about
+        result = {**about, "rows": [row_of(name, read_adapter(folder / name)) for name in tasks]}
+        write_json(folder / RESULT, result)
+        return result
 
 
 def plan_tasks(

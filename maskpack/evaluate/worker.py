@@ -9,6 +9,7 @@ JSON object a line; the last of a trial is {"event": "exit", "code"}.
 import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -25,8 +26,15 @@ from .trial import Job, run, write_json
 IMPORTED = ("accelerate", "datasets", "torchvision.transforms.v2", "torch.utils.tensorboard", "sklearn.mixture", "PIL")
 
 
+GRACE = 1.5  # seconds that a job has to end by itself
+POLL = 0.1
+
+
 class Worker:
-    """Starts the worker when it is first needed, and ends it with all that it started."""
+    """Starts the worker when it is first needed, and ends it with all that it started.
+
+    It ends also when this process is killed.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -36,9 +44,12 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._process is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
-            self._process.communicate()
+            for number in (signal.SIGTERM, signal.SIGKILL):  # a training that is asked to stop keeps its last step
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.communicate(timeout=GRACE)
+                    break
 
     def run(self, job: Path) -> Iterator[dict[str, Any]]:
         """Give the events of a job, the last of which is {"event": "exit", "code"}."""
@@ -74,8 +85,11 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             _run(Path(line.rstrip("\n")), events)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        _write(events, {"event": "exit", "code": code})
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            # nothing comes in while a job runs but the end of who waits for it, by whatever signal
+            if select.select([sys.stdin], [], [], POLL)[0]:
+                os.killpg(0, signal.SIGKILL)
+        _write(events, {"event": "exit", "code": os.waitstatus_to_exitcode(ended[1])})
 
 
 def _run(path: Path, events: TextIO) -> None:

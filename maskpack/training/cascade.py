@@ -22,13 +22,16 @@ from ..errors import ConfigError, StateError, TrainingError
 from ..parts import CascadeParts, Parts
 from ..router import MIXTURE, WHITENING, Router, Whitening
 from ..tensorfile import replacing
+from .accelerator import is_main_process
 from .borrow import borrowed
-from .checkpoint import FILE, checkpoint_digest, read_with_facts, take_over, trained_tensors, write_with_facts
+from .checkpoint import FILE, checkpoint_digest, take_over, trained_tensors
 from .config import TrainConfig
-from .log import Report, is_main_process, tagged
+from .folder import locked
+from .log import Report, tagged
 from .loop import TrainResult, train_mask
 from .router import fit_router
 from .run import Run
+from .sealed import damaged, read_with_facts, write_with_facts
 
 DISPATCHER = "dispatcher"
 ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
@@ -59,6 +62,7 @@ def train_cascade(
     experts: int = 5,
     output: str | Path | None = None,
     resume: bool = False,
+    checkpoint_every: str | None = None,
     report: Report | None = None,
 ) -> CascadeResult:
     """Train a cascade on a frozen backbone: Self-Masking Networks, section 3.4.
@@ -74,6 +78,7 @@ def train_cascade(
         output: folder: `dispatcher` and `expert-0`, … as of `train_mask`, `router.safetensors`, and `clusters.json`
             with the first two coordinates and the expert of every training row. None keeps nothing.
         resume: continue in `output`: what is finished is read back, what was interrupted continues.
+        checkpoint_every: as in `train_mask`.
         report: as in `train_mask`; every event has also "part", the name of the set.
 
     Raises:
@@ -89,7 +94,9 @@ def train_cascade(
             f"resume needs the folder of an earlier run as `output`, got {output}; without resume a new one starts"
         )
     with nullcontext(output) if output is not None else tempfile.TemporaryDirectory(prefix="maskpack-") as place:
-        return _train(backbone, data, config, experts, Path(place), resume, report)
+        folder = Path(place)
+        with locked(folder):
+            return _train(backbone, data, config, experts, folder, resume, checkpoint_every, report)
 
 
 def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
@@ -107,7 +114,14 @@ def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
 
 
 def _train(
-    backbone: Backbone, data: Data, config: TrainConfig, experts: int, folder: Path, resume: bool, report: Report | None
+    backbone: Backbone,
+    data: Data,
+    config: TrainConfig,
+    experts: int,
+    folder: Path,
+    resume: bool,
+    every: str | None,
+    report: Report | None,
 ) -> CascadeResult:
     def run(name: str, own: Data, settings: TrainConfig, start: Path | None) -> TrainResult:
         return train_mask(
@@ -117,6 +131,8 @@ def _train(
             output=folder / name,
             resume=resume and (folder / name / FILE).exists(),
             start_from=start,
+            checkpoint_every=every,
+            longer=False,
             report=tagged(report, name),
         )
 
@@ -180,7 +196,11 @@ def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: M
 
 def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str, Any]]:
     """Read back the router that an interrupted run has fitted, and what that fit showed."""
-    found, stored = read_with_facts(path, "no router; delete it and resume: it is fitted again")
+    remedy = "delete it and resume: it is fitted again"
+    found, stored = read_with_facts(path, remedy)
+    missing = {*WHITENING, *MIXTURE} - found.keys() | {"run", "about"} - stored.keys()
+    if missing:
+        raise damaged(path, remedy, f"{min(missing)!r} is missing")
     differing = [key for key in facts if stored["run"].get(key) != facts[key]]
     if differing:
         raise StateError(

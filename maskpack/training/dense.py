@@ -12,11 +12,12 @@ from ..backbone.load import Backbone
 from ..backbone.parameters import inside
 from ..data.base import Data
 from ..errors import ConfigError
+from .accelerator import is_main_process
 from .batchnorm import batchnorm_statistics
-from .checkpoint import run_folder
 from .config import TrainConfig
+from .folder import run_folder
 from .learn import Learn
-from .log import Report, RunLog, is_main_process
+from .log import Report, RunLog
 from .run import Run
 
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
@@ -65,6 +66,7 @@ def train_dense(
     *,
     output: str | Path | None = None,
     resume: bool = False,
+    checkpoint_every: str | None = None,
     report: Report | None = None,
 ) -> DenseResult:
     """Train a head and what `learn` names of a backbone, at the rate of scores. The backbone is changed.
@@ -72,16 +74,18 @@ def train_dense(
     Args:
         learn: gets the frozen backbone with its new head, and the settings; returns the parameters that learn. It may
             put modules into the model, as LoRA does.
-        output, resume, report: as in `train_mask`.
+        output, resume, checkpoint_every, report: as in `train_mask`.
 
     Raises:
         What `train_mask` raises.
     """
     main = is_main_process()
-    folder = run_folder(output, resume)
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    with RunLog(folder if main else None, report if main else None, resume) as log:
+    with (
+        run_folder(output, resume) as folder,
+        RunLog(folder if main else None, report if main else None, resume) as log,
+    ):
         run = Run(backbone, data, config, learn)
-        metrics = run.train(base, folder, resume, None, log)
+        metrics = run.train(base, folder, resume, None, log, checkpoint_every)
     statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
     return DenseResult(run.objective.module.eval(), run.scores, statistics, run.steps, metrics)

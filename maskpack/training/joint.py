@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,19 @@ from ..backbone.head import swap_module
 from ..backbone.load import Backbone
 from ..backbone.parameters import inside
 from ..backbone.select import select_parameters
-from ..data.batches import EpochSampler, epoch_seed, readable
-from ..errors import ConfigError, StateError, TrainingError
+from ..data.base import Data
+from ..data.batches import EpochSampler, draw_seed, epoch_seed, numbered
+from ..errors import ConfigError, TrainingError
+from .accelerator import new_accelerator
 from .batchnorm import BATCH_NORMS, set_train_mode
-from .checkpoint import FILE, check_same_run, load_checkpoint, restore, save_checkpoint
 from .config import TrainConfig, learning_rate
 from .gated import Gates, attach_gates
 from .histograms import GateHistory
+from .keep import Keeper, Position, note_unreadable, unreadable_rows
 from .log import RunLog
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
-from .run import LOG_EVERY, new_accelerator
+from .run import LOG_EVERY
 from .tasks import JointConfig, Task
 
 PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ
@@ -123,42 +126,49 @@ class JointRun:
             found.update({f"buffers/{name}/{at}": buffer for at, buffer in enumerate(buffers)})
         return found
 
-    def train(self, base: Fingerprint, folder: Path | None, resume: bool, log: RunLog) -> dict[str, float]:
-        """Run the epochs that are left; return what the last one showed."""
+    def more(self) -> dict[str, Any]:
+        """Return what else there is to the run's state, as JSON values."""
+        history = None if self.history is None else self.history.content
+        return {"history": history, "unreadable": unreadable_rows(self._data())}
+
+    def take_back(self, more: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
+        """Go on from what `more` gave."""
+        if self.history is not None:
+            self.history.content = more["history"]
+        note_unreadable(self._data(), more["unreadable"])
+
+    def _data(self) -> dict[str, Data]:
+        return {name: task.data for name, task in self.tasks.items()}
+
+    def train(
+        self, base: Fingerprint, folder: Path | None, resume: bool, log: RunLog, every: str | None = None
+    ) -> dict[str, float]:
+        """Run the epochs that are left; return what the last one showed. `every` is as of `parse_every`."""
         ours = {
             "config": {**self.config.to_json(), **self.settings, "gated": self.gates is not None},
             "tasks": {n: [t.data.digest, len(self.loaders[n].dataset), t.augment] for n, t in self.tasks.items()},
             "base": base.digests[base.dtype],
         }
-        first, step, metrics = 0, 0, dict[str, float]()
+        keeper = Keeper(self, folder, every, ours, log)
         if resume:
-            if folder is None:
-                raise StateError("resume needs the folder of the run in `output`")
-            tensors, state, facts = load_checkpoint(folder / FILE)
-            check_same_run(folder, ours, facts["run"])
-            restore(self.tensors(), self.optimizer, tensors, state)
-            first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
-            if self.history is not None:
-                self.history.content = facts["history"]
-            if self.accelerator.scaler is not None and facts["scaler"]:
-                self.accelerator.scaler.load_state_dict(facts["scaler"])
+            at = keeper.resume(self.steps)
         else:
+            at = Position(self.steps)
             for name in self.names:
                 self.use(name).start()
             if self.history is not None:
                 self.history.add(0)
-        for epoch in range(first, self.epochs):
-            step, loss = self._epoch(epoch, step, log)
-            metrics = {"train_loss": loss, **self.accuracies("validation")}
-            if self.history is not None:
-                self.history.add(step)
-            log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
-            if folder is not None:
-                history = None if self.history is None else self.history.content
-                facts = {"run": ours, "epoch": epoch + 1, "step": step, "metrics": metrics, "history": history}
-                facts["scaler"] = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-                save_checkpoint(folder / FILE, self.tensors(), self.optimizer, facts)
-        return metrics
+        with keeper.watching():
+            while not at.done:
+                self._epoch(at, keeper, log)
+                at.metrics = {"train_loss": at.loss / at.count, **self.accuracies("validation")}
+                if self.history is not None:
+                    self.history.add(at.step)
+                log.write(at.event("epoch", **at.metrics))
+                at.next_epoch()
+                at.done = at.epoch == self.epochs
+                keeper.after_epoch(at)
+        return at.metrics
 
     def accuracies(self, split: str) -> dict[str, float]:
         """Return the accuracies of the tasks that have this split, and their mean, by name."""
@@ -180,51 +190,58 @@ class JointRun:
             loss = objective.loss(objective.module, (to_device(inputs, device), labels.to(device)))
         return loss if self.gates is None else loss + self.gates.penalty(self.joint.r1, self.joint.r2)
 
-    def _epoch(self, epoch: int, step: int, log: RunLog) -> tuple[int, float]:
-        """Run one epoch, a task drawn anew for each step; return the number of steps so far, and the mean loss."""
-        # everything random in an epoch follows from its seed: a resumed run needs no generator states
-        torch.manual_seed(epoch_seed(self.config.seed, epoch))
-        drawn = torch.randint(len(self.names), (self.steps_per_epoch,)).tolist()
-        streams = {name: self.stream(name, epoch) for name in self.names}
+    def _epoch(self, at: Position, keeper: Keeper, log: RunLog) -> None:
+        """Run an epoch, or what is left of it, a task drawn anew for each step."""
+        seed, accumulate = self.config.seed, self.config.accumulate
+        order = torch.Generator().manual_seed(epoch_seed(seed, at.epoch))
+        drawn = torch.randint(len(self.names), (self.steps_per_epoch,), generator=order).tolist()
+        streams = {name: self.stream(name, at) for name in self.names}
         for objective in self.objectives.values():
             set_train_mode(objective.module, self.config.bn == "adapt")
-        total, count, accumulate = 0.0, 0, self.config.accumulate
-        for name in (self.names[at] for at in drawn[: self.steps - step]):
+        for name in (self.names[index] for index in drawn[at.count : at.count + self.steps - at.step]):
             objective = self.use(name)
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * learning_rate(self.config, step, self.steps)
+                group["lr"] = peak * learning_rate(self.config, at.step, self.steps)
             value = 0.0
-            for _ in range(accumulate):
-                loss = self.loss(objective, next(streams[name]))
+            for part in range(accumulate):
+                batch = next(streams[name])
+                # everything random in a batch follows from its place, and so a run may go on at any
+                torch.manual_seed(draw_seed(seed, at.epoch, at.count, part))
+                loss = self.loss(objective, batch)
                 value += float(loss.detach()) / accumulate
                 self.accelerator.backward(loss)  # divides by `accumulate`
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"the loss of {name!r} is {value} at step {step + 1} of {self.steps}; lower the learning rates "
+                    f"the loss of {name!r} is {value} at step {at.step + 1} of {self.steps}; lower the learning rates "
                     f"(weights {self.settings['weight_lr']}, head {self.config.linear_lr}), or clip gradients; the "
-                    f"checkpoint of the last whole epoch is kept"
+                    f"last checkpoint is kept"
                 )
             if self.config.clip is not None:
                 self.accelerator.clip_grad_norm_(self.trained, self.config.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            total, count, step = total + value, count + 1, step + 1
-            if step % LOG_EVERY == 0 or step == self.steps:
+            at.loss, at.count, at.step = at.loss + value, at.count + 1, at.step + 1
+            if at.step % LOG_EVERY == 0 or at.step == self.steps:
                 rate = float(self.optimizer.param_groups[0]["lr"])
-                log.write({"event": "step", "epoch": epoch + 1, "step": step, "steps": self.steps,
-                           "loss": value, "lr": rate})  # fmt: skip
-        return step, total / count
+                log.write(at.event("step", loss=value, lr=rate))
+            keeper.after_step(at)
 
-    def stream(self, name: str, epoch: int) -> Iterator[Batch]:
-        """Give a task's batches without an end, its examples in another order each time.
+    def stream(self, name: str, at: Position) -> Iterator[Batch]:
+        """Give a task's batches from a position on and without an end, its examples in another order in each pass.
+
+        What was read is noted in the position.
 
         Raises:
             TrainingError: if no example can be read.
         """
-        for again in itertools.count():
-            self.samplers[name].epoch = epoch * PASSES + again
+        first, read = at.batches.get(name, [0, 0])
+        for again in itertools.count(first):
+            self.samplers[name].epoch = at.epoch * PASSES + again
+            loader = self.accelerator.skip_first_batches(self.loaders[name], read) if read else self.loaders[name]
             batch = None
-            for batch in readable(self.loaders[name]):
+            for number, batch in numbered(loader):
+                at.batches[name] = [again, read + number]
                 yield batch
-            if batch is None:
+            if batch is None and not read:
                 raise TrainingError(f"no example of the training split of {name!r} can be read")
+            read = 0

@@ -15,12 +15,14 @@ from ..data.batches import readable
 from ..errors import TrainingError
 from ..parts import FEATURES, Parts
 from ..preprocess import preprocess_to_json
+from .accelerator import is_main_process
 from .batchnorm import batchnorm_statistics
 from .borrow import borrowed
-from .checkpoint import run_folder
 from .config import TrainConfig
+from .folder import run_folder
+from .keep import parse_every
 from .learn import Learn, learn_scores
-from .log import Report, RunLog, is_main_process
+from .log import Report, RunLog
 from .run import Run
 from .scored import extract_masks, replaced_values
 
@@ -50,6 +52,8 @@ def train_mask(
     output: str | Path | None = None,
     resume: bool = False,
     start_from: str | Path | None = None,
+    checkpoint_every: str | None = None,
+    longer: bool = True,
     learn: Learn = learn_scores,
     report: Report | None = None,
 ) -> TrainResult:
@@ -59,9 +63,11 @@ def train_mask(
         model: from `load_backbone`, or any module that gives logits for images; its tensors have the same bits
             afterwards.
         data: from `load_data`. The test split is only read after the last step.
-        output: folder for the checkpoint of every epoch, `log.jsonl` and TensorBoard curves; None keeps nothing.
+        output: folder for the checkpoint, `log.jsonl` and TensorBoard curves; None keeps nothing. One run at a time.
         resume: continue from the checkpoint in `output`. On one process and CPU the masks are, bit for bit, those of
             a run that was not interrupted.
+        checkpoint_every: a time or a number of optimiser steps, as in "10min" or "500steps"; None: every epoch.
+        longer: `epochs` or `steps` may be greater than those of the run that is resumed. False: that is an error.
         start_from: `output` of a finished run on the same backbone, with whose scores, head and statistics this one
             starts; the optimiser starts afresh.
         learn: attaches what is trained as scores, and returns it; the default does what `config` says.
@@ -70,17 +76,25 @@ def train_mask(
 
     Raises:
         TrainingError: if the loss is not finite, or no example of an epoch can be read.
-        StateError: if the checkpoint belongs to another run, or `output` has one and `resume` is not asked for.
+        StateError: if the checkpoint is damaged or belongs to another run, `output` has one and `resume` is not asked
+            for, or another run writes into it.
+        StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written. Only with
+            `output`, in the main thread; a second signal is not waited for.
         SelectionError, DataError: if patterns or data do not fit the backbone.
     """
     config = config or TrainConfig()
+    parse_every(checkpoint_every)
     backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
     main = is_main_process()
-    folder = run_folder(output, resume)
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with borrowed(backbone, config.train), RunLog(folder if main else None, report if main else None, resume) as log:
+    start = None if start_from is None else Path(start_from)
+    with (
+        run_folder(output, resume) as folder,
+        borrowed(backbone, config.train),
+        RunLog(folder if main else None, report if main else None, resume) as log,
+    ):
         run = Run(backbone, data, config, learn)
-        metrics = run.train(before, folder, resume, None if start_from is None else Path(start_from), log)
+        metrics = run.train(before, folder, resume, start, log, checkpoint_every, longer)
         statistics = batchnorm_statistics(backbone.model) if config.bn == "adapt" else {}
         head = run.objective.head()
         values = replaced_values(backbone.model)

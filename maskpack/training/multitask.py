@@ -16,9 +16,10 @@ from ..parts import Parts
 from ..tensorfile import replacing
 from .batchnorm import batchnorm_statistics
 from .borrow import borrowed
-from .checkpoint import run_folder
 from .config import TrainConfig
+from .folder import run_folder
 from .joint import JointRun
+from .keep import Position
 from .log import Report, RunLog
 from .loop import TrainResult, finished
 from .record import training_record
@@ -50,6 +51,7 @@ def train_jointly(
     gated: bool = True,
     output: str | Path | None = None,
     resume: bool = False,
+    checkpoint_every: str | None = None,
     report: Report | None = None,
 ) -> JointResult:
     """Train one network on several tasks at once ("Like a Light Switch"). The backbone's weights are changed.
@@ -64,18 +66,22 @@ def train_jointly(
         config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
         joint: rates of weights and gates, and regularisers.
         gated: without gates the weights are shared as they are, and every mask keeps all.
-        output, resume, report: as in `train_mask`. With gates the folder also gets `histograms.json`: gates and
-            effective weights by task and parameter, after every epoch.
+        output, resume, checkpoint_every, report: as in `train_mask`. With gates the folder also gets `histograms.json`:
+            gates and effective weights by task and parameter, after every epoch.
 
     Raises:
         ConfigError: if the objective or the heads are others than linear ones trained on labels, or there are several
             processes. Others: as `train_mask`.
     """
     config, joint = config or TrainConfig(), joint or JointConfig()
-    folder = run_folder(output, resume)
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with borrowed(backbone), RunLog(folder, report, resume) as log, _run(backbone, tasks, config, joint, gated) as run:
-        last = run.train(before, folder, resume, log)
+    with (
+        run_folder(output, resume) as folder,
+        borrowed(backbone),
+        RunLog(folder, report, resume) as log,
+        _run(backbone, tasks, config, joint, gated) as run,
+    ):
+        last = run.train(before, folder, resume, log, checkpoint_every)
         if folder is not None and run.history is not None:
             with replacing(folder / HISTOGRAMS) as (temporary,):
                 temporary.write_text(json.dumps(run.history.content, sort_keys=True), encoding="utf-8")
@@ -129,7 +135,7 @@ def plan_jointly(
     """
     with borrowed(backbone), _run(backbone, tasks, config, joint, gated) as run:
         for name in tasks:
-            run.loss(run.use(name), next(run.stream(name, 0))).backward()  # type: ignore[no-untyped-call]
+            run.loss(run.use(name), next(run.stream(name, Position(run.steps)))).backward()  # type: ignore[no-untyped-call]
         shared = dict(backbone.model.named_parameters()) if run.gates is None else run.gates.weights()
         weights = sum(shared[name].numel() for name in run.selected)
         return {"parameters": len(run.selected), "weights": weights, "epochs": run.epochs, "steps": run.steps}

@@ -1,7 +1,7 @@
 """The training record that travels with an adapter; no times, so that equal runs give equal bytes."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,14 +12,24 @@ from .config import TrainConfig
 
 
 def training_record(
-    config: TrainConfig, data: Data, steps: int, processes: int, metrics: Mapping[str, float]
+    config: TrainConfig,
+    data: Data,
+    steps: int,
+    processes: int,
+    metrics: Mapping[str, float],
+    extended: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return settings, steps, data, versions and metrics of a run as JSON values."""
+    """Return settings, steps, data, versions and metrics of a run as JSON values.
+
+    Args:
+        extended: what is to be said of steps that were added when the run went on.
+    """
     assert data.train is not None
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     return {
         "settings": config.to_json(),
         "steps": steps,
+        **({"extended": list(extended)} if extended else {}),
         "processes": processes,
         "data": {
             "id": data.id,

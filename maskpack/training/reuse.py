@@ -75,7 +75,7 @@ def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options:
     """
     if build_method(config.method, dict(config.method_options)).learns:
         settings = replace(config, head_kind="own", bn="freeze")
-        masks = train_mask(backbone, source, settings, **options).parts.masks
+        masks = train_mask(backbone, source, settings, longer=False, **options).parts.masks
     else:
         with borrowed(backbone):
             learn_scores(backbone, config)
@@ -131,4 +131,4 @@ def train_reused(
 
     # in the record, and what a checkpoint of another mask differs in
     config = replace(config, method=Reuse.id, method_options={"mask_id": mask_id({"default": masks})})
-    return train_mask(backbone, target, config, learn=learn, **options)
+    return train_mask(backbone, target, config, learn=learn, longer=False, **options)

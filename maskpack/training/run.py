@@ -7,25 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone.fingerprint import Fingerprint
 from ..backbone.load import Backbone
 from ..data.base import Data, Examples
-from ..data.batches import EpochSampler, epoch_seed, readable
-from ..errors import ConfigError, StateError, TrainingError, require
+from ..data.batches import EpochSampler, draw_seed, numbered
+from ..errors import ConfigError, TrainingError
+from .accelerator import new_accelerator
 from .batchnorm import set_train_mode
-from .checkpoint import (
-    FILE,
-    check_same_run,
-    checkpoint_digest,
-    load_checkpoint,
-    restore,
-    save_checkpoint,
-    take_over,
-    trained_tensors,
-)
+from .checkpoint import FILE, OBJECTIVE, checkpoint_digest, take_over, trained_tensors
 from .config import TrainConfig, learning_rate
+from .keep import Keeper, Position, note_unreadable, unreadable_rows
 from .learn import Learn, learn_scores, learn_whole
 from .log import RunLog
 from .objectives.base import check_data, find_objective
@@ -33,26 +26,8 @@ from .rate import rate_control
 from .record import training_record
 from .scored import density, scored_models, scored_weights
 
+STREAM = "train"  # of batches
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
-
-
-def new_accelerator(config: TrainConfig) -> Any:
-    """Return the Accelerator of a run.
-
-    Raises:
-        ConfigError: if the precision is not possible on this device.
-    """
-    accelerate = require("accelerate", "train", "training")
-    # Accelerate keeps one precision per process; a second run of ours may have another
-    accelerate.state.AcceleratorState._reset_state()
-    try:
-        return accelerate.Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=config.accumulate,
-            dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=False),
-        )
-    except ValueError as error:
-        raise ConfigError(f"precision {config.precision!r} is not possible on this device: {error}") from error
 
 
 class Run:
@@ -64,6 +39,7 @@ class Run:
     Attributes:
         whole: parameters that learn themselves beside scores, by name.
         control: keeps the masks within a budget of bytes, or None.
+        extended: what is to be said of steps that were added when the run went on.
     """
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig, learn: Learn = learn_scores):
@@ -104,6 +80,7 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.loader) / config.accumulate)
         self.steps = config.steps or config.epochs * self.steps_per_epoch
         self.epochs = math.ceil(self.steps / self.steps_per_epoch)
+        self.extended: list[str] = []
         self.models = scored_models(self.objective.module)
         for model in self.models:
             model.batch_size = config.batch_size * config.accumulate * self.accelerator.num_processes
@@ -119,56 +96,73 @@ class Run:
         }
 
     def train(
-        self, base: Fingerprint, folder: Path | None, resume: bool, start_from: Path | None, log: RunLog
+        self,
+        base: Fingerprint,
+        folder: Path | None,
+        resume: bool,
+        start_from: Path | None,
+        log: RunLog,
+        every: str | None = None,
+        longer: bool = False,
     ) -> dict[str, float]:
-        """Run the epochs that are left; return the metrics."""
+        """Run the epochs that are left; return the metrics.
+
+        Args:
+            every: as of `parse_every`. longer: a run that goes on may have more steps than before.
+        """
         ours = self.facts(base, start_from)
-        module: nn.Module = self.objective.module
-        first, step, metrics = 0, 0, {}
+        keeper = Keeper(self, folder, every, ours, log)
         if resume:
-            if folder is None:
-                raise StateError("resume needs the folder of the run in `output`")
-            tensors, state, facts = load_checkpoint(folder / FILE)
-            check_same_run(folder, ours, facts["run"])
-            restore(trained_tensors(module), self.optimizer, tensors, state)
-            first, step, metrics = facts["epoch"], facts["step"], facts["metrics"]
-            if self.accelerator.scaler is not None and facts["scaler"]:
-                self.accelerator.scaler.load_state_dict(facts["scaler"])
-            if self.control is not None:
-                self.control.restore(facts["control"])
+            at = keeper.resume(self.steps, longer)
         else:
+            at = Position(self.steps)
             self.objective.start()
             if start_from is not None:
-                take_over(trained_tensors(module), start_from / FILE, ours["base"], self.objective.fresh)
-        for epoch in range(first, self.epochs):
-            step, loss = self._epoch(epoch, step, log)
-            last = epoch + 1 == self.epochs
-            size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(last)}
-            if last and self.config.bn == "adapt" and self._stores_another():
-                self.objective.recalibrate()
-            metrics = {"train_loss": loss, **self._density(), **size, **self.objective.metrics()}
-            if self.data.validation is not None:
-                metrics |= self._held_out("validation", self.data.validation)
-            log.write({"event": "epoch", "epoch": epoch + 1, "step": step, "steps": self.steps, **metrics})
-            warning = self.objective.warning(metrics)
-            if warning is not None:
-                log.write({"event": "warning", "step": step, "steps": self.steps, "warning": warning})
-            if folder is not None and self.accelerator.is_main_process:
-                scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-                facts = {
-                    "run": ours,
-                    "epoch": epoch + 1,
-                    "step": step,
-                    "metrics": metrics,
-                    "scaler": scaler,
-                    "control": None if self.control is None else self.control.state(),
-                }
-                save_checkpoint(folder / FILE, trained_tensors(module), self.optimizer, facts)
+                take_over(trained_tensors(self.objective.module), start_from / FILE, ours["base"], self.objective.fresh)
+        with keeper.watching():
+            while not at.done:
+                over = self._epoch(at, keeper, log)
+                last = not over or at.epoch + 1 == self.epochs
+                size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(last)}
+                if last and self.config.bn == "adapt" and self._stores_another():
+                    self.objective.recalibrate()
+                at.metrics = {"train_loss": at.loss / at.count, **self._density(), **size, **self.objective.metrics()}
+                if self.data.validation is not None:
+                    at.metrics |= self._held_out("validation", self.data.validation)
+                log.write(at.event("epoch", **at.metrics))
+                warning = self.objective.warning(at.metrics)
+                if warning is not None:
+                    log.write(at.event("warning", warning=warning))
+                at.done = last
+                if over:  # one that the last step cut short goes on where a longer run does
+                    at.next_epoch()
+                keeper.after_epoch(at)
+        self.extended = at.extended
         self._progress(1.0)
+        metrics = dict(at.metrics)
         if self.data.test is not None:
             metrics |= self._held_out("test", self.data.test)
-        log.write({"event": "end", "step": step, "steps": self.steps, **metrics})
+        log.write({"event": "end", "step": at.step, "steps": self.steps, **metrics})
         return metrics
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that the run changes, by name."""
+        kept = {OBJECTIVE + name: tensor for name, tensor in self.objective.state().items()}
+        return trained_tensors(self.objective.module) | kept
+
+    def more(self) -> dict[str, Any]:
+        """Return what else there is to the run's state, as JSON values."""
+        return {
+            "control": None if self.control is None else self.control.state(),
+            "unreadable": unreadable_rows({"data": self.data}),
+        }
+
+    def take_back(self, more: Mapping[str, Any], objective: Mapping[str, Tensor]) -> None:
+        """Go on from what `more` and `tensors` gave."""
+        if self.control is not None:
+            self.control.restore(more["control"])
+        self.objective.restore({name.removeprefix(OBJECTIVE): tensor for name, tensor in objective.items()})
+        note_unreadable({"data": self.data}, more["unreadable"])
 
     def _stores_another(self) -> bool:
         """Tell whether BatchNorm saw other inputs or another network in training than it will."""
@@ -190,59 +184,59 @@ class Run:
     def _held_out(self, split: str, examples: Examples) -> dict[str, float]:
         return {f"{split}_{name}": value for name, value in self.objective.evaluate(examples).items()}
 
-    def _epoch(self, epoch: int, step: int, log: RunLog) -> tuple[int, float]:
-        """Run one epoch; return the number of steps made so far, and the epoch's mean loss."""
-        # everything random in an epoch follows from its seed: a resumed run needs no generator states
-        self.sampler.epoch = epoch
-        torch.manual_seed(epoch_seed(self.config.seed, epoch) + self.accelerator.process_index)
+    def _epoch(self, at: Position, keeper: Keeper, log: RunLog) -> bool:
+        """Run an epoch, or what is left of it; return False if the last step cut it short."""
+        # everything random in a batch follows from its place, and so a run may go on at any
+        self.sampler.epoch = at.epoch
         set_train_mode(self.module, self.config.bn == "adapt")
-        self.objective.begin_epoch(epoch, self.epochs)
-        total, count, started, steps_before = 0.0, 0, time.monotonic(), step
-        for batch in readable(self.loader):
-            if step == self.steps:
-                break
+        self.objective.begin_epoch(at.epoch, self.epochs)
+        self.accelerator.step = 0  # of a batch that was left over nothing is kept
+        for parameter in self.trained:
+            parameter.grad = None
+        read = at.batches.get(STREAM, [0, 0])[1]
+        loader = self.accelerator.skip_first_batches(self.loader, read) if read else self.loader
+        started, steps_before = time.monotonic(), at.step
+        for number, batch in numbered(loader):
+            if at.step == self.steps:
+                return False
+            place = read + number
+            torch.manual_seed(draw_seed(self.config.seed, at.epoch, place, self.accelerator.process_index))
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = peak * learning_rate(self.config, step, self.steps)
-            self._progress(step / max(self.steps - 1, 1))
+                group["lr"] = peak * learning_rate(self.config, at.step, self.steps)
+            self._progress(at.step / max(self.steps - 1, 1))
             with self.accelerator.accumulate(self.module):
                 with self.accelerator.autocast():
                     loss = self.objective.loss(self.module, batch) + self._penalty()
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise TrainingError(
-                        f"the loss is {value} at step {step + 1} of {self.steps}; lower the learning rates (scores "
-                        f"{self.config.score_lr}, head {self.config.linear_lr}), or clip gradients; the checkpoint of "
-                        f"the last whole epoch is kept"
+                        f"the loss is {value} at step {at.step + 1} of {self.steps}; lower the learning rates (scores "
+                        f"{self.config.score_lr}, head {self.config.linear_lr}), or clip gradients; the last "
+                        f"checkpoint is kept"
                     )
                 self.accelerator.backward(loss)
-                self.objective.after_backward(step)
+                self.objective.after_backward(at.step)
                 if self.config.clip is not None and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.trained, self.config.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            total, count = total + value, count + 1
+            at.loss, at.count = at.loss + value, at.count + 1
             if self.accelerator.sync_gradients:
-                step += 1
+                at.step += 1
+                at.batches[STREAM] = [0, place]
                 if self.control is not None:
                     self.control.follow()
-                if step % LOG_EVERY == 0 or step == self.steps:
-                    pace = (time.monotonic() - started) / (step - steps_before)
-                    log.write(
-                        {
-                            "event": "step",
-                            "epoch": epoch + 1,
-                            "step": step,
-                            "steps": self.steps,
-                            "loss": value,
-                            "lr": float(self.optimizer.param_groups[0]["lr"]),
-                            **self._density(),
-                            "seconds_left": pace * (self.steps - step),
-                        }
-                    )
-        if count == 0:
-            raise TrainingError(f"no example of the training split could be read in epoch {epoch + 1}")
-        return step, total / count
+                if at.step % LOG_EVERY == 0 or at.step == self.steps:
+                    pace = (time.monotonic() - started) / (at.step - steps_before)
+                    rate = float(self.optimizer.param_groups[0]["lr"])
+                    left = pace * (self.steps - at.step)
+                    log.write(at.event("step", loss=value, lr=rate, **self._density(), seconds_left=left))
+                keeper.after_step(at)
+        if at.count == 0:
+            raise TrainingError(f"no example of the training split could be read in epoch {at.epoch + 1}")
+        return True
 
     def record(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         """Return the training record that travels with the adapter."""
-        return training_record(self.config, self.data, self.steps, self.accelerator.num_processes, metrics)
+        processes = self.accelerator.num_processes
+        return training_record(self.config, self.data, self.steps, processes, metrics, self.extended)

@@ -14,13 +14,15 @@ from ..data.base import Data
 from ..errors import ConfigError, StateError
 from ..mask import MaskSet
 from ..parts import Parts
+from .accelerator import is_main_process
 from .borrow import borrowed
-from .checkpoint import FILE, check_untaken
+from .checkpoint import FILE
 from .config import TrainConfig
 from .dense import body_parameters, of_weights, train_dense
+from .folder import check_untaken, locked
 from .heads import own_linear
 from .learn import learn_scores
-from .log import Report, is_main_process, tagged
+from .log import Report, tagged
 from .reuse import STARTS, Start, current_values, find_reuse, start_values, train_reused
 from .scored import scored_weights
 
@@ -61,6 +63,7 @@ def train_transfer(
     baseline: bool = False,
     output: str | Path | None = None,
     resume: bool = False,
+    checkpoint_every: str | None = None,
     report: Report | None = None,
 ) -> TransferResult:
     """Carry a network from a source domain to a target domain: Differentiable Weight Masks for Domain Transfer.
@@ -82,6 +85,7 @@ def train_transfer(
             folder for each run, as of `train_mask`. None keeps nothing.
         resume: continue in `output`: what is finished is read back, what was interrupted continues. `start` and
             `baseline` may differ from the earlier call.
+        checkpoint_every: as in `train_mask`.
         report: as in `train_mask`; every event has also "part", the name of the run.
 
     Raises:
@@ -98,23 +102,26 @@ def train_transfer(
     def run(name: str) -> dict[str, Any]:
         own = None if folder is None else folder / RUNS / name
         again = resume and own is not None and (own / FILE).exists()
-        return {"output": own, "resume": again, "report": tagged(report, name)}
+        return {"output": own, "resume": again, "checkpoint_every": checkpoint_every, "report": tagged(report, name)}
 
-    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-    before = current_values(backbone, names)
-    if not source_trained:
-        backbone = train_source(backbone, source, weights, **run(SOURCE))
-        if folder is not None and is_main_process():
-            export_state(folder / SOURCE_FILE, backbone.model)
-    masks = find_reuse(backbone, source, config, **run(MASK))
-    weights = replace(weights, head_kind="own" if source.class_names == target.class_names else "linear")
-    after = current_values(backbone, names)
-    values = start_values(start, before, after, config.seed)
-    result = train_reused(backbone, masks, values, target, weights, **run(f"{TARGET}-{start}"))
-    plain = None
-    if baseline:
-        none = MaskSet.from_tensors({n: torch.zeros(m.shape, dtype=torch.bool) for n, m in masks.items()}, op="replace")
-        plain = train_reused(backbone, none, after, target, weights, **run(BASELINE)).parts
+    with locked(folder):
+        names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+        before = current_values(backbone, names)
+        if not source_trained:
+            backbone = train_source(backbone, source, weights, **run(SOURCE))
+            if folder is not None and is_main_process():
+                export_state(folder / SOURCE_FILE, backbone.model)
+        masks = find_reuse(backbone, source, config, **run(MASK))
+        weights = replace(weights, head_kind="own" if source.class_names == target.class_names else "linear")
+        after = current_values(backbone, names)
+        values = start_values(start, before, after, config.seed)
+        result = train_reused(backbone, masks, values, target, weights, **run(f"{TARGET}-{start}"))
+        plain = None
+        if baseline:
+            none = MaskSet.from_tensors(
+                {n: torch.zeros(m.shape, dtype=torch.bool) for n, m in masks.items()}, op="replace"
+            )
+            plain = train_reused(backbone, none, after, target, weights, **run(BASELINE)).parts
     about = {
         "method": {"id": config.method, **config.method_options},
         "lr": config.score_lr,

@@ -24,6 +24,7 @@ def train(trial: Trial, config: TrainConfig, labelled: bool) -> tuple[TrainResul
         config,
         output=folder,
         resume=(folder / FILE).exists(),
+        longer=False,
         report=trial.report,
     )
     return result, write(trial, result.parts, result.base, result.about)

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 
 from ...backbone.head import Head
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
-from ...data.batches import loader, readable
+from ...data.batches import EpochSampler, loader, readable
 from ...errors import ConfigError, DataError, UnknownNameError
 from ...registry import Registry
 from ..batchnorm import recalibrate
@@ -52,7 +51,7 @@ class Objective(ABC):
     def start(self) -> None:  # noqa: B027
         """Prepare for the first epoch of a new run; the scores are attached."""
 
-    def batches(self, examples: Examples, sampler: Sampler[int] | None = None) -> Any:
+    def batches(self, examples: Examples, sampler: EpochSampler | None = None) -> Any:
         """Return a loader: augmented and in the sampler's order for training, plain and whole without a sampler."""
         return self.load(examples, sampler=sampler, augment=self.config.augment if sampler is not None else "none")
 
@@ -97,6 +96,13 @@ class Objective(ABC):
         """
         assert self.data.train is not None
         recalibrate(self.network, readable(self.load(self.data.train)))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is kept for `metrics` so far, for checkpoints in the middle of an epoch."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Go on from what `state` gave."""
 
     def metrics(self) -> Mapping[str, float]:
         """Return what the epoch that ends shows beside its loss."""

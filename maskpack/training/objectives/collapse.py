@@ -30,6 +30,17 @@ class CollapseWatch:
         if scores is not None:
             self.used += torch.bincount(scores.detach().argmax(-1).cpu(), minlength=len(self.used))
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what was noted since the last metrics."""
+        lengths = torch.tensor([len(rows) for rows in self.rows], dtype=torch.int64)
+        rows = torch.cat(list(self.rows)) if self.rows else torch.zeros(0, 0)
+        return {"used": self.used.clone(), "lengths": lengths, "rows": rows}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.used.copy_(state["used"])
+        self.rows = deque(torch.split(state["rows"], state["lengths"].tolist()))
+
     def metrics(self) -> dict[str, float]:
         """Return `feature_rank` and, with prototypes, `prototype_usage`, and begin again.
 

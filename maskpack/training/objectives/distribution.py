@@ -1,6 +1,7 @@
 """Masks that change nothing of what a network says: as many weights as possible go, its outputs stay."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -105,6 +106,13 @@ class Distribution(Objective):
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, _ = batch
         return self._divergence(*module(inputs)) + self.options.strength * self._density()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sums": torch.tensor(self.sums, dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        divergence, agreed, count = state["sums"].tolist()
+        self.sums = [divergence, agreed, count]
 
     def metrics(self) -> dict[str, float]:
         """Return the mean divergence since the last time, in nats, and how often the class stayed."""

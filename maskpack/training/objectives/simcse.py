@@ -90,6 +90,12 @@ class Simcse(Objective):
             similar / self.options.temperature, torch.arange(len(first), device=z.device)
         )
 
+    def state(self) -> dict[str, Tensor]:
+        return self.watch.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.watch.restore(state)
+
     def metrics(self) -> dict[str, float]:
         return self.watch.metrics()
 

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 
 from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone
 from ...data.base import Data, Examples
+from ...data.batches import EpochSampler
 from ...errors import ConfigError
 from ...preprocess import ImagePreprocess
 from ...registry import check_above_zero, make_options
@@ -144,7 +144,7 @@ class Swav(Objective):
         self.watch = CollapseWatch(self.options.prototypes)
         self.queue_on = False
 
-    def batches(self, examples: Examples, sampler: Sampler[int] | None = None) -> Any:
+    def batches(self, examples: Examples, sampler: EpochSampler | None = None) -> Any:
         assert isinstance(self.backbone.preprocess, ImagePreprocess)
         views = multi_crop(self.backbone.preprocess, self.kinds)
         return self.load(examples, sampler=sampler, transform=views, stack=stack_views)
@@ -190,6 +190,12 @@ class Swav(Objective):
     @property
     def network(self) -> nn.Module:
         return self.module.classifier
+
+    def state(self) -> dict[str, Tensor]:
+        return self.watch.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.watch.restore(state)
 
     def metrics(self) -> dict[str, float]:
         return self.watch.metrics()
