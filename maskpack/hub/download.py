@@ -11,6 +11,7 @@ from ..adapter.adapter import Adapter
 from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, check_config, parse_adapter, read_file, read_folder
 from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
+from ..redact import hides_secrets
 from .client import ATTEMPTS, TIMEOUT, Session
 from .files import Snapshot
 from .folder import FILES, Contents, read_card, write_files
@@ -59,6 +60,7 @@ class PullOptions(TypedDict, total=False):
     local_files_only: bool
 
 
+@hides_secrets
 def pull(
     ref: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, **options: Unpack[PullOptions]
 ) -> PulledAdapter:
@@ -93,6 +95,7 @@ def pull(
     return PulledAdapter(path, found.commit, found.repo_id)
 
 
+@hides_secrets
 def open_adapter(
     ref: str | os.PathLike[str],
     *,
@@ -147,9 +150,9 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
         return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=True).resolved
 
     if offline:
-        return session.call(known)
+        return session.call(known, local=True)
     try:
-        remembered = session.call(known, attempts=1)
+        remembered = session.call(known, attempts=1, local=True)
     except MaskpackError:
         remembered = None
     try:

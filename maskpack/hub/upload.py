@@ -10,12 +10,14 @@ from ..adapter.file import CARD_FILE
 from ..adapter.picture import density_picture
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..errors import ConfigError
+from ..redact import hides_secrets
 from .download import OpenedAdapter, open_local
 from .folder import Contents, card_text, holds, read_card, write_files
 from .reference import REVISION, parse_reference
 from .repository import PushedAdapter, RepositoryPush
 
 
+@hides_secrets
 def push(
     folder: str | os.PathLike[str],
     ref: str | os.PathLike[str],
