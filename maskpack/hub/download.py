@@ -12,6 +12,7 @@ from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, check_config, parse_adapter, read_file, read_folder
 from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
 from ..redact import hides_secrets
+from .cache import RepositoryCache
 from .client import ATTEMPTS, TIMEOUT, Session
 from .files import Snapshot
 from .folder import FILES, Contents, read_card, write_files
@@ -145,6 +146,7 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
     if reference.is_pinned:
         return str(reference.revision)
     repo_id, revision, api = str(reference.repo_id), reference.revision, session.api
+    RepositoryCache(repo_id, cache).mend_ref(revision or "main")
 
     def known() -> str:
         return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=True).resolved
@@ -185,7 +187,7 @@ def _from_cache(snapshot: Snapshot, offline: bool) -> OpenedAdapter | None:
         if found[MODEL_FILE] is None or found[CONFIG_FILE] is None:
             return None
         return _verified(snapshot, {name: one for name, one in found.items() if one is not None})
-    except AdapterError:
+    except (AdapterError, HubError):
         if offline:
             raise
         return None
