@@ -154,6 +154,8 @@ def _watch_retries() -> None:
     from huggingface_hub.utils import _http
 
     def backoff(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if _caller.get() and options.get("timeout", 0) is None:
+            del options["timeout"]  # for ever; without it the session's limits hold
         if _caller.get() == "own":
             options["max_retries"] = 0
         elif _caller.get() == "library" and options.get("retry_on_exceptions"):

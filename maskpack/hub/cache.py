@@ -106,6 +106,10 @@ class RepositoryCache:
         """Return where a file of a commit lies; on most systems a link to its bytes."""
         return self.folder / "snapshots" / commit / name
 
+    def has(self, commit: str, name: str, blob: str) -> bool:
+        """Return True if there is anything in the place of a file of a commit, or of its bytes."""
+        return os.path.lexists(self.entry(commit, name)) or os.path.lexists(self.folder / "blobs" / blob)
+
     def mend_ref(self, revision: str) -> None:
         """Remove the memory of what a branch or tag means if it names no commit."""
         path = self.folder / "refs" / revision

@@ -25,6 +25,7 @@ def origin(error: BaseException) -> BaseException:
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 
     wrapped = isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)) or type(error) is RuntimeError
+    wrapped = wrapped or (type(error) is ValueError and "Force download failed" in str(error))
     return origin(error.__cause__) if wrapped and error.__cause__ is not None else error
 
 

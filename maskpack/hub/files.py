@@ -65,16 +65,19 @@ class Snapshot:
         return {entry.path: self._fetch(entry) for entry in found}
 
     def _fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
+        blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
         refused: MaskpackError | None = None
-        for force in (False, True):
+        # what the cache has already is no attempt
+        for force in (False, True, True) if self.store.has(self.commit, entry.path, blob) else (False, True):
             path = self._download(entry.path, force)
             try:
                 content = self._read(path)
                 if is_same(entry, content):
                     return path, content
+                refused = None
             except (AdapterError, HubError) as error:  # no file, or not even the beginning of an adapter
                 refused = error
-            self.store.discard(self.commit, entry.path, entry.lfs.sha256 if entry.lfs else entry.blob_id)
+            self.store.discard(self.commit, entry.path, blob)
         raise refused or CorruptAdapterError(
             f"{entry.path} of {self} arrived twice with other bytes than the repository lists; it is damaged on the "
             "way or on the server: try another network, or tell the owner"
