@@ -132,6 +132,7 @@ class Bench:
         began = time.monotonic()
         flow.start(run)
         answer, outcome = self.wait()
+        run.client = self.client
         seconds = time.monotonic() - began
         self.recorded = list(self.server.log)
         self.server.faults.rules.clear()

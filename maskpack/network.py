@@ -17,7 +17,8 @@ from .errors import MaskpackError
 CONNECT = 6.0  # seconds to look up a name and to connect
 SILENCE = 60.0  # seconds that a server may say nothing once it is connected
 FORGET = 10.0  # seconds after which a server that could not be reached is tried again
-LOGGERS = ("huggingface_hub", "httpx", "httpx2")  # the client and its HTTP library, whose name depends on its version
+# of the client and its HTTP library, whose name depends on its version
+LOGGERS = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2")
 
 _caller: ContextVar[str] = ContextVar("_caller", default="")  # whose calls this thread makes: "own", "library" or ""
 _lock = threading.Lock()
@@ -154,8 +155,6 @@ def _watch_retries() -> None:
     from huggingface_hub.utils import _http
 
     def backoff(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        if _caller.get() and options.get("timeout", 0) is None:
-            del options["timeout"]  # for ever; without it the session's limits hold
         if _caller.get() == "own":
             options["max_retries"] = 0
         elif _caller.get() == "library" and options.get("retry_on_exceptions"):
@@ -182,14 +181,20 @@ def _watch_retries() -> None:
 
 
 def _limit_session() -> None:
-    """Give the client's session, which waits for ever, time limits; one that has some keeps them."""
+    """Give the requests of the client's session time limits where they have none; it belongs to the whole process."""
     from huggingface_hub import get_session
 
+    def limit(request: Any) -> None:
+        limits = request.extensions.get("timeout", {})
+        for name in ("connect", "read", "write", "pool"):
+            longest = CONNECT if name == "connect" else SILENCE
+            limits[name] = min(limits.get(name) or longest, longest)
+        request.extensions["timeout"] = limits
+
     session = get_session()
-    before = session.timeout
-    if all(limit is None for limit in before.as_dict().values()):
-        session.timeout = type(before)(SILENCE, connect=CONNECT)
-        _undo.callback(setattr, session, "timeout", before)
+    hooks = session.event_hooks
+    session.event_hooks = hooks | {"request": [*hooks.get("request", []), limit]}
+    _undo.callback(setattr, session, "event_hooks", hooks)
 
 
 def _silence() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from .errors import MaskpackError
 
@@ -78,14 +78,18 @@ def _sent(error: BaseException) -> set[str]:
 def _forms(secret: str) -> Iterator[str]:
     """Yield patterns for the ways in which a server may repeat a secret."""
     for text in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]}:
-        yield re.escape(text)
-        yield "(?i:" + re.escape(quote(text, safe="")) + ")"
+        yield "".join(map(_quoted, text))
     for shift in range(3):  # in base64 a text looks different at each place modulo 3: behind "user:", for instance
         coded = b64encode(bytes(shift) + secret.encode()).decode()
         inner = coded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]
         if len(inner) > SHORTEST:
-            for text in {inner, inner.replace("+", "-").replace("/", "_"), quote(inner, safe="")}:
-                yield r"(?:[\w+/-]|%2[BbFf])*" + re.escape(text) + r"(?:[\w+/=-]|%2[BbFf]|%3[Dd])*"
+            around = r"(?:[\w+/=-]|%2[BbFf]|%3[Dd])*"
+            yield around + "".join(_quoted(one, {"+": "-", "/": "_"}.get(one, one)) for one in inner) + around
+
+
+def _quoted(one: str, other: str = "") -> str:
+    """Return a pattern for a character, plain or percent-encoded."""
+    return f"(?:{re.escape(one)}|{re.escape(other or one)}|%(?i:{ord(one):02x}))"
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -118,8 +122,8 @@ def hides_secrets(function: Callable[P, R]) -> Callable[P, R]:
 def clean(error: MaskpackError, token: str | bool | None) -> None:
     """Take secrets out of an error; where what it came from would show one, forget that."""
     hide = functools.partial(redact, token=token, error=error)
-    words = [repr((str(one), one.args, vars(one).get("server_message"))) for one in chain(error)]
+    words = [str(text) for one in [*chain(error)][1:] for text in (one, *one.args, *vars(one).values())]
     args = tuple(hide(one) if isinstance(one, str) else one for one in error.args)
-    if any(hide(text) != text for text in words[1:]):
+    if any(hide(text) != text for text in words):
         error.__cause__ = error.__context__ = None
     error.args = args

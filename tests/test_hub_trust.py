@@ -116,12 +116,24 @@ def test_spoiled_memory_of_a_branch(birds: HubServer, planted: bytes) -> None:
 
 
 def test_silent_server_is_not_waited_for_ever(birds: HubServer) -> None:
-    before = get_session().timeout
-    inside = Session("look", False).call(lambda: get_session().timeout)
-    assert inside.as_dict() == dict.fromkeys(("read", "write", "pool"), SILENCE) | {"connect": CONNECT}
-    assert get_session().timeout == before
-    get_session().timeout = 5.0  # limits that somebody set are kept
-    assert set(Session("look", False).call(lambda: get_session().timeout).as_dict().values()) == {5.0}
+    limits: list[dict[str, float | None]] = []
+
+    def ask(timeout: float | None) -> None:
+        hook = lambda request: limits.append(dict(request.extensions["timeout"]))  # noqa: E731
+        hooks = get_session().event_hooks
+        get_session().event_hooks = hooks | {"request": [*hooks["request"], hook]}
+        get_session().get(birds.endpoint, timeout=timeout)
+        get_session().event_hooks = hooks
+
+    def listed() -> int:
+        return len(get_session().event_hooks["request"])
+
+    before = listed()
+    for timeout in (None, 90.0, 5.0):  # those that somebody set are kept, if they are shorter
+        Session("look", False).call(lambda timeout=timeout: ask(timeout))
+    assert [one["read"] for one in limits] == [SILENCE, SILENCE, 5]
+    assert [one["connect"] for one in limits] == [CONNECT, CONNECT, 5]
+    assert listed() == before
 
 
 def test_rate_limit_says_how_long_to_wait(birds: HubServer, waits: NoWaiting, caplog: pytest.LogCaptureFixture) -> None:
