@@ -1,4 +1,4 @@
-"""A client process of the fault benchmark: calls `maskpack.push` and `maskpack.pull` as it is told, a line a call.
+"""A client process of the fault benchmark: pushes, pulls, loads and searches as it is told, a line a call.
 
     {"call": "pull", "args": ["alice/r1"], "options": {"cache_dir": "…"}}
 
@@ -6,6 +6,7 @@ Its environment says which Hub and which transport. Back-off does not sleep, and
 a second; a request without a limit stays without.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -44,11 +45,27 @@ def answer(command: dict[str, Any]) -> dict[str, Any]:
     import maskpack
 
     try:
+        if command["call"] == "load_mask":
+            return {"weights": masked_weights(*command["args"], **command["options"])}
         found = getattr(maskpack, command["call"])(*command["args"], **command["options"])
     except Exception as error:
         ours = isinstance(error, maskpack.MaskpackError)
         return {"error": type(error).__name__, "ours": ours, "text": str(error)}
+    if isinstance(found, list):
+        return {"found": [one.repo_id for one in found]}
     return {name: None if value is None else str(value) for name, value in vars(found).items()}
+
+
+def masked_weights(ref: str, weights: int, small: int, **options: Any) -> str:
+    """Load an adapter onto a model of ones, made for it, and return the digest of the weights."""
+    from torch import nn, ones
+
+    import maskpack
+
+    shapes = {"layer": weights, "other": 7} | {f"small{n}": 32 for n in range(small)}
+    model = nn.ModuleDict({name: nn.ParameterDict({"weight": ones(size)}) for name, size in shapes.items()})
+    maskpack.load_mask(model, ref, verify="off", head="keep", **options)
+    return hashlib.sha256(b"".join(one.detach().numpy().tobytes() for one in model.parameters())).hexdigest()
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,16 +18,24 @@ from tests.hub_server import WRITE_TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
 SECRETS = re.compile(r"hf_alice\w+|xet_(?:read|write)_\w+")
+WEIGHTS, TAG = 12_000, "v1"
 SMALL = 24  # parameters, so that no two runs send the same picture, which would not be sent again
 Answer = dict[str, Any]
+DAMAGES: tuple[Callable[[Path], object], ...] = (
+    os.mkfifo,
+    Path.mkdir,
+    Path.touch,
+    lambda path: path.write_bytes(b"\0" * 5000),
+    lambda path: path.symlink_to("gone"),
+)
 
 
-def adapter(seed: int, weights: int = 12_000) -> dict[str, bytes]:
+def adapter(seed: int, weights: int = WEIGHTS) -> dict[str, bytes]:
     """Return the files of an adapter that has nothing in common with those of other seeds."""
     return saved(seed, weights, SMALL)
 
 
-def without_card(seed: int, weights: int = 12_000) -> dict[str, bytes]:
+def without_card(seed: int, weights: int = WEIGHTS) -> dict[str, bytes]:
     """Return the same without its card."""
     return {name: data for name, data in adapter(seed, weights).items() if name != CARD}
 
@@ -218,9 +227,68 @@ def _look_at_pull(run: Run, answer: Answer) -> list[str]:
     return wrong + [f"{name} is no file of an adapter" for name in set(found) - set(adapter(run.seed))]
 
 
+def prepare_tag(run: Run) -> None:
+    """A tag, and another commit of the same adapter's repository in the cache."""
+    run.server.add(run.repo_id, adapter(run.seed + 1))
+    run.client.call("pull", run.repo_id, cache_dir=run.cache)
+    prepare_pull(run)
+    repository = run.server.repositories[run.repo_id]
+    repository.git.set_ref(f"refs/tags/{TAG}", run.commit)
+
+
+def start_pull_tag(run: Run) -> None:
+    options = {"cache_dir": run.cache, "output": run.folder / "output", "require_revision": True}
+    run.client.start("pull", f"{run.repo_id}@{TAG}", **options)
+
+
+def prepare_damaged(run: Run) -> None:
+    """A cache in which everything of a commit became something else, and what a killed pull left."""
+    prepare_pull(run)
+    run.client.call("pull", f"{run.repo_id}@{run.commit}", cache_dir=run.cache)
+    shutil.rmtree(
+        run.cache / "blobs", ignore_errors=True
+    )  # Xet's, from which it would be whole again without a request
+    blobs = next(run.cache.glob("models--*/blobs"))
+    for number, blob in enumerate(sorted(blobs.iterdir())):
+        blob.unlink()
+        DAMAGES[(run.number + number) % len(DAMAGES)](blob)
+    (blobs / f"{'0' * 64}.01234567.incomplete").write_bytes(b"half of it")
+
+
+def start_load(run: Run) -> None:
+    reference = f"{run.repo_id}@{run.commit}"
+    run.client.start("load_mask", reference, weights=WEIGHTS, small=SMALL, cache_dir=run.cache)
+
+
+def check_load(run: Run, answer: Answer) -> list[str]:
+    """The right weights or an error, also when it is repeated; then nothing unfinished is left in the cache."""
+    local = write_adapter(run.folder / "local", adapter(run.seed))
+    right = run.client.call("load_mask", local, weights=WEIGHTS, small=SMALL)
+    wrong = [] if "error" in answer or answer == right else ["the weights are others"]
+    if "error" in answer:
+        start_load(run)
+        again = run.client.wait()
+        wrong += [] if again == right else [f"loaded again: {again}"]
+    return wrong + [f"{path.name} was left" for path in run.cache.rglob("*.incomplete")]
+
+
+def start_search(run: Run) -> None:
+    run.client.start("search_adapters", f"r{run.number}")
+
+
+def check_search(run: Run, answer: Answer) -> list[str]:
+    """The repository, or an error; a repetition finds it."""
+    found = answer if "error" not in answer else run.client.call("search_adapters", f"r{run.number}")
+    return [] if run.repo_id in found.get("found", []) else [f"{run.repo_id} was not found: {found}"]
+
+
 FLOWS = (
+    # first: with many repositories the server takes long to look at them all
+    Flow("search", prepare_pull, start_search, check_search),
     Flow("push to a new repository", prepare_push, start_push, check_push),
     Flow("push an update", prepare_update, start_push, check_push),
     Flow("pull a branch into a folder", prepare_pull, start_pull_branch, check_pull),
     Flow("pull a commit", prepare_pull, start_pull_commit, check_pull),
+    Flow("pull a tag, which is required, another commit being cached", prepare_tag, start_pull_tag, check_pull),
+    Flow("load a commit over a damaged cache, after a killed pull", prepare_damaged, start_load, check_load),
 )

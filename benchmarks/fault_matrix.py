@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.fault_offline import offline_table
 from benchmarks.report import Row, table
 
 KINDS = ("503", "503 for ever", "429", "drop", "lost", "stall", "close", "reset", "short", "corrupt")
+NAMES = {"push": "pushes", "pull": "pulls, `load_mask` and search among them"}
 TITLES = {"lfs": "LFS", "xet": "Xet"}
 
 
@@ -27,12 +29,23 @@ def flow_table(rows: Iterable[Row]) -> str:
     )
 
 
-def markdown(rows: list[dict[str, Any]], raced: list[dict[str, Any]]) -> str:
+def summary(rows: list[Row]) -> str:
+    """Return a sentence each on pushes and pulls: how many, on which transport, and what came of them."""
+    sentences = []
+    for what in ("push", "pull"):
+        chosen = [row for row in rows if row["flow"].startswith("push") == (what == "push")]
+        where = Counter(TITLES[row["transport"]] for row in chosen)
+        outcomes = Counter(row["outcome"] for row in chosen).most_common()
+        by = ", ".join(f"{count} by {name}" for name, count in where.items())
+        counted = ", ".join(f"{count} `{name}`" for name, count in outcomes)
+        sentences.append(f"{len(chosen)} runs of {NAMES[what]} ({by}), at most one fault each: {counted}.")
+    return " ".join(sentences)
+
+
+def markdown(rows: list[dict[str, Any]], raced: list[dict[str, Any]], away: list[dict[str, Any]]) -> str:
     """Return all tables and a summary."""
-    outcomes = Counter(row["outcome"] for row in rows)
-    counted = ", ".join(f"{count} `{name}`" for name, count in outcomes.most_common())
-    bad = sum(bool(row["wrong"]) for row in [*rows, *raced])
-    parts = [f"{len(rows)} runs with one fault each: {counted}. Runs in which something was wrong: {bad}.\n"]
+    bad = sum(bool(row["wrong"]) for row in [*rows, *raced, *away])
+    parts = [f"{summary(rows)} Runs in which something was wrong: {bad}.\n"]
     for transport, title in TITLES.items():
         for flow in dict.fromkeys(row["flow"] for row in rows):
             chosen = [row for row in rows if (row["transport"], row["flow"]) == (transport, flow)]
@@ -43,4 +56,6 @@ def markdown(rows: list[dict[str, Any]], raced: list[dict[str, Any]]) -> str:
             (TITLES[one["transport"]], one["what"], one["outcome"], "; ".join(one["wrong"]) or "no") for one in raced
         ]
         parts.append("**At the same time**\n\n" + table(("transport", "what", "outcome", "anything wrong"), lines))
+    if away:
+        parts.append(f"**Without a Hub**: seconds to the error\n\n{offline_table(away)}")
     return "\n".join(parts)

@@ -1,13 +1,14 @@
-"""Every request of a push and of a pull goes wrong once, in every way that makes sense for it, on both transports.
+"""Every request of pushes, pulls and a search goes wrong once, in each way that makes sense for it, on both transports.
 
     python -m benchmarks.faults                             # prints the tables and writes runs/faults.json
     python -m benchmarks.faults --write docs/reliability.md
     python -m benchmarks.faults --only lfs --no-races
 
-`maskpack.push` and `maskpack.pull` run in client processes against the loopback Hub of the tests. First each flow runs
-without faults, and its requests are written down; then once for each request and kind of fault. Afterwards several
-processes push to one repository, and pull into one cache, at the same time. What must hold is in `fault_flows.py` and
-`fault_races.py`; the exit status is 1 if anything does not.
+The verbs run in client processes against the loopback Hub of the tests. First each flow runs without faults, and its
+requests are written down; then once for each request and kind of fault. Afterwards several processes push to one
+repository, and pull into one cache, at the same time; and every verb runs, as a command of its own, where there is no
+Hub. What must hold is in `fault_flows.py`, `fault_races.py` and `fault_offline.py`; the exit status is 1 if anything
+does not.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 from benchmarks.fault_flows import FLOWS, SECRETS, Answer, Client, Flow, Run
 from benchmarks.fault_matrix import markdown
+from benchmarks.fault_offline import offline
 from benchmarks.fault_races import races
 from benchmarks.pages import write_between
 from tests.hub_server import WRITE_TOKEN, Fault, HubServer
@@ -130,6 +132,7 @@ class Bench:
         began = time.monotonic()
         flow.start(run)
         answer, outcome = self.wait()
+        run.client = self.client
         seconds = time.monotonic() - began
         self.recorded = list(self.server.log)
         self.server.faults.rules.clear()
@@ -175,6 +178,7 @@ def main() -> None:
     parser.add_argument("--only", choices=TRANSPORTS, help="one transport")
     parser.add_argument("--flow", type=int, choices=range(len(FLOWS)), help="one flow")
     parser.add_argument("--no-races", action="store_true", help="leave out the processes that run at the same time")
+    parser.add_argument("--no-offline", action="store_true", help="leave out the verbs without a Hub")
     parser.add_argument("--write", type=Path, help="Markdown file that gets the tables between its markers")
     parser.add_argument("--json", type=Path, default=Path("runs/faults.json"))
     options = parser.parse_args()
@@ -188,14 +192,18 @@ def main() -> None:
             rows += bench.rows
             if not options.no_races:
                 raced += races(bench.server, bench.new_client, Path(folder))
-    text = markdown(rows, raced)
+    away: list[dict[str, Any]] = []
+    if not options.no_offline:
+        with tempfile.TemporaryDirectory() as folder:
+            away = offline(Path(folder))
+    text = markdown(rows, raced, away)
     print(text)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - began)
-    options.json.write_text(json.dumps({"seconds": seconds, "runs": rows, "races": raced}, indent=1))
+    options.json.write_text(json.dumps({"seconds": seconds, "runs": rows, "races": raced, "offline": away}, indent=1))
     if options.write:
         write_between(options.write, "make bench-faults", text)
-    wrong = [f"{one}: {what}" for one in [*rows, *raced] for what in one["wrong"]]
+    wrong = [f"{one}: {what}" for one in [*rows, *raced, *away] for what in one["wrong"]]
     print(f"{len(rows)} runs in {seconds} s; {len(wrong)} things that must not be", *wrong, sep="\n")
     sys.exit(bool(wrong))
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ConfigError, DataError, MaskpackError, StateError
+from .leftovers import clear_leftovers, lock
 from .shards import check_shard, checkpoint_files
 from .tensorheader import DTYPES, MAX_HEADER, NAMES, SEAL, UNSEALED, seal
 
@@ -194,6 +195,7 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
     """Give an empty temporary file beside each path; when the block ends well they replace the paths, in order.
 
     Whatever goes wrong before that, the interrupt key included, the paths stay as they are and the temporary files go.
+    Those of a process that was killed go when the path is written the next time.
 
     Raises:
         StateError: in place of an OSError, such as a full disk or a folder that may not be written.
@@ -201,10 +203,16 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
     targets = [Path(path) for path in paths]
     temporary = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in targets]
     renamed = False
+    locked: list[int] = []
     try:
-        for path in temporary:
+        for path, target in zip(temporary, targets, strict=True):
+            clear_leftovers(target)
             # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            if lock(descriptor):
+                locked.append(descriptor)
+            else:
+                os.close(descriptor)
         yield temporary
         for path in temporary:
             _sync(path)
@@ -226,6 +234,8 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
         for path in temporary:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
+        for descriptor in locked:
+            os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

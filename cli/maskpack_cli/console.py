@@ -38,7 +38,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             try:
                 function(*args, **kwargs)
             except StoppedError as error:
-                notes.print(_plain(str(error)))
+                note(str(error))
                 raise typer.Exit(128 + error.signal) from None
             except MaskpackError as error:
                 if os.environ.get("MASKPACK_DEBUG"):
@@ -53,7 +53,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
                 complain(f"{error}{remedy}")
                 raise typer.Exit(1) from None
         except KeyboardInterrupt as error:
-            notes.print(_plain(". ".join(["Interrupted", *getattr(error, "__notes__", []), ""])).rstrip())
+            note(". ".join(["Interrupted", *getattr(error, "__notes__", []), ""]).rstrip())
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # the reader of stdout went away, as `head` does

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
+from ..network import UnreachableError, library_calls, reach
 from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess
+from ..redact import hides_secrets
 from .head import Pooling, find_head, head_features
 from .hf import is_vision, load_model, stated_preprocess, tower_name
 from .random_init import PREFIX, parse_random, randomize
@@ -74,11 +77,12 @@ def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
         raise UnknownNameError(f"timm has no model {name!r}; near: {', '.join(near) or 'see timm.list_models()'}")
-    try:
-        # only the families with a fixed token grid take img_size
-        model = timm.create_model(name, pretrained=pretrained, **({"img_size": image_size} if image_size else {}))
-    except TypeError:
-        model = timm.create_model(name, pretrained=pretrained)
+    with library_calls() if pretrained else nullcontext():
+        try:
+            # only the families with a fixed token grid take img_size
+            model = timm.create_model(name, pretrained=pretrained, **({"img_size": image_size} if image_size else {}))
+        except TypeError:
+            model = timm.create_model(name, pretrained=pretrained)
     config = timm.data.resolve_model_data_config(model)
     size = image_size or config["input_size"][-1]
     resize = size if image_size else round(size / config["crop_pct"])
@@ -101,6 +105,8 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbon
     stated = weights.transforms()
     size, resize = (image_size, image_size) if image_size else (stated.crop_size[0], stated.resize_size[0])
     preprocess = ImagePreprocess(size, resize, stated.interpolation.value, tuple(stated.mean), tuple(stated.std))
+    if pretrained and not Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).exists():
+        reach(weights.url)  # torch would wait for minutes
     model = models.get_model(name, weights=weights if pretrained else None)
     return Backbone(model, f"torchvision/{name}", weights.name if pretrained else None, preprocess=preprocess)
 
@@ -112,11 +118,19 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
     local = folder.is_dir()
     if not local and repo.startswith(("/", ".", "~")):
         raise BackboneError(f"no folder {repo!r}; hf/ is followed by a Hub repository or an existing folder")
-    options: dict[str, Any] = {} if local else {"revision": revision or "main"}
+    with nullcontext() if local else library_calls():
+        return _from_transformers(transformers, repo, None if local else revision or "main", pretrained, image_size)
+
+
+def _from_transformers(
+    transformers: Any, repo: str, revision: str | None, pretrained: bool, image_size: int | None
+) -> Backbone:
+    """Load a model and what belongs to it from a Hub repository at a revision, or from a folder where that is None."""
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     config = transformers.AutoConfig.from_pretrained(repo, **options)
     # a folder is named by its own name, never by its path
-    id_ = f"hf/{folder.resolve().name}" if local else f"hf/{repo}"
-    commit = None if local else getattr(config, "_commit_hash", None)
+    id_ = f"hf/{Path(repo).resolve().name}" if revision is None else f"hf/{repo}"
+    commit = None if revision is None else getattr(config, "_commit_hash", None)
     model = load_model(transformers, config, repo, pretrained, options)
     if is_vision(transformers, config):
         stated = stated_preprocess(transformers.AutoImageProcessor.from_pretrained(repo, **options), image_size)
@@ -168,6 +182,7 @@ def _make(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
     return loaders[kind](name, pretrained, image_size)
 
 
+@hides_secrets
 def load_backbone(
     reference: str,
     *,
@@ -207,10 +222,15 @@ def load_backbone(
             backbone = _make(reference, weights is None and random_weights is None, image_size)
         except MaskpackError:
             raise
+        except UnreachableError as error:
+            raise BackboneError(
+                f"cannot load the backbone {reference!r}: it is not in the cache, and {error.host} cannot be reached "
+                f"({error}); check network, proxy and HF_ENDPOINT, or give weights with --weights FILE.safetensors"
+            ) from error
         except Exception as error:
             raise BackboneError(
-                f"cannot load the backbone {reference!r}: {type(error).__name__}: {error}; if its weights cannot be "
-                f"downloaded, give them with --weights FILE.safetensors"
+                f"cannot load the backbone {reference!r}: {type(error).__name__}: {' '.join(str(error).split())}; if "
+                f"its weights cannot be downloaded, give them with --weights FILE.safetensors"
             ) from error
     if kind:
         randomize(backbone.model, kind, seed)

@@ -1,5 +1,10 @@
-"""What is cached from the Hub."""
+"""The Hub's cache: what is in it, damage that is cleared away, and what killed pulls left."""
 
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +12,7 @@ from ..adapter.fields import PATH, Fields
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..errors import AdapterError, StateError
 from ..tensorheader import strict_json
+from .reference import COMMIT
 
 MOST = 1 << 53  # weights or bytes that a config file may state; more is no honest number
 
@@ -76,3 +82,85 @@ def _count(one: Fields, key: str) -> int:
     if type(value) is not int or not 0 <= value < MOST:
         raise one.refuse(key, f"an integer from 0 to {MOST - 1}")
     return value
+
+
+class RepositoryCache:
+    """The cache of one repository.
+
+    Args:
+        root: another cache than the Hub's.
+
+    Clearing never raises: where it is not allowed, the download after it says why. Nothing outside of the cache is
+    ever removed, and nothing through a link.
+    """
+
+    def __init__(self, repo_id: str, root: Path | None = None) -> None:
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        self.root = Path(root or constants.HF_HUB_CACHE).expanduser().absolute()
+        self.name = repo_folder_name(repo_id=repo_id, repo_type="model")
+        self.folder, self.locks = self.root / self.name, self.root / ".locks" / self.name
+
+    def entry(self, commit: str, name: str) -> Path:
+        """Return where a file of a commit lies; on most systems a link to its bytes."""
+        return self.folder / "snapshots" / commit / name
+
+    def has(self, commit: str, name: str, blob: str) -> bool:
+        """Return True if there is anything in the place of a file of a commit, or of its bytes."""
+        return os.path.lexists(self.entry(commit, name)) or os.path.lexists(self.folder / "blobs" / blob)
+
+    def mend_ref(self, revision: str) -> None:
+        """Remove the memory of what a branch or tag means if it names no commit."""
+        path = self.folder / "refs" / revision
+        _clear_way(self.folder, path.parent)
+        with suppress(OSError):
+            if not path.is_file() or not COMMIT.fullmatch(path.read_text(errors="replace")):
+                _remove(path)
+
+    def mend_folders(self, commit: str) -> None:
+        """Remove what stands where a download needs a folder and is none."""
+        for path in (self.folder / "blobs", self.entry(commit, "")):
+            _clear_way(self.folder, path)
+        _clear_way(self.locks.parent, self.locks)
+
+    def discard(self, commit: str, name: str, blob: str) -> None:
+        """Remove a file of a commit and its bytes, whatever became of them, so that they are fetched anew."""
+        path = self.entry(commit, name)
+        found = [path, self.folder / "blobs" / blob, self.locks / f"{blob}.lock", self.folder / f"trees/{commit}.json"]
+        stores = (self.folder / "blobs", self.root / "blobs")  # the second is shared by repositories
+        for _ in stores:
+            if path.is_symlink():
+                path = Path(os.path.normpath(path.parent / path.readlink()))
+                found += [path] if any(path.is_relative_to(store) for store in stores) else []
+        for path in found:
+            if path.suffix != ".lock" or not path.is_file():
+                _remove(path)
+
+    def clear_leftovers(self) -> None:
+        """Remove unfinished downloads of processes that are gone: a living one holds the lock of its file."""
+        from huggingface_hub.utils import WeakFileLock
+
+        with suppress(OSError):
+            for path in (self.folder / "blobs").glob("*.incomplete"):
+                self.locks.mkdir(parents=True, exist_ok=True)
+                with suppress(OSError), WeakFileLock(self.locks / f"{path.name.partition('.')[0]}.lock", timeout=0.01):
+                    _remove(path)
+            for path in (self.folder / "refs").rglob("*.tmp"):
+                if re.search(r"\.[0-9a-f]{8}\.tmp$", path.name) and path.stat().st_mtime < time.time() - 60:
+                    _remove(path)
+
+
+def _clear_way(top: Path, folder: Path) -> None:
+    """Remove what is no folder, from `top` down to `folder`."""
+    for path in (*[one for one in reversed(folder.parents) if one.is_relative_to(top)], folder):
+        if os.path.lexists(path) and not path.is_dir():
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -3,13 +3,14 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import HubError
-from .failures import LOGIN, explain, is_from_xet, is_passing, origin, quotes_token, seconds_to_wait
+from ..network import SILENCE, UnreachableError, give_up, own_retries, reach
+from ..redact import clean
+from .failures import LOGIN, explain, is_passing, most_attempts, origin, seconds_to_wait
 from .nearest import did_you_mean
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 5
 LONGEST_WAIT = 310.0  # the Hub counts requests in windows of five minutes
-TIMEOUT = 60.0
+TIMEOUT = SILENCE
 
 T = TypeVar("T")
 log = logging.getLogger("maskpack")
@@ -43,11 +44,15 @@ class Session:
         self.task, self.token, self.reference = task, token, reference
         self.offline = bool(constants.HF_HUB_OFFLINE)
         self.api = HfApi(library_name="maskpack", library_version=_version(), token=token)
+        self.reached = False
 
-    def call(self, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
+    def call(self, action: Callable[[], T], attempts: int = ATTEMPTS, local: bool = False) -> T:
         """Return what `action` returns, trying again after faults that pass.
 
-        The client retries some calls and not others, so every call that may be repeated is repeated here.
+        This is the one layer of retries: within it the client tries everything once.
+
+        Args:
+            local: the action asks nobody.
 
         Raises:
             HubError, AdapterError: instead of whatever the client raised.
@@ -55,48 +60,31 @@ class Session:
         attempt = 1
         while True:
             try:
-                with patience():
+                if not (local or self.offline or self.reached):
+                    reach(self.api.endpoint)
+                    self.reached = True
+                with own_retries():
                     return action()
             except Exception as error:
-                self.wait_or_fail(error, attempt, attempts)
+                failed = error
+            self.wait_or_fail(failed, attempt, attempts)
             attempt += 1
 
     def wait_or_fail(self, error: Exception, attempt: int, attempts: int = ATTEMPTS) -> None:
         """Wait before the next attempt, or raise if the fault will not pass, or has not for long enough."""
-        if is_from_xet(error):
-            attempts = min(attempts, 2)  # it has tried for minutes by itself
         wait = seconds_to_wait(error) or float(2 ** (attempt - 1))
-        if attempt >= attempts or wait > LONGEST_WAIT or not is_passing(error):
-            with patience():
+        if attempt >= min(attempts, most_attempts(error)) or wait > LONGEST_WAIT or not is_passing(error):
+            if isinstance(error, UnreachableError) and attempt >= error.attempts:
+                give_up(self.api.endpoint, error)
+            with own_retries():
                 hint = did_you_mean(self.api, origin(error), self.reference)
-            raise explain(error, self.task, self.reference, self.api.endpoint, self.token, hint) from self.cause(error)
+            ours = explain(error, self.task, self.reference, self.api.endpoint, self.token, hint)
+            ours.__cause__ = error
+            clean(ours, self.token)
+            raise ours
         if wait >= 10:
             log.warning("the Hub asks to wait %.0f seconds before it goes on to %s", wait, self.task)
         time.sleep(wait)
-
-    def cause(self, error: Exception) -> Exception | None:
-        """Return the client's error as the cause of ours, unless the traceback would print a token with it."""
-        return None if quotes_token(error, self.token) else error
-
-
-@contextmanager
-def patience() -> Iterator[None]:
-    """Let the client wait a minute for a silent server; left alone it waits for ever in most of its calls.
-
-    The HTTP session belongs to the whole process, so it is left as it was, and one that has limits keeps them.
-    """
-    from huggingface_hub import get_session
-
-    session = get_session()
-    before = session.timeout
-    if any(limit is not None for limit in before.as_dict().values()):
-        yield
-        return
-    session.timeout = TIMEOUT
-    try:
-        yield
-    finally:
-        session.timeout = before
 
 
 def _version() -> str:

@@ -11,9 +11,16 @@ from ..adapter.adapter import Adapter
 from ..adapter.card import PICTURE_FILE
 from ..adapter.file import CARD_FILE
 from ..adapter.keys import Keys, trusted_keys
-from ..adapter.read import CONFIG_FILE, MODEL_FILE, read_bytes, read_files
+from ..adapter.read import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    read_bytes,
+    read_files,
+)
 from ..adapter.signature import SIGNATURE_FILE, Contents, Signed, parse_signed, signature_path
 from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
+from ..redact import hides_secrets
+from .cache import RepositoryCache
 from .client import ATTEMPTS, TIMEOUT, Session
 from .counters import check_newest
 from .files import Snapshot
@@ -73,6 +80,7 @@ class PullOptions(TypedDict, total=False):
     require_signature: str | os.PathLike[str] | None
 
 
+@hides_secrets
 def pull(
     ref: str | os.PathLike[str], *, output: str | os.PathLike[str] | None = None, **options: Unpack[PullOptions]
 ) -> PulledAdapter:
@@ -111,6 +119,7 @@ def pull(
     return replace(found, path=path)
 
 
+@hides_secrets
 def open_adapter(
     ref: str | os.PathLike[str],
     *,
@@ -175,14 +184,15 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
     if reference.is_pinned:
         return str(reference.revision)
     repo_id, revision, api = str(reference.repo_id), reference.revision, session.api
+    RepositoryCache(repo_id, cache).mend_ref(revision or "main")
 
     def known() -> str:
         return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=True).resolved
 
     if offline:
-        return session.call(known)
+        return session.call(known, local=True)
     try:
-        remembered = session.call(known, attempts=1)
+        remembered = session.call(known, attempts=1, local=True)
     except MaskpackError:
         remembered = None
     try:
@@ -215,7 +225,7 @@ def _from_cache(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedA
         if found[MODEL_FILE] is None or found[CONFIG_FILE] is None:
             return None
         return _opened(snapshot, {name: one for name, one in found.items() if one is not None}, keys)
-    except AdapterError:
+    except (AdapterError, HubError):
         if offline:
             raise
         return None

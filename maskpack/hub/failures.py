@@ -1,15 +1,18 @@
 """What the client's errors mean, in our words: what was wrong and what to do."""
 
 import json
-import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ..errors import AdapterError, HubError, HubUnreachableError, MaskpackError
+from ..network import UnreachableError
+from ..redact import redact
 
 if TYPE_CHECKING:
     from .reference import Reference
 
+Clean = Callable[[object], str]
 PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 # The client raises its HTTP library's own errors, which are no OSError, and the library's name depends on its version.
 TRANSPORTS = frozenset({"httpx", "httpx2", "httpcore", "httpcore2"})
@@ -22,6 +25,7 @@ def origin(error: BaseException) -> BaseException:
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionResolutionError
 
     wrapped = isinstance(error, (LocalEntryNotFoundError, RevisionResolutionError)) or type(error) is RuntimeError
+    wrapped = wrapped or (type(error) is ValueError and "Force download failed" in str(error))
     return origin(error.__cause__) if wrapped and error.__cause__ is not None else error
 
 
@@ -56,6 +60,20 @@ def _is_transport(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in TRANSPORTS
 
 
+def _kinds(error: BaseException) -> set[str]:
+    """Return the names of an error's classes; those of the HTTP library cannot be imported by one name."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def _asked(error: BaseException) -> str | None:
+    """Return the server that an error of the HTTP library is about: the Hub's, or that of the large files."""
+    try:
+        host: str = error.request.url.host  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError):
+        return None
+    return host
+
+
 def _is_offline(error: BaseException) -> bool:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RevisionResolutionError
 
@@ -63,7 +81,7 @@ def _is_offline(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Tell whether the same call may well succeed in a moment."""
+    """Return True if the same call may well succeed in a moment."""
     error = origin(error)
     status = status_of(error)
     if status is not None:
@@ -71,52 +89,48 @@ def is_passing(error: BaseException) -> bool:
     if _is_offline(error):
         return False
     if _is_transport(error):
-        names = {kind.__name__ for kind in type(error).__mro__}
-        return "TransportError" in names and not names & LASTING
+        return "TransportError" in _kinds(error) and not _kinds(error) & LASTING
     # an answer that was cut off, or that something between here and the Hub gave in its place
     cut = isinstance(error, (ConnectionError, TimeoutError, json.JSONDecodeError))
     return cut or is_from_xet(error) or "Consistency check failed" in str(error)
 
 
 def is_from_xet(error: BaseException) -> bool:
-    """Tell whether the client's Xet library failed: it raises these builtins, whatever happened to it."""
+    """Return True if the client's Xet library failed: it raises these builtins, whatever happened to it."""
     return type(origin(error)) in (RuntimeError, ConnectionError)
+
+
+def most_attempts(error: BaseException) -> int:
+    """Return how often a call that fails so may be made: less often where every attempt was long."""
+    error = origin(error)
+    if isinstance(error, UnreachableError):
+        return error.attempts
+    # a server that said nothing for a minute; Xet, which has tried for minutes by itself
+    waited = is_from_xet(error) or isinstance(error, TimeoutError)
+    return 2 if waited or "TimeoutException" in _kinds(error) else 5
 
 
 def explain(
     error: Exception, task: str, reference: "Reference | None", endpoint: str, token: str | bool | None, hint: str = ""
 ) -> MaskpackError:
     """Return our error for one of the client's; `hint` goes behind the reason."""
-    cause = origin(error)
-    kind, reason = _reason(cause, reference, endpoint, _without_tokens(str(cause), token))
+
+    def clean(text: object) -> str:  # before a text is shortened: half of a token is a secret as well
+        return redact(str(text or ""), token, error)
+
+    kind, reason = _reason(origin(error), reference, endpoint, clean)
     if kind is HubError and is_passing(error):
         kind = HubUnreachableError
-    # the server's words could quote the token as well
-    return kind(_without_tokens(f"cannot {task}: {reason}{hint}", token))
-
-
-def quotes_token(error: BaseException | None, token: str | bool | None) -> bool:
-    """Tell whether the text of an error, or of one that it came from, holds a token."""
-    while error is not None:
-        if _without_tokens(str(error), token) != str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _without_tokens(text: str, token: str | bool | None) -> str:
-    if isinstance(token, str) and token.strip():
-        text = text.replace(token, "***").replace(token.strip(), "***")
-    return re.sub(r"hf_[A-Za-z0-9]{6,}", "hf_***", text)
+    return kind(clean(f"cannot {task}: {reason}{hint}"))
 
 
 def _reason(
-    error: BaseException, reference: "Reference | None", endpoint: str, text: str
+    error: BaseException, reference: "Reference | None", endpoint: str, clean: Clean
 ) -> tuple[type[MaskpackError], str]:
     """Return the class and the words for an error, the most telling first."""
     from huggingface_hub import errors
 
-    host = urlsplit(endpoint).hostname
+    host, text = urlsplit(endpoint).hostname, clean(error)
     repo_id, revision = (reference.repo_id, reference.revision or "main") if reference else ("the repository", "main")
     page = f"{endpoint}/{repo_id}"
     if isinstance(error, errors.GatedRepoError):
@@ -139,12 +153,12 @@ def _reason(
     if _is_offline(error):
         return HubError, "it is not in the cache and the Hub may not be asked; go online (unset HF_HUB_OFFLINE) once"
     if (status := status_of(error)) is not None:
-        return HubError, _status_reason(error, status, host)
+        return HubError, _status_reason(error, status, host, clean)
     if is_from_xet(error):
         return HubError, f"the Xet store failed ({_named(error, text)}); try again, or set HF_HUB_DISABLE_XET=1"
     if _is_transport(error) or isinstance(error, (ConnectionError, TimeoutError)):
-        names = {kind.__name__ for kind in type(error).__mro__}
-        if names & {"ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"}:
+        if _kinds(error) & {"UnreachableError", "ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"}:
+            host = error.host if isinstance(error, UnreachableError) else _asked(error) or host
             return HubError, f"{host} cannot be reached ({_first_line(text)}); check network, proxy and HF_ENDPOINT"
         return HubError, f"the connection to {host} broke ({_named(error, text)}); try again"
     if "Consistency check failed" in text:
@@ -163,8 +177,8 @@ def _named(error: BaseException, text: str) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def _status_reason(error: BaseException, status: int, host: str | None) -> str:
-    said = _first_line(str(getattr(error, "server_message", None) or ""))
+def _status_reason(error: BaseException, status: int, host: str | None, clean: Clean) -> str:
+    said = _first_line(clean(getattr(error, "server_message", None)))
     quote = f" ({said})" if said else ""
     if status == 401:
         if not _sent_token(error):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..adapter.read import MODEL_FILE, read_bytes, read_model
-from ..errors import AdapterError, CorruptAdapterError, HubError
+from ..errors import AdapterError, CorruptAdapterError, HubError, MaskpackError
+from .cache import RepositoryCache
 from .client import Session
 from .folder import LIMITS, check_limit, git_id
 from .reference import COMMIT
@@ -38,6 +39,7 @@ class Snapshot:
             )
         self.session, self.repo_id, self.commit, self.cache = session, repo_id, commit, cache
         self.look = True
+        self.store = RepositoryCache(repo_id, cache)
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]}"
@@ -53,7 +55,8 @@ class Snapshot:
     def fetch(self, entries: "Iterable[RepoFile]") -> dict[str, tuple[Path, bytes | memoryview]]:
         """Bring files into the cache; return path and bytes of each by name. The bytes are those that are listed.
 
-        The client compares nothing but the length, so a file that differs is fetched a second time.
+        The client compares nothing but the length, and takes what it finds in the cache: a file that differs, or
+        cannot be read, is fetched a second time.
 
         Raises:
             AdapterError: if one is too large; then none is fetched. CorruptAdapterError: if one differs twice.
@@ -61,19 +64,24 @@ class Snapshot:
         found = list(entries)
         for entry in found:
             check_limit(entry.path, size_of(entry), str(self))
+        self.store.mend_folders(self.commit)
+        self.store.clear_leftovers()
         return {entry.path: self._fetch(entry) for entry in found}
 
     def _fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
-        refused: AdapterError | None = None
-        for force in (False, True):
+        blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        refused: MaskpackError | None = None
+        # what the cache has already is no attempt
+        for force in (False, True, True) if self.store.has(self.commit, entry.path, blob) else (False, True):
             path = self._download(entry.path, force)
             try:
                 content = self._read(path)
-            except CorruptAdapterError as error:  # not even the beginning of an adapter
+                if is_same(entry, content):
+                    return path, content
+                refused = None
+            except (AdapterError, HubError) as error:  # no file, or not even the beginning of an adapter
                 refused = error
-                continue
-            if is_same(entry, content):
-                return path, content
+            self.store.discard(self.commit, entry.path, blob)
         raise refused or CorruptAdapterError(
             f"{entry.path} of {self} arrived twice with other bytes than the repository lists; it is damaged on the "
             "way or on the server: try another network, or tell the owner"
@@ -81,10 +89,8 @@ class Snapshot:
 
     def cached(self, name: str) -> tuple[Path, bytes | memoryview] | None:
         """Return path and bytes of a file in the cache, or None if it is not there; nothing is asked or compared."""
-        from huggingface_hub import try_to_load_from_cache
-
-        path = try_to_load_from_cache(self.repo_id, name, cache_dir=self.cache, revision=self.commit)
-        return (Path(path), self._read(Path(path))) if isinstance(path, str) else None
+        path = self.store.entry(self.commit, name)
+        return (path, self._read(path)) if os.path.lexists(path) else None
 
     def _download(self, name: str, force: bool) -> Path:
         download: Callable[[], str] = partial(
@@ -111,9 +117,7 @@ class Snapshot:
 
     def _check_inside(self, path: Path) -> None:
         """Refuse a cache entry that leads out of the cache: links within it are normal, others were planted."""
-        from huggingface_hub import constants
-
-        root = os.path.realpath(self.cache or constants.HF_HUB_CACHE)
+        root = os.path.realpath(self.store.root)
         if os.path.commonpath([root, os.path.realpath(path)]) != root:
             raise HubError(
                 f"{path} leads out of the cache {root}, to {os.path.realpath(path)}; delete that entry and pull again"

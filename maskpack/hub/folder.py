@@ -8,6 +8,7 @@ from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MAX_MODEL, MODEL_FILE, read_bytes
 from ..adapter.signature import MAX_SIGNATURE, SIGNATURE_FILE, Contents
 from ..errors import AdapterError, StateError
+from ..leftovers import is_leftover
 from ..tensorfile import replacing
 
 FILES = (CARD_FILE, CONFIG_FILE, SIGNATURE_FILE, MODEL_FILE)
@@ -97,7 +98,8 @@ def _check_target(target: Path) -> None:
         return
     if not target.is_dir():
         raise StateError(f"{target} is a file; give a folder")
-    others = sorted(path.name for path in target.iterdir())
+    # an unfinished file of ours is nobody's: a pull that was killed, or that goes on
+    others = sorted(path.name for path in target.iterdir() if not any(is_leftover(path, name) for name in FILES))
     if others and MODEL_FILE not in others:
         raise StateError(
             f"{target} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) and no adapter; "

@@ -9,7 +9,8 @@ from ..adapter.file import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..adapter.signature import SIGNATURE_FILE, Contents
 from ..errors import HubError
-from .client import ATTEMPTS, TIMEOUT, Session, patience
+from ..network import own_retries
+from .client import ATTEMPTS, TIMEOUT, Session
 from .failures import PASSING_STATUSES, status_of
 from .files import Snapshot, is_same
 from .folder import FILES
@@ -172,16 +173,17 @@ class RepositoryPush:
         while True:
             parent = self.head
             try:
-                with patience():
+                with own_retries():
                     return self._send()
             except Exception as error:
-                status = status_of(error)
-                if status is None or status in PASSING_STATUSES | CONFLICTS:
-                    found = self._find_request(before) if self.create_pr else self._find_commit(error)
-                    if found is not None:
-                        return found
-                if status not in CONFLICTS or self.head == parent or attempt == ATTEMPTS:
-                    self.session.wait_or_fail(error, attempt)
+                failed = error
+            status = status_of(failed)
+            if status is None or status in PASSING_STATUSES | CONFLICTS:
+                found = self._find_request(before) if self.create_pr else self._find_commit(failed)
+                if found is not None:
+                    return found
+            if status not in CONFLICTS or self.head == parent or attempt == ATTEMPTS:
+                self.session.wait_or_fail(failed, attempt)
             attempt += 1
 
     def _send(self) -> tuple[str, str | None]:
@@ -223,7 +225,7 @@ class RepositoryPush:
             raise HubError(
                 f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
                 f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push again"
-            ) from self.session.cause(error)
+            ) from error
         return None
 
     def _page(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapter.frontmatter import DIGEST, HUB_ID, base_id_tag, base_model, digest_tag
 from ..errors import ConfigError, HubError
+from ..redact import hides_secrets
 from .client import Session
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class FoundAdapter:
     fits: str | None
 
 
+@hides_secrets
 def search_adapters(
     query: str | None = None,
     *,

@@ -14,6 +14,7 @@ from ..adapter.read import CONFIG_FILE, MODEL_FILE, read_bytes
 from ..adapter.sign import renewed
 from ..adapter.signature import SIGNATURE_FILE, Contents, Envelope
 from ..errors import ConfigError, SignatureError
+from ..redact import hides_secrets
 from .counters import highest, name_of, remember
 from .download import OpenedAdapter, open_local
 from .folder import LIMITS, card_text, holds, read_card, write_files
@@ -21,6 +22,7 @@ from .reference import REVISION, Reference, parse_reference
 from .repository import PushedAdapter, RepositoryPush
 
 
+@hides_secrets
 def push(
     folder: str | os.PathLike[str],
     ref: str | os.PathLike[str],
