@@ -1,10 +1,12 @@
 """Many payloads or tensors: several at once, their results in order, and how far it is."""
 
+import _thread
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -35,9 +37,17 @@ def in_order(
     if workers == 1:
         yield from map(work, items)
         return
-    ahead = 0
-    waiting: deque[tuple[Future[Result], int]] = deque()
-    pool = ThreadPoolExecutor(workers, "maskpack")
+    tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+    ended: SimpleQueue[None] = SimpleQueue()
+
+    def serve() -> None:
+        while (task := tasks.get()) is not None:
+            task()
+            del task
+        ended.put(None)
+
+    ahead = threads = 0
+    waiting: deque[tuple[Callable[[], Result], int]] = deque()
     try:
         for item in items:
             size = weights(item)
@@ -46,15 +56,56 @@ def in_order(
                 continue
             while waiting and (ahead + size > AHEAD or len(waiting) >= 2 * workers):
                 first, its_size = waiting.popleft()
-                yield first.result()
+                yield first()
                 ahead -= its_size
-            waiting.append((pool.submit(work, item), size))
+            task, result = _task(work, item)
+            tasks.put(task)
+            waiting.append((result, size))
+            if threads < workers:
+                threads += 1
+                _thread.start_new_thread(serve, ())
             ahead += size
-            del item
+            del item, task
         while waiting:
-            yield waiting.popleft()[0].result()
+            yield waiting.popleft()[0]()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        with suppress(Empty):
+            while True:
+                tasks.get_nowait()
+        for _ in range(threads):
+            tasks.put(None)
+        for _ in range(threads):
+            ended.get()
+
+
+def in_thread(work: Callable[[], Result]) -> Callable[[], Result]:
+    """Start work in a thread; return a function that waits for its result, or raises its error."""
+    task, result = _task(lambda _: work(), None)
+    _thread.start_new_thread(task, ())
+    return result
+
+
+def _task(work: Callable[[Item], Result], item: Item) -> tuple[Callable[[], None], Callable[[], Result]]:
+    """Return a function that does work on an item, and one that waits for the result.
+
+    Queues and threads are those of C, here and above: `threading` and `concurrent.futures` have locks in Python, which
+    an interrupt (Ctrl-C) at the wrong moment leaves locked for ever.
+    """
+    answer: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+
+    def do() -> None:
+        try:
+            answer.put((work(item), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+    def result() -> Result:
+        found, error = answer.get()
+        if error is not None:
+            raise error
+        return found  # type: ignore[no-any-return]
+
+    return do, result
 
 
 def counted(progress: Progress | None, totals: Iterable[int]) -> Callable[[int], None]:

@@ -10,9 +10,14 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from benchmarks.base_bits import calls, digests
-from maskpack.backbone.fingerprint import fingerprint, measure_body
+from maskpack import Adapter, MaskBank, load_mask, save_adapter, unload_mask
+from maskpack.backbone.fingerprint import check_fingerprint, fingerprint, measure_body
 from maskpack.backbone.parameters import same_size_int
 from maskpack.backbone.tensor_digest import PIECE, stamp, tensor_digest
+from maskpack.errors import BackboneMismatchError
+from maskpack.parts import Parts
+
+from .helpers_adapter import random_masks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -156,3 +161,48 @@ def test_every_flipped_bit_is_refused(dtype: torch.dtype, tmp_path: Path) -> Non
     rows = [*digests(dtype, 2), *calls(dtype, width, tmp_path)]
     assert {row.what for row in rows} > {"load_mask", "load_masked", "MaskBank.add", "load_cascade"}
     assert all(row.noticed == row.flips >= width for row in rows)
+
+
+def adapter_for(model: nn.Sequential, path: Path) -> Adapter:
+    masks = random_masks({"0.weight": (30, 20), "2.weight": (7, 30)}, 0.8)
+    statistics = {f"1.running_{which}": torch.ones(30) for which in ("mean", "var")}
+    return save_adapter(path, Parts(masks, statistics=statistics), fingerprint(model, id="x"))
+
+
+def test_a_base_that_was_put_back_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    adapter = adapter_for(model, tmp_path / "a.safetensors")
+    load_mask(model, adapter)
+    hashed = counted(monkeypatch)
+    unload_mask(model)
+    load_mask(model, adapter)
+    assert hashed == []
+    with pytest.raises(BackboneMismatchError):  # a mask on a mask is no base
+        check_fingerprint(model, adapter.base)
+    unload_mask(model)
+    model.train()(torch.randn(8, 20))  # the statistics are others now
+    with pytest.raises(BackboneMismatchError):
+        load_mask(model, adapter)
+
+
+@pytest.mark.parametrize("write", [of_data, swapped, trained])
+def test_what_others_wrote_under_a_mask_is_noticed(write: Callable[[nn.Sequential], None], tmp_path: Path) -> None:
+    model = network()
+    adapter = adapter_for(model, tmp_path / "a.safetensors")
+    load_mask(model, adapter)
+    write(model)
+    unload_mask(model, force=True)
+    with pytest.raises(BackboneMismatchError):
+        load_mask(model, adapter)
+
+
+def test_a_bank_notices_what_was_written_between_two_adapters(tmp_path: Path) -> None:
+    model = network()
+    adapter = adapter_for(model, tmp_path / "a.safetensors")
+    with MaskBank(model) as bank:
+        bank.add(adapter, "first")
+        with torch.no_grad():
+            model[2].bias[0] += 1
+        with pytest.raises(BackboneMismatchError):
+            bank.add(adapter, "second")
+        assert bank.names == ("first",)

@@ -7,7 +7,6 @@ from torch import nn
 
 from ..adapter.adapter import Adapter
 from ..adapter.read import MODEL_FILE
-from ..backbone.fingerprint import Measured, measure_body
 from ..backbone.parameters import unwrap
 from ..errors import ConfigError
 from ..hub.download import PullOptions
@@ -19,7 +18,7 @@ from .weights import check_masks
 
 
 class Gate:
-    """Checks adapters against one model, whose body is measured once for each choice of a head.
+    """Checks adapters against one model.
 
     Args:
         verify: as of `load_mask`.
@@ -29,7 +28,6 @@ class Gate:
         if verify not in VERIFY:
             raise ConfigError(f"verify must be strict, warn or off, got {verify!r}")
         self.model, self.verify = model, verify
-        self._bodies: dict[tuple[str, ...], Measured] = {}
 
     def admit(self, name: str, source: Adapter | MaskSet, options: PullOptions) -> Resident:
         """Check and decode an adapter, or masks alone, while the model has its base's bits.
@@ -43,10 +41,7 @@ class Gate:
             return Resident(name, Parts(masks), mask_id({"default": masks}))
         check_one_set(source)
         check_masks(self.model, source.shapes())
-        head = source.base.head
-        if self.verify != "off" and head not in self._bodies:
-            self._bodies[head] = measure_body(self.model, head)
-        check_base(self.model, source, self.verify, self._bodies.get(head), stacklevel=4)
+        check_base(self.model, source, self.verify, stacklevel=4)
         parts, pinned = parts_of(source, unwrap(self.model)), source.pinned
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}

@@ -43,6 +43,7 @@ class Applied:
         complete: the whole mask is on the model. False while it is applied or undone, and after one of these was
             interrupted: then the model has a part of it.
         before, after: parameters that the mask changes, by name, as they were found and as they were left.
+        found, left: counts of writes of the base's measured tensors, before and after the mask was put on.
         held: a bank has the model, and nothing of this record is used.
     """
 
@@ -54,6 +55,8 @@ class Applied:
     complete: bool = False
     before: dict[str, Written] = field(default_factory=dict)
     after: dict[str, Written] = field(default_factory=dict)
+    found: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
     held: bool = False
 
 

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Literal, NamedTuple, TypeVar, Unpack
 
@@ -16,6 +15,7 @@ from ..backbone.parameters import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.download import PullOptions, open_adapter
 from ..mask import PackedMask
+from ..threads import in_thread
 from .applied import applied
 from .weights import apply_masks, check_masks, restore
 
@@ -174,12 +174,11 @@ def masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tup
     masks = adapter.iter_masks(base=unwrap(model), zeros=True)
     if verify == "off":
         return masks
-    with ThreadPoolExecutor(1, "maskpack") as pool:
-        measured = pool.submit(measure_body, model, adapter.base.head)
-        try:
-            decoded = list(masks)
-        finally:  # a base that is another one is what is to be said, whatever it made of decoding
-            check_base(model, adapter, verify, measured.result(), stacklevel=4)
+    measured = in_thread(lambda: measure_body(model, adapter.base.head))
+    try:
+        decoded = list(masks)
+    finally:  # a base that is another one is what is to be said, whatever it made of decoding
+        check_base(model, adapter, verify, measured(), stacklevel=4)
     return decoded
 
 

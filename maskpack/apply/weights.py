@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbone.fingerprint import has_again, versions
 from ..backbone.head import Head, swap_module
 from ..backbone.parameters import named_buffers, named_parameters, unwrap
 from ..errors import BackboneMismatchError, StateError
@@ -126,7 +127,7 @@ def apply_masks(
     if head is not None:
         head_module(model, head)
         names |= head_tensors(head).keys()
-    record = Applied(mask_id, restorable=restorable, before=written(state, names))
+    record = Applied(mask_id, restorable=restorable, before=written(state, names), found=versions(model, state))
     try:
         note(model, record)
         for name, mask, at in located(masks, parameters):
@@ -136,6 +137,7 @@ def apply_masks(
         if head is not None:
             _apply_head(model, head, record)
         record.after = written(state if record.head is None else named_parameters(model), names)
+        record.left = versions(model, state)
         record.complete = True
     except BaseException:
         _undo(model, record, state)
@@ -204,6 +206,8 @@ def _apply(
 def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> None:
     """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
     record.complete = False
+    now = versions(model, state)
+    unwritten = {name: count for name, count in record.found.items() if now.get(name, -1) == record.left.get(name)}
     try:
         if record.head is not None:
             name, head = record.head
@@ -222,6 +226,7 @@ def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> Non
             elif saved:
                 copy_bits(weight, saved[0].to(weight))
         follow(record)
+        has_again(model, unwritten, versions(model, state))
     except BaseException as error:
         error.add_note("maskpack: the model still has a part of the mask; unload_mask(model) removes it")
         raise

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from blake3 import blake3
@@ -145,6 +145,21 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     each |= tensor_digests({name: tensor for name, tensor in tensors.items() if name not in each}, dtype)
     known |= {name: (now, dtype, each[name]) for name, now in stamps.items() if now}
     return Measured(dtype, _body_digest(tensors, each), each)
+
+
+def versions(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return PyTorch's count of writes of each tensor that was measured; `tensors` are the model's by name."""
+    known = _MEASURED.get(unwrap(model), {})
+    return {name: tensors[name]._version for name in known if name in tensors and not tensors[name].is_inference()}
+
+
+def has_again(model: nn.Module, was: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Note that tensors have again the bytes that they had at the counts `was`; their counts are `now`."""
+    known = _MEASURED.get(unwrap(model), {})
+    for name in was.keys() & now.keys() & known.keys():
+        found, dtype, digest = known[name]
+        if found.version == was[name]:
+            known[name] = replace(found, version=now[name]), dtype, digest
 
 
 def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
