@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 import maskpack.apply
@@ -106,7 +107,7 @@ def at_calls(fault: Fault) -> Iterator[None]:
 
     iter_masks = Adapter.iter_masks
     with ExitStack() as stack:
-        for name in ("read", "write", "changes", "places", "counted"):
+        for name in ("read", "write", "changes", "places", "increment_version"):
             stack.enter_context(patch.object(places, name, both(getattr(places, name))))
         for name in NAMES:
             stack.enter_context(patch.object(places.np, name, both(getattr(places.np, name))))
@@ -129,8 +130,10 @@ def once(world: World, case: Case, *ways: Any) -> str | None:
     except (KeyboardInterrupt, MemoryError, MaskpackError):  # what is injected, or what became of it
         pass
     try:
+        assert torch.is_grad_enabled(), "gradients are off"
         case.check(world)
     except Exception as error:
+        torch.set_grad_enabled(True)
         return f"{case.name}, {world.setting}, {[(way.__name__, fault.at) for way, fault in ways]}: {error!r}"
     return None
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backbone.head import Head, swap_module
@@ -87,7 +86,6 @@ def check_dense(dense: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Non
             )
 
 
-@torch.no_grad()
 def apply_masks(
     model: nn.Module,
     masks: Iterable[tuple[str, PackedMask]],
@@ -144,7 +142,6 @@ def apply_masks(
         note(model, Applied(mask_id, restorable=False, complete=True))
 
 
-@torch.no_grad()
 def restore(model: nn.Module, *, force: bool = False) -> None:
     """Undo what is applied: weights, statistics and head have the bits that they had.
 
