@@ -29,10 +29,9 @@ def head_fits(module: nn.Module, head: Head) -> bool:
 def new_head(model: nn.Module, old: nn.Module, head: Head) -> nn.Linear:
     """Return a layer for a head that does not fit into the module `old`, of its device, dtype and modes."""
     example = next(old.parameters(), next(model.parameters()))
+    classes, features = head.weight.shape
     with torch.inference_mode(False):  # it may be trained later
-        new = nn.Linear(
-            head.weight.shape[1], head.weight.shape[0], head.bias is not None, example.device, example.dtype
-        )
+        new = nn.Linear(features, classes, head.bias is not None, example.device, example.dtype)
     new.weight.detach().copy_(head.weight)
     if head.bias is not None:
         new.bias.detach().copy_(head.bias)
