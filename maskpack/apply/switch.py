@@ -232,7 +232,7 @@ class Switch:
 
     def _check(self, names: Iterable[str], force: bool) -> None:
         """Raise StateError if parameters were moved or cast, or, without `force`, written by something else."""
-        now = {name: owner[leaf] for name in names for owner, leaf in [self._slots[name]] if leaf in owner}
+        now = {name: owner[leaf] for name in sorted(names) for owner, leaf in [self._slots[name]] if leaf in owner}
         for name, tensor in now.items():
             dtype, device = self.kinds[name]
             if tensor.dtype != dtype or tensor.device != device:

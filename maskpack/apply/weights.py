@@ -206,8 +206,10 @@ def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> Non
             name, head = record.head
             own = model.get_submodule(name).weight
             assert isinstance(own, Tensor)
-            # the model may have been moved or cast meanwhile
-            swap_module(model, name, head.to(own.device, own.dtype))
+            tensors = (tensor for tensor in head.state_dict().values() if tensor.is_floating_point())
+            if any((tensor.device, tensor.dtype) != (own.device, own.dtype) for tensor in tensors):
+                head.to(own.device, own.dtype)  # as the model was meanwhile
+            swap_module(model, name, head)
             state = {**named_buffers(model), **named_parameters(model)}
         for name, tensor in reversed(record.tensors):
             copy_bits(state[name].detach(), tensor.to(state[name]))
