@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -112,7 +113,7 @@ def at_calls(fault: Fault) -> Iterator[None]:
         for name in ("read", "write", "changes", "places", "increment_version"):
             stack.enter_context(patch.object(places, name, both(getattr(places, name))))
         for name in NAMES:
-            stack.enter_context(patch.object(places.np, name, both(getattr(places.np, name))))
+            stack.enter_context(patch.object(np, name, both(getattr(np, name))))
         stack.enter_context(patch.object(Adapter, "iter_masks", decoded))
         stack.enter_context(Mode())
         yield
