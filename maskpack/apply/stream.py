@@ -53,7 +53,8 @@ def load_masked(
 
     If it fails before it reads the first tensor, the model keeps its weights (it may have another head, with as many
     classes as the file's). If it fails later, every parameter and saved buffer of the model is on the meta device: it
-    has no weights, rather than some. An interruption at the very end leaves the whole adapter on it.
+    has no weights, rather than some. An interruption at the very end leaves the whole adapter on it. If it is
+    interrupted twice, load it once more.
 
     Args:
         model: may be on the meta device, as made under `with torch.device("meta")`; its parameters become new ones.
