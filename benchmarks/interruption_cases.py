@@ -122,7 +122,7 @@ def masked(world: World) -> None:
 
 
 def check_masked(world: World) -> None:
-    """Raise AssertionError if the model has some weights, but after two interruptions, or cannot be loaded once more."""
+    """Raise AssertionError if the model has some weights (not after two interruptions), or cannot be loaded anew."""
     without = [tensor.is_meta for tensor in world.model.state_dict().values()]
     if any(without) or (world.twice and applied(world.model) is None):
         assert all(without) or world.twice, "some weights"
