@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+import torch
 from torch.overrides import TorchFunctionMode
 
 import maskpack.apply
@@ -85,6 +87,8 @@ def at_calls(fault: Fault) -> Iterator[None]:
 
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "grad_enabled" in getattr(func, "__name__", ""):  # of PyTorch's own contexts
+                return func(*args, **(kwargs or {}))
             fault.step()
             result = func(*args, **(kwargs or {}))
             fault.step()
@@ -106,10 +110,10 @@ def at_calls(fault: Fault) -> Iterator[None]:
 
     iter_masks = Adapter.iter_masks
     with ExitStack() as stack:
-        for name in ("read", "write", "changes", "places", "counted"):
+        for name in ("read", "write", "changes", "places", "increment_version"):
             stack.enter_context(patch.object(places, name, both(getattr(places, name))))
         for name in NAMES:
-            stack.enter_context(patch.object(places.np, name, both(getattr(places.np, name))))
+            stack.enter_context(patch.object(np, name, both(getattr(np, name))))
         stack.enter_context(patch.object(Adapter, "iter_masks", decoded))
         stack.enter_context(Mode())
         yield
@@ -129,8 +133,10 @@ def once(world: World, case: Case, *ways: Any) -> str | None:
     except (KeyboardInterrupt, MemoryError, MaskpackError):  # what is injected, or what became of it
         pass
     try:
+        assert torch.is_grad_enabled(), "gradients are off"
         case.check(world)
     except Exception as error:
+        torch.set_grad_enabled(True)
         return f"{case.name}, {world.setting}, {[(way.__name__, fault.at) for way, fault in ways]}: {error!r}"
     return None
 

@@ -86,16 +86,16 @@ class World:
         self.base = Net(setting).to(setting.dtype).eval()
         export_state(folder / "base.safetensors", self.base)
         if not setting.contiguous:
-            layer = self.base.layers[-1]
-            layer.weight.data = layer.weight.data.t().clone().t()
+            weight = self.base.get_parameter("layers.1.weight")
+            weight.data = weight.data.t().clone().t()
         self.parts = {"a": self._parts(0, 5), "b": self._parts(1, 7), "c": self._parts(2, None)}
         print_of = fingerprint(self.base, id="net", head=["fc"])
         self.adapters: dict[str, Adapter] = {}
         for name, parts in self.parts.items():
-            headed = {} if parts.head is None else {"class_names": tuple("abcdefg"[: len(parts.head.weight)])}
+            classes = None if parts.head is None else tuple("abcdefg"[: len(parts.head.weight)])
             task = "image-features" if parts.head is None else "image-classification"
             path = folder / f"{name}.safetensors"
-            save_adapter(path, parts, print_of, codec="raw", task=task, **headed)
+            save_adapter(path, parts, print_of, codec="raw", task=task, class_names=classes)
             self.adapters[name] = load_adapter(path)
         self.wanted: dict[str | None, Bits] = {None: bits_of(self.base)}
         for name, adapter in self.adapters.items():

@@ -427,8 +427,8 @@ def test_what_is_kept_of_an_applied_mask_has_no_positions(tmp_path: Path, tiny: 
     load_mask(tiny, path)
     record = applied(tiny)
     assert record is not None
-    assert record.masks
-    assert all(mask.zeros is None for mask in record.masks.values())
+    assert record.masked
+    assert all(changed.mask.zeros is None for changed in record.masked.values())
 
 
 @pytest.mark.parametrize("where", [[3, 3, 0], [0, 9, 9], [4, 5, 5]])

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..backbone.head import Head
@@ -28,10 +29,12 @@ def head_fits(module: nn.Module, head: Head) -> bool:
 def new_head(model: nn.Module, old: nn.Module, head: Head) -> nn.Linear:
     """Return a layer for a head that does not fit into the module `old`, of its device, dtype and modes."""
     example = next(old.parameters(), next(model.parameters()))
-    new = nn.Linear(head.weight.shape[1], head.weight.shape[0], head.bias is not None, example.device, example.dtype)
-    new.weight.copy_(head.weight)
+    classes, features = head.weight.shape
+    with torch.inference_mode(False):  # it may be trained later
+        new = nn.Linear(features, classes, head.bias is not None, example.device, example.dtype)
+    new.weight.detach().copy_(head.weight)
     if head.bias is not None:
-        new.bias.copy_(head.bias)
+        new.bias.detach().copy_(head.bias)
     new.requires_grad_(example.requires_grad)
     return new.train(old.training)
 

@@ -71,37 +71,37 @@ class Patch:
 
 def read(weight: Tensor, at: Tensor) -> Tensor:
     """Return the bits at flat positions (int64) of a weight."""
-    whole = same_size_int(weight)
+    whole = same_size_int(weight.detach())
     if whole.is_cpu and whole.is_contiguous():  # one thread of numpy does it as fast as all of torch's
         # a mask has the weight's shape, so that numpy need not look for positions outside
         return torch.from_numpy(whole.view(-1).numpy().take(at.numpy(), mode="clip"))
     return whole.take(at)
 
 
+# No mode of autograd is switched around these: a Ctrl-C on the way into or out of `torch.no_grad` can leave it on.
 def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
     """Write bits, or zeros, at flat positions of a weight."""
-    whole, at = same_size_int(weight), at.long()
+    whole, at = same_size_int(weight.detach()), at.long()
     if whole.is_cpu and whole.is_contiguous():
         whole.view(-1).numpy()[at.numpy()] = 0 if bits is None else bits.numpy()
-        counted(whole)
-        return
-    with torch.inference_mode(whole.is_inference()):
-        if whole.is_contiguous():  # takes half to two thirds of the time of put_
-            whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
-        else:
+        if not whole.is_inference():  # those have no version
+            increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
+    elif whole.is_inference():
+        with torch.inference_mode():
             whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
-
-
-def counted(weight: Tensor) -> None:
-    """Count a write by numpy as PyTorch counts its own, so that a backward pass sees that a weight is another one."""
-    if not weight.is_inference():  # those have no version
-        increment_version(weight)
+    elif whole.is_contiguous():  # takes half to two thirds of the time of put_
+        whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
+    else:
+        whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
     """Copy bits, whatever they stand for."""
-    with torch.inference_mode(target.is_inference()):
-        same_size_int(target).copy_(same_size_int(source))
+    if target.is_inference():
+        with torch.inference_mode():
+            same_size_int(target).copy_(same_size_int(source))
+    else:
+        same_size_int(target.detach()).copy_(same_size_int(source))
 
 
 def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
@@ -111,25 +111,23 @@ def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None
     from wherever this was interrupted.
     """
     few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
-    kept = same_size_int(weight.new_empty(len(at)))  # thousands of small pieces would leave holes in the memory
     for start in range(0, len(at), few):
         part = slice(start, start + few)
         old, new = changes(weight, mask, at[part], None if values is None else values[part])
-        before.append(kept[part].copy_(old))
+        before.append(old)
         write(weight, at[part], new)
+    if len(before) > 1:  # one piece is written back faster; the others are dropped in the same step
+        before[:] = [torch.cat(before)]
 
 
 def put_back(weight: Tensor, at: Tensor, before: list[Tensor], dtype: torch.dtype) -> None:
     """Undo `exchange`, or a part of it, on a weight that had this dtype then; can be repeated."""
-    if before and (before[0].device != weight.device or dtype != weight.dtype):  # moved or cast meanwhile
-        before = [same_size_int(torch.cat(before).view(dtype).to(weight))]
-    if len(before) > 1 and (whole := same_size_int(weight)).is_contiguous():  # as `write`, with less for each piece
-        flat, start, places = whole.view(-1).numpy(), 0, at.numpy()
-        for old in before:
-            flat[places[start : (start := start + len(old))]] = old.numpy()
-        counted(whole)
-    elif before:
-        write(weight, at[: sum(map(len, before))], torch.cat(before))
+    start = 0
+    for old in before:
+        if old.device != weight.device or dtype != weight.dtype:  # moved or cast meanwhile
+            old = same_size_int(old.view(dtype).to(weight))
+        write(weight, at[start : start + len(old)], old)
+        start += len(old)
 
 
 def inverted(bits: Tensor) -> Tensor:

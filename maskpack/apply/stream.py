@@ -53,7 +53,8 @@ def load_masked(
 
     If it fails before it reads the first tensor, the model keeps its weights (it may have another head, with as many
     classes as the file's). If it fails later, every parameter and saved buffer of the model is on the meta device: it
-    has no weights, rather than some. An interruption at the very end leaves the whole adapter on it.
+    has no weights, rather than some. An interruption at the very end leaves the whole adapter on it. If it is
+    interrupted twice, load it once more.
 
     Args:
         model: may be on the meta device, as made under `with torch.device("meta")`; its parameters become new ones.
@@ -106,13 +107,7 @@ def load_masked(
                     restorable=False,
                 )
             base.put(names, _cast(tensor, dtype))
-        if verify != "off":
-            try:
-                check_digests(of_body, digests, adapter.base)
-            except BackboneMismatchError as error:
-                if verify == "strict":
-                    raise
-                warnings.warn(str(error), MaskpackWarning, stacklevel=2)
+        _check_body(of_body, digests, adapter, verify)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
         apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=beside.dense, head=beside.head, restorable=False)
@@ -211,6 +206,18 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _check_body(body: Mapping[str, Tensor], digests: Mapping[str, bytes], adapter: Adapter, verify: Verify) -> None:
+    """Raise BackboneMismatchError, or warn, if the digests of a body are not the base's."""
+    if verify == "off":
+        return
+    try:
+        check_digests(body, digests, adapter.base)
+    except BackboneMismatchError as error:
+        if verify == "strict":
+            raise
+        warnings.warn(str(error), MaskpackWarning, stacklevel=3)
 
 
 def _check_masked(adapter: Adapter, name: str, digest: bytes, dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ..backbone.head import Head, swap_module
@@ -83,9 +82,8 @@ class Switch:
         self._check(names, force)
         try:
             self.between = before, one
-            with torch.inference_mode(False), torch.no_grad():
-                self._weights(before, one)
-                self._dense(one)
+            self._weights(before, one)
+            self._dense(one)
             self._written_last |= written(self.tensors, names)
             self.active = one
             self.between = None
@@ -97,15 +95,14 @@ class Switch:
         """Make the model the base again if a switch was interrupted; this can be interrupted itself, and repeated."""
         if self.between is None:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            for one in self.between:
-                for name, patch in one.patches.items() if one is not None else ():
-                    patch.undo(self.tensors[name])
-            for name, tensor in self.kept.items():
-                copy_bits(self.tensors[name], tensor)
-            if self._head is not None:
-                swap_module(self.model, *self._head)
-                self._head = None
+        for one in self.between:
+            for name, patch in one.patches.items() if one is not None else ():
+                patch.undo(self.tensors[name])
+        for name, tensor in self.kept.items():
+            copy_bits(self.tensors[name], tensor)
+        if self._head is not None:
+            swap_module(self.model, *self._head)
+            self._head = None
         self._written.clear()
         self._written_last |= written(self.tensors, self._names(*self.between) | self.kept.keys())
         self.active = None
@@ -210,7 +207,8 @@ class Switch:
         if self._head is not None and head_fits(there, head):
             module = there
             for name, tensor in head_tensors(head).items():
-                module.get_parameter(name.rpartition(".")[2]).detach().copy_(tensor)
+                target = module.get_parameter(name.rpartition(".")[2])
+                copy_bits(target, tensor.to(target))
             return
         module = new_head(self.model, there, head)
         self._head = self._head or (head.module, there)
@@ -234,7 +232,7 @@ class Switch:
 
     def _check(self, names: Iterable[str], force: bool) -> None:
         """Raise StateError if parameters were moved or cast, or, without `force`, written by something else."""
-        now = {name: owner[leaf] for name in names for owner, leaf in [self._slots[name]] if leaf in owner}
+        now = {name: owner[leaf] for name in sorted(names) for owner, leaf in [self._slots[name]] if leaf in owner}
         for name, tensor in now.items():
             dtype, device = self.kinds[name]
             if tensor.dtype != dtype or tensor.device != device:

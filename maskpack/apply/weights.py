@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backbone.fingerprint import has_again, versions
@@ -88,7 +87,6 @@ def check_dense(dense: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Non
             )
 
 
-@torch.no_grad()
 def apply_masks(
     model: nn.Module,
     masks: Iterable[tuple[str, PackedMask]],
@@ -146,7 +144,6 @@ def apply_masks(
         note(model, Applied(mask_id, restorable=False, complete=True))
 
 
-@torch.no_grad()
 def restore(model: nn.Module, *, force: bool = False) -> None:
     """Undo what is applied: weights, statistics and head have the bits that they had.
 
@@ -213,8 +210,10 @@ def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> Non
             name, head = record.head
             own = model.get_submodule(name).weight
             assert isinstance(own, Tensor)
-            # the model may have been moved or cast meanwhile
-            swap_module(model, name, head.to(own.device, own.dtype))
+            tensors = (tensor for tensor in head.state_dict().values() if tensor.is_floating_point())
+            if any((tensor.device, tensor.dtype) != (own.device, own.dtype) for tensor in tensors):
+                head.to(own.device, own.dtype)  # as the model was meanwhile
+            swap_module(model, name, head)
             state = {**named_buffers(model), **named_parameters(model)}
         for name, tensor in reversed(record.tensors):
             copy_bits(state[name].detach(), tensor.to(state[name]))
