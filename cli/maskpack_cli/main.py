@@ -69,7 +69,10 @@ for verbs in (
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a verb began
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
