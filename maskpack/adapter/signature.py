@@ -167,7 +167,8 @@ def check_envelope(content: bytes, keys: Keys) -> Signed:
     for id_ in by:
         if not is_signature_of(pae(envelope.payload), envelope.signatures[id_], keys[id_]):
             raise SignatureError(
-                f"the signature does not verify with the key {_short(id_)} that it names; it is damaged or forged, fetch it again"
+                f"the signature does not verify with the key {_short(id_)} that it names; it is damaged or forged, "
+                "fetch it again"
             )
     return Signed(envelope.statement(), by)
 
