@@ -218,9 +218,7 @@ def parse_signed(
         signed = check_signature(content, keys, contents, repository, alone)
         adapter, one = parse_files(files), signed.statement
         if (one.mask_id, dict(one.base)) != (adapter.mask_id, dict(adapter.header.base.digests)):
-            raise SignatureError(
-                "the signed statement names another mask_id or base than the adapter has; sign it anew"
-            )
+            raise SignatureError("the signed statement has another mask_id or base than the adapter; sign it anew")
     except SignatureError as error:
         raise SignatureError(f"{files[MODEL_FILE][0]}: {error}") from None
     return adapter, signed
