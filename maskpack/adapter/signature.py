@@ -167,7 +167,8 @@ def check_envelope(content: bytes, keys: Keys) -> Signed:
     for id_ in by:
         if not is_signature_of(pae(envelope.payload), envelope.signatures[id_], keys[id_]):
             raise SignatureError(
-                f"the signature does not verify with the key {_short(id_)} that it names; it is forged"
+                f"the signature does not verify with the key {_short(id_)} that it names; it is damaged or forged, "
+                "fetch it again"
             )
     return Signed(envelope.statement(), by)
 
@@ -217,9 +218,7 @@ def parse_signed(
         signed = check_signature(content, keys, contents, repository, alone)
         adapter, one = parse_files(files), signed.statement
         if (one.mask_id, dict(one.base)) != (adapter.mask_id, dict(adapter.header.base.digests)):
-            raise SignatureError(
-                "the signed statement names another mask_id or base than the adapter has; sign it anew"
-            )
+            raise SignatureError("the signed statement has another mask_id or base than the adapter; sign it anew")
     except SignatureError as error:
         raise SignatureError(f"{files[MODEL_FILE][0]}: {error}") from None
     return adapter, signed
