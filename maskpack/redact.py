@@ -98,7 +98,7 @@ def _pattern(text: str, base64: bool = False) -> str:
 
 def _quoted(one: str, other: str = "") -> str:
     """Return a pattern for a character, plain or percent-encoded."""
-    return f"(?:{re.escape(one)}|{re.escape(other or one)}|%(?i:{ord(one):02x}))"
+    return f"(?:%(?i:{ord(one):02x})|{re.escape(one)}|{re.escape(other or one)})"
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
