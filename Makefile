@@ -126,6 +126,8 @@ bench-bits: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.base_bits --write docs/reliability.md
 
 # every request of a push and a pull goes wrong in every way, and processes race, against a loopback Hub: ten minutes
+
+# every request of pushes and pulls goes wrong in every way, processes race, and verbs find no Hub: twenty minutes
 bench-faults: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md
 

@@ -1,7 +1,7 @@
 """The tables of the fault benchmark."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks.fault_offline import offline_table
@@ -29,7 +29,7 @@ def flow_table(rows: Iterable[Row]) -> str:
     )
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
     """Return a sentence each on pushes and pulls: how many, on which transport, and what came of them."""
     sentences = []
     for what in ("push", "pull"):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from .errors import MaskpackError
 
@@ -35,8 +35,11 @@ def redact(text: str, token: str | bool | None = None, error: BaseException | No
         token: the one that a call was given, beside those of the environment and of the login.
         error: what went wrong; what its request carried is a secret as well.
     """
-    forms = {form for secret in _secrets(token, error) for form in _forms(secret)}
-    for form in sorted(forms, key=len, reverse=True):
+    plain = unquote(text)
+    seen = "\0".join((text, plain, plain.replace("-", "+").replace("_", "/")))  # base64 has two alphabets
+    # patterns are slow to make, and a long process may know hundreds of short-lived tokens
+    forms = {form for secret in _secrets(token, error) for found, form in _forms(secret) if found in seen}
+    for form in sorted((make() for make in forms), key=len, reverse=True):
         text = re.sub(form, "***", text)
     for pattern, instead in PATTERNS:
         text = pattern.sub(instead, text)
@@ -75,21 +78,27 @@ def _sent(error: BaseException) -> set[str]:
     return found
 
 
-def _forms(secret: str) -> Iterator[str]:
-    """Yield patterns for the ways in which a server may repeat a secret."""
+def _forms(secret: str) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Yield the ways in which a server may repeat a secret, each with what makes its pattern."""
     for text in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]}:
-        yield "".join(map(_quoted, text))
+        yield text, functools.partial(_pattern, text)
     for shift in range(3):  # in base64 a text looks different at each place modulo 3: behind "user:", for instance
         coded = b64encode(bytes(shift) + secret.encode()).decode()
         inner = coded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]
         if len(inner) > SHORTEST:
-            around = r"(?:[\w+/=-]|%2[BbFf]|%3[Dd])*"
-            yield around + "".join(_quoted(one, {"+": "-", "/": "_"}.get(one, one)) for one in inner) + around
+            yield inner, functools.partial(_pattern, inner, True)
+
+
+def _pattern(text: str, base64: bool = False) -> str:
+    if not base64:
+        return "".join(map(_quoted, text))
+    around = r"(?:[\w+/=-]|%2[BbFf]|%3[Dd])*"
+    return around + "".join(_quoted(one, {"+": "-", "/": "_"}.get(one, one)) for one in text) + around
 
 
 def _quoted(one: str, other: str = "") -> str:
     """Return a pattern for a character, plain or percent-encoded."""
-    return f"(?:{re.escape(one)}|{re.escape(other or one)}|%(?i:{ord(one):02x}))"
+    return f"(?:%(?i:{ord(one):02x})|{re.escape(one)}|{re.escape(other or one)})"
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -62,8 +62,8 @@ def in_order(
             tasks.put(task)
             waiting.append((result, size))
             if threads < workers:
-                threads += 1
                 _thread.start_new_thread(serve, ())
+                threads += 1
             ahead += size
             del item, task
         while waiting:
@@ -72,7 +72,7 @@ def in_order(
         with suppress(Empty):
             while True:
                 tasks.get_nowait()
-        for _ in range(threads):
+        for _ in range(workers):  # for one too that was started and, interrupted, not counted
             tasks.put(None)
         for _ in range(threads):
             ended.get()

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_silent_server_is_not_waited_for_ever(birds: HubServer) -> None:
 
     before = listed()
     for timeout in (None, 90.0, 5.0):  # those that somebody set are kept, if they are shorter
-        Session("look", False).call(lambda timeout=timeout: ask(timeout))
+        Session("look", False).call(partial(ask, timeout))
     assert [one["read"] for one in limits] == [SILENCE, SILENCE, 5]
     assert [one["connect"] for one in limits] == [CONNECT, CONNECT, 5]
     assert listed() == before
