@@ -57,15 +57,17 @@ def run(name: str, device: str, folder: Path = MEASURED) -> None:
 def ratios(one: Mapping[str, Any]) -> dict[str, float]:
     """Return the ratios of docs/results.md, smaller is better."""
     load, switch = one["loading"], one["switching"]
-    size = load["bytes"]
-    ready = size["mask"] * 8 / MEGABITS + load["load_mask"]
+    size, peft = load["bytes"], load["PEFT load and merge"]
     found = {
-        "ready / full": ready / (size["full"] * 8 / MEGABITS + load["full checkpoint"]),
-        "load / PEFT load and merge": load["load_mask"] / load["PEFT load and merge"],
-        "load, verify off / PEFT": load["load_mask, verify off"] / load["PEFT load and merge"],
-        "switch / load": switch["switch"] / min(load["load_mask"], load["PEFT load and merge"]),
+        "load, verify off / PEFT": load["load_mask, verify off"] / peft,
+        "switch / load": switch["switch"] / min(load.get("load_mask", peft), peft),
         "forward / plain": switch["forward with a mask"] / switch["plain forward"],
     }
+    if "load_mask" in load:
+        ready = size["mask"] * 8 / MEGABITS + load["load_mask"]
+        found["ready / full"] = ready / (size["full"] * 8 / MEGABITS + load["full checkpoint"])
+        found["load / PEFT load and merge"] = load["load_mask"] / peft
+        found["load, base known / PEFT"] = load["load_mask, base known"] / peft
     for examples, both in one.get("training", {}).items():
         for what, key in (("step", "seconds"), ("memory", "memory")):
             found[f"{what} / full, {examples}"] = both["mask"][key] / both["full"][key]

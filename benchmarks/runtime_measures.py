@@ -14,7 +14,8 @@ from torch import nn
 
 from maskpack import MaskBank, fingerprint, load_adapter, load_mask, unload_mask
 from maskpack.backbone.classifier import example_count, taken
-from maskpack.backbone.fingerprint import check_fingerprint
+from maskpack.backbone.fingerprint import compared_dtype, tensor_digests
+from maskpack.backbone.parameters import body
 
 from .runtime_models import SUBJECTS, Subject, adapter_at, forward
 
@@ -75,15 +76,19 @@ def loading(subject: Subject, model: nn.Module, folder: Path, clock: Clock) -> d
     adapter = load_adapter(path)
     sizes = {"mask": adapter.size, "full": full.stat().st_size}
     sizes["lora"] = (lora / "adapter_model.safetensors").stat().st_size
+    tensors = body(model, [subject.head])
     turns: dict[str, Callable[[], object]] = {
         "read and verify the file": lambda: load_adapter(path),
-        "hash the base": lambda: check_fingerprint(model, adapter.base),
+        "hash the base": lambda: tensor_digests(tensors, compared_dtype(tensors.values())),
         "decode": lambda: sum(1 for _ in adapter.iter_masks()),
+        # writes every weight, so that the next load hashes all of them
+        "full checkpoint": lambda: model.load_state_dict(load_file(full, device=clock.device)),
         "load_mask": lambda: load_mask(model, path),
         "unload_mask": lambda: unload_mask(model),
+        "load_mask, base known": lambda: load_mask(model, path),
+        "unload_mask, second": lambda: unload_mask(model),
         "load_mask, verify off": lambda: load_mask(model, path, verify="off"),
-        "unload_mask, again": lambda: unload_mask(model),
-        "full checkpoint": lambda: model.load_state_dict(load_file(full, device=clock.device)),
+        "unload_mask, third": lambda: unload_mask(model),
     }
     times: dict[str, list[float]] = {name: [] for name in (*turns, "PEFT load and merge")}
     for _ in range(ROUNDS + 1):
