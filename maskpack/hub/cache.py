@@ -139,7 +139,7 @@ class RepositoryCache:
 
     def clear_leftovers(self) -> None:
         """Remove unfinished downloads of processes that are gone: a living one holds the lock of its file."""
-        from huggingface_hub.utils import WeakFileLock
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
         with suppress(OSError):
             for path in (self.folder / "blobs").glob("*.incomplete"):
