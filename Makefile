@@ -129,23 +129,23 @@ bench-bits: $(VENV)/.installed
 
 # every request of pushes and pulls goes wrong in every way, processes race, and verbs find no Hub: twenty minutes
 bench-faults: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --write docs/reliability.md --json benchmarks/measured/faults.json
 
 # loads, undos and switches fail at every place, and meet real signals: half an hour
 bench-interruptions: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.interruptions --write docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.interruptions --write docs/reliability.md --json benchmarks/measured/interruptions.json
 
 # random attacks on signed adapters, on files and on a loopback Hub: ten minutes
 bench-signatures: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.signature_attacks --write docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.signature_attacks --write docs/reliability.md --json benchmarks/measured/signatures.json
 
 # thousands of spoiled adapter files, and files of very many sets, parameters, tensors and classes: some minutes; Linux
 bench-hostile: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --write docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hostile --write docs/reliability.md --json benchmarks/measured/hostile.jsonl
 
 # trainings that are killed at random moments and resumed, beside uninterrupted ones: five minutes
 bench-kills: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training_kills --write docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training_kills --write docs/reliability.md --json benchmarks/measured/training-kills.json
 
 # masks beside every alternative, cascades, ablations: about ten hours on one core; needs MASKPACK_DATA
 comparisons: $(VENV)/.installed

@@ -42,7 +42,7 @@ def main() -> None:
     sys.unraisablehook = lambda _: None  # what is raised while a generator is collected
     facts: dict[str, Any] = json.loads(options.json.read_text()) if options.part and options.json.exists() else {}
     if options.part != "storm":
-        facts["failures"] = failures(options.step, draw)
+        facts["failures"] = {"step": options.step, **failures(options.step, draw)}
     if options.part != "failures":
         signals, wrong = storm(options.storm, draw)
         facts["signals"] = {"counts": signals, "wrong": wrong}
@@ -81,8 +81,9 @@ def table(facts: dict[str, Any]) -> str:
     for name, counts in found.items():
         numbers = (f"{counts.get(kind, 0):,}" for kind in ("at_lines", "at_calls", "twice"))
         lines.append(f"| {name} | {' | '.join(numbers)} |")
-    total = sum(sum(counts.values()) for counts in found.values())
-    lines.append(f"\n{total:,} failures, {len(facts['failures']['wrong'])} damaged models.\n")
+    total, step = sum(sum(counts.values()) for counts in found.values()), facts["failures"]["step"]
+    which = "every place" if step == 1 else f"one of {step} places, others in each setting"
+    lines.append(f"\n{total:,} failures ({which}), {len(facts['failures']['wrong'])} damaged models.\n")
     lines += ["| real SIGINTs during | met it | came after its end |", "|---|---|---|"]
     for name in sorted({key.split(":")[0] for key in signals}):
         lines.append(f"| {name} | {signals.get(f'{name}: met', 0):,} | {signals.get(f'{name}: after the end', 0):,} |")

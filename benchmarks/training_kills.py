@@ -180,13 +180,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="page to write the table into")
+    parser.add_argument("--json", type=Path, default=Path("runs/training-kills.json"))
     options = parser.parse_args()
     for name in (*IMPORTED, "maskpack.training.loop", "maskpack.data.load", "maskpack.adapter.file"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         found = run(options.kills, options.seed, Path(place))
-    Path("runs").mkdir(exist_ok=True)
-    Path("runs/training-kills.json").write_text(json.dumps(found, indent=1) + "\n")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=1) + "\n")
     text = markdown(found)
     print(text)
     if options.write is not None:

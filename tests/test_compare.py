@@ -553,10 +553,15 @@ def test_nothing_is_left_of_a_comparison_that_was_ended(
     assert process.returncode == (143 if number == signal.SIGTERM else -number), errors
     assert ("SIGTERM; call compare again" in errors) == (number == signal.SIGTERM)
     assert "Traceback" not in errors
-    until = time.monotonic() + 5
-    while (left := children("-g", worker[0])) and time.monotonic() < until:
+    assert not left_after(5, worker[0])
+
+
+def left_after(seconds: float, group: int) -> list[int]:
+    """Processes of a group that are still there, asked until there is none or the time is over."""
+    until = time.monotonic() + seconds
+    while (left := children("-g", group)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not left
+    return left
 
 
 def children(relation: str, process: int) -> list[int]:
@@ -580,7 +585,7 @@ def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> 
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert not list((tmp_path / "a").rglob("result-*.json"))
-    assert not any(children("-g", one) for one in worker)
+    assert not any(left_after(5, one) for one in worker)
     spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
     left_off = Job(**json.loads((checkpoint.parent.parent / "job.json").read_text()))
     events: list[Mapping[str, Any]] = []

@@ -74,7 +74,7 @@ def test_wrong_pushes_are_noticed(hub: HubServer, tmp_path: Path) -> None:
     run = run_of(hub, tmp_path)
     flow.prepare(run)
     assert flow.check(run, {"commit": "a" * 40}) == ["success without that commit"]
-    commit = hub.add(run.repo_id, without_card(run.seed))
+    commit = hub.add(run.repo_id, {**without_card(run.seed), CARD: b"---\n---\n"})
     assert flow.check(run, {"commit": commit}) == []
     words = {**FAILED, "text": "and nothing of yours was written"}
     assert flow.check(run, words) == ["the commit landed and the error says that nothing was written"]
@@ -131,7 +131,7 @@ def test_client_process(hub: HubServer, tmp_path: Path) -> None:
 def test_tables(tmp_path: Path) -> None:
     row = {"flow": "a push", "transport": "lfs", "step": "GET hub:/x", "outcome": "ok", "wrong": []}
     rows = [row | {"kind": "503"}, row | {"kind": "silent", "outcome": "hangs", "wrong": ["no answer"]}]
-    text = markdown(rows, [{"transport": "xet", "what": "a race", "outcome": "2 ok", "wrong": []}])
+    text = markdown(rows, [{"transport": "xet", "what": "a race", "outcome": "2 ok", "wrong": []}], [])
     assert "Runs in which something was wrong: 1." in text
     assert "| `GET hub:/x` | ok |  |  |  |  | **hangs** |" in text
     assert "| Xet | a race | 2 ok | no |" in text

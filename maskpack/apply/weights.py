@@ -120,8 +120,8 @@ def apply_masks(
     check_free(model)
     parameters, values, dense = check_masks(model, shapes), values or {}, dense or {}
     state: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
-    check_dense(dense, state)
     names = {*shapes, *dense}
+    check_dense(dense, state)
     if head is not None:
         head_module(model, head)
         names |= head_tensors(head).keys()
@@ -145,9 +145,7 @@ def apply_masks(
 
 
 def restore(model: nn.Module, *, force: bool = False) -> None:
-    """Undo what is applied: weights, statistics and head have the bits that they had.
-
-    If it fails or is interrupted, the next call finishes it.
+    """Undo what is applied, to the bit. If it fails or is interrupted, the next call finishes it.
 
     Args:
         force: also where something else wrote the weights since.
