@@ -27,8 +27,8 @@ LIMITS = {
 }
 STEPS = [(examples, kind) for examples in EXAMPLES["cuda"] for kind in ("full", "mask")]
 LOADING = (
-    "read and verify the file", "hash the base", "decode", "load_mask", "load_mask, base known", "load_mask, verify off", "unload_mask",
-    "full checkpoint", "PEFT load and merge",
+    "read and verify the file", "hash the base", "decode", "load_mask", "load_mask, base known",
+    "load_mask, verify off", "unload_mask", "full checkpoint", "PEFT load and merge",
 )  # fmt: skip
 SWITCHING = (
     "first switch", "switch", "switch, p95", "dense copy", "PEFT set_adapter", "PEFT hotswap", "PEFT load second",

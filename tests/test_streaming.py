@@ -248,9 +248,9 @@ class TestThreads:
         assert not self.running()
 
     def test_small_items_need_no_thread(self) -> None:
-        here = threading.current_thread()
-        assert set(threads.in_order(lambda _: threading.current_thread(), range(9), lambda _: 5, 6)) == {here}
-        assert here not in set(threads.in_order(lambda _: threading.current_thread(), range(9), lambda _: 6, 6))
+        here = _thread.get_ident()
+        assert set(threads.in_order(lambda _: _thread.get_ident(), range(9), lambda _: 5, 6)) == {here}
+        assert here not in set(threads.in_order(lambda _: _thread.get_ident(), range(9), lambda _: 6, 6))
 
     def test_results_are_in_order(self) -> None:
         def wait(item: int) -> int:

@@ -89,6 +89,8 @@ def stamp(tensor: Tensor) -> Stamp | None:
     if data.storage_offset() % 8:
         data = data.clone()
     whole = data.numel() // 8 * 8
-    total = int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
+    words = data[:whole].view(torch.int64)
+    # numpy sums in this thread; PyTorch would wake threads that are busy elsewhere
+    total = int(words.numpy().sum() if words.is_cpu else words.sum()) + int(data[whole:].sum())
     storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     return Stamp(storage, layout, version, total)
