@@ -1,7 +1,7 @@
 """Fingerprint: what an adapter is bound to (docs/format.md section 3)."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ..errors import BackboneMismatchError
-from ..threads import WORKERS, in_order
+from ..threads import Result, in_order
 from .parameters import body, unwrap
 from .tensor_digest import Stamp, stamp, tensor_digest
 
@@ -46,12 +46,16 @@ def _name(dtype: torch.dtype) -> str:
 
 def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
     """Return `tensor_digest` of each, several at a time where they are on the CPU."""
-    # a large one in between would hold others up
+    return _of_each(tensors, lambda _, tensor: tensor_digest(tensor, dtype))
+
+
+def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result]) -> dict[str, Result]:
+    """Return what work gives for each name and tensor, several at a time where they are on the CPU."""
+    # the largest first: one that comes last would be waited for alone
     items = sorted(tensors.items(), key=lambda item: -item[1].numel())
-    # two threads of one core are no faster than one, and masks are decoded beside
-    workers = max(1, WORKERS // 2) if all(tensor.is_cpu for tensor in tensors.values()) else 1
-    digests = in_order(lambda item: tensor_digest(item[1], dtype), items, lambda item: item[1].numel(), WORTH, workers)
-    return {name: digest for (name, _), digest in zip(items, digests, strict=True)}
+    workers = None if all(tensor.is_cpu for tensor in tensors.values()) else 1
+    found = in_order(lambda item: work(*item), items, lambda item: item[1].numel(), WORTH, workers)
+    return {name: one for (name, _), one in zip(items, found, strict=True)}
 
 
 def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -139,11 +143,16 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     tensors = _with_data(body(model, head))
     dtype = compared_dtype(tensors.values())
     known = _MEASURED.setdefault(unwrap(model), {})
-    # taken before hashing: what is written meanwhile makes them void
-    stamps = {name: stamp(tensor) for name, tensor in tensors.items()}
-    each = {name: known[name][2] for name, now in stamps.items() if now and known.get(name, ())[:2] == (now, dtype)}
-    each |= tensor_digests({name: tensor for name, tensor in tensors.items() if name not in each}, dtype)
-    known |= {name: (now, dtype, each[name]) for name, now in stamps.items() if now}
+
+    def measure(name: str, tensor: Tensor) -> tuple[Stamp | None, torch.dtype, bytes]:
+        now = stamp(tensor)  # before the digest: what is written meanwhile makes it void
+        if now is not None and name in known and known[name][:2] == (now, dtype):
+            return known[name]
+        return now, dtype, tensor_digest(tensor, dtype)
+
+    found = _of_each(tensors, measure)
+    known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
+    each = {name: digest for name, (_, _, digest) in found.items()}
     return Measured(dtype, _body_digest(tensors, each), each)
 
 
