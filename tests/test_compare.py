@@ -537,13 +537,7 @@ def test_nothing_is_left_of_a_comparison_that_was_ended(
     number: signal.Signals, backbone: dict[str, Any], tmp_path: Path
 ) -> None:
     more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--batch-size", "8", "--epochs", "2000"]
-    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--workers", "1")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    checkpoint = tmp_path / "a" / "full" / "seed-0-0.01-labels-1" / "training" / FILE
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    worker = children("-P", process.pid)
+    process, _, worker = begun(words(backbone, tmp_path / "a", *more, "--workers", "1"), tmp_path / "a")
     assert len(worker) == 1
     assert len(children("-g", worker[0])) >= 2
     with pytest.raises(StateError, match=f"process {process.pid} on "):
@@ -554,6 +548,17 @@ def test_nothing_is_left_of_a_comparison_that_was_ended(
     assert ("SIGTERM; call compare again" in errors) == (number == signal.SIGTERM)
     assert "Traceback" not in errors
     assert not left_after(5, worker[0])
+
+
+def begun(arguments: list[str], output: Path) -> tuple[subprocess.Popen[str], Path, list[int]]:
+    """Start a comparison; return its process, the first checkpoint of its training, and the workers at that moment."""
+    command = [sys.executable, "-m", "maskpack_cli.main", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    checkpoint = output / "full" / "seed-0-0.01-labels-1" / "training" / FILE
+    until = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return process, checkpoint, children("-P", process.pid)
 
 
 def left_after(seconds: float, group: int) -> list[int]:
@@ -572,13 +577,7 @@ def children(relation: str, process: int) -> list[int]:
 
 def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
     more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
-    command = [sys.executable, "-m", "maskpack_cli.main", *words(backbone, tmp_path / "a", *more, "--epochs", "3")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    checkpoint = tmp_path / "a" / "full" / "seed-0-0.01-labels-1" / "training" / FILE
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    worker = children("-P", process.pid)
+    process, checkpoint, worker = begun(words(backbone, tmp_path / "a", *more, "--epochs", "3"), tmp_path / "a")
     assert worker
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

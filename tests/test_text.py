@@ -23,6 +23,7 @@ from maskpack.backbone.head import Head
 from maskpack.errors import CorruptAdapterError, HubError, MaskpackError
 from maskpack.text import escape
 
+from .fuzz.fuzz_cli import written_to
 from .helpers_adapter import base_of, random_masks, with_header, write
 
 CLI = Path(__file__).parent.parent / "cli" / "maskpack_cli"
@@ -183,13 +184,7 @@ def test_a_terminal_shows_names_as_they_are(valid: bytes, tmp_path: Path) -> Non
         words, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"}
     ) as child:
         os.close(theirs)
-        shown = b""
-        try:
-            while piece := os.read(ours, 1 << 16):
-                shown += piece
-        except OSError:  # how Linux says that the child has ended
-            pass
-        os.close(ours)
+        shown = written_to(ours)
     text = re.sub(r"\x1b\[[01]m", "", shown.decode()).replace("\r\n", "\n")
     assert child.returncode == 0, text
     assert all(letter.isprintable() or letter == "\n" for letter in text), repr(text)

@@ -12,7 +12,7 @@ from .adapters import RandomWeights, Ref, RequireRevision, RequireSignature, Rev
 from .console import Json, Quiet, Token, command, emit, examples, main_process, note, quiet_libraries, table
 from .progress import Progress
 from .settings import OWN, option, read_settings
-from .use import BackboneOption, base_of, on_gpu
+from .use import BackboneOption, opened
 
 verbs = typer.Typer(help="A dispatcher, and an expert for each cluster of the data: train them, compare them.")
 PANEL = "Cascade"
@@ -125,18 +125,11 @@ def evaluate(
 ) -> None:
     """Compare a cascade with its dispatcher alone: nearest neighbours, linear probes, passes, steps and bytes."""
     quiet_libraries(quiet)
-    from maskpack import load_adapter, load_data
+    from maskpack import load_data
     from maskpack.data.load import LABELS_SEED
     from maskpack.evaluate.cascade import cascade_table
 
-    adapter = load_adapter(
-        ref,
-        revision=revision,
-        require_revision=require_revision,
-        require_signature=require_signature,
-        token=token,
-    )
-    base = on_gpu(base_of(adapter, backbone, weights, random_weights))
+    base, adapter = opened(ref, revision, require_revision, require_signature, token, backbone, weights, random_weights)
     found = load_data(
         data,
         input_column=input_column,

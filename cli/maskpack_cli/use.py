@@ -38,7 +38,25 @@ def loaded(
     mode: "Mode" = "target",
 ) -> "tuple[Backbone, Adapter]":
     """Return the backbone with the adapter applied, on the GPU where there is one."""
-    from maskpack import load_adapter, load_mask
+    from maskpack import load_mask
+
+    backbone, adapter = opened(ref, revision, require_revision, require_signature, token, reference, weights, random)
+    load_mask(backbone.model, adapter, mode=mode)
+    return backbone, adapter
+
+
+def opened(
+    ref: str,
+    revision: str | None,
+    require_revision: bool,
+    require_signature: Path | None,
+    token: str | None,
+    reference: str | None,
+    weights: Path | None,
+    random: str | None,
+) -> "tuple[Backbone, Adapter]":
+    """Return the adapter and the backbone that it is for, on the GPU where there is one; nothing is applied."""
+    from maskpack import load_adapter
 
     adapter = load_adapter(
         ref,
@@ -47,9 +65,7 @@ def loaded(
         require_signature=require_signature,
         token=token,
     )
-    backbone = on_gpu(base_of(adapter, reference, weights, random))
-    load_mask(backbone.model, adapter, mode=mode)
-    return backbone, adapter
+    return on_gpu(base_of(adapter, reference, weights, random)), adapter
 
 
 def on_gpu(backbone: "Backbone") -> "Backbone":
@@ -98,18 +114,13 @@ def predict(
 ) -> None:
     """Classify files with an adapter."""
     quiet_libraries(quiet)
-    from maskpack import load_adapter, load_cascade, load_mask
+    from maskpack import load_cascade, load_mask
     from maskpack.errors import ConfigError, DataError
     from maskpack.evaluate.transfer import source_classes
 
-    adapter = load_adapter(
-        ref,
-        revision=revision,
-        require_revision=require_revision,
-        require_signature=require_signature,
-        token=token,
+    masked, adapter = opened(
+        ref, revision, require_revision, require_signature, token, backbone, weights, random_weights
     )
-    masked = on_gpu(base_of(adapter, backbone, weights, random_weights))
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
     together = None if adapter.cascade is None else load_cascade(masked.model, adapter)

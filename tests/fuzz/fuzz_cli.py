@@ -147,6 +147,19 @@ def in_this_process(words: Case) -> None:
     check_text(shown.getvalue())
 
 
+def written_to(terminal: int) -> bytes:
+    """Return all that a child writes to a pseudo-terminal until it ends; this side of it is closed then."""
+    shown = b""
+    try:
+        while piece := os.read(terminal, 1 << 16):
+            shown += piece
+    except OSError:  # how Linux says that the child has ended
+        pass
+    finally:
+        os.close(terminal)
+    return shown
+
+
 def on_terminal(words: Case, terminal: str) -> None:
     """Run the command line in a child whose standard streams are a pseudo-terminal."""
     child, descriptor = pty.fork()
@@ -166,14 +179,9 @@ def on_terminal(words: Case, terminal: str) -> None:
         finally:
             sys.stdout.flush()
             os._exit(status)
-    shown = b""
     try:
-        while piece := os.read(descriptor, 1 << 16):
-            shown += piece
-    except OSError:  # how Linux says that the child has ended
-        pass
+        shown = written_to(descriptor)
     finally:
-        os.close(descriptor)
         _, status = os.waitpid(child, 0)
     text = shown.decode(errors="backslashreplace").replace("\r\n", "\n")
     check_text(STYLE.sub("", text) if terminal != "dumb" else text)
