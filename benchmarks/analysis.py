@@ -22,23 +22,19 @@ from typing import Any
 import torch
 
 from maskpack import load_adapter, load_backbone, load_data, save_adapter, train_mask
-from maskpack.analysis.barrier import barrier
-from maskpack.analysis.checkpoints import from_checkpoints
-from maskpack.analysis.cka import similarities
-from maskpack.analysis.criticality import Noise, criticality, rewound
-from maskpack.analysis.distance import distances
-from maskpack.analysis.evaluations import Evaluations, some
-from maskpack.analysis.mistakes import mistakes
-from maskpack.analysis.modules import grouped
-from maskpack.analysis.network import Network, State, read_networks, state_of
-from maskpack.analysis.shuffle import feature_reuse
-from maskpack.backbone.state import export_state
-from maskpack.data.base import Data
-from maskpack.evaluate.rows.masked import stored
-from maskpack.evaluate.trial import read_json, write_json
+from maskpack.backbone.load import export_state
+from maskpack.lab.analysis.barrier import barrier, distances
+from maskpack.lab.analysis.criticality import Noise, criticality, rewound
+from maskpack.lab.analysis.mistakes import mistakes
+from maskpack.lab.analysis.network import Evaluations, Network, State, grouped, read_networks, some, state_of
+from maskpack.lab.analysis.similarity import similarities
+from maskpack.lab.analysis.starts import feature_reuse, from_checkpoints
+from maskpack.lab.baselines.base import stored
 from maskpack.mask import MaskSet
 from maskpack.training.checkpoint import FILE
+from maskpack.training.data.base import Data
 from maskpack.training.dense import body_parameters, train_dense
+from maskpack.training.run_folder import read_json, write_json
 
 from .analysis_networks import KINDS, MASK, TARGETS, TEXT_KINDS, Study, study
 from .comparisons import DATA, IMAGES, ROOT, SEEDS, resnet
@@ -170,7 +166,7 @@ def halves(one: Study, network: Network, seed: int, upper: Sequence[str], lower:
 def _bytes(one: Study, network: Network, kept: MaskSet, name: str) -> dict[str, int]:
     """The bytes of these masks in a file of their own."""
     from maskpack import fingerprint
-    from maskpack.parts import Parts
+    from maskpack.adapter.content import Parts
 
     backbone = one.backbone()
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from maskpack import load_backbone, load_data, save_adapter, train_mask
-from maskpack.analysis.evaluations import Evaluations
-from maskpack.analysis.network import Network, read_networks, state_of, write_network
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone
-from maskpack.tensorfile import read_tensors
+from maskpack.lab.analysis.network import Evaluations, Network, read_networks, state_of, write_network
+from maskpack.safetensors_io import read_tensors
 from maskpack.training.checkpoint import FILE
 from maskpack.training.dense import body_parameters, train_dense
 from maskpack.training.heads import new_classifier

@@ -6,12 +6,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.plots.barrier import barrier_figure
-from maskpack.plots.checkpoints import checkpoint_figure
-from maskpack.plots.criticality import criticality_figure
-from maskpack.plots.figure import save_figure
-from maskpack.plots.shuffle import shuffle_figure
-from maskpack.plots.similarity import similarity_figure
+from maskpack.lab.plots.analysis import (
+    barrier_figure,
+    checkpoint_figure,
+    criticality_figure,
+    shuffle_figure,
+    similarity_figure,
+)
+from maskpack.lab.plots.figure import save_figure
 
 from .pages import write_between
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskBank, load_cascade, load_mask, load_masked, save_adapter
-from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.parameters import body, same_size_int
-from maskpack.backbone.tensor_digest import tensor_digest
+from maskpack.adapter.content import Parts
+from maskpack.backbone.fingerprint import fingerprint, tensor_digest
+from maskpack.backbone.model import body, same_size_int
 from maskpack.errors import BackboneMismatchError
-from maskpack.parts import Parts
-from maskpack.tensorfile import write_tensors
+from maskpack.safetensors_io import write_tensors
 from tests.helpers_adapter import random_masks
 from tests.helpers_cascade import SETS, cascade_parts
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.decode import base_classes, by_name
 from maskpack.adapter.describe import describe
-from maskpack.adapter.file import read_adapter, save_adapter
-from maskpack.adapter.weights import base_classes, by_name
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
 from maskpack.codecs.choose import rivals
 from maskpack.errors import MaskpackError

@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.evaluate.comparison_table import markdown
-from maskpack.plots.figure import save_figure
+from maskpack.lab.compare import markdown
+from maskpack.lab.plots.figure import save_figure
 
 from .pages import write_between
 
@@ -42,7 +42,7 @@ def cell(row: Mapping[str, Any]) -> str:
 
 def few_labels(measured: Path, folder: Path) -> str:
     """A table of all data sets, and a picture for each."""
-    from maskpack.plots.few_labels import label_figure
+    from maskpack.lab.plots.results import label_figure
 
     lines, pictures = [], []
     for name in (*PACS, "mnist"):
@@ -116,7 +116,7 @@ def ablations(measured: Path) -> str:
 def layer_densities(folder: Path) -> dict[str, list[dict[str, float]]]:
     """Return densities by parameter of the masks trained on all labels, and without labels, in a comparison."""
     from maskpack import inspect_adapter
-    from maskpack.adapter.picture import parameter_densities
+    from maskpack.adapter.card import parameter_densities
 
     found = {"mask": sorted(folder.glob("mask/seed-*-labels-1/mask.safetensors"))}
     found["self-supervised"] = sorted(folder.glob("self-supervised/seed-*/mask.safetensors"))
@@ -128,7 +128,7 @@ def layer_densities(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 def densities(measured: Path, folder: Path) -> str:
     """A picture of densities by layer, and a table of them."""
-    from maskpack.plots.density import density_figure
+    from maskpack.lab.plots.masks import density_figure
 
     lines = []
     for path in sorted(measured.glob("*/densities.json")):

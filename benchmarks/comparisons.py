@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_data, save_adapter, train_cascade
-from maskpack.evaluate.cascade import cascade_table
-from maskpack.evaluate.trial import write_json
+from maskpack.training.cascade import cascade_table
+from maskpack.training.run_folder import write_json
 
 from .comparison_pages import PACS, layer_densities, write_pages
 

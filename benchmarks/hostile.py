@@ -28,10 +28,9 @@ from typing import Any
 from bitarray import bitarray
 
 from benchmarks.pages import write_between
-from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.read import read_adapter
+from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.errors import MaskpackError
 from maskpack.mask import bits_digest, rows_id
 from tests.fuzz.damage import File, damaged, edited_header

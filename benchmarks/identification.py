@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskBank, attach_scores, extract_masks, identify
-from maskpack.apply.identify import HOWS
-from maskpack.apply.profiles import profiles
-from maskpack.evaluate.trial import write_json
+from maskpack.runtime.identify import HOWS, profiles
+from maskpack.training.run_folder import write_json
 
 from .light_switch_tasks import digits
 

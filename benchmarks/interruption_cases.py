@@ -8,12 +8,11 @@ import torch
 
 from benchmarks.interruption_world import Net, World, bits_of, same
 from maskpack import MaskBank, load_mask, load_masked, unload_mask
-from maskpack.apply.applied import applied
-from maskpack.apply.cascade import Cascade
-from maskpack.apply.costs import Costs
-from maskpack.backbone.embedding import Embedding
-from maskpack.parts import CascadeParts
-from maskpack.router import Router, Whitening
+from maskpack.adapter.content import CascadeParts, Router, Whitening
+from maskpack.backbone.model import Embedding
+from maskpack.runtime.apply import applied
+from maskpack.runtime.cascade import Cascade
+from maskpack.runtime.switch import Costs
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def check_bank(world: World) -> None:
 
 def by_changes(world: World) -> None:
     """Switch often enough that what differs is noted."""
-    with patch("maskpack.apply.switch.measured", lambda *_: Costs(write=1.0, scan=0.0)):
+    with patch("maskpack.runtime.switch.measured", lambda *_: Costs(write=1.0, scan=0.0)):
         world.bank.use("a")
 
 

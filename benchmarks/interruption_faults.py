@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-import maskpack.apply
+import maskpack.runtime
 from benchmarks.interruption_cases import Case, bank_of, check_bank
 from benchmarks.interruption_world import Setting, World
 from maskpack import load_mask, unload_mask
-from maskpack.adapter.adapter import Adapter
-from maskpack.apply import patch as places
-from maskpack.apply.applied import applied
+from maskpack.adapter.read import Adapter
 from maskpack.errors import CorruptAdapterError, MaskpackError
+from maskpack.runtime import apply as places
+from maskpack.runtime.apply import applied
 
 ERRORS = (KeyboardInterrupt, MemoryError, CorruptAdapterError)
-FOLDER = str(Path(maskpack.apply.__file__).parent)
+FOLDER = str(Path(maskpack.runtime.__file__).parent)
 NAMES = ("flatnonzero", "unpackbits")
 SENDER = """
 import os, signal, sys, time
@@ -64,7 +64,7 @@ class Fault:
 
 @contextmanager
 def at_lines(fault: Fault) -> Iterator[None]:
-    """Let every line of maskpack/apply that is executed be a place."""
+    """Let every line of maskpack/runtime that is executed be a place."""
 
     def enter(frame: FrameType, event: str, _: Any) -> Any:
         return line if frame.f_code.co_filename.startswith(FOLDER) else None

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskBank, fingerprint, load_adapter, load_mask, save_adapter, unload_mask
-from maskpack.adapter.adapter import Adapter
-from maskpack.apply.applied import applied
-from maskpack.backbone.head import Head
-from maskpack.backbone.parameters import same_size_int
-from maskpack.backbone.state import export_state
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import Adapter
+from maskpack.backbone.load import export_state
+from maskpack.backbone.model import Head, same_size_int
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.parts import Parts
+from maskpack.runtime.apply import applied
 
 OPS = ("zero", "flip", "replace", "ternary")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -5,8 +5,8 @@
     python -m benchmarks.interruptions --step 6 --storm 500
 
 Every case of `interruption_cases.py` is run once to count, then once for each place where it can fail: each line of
-maskpack/apply that is executed, and each call of PyTorch, numpy, reading, writing and decoding, before and after it had
-its effect. MemoryError, KeyboardInterrupt and an error of maskpack's take turns. A second round interrupts the way
+maskpack/runtime that is executed, and each call of PyTorch, numpy, reading, writing and decoding, before and after it
+had its effect. MemoryError, KeyboardInterrupt and an error of maskpack's take turns. A second round interrupts the way
 back as well. Then real SIGINTs, sent by another process, meet models of real size. The exit status is 1 if anything
 does not hold.
 """
@@ -26,7 +26,7 @@ from benchmarks.interruption_cases import CASES
 from benchmarks.interruption_faults import every, storm, twice
 from benchmarks.interruption_world import World, settings
 from benchmarks.pages import write_between
-from maskpack.apply import patch as places
+from maskpack.runtime import apply as places
 
 
 def main() -> None:

@@ -23,10 +23,9 @@ import torch
 from torch import nn
 
 from maskpack import attach_gates
-from maskpack.evaluate.trial import read_json, write_json
-from maskpack.plots.features import users
-from maskpack.training.gated import START, Gates
-from maskpack.training.histograms import GateHistory, counts, divergence
+from maskpack.lab.plots.masks import users
+from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
+from maskpack.training.run_folder import read_json, write_json
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.plots.features import feature_figure
-from maskpack.plots.figure import label, look, new_figure, plain_axes, save_figure
-from maskpack.plots.gates import gate_figure
+from maskpack.lab.plots.figure import label, look, new_figure, plain_axes, save_figure
+from maskpack.lab.plots.masks import feature_figure
+from maskpack.lab.plots.results import gate_figure
 
 from .light_switch import EXPERIMENTS
 from .pages import write_between

@@ -17,10 +17,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import nn
 
-from maskpack.adapter.file import read_adapter
+from maskpack.adapter.write import read_adapter
 from maskpack.backbone.fingerprint import Fingerprint, fingerprint
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.tensorfile import read_tensors
+from maskpack.safetensors_io import read_tensors
 
 from .results import DATA, ROWS
 

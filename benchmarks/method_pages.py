@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskpack.plots.accuracy_bytes import bytes_figure
-from maskpack.plots.figure import save_figure
+from maskpack.lab.plots.figure import save_figure
+from maskpack.lab.plots.results import bytes_figure
 
 from .comparison_pages import cell
 from .methods import LINES

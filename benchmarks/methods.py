@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from maskpack import TrainConfig, inspect_adapter
-from maskpack.evaluate.trial import write_json
+from maskpack.training.run_folder import write_json
 
 from .comparisons import DATA, IMAGES, ROOT, TEXTS, measured, minilm, resnet
 

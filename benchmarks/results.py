@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from maskpack.adapter.file import save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.data.base import Data
-from maskpack.data.load import load_data
-from maskpack.evaluate.frozen import measure_features
 from maskpack.training.checkpoint import FILE
 from maskpack.training.config import TrainConfig
-from maskpack.training.loop import train_mask
+from maskpack.training.data.base import Data
+from maskpack.training.data.load import load_data
+from maskpack.training.features import measure_features
+from maskpack.training.trainer import train_mask
 
 DATA = Path(os.environ.get("MASKPACK_DATA", "."))
 

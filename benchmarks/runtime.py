@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskpack.evaluate.trial import write_json
+from maskpack.training.run_folder import write_json
 
 from .runtime_measures import measure, step
 from .runtime_models import SUBJECTS

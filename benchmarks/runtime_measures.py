@@ -15,7 +15,7 @@ from torch import nn
 from maskpack import MaskBank, fingerprint, load_adapter, load_mask, unload_mask
 from maskpack.backbone.classifier import example_count, taken
 from maskpack.backbone.fingerprint import compared_dtype, tensor_digests
-from maskpack.backbone.parameters import body
+from maskpack.backbone.model import body
 
 from .runtime_models import SUBJECTS, Subject, adapter_at, forward
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskSet, fingerprint, save_adapter
-from maskpack.adapter.adapter import Adapter
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import Adapter
 from maskpack.backbone.select import select_parameters
-from maskpack.parts import Parts
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from maskpack.apply.identify import HOWS
+from maskpack.runtime.identify import HOWS
 
 from .identification import SIZES, UNSEEN
 from .pages import write_between

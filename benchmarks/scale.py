@@ -75,7 +75,7 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
     from blake3 import blake3
 
     from maskpack import threads
-    from maskpack.adapter.file import save_adapter
+    from maskpack.adapter.write import save_adapter
     from maskpack.backbone.fingerprint import Fingerprint
     from maskpack.mask import MaskSet, PackedMask
 

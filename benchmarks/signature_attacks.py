@@ -49,7 +49,7 @@ class World:
 
 def make_world(folder: Path, kind: str) -> World:
     """Return a world whose trusted key is of a kind."""
-    from maskpack.adapter.sign import sign_adapter
+    from maskpack.adapter.signature import sign_adapter
 
     key, other = new_key(kind), new_key(kind)
     private, public = write_key(folder, kind, key)
@@ -121,8 +121,7 @@ def another_key(world: World, chance: random.Random) -> Files:
 
 def confused(world: World, chance: random.Random) -> Files:
     """A whole adapter whose signature names the trusted key and is by a key of the other algorithm, or random bytes."""
-    from maskpack.adapter.keys import signature_of
-    from maskpack.adapter.signature import Envelope, pae
+    from maskpack.adapter.signature import Envelope, pae, signature_of
 
     found = chance.choice(world.strangers)
     payload = Envelope.from_bytes(found[SIGNATURE]).payload
@@ -288,8 +287,7 @@ def row(name: str, outcomes: Counter[str], hostile: bool) -> dict[str, Any]:
 
 def times(worlds: list[World]) -> str:
     """Return how long signing and verifying take, in milliseconds."""
-    from maskpack.adapter.keys import public_keys, signature_of
-    from maskpack.adapter.signature import check_signature, pae
+    from maskpack.adapter.signature import check_signature, pae, public_keys, signature_of
 
     said = []
     for kind, world in zip(KINDS, worlds, strict=True):
@@ -320,7 +318,7 @@ def markdown(rows: list[dict[str, Any]], timing: str) -> str:
 
 
 def _id(key: Any) -> str:
-    from maskpack.adapter.keys import key_id
+    from maskpack.adapter.signature import key_id
 
     return key_id(key.public_key())
 

@@ -29,7 +29,7 @@ from maskpack_cli.main import main as command_line
 
 from benchmarks.pages import write_between
 from maskpack.errors import StateError
-from maskpack.evaluate.worker import IMPORTED
+from maskpack.lab.trial import IMPORTED
 from maskpack.training.checkpoint import FILE, load_checkpoint
 
 NAME = "make bench-kills"
@@ -182,7 +182,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="page to write the table into")
     parser.add_argument("--json", type=Path, default=Path("runs/training-kills.json"))
     options = parser.parse_args()
-    for name in (*IMPORTED, "maskpack.training.loop", "maskpack.data.load", "maskpack.adapter.file"):
+    for name in (*IMPORTED, "maskpack.training.trainer", "maskpack.training.data.load", "maskpack.adapter.write"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         found = run(options.kills, options.seed, Path(place))

@@ -22,16 +22,22 @@ import torch
 from torch import Tensor
 
 from maskpack import MaskSet, TrainConfig, load_backbone, load_data
-from maskpack.backbone.load import Backbone
+from maskpack.adapter.content import Parts
+from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.select import select_parameters
-from maskpack.backbone.state import export_state
-from maskpack.data.base import Data
-from maskpack.evaluate.transfer import applied_parts, held_out_accuracy
-from maskpack.evaluate.trial import write_json
-from maskpack.parts import Parts
-from maskpack.tensorfile import read_tensors, write_tensors
-from maskpack.training.reuse import STARTS, current_values, find_reuse, start_values, train_reused
-from maskpack.training.transfer import SOURCE_FILE, train_source
+from maskpack.safetensors_io import read_tensors, write_tensors
+from maskpack.training.data.base import Data
+from maskpack.training.evaluate import applied_parts, held_out_accuracy
+from maskpack.training.run_folder import write_json
+from maskpack.training.transfer import (
+    SOURCE_FILE,
+    STARTS,
+    current_values,
+    find_reuse,
+    start_values,
+    train_reused,
+    train_source,
+)
 
 from .comparison_pages import PACS
 from .comparisons import DATA, ROOT, SEEDS, resnet
@@ -161,8 +167,8 @@ def difference(output: Path, domain: str, name: str, key: str) -> float:
 
 def tables(output: Path, folder: Path) -> str:
     """Return the tables of the sources that have a finished seed; a picture is drawn into the folder."""
-    from maskpack.plots.density import density_figure
-    from maskpack.plots.figure import save_figure
+    from maskpack.lab.plots.figure import save_figure
+    from maskpack.lab.plots.masks import density_figure
 
     domains = [name for name in PACS if finished(output, name)]
     if not domains:

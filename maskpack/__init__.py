@@ -10,62 +10,63 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter.adapter import Adapter
     from .adapter.describe import inspect_adapter
-    from .adapter.file import save_adapter
+    from .adapter.read import Adapter
+    from .adapter.write import save_adapter
     from .algebra import combine
-    from .apply.bank import MaskBank
-    from .apply.cascade import load_cascade
-    from .apply.identify import identify
-    from .apply.load import load_adapter, load_mask, unload_mask
-    from .apply.stream import load_masked
     from .backbone.fingerprint import fingerprint
     from .backbone.load import load_backbone
-    from .data.load import load_data
     from .errors import MaskpackError
-    from .evaluate.cascade import fit_cascade_head
-    from .evaluate.compare import compare
-    from .evaluate.multitask import train_tasks
-    from .hub import pull, push, search_adapters
+    from .hub.pull import pull
+    from .hub.push import push
+    from .hub.search import search_adapters
+    from .lab.compare import compare
     from .mask import MaskSet
-    from .training.cascade import train_cascade
+    from .runtime.bank import MaskBank
+    from .runtime.cascade import load_cascade
+    from .runtime.identify import identify
+    from .runtime.load import load_adapter, load_mask, unload_mask
+    from .runtime.stream import load_masked
+    from .training.cascade import fit_cascade_head, train_cascade
     from .training.config import TrainConfig
-    from .training.gated import attach_gates
-    from .training.loop import train_mask
-    from .training.scored import attach_scores, extract_masks
+    from .training.data.load import load_data
+    from .training.gates import attach_gates
+    from .training.multitask import train_tasks
+    from .training.scores import attach_scores, extract_masks
+    from .training.trainer import train_mask
     from .training.transfer import train_transfer
 
 # read when first used: loading an adapter never imports training, methods or data
 _WHERE = {
-    "Adapter": "adapter.adapter",
-    "MaskBank": "apply.bank",
+    "Adapter": "adapter.read",
+    "MaskBank": "runtime.bank",
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "TrainConfig": "training.config",
-    "attach_gates": "training.gated",
-    "attach_scores": "training.scored",
+    "attach_gates": "training.gates",
+    "attach_scores": "training.scores",
     "combine": "algebra",
-    "compare": "evaluate.compare",
-    "extract_masks": "training.scored",
+    "compare": "lab.compare",
+    "extract_masks": "training.scores",
     "fingerprint": "backbone.fingerprint",
-    "fit_cascade_head": "evaluate.cascade",
-    "identify": "apply.identify",
+    "fit_cascade_head": "training.cascade",
+    "identify": "runtime.identify",
     "inspect_adapter": "adapter.describe",
-    "load_adapter": "apply.load",
+    "load_adapter": "runtime.load",
     "load_backbone": "backbone.load",
-    "load_cascade": "apply.cascade",
-    "load_data": "data.load",
-    "load_mask": "apply.load",
-    "load_masked": "apply.stream",
-    "pull": "hub",
-    "push": "hub",
-    "save_adapter": "adapter.file",
-    "search_adapters": "hub",
+    "load_cascade": "runtime.cascade",
+    "load_data": "training.data.load",
+    "load_mask": "runtime.load",
+    "load_masked": "runtime.stream",
+    "pull": "hub.pull",
+    "push": "hub.push",
+    "save_adapter": "adapter.write",
+    "search_adapters": "hub.search",
     "train_cascade": "training.cascade",
-    "train_mask": "training.loop",
-    "train_tasks": "evaluate.multitask",
+    "train_mask": "training.trainer",
+    "train_tasks": "training.multitask",
     "train_transfer": "training.transfer",
-    "unload_mask": "apply.load",
+    "unload_mask": "runtime.load",
 }
 
 __all__ = [

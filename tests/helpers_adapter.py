@@ -16,7 +16,7 @@ from maskpack.backbone.fingerprint import Fingerprint, fingerprint
 from maskpack.codecs.base import Bits, Codec, Profile, Side
 from maskpack.codecs.choose import Contest, rivals
 from maskpack.mask import MaskSet, bits_digest, rows_id
-from maskpack.tensorheader import SEAL, UNSEALED, seal
+from maskpack.safetensors_io import SEAL, UNSEALED, seal
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 
-from maskpack.backbone.embedding import Embedding
-from maskpack.parts import CascadeParts
-from maskpack.router import Router, Whitening
+from maskpack.adapter.content import CascadeParts, Router, Whitening
+from maskpack.backbone.model import Embedding
 
 SETS = ("dispatcher", "expert-0", "expert-1")
 

@@ -5,7 +5,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from maskpack.adapter.file import save_adapter
+from maskpack.adapter.write import save_adapter
 
 from .helpers_adapter import base_of, random_masks
 

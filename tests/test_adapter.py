@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.adapter.file import Parts, read_adapter, save_adapter
-from maskpack.backbone.head import Head
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.backbone.model import Head
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 

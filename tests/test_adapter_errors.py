@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter.file import Parts, read_adapter, save_adapter
-from maskpack.backbone.head import Head
+from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.backbone.model import Head
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
 

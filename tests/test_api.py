@@ -15,7 +15,13 @@ import maskpack
 from maskpack import MaskSet, fingerprint, save_adapter
 
 ROOT = Path(__file__).parent.parent
-LATE = ("maskpack.training", "maskpack.methods", "maskpack.data", "maskpack.importers", "maskpack.evaluate")
+LATE = (
+    "maskpack.training",
+    "maskpack.training.methods",
+    "maskpack.training.data",
+    "maskpack.importers",
+    "maskpack.lab",
+)
 
 
 def modules_after(code: str, *arguments: str) -> set[str]:
@@ -90,6 +96,6 @@ def test_loading_needs_no_training(tmp_path: Path) -> None:
         "assert not (model.weight >= 0).all()\n"
     )
     loaded = modules_after(code, str(tmp_path / "adapter"))
-    assert "maskpack.apply.weights" in loaded
+    assert "maskpack.runtime.apply" in loaded
     assert not {one for one in loaded if one.startswith(LATE)}
     assert not loaded & {"huggingface_hub", "torchvision", "timm", "transformers", "datasets", "accelerate"}

@@ -12,22 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.file import save_adapter
+from maskpack.adapter.content import Parts
 from maskpack.adapter.predict import predict
-from maskpack.apply.applied import applied
-from maskpack.apply.load import MaskpackWarning, load_adapter, load_mask, unload_mask
-from maskpack.apply.weights import apply_masks, restore
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.head import Head
-from maskpack.backbone.parameters import same_size_int
+from maskpack.backbone.load import export_state
+from maskpack.backbone.model import Head, same_size_int
 from maskpack.backbone.select import select_parameters
-from maskpack.backbone.state import export_state
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.parts import Parts
-from maskpack.tensorfile import read_tensors
+from maskpack.runtime.apply import applied, apply_masks, restore
+from maskpack.runtime.load import MaskpackWarning, load_adapter, load_mask, unload_mask
+from maskpack.safetensors_io import read_tensors
 
 from .conftest import TinyNet
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md and the README's tree say what the code does, and the code keeps its own rules."""
+"""docs/architecture.md says what the code does, and the code keeps its own rules."""
 
 import ast
 import re
@@ -11,8 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE, CLI = ROOT / "maskpack", ROOT / "cli" / "maskpack_cli"
 FILES = sorted([*PACKAGE.rglob("*.py"), *CLI.rglob("*.py")])
-PLUGIN_FOLDERS = ("codecs", "data", "evaluate/rows", "importers", "methods", "training/objectives")
-LONGEST = 250  # lines of a file
+LONGEST = 600  # lines of a file
 KNOWN_UNREQUIRED = {"PIL", "datasets", "huggingface_hub", "yaml"}  # imported plainly inside a function
 
 Imports = Iterator[tuple[str, str, bool]]  # (what, kind: "own" or "other", at module level)
@@ -89,16 +88,16 @@ def test_table_has_no_cycle() -> None:
         assert ready, f"a cycle among {sorted(left)}"
         order += ready
         left = {stage: own for stage, own in left.items() if stage not in ready}
-    assert order.index("methods") < order.index("training")
+    assert order.index("adapter") < order.index("training") < order.index("lab")
 
 
 def test_loading_needs_no_training() -> None:
     own = {stage: row[0] for stage, row in table().items()}
-    reached, found = {"apply"}, set[str]()
+    reached, found = {"runtime"}, set[str]()
     while reached - found:
         found |= reached
         reached = found | set().union(*(own[stage] for stage in found))
-    assert not found & {"training", "methods", "data", "importers", "evaluate"}
+    assert not found & {"training", "importers", "lab"}
 
 
 def test_single_importers() -> None:
@@ -106,8 +105,8 @@ def test_single_importers() -> None:
     for path in PACKAGE.rglob("*.py"):
         for what, _, _ in imports_of(path):
             importers.setdefault(what, set()).add(path.relative_to(PACKAGE).as_posix())
-    assert importers["safetensors"] == {"tensorfile.py"}
-    assert {file.split("/")[0] for file in importers["huggingface_hub"]} == {"hub", "network.py", "redact.py"}
+    assert importers["safetensors"] == {"safetensors_io.py"}
+    assert {file.split("/")[0] for file in importers["huggingface_hub"]} == {"hub", "network.py"}
     assert "maskpack" not in importers, f"absolute imports of the package in {importers['maskpack']}"
     late = {name for _, _, names in table().values() for name in names}
     required = {
@@ -148,32 +147,6 @@ def test_rules_of_a_file(path: Path) -> None:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & set(names)
-
-
-def readme_tree() -> set[str]:
-    """The files of the README's tree; a plug-in folder stands for its files."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = next(b for b in re.findall(r"```text\n(.*?)```", text, re.DOTALL) if b.startswith("maskpack/\n"))
-    found, folders = set(), list[str]()
-    for line in block.splitlines():
-        depth, entry = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        assert len(line.split()) > 1 or not depth, f"{entry} has no words"
-        folders = [*folders[:depth], entry.rstrip("/")]
-        if not entry.endswith("/") or "/".join(folders[1:]) in PLUGIN_FOLDERS:
-            found.add("/".join(folders))
-    return found
-
-
-def test_readme_tree() -> None:
-    on_disk = {path.relative_to(ROOT) for path in [*FILES, PACKAGE / "py.typed"]}
-    expected = set()
-    for path in on_disk:
-        folder = "/".join(path.parts[1:-1])
-        if path.parts[0] == "maskpack" and folder in PLUGIN_FOLDERS:
-            expected.add(f"maskpack/{folder}")
-        elif path.name != "__init__.py" or len(path.parts) == 2 or path.parts[0] == "cli":
-            expected.add(path.as_posix())
-    assert readme_tree() == expected
 
 
 def test_error_tree() -> None:

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from maskpack.backbone.fingerprint import check_fingerprint, fingerprint
-from maskpack.backbone.head import find_head, head_features
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.parameters import aliases, body, unwrap
+from maskpack.backbone.model import aliases, body, find_head, head_features, unwrap
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, SelectionError, UnknownNameError
 from maskpack.preprocess import ImagePreprocess, TextPreprocess

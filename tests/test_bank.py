@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskpack import MaskBank, load_adapter, load_mask, unload_mask
-from maskpack.adapter.file import save_adapter
-from maskpack.apply import costs
-from maskpack.apply.load import MaskpackWarning
-from maskpack.apply.patch import patch_of, places
-from maskpack.apply.weights import apply_masks, restore
+from maskpack.adapter.content import Parts
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.head import Head
+from maskpack.backbone.model import Head
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.parts import Parts
+from maskpack.runtime import switch as costs
+from maskpack.runtime.apply import apply_masks, patch_of, places, restore
+from maskpack.runtime.load import MaskpackWarning
 
 from .test_apply import bits, make_adapter, random_masks, same
 
@@ -181,7 +180,7 @@ def test_any_sequence_keeps_every_bit(model: str, data: st.DataObject) -> None:
 
 def test_similar_masks_are_switched_by_what_differs(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """By bits the first time, by places, then by changes as soon as these would have been worth it."""
-    monkeypatch.setattr("maskpack.apply.switch.measured", lambda device, dtype: costs.Costs(write=1.0, scan=1.0))
+    monkeypatch.setattr("maskpack.runtime.switch.measured", lambda device, dtype: costs.Costs(write=1.0, scan=1.0))
     base = copy.deepcopy(tiny)
     first = random_masks(tiny, 0, density=0.2)
     second = {name: mask.tensor().clone() for name, mask in first.items()}
@@ -251,7 +250,7 @@ def test_a_switch_that_fails_leaves_the_base(tiny: nn.Module, five: dict[str, Pa
                 if first == second:
                     continue
                 bank.use(first)
-                monkeypatch.setattr("maskpack.apply.switch.Switch._dense", fails)
+                monkeypatch.setattr("maskpack.runtime.switch.Switch._dense", fails)
                 with pytest.raises(MemoryError):
                     bank.use(second)
                 monkeypatch.undo()
@@ -271,7 +270,7 @@ def test_places_of_some_parameters_are_not_kept(tiny: nn.Module, monkeypatch: py
     before = bits(tiny)
     with MaskBank(tiny) as bank:
         bank.add(MaskSet.from_tensors({name: torch.rand(shape) < 0.5 for name, shape in shapes.items()}), "a")
-        monkeypatch.setattr("maskpack.apply.resident.patch_of", second_fails)
+        monkeypatch.setattr("maskpack.runtime.switch.patch_of", second_fails)
         with pytest.raises(MemoryError):
             bank.use("a")
         assert bank.status().residents["a"].state == "packed"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from maskpack import fingerprint, load_mask, save_adapter, unload_mask
-from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.convert import convert_adapter
+from maskpack.adapter.edit import convert_adapter
+from maskpack.adapter.read import Adapter
 from maskpack.errors import BackboneMismatchError
 from maskpack.mask import MaskSet
 
@@ -77,7 +77,7 @@ def test_onto_the_base_and_off_again(tmp_path: Path, dtype: torch.dtype) -> None
     assert bits(model.state_dict()) == before
 
 
-@pytest.mark.filterwarnings("ignore::maskpack.apply.load.MaskpackWarning")
+@pytest.mark.filterwarnings("ignore::maskpack.runtime.load.MaskpackWarning")
 @pytest.mark.parametrize("verify", ["strict", "warn", "off"])
 def test_onto_nothing_else(tmp_path: Path, verify: str) -> None:
     base = network()

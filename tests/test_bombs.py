@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import zstandard
 
-from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import read_adapter, save_adapter
 from maskpack.codecs.base import Side, plausible
 from maskpack.errors import CorruptAdapterError
-from maskpack.tensorheader import SEAL
+from maskpack.safetensors_io import SEAL
 
 from .helpers_adapter import base_of, encode_smallest, join_file, many, random_masks, with_header, with_payload, write
 

@@ -13,13 +13,11 @@ import yaml  # type: ignore[import-untyped]
 from markdown_it import MarkdownIt
 
 from maskpack import MaskSet
-from maskpack.adapter.card import BEGIN, END, PICTURE_FILE, render_card, update_card
+from maskpack.adapter.card import BEGIN, END, PICTURE_FILE, base_model, render_card, update_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.adapter.file import save_adapter
-from maskpack.adapter.frontmatter import base_model
-from maskpack.errors import ConfigError, DataError
-from maskpack.parts import Parts
-from maskpack.text import escape
+from maskpack.adapter.write import save_adapter
+from maskpack.errors import ConfigError, DataError, escape
 
 from .helpers_adapter import base_of, random_masks
 

@@ -14,15 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from maskpack import load_cascade, load_mask, unload_mask
-from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.file import save_adapter
-from maskpack.apply.cascade import Cascade, Cost
-from maskpack.apply.load import MaskpackWarning
-from maskpack.backbone.embedding import Embedding
+from maskpack.adapter.content import CascadeParts, Parts, Router, Whitening
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.model import Embedding
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, DataError, StateError
-from maskpack.parts import CascadeParts, Parts
-from maskpack.router import Router, Whitening
+from maskpack.runtime.cascade import Cascade, Cost
+from maskpack.runtime.load import MaskpackWarning
 
 from .conftest import TinyNet
 from .helpers_cascade import cascade_parts

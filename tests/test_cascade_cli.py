@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from maskpack import load_backbone, load_cascade
-from maskpack.adapter.file import read_adapter
+from maskpack.adapter.write import read_adapter
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits

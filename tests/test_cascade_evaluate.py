@@ -8,18 +8,14 @@ import pytest
 import torch
 
 from maskpack import fit_cascade_head, load_cascade, load_data, save_adapter, train_cascade
+from maskpack.adapter.content import CascadeParts
 from maskpack.adapter.describe import describe
-from maskpack.apply.cascade import Cascade
 from maskpack.backbone.load import Backbone
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
 from maskpack.errors import AdapterError, DataError
-from maskpack.evaluate.cascade import cascade_table, embed_all, routed
-from maskpack.evaluate.knn import knn_accuracy
-from maskpack.evaluate.linear_probe import fit_probe
-from maskpack.parts import CascadeParts
-from maskpack.training.cascade import CascadeResult
-from maskpack.training.router import fit_whitening
+from maskpack.runtime.cascade import Cascade
+from maskpack.training.cascade import CascadeResult, cascade_table, embed_all, fit_whitening, routed
+from maskpack.training.data.base import Data, loader, readable
+from maskpack.training.features import fit_probe, knn_accuracy
 
 from .test_apply import bits, same
 from .test_cascade_training import QUICK, tiny_net

@@ -10,17 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.card import render_card
-from maskpack.adapter.convert import convert_adapter
+from maskpack.adapter.content import CascadeParts, Parts, Router, Whitening
 from maskpack.adapter.describe import describe
-from maskpack.adapter.file import read_adapter, save_adapter
-from maskpack.apply.load import load_mask
-from maskpack.backbone.embedding import Embedding
+from maskpack.adapter.edit import convert_adapter
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.backbone.model import Embedding
 from maskpack.errors import AdapterError, CorruptAdapterError, StateError, UnknownNameError
 from maskpack.mask import MaskSet
-from maskpack.parts import CascadeParts, Parts
-from maskpack.router import Router, Whitening
+from maskpack.runtime.load import load_mask
 
 from .fuzz.damage import File
 from .helpers_adapter import base_of, random_masks, write

@@ -12,18 +12,25 @@ import torch
 from torch import nn
 
 from maskpack import TrainConfig, load_data, save_adapter, train_cascade
-from maskpack.apply.cascade import Cascade, load_cascade
-from maskpack.backbone.embedding import Embedding
 from maskpack.backbone.load import Backbone
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, TrainingError
-from maskpack.evaluate.features import embed
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
-from maskpack.training.cascade import CLUSTERS, ROUTER, CascadeResult
+from maskpack.runtime.cascade import Cascade, load_cascade
+from maskpack.training.cascade import (
+    CLUSTERS,
+    COORDINATES,
+    ROUTER,
+    CascadeResult,
+    fit_mixture,
+    fit_router,
+    fit_whitening,
+    router_of,
+)
 from maskpack.training.checkpoint import FILE, load_checkpoint
-from maskpack.training.router import COORDINATES, fit_mixture, fit_router, fit_whitening, router_of
+from maskpack.training.data.base import Data, loader, readable
+from maskpack.training.features import embed
 
 from .conftest import TinyNet
 from .test_apply import bits, same

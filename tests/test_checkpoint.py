@@ -12,17 +12,21 @@ import torch
 from safetensors.torch import save_file
 
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.data.load import load_data
 from maskpack.errors import StateError
-from maskpack.tensorfile import Blob, read_tensors, write_tensors
-from maskpack.tensorheader import SEAL, UNSEALED
-from maskpack.training.borrow import borrowed
-from maskpack.training.checkpoint import FACTS, FILE, load_checkpoint, take_over
-from maskpack.training.keep import Keeper
-from maskpack.training.log import RunLog
-from maskpack.training.loop import train_mask
-from maskpack.training.run import Run
-from maskpack.training.sealed import DIGESTS, _digest, read_with_facts, write_with_facts
+from maskpack.safetensors_io import SEAL, UNSEALED, Blob, read_tensors, write_tensors
+from maskpack.training.checkpoint import (
+    DIGESTS,
+    FACTS,
+    FILE,
+    _digest,
+    load_checkpoint,
+    read_with_facts,
+    take_over,
+    write_with_facts,
+)
+from maskpack.training.data.load import load_data
+from maskpack.training.run_folder import Keeper, RunLog
+from maskpack.training.trainer import Run, borrowed, train_mask
 
 from .test_resume import QUICK, net
 

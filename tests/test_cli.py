@@ -28,7 +28,7 @@ from maskpack import load_adapter
 from maskpack.backbone.load import load_backbone
 from maskpack.importers.base import IMPORTERS, Found
 from maskpack.mask import PackedMask
-from maskpack.tensorfile import read_tensors
+from maskpack.safetensors_io import read_tensors
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits

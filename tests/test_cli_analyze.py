@@ -11,8 +11,8 @@ from maskpack_cli.main import app
 from typer.testing import CliRunner
 
 from maskpack import TrainConfig, load_backbone, load_data, save_adapter, train_mask
-from maskpack.analysis.network import state_of, write_network
-from maskpack.backbone.state import export_state
+from maskpack.backbone.load import export_state
+from maskpack.lab.analysis.network import state_of, write_network
 from maskpack.training.dense import body_parameters, train_dense
 
 from .test_compare import FACTORY
@@ -185,12 +185,14 @@ def test_errors(words: Sequence[str], message: str) -> None:
 
 def test_pictures_of_nothing() -> None:
     from maskpack.errors import ConfigError
-    from maskpack.plots.barrier import barrier_figure
-    from maskpack.plots.checkpoints import checkpoint_figure
-    from maskpack.plots.criticality import criticality_figure
-    from maskpack.plots.mistakes import mistakes_figure
-    from maskpack.plots.shuffle import shuffle_figure
-    from maskpack.plots.similarity import similarity_figure
+    from maskpack.lab.plots.analysis import (
+        barrier_figure,
+        checkpoint_figure,
+        criticality_figure,
+        mistakes_figure,
+        shuffle_figure,
+        similarity_figure,
+    )
 
     with pytest.raises(ConfigError, match="there is no module to draw; give rows of a criticality analysis"):
         criticality_figure([])

@@ -12,11 +12,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from maskpack import MaskSet, load_adapter, load_backbone, load_data, load_mask, save_adapter
+from maskpack.adapter.content import Parts
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.head import Head
-from maskpack.evaluate.accuracy import as_loaded
-from maskpack.evaluate.frozen import measure_features
-from maskpack.parts import Parts
+from maskpack.backbone.model import Head
+from maskpack.training.evaluate import as_loaded
+from maskpack.training.features import measure_features
 
 FACTORY = Path(__file__).parent.parent / "cli/maskpack_cli/digits_backbone.py"
 BACKBONE = ["--backbone", f"{FACTORY}:digits_cnn", "--random-weights", "0"]

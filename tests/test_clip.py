@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskpack.adapter.file import Parts, read_adapter, save_adapter
-from maskpack.apply.load import load_mask, unload_mask
+from maskpack.adapter.write import Parts, read_adapter, save_adapter
 from maskpack.backbone.classifier import classifier_from, embeddings
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.load import Backbone, load_backbone
+from maskpack.backbone.load import Backbone, load_backbone, text_head
 from maskpack.backbone.select import select_parameters
-from maskpack.backbone.text_head import text_head
 from maskpack.errors import BackboneError
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess, preprocess_to_json
+from maskpack.runtime.load import load_mask, unload_mask
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.adapter.write import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
 from maskpack.codecs.choose import Contest, settle
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError

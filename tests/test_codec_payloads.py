@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from maskpack.adapter.file import save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.codecs.adaptive import MAX_SIZE, Adaptive
 from maskpack.codecs.adaptive_base import AdaptiveBase
-from maskpack.codecs.base import Bits, Codec, Profile, Side
+from maskpack.codecs.base import Bits, Codec, Profile, Reader, Side, pack_unary, to_frame, unpack_unary, varint
 from maskpack.codecs.density import Density
-from maskpack.codecs.frames import to_frame
 from maskpack.codecs.gap import Gap
 from maskpack.codecs.nm import NM
-from maskpack.codecs.streams import Reader, pack_unary, unpack_unary, varint
 from maskpack.errors import ConfigError, CorruptAdapterError
 from maskpack.mask import MaskSet
 

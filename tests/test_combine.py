@@ -11,14 +11,13 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from maskpack import MaskSet, combine, fingerprint, load_mask, push, save_adapter, unload_mask
-from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.card import render_card
-from maskpack.adapter.combine import combine_adapters
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.adapter.read import read_adapter
-from maskpack.backbone.head import Head
-from maskpack.backbone.state import export_state
-from maskpack.parts import Parts
+from maskpack.adapter.edit import combine_adapters
+from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.backbone.load import export_state
+from maskpack.backbone.model import Head
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits

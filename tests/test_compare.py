@@ -22,18 +22,17 @@ from typer.testing import CliRunner
 
 from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_cascade, load_mask
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.data.batches import loader, readable
-from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
-from maskpack.evaluate.accuracy import adapter_accuracy
-from maskpack.evaluate.compare import Trials, _claim
-from maskpack.evaluate.comparison_table import markdown, summaries
-from maskpack.evaluate.frozen import measure_features
-from maskpack.evaluate.rows.base import ROWS, Trial, find_row
-from maskpack.evaluate.trial import Job, measure, memory, run, splits, write_json
-from maskpack.evaluate.worker import Worker
+from maskpack.lab.baselines.base import ROWS, Trial, find_row
+from maskpack.lab.compare import Trials, _claim, markdown, summaries
+from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.checkpoint import FILE
+from maskpack.training.data.base import loader, readable
+from maskpack.training.data.load import load_data
+from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.features import measure_features
+from maskpack.training.run_folder import write_json
 
 FACTORY = """
 from torch import nn
@@ -68,7 +67,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few passes are enough to see that a time is measured."""
-    monkeypatch.setattr("maskpack.evaluate.trial.TIMED", 0.0)
+    monkeypatch.setattr("maskpack.lab.trial.TIMED", 0.0)
 
 
 def job(folder: Path, backbone: Mapping[str, Any], row: str, **changes: Any) -> Job:
@@ -293,7 +292,7 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
         return (best if job.validate else 1 - best) + job.seed / 100 + job.share / 1000
 
     told = Told(accuracy)
-    monkeypatch.setattr("maskpack.evaluate.compare.Worker", lambda: told)
+    monkeypatch.setattr("maskpack.lab.compare.Worker", lambda: told)
     found = compare(
         backbone,
         DATA,

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from maskpack import fingerprint, load_mask, save_adapter
-from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.convert import convert_adapter
+from maskpack.adapter.content import Parts
 from maskpack.adapter.decode import Decoder
-from maskpack.adapter.file import CARD_FILE, MODEL_FILE
-from maskpack.adapter.read import read_adapter
+from maskpack.adapter.edit import convert_adapter
+from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.write import CARD_FILE, MODEL_FILE
 from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownNameError
 from maskpack.mask import MaskSet
-from maskpack.parts import Parts
 
 from .helpers_adapter import base_of, random_masks, with_payload
 from .test_adapter import assert_same, full

@@ -13,18 +13,18 @@ from torch import nn
 
 from maskpack import MaskSet, TrainConfig, fingerprint, save_adapter, train_cascade, train_mask
 from maskpack.adapter.predict import model_tokenizer
-from maskpack.backbone.embedding import Embedding
 from maskpack.backbone.load import Backbone
-from maskpack.data.base import Data
-from maskpack.data.image_folder import ImageFolder
+from maskpack.backbone.model import Embedding
 from maskpack.errors import MissingDependencyError
-from maskpack.evaluate.rows.base import find_row
+from maskpack.lab.baselines.base import find_row
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training.cascade import fit_mixture, fit_whitening
+from maskpack.training.data.base import Data
+from maskpack.training.data.image_folder import ImageFolder
 from maskpack.training.dense import train_dense
-from maskpack.training.log import RunLog
-from maskpack.training.loop import plan_training
-from maskpack.training.objectives.crops import multi_crop
-from maskpack.training.router import fit_mixture, fit_whitening
+from maskpack.training.objectives.swav import multi_crop
+from maskpack.training.run_folder import RunLog
+from maskpack.training.trainer import plan_training
 
 from .helpers_cascade import SETS, cascade_parts
 
@@ -145,7 +145,7 @@ from maskpack import load_cascade
 
 cascade = load_cascade(torch.nn.Sequential(linear()), "./cascade")
 print(cascade.embed(torch.randn(5, 8)).shape, cascade.route(torch.randn(5, 8))[1].shape)
-late = ("maskpack.training", "maskpack.data", "maskpack.evaluate")
+late = ("maskpack.training", "maskpack.training.data", "maskpack.lab")
 print(sorted(name for name in sys.modules if name.startswith(late)))
 """
     done = run(code, folder=tmp_path)

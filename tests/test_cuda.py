@@ -15,8 +15,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from maskpack import MaskBank, attach_scores, extract_masks, fingerprint, load_mask, load_masked, unload_mask
-from maskpack.backbone.state import export_state
-from maskpack.training.scored import scored_weights
+from maskpack.backbone.load import export_state
+from maskpack.training.scores import scored_weights
 
 from .conftest import TinyNet
 from .test_apply import bits, same

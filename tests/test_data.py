@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maskpack.data.base import SOURCES, Data, Splits, empty_classes
-from maskpack.data.batches import EpochSampler, loader, readable
-from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json, preprocess_to_json
+from maskpack.training.data.base import SOURCES, Data, EpochSampler, Splits, empty_classes, loader, readable
+from maskpack.training.data.load import load_data
 
 
 def image_tree(root: Path, modes: tuple[str, ...] = ("RGB",), size: int = 12) -> Path:

@@ -21,11 +21,11 @@ from typer.testing import CliRunner
 
 import maskpack
 from maskpack.codecs.base import CODECS
-from maskpack.data.base import SOURCES
-from maskpack.evaluate.rows.base import ROWS
 from maskpack.importers.base import IMPORTERS
-from maskpack.methods.base import METHODS
+from maskpack.lab.baselines.base import ROWS
 from maskpack.training.config import TrainConfig, config_from
+from maskpack.training.data.base import SOURCES
+from maskpack.training.methods.base import METHODS
 from maskpack.training.objectives.base import OBJECTIVES
 
 from .hub_fixtures import hub as hub
@@ -97,7 +97,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo = root / "demo-output"
     demo.mkdir()
     shutil.copyfile(ROOT / "cli/maskpack_cli/digits_backbone.py", demo / "backbone.py")
-    from maskpack.backbone.state import export_state
+    from maskpack.backbone.load import export_state
 
     backbone = maskpack.load_backbone(f"{demo}/backbone.py:digits_cnn", random_weights=0)
     export_state(demo / "backbone.safetensors", backbone.model)
@@ -112,7 +112,7 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     """A copy of that folder as the current one, and the stand-ins."""
     import timm
 
-    from maskpack.tensorfile import write_tensors
+    from maskpack.safetensors_io import write_tensors
 
     create = timm.create_model
 

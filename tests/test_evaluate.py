@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.data.base import Data
-from maskpack.data.load import few_labels, load_data
 from maskpack.errors import ConfigError, DataError
-from maskpack.evaluate import frozen, knn
-from maskpack.evaluate.accuracy import by_class, confusion
-from maskpack.evaluate.features import embed
-from maskpack.evaluate.frozen import measure_features
-from maskpack.evaluate.knn import knn_accuracy, knn_scores
-from maskpack.evaluate.linear_probe import ABSENT, Probe, fit_probe
+from maskpack.training import features as frozen
+from maskpack.training import features as knn
+from maskpack.training.data.base import Data
+from maskpack.training.data.load import few_labels, load_data
+from maskpack.training.evaluate import by_class, confusion
+from maskpack.training.features import ABSENT, Probe, embed, fit_probe, knn_accuracy, knn_scores, measure_features
 
 
 @pytest.fixture

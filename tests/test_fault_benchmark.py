@@ -11,7 +11,8 @@ from benchmarks.fault_matrix import markdown
 from benchmarks.faults import steps_of
 from benchmarks.pages import write_between
 from benchmarks.training_kills import markdown as killed_table
-from maskpack.hub import pull, push
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 
 from .hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
 from .hub_fixtures import hub as hub

@@ -14,17 +14,16 @@ from torch import nn
 
 from maskpack import MaskSet, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import embeddings
-from maskpack.backbone.digest import model_digest
-from maskpack.backbone.head import swap_module
+from maskpack.backbone.fingerprint import model_digest
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
-from maskpack.data.load import few_labels, load_data
+from maskpack.backbone.model import swap_module
 from maskpack.errors import BackboneError, ConfigError, DataError
-from maskpack.evaluate import features
-from maskpack.evaluate.features import FeatureCacheWarning, cache_folder, embed
 from maskpack.preprocess import ImagePreprocess
-from maskpack.training.scored import attach_scores, extract_masks
+from maskpack.training import features
+from maskpack.training.data.base import Data, loader, readable
+from maskpack.training.data.load import few_labels, load_data
+from maskpack.training.features import FeatureCacheWarning, cache_folder, embed
+from maskpack.training.scores import attach_scores, extract_masks
 
 from .conftest import TinyNet
 

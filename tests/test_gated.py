@@ -10,8 +10,7 @@ from torch import nn
 
 from maskpack import attach_gates, fingerprint, load_mask, save_adapter
 from maskpack.errors import ConfigError, SelectionError, StateError, UnknownNameError
-from maskpack.training.gated import START, Gates
-from maskpack.training.histograms import GateHistory, counts, divergence
+from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
 
 from .conftest import TinyNet
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.cascade import cascade_tensors
-from maskpack.adapter.file import read_adapter
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.tensors import cascade_tensors
+from maskpack.adapter.write import read_adapter
 from maskpack.codecs.base import CODECS
 from maskpack.mask import mask_id
-from maskpack.tensorfile import read_tensors
+from maskpack.safetensors_io import read_tensors
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*/*.safetensors"))
 

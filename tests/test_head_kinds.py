@@ -10,18 +10,18 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack.adapter.file import read_adapter, save_adapter
-from maskpack.apply.load import load_mask, unload_mask
+from maskpack.adapter.write import read_adapter, save_adapter
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.random_weight import MAX_WEIGHTS, random_weight
-from maskpack.data.base import Data
-from maskpack.data.load import load_data
+from maskpack.backbone.model import MAX_WEIGHTS, random_weight
 from maskpack.errors import BackboneError, ConfigError
-from maskpack.evaluate.accuracy import adapter_accuracy
 from maskpack.mask import masked_weight
+from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.training.config import TrainConfig, config_from
+from maskpack.training.data.base import Data
+from maskpack.training.data.load import load_data
+from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.heads import new_classifier
-from maskpack.training.loop import plan_training, train_mask
+from maskpack.training.trainer import plan_training, train_mask
 
 from .test_clip import clip as clip
 from .test_training import bits, same_bits
@@ -75,7 +75,7 @@ def test_a_masked_head_learns_and_is_stored_as_seed_and_mask(
 def test_scores_of_the_head_learn_at_the_bodys_rate_and_the_method_is_the_bodys(
     tiny_backbone: Backbone, digits: Data
 ) -> None:
-    from maskpack.training.run import Run
+    from maskpack.training.trainer import Run
 
     config = replace(MASKED, method_options={"init": "2"}, lr=7.0, scale=False)
     run = Run(tiny_backbone, digits, config)

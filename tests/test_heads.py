@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskpack.adapter.card import render_card
-from maskpack.adapter.convert import convert_adapter
 from maskpack.adapter.describe import describe
-from maskpack.adapter.file import Parts, read_adapter, save_adapter
-from maskpack.apply.load import load_mask, unload_mask
+from maskpack.adapter.edit import convert_adapter
+from maskpack.adapter.write import Parts, read_adapter, save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.head import Head
-from maskpack.backbone.random_weight import RandomWeight, random_weight
+from maskpack.backbone.model import Head, RandomWeight, random_weight
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
+from maskpack.runtime.load import load_mask, unload_mask
 
 from .helpers_adapter import base_of, join_file, random_masks, split_file, with_header, write
 

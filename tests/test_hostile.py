@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter.adapter import Adapter
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import describe
-from maskpack.adapter.file import CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
-from maskpack.adapter.read import read_file
-from maskpack.backbone.head import Head
+from maskpack.adapter.read import Adapter, read_file
+from maskpack.adapter.write import CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
+from maskpack.backbone.model import Head
 from maskpack.errors import AdapterError, CorruptAdapterError, UnknownCodecError, UnsupportedVersionError
-from maskpack.tensorheader import SEAL
+from maskpack.safetensors_io import SEAL
 
 from .helpers_adapter import base_of, join_file, random_masks, split_file, with_header, with_payload, write
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import hostile
-from maskpack.adapter.file import save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.errors import CorruptAdapterError
 
 from .helpers_adapter import base_of, many, random_masks

@@ -10,8 +10,9 @@ import pytest
 
 from maskpack.adapter.read import read_adapter
 from maskpack.errors import AdapterError, ConfigError, CorruptAdapterError, HubError, StateError
-from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
 from maskpack.hub.cache import CachedAdapter, cached_adapters
+from maskpack.hub.pull import PulledAdapter, pull
+from maskpack.hub.push import PushedAdapter, push
 
 from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, with_record, write_adapter
 from .hub_fixtures import hub as hub
@@ -258,7 +259,7 @@ def test_cache_that_cannot_be_read(tmp_path: Path) -> None:
 def test_pull_in_another_process(hub: HubServer, tmp_path: Path) -> None:
     commit = hub.add("alice/birds", contents(), private=True)
     code = (
-        "import json, sys; from maskpack.hub import pull; lazy = 'huggingface_hub' not in sys.modules; "
+        "import json, sys; from maskpack.hub.pull import pull; lazy = 'huggingface_hub' not in sys.modules; "
         "found = pull('alice/birds'); print(json.dumps([str(found.path), found.commit, lazy]))"
     )
     environment = hub.env(READ_TOKEN)

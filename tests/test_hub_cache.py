@@ -14,8 +14,8 @@ import huggingface_hub.constants as constants
 import pytest
 
 from maskpack.errors import MaskpackError
-from maskpack.hub import pull
 from maskpack.hub.cache import RepositoryCache
+from maskpack.hub.pull import pull
 
 from .hub_adapters import MODEL, contents, read_folder
 from .hub_fixtures import BIRDS, CONTENT
@@ -116,8 +116,7 @@ def test_damaged_folder(birds: HubServer, place: str, kind: str) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from maskpack.hub import folder
-from maskpack.hub import pull
+from maskpack.hub.pull import pull
 def killed(self, content, write=Path.write_bytes):
     write(self, content[:1000])
     print("writing", flush=True)

@@ -8,7 +8,8 @@ import pytest
 from maskpack.adapter.card import BEGIN, END, PICTURE_FILE
 from maskpack.adapter.read import read_adapter
 from maskpack.errors import AdapterError, ConfigError, DataError
-from maskpack.hub import pull, push
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
 from .hub_fixtures import BIRDS

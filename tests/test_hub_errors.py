@@ -9,8 +9,10 @@ import pytest
 from huggingface_hub import errors, get_session
 
 from maskpack.errors import AdapterError, HubError, MaskpackError
-from maskpack.hub import Reference, pull, push
 from maskpack.hub.client import Session
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
+from maskpack.hub.reference import Reference
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, write_adapter
 from .hub_fixtures import BIRDS, NoWaiting

@@ -6,8 +6,8 @@ import pytest
 
 from maskpack.adapter import read
 from maskpack.errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError
-from maskpack.hub import folder as folder_module
-from maskpack.hub import pull
+from maskpack.hub import reference as folder_module
+from maskpack.hub.pull import pull
 
 from .hub_adapters import CONFIG, MODEL, contents, read_folder, size
 from .hub_fixtures import BIRDS, CONTENT, NoWaiting

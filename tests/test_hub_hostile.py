@@ -11,7 +11,8 @@ import pytest
 
 from maskpack.adapter.card import PICTURE_FILE
 from maskpack.errors import AdapterError, HubError, MaskpackError
-from maskpack.hub import pull, push
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 
 from .hub_adapters import CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
 from .hub_fixtures import BIRDS, CONTENT

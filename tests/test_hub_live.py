@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi, constants, get_token
 
-from maskpack.hub import pull, push
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 
 from .hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from maskpack.errors import AdapterError, CorruptAdapterError, StateError
-from maskpack.hub import PulledAdapter, PushedAdapter, pull, push
+from maskpack.hub.pull import PulledAdapter, pull
+from maskpack.hub.push import PushedAdapter, push
 
 from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from maskpack.errors import HubError
-from maskpack.hub import pull, push
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, write_adapter
 from .hub_fixtures import BIRDS, CONTENT

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from maskpack.errors import AdapterError, ConfigError
-from maskpack.hub import Reference, parse_reference
+from maskpack.hub.reference import Reference, parse_reference
 
 from .hub_adapters import write_adapter
 

@@ -13,7 +13,8 @@ from maskpack import MaskSet, fingerprint, load_backbone, save_adapter, search_a
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.errors import ConfigError, HubError
-from maskpack.hub import FoundAdapter, push
+from maskpack.hub.push import push
+from maskpack.hub.search import FoundAdapter
 
 from .helpers_adapter import base_of, random_masks
 from .hub_adapters import CARD

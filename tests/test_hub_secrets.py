@@ -17,8 +17,10 @@ import torch
 from maskpack import load_mask
 from maskpack.backbone.load import load_backbone
 from maskpack.errors import MaskpackError
-from maskpack.hub import pull, push, search_adapters
-from maskpack.redact import chain, redact
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
+from maskpack.hub.search import search_adapters
+from maskpack.network import chain, redact
 
 from .hub_adapters import contents
 from .hub_fixtures import BIRDS, CONTENT

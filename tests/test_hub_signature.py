@@ -10,13 +10,12 @@ import huggingface_hub.constants as constants
 import pytest
 
 from maskpack import load_adapter
-from maskpack.adapter.keys import public_keys
-from maskpack.adapter.sign import sign_adapter
-from maskpack.adapter.signature import Envelope
+from maskpack.adapter.signature import Envelope, public_keys, sign_adapter
 from maskpack.errors import AdapterError, HubError, SignatureError, StateError
-from maskpack.hub import pull, push
+from maskpack.hub.cache import remember
 from maskpack.hub.client import Session
-from maskpack.hub.counters import remember
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 
 from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, saved, write_adapter
 from .hub_fixtures import BIRDS, NoWaiting

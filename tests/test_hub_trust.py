@@ -11,8 +11,9 @@ from huggingface_hub import get_session
 
 from maskpack.adapter.card import PICTURE_FILE
 from maskpack.errors import AdapterError, ConfigError, HubError, HubUnreachableError
-from maskpack.hub import pull, push
 from maskpack.hub.client import Session
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
 from maskpack.network import CONNECT, SILENCE
 
 from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, saved, write_adapter

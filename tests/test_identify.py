@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskBank, attach_scores, extract_masks, identify
-from maskpack.apply.identify import mixture
-from maskpack.apply.profiles import profiles
-from maskpack.apply.superpose import entropies, superposition
-from maskpack.backbone.head import Head
+from maskpack.adapter.content import Parts
+from maskpack.backbone.model import Head
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.parts import Parts
+from maskpack.runtime.identify import mixture, profiles
+from maskpack.runtime.switch import entropies, superposition
 
 from .test_apply import bits, random_masks, same
 

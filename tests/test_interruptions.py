@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.interruption_cases import CASES
 from benchmarks.interruption_faults import Fault, at_calls, at_lines, every, once, storm, twice
 from benchmarks.interruption_world import OPS, Setting, World
-from maskpack.apply import patch as places
+from maskpack.runtime import apply as places
 
 NAMED = {case.name: case for case in CASES}
 
@@ -80,7 +80,7 @@ def test_a_fault_that_is_injected_is_noticed(tmp_path: Path, monkeypatch: pytest
         places.write(weight, at, places.inverted(old))
         before.append(old)
 
-    monkeypatch.setattr("maskpack.apply.weights.exchange", late)
+    monkeypatch.setattr("maskpack.runtime.apply.exchange", late)
     _, wrong = every(world, NAMED["load_mask"], step=3)
     assert any("damaged" in one for one in wrong)
 

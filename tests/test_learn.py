@@ -11,18 +11,17 @@ from torch import nn
 
 from maskpack import save_adapter
 from maskpack.adapter.read import read_adapter
-from maskpack.apply.load import load_mask, unload_mask
 from maskpack.backbone.load import Backbone
-from maskpack.backbone.parameters import same_size_int
-from maskpack.data.base import Data
-from maskpack.data.load import load_data
+from maskpack.backbone.model import same_size_int
 from maskpack.errors import ConfigError, SelectionError
 from maskpack.mask import PackedMask
 from maskpack.preprocess import ImagePreprocess
+from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.training.config import TrainConfig
-from maskpack.training.learn import learn_scores
-from maskpack.training.loop import train_mask
-from maskpack.training.selective import learning_weights, model_stages
+from maskpack.training.data.base import Data
+from maskpack.training.data.load import load_data
+from maskpack.training.scores import learning_weights, model_stages
+from maskpack.training.trainer import learn_scores, train_mask
 
 from .conftest import TinyNet
 

@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack.adapter.file import save_adapter
-from maskpack.apply.load import load_adapter, load_mask, unload_mask
-from maskpack.apply.weights import restore
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import load_backbone
-from maskpack.data.load import load_data
 from maskpack.errors import BackboneMismatchError
-from maskpack.hub import pull, push
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
+from maskpack.runtime.apply import restore
+from maskpack.runtime.load import load_adapter, load_mask, unload_mask
 from maskpack.training.config import TrainConfig
-from maskpack.training.loop import train_mask
+from maskpack.training.data.load import load_data
+from maskpack.training.trainer import train_mask
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
@@ -65,9 +66,9 @@ def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
 def test_real_weights_and_masks(shared_data: Path, tmp_path: Path) -> None:
     """A mask that was trained elsewhere, on pretrained weights: the accuracy that it had."""
     from maskpack.backbone.classifier import accuracy
-    from maskpack.data.batches import loader, readable
     from maskpack.mask import MaskSet
-    from maskpack.tensorfile import read_tensors
+    from maskpack.safetensors_io import read_tensors
+    from maskpack.training.data.base import loader, readable
 
     factory = Path(__file__).parent.parent / "benchmarks" / "backbones.py"
     backbone = load_backbone(f"{factory}:resnet20", weights=shared_data / "weights/resnet20_cifar10.safetensors")

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from maskpack import attach_scores, extract_masks
-from maskpack.apply.weights import apply_masks, restore
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import PackedMask
-from maskpack.methods.base import METHODS, Method, State, alpha, build_method, method_config
-from maskpack.methods.topk import greatest
-from maskpack.training.scored import replaced_values, scored_weights, set_progress
+from maskpack.runtime.apply import apply_masks, restore
+from maskpack.training.methods.base import METHODS, Method, State, alpha, build_method, method_config
+from maskpack.training.methods.topk import greatest
+from maskpack.training.scores import replaced_values, scored_weights, set_progress
 
 ALL = METHODS.all()
 

@@ -20,20 +20,17 @@ from maskpack import MaskSet, TrainConfig, load_adapter, load_data, load_mask, t
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
-from maskpack.data.batches import loader, readable
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
-from maskpack.evaluate.accuracy import adapter_accuracy
-from maskpack.evaluate.multitask import plan_tasks
-from maskpack.evaluate.task_folder import BASE, CLAIM, RESULT
-from maskpack.plots.features import users
-from maskpack.plots.gates import gate_figure, over_time
-from maskpack.tensorfile import read_tensors, write_tensors
+from maskpack.lab.plots.masks import users
+from maskpack.lab.plots.results import gate_figure, over_time
+from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training.batchnorm import recalibrate
-from maskpack.training.gated import GatedWeight
-from maskpack.training.joint import JointRun
-from maskpack.training.log import RunLog
-from maskpack.training.multitask import HISTOGRAMS, train_jointly
-from maskpack.training.tasks import JointConfig, Task
+from maskpack.training.data.base import loader, readable
+from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.gates import GatedWeight
+from maskpack.training.joint import HISTOGRAMS, JointConfig, JointRun, Task, train_jointly
+from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
+from maskpack.training.run_folder import RunLog
 
 from .test_apply import bits, same
 from .test_cascade_training import StopHere, tiny_net

@@ -14,23 +14,19 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
-from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.batchnorm import set_train_mode
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import TrainConfig
-from maskpack.training.loop import plan_training, train_mask
-from maskpack.training.objectives.base import OBJECTIVES, Objective, find_objective
-from maskpack.training.objectives.collapse import CollapseWatch, collapse_warning
-from maskpack.training.objectives.crops import Crops, multi_crop, stack_views
+from maskpack.training.data.base import Data, loader, readable
+from maskpack.training.data.load import load_data
+from maskpack.training.objectives.base import OBJECTIVES, CollapseWatch, Objective, collapse_warning, find_objective
 from maskpack.training.objectives.simcse import Simcse
-from maskpack.training.objectives.swav import Swav, sinkhorn
-from maskpack.training.run import Run
-from maskpack.training.scored import density, detach_scores
+from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn, stack_views
+from maskpack.training.scores import density, detach_scores
+from maskpack.training.trainer import Run, plan_training, train_mask
 
 from .test_cli import BACKBONE
 
@@ -425,7 +421,7 @@ def test_collapse_is_measured_and_reported(
         "the representation is collapsing (feature rank 1.0; healthy is over 2); lower the learning rate of the scores"
     )
     events: list[dict[str, Any]] = []
-    monkeypatch.setattr("maskpack.training.objectives.collapse.LEAST_RANK", 16.5)  # more than the tiny net has features
+    monkeypatch.setattr("maskpack.training.objectives.base.LEAST_RANK", 16.5)  # more than the tiny net has features
     train_mask(tiny_backbone, unlabelled, TrainConfig(**QUICK), report=lambda e: events.append(dict(e)))
     warnings = [e for e in events if e["event"] == "warning"]
     assert len(warnings) == 4

@@ -11,7 +11,7 @@ from bitarray import bitarray
 from PIL import Image
 
 from maskpack import MaskSet, inspect_adapter, save_adapter
-from maskpack.adapter.picture import ABOVE, BELOW, HEIGHT, LEFT, density_picture, parameter_densities
+from maskpack.adapter.card import ABOVE, BELOW, HEIGHT, LEFT, density_picture, parameter_densities
 from maskpack.mask import PackedMask
 
 from .helpers_adapter import base_of

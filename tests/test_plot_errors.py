@@ -7,14 +7,9 @@ import pytest
 import torch
 
 from maskpack.errors import ConfigError, MissingDependencyError
+from maskpack.lab.plots.masks import agreement, density_figure, score_figure
+from maskpack.lab.plots.results import bytes_figure, cluster_figure, confusion_figure, label_figure
 from maskpack.mask import MaskSet
-from maskpack.plots.accuracy_bytes import bytes_figure
-from maskpack.plots.clusters import cluster_figure
-from maskpack.plots.confusion import confusion_figure
-from maskpack.plots.density import density_figure
-from maskpack.plots.few_labels import label_figure
-from maskpack.plots.overlap import agreement
-from maskpack.plots.scores import score_figure
 
 
 @pytest.mark.parametrize(

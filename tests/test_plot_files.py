@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from maskpack.errors import ConfigError, StateError
-from maskpack.plots.clusters import cluster_figure
-from maskpack.plots.confusion import confusion_figure
-from maskpack.plots.density import density_figure
-from maskpack.plots.figure import image_suffix, in_order, label, look, save_figure
+from maskpack.lab.plots.figure import image_suffix, in_order, label, look, save_figure
+from maskpack.lab.plots.masks import density_figure
+from maskpack.lab.plots.results import cluster_figure, confusion_figure
 
 
 def test_names_as_labels() -> None:

@@ -13,15 +13,13 @@ from typer.testing import CliRunner
 
 from maskpack import inspect_adapter, load_backbone, load_mask, save_adapter
 from maskpack.adapter.card import render_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.read import read_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.load import Backbone
-from maskpack.backbone.parameters import named_parameters
-from maskpack.backbone.random_init import random_values, randomize
-from maskpack.backbone.state import export_state
+from maskpack.backbone.load import Backbone, export_state, random_values, randomize
+from maskpack.backbone.model import named_parameters
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import MaskSet
-from maskpack.parts import Parts
 
 from .conftest import TinyNet
 

@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from maskpack import attach_scores, inspect_adapter, save_adapter
 from maskpack.backbone.load import Backbone
-from maskpack.data.base import Data
-from maskpack.data.load import load_data
 from maskpack.errors import ConfigError
 from maskpack.mask import MaskSet, PackedMask, mask_id
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training.budget import RateControl, coded_bits, coded_bytes
 from maskpack.training.config import TrainConfig
-from maskpack.training.loop import train_mask
-from maskpack.training.rate import RateControl, coded_bits, coded_bytes
-from maskpack.training.scored import extract_masks, scored_weights
+from maskpack.training.data.base import Data
+from maskpack.training.data.load import load_data
+from maskpack.training.scores import extract_masks, scored_weights
+from maskpack.training.trainer import train_mask
 
 QUICK = TrainConfig(optimizer="sgd", lr=60.0, epochs=4, batch_size=32, augment="none")
 
@@ -83,8 +83,8 @@ def test_estimate_is_near_what_codecs_take(density: float) -> None:
 
 
 def test_bytes_are_those_of_the_file(tiny: nn.Module, tmp_path: Path) -> None:
+    from maskpack.adapter.content import Parts
     from maskpack.backbone.fingerprint import fingerprint
-    from maskpack.parts import Parts
 
     torch.manual_seed(2)
     names = ("conv1.weight", "conv2.weight")

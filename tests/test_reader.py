@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.adapter.write import read_adapter, save_adapter
 from maskpack.codecs.base import CODECS
 from maskpack.mask import MaskSet
-from maskpack.tensorfile import write_tensors
+from maskpack.safetensors_io import write_tensors
 
 from .helpers_adapter import base_of, join_file, split_file, with_header, write
 

@@ -11,8 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from maskpack import MaskSet, attach_scores, extract_masks
 from maskpack.errors import TrainingError
-from maskpack.methods.base import METHODS, Method, build_method
-from maskpack.training.scored_weight import ScoredWeight
+from maskpack.training.methods.base import METHODS, Method, build_method
+from maskpack.training.scores import ScoredWeight
 
 from .test_apply import bits, same
 
@@ -42,7 +42,7 @@ def test_the_same_bits_as_with_weights_that_are_kept(
     found = []
     for kept in (False, True):
         if kept:
-            monkeypatch.setattr("maskpack.training.recompute.Recompute.note", lambda *_: None)
+            monkeypatch.setattr("maskpack.training.scores.Recompute.note", lambda *_: None)
         torch.manual_seed(1)
         model = copy.deepcopy(tiny).train()
         scores = attach_scores(model, method, ["*conv2.weight"], scale=scale)

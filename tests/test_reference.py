@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter import reference
-from maskpack.adapter.adapter import Adapter
-from maskpack.adapter.file import read_adapter, save_adapter
-from maskpack.adapter.reference import choose_reference
+from maskpack.adapter import write as reference
+from maskpack.adapter.read import Adapter
+from maskpack.adapter.write import choose_reference, read_adapter, save_adapter
 from maskpack.codecs.base import Bits, Side
 from maskpack.codecs.zstd import Zstd
 from maskpack.errors import AdapterError, CorruptAdapterError

@@ -16,22 +16,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maskpack.adapter.content import Parts
 from maskpack.backbone.load import Backbone
-from maskpack.data.base import Data
-from maskpack.data.load import load_data
 from maskpack.errors import ConfigError, StateError, StoppedError
-from maskpack.evaluate.compare import compare
-from maskpack.evaluate.multitask import train_tasks
-from maskpack.parts import Parts
+from maskpack.lab.compare import compare
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.cascade import train_cascade
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import TrainConfig, learning_rate
-from maskpack.training.folder import LOCK, locked
-from maskpack.training.keep import Keeper, Position, parse_every
-from maskpack.training.loop import TrainResult, train_mask
-from maskpack.training.multitask import train_jointly
-from maskpack.training.tasks import JointConfig, Task
+from maskpack.training.data.base import Data
+from maskpack.training.data.load import load_data
+from maskpack.training.joint import JointConfig, Task, train_jointly
+from maskpack.training.multitask import train_tasks
+from maskpack.training.run_folder import LOCK, Keeper, Position, locked, parse_every
+from maskpack.training.trainer import TrainResult, train_mask
 from maskpack.training.transfer import train_transfer
 
 from .conftest import TinyNet
@@ -314,7 +312,7 @@ HOLDER = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from maskpack.training.folder import locked
+from maskpack.training.run_folder import locked
 with locked(Path({folder!r})):
     child = os.fork()  # as a process that reads data; it outlives its parent
     if child:

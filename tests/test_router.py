@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskpack.router import Router
+from maskpack.adapter.content import Router
 
 from .helpers_cascade import router
 

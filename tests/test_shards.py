@@ -11,12 +11,10 @@ from maskpack_cli.main import app
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from maskpack.backbone.load import load_backbone
-from maskpack.backbone.state import load_weights
+from maskpack.backbone.load import load_backbone, load_weights
 from maskpack.errors import BackboneError, DataError
 from maskpack.importers.base import import_masks
-from maskpack.shards import MAX_INDEX
-from maskpack.tensorfile import open_tensors, read_tensors, write_tensors
+from maskpack.safetensors_io import MAX_INDEX, open_tensors, read_tensors, write_tensors
 
 from .conftest import TinyNet
 
@@ -197,9 +195,9 @@ def test_an_index_that_is_absent_or_huge(tmp_path: Path) -> None:
 
 def test_an_index_of_the_greatest_size_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = (folder / INDEX).stat().st_size
-    monkeypatch.setattr("maskpack.shards.MAX_INDEX", size)
+    monkeypatch.setattr("maskpack.safetensors_io.MAX_INDEX", size)
     assert "conv1.weight" in open_tensors(folder)
-    monkeypatch.setattr("maskpack.shards.MAX_INDEX", size - 1)
+    monkeypatch.setattr("maskpack.safetensors_io.MAX_INDEX", size - 1)
     with pytest.raises(DataError, match=f"{size} bytes"):
         open_tensors(folder)
 

@@ -30,20 +30,23 @@ from maskpack import (
     unload_mask,
 )
 from maskpack.adapter import read
-from maskpack.adapter.convert import convert_adapter
-from maskpack.adapter.keys import key_id, private_keys, public_keys, signature_of
+from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import parse_files, read_files
-from maskpack.adapter.sign import sign_adapter
-from maskpack.adapter.signature import Envelope, Statement, check_signature, pae
-from maskpack.errors import (
-    AdapterError,
-    ConfigError,
-    MaskpackError,
-    MissingDependencyError,
-    SignatureError,
+from maskpack.adapter.signature import (
+    Envelope,
+    Statement,
+    check_signature,
+    key_id,
+    pae,
+    private_keys,
+    public_keys,
+    sign_adapter,
+    signature_of,
 )
-from maskpack.hub import pull, push
-from maskpack.tensorfile import write_tensors
+from maskpack.errors import AdapterError, ConfigError, MaskpackError, MissingDependencyError, SignatureError
+from maskpack.hub.pull import pull
+from maskpack.hub.push import push
+from maskpack.safetensors_io import write_tensors
 
 from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
 from .signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key

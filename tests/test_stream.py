@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from maskpack import MaskSet, fingerprint, load_mask, load_masked, save_adapter, unload_mask
-from maskpack.apply import stream
-from maskpack.apply.applied import applied
-from maskpack.apply.load import MaskpackWarning
-from maskpack.backbone.state import export_state, load_weights
+from maskpack.adapter.content import Parts
+from maskpack.backbone.load import export_state, load_weights
 from maskpack.errors import AdapterError, BackboneError, BackboneMismatchError, ConfigError, DataError, StateError
 from maskpack.mask import PackedMask
-from maskpack.parts import Parts
-from maskpack.tensorfile import TensorFile, read_tensors, write_tensors
+from maskpack.runtime import stream
+from maskpack.runtime.apply import applied
+from maskpack.runtime.load import MaskpackWarning
+from maskpack.safetensors_io import TensorFile, read_tensors, write_tensors
 
 from .conftest import TinyNet
 from .test_apply import bits, make_adapter, random_masks, same
@@ -332,8 +332,8 @@ LAYERS, SIDE = 12, 2048  # 12 tensors of 16 MiB
 PEAKS = f"""
 import os, sys, torch
 from maskpack import load_mask, load_masked
-from maskpack.backbone.state import load_weights
-from maskpack.tensorfile import open_tensors
+from maskpack.backbone.load import load_weights
+from maskpack.safetensors_io import open_tensors
 
 def model():
     return torch.nn.Sequential(*(torch.nn.Linear({SIDE}, {SIDE}, bias=False) for _ in range({LAYERS})))
@@ -358,7 +358,7 @@ def value(key):
     return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith(key))
 
 base, adapter = sys.argv[1:]
-import maskpack.apply.stream  # in memory before the first way is measured
+import maskpack.runtime.stream  # in memory before the first way is measured
 for way in (base_alone, together, afterwards):
     if (child := os.fork()) == 0:
         before = value("VmRSS")

@@ -20,9 +20,9 @@ from maskpack_cli import console
 from rich.console import Console
 
 from maskpack import threads
-from maskpack.adapter import decode, payloads
-from maskpack.adapter.file import read_adapter, save_adapter
-from maskpack.adapter.spool import Spool, Spooled
+from maskpack.adapter import decode
+from maskpack.adapter import write as payloads
+from maskpack.adapter.write import Spool, Spooled, read_adapter, save_adapter
 from maskpack.codecs.raw import Raw
 from maskpack.errors import ConfigError, CorruptAdapterError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
@@ -114,7 +114,7 @@ PACK = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from maskpack.adapter.file import read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter; from maskpack.adapter.write import save_adapter
 from maskpack.mask import MaskSet, PackedMask
 from tests.helpers_adapter import base_of
 
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 import torch
-from maskpack.adapter.file import save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.mask import MaskSet, PackedMask
 from tests.helpers_adapter import base_of
 

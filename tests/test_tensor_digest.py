@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from benchmarks.base_bits import calls, digests
 from maskpack import Adapter, MaskBank, load_mask, save_adapter, unload_mask
-from maskpack.backbone.fingerprint import check_fingerprint, fingerprint, measure_body
-from maskpack.backbone.parameters import same_size_int
-from maskpack.backbone.tensor_digest import PIECE, stamp, tensor_digest
+from maskpack.adapter.content import Parts
+from maskpack.backbone.fingerprint import PIECE, check_fingerprint, fingerprint, measure_body, stamp, tensor_digest
+from maskpack.backbone.model import same_size_int
 from maskpack.errors import BackboneMismatchError
-from maskpack.parts import Parts
 
 from .helpers_adapter import random_masks
 

@@ -12,8 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from maskpack.errors import ConfigError, CorruptAdapterError, DataError, StateError
-from maskpack.tensorfile import Blob, open_tensors, read_tensors, replacing, write_tensors
-from maskpack.tensorheader import DTYPES, MAX_DIMENSION, parse_header, strict_json
+from maskpack.safetensors_io import (
+    DTYPES,
+    MAX_DIMENSION,
+    Blob,
+    open_tensors,
+    parse_header,
+    read_tensors,
+    replacing,
+    strict_json,
+    write_tensors,
+)
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3).t(),
@@ -60,7 +69,7 @@ def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x", {f"{i:02}": torch.ones(1 << 21) for i in range(24)}, {})  # 192 MiB, 8 each
     code = (
         "import resource, sys, torch\n"
-        "from maskpack.tensorfile import open_tensors\n"
+        "from maskpack.safetensors_io import open_tensors\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\n"
         "tensors = open_tensors(sys.argv[1])\n"
         "tensors['00'].sum()\n"

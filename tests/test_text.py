@@ -18,10 +18,9 @@ from maskpack_cli.main import app
 from typer.testing import CliRunner, Result
 
 from maskpack.adapter.describe import config_text, inspect_adapter
-from maskpack.adapter.file import Parts, save_adapter
-from maskpack.backbone.head import Head
-from maskpack.errors import CorruptAdapterError, HubError, MaskpackError
-from maskpack.text import escape
+from maskpack.adapter.write import Parts, save_adapter
+from maskpack.backbone.model import Head
+from maskpack.errors import CorruptAdapterError, HubError, MaskpackError, escape
 
 from .fuzz.fuzz_cli import written_to
 from .helpers_adapter import base_of, random_masks, with_header, write

@@ -16,19 +16,18 @@ from torch import nn
 
 from maskpack import load_mask, save_adapter
 from maskpack.backbone.load import Backbone
-from maskpack.backbone.parameters import same_size_int
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
-from maskpack.data.load import load_data
+from maskpack.backbone.model import same_size_int
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
 from maskpack.training import checkpoint
 from maskpack.training.batchnorm import batchnorm_statistics, recalibrate
 from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
-from maskpack.training.log import RunLog
-from maskpack.training.loop import plan_training, train_mask
-from maskpack.training.scored import attach_scores, extract_masks, scored_weights
+from maskpack.training.data.base import Data, loader, readable
+from maskpack.training.data.load import load_data
+from maskpack.training.run_folder import RunLog
+from maskpack.training.scores import attach_scores, extract_masks, scored_weights
+from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
 
@@ -252,7 +251,7 @@ def test_states_are_checked(tiny: nn.Module) -> None:
 
 
 def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Module) -> None:
-    from maskpack.apply.weights import apply_masks
+    from maskpack.runtime.apply import apply_masks
 
     other = copy.deepcopy(tiny)
     scores = attach_scores(tiny, scale=True)

@@ -19,19 +19,26 @@ from typer.testing import CliRunner, Result
 
 from maskpack import TrainConfig, load_adapter, load_data, load_mask, save_adapter, train_transfer
 from maskpack.backbone.classifier import predictions
-from maskpack.backbone.load import Backbone
-from maskpack.backbone.parameters import same_size_int
-from maskpack.backbone.state import load_weights
-from maskpack.data.base import Data
-from maskpack.data.batches import loader, readable
+from maskpack.backbone.load import Backbone, load_weights
+from maskpack.backbone.model import same_size_int
 from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
-from maskpack.evaluate.transfer import markdown, source_classes, transfer_table
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.checkpoint import FILE, load_checkpoint
+from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.dense import WEIGHT_LR, of_weights
-from maskpack.training.reuse import STARTS, current_values, find_reuse, start_values, train_reused
-from maskpack.training.transfer import SOURCE_FILE, TransferResult, check_transfer, train_source
+from maskpack.training.evaluate import markdown, source_classes, transfer_table
+from maskpack.training.transfer import (
+    SOURCE_FILE,
+    STARTS,
+    TransferResult,
+    check_transfer,
+    current_values,
+    find_reuse,
+    start_values,
+    train_reused,
+    train_source,
+)
 
 from .conftest import TinyNet
 from .test_apply import bits, same

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from maskpack import MaskBank, load_adapter, load_mask, unload_mask
-from maskpack.apply.applied import applied
 from maskpack.errors import StateError
 from maskpack.mask import MaskSet
+from maskpack.runtime.apply import applied
 
 from .conftest import TinyNet
 from .test_apply import bits, make_adapter, random_masks, same

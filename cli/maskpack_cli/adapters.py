@@ -38,9 +38,9 @@ def inspect(
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
     quiet_libraries(quiet)
     from maskpack import inspect_adapter
+    from maskpack.adapter.card import member
     from maskpack.adapter.describe import describe_signature
-    from maskpack.adapter.record import member
-    from maskpack.hub.download import open_adapter
+    from maskpack.hub.pull import open_adapter
 
     opened = open_adapter(ref, revision=revision, require_signature=require_signature, token=token)
     adapter = opened.adapter
@@ -95,7 +95,7 @@ def verify(
     quiet_libraries(quiet)
     from maskpack.adapter.describe import describe_signature
     from maskpack.backbone.fingerprint import check_fingerprint
-    from maskpack.hub.download import open_adapter
+    from maskpack.hub.pull import open_adapter
 
     from .use import base_of  # which takes its options from here
 
@@ -140,10 +140,10 @@ def listing(
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
     elif what in ("methods", "objectives", "codecs", "data", "importers", "rows"):
         from maskpack.codecs.base import CODECS
-        from maskpack.data.base import SOURCES
-        from maskpack.evaluate.rows.base import ROWS
         from maskpack.importers.base import IMPORTERS
-        from maskpack.methods.base import METHODS
+        from maskpack.lab.baselines.base import ROWS
+        from maskpack.training.data.base import SOURCES
+        from maskpack.training.methods.base import METHODS
         from maskpack.training.objectives.base import OBJECTIVES
 
         registry: Any = {

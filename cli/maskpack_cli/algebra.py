@@ -60,7 +60,7 @@ def combine(
     """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
     quiet_libraries(quiet)
     from maskpack import inspect_adapter, load_adapter
-    from maskpack.adapter.combine import combine_adapters, left_out
+    from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
 
     operation(how, len(refs), weight, k)
@@ -110,7 +110,7 @@ def diff(
     """
     quiet_libraries(quiet)
     from maskpack import load_adapter
-    from maskpack.adapter.combine import mask_sets
+    from maskpack.adapter.edit import mask_sets
     from maskpack.algebra import Overlap, overlaps
 
     options: Any = {"require_revision": require_revision, "require_signature": require_signature, "token": token}

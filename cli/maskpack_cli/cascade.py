@@ -37,12 +37,11 @@ def train(**given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
     from maskpack import fit_cascade_head, inspect_adapter, save_adapter, train_cascade
+    from maskpack.adapter.content import COMBINES
     from maskpack.errors import ConfigError
-    from maskpack.parts import COMBINES
     from maskpack.training.cascade import DISPATCHER, check_cascade
-    from maskpack.training.folder import check_untaken
-    from maskpack.training.keep import parse_every
-    from maskpack.training.loop import plan_training
+    from maskpack.training.run_folder import check_untaken, parse_every
+    from maskpack.training.trainer import plan_training
 
     settings = read_settings(train, given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
@@ -126,8 +125,8 @@ def evaluate(
     """Compare a cascade with its dispatcher alone: nearest neighbours, linear probes, passes, steps and bytes."""
     quiet_libraries(quiet)
     from maskpack import load_data
-    from maskpack.data.load import LABELS_SEED
-    from maskpack.evaluate.cascade import cascade_table
+    from maskpack.training.cascade import cascade_table
+    from maskpack.training.data.load import LABELS_SEED
 
     base, adapter = opened(ref, revision, require_revision, require_signature, token, backbone, weights, random_weights)
     found = load_data(

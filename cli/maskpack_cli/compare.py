@@ -38,7 +38,7 @@ def compare(**given: Any) -> None:
     quiet_libraries(quiet)
     from maskpack import compare as compared
     from maskpack.errors import ConfigError
-    from maskpack.evaluate.comparison_table import COLUMNS, cells
+    from maskpack.lab.compare import COLUMNS, cells
     from maskpack.training.config import config_from
 
     settings = read_settings(compare, given, config)

@@ -65,7 +65,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 def complain(text: str) -> None:
     """Print an error to stderr."""
-    from maskpack.text import escape
+    from maskpack.errors import escape
 
     notes.print(Text.assemble(("Error:", "bold red"), " ", escape(text)))
 
@@ -77,7 +77,7 @@ def main_process() -> bool:
 
 def note(text: str, quiet: bool = False) -> None:
     """Print a note to stderr."""
-    from maskpack.text import escape
+    from maskpack.errors import escape
 
     if not quiet and main_process():
         notes.print(escape(text))
@@ -85,7 +85,7 @@ def note(text: str, quiet: bool = False) -> None:
 
 def say(*lines: object) -> None:
     """Print lines on stdout."""
-    from maskpack.text import escape
+    from maskpack.errors import escape
 
     for line in lines:
         typer.echo(escape(line))
@@ -147,7 +147,7 @@ def readable(value: Any) -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table on stdout; numbers to the right."""
-    from maskpack.text import escape
+    from maskpack.errors import escape
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):

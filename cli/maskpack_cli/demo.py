@@ -11,7 +11,7 @@ from .console import Json, Quiet, command, emit, examples, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
-    from maskpack.data.base import Data
+    from maskpack.training.data.base import Data
 
 BACKBONE_EPOCHS, MASK_EPOCHS = 12, 20
 
@@ -20,7 +20,7 @@ def _train_backbone(backbone: "Backbone", data: "Data") -> None:
     """Train the small network on digits 0 to 4, all of it: the demo needs a pretrained base without a download."""
     import torch
 
-    from maskpack.data.batches import EpochSampler, loader, readable
+    from maskpack.training.data.base import EpochSampler, loader, readable
 
     assert data.train is not None
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def _train_backbone(backbone: "Backbone", data: "Data") -> None:
 
 def _accuracy(backbone: "Backbone", data: "Data") -> float:
     from maskpack.backbone.classifier import accuracy
-    from maskpack.data.batches import loader, readable
+    from maskpack.training.data.base import loader, readable
 
     assert data.test is not None
     return accuracy(backbone.model, readable(loader(data.test, backbone.preprocess)))[0]
@@ -67,12 +67,12 @@ def demo(
         train_mask,
         unload_mask,
     )
-    from maskpack.apply.load import load_adapter
     from maskpack.backbone.fingerprint import fingerprint
-    from maskpack.backbone.state import export_state
+    from maskpack.backbone.load import export_state
     from maskpack.errors import StateError
-    from maskpack.evaluate.frozen import measure_features
+    from maskpack.runtime.load import load_adapter
     from maskpack.training.config import TrainConfig
+    from maskpack.training.features import measure_features
 
     # so small a network is slower on several cores than on one
     torch.set_num_threads(1)

@@ -127,9 +127,9 @@ def sign(
 ) -> None:
     """Sign an adapter on this disk: writes maskpack_model.sig beside its model file."""
     quiet_libraries(quiet)
-    from maskpack.adapter.sign import sign_adapter
+    from maskpack.adapter.signature import sign_adapter
     from maskpack.errors import ConfigError
-    from maskpack.hub import parse_reference
+    from maskpack.hub.reference import parse_reference
 
     if repository is not None and parse_reference(f"{repository}@main").repo_id != repository:
         raise ConfigError(f"--repository is a name on the Hub, user/name; got {repository!r}")
@@ -142,7 +142,7 @@ def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
     """Return where each adapter is to be copied, or refuse before anything is fetched."""
     from maskpack import MaskpackError
     from maskpack.errors import ConfigError
-    from maskpack.hub import parse_reference
+    from maskpack.hub.reference import parse_reference
 
     if output is None or len(refs) == 1:
         return [output] * len(refs)

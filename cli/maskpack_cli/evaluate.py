@@ -10,7 +10,7 @@ from .console import Json, Quiet, Token, command, emit, examples, note, quiet_li
 from .use import BackboneOption, ModeOption, loaded, on_gpu
 
 if TYPE_CHECKING:
-    from maskpack.data.base import Data, Examples
+    from maskpack.training.data.base import Data, Examples
 
 TITLES = {"head": "head", "knn": "k-NN", "probe": "probe"}
 
@@ -51,9 +51,8 @@ def evaluate(
     """Measure an adapter's accuracy on a data set, and the features of an adapter or of a backbone alone."""
     quiet_libraries(quiet)
     from maskpack import load_backbone, load_data
-    from maskpack.evaluate.accuracy import adapter_accuracy, as_loaded
-    from maskpack.evaluate.frozen import Measure, measure_features
-    from maskpack.evaluate.transfer import source_classes
+    from maskpack.training.evaluate import adapter_accuracy, as_loaded, source_classes
+    from maskpack.training.features import Measure, measure_features
 
     measures: list[Measure] = [*(["knn"] if knn else []), *(["probe"] if probe else [])]  # type: ignore[list-item]
     _check(ref, backbone, head, image_size, mode, split, bool(measures), labels_fraction)

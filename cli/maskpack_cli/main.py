@@ -36,7 +36,7 @@ def _escaped() -> Iterator[None]:
         yield
     except Exception as error:
         if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
-            from maskpack.text import escape
+            from maskpack.errors import escape
 
             error.message = escape(error.message)  # type: ignore[attr-defined]
         raise

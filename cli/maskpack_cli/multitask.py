@@ -15,7 +15,7 @@ from .settings import DATA, OWN, checked, kinds_of, option, read_settings, take
 
 if TYPE_CHECKING:
     from maskpack.training.config import TrainConfig
-    from maskpack.training.tasks import Task
+    from maskpack.training.joint import Task
 
 PANEL = "Many tasks"
 OF_DATA = ("data", *DATA)
@@ -54,11 +54,10 @@ def multitask(**given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
     from maskpack import load_backbone, train_tasks
-    from maskpack.evaluate.multitask import plan_tasks
-    from maskpack.evaluate.task_folder import BASE, markdown
     from maskpack.training.config import config_from
-    from maskpack.training.keep import parse_every
-    from maskpack.training.tasks import JointConfig
+    from maskpack.training.joint import JointConfig
+    from maskpack.training.multitask import BASE, markdown, plan_tasks
+    from maskpack.training.run_folder import parse_every
 
     settings = read_settings(multitask, given, file, ("backbone", "output"), apart="task")
     entries = _entries(settings.pop("task", []), file)
@@ -128,7 +127,7 @@ def _entries(entries: Any, file: Path) -> list[dict[str, Any]]:
 def _task(entry: dict[str, Any], settings: Collection[str], config: "TrainConfig", kind: str) -> "Task":
     """Load a task's data; `settings` are the names of those that all tasks have."""
     from maskpack import load_data
-    from maskpack.training.tasks import Task
+    from maskpack.training.joint import Task
 
     labelled = training.needs_labels(config.objective, kind, [*settings, *entry])
     options = {"validation_fraction": 0.1 if labelled else 0.0, **take(entry, *OF_DATA[1:])}

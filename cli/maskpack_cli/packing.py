@@ -34,9 +34,9 @@ def pack(
     """Make an adapter from masks trained elsewhere, or from a pruned network."""
     quiet_libraries(quiet)
     from maskpack import fingerprint, inspect_adapter, load_backbone, save_adapter
-    from maskpack.apply.weights import check_masks
-    from maskpack.backbone.parameters import body, inside
+    from maskpack.backbone.model import body, inside
     from maskpack.importers.base import check_format, import_masks
+    from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
     loaded = load_backbone(backbone, weights=weights, random_weights=random_weights, head=head)
@@ -75,7 +75,7 @@ def convert(
     """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
     quiet_libraries(quiet)
     from maskpack import inspect_adapter, load_adapter
-    from maskpack.adapter.convert import convert_adapter
+    from maskpack.adapter.edit import convert_adapter
 
     adapter = load_adapter(ref, revision=revision, require_signature=require_signature, token=token)
     base = None if backbone is None else base_of(adapter, backbone, weights, random_weights).model

@@ -25,8 +25,8 @@ def density(refs: Refs, output: Output, token: Token = None, as_json: Json = Fal
     """Density per layer; adapters of the same NAME are one series, with mean and deviation."""
     _begin(output, quiet)
     from maskpack import inspect_adapter
-    from maskpack.adapter.picture import parameter_densities
-    from maskpack.plots.density import density_figure
+    from maskpack.adapter.card import parameter_densities
+    from maskpack.lab.plots.masks import density_figure
 
     groups: dict[str, list[dict[str, float]]] = {}
     for name, adapter, one in _sets(refs, token, lambda ref: ""):
@@ -47,7 +47,7 @@ def overlap(
 ) -> None:
     """How much masks agree, pair by pair: as a share of the weights, and beyond chance."""
     _begin(output, quiet)
-    from maskpack.plots.overlap import overlap_figure
+    from maskpack.lab.plots.masks import overlap_figure
 
     masks = _named_masks(refs, backbone, weights, random_weights, token)
     _finish(overlap_figure(masks), output, as_json)
@@ -65,7 +65,7 @@ def features(
 ) -> None:
     """How many of several tasks use each weight, layer by layer: what is shared, and what is a task's own."""
     _begin(output, quiet)
-    from maskpack.plots.features import feature_figure, users
+    from maskpack.lab.plots.masks import feature_figure, users
 
     masks = _named_masks(refs, backbone, weights, random_weights, token)
     _finish(feature_figure(users(masks)), output, as_json)
@@ -79,7 +79,7 @@ def gates(
 ) -> None:
     """Histograms of the gates and the effective weights of each task over time."""
     _begin(output, quiet)
-    from maskpack.plots.gates import gate_figure
+    from maskpack.lab.plots.results import gate_figure
 
     file = run if run.suffix == ".json" else run / "training" / "jointly" / "histograms.json"
     history = content(file, "the histograms.json of a gated run; give its output folder")
@@ -95,10 +95,10 @@ def scores(
     """Histogram of the scores in a run's last checkpoint: of all, and layer by layer."""
     _begin(output, quiet)
     from maskpack.errors import StateError
-    from maskpack.methods.base import build_method
-    from maskpack.plots.scores import score_figure
+    from maskpack.lab.plots.masks import score_figure
     from maskpack.training.checkpoint import FILE, load_checkpoint
-    from maskpack.training.scored import scores_among
+    from maskpack.training.methods.base import build_method
+    from maskpack.training.scores import scores_among
 
     places = [run / FILE, run / "training" / FILE]
     found = next((place for place in places if place.is_file()), None)
@@ -116,7 +116,7 @@ def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quie
     Of a method with several `labels_fraction` the greatest is drawn.
     """
     _begin(output, quiet)
-    from maskpack.plots.accuracy_bytes import bytes_figure
+    from maskpack.lab.plots.results import bytes_figure
 
     _finish(bytes_figure(curves_of(results, "bytes", most_labels=True)), output, as_json)
 
@@ -124,7 +124,7 @@ def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quie
 def labels(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
     """Few-label curves, from rows with `method`, `labels_fraction`, `accuracy` and perhaps `deviation`."""
     _begin(output, quiet)
-    from maskpack.plots.few_labels import label_figure
+    from maskpack.lab.plots.results import label_figure
 
     _finish(label_figure(curves_of(results, "labels_fraction")), output, as_json)
 
@@ -137,7 +137,7 @@ def clusters(
 ) -> None:
     """Which expert a cascade's router gives each sample to."""
     _begin(output, quiet)
-    from maskpack.plots.clusters import cluster_figure
+    from maskpack.lab.plots.results import cluster_figure
 
     _finish(cluster_figure(*members(file, "points", "expert")), output, as_json)
 
@@ -150,7 +150,7 @@ def confusion(
 ) -> None:
     """Which classes are taken for which; `maskpack eval --json` prints the file."""
     _begin(output, quiet)
-    from maskpack.plots.confusion import confusion_figure
+    from maskpack.lab.plots.results import confusion_figure
 
     _finish(confusion_figure(*members(file, "confusion", "class_names")), output, as_json)
 
@@ -158,13 +158,13 @@ def confusion(
 def _begin(output: Path, quiet: bool) -> None:
     """Refuse a wrong ending before any work is done."""
     quiet_libraries(quiet)
-    from maskpack.plots.figure import image_suffix
+    from maskpack.lab.plots.figure import image_suffix
 
     image_suffix(output)
 
 
 def _finish(figure: "Figure", output: Path, as_json: bool) -> None:
-    from maskpack.plots.figure import save_figure
+    from maskpack.lab.plots.figure import save_figure
 
     save_figure(figure, output)
     emit({"file": str(output), "bytes": output.stat().st_size}, as_json, f"✓ {output}")

@@ -21,7 +21,7 @@ class Progress:
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        from maskpack.text import escape
+        from maskpack.errors import escape
 
         columns = (
             TextColumn("{task.description}", markup=False),

@@ -43,9 +43,9 @@ def shuffle(**given: Any) -> None:
     Called again with the same folder, it does what is not done yet.
     """
     settings, backbone, run = _begun(shuffle, given)
-    from maskpack.analysis.shuffle import feature_reuse
     from maskpack.errors import ConfigError
-    from maskpack.plots.shuffle import shuffle_figure
+    from maskpack.lab.analysis.starts import feature_reuse
+    from maskpack.lab.plots.analysis import shuffle_figure
 
     if "random_weights" in backbone:
         raise ConfigError("--random-weights is the random start, which is there always; leave it out")
@@ -66,10 +66,10 @@ def checkpoints(**given: Any) -> None:
     """
     settings, backbone, run = _begun(checkpoints, given)
     from maskpack import load_data
-    from maskpack.analysis.checkpoints import from_checkpoints
     from maskpack.errors import ConfigError
-    from maskpack.plots.checkpoints import checkpoint_figure
-    from maskpack.plots.figure import in_order
+    from maskpack.lab.analysis.starts import from_checkpoints
+    from maskpack.lab.plots.analysis import checkpoint_figure
+    from maskpack.lab.plots.figure import in_order
 
     pattern = settings.pop("checkpoints", None)
     if pattern is None or {"weights", "random_weights"} & backbone.keys():
@@ -99,7 +99,7 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
     quiet_libraries(quiet)
     from maskpack import load_data
     from maskpack.errors import ConfigError
-    from maskpack.plots.figure import image_suffix, save_figure
+    from maskpack.lab.plots.figure import image_suffix, save_figure
     from maskpack.training.config import config_from
 
     settings = read_settings(verb, given, config)

@@ -15,8 +15,8 @@ from .settings import DATA, OWN, read_settings, take
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
-    from maskpack.data.base import Data
     from maskpack.training.config import TrainConfig
+    from maskpack.training.data.base import Data
 
 PANEL = {"backbone": "Backbone", "data": "Data", "mask": "Mask", "training": "Training", "run": "Run"}
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
@@ -167,9 +167,8 @@ def _train(
 ) -> None:
     quiet_libraries(quiet)
     from maskpack import inspect_adapter, save_adapter, train_mask
-    from maskpack.training.folder import check_untaken
-    from maskpack.training.keep import parse_every
-    from maskpack.training.loop import plan_training
+    from maskpack.training.run_folder import check_untaken, parse_every
+    from maskpack.training.trainer import plan_training
 
     settings = read_settings(train, given, config)
     output, profile = Path(settings.pop("output")), settings.pop("profile", "default")
@@ -226,7 +225,7 @@ def evaluated(output: Path, settings: Mapping[str, Any]) -> str:
 
 
 def describe_plan(plan: Mapping[str, Any], data: "Data", quiet: bool) -> None:
-    from maskpack.data.base import empty_classes
+    from maskpack.training.data.base import empty_classes
 
     note(
         f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "

@@ -52,10 +52,9 @@ def transfer(**given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
     from maskpack import load_data, save_adapter, train_transfer
-    from maskpack.evaluate.transfer import markdown, transfer_table
-    from maskpack.evaluate.trial import write_json
-    from maskpack.training.keep import parse_every
-    from maskpack.training.loop import plan_training
+    from maskpack.training.evaluate import markdown, transfer_table
+    from maskpack.training.run_folder import parse_every, write_json
+    from maskpack.training.trainer import plan_training
     from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
 
     settings = read_settings(transfer, given, config, needed=("backbone", "source", "target", "output"))

@@ -11,8 +11,8 @@ from .console import Json, Quiet, Token, command, emit, examples, note, quiet_li
 
 if TYPE_CHECKING:
     from maskpack import Adapter
-    from maskpack.apply.load import Mode
     from maskpack.backbone.load import Backbone
+    from maskpack.runtime.load import Mode
 
 BackboneOption = Annotated[
     str | None,
@@ -116,7 +116,7 @@ def predict(
     quiet_libraries(quiet)
     from maskpack import load_cascade, load_mask
     from maskpack.errors import ConfigError, DataError
-    from maskpack.evaluate.transfer import source_classes
+    from maskpack.training.evaluate import source_classes
 
     masked, adapter = opened(
         ref, revision, require_revision, require_signature, token, backbone, weights, random_weights
@@ -163,7 +163,7 @@ def export(
 ) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
     quiet_libraries(quiet)
-    from maskpack.backbone.state import export_state
+    from maskpack.backbone.load import export_state
 
     masked, adapter = loaded(
         ref, revision, require_revision, require_signature, token, backbone, weights, random_weights

@@ -4,15 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import SignatureError
-from ..text import escape
-from .adapter import Adapter
-from .cascade import PREFIX
-from .header import FORMAT_VERSION, base_to_json
-from .layout import beginning, dense_names
-from .read import read_adapter
-from .sets import Payload, SetHeader
+from ..errors import SignatureError, escape
+from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json, beginning, dense_names
+from .read import Adapter, read_adapter
 from .signature import SIGNATURE_FILE, Contents, Envelope, Signed
+from .tensors import PREFIX
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:

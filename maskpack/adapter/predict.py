@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.classifier import classifier_from, predictions
-from ..backbone.head import Head
+from ..backbone.model import Head
 from ..errors import AdapterError, DataError, StateError, require
 from ..preprocess import ImagePreprocess, TextPreprocess, collate_text, open_image, preprocess_from_json
 

@@ -1,19 +1,161 @@
-"""Signatures of adapters: a DSSE envelope over a statement of file digests, beside the model file (docs/format.md)."""
+"""Keys that sign adapters and verify them: P-256 (ECDSA with SHA-256) and Ed25519, from PEM files."""
 
 import base64
-from collections.abc import Mapping
+import getpass
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 
-from ..errors import ConfigError, CorruptAdapterError, SignatureError
-from ..tensorheader import strict_json
-from .adapter import Adapter
+from ..errors import AdapterError, ConfigError, CorruptAdapterError, SignatureError, require
+from ..safetensors_io import replacing, strict_json
 from .fields import Fields
-from .keys import Keys, is_signature_of
-from .read import CONFIG_FILE, MODEL_FILE, parse_files
-from .sets import canonical_json
+from .header import canonical_json
+from .read import CONFIG_FILE, MODEL_FILE, Adapter, parse_files, read_bytes, read_files
+
+PASSPHRASE = "MASKPACK_KEY_PASSPHRASE"
+TRUSTED = "MASKPACK_REQUIRE_SIGNATURE"
+MAX_KEY = 64 << 10  # bytes of a PEM file
+
+Keys = Mapping[str, Any]  # keys of `cryptography` by key id: hex SHA-256 of the public key's DER SubjectPublicKeyInfo
+
+
+def public_keys(path: str | os.PathLike[str]) -> Keys:
+    """Read the public keys that are trusted: a PEM file of one, or a folder whose `.pem` files are all read.
+
+    Raises:
+        ConfigError: if there is none, or one of the files is no public key of a kind that is known.
+    """
+    place = Path(path).expanduser()
+    files = sorted(place.glob("*.pem")) if place.is_dir() else [place]
+    if not files:
+        raise ConfigError(f"the folder of trusted keys {place} has no .pem file; put the public keys there")
+    require("cryptography", "sign", "signatures")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    keys = {}
+    for file in files:
+        content = _read(file)
+        if b"PRIVATE KEY" in content:
+            raise ConfigError(f"{file} is a private key, and a public one is expected: openssl pkey -in {file} -pubout")
+        try:
+            key = load_pem_public_key(content)
+        except (ValueError, UnsupportedAlgorithm) as error:
+            raise ConfigError(f"{file} is no public key in PEM (BEGIN PUBLIC KEY): {error}") from None
+        keys[key_id(_known(key, file))] = key
+    return keys
+
+
+def trusted_keys(given: str | os.PathLike[str] | None) -> Keys | None:
+    """Return the trusted keys of a file or folder, else of the one that the environment names; None if neither does.
+
+    Raises:
+        ConfigError: as `public_keys`.
+    """
+    place = os.environ.get(TRUSTED) if given is None else given
+    if place is not None and not os.fspath(place):
+        raise ConfigError(f"the place of the trusted keys is empty; give a file or folder, or unset {TRUSTED}")
+    return None if place is None else public_keys(place)
+
+
+def private_keys(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Keys:
+    """Read the private keys to sign with, PEM files (PKCS #8) of one each.
+
+    The passphrase of an encrypted one is that of the environment variable MASKPACK_KEY_PASSPHRASE, or asked for.
+
+    Raises:
+        ConfigError: if one cannot be read or is of no kind that is known, or the passphrase is missing or wrong.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    require("cryptography", "sign", "signatures")
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    keys = {}
+    for file in (Path(path).expanduser() for path in given):
+        content = _read(file)
+        secret = _passphrase(file) if b"ENCRYPTED" in content else None
+        try:
+            key = load_pem_private_key(content, secret)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            what = "cannot be opened with this passphrase, or" if secret else "is"
+            raise ConfigError(f"{file} {what} is no private key in PEM (BEGIN PRIVATE KEY): {error}") from None
+        keys[key_id(_known(key, file).public_key())] = key
+    return keys
+
+
+def key_id(public: Any) -> str:
+    """Return the id of a public key: what `openssl pkey -pubin -outform DER | sha256sum` prints for it."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(der).hexdigest()
+
+
+def signature_of(message: bytes, private: Any) -> bytes:
+    """Return the signature of a message: 64 bytes by an Ed25519 key, DER by a P-256 key."""
+    made: bytes = private.sign(message, *_algorithm(private.public_key()))
+    return made
+
+
+def is_signature_of(message: bytes, signature: bytes, public: Any) -> bool:
+    """Return True if a signature of a message is by a public key, whose kind alone says which algorithm is used."""
+    from cryptography.exceptions import InvalidSignature
+
+    try:
+        public.verify(signature, message, *_algorithm(public))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _algorithm(public: Any) -> tuple[Any, ...]:
+    """Return what `sign` and `verify` of a key take beside message and signature."""
+    from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
+    from cryptography.hazmat.primitives.hashes import SHA256
+
+    return (ECDSA(SHA256()),) if isinstance(public, EllipticCurvePublicKey) else ()
+
+
+def _known(key: Any, file: Path) -> Any:
+    """Return a private or public key if it is of a kind that is known."""
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+    elliptic = isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey)
+    if isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
+        return key
+    if elliptic and isinstance(key.curve, ec.SECP256R1):
+        return key
+    kind = f"on the curve {key.curve.name}" if elliptic else f"of the kind {type(key).__name__}"
+    raise ConfigError(f"{file} is a key {kind}; expected Ed25519 or P-256: openssl genpkey -algorithm ed25519")
+
+
+def _read(file: Path) -> bytes:
+    if not file.is_file():
+        raise ConfigError(f"there is no key file {file}; give a PEM file, or a folder of public keys")
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(MAX_KEY + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read the key {file}: {error.strerror}; check its permissions") from error
+    if len(content) > MAX_KEY:
+        raise ConfigError(f"{file} has over {MAX_KEY} bytes, which is no key; expected a PEM file of one key")
+    return content
+
+
+def _passphrase(file: Path) -> bytes:
+    if (given := os.environ.get(PASSPHRASE)) is not None:
+        return given.encode()
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{file} is encrypted; set the environment variable {PASSPHRASE} to its passphrase")
+    return getpass.getpass(f"Passphrase of {file}: ").encode()
+
 
 SIGNATURE_FILE = "maskpack_model.sig"
 MAX_SIGNATURE = 64 << 10  # bytes; two hundred signatures fit
@@ -247,3 +389,90 @@ def _text(content: bytes) -> str:
 
 def _short(key_id: str) -> str:
     return key_id[:16]
+
+
+def renewed(
+    content: bytes | None,
+    contents: Contents,
+    adapter: Adapter,
+    keys: Keys,
+    repository: str | None,
+    counter: int | None = None,
+    least: int = 0,
+) -> bytes:
+    """Return the content of a signature file for an adapter, signed with private keys.
+
+    One that is there and states the same is kept, and gets the signatures that it lacks.
+
+    Args:
+        content: of the signature file that is there; None if there is none.
+        counter: None for one more than that of the version before, which one of the keys must have signed.
+        least: a counter that was seen elsewhere; with `counter` None it is exceeded as well.
+
+    Raises:
+        SignatureError: if the version before is signed by other keys only, so that its counter cannot be believed.
+    """
+    if counter is None:
+        counter, before = least, None
+        if content is not None:
+            try:
+                before = check_envelope(content, {id_: key.public_key() for id_, key in keys.items()}).statement
+            except SignatureError as error:
+                raise SignatureError(
+                    f"the counter of the version before cannot be believed: {error}; sign with a key of that version "
+                    f"as well, or state the counter: maskpack sign … --counter N"
+                ) from None
+            counter = max(before.counter, least)
+        if before is None or Statement.of(contents, adapter, repository, counter) != before:
+            counter += 1
+    payload = Statement.of(contents, adapter, repository, counter).to_bytes()
+    made: dict[str, bytes] = {}
+    try:
+        if content is not None and (there := Envelope.from_bytes(content)).payload == payload:
+            made = dict(there.signatures)
+    except SignatureError:
+        pass  # what is there is no signature, and goes
+    for id_, key in keys.items():
+        if id_ not in made or not is_signature_of(pae(payload), made[id_], key.public_key()):
+            made[id_] = signature_of(pae(payload), key)
+    return Envelope(payload, made).to_bytes()
+
+
+def sign_adapter(
+    path: str | os.PathLike[str],
+    keys: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    repository: str | None = None,
+    counter: int | None = None,
+) -> Signed:
+    """Sign an adapter on this disk with the private keys of PEM files, and write the signature beside its model file.
+
+    Args:
+        path: its folder, or a model file alone. repository, counter: as of `Statement` and `renewed`.
+
+    Raises:
+        AdapterError: if it is not a whole adapter. ConfigError: if a key cannot be used.
+        SignatureError: as `renewed`. StateError: if the file cannot be written.
+    """
+    private = private_keys(keys)
+    files = read_files(Path(path).expanduser())
+    target = signature_path(files[MODEL_FILE][0])
+    there = read_bytes(target, target, MAX_SIGNATURE) if target.exists() else None
+    contents = {name: content for name, (_, content) in files.items()}
+    made = renewed(there, contents, parse_files(files), private, repository, counter)
+    with replacing(target) as (temporary,):
+        temporary.write_bytes(made)
+    return check_envelope(made, {id_: key.public_key() for id_, key in private.items()})
+
+
+def remove_signature(model: Path) -> None:
+    """Remove the signature of a model file that is about to be replaced; of a file alone, if it is one of ours."""
+    path = signature_path(model)
+    if not path.is_file():
+        return
+    try:
+        Envelope.from_bytes(read_bytes(path, path, MAX_SIGNATURE))
+    except AdapterError:
+        if path.name != SIGNATURE_FILE:
+            return
+    path.unlink(missing_ok=True)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, DataError
-from .head import Head, Pooling, swap_module
 from .load import Backbone
-from .parameters import unwrap
+from .model import Head, Pooling, swap_module, unwrap
 
 Inputs = Tensor | dict[str, Tensor]
 Batch = tuple[Inputs, Tensor]

@@ -1,17 +1,169 @@
-"""Fingerprint: what an adapter is bound to (docs/format.md section 3)."""
+"""Fingerprint: what an adapter is bound to, and the digests that it consists of (docs/format.md section 3)."""
 
+import inspect
+import json
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .parameters import body, unwrap
-from .tensor_digest import Stamp, stamp, tensor_digest
+from .model import body, canonical, inside, unwrap
+
+PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
+
+
+def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
+    """Return the BLAKE3 digest of a tensor's bytes after a cast to `dtype`, 32 bytes.
+
+    The bytes are row-major and little-endian, so the digest is the same on every device.
+    """
+    flat = tensor.detach().reshape(-1)
+    whole = blake3()
+    if flat.is_cuda:
+        for piece in _copied(flat, dtype):
+            whole.update(piece.numpy().data)
+    elif flat.dtype == dtype:
+        whole.update(_bytes(flat.cpu()).numpy().data)
+    else:
+        for piece in _split(flat, PIECE // dtype.itemsize):
+            whole.update(_bytes(piece.cpu().to(dtype)).numpy().data)
+    return whole.digest()
+
+
+def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the bytes of a CUDA tensor piece by piece; while the caller hashes one, the next is copied.
+
+    A piece is valid until the next one is asked for.
+    """
+    pieces = _split(flat, PIECE // dtype.itemsize)
+    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in pieces[:2]]
+    stream = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(flat.device))
+
+    def copy(index: int) -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            cast = _bytes(pieces[index].to(dtype))
+            target = buffers[index % 2][: cast.numel()]
+            target.copy_(cast, non_blocking=True)
+            return target, stream.record_event()
+
+    copies = [copy(0)] if flat.numel() else []
+    for index in range(len(copies) and len(pieces)):
+        copies += [copy(index + 1)] if index + 1 < len(pieces) else []
+        target, done = copies.pop(0)
+        done.synchronize()
+        yield target
+
+
+def _split(flat: Tensor, size: int) -> list[Tensor]:
+    return [flat[start : start + size] for start in range(0, len(flat), size)]
+
+
+def _bytes(flat: Tensor) -> Tensor:
+    return flat.contiguous().view(torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Evidence that a tensor has not changed; equal stamps mean equal bytes.
+
+    Attributes:
+        storage: its memory. Weak, but the identity is not given to other memory while the reference exists.
+        layout: dtype, shape, stride, offset. version: PyTorch's count of writes.
+        total: sum of the bytes as 64-bit words. It shows writes that are not counted: through `.data`, or by a fused
+            optimiser.
+    """
+
+    storage: StorageWeakRef
+    layout: tuple[object, ...]
+    version: int
+    total: int
+
+
+def stamp(tensor: Tensor) -> Stamp | None:
+    """Return a tensor's stamp, or None for an inference tensor, whose writes are not counted."""
+    if tensor.is_inference():
+        return None
+    layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    version = tensor._version
+    data = _bytes(tensor.detach().reshape(-1))
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    words = data[:whole].view(torch.int64)
+    # numpy sums in this thread; PyTorch would wake threads that are busy elsewhere
+    total = int(words.numpy().sum() if words.is_cpu else words.sum()) + int(data[whole:].sum())
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return Stamp(storage, layout, version, total)
+
+
+def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
+    """Return the BLAKE3 of what a model computes with, in evaluation mode, outside of the modules `outside`.
+
+    A fingerprint tells bases apart; this tells apart whatever may change an output: every parameter and buffer in its
+    own bits (integers and buffers that are not saved included), the modules with their settings, and the source of
+    their classes. None while scores are attached, weights are parametrized otherwise, or a module has hooks: what those
+    compute is in none of these.
+    """
+    model, outside = unwrap(model), tuple(outside)
+    for module in model.modules():
+        if parametrize.is_parametrized(module) or module._forward_hooks or module._forward_pre_hooks:
+            return None
+    whole = blake3(torch.__version__.encode())
+    sources = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not inside(canonical(name), outside):
+            settings = {key: text for key, value in vars(module).items() if (text := _setting(value)) is not None}
+            settings.pop("training", None)
+            _add(whole, "module", canonical(name), type(module).__qualname__, json.dumps(settings, sort_keys=True))
+            sources.add(_source(type(module)))
+    for kind, tensors in (
+        ("parameter", model.named_parameters(remove_duplicate=False)),
+        ("buffer", model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in tensors:
+            if not inside(canonical(name), outside):
+                _add(whole, kind, canonical(name), str(tensor.dtype), str(tuple(tensor.shape)))
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    _add(whole, *sorted(sources))
+    return whole.hexdigest()
+
+
+def _add(whole: blake3, *texts: str) -> None:
+    for text in texts:
+        whole.update(text.encode() + b"\0")
+
+
+def _setting(value: Any) -> str | None:
+    """An attribute of a module as text: numbers, words, functions, tuples of them, configurations of transformers."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        parts = [_setting(one) for one in value]
+        return None if None in parts else repr(parts)
+    if hasattr(value, "to_json_string"):
+        return str(value.to_json_string())
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name is not None else None
+
+
+def _source(cls: type) -> str:
+    """The BLAKE3 of the file that defines a class; its name where there is no file."""
+    try:
+        return blake3().update_mmap(Path(inspect.getfile(cls))).hexdigest()
+    except (OSError, TypeError):
+        return f"{cls.__module__}.{cls.__qualname__}"
+
 
 CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 PREFIX = 6  # bytes kept of a tensor's digest, for each cast

@@ -1,24 +1,218 @@
-"""Loading a backbone by reference: timm, torchvision, transformers, or a factory in a Python file."""
+"""Models of transformers: which class loads one, and what its image processor states."""
 
 import importlib.util
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
-from ..network import UnreachableError, library_calls, reach
-from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess
-from ..redact import hides_secrets
-from .head import Pooling, find_head, head_features
-from .hf import is_vision, load_model, stated_preprocess, tower_name
-from .random_init import PREFIX, parse_random, randomize
-from .state import load_weights
+from ..mask import Shape
+from ..network import UnreachableError, hides_secrets, library_calls, reach
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Interpolation, Preprocess, TextPreprocess
+from ..safetensors_io import read_tensors, write_tensors
+from .model import (
+    BLOCK,
+    MAX_SEED,
+    Head,
+    Pooling,
+    aliases,
+    canonical,
+    find_head,
+    head_features,
+    named_buffers,
+    named_parameters,
+    random_words,
+    swap_module,
+    unwrap,
+)
+
+# CLIP-like models by type: the vision tower whose output has the image's embedding in the space of the texts'
+TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def tower_name(config: Any) -> str | None:
+    """Return the class of a CLIP-like model's vision tower, or None for all other models."""
+    return TOWERS.get(config.model_type.removesuffix("_vision_model"))
+
+
+def is_vision(transformers: Any, config: Any) -> bool:
+    """Tell whether a model takes images."""
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    return tower_name(config) is not None or config.model_type in known
+
+
+def load_model(transformers: Any, config: Any, repo: str, pretrained: bool, options: Mapping[str, Any]) -> Any:
+    """Return a CLIP-like vision tower, an image classifier, or an encoder, with its weights or with random ones."""
+    auto = transformers.AutoModelForImageClassification if is_vision(transformers, config) else transformers.AutoModel
+    tower = tower_name(config)
+    if pretrained:
+        # float32 whatever the file holds: the scores learn from full-precision products
+        return (getattr(transformers, tower) if tower else auto).from_pretrained(repo, dtype=torch.float32, **options)
+    if tower:
+        return getattr(transformers, tower)(getattr(config, "vision_config", config))
+    return auto.from_config(config)
+
+
+def stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
+    """Return what an image processor states; `image_size` in pixels goes before its sizes."""
+    resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
+    crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
+    mean, std = tuple(processor.image_mean or IMAGENET_MEAN), tuple(processor.image_std or IMAGENET_STD)
+    return ImagePreprocess(crop, max(resize, crop), RESAMPLING.get(int(processor.resample), "bilinear"), mean, std)
+
+
+def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> int:
+    """Write a model's state dict, as it is now, as a safetensors file; return the number of tensors.
+
+    Tied tensors are written under each of their names, so that the file loads strictly.
+
+    Raises:
+        StateError: if the file cannot be written.
+    """
+    state = unwrap(model).state_dict()
+    tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
+    return len(tensors)
+
+
+COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is computed
+
+
+def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
+    """Load a safetensors state dict into a model, strictly.
+
+    Args:
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
+        head: dotted name of the model's head, which the file may have for other classes.
+
+    Raises:
+        BackboneError: if names or shapes differ; the message shows the first of them.
+        DataError: if the file cannot be used.
+    """
+    load_tensors(model, read_tensors(path), path, head)
+
+
+def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
+    """Load what was read from a file into a model; as `load_weights`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if head is not None:
+        fit_head(model, head, shapes)
+    stored = sources(model, shapes, path)
+    model = unwrap(model)
+    wanted = {name: stored.get(canonical(name)) for name in model.state_dict()}
+    model.load_state_dict({name: state[source] for name, source in wanted.items() if source is not None}, strict=True)
+
+
+def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> dict[str, str]:
+    """Return, for each tensor of a model's state dict by canonical name, which tensor of a file it is loaded from.
+
+    A tied tensor may be in the file under one of its names alone, as Hugging Face writes it. The counters of BatchNorm
+    may be missing, as in files of old PyTorch: they stay.
+
+    Args:
+        shapes: of the tensors of the file. path: what messages call it.
+
+    Raises:
+        BackboneError: if names or shapes differ; the message shows the first of them.
+    """
+    own = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
+    first = aliases(model)
+    present: dict[str, str] = {}
+    for name in sorted(own.keys() & shapes.keys()):
+        present.setdefault(first.get(name, name), name)
+    found = {name: name if name in shapes else present.get(first.get(name, name)) for name in own}
+    missing = sorted(name for name, source in found.items() if source is None and not name.endswith(COUNTER))
+    unexpected = sorted(shapes.keys() - own.keys())
+    other = [
+        f"{name}: {shapes[source]} in the file, {tuple(own[name].shape)} in the model"
+        for name, source in found.items()
+        if source is not None and shapes[source] != tuple(own[name].shape)
+    ]
+    if missing or unexpected or other:
+        raise BackboneError(
+            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(other)} of another shape {other[:3]}"
+        )
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def fit_head(model: nn.Module, head: str, shapes: Mapping[str, Shape]) -> None:
+    """Give a model a linear head for as many classes as a state dict of these shapes has weights for."""
+    own, weight = unwrap(model).get_submodule(head), shapes.get(f"{head}.weight", ())
+    bias = f"{head}.bias" in shapes
+    if len(weight) != 2 or not isinstance(own, nn.Linear) or weight[1] != own.in_features:
+        return
+    had = own.bias is not None
+    if bias >= had and (weight[0] != own.out_features or bias != had):
+        swap_module(model, head, nn.Linear(own.in_features, weight[0], bias, own.weight.device, own.weight.dtype))
+
+
+KINDS = ("kaiming", "signed-constant")
+PREFIX = "random:"  # of the revision of such a base
+
+
+def parse_random(text: str) -> tuple[str, int]:
+    """Return kind and seed of "SEED", whose kind is "" (as the library draws them), or of "KIND:SEED".
+
+    Raises:
+        BackboneError: if it is neither.
+    """
+    kind, _, seed = text.rpartition(":")
+    if kind not in ("", *KINDS) or text.startswith(":") or not seed.isdecimal() or int(seed) > MAX_SEED:
+        raise BackboneError(
+            f"random weights must be SEED or KIND:SEED, with a seed from 0 to {MAX_SEED} and a kind of "
+            f"{', '.join(KINDS)}; got {text!r}"
+        )
+    return kind, int(seed)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, kind: str, seed: int) -> None:
+    """Set the weights of a model to those that a kind and a seed stand for (docs/format.md section 3.1).
+
+    Weights of two dimensions and more become random, those of one dimension (norms) 1, biases 0, BatchNorm statistics
+    0 and 1. What has another name stays as its constructor left it.
+    """
+    parameters = named_parameters(model)
+    for name in sorted(set(aliases(model).values())):
+        parameter, leaf = parameters[name], name.rpartition(".")[2]
+        if leaf.endswith("bias"):
+            parameter.zero_()
+        elif leaf.endswith("weight") and parameter.ndim > 1:
+            parameter.copy_(random_values(name, tuple(parameter.shape), kind, seed))
+        elif leaf.endswith("weight"):
+            parameter.fill_(1.0)
+    for name, buffer in named_buffers(model).items():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.fill_(float(name.endswith("running_var")))
+
+
+def random_values(name: str, shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
+    """Return the values of one weight, float32: uniform of standard deviation sqrt(2 / fan-in), or plus and minus that.
+
+    The fan-in is the number of weights of one output, the product of all sizes but the first (He et al., 2015, and
+    Ramanujan et al., 2020).
+    """
+    fan_in = math.prod(shape[1:])
+    whole = torch.empty(math.prod(shape))
+    for block, part in enumerate(torch.split(whole, BLOCK)):
+        words = random_words(f"maskpack weight {seed} {name} {block}", len(part))
+        # odd numbers of 25 bits: exact in binary64 up to the square root, and never 0
+        odd = (2 * words + 1 - (1 << 24)).to(torch.float64)
+        if kind == "kaiming":
+            part.copy_(odd / (1 << 24) * math.sqrt(6 / fan_in))
+        else:
+            part.copy_(odd.sign() * math.sqrt(2 / fan_in))
+    return whole.reshape(shape)
+
 
 LARGEST_IMAGE = 8192  # pixels
 Task = Literal["image-classification", "text-classification"]
@@ -248,3 +442,56 @@ def load_backbone(
         load_weights(backbone.model, weights, backbone.head)
     backbone.model.eval()
     return backbone
+
+
+TEXTS = 64  # that the text tower gets at a time
+
+
+@torch.no_grad()
+def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> Head:
+    """Return the head whose logits are those of zero-shot CLIP (https://arxiv.org/abs/2103.00020, section 3.1).
+
+    Its weight is the text embedding of each class, divided by its Euclidean norm, times exp(logit_scale). The text
+    tower is loaded from where the model of the backbone came from, and not kept.
+
+    Args:
+        template: text in which `{label}` stands for the name of the class.
+
+    Raises:
+        BackboneError: if the backbone is not CLIP-like, or has no text tower that can be loaded.
+    """
+    transformers = require("transformers", "train", "loading a text tower")
+    if backbone.pooling != "projection":
+        raise BackboneError(
+            f"a text head needs a CLIP-like backbone (hf/ and a model of type {', '.join(TOWERS)}), and {backbone.id} "
+            f"is none; take a linear or a masked head"
+        )
+    source: Any = backbone.model.name_or_path
+    options = {} if backbone.revision is None else {"revision": backbone.revision}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        if config.model_type not in TOWERS:
+            raise BackboneError(
+                f"{backbone.id} has a vision tower only, and a text head needs the text tower as well; name the "
+                f"repository or folder of the whole model, or take a linear or a masked head"
+            )
+        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **options).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    except MaskpackError:
+        raise
+    except Exception as error:
+        raise BackboneError(
+            f"cannot load the text tower of {backbone.id} from {source!r}: {type(error).__name__}: {error}; a folder "
+            f"needs the whole model and its tokenizer"
+        ) from error
+    length = config.text_config.max_position_embeddings
+    rows: list[Tensor] = []
+    for start in range(0, len(class_names), TEXTS):
+        texts = [template.replace("{label}", name) for name in class_names[start : start + TEXTS]]
+        # always to the full length, as SigLIP was trained; CLIP's attention does not look behind the text
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        found = model.get_text_features(**tokens)
+        rows.append(found if isinstance(found, Tensor) else found.pooler_output)
+    weight = nn.functional.normalize(torch.cat(rows), dim=-1) * model.logit_scale.exp()
+    bias = model.logit_bias.expand(len(weight)).clone() if hasattr(model, "logit_bias") else None
+    return Head("pooled-linear", weight, bias, pooling="projection", normalize=True)

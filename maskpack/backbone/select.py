@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..errors import SelectionError
-from .parameters import aliases, canonical, inside, named_parameters, unwrap
+from .model import aliases, canonical, inside, named_parameters, unwrap
 
 _LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 

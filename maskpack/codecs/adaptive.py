@@ -8,10 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
-from .base import CODECS, Bits, Bytes, Codec, Profile, Side
-from .gapcoder import MOST_PER_BYTE, GapDecoder, GapEncoder
-from .rates import CENTERS, CONTEXTS, ONE, Floats, Known, Rates, Settings
-from .streams import NO_EVENTS, Numbers, Reader, matrix_shape, place, rarer, varint
+from .base import (
+    CODECS,
+    NO_EVENTS,
+    Bits,
+    Bytes,
+    Codec,
+    Numbers,
+    Profile,
+    Reader,
+    Side,
+    matrix_shape,
+    place,
+    rarer,
+    varint,
+)
+from .rates import CENTERS, CONTEXTS, MOST_PER_BYTE, ONE, Floats, GapDecoder, GapEncoder, Known, Rates, Settings
 
 MAX_PRIOR = 15
 MAX_SIZE = 1 << 20  # rows, and columns: each takes memory

@@ -8,9 +8,8 @@ import numpy as np
 
 from ..errors import CorruptAdapterError
 from .adaptive import decode, encode, known, magnitudes
-from .base import CODECS, Bits, Bytes, Codec, Profile, Side
+from .base import CODECS, Bits, Bytes, Codec, Profile, Side, rarer
 from .rates import CONTEXTS, Floats
-from .streams import rarer
 
 CHANNELS = 3
 CLASSES = 16

@@ -6,9 +6,22 @@ from typing import Self
 import numpy as np
 
 from ..errors import CorruptAdapterError
-from .base import CODECS, Bits, Bytes, Codec, Profile, Side
-from .frames import from_frame, to_frame
-from .streams import FOUR_BYTES, Numbers, Reader, distances, place, rarer
+from .base import (
+    CODECS,
+    FOUR_BYTES,
+    Bits,
+    Bytes,
+    Codec,
+    Numbers,
+    Profile,
+    Reader,
+    Side,
+    distances,
+    from_frame,
+    place,
+    rarer,
+    to_frame,
+)
 
 FAR = 255  # as many weights without an event
 

@@ -8,9 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
-from .base import CODECS, Bits, Bytes, Codec, Profile, Side
-from .frames import from_frame, to_frame
-from .streams import Reader
+from .base import CODECS, Bits, Bytes, Codec, Profile, Reader, Side, from_frame, to_frame
 
 GROUPS = (2, 4, 8, 16)
 GLANCE = 256  # groups that are looked at before all are

@@ -1,18 +1,173 @@
-"""How likely each weight's bit is the rarer one, learned from the blocks before (docs/format.md section 6.2).
-
-Every number here is the same on every machine: sums are of whole multiples of a power of two, so that their order does
-not matter, and all else is one IEEE 754 operation on binary64 at a time.
-"""
+"""How likely each weight's bit is the rarer one, and the entropy coder that uses it (docs/format.md section 6.2)."""
 
 import itertools
 import math
+from array import array
+from bisect import bisect_right
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .streams import Numbers
+from ..errors import CorruptAdapterError
+from .base import Bits, Numbers
+
+LOWEST = 1 << 24  # the state lies between this and LOWEST << 16
+STATE_BYTES = 5
+MOST_PER_BYTE = 24_000  # weights: at the lowest level, 5,679 without an event take two bits
+FREQUENCY = (1 << 17) - 1
+
+
+@cache
+def steps(level: int) -> list[int]:
+    """Return the cumulative frequencies of gaps 0, 1, 2 … at a level, until an event has come in three of four cases.
+
+    The last entry is where the symbol "no event in as many weights" begins.
+    """
+    probability, cumulative = int(CENTERS[level]), [0]
+    while cumulative[-1] < ONE * 3 // 4:
+        left = ONE - cumulative[-1]
+        cumulative.append(cumulative[-1] + (left * probability + ONE // 2) // ONE)
+    return cumulative
+
+
+def by_level(levels: NDArray[np.uint8]) -> tuple[NDArray[np.intp], list[int]]:
+    """Return the order in which a block's weights are coded, level after level, and how many each level has."""
+    flat = levels.reshape(-1)
+    return np.argsort(flat, kind="stable"), np.bincount(flat, minlength=LEVELS).tolist()
+
+
+class GapEncoder:
+    """Collects the symbols of blocks; `finish` returns their bytes."""
+
+    def __init__(self) -> None:
+        self.blocks: list[NDArray[np.int64]] = []  # a symbol is its first slot << 17 | its frequency
+
+    def put(self, levels: NDArray[np.uint8], events: NDArray[np.bool_]) -> None:
+        """Code the events of a block."""
+        order, counts = by_level(levels)
+        where, symbols, at, start = np.flatnonzero(events.reshape(-1)[order]).tolist(), [], 0, 0
+        where.append(events.size)
+        for level, count in enumerate(counts):
+            if not count:
+                continue
+            cumulative, stop = steps(level), start + count
+            longest = len(cumulative) - 1
+            while start < stop:
+                gap, reach = where[at] - start, min(longest, stop - start)
+                if gap < reach:
+                    symbols.append(cumulative[gap] << 17 | cumulative[gap + 1] - cumulative[gap])
+                    start += gap + 1
+                    at += 1
+                else:
+                    symbols.append(cumulative[reach] << 17 | ONE - cumulative[reach])
+                    start += reach
+        self.blocks.append(np.array(symbols, dtype=np.int64))
+
+    def finish(self) -> bytes:
+        """Return the final state and the words that it lacks, in the order of reading."""
+        state, words = LOWEST, array("H")
+        for block in reversed(self.blocks):
+            for symbol in reversed(block.tolist()):
+                frequency = symbol & FREQUENCY
+                if state >= frequency << 24:
+                    words.append(state & 0xFFFF)
+                    state >>= 16
+                state = (state // frequency << 16) + state % frequency + (symbol >> 17)
+        return state.to_bytes(STATE_BYTES, "little") + np.array(words, dtype="<u2")[::-1].tobytes()
+
+
+class GapDecoder:
+    """Gives back the events of blocks, in the order in which they were put."""
+
+    def __init__(self, data: Bits):
+        if len(data) < STATE_BYTES or (len(data) - STATE_BYTES) % 2:
+            raise CorruptAdapterError(f"{len(data)} bytes of coded gaps, expected {STATE_BYTES} and pairs")
+        self.state = int.from_bytes(data[:STATE_BYTES].tobytes(), "little")
+        self.words = array("H", np.frombuffer(data[STATE_BYTES:].tobytes(), dtype="<u2")[::-1].astype("=u2").tobytes())
+
+    def get(self, levels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Return the events of the next block."""
+        order, counts = by_level(levels)
+        events = np.zeros(levels.size, dtype=np.bool_)
+        events[order[self._positions(counts)]] = True
+        return events.reshape(levels.shape)
+
+    def _positions(self, counts: list[int]) -> list[int]:
+        state, words, start, found = self.state, self.words, 0, []
+        for level, count in enumerate(counts):
+            if not count:
+                continue
+            cumulative, stop = steps(level), start + count
+            longest = len(cumulative) - 1
+            while start < stop:
+                slot = state & 0xFFFF
+                gap = bisect_right(cumulative, slot) - 1
+                reach = min(longest, stop - start)
+                if gap < reach:
+                    first = cumulative[gap]
+                    frequency = cumulative[gap + 1] - first
+                    start += gap
+                    found.append(start)
+                    start += 1
+                else:
+                    first = cumulative[reach]
+                    frequency = ONE - first
+                    start += reach
+                state = frequency * (state >> 16) + slot - first
+                if state < LOWEST:
+                    if not words:
+                        raise CorruptAdapterError("the coded gaps end too early")
+                    state = state << 16 | words.pop()
+        self.state = state
+        return found
+
+    def end(self) -> None:
+        """Check that all was read: the state is back where the encoder began."""
+        if self.words or self.state != LOWEST:
+            raise CorruptAdapterError(f"{2 * len(self.words)} bytes of coded gaps are left, or the last state is wrong")
+
+
+CHUNK = 1 << 22  # weights; counting and looking up make copies of 8 bytes a weight
+INFINITY = 0x7F80  # bfloat16 bits of |inf|; greater ones are NaN
+MAGNITUDES = 128
+
+
+def weight_classes(bf16_bits: NDArray[np.uint16]) -> Bits:
+    """Sort weights into 128 classes of equal population by |weight|; the negative ones are 128 to 255.
+
+    Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
+    weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(128 (2 B[v] + H[v]) / (2 n)).
+    All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros; NaN have none, because casts
+    change theirs.
+
+    Args:
+        bf16_bits: the weights rounded to bfloat16 (to nearest, ties to even), as 16-bit patterns, any shape.
+
+    Returns:
+        The class of every weight, row-major, uint8, flat.
+    """
+    flat = bf16_bits.reshape(-1)
+    classes = np.empty(flat.size, dtype=np.uint8)
+    if not flat.size:
+        return classes
+    histogram = np.zeros(1 << 15, dtype=np.int64)
+    for start in range(0, flat.size, CHUNK):
+        histogram += np.bincount(flat[start : start + CHUNK] & 0x7FFF, minlength=1 << 15)
+    histogram[INFINITY + 1] = histogram[INFINITY + 1 :].sum()
+    histogram[INFINITY + 2 :] = 0
+    below = np.cumsum(histogram) - histogram
+    # values that do not occur may come out as 128; they are never looked up
+    look_up = np.minimum(MAGNITUDES * (2 * below + histogram) // (2 * flat.size), MAGNITUDES - 1).astype(np.uint8)
+    look_up[INFINITY + 2 :] = look_up[INFINITY + 1]
+    negative = look_up + MAGNITUDES * (np.arange(look_up.size) <= INFINITY)
+    look_up = np.concatenate([look_up, negative.astype(np.uint8)])
+    for start in range(0, flat.size, CHUNK):
+        classes[start : start + CHUNK] = look_up[flat[start : start + CHUNK]]
+    return classes
+
 
 Floats = NDArray[np.float64]
 ONE = 1 << 16  # probabilities are multiples of 1 / ONE

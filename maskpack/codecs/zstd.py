@@ -5,8 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from .base import CODECS, Bits, Bytes, Codec, Profile, Side
-from .frames import from_frame, to_frame
+from .base import CODECS, Bits, Bytes, Codec, Profile, Side, from_frame, to_frame
 
 PATIENT = 19
 SAMPLED = 1 << 20  # bytes of packed bits (8 million weights) from which level 19 has to prove itself

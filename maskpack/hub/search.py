@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.frontmatter import DIGEST, HUB_ID, base_id_tag, base_model, digest_tag
+from ..adapter.card import DIGEST, HUB_ID, base_id_tag, base_model, digest_tag
 from ..errors import ConfigError, HubError
-from ..redact import hides_secrets
+from ..network import hides_secrets
 from .client import Session
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
+
 
 MOST = 1000
 HEX = re.compile(rf"[0-9a-f]{{{DIGEST},64}}")

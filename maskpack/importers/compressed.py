@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..tensorfile import TensorFile, open_tensors
-from .base import IMPORTERS, Found, match
-from .weights import check_float, check_shape, pruned, read_weights
+from ..safetensors_io import TensorFile, open_tensors
+from .base import IMPORTERS, Found, check_float, check_shape, match, pruned, read_weights
 
 MEMBERS = ("bitmask", "compressed", "shape", "row_offsets")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..mask import PackedMask
-from ..tensorfile import open_tensors
+from ..safetensors_io import open_tensors
 from .base import IMPORTERS, Found
 
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..mask import PackedMask
-from ..tensorfile import open_tensors
-from .base import IMPORTERS, Found, known, match
-from .weights import check_shape, compare, read_weights, refuse_trained
+from ..safetensors_io import open_tensors
+from .base import IMPORTERS, Found, check_shape, compare, known, match, read_weights, refuse_trained
 
 
 @IMPORTERS.register

@@ -6,9 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..tensorfile import open_tensors
-from .base import IMPORTERS, Found, match
-from .weights import pruned, read_weights
+from ..safetensors_io import open_tensors
+from .base import IMPORTERS, Found, match, pruned, read_weights
 
 
 @IMPORTERS.register

@@ -1,7 +1,9 @@
-"""train_cascade: a dispatcher, a router over its embeddings, an expert for each cluster."""
+"""train_cascade: a dispatcher, a router over its embeddings, an expert for each cluster, and a head."""
 
 import json
+import math
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,27 +13,93 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter.content import MIXTURE, WHITENING, CascadeParts, Combine, Parts, Router, Whitening
+from ..adapter.describe import describe
+from ..adapter.read import Adapter
 from ..backbone.classifier import embeddings
-from ..backbone.embedding import Embedding
 from ..backbone.fingerprint import Fingerprint
-from ..backbone.head import find_head
 from ..backbone.load import Backbone
-from ..data.base import Data
-from ..data.batches import readable
-from ..errors import ConfigError, StateError, TrainingError
-from ..parts import CascadeParts, Parts
-from ..router import MIXTURE, WHITENING, Router, Whitening
-from ..tensorfile import replacing
-from .accelerator import is_main_process
-from .borrow import borrowed
-from .checkpoint import FILE, checkpoint_digest, take_over, trained_tensors
+from ..backbone.model import Embedding, find_head
+from ..errors import ConfigError, DataError, StateError, TrainingError, require
+from ..runtime.cascade import Cascade, load_cascade
+from ..safetensors_io import replacing
+from .checkpoint import FILE, checkpoint_digest, damaged, read_with_facts, take_over, trained_tensors, write_with_facts
 from .config import TrainConfig
-from .folder import locked
-from .log import Report, tagged
-from .loop import TrainResult, train_mask
-from .router import fit_router
-from .run import Run
-from .sealed import damaged, read_with_facts, write_with_facts
+from .data.base import Data, Examples, readable
+from .features import disjoint, embed, fit_probe, knn_accuracy
+from .run_folder import Report, is_main_process, locked, tagged
+from .trainer import Run, TrainResult, borrowed, train_mask
+
+COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
+STARTS = 5  # of the mixture's optimisation, the best of which is kept
+LEAST = 1e-5  # standard deviations below this share of the first are rounding errors
+WIDEST = 4096  # features up to which components are computed exactly
+
+
+def fit_whitening(x: Tensor, most: int, seed: int = 0) -> Whitening:
+    """Return the principal components of embeddings (N, D) with unit variance along each, at most `most` of them.
+
+    Fewer where N or the rank of the embeddings are less. The variance is 1 and not 1 / N, as it is where singular
+    vectors themselves are taken for coordinates, so that constants of other methods (the covariance that a mixture
+    adds, the penalty of a probe) mean what they mean for raw features.
+
+    Raises:
+        TrainingError: if all embeddings are alike.
+    """
+    decomposition = require("sklearn.decomposition", "train", "principal components")
+    size, spread = float(x.double().square().mean().sqrt()), float(x.double().var(0).mean().sqrt())
+    if len(x) < 2 or not spread > LEAST * size:
+        raise TrainingError(
+            f"the embeddings of {len(x)} training rows are all alike (root mean square {size:.1e}, standard deviation "
+            f"{spread:.1e}): the masks have collapsed; lower the learning rate, or change the objective's options"
+        )
+    count = min(most, x.shape[1], len(x) - 1)
+    exact = x.shape[1] <= WIDEST or count >= 0.8 * min(x.shape)
+    options = {"svd_solver": "covariance_eigh"} if exact else {"svd_solver": "randomized", "iterated_power": 10}
+    found = decomposition.PCA(count, random_state=seed, **options).fit(x.double().numpy())
+    scale = torch.from_numpy(found.explained_variance_).clamp(min=0).sqrt()
+    kept = scale > LEAST * scale[0]
+    mean, components = torch.from_numpy(found.mean_), torch.from_numpy(found.components_)
+    return Whitening(mean.float(), components[kept].float(), scale[kept].float())
+
+
+def fit_mixture(z: Tensor, experts: int, seed: int) -> Any:
+    """Return scikit-learn's Gaussian mixture with full covariances of coordinates (N, q)."""
+    mixture = require("sklearn.mixture", "train", "the router of a cascade")
+    exceptions = require("sklearn.exceptions", "train", "the router of a cascade")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # `converged_` says it
+        return mixture.GaussianMixture(experts, n_init=STARTS, max_iter=500, random_state=seed).fit(z.numpy())
+
+
+def router_of(whitening: Whitening, mixture: Any) -> Router:
+    """Return a fitted mixture as a router, without scikit-learn."""
+    values = (mixture.weights_, mixture.means_, mixture.precisions_cholesky_)
+    weights, means, precisions = (torch.from_numpy(value).float() for value in values)
+    return Router(whitening, weights, means, precisions.triu())
+
+
+def fit_router(x: Tensor, experts: int, seed: int) -> tuple[Router, dict[str, Any]]:
+    """Fit the router of a cascade to embeddings (N, D); return it with what the fit shows.
+
+    There are at most sqrt(N / experts) coordinates: a covariance has about q² / 2 numbers, which a cluster must tell.
+
+    Raises:
+        TrainingError: if all embeddings are alike.
+    """
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    whitening = fit_whitening(unit, max(1, min(COORDINATES, math.isqrt(len(x) // experts))), seed)
+    z = whitening(unit)
+    mixture = fit_mixture(z, experts, seed)
+    explained = min(1.0, float(whitening.scale.double().square().sum() / unit.var(0).sum()))
+    about = {
+        "coordinates": z.shape[1],
+        "explained_variance": explained,
+        "log_likelihood": float(mixture.score(z.numpy())),
+        "converged": bool(mixture.converged_),
+    }
+    return router_of(whitening, mixture), about
+
 
 DISPATCHER = "dispatcher"
 ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
@@ -217,3 +285,140 @@ def _write_clusters(path: Path, z: Tensor, chosen: Tensor) -> None:
     points = [[round(x, 4), round(y, 4)] for x, y in flat.tolist()]
     with replacing(path) as (temporary,):
         temporary.write_text(json.dumps({"expert": chosen.tolist(), "points": points}))
+
+
+def embed_all(backbone: Backbone, cascade: Cascade, examples: Examples, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Return the embeddings by every set side by side, (N, D (K + 1)), dispatcher first, and the labels, (N,).
+
+    Args:
+        backbone: of the cascade's model, with its preprocessing.
+    """
+    one = cascade.parts.embedding
+    backbone = replace(backbone, head=one.module, pooling=one.pooling, normalize=one.normalize)
+    blocks, labels = [], torch.empty(0)
+    for name in (cascade.parts.dispatcher, *cascade.parts.experts):
+        with cascade.loaded(name):
+            x, labels = embed(backbone, examples, batch_size=batch_size)
+        blocks.append(x)
+    return torch.cat(blocks, dim=1), labels
+
+
+def routed(x: Tensor, parts: CascadeParts) -> Tensor:
+    """Return embeddings by every set with those by experts other than the routed one as zeros: the conditional ones."""
+    blocks = x.reshape(len(x), len(parts.experts) + 1, -1)
+    chosen = parts.router.route(blocks[:, 0])
+    kept = torch.nn.functional.pad(torch.nn.functional.one_hot(chosen, len(parts.experts)), (1, 0), value=1)
+    return torch.where(kept.bool()[:, :, None], blocks, 0).reshape(x.shape)
+
+
+def fit_cascade_head(
+    backbone: Backbone,
+    data: Data,
+    result: CascadeResult,
+    *,
+    combine: Combine = "conditional",
+    reduce: int | None = None,
+    batch_size: int = 64,
+) -> CascadeResult:
+    """Return a cascade with how its embeddings are combined and, if the data have labels, a linear probe on them.
+
+    Args:
+        backbone: that the cascade was trained on, with no mask loaded.
+        combine: "conditional" (two passes for each input) or "unconditional" (one more than there are experts).
+        reduce: most numbers that a combined embedding is reduced to, by principal components divided by their standard
+            deviation; the matrix is stored, in 4 bytes for each of D (K + 1) times `reduce` numbers.
+
+    Raises:
+        DataError: if the data have no training split. TrainingError: if all embeddings are alike.
+    """
+    if data.train is None:
+        raise DataError(f"the data {data.id!r} have no training split, which the head of a cascade is fitted to")
+    parts: CascadeParts = result.about["cascade"]
+    if not data.class_names and reduce is None:
+        return replace(result, about={**result.about, "cascade": replace(parts, combine=combine)})
+    x, y = embed_all(backbone, Cascade(backbone.model, result.parts, parts), data.train, batch_size)
+    x = routed(x, parts) if combine == "conditional" else x
+    reduction = None if reduce is None else fit_whitening(x, reduce)
+    about, weight, bias = result.about, None, None
+    if data.class_names:
+        probe = fit_probe(x if reduction is None else reduction(x), y, len(data.class_names))
+        about = {**about, "task": data.task, "class_names": list(data.class_names)}
+        weight, bias = probe.weight, probe.bias
+    whole = replace(parts, combine=combine, reduction=reduction, weight=weight, bias=bias)
+    return replace(result, about={**about, "cascade": whole})
+
+
+def cascade_table(
+    backbone: Backbone, adapter: Adapter, data: Data, *, whiten: int | None = None, batch_size: int = 64
+) -> dict[str, Any]:
+    """Compare a cascade with its dispatcher alone, by nearest neighbours and linear probes.
+
+    Rows are the dispatcher's embeddings, the conditional and the unconditional ones, each as they are and whitened:
+    reduced to principal components of the training rows, divided by their standard deviations. Whitening alone changes
+    what neighbours and probes see, so that a whitened cascade is to be compared with the whitened dispatcher. The
+    variance of whitened coordinates is 1, so that the probes' penalty of 0.01 / n is for them what it is for others.
+
+    Args:
+        backbone: the base of the adapter.
+        whiten: most whitened numbers; default: as many as an embedding by one set has.
+
+    Returns:
+        {"rows": [{"embedding", "whitened", "dimensions", "knn", "probe", "passes", "steps", "mask_bytes",
+        "statistics_bytes", "router_bytes", "reduction_bytes", "head_bytes", "bytes"}], "train", "test", "classes"}.
+        "steps" are of all training that the row needs, None if the adapter does not tell. Heads and whitening matrices
+        are those of the row, whether the adapter stores them or not.
+
+    Raises:
+        DataError: as `disjoint`. Others: as `load_cascade`.
+    """
+    train_split, test_split = disjoint(data)
+    cascade = load_cascade(backbone.model, adapter)
+    parts, classes = cascade.parts, len(data.class_names)
+    x, y = embed_all(backbone, cascade, train_split, batch_size)
+    test_x, test_y = embed_all(backbone, cascade, test_split, batch_size)
+    kinds: dict[str, tuple[Tensor, Tensor, int]] = {
+        "dispatcher": (x[:, : cascade.features], test_x[:, : cascade.features], 1),
+        "conditional": (routed(x, parts), routed(test_x, parts), 2),
+        "unconditional": (x, test_x, len(parts.experts) + 1),
+    }
+    rows = []
+    for kind, (train, test, passes) in kinds.items():
+        for whitened in (False, True):
+            whitening = fit_whitening(train, whiten or cascade.features) if whitened else None
+            one, other = (train, test) if whitening is None else (whitening(train), whitening(test))
+            probe = fit_probe(one, y, classes)
+            rows.append(
+                {
+                    "embedding": kind,
+                    "whitened": whitened,
+                    "dimensions": one.shape[1],
+                    "knn": knn_accuracy(one, y, other, test_y, classes),
+                    "probe": probe.accuracy(other, test_y),
+                    "passes": passes,
+                    **costs(adapter, kind, train.shape[1], one.shape[1] if whitened else 0, classes),
+                }
+            )
+    return {"rows": rows, "train": len(y), "test": len(test_y), "classes": classes}
+
+
+def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
+    """Return the training steps and bytes that embeddings of a kind need, with a head.
+
+    Args:
+        kind: "dispatcher", "conditional" or "unconditional".
+        width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
+    """
+    about = describe(adapter)
+    names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
+    sets = [about["sets"][name] for name in names]
+    record = (adapter.training or {}).get("cascade")
+    steps: Any = record.get("steps") if isinstance(record, dict) else None
+    known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
+    sizes = {
+        "mask_bytes": sum(one["payload_bytes"] + one["table_bytes"] for one in sets),
+        "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),
+        "router_bytes": about["cascade"]["bytes"]["router"] if kind == "conditional" else 0,
+        "reduction_bytes": 4 * (width + reduced * width + reduced) if reduced else 0,
+        "head_bytes": 4 * classes * ((reduced or width) + 1),
+    }
+    return {"steps": sum(steps[name] for name in names) if known else None, **sizes, "bytes": sum(sizes.values())}

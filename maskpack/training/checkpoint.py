@@ -1,6 +1,10 @@
-"""Checkpoints of a training run: one sealed safetensors file; no pickle."""
+"""Checkpoints of a run: sealed files; no pickle."""
 
-from collections.abc import Collection, Mapping
+import json
+import signal
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +12,115 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from ..errors import StateError
-from .sealed import damaged, read_with_facts, write_with_facts
+from ..errors import CorruptAdapterError, StateError, StoppedError
+from ..safetensors_io import DTYPES, SEAL, UNSEALED, Blob, Buffer, check_seal, parse_header, strict_json, write_tensors
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+@contextmanager
+def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
+    """Answer the first SIGTERM or SIGUSR1; a second one does what it did before.
+
+    In another than the main thread, where none arrives, nothing changes.
+    """
+    earlier = {}
+    if threading.current_thread() is threading.main_thread():
+        # one that is ignored stays so, and one that was not installed by Python could not be put back
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        earlier = {number: one for number, one in handlers.items() if one not in (None, signal.SIG_IGN)}
+
+    def put_back() -> None:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+    def first(number: int, _: object) -> None:
+        put_back()
+        answer(number)
+
+    for number in earlier:
+        signal.signal(number, first)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+@contextmanager
+def stopping(remedy: str) -> Iterator[None]:
+    """Raise StoppedError at SIGTERM and SIGUSR1, as at once as an interrupt.
+
+    Args:
+        remedy: how to go on.
+    """
+
+    def stop(number: int) -> None:
+        raise StoppedError(f"stopped by {signal.Signals(number).name}; {remedy}", number)
+
+    with on_signal(stop):
+        yield
+
+
+DIGESTS = "digests"  # key in __metadata__: the BLAKE3 of every tensor; the header has one of its own
+
+
+def _digest(*pieces: Buffer) -> str:
+    whole = blake3()
+    for piece in pieces:
+        whole.update(piece)
+    return whole.hexdigest()
+
+
+def damaged(path: Path, remedy: str, what: str) -> StateError:
+    """Return the error for a damaged file."""
+    return StateError(f"{path} is damaged: {what}; {remedy}")
+
+
+def write_with_facts(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write tensors, JSON values as one more of them, and the digests of all; atomic."""
+    text = torch.frombuffer(bytearray(json.dumps(facts, sort_keys=True).encode()), dtype=torch.uint8)
+    blobs = [Blob.of(*item) for item in {**tensors, "facts": text}.items()]
+    digests = {blob.name: _digest(*blob.data) for blob in blobs}
+    write_tensors(path, blobs, {"format": "pt", DIGESTS: json.dumps(digests, sort_keys=True), SEAL: UNSEALED})
+
+
+def read_with_facts(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_with_facts` wrote, every bit of it verified.
+
+    Raises:
+        StateError: if it is damaged; `remedy` says what to do then.
+    """
+    try:
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        if start > len(data):
+            raise damaged(path, remedy, f"its header should end at byte {start}, the file has {len(data)}")
+        head = bytes(data[8:start])
+        metadata, spans = parse_header(memoryview(head), len(data) - start)
+        check_seal(head, metadata)
+        digests = strict_json(metadata.get(DIGESTS, "{}"), DIGESTS)
+    except CorruptAdapterError as error:
+        raise damaged(path, remedy, str(error).partition(";")[0]) from None
+    except OSError as error:
+        raise StateError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    tensors = {}
+    for name, (dtype, shape, first, last) in spans.items():
+        part = memoryview(data)[start + first : start + last]
+        if _digest(part) != digests.get(name):
+            raise damaged(path, remedy, f"{name!r} has another digest than was stored")
+        kind = DTYPES[dtype]
+        tensors[name] = torch.frombuffer(part, dtype=kind).reshape(shape) if part else torch.empty(shape, dtype=kind)
+    missing = digests.keys() - tensors.keys()
+    if missing or "facts" not in tensors:
+        raise damaged(path, remedy, f"{min(missing, default='facts')!r} is missing")
+    try:
+        facts = json.loads(tensors.pop("facts").numpy().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, remedy, f"its facts are not JSON: {error}") from None
+    if not isinstance(facts, dict):
+        raise damaged(path, remedy, f"its facts are no object but a {type(facts).__name__}")
+    return tensors, facts
+
 
 FILE = "checkpoint.safetensors"
 REMEDY = "delete it and train without --resume"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from ..preprocess import AUGMENTS, Augment
 from ..registry import check_above_zero
-from .selective import ALL, parse_rule
+from .scores import ALL, parse_rule
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam"),

@@ -9,16 +9,13 @@ from torch import Tensor, nn
 
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.parameters import inside
-from ..data.base import Data
+from ..backbone.model import inside
 from ..errors import ConfigError
-from .accelerator import is_main_process
 from .batchnorm import batchnorm_statistics
 from .config import TrainConfig
-from .folder import run_folder
-from .learn import Learn
-from .log import Report, RunLog
-from .run import Run
+from .data.base import Data
+from .run_folder import Report, RunLog, is_main_process, run_folder
+from .trainer import Learn, Run
 
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
 

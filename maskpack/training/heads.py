@@ -7,15 +7,12 @@ import torch
 from torch import nn
 
 from ..backbone.classifier import Classifier, linear_from
-from ..backbone.head import Head
-from ..backbone.load import Backbone
-from ..backbone.parameters import unwrap
-from ..backbone.random_weight import MAX_WEIGHTS, RandomWeight, random_weight
-from ..backbone.text_head import text_head
+from ..backbone.load import Backbone, text_head
+from ..backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight, unwrap
 from ..errors import ConfigError
-from ..methods.base import build_method
 from .config import TrainConfig
-from .scored import attach, extract_masks, scored_weights
+from .methods.base import build_method
+from .scores import attach, extract_masks, scored_weights
 
 
 def new_classifier(backbone: Backbone, class_names: Sequence[str], config: TrainConfig) -> Classifier:

@@ -1,34 +1,85 @@
 """The joint run: several tasks learn on shared weights, each with its own head, statistics and, if asked for, gates."""
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapter.content import Parts
 from ..backbone.classifier import Batch, to_device
-from ..backbone.fingerprint import Fingerprint
-from ..backbone.head import swap_module
+from ..backbone.fingerprint import Fingerprint, fingerprint
 from ..backbone.load import Backbone
-from ..backbone.parameters import inside
+from ..backbone.model import inside, swap_module
 from ..backbone.select import select_parameters
-from ..data.base import Data
-from ..data.batches import EpochSampler, draw_seed, epoch_seed, numbered
 from ..errors import ConfigError, TrainingError
-from .accelerator import new_accelerator
-from .batchnorm import BATCH_NORMS, set_train_mode
+from ..mask import MaskSet
+from ..preprocess import Augment
+from ..registry import check_above_zero
+from ..safetensors_io import replacing
+from .batchnorm import BATCH_NORMS, batchnorm_statistics, set_train_mode
 from .config import TrainConfig, learning_rate
-from .gated import Gates, attach_gates
-from .histograms import GateHistory
-from .keep import Keeper, Position, note_unreadable, unreadable_rows
-from .log import RunLog
+from .data.base import Data, EpochSampler, draw_seed, epoch_seed, numbered
+from .dense import WEIGHT_LR
+from .gates import START, GateHistory, Gates, attach_gates
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
-from .run import LOG_EVERY
-from .tasks import JointConfig, Task
+from .run_folder import Keeper, Position, Report, RunLog, new_accelerator, note_unreadable, run_folder, unreadable_rows
+from .trainer import LOG_EVERY, TrainResult, borrowed, finished, training_record
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of several tasks.
+
+    Attributes:
+        data: its examples.
+        augment: of its training images, in place of the settings'.
+    """
+
+    data: Data
+    augment: Augment | None = None
+
+    def settings(self, config: TrainConfig) -> TrainConfig:
+        """Return the settings of a run with this task's own among them."""
+        return config if self.augment is None else replace(config, augment=self.augment)
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """How weights learn together with gates, beside `TrainConfig`, whose `lr` is for scores.
+
+    Attributes:
+        weight_lr: peak learning rate of the weights; None: 0.05 for SGD, 0.001 for Adam.
+        gate_factor: gates learn at this times the rate of the weights; None: 4 times the number of tasks.
+        gate_start: of every logit; the smaller, the sooner gates close.
+        r1, r2: strength of the two regularisers, sum exp(-|l|) and sum exp(-l^2) over a task's logits.
+    """
+
+    weight_lr: float | None = None
+    gate_factor: float | None = None
+    gate_start: float = START
+    r1: float = 0.0
+    r2: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_above_zero(self, *(n for n in ("weight_lr", "gate_factor", "gate_start") if getattr(self, n) is not None))
+        for name in ("r1", "r2"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def to_json(self, optimizer: str, tasks: int) -> dict[str, Any]:
+        """Return the settings as JSON values, defaults resolved."""
+        lr = WEIGHT_LR[optimizer] if self.weight_lr is None else self.weight_lr
+        factor = 4.0 * tasks if self.gate_factor is None else self.gate_factor
+        return {**asdict(self), "weight_lr": lr, "gate_factor": factor}
+
 
 PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ
 
@@ -245,3 +296,147 @@ class JointRun:
             if batch is None and not read:
                 raise TrainingError(f"no example of the training split of {name!r} can be read")
             read = 0
+
+
+HISTOGRAMS = "histograms.json"  # in the run's folder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointResult:
+    """What tasks learned together. The backbone's model has the shared weights.
+
+    Attributes:
+        base: fingerprint of the shared weights.
+        results: by task, each ready for `save_adapter(path, result.parts, result.base, **result.about)`. Its metrics
+            are those after hardening; "soft_…" are before.
+    """
+
+    base: Fingerprint
+    results: dict[str, TrainResult]
+
+
+def train_jointly(
+    backbone: Backbone,
+    tasks: Mapping[str, Task],
+    config: TrainConfig | None = None,
+    joint: JointConfig | None = None,
+    *,
+    gated: bool = True,
+    output: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: str | None = None,
+    report: Report | None = None,
+) -> JointResult:
+    """Train one network on several tasks at once ("Like a Light Switch"). The backbone's weights are changed.
+
+    For each step a task is drawn, each with the same chance. It has its own head and BatchNorm statistics; the weights
+    of the body are shared and all learn. Those that would be masked have a gate for each task as well. At the end gates
+    become masks, the weights stay as they are, and BatchNorm statistics are taken anew with the masks on. Those of the
+    backbone become the means of the tasks', for masks that are trained on it later.
+
+    Args:
+        tasks: by name.
+        config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
+        joint: rates of weights and gates, and regularisers.
+        gated: without gates the weights are shared as they are, and every mask keeps all.
+        output, resume, checkpoint_every, report: as in `train_mask`. With gates the folder also gets `histograms.json`:
+            gates and effective weights by task and parameter, after every epoch.
+
+    Raises:
+        ConfigError: if the objective or the heads are others than linear ones trained on labels, or there are several
+            processes. Others: as `train_mask`.
+    """
+    config, joint = config or TrainConfig(), joint or JointConfig()
+    before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
+    with (
+        run_folder(output, resume) as folder,
+        borrowed(backbone),
+        RunLog(folder, report, resume) as log,
+        _run(backbone, tasks, config, joint, gated) as run,
+    ):
+        last = run.train(before, folder, resume, log, checkpoint_every)
+        if folder is not None and run.history is not None:
+            with replacing(folder / HISTOGRAMS) as (temporary,):
+                temporary.write_text(json.dumps(run.history.content, sort_keys=True), encoding="utf-8")
+        hard, soft = _accuracies(run), dict[str, float]()
+        if run.gates is not None:
+            soft = hard
+            run.gates.hard = True
+            for name in tasks if config.bn == "adapt" else ():
+                run.use(name).recalibrate()
+            hard = _accuracies(run)
+        parts = {name: _parts(run, name) for name in tasks}
+        whole = [name for name in tasks if gated and parts[name].masks.density == 1]
+        if whole:
+            warning = (
+                f"no gate of {', '.join(whole)} has closed, so that the masks keep everything; take more steps, a "
+                f"greater gate_factor, or a gate_start nearer to 0"
+            )
+            log.write({"event": "warning", "step": run.steps, "steps": run.steps, "warning": warning})
+        measured = {**hard, **{f"soft_{key}": value for key, value in soft.items()}}
+        log.write({"event": "end", "step": run.steps, "steps": run.steps, **last, **measured})
+    with torch.no_grad():
+        for name in next(iter(parts.values())).statistics:
+            every = torch.stack([one.statistics[name] for one in parts.values()])
+            backbone.model.get_buffer(name).copy_(every.mean(0))
+    backbone = trained_backbone(backbone)
+    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    results = {}
+    for name, task in tasks.items():
+        metrics = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
+        for kind in ("validation_accuracy", "test_accuracy", "soft_validation_accuracy", "soft_test_accuracy"):
+            if f"{kind}_{name}" in measured:
+                metrics[kind] = measured[f"{kind}_{name}"]
+        record = training_record(task.settings(config), task.data, run.steps, 1, metrics)
+        record["joint"] = {**run.settings, "gated": gated, "tasks": list(tasks)}
+        results[name] = finished(backbone, task.data, parts[name], base, record)
+    return JointResult(base, results)
+
+
+def trained_backbone(backbone: Backbone) -> Backbone:
+    """Return a backbone that tasks learned on under another name: its weights are not those that its own stands for."""
+    return replace(backbone, id=f"trained:{backbone.id}", revision=None)
+
+
+def plan_jointly(
+    backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
+) -> dict[str, Any]:
+    """Check a joint run without training: build everything, run a batch of each task; return its plan.
+
+    Raises:
+        What `train_jointly` raises before its first step.
+    """
+    with borrowed(backbone), _run(backbone, tasks, config, joint, gated) as run:
+        for name in tasks:
+            run.loss(run.use(name), next(run.stream(name, Position(run.steps)))).backward()  # type: ignore[no-untyped-call]
+        shared = dict(backbone.model.named_parameters()) if run.gates is None else run.gates.weights()
+        weights = sum(shared[name].numel() for name in run.selected)
+        return {"parameters": len(run.selected), "weights": weights, "epochs": run.epochs, "steps": run.steps}
+
+
+@contextmanager
+def _run(
+    backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
+) -> Iterator[JointRun]:
+    run = JointRun(backbone, tasks, config, joint, gated)
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def _accuracies(run: JointRun) -> dict[str, float]:
+    return {**run.accuracies("validation"), **run.accuracies("test")}
+
+
+def _parts(run: JointRun, name: str) -> Parts:
+    objective = run.use(name)
+    if run.gates is not None:
+        masks = run.gates.masks(name)
+    else:
+        model = run.backbone.model
+        masks = MaskSet.from_tensors(
+            {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in run.selected}
+        )
+    statistics = batchnorm_statistics(run.backbone.model) if run.config.bn == "adapt" else {}
+    return Parts(masks, objective.head(), statistics)

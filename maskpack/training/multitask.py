@@ -1,169 +1,279 @@
-"""train_jointly: several tasks learn on shared weights, which then are the frozen base of a mask for each."""
+"""train_tasks: many tasks on one backbone, a mask for each, in a folder to which tasks may be added later."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from ..backbone.fingerprint import Fingerprint, fingerprint
-from ..backbone.load import Backbone
-from ..mask import MaskSet
-from ..parts import Parts
-from ..tensorfile import replacing
-from .batchnorm import batchnorm_statistics
-from .borrow import borrowed
+from ..adapter.card import member, metrics
+from ..adapter.describe import describe
+from ..adapter.read import Adapter
+from ..adapter.write import MODEL_FILE, read_adapter, save_adapter
+from ..backbone.fingerprint import fingerprint
+from ..backbone.load import Backbone, export_state, load_weights
+from ..codecs.base import Profile
+from ..errors import ConfigError, StateError, escape
+from .checkpoint import FILE
 from .config import TrainConfig
-from .folder import run_folder
-from .joint import JointRun
-from .keep import Position
-from .log import Report, RunLog
-from .loop import TrainResult, finished
-from .record import training_record
-from .tasks import JointConfig, Task
+from .joint import JointConfig, Task, plan_jointly, train_jointly, trained_backbone
+from .run_folder import Report, is_main_process, locked, read_json, write_json
+from .trainer import TrainResult, plan_training, train_mask
 
-HISTOGRAMS = "histograms.json"  # in the run's folder
+Mode = Literal["sequential", "gated", "shared", "separate"]
+MODES: tuple[Mode, ...] = ("sequential", "gated", "shared", "separate")
+TOGETHER = ("gated", "shared")
+BASE, CLAIM, RESULT, RUNS = "backbone.safetensors", "multitask.json", "results.json", "training"
+JOINT = "jointly"  # the joint run's folder inside RUNS
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class JointResult:
-    """What tasks learned together. The backbone's model has the shared weights.
+def survey(
+    backbone: Backbone, tasks: Mapping[str, Task], folder: Path, mode: Mode, config: TrainConfig, joint: JointConfig
+) -> list[str]:
+    """Return the tasks that are not finished; load the base that tasks learned together, if it is there.
 
-    Attributes:
-        base: fingerprint of the shared weights.
-        results: by task, each ready for `save_adapter(path, result.parts, result.base, **result.about)`. Its metrics
-            are those after hardening; "soft_…" are before.
+    Raises:
+        ConfigError, StateError: as `train_tasks`.
     """
+    _check(tasks, mode, joint)
+    about = about_folder(backbone, mode)
+    if (folder / CLAIM).exists():
+        there = read_json(folder / CLAIM, frozenset(about), "it is of no folder of tasks; choose another one")
+        differing = [f"{key} {there[key]}, now {about[key]}" for key in about if there[key] != about[key]]
+        if differing:
+            raise StateError(
+                f"the tasks in {folder} were trained otherwise: {'; '.join(differing)}; take the same again, or "
+                f"another output folder"
+            )
+    together = mode in TOGETHER
+    if together and not (folder / BASE).exists():
+        return list(tasks)  # what an interrupted run may have written is written again
+    if together:
+        load_weights(backbone.model, folder / BASE)
+    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    missing = []
+    for name, task in tasks.items():
+        if not (folder / name / MODEL_FILE).exists():
+            missing.append(name)
+            continue
+        adapter = read_adapter(folder / name)
+        _check_finished(adapter, name, task, folder, config, joint)
+        if mode != "separate" and adapter.base.digests != base.digests:
+            raise StateError(
+                f"{folder / BASE} is not the base of the task {name!r}: one of them was changed; put the files back, "
+                f"or take another output folder"
+            )
+    return missing
 
-    base: Fingerprint
-    results: dict[str, TrainResult]
+
+def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
+    if mode not in MODES:
+        raise ConfigError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not tasks:
+        raise ConfigError("there is no task; name at least one")
+    if mode == "sequential" and joint != JointConfig():
+        raise ConfigError(
+            "weight_lr, gate_factor, gate_start, r1 and r2 are for weights that learn; in sequence only masks do"
+        )
+    if mode in ("shared", "separate") and joint != JointConfig(weight_lr=joint.weight_lr):
+        raise ConfigError(
+            f"gate_factor, gate_start, r1 and r2 are for gates, and the mode {mode!r} has none; leave them out"
+        )
+    seen: set[str] = set()
+    for name in tasks:
+        plain = name.replace("-", "").replace("_", "").replace(".", "").isalnum() and name.isascii()
+        if not plain or name.startswith(".") or name in (RUNS, JOINT) or name.casefold() in seen:
+            raise ConfigError(
+                f"a task cannot be called {name!r}: its folder has this name; take letters, digits, '-', '_' and '.', "
+                f"another name for each task, and not {RUNS!r} or {JOINT!r}"
+            )
+        seen.add(name.casefold())
 
 
-def train_jointly(
+def about_folder(backbone: Backbone, mode: str) -> dict[str, Any]:
+    """Return what must stay the same in a folder."""
+    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    return {"mode": mode, "backbone": backbone.id, "weights": base.digests[base.dtype]}
+
+
+def _check_finished(
+    adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig
+) -> None:
+    """Compare what a finished task was trained with and what it would be trained with now."""
+    record = adapter.training
+    there, data, jointly = dict(member(record, "settings")), member(record, "data"), member(record, "joint")
+    ours = task.settings(config).to_json()
+    splits = {"train": task.data.train, "validation": task.data.validation, "test": task.data.test}
+    rows = {key: len(split) for key, split in splits.items() if split is not None}
+    ours |= {"data": task.data.digest, "rows": rows, "classes": list(task.data.class_names)}
+    there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.class_names or ())}
+    if isinstance(tasks := jointly.get("tasks"), list):
+        ours |= joint.to_json(config.optimizer, len(tasks))
+        there |= jointly
+    # through JSON, as the record has been
+    ours = json.loads(json.dumps(ours))
+    differing = [
+        key if key in ("data", "rows", "classes") else f"{key} {there.get(key)}, now {value}"
+        for key, value in ours.items()
+        if there.get(key) != value
+    ]
+    if differing:
+        raise StateError(
+            f"the task {name!r} in {folder} is finished, and was trained with other settings or data: "
+            f"{'; '.join(differing)}; take the earlier ones, another name, or another output folder"
+        )
+
+
+def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
+    record: Mapping[str, Any] = adapter.training or {}
+    found = metrics(record)
+    whole = describe(adapter)["sets"]["default"]
+    return {
+        "task": name,
+        "jointly": "joint" in record,
+        "accuracy": found.get("test_accuracy"),
+        "soft_accuracy": found.get("soft_test_accuracy"),
+        "density": whole["density"],
+        "mask_bytes": whole["payload_bytes"],
+        "file_bytes": adapter.size,
+    }
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Return the rows of `train_tasks` as a Markdown table."""
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.2f}"
+
+    soft = any(row["soft_accuracy"] is not None for row in result["rows"])
+    lines = ["| task | accuracy |" + (" before hardening |" if soft else "") + " density | mask bytes | file bytes |"]
+    lines.append("| --- |" + " ---: |" * (lines[0].count("|") - 2))
+    for row in result["rows"]:
+        name = escape(row["task"], "markdown")
+        cells = [name, share(row["accuracy"]), *([share(row["soft_accuracy"])] if soft else [])]
+        cells += [f"{row['density']:.4f}", f"{row['mask_bytes']:,}", f"{row['file_bytes']:,}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def train_tasks(
     backbone: Backbone,
     tasks: Mapping[str, Task],
+    output: str | Path,
+    *,
+    mode: Mode = "sequential",
     config: TrainConfig | None = None,
     joint: JointConfig | None = None,
-    *,
-    gated: bool = True,
-    output: str | Path | None = None,
+    profile: Profile = "default",
     resume: bool = False,
     checkpoint_every: str | None = None,
     report: Report | None = None,
-) -> JointResult:
-    """Train one network on several tasks at once ("Like a Light Switch"). The backbone's weights are changed.
+) -> dict[str, Any]:
+    """Train a mask for each task on weights that all share; tasks that are finished in `output` are left alone.
 
-    For each step a task is drawn, each with the same chance. It has its own head and BatchNorm statistics; the weights
-    of the body are shared and all learn. Those that would be masked have a gate for each task as well. At the end gates
-    become masks, the weights stay as they are, and BatchNorm statistics are taken anew with the masks on. Those of the
-    backbone become the means of the tasks', for masks that are trained on it later.
+    `output` gets `backbone.safetensors`, the base of all masks, and for each task a folder with its adapter. Called
+    again with more tasks it trains those alone, as masks on that base; if "separate", as the others.
 
     Args:
-        tasks: by name.
-        config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
-        joint: rates of weights and gates, and regularisers.
-        gated: without gates the weights are shared as they are, and every mask keeps all.
-        output, resume, checkpoint_every, report: as in `train_mask`. With gates the folder also gets `histograms.json`:
-            gates and effective weights by task and parameter, after every epoch.
+        backbone: from `load_backbone`; ends with the weights of the base (those of the last task if "separate").
+        tasks: by name, which is the name of the folder.
+        mode: "sequential": the backbone stays as it is, a mask is trained for each task in turn. "gated": tasks learn
+            together on shared weights with gates, which become the masks. For comparison "shared", the same without
+            gates, and "separate", a network for each task.
+        config: of every run. joint: rates of weights and gates, and regularisers, for modes in which weights learn.
+        profile: as in `save_adapter`.
+        resume: continue runs that were interrupted.
+        checkpoint_every: as in `train_mask`.
+        report: as in `train_mask`; every event has also "part", the name of the task, or "jointly".
+
+    Returns:
+        {"mode", "backbone", "rows": [{"task", "accuracy", "soft_accuracy", "density", …}]}, which is also in
+        `results.json`.
 
     Raises:
-        ConfigError: if the objective or the heads are others than linear ones trained on labels, or there are several
-            processes. Others: as `train_mask`.
+        ConfigError: if a name or a setting is impossible. StateError: if `output` was made with another mode or
+            backbone, or a finished task with other settings or data. Others: as the runs raise.
     """
-    config, joint = config or TrainConfig(), joint or JointConfig()
-    before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with (
-        run_folder(output, resume) as folder,
-        borrowed(backbone),
-        RunLog(folder, report, resume) as log,
-        _run(backbone, tasks, config, joint, gated) as run,
-    ):
-        last = run.train(before, folder, resume, log, checkpoint_every)
-        if folder is not None and run.history is not None:
-            with replacing(folder / HISTOGRAMS) as (temporary,):
-                temporary.write_text(json.dumps(run.history.content, sort_keys=True), encoding="utf-8")
-        hard, soft = _accuracies(run), dict[str, float]()
-        if run.gates is not None:
-            soft = hard
-            run.gates.hard = True
-            for name in tasks if config.bn == "adapt" else ():
-                run.use(name).recalibrate()
-            hard = _accuracies(run)
-        parts = {name: _parts(run, name) for name in tasks}
-        whole = [name for name in tasks if gated and parts[name].masks.density == 1]
-        if whole:
-            warning = (
-                f"no gate of {', '.join(whole)} has closed, so that the masks keep everything; take more steps, a "
-                f"greater gate_factor, or a gate_start nearer to 0"
-            )
-            log.write({"event": "warning", "step": run.steps, "steps": run.steps, "warning": warning})
-        measured = {**hard, **{f"soft_{key}": value for key, value in soft.items()}}
-        log.write({"event": "end", "step": run.steps, "steps": run.steps, **last, **measured})
-    with torch.no_grad():
-        for name in next(iter(parts.values())).statistics:
-            every = torch.stack([one.statistics[name] for one in parts.values()])
-            backbone.model.get_buffer(name).copy_(every.mean(0))
-    backbone = trained_backbone(backbone)
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    results = {}
-    for name, task in tasks.items():
-        metrics = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
-        for kind in ("validation_accuracy", "test_accuracy", "soft_validation_accuracy", "soft_test_accuracy"):
-            if f"{kind}_{name}" in measured:
-                metrics[kind] = measured[f"{kind}_{name}"]
-        record = training_record(task.settings(config), task.data, run.steps, 1, metrics)
-        record["joint"] = {**run.settings, "gated": gated, "tasks": list(tasks)}
-        results[name] = finished(backbone, task.data, parts[name], base, record)
-    return JointResult(base, results)
+    config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
+    main = is_main_process()
+    about = about_folder(backbone, mode)
+    with locked(folder):
+        missing = survey(backbone, tasks, folder, mode, config, joint)
+        if main:
+            write_json(folder / CLAIM, about)
+
+        def place_of(name: str) -> dict[str, Any]:
+            place = folder / RUNS / name
+            again = resume and (place / FILE).exists()
+            options = {"checkpoint_every": checkpoint_every, "report": _tagged(report, name)}
+            return {"output": place, "resume": again, **options}
+
+        def save(name: str, result: TrainResult) -> None:
+            if main:
+                training = {**result.about["training"], "mode": mode}
+                whole = {**result.about, "training": training}
+                save_adapter(folder / name, result.parts, result.base, profile=profile, weights=backbone.model, **whole)
+
+        if mode == "separate":
+            start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+            for name in missing:
+                backbone.model.load_state_dict(start)
+                alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **place_of(name))
+                (folder / name).mkdir(exist_ok=True)
+                export_state(folder / name / BASE, backbone.model)
+                save(name, alone.results[name])
+        elif mode in TOGETHER and not (folder / BASE).exists():
+            together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **place_of(JOINT))
+            for name, one_of_them in together.results.items():
+                save(name, one_of_them)
+            export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
+        else:
+            if main and not (folder / BASE).exists():
+                export_state(folder / BASE, backbone.model)
+            base = trained_backbone(backbone) if mode in TOGETHER else backbone
+            for name in missing:
+                data, settings = tasks[name].data, tasks[name].settings(config)
+                save(name, train_mask(base, data, settings, longer=False, **place_of(name)))
+        if not main:
+            return about
+        result = {**about, "rows": [row_of(name, read_adapter(folder / name)) for name in tasks]}
+        write_json(folder / RESULT, result)
+        return result
 
 
-def trained_backbone(backbone: Backbone) -> Backbone:
-    """Return a backbone that tasks learned on under another name: its weights are not those that its own stands for."""
-    return replace(backbone, id=f"trained:{backbone.id}", revision=None)
-
-
-def plan_jointly(
-    backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
+def plan_tasks(
+    backbone: Backbone,
+    tasks: Mapping[str, Task],
+    output: str | Path,
+    mode: Mode,
+    config: TrainConfig,
+    joint: JointConfig,
 ) -> dict[str, Any]:
-    """Check a joint run without training: build everything, run a batch of each task; return its plan.
+    """Check everything without training or writing, with a batch of every task that is not finished.
+
+    Returns:
+        {"finished": names, "missing": names, "steps": of all runs that are left}.
 
     Raises:
-        What `train_jointly` raises before its first step.
+        What `train_tasks` raises before its first step.
     """
-    with borrowed(backbone), _run(backbone, tasks, config, joint, gated) as run:
-        for name in tasks:
-            run.loss(run.use(name), next(run.stream(name, Position(run.steps)))).backward()  # type: ignore[no-untyped-call]
-        shared = dict(backbone.model.named_parameters()) if run.gates is None else run.gates.weights()
-        weights = sum(shared[name].numel() for name in run.selected)
-        return {"parameters": len(run.selected), "weights": weights, "epochs": run.epochs, "steps": run.steps}
-
-
-@contextmanager
-def _run(
-    backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
-) -> Iterator[JointRun]:
-    run = JointRun(backbone, tasks, config, joint, gated)
+    folder, start = Path(output), {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     try:
-        yield run
+        missing = survey(backbone, tasks, folder, mode, config, joint)
+        if mode == "separate":
+            plans = [plan_jointly(backbone, {name: tasks[name]}, config, joint, gated=False) for name in missing]
+        elif mode in TOGETHER and not (folder / BASE).exists():
+            plans = [plan_jointly(backbone, tasks, config, joint, gated=mode == "gated")]
+        else:
+            plans = [plan_training(backbone, tasks[name].data, tasks[name].settings(config)) for name in missing]
     finally:
-        run.close()
+        backbone.model.load_state_dict(start)
+    return {
+        "mode": mode,
+        "finished": [name for name in tasks if name not in missing],
+        "missing": missing,
+        "steps": sum(plan["steps"] for plan in plans),
+    }
 
 
-def _accuracies(run: JointRun) -> dict[str, float]:
-    return {**run.accuracies("validation"), **run.accuracies("test")}
-
-
-def _parts(run: JointRun, name: str) -> Parts:
-    objective = run.use(name)
-    if run.gates is not None:
-        masks = run.gates.masks(name)
-    else:
-        model = run.backbone.model
-        masks = MaskSet.from_tensors(
-            {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in run.selected}
-        )
-    statistics = batchnorm_statistics(run.backbone.model) if run.config.bn == "adapt" else {}
-    return Parts(masks, objective.head(), statistics)
+def _tagged(report: Report | None, part: str) -> Report | None:
+    return None if report is None else lambda event: report({**event, "part": part})

@@ -8,7 +8,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from maskpack.tensorheader import DTYPES, SEAL, UNSEALED, seal
+from maskpack.safetensors_io import DTYPES, SEAL, UNSEALED, seal
 
 
 @dataclass

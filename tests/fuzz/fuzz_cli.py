@@ -36,9 +36,9 @@ from typer.main import get_command
 
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.file import CARD_FILE, CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
+from maskpack.adapter.write import CARD_FILE, CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.head import Head
+from maskpack.backbone.model import Head
 from maskpack.errors import AdapterError
 from maskpack.mask import MaskSet
 

@@ -23,9 +23,9 @@ import torch
 
 from maskpack.adapter.card import render_card, update_card
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.file import Parts, save_adapter
 from maskpack.adapter.read import read_adapter
-from maskpack.backbone.head import Head
+from maskpack.adapter.write import Parts, save_adapter
+from maskpack.backbone.model import Head
 from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError
 from maskpack.mask import MaskSet, PackedMask

@@ -8,7 +8,7 @@ from typing import Any
 
 import zstandard
 
-from maskpack.tensorheader import DTYPES
+from maskpack.safetensors_io import DTYPES
 
 from .damage import File, damaged, edited_header
 

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from bitarray import bitarray
 
-from maskpack.adapter.cascade import cascade_tensors
-from maskpack.adapter.file import Parts, save_adapter
-from maskpack.backbone.head import Head
-from maskpack.backbone.random_weight import RandomWeight
+from maskpack.adapter.content import CascadeParts
+from maskpack.adapter.tensors import cascade_tensors
+from maskpack.adapter.write import Parts, save_adapter
+from maskpack.backbone.model import Head, RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
-from maskpack.parts import CascadeParts
-from maskpack.tensorfile import read_tensors, write_tensors
+from maskpack.safetensors_io import read_tensors, write_tensors
 
 from ..helpers_adapter import base_of, random_masks
 from ..helpers_cascade import cascade_parts

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from ...backbone.classifier import Classifier, Inputs, modes_kept, to_device
 from ...backbone.load import Backbone
-from ...data.base import Data, Examples
-from ...data.batches import readable
 from ...errors import ConfigError
-from ...methods.base import METHODS, rising_methods
 from ...registry import make_options
 from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
+from ..data.base import Data, Examples, readable
 from ..heads import own_linear
-from ..scored import scored_weights, without_scores
+from ..methods.base import METHODS, rising_methods
+from ..scores import scored_weights, without_scores
 from .base import OBJECTIVES, Objective
 
 

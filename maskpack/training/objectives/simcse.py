@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone.classifier import Inputs, pool
-from ...backbone.head import Pooling
 from ...backbone.load import Backbone
-from ...data.base import Data
+from ...backbone.model import Pooling
 from ...errors import ConfigError
 from ...registry import check_above_zero, make_options
 from ..config import TrainConfig
-from .base import OBJECTIVES, Objective
-from .collapse import CollapseWatch, collapse_warning
+from ..data.base import Data
+from .base import OBJECTIVES, CollapseWatch, Objective, collapse_warning
 
 VIEWS = 2
 

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone.classifier import Classifier, accuracy, embeddings
-from ...backbone.head import Head
 from ...backbone.load import Backbone
-from ...data.base import Data, Examples
-from ...data.batches import readable
+from ...backbone.model import Head
 from ..config import TrainConfig
+from ..data.base import Data, Examples, readable
 from ..heads import finished_head, new_classifier
-from ..scored import scored_weights
+from ..scores import scored_weights
 from .base import OBJECTIVES, Objective
 
 CENTROID_SCALE = 10.0  # logits of unit embeddings against unit centroids, as sharp as a trained head's

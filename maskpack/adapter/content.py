@@ -1,0 +1,133 @@
+"""What an adapter holds: mask sets with all that travels beside them, and the cascade of several."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..backbone.model import Embedding, Head
+from ..mask import MaskSet
+
+WHITENING, MIXTURE = ("mean", "components", "scale"), ("weights", "means", "precisions")  # tensors, in their order
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Whitening:
+    """Principal components over their standard deviations: of the rows that it was fitted to, all have variance 1.
+
+    Attributes:
+        mean: (D,), which is subtracted first.
+        components: (F, D), the directions.
+        scale: (F,), standard deviations along them, above 0.
+    """
+
+    mean: Tensor
+    components: Tensor
+    scale: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the coordinates (B, F) of embeddings (B, D), in their dtype and on their device."""
+        return (x - self.mean.to(x)) @ self.components.to(x).T / self.scale.to(x)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Router:
+    """A Gaussian mixture over whitened embeddings; an embedding goes to the component that most likely made it.
+
+    Attributes:
+        whitening: of embeddings divided by their Euclidean norm, D to q coordinates.
+        weights: (K,), shares of the components, which sum to 1.
+        means: (K, q).
+        precisions: (K, q, q), upper triangular; P of a component with the inverse covariance P Pᵀ.
+    """
+
+    whitening: Whitening
+    weights: Tensor
+    means: Tensor
+    precisions: Tensor
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """Return where embeddings (B, D) lie, (B, q), float64 on the CPU."""
+        return self.whitening(torch.nn.functional.normalize(x.detach().cpu().double(), dim=1))
+
+    def posterior(self, x: Tensor) -> Tensor:
+        """Return the probability of each component for embeddings (B, D): (B, K), float64 on the CPU.
+
+        A component's log density is log |P| - |(z - mean) P|² / 2, less a constant; densities are weighted.
+        """
+        z = self.coordinates(x)
+        means, precisions = self.means.double(), self.precisions.double()
+        volumes = precisions.diagonal(dim1=1, dim2=2).log().sum(1) + self.weights.double().log()
+        # one component after another: K differences of (B, q) at a time would be much for large batches
+        distances = [((z - mean) @ factor).square().sum(1) for mean, factor in zip(means, precisions, strict=True)]
+        return (volumes - 0.5 * torch.stack(distances, dim=1)).softmax(1)
+
+    def route(self, x: Tensor) -> Tensor:
+        """Return the most likely component of embeddings (B, D): (B,), int64 on the CPU."""
+        return self.posterior(x).argmax(1)
+
+
+Combine = Literal["conditional", "unconditional"]
+COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
+# the Hub's names for what a network of a task does without its head
+FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """A mask set and its dense tensors.
+
+    Attributes:
+        statistics: BatchNorm buffers by name, float32.
+        parameters: trained parameters that are stored whole, by name.
+        values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
+    """
+
+    masks: MaskSet
+    head: Head | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the masks, at a bit a weight, and of the tensors beside them."""
+        packed = sum((len(bits) + 7) // 8 for mask in self.masks.values() for _, bits in mask.payloads())
+        head = () if self.head is None else (self.head.weight, self.head.bias)
+        dense: list[Tensor | None] = [
+            *self.statistics.values(),
+            *self.parameters.values(),
+            *self.values.values(),
+            *head,
+        ]
+        return packed + sum(int(tensor.nbytes) for tensor in dense if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CascadeParts:
+    """What makes a cascade of mask sets: a dispatcher's embedding says which expert embeds the input once more.
+
+    The combined embedding is [D, E1, …, EK], of the dispatcher and every expert, (K + 1) times as long as one.
+
+    Attributes:
+        dispatcher: name of the set whose embeddings are routed.
+        experts: names of the other sets, one for each component of the router, in its order.
+        embedding: what of the model an embedding is.
+        router: from embeddings of the dispatcher to components.
+        combine: "conditional": blocks of experts other than the routed one are zero, so that an input takes two passes;
+            "unconditional": every block is computed.
+        reduction: of combined embeddings to fewer numbers, or None.
+        weight, bias: of a linear head on the combined (and, if so, reduced) embedding, (classes, …) and (classes,);
+            None where there is no head.
+    """
+
+    dispatcher: str
+    experts: tuple[str, ...]
+    embedding: Embedding
+    router: Router
+    combine: Combine = "conditional"
+    reduction: Whitening | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None

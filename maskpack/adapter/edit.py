@@ -1,0 +1,204 @@
+"""Adapters made of adapters: converted and combined."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..algebra import Missing, combine
+from ..backbone.fingerprint import check_fingerprint
+from ..codecs.base import Profile
+from ..errors import BackboneMismatchError, ConfigError, StateError
+from ..mask import MaskSet
+from ..safetensors_io import Blob
+from ..threads import Progress
+from .content import FEATURES, Parts
+from .decode import by_name, check_id
+from .header import Header
+from .read import MODEL_FILE, Adapter, read_adapter
+from .write import CARD_FILE, Spool, encode, save_adapter, write_adapter
+
+
+def convert_adapter(
+    adapter: Adapter | str | Path,
+    path: str | Path,
+    *,
+    profile: Profile = "default",
+    codec: str | None = None,
+    base: nn.Module | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Write an adapter again with another profile or codec; `mask_id` and everything but the coding stay.
+
+    Masks are decoded one at a time when the writer asks for them, so that the adapter's masks may exceed memory.
+
+    Args:
+        adapter: opened, or its folder or file.
+        path: folder or `.safetensors` file; may be the adapter's own. A new folder gets the owner's words of the card.
+        profile, codec: as in `save_adapter`.
+        base: the adapter's frozen base; needed where masks were packed with its weights, or are to be.
+        progress: as in `save_adapter`.
+
+    Raises:
+        AdapterError: if masks were packed with the base's weights and it is not given.
+        BackboneMismatchError: if the base given is not the adapter's.
+        CorruptAdapterError: if the masks are not those that the adapter states.
+        Others: as `read_adapter` and `save_adapter`.
+    """
+    old = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    if base is not None:
+        check_fingerprint(base, old.base)
+    sets = {
+        name: Parts(
+            old.stream_masks(base, name),
+            old.head(name),
+            old.statistics(name),
+            old.parameters(name),
+            old.values(name),
+        )
+        for name in old.sets
+    }
+
+    def coded(spool: Spool) -> tuple[Header, list[Blob]]:
+        header, blobs = encode(
+            sets,
+            old.base,
+            None if base is None else by_name(base),
+            profile,
+            codec,
+            spool,
+            progress,
+            task=old.task,
+            class_names=old.class_names,
+            preprocess=old.preprocess_config,
+            training=old.training,
+            cascade=old.cascade,
+        )
+        check_id(old.path, old.header, header.mask_id)
+        return header, blobs
+
+    card = Path(old.path).with_name(CARD_FILE)
+    has_card = Path(old.path).name == MODEL_FILE and card.is_file()
+    return write_adapter(Path(path), coded, card if has_card else None)
+
+
+RECORD = "combined"  # key in the training record
+
+
+def combine_adapters(
+    how: str,
+    adapters: Sequence[Adapter],
+    path: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    k: int | None = None,
+    missing: Missing = "error",
+    base: nn.Module | None = None,
+    profile: Profile = "default",
+    codec: str | None = None,
+    progress: Progress | None = None,
+) -> Adapter:
+    """Write an adapter whose masks are those of several adapters, combined; the same inputs give the same bytes.
+
+    It has the base and the preprocessing of the first, and neither head nor anything else of the adapters but masks:
+    `left_out` says what. Its training record names the operation and, in order, the `mask_id` and the pinned Hub
+    reference of each adapter. Masks are decoded one parameter at a time.
+
+    Args:
+        how, weights, k, missing: as of `maskpack.combine`.
+        path, profile, codec, progress: as of `save_adapter`.
+        base: the frozen base; needed where masks were packed with its weights, or are to be.
+
+    Raises:
+        ConfigError, UnknownNameError: as `maskpack.combine`, or if an adapter replaces weights: values of several
+            adapters cannot be combined.
+        Others: as `mask_sets` and `save_adapter`.
+    """
+    combined = combine(how, mask_sets(adapters, base), weights=weights, k=k, missing=missing)
+    for one in adapters:
+        replaced = [p.name for own in one.header.sets.values() for p in own.payloads if p.coding.op == "replace"]
+        if replaced:
+            raise ConfigError(
+                f"{one.path} replaces weights by values, in {len(replaced)} parameters, first {replaced[0]!r}; only "
+                f"bits can be combined: give adapters whose masks remove weights or flip their signs"
+            )
+    parents = [
+        {"mask_id": one.mask_id, **({} if one.pinned == one.path else {"reference": one.pinned})} for one in adapters
+    ]
+    record: dict[str, Any] = {"operation": how, "missing": missing, "parents": parents}
+    if k is not None:
+        record["k"] = k
+    if weights is not None:
+        record["weights"] = [float(weight) for weight in weights]
+    first = adapters[0]
+    tensors = {name: digest for one in adapters for name, digest in one.base.tensors.items()}
+    return save_adapter(
+        path,
+        combined,
+        replace(first.base, tensors=tensors),
+        task=None if first.task is None else FEATURES.get(first.task, first.task),
+        preprocess=first.preprocess_config,
+        training={RECORD: record},
+        profile=profile,
+        codec=codec,
+        weights=base,
+        progress=progress,
+    )
+
+
+def mask_sets(adapters: Sequence[Adapter], base: nn.Module | None = None) -> list[MaskSet]:
+    """Return the masks of adapters of one base, decoded one at a time when they are asked for.
+
+    Raises:
+        StateError: if an adapter has several mask sets.
+        BackboneMismatchError: if the adapters were made for other weights than the first, or than those of `base`.
+        AdapterError: if masks were packed with the base's weights, `base` is None, and they are asked for.
+    """
+    for one in adapters:
+        if len(one.sets) != 1:
+            raise StateError(
+                f"{one.path} holds {len(one.sets)} mask sets ({', '.join(one.sets[:5])}{', …' * (len(one.sets) > 5)}), "
+                f"expected an adapter of one; in Python, maskpack.combine takes adapter.stream_masks(set=NAME)"
+            )
+        _check_base(adapters[0], one)
+    if base is not None and adapters:
+        check_fingerprint(base, adapters[0].base)
+    return [one.stream_masks(base, one.sets[0]) for one in adapters]
+
+
+def left_out(adapters: Sequence[Adapter]) -> list[str]:
+    """Return, for each adapter that has more than masks, what `combine_adapters` leaves out of it, in words."""
+    found = []
+    for one in adapters:
+        [name] = one.sets
+        parts = {
+            "head": one.header.sets[name].head is not None,
+            "class names": one.class_names is not None,
+            "statistics": bool(one.statistics(name)),
+            "trained parameters": bool(one.parameters(name)),
+            "training record": one.training is not None,
+            "preprocessing, which is not the first's": one.preprocess_config != adapters[0].preprocess_config,
+        }
+        if any(parts.values()):
+            found.append(f"{one.pinned}: {', '.join(part for part, has in parts.items() if has)}")
+    return found
+
+
+def _check_base(first: Adapter, other: Adapter) -> None:
+    """Raise BackboneMismatchError if two adapters were made for bodies with other weights."""
+    if first.base.digests == other.base.digests:
+        return
+    shared = sorted(first.base.tensors.keys() & other.base.tensors.keys())
+    differing = [name for name in shared if first.base.tensors[name] != other.base.tensors[name]]
+    if differing:
+        what = f"{len(differing)} of the {len(shared)} tensors that both mask differ, first {differing[0]!r}"
+    elif not shared:
+        what = "they mask no parameter of the same name"
+    else:
+        what = "the tensors that both mask agree, but other parameters, buffers or the head's place differ"
+    ids = [f"{one.path} for {one.base.id} ({one.base.digests['float32'][:12]})" for one in (first, other)]
+    raise BackboneMismatchError(
+        f"the adapters were made for other weights, {' and '.join(ids)}: {what}; give adapters of one base"
+    )

@@ -1,1 +1,0 @@
-"""Was it worth it? Accuracy, and the probe to compare with."""

@@ -1,0 +1,398 @@
+"""Push: from an adapter folder to a Hub repository or a local folder."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapter.card import PICTURE_FILE, density_picture, render_card, update_card
+from ..adapter.describe import config_text, describe
+from ..adapter.read import CONFIG_FILE, MODEL_FILE, read_bytes
+from ..adapter.signature import SIGNATURE_FILE, Contents, Envelope, Keys, private_keys, renewed
+from ..adapter.write import CARD_FILE
+from ..errors import ConfigError, HubError, SignatureError
+from ..network import hides_secrets, own_retries
+from .cache import highest, name_of, remember
+from .client import ATTEMPTS, PASSING_STATUSES, TIMEOUT, Session, check_tag, pull_requests, read_tag, set_tag, status_of
+from .pull import OpenedAdapter, Snapshot, is_same, open_local
+from .reference import FILES, LIMITS, REVISION, Reference, card_text, holds, parse_reference, read_card, write_files
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoFile
+
+
+CONFLICTS = frozenset({409, 412})
+
+
+@dataclass(frozen=True)
+class PushedAdapter:
+    """Where an adapter went, or after a dry run would go.
+
+    Attributes:
+        repo_id: the Hub repository; None for a local folder.
+        url: the page of the repository or pull request, or the folder.
+        commit: the commit that holds the adapter; None for a local folder, and after a dry run that found changes.
+        created: whether the repository or folder is new.
+        unchanged: whether everything was there already, so that nothing was written.
+        files: bytes of each file that was written, by name.
+    """
+
+    repo_id: str | None
+    url: str
+    commit: str | None
+    created: bool
+    unchanged: bool
+    files: dict[str, int]
+
+
+class RepositoryPush:
+    """One push to a Hub repository.
+
+    Args:
+        reference: the repository and its branch.
+        build: returns what is to be there, given the model card and the signature that are there.
+        private, message, create_pr, tag, dry_run, token: as of `push`.
+
+    What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours;
+    `contents` is what is to be there, and `changed` what of it is not.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        build: Callable[[Mapping[str, bytes]], dict[str, bytes | memoryview]],
+        private: bool | None,
+        message: str,
+        create_pr: bool,
+        tag: str | None,
+        dry_run: bool,
+        token: str | bool | None,
+    ) -> None:
+        self.session = Session(f"push to {reference}", token, reference)
+        self.repo_id, self.branch = str(reference.repo_id), reference.revision or "main"
+        self.build, self.private, self.message, self.create_pr = build, private, message, create_pr
+        self.tag, self.dry_run = tag, dry_run
+        self.head: str | None = None
+        self.listed: dict[str, RepoFile] = {}
+
+    def run(self) -> PushedAdapter:
+        created = self._prepare_repository()
+        if not (created and self.dry_run):
+            self._prepare_branch()
+        self._look(self.head)
+        changed = self.changed  # as it is now: after a fault there is another look
+        if self.tag and self.head:
+            tagged = read_tag(self.session, self.repo_id, self.tag)
+            check_tag(self.repo_id, self.tag, tagged, None if changed else self.head)
+        if self.dry_run:
+            return self._result(None if changed else self.head, created, changed)
+        commit, url = self._commit() if changed else (str(self.head), None)
+        if self.tag:
+            set_tag(self.session, self.repo_id, self.tag, commit)
+        return self._result(commit, created, changed, url)
+
+    def _prepare_repository(self) -> bool:
+        """Make the repository where it is missing, and return whether it was."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        def find() -> "ModelInfo | None":
+            try:
+                return self.session.api.model_info(self.repo_id, timeout=TIMEOUT)
+            except RepositoryNotFoundError:
+                if self.create_pr:  # a pull request needs somebody's repository
+                    raise
+                return None
+
+        info = self.session.call(find)
+        created = info is None
+        if created and not self.dry_run:
+            api, private = self.session.api, self.private
+            self.session.call(lambda: api.create_repo(self.repo_id, exist_ok=True, private=private))
+            info = self.session.call(lambda: api.model_info(self.repo_id, timeout=TIMEOUT)) if self.private else None
+        # asking for an existing repository to be private is silently ignored, so look before anything is sent
+        if self.private and info is not None and not info.private:
+            raise HubError(
+                f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent. "
+                "Make it private in its settings, or choose another name"
+            )
+        return created
+
+    def _find_head(self) -> str | None:
+        """Return the branch's head, or None if there is no such branch."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        def find() -> str | None:
+            try:
+                return self.session.api.model_info(self.repo_id, revision=self.branch, timeout=TIMEOUT).sha
+            except RevisionNotFoundError:
+                if self.branch.startswith("refs/"):  # a pull request cannot be made by its name
+                    raise
+                return None
+
+        return self.session.call(find)
+
+    def _prepare_branch(self) -> None:
+        """Find the branch's head, making the branch where it is missing."""
+        self.head = self._find_head()
+        if self.head is None and not self.dry_run:
+            api = self.session.api
+            self.session.call(lambda: api.create_branch(self.repo_id, branch=self.branch, exist_ok=True))
+            self.head = self._find_head()
+            if self.head is None:
+                raise HubError(
+                    f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
+                )
+
+    def _look(self, head: str | None) -> None:
+        """Read what is at a commit, and build what is to be there."""
+        self.head, there = head, dict[str, bytes]()
+        if head is None:
+            self.listed = {}
+        else:
+            snapshot = Snapshot(self.session, self.repo_id, head)
+            self.listed = snapshot.listed(*FILES, PICTURE_FILE)
+            wanted = [self.listed[name] for name in (CARD_FILE, SIGNATURE_FILE) if name in self.listed]
+            there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
+        self.contents = self.build(there)
+        self.changed = self._changed()
+
+    def _changed(self) -> Contents:
+        """Return the files that are not there as they are wanted; hashes all of them."""
+        changed = {
+            name: content
+            for name, content in self.contents.items()
+            if name not in self.listed or not is_same(self.listed[name], content)
+        }
+        if MODEL_FILE not in changed and PICTURE_FILE in self.listed:
+            changed.pop(PICTURE_FILE, None)  # the same picture has other bytes where zlib is another one
+        return changed
+
+    def _commit(self) -> tuple[str, str | None]:
+        """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
+        before = pull_requests(self.session, self.repo_id) if self.create_pr else {}
+        attempt = 1
+        while True:
+            parent = self.head
+            try:
+                with own_retries():
+                    return self._send()
+            except Exception as error:
+                failed = error
+            status = status_of(failed)
+            if status is None or status in PASSING_STATUSES | CONFLICTS:
+                found = self._find_request(before) if self.create_pr else self._find_commit(failed)
+                if found is not None:
+                    return found
+            if status not in CONFLICTS or self.head == parent or attempt == ATTEMPTS:
+                self.session.wait_or_fail(failed, attempt)
+            attempt += 1
+
+    def _send(self) -> tuple[str, str | None]:
+        from huggingface_hub import CommitOperationAdd
+
+        info = self.session.api.create_commit(
+            self.repo_id,
+            [CommitOperationAdd(name, bytes(content)) for name, content in self.changed.items()],
+            commit_message=self.message,
+            revision=self.branch,
+            create_pr=self.create_pr,
+            parent_commit=self.head,
+        )
+        return info.oid, info.pr_url
+
+    def _find_request(self, before: dict[str, str]) -> tuple[str, str] | None:
+        """Return our pull request if it was opened although the answer says otherwise or never came."""
+        for number, commit in pull_requests(self.session, self.repo_id).items():
+            there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
+            ours = [name for name in FILES if name in self.contents]
+            if all(name in there and is_same(there[name], self.contents[name]) for name in ours):
+                return commit, f"{self._page()}/discussions/{number}"
+        return None
+
+    def _find_commit(self, error: Exception) -> tuple[str, None] | None:
+        """Return the commit if it landed although the answer says otherwise or never came; else prepare for another.
+
+        Raises:
+            HubError: if somebody else changed the adapter meanwhile.
+        """
+        head, listed = self.head, self.listed
+        now = self._find_head()
+        if now is None or now == head:
+            return None
+        self._look(now)
+        if not self.changed:
+            return now, None
+        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE, SIGNATURE_FILE)):
+            raise HubError(
+                f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
+                f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push again"
+            ) from error
+        return None
+
+    def _page(self) -> str:
+        return f"{self.session.api.endpoint}/{self.repo_id}"
+
+    def _result(self, commit: str | None, created: bool, changed: Contents, url: str | None = None) -> PushedAdapter:
+        page = self._page() if self.branch == "main" else f"{self._page()}/tree/{self.branch}"
+        files = {name: len(content) for name, content in changed.items()}
+        return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
+
+
+def _id(listed: "dict[str, RepoFile]", name: str) -> str | None:
+    return listed[name].blob_id if name in listed else None
+
+
+@hides_secrets
+def push(
+    folder: str | os.PathLike[str],
+    ref: str | os.PathLike[str],
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    license: str | None = None,
+    tag: str | None = None,
+    dry_run: bool = False,
+    sign: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    token: str | bool | None = None,
+) -> PushedAdapter:
+    """Publish an adapter: its files and nothing else, in one commit.
+
+    A second push of the same adapter writes nothing. What a user wrote into the model card that is already there is
+    kept; only our part of it is brought up to date. A signature in the folder goes with it, if it is of these files.
+
+    Args:
+        folder: the adapter folder, or a model file alone.
+        ref: `user/name` on the Hub, or a local folder (`./registry/name`).
+        private: True for a private repository; None for the account's default.
+        revision: branch to push to, made where it is missing.
+        commit_message: None for one that names the adapter.
+        create_pr: open a pull request instead of writing to the branch.
+        license: identifier for the card, as in "apache-2.0"; None leaves what the card says.
+        tag: give the commit this tag.
+        dry_run: look and say what would be done, and write nothing.
+        sign: PEM file of a private key, or several, to sign it with: for this repository, with a counter that is one
+            more than that of the version that is there.
+        token: as everywhere on the Hub: None for the login.
+
+    Raises:
+        AdapterError: if the folder is not a whole adapter, or the reference cannot be read.
+        HubError: if the login or the permissions failed, the repository is public although `private` was asked for,
+            the tag is taken, or somebody else changed the adapter meanwhile.
+        HubUnreachableError: if the Hub did not answer, after several attempts.
+        SignatureError: if the folder's signature is not of its files, for this repository, and newer than the one
+            there; if the adapter there is signed and this one would not be; or if nobody of `sign` signed that one.
+        ConfigError: if the options contradict each other, or a key cannot be used.
+        DataError: if a model card that is there cannot be brought up to date.
+        StateError: if the local target holds something else.
+    """
+    source = Path(folder).expanduser()
+    reference = parse_reference(ref, revision)
+    opened, keys = open_local(source), private_keys(sign) if sign else {}
+    description = describe(opened.adapter)
+
+    def build(there: Mapping[str, bytes]) -> dict[str, bytes | memoryview]:
+        return _contents(opened, description, reference, license, keys, there)
+
+    if reference.path is not None:
+        if private is not None or create_pr or commit_message is not None or tag is not None:
+            raise ConfigError(
+                f"private, create_pr, commit_message and tag mean nothing for the local folder {reference}; leave "
+                "them out"
+            )
+        target = reference.path
+        if target.suffix == ".safetensors":
+            raise ConfigError(f"{target} is a file name; push to a folder")
+        signature = target / SIGNATURE_FILE
+        there = {CARD_FILE: read_card(target)}
+        if signature.is_file():
+            there[SIGNATURE_FILE] = read_bytes(signature, signature, LIMITS[SIGNATURE_FILE])
+        return _push_to_folder(build({n: one for n, one in there.items() if one is not None}), target, dry_run)
+    if reference.is_pinned:
+        raise ConfigError(f"{reference} names a commit, which cannot be written to; give a branch")
+    if create_pr and reference.revision not in (None, "main"):
+        raise ConfigError(f"create_pr opens a pull request against main; leave out the revision {reference.revision!r}")
+    if create_pr and tag is not None:
+        raise ConfigError(f"a pull request cannot be tagged before it is merged; leave out the tag {tag!r}")
+    if tag is not None and (not REVISION.fullmatch(tag) or ".." in tag):
+        raise ConfigError(f"{tag!r} cannot be a tag: letters, digits, '.', '_', '+', '-' and inner '/' only")
+    message = commit_message or f"Upload adapter {source.resolve().stem} with maskpack"
+    task = RepositoryPush(reference, build, private, message, create_pr, tag, dry_run, token)
+    pushed = task.run()
+    if keys and not dry_run and not create_pr:
+        signed = Envelope.from_bytes(bytes(task.contents[SIGNATURE_FILE])).statement()
+        remember(keys, name_of(reference), signed.counter)
+    return pushed
+
+
+def _push_to_folder(contents: Contents, target: Path, dry_run: bool) -> PushedAdapter:
+    created, unchanged = not target.exists(), holds(target, contents)
+    files = {} if unchanged else {name: len(content) for name, content in contents.items()}
+    if files and not dry_run:
+        write_files(contents, target)
+    return PushedAdapter(None, str(target), None, created, unchanged, files)
+
+
+def _contents(
+    opened: OpenedAdapter,
+    description: dict[str, Any],
+    reference: Reference,
+    license: str | None,
+    keys: Keys,
+    there: Mapping[str, bytes],
+) -> dict[str, bytes | memoryview]:
+    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed.
+
+    A picture goes to the Hub only, whose pages show it; a folder has the files of an adapter.
+    """
+    found, picture, repo_id = opened.contents, {}, reference.repo_id
+    if repo_id is not None:
+        picture = {PICTURE_FILE: density_picture(description)}
+    card = render_card(description, repo_id, license=license, picture=PICTURE_FILE if picture else None)
+    place = f"{CARD_FILE} of {repo_id}" if repo_id else f"{reference.path}/{CARD_FILE}"
+    existing = card_text(there.get(CARD_FILE), place)
+    if existing is None and CARD_FILE in found:
+        existing = card_text(bytes(found[CARD_FILE]), str(opened.pulled.path / CARD_FILE))
+    if existing is not None:
+        card = update_card(existing, card)
+    config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
+    files = {CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
+    signature = _signature(opened, files, reference, keys, there.get(SIGNATURE_FILE))
+    signed = {} if signature is None else {SIGNATURE_FILE: signature}
+    return {**picture, CARD_FILE: card.encode(), CONFIG_FILE: config, **signed, MODEL_FILE: found[MODEL_FILE]}
+
+
+def _signature(
+    opened: OpenedAdapter, files: Contents, reference: Reference, keys: Keys, there: bytes | None
+) -> bytes | None:
+    """Return the signature to publish: by these keys, else the folder's; None if neither is there.
+
+    Raises:
+        SignatureError: rather than that a signature is published, or stays, which readers would refuse.
+    """
+    repo_id = reference.repo_id
+    if keys:
+        least = highest(keys, name_of(reference)) if repo_id else 0
+        return renewed(there, files, opened.adapter, keys, repo_id, least=least)
+    before = None if there is None else Envelope.from_bytes(there).statement()
+    if SIGNATURE_FILE not in opened.contents:
+        if before is not None and not before.covers(files):
+            raise SignatureError(
+                f"{reference} holds a signed adapter, and {opened.pulled.path} has no signature; sign it with --sign "
+                f"KEY.pem, or remove {SIGNATURE_FILE} there first"
+            )
+        return None
+    content = bytes(opened.contents[SIGNATURE_FILE])
+    own = Envelope.from_bytes(content).statement()
+    wrong = None
+    if not own.covers(files):
+        wrong = "is not of these files: they were changed since"
+    elif repo_id is not None and own.repository not in (None, repo_id):
+        wrong = f"is for {own.repository}, and this is {repo_id}"
+    elif before is not None and not before.covers(files) and before.counter >= own.counter:
+        wrong = f"has the counter {own.counter}, and the version there has {before.counter}"
+    if wrong is not None:
+        raise SignatureError(f"the signature of {opened.pulled.path} {wrong}; sign it anew: --sign KEY.pem")
+    return content

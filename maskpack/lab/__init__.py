@@ -1,0 +1,1 @@
+"""Research: compare and its baselines, analysis, plots."""

@@ -1,0 +1,425 @@
+"""A network of an analysis: a state by name, put into the one model in memory, and what it is worth."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...adapter.header import BASE
+from ...adapter.read import Adapter
+from ...backbone.classifier import Batch, Classifier, predictions
+from ...backbone.fingerprint import model_digest
+from ...backbone.load import Backbone, load_tensors
+from ...backbone.model import aliases, canonical, inside, swap_module, unwrap
+from ...errors import AdapterError, ConfigError, DataError, StateError
+from ...mask import MaskSet
+from ...runtime.apply import applied
+from ...runtime.load import load_adapter, load_mask, unload_mask
+from ...safetensors_io import open_tensors, read_tensors, write_tensors
+from ...training.batchnorm import BATCH_NORMS, recalibrate
+from ...training.data.base import Data, Examples, loader, readable
+from ...training.evaluate import as_loaded
+from ...training.features import cache_folder, digest_of, inputs_content
+from ...training.run_folder import read_json, write_json
+
+Per = Literal["module", "block"]
+PER: tuple[Per, ...] = ("module", "block")
+
+
+def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None = None) -> dict[str, list[str]]:
+    """Return names of modules or blocks, in the network's order, each with the names of its parameters.
+
+    A module is a layer that has parameters of two or more dimensions, with all its own parameters, together with the
+    norm that stands directly behind it in the same parent (a layer whose parameters all have one dimension). Other
+    layers with parameters, and parameters of modules that have layers of their own, stand alone. A block is all
+    modules whose names begin alike up to the first part that is a number, as in `layer1.0` or `encoder.layer.3`; a
+    module without a number in its name is a block.
+
+    Args:
+        names: parameters that count; default: all. Modules without any are left out.
+
+    Raises:
+        ConfigError: if `per` is another word.
+    """
+    if per not in PER:
+        raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
+    known = set(tensors_of(module)) if names is None else set(names)
+    found: dict[str, list[str]] = {}
+    for owner, parameters in _owners(module).items():
+        key = owner if per == "module" else _block(owner)
+        own = [name for name in parameters if name in known]
+        if own:
+            found.setdefault(key, []).extend(own)
+    return found
+
+
+def _block(name: str) -> str:
+    parts = name.split(".")
+    end = next((at + 1 for at, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[:end])
+
+
+def _owners(module: nn.Module) -> dict[str, list[str]]:
+    """The parameters of each module, by its name."""
+    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    found: dict[str, list[str]] = {}
+    before: dict[str, str] = {}  # parent -> its last child, if that has weights
+    for raw, layer in model.named_modules():
+        name = canonical(raw)
+        own = {f"{name}.{leaf}" if name else leaf: one for leaf, one in layer.named_parameters(recurse=False)}
+        parent = name.rpartition(".")[0]
+        leaf = not any(True for _ in layer.children())
+        weights = any(one.ndim > 1 for one in own.values())
+        if own and not leaf:
+            found.update({one: [one] for one in own})
+        elif own and not weights and parent in before:
+            found[before.pop(parent)] += own
+            continue
+        elif own:
+            found[name] = list(own)
+        if name:
+            before.pop(parent, None)
+            if own and leaf and weights:
+                before[parent] = name
+    if isinstance(module, Classifier) and module.module is None:
+        found[HEAD] = [f"{HEAD}.{leaf}" for leaf, _ in module.linear.named_parameters()]
+    return found
+
+
+State = Mapping[str, Tensor]
+HEAD = "head"  # what a head behind an encoder is called in a state
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Network:
+    """A trained network.
+
+    Attributes:
+        name: of this one. kind: what it is one of several of, as seeds.
+        state: every parameter and buffer by name, as in the model; a head behind an encoder as `head.weight` and
+            `head.bias`.
+        initial: what its parameters were before training, by name: the backbone's values; of a mask those of the masked
+            parameters. The head is not in it.
+        masks: of an adapter, else None.
+    """
+
+    name: str
+    kind: str
+    state: State
+    initial: State = field(repr=False)
+    masks: MaskSet | None = None
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a module by name, tied ones once; those of a classifier by the
+    names that they have in its backbone."""
+    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    first = aliases(model)
+    state = model.state_dict(keep_vars=True)
+    found = {canonical(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    found = {name: tensor for name, tensor in found.items() if first.get(name, name) == name}
+    if isinstance(module, Classifier) and module.module is None:
+        found |= {f"{HEAD}.{name}": tensor.detach() for name, tensor in module.linear.named_parameters()}
+    return found
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of `tensors_of`, on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors_of(module).items()}
+
+
+@torch.no_grad()
+def put_state(module: nn.Module, state: State) -> None:
+    """Copy tensors into a module in place; those that the state lacks stay.
+
+    Raises:
+        StateError: if the module lacks one, or has it in another shape.
+    """
+    own = tensors_of(module)
+    wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
+    if wrong:
+        found = tuple(own[wrong[0]].shape) if wrong[0] in own else "none"
+        raise StateError(
+            f"{len(wrong)} of {len(state)} tensors do not fit the model, first {wrong[0]!r} of shape "
+            f"{tuple(state[wrong[0]].shape)} where the model has {found}; give states of one architecture and one head"
+        )
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[None]:
+    """On exit the module has the tensors that it had."""
+    before = state_of(module)
+    try:
+        yield
+    finally:
+        put_state(module, before)
+
+
+def write_network(path: str | Path, state: State) -> None:
+    """Write a state as a safetensors file, which `read_networks` reads."""
+    write_tensors(path, state, {"format": "pt"})
+
+
+def is_adapter(reference: str) -> bool:
+    """Tell whether a reference is to an adapter; else it is a safetensors file of weights."""
+    return not reference.endswith(".safetensors") or BASE in open_tensors(reference)
+
+
+def read_networks(
+    backbone: Backbone, named: Sequence[tuple[str, str | Adapter]], token: str | None = None
+) -> tuple[Backbone, Classifier, list[Network]]:
+    """Read fine-tuned weights and adapters of one backbone.
+
+    Args:
+        backbone: with the weights that training started from.
+        named: (name, reference): of an adapter, or a safetensors file of weights that is loaded strictly, with
+            `head.weight` and `head.bias` beside them where the head is behind an encoder. Those of the same name are of
+            one kind.
+
+    Returns:
+        The backbone as the adapters use it (preprocessing, head), a classifier that states are put into, the networks.
+        The model has the weights that it had.
+
+    Raises:
+        BackboneMismatchError, BackboneError, AdapterError, DataError: if one cannot be read or is of another backbone.
+        ConfigError: if heads or preprocessing are not those of one task.
+    """
+    if applied(backbone.model) is not None:
+        raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")
+    found: list[Network] = []
+    whole = state_of(backbone.model)
+    base = {name: one for name, one in whole.items() if not inside(name, filter(None, [backbone.head]))}
+    outside = backbone.outside
+    parameters = {name: base[name] for name in aliases(backbone.model) if name in base and not inside(name, outside)}
+    kinds = [name for name, _ in named]
+    for index, (kind, given) in enumerate(named):
+        name = kind if kinds.count(kind) == 1 else f"{kind} {kinds[: index + 1].count(kind)}"
+        adapter = given if isinstance(given, Adapter) else None
+        if not isinstance(given, Adapter) and is_adapter(given):
+            adapter = load_adapter(given, token=token)
+        if adapter is not None:
+            backbone = _with_adapter(backbone, adapter, name, not index)
+            state, masks = _masked(backbone, adapter)
+            found.append(Network(name, kind, state, {n: base[n] for n in masks}, masks))
+        else:
+            assert isinstance(given, str)
+            layer = None if backbone.head is None else backbone.model.get_submodule(backbone.head)
+            try:
+                found.append(Network(name, kind, _weights(backbone, given), parameters))
+            finally:
+                if backbone.head is not None and layer is not None:
+                    swap_module(backbone.model, backbone.head, layer)  # a file may have other classes
+                put_state(backbone.model, whole)
+    place = backbone.head or HEAD
+    shape = found[0].state[f"{place}.weight"].shape
+    for one in found:
+        if one.state[f"{place}.weight"].shape != shape:
+            raise ConfigError(
+                f"{one.name} has a head of shape {tuple(one.state[f'{place}.weight'].shape)}, {found[0].name} one of "
+                f"{tuple(shape)}; compare networks of one task"
+            )
+    example = next(backbone.model.parameters())
+    linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
+    classifier = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval()
+    return backbone, classifier, found
+
+
+def _with_adapter(backbone: Backbone, adapter: Adapter, name: str, first: bool) -> Backbone:
+    """The backbone with head and preprocessing of an adapter, which must be those of the networks before."""
+    if len(adapter.sets) > 1 or adapter.head() is None:
+        raise AdapterError(f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify")
+    used = as_loaded(backbone, adapter)
+    if not first and (used.preprocess, used.head, used.pooling) != (
+        backbone.preprocess,
+        backbone.head,
+        backbone.pooling,
+    ):
+        raise ConfigError(
+            f"{name} expects other inputs than the networks before it: {used.preprocess} and {backbone.preprocess}; "
+            f"compare networks of one task"
+        )
+    return used
+
+
+def _masked(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, Tensor], MaskSet]:
+    """The state that an adapter makes of the backbone, and its masks."""
+    head, masks = adapter.head(), adapter.masks(backbone.model)
+    assert head is not None
+    load_mask(backbone.model, adapter, head="keep")
+    try:
+        state = state_of(backbone.model)
+    finally:
+        unload_mask(backbone.model)
+    return _headed(backbone, state, head.weight, head.bias), masks
+
+
+def _weights(backbone: Backbone, path: str) -> dict[str, Tensor]:
+    """The state in a file of weights."""
+    place, tensors = backbone.head or HEAD, read_tensors(path)
+    weight, bias = tensors.get(f"{place}.weight"), tensors.get(f"{place}.bias")
+    if weight is None or weight.ndim != 2:
+        raise ConfigError(f"{path} has no {place}.weight, so the network has no head; write it beside the weights")
+    own = dict(tensors)
+    if backbone.head is None:
+        own = {name: tensor for name, tensor in tensors.items() if not inside(name, (HEAD,))}
+    load_tensors(backbone.model, own, path, backbone.head)
+    return _headed(backbone, state_of(backbone.model), weight, bias)
+
+
+def _headed(backbone: Backbone, state: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """A state with this head, which has a bias always."""
+    place = backbone.head or HEAD
+    body = {name: tensor for name, tensor in state.items() if not inside(name, (place,))}
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    return {**body, f"{place}.weight": weight.clone(), f"{place}.bias": bias.clone()}
+
+
+VERSION = 1  # of the keys and of the files
+CALIBRATION = 1024  # training rows that BatchNorm statistics are taken from
+IN_MEMORY = 1_000_000_000  # bytes of preprocessed inputs that are kept
+MEASURED = frozenset(("accuracy", "loss", "examples"))
+Progress = Callable[[int, int], None]  # (done, in all)
+
+
+def evaluations_folder() -> Path:
+    """Return where evaluations are kept if no folder is given: beside the features."""
+    return cache_folder().parent / "evaluations"
+
+
+def some(examples: Examples, count: int | None, seed: int = 0) -> Examples:
+    """Return so many of the examples, drawn by `seed`, in the order of the data; all if there are not more.
+
+    Raises:
+        ConfigError: if it is less than 1.
+    """
+    if count is not None and count < 1:
+        raise ConfigError(f"the number of examples must be at least 1, got {count}")
+    if count is None or count >= len(examples):
+        return examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
+    indices = [examples.indices[one] for one in sorted(order.tolist())]
+    return replace(examples, indices=indices, unreadable=set())
+
+
+class Batches:
+    """Preprocessed batches of examples, in order: read once if they fit into `IN_MEMORY`, else whenever walked."""
+
+    def __init__(self, backbone: Backbone, examples: Examples, batch_size: int):
+        self.backbone, self.examples, self.batch_size = backbone, examples, batch_size
+        self.kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.kept is not None:
+            yield from self.kept
+            return
+        stated = self.backbone
+        batches = loader(self.examples, stated.preprocess, stated.tokenizer, batch_size=self.batch_size)
+        size, kept = 0, list[Batch]()
+        for inputs, labels in readable(batches):
+            size += sum(one.nbytes for one in (inputs.values() if isinstance(inputs, dict) else [inputs]))
+            kept = [*kept, (inputs, labels)] if size <= IN_MEMORY else []
+            yield inputs, labels
+        self.kept = kept if size <= IN_MEMORY else None
+
+
+class Evaluations:
+    """Measures states of a module on the rows of a split; what was measured before is read back.
+
+    Where the module has BatchNorm, its statistics are those of the state's own weights, over `CALIBRATION` training
+    rows.
+
+    Args:
+        module: from inputs to logits, as `read_networks` or `train_dense` gives. A state stays in it.
+        backbone: its preprocessing and tokenizer.
+        data: with a training split if there is BatchNorm.
+        split: "test" or "train". limit: at most so many of its rows, drawn by seed 0.
+        folder: for the JSON file of each evaluation; None: nothing is kept.
+
+    Raises:
+        DataError: if a split is missing, or its labels do not fit the module.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        backbone: Backbone,
+        data: Data,
+        *,
+        split: str = "test",
+        limit: int | None = None,
+        batch_size: int = 64,
+        folder: Path | None = None,
+    ):
+        if split not in ("test", "train"):
+            raise ConfigError(f"split must be test or train, got {split!r}")
+        self.module, self.backbone, self.folder = module, backbone, folder
+        self.examples = some(_split(data, split), limit)
+        norms = any(isinstance(one, BATCH_NORMS) and one.running_mean is not None for one in module.modules())
+        self.calibration = some(_split(data, "train"), CALIBRATION) if norms else None
+        self.batches = Batches(backbone, self.examples, batch_size)
+        self.statistics = None if self.calibration is None else Batches(backbone, self.calibration, batch_size)
+
+    def put(self, state: State) -> None:
+        """Make the module this state, with BatchNorm statistics of its own."""
+        put_state(self.module, state)
+        if self.statistics is not None:
+            recalibrate(self.module, self.statistics)
+
+    def content(self, state: State) -> list[Any] | None:
+        """Return what an evaluation of a state follows from; None if a part of it cannot be told."""
+        put_state(self.module, state)
+        rows = [self.examples] if self.calibration is None else [self.examples, self.calibration]
+        inputs = [inputs_content(self.backbone, one) for one in rows]
+        digest = model_digest(self.module)
+        return None if digest is None or None in inputs else [VERSION, digest, *inputs]
+
+    def of(self, state: State, *, rows: bool = False) -> dict[str, Any]:
+        """Return {"accuracy", "loss": mean cross-entropy, "examples"} of a state.
+
+        Args:
+            rows: with "right", for each example whether it gets its class.
+        """
+        content = None if self.folder is None else self.content(state)
+        if self.folder is None or content is None:
+            return self._measured(state, rows)
+        path = self.folder / f"{digest_of([*content, rows])}.json"
+        if path.exists():
+            return read_json(path, MEASURED, "delete it, and it is computed again")
+        found = self._measured(state, rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+        return found
+
+    def _measured(self, state: State, rows: bool) -> dict[str, Any]:
+        self.put(state)
+        logits, y = predictions(self.module, self.batches)
+        if int(y.max()) >= logits.shape[1]:
+            raise DataError(
+                f"the network has {logits.shape[1]} classes, and the data have a class {int(y.max())} (counted from "
+                f"0); give the data that it was trained for"
+            )
+        right = logits.argmax(1) == y
+        found = {"accuracy": float(right.double().mean()), "loss": _loss(logits, y), "examples": len(y)}
+        return {**found, "right": right.int().tolist()} if rows else found
+
+
+def _loss(logits: Tensor, y: Tensor) -> float:
+    """Mean cross-entropy; a huge finite number for a network that gives no numbers, so that it is still JSON."""
+    loss = float(nn.functional.cross_entropy(logits.double(), y))
+    return loss if loss < 1e30 else 1e30
+
+
+def _split(data: Data, name: str) -> Examples:
+    found = data.test if name == "test" else data.train
+    if found is None or not data.class_names:
+        raise DataError(
+            f"the data {data.id!r} have no {'labels' if found is not None else name + ' split'}; networks are measured "
+            f"on rows with labels, and BatchNorm statistics are taken from the training split"
+        )
+    return found

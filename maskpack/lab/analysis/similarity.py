@@ -1,0 +1,131 @@
+"""Linear centred kernel alignment of layers (arXiv 1905.00414)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...backbone.classifier import Classifier, Inputs, predictions
+from ...backbone.model import canonical, unwrap
+from ...errors import ConfigError
+from ...training.features import digest_of, keep_features, kept_features
+from .network import Evaluations, Network, Progress, State, kept
+
+LEAST = 512  # examples, below which a note is due
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float | None:
+    """Return ||Yc'Xc||² / (||Xc'Xc|| ||Yc'Yc||) of features with centred columns, in float64: from 0 to 1, 1 if they
+    are equal up to a rotation, a shift and one scale. None where one of them is the same for all examples.
+
+    Args:
+        x, y: (examples, features), rows of the same examples.
+
+    Raises:
+        ConfigError: if they have other numbers of rows.
+    """
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise ConfigError(
+            f"CKA compares rows of the same examples, got features of {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = (one.double() - one.double().mean(0) for one in (x, y))
+    if max(x.shape[1], y.shape[1]) > len(x):
+        # the same numbers by products of examples, where those are fewer than features
+        x, y = x @ x.T, y @ y.T
+        shared, own = (x * y).sum(), x.norm() * y.norm()
+    else:
+        shared, own = (y.T @ x).square().sum(), (x.T @ x).norm() * (y.T @ y).norm()
+    return float((shared / own).clamp(0, 1)) if own > 0 else None
+
+
+def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return what these modules of a state put out, (examples, features) float32 for each.
+
+    Maps are averaged over their positions, tokens over those that are no padding. They are in the cache of features,
+    unless the evaluations keep nothing.
+    """
+    content = None if evaluations.folder is None else evaluations.content(state)
+    keys = {} if content is None else {name: digest_of(["layer", name, content]) for name in layers}
+    there = {name: kept_features(key, len(evaluations.examples)) for name, key in keys.items()}
+    found = {name: one[0] for name, one in there.items() if one is not None}
+    if len(found) < len(layers):
+        found = _computed(evaluations, state, layers)
+        for name, key in keys.items():
+            keep_features(key, found[name], evaluations.examples)
+    return found
+
+
+def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
+    module = evaluations.module
+    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
+    attention: list[Tensor | None] = [None]
+
+    def entering(_: nn.Module, inputs: tuple[Inputs]) -> None:
+        attention[0] = inputs[0].get("attention_mask") if isinstance(inputs[0], dict) else None
+
+    def seen(name: str) -> Any:
+        return lambda _, __, output: collected[name].append(_pooled(output, attention[0]).float().cpu())
+
+    evaluations.put(state)
+    named = {canonical(name): one for name, one in model.named_modules()}
+    hooks = [named[name].register_forward_hook(seen(name)) for name in layers]
+    hooks.append(module.register_forward_pre_hook(entering))
+    try:
+        predictions(module, evaluations.batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def similarities(
+    evaluations: Evaluations, networks: Sequence[Network], names: Iterable[str], report: Progress | None = None
+) -> dict[str, Any]:
+    """Measure linear CKA between the same layer of every pair of networks.
+
+    Args:
+        names: of modules or blocks, as of `grouped`; those that put nothing out, and the head, are left out.
+
+    Returns:
+        {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
+
+    Raises:
+        ConfigError: if there are fewer than two networks.
+    """
+    if len(networks) < 2:
+        raise ConfigError(f"similarity is of two networks; give at least two, got {len(networks)}")
+    layers, features = _layers(evaluations.module, names), []
+    with kept(evaluations.module):
+        for one in networks:
+            features.append(layer_features(evaluations, one.state, layers))
+            if report is not None:
+                report(len(features), len(networks))
+    pairs = []
+    for (first, x), (second, y) in combinations(zip(networks, features, strict=True), 2):
+        kinds = " - ".join(sorted((first.kind, second.kind)))
+        cka = [linear_cka(x[name], y[name]) for name in layers]
+        pairs.append({"first": first.name, "second": second.name, "kinds": kinds, "cka": cka})
+    return {"layers": layers, "pairs": pairs, "examples": len(evaluations.examples)}
+
+
+def _layers(module: nn.Module, names: Iterable[str]) -> list[str]:
+    inside = isinstance(module, Classifier)
+    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    head = module.module if inside else None
+    known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
+    return [name for name in names if name in known]
+
+
+def _pooled(output: Any, attention: Tensor | None) -> Tensor:
+    """One vector for each example of what a module puts out: a tensor, or what starts with one."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if output.ndim == 4:
+        return output.mean((2, 3))
+    if output.ndim == 3 and attention is not None and attention.shape == output.shape[:2]:
+        weights = attention.unsqueeze(-1).to(output)
+        return (output * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return output.mean(1) if output.ndim == 3 else output.flatten(1)

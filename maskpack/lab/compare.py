@@ -1,0 +1,310 @@
+"""compare: a mask beside every baseline, on one backbone, one data set, the same splits and the same budget."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .. import errors
+from ..backbone.fingerprint import fingerprint
+from ..backbone.load import load_backbone
+from ..errors import ConfigError, StateError, TrainingError, escape
+from ..preprocess import preprocess_to_json
+from ..safetensors_io import replacing
+from ..training.checkpoint import stopping
+from ..training.config import TrainConfig
+from ..training.data.load import load_data
+from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
+from ..training.run_folder import Report, locked, read_json, write_json
+from ..training.trainer import plan_training
+from .baselines.base import ROWS, Row, find_row
+from .trial import MEASURED, Job, Worker, splits
+
+COLUMNS = ("row", "labels", "accuracy", "trained", "bytes", "head", "rate", "steps", "seconds", "memory", "forward")
+NOTE = (
+    "Accuracy: test split, in per cent, mean ± sample deviation over {seeds}. Trained: numbers that training changed. "
+    "Bytes: all to store beside the backbone; head: of which the head's. Memory: growth of the process over the loaded "
+    "backbone. Forward: time of a batch relative to the bare backbone's.\n"
+)
+
+
+def summaries(
+    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the means of a row's trials, one for each seed, under the keys that pictures read; controls follow."""
+    rows = [_summary(name, share, rate, seeds, trials)]
+    for control in trials[0]["controls"]:
+        own = [trial["controls"][control] for trial in trials]
+        rows.append(_summary(f"{name}: {control}", share, rate, seeds, own))
+    return rows
+
+
+def _summary(
+    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    values = {key: [trial[key] for trial in trials] for key in trials[0] if key not in ("sizes", "controls")}
+    sizes = {what: mean(trial["sizes"][what] for trial in trials) for what in trials[0]["sizes"]}
+    return {
+        "method": name,
+        "labels_fraction": share,
+        "rate": rate,
+        "seeds": list(seeds),
+        "accuracies": values["accuracy"],
+        "deviation": stdev(values["accuracy"]) if len(trials) > 1 else None,
+        "sizes": sizes,
+        **{key: mean(one) for key, one in values.items()},
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of a comparison as a Markdown table with a note."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    lines += [f"| {escape(row['method'], 'markdown')} | {' | '.join(cells(row)[1:])} |" for row in rows]
+    count = max(len(row["seeds"]) for row in rows)
+    seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
+    return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row's cells as text, one for each of `COLUMNS`."""
+    accuracy = f"{100 * row['accuracy']:.2f}"
+    if row["deviation"] is not None:
+        accuracy += f" ± {100 * row['deviation']:.2f}"
+    return [
+        str(row["method"]),
+        f"{100 * row['labels_fraction']:g} %",
+        accuracy,
+        f"{row['trained']:,.0f}",
+        f"{row['bytes']:,.0f}",
+        f"{row['sizes'].get('head', 0):,.0f}",
+        "-" if row["rate"] is None else f"{row['rate']:g}",
+        f"{row['steps']:,.0f}",
+        f"{row['seconds']:.1f}" if "seconds" in row else "-",
+        f"{row['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in row else "-",
+        f"{row['overhead']:.2f}x" if "overhead" in row else "-",
+    ]
+
+
+COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
+FURTHER = 2  # more rates that are tried where the best is the least or the greatest
+
+
+def compare(
+    backbone: Mapping[str, Any],
+    data: Mapping[str, Any],
+    output: str | Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    fractions: Sequence[float] = (1.0,),
+    rates: Mapping[str, Sequence[float]] | None = None,
+    config: TrainConfig | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Compare ways to solve a task, each in a process of its own; what is finished in `output` is not done again.
+
+    Learning rates are chosen with the first seed and the greatest share of the labels, on a fifth of these labels;
+    where the least or the greatest rate is the best, the search goes on in that direction. Then every row is trained
+    on all labels of a share, once for each seed, and measured once on the test split. Rows that train without labels
+    do it once for all shares.
+
+    Args:
+        backbone, data: arguments of `load_backbone` and `load_data`, as {"reference": …}.
+        output: folder. A comparison with other settings must have another one; rows, seeds and shares may be added.
+        rows: "id" or "id:argument" (`maskpack list rows`); default: all.
+        seeds: of heads, orders, prototypes; and of which labels are used, where they are a share.
+        fractions: shares of the labels.
+        rates: by row, rates to choose from in place of the row's own; a single one is not searched.
+        config: budget and settings that all rows share; its own seed and `lr` are not used.
+        report: called with every event of training, with "part", and {"event": "trial", "part", "accuracy"}.
+
+    Returns:
+        {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
+        also in `results.json`, and as a table in `results.md`.
+
+    Raises:
+        UnknownNameError, ConfigError: if a row, a seed, a share or a rate is impossible.
+        StateError: if `output` holds a comparison with other settings, or another process writes into it.
+        StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: as the rows raise.
+    """
+    config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
+    backbone, data = _plain(backbone), _plain(data)
+    names = list(rows) or [row.id for row in ROWS.all()]
+    _check(names, seeds, fractions, given)
+    model = load_backbone(**backbone)
+    found = {name: find_row(name) for name in names}
+    for row in found.values():
+        row.check(model, config)
+    examples = load_data(**data)
+    known, unlabelled, _ = splits(examples, max(fractions), seeds[0], False)
+    check_data(known, model, find_objective("supervised", model.task))
+    if not all(row.needs_labels for row in found.values()) and not (folder / COMPARISON).exists():
+        # a wrong option is seen before the folder is bound to it
+        plan_training(model, unlabelled, replace(config, objective=SELF_SUPERVISED))
+    base = fingerprint(model.model, id=model.id, head=model.outside)
+    about = {
+        "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
+        "preprocess": preprocess_to_json(model.preprocess),
+        "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
+        "settings": _settings(config),
+    }
+    results: list[dict[str, Any]] = []
+    with locked(folder), stopping("call compare again to go on"), Worker() as worker:
+        _claim(folder, about)
+        trials = Trials(folder, backbone, data, config, report, worker)
+        for name, row in found.items():
+            rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))
+            for share in fractions:
+                own = seeds if row.seeded or share < 1 else seeds[:1]
+                measured = [trials.run(name, row, seed, share, rate) for seed in own]
+                results += [{**one, "search": tried} for one in summaries(name, share, rate, own, measured)]
+                whole = {**about, "rows": results}
+                write_json(folder / RESULT, whole)
+                with replacing(folder / TABLE) as (temporary,):
+                    temporary.write_text(markdown(results), encoding="utf-8")
+    return whole
+
+
+class Trials:
+    """The trials of a comparison, by folder and file: those that are there are read, others run.
+
+    Args: as `compare`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backbone: Mapping[str, Any],
+        data: Mapping[str, Any],
+        config: TrainConfig,
+        report: Report | None,
+        worker: Worker,
+    ):
+        self.folder, self.backbone, self.data, self.config = folder, backbone, data, config
+        self.report, self.worker = report, worker
+
+    def choose(
+        self, name: str, row: Row, given: Sequence[float] | None, seed: int, share: float
+    ) -> tuple[float | None, list[dict[str, Any]]]:
+        """Return the best rate on the validation split, and what was tried; None if the row has no rate."""
+        rates = sorted(given or row.rates.get(self.config.optimizer, ()))
+        if len(rates) < 2:
+            return (rates[0] if rates else None), []
+        accuracy = {rate: self._tried(name, row, seed, share, rate) for rate in rates}
+        for _ in range(FURTHER):
+            ends = sorted(accuracy)
+            best = max(ends, key=lambda rate: accuracy[rate])
+            if best not in (ends[0], ends[-1]):
+                break
+            further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
+            accuracy[further] = self._tried(name, row, seed, share, further)
+        best = max(accuracy, key=lambda rate: accuracy[rate])
+        if accuracy[best] < 0:
+            raise TrainingError(
+                f"row {name!r}: with none of the rates {', '.join(f'{rate:g}' for rate in sorted(accuracy))} training "
+                f"came to an end; give others for it"
+            )
+        tried = [{"rate": rate, "accuracy": max(0.0, accuracy[rate])} for rate in sorted(accuracy)]
+        return best, tried
+
+    def _tried(self, name: str, row: Row, seed: int, share: float, rate: float) -> float:
+        """Return the validation accuracy with a rate, -1 where training broke off."""
+        try:
+            return float(self.run(name, row, seed, share, rate, validate=True)["accuracy"])
+        except TrainingError:
+            return -1.0
+
+    def run(
+        self, name: str, row: Row, seed: int, share: float, rate: float | None, validate: bool = False
+    ) -> dict[str, Any]:
+        """Return what one trial measured; run it if it is not there."""
+        settings = replace(self.config, seed=seed, lr=rate)
+        parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
+        if row.needs_labels or validate:
+            parts.append(f"labels-{share:g}")
+        folder = self.folder / name.replace(":", "-") / "-".join(parts)
+        result = folder / f"result-{share:g}.json"
+        part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
+        if share < 1:
+            part += f", {share:.2%} of the labels"
+        if not result.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            job = Job(name, share, validate, settings.to_json(), self.backbone, self.data, str(folder), str(result))
+            self._process(job, folder / "job.json", part)
+        measured = read_json(result, MEASURED, "delete it, and its trial is measured again")
+        if self.report is not None:
+            self.report({"event": "trial", "part": part, "accuracy": measured["accuracy"]})
+        return measured
+
+    def _process(self, job: Job, path: Path, part: str) -> None:
+        """Run a job in a process of its own, and pass on what it reports."""
+        job.write(path)
+        failed: tuple[str, str] | None = None
+        code = 0
+        for event in self.worker.run(path):
+            if event["event"] == "error":
+                failed = event["kind"], event["message"]
+            elif event["event"] == "exit":
+                code = event["code"]
+            elif self.report is not None:
+                self.report({**event, "part": part})
+        if failed is not None:
+            kind: type[errors.MaskpackError] = getattr(errors, failed[0])
+            raise kind(f"{part}: {failed[1]}")
+        if code:
+            raise StateError(
+                f"{part}: its process ended with the exit code {code}; what it printed stands above, and "
+                f"a trial that ran out of memory prints nothing. Free some and call it again to go on, or take a "
+                f"smaller batch size and another folder"
+            )
+
+
+def _check(
+    names: Sequence[str], seeds: Sequence[int], fractions: Sequence[float], rates: Mapping[str, Sequence[float]]
+) -> None:
+    for what, values in (("rows", names), ("seeds", seeds), ("shares of the labels", fractions)):
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{what} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
+    unknown = sorted(rates.keys() - set(names))
+    if unknown:
+        raise ConfigError(f"a rate is given for {unknown[0]!r}, which is none of the rows {', '.join(names)}")
+    for name, given in rates.items():
+        if not given or not all(0 < rate < float("inf") for rate in given):
+            raise ConfigError(f"the rates of {name!r} must be finite numbers above 0, got {list(given)}")
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as JSON values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")}
+
+
+def _claim(folder: Path, about: Mapping[str, Any]) -> None:
+    """Note what a folder is for, or see that it is for this.
+
+    Raises:
+        StateError: if it holds a comparison with other settings.
+    """
+    path = folder / COMPARISON
+    if path.exists():
+        there = read_json(path, frozenset(about), "choose another folder, or delete this one")
+        # a folder of an earlier release knows no settings that came later: they had no effect, as by default
+        there["settings"] = _settings(TrainConfig()) | there["settings"]
+        here = json.loads(json.dumps(about))
+        differing = [
+            f"{part} ({', '.join(sorted(key for key in one if there[part].get(key) != one[key]))})"
+            for part, one in here.items()
+            if there[part] != one
+        ]
+        if differing:
+            raise StateError(
+                f"{folder} holds a comparison with other settings: {', '.join(differing)}; choose another folder"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, about)

@@ -1,0 +1,300 @@
+"""One trial of a comparison: fitted, measured and written as JSON, in a process of its own."""
+
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from torch import nn
+
+from ..backbone.classifier import Classifier
+from ..backbone.load import Backbone, load_backbone
+from ..errors import DataError, MaskpackError, StateError
+from ..training.config import config_from
+from ..training.data.base import Data, Examples, loader, readable
+from ..training.data.load import LABELS_SEED, few_labels, hold_out, load_data
+from ..training.evaluate import by_class
+from ..training.run_folder import read_json, write_json
+from .baselines.base import Fitted, Predict, Trial, classified, find_row
+
+# not run here, so that no thread is there when the process forks; one that is not installed is needed by no trial
+IMPORTED = ("accelerate", "datasets", "torchvision.transforms.v2", "torch.utils.tensorboard", "sklearn.mixture", "PIL")
+
+
+GRACE = 1.5  # seconds that a job has to end by itself
+POLL = 0.1
+
+
+class Worker:
+    """Starts the worker when it is first needed, and ends it with all that it started.
+
+    It ends also when this process is killed.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._process is not None:
+            for number in (signal.SIGTERM, signal.SIGKILL):  # a training that is asked to stop keeps its last step
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.communicate(timeout=GRACE)
+                    break
+
+    def run(self, job: Path) -> Iterator[dict[str, Any]]:
+        """Give the events of a job, the last of which is {"event": "exit", "code"}."""
+        if self._process is None or self._process.poll() is not None:
+            # in a group of its own: the interrupt key reaches this process alone, which then ends the others
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "maskpack.lab.trial"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                process_group=0,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # its end is seen below
+            self._process.stdin.write(f"{job}\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            yield event
+            if event["event"] == "exit":
+                return
+        yield {"event": "exit", "code": self._process.wait()}
+
+
+def serve() -> None:
+    """Run the jobs that stdin names."""
+    events, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no event
+    for name in IMPORTED:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _run(Path(line.rstrip("\n")), events)
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            # nothing comes in while a job runs but the end of who waits for it, by whatever signal
+            if select.select([sys.stdin], [], [], POLL)[0]:
+                os.killpg(0, signal.SIGKILL)
+        _write(events, {"event": "exit", "code": os.waitstatus_to_exitcode(ended[1])})
+
+
+def _run(path: Path, events: TextIO) -> None:
+    """Run a job and end this process."""
+    code = 1
+    try:
+        job = Job(**json.loads(path.read_text(encoding="utf-8")))
+        write_json(Path(job.result), run(job, lambda event: _write(events, event)))
+        code = 0
+    except MaskpackError as error:
+        _write(events, {"event": "error", "kind": type(error).__name__, "message": str(error)})
+    except OSError as error:  # a full disk, say
+        _write(events, {"event": "error", "kind": StateError.__name__, "message": str(error)})
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _write(events: TextIO, event: Mapping[str, Any]) -> None:
+    try:
+        events.write(json.dumps(event) + "\n")
+        events.flush()
+    except BrokenPipeError:  # nobody waits for the result any more
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    serve()
+
+
+VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
+SPENT = "spent.json"  # what training took so far, for a trial that is interrupted or has other labels
+TIMED = 2.0  # seconds of timing, and at least
+ROUNDS = 5  # passes
+MEASURED = frozenset(("accuracy", "trained", "steps", "sizes", "bytes", "labels", "seconds", "peak_memory", "controls"))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a process is asked for.
+
+    Attributes:
+        row: name, with its argument. settings: of TrainConfig, with seed and rate. share: of the labels.
+        validate: measure on a validation split of these labels, and not on the test split.
+        backbone, data: arguments of `load_backbone` and `load_data`.
+        folder: of the trial. result: file to write.
+    """
+
+    row: str
+    share: float
+    validate: bool
+    settings: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    data: Mapping[str, Any]
+    folder: str
+    result: str
+
+    @property
+    def seed(self) -> int:
+        """Of the trial."""
+        return int(self.settings["seed"])
+
+    def write(self, path: Path) -> None:
+        """Write the job as JSON."""
+        write_json(path, asdict(self))
+
+
+def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, Data, Examples]:
+    """Return (rows whose labels are known, rows without labels, rows to measure on).
+
+    Rows that are measured on are in neither of the others.
+
+    Raises:
+        DataError: if the training or the test split is missing, or there is no class.
+    """
+    if data.train is None or data.test is None or not data.class_names:
+        raise DataError(
+            f"a comparison needs a training and a test split with labels; {data.id!r} has "
+            f"{'no training split' if data.train is None else 'no test split' if data.test is None else 'no labels'}"
+        )
+    test, train, known = data.test, data.train, few_labels(data.train, share, LABELS_SEED + seed)
+    if validate:
+        known, held = hold_out(known, VALIDATION, seed)
+        if held is None:
+            raise DataError(
+                f"{len(known)} rows with labels are too few to choose a learning rate on; give one with --lr ROW=RATE"
+            )
+        test, without = held, set(held.indices)
+        train = replace(train, indices=[row for row in train.indices if row not in without])
+    only = replace(data, validation=None, test=None)
+    return replace(only, train=known), replace(only, train=train, class_names=()), test
+
+
+class Spent:
+    """Seconds and memory of training as of its last epoch, also of processes that were interrupted or had other labels.
+
+    Args:
+        path: where they are noted. resident: bytes of the process before training.
+    """
+
+    def __init__(self, path: Path, resident: int):
+        self.path, self.resident, self.started = path, resident, time.monotonic()
+        self.before: dict[str, Any] = {"seconds": 0.0}
+        if path.exists():
+            self.before = read_json(path, frozenset(("seconds",)), "delete it and run again")
+
+    def now(self) -> dict[str, Any]:
+        """Return {"seconds", "peak_memory"} up to now."""
+        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = max(0, memory()[1] - self.resident) + on_device
+        seconds = self.before["seconds"] + time.monotonic() - self.started
+        return {"seconds": seconds, "peak_memory": max(peak, self.before.get("peak_memory", 0))}
+
+    def keep(self) -> None:
+        """Note what was spent up to now."""
+        write_json(self.path, self.now())
+
+
+def memory() -> tuple[int, int]:
+    """Return the process's resident bytes, now and at most; on a system without /proc, at most and at most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage: a process that was started from a great one inherits that one's peak there
+        kilobytes = dict(line.split(":") for line in status.read_text().splitlines() if line.startswith("Vm"))
+        return int(kilobytes["VmRSS"].split()[0]) << 10, int(kilobytes["VmHWM"].split()[0]) << 10
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most, most
+
+
+def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
+    """Fit and measure what a job asks for; return the result, JSON values."""
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone, config = load_backbone(**job.backbone), config_from(job.settings)
+    known, unlabelled, test = splits(load_data(**job.data), job.share, job.seed, job.validate)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    spent = Spent(folder / SPENT, memory()[0])
+
+    def passed_on(event: Mapping[str, Any]) -> None:
+        if event["event"] == "epoch":
+            spent.keep()
+        report(event)
+
+    fitted = find_row(job.row).fit(Trial(backbone, known, unlabelled, config, folder, passed_on))
+    total = spent.now()
+
+    def measured(one: Fitted) -> dict[str, Any]:
+        accuracy, rows = measure(one.predict, backbone, test, config.batch_size, len(known.class_names))
+        sizes = dict(one.sizes)
+        about = {"accuracy": accuracy, "examples": rows, "trained": one.trained, "steps": one.steps}
+        return {**about, "sizes": sizes, "bytes": sum(sizes.values())}
+
+    result = {
+        **measured(fitted),
+        "labels": len(known.train or ()),
+        **total,
+        "controls": {name: measured(one) for name, one in fitted.controls.items()},
+    }
+    if not job.validate:
+        result["overhead"] = overhead(fitted, load_backbone(**job.backbone), test, len(known.class_names), config)
+    return result
+
+
+@torch.no_grad()
+def measure(
+    predict: Predict, backbone: Backbone, examples: Examples, batch_size: int, classes: int
+) -> tuple[float, int]:
+    """Return the share of examples that get their class, and how many could be read."""
+    batches = readable(loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size))
+    scores, labels = [], []
+    for inputs, y in batches:
+        scores.append(predict(inputs))
+        labels.append(y)
+    if not labels:
+        raise DataError("no row to measure on could be read")
+    y = torch.cat(labels)
+    assert int(y.max()) < classes
+    return float(by_class(torch.cat(scores), y)["accuracy"]), len(y)
+
+
+@torch.no_grad()
+def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: int, config: Any) -> float:
+    """Return the time of a batch relative to that of the bare backbone with a linear head; medians, by turns."""
+    batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=config.batch_size)
+    inputs, _ = next(readable(batches))
+    linear = nn.Linear(backbone.features, classes).to(next(backbone.model.parameters()).dtype)
+    bare = classified(Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval())
+    times: dict[Predict, list[float]] = {bare: [], fitted.predict: []}
+    for predict in times:
+        predict(inputs)
+    until = time.perf_counter() + TIMED
+    while len(times[bare]) < ROUNDS or time.perf_counter() < until:
+        for predict, taken in times.items():
+            started = time.perf_counter()
+            predict(inputs)
+            taken.append(time.perf_counter() - started)
+    return median(times[fitted.predict]) / median(times[bare])

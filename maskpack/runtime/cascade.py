@@ -1,0 +1,225 @@
+"""load_cascade: a dispatcher and its experts on one model."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter.content import CascadeParts, Parts
+from ..adapter.predict import Prediction, inputs_to_batches, model_tokenizer
+from ..adapter.read import Adapter
+from ..backbone.classifier import Inputs, embeddings, example_count, taken
+from ..backbone.load import Backbone
+from ..backbone.model import unwrap
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, DataError
+from ..hub.pull import PullOptions
+from ..preprocess import TextPreprocess, preprocess_from_json
+from .apply import masked
+from .load import VERIFY, Reference, Verify, load_adapter, make_base
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a cascade's calls took so far.
+
+    Attributes:
+        inputs: that were embedded or routed. passes: forward passes, each input of a pass counted.
+        switches: how often a set's masks were put on the model and taken off.
+        seconds: of masks and passes together.
+        mask_bytes: memory that the masks take (one bit a weight), with what is switched beside them.
+    """
+
+    inputs: int = 0
+    passes: int = 0
+    switches: int = 0
+    seconds: float = 0.0
+    mask_bytes: int = 0
+
+    @property
+    def passes_per_input(self) -> float:
+        """Forward passes for each input: 2 where a cascade is conditional, else one more than it has experts."""
+        return self.passes / self.inputs if self.inputs else 0.0
+
+
+class Cascade:
+    """A model with a dispatcher and experts as masks: one network in memory, and one bit a weight for each of the sets.
+
+    A call puts masks on the model and takes them off again: between calls, and after one that failed, the model is
+    what it was, to the bit. While a call runs, nothing else may use the model, in no thread: neither another call nor
+    a forward pass of its own.
+
+    Attributes:
+        model: the base. parts: dispatcher, experts, router, and how embeddings are combined.
+        class_names: of the head, or None.
+        cost: what the calls so far took; set it to `Cost(mask_bytes=cascade.cost.mask_bytes)` to count anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sets: Mapping[str, Parts],
+        parts: CascadeParts,
+        *,
+        class_names: Sequence[str] | None = None,
+        preprocess: Mapping[str, Any] | None = None,
+    ):
+        self.model, self.parts, self.class_names = model, parts, class_names
+        self._sets, self._preprocess = sets, preprocess
+        one = parts.embedding
+        self._backbone = Backbone(model, "the model", head=one.module, pooling=one.pooling, normalize=one.normalize)
+        self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
+
+    @property
+    def features(self) -> int:
+        """Length D of the embedding by one set."""
+        return len(self.parts.router.whitening.mean)
+
+    def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Return the combined embeddings of a batch, float32 on the CPU.
+
+        Args:
+            inputs: preprocessed: (B, C, H, W), or a tokenizer's tensors by name, (B, T) each.
+
+        Returns:
+            (B, D (K + 1)): [D, E1, …, EK] with K experts, where blocks of experts that a conditional cascade does not
+            ask are zero; (B, F) where the cascade has a reduction. Each expert's masks are put on once at most.
+
+        Raises:
+            StateError: if the model has a mask loaded. BackboneMismatchError: if it has other features.
+            DataError: if the inputs are not preprocessed.
+        """
+        inputs = _preprocessed(inputs)
+        first = self._embed(self.parts.dispatcher, inputs)
+        chosen = self.parts.router.route(first)
+        blocks = [first]
+        for index, name in enumerate(self.parts.experts):
+            block = torch.zeros_like(first)
+            rows = (chosen == index).nonzero()[:, 0]
+            if self.parts.combine == "unconditional":
+                rows = torch.arange(len(first))
+            if len(rows):
+                block[rows] = self._embed(name, taken(inputs, rows))
+            blocks.append(block)
+        self.cost = replace(self.cost, inputs=self.cost.inputs + len(first))
+        whole = torch.cat(blocks, dim=1)
+        return whole if self.parts.reduction is None else self.parts.reduction(whole)
+
+    def route(self, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return which expert each input of a batch is for, (B,), and the probability of every expert, (B, K)."""
+        posterior = self.parts.router.posterior(self._embed(self.parts.dispatcher, _preprocessed(inputs)))
+        self.cost = replace(self.cost, inputs=self.cost.inputs + len(posterior))
+        return posterior.argmax(1), posterior
+
+    def predict(
+        self, inputs: Sequence[Any] | Tensor, *, tokenizer: Any = None, batch_size: int = 64
+    ) -> list[Prediction]:
+        """Classify inputs; masks are switched for each batch, so that large batches are quick.
+
+        Args:
+            inputs: image paths or PIL images; a tensor (B, C, H, W) that is preprocessed already; or texts.
+            tokenizer: of a text model; default: the one that the model was loaded with.
+
+        Raises:
+            AdapterError: if the cascade has no head, class names or preprocessing. DataError: if one cannot be read.
+        """
+        weight, bias = self.parts.weight, self.parts.bias
+        if weight is None or bias is None or self.class_names is None or self._preprocess is None:
+            raise AdapterError(
+                "this cascade has no head, class names or preprocessing, so it cannot predict by itself; embed(x) "
+                "gives its embeddings"
+            )
+        how = preprocess_from_json(self._preprocess)
+        if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):
+            tokenizer = model_tokenizer(self.model)
+        found = []
+        for batch, _ in inputs_to_batches(inputs, how, tokenizer, batch_size):
+            logits = nn.functional.linear(self.embed(batch), weight.float(), bias.float())
+            scores, best = logits.softmax(-1).max(-1)
+            found += [Prediction(self.class_names[int(i)], float(s)) for i, s in zip(best, scores, strict=True)]
+        return found
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[None]:
+        """Give the model with the masks of one set on it; afterwards it is as before, to the bit.
+
+        Raises:
+            StateError: if the model has a mask loaded. BackboneMismatchError: if it is another one.
+        """
+        one = self._sets[name]
+        dense = {**one.statistics, **one.parameters}
+        with masked(self.model, one.masks.items(), one.masks.shapes, mask_id=name, values=one.values, dense=dense):
+            self.cost = replace(self.cost, switches=self.cost.switches + 1)
+            yield
+
+    def _embed(self, name: str, inputs: Inputs) -> Tensor:
+        """Return the embeddings of a batch by one set, (B, D) float32 on the CPU."""
+        count = example_count(inputs)
+        if count == 0:
+            return torch.zeros(0, self.features)
+        started = time.perf_counter()
+        with self.loaded(name):
+            x, _ = embeddings(self._backbone, [(inputs, torch.zeros(count, dtype=torch.long))])
+        if x.shape[1] != self.features:
+            raise BackboneMismatchError(
+                f"the model gives embeddings of {x.shape[1]} features, the cascade's router expects {self.features}; "
+                f"load the backbone that it was made for, with the same head"
+            )
+        self.cost = replace(
+            self.cost,
+            passes=self.cost.passes + len(x),
+            seconds=self.cost.seconds + time.perf_counter() - started,
+        )
+        return x
+
+
+def load_cascade(
+    model: nn.Module,
+    ref: Reference | Adapter,
+    *,
+    verify: Verify = "strict",
+    **options: Unpack[PullOptions],
+) -> Cascade:
+    """Decode the masks of a cascade for a model; what is loaded on the model is unloaded, and nothing else changed.
+
+    Args:
+        model: the base. It stays the only network in memory; masks are kept as one bit a weight.
+        ref, verify: as in `load_mask`.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
+
+    Raises:
+        AdapterError: if the adapter is not there, not valid, or no cascade.
+        BackboneMismatchError: if the model is not the base that the adapter was made for.
+        HubError: if the download failed.
+    """
+    if verify not in VERIFY:
+        raise ConfigError(f"verify must be one of {', '.join(VERIFY)}, got {verify!r}")
+    adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
+    parts = adapter.cascade
+    if parts is None:
+        what = "one mask set" if len(adapter.sets) == 1 else f"{len(adapter.sets)} mask sets without a router"
+        raise AdapterError(f"{adapter.path} is no cascade, it has {what}; load it with load_mask(model, ref)")
+    make_base(model, adapter, verify)
+    module = parts.embedding.module
+    if module is not None and module not in dict(unwrap(model).named_modules()):
+        raise BackboneMismatchError(
+            f"the model has no module {module!r}, whose input is the cascade's embedding; load it with its head"
+        )
+    sets = {}
+    for name in adapter.sets:
+        masks = adapter.masks(unwrap(model), name)
+        sets[name] = Parts(masks, None, adapter.statistics(name), adapter.parameters(name), adapter.values(name))
+    return Cascade(model, sets, parts, class_names=adapter.class_names, preprocess=adapter.preprocess_config)
+
+
+def _preprocessed(inputs: Any) -> Inputs:
+    """Return a batch as the model takes it; what a tokenizer returns is a mapping, but no dictionary."""
+    if not isinstance(inputs, Tensor | Mapping):
+        raise DataError(
+            f"embed and route take a preprocessed batch, a tensor or a tokenizer's tensors by name; got "
+            f"{type(inputs).__name__}, which predict may take"
+        )
+    return inputs if isinstance(inputs, Tensor) else dict(inputs)

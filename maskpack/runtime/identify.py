@@ -1,0 +1,251 @@
+"""Which of a bank's adapters is an input for? By the entropy of outputs, or by features of the base."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.classifier import Inputs, embeddings, example_count, modes_kept
+from ..backbone.load import Backbone
+from ..backbone.model import find_head
+from ..errors import ConfigError
+from .bank import MaskBank
+from .switch import Superposition, entropies, superposition
+
+OWN = 0.99  # share of a task's own examples that lie within its limit
+
+
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """Which adapter a batch is for.
+
+    Attributes:
+        name: of the adapter; None: none of them. likeliest: of the best one in any case.
+        confidence: 0 to 1. scores: of each adapter, greater is likelier; their unit depends on how they were found.
+        passes: forward passes of the batch, a backward pass counted as two.
+    """
+
+    name: str | None
+    likeliest: str
+    confidence: float
+    scores: Mapping[str, float]
+    passes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Profiles:
+    """What tasks look like to the base: where their examples lie in its features.
+
+    Attributes:
+        names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
+            OWN of a task's own examples lie, (k,).
+        head, pooling, normalize: where the features are taken, as of `Backbone`.
+    """
+
+    names: tuple[str, ...]
+    means: Tensor
+    deviation: Tensor
+    limits: Tensor
+    head: str | None
+    pooling: str | None
+    normalize: bool
+
+    def nearest(self, inputs: Inputs, model: nn.Module, least: float) -> Identified:
+        """Return the task that most of a batch is nearest to; none if the batch lies outside of its limit."""
+        features = _features(model, self.head, self.pooling, self.normalize, inputs)
+        distances = _distances(features, self.means, self.deviation)
+        votes = torch.bincount(distances.argmin(1), minlength=len(self.names)) / len(features)
+        best = int(votes.argmax())
+        confidence = float(votes[best])
+        far = float(distances[:, best].median()) > float(self.limits[best])
+        name = None if far or confidence < least else self.names[best]
+        scores = dict(zip(self.names, (-distances.mean(0)).tolist(), strict=True))
+        return Identified(name, self.names[best], confidence, scores, 1)
+
+
+def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Profiles:
+    """Note where some examples of each task lie in the features of the base, for `identify`.
+
+    Args:
+        examples: by the name of a task's adapter, preprocessed, two or more of each.
+
+    Raises:
+        UnknownNameError: if the bank has no adapter of a name. ConfigError: if a task has less than two examples.
+    """
+    if not examples:
+        raise ConfigError("there are no examples of any task; give some by the names of adapters")
+    head = bank.parts(next(iter(examples))).head
+    pooling = None if head is None else head.pooling
+    place = None if pooling is not None else find_head(bank.model) if head is None else head.module
+    normalize = head is not None and head.normalize
+    found = {}
+    for name, inputs in examples.items():
+        bank.parts(name)
+        batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
+        with bank.disabled():
+            found[name] = _features(bank.model, place, pooling, normalize, batch)
+        if len(found[name]) < 2:
+            raise ConfigError(f"a profile needs two examples at least, and {name!r} has {len(found[name])}")
+    means = torch.stack([one.mean(0) for one in found.values()])
+    within = torch.cat([one - mean for one, mean in zip(found.values(), means, strict=True)])
+    deviation = within.std(0).clamp(min=1e-6)
+    limits = [
+        _distances(one, mean[None], deviation)[:, 0].quantile(OWN)
+        for one, mean in zip(found.values(), means, strict=True)
+    ]
+    return Profiles(tuple(found), means, deviation, torch.stack(limits), place, pooling, normalize)
+
+
+def _features(model: nn.Module, head: str | None, pooling: str | None, normalize: bool, inputs: Inputs) -> Tensor:
+    backbone = Backbone(model, "the model", head=head, pooling=pooling, normalize=normalize)  # type: ignore[arg-type]
+    return embeddings(backbone, [(inputs, torch.zeros(example_count(inputs), dtype=torch.long))])[0]
+
+
+def _distances(features: Tensor, means: Tensor, deviation: Tensor) -> Tensor:
+    """Return root mean squares of (features - mean) / deviation, (B, k)."""
+    return torch.cdist(features / deviation, means / deviation) / math.sqrt(len(deviation))
+
+
+How = Literal["one-shot", "binary", "each"]
+HOWS: tuple[How, ...] = get_args(How)
+LEAST = 0.5  # confidence below which it is none of them
+
+
+def identify(
+    bank: MaskBank,
+    inputs: Tensor | Mapping[str, Tensor],
+    how: "How | Profiles" = "one-shot",
+    *,
+    names: Sequence[str] | None = None,
+    least: float = LEAST,
+) -> Identified:
+    """Tell which adapter of a bank a batch of one unknown task is for; the model computes afterwards as before.
+
+    By entropy, after "Supermasks in Superposition" (Wortsman et al., 2020): the network is the mean of those of all
+    adapters, and the right one is whose share lowers the entropy of the outputs most.
+
+    - "one-shot": the least slope of the entropy, by one forward and one backward pass.
+    - "binary": the half with the lesser slopes goes on, until one is left.
+    - "each": the least entropy of all, one forward pass for each adapter; heads may have any shape.
+    - `Profiles`: the nearest task by features of the base, one forward pass.
+
+    By entropy, the confidence is 1 - mean entropy / log(classes) of the adapter's own outputs; by profiles, the share
+    of the examples that are nearest to the task.
+
+    Args:
+        inputs: preprocessed: (B, …), or a tokenizer's tensors by name.
+        names: of the adapters in question; default: all.
+        least: confidence below which the answer is that it is none of them.
+
+    Raises:
+        ConfigError: if there are not two adapters, `how` is unknown, or heads cannot be added up.
+        UnknownNameError: if the bank has no adapter of a name.
+    """
+    batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    if isinstance(how, Profiles):
+        with bank.disabled():
+            return how.nearest(batch, bank.model, least)
+    if how not in HOWS:
+        raise ConfigError(f"how must be {', '.join(HOWS)}, or the Profiles of tasks; got {how!r}")
+    known = list(bank.names if names is None else names)
+    if len(known) < 2:
+        raise ConfigError(f"there must be two adapters at least to choose from, got {len(known)}")
+    with torch.no_grad(), modes_kept(bank.model):
+        bank.model.eval()
+        if how == "each":
+            found = {name: _entropy(bank, name, batch) for name in known}
+            best = min(known, key=lambda name: found[name][0])
+            scores = {name: -one[0] for name, one in found.items()}
+            return _identified(best, found[best][1], scores, len(known), least)
+        with bank.disabled():
+            scores, passes = _slopes(
+                superposition(bank.model, {name: bank.parts(name) for name in known}), known, batch, how
+            )
+        best = max(known, key=lambda name: scores[name])
+        return _identified(best, _entropy(bank, best, batch)[1], scores, passes + 1, least)
+
+
+def mixture(
+    bank: MaskBank,
+    inputs: Tensor | Mapping[str, Tensor],
+    labels: Tensor | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    steps: int = 20,
+    lr: float = 0.5,
+) -> tuple[dict[str, float], Callable[[Tensor | Mapping[str, Tensor]], Tensor]]:
+    """Combine adapters for a task that none of them was made for: a point of their simplex, fitted to a batch.
+
+    The mean entropy of the outputs is minimised, or their cross-entropy where labels are given, by gradient descent on
+    the logits of the shares, from equal shares.
+
+    Args:
+        labels: (B,). names: of the adapters in question; default: all. steps, lr: of the descent.
+
+    Returns:
+        The shares by name, which add up to 1, and a function from a batch to its logits by the combined network.
+
+    Raises:
+        ConfigError: as `identify`.
+    """
+    known = list(bank.names if names is None else names)
+    if len(known) < 2:
+        raise ConfigError(f"there must be two adapters at least to combine, got {len(known)}")
+    batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    with bank.disabled(), torch.no_grad(), modes_kept(bank.model):
+        bank.model.eval()
+        one = superposition(bank.model, {name: bank.parts(name) for name in known})
+        point = torch.zeros(len(known))
+        for _ in range(steps):
+            shares = point.softmax(0)
+            _, slopes = one.slopes(batch, shares, _loss(labels))
+            point -= lr * shares * (slopes - (shares * slopes).sum())
+        shares = point.softmax(0)
+        tensors = one.added(shares)
+
+    def outputs(inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        with bank.disabled():
+            return one.logits(inputs if isinstance(inputs, Tensor) else dict(inputs), tensors)
+
+    return dict(zip(known, shares.tolist(), strict=True)), outputs
+
+
+def _slopes(one: Superposition, names: Sequence[str], batch: Inputs, how: How) -> tuple[dict[str, float], int]:
+    """Return minus the slopes of the entropy, and for those that a search dropped, less the later the better."""
+    alive = list(range(len(names)))
+    scores: dict[str, float] = {}
+    passes = 0
+    while True:
+        weights = torch.zeros(len(names))
+        weights[alive] = 1 / len(alive)
+        _, slopes = one.slopes(batch, weights, _loss(None))
+        passes += 3
+        alive.sort(key=lambda index: float(slopes[index]))
+        if how == "one-shot":
+            return {names[index]: -float(slopes[index]) for index in alive}, passes
+        kept = (len(alive) + 1) // 2
+        for index in alive[kept:]:
+            scores[names[index]] = float(passes)
+        alive = alive[:kept]
+        if len(alive) == 1:
+            return {**scores, names[alive[0]]: passes + 1.0}, passes
+
+
+def _entropy(bank: MaskBank, name: str, batch: Inputs) -> tuple[float, float]:
+    """Return the mean entropy of an adapter's outputs, and how sure that is: 1 - entropy / log(classes)."""
+    logits = torch.stack(bank(batch, masks=[name] * example_count(batch)))
+    mean = float(entropies(logits).mean())
+    return mean, 1 - mean / math.log(max(logits.shape[-1], 2))
+
+
+def _loss(labels: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if labels is None:
+        return lambda logits: entropies(logits).mean()
+    return lambda logits: nn.functional.cross_entropy(logits.float(), labels.to(logits.device))
+
+
+def _identified(best: str, confidence: float, scores: Mapping[str, float], passes: int, least: float) -> Identified:
+    return Identified(best if confidence >= least else None, best, confidence, scores, passes)

@@ -1,0 +1,224 @@
+"""load_masked: base and mask together, one tensor at a time, onto a model that has no weights yet."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter.read import Adapter
+from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
+from ..backbone.load import COUNTER, fit_head, sources
+from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
+from ..errors import BackboneMismatchError, StateError
+from ..hub.pull import PullOptions
+from ..safetensors_io import open_tensors
+from .apply import applied, apply_masks, check_masks, forget
+from .load import (
+    HeadChoice,
+    MaskpackWarning,
+    Mode,
+    Model,
+    Reference,
+    Verify,
+    beside_masks,
+    check_choices,
+    load_adapter,
+    removing,
+)
+
+
+def load_masked(
+    model: Model,
+    weights: str | os.PathLike[str],
+    ref: Reference | Adapter,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    verify: Verify = "strict",
+    head: HeadChoice = "replace",
+    mode: Mode = "target",
+    **options: Unpack[PullOptions],
+) -> Model:
+    """Load a base's weights and an adapter into a model together, and return the same model; there is no undo.
+
+    A tensor of the file is read, compared with the adapter's digest, moved, masked and put into the model, then the
+    next. So it takes the memory of the masked model, of the adapter, and of a few copies of the largest tensor. The
+    model gets the bits that loading the weights, `load_mask(…, restorable=False)` and `model.to(device, dtype)` give.
+
+    If it fails before it reads the first tensor, the model keeps its weights (it may have another head, with as many
+    classes as the file's). If it fails later, every parameter and saved buffer of the model is on the meta device: it
+    has no weights, rather than some. An interruption at the very end leaves the whole adapter on it. If it is
+    interrupted twice, load it once more.
+
+    Args:
+        model: may be on the meta device, as made under `with torch.device("meta")`; its parameters become new ones.
+        weights: of the base, which must fit the model strictly: a safetensors file, the index of one in several files,
+            or a folder of either.
+        ref: as of `load_mask`.
+        device: where tensors go; default: where the model has them, the CPU for those on the meta device.
+        dtype: of floating-point tensors in the end; default: the model's. Digests are compared and masks applied in
+            the model's dtype, before that cast.
+        verify, head, mode: as of `load_mask`; with "strict" the first masked tensor that is not the base's is the end.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
+
+    Raises:
+        StateError: if the model has a mask loaded, or a buffer on the meta device that files do not hold.
+        BackboneError: if the weights do not fit the model. DataError: if they cannot be read.
+        BackboneMismatchError: if they are not those of the adapter's base.
+        AdapterError, HubError: as of `load_mask`.
+    """
+    check_choices(verify, head, mode)
+    adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
+    beside, shapes, whole = beside_masks(adapter, head, mode), adapter.shapes(), unwrap(model)
+    if applied(whole) is not None:
+        raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")
+    base = _Base(Path(weights), whole, adapter.base.head)
+    # parameters that take no memory
+    empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
+    check_masks(_module(empty), shapes)
+    of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
+    compared, digests = compared_dtype(of_body.values()), dict[str, bytes]()
+    masks = adapter.stream_masks(base)
+    try:
+        base.clear()
+        for names in base.names:
+            # it may be masked, or be of the body, under any of its names
+            masked, digested = (next((name for name in names if name in known), None) for known in (shapes, of_body))
+            if digested is not None and verify != "off":
+                digests[digested] = tensor_digest(base[digested], compared)
+                if verify == "strict" and masked is not None:
+                    _check_masked(adapter, masked, digests[digested], compared)
+            tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
+            found = [] if masked is None else [(masked, masks[masked])]
+            base.let_go()
+            if masked is not None:
+                apply_masks(
+                    _module({masked: tensor}),
+                    found if mode == "target" else removing(found),
+                    {masked: shapes[masked]},
+                    mask_id=adapter.mask_id,
+                    values=beside.values,
+                    restorable=False,
+                )
+            base.put(names, _cast(tensor, dtype))
+        _check_body(of_body, digests, adapter, verify)
+        for name, buffer in base.unsaved.items():
+            base.put([name], _cast(buffer.to(device or buffer.device), dtype))
+        apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=beside.dense, head=beside.head, restorable=False)
+    except BaseException:
+        record = applied(whole)
+        if record is None or not record.complete:  # else it has the whole adapter
+            if record is not None:
+                forget(whole, record)
+            base.clear()
+        raise
+    return model
+
+
+class _Base(Mapping[str, Tensor]):
+    """The base's weights by name, in the model's dtypes, read from their file when asked for; the last one is kept.
+
+    Attributes:
+        names: of each tensor of the model that a file holds: all of its names, sorted.
+        devices: where the model has them, the CPU in the place of the meta device, by name.
+        unsaved: buffers that files do not hold, by name.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, heads: Iterable[str]):
+        self._files = open_tensors(path)
+        for head in set(heads) & dict(model.named_modules()).keys():
+            fit_head(model, head, self._files.shapes)
+        self._sources = sources(model, self._files.shapes, path)
+        self._places = dict(slots(model))
+        own = {name: self._places[name][0][self._places[name][1]] for name in self._sources}
+        self.devices = {name: torch.device("cpu") if t.is_meta else t.device for name, t in own.items()}
+        self._dtypes = {name: tensor.dtype for name, tensor in own.items()}
+        first, names = aliases(model), dict[str, list[str]]()
+        for name in sorted(own):
+            names.setdefault(first.get(name, name), []).append(name)
+        self.names = list(names.values())
+        self.unsaved = {
+            name: torch.zeros(b.shape, dtype=b.dtype) if b.is_meta and name.endswith(COUNTER) else b
+            for name, b in ((canonical(n), b) for n, b in model.named_buffers())
+            if name not in own
+        }
+        if lost := [name for name, buffer in self.unsaved.items() if buffer.is_meta]:
+            raise StateError(
+                f"the model has {len(lost)} buffers on the meta device that no file of weights holds, first "
+                f"{lost[0]!r}; give them their values before, or make the model with its parameters alone on the meta "
+                f"device, as accelerate.init_empty_weights() does"
+            )
+        self._last: tuple[str, Tensor] | None = None
+
+    def put(self, names: Iterable[str], tensor: Tensor) -> None:
+        """Make a tensor the model's of these names: a new parameter, or a buffer."""
+        parameter: nn.Parameter | None = None
+        for name in names:
+            owner, leaf = self._places[name]
+            old = owner[leaf]
+            if isinstance(old, nn.Parameter):  # tied ones stay one
+                parameter = nn.Parameter(tensor, old.requires_grad) if parameter is None else parameter
+            owner[leaf] = tensor if parameter is None else parameter
+
+    def clear(self) -> None:
+        """Put all that the file holds on the meta device, and buffers that it does not hold as they were."""
+        for names in self.names:
+            owner, leaf = self._places[names[0]]
+            self.put(names, _on_meta(owner[leaf]))
+        for name, buffer in self.unsaved.items():
+            self.put([name], buffer)
+
+    def let_go(self) -> None:
+        """Forget the last tensor that was read."""
+        self._last = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        source = self._sources[name]
+        if self._last is None or self._last[0] != source:
+            self.let_go()  # before the next is read
+            self._last = source, self._files[source].to(self._dtypes[name])
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def _module(tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a module whose parameters have these dotted names, and the memory of these tensors."""
+    module = nn.Module()
+    module._parameters.update({name: nn.Parameter(tensor, False) for name, tensor in tensors.items()})
+    return module
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    # not empty_like, which may be Python here and then imports a lot
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _check_body(body: Mapping[str, Tensor], digests: Mapping[str, bytes], adapter: Adapter, verify: Verify) -> None:
+    """Raise BackboneMismatchError, or warn, if the digests of a body are not the base's."""
+    if verify == "off":
+        return
+    try:
+        check_digests(body, digests, adapter.base)
+    except BackboneMismatchError as error:
+        if verify == "strict":
+            raise
+        warnings.warn(str(error), MaskpackWarning, stacklevel=3)
+
+
+def _check_masked(adapter: Adapter, name: str, digest: bytes, dtype: torch.dtype) -> None:
+    """Raise BackboneMismatchError if a masked tensor is not the base's."""
+    if not same_digest(digest, adapter.base, name, dtype):
+        raise mismatch(adapter.base, f"the masked tensor {name!r} differs, and nothing behind it was read", dtype)

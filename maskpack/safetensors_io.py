@@ -1,0 +1,514 @@
+"""Safetensors files: strict parsing, canonical bytes, shards, and files that are written whole or not at all."""
+
+import json
+import math
+import os
+import re
+import secrets
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import ConfigError, CorruptAdapterError, DataError, MaskpackError, StateError
+
+MAX_HEADER = 8 << 20  # bytes; a header of this size already names 100,000 tensors
+MAX_DIMENSION = 1 << 48
+MAX_DEPTH = 32  # nested JSON arrays and objects
+SEAL = "header_blake3"  # key in __metadata__
+UNSEALED = "0" * 64
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+DTYPES: dict[str, torch.dtype] = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Span(NamedTuple):
+    """Where a tensor lies in the data section: bytes `start` to `end`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def strict_json(text: str | bytes | memoryview, what: str) -> Any:
+    """Parse JSON, refusing what parsers disagree about: duplicate keys, NaN, infinities, deep nesting.
+
+    Raises:
+        CorruptAdapterError: if the text is not such JSON; `what` names it in the message.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"the key {twice[:80]!r} comes twice")
+        return found
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"the number {number} is not finite")
+        return value
+
+    try:
+        decoded = text if isinstance(text, str) else bytes(text).decode("utf-8")
+        value = json.loads(decoded, object_pairs_hook=once, parse_float=finite, parse_constant=finite)
+        _refuse_deep(value)
+        if SURROGATE.search(decoded):  # half a surrogate pair is no text: printing or storing it would fail much later
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
+        raise CorruptAdapterError(f"{what} is not valid JSON: {error}; fetch the file again") from None
+
+
+def seal(text: bytes) -> bytes:
+    """Fill in the header's own digest: the BLAKE3 of its bytes with zeros for the digest."""
+    empty = _sealed_as(UNSEALED)
+    return text.replace(empty, _sealed_as(blake3(text).hexdigest()), 1)
+
+
+def check_seal(text: bytes, metadata: Mapping[str, str]) -> None:
+    """Check the digest that `seal` filled in.
+
+    Raises:
+        CorruptAdapterError: if it is missing or another; the header was changed then.
+    """
+    stated = metadata.get(SEAL, "")
+    found = blake3(text.replace(_sealed_as(stated), _sealed_as(UNSEALED))).hexdigest()
+    if found != stated:
+        raise CorruptAdapterError(
+            f"the header has the digest {found}, but states {stated[:64] or 'none'}; it was changed or damaged, fetch "
+            f"the file again"
+        )
+
+
+def _sealed_as(digest: str) -> bytes:
+    # quotes inside the adapter header are escaped, so that these bytes stand once in the safetensors header
+    return f'"{SEAL}":"{digest}"'.encode()
+
+
+def _refuse_deep(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def parse_header(text: memoryview, data_size: int) -> tuple[dict[str, str], dict[str, Span]]:
+    """Parse the JSON header of a safetensors file, refusing all that the format does not allow.
+
+    Args:
+        text: the header without its 8 length bytes. data_size: bytes that follow it in the file.
+
+    Returns:
+        The strings of `__metadata__`, and where each tensor lies, sorted by name.
+
+    Raises:
+        CorruptAdapterError: if tensors overlap, leave gaps, do not end with the file, or disagree with their shape.
+    """
+    if bytes(text[:1]) != b"{":
+        raise CorruptAdapterError(f"the safetensors header begins with {bytes(text[:1])!r}, expected b'{{'")
+    entries = strict_json(text, "the safetensors header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CorruptAdapterError("__metadata__ of the safetensors header must map strings to strings")
+    spans = {name: _span(name, entries[name]) for name in sorted(entries)}
+    at = 0
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
+        if span.start != at:
+            kind = "overlaps the tensor before it" if span.start < at else "leaves a gap before it"
+            raise CorruptAdapterError(
+                f"tensor {name!r} starts at byte {span.start} of the data, expected {at}: it {kind}"
+            )
+        at = span.end
+    if at != data_size:
+        raise CorruptAdapterError(
+            f"the file has {data_size} bytes of data, its header describes {at}; "
+            "it was cut off or added to, fetch it again"
+        )
+    return metadata, spans
+
+
+def _span(name: str, entry: Any) -> Span:
+    def refuse(what: str) -> CorruptAdapterError:
+        return CorruptAdapterError(f"tensor {name!r} of the safetensors header: {what}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise refuse(f"expected dtype, shape and data_offsets, got {str(entry)[:80]}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse(f"unknown dtype {str(dtype)[:80]!r}; known: {', '.join(DTYPES)}")
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(value, list) or len(value) > 16 or any(type(n) is not int or n < 0 for n in value):
+            raise refuse(f"{key} must be a list of at most 16 integers >= 0, got {str(value)[:80]}")
+    if any(size > MAX_DIMENSION for size in shape) or len(offsets) != 2:
+        raise refuse(f"a dimension is over {MAX_DIMENSION} or data_offsets are not two: {str(entry)[:120]}")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != size:
+        raise refuse(
+            f"{dtype} of shape {shape} needs {size} bytes, its offsets {offsets} span {offsets[1] - offsets[0]}"
+        )
+    return Span(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file for as long as this process has it open; return False if another has, or it cannot be."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # not on Windows, nor on every network disk
+        return False
+    return True
+
+
+def is_leftover(path: Path, name: str) -> bool:
+    """Return True for a temporary file of a file of that name: `.NAME.<12 hex digits>.tmp`."""
+    return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.tmp", path.name) is not None
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove the temporary files of a path whose writers are gone."""
+    with suppress(OSError):
+        for path in [one for one in target.parent.iterdir() if is_leftover(one, target.name)]:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            try:
+                status = os.fstat(descriptor)
+                # a file that is new and empty may not have its lock yet
+                if (status.st_size or status.st_mtime < time.time() - 10) and lock(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+SUFFIX = ".safetensors"
+INDEX = f"{SUFFIX}.index.json"
+MAX_INDEX = 64 << 20  # bytes; names of 500,000 tensors
+
+Names = frozenset[str]
+
+
+def checkpoint_files(path: Path) -> dict[Path, Names | None]:
+    """Return the safetensors files that a path stands for, with the tensors that each must have (None: any).
+
+    Args:
+        path: a safetensors file, which need not exist; an index (`*.safetensors.index.json`); or a folder with one
+            index, or with one safetensors file.
+
+    Raises:
+        DataError: if a folder has none of these or several, or an index cannot be used: damaged, with shards outside
+            of its folder, or with shards that are missing.
+    """
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.name.endswith(INDEX):
+        return {path: None}
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in _weight_map(path).items():
+        shards.setdefault(shard, set()).add(tensor)
+    missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
+    if missing:
+        raise DataError(
+            f"{path} names {len(shards)} files, of which {len(missing)} are missing, first {missing[0]!r}; fetch the "
+            f"checkpoint again, all of it"
+        )
+    return {path.parent / shard: frozenset(shards[shard]) for shard in sorted(shards)}
+
+
+def check_shard(path: Path, found: Iterable[str], expected: Names | None) -> None:
+    """Raise DataError if a shard has not exactly the tensors that the index says."""
+    if expected is None or (names := frozenset(found)) == expected:
+        return
+    differing = sorted(names ^ expected)
+    what = "has no such tensor" if differing[0] in expected else "has that tensor, which the index does not place there"
+    raise DataError(
+        f"{path} and the index of its checkpoint disagree on {len(differing)} tensors, first {differing[0]!r}: the "
+        f"file {what}; fetch the checkpoint again, all of it"
+    )
+
+
+def _in_folder(folder: Path) -> Path:
+    """Return the index of a folder, or its only safetensors file."""
+    indexes = sorted(folder.glob(f"*{INDEX}"))
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    whole = [one for one in files if f"{one.name}.index.json" in {index.name for index in indexes}]
+    found = [*indexes, *(whole if indexes else files)]
+    if len(found) != 1:
+        names = ", ".join(one.name for one in found[:5])
+        raise DataError(
+            f"{folder} has {len(found)} checkpoints{f' ({names})' if found else ''}, expected one {SUFFIX} file or one "
+            f"index (*{INDEX}); give the file or the index"
+        )
+    return found[0]
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return which shard each tensor is in; names of shards are plain."""
+    if not path.is_file():
+        raise DataError(f"no file {path}; expected the index of a checkpoint")
+    if (size := path.stat().st_size) > MAX_INDEX:
+        raise DataError(f"{path} has {size} bytes, an index has at most {MAX_INDEX}; fetch it again")
+    try:
+        index: Any = strict_json(path.read_bytes(), str(path))
+    except (CorruptAdapterError, OSError) as error:
+        raise DataError(f"cannot read the index of a checkpoint: {error}") from None
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+        raise DataError(f"{path} has no 'weight_map' from names of tensors to names of files; fetch it again")
+    for tensor, shard in found.items():
+        # what Hugging Face writes; anything else could name a file elsewhere on this disk
+        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or ":" in shard or "\0" in shard:
+            raise DataError(
+                f"{path} places {tensor!r} in {shard!r}, expected the name of a file beside the index; it is not as "
+                f"Hugging Face writes it, do not use it"
+            )
+    return found
+
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A tensor to write: its dtype as safetensors names it, its shape, its bytes in pieces (walked several times)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Iterable[Buffer]
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> "Blob":
+        """Make the blob of a tensor; a contiguous tensor in main memory is not copied.
+
+        Raises:
+            ConfigError: if safetensors files here have no such dtype.
+        """
+        if tensor.dtype not in NAMES:
+            raise ConfigError(
+                f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(map(str, NAMES))}; convert it"
+            )
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        data = [flat.view(torch.uint8).numpy().data] if flat.numel() else []
+        return cls(name, NAMES[tensor.dtype], tuple(tensor.shape), data)
+
+    @property
+    def size(self) -> int:
+        """Bytes that dtype and shape ask for."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
+
+    Attributes:
+        path: the file, index or folder.
+        shapes: name -> shape, known without reading a tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for shard, names in checkpoint_files(path).items():
+            with _reading(shard), safe_open(shard, framework="pt") as file:
+                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            check_shard(shard, found, names)
+            shapes |= found
+            self._files |= dict.fromkeys(found, shard)
+        self.shapes = dict(sorted(shapes.items()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        path = self._files[name]
+        # opened anew each time: what is read stays mapped, and so resident, until the file is closed
+        with _reading(path), safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def open_tensors(path: str | Path) -> TensorFile:
+    """Open a checkpoint that the user names, to read it tensor by tensor; memory holds those in use only.
+
+    Args:
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
+
+    Raises:
+        DataError: if it is not there, or cannot be used; the message says why. Reading a tensor raises it as well.
+    """
+    return TensorFile(Path(path))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
+    tensors: dict[str, Tensor] = {}
+    for shard, names in checkpoint_files(Path(path)).items():
+        with _reading(shard):
+            found = load_file(shard)
+        check_shard(shard, found, names)
+        tensors |= found
+    return tensors
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what the official reader raises into a DataError."""
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"no file {path}; expected a .safetensors file, the index of several, or a folder of either")
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"cannot read {path} as a safetensors file: {error}; "
+            f"if it is a pickle (.pt, .bin), convert it with safetensors.torch.save_file"
+        ) from error
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor] | Iterable[Blob], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
+
+    Args:
+        path: the file; its folder must exist. It is replaced as a whole or not at all.
+        tensors: tensors by name, or blobs (whose bytes are not joined in memory).
+        metadata: strings for `__metadata__`.
+
+    Raises:
+        StateError: if the file cannot be written, for instance because the disk is full.
+        ConfigError: if a name comes twice, or bytes and shape disagree.
+    """
+    blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else list(tensors)
+    with replacing(path) as (temporary,):
+        write_blobs(temporary, blobs, metadata)
+
+
+def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
+    """Write the bytes of a safetensors file to `path`, without a temporary file of its own.
+
+    A metadata entry `SEAL` with the value `UNSEALED` becomes the header's own digest.
+    """
+    blobs = file_order(blobs)
+    with path.open("wb") as file:
+        file.write(_header(blobs, metadata))
+        for blob in blobs:
+            for piece in blob.data:
+                file.write(piece)
+
+
+def file_order(blobs: Iterable[Blob]) -> list[Blob]:
+    """Return blobs as they lie in a file: wider elements first, so that each is aligned, then by name."""
+    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype].itemsize, blob.name))
+
+
+def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    for blob in blobs:
+        given = sum(memoryview(piece).nbytes for piece in blob.data)
+        if given != blob.size or blob.name in entries:
+            raise ConfigError(
+                f"tensor {blob.name!r} comes twice, or has {given} bytes where its {blob.dtype} of shape "
+                f"{blob.shape} needs {blob.size}"
+            )
+        entries[blob.name] = {"data_offsets": [start, start + given], "dtype": blob.dtype, "shape": list(blob.shape)}
+        start += given
+    text = json.dumps(entries, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ConfigError(
+            f"the header would have {len(text)} bytes, at most {MAX_HEADER} are allowed; store less in it"
+        )
+    if metadata.get(SEAL) == UNSEALED:
+        text = seal(text)
+    return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def replacing(*paths: str | Path) -> Iterator[list[Path]]:
+    """Give an empty temporary file beside each path; when the block ends well they replace the paths, in order.
+
+    Whatever goes wrong before that, the interrupt key included, the paths stay as they are and the temporary files go.
+    Those of a process that was killed go when the path is written the next time.
+
+    Raises:
+        StateError: in place of an OSError, such as a full disk or a folder that may not be written.
+    """
+    targets = [Path(path) for path in paths]
+    temporary = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in targets]
+    renamed = False
+    locked: list[int] = []
+    try:
+        for path, target in zip(temporary, targets, strict=True):
+            clear_leftovers(target)
+            # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            if lock(descriptor):
+                locked.append(descriptor)
+            else:
+                os.close(descriptor)
+        yield temporary
+        for path in temporary:
+            _sync(path)
+        for path, target in zip(temporary, targets, strict=True):
+            path.replace(target)
+            renamed = True
+        for folder in {path.parent for path in targets}:
+            with suppress(OSError):  # some file systems cannot sync a folder; the files themselves are safe
+                _sync(folder)
+    except MaskpackError:
+        raise
+    except OSError as error:
+        raise StateError(
+            f"cannot write {', '.join(map(str, targets))}: {error.strerror or error}; "
+            f"{'' if renamed else 'nothing was changed there; '}free space, or choose a folder that exists and that "
+            f"you may write to"
+        ) from error
+    finally:
+        for path in temporary:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        for descriptor in locked:
+            os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

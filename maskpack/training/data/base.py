@@ -1,0 +1,253 @@
+"""The contract of a data source, the examples that training and evaluation read, and their batches."""
+
+import io
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ...errors import DataError
+from ...preprocess import Augment, ImagePreprocess, Preprocess, collate_text, open_image
+from ...registry import Registry
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """What a source reads: split name -> `datasets.Dataset`, an id without a path, and the BLAKE3 of the data."""
+
+    splits: Mapping[str, Any]
+    id: str
+    digest: str
+
+
+class DataSource(Protocol):
+    """What every data source has (see the module's docstring)."""
+
+    id: ClassVar[str]
+    reference: ClassVar[str]
+    priority: ClassVar[int]
+
+    @staticmethod
+    def matches(reference: str) -> bool: ...
+
+    @staticmethod
+    def load(reference: str) -> Splits: ...
+
+
+SOURCES: Registry[DataSource] = Registry("data source", "maskpack.training.data")
+
+
+@dataclass
+class Examples(Sequence[tuple[Any, int]]):
+    """Rows of one split as (PIL image or text, label); an item that cannot be read is None.
+
+    Attributes:
+        rows: a `datasets.Dataset`.
+        labels: class index per row.
+        indices: which rows belong to this split, in order.
+        unreadable: indices into `rows` that could not be decoded so far; whoever reads batches adds them.
+        digest: what `rows` are: the digest of the data and the split's name; "" where it is not known.
+    """
+
+    rows: Any
+    column: str
+    labels: Sequence[int]
+    indices: Sequence[int]
+    unreadable: set[int] = field(default_factory=set)
+    digest: str = ""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.indices[index]
+        if row in self.unreadable:
+            return None
+        value = self.rows[row][self.column]
+        if isinstance(value, str):
+            return value, self.labels[row]
+        image = decode_image(value)
+        return None if image is None else (image, self.labels[row])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Data:
+    """A data set for classification.
+
+    Attributes:
+        train, validation, test: None where there is no such split. Validation is split off the training rows.
+        task: "image-classification" or "text-classification".
+        id, digest: what it is and the BLAKE3 of its bytes, for the training record.
+        source: id of the data source that read it, as in "hub", so that a card can name a data set of the Hub.
+    """
+
+    train: Examples | None
+    validation: Examples | None
+    test: Examples | None
+    class_names: tuple[str, ...]
+    task: str
+    id: str
+    digest: str
+    source: str = ""
+
+
+def decode_image(value: Any) -> Any:
+    """Return a PIL image in RGB from the undecoded column's {"bytes", "path"}, or None if it cannot be decoded."""
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        return None
+    try:
+        return open_image(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+    except DataError:
+        return None
+
+
+def digest_files(files: Iterable[Path], root: Path) -> str:
+    """Return the BLAKE3 over the names (relative to `root`) and bytes of files, in sorted order."""
+    whole = blake3()
+    for file in sorted(files):
+        content = blake3().update_mmap(file).hexdigest()
+        whole.update(f"{file.relative_to(root).as_posix()}\0{content}\n".encode())
+    return whole.hexdigest()
+
+
+def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
+    """Return the classes that have no example."""
+    present = {examples.labels[i] for i in examples.indices}
+    return [name for i, name in enumerate(class_names) if i not in present]
+
+
+Collate = Callable[[list[Any]], Any]
+
+
+class _Transformed(Dataset[Any]):
+    """Examples after their per-item transform; of an unreadable one only the row.
+
+    What a transform draws follows from the sampler's epoch and the example, whichever process reads it and when.
+    """
+
+    def __init__(self, examples: Examples, transform: Callable[[Any], Any], sampler: "EpochSampler | None"):
+        self.examples, self.transform, self.sampler = examples, transform, sampler
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.examples[index]
+        if self.sampler is not None:
+            torch.default_generator.manual_seed(draw_seed(self.sampler.seed, self.sampler.epoch, "example", index))
+        return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation that the seed and the epoch decide, so that a resumed run sees the same order."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Return the seed of an epoch's order."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def draw_seed(seed: int, epoch: int, *place: str | int) -> int:
+    """Return the seed of what is drawn at a place in an epoch, such as a batch."""
+    return int.from_bytes(blake3(repr((seed, epoch, *place)).encode()).digest(7), "little")
+
+
+def _ignore_signals(_: int) -> None:
+    """In a process that reads data: a signal to the whole group of processes is for the one that trains."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(images))
+
+
+def _collate(to_inputs: Callable[[Sequence[Any]], Any]) -> Collate:
+    def collate(items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
+        unreadable = [item for item in items if isinstance(item, int)]
+        pairs = [item for item in items if not isinstance(item, int)]
+        if not pairs:
+            return None, None, unreadable
+        inputs, labels = zip(*pairs, strict=True)
+        return to_inputs(inputs), torch.tensor(labels), unreadable
+
+    return collate
+
+
+def loader(
+    examples: Examples,
+    preprocess: Preprocess,
+    tokenizer: Any = None,
+    *,
+    batch_size: int = 64,
+    augment: Augment = "none",
+    sampler: EpochSampler | None = None,
+    workers: int = 0,
+    transform: Callable[[Any], Any] | None = None,
+    stack: Callable[[Sequence[Any]], Any] = _stack,
+) -> DataLoader[Any]:
+    """Return batches of (inputs, labels, unreadable rows), to be read through `readable`.
+
+    Args:
+        sampler: for training: the order; a last batch that is not full is then left out. Else all, in order.
+        transform: of a PIL image, in place of the preprocessing.
+        stack: makes the inputs of a batch of what the transform returns.
+
+    Raises:
+        DataError: if images meet a text backbone, or texts an image backbone.
+    """
+    images = isinstance(preprocess, ImagePreprocess)
+    feature = examples.rows.features[examples.column]
+    if images != (getattr(feature, "dtype", "") not in ("string", "large_string")):
+        raise DataError(
+            f"the backbone expects {preprocess.kind} inputs, and column {examples.column!r} holds "
+            f"{'texts' if images else 'images'}"
+        )
+    if isinstance(preprocess, ImagePreprocess):
+        transform = transform or preprocess.transform(augment)
+    else:
+        transform, stack = lambda text: text, collate_text(tokenizer, preprocess)
+    return DataLoader(
+        _Transformed(examples, transform, sampler),
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=sampler is not None and len(examples) >= batch_size,
+        num_workers=workers,
+        collate_fn=_collate(stack),
+        worker_init_fn=_ignore_signals if workers else None,
+    )
+
+
+def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield (inputs, labels) of the batches in which something could be read, and note which rows could not."""
+    return (batch for _, batch in numbered(batches))
+
+
+def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
+    """Yield what `readable` does, each with the number of batches up to it, those that could not be read included."""
+    for number, (inputs, labels, unreadable) in enumerate(batches, 1):
+        examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
+        # noted here and not where they are read: that may be another process
+        examples.unreadable.update(unreadable)
+        if inputs is not None:
+            yield number, (inputs, labels)

@@ -1,0 +1,186 @@
+"""load_data: from a source's splits to examples: columns, class names, validation split, label fractions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ...errors import ConfigError, DataError
+from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Data, Examples
+
+LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label")
+LABELS_SEED = 42  # draws the rows that keep their labels, in every evaluation
+TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
+
+
+def _input_column(features: Mapping[str, Any], label: str | None, given: str | None) -> tuple[str, str]:
+    """Return (column, task)."""
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    texts = [n for n, f in features.items() if getattr(f, "dtype", None) in ("string", "large_string") and n != label]
+    if given is not None:
+        if given not in features:
+            raise DataError(f"the data have no column {given!r}; they have: {', '.join(features)}")
+        candidates = [given]
+    else:
+        candidates = images or [n for n in TEXT_NAMES if n in texts] or texts
+    if len(candidates) != 1 and not (candidates and candidates[0] in TEXT_NAMES):
+        raise DataError(
+            f"cannot tell which column holds the inputs among {', '.join(features)}; name it with --input-column"
+        )
+    column = candidates[0]
+    return column, "image-classification" if column in images else "text-classification"
+
+
+def _label_column(features: Mapping[str, Any], given: str | None) -> str:
+    import datasets
+
+    if given is not None:
+        if given not in features:
+            raise DataError(f"the data have no column {given!r}; they have: {', '.join(features)}")
+        return given
+    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    found = [n for n in LABEL_NAMES if n in typed] or typed or [n for n in LABEL_NAMES if n in features]
+    if not found:
+        raise DataError(
+            f"cannot tell which column holds the labels among {', '.join(features)}; name it with --label-column, or "
+            f"put the images of each class into a folder of its own; without labels train with --objective "
+            f"self-supervised, a cascade also with --no-labels"
+        )
+    return found[0]
+
+
+def _labels(
+    rows: Any, column: str | None, names: Sequence[str] | None, split: str
+) -> tuple[list[int], tuple[str, ...]]:
+    """Return (class index per row, class names); `names` are those of the training split, if it was read before."""
+    if column is None:
+        return [0] * len(rows), ()
+    feature = rows.features[column]
+    values = rows[column][:]
+    own = tuple(str(name) for name in getattr(feature, "names", ()))
+    # where classes are named in the schema, -1 stands for none
+    if any(value is None or (own and value < 0) for value in values):
+        raise DataError(f"the {split} split has rows without a label in column {column!r}; remove them")
+    if own:
+        if names is None or tuple(names) == own:
+            return list(values), own
+        values = [own[value] for value in values]
+    texts = [str(value) for value in values]
+    if names is None:
+        # numbers in the order of their value, everything else in the order of the alphabet
+        numbers = all(isinstance(value, int) for value in values)
+        names = sorted(set(texts), key=int) if numbers else sorted(set(texts))
+    index = {name: i for i, name in enumerate(names)}
+    unknown = sorted(set(texts) - index.keys())
+    if unknown:
+        raise DataError(
+            f"the {split} split has labels that the class names lack: {', '.join(unknown[:5])}; known are "
+            f"{', '.join(list(names)[:5])}, … ({len(names)} in all)"
+        )
+    return [index[text] for text in texts], tuple(names)
+
+
+def load_data(
+    reference: str,
+    *,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    validation_fraction: float = 0.0,
+    labels_fraction: float = 1.0,
+    labelled: bool = True,
+    seed: int = 0,
+) -> Data:
+    """Read a data set for classification.
+
+    Args:
+        reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), or
+            `digits:0-9` (the images that scikit-learn ships).
+        input_column, label_column: where they cannot be found.
+        class_names: of an adapter; labels are then numbered as there. Else the data's own.
+        validation_fraction: share of the training rows, chosen by `seed`, that becomes the validation split.
+        labels_fraction: share of the remaining training rows, chosen by `seed`, that is kept.
+        labelled: False reads no labels, so that there need be none: `class_names` is empty.
+
+    Raises:
+        DataError: if it cannot be read, a column cannot be told, or labels do not fit the class names.
+    """
+    if not 0 <= validation_fraction < 1 or not 0 < labels_fraction <= 1:
+        raise ConfigError(
+            f"validation_fraction must be in [0, 1) and labels_fraction in (0, 1]; got {validation_fraction} and "
+            f"{labels_fraction}"
+        )
+    source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
+    if source is None:
+        raise DataError(
+            f"cannot read the data {reference!r}; expected a Hub data set id, a folder with parquet or csv files or "
+            f"one folder of images per class, or digits:0-9"
+        )
+    loaded = source.load(reference)
+    named = {
+        kind: next((loaded.splits[name] for name in names if name in loaded.splits), None)
+        for kind, names in (("train", TRAIN_NAMES), ("test", TEST_NAMES))
+    }
+    some = named["train"] if named["train"] is not None else named["test"]
+    if some is None:
+        raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
+    label = _label_column(some.features, label_column) if labelled else None
+    column, task = _input_column(some.features, label, input_column)
+    found: dict[str, Examples] = {}
+    names: Sequence[str] | None = class_names
+    for kind, rows in named.items():
+        if rows is not None:
+            labels, names = _labels(rows, label, names, kind)
+            digest = f"{loaded.digest} {kind}"
+            found[kind] = Examples(_undecoded(rows, column, task), column, labels, range(len(rows)), digest=digest)
+            if not labels:
+                raise DataError(f"the {kind} split of {reference!r} has no rows")
+    train, validation = found.get("train"), None
+    if train is not None:
+        train, validation = hold_out(train, validation_fraction, seed, labels_fraction)
+    assert names is not None
+    return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
+
+
+def hold_out(
+    examples: Examples, fraction: float, seed: int, labels_fraction: float = 1.0
+) -> tuple[Examples, Examples | None]:
+    """Split a share of the examples off, drawn by `seed`; return (the share `labels_fraction` of the rest, split)."""
+    order = _shuffled(examples.indices, seed)
+    held = round(len(order) * fraction)
+    rest = replace(examples, indices=_share(order[held:], labels_fraction), unreadable=set())
+    return rest, replace(examples, indices=sorted(order[:held]), unreadable=set()) if held else None
+
+
+def few_labels(examples: Examples, fraction: float, seed: int = LABELS_SEED) -> Examples:
+    """Return a share of the examples, drawn by `seed` whatever their classes: int(n * fraction), at least one.
+
+    Of a whole training split it draws the rows that `load_data(…, labels_fraction=fraction, seed=seed)` does.
+
+    Raises:
+        ConfigError: if the share is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ConfigError(f"the share of labels must be in (0, 1], got {fraction}")
+    return replace(examples, indices=_share(_shuffled(examples.indices, seed), fraction), unreadable=set())
+
+
+def _shuffled(indices: Sequence[int], seed: int) -> list[int]:
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
+    return [indices[i] for i in order.tolist()]
+
+
+def _share(order: Sequence[int], fraction: float) -> list[int]:
+    """The first of the rows in a drawn order, in the order of the data."""
+    return sorted(order[: max(1, int(len(order) * fraction))])
+
+
+def _undecoded(rows: Any, column: str, task: str) -> Any:
+    """Only the input column, images as their bytes: one that cannot be decoded then costs only itself."""
+    import datasets
+
+    rows = rows.select_columns([column])
+    return rows.cast_column(column, datasets.Image(decode=False)) if task == "image-classification" else rows

@@ -1,0 +1,164 @@
+"""Accuracy, in all and by class, and what a transfer kept of its source."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapter.content import Parts
+from ..adapter.read import Adapter
+from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
+from ..backbone.load import Backbone
+from ..backbone.model import Head
+from ..errors import AdapterError, DataError, escape
+from ..preprocess import preprocess_from_json
+from ..runtime.apply import masked
+from ..runtime.load import Mode, removing
+from .data.base import Data, Examples, loader, readable
+from .heads import own_linear
+from .transfer import TransferResult
+
+
+def confusion(predicted: Tensor, y: Tensor, classes: int) -> Tensor:
+    """Return how many rows of each class get each class, [true][predicted], (classes, classes) int64.
+
+    Args:
+        predicted, y: class indices, (N,).
+    """
+    return (y * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
+
+
+def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
+
+    Returns:
+        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
+        [true][predicted]}.
+    """
+    counts = confusion(logits.argmax(1), y, logits.shape[1])
+    correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
+    return {
+        "accuracy": sum(correct) / sum(rows),
+        "per_class": [right / of if of else None for right, of in zip(correct, rows, strict=True)],
+        "confusion": counts.tolist(),
+    }
+
+
+def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
+    """Return a backbone that has the adapter loaded, with the adapter's preprocessing and place of the head."""
+    head, stored = adapter.head(), adapter.preprocess_config
+    if stored is not None:
+        backbone = replace(backbone, preprocess=preprocess_from_json(stored))
+    if head is not None:
+        return replace(backbone, head=head.module, pooling=head.pooling, normalize=head.normalize)
+    if set(adapter.base.head) <= set(backbone.outside):
+        return backbone
+    return replace(backbone, head=adapter.base.head[0], pooling=None)
+
+
+def adapter_accuracy(
+    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+) -> dict[str, Any]:
+    """Evaluate the head of an adapter on a model that has it loaded.
+
+    Args:
+        examples: a split of `load_data(…, class_names=adapter.class_names)`.
+
+    Returns:
+        What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
+
+    Raises:
+        AdapterError: if the adapter has no head or preprocessing.
+        DataError: if no example can be read, or one has a class that the head lacks.
+    """
+    head, stored = adapter.head(), adapter.preprocess_config
+    if head is None or stored is None:
+        raise AdapterError(
+            "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
+            "k-NN or a linear probe (--knn, --probe)"
+        )
+    batches = loader(examples, preprocess_from_json(stored), tokenizer, batch_size=batch_size)
+    logits, y = predictions(classifier_from(model, head), readable(batches))
+    if int(y.max()) >= logits.shape[1]:
+        raise DataError(
+            f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
+            f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
+        )
+    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
+
+
+COLUMNS = ("network", "source", "target")
+
+
+def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_size: int = 64) -> list[dict[str, Any]]:
+    """Return accuracies of the networks of a transfer on the source, with its head, and on the target.
+
+    Returns:
+        {"network", "source", "target"} for the source network, the source through its mask, the transferred network
+        and, if there is one, plain fine-tuning. None where there is nothing to measure; see `held_out_accuracy`.
+    """
+    backbone = result.backbone
+    rows: list[dict[str, Any]] = []
+
+    def add(network: str, on_source: float | None, on_target: float | None) -> None:
+        rows.append(dict(zip(COLUMNS, (network, on_source, on_target), strict=True)))
+
+    add("source", held_out_accuracy(backbone, source, batch_size), None)
+    with applied_parts(backbone.model, result.parts, "source"):
+        add("source through its mask", held_out_accuracy(backbone, source, batch_size), None)
+    for network, parts in (("transferred", result.parts), ("plain fine-tuning", result.baseline)):
+        if parts is not None:
+            with applied_parts(backbone.model, parts, "target"):
+                on_source = held_out_accuracy(backbone, source, batch_size)
+            with applied_parts(backbone.model, parts, "target", parts.head):
+                add(network, on_source, held_out_accuracy(backbone, target, batch_size))
+    return rows
+
+
+def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
+    """Return the accuracy of a model as it is, with the head that it has, on the test split.
+
+    Without a test split it is that on the validation split, and without that None.
+    """
+    examples, linear = data.validation if data.test is None else data.test, own_linear(backbone)
+    if examples is None:
+        return None
+    assert linear is not None
+    batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
+    return accuracy(Classifier(backbone.model, linear, backbone.head), readable(batches))[0]
+
+
+@contextmanager
+def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None = None) -> Iterator[None]:
+    """As long as this lasts, a model is what `load_mask` makes of it in this mode; its head stays without `head`."""
+    target, masks = mode == "target", parts.masks.items()
+    with masked(
+        model,
+        masks if target else removing(masks),
+        parts.masks.shapes,
+        mask_id="",
+        values=parts.values if target else {},
+        dense={**parts.statistics, **parts.parameters} if target else {},
+        head=head,
+    ):
+        yield
+
+
+def source_classes(adapter: Adapter) -> tuple[str, ...] | None:
+    """Return the class names of the source of a transfer, as its training record has them, or None."""
+    found: Any = adapter.training
+    for name in ("transfer", "source", "class_names"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    named = isinstance(found, list) and found and all(isinstance(one, str) for one in found)
+    return tuple(found) if named else None
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of `transfer_table` as a Markdown table, in per cent."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: |"]
+    for row in rows:
+        cells = ["-" if row[name] is None else f"{100 * row[name]:.2f}" for name in COLUMNS[1:]]
+        lines.append(f"| {escape(row['network'], 'markdown')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,371 @@
+"""Features of a backbone, cached by content, and k-NN and linear-probe accuracy on them."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from ..backbone.classifier import embeddings
+from ..backbone.fingerprint import model_digest
+from ..backbone.load import Backbone
+from ..errors import ConfigError, DataError, MaskpackError, escape
+from ..preprocess import preprocess_to_json
+from ..safetensors_io import read_tensors, write_tensors
+from .data.base import Data, Examples, loader, readable
+from .data.load import few_labels
+from .evaluate import by_class
+
+VERSION = 1  # of the key and of the files; raise it when the same inputs are to give other features
+LIMIT = 5_000_000_000  # bytes that the folder may have
+OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]+\.tmp)?")
+
+
+class FeatureCacheWarning(UserWarning):
+    """Warned when a file of the feature cache is damaged or cannot be written; the features are right all the same."""
+
+
+def cache_folder() -> Path:
+    """Return where features are kept: in `$MASKPACK_CACHE`, else in `maskpack` in the user's cache folder."""
+    own = os.environ.get("MASKPACK_CACHE")
+    if own:
+        return Path(own) / "features"
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache") / "maskpack" / "features"
+
+
+def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the features of the examples that can be read, (N, D) float32, and their labels, (N,).
+
+    Features are what the head gets, of the model as it is now (a mask loaded or not), in evaluation mode, without
+    augmentation. Rows that cannot be read are left out and noted in `examples.unreadable`.
+
+    Args:
+        cache: keep the features in `cache_folder()`, and take them from there. Not done for data without a digest, and
+            for models with scores attached.
+
+    Raises:
+        DataError: if the examples are not what the backbone reads, none can be read, or a feature is not finite.
+        BackboneError: if the backbone has no head whose input could be read.
+    """
+    # made first, so that data of the wrong kind are an error on a hit as well
+    batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
+    key = _key(backbone, examples) if cache else None
+    found = None if key is None else kept_features(key, len(examples))
+    if found is None:
+        x, y = embeddings(backbone, readable(batches))
+        if not torch.isfinite(x).all():
+            raise DataError(f"the features of {backbone.id} are not finite; compute them in a wider dtype than its own")
+        if key is not None:
+            keep_features(key, x, examples)
+        return x, y
+    x, rows = found
+    examples.unreadable.update(set(examples.indices) - set(rows))
+    return x, torch.tensor([examples.labels[row] for row in rows])
+
+
+def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
+    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
+
+    Args:
+        most: rows that there can be.
+    """
+    return _read(cache_folder() / f"{key}.safetensors", most)
+
+
+def keep_features(key: str, features: Tensor, examples: Examples) -> None:
+    """Cache the features of the examples that could be read under a digest of all that they follow from."""
+    rows = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
+    _write(cache_folder() / f"{key}.safetensors", features, rows)
+
+
+def _key(backbone: Backbone, examples: Examples) -> str | None:
+    """What the features follow from, as a digest; None if a part of it cannot be told."""
+    model = model_digest(backbone.model, backbone.outside)
+    inputs = inputs_content(backbone, examples)
+    if model is None or inputs is None:
+        return None
+    device = next(backbone.model.parameters()).device.type
+    return digest_of([VERSION, model, device, [backbone.head, backbone.pooling, backbone.normalize], *inputs])
+
+
+def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
+    """Return what the inputs of a backbone follow from, JSON values; None if a part of it cannot be told."""
+    tokenizer = _tokenizer_digest(backbone.tokenizer)
+    if tokenizer is None or not examples.digest:
+        return None
+    rows = [examples.digest, examples.column, list(examples.indices)]
+    return [preprocess_to_json(backbone.preprocess), tokenizer, rows]
+
+
+def digest_of(content: Any) -> str:
+    """Return the hex BLAKE3 of JSON values."""
+    return blake3(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str | None:
+    """The BLAKE3 of a tokenizer of transformers; None for another object, of which nothing is known."""
+    if tokenizer is None:
+        return ""
+    if not hasattr(tokenizer, "get_vocab"):
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(rules, dict):
+        # these follow from the last call, and preprocessing says what they will be
+        rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
+    about = [type(tokenizer).__qualname__, repr(tokenizer), rules]
+    return blake3(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(features: Tensor, rows: Tensor) -> Tensor:
+    whole = blake3(repr((tuple(features.shape), tuple(rows.shape))).encode())
+    for tensor in (features, rows):
+        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return torch.tensor(list(whole.digest()), dtype=torch.uint8)
+
+
+def _read(path: Path, most: int) -> tuple[Tensor, list[int]] | None:
+    """Return features and rows from a file of the cache; None, and a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = read_tensors(path)
+        features, rows, digest = found["features"], found["rows"], found["digest"]
+        if not torch.equal(digest, _digest(features, rows)) or len(features) != len(rows) or len(rows) > most:
+            raise DataError("its bytes have not the digest that was stored")
+    except (MaskpackError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        if path.exists():  # another process may have removed it meanwhile
+            _warn(f"the cached features in {path} cannot be used and are computed anew: {error}")
+        return None
+    with suppress(OSError):
+        os.utime(path)  # the files that nobody asks for are the oldest
+    return features, rows.tolist()
+
+
+def _write(path: Path, features: Tensor, rows: Tensor) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"features": features, "rows": rows, "digest": _digest(features, rows)}, {})
+        _shrink(path, features.nbytes)
+    except (MaskpackError, OSError) as error:
+        _warn(f"the features are not cached: {error}; another folder can be named with the variable MASKPACK_CACHE")
+
+
+def _shrink(newest: Path, newest_size: int) -> None:
+    """Remove the files that were used longest ago until the folder keeps its limit; never the newest, never others'."""
+    files = []
+    for file in newest.parent.iterdir():
+        if OWN_FILE.fullmatch(file.name) and file != newest:
+            with suppress(OSError):
+                about = file.stat()
+                files.append((about.st_mtime_ns, about.st_size, file))
+    size = newest_size + sum(size for _, size, _ in files)
+    for _, freed, file in sorted(files):
+        if size <= LIMIT:
+            break
+        with suppress(OSError):
+            file.unlink()
+            size -= freed
+
+
+def _warn(text: str) -> None:
+    warnings.warn(escape(text), FeatureCacheWarning, stacklevel=5)
+
+
+CHUNK = 1 << 24  # similarities in memory at one time
+
+
+def knn_scores(
+    bank: Tensor, bank_labels: Tensor, x: Tensor, classes: int, k: int = 200, temperature: float = 0.1
+) -> Tensor:
+    """Return each class's share of the vote of the k bank rows with the greatest cosine, (N, classes) float32.
+
+    A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank has fewer than k rows, all
+    vote. Of bank rows with equal cosines at the edge of the k, which of them vote is not defined.
+
+    Args:
+        bank: (M, D). bank_labels: (M,). x: (N, D), rows that are not in the bank.
+
+    Raises:
+        ConfigError: if k is below 1 or the temperature not above 0.
+        DataError: if the bank is empty, or its rows and `x` have not the same number of features.
+    """
+    if k < 1 or temperature <= 0:
+        raise ConfigError(f"k must be at least 1 and the temperature above 0; got k={k}, temperature={temperature}")
+    if len(bank) == 0 or bank.shape[1:] != x.shape[1:]:
+        raise DataError(
+            f"the nearest neighbours of features of shape {tuple(x.shape)} are looked for in a bank of shape "
+            f"{tuple(bank.shape)}; expected as many features, and at least one row"
+        )
+    # divided out of the products: a bank of many gigabytes is not copied
+    lengths = bank.norm(dim=1).clamp(min=torch.finfo(bank.dtype).tiny)
+    scores = torch.zeros(len(x), classes)
+    rows = max(1, CHUNK // len(bank))
+    for start in range(0, len(x), rows):
+        queries = nn.functional.normalize(x[start : start + rows], dim=1)
+        cosines, neighbours = (queries @ bank.T / lengths).topk(min(k, len(bank)))
+        # relative to the greatest: a low temperature overflows otherwise, and shares are the same
+        weights = ((cosines - cosines[:, :1]) / temperature).exp()
+        scores[start : start + rows].scatter_add_(1, bank_labels[neighbours], weights)
+    return scores / scores.sum(1, keepdim=True)
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, x: Tensor, y: Tensor, classes: int, k: int = 200, temperature: float = 0.1
+) -> float:
+    """Return the share of rows of `x` whose label has the greatest vote; of equal votes the first class counts.
+
+    Arguments and errors are those of `knn_scores`; y: (N,).
+    """
+    predicted = knn_scores(bank, bank_labels, x, classes, k, temperature).argmax(1)
+    return float((predicted == y).double().mean())
+
+
+PENALTY = 0.01  # times 1 / n: see docs/methods.md, evaluation
+ABSENT = -1e30  # the logit of a class without a training row: below all others, and finite
+STEPS = 2000  # at most; some hundred are enough
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """A linear classifier of features: weight (classes, D) and bias (classes,), float32."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits of features (N, D), (N, classes)."""
+        return x @ self.weight.T + self.bias
+
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """Return the share of features (N, D) that get their label (N,)."""
+        return float((self.logits(x).argmax(1) == y).double().mean())
+
+
+def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
+    """Return the one minimum of mean cross-entropy + PENALTY / (2 n) * sum of the squared weights; the bias is free.
+
+    A convex solve, so there is no learning rate and no seed. L-BFGS in float64, on features that are centred and made
+    nearly white: another basis of the same problem, in which it takes a hundred steps where it takes thousands in the
+    features' own. A class without a row is left out, and gets weights of 0 and the logit `ABSENT`.
+
+    Args:
+        x: features, (n, D), as they are. y: (n,), each from 0 to classes - 1.
+
+    Raises:
+        DataError: if there is no row, or a feature is not finite.
+    """
+    if len(x) == 0 or not torch.isfinite(x).all():
+        raise DataError(f"a linear probe needs finite features of at least one row, got {len(x)} rows")
+    present, target = torch.unique(y, return_inverse=True)
+    n, penalty = len(x), PENALTY / len(x)
+    mean = x.double().mean(0)
+    z = x.double() - mean
+    basis: Tensor | None = None
+    if n < z.shape[1]:  # the minimum lies in the span of the rows
+        basis, rotated = torch.linalg.qr(z.T)
+        z = rotated.T
+    # about the Hessian, where a confident classifier leaves a hundredth of it to the penalty; its scale does not matter
+    hessian = z.T @ z / n
+    hessian.diagonal().add_(100 * len(present) * penalty + 1e-10 * hessian.diagonal().mean())
+    root = torch.linalg.cholesky(hessian)
+    white = torch.linalg.solve_triangular(root, z.T, upper=False).T.contiguous()
+    del z, hessian
+    v = torch.zeros(len(present), white.shape[1], dtype=torch.float64, requires_grad=True)
+    b = torch.zeros(len(present), dtype=torch.float64, requires_grad=True)
+
+    def weights() -> Tensor:
+        w: Tensor = torch.linalg.solve_triangular(root, v, upper=False, left=False)
+        return w
+
+    optimizer = torch.optim.LBFGS(
+        [v, b], max_iter=STEPS, max_eval=2 * STEPS, tolerance_grad=1e-7, tolerance_change=1e-12, history_size=20,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(white @ v.T + b, target) + penalty / 2 * weights().square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(objective)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        w = weights() if basis is None else weights() @ basis.T
+        weight = torch.zeros(classes, x.shape[1])
+        bias = torch.full((classes,), ABSENT)
+        weight[present] = w.float()
+        bias[present] = (b - w @ mean).float()
+    return Probe(weight, bias)
+
+
+Measure = Literal["knn", "probe"]
+
+
+def measure_features(
+    backbone: Backbone,
+    data: Data,
+    measures: Sequence[Measure],
+    fractions: Sequence[float] = (1.0,),
+    *,
+    batch_size: int = 64,
+    cache: bool = True,
+) -> list[dict[str, Any]]:
+    """Measure the features of a backbone as it is now, a mask loaded or not.
+
+    The bank of k-NN and the rows of the probe are the training split, or the share of it that `few_labels` draws;
+    what they are measured on is the test split, always. `cache` is that of `embed`.
+
+    Returns:
+        For each fraction and measure what `by_class` gives, and {"measure", "labels_fraction", "labels": training rows
+        that could be read, "examples": test rows that could}.
+
+    Raises:
+        DataError: if there is no training or no test split, or a row is in both. ConfigError: if a fraction is not in
+            (0, 1]. What `embed` raises.
+    """
+    train, test = disjoint(data)
+    few = [few_labels(train, fraction) for fraction in fractions]
+    classes = len(data.class_names)
+    test_x, test_y = embed(backbone, test, batch_size=batch_size, cache=cache)
+    rows = []
+    for fraction, examples in zip(fractions, few, strict=True):
+        x, y = embed(backbone, examples, batch_size=batch_size, cache=cache)
+        for measure in measures:
+            scores = knn_scores(x, y, test_x, classes) if measure == "knn" else fit_probe(x, y, classes).logits(test_x)
+            about = {"measure": measure, "labels_fraction": fraction, "labels": len(y), "examples": len(test_y)}
+            rows.append({**about, **by_class(scores, test_y)})
+    return rows
+
+
+def disjoint(data: Data) -> tuple[Examples, Examples]:
+    """Return the training and the test split, which have no row in common.
+
+    Raises:
+        DataError: if one is missing, has no labels, or a row is in both.
+    """
+    train, test = data.train, data.test
+    if train is None or test is None:
+        raise DataError(
+            f"k-NN and probe learn from the train split and are measured on the test split; {data.id!r} has no "
+            f"{'train' if train is None else 'test'} split"
+        )
+    if not data.class_names:
+        raise DataError(f"k-NN and probe need labels, and the data {data.id!r} have none; name their column")
+    if train.rows is test.rows or (train.digest and train.digest == test.digest):
+        both = len(set(train.indices) & set(test.indices))
+        if both:
+            raise DataError(
+                f"{both} rows of {data.id!r} are in the training and in the test split; measured on them, k-NN and "
+                f"probe would know the answers"
+            )
+    return train, test

@@ -1,0 +1,220 @@
+"""Gates: weights that several tasks share, each multiplying them by a soft mask of its own; all learn together."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.model import unwrap
+from ..backbone.select import select_parameters
+from ..errors import ConfigError, StateError, UnknownNameError
+from ..mask import MaskSet, masked_weight
+from .scores import Orders, all_names, owner, put_on, take_off
+
+START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
+
+
+class GatedWeight(nn.Module):
+    """Parametrization that multiplies a weight by the gates of the task in use.
+
+    Attributes:
+        logits: float32, one tensor of the weight's shape for each task. A step of one task leaves those of the others
+            without a gradient, so that no optimiser moves them.
+    """
+
+    def __init__(self, weight: Tensor, gates: "Gates", start: float):
+        super().__init__()
+        self.gates = gates
+        self.logits = nn.ParameterList(torch.full_like(weight, start, dtype=torch.float32) for _ in gates.tasks)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        logits = self.logits[self.gates.index]
+        if self.gates.hard:
+            return masked_weight(weight, logits > 0, None)  # as a loaded adapter computes it
+        return weight * torch.sigmoid(logits).to(weight.dtype)
+
+
+class Gates:
+    """The gates of a model; see `attach_gates`.
+
+    Attributes:
+        tasks: their names.
+        hard: compute with hardened gates: a weight is kept where its logit is above 0, and is 0 elsewhere.
+    """
+
+    def __init__(self, model: nn.Module, tasks: Sequence[str]):
+        self.model, self.tasks = model, tuple(tasks)
+        self.index = 0
+        self.hard = False
+        self.members: dict[str, GatedWeight] = {}
+        self.orders: Orders = {}
+
+    def use(self, task: str) -> None:
+        """Compute with the gates of this task from now on.
+
+        Raises:
+            UnknownNameError: if there is no such task.
+        """
+        self.index = self._index(task)
+
+    def logits(self, task: str) -> dict[str, nn.Parameter]:
+        """Return the logits of a task by parameter name."""
+        at = self._index(task)
+        return {name: one.logits[at] for name, one in self.members.items()}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Return the shared weights by parameter name."""
+        found = {}
+        for name in self.members:
+            place, leaf = owner(self.model, name)
+            chains: Any = place.parametrizations
+            found[name] = chains[leaf].original
+        return found
+
+    def values(self, task: str) -> dict[str, Tensor]:
+        """Return the gates of a task, from 0 to 1, by parameter name."""
+        return {name: torch.sigmoid(logits.detach()) for name, logits in self.logits(task).items()}
+
+    def effective(self, task: str) -> dict[str, Tensor]:
+        """Return the weights that a task computes with, gates as they are, by parameter name."""
+        weights = self.weights()
+        return {name: weights[name].detach() * gate for name, gate in self.values(task).items()}
+
+    def masks(self, task: str) -> MaskSet:
+        """Return the hardened gates of a task: True where the logit is above 0."""
+        return MaskSet.from_tensors({name: logits.detach() > 0 for name, logits in self.logits(task).items()})
+
+    def penalty(self, r1: float = 0.0, r2: float = 0.0) -> Tensor:
+        """Return r1 * sum exp(-|l|) + r2 * sum exp(-l^2) over the logits of the task in use, a scalar.
+
+        Both push gates away from one half. At l = 0 the gradient of either is 0: a logit that starts there is not
+        pushed. That of the second is greatest at |l| = sqrt(1/2).
+        """
+        total = torch.zeros(())
+        for one in self.members.values():
+            logits = one.logits[self.index]
+            total = total.to(logits.device)
+            if r1:
+                total = total + r1 * (-logits.abs()).exp().sum()
+            if r2:
+                total = total + r2 * (-logits.square()).exp().sum()
+        return total
+
+    def parameter_groups(
+        self, lr: float, factor: float | None = None, most: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimiser: everything else in the model that learns, and the gates.
+
+        Args:
+            lr: of the weights.
+            factor: the gates learn at this times `lr`; default: 4 times the number of tasks.
+            most: the rate of the gates is at most this.
+        """
+        rate = lr * (4 * len(self.tasks) if factor is None else factor)
+        gates = [logits for one in self.members.values() for logits in one.logits]
+        known = set(gates)
+        others = [p for p in self.model.parameters() if p.requires_grad and p not in known]
+        return [{"params": others, "lr": lr}, {"params": gates, "lr": rate if most is None else min(rate, most)}]
+
+    def harden(self) -> dict[str, MaskSet]:
+        """Return the mask of each task and take the gates off; the model has the shared weights as they are.
+
+        Raises:
+            StateError: if the gates were taken off already.
+        """
+        found = {task: self.masks(task) for task in self.tasks}
+        self.detach()
+        return found
+
+    def detach(self) -> None:
+        """Take the gates off; the model has the shared weights as they are."""
+        take_off(self.model, GatedWeight, [self.orders])
+        self.members = {}
+
+    def _index(self, task: str) -> int:
+        if not self.members:
+            raise StateError("these gates were taken off the model already; attach gates anew")
+        if task not in self.tasks:
+            raise UnknownNameError(f"there are no gates for a task {task!r}; the tasks are: {', '.join(self.tasks)}")
+        return self.tasks.index(task)
+
+
+def attach_gates(
+    model: nn.Module, tasks: Iterable[str], select: Iterable[str] | None = None, *, start: float = START
+) -> Gates:
+    """Attach a gate to each weight for each task; weights and gates learn together.
+
+    For users who keep their own training loop, with any loss: before each step call `use(task)`, make the optimiser of
+    `parameter_groups(lr)`, at the end call `harden()`. Where each task has a head of its own, leave it out by `select`.
+
+    Args:
+        tasks: their names, at least one.
+        select: globs on dotted parameter names; default: every parameter of the model, biases included.
+        start: of every logit. Above 0, since hardening a gate that never moved would remove its weight otherwise.
+
+    Returns:
+        The gates, with those of the first task in use.
+
+    Raises:
+        StateError: if the model has gates already. ConfigError: if there is no task, or one comes twice.
+        SelectionError: if nothing matches, or a match cannot be masked.
+    """
+    names = list(tasks)
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"gates need at least one task, and each once; got {', '.join(names) or 'none'}")
+    model = unwrap(model)
+    if any(isinstance(chain, GatedWeight) for chain in model.modules()):
+        raise StateError("this model has gates already; call harden() or detach() on them first")
+    gates = Gates(model, names)
+    chosen, tied = select_parameters(model, select or ("*",)), all_names(model)
+    for name in chosen:
+        place, leaf = owner(model, name)
+        weight = getattr(place, leaf)
+        gates.members[name] = GatedWeight(weight, gates, start)
+        put_on(model, tied[name], gates.members[name], gates.orders)
+        weight.requires_grad_(True)
+    return gates
+
+
+BINS = 40
+INNER = 0.999  # share of the first weights that lies within 2/3 of the axis; what lies beyond its ends counts to them
+
+
+class GateHistory:
+    """Histograms over time, by task and parameter.
+
+    Attributes:
+        content: JSON values: `bins`; `weight_end`, the histograms of effective weights go from -weight_end to it, those
+            of gates from 0 to 1; `rows`, one for each time: {"step", "gates": {task: {parameter: counts}},
+            "weights": the same}.
+    """
+
+    def __init__(self, gates: Gates):
+        self.gates = gates
+        values = torch.cat([weight.detach().abs().float().flatten() for weight in gates.weights().values()])
+        end = 1.5 * float(values.kthvalue(max(1, int(INNER * len(values)))).values)
+        self.content: dict[str, Any] = {"bins": BINS, "weight_end": end or 1.0, "rows": []}
+
+    def add(self, step: int) -> None:
+        """Note the gates and weights as they are after this step."""
+        end = self.content["weight_end"]
+        row: dict[str, Any] = {"step": step, "gates": {}, "weights": {}}
+        for task in self.gates.tasks:
+            gates, weights = self.gates.values(task), self.gates.effective(task)
+            row["gates"][task] = {name: counts(values, 0.0, 1.0) for name, values in gates.items()}
+            row["weights"][task] = {name: counts(values, -end, end) for name, values in weights.items()}
+        self.content["rows"].append(row)
+
+
+def counts(values: Tensor, low: float, high: float, bins: int = BINS) -> list[int]:
+    """Return how many values lie in each of `bins` equal parts from low to high; those beyond count to the ends."""
+    found: list[int] = torch.histc(values.float().clamp(low, high), bins, low, high).long().tolist()
+    return found
+
+
+def divergence(first: Tensor, second: Tensor) -> float:
+    """Return the Jensen-Shannon divergence of two histograms in bits: 0 for equal shapes, 1 where no bin is common."""
+    p, q = (one.double() / one.sum() for one in (first, second))
+    middle = (p + q) / 2
+    return float(sum(torch.xlogy(one, one / middle).nansum() for one in (p, q)) / 2 / torch.log(torch.tensor(2.0)))

@@ -1,0 +1,101 @@
+"""Learned N:M masks."""
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...mask import masked_weight
+from ...registry import check_above_zero
+from .base import FINISHED, METHODS, Method, State
+
+DEVIATION = 0.01  # of the logits at the start
+MOST = 8  # weights of a group: 70 choices of 4
+
+
+@METHODS.register
+@dataclass(frozen=True)
+class NM(Method):
+    """Keep N of every M weights that follow each other, chosen by a Gumbel softmax over all choices (MaskLLM).
+
+    A group is M weights along a weight's last dimension, or of a convolution along its input channels. Each has a
+    logit for each of its choices. In training masks are soft; temperature and factor go linearly from their first to
+    their last value. In evaluation mode and in the adapter the choice with the greatest logit is taken.
+
+    Attributes:
+        kept, group: N and M.
+        temperature, last_temperature: of the softmax. factor, last_factor: that logits are multiplied by.
+        prior: how much the choice of the greatest absolute weights is preferred at the start, in deviations.
+    """
+
+    id: ClassVar[str] = "nm"
+    reference: ClassVar[str] = "https://arxiv.org/abs/2409.17481"
+    draws: ClassVar[bool] = True
+    hardens: ClassVar[bool] = True
+
+    kept: int = 2
+    group: int = 4
+    temperature: float = 4.0
+    last_temperature: float = 0.05
+    factor: float = 100.0
+    last_factor: float = 500.0
+    prior: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.kept < self.group <= MOST:
+            raise ConfigError(
+                f"expected 0 < kept < group <= {MOST}, got {self.kept} kept weights of a group of {self.group}"
+            )
+        check_above_zero(self, "temperature", "last_temperature", "factor", "last_factor")
+
+    def init_scores(self, weight: Tensor) -> Tensor:
+        """Return the logits, (groups, choices)."""
+        if weight.ndim < 2 or weight.movedim(1, -1).shape[-1] % self.group:
+            raise ConfigError(
+                f"a weight of shape {tuple(weight.shape)} has no whole groups of {self.group} along its inputs; leave "
+                f"it out with --exclude"
+            )
+        magnitude = self._groups(weight.detach().abs().float())
+        choices = self._choices(weight.device)
+        best = choices[(magnitude @ choices.T).argmax(1)]
+        alike = best @ choices.T
+        drawn = DEVIATION * torch.randn(alike.shape).to(weight.device)
+        return drawn + DEVIATION * self.prior * (alike - alike.mean(1, keepdim=True))
+
+    def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
+        return self._weights(self._choices(scores.device)[scores.argmax(1)].bool(), state)
+
+    def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
+        """Return the masked weight; soft while `state.training`, with a constant scale."""
+        divisor = torch.tensor(math.sqrt(self.kept / self.group)) if scale else None
+        if not state.training:
+            return masked_weight(weight, self.binarize(scores.detach(), state), divisor)
+        noise = -torch.rand_like(scores).clamp(min=1e-10).log_().neg_().clamp(min=1e-10).log_()
+        soft = ((scores * self._between("factor", state) + noise) / self._between("temperature", state)).softmax(1)
+        masked = weight * self._weights(soft @ self._choices(scores.device), state)
+        return masked if divisor is None else masked / divisor
+
+    def _between(self, name: str, state: State) -> float:
+        first, last = getattr(self, name), getattr(self, f"last_{name}")
+        return float(first + state.progress * (last - first))
+
+    def _groups(self, weight: Tensor) -> Tensor:
+        """Return a weight group by group, (groups, M)."""
+        return weight.movedim(1, -1).reshape(-1, self.group)
+
+    def _weights(self, groups: Tensor, state: State) -> Tensor:
+        """Return groups (groups, M) in the shape of the weight."""
+        assert state.shape is not None
+        rows, inputs, *rest = state.shape
+        return groups.reshape(rows, *rest, inputs).movedim(-1, 1).contiguous()
+
+    def _choices(self, device: torch.device) -> Tensor:
+        """Return every choice of N of M weights as zeros and ones, (choices, M)."""
+        choices = torch.zeros(math.comb(self.group, self.kept), self.group)
+        for row, kept in zip(choices, combinations(range(self.group), self.kept), strict=True):
+            row[list(kept)] = 1
+        return choices.to(device)

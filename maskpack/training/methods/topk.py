@@ -1,0 +1,92 @@
+"""The best-scored share of the weights (edge-popup)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from .base import FINISHED, METHODS, Method, State, straight_through
+
+INITS = ("kaiming", "magnitude")
+
+
+@METHODS.register
+@dataclass(frozen=True)
+class TopK(Method):
+    """Keep a fixed share of the weights, those with the greatest scores (edge-popup).
+
+    Of n weights ceil(share * n) are kept. Of equal scores those with the lower index are kept first, and of several
+    parameters those of the first by name.
+
+    Attributes:
+        share: of the weights that is kept.
+        scope: "tensor": this share of every parameter; "global": of all of them together.
+        progressive: begin with all weights, and reach the share linearly at the end of training.
+        absolute: compare the absolute values of the scores.
+        init: "kaiming": random, uniform; "magnitude": the weights' absolute values.
+    """
+
+    id: ClassVar[str] = "topk"
+    reference: ClassVar[str] = "https://arxiv.org/abs/1911.13299"
+
+    share: float = 0.5
+    scope: str = "tensor"
+    progressive: bool = False
+    absolute: bool = True
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
+        for name, known in (("scope", ("tensor", "global")), ("init", INITS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
+
+    def init_scores(self, weight: Tensor) -> Tensor:
+        if self.init == "magnitude":
+            return weight.abs().to(torch.float32)
+        scores = torch.empty(weight.shape, dtype=torch.float32)
+        fan_in = weight[0].numel() if weight.ndim > 1 else 1
+        # as nn.Linear and nn.Conv2d start: kaiming-uniform with a = sqrt(5)
+        nn.init.uniform_(scores, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        return (scores.abs() if self.absolute else scores).to(weight.device)
+
+    def shared(self, scores: Sequence[Tensor], progress: float) -> Sequence[Tensor] | None:
+        """Return how many weights of each parameter are kept, where the share is of all together."""
+        if self.scope == "tensor":
+            return None
+        flat = torch.cat([self._ranked(one).flatten().cpu() for one in scores])
+        kept = greatest(flat, self._kept(flat.numel(), progress))
+        return [part.count_nonzero() for part in torch.split(kept, [one.numel() for one in scores])]
+
+    def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
+        ranked = self._ranked(scores)
+        kept = self._kept(ranked.numel(), state.progress) if state.shared is None else int(state.shared)
+        return greatest(ranked.flatten(), kept).reshape(scores.shape)
+
+    def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
+        mask = self.binarize(scores.detach(), state)
+        # the density is given, so that the scale is a constant
+        return straight_through(weight, scores.abs() if self.absolute else scores, mask, scale, detach_scale=True)
+
+    def _ranked(self, scores: Tensor) -> Tensor:
+        return scores.detach().abs() if self.absolute else scores.detach()
+
+    def _kept(self, count: int, progress: float) -> int:
+        share = self.share + (1 - progress) * (1 - self.share) if self.progressive else self.share
+        # of the share as it is written: in floats 0.07 of 100 are more than 7
+        return math.ceil(Fraction(str(min(share, 1.0))) * count)
+
+
+def greatest(values: Tensor, kept: int) -> Tensor:
+    """Return which of the flat values are the `kept` greatest, bool; of equal ones the first."""
+    if kept <= 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    least = values.kthvalue(values.numel() - kept + 1).values
+    above, equal = values > least, values == least
+    return above | (equal & (equal.cumsum(0) <= kept - above.count_nonzero()))

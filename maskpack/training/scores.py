@@ -1,0 +1,483 @@
+"""Scores on any module: attached as parametrizations, read off as masks."""
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
+
+from ..backbone.model import aliases, unwrap
+from ..backbone.select import select_parameters
+from ..errors import ConfigError, StateError, TrainingError
+from ..mask import MaskSet, PackedMask
+from .methods.base import Method, State, build_method
+from .methods.topk import greatest
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How to make an effective weight again.
+
+    Attributes:
+        make: gives it, without gradients. sources: what it follows from; versions: theirs when it was made.
+    """
+
+    make: Any
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """An effective weight as an operation saved it for its backward pass: a recipe, and how it lay in memory."""
+
+    recipe: Recipe
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Recompute:
+    """Replaces effective weights among what autograd saves in the forward passes of a model.
+
+    Compiled code decides for itself what it makes again.
+
+    Attributes:
+        made: in this forward pass, by address.
+    """
+
+    made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
+    _open: list[saved_tensors_hooks] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin: in every forward pass of the model from now on."""
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def stop(self) -> None:
+        """End: the model has no hooks of ours any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def note(self, result: Tensor, make: Any, *sources: Tensor) -> None:
+        """Note an effective weight that is about to be used; outside of a forward pass nothing is noted."""
+        if self._open:
+            recipe = Recipe(make, sources, tuple(source._version for source in sources))
+            self.made[result.data_ptr()] = weakref.ref(result), recipe
+
+    def _begin(self, *_: object) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            hooks = saved_tensors_hooks(self._pack, unpack)
+            hooks.__enter__()
+            self._open.append(hooks)
+
+    def _end(self, *_: object) -> None:
+        if self._open:
+            self._open.pop().__exit__()
+            self.made.clear()
+
+    def _pack(self, tensor: Tensor) -> "Tensor | View":
+        noted = self.made.get(tensor.data_ptr())
+        # an address may be another tensor's by now
+        if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
+            return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
+        return View(noted[1], tensor.shape, tensor.stride())
+
+
+def unpack(saved: "Tensor | View") -> Tensor:
+    """Return what was saved.
+
+    Raises:
+        TrainingError: if what a weight follows from was changed since.
+    """
+    if isinstance(saved, Tensor):
+        return saved
+    recipe = saved.recipe
+    if any(source._version != version for source, version in zip(recipe.sources, recipe.versions, strict=True)):
+        raise TrainingError(
+            "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
+            "weight from them again; call backward() before optimizer.step()"
+        )
+    with torch.no_grad():
+        whole: Tensor = recipe.make()
+    return whole.as_strided(saved.shape, saved.stride)
+
+
+Orders = dict[nn.Module, list[str]]  # names of the parameters of a module, in their order before one was parametrized
+
+
+def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that has a parameter, and the parameter's name there."""
+    parent, _, leaf = name.rpartition(".")
+    module = model
+    for part in parent.split(".") if parent else ():
+        module = getattr(module, part)
+        module = unwrap(module)
+    return module, leaf
+
+
+def all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return every name of each parameter by its first one; a tied parameter has several."""
+    found: dict[str, list[str]] = {}
+    for name, first in aliases(model).items():
+        found.setdefault(first, []).append(name)
+    return found
+
+
+def put_on(model: nn.Module, names: Iterable[str], made: nn.Module, orders: Orders) -> None:
+    """Parametrize one parameter under all its names, and note in `orders` what `take_off` needs."""
+    for name in names:
+        module, leaf = owner(model, name)
+        orders.setdefault(module, list(module._parameters))
+        # unsafe: the parametrization keeps shape and dtype by contract, and must not be run to find that out
+        parametrize.register_parametrization(module, leaf, made, unsafe=True)
+
+
+def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) -> None:
+    """Remove the parametrizations of one kind; the parameters themselves are put back, not copies."""
+    for module in list(unwrap(model).modules()):
+        if not parametrize.is_parametrized(module):
+            continue
+        lists = module.parametrizations
+        assert isinstance(lists, nn.ModuleDict)
+        for leaf in [leaf for leaf, chain in lists.items() if isinstance(chain[0], kind)]:  # type: ignore[index]
+            parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+    # removing a parametrization puts its parameter behind the others of its module
+    for module, names in ((module, names) for one in orders for module, names in one.items()):
+        if module._parameters.keys() == set(names):
+            module._parameters = {name: module._parameters[name] for name in names}
+
+
+class ScoredWeight(nn.Module):
+    """Parametrization that computes the effective weight from the frozen weight and its scores.
+
+    Attributes:
+        scores: float32, of a shape that the method chose.
+        model: what the scores of one model share.
+    """
+
+    def __init__(self, weight: Tensor, scale: bool, model: "ScoredModel"):
+        super().__init__()
+        self.method, self.scale, self.model = model.method, scale, model
+        self.shape = tuple(weight.shape)
+        self.scores = nn.Parameter(self.method.init_scores(weight.detach()), requires_grad=self.method.learns)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.model.off:
+            return weight
+        state = self.state(self.training)
+        result = self.method.effective(weight, self.scores, self.scale, state)
+        if not (self.method.draws and state.training):
+            scores = self.scores
+            self.model.recompute.note(
+                result, lambda: self.method.effective(weight, scores, self.scale, state), weight, scores
+            )
+        return result
+
+    def state(self, training: bool = False) -> State:
+        """Return what the method is told beside the scores."""
+        model = self.model
+        return State(model.progress, training, model.shared(self), self.shape, model.batch_size)
+
+    def binary(self) -> Tensor:
+        """Return the mask that the scores stand for, bool."""
+        return self.method.binarize(self.scores.detach(), self.state())
+
+    def mask(self) -> PackedMask:
+        """Return the mask that the scores stand for, packed."""
+        return self.method.packed(self.scores.detach(), self.scale, self.state())
+
+    def penalty(self) -> Tensor | None:
+        """Return what the method adds to the loss of a step."""
+        return self.method.penalty(self.scores, self.state(training=True))
+
+
+class ScoredModel:
+    """What the scores of one model have in common.
+
+    Attributes:
+        members: in the order of their names.
+        progress: share of the training steps that are done. batch_size: examples of an optimiser step.
+        off: compute with the weights as they are.
+        orders: what taking the scores off needs. recompute: makes effective weights again for backward passes.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        self.members: list[ScoredWeight] = []
+        self.orders: Orders = {}
+        self.progress = 1.0
+        self.batch_size = 1
+        self.off = False
+        self.recompute = Recompute()
+        self._made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
+
+    def shared(self, one: ScoredWeight) -> Tensor | None:
+        """Return what the method tells a member of all scores, made anew when these have changed."""
+        if self._made is None:
+            return None
+        now = self.progress, [(id(member.scores), member.scores._version) for member in self.members]
+        if self._made[0] != now:
+            found = self.method.shared([member.scores for member in self.members], self.progress)
+            if found is None:
+                self._made = None
+                return None
+            self._made = now, dict(zip(self.members, found, strict=True))
+        return self._made[1][one]
+
+
+ALL = "all"
+MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
+
+
+def parse_rule(rule: str) -> tuple[str, float]:
+    """Return the kind of a rule and its number.
+
+    Args:
+        rule: "all", "first:STAGES", "random:SHARE" or "largest:SHARE".
+
+    Raises:
+        ConfigError: if it is none of these, or its number is impossible.
+    """
+    kind, _, text = rule.partition(":")
+    try:
+        number = float(text) if text else math.nan
+    except ValueError:
+        number = math.nan
+    whole = kind == "first" and number >= 1 and number.is_integer()
+    share = kind in ("random", "largest") and 0 < number <= 1
+    if rule != ALL and not whole and not share:
+        raise ConfigError(
+            f"selective must be all, first:STAGES with a whole number, random:SHARE or largest:SHARE with a share "
+            f"above 0 and at most 1; got {rule!r}"
+        )
+    return kind, number
+
+
+def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
+
+    Args:
+        rule: as of `parse_rule`. "first": the weights of the first stages; "random": each with this probability, drawn
+            from the seed; "largest": the share of every parameter that has the greatest absolute values.
+        weights: in the order in which the model has them.
+
+    Raises:
+        ConfigError: if there are fewer stages.
+    """
+    kind, number = parse_rule(rule)
+    if kind == "first":
+        stages = model_stages({name: weight.numel() for name, weight in weights.items()})
+        if number > len(stages):
+            raise ConfigError(
+                f"selective {rule!r} asks for {number:g} stages, the masked weights have {len(stages)}: "
+                f"{', '.join(stages)}"
+            )
+        first = {name for members in list(stages.values())[: int(number)] for name in members}
+        return {name: torch.full(weight.shape, name in first) for name, weight in weights.items()}
+    if kind == "random":
+        drawn = torch.Generator().manual_seed(seed)
+        return {name: torch.rand(weight.shape, generator=drawn) < number for name, weight in weights.items()}
+    if kind == "largest":
+        return {name: _largest(weight.detach().cpu(), number) for name, weight in weights.items()}
+    return {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def model_stages(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the names of parameters by stage, in their order.
+
+    Stages are the model's modules of the highest level, as `layer1`, … of a ResNet. A module with more than nine tenths
+    of all weights is taken apart, as `blocks` of a vision transformer.
+
+    Args:
+        sizes: number of weights by dotted name, in the order in which the model has them.
+    """
+    stages = _children(list(sizes), "")
+    while True:
+        great = [s for s, names in stages.items() if sum(sizes[n] for n in names) > MOST * sum(sizes.values())]
+        inner = _children(stages[great[0]], f"{great[0]}.") if great else {}
+        if not great or stages[great[0]] == great:
+            return stages
+        at = list(stages).index(great[0])
+        parts = list(stages.items())
+        stages = dict([*parts[:at], *inner.items(), *parts[at + 1 :]])
+
+
+def _children(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(prefix + name.removeprefix(prefix).partition(".")[0], []).append(name)
+    return found
+
+
+def _largest(weight: Tensor, share: float) -> Tensor:
+    return greatest(weight.abs().flatten(), round(share * weight.numel())).reshape(weight.shape)
+
+
+SCORES = ".0.scores"  # how a checkpoint's names of scores end
+
+
+def attach_scores(
+    model: nn.Module,
+    method: Method | str = "threshold",
+    select: Iterable[str] | None = None,
+    *,
+    scale: bool = False,
+) -> dict[str, nn.Parameter]:
+    """Freeze a model and attach trainable scores to some of its weights.
+
+    For users who keep their own training loop: train the returned scores (and a head, if it is to learn) with any
+    optimiser, then call `extract_masks`, which leaves the model as it was.
+
+    Args:
+        method: a method or its name (`maskpack list methods`).
+        select: globs on dotted parameter names; default: every convolution and linear weight.
+        scale: divide the kept weights by sqrt(density).
+
+    Returns:
+        The scores by parameter name, float32, the only parameters of the model that require a gradient.
+
+    Raises:
+        StateError: if scores are attached already.
+        SelectionError: if nothing matches, or a match cannot be masked.
+        ConfigError: if the method is not for such weights, or has no scale.
+    """
+    if isinstance(method, str):
+        method = build_method(method)
+    model = unwrap(model)
+    if any(isinstance(m, ScoredWeight) for m in model.modules()):
+        raise StateError("this model has scores already; call extract_masks(model) first")
+    names = select_parameters(model, select or ())
+    return attach(model, method, names, scale)
+
+
+def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) -> dict[str, nn.Parameter]:
+    """Freeze a model and attach scores to exactly these parameters."""
+    if scale and method.op != "zero":
+        raise ConfigError(f"the method {method.id!r} removes no weights, so that there is no scale; leave it out")
+    together = ScoredModel(method)
+    tied = all_names(model)
+    model.requires_grad_(False)
+    scores = {}
+    for name in names:
+        place, leaf = owner(model, name)
+        # one ScoredWeight for all names of a tied weight: it has one set of scores
+        try:
+            scored = ScoredWeight(getattr(place, leaf), scale, together)
+        except ConfigError as error:
+            detach_scores(model)
+            raise ConfigError(f"{name}: {error}") from None
+        together.members.append(scored)
+        put_on(model, tied[name], scored, together.orders)
+        scores[name] = scored.scores
+    together.recompute.watch(model)
+    return scores
+
+
+def scored_weights(model: nn.Module) -> dict[str, ScoredWeight]:
+    """Return the attached ScoredWeight modules by parameter name, sorted, each under its first name."""
+    found: dict[str, ScoredWeight] = {}
+    seen: set[int] = set()
+    for raw, module in sorted(unwrap(model).named_modules(remove_duplicate=False)):
+        if isinstance(module, parametrize.ParametrizationList):
+            scored = module[0]
+            if isinstance(scored, ScoredWeight) and id(scored) not in seen:
+                seen.add(id(scored))
+                found[raw.replace("parametrizations.", "").replace("_orig_mod.", "")] = scored
+    return dict(sorted(found.items()))
+
+
+def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores among the tensors of a checkpoint, by parameter name."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SCORES):
+            # what is trained holds the backbone as `model`, itself or in its classifier
+            own = name.partition("model.")[2].removesuffix(SCORES)
+            found[own.replace("parametrizations.", "").replace("_orig_mod.", "")] = tensor
+    return found
+
+
+def scored_models(model: nn.Module) -> list[ScoredModel]:
+    """Return what the scores of a model share: one for each time that some were attached, as to body and head."""
+    return list(dict.fromkeys(one.model for one in scored_weights(model).values()))
+
+
+@contextmanager
+def without_scores(model: nn.Module) -> Iterator[None]:
+    """Compute with the weights as they are, as long as this lasts."""
+    models = scored_models(model)
+    for one in models:
+        one.off = True
+    try:
+        yield
+    finally:
+        for one in models:
+            one.off = False
+
+
+def set_progress(model: nn.Module, progress: float, batch_size: int = 1) -> None:
+    """Tell the scores of a model where training stands, for methods that change on the way.
+
+    Args:
+        progress: share of the training steps that are done, 0 at the first step and 1 at the last. Scores that nobody
+            tells are treated as finished.
+        batch_size: examples of an optimiser step.
+    """
+    for one in scored_models(model):
+        one.progress, one.batch_size = progress, batch_size
+
+
+def density(scored: Iterable[ScoredWeight]) -> float:
+    """Return the share of weights kept under the current scores."""
+    kept = total = 0
+    for one in scored:
+        mask = one.binary()
+        kept, total = kept + int(mask.count_nonzero()), total + mask.numel()
+    return kept / total if total else 1.0
+
+
+def replaced_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return what masks with op "replace" put in place of weights, as `Parts.values`; empty for other methods."""
+    found = {}
+    for name, one in scored_weights(model).items():
+        if one.method.op == "replace":
+            place, leaf = owner(unwrap(model), name)
+            chains: Any = place.parametrizations
+            weight = chains[leaf].original.detach()
+            found[name] = one.method.values(weight, one.scores.detach())[~one.binary()].cpu()
+    return found
+
+
+def extract_masks(model: nn.Module) -> MaskSet:
+    """Read the masks off a model's scores and detach the scores: the model is as before `attach_scores`.
+
+    Its weights keep their bits, and stay frozen; the masks are not applied.
+
+    Raises:
+        StateError: if the model has no scores.
+    """
+    scored = scored_weights(model)
+    if not scored:
+        raise StateError("this model has no scores; call attach_scores(model) first")
+    masks = MaskSet({name: one.mask() for name, one in scored.items()})
+    detach_scores(model)
+    return masks
+
+
+def detach_scores(model: nn.Module) -> None:
+    """Remove the scores from a model; its weights keep their bits."""
+    models = scored_models(model)
+    for one in models:
+        one.recompute.stop()
+    take_off(model, ScoredWeight, [one.orders for one in models])
