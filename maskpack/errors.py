@@ -1,4 +1,26 @@
-"""Text from files, servers and users, made harmless for the place where it is shown."""
+"""Every error that maskpack raises on purpose.
+
+MaskpackError
+├── ConfigError              a setting is impossible (also a ValueError)
+├── UnknownNameError         no such method, codec, data source, backbone, parameter or mask set (LookupError)
+├── MissingDependencyError   an optional library is not installed (ImportError)
+├── SelectionError           the patterns match no parameter, or one that cannot be masked (ValueError)
+├── BackboneError            the backbone or its weights cannot be loaded (ValueError)
+├── DataError                the data cannot be read or do not fit (ValueError)
+├── TrainingError            training cannot go on (RuntimeError)
+├── StoppedError             a signal stopped the work, which can be taken up again
+├── AdapterError             something is wrong with an adapter file (ValueError)
+│   ├── CorruptAdapterError      its bytes are not what the format or the digests say
+│   ├── UnsupportedVersionError  written by a newer format version
+│   ├── UnknownCodecError        packed with a codec that is not installed
+│   └── SignatureError           it is not signed as it has to be
+├── BackboneMismatchError    the adapter was made for other weights (ValueError)
+├── StateError               the model or folder is not in the state that the call needs (RuntimeError)
+└── HubError                 push, pull or their network failed (OSError)
+    └── HubUnreachableError      the Hub did not answer, or not yet: later it may
+
+A message says what was wrong (with the value), what was expected, and what to do.
+"""
 
 import importlib
 import json
