@@ -50,7 +50,7 @@ def tiny_net() -> Backbone:
         torch.manual_seed(0)
         model = TinyNet()
         model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 @pytest.fixture(scope="module")

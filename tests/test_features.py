@@ -124,7 +124,9 @@ def test_text_embeddings_are_pooled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # the tokenizer's padding and truncation are those of its last call: they are no part of what it is
     assert torch.equal(embed(backbone, data.train)[0], x)
     assert len(calls) == 1
-    assert not torch.equal(embed(replace(backbone, pooling="cls"), data.train)[0], x)
+    assert not torch.equal(
+        embed(replace(backbone, embedding=replace(backbone.embedding, pooling="cls")), data.train)[0], x
+    )
     embed(replace(backbone, preprocess=replace(backbone.preprocess, max_length=3)), data.train)
     assert len(calls) == 3
     backbone.tokenizer.add_tokens(["lost"])

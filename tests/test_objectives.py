@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from maskpack.backbone.load import Backbone, load_backbone
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
@@ -471,7 +472,7 @@ def test_a_text_mask_without_labels(minilm: Backbone, tmp_path: Path) -> None:
     assert result.metrics["density"] < 1
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got inf"):
         Run(minilm, data, replace(config, objective_options={"temperature": "inf"}))
-    headed = replace(minilm, head="pooler.dense", pooling=None)
+    headed = replace(minilm, embedding=Embedding("pooler.dense"))
     with pytest.raises(ConfigError, match="'simcse' is for encoders, whose embedding is pooled; .* the head 'pooler.d"):
         Run(headed, data, config)
     for module in minilm.model.modules():

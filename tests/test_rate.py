@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from maskpack import attach_scores, inspect_adapter, save_adapter
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError
 from maskpack.mask import MaskSet, PackedMask, mask_id
 from maskpack.preprocess import ImagePreprocess
@@ -33,7 +34,7 @@ def digits() -> Data:
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    return Backbone(model, "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model, "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 def entropy(p: float) -> float:

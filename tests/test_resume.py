@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maskpack.adapter.content import Parts
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, StoppedError
 from maskpack.lab.compare import compare
 from maskpack.preprocess import ImagePreprocess
@@ -63,7 +64,7 @@ def net() -> Backbone:
         torch.manual_seed(0)
         model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
                               nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    return Backbone(model.eval(), "tests:dropout", head="6", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:dropout", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

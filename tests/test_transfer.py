@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from maskpack import TrainConfig, load_adapter, load_data, load_mask, save_adapter, train_transfer
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone, load_weights
-from maskpack.backbone.model import same_size_int
+from maskpack.backbone.model import Embedding, same_size_int
 from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
@@ -85,7 +85,7 @@ def tiny_net() -> Backbone:
         torch.manual_seed(0)
         model = TinyNet()
         model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 def source_network(folder: Path) -> nn.Module:

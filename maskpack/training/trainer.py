@@ -17,7 +17,7 @@ from ..adapter.content import FEATURES, Parts
 from ..backbone.classifier import modes_kept
 from ..backbone.fingerprint import Fingerprint, fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import find_head, named_parameters, swap_module
+from ..backbone.model import Embedding, find_head, named_parameters, swap_module
 from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
@@ -445,7 +445,11 @@ def train_mask(
     """
     config = config or TrainConfig()
     parse_every(checkpoint_every)
-    backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
+    backbone = (
+        model
+        if isinstance(model, Backbone)
+        else Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
+    )
     main = is_main_process()
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     start = None if start_from is None else Path(start_from)

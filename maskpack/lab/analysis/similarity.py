@@ -114,7 +114,7 @@ def similarities(
 def _layers(module: nn.Module, names: Iterable[str]) -> list[str]:
     inside = isinstance(module, Classifier)
     model = unwrap(module.model if isinstance(module, Classifier) else module)
-    head = module.module if inside else None
+    head = module.embedding.module if inside else None
     known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
     return [name for name in names if name in known]
 

@@ -96,7 +96,7 @@ class Distribution(Objective):
                 "the objective 'distribution' compares with the network as it is, whose BatchNorm statistics stay; "
                 "take bn 'freeze'"
             )
-        self.module = TwiceNetwork(Classifier(backbone.model, own, backbone.head))
+        self.module = TwiceNetwork(Classifier(backbone.model, own, backbone.embedding))
         self.sums = [0.0, 0.0, 0.0]
 
     def trained(self) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...backbone.classifier import Inputs, pool
 from ...backbone.load import Backbone
-from ...backbone.model import Pooling
+from ...backbone.model import Embedding
 from ...errors import ConfigError
 from ...registry import check_above_zero, make_options
 from ..config import TrainConfig
@@ -36,16 +36,16 @@ class SimcseOptions:
 class SimcseNetwork(nn.Module):
     """An encoder with its pooling, that sees every text twice."""
 
-    def __init__(self, model: nn.Module, pooling: Pooling, normalize: bool):
+    def __init__(self, model: nn.Module, embedding: Embedding):
         super().__init__()
-        self.model, self.pooling, self.normalize = model, pooling, normalize
+        self.model, self.embedding = model, embedding
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return embeddings (2 B, D), the first view of all texts first; dropout tells the views apart."""
         assert isinstance(inputs, dict)
         doubled = {name: torch.cat([one] * VIEWS) for name, one in inputs.items()}
         hidden = self.model(**doubled).last_hidden_state
-        return pool(hidden, doubled["attention_mask"], self.pooling, self.normalize).float()
+        return pool(hidden, doubled["attention_mask"], self.embedding).float()
 
 
 @OBJECTIVES.register
@@ -63,7 +63,7 @@ class Simcse(Objective):
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
         self.options: SimcseOptions = make_options(SimcseOptions, "the objective 'simcse'", config.objective_options)
-        if backbone.pooling is None:
+        if backbone.embedding.pooling is None:
             raise ConfigError(
                 f"the objective 'simcse' is for encoders, whose embedding is pooled; {backbone.id} has the head "
                 f"{backbone.head!r}"
@@ -73,7 +73,7 @@ class Simcse(Objective):
                 f"{backbone.id} has no dropout, by which the objective 'simcse' tells two views of a text apart; "
                 f"set it in the model's configuration"
             )
-        self.module = SimcseNetwork(backbone.model, backbone.pooling, backbone.normalize)
+        self.module = SimcseNetwork(backbone.model, backbone.embedding)
         self.watch = CollapseWatch()
 
     def trained(self) -> list[nn.Parameter]:

@@ -38,7 +38,7 @@ class Supervised(Objective):
 
     def start(self) -> None:
         """Start the head of an encoder from the class centroids of the frozen embeddings."""
-        if self.config.head_kind != "linear" or not (self.backbone.pooling and self.backbone.normalize):
+        if self.config.head_kind != "linear" or not self.backbone.embedding.normalize:
             return
         assert self.data.train is not None
         x, y = embeddings(self.backbone, readable(self.batches(self.data.train)))

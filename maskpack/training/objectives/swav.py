@@ -205,7 +205,7 @@ class Swav(Objective):
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             projection = nn.Linear(backbone.features, self.options.dimension)
-            classifier = Classifier(backbone.model, projection, backbone.head, backbone.pooling, backbone.normalize)
+            classifier = Classifier(backbone.model, projection, backbone.embedding)
             self.module = SwavNetwork(classifier, self.options).to(example.device, example.dtype)
         self.watch = CollapseWatch(self.options.prototypes)
         self.queue_on = False
