@@ -67,7 +67,7 @@ def test_distribution_removes_weights_and_keeps_outputs(tiny_backbone: Backbone,
     with pytest.raises(ConfigError, match="strength must be a finite number of at least 0 and temperature above 0"):
         plan_training(tiny_backbone, unlabelled, replace(config, objective_options={"temperature": 0}))
     with pytest.raises(ConfigError, match="compares outputs, and tests:tiny has no head that gives any"):
-        plan_training(replace(tiny_backbone, head=None), unlabelled, config)
+        plan_training(replace(tiny_backbone, embedding=Embedding()), unlabelled, config)
     free = replace(config, objective_options={"strength": 0})
     with pytest.raises(ConfigError, match="nothing would learn: the method 'naive' follows from the weights, and no h"):
         plan_training(tiny_backbone, unlabelled, replace(free, method="naive"))
@@ -118,7 +118,7 @@ def test_distribution_compares_with_the_network_in_evaluation_mode(tiny_backbone
     with torch.no_grad():
         tiny_backbone.model.fc.weight.mul_(40)
     tiny_backbone.model.fc = nn.Sequential(nn.Dropout(0.5), tiny_backbone.model.fc)
-    backbone = replace(tiny_backbone, head="fc.1")
+    backbone = replace(tiny_backbone, embedding=Embedding("fc.1"))
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = backbone.model.eval()(images).detach()
     run = Run(backbone, unlabelled, TrainConfig(objective="distribution", bn="freeze"))

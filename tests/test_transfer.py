@@ -424,7 +424,7 @@ def test_impossible_settings(changes: dict[str, Any], said: str, source: Data, s
     before = bits(backbone.model)
     options = {name: changes.pop(name) for name in ("start", "weight_lr") if name in changes}
     if "backbone" in changes:
-        backbone = replace(backbone, head=changes.pop("backbone"))
+        backbone = replace(backbone, embedding=Embedding(changes.pop("backbone")))
     with pytest.raises(ConfigError, match=said):
         train_transfer(backbone, source, shifted, replace(QUICK, **changes), **options)
     assert same(bits(backbone.model), before)
