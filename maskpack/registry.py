@@ -113,7 +113,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value = getattr(self, name, None)
+            value: Any = getattr(self, name, None)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise ConfigError(f"{name} must be {' or '.join(get_args(hint))}, got {value!r}")
             for known in getattr(hint, "__metadata__", ()):
@@ -144,7 +144,7 @@ def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:
     for key, value in options.items():
         if key not in known:
             raise ConfigError(f"{what} has no option {key!r}; it has: {', '.join(known) or 'none'}")
-        kind = type(known[key].default)
+        kind: Any = type(known[key].default)
         try:
             values[key] = _BOOLS[str(value).lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):
