@@ -105,6 +105,7 @@ NonNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
 
 
+@dataclass(frozen=True)
 class Options:
     """Base of dataclasses whose fields are options: each has a default, whose type is the option's.
 

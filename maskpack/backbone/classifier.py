@@ -33,35 +33,20 @@ def taken(inputs: Inputs, rows: Tensor) -> Inputs:
     return inputs[rows.to(inputs.device)]
 
 
-def pool(hidden: Tensor, attention: Tensor, embedding: Embedding) -> Tensor:
-    """Return the embeddings of texts.
-
-    Args:
-        hidden: (B, T, D), where B is the batch size, T the tokens, D the features.
-        attention: (B, T), 1 for tokens and 0 for padding.
-
-    Returns:
-        (B, D).
-    """
-    if embedding.pooling == "cls":
-        found = hidden[:, 0]
-    else:
-        weights = attention.unsqueeze(-1).to(hidden.dtype)
-        found = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return nn.functional.normalize(found, dim=-1) if embedding.normalize else found
-
-
 def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
     """Return the embeddings (B, D) of a text encoder or a CLIP-like vision tower."""
-    if embedding.pooling != "projection":
+    if embedding.pooling == "projection":
+        assert isinstance(inputs, Tensor)
+        # nothing is interpolated at the tower's own size
+        output = model(pixel_values=inputs.to(next(model.parameters()).dtype), interpolate_pos_encoding=True)
+        # SigLIP has no projection: its pooled state is the embedding
+        found: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+    else:
         assert isinstance(inputs, dict)
-        return pool(model(**inputs).last_hidden_state, inputs["attention_mask"], embedding)
-    assert isinstance(inputs, Tensor)
-    images = inputs.to(next(model.parameters()).dtype)
-    # nothing is interpolated at the tower's own size
-    output = model(pixel_values=images, interpolate_pos_encoding=True)
-    # SigLIP has no projection: its pooled state is the embedding
-    found: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+        hidden = model(**inputs).last_hidden_state  # (B, T, D)
+        weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        mean = embedding.pooling == "mean"
+        found = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1) if mean else hidden[:, 0]
     return nn.functional.normalize(found, dim=-1) if embedding.normalize else found
 
 
