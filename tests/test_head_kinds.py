@@ -11,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.backbone.classifier import encode
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import MAX_WEIGHTS, Embedding, random_weight
 from maskpack.errors import BackboneError, ConfigError
@@ -114,8 +115,8 @@ def test_behind_an_encoder_the_embedding_is_not_normalised(clip: Path) -> None:
     assert new_classifier(backbone, ["a", "b"], TrainConfig()).embedding.normalize
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        assert masked.embed(images).norm(dim=-1).max() != pytest.approx(1.0)
-        assert torch.allclose(masked(images), masked.embed(images) @ random_weight(3, 2, 12).T, atol=1e-5)
+        assert encode(masked.model, images, masked.embedding).norm(dim=-1).max() != pytest.approx(1.0)
+        assert torch.allclose(masked(images), encode(masked.model, images, masked.embedding) @ random_weight(3, 2, 12).T, atol=1e-5)
 
 
 def test_a_head_too_large_to_be_read_is_refused_before_training(tiny_backbone: Backbone) -> None:
