@@ -26,10 +26,11 @@ from maskpack.lab.plots.results import gate_figure, over_time
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
+from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
-from maskpack.training.joint import HISTOGRAMS, JointConfig, JointRun, Task, train_jointly
+from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
 from maskpack.training.run_folder import RunLog
 

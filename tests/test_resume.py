@@ -24,10 +24,10 @@ from maskpack.lab.compare import compare
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.cascade import train_cascade
 from maskpack.training.checkpoint import FILE, load_checkpoint
-from maskpack.training.config import TrainConfig, learning_rate
+from maskpack.training.config import JointConfig, TrainConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
-from maskpack.training.joint import JointConfig, Task, train_jointly
+from maskpack.training.joint import Task, train_jointly
 from maskpack.training.multitask import train_tasks
 from maskpack.training.run_folder import LOCK, Keeper, Position, locked, parse_every
 from maskpack.training.trainer import TrainResult, train_mask

@@ -24,7 +24,7 @@ from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics, set_train_mode
 from .budget import rate_control
 from .checkpoint import FILE, OBJECTIVE, checkpoint_digest, take_over, trained_tensors
-from .config import TrainConfig, learning_rate
+from .config import ALL, TrainConfig, learning_rate
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
 from .methods.base import build_method
 from .objectives.base import check_data, find_objective
@@ -41,7 +41,6 @@ from .run_folder import (
     unreadable_rows,
 )
 from .scores import (
-    ALL,
     attach,
     density,
     detach_scores,
