@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backbone.model import MAX_SEED, MAX_WEIGHTS, POOLINGS, Embedding, Head, Pooling, RandomWeight
+from ..backbone.model import POOLINGS, Embedding, Head, Pooling
+from ..backbone.random_weights import MAX_SEED, MAX_WEIGHTS, RandomWeight
 from ..errors import AdapterError, CorruptAdapterError
 from ..mask import PackedMask, packed_bits
 from ..safetensors_io import Blob, Span

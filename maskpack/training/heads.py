@@ -8,7 +8,8 @@ from torch import nn
 
 from ..backbone.classifier import Classifier, linear_from
 from ..backbone.load import Backbone, text_head
-from ..backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight, unwrap
+from ..backbone.model import Head, unwrap
+from ..backbone.random_weights import MAX_WEIGHTS, RandomWeight, random_weight
 from ..errors import ConfigError
 from .config import TrainConfig
 from .methods.base import build_method
