@@ -11,7 +11,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..backbone.fingerprint import Fingerprint, same_tensor
+from ..backbone.fingerprint import Fingerprint, same_digest, tensor_digest
 from ..backbone.model import canonical, named_parameters
 from ..codecs.base import CODECS, Bits, Codec, Side, place, plausible
 from ..codecs.rates import weight_classes
@@ -236,7 +236,7 @@ class Decoder:
 
         Before decoding: few other classes may leave a payload that decodes, to another mask.
         """
-        if not same_tensor(weight, self.base, name):
+        if not same_digest(tensor_digest(weight, weight.dtype), self.base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load "
                 f"{self.header.base.id}, which the adapter was made for"
