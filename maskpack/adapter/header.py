@@ -289,7 +289,7 @@ class Header:
             try:
                 preprocess_from_json(preprocess)
             except ConfigError as error:
-                raise CorruptAdapterError(f"$.{error}, or fetch the file again") from None
+                raise CorruptAdapterError(f"$.{error}; fetch the file again") from None
         sets = parse_sets(fields.object("sets"))
         return cls(
             producer=fields.text("producer"),
