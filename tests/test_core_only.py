@@ -21,7 +21,7 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_mixture, fit_whitening
 from maskpack.training.data.base import Data
-from maskpack.training.data.image_folder import ImageFolder
+from maskpack.training.data.folder import ImageFolder
 from maskpack.training.dense import train_dense
 from maskpack.training.objectives.swav import multi_crop
 from maskpack.training.run_folder import RunLog
