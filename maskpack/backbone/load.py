@@ -74,19 +74,22 @@ class Backbone:
         return ("pooler",) if self.embedding.pooling is not None and hasattr(self.model, "pooler") else ()
 
     @property
+    def linear(self) -> nn.Linear | None:
+        """The linear layer that gives the logits; None for an encoder, or if it was removed."""
+        own = None if self.head is None else unwrap(self.model).get_submodule(self.head)
+        return own if isinstance(own, nn.Linear) else None
+
+    @property
     def features(self) -> int:
         """Number of features that go into the head.
 
         Raises:
             BackboneError: if there is no head, or it was removed and the model does not state its `num_features`.
         """
+        if self.linear is not None:
+            return self.linear.in_features
         if self.head is not None:
-            module = unwrap(self.model).get_submodule(self.head)
-            stated = (
-                module.in_features
-                if isinstance(module, nn.Linear)
-                else getattr(unwrap(self.model), "num_features", None)
-            )
+            stated = getattr(unwrap(self.model), "num_features", None)
             if not isinstance(stated, int):
                 raise BackboneError(
                     f"the head {self.head!r} was removed and the model does not state num_features; load it whole"
