@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter.content import Parts
     from .adapter.describe import inspect_adapter
     from .adapter.read import Adapter
     from .adapter.write import save_adapter
@@ -42,6 +43,7 @@ _WHERE = {
     "MaskBank": "runtime.bank",
     "MaskSet": "mask",
     "MaskpackError": "errors",
+    "Parts": "adapter.content",
     "TrainConfig": "training.config",
     "attach_gates": "training.gates",
     "attach_scores": "training.scores",
@@ -74,6 +76,7 @@ __all__ = [
     "MaskBank",
     "MaskSet",
     "MaskpackError",
+    "Parts",
     "TrainConfig",
     "attach_gates",
     "attach_scores",

@@ -1,15 +1,17 @@
 """Preprocessing: what a backbone expects of its inputs, and what an adapter therefore carries."""
 
+from __future__ import annotations
+
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, BinaryIO, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
 from .errors import ConfigError, DataError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -59,6 +61,8 @@ class ImagePreprocess:
         Raises:
             MissingDependencyError: if torchvision is not installed.
         """
+        import torch
+
         v2 = require("torchvision.transforms.v2", "train", "reading images")
         mode = v2.InterpolationMode(self.interpolation)
         crop = (
@@ -73,7 +77,7 @@ class ImagePreprocess:
         pipeline = v2.Compose([v2.ToImage(), *steps])
 
         def apply(image: Any) -> Tensor:
-            return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), Tensor)
+            return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), torch.Tensor)
 
         return apply
 

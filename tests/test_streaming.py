@@ -22,7 +22,8 @@ from rich.console import Console
 from maskpack import threads
 from maskpack.adapter import decode
 from maskpack.adapter import write as payloads
-from maskpack.adapter.write import Spool, Spooled, read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import Spool, Spooled, save_adapter
 from maskpack.codecs.raw import Raw
 from maskpack.errors import ConfigError, CorruptAdapterError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from ..adapter.card import PICTURE_FILE
+from ..adapter.card import CARD_FILE, PICTURE_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_bytes, read_files, read_model
 from ..adapter.signature import SIGNATURE_FILE, Contents, Keys, Signed, parse_signed, signature_path, trusted_keys
-from ..adapter.write import CARD_FILE
 from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from ..network import hides_secrets
 from .cache import RepositoryCache, check_newest

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.card import PICTURE_FILE, density_picture, render_card, update_card
+from ..adapter.card import CARD_FILE, PICTURE_FILE, density_picture, render_card, update_card
 from ..adapter.describe import config_text, describe
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, read_bytes
 from ..adapter.signature import SIGNATURE_FILE, Contents, Envelope, Keys, private_keys, renewed
-from ..adapter.write import CARD_FILE
 from ..errors import ConfigError, HubError, SignatureError
 from ..network import hides_secrets, own_retries
 from .cache import highest, name_of, remember
