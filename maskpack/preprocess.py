@@ -1,7 +1,5 @@
 """Preprocessing: what a backbone expects of its inputs, and what an adapter therefore carries."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +50,7 @@ class ImagePreprocess:
             if not of_type or len(values) != 3 or not all(lowest < one < math.inf for one in values):
                 raise _refused(name, values, "three finite numbers, of std above 0")
 
-    def transform(self, augment: Augment = "none") -> Callable[[Any], Tensor]:
+    def transform(self, augment: Augment = "none") -> "Callable[[Any], Tensor]":
         """Return a function from a PIL image of any mode to a float32 tensor (3, size, size).
 
         Args:
@@ -76,7 +74,7 @@ class ImagePreprocess:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         pipeline = v2.Compose([v2.ToImage(), *steps])
 
-        def apply(image: Any) -> Tensor:
+        def apply(image: Any) -> "Tensor":
             return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), torch.Tensor)
 
         return apply
@@ -144,12 +142,12 @@ def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
     return cls(**values)
 
 
-def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> "Callable[[Sequence[str]], dict[str, Tensor]]":
     """Return a function from texts to the tokenizer's tensors, padded to the longest text of the batch."""
     if tokenizer is None:
         raise DataError("texts need the backbone's tokenizer, and none was found; pass the tokenizer")
 
-    def apply(texts: Sequence[str]) -> dict[str, Tensor]:
+    def apply(texts: Sequence[str]) -> "dict[str, Tensor]":
         return dict(
             tokenizer(list(texts), padding=True, truncation=True, max_length=preprocess.max_length, return_tensors="pt")
         )

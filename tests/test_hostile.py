@@ -13,7 +13,7 @@ from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import describe
 from maskpack.adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_adapter, read_file
 from maskpack.adapter.write import save_adapter
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, CorruptAdapterError, UnknownCodecError, UnsupportedVersionError
 from maskpack.safetensors_io import SEAL
 
@@ -28,7 +28,7 @@ Header = dict[str, Any]
 def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("valid") / "x.safetensors"
     statistics = {"bn.running_mean": torch.rand(3)}
-    parts = Parts(MASKS, Head("linear", torch.rand(2, 2), torch.rand(2), "fc"), statistics)
+    parts = Parts(MASKS, Head(Embedding("fc"), torch.rand(2, 2), torch.rand(2)), statistics)
     save_adapter(path, parts, base_of(SHAPES), codec="zstd", preprocess={"kind": "image"}, class_names=["x", "y"])
     return path.read_bytes()
 

@@ -226,9 +226,9 @@ def head_mask(spec: RandomSpec, raw: memoryview) -> PackedMask:
 def head_of(spec: HeadSpec, tensors: Mapping[str, Tensor]) -> Head:
     """Return a head from its tensors, by role; a random weight is rebuilt. Raises as `head_mask`."""
     if spec.random is None:
-        return Head.at(spec.embedding, tensors["weight"], tensors.get("bias"))
+        return Head(spec.embedding, tensors["weight"], tensors.get("bias"))
     random = RandomWeight(spec.random.seed, head_mask(spec.random, tensors["mask"].numpy().data))
-    return Head.at(spec.embedding, random.dense(), None, random)
+    return Head(spec.embedding, random.dense(), None, random)
 
 
 def cascade_of(spec: CascadeSpec, tensors: Mapping[str, Tensor]) -> Cascade:

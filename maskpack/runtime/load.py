@@ -141,7 +141,7 @@ def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode, base: Weights |
     check_one_set(adapter)
     parts = adapter.parts(base=base, stream=True)
     if mode == "target":
-        replaces = parts.head is not None and parts.head.kind == "linear" and head == "replace"
+        replaces = parts.head is not None and parts.head.module is not None and head == "replace"
         return parts if replaces else replace(parts, head=None)
     if not parts.values:
         raise AdapterError(
