@@ -113,7 +113,7 @@ def cascade_tensors(cascade: Cascade) -> dict[str, Tensor]:
 def _float_blobs(tensors: Mapping[str, Tensor]) -> list[Blob]:
     for key, tensor in tensors.items():
         if NAMES.get(str(tensor.dtype)) not in FLOATS:
-            raise AdapterError(f"{key} is {tensor.dtype}, expected torch.float32, bfloat16 or float16; convert it")
+            raise AdapterError(f"{key} is {tensor.dtype}, expected one of float32, bfloat16, float16; convert it")
     return [Blob.of(key, t.float() if key.split("/")[1] == "statistics" else t) for key, t in tensors.items()]
 
 
