@@ -225,7 +225,7 @@ def mixed_batch(bank: "MaskBank", inputs: Tensor | Mapping[str, Tensor], masks: 
 def _forward(bank: "MaskBank", name: str | None, inputs: Inputs) -> Tensor:
     """Return the outputs of the model for one group, by the adapter's head where that lies behind the model."""
     head = None if name is None else bank.parts(name).head
-    if head is not None and head.kind == "pooled-linear":
+    if head is not None and head.module is None:
         classifier = classifier_from(bank.model, head).train(bank.model.training)
         output: object = classifier(inputs)
     else:
