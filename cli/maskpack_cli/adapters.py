@@ -16,9 +16,10 @@ RequireRevision = Annotated[
     bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
 ]
 RequireSignature = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Public key (PEM), or folder of keys: one must have signed it. (default: MASKPACK_REQUIRE_SIGNATURE's)"
+        help="Who must have signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER. "
+        "(default: MASKPACK_REQUIRE_SIGNATURE's)"
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly: file, index or folder.")]
@@ -40,7 +41,7 @@ def inspect(
     quiet_libraries(quiet)
     from maskpack import inspect_adapter
     from maskpack.adapter.card import member
-    from maskpack.adapter.describe import describe_signature
+    from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
     opened = open_adapter(ref, revision=revision, require_signature=require_signature, token=token)
@@ -85,8 +86,12 @@ def verify(
     revision: Revision = None,
     require_revision: RequireRevision = False,
     key: Annotated[
-        Path | None,
-        typer.Option(help="Public key (PEM), or folder of keys: also check that one of them signed the adapter."),
+        str | None,
+        typer.Option(
+            "--key",
+            "--require-signature",
+            help="Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
+        ),
     ] = None,
     token: Token = None,
     as_json: Json = False,
@@ -94,7 +99,7 @@ def verify(
 ) -> None:
     """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
     quiet_libraries(quiet)
-    from maskpack.adapter.describe import describe_signature
+    from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
     opened = open_adapter(ref, revision=revision, require_revision=require_revision, require_signature=key, token=token)

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import SignatureError, escape
+from ..errors import escape
 from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json
 from .read import Adapter, read_adapter
-from .signature import SIGNATURE_FILE, Contents, Envelope, Signed
 from .tensors import CASCADE, beginning, dense_names
 
 
@@ -46,28 +45,6 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
         "sets": sets,
         "cascade": _cascade(adapter),
-    }
-
-
-def describe_signature(contents: Contents, signed: Signed | None) -> dict[str, Any] | None:
-    """Return what the signature among an adapter's files says, as JSON values; None if there is none.
-
-    `verified` is True only if trusted keys were given, which `signed` is the result of.
-    """
-    if SIGNATURE_FILE not in contents:
-        return None
-    try:
-        envelope = Envelope.from_bytes(bytes(contents[SIGNATURE_FILE]))
-        statement = envelope.statement()
-    except SignatureError as error:
-        return {"keys": [], "repository": None, "counter": None, "verified": False, "state": str(error)}
-    fits = statement.covers(contents) or signed is not None
-    return {
-        "keys": list(signed.by if signed else sorted(envelope.signatures)),
-        "repository": statement.repository,
-        "counter": statement.counter,
-        "verified": signed is not None,
-        "state": "verified" if signed else "not verified: no key was given" if fits else "of other files than these",
     }
 
 

@@ -304,10 +304,12 @@ def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | m
     return files
 
 
-def parse_files(files: Mapping[str, tuple[Path, bytes | memoryview]]) -> Adapter:
-    """Verify what `read_files` gives. Raises as `read_adapter`."""
+def parse_files(files: Mapping[str, tuple[Path, bytes | memoryview]], digest: str | None = None) -> Adapter:
+    """Verify what `read_files` gives; `digest` is the model file's, if it is known. Raises as `read_adapter`."""
     path, content = files[MODEL_FILE]
     adapter = parse_adapter(memoryview(content), path)
+    if digest is not None:
+        adapter.digest = digest
     if CONFIG_FILE in files:
         config, text = files[CONFIG_FILE]
         check_config(bytes(text), config, adapter)
