@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .model import body, canonical, inside, unwrap
+from .model import CASTS, PREFIX, Fingerprint, body, canonical, inside, unwrap
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
@@ -157,29 +157,7 @@ def _source(cls: type) -> str:
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
-CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-PREFIX = 6  # bytes kept of a tensor's digest, for each cast
 WORTH = 1 << 17  # weights that are worth a thread
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """Identity of a backbone's body.
-
-    Attributes:
-        id, revision: as of `backbone.load.Backbone`.
-        dtype: of the body when the fingerprint was taken, as in "float32".
-        head: names of modules outside the body.
-        digests: hex BLAKE3 of the body by the dtype that it was cast to.
-        tensors: 18 bytes by parameter name: 6 each of the digests of the tensor cast to float32, bfloat16, float16.
-    """
-
-    id: str
-    revision: str | None
-    dtype: str
-    head: tuple[str, ...]
-    digests: Mapping[str, str]
-    tensors: Mapping[str, bytes]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -236,16 +214,16 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     tensors = _with_data(body(model, head))
     digests: dict[str, str] = {}
     prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
-    for dtype in CASTS:
-        each = tensor_digests(tensors, dtype)
-        digests[_name(dtype)] = _body_digest(tensors, each)
-        prefixes = {name: prefix + each[name][:PREFIX] for name, prefix in prefixes.items()}
+    for name in CASTS:
+        each = tensor_digests(tensors, getattr(torch, name))
+        digests[name] = _body_digest(tensors, each)
+        prefixes = {tensor: prefix + each[tensor][:PREFIX] for tensor, prefix in prefixes.items()}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
 
 
 def same_digest(digest: bytes, expected: Fingerprint, name: str, dtype: torch.dtype) -> bool:
     """Return True if the `tensor_digest` in `dtype` is that of the base's masked tensor `name`."""
-    at = CASTS.index(dtype) * PREFIX
+    at = CASTS.index(_name(dtype)) * PREFIX
     return digest[:PREFIX] == expected.tensors[name][at : at + PREFIX]
 
 

@@ -1,16 +1,23 @@
-"""Names and tensors of a model, its head, and its embedding."""
+"""Names and tensors of a model, its head, embedding and fingerprint.
+
+An adapter's header is read with the classes of this module, so it imports torch in functions alone.
+"""
+
+from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import BackboneError, UnknownNameError
 from .random_weights import RandomWeight
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
+PREFIX = 6  # bytes of a tensor's digest that are stored, for each cast
 Pooling = Literal["mean", "cls", "projection"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
@@ -52,8 +59,30 @@ class Head:
         return self.embedding.module
 
 
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Identity of a backbone's body.
+
+    Attributes:
+        id, revision: as of `backbone.load.Backbone`.
+        dtype: of the body when the fingerprint was taken, as in "float32".
+        head: names of modules outside the body.
+        digests: hex BLAKE3 of the body by the dtype that it was cast to.
+        tensors: 18 bytes by parameter name: 6 each of the digests of the tensor cast to float32, bfloat16, float16.
+    """
+
+    id: str
+    revision: str | None
+    dtype: str
+    head: tuple[str, ...]
+    digests: Mapping[str, str]
+    tensors: Mapping[str, bytes]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers."""
+    from torch import nn
+
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):
@@ -111,6 +140,8 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
     """Return the floating-point parameters and persistent buffers outside `head`, sorted; of tied ones the first."""
+    from torch import Tensor
+
     head = tuple(head)
     state = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
     found: dict[tuple[object, ...], tuple[str, Tensor]] = {}
@@ -122,6 +153,8 @@ def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
 
 def same_size_int(tensor: Tensor) -> Tensor:
     """View a floating-point tensor as integers of the same size, to copy and compare bits."""
+    import torch
+
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()])
 
@@ -148,6 +181,8 @@ def find_head(model: nn.Module, name: str | None = None) -> str | None:
         UnknownNameError: if the model has no module `name`.
         BackboneError: if that module holds no linear layer, or the model states several heads.
     """
+    from torch import nn
+
     model = unwrap(model)
     modules = dict(model.named_modules())
     if name is not None and name not in modules:

@@ -1,15 +1,18 @@
 """Random weights that a seed stands for, the same on every machine: of heads, and of whole models."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ..errors import BackboneError
 from ..mask import PackedMask, masked_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BLOCK = 1 << 16  # weights per hash, which bounds the memory beside the result
 MAX_WEIGHTS = 1 << 27
@@ -20,6 +23,8 @@ PREFIX = "random:"  # of the revision of a random base
 
 def _hashed(label: str, shape: tuple[int, ...], value: Callable[[Tensor], Tensor]) -> Tensor:
     """Return float32 values of odd numbers from 1 - 2**24 to 2**24 - 1, float64, that follow from the label."""
+    import torch
+
     whole = torch.empty(math.prod(shape))
     for block, part in enumerate(torch.split(whole, BLOCK)):
         digest = hashlib.shake_128(f"{label} {block}".encode()).digest(4 * len(part))
@@ -50,6 +55,8 @@ class RandomWeight:
 
     def dense(self) -> Tensor:
         """Return the masked weight, (classes, features) float32 on the CPU."""
+        import torch
+
         classes, features = self.mask.shape
         alpha = None if self.mask.alpha is None else torch.tensor(self.mask.alpha, dtype=torch.float32)
         return masked_weight(random_weight(self.seed, classes, features), self.mask.tensor(), alpha)

@@ -130,7 +130,7 @@ class Resident:
                 f"{self.name!r} was evicted from the bank, and {adapter.path}, which it was read from, has other bytes "
                 f"now; remove it and add it again, or pin what must stay"
             )
-        self.parts = parts_of(adapter, base)
+        self.parts = adapter.parts(base=base)
 
     def make_patches(self, parameters: Mapping[str, Tensor]) -> None:
         """Note what the masks change in parameters that have their base's bits."""
@@ -141,12 +141,6 @@ class Resident:
                 for name, mask in parts.masks.items()
                 if at_places(mask)
             }
-
-
-def parts_of(adapter: Adapter, base: nn.Module) -> Parts:
-    """Decode the one set of an adapter, with everything beside its masks."""
-    masks = adapter.masks(base=base)
-    return Parts(masks, adapter.head(), adapter.statistics(), adapter.parameters(), adapter.values())
 
 
 def whole_masks(parts: Parts) -> dict[str, PackedMask]:
