@@ -48,7 +48,7 @@ class MaskedAndWhole(nn.Module):
 
 @OBJECTIVES.register
 class Distribution(Objective):
-    """Sparsest mask under an output-KL penalty: keep the unmasked network's output distribution; needs no labels.
+    """Sparsest mask under an output-KL penalty; needs no labels.
 
     The loss is KL(unmasked || masked) + strength * density, with the network's own head. The gradient of the density is
     1 / weights for every score (straight through).
