@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_data, save_adapter, train_cascade
+from maskpack import load_adapter, load_backbone, save_adapter
+from maskpack.lab.compare import compare
+from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import cascade_table
 from maskpack.training.run_folder import write_json
 

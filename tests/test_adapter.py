@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import Parts, read_adapter, save_adapter
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 
@@ -39,13 +39,13 @@ def full() -> dict[str, Parts]:
     return {
         "default": Parts(
             ternary,
-            Head("linear", torch.randn(3, 4, generator=generator), torch.zeros(3), module="fc"),
+            Head(Embedding("fc"), torch.randn(3, 4, generator=generator), torch.zeros(3)),
             {"bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4).half()},
             {"ln.bias": torch.rand(4).bfloat16(), "gain": torch.tensor(2.0)},
         ),
         "expert-1": Parts(
             replaced,
-            Head("pooled-linear", torch.randn(3, 4), pooling="mean", normalize=True),
+            Head(Embedding(None, "mean", True), torch.randn(3, 4)),
             values={name: torch.randn(count).half() for name, count in zeros.items()},
         ),
     }
@@ -60,9 +60,7 @@ def assert_same(adapter: Adapter, sets: dict[str, Parts]) -> None:
         if head is not None and parts.head is not None:
             assert torch.equal(head.weight, parts.head.weight)
             assert (head.bias is None) == (parts.head.bias is None)
-            assert [head.kind, head.module, head.pooling, head.normalize] == [
-                parts.head.kind, parts.head.module, parts.head.pooling, parts.head.normalize,
-            ]  # fmt: skip
+            assert head.embedding == parts.head.embedding
         for role in ("statistics", "parameters", "values"):
             found, given = getattr(adapter, role)(name), getattr(parts, role)
             assert found.keys() == given.keys()

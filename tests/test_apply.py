@@ -18,7 +18,7 @@ from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import export_state
-from maskpack.backbone.model import Head, same_size_int
+from maskpack.backbone.model import Embedding, Head, same_size_int
 from maskpack.backbone.select import select_parameters
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
@@ -52,9 +52,8 @@ def random_masks(model: nn.Module, seed: int = 0, scale: bool = False, density: 
 
 def make_adapter(path: Path, model: nn.Module, *, seed: int = 0, scale: bool = False, classes: int = 7) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    head = Head(
-        "linear", torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator), module="fc"
-    )
+    weight, bias = torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator)
+    head = Head(Embedding("fc"), weight, bias)
     statistics = {
         f"bn{i}.running_{what}": torch.rand(8 * i, generator=generator) for i in (1, 2) for what in ("mean", "var")
     }
@@ -316,7 +315,9 @@ def test_a_model_that_does_not_know_its_tokenizer() -> None:
     text = {"kind": "text", "max_length": 8}
     words = r"the model does not say where its tokenizer is; pass it: predict\(model, texts, tokenizer=…\)"
     with pytest.raises(DataError, match=words):
-        predict(TinyNet(), ["x"], head=Head("linear", torch.zeros(2, 16)), class_names=["a", "b"], preprocess=text)
+        predict(
+            TinyNet(), ["x"], head=Head(Embedding("fc"), torch.zeros(2, 16)), class_names=["a", "b"], preprocess=text
+        )
 
 
 def test_predict(tmp_path: Path, tiny: nn.Module) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import TrainConfig, load_data, save_adapter, train_cascade
+from maskpack import save_adapter
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
 from maskpack.runtime.cascade import Cascade, load_cascade
+from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import (
     CLUSTERS,
     COORDINATES,
@@ -50,7 +51,7 @@ def tiny_net() -> Backbone:
         torch.manual_seed(0)
         model = TinyNet()
         model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.edit import combine_adapters
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.backbone.load import export_state
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 
 from .hub_fixtures import hub as hub
 from .hub_fixtures import waits as waits
@@ -49,7 +49,7 @@ def folder(tiny: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         save(tmp_path / name, tiny, masks_of(tiny, seed), task="image-classification")
     rich = Parts(
         masks_of(tiny, 7),
-        Head("linear", torch.ones(3, 16), torch.zeros(3), module="fc"),
+        Head(Embedding("fc"), torch.ones(3, 16), torch.zeros(3)),
         statistics={"bn1.running_mean": torch.ones(8)},
         parameters={"bn2.bias": torch.ones(16)},
     )

@@ -12,7 +12,7 @@ from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import describe
 from maskpack.adapter.read import Adapter, read_file
 from maskpack.adapter.write import CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, CorruptAdapterError, UnknownCodecError, UnsupportedVersionError
 from maskpack.safetensors_io import SEAL
 
@@ -27,7 +27,7 @@ Header = dict[str, Any]
 def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("valid") / "x.safetensors"
     statistics = {"bn.running_mean": torch.rand(3)}
-    parts = Parts(MASKS, Head("linear", torch.rand(2, 2), torch.rand(2), "fc"), statistics)
+    parts = Parts(MASKS, Head(Embedding("fc"), torch.rand(2, 2), torch.rand(2)), statistics)
     save_adapter(path, parts, base_of(SHAPES), codec="zstd", preprocess={"kind": "image"}, class_names=["x", "y"])
     return path.read_bytes()
 

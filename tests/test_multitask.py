@@ -16,7 +16,7 @@ from maskpack_cli.main import app
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from maskpack import MaskSet, TrainConfig, load_adapter, load_data, load_mask, train_tasks
+from maskpack import MaskSet, load_adapter, load_mask
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
@@ -24,11 +24,13 @@ from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.lab.plots.masks import users
 from maskpack.lab.plots.results import gate_figure, over_time
 from maskpack.safetensors_io import read_tensors, write_tensors
+from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
+from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
-from maskpack.training.joint import HISTOGRAMS, JointConfig, JointRun, Task, train_jointly
+from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
 from maskpack.training.run_folder import RunLog
 

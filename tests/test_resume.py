@@ -18,15 +18,16 @@ from torch import Tensor, nn
 
 from maskpack.adapter.content import Parts
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, StoppedError
 from maskpack.lab.compare import compare
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.cascade import train_cascade
 from maskpack.training.checkpoint import FILE, load_checkpoint
-from maskpack.training.config import TrainConfig, learning_rate
+from maskpack.training.config import JointConfig, TrainConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
-from maskpack.training.joint import JointConfig, Task, train_jointly
+from maskpack.training.joint import Task, train_jointly
 from maskpack.training.multitask import train_tasks
 from maskpack.training.run_folder import LOCK, Keeper, Position, locked, parse_every
 from maskpack.training.trainer import TrainResult, train_mask
@@ -63,7 +64,7 @@ def net() -> Backbone:
         torch.manual_seed(0)
         model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
                               nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    return Backbone(model.eval(), "tests:dropout", head="6", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:dropout", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

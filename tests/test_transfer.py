@@ -17,13 +17,14 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from maskpack import TrainConfig, load_adapter, load_data, load_mask, save_adapter, train_transfer
+from maskpack import load_adapter, load_mask, save_adapter
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone, load_weights
-from maskpack.backbone.model import same_size_int
+from maskpack.backbone.model import Embedding, same_size_int
 from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training import TrainConfig, load_data, train_transfer
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.dense import WEIGHT_LR, of_weights
@@ -85,7 +86,7 @@ def tiny_net() -> Backbone:
         torch.manual_seed(0)
         model = TinyNet()
         model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 def source_network(folder: Path) -> nn.Module:
@@ -424,7 +425,7 @@ def test_impossible_settings(changes: dict[str, Any], said: str, source: Data, s
     before = bits(backbone.model)
     options = {name: changes.pop(name) for name in ("start", "weight_lr") if name in changes}
     if "backbone" in changes:
-        backbone = replace(backbone, head=changes.pop("backbone"))
+        backbone = replace(backbone, embedding=Embedding(changes.pop("backbone")))
     with pytest.raises(ConfigError, match=said):
         train_transfer(backbone, source, shifted, replace(QUICK, **changes), **options)
     assert same(bits(backbone.model), before)

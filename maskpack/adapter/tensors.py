@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,20 +37,18 @@ class RandomSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """A head without its tensors; the attributes are those of `backbone.head.Head`."""
+    """A head without its tensors; the attributes are those of `backbone.model.Head`."""
 
-    kind: Literal["linear", "pooled-linear"]
-    module: str | None = None
-    pooling: Pooling | None = None
-    normalize: bool = False
+    embedding: Embedding
     random: RandomSpec | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the head as JSON values."""
         random = {} if self.random is None else {"random": self.random.to_json()}
-        if self.kind == "linear":
-            return {"kind": self.kind, "module": self.module, **random}
-        return {"kind": self.kind, "normalize": self.normalize, "pooling": self.pooling, **random}
+        one = self.embedding
+        if one.module is not None:
+            return {"kind": "linear", "module": one.module, **random}
+        return {"kind": "pooled-linear", "normalize": one.normalize, "pooling": one.pooling, **random}
 
 
 def head_spec(head: Head | None) -> HeadSpec | None:
@@ -73,7 +71,7 @@ def head_spec(head: Head | None) -> HeadSpec | None:
             )
         classes, features = mask.shape
         random = RandomSpec(head.random.seed, (classes, features), mask.alpha is not None)
-    return HeadSpec(head.kind, head.module, head.pooling, head.normalize, random)
+    return HeadSpec(head.embedding, random)
 
 
 def parse_head(fields: Fields) -> HeadSpec:
@@ -84,9 +82,9 @@ def parse_head(fields: Fields) -> HeadSpec:
     """
     random = _random(fields.object("random")) if "random" in fields.members else None
     if fields.one_of("kind", ("linear", "pooled-linear")) == "linear":
-        return HeadSpec("linear", module=fields.text("module"), random=random)
+        return HeadSpec(Embedding(fields.text("module")), random)
     pooling = cast(Pooling, fields.one_of("pooling", POOLINGS))
-    return HeadSpec("pooled-linear", pooling=pooling, normalize=fields.boolean("normalize"), random=random)
+    return HeadSpec(Embedding(None, pooling, fields.boolean("normalize")), random)
 
 
 def _random(fields: Fields) -> RandomSpec:
@@ -120,13 +118,13 @@ def stored_head(spec: HeadSpec, tensors: Mapping[str, Tensor], where: str) -> He
         CorruptAdapterError: if bits of the mask's padding are set; `where` is the file's name.
     """
     if spec.random is None:
-        return Head(spec.kind, tensors["weight"], tensors.get("bias"), spec.module, spec.pooling, spec.normalize)
+        return Head(spec.embedding, tensors["weight"], tensors.get("bias"))
     packed = tensors["mask"].numpy()
     mask = PackedMask.from_bytes(packed, spec.random.shape)
     if not np.array_equal(packed_bits(mask.bits), packed):
         raise CorruptAdapterError(f"{where}: the mask of the head has set bits behind its end; fetch the file again")
     random = RandomWeight(spec.random.seed, mask.scaled() if spec.random.scale else mask)
-    return Head(spec.kind, random.dense(), None, spec.module, spec.pooling, spec.normalize, random)
+    return Head(spec.embedding, random.dense(), None, random)
 
 
 PREFIX = "maskpack.cascade/"  # a set's name has no dot
@@ -143,12 +141,10 @@ class CascadeHeader:
 
     def to_json(self) -> dict[str, Any]:
         """Return the cascade as JSON values."""
-        one = self.embedding
-        kind = HeadSpec("pooled-linear" if one.module is None else "linear", one.module, one.pooling, one.normalize)
         return {
             "combine": self.combine,
             "dispatcher": self.dispatcher,
-            "embedding": kind.to_json(),
+            "embedding": HeadSpec(self.embedding).to_json(),
             "experts": list(self.experts),
         }
 
@@ -168,8 +164,7 @@ def parse_cascade(fields: Fields, sets: Collection[str]) -> CascadeHeader:
     if not experts or sorted([dispatcher, *experts]) != sorted(sets):
         known = ", ".join(sorted(sets)[:9])
         raise fields.refuse("experts", f"to name, with the dispatcher {dispatcher!r}, each of the sets once: {known}")
-    head = parse_head(fields.object("embedding"))
-    embedding = Embedding(head.module, head.pooling, head.normalize)
+    embedding = parse_head(fields.object("embedding")).embedding
     return CascadeHeader(dispatcher, experts, embedding, cast(Combine, fields.one_of("combine", COMBINES)))
 
 

@@ -138,26 +138,41 @@ Pooling = Literal["mean", "cls", "projection"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "projection")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """A linear head.
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Where a model's embedding is taken: the input of its head, or an encoder's pooled output.
 
     Attributes:
-        kind: "linear" replaces the module called `module`; "pooled-linear" lies behind an encoder: its embedding by
-            `pooling`, divided by its Euclidean norm if `normalize`, then the layer.
-        weight: (classes, features). bias: (classes,) or None.
-        pooling: "mean" or "cls" of the last hidden state (tokens of the attention mask), or "projection", the image
-            embedding that a CLIP-like vision tower gives.
-        random: seed and mask of a masked random head, which stand for `weight` in the file; None: it is stored whole.
+        module: dotted name of the head; None for an encoder.
+        pooling: of an encoder: "mean" or "cls" of the last hidden state, over the tokens of the attention mask, or
+            "projection", the image embedding of a CLIP-like vision tower. None where there is a module.
+        normalize: divide an encoder's embedding by its Euclidean norm.
     """
 
-    kind: Literal["linear", "pooled-linear"]
-    weight: Tensor
-    bias: Tensor | None = None
     module: str | None = None
     pooling: Pooling | None = None
     normalize: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A linear head: in place of the module that `embedding` names, or behind an encoder.
+
+    Attributes:
+        embedding: its input.
+        weight: (classes, features). bias: (classes,) or None.
+        random: seed and mask of a masked random head, stored in place of `weight`; None stores the weight.
+    """
+
+    embedding: Embedding
+    weight: Tensor
+    bias: Tensor | None = None
     random: RandomWeight | None = None
+
+    @property
+    def module(self) -> str | None:
+        """Dotted name of the module that the head replaces; None behind an encoder."""
+        return self.embedding.module
 
 
 def _stated_classifier(model: nn.Module) -> str | None:
@@ -225,17 +240,3 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     assert old is not None
     owner._modules[leaf] = module
     return old
-
-
-@dataclass(frozen=True, slots=True)
-class Embedding:
-    """Where an embedding is taken: what goes into a model's head, or an encoder's pooled last hidden state.
-
-    Attributes:
-        module: dotted name of the head; None for an encoder.
-        pooling, normalize: of an encoder, as in `backbone.load.Backbone`; None and False where there is a module.
-    """
-
-    module: str | None = None
-    pooling: Pooling | None = None
-    normalize: bool = False

@@ -339,7 +339,7 @@ class MaskBank:
     def _outputs(self, name: str | None, inputs: Inputs) -> Tensor:
         """Return the outputs for one group, by the adapter's head where that lies behind the model."""
         head = None if name is None else self.parts(name).head
-        if head is not None and head.kind == "pooled-linear":
+        if head is not None and head.module is None:
             classifier = classifier_from(self.model, head).train(self.model.training)
             output: object = classifier(inputs)
         else:
@@ -511,7 +511,7 @@ def _parts_of(adapter: Adapter, base: nn.Module) -> Parts:
 
 def _module_head(parts: Parts) -> Head | None:
     """Return the head if it replaces a module of the model."""
-    return parts.head if parts.head is not None and parts.head.kind == "linear" else None
+    return parts.head if parts.head is not None and parts.head.module is not None else None
 
 
 def _name_of(source: Adapter | MaskSet) -> str:

@@ -69,8 +69,7 @@ class Cascade:
     ):
         self.model, self.parts, self.class_names = model, parts, class_names
         self._sets, self._preprocess = sets, preprocess
-        one = parts.embedding
-        self._backbone = Backbone(model, "the model", head=one.module, pooling=one.pooling, normalize=one.normalize)
+        self._backbone = Backbone(model, "the model", embedding=parts.embedding)
         self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
     @property

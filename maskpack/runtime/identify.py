@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ..adapter.content import Parts
 from ..backbone.classifier import Inputs, classifier_from, embeddings, example_count, modes_kept
 from ..backbone.load import Backbone
-from ..backbone.model import Head, find_head, unwrap
+from ..backbone.model import Embedding, Head, find_head, unwrap
 from ..errors import ConfigError
 from ..mask import PackedMask
 from .apply import at_places, exchange, head_tensors, places, rewritten, tensors_of
@@ -45,20 +45,18 @@ class Profiles:
     Attributes:
         names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
             OWN of a task's own examples lie, (k,).
-        head, pooling, normalize: where the features are taken, as of `Backbone`.
+        embedding: where the features are taken.
     """
 
     names: tuple[str, ...]
     means: Tensor
     deviation: Tensor
     limits: Tensor
-    head: str | None
-    pooling: str | None
-    normalize: bool
+    embedding: Embedding
 
     def nearest(self, inputs: Inputs, model: nn.Module, least: float) -> Identified:
         """Return the task that most of a batch is nearest to; none if the batch lies outside of its limit."""
-        features = _features(model, self.head, self.pooling, self.normalize, inputs)
+        features = _features(model, self.embedding, inputs)
         distances = _distances(features, self.means, self.deviation)
         votes = torch.bincount(distances.argmin(1), minlength=len(self.names)) / len(features)
         best = int(votes.argmax())
@@ -81,15 +79,13 @@ def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor
     if not examples:
         raise ConfigError("there are no examples of any task; give some by the names of adapters")
     head = bank.parts(next(iter(examples))).head
-    pooling = None if head is None else head.pooling
-    place = None if pooling is not None else find_head(bank.model) if head is None else head.module
-    normalize = head is not None and head.normalize
+    embedding = Embedding(find_head(bank.model)) if head is None else head.embedding
     found = {}
     for name, inputs in examples.items():
         bank.parts(name)
         batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
         with bank.disabled():
-            found[name] = _features(bank.model, place, pooling, normalize, batch)
+            found[name] = _features(bank.model, embedding, batch)
         if len(found[name]) < 2:
             raise ConfigError(f"a profile needs two examples at least, and {name!r} has {len(found[name])}")
     means = torch.stack([one.mean(0) for one in found.values()])
@@ -99,11 +95,11 @@ def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor
         _distances(one, mean[None], deviation)[:, 0].quantile(OWN)
         for one, mean in zip(found.values(), means, strict=True)
     ]
-    return Profiles(tuple(found), means, deviation, torch.stack(limits), place, pooling, normalize)
+    return Profiles(tuple(found), means, deviation, torch.stack(limits), embedding)
 
 
-def _features(model: nn.Module, head: str | None, pooling: str | None, normalize: bool, inputs: Inputs) -> Tensor:
-    backbone = Backbone(model, "the model", head=head, pooling=pooling, normalize=normalize)  # type: ignore[arg-type]
+def _features(model: nn.Module, embedding: Embedding, inputs: Inputs) -> Tensor:
+    backbone = Backbone(model, "the model", embedding=embedding)
     return embeddings(backbone, [(inputs, torch.zeros(example_count(inputs), dtype=torch.long))])[0]
 
 
@@ -192,7 +188,7 @@ def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition
             f"choose others, or how='each', which asks one mask after the other"
         )
     first = heads[0]
-    behind = first is not None and first.kind == "pooled-linear"
+    behind = first is not None and first.module is None
     module: nn.Module = unwrap(model)
     if behind:
         assert first is not None
@@ -209,14 +205,14 @@ def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition
 
 
 def _shape(head: Head | None) -> tuple[object, ...]:
-    return () if head is None else (head.kind, head.module, tuple(head.weight.shape), head.bias is not None)
+    return () if head is None else (head.module, tuple(head.weight.shape), head.bias is not None)
 
 
 def _head(head: Head | None) -> dict[str, Tensor]:
     """Return the tensors of a head by their names in what computes."""
     if head is None:
         return {}
-    if head.kind == "linear":
+    if head.module is not None:
         return dict(head_tensors(head))
     named = {"linear.weight": head.weight, "linear.bias": head.bias}
     return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -150,7 +150,7 @@ def beside_masks(adapter: Adapter, head: HeadChoice, mode: Mode) -> Beside:
                 f"`maskpack transfer`: leave it out"
             )
         return Beside({}, {}, None)
-    replaces = stored is not None and stored.kind == "linear" and head == "replace"
+    replaces = stored is not None and stored.module is not None and head == "replace"
     return Beside(values, {**adapter.statistics(), **adapter.parameters()}, stored if replaces else None)
 
 

@@ -155,7 +155,11 @@ def train_cascade(
         StateError: if `output` belongs to another run. Others: as `train_mask`.
     """
     config = config or TrainConfig()
-    backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
+    backbone = (
+        model
+        if isinstance(model, Backbone)
+        else Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
+    )
     check_cascade(data, config, experts)
     if resume and (output is None or not (Path(output) / DISPATCHER).exists()):
         raise StateError(
@@ -230,7 +234,6 @@ def _train(
         own = replace(data, train=replace(data.train, indices=mine), validation=None, test=None)
         settings = replace(config, epochs=max(1, round(len(rows) / sizes[k] * config.epochs)))
         results[name] = run(name, own, settings, folder / DISPATCHER)
-    embedding = Embedding(backbone.head, backbone.pooling, backbone.normalize if backbone.pooling else False)
     about |= {"rows": sizes, "steps": {name: one.about["training"]["steps"] for name, one in results.items()}}
     # not of the cascade: the dispatcher's accuracy, for one, is that of a head which is not in it
     metrics = {f"{DISPATCHER}_{name}": value for name, value in first.metrics.items()}
@@ -242,7 +245,7 @@ def _train(
             **first.about,
             "class_names": None,
             "training": {**first.about["training"], "metrics": metrics, "cascade": about},
-            "cascade": CascadeParts(DISPATCHER, tuple(names), embedding, router),
+            "cascade": CascadeParts(DISPATCHER, tuple(names), backbone.embedding, router),
         },
         metrics,
     )
@@ -293,8 +296,7 @@ def embed_all(backbone: Backbone, cascade: Cascade, examples: Examples, batch_si
     Args:
         backbone: of the cascade's model, with its preprocessing.
     """
-    one = cascade.parts.embedding
-    backbone = replace(backbone, head=one.module, pooling=one.pooling, normalize=one.normalize)
+    backbone = replace(backbone, embedding=cascade.parts.embedding)
     blocks, labels = [], torch.empty(0)
     for name in (cascade.parts.dispatcher, *cascade.parts.experts):
         with cascade.loaded(name):

@@ -11,7 +11,7 @@ from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
 from ..backbone.load import Backbone
-from ..backbone.model import Head
+from ..backbone.model import Embedding, Head
 from ..errors import AdapterError, DataError, escape
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
@@ -52,10 +52,10 @@ def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     if stored is not None:
         backbone = replace(backbone, preprocess=preprocess_from_json(stored))
     if head is not None:
-        return replace(backbone, head=head.module, pooling=head.pooling, normalize=head.normalize)
+        return replace(backbone, embedding=head.embedding)
     if set(adapter.base.head) <= set(backbone.outside):
         return backbone
-    return replace(backbone, head=adapter.base.head[0], pooling=None)
+    return replace(backbone, embedding=Embedding(adapter.base.head[0]))
 
 
 def adapter_accuracy(
@@ -127,7 +127,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
         return None
     assert linear is not None
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
-    return accuracy(Classifier(backbone.model, linear, backbone.head), readable(batches))[0]
+    return accuracy(Classifier(backbone.model, linear, backbone.embedding), readable(batches))[0]
 
 
 @contextmanager

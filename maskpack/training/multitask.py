@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from ..adapter.card import member, metrics
 from ..adapter.describe import describe
@@ -14,13 +14,12 @@ from ..backbone.load import Backbone, export_state, load_weights
 from ..codecs.base import Profile
 from ..errors import ConfigError, StateError, escape
 from .checkpoint import FILE
-from .config import TrainConfig
-from .joint import JointConfig, Task, plan_jointly, train_jointly, trained_backbone
+from .config import JointConfig, Mode, TrainConfig
+from .joint import Task, plan_jointly, train_jointly, trained_backbone
 from .run_folder import Report, is_main_process, locked, read_json, write_json
 from .trainer import TrainResult, plan_training, train_mask
 
-Mode = Literal["sequential", "gated", "shared", "separate"]
-MODES: tuple[Mode, ...] = ("sequential", "gated", "shared", "separate")
+MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")
 BASE, CLAIM, RESULT, RUNS = "backbone.safetensors", "multitask.json", "results.json", "training"
 JOINT = "jointly"  # the joint run's folder inside RUNS

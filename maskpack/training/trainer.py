@@ -17,14 +17,14 @@ from ..adapter.content import FEATURES, Parts
 from ..backbone.classifier import modes_kept
 from ..backbone.fingerprint import Fingerprint, fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import find_head, named_parameters, swap_module
+from ..backbone.model import Embedding, find_head, named_parameters, swap_module
 from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics, set_train_mode
 from .budget import rate_control
 from .checkpoint import FILE, OBJECTIVE, checkpoint_digest, take_over, trained_tensors
-from .config import TrainConfig, learning_rate
+from .config import ALL, TrainConfig, learning_rate
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
 from .methods.base import build_method
 from .objectives.base import check_data, find_objective
@@ -41,7 +41,6 @@ from .run_folder import (
     unreadable_rows,
 )
 from .scores import (
-    ALL,
     attach,
     density,
     detach_scores,
@@ -445,7 +444,11 @@ def train_mask(
     """
     config = config or TrainConfig()
     parse_every(checkpoint_every)
-    backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
+    backbone = (
+        model
+        if isinstance(model, Backbone)
+        else Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
+    )
     main = is_main_process()
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     start = None if start_from is None else Path(start_from)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, Op, PackedMask, mask_id
 from .checkpoint import FILE
-from .config import TrainConfig
+from .config import Start, TrainConfig
 from .data.base import Data
 from .dense import body_parameters, of_weights, train_dense
 from .heads import own_linear
@@ -25,7 +25,6 @@ from .run_folder import Report, check_untaken, is_main_process, locked, tagged
 from .scores import attach, extract_masks, scored_weights
 from .trainer import TrainResult, borrowed, learn_scores, train_mask
 
-Start = Literal["source-start", "source-end", "random"]
 STARTS: tuple[Start, ...] = get_args(Start)
 
 

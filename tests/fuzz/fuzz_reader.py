@@ -25,7 +25,7 @@ from maskpack.adapter.card import render_card, update_card
 from maskpack.adapter.describe import config_text, describe
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import Parts, save_adapter
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError
 from maskpack.mask import MaskSet, PackedMask
@@ -45,8 +45,8 @@ def valid_files(folder: Path) -> list[bytes]:
     """Return adapter files of every kind and codec."""
     masks = random_masks(SHAPES)
     torch.manual_seed(0)
-    head = Head("linear", torch.rand(2, 2), torch.rand(2), "fc")
-    pooled = Head("pooled-linear", torch.rand(2, 2), None, None, "mean", True)
+    head = Head(Embedding("fc"), torch.rand(2, 2), torch.rand(2))
+    pooled = Head(Embedding(None, "mean", True), torch.rand(2, 2))
     full = Parts(masks, head, {"bn.running_mean": torch.rand(3)}, {"bn.weight": torch.rand(3)})
     replaced = random_masks(SHAPES, op="replace")
     values = {name: torch.rand(len(mask.bits) - mask.kept) for name, mask in replaced.items()}

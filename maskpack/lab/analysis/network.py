@@ -85,7 +85,7 @@ def _owners(module: nn.Module) -> dict[str, list[str]]:
             before.pop(parent, None)
             if own and leaf and weights:
                 before[parent] = name
-    if isinstance(module, Classifier) and module.module is None:
+    if isinstance(module, Classifier) and module.embedding.module is None:
         found[HEAD] = [f"{HEAD}.{leaf}" for leaf, _ in module.linear.named_parameters()]
     return found
 
@@ -122,7 +122,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     found = {canonical(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
     found = {name: tensor for name, tensor in found.items() if first.get(name, name) == name}
-    if isinstance(module, Classifier) and module.module is None:
+    if isinstance(module, Classifier) and module.embedding.module is None:
         found |= {f"{HEAD}.{name}": tensor.detach() for name, tensor in module.linear.named_parameters()}
     return found
 
@@ -226,7 +226,7 @@ def read_networks(
             )
     example = next(backbone.model.parameters())
     linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
-    classifier = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval()
+    classifier = Classifier(backbone.model, linear, backbone.embedding).eval()
     return backbone, classifier, found
 
 
@@ -235,11 +235,7 @@ def _with_adapter(backbone: Backbone, adapter: Adapter, name: str, first: bool) 
     if len(adapter.sets) > 1 or adapter.head() is None:
         raise AdapterError(f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify")
     used = as_loaded(backbone, adapter)
-    if not first and (used.preprocess, used.head, used.pooling) != (
-        backbone.preprocess,
-        backbone.head,
-        backbone.pooling,
-    ):
+    if not first and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
         raise ConfigError(
             f"{name} expects other inputs than the networks before it: {used.preprocess} and {backbone.preprocess}; "
             f"compare networks of one task"
