@@ -289,7 +289,7 @@ def test_memory_is_limited(tmp_path: Path, tiny: nn.Module) -> None:
         for path in paths.values():
             roomy.add(path)
         size = roomy.status().residents["a"].host_bytes
-        assert size == sum((len(m.bits) + 7) // 8 for m in load_adapter(paths["a"]).masks().values())
+        assert size == sum((len(m.bits) + 7) // 8 for m in load_adapter(paths["a"]).parts().masks.values())
     bank = MaskBank(tiny, max_host_bytes=2 * size + 100, max_device_bytes=0)
     for name, path in paths.items():
         bank.add(path, pin=name == "a")
@@ -522,7 +522,7 @@ def test_adapters_like_those_that_load_mask_takes(tmp_path: Path, tiny: nn.Modul
     with MaskBank(tiny) as bank:
         bank.use(bank.add(tmp_path / "whole"))
         assert same(bits(tiny), wanted)
-        assert bank.status().residents["whole"].density == load_adapter(tmp_path / "whole").masks().density
+        assert bank.status().residents["whole"].density == load_adapter(tmp_path / "whole").parts().masks.density
         assert bank.parts("whole").head is not None
 
 

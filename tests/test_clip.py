@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.classifier import classifier_from, embeddings
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_backbone, text_head
@@ -131,7 +133,7 @@ def test_an_untouched_mask_with_a_text_head_is_zero_shot_clip(clip: Path, tmp_pa
     found = adapter.predict(model, images)
     assert [one.label for one in found] == [LABELS[i] for i in expected.argmax(-1)]
     assert [one.score for one in found] == pytest.approx(expected.max(-1).values.tolist(), abs=1e-5)
-    head = adapter.head()
+    head = adapter.parts(stream=True).head
     assert head is not None
     with torch.no_grad():
         assert torch.allclose(classifier_from(model, head)(images).softmax(-1), expected, atol=1e-5)

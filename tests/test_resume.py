@@ -162,7 +162,7 @@ def test_what_was_read_is_not_read_again(digits: Data, tmp_path: Path, monkeypat
     resumed, again = run("cut", True)
     same(resumed, whole)
     assert resumed.about == whole.about
-    assert whole.about["training"]["data"]["unreadable"] > 0
+    assert whole.about.training["data"]["unreadable"] > 0
     assert again == seen[6 * config.batch_size :]
 
 
@@ -207,11 +207,11 @@ def test_a_constant_rate_with_more_steps_is_the_longer_run(first: dict[str, int]
         train_mask(net(), digits, replace(config, steps=13), longer=False, **options)
     longer = train_mask(net(), digits, replace(config, steps=13), **options)
     same(longer, whole)
-    made = short.about["training"]["steps"]
+    made = short.about.training["steps"]
     said = [f"resumed at step {made} of {made} with 13 steps"]
     assert [event["resumed"] for event in events if event["event"] == "resumed"] == said
-    assert longer.about["training"]["extended"] == said
-    assert "extended" not in whole.about["training"]
+    assert longer.about.training["extended"] == said
+    assert "extended" not in whole.about.training
     with pytest.raises(StateError, match="13 of 13 steps, and 12"):
         train_mask(net(), digits, replace(config, steps=12), **options)
     assert train_mask(net(), digits, replace(config, steps=13), **options).about == longer.about

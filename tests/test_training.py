@@ -83,7 +83,7 @@ def test_any_module_that_gives_logits(tiny: nn.Module, digits: Data) -> None:
 
 
 def test_the_record_says_all_that_reproduces_the_run(tiny_backbone: Backbone, digits: Data) -> None:
-    record = train_mask(tiny_backbone, digits, QUICK).about["training"]
+    record = train_mask(tiny_backbone, digits, QUICK).about.training
     assert record["data"]["rows"] == {"train": 323, "validation": 72, "test": 178}
     assert record["data"]["digest"] == digits.digest
     assert (record["data"]["id"], record["data"]["source"]) == ("digits:5-9", "digits")
@@ -128,7 +128,7 @@ def test_statistics_are_those_of_the_network_that_is_stored(
 ) -> None:
     config = TrainConfig(**{**QUICK.__dict__, "scale": False, **settings})
     result = train_mask(tiny_backbone, digits, config)
-    save_adapter(tmp_path, result.parts, result.base, **result.about)
+    save_adapter(tmp_path, result.parts, result.base, result.about)
     model = load_mask(copy.deepcopy(tiny_backbone.model), tmp_path)
     assert digits.train is not None
     batches = readable(loader(digits.train, tiny_backbone.preprocess, batch_size=config.batch_size))

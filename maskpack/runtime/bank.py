@@ -400,7 +400,7 @@ class MaskBank:
                     parts.masks.items(),
                     parts.masks.shapes,
                     parts.values,
-                    {**parts.statistics, **parts.parameters},
+                    parts.dense,
                     head,
                 )
             self._trim()
@@ -441,8 +441,8 @@ class MaskBank:
         check_one_set(source)
         check_masks(self.model, source.shapes())
         check_base(self.model, source, self._verify, stacklevel=4)
-        parts, pinned = _parts_of(source, unwrap(self.model)), source.pinned
-        check_dense({**parts.statistics, **parts.parameters}, tensors_of(self.model))
+        parts, pinned = source.parts(base=unwrap(self.model)), source.pinned
+        check_dense(parts.dense, tensors_of(self.model))
         if (head := _module_head(parts)) is not None:
             head_module(self.model, head)
         # what a branch or tag meant is pinned by the commit
@@ -464,7 +464,7 @@ class MaskBank:
                     f"{resident.name!r} was evicted from the bank, and {adapter.path}, which it was read from, has "
                     f"other bytes now; remove it and add it again, or pin what must stay"
                 )
-            resident.parts = _parts_of(adapter, unwrap(self.model))
+            resident.parts = adapter.parts(base=unwrap(self.model))
             self._make_room(resident)
         assert resident.parts is not None
         return resident.parts
@@ -502,11 +502,6 @@ class MaskBank:
                 break
             total -= resident.device_bytes
             resident.notes = {}
-
-
-def _parts_of(adapter: Adapter, base: nn.Module) -> Parts:
-    masks = adapter.masks(base=base)
-    return Parts(masks, adapter.head(), adapter.statistics(), adapter.parameters(), adapter.values())
 
 
 def _module_head(parts: Parts) -> Head | None:

@@ -48,7 +48,7 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     """Return a backbone that has the adapter loaded, with the adapter's preprocessing and place of the head."""
-    head, stored = adapter.head(), adapter.preprocess_config
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if stored is not None:
         backbone = replace(backbone, preprocess=preprocess_from_json(stored))
     if head is not None:
@@ -64,7 +64,7 @@ def adapter_accuracy(
     """Evaluate the head of an adapter on a model that has it loaded.
 
     Args:
-        examples: a split of `load_data(…, class_names=adapter.class_names)`.
+        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
 
     Returns:
         What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
@@ -73,7 +73,7 @@ def adapter_accuracy(
         AdapterError: if the adapter has no head or preprocessing.
         DataError: if no example can be read, or one has a class that the head lacks.
     """
-    head, stored = adapter.head(), adapter.preprocess_config
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if head is None or stored is None:
         raise AdapterError(
             "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
@@ -148,7 +148,7 @@ def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None 
 
 def source_classes(adapter: Adapter) -> tuple[str, ...] | None:
     """Return the class names of the source of a transfer, as its training record has them, or None."""
-    found: Any = adapter.training
+    found: Any = adapter.about.training
     for name in ("transfer", "source", "class_names"):
         found = found.get(name) if isinstance(found, Mapping) else None
     named = isinstance(found, list) and found and all(isinstance(one, str) for one in found)
