@@ -259,19 +259,13 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     return Measured(dtype, _body_digest(tensors, each), each)
 
 
-def versions(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return PyTorch's count of writes of each measured tensor; `tensors` are the model's by name."""
+def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
+    """Note that tensors have the bytes again that they had at an earlier count of writes: name -> (earlier, now)."""
     known = _MEASURED.get(unwrap(model), {})
-    return {name: tensors[name]._version for name in known if name in tensors and not tensors[name].is_inference()}
-
-
-def has_again(model: nn.Module, was: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Note that tensors with the counts `now` have the bytes that they had at the counts `was`."""
-    known = _MEASURED.get(unwrap(model), {})
-    for name in was.keys() & now.keys() & known.keys():
-        found, dtype, digest = known[name]
-        if found.version == was[name]:
-            known[name] = replace(found, version=now[name]), dtype, digest
+    for name in counts.keys() & known.keys():
+        (found, dtype, digest), (earlier, now) = known[name], counts[name]
+        if found.version == earlier:
+            known[name] = replace(found, version=now), dtype, digest
 
 
 def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
