@@ -188,7 +188,8 @@ def test_what_is_missing_is_said() -> None:
         "training.load_data('digits:0-4')": "datasets",
         "training.load_data('user/name')": "datasets",
     }
-    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\nimport maskpack, maskpack.training, numpy, rich\n"
+    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\n"
+    code += "import maskpack, maskpack.training, numpy, rich\n"
     done = run(code + "".join(f"print(refused(lambda: maskpack.{call}))\n" for call in calls))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
