@@ -17,7 +17,7 @@ from maskpack.runtime.identify import mixture, profiles
 from maskpack.runtime.switch import entropies, superposition
 from maskpack.training import attach_scores, extract_masks
 
-from .test_apply import bits, random_masks, same
+from .helpers_models import bits, random_masks, same
 
 TASKS, CLASSES = 4, 3
 
