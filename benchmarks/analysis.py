@@ -29,7 +29,7 @@ from maskpack.lab.analysis.mistakes import mistakes
 from maskpack.lab.analysis.network import Evaluations, Network, State, grouped, read_networks, some, state_of
 from maskpack.lab.analysis.similarity import similarities
 from maskpack.lab.analysis.starts import feature_reuse, from_checkpoints
-from maskpack.lab.baselines.base import stored
+from maskpack.lab.baselines.masks import stored
 from maskpack.mask import MaskSet
 from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import Data

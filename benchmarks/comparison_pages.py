@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.lab.compare import markdown
+from maskpack.lab.comparison import markdown
 from maskpack.lab.plots.figure import save_figure
 
 from .pages import write_between
@@ -61,7 +61,9 @@ def few_labels(measured: Path, folder: Path) -> str:
     if not lines:
         return "Nothing is finished yet.\n"
     return (
-        "\n".join(["| data | row | 100 % | 10 % | 4 % | 1 % |", "| --- | --- |" + " ---: |" * 4, *lines, *pictures])
+        "\n".join(
+            ["| data | baseline | 100 % | 10 % | 4 % | 1 % |", "| --- | --- |" + " ---: |" * 4, *lines, *pictures]
+        )
         + "\n"
     )
 

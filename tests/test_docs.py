@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import maskpack
 from maskpack.codecs.base import CODECS
 from maskpack.importers.base import IMPORTERS
-from maskpack.lab.baselines.base import ROWS
+from maskpack.lab.baselines.base import BASELINES
 from maskpack.training.config import TrainConfig, config_from
 from maskpack.training.data.base import SOURCES
 from maskpack.training.methods.base import METHODS
@@ -132,7 +132,7 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
     # the examples of docs/extending.md are gone afterwards
-    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS, ROWS):
+    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS, BASELINES):
         registry.all()
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     network = small("")

@@ -22,7 +22,7 @@ from maskpack.mask import MaskSet
 )
 def test_without_matplotlib(draw, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    words = r"drawing pictures needs the library 'matplotlib', .* install it with: pip install \"maskpack\[plots\]\""
+    words = r"drawing pictures needs the library 'matplotlib', .* install it with: pip install \"maskpack\[lab\]\""
     with pytest.raises(MissingDependencyError, match=words):
         draw()
 

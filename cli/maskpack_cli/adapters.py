@@ -121,7 +121,7 @@ def verify(
 def listing(
     what: Annotated[
         str,
-        typer.Argument(help="adapters (cached from the Hub), methods, objectives, codecs, data, importers or rows."),
+        typer.Argument(help="adapters (cached ones), methods, objectives, codecs, data, importers or baselines."),
     ] = "adapters",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -138,10 +138,10 @@ def listing(
             for a in cached_adapters()
         ]
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
-    elif what in ("methods", "objectives", "codecs", "data", "importers", "rows"):
+    elif what in ("methods", "objectives", "codecs", "data", "importers", "baselines"):
         from maskpack.codecs.base import CODECS
         from maskpack.importers.base import IMPORTERS
-        from maskpack.lab.baselines.base import ROWS
+        from maskpack.lab.baselines.base import BASELINES
         from maskpack.training.data.base import SOURCES
         from maskpack.training.methods.base import METHODS
         from maskpack.training.objectives.base import OBJECTIVES
@@ -152,13 +152,13 @@ def listing(
             "codecs": CODECS,
             "data": SOURCES,
             "importers": IMPORTERS,
-            "rows": ROWS,
+            "baselines": BASELINES,
         }[what]
         rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
         columns = [what.removesuffix("s"), "what", "reference"]
     else:
         raise UnknownNameError(
-            f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers, rows"
+            f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers, baselines"
         )
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)

@@ -19,7 +19,7 @@ from .settings import OWN, option, read_settings, take
 PANEL = "Analysis"
 WITHOUT = tuple(name for name in SETTLED if name != "lr")
 SHARED = (
-    option(PANEL, "row", str | None, "What is trained: `maskpack list rows`. (default: full)"),
+    option(PANEL, "baseline", str | None, "What is trained: `maskpack list baselines`. (default: full)"),
     option(PANEL, "seeds", int | None, "How many seeds: 0, 1, … (default: 3)"),
     option(PANEL, "plot", Path | None, "Picture to write: .png or .svg."),
 )
@@ -112,11 +112,11 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
 
     def run(settings: dict[str, Any], analysis: Analysis, draw: Draw) -> dict[str, Any] | None:
         data = load_data(settings.pop("data"), **take(settings, *DATA))
-        row = settings.pop("row", "full")
+        baseline = settings.pop("baseline", "full")
         with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
             shared = {
                 "seeds": range(seeds),
-                "row": row,
+                "baseline": baseline,
                 "config": config_from(settings),
                 "report": of_trials(report, quiet),
             }

@@ -39,7 +39,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of this size in inches, drawn without a window and without pyplot's global state."""
-    require("matplotlib", "plots", "drawing pictures")
+    require("matplotlib", "lab", "drawing pictures")
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
