@@ -8,7 +8,8 @@ from typing import Any
 from maskpack import load_backbone, load_data, save_adapter, train_mask
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone
-from maskpack.lab.analysis.network import Evaluations, Network, read_networks, state_of, write_network
+from maskpack.lab.analysis.evaluation import Evaluations
+from maskpack.lab.analysis.network import Network, read_networks, state_of, write_network
 from maskpack.safetensors_io import read_tensors
 from maskpack.training.checkpoint import FILE
 from maskpack.training.dense import body_parameters, train_dense

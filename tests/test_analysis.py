@@ -18,21 +18,28 @@ from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.model import Head
 from maskpack.errors import AdapterError, BackboneError, ConfigError, DataError, StateError
-from maskpack.lab.analysis import network as evaluations_file
-from maskpack.lab.analysis.barrier import barrier, barriers, distances, interpolated, mask_distance, parameter_distance
+from maskpack.lab.analysis import evaluation as evaluations_file
 from maskpack.lab.analysis.criticality import Noise, criticality, rewound
-from maskpack.lab.analysis.mistakes import common_mistakes, mistakes
+from maskpack.lab.analysis.evaluation import Evaluations, some
 from maskpack.lab.analysis.network import (
-    Evaluations,
     Network,
     grouped,
     kept,
     put_state,
     read_networks,
-    some,
     state_of,
     tensors_of,
     write_network,
+)
+from maskpack.lab.analysis.pairs import (
+    barrier,
+    barriers,
+    common_mistakes,
+    distances,
+    interpolated,
+    mask_distance,
+    mistakes,
+    parameter_distance,
 )
 from maskpack.lab.analysis.similarity import layer_features, linear_cka, similarities
 from maskpack.lab.analysis.starts import block_order, feature_reuse, from_checkpoints, shuffle_inputs
@@ -179,7 +186,7 @@ def test_evaluation(measured: Evaluations, backbone: Backbone, digits: Data, mon
         few.of(state)  # other rows are another evaluation
     for file in (measured.folder or Path()).glob("*.json"):
         file.write_text("{")
-    with pytest.raises(StateError, match="cannot read .* as JSON: .*; delete it, and it is computed again"):
+    with pytest.raises(StateError, match="cannot read .* as JSON: .*; delete it, and it is measured again"):
         again.of(state)
 
 
@@ -349,7 +356,7 @@ def test_barriers(measured: Evaluations) -> None:
     ends = [row["accuracy"] for row in found["networks"]]
     assert ends == [measured.of(one.state)["accuracy"] for one in named("b", "a", "a")]
     assert found["deviations"] == {"a": pytest.approx(abs(ends[1] - ends[2]) / math.sqrt(2))}
-    with pytest.raises(ConfigError, match="a barrier lies between networks; give at least two, got 1"):
+    with pytest.raises(ConfigError, match="networks are compared in pairs; give at least two, got 1"):
         barriers(measured, named("a"))
     state = named("a")[0].state
     with pytest.raises(ConfigError, match="a barrier needs at least 3 points, .*; got 2"):
@@ -394,7 +401,7 @@ def test_similarities(measured: Evaluations, backbone: Backbone, digits: Data, m
     assert found["pairs"][0]["cka"][0] == pytest.approx(linear_cka(*features), abs=1e-5)
     monkeypatch.setattr("maskpack.lab.analysis.similarity.predictions", None)
     assert similarities(measured, networks, names) == found, "read back"
-    with pytest.raises(ConfigError, match="similarity is of two networks; give at least two, got 1"):
+    with pytest.raises(ConfigError, match="give at least two, got 1"):
         similarities(measured, networks[:1], names)
 
 
@@ -413,11 +420,13 @@ def test_features_of_tokens_leave_padding_out(backbone: Backbone) -> None:
     classifier = Classifier(Encoder(), nn.Linear(4, 2), pooling="mean")
 
     class Given:
-        folder = None
         module, batches = classifier, [({"input_ids": ids, "attention_mask": attention}, torch.tensor([0, 1]))]
 
         def put(self, state: Any) -> None:
             put_state(self.module, state)
+
+        def content(self, state: Any) -> None:
+            """Nothing is kept."""
 
     encoder: Any = classifier.model
     found = layer_features(Given(), state_of(classifier), ["body"])["body"]  # type: ignore[arg-type]
@@ -485,7 +494,7 @@ def test_common_mistakes(measured: Evaluations) -> None:
     whole = mistakes(measured, networks)
     rows = [torch.tensor(measured.of(one.state, rows=True)["right"]) for one in networks]
     assert whole["pairs"][1] == {"first": "a 0", "second": "b 2", "kinds": "a - b", **common_mistakes(rows[0], rows[2])}
-    with pytest.raises(ConfigError, match="common mistakes are of two networks; give at least two, got 1"):
+    with pytest.raises(ConfigError, match="give at least two, got 1"):
         mistakes(measured, networks[:1])
 
 

@@ -16,7 +16,7 @@ from benchmarks import analysis, analysis_networks
 from benchmarks.analysis_pages import MARK, write_pages
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.criticality import Noise
-from maskpack.lab.analysis.network import some
+from maskpack.lab.analysis.evaluation import some
 from maskpack.training.data.load import load_data
 
 ROOT = Path(__file__).parent.parent

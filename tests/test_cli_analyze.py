@@ -160,7 +160,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert row["checkpoint"] == "base"
     assert row["pretraining"] is not None
     other = run(*given, "--baseline", "full", code=1).stderr
-    assert "holds trials with other settings: lr, row differ" in " ".join(other.split())
+    assert "holds results of other settings: baseline, lr" in " ".join(other.split())
     missing = run(*words, "--checkpoints", "none-*.safetensors", code=2).stderr
     assert "no file matches --checkpoints 'none-*.safetensors'; expected safetensors state dicts" in missing
     assert "are those of --checkpoints GLOB; give it, and no other weights" in run(*words, code=2).stderr
@@ -176,7 +176,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         ),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--plot", "a.gif"], "ends in '.gif', expected .png or .svg"),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--split", "all"], "split must be test or train, got 'all'"),
-        (["barrier", "./mask-0", *BASE], "a barrier lies between networks; give at least two, got 1"),
+        (["barrier", "./mask-0", *BASE], "networks are compared in pairs; give at least two, got 1"),
     ],
 )
 def test_errors(words: Sequence[str], message: str) -> None:
@@ -185,7 +185,7 @@ def test_errors(words: Sequence[str], message: str) -> None:
 
 def test_pictures_of_nothing() -> None:
     from maskpack.errors import ConfigError
-    from maskpack.lab.plots.analysis import (
+    from maskpack.lab import (
         barrier_figure,
         checkpoint_figure,
         criticality_figure,

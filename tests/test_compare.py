@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,25 @@ from typer.testing import CliRunner
 
 from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_cascade, load_mask
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
+from maskpack.errors import (
+    ConfigError,
+    DataError,
+    SelectionError,
+    StateError,
+    StoppedError,
+    TrainingError,
+    UnknownNameError,
+)
 from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
 from maskpack.lab.store import claim
 from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
 from maskpack.training.batchnorm import recalibrate
-from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import loader, readable
 from maskpack.training.data.load import load_data
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.features import measure_features
+from maskpack.training.run_folder import write_json
 
 FACTORY = """
 from torch import nn
@@ -68,6 +77,15 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few passes are enough to see that a time is measured."""
     monkeypatch.setattr("maskpack.lab.trial.TIMED", 0.0)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """One for all tests: its start is what takes time."""
+    code = "from maskpack.lab import trial; trial.TIMED = 0.0; trial.serve()"
+    with pytest.MonkeyPatch.context() as patch, Worker() as one:
+        patch.setattr(Worker, "command", (sys.executable, "-c", code))
+        yield one
 
 
 def job(folder: Path, backbone: Mapping[str, Any], baseline: str, **changes: Any) -> Job:
@@ -289,7 +307,7 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
     def accuracy(job: Job) -> float:
         best = {"probe": 0.3, "self-supervised": 0.7}.get(job.baseline) or 0.6 - 10 * abs(job.settings["lr"] - 0.02)
         # the test split likes other rates, and must not be asked
-        return (best if job.validate else 1 - best) + job.seed / 100 + job.share / 1000
+        return (best if job.validate else 1 - best) + job.settings["seed"] / 100 + job.share / 1000
 
     told = Told(accuracy)
     monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: told)
@@ -304,7 +322,13 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
         config=QUICK,
     )
     asked = [
-        (job.baseline, job.validate, None if job.baseline == "probe" else job.settings["lr"], job.share, job.seed)
+        (
+            job.baseline,
+            job.validate,
+            None if job.baseline == "probe" else job.settings["lr"],
+            job.share,
+            job.settings["seed"],
+        )
         for job in told.jobs
     ]
     assert asked == [
@@ -326,7 +350,10 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
     assert found["rows"][1]["deviation"] is None, "a row in which the seed plays no part has one accuracy"
 
 
-def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
+def test_a_comparison(
+    backbone: dict[str, Any], tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: nullcontext(worker))
     events: list[Mapping[str, Any]] = []
     options: dict[str, Any] = {"config": replace(QUICK, objective_options={})}
     first = compare(
@@ -388,7 +415,7 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text('{"backbone": {}')
     done = CliRunner().invoke(app, words(backbone, tmp_path, "--baseline", "probe", "--seeds", "1"))
     assert done.exit_code == 1, done.output
-    assert re.search(r"cannot read .*comparison.json as JSON: .*; choose another folder, or delete th", done.stderr)
+    assert re.search(r"cannot read .*comparison.json as JSON: .*; choose another folder", done.stderr)
     (tmp_path / "comparison.json").write_text("[]")
     with pytest.raises(StateError, match="comparison.json must have backbone, data, it has a list; choose another fol"):
         claim(tmp_path, {"backbone": {}, "data": {}})
@@ -402,30 +429,19 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
                 trials.run("probe", find_baseline("probe"), 0, 1.0, None)
 
 
-def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
-    with Worker() as worker:  # one for both: its start is what takes time
-        (tmp_path / "probe" / "seed-3-labels-1").mkdir(parents=True)
-        (tmp_path / "probe" / "seed-3-labels-1" / "spent.json").mkdir()
-        with pytest.raises(StateError, match=r"probe, seed 3: .*spent\.json"):
-            Trials(tmp_path, backbone, DATA, QUICK, None, worker).run("probe", find_baseline("probe"), 3, 1.0, None)
-        trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
-        with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
-            trials.run("full", find_baseline("full"), 0, 1.0, 1e30)
+def test_errors_of_a_trial(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
+    trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
+    (tmp_path / "probe" / "seed-3-labels-1" / "spent.json").mkdir(parents=True)
+    with pytest.raises(StateError, match=r"probe, seed 3: .*spent\.json"):
+        trials.run("probe", find_baseline("probe"), 3, 1.0, None)
+    with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
+        trials.run("full", find_baseline("full"), 0, 1.0, 1e30)
 
 
-def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path) -> None:
-    environment = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(tmp_path / "spoiled")
-    (tmp_path / "spoiled").mkdir()
-    (tmp_path / "spoiled" / "sitecustomize.py").write_text("import os; os._exit(9)")
-    try:
-        with pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9; what it"):
-            with Worker() as spoiled:
-                Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run(
-                    "probe", find_baseline("probe"), 3, 1.0, None
-                )
-    finally:
-        os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
+def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "command", (sys.executable, "-c", "import os; os._exit(9)"))
+    with Worker() as spoiled, pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9"):
+        Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", find_baseline("probe"), 3, 1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -537,61 +553,93 @@ def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any]
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_comparison_that_was_ended(
-    number: signal.Signals, backbone: dict[str, Any], tmp_path: Path
-) -> None:
-    more = ["--baseline", "full", "--lr", "full=0.01", "--seeds", "1", "--batch-size", "8", "--epochs", "2000"]
-    process, _, worker = begun(words(backbone, tmp_path / "a", *more, "--workers", "1"), tmp_path / "a")
-    assert len(worker) == 1
-    assert len(children("-g", worker[0])) >= 2
-    with pytest.raises(StateError, match=f"process {process.pid} on "):
-        compare(backbone, DATA, tmp_path / "a", baselines=["probe"], config=QUICK)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -number), errors
-    assert ("SIGTERM; call compare again" in errors) == (number == signal.SIGTERM)
-    assert "Traceback" not in errors
-    assert not left_after(5, worker[0])
+# --- accidents --------------------------------------------------------------------------------------------------------
+
+# a worker whose jobs report once, have a process of their own as a training with readers has, and never end
+ENDLESS = """
+import subprocess, sys, time
+from maskpack.lab import trial
+
+def run(job, report):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report({"event": "begun"})
+    time.sleep(600)
+
+trial.run, trial.IMPORTED = run, ()
+trial.serve()
+"""
 
 
-def begun(arguments: list[str], output: Path) -> tuple[subprocess.Popen[str], Path, list[int]]:
-    """Start a comparison; return its process, the first checkpoint of its training, and the workers at that moment."""
-    command = [sys.executable, "-m", "maskpack_cli.main", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    checkpoint = output / "full" / "seed-0-0.01-labels-1" / "training" / FILE
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    return process, checkpoint, children("-P", process.pid)
-
-
-def left_after(seconds: float, group: int) -> list[int]:
-    """Processes of a group that are still there, asked until there is none or the time is over."""
-    until = time.monotonic() + seconds
-    while (left := children("-g", group)) and time.monotonic() < until:
-        time.sleep(0.05)
-    return left
-
-
-def children(relation: str, process: int) -> list[int]:
-    """Processes of a parent (-P) or of a group (-g)."""
-    found = subprocess.run(["pgrep", relation, str(process)], capture_output=True, text=True)
+def processes_of(group: int) -> list[int]:
+    """The processes of a group."""
+    found = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
+def none_left(group: int) -> bool:
+    until = time.monotonic() + 20
+    while processes_of(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not processes_of(group)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_of_a_comparison_that_was_stopped(
+    number: signal.Signals, backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[Worker] = []
+    monkeypatch.setattr(Worker, "command", (sys.executable, "-c", ENDLESS))
+    monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: workers.append(Worker()) or workers[0])
+    groups: list[int] = []
+
+    def stop(event: Mapping[str, Any]) -> None:
+        assert workers[0]._process is not None
+        groups.append(workers[0]._process.pid)
+        assert len(processes_of(groups[0])) == 3
+        with pytest.raises(StateError, match=f"process {os.getpid()} on "):
+            compare(backbone, DATA, tmp_path, baselines=["probe"], config=QUICK)
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else StoppedError) as stopped:
+        compare(backbone, DATA, tmp_path, baselines=["probe"], config=QUICK, report=stop)
+    assert none_left(groups[0])
+    assert number == signal.SIGINT or "SIGTERM; call compare again" in str(stopped.value)
+    assert not list(tmp_path.rglob("result-*.json"))
+
+
+def test_nothing_is_left_of_a_comparison_that_was_killed(backbone: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "job.json", asdict(job(tmp_path, backbone, "probe")))
+    code = f"""
+import sys
+from pathlib import Path
+from maskpack.lab.trial import Worker
+
+Worker.command = (sys.executable, "-c", {ENDLESS!r})
+with Worker() as worker:
+    for event in worker.run(Path(sys.argv[1])):
+        print(worker._process.pid, flush=True)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "job.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        group = int(process.stdout.readline())
+        assert len(processes_of(group)) == 3
+        process.kill()
+    assert none_left(group)
+
+
 def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
-    more = ["--baseline", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
-    process, checkpoint, worker = begun(words(backbone, tmp_path / "a", *more, "--epochs", "3"), tmp_path / "a")
-    assert worker
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert not list((tmp_path / "a").rglob("result-*.json"))
-    assert not any(left_after(5, one) for one in worker)
-    spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
-    left_off = Job(**json.loads((checkpoint.parent.parent / "job.json").read_text()))
+    one = job(tmp_path, backbone, "full", settings={"lr": 0.01, "steps": None, "epochs": 3})
     events: list[Mapping[str, Any]] = []
-    assert run(left_off, events.append)["seconds"] > spent
-    assert [event["epoch"] for event in events if event["event"] == "epoch"] in ([2, 3], [3])
+
+    def interrupt(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "epoch" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(one, interrupt)
+    spent = json.loads((tmp_path / "spent.json").read_text())["seconds"]
+    events.clear()
+    assert run(one, events.append)["seconds"] > spent
+    assert next(event["epoch"] for event in events if event["event"] == "epoch") > 1

@@ -44,8 +44,8 @@ def shuffle(**given: Any) -> None:
     """
     settings, backbone, run = _begun(shuffle, given)
     from maskpack.errors import ConfigError
+    from maskpack.lab import shuffle_figure
     from maskpack.lab.analysis.starts import feature_reuse
-    from maskpack.lab.plots.analysis import shuffle_figure
 
     if "random_weights" in backbone:
         raise ConfigError("--random-weights is the random start, which is there always; leave it out")
@@ -67,8 +67,8 @@ def checkpoints(**given: Any) -> None:
     settings, backbone, run = _begun(checkpoints, given)
     from maskpack import load_data
     from maskpack.errors import ConfigError
+    from maskpack.lab import checkpoint_figure
     from maskpack.lab.analysis.starts import from_checkpoints
-    from maskpack.lab.plots.analysis import checkpoint_figure
     from maskpack.lab.plots.figure import in_order
 
     pattern = settings.pop("checkpoints", None)
@@ -99,7 +99,8 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
     quiet_libraries(quiet)
     from maskpack import load_data
     from maskpack.errors import ConfigError
-    from maskpack.lab.plots.figure import image_suffix, save_figure
+    from maskpack.lab import save_figure
+    from maskpack.lab.plots.figure import image_suffix
     from maskpack.training.config import config_from
 
     settings = read_settings(verb, given, config)

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 from torch import nn
@@ -66,6 +66,8 @@ class Worker:
     It ends with all that it started when the context ends, and also when this process is killed.
     """
 
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "maskpack.lab.trial")
+
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
@@ -91,7 +93,7 @@ class Worker:
         if self._process is None or self._process.poll() is not None:
             # in a group of its own: the interrupt key reaches this process alone, which then ends the others
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "maskpack.lab.trial"],
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",

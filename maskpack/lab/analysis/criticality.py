@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .network import Evaluations, Progress, State, kept
+from .evaluation import Evaluations, Progress
+from .network import State, kept
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Noise:
-    """How noise radii and the formal measure are looked for.
+    """How noise radii and the formal measure are searched.
 
     Attributes:
         draws: Gaussian draws that a loss is the mean of; `seed` and the draw's number decide them.
