@@ -54,11 +54,10 @@ def criticality(
     """Rewind one module at a time, and measure what is lost.
 
     Args:
-        state: of the trained network. initial: what parameters were before training.
+        state, initial: the network after and before training.
         groups: names of parameters by module or block, all of them in `initial`: see `grouped`.
         points: steps of the direct path a = 0, 1 / points, …, 1 from initial (0) to trained (1).
         noise: look for noise radii and the formal measure; None: do not.
-        report: called after every module.
 
     Returns:
         {"accuracy", "loss", "examples", "rows"}: a row for each module, by falling "drop": {"module",
@@ -67,9 +66,6 @@ def criticality(
         the trained module bears, as one of the scales, None if none of them, and "criticality": the least
         a² distance² / sigma² over the points and scales that are borne, None if none is; beside the rows "criticality"
         is their sum, None if one is None.
-
-    Raises:
-        ConfigError: if there is nothing to rewind, or fewer than one point.
     """
     if points < 1:
         raise ConfigError(f"points must be at least 1, got {points}")

@@ -31,11 +31,7 @@ def evaluations_folder() -> Path:
 
 
 def some(examples: Examples, count: int | None, seed: int = 0) -> Examples:
-    """Return so many of the examples, drawn by `seed`, in the order of the data; all if there are not more.
-
-    Raises:
-        ConfigError: if it is less than 1.
-    """
+    """Return so many of the examples, drawn by `seed`, in the order of the data; all if there are not more."""
     if count is not None and count < 1:
         raise ConfigError(f"the number of examples must be at least 1, got {count}")
     if count is None or count >= len(examples):
@@ -78,9 +74,6 @@ class Evaluations:
         data: with a training split if there is BatchNorm.
         split: "test" or "train". limit: at most so many of its rows, drawn by seed 0.
         folder: for the JSON file of each evaluation; None: nothing is kept.
-
-    Raises:
-        DataError: if a split is missing, or its labels do not fit the module.
     """
 
     def __init__(
@@ -120,10 +113,8 @@ class Evaluations:
         return None if digest is None or None in inputs else [VERSION, digest, *inputs]
 
     def of(self, state: State, *, rows: bool = False) -> dict[str, Any]:
-        """Return {"accuracy", "loss": mean cross-entropy, "examples"} of a state.
-
-        Args:
-            rows: with "right", for each example whether it gets its class.
+        """Return {"accuracy", "loss": mean cross-entropy, "examples"} of a state; with `rows` also "right", for each
+        example whether it gets its class.
         """
         content = self.content(state)
         if self.folder is None or content is None:

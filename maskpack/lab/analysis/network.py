@@ -38,9 +38,6 @@ def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None 
 
     Args:
         names: parameters that count; default: all. Modules without any are left out.
-
-    Raises:
-        ConfigError: if `per` is another word.
     """
     if per not in PER:
         raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
@@ -93,10 +90,8 @@ class Network:
 
     Attributes:
         name: of this one. kind: what it is one of several of, as seeds.
-        state: every parameter and buffer by name, as in the model; a head behind an encoder as `head.weight` and
-            `head.bias`.
-        initial: what its parameters were before training, by name: the backbone's values; of a mask those of the masked
-            parameters. The head is not in it.
+        state: every parameter and buffer by name; a head behind an encoder as `head.weight` and `head.bias`.
+        initial: parameters before training, by name: the backbone's values, of a mask those of the masked parameters.
         masks: of an adapter, else None.
     """
 
@@ -127,11 +122,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_state(module: nn.Module, state: State) -> None:
-    """Copy tensors into a module in place; those that the state lacks stay.
-
-    Raises:
-        StateError: if the module lacks one, or has it in another shape.
-    """
+    """Copy tensors into a module in place; those that the state lacks stay."""
     own = tensors_of(module)
     wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
     if wrong:
@@ -180,8 +171,7 @@ def read_networks(
         The model has the weights that it had.
 
     Raises:
-        BackboneMismatchError, BackboneError, AdapterError, DataError: if one cannot be read or is of another backbone.
-        ConfigError: if heads or preprocessing are not those of one task.
+        ConfigError: if heads or preprocessing are not those of one task. What `load_adapter` and `load_tensors` raise.
     """
     if applied(backbone.model) is not None:
         raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")

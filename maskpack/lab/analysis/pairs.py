@@ -20,11 +20,7 @@ T = TypeVar("T")
 def each_pair(
     networks: Sequence[Network], values: Sequence[T], compare: Callable[[T, T], Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return {"first", "second", "kinds", …} of every pair of networks, with what `compare` gives for their values.
-
-    Raises:
-        ConfigError: if there are fewer than two networks.
-    """
+    """Return {"first", "second", "kinds", …} of every pair of networks, with what `compare` gives for their values."""
     if len(networks) < 2:
         raise ConfigError(f"networks are compared in pairs; give at least two, got {len(networks)}")
     return [
@@ -48,17 +44,11 @@ def interpolated(first: State, second: State, t: float) -> dict[str, Tensor]:
 def barrier(
     evaluations: Evaluations, first: State, second: State, points: int = 11, report: Progress | None = None
 ) -> dict[str, Any]:
-    """Measure the networks on the line between two.
-
-    Args:
-        points: values of t, evenly from 0 to 1, ends included.
+    """Measure the networks at evenly spaced `points` from one state (t = 0) to another (t = 1).
 
     Returns:
         {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
         between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
-
-    Raises:
-        ConfigError: if there are fewer than 3 points, or the states have other entries.
     """
     if points < 3:
         raise ConfigError(f"a barrier needs at least 3 points, the ends and one between them; got {points}")
@@ -87,11 +77,7 @@ def barriers(
 
     Returns:
         {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": {"first", "second", "kinds", …} with what
-        `barrier` gives, "deviations": of each kind with several networks the sample deviation of their accuracies,
-        which barriers are to be compared with}.
-
-    Raises:
-        ConfigError: if there are fewer than two networks. Others: as `barrier`.
+        `barrier` gives, "deviations": sample deviation of the accuracies of each kind with several networks}.
     """
     done, of = 0, math.comb(len(networks), 2) * points
 
@@ -116,17 +102,11 @@ def barriers(
 
 
 def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
-    """Compare what two networks get right.
-
-    Args:
-        first, second: for each example whether its class was given, (N,) bool.
+    """Compare what two networks get right: for each example whether its class was given, (N,) bool.
 
     Returns:
         {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
         there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
-
-    Raises:
-        ConfigError: if they are of other numbers of examples, or of none.
     """
     if first.shape != second.shape or not len(first):
         raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
@@ -149,9 +129,6 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
     Returns:
         {"networks": {"network", "kind", "accuracy"}, "pairs": {"first", "second", "kinds", …} with what
         `common_mistakes` gives, "examples"}.
-
-    Raises:
-        ConfigError: if there are fewer than two networks.
     """
     found = []
     with kept(evaluations.module):
@@ -170,10 +147,7 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
 
 def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], base: State) -> list[dict[str, Any]]:
     """Return for every pair of networks {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if
-    both are masks, "masks": as `mask_distance`.
-
-    Args:
-        base: the backbone's parameters.
+    both are masks, "masks": as `mask_distance`. `base`: parameters of the backbone.
     """
 
     def apart(first: Network, second: Network) -> dict[str, Any]:
@@ -188,10 +162,7 @@ def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], 
 def parameter_distance(
     first: State, second: State, groups: Mapping[str, Sequence[str]], initial: State
 ) -> dict[str, Any]:
-    """Return Euclidean distances of parameters, by module and in all.
-
-    Args:
-        groups: names of parameters by module. initial: that norms are taken of, for the names that it has.
+    """Return Euclidean distances of parameters, by module (`groups`) and in all.
 
     Returns:
         {"distance", "relative": to the norm of the initial parameters (None without any), "modules": {name: the same}}.
@@ -216,16 +187,10 @@ def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, 
 
     A parameter that one of them does not mask counts as kept whole there.
 
-    Args:
-        weights: of the base, by name.
-
     Returns:
         {"hamming": share of the weights that are treated differently, "weighted": norm of W * (M1 - M2), where M is 0
         for a weight that is removed and -1 for one whose sign is inverted, "relative": the same by the norm of W,
         "parameters": {name: the same}}.
-
-    Raises:
-        ConfigError: if there is no mask, or a weight has another shape.
     """
     sums: dict[str, list[float]] = {}
     for name in sorted(first.keys() | second.keys()):

@@ -18,14 +18,9 @@ LEAST = 512  # examples, below which a note is due
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float | None:
-    """Return ||Yc'Xc||² / (||Xc'Xc|| ||Yc'Yc||) of features with centred columns, in float64: from 0 to 1, 1 if they
-    are equal up to a rotation, a shift and one scale. None where one of them is the same for all examples.
+    """Return ||Yc'Xc||² / (||Xc'Xc|| ||Yc'Yc||) of features of the same examples, (examples, features), centred.
 
-    Args:
-        x, y: (examples, features), rows of the same examples.
-
-    Raises:
-        ConfigError: if they have other numbers of rows.
+    From 0 to 1; 1 if they are equal up to a rotation, a shift and one scale. None where one has no variance.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ConfigError(
@@ -42,10 +37,9 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 
 
 def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return what these modules of a state put out, (examples, features) float32 for each.
+    """Return what these modules of a state put out, (examples, features) float32 for each, cached as features are.
 
-    Maps are averaged over their positions, tokens over those that are no padding. They are in the cache of features,
-    unless the evaluations keep nothing.
+    Maps are averaged over their positions, tokens over those that are no padding.
     """
     content = evaluations.content(state)
     keys = {} if content is None else {name: digest_of(["layer", name, content]) for name in layers}
@@ -92,9 +86,6 @@ def similarities(
 
     Returns:
         {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
-
-    Raises:
-        ConfigError: if there are fewer than two networks.
     """
     model, head = unwrap(evaluations.module), None
     if isinstance(model, Classifier):

@@ -42,15 +42,14 @@ def feature_reuse(
 ) -> dict[str, Any]:
     """Train a pretrained and a random start on shuffled images, from whole images to single pixels.
 
-    One permutation for all images of both splits; nothing else differs but the start. What is finished in `output` is
-    not done again.
+    One permutation for all images; nothing else differs but the start. What is finished in `output` is not done again.
 
     Args:
         backbone: arguments of `load_backbone`, as {"reference": …}, for the pretrained start.
         blocks: sides in pixels; default: the image's side, halved as long as that is whole, and 1.
         seeds: of heads, orders, and the weights of random starts.
         baseline: what is trained, of `maskpack list baselines`.
-        config: its `lr` is the peak rate of what is trained; None: the middle one of the baseline's rates.
+        config: its `lr` is the peak rate; None: the middle one of the baseline's rates.
         random_lr: the same of random starts; default: the same rate.
 
     Returns:
@@ -105,9 +104,6 @@ def block_order(size: int, block: int, seed: int = 0) -> Tensor:
     """Return for each pixel of a shuffled image of size x size pixels which one it shows, (size * size,).
 
     Squares of block x block pixels are permuted, and keep their inside. One seed gives one permutation.
-
-    Raises:
-        ConfigError: if a side of the image is not a multiple of the block.
     """
     if not 1 <= block <= size or size % block:
         raise ConfigError(f"blocks of {block} pixels do not tile an image of {size}; take a side that divides it")
@@ -145,22 +141,16 @@ def from_checkpoints(
     baseline: str = "full",
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """Train the same target from several checkpoints of a pretraining run; what is finished in `output` is not done
-    again.
+    """Train the same target from several checkpoints of a pretraining run; see `feature_reuse`.
 
     Args:
         backbone: arguments of `load_backbone`, as {"reference": …}, without weights.
         checkpoints: safetensors state dicts, in the order of the run.
         pretraining: the data of pretraining, on whose test split each checkpoint is measured with the head that it has.
-        seeds, baseline, config, report: as of `feature_reuse`.
 
     Returns:
         {"rows": {"checkpoint": file name, "pretraining": accuracy or None, "accuracy": mean on the target, "deviation",
         "accuracies", "seeds"}} in the order of the checkpoints.
-
-    Raises:
-        ConfigError: if there is no checkpoint or no seed, two have the same name, or one has no head for the data of
-            pretraining. BackboneError: if one does not fit. StateError: if `output` holds trials with other settings.
     """
     names, folder = [Path(one).name.removesuffix(".safetensors") for one in checkpoints], Path(output)
     if not names or len(set(names)) < len(names):
@@ -244,14 +234,8 @@ def trained_accuracy(
 ) -> float:
     """Train a baseline and return its accuracy on the test split. The backbone is used up.
 
-    What is finished in `folder` is read back, and a training that was interrupted goes on.
-
-    Args:
-        part: name of the training, of its folder in `folder`, and in events.
-
-    Raises:
-        DataError: if there is no training or no test split. StateError: if the folder's trial had other weights.
-            Others: as the baselines raise.
+    What is finished in `folder` is read back, and a training that was interrupted goes on. `part` names the training
+    in events, and its folder.
     """
     path, start = folder / part / RESULT, _digest(backbone)
 

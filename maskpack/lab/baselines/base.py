@@ -118,11 +118,7 @@ class Baseline(ABC):
         self.given = given
 
     def number(self, default: int, least: int) -> int:
-        """Return the argument as a number.
-
-        Raises:
-            ConfigError: if it is none, or less than `least`.
-        """
+        """Return the argument as a number, which must be at least `least`."""
         if self.given is None:
             return default
         if not (self.given.isascii() and self.given.isdigit()) or int(self.given) < least:
@@ -144,11 +140,7 @@ BASELINES: Registry[Baseline] = Registry("baseline", "maskpack.lab.baselines")
 
 
 def find_baseline(name: str) -> Baseline:
-    """Return the baseline called "id" or "id:argument".
-
-    Raises:
-        UnknownNameError: if there is none. ConfigError: if it does not take this argument.
-    """
+    """Return the baseline called "id" or "id:argument"."""
     own, mark, given = name.partition(":")
     return BASELINES[own](given if mark else None)
 

@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def bytes_figure(curves: Mapping[str, Curve]) -> "Figure":
-    """Draw accuracies (0 to 1) over bytes, a series for each method; up and to the left is better.
-
-    Raises:
-        ConfigError: if there are no points, or a number is impossible.
-    """
+    """Draw accuracies (0 to 1) over bytes, a series for each method; up and to the left is better."""
     figure, axes = _over(curves, "bytes")
     axes.set_xlabel("bytes stored beside the backbone")
     axes.xaxis.set_major_formatter(_bytes)
@@ -36,11 +32,7 @@ def _bytes(value: float, _: object = None) -> str:
 
 
 def label_figure(curves: Mapping[str, Curve]) -> "Figure":
-    """Draw accuracies (0 to 1) over shares of the labels (above 0, to 1), a series for each method.
-
-    Raises:
-        ConfigError: if there are no points, or a number is impossible.
-    """
+    """Draw accuracies (0 to 1) over shares of the labels (above 0, to 1), a series for each method."""
     figure, axes = _over(curves, "share of labels")
     shares = sorted({point[0] for one in curves.values() for point in one})
     if shares[-1] > 1:
@@ -51,14 +43,7 @@ def label_figure(curves: Mapping[str, Curve]) -> "Figure":
 
 
 def shuffle_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw accuracies (0 to 1) over the side of the blocks, a series for each start.
-
-    Args:
-        rows: {"start", "block", "accuracy", "deviation"}.
-
-    Raises:
-        ConfigError: if there are none, or a number is impossible.
-    """
+    """Draw accuracies (0 to 1) over the side of the blocks, a series for each start; `rows` as of `feature_reuse`."""
     starts: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in rows:
         starts.setdefault(f"{row['start']} start", []).append((row["block"], row["accuracy"], row["deviation"]))
@@ -78,9 +63,6 @@ def _over(curves: Mapping[str, Curve], quantity: str) -> "tuple[Figure, Axes]":
     """Draw a line through the points of each series, in the order of the quantity.
 
     The quantity's axis is logarithmic where that is a decade or more.
-
-    Raises:
-        ConfigError: if there are no points, a quantity is not above 0, or an accuracy is not from 0 to 1.
     """
     points = [(name, *point) for name, one in curves.items() for point in one]
     if not points:
@@ -108,14 +90,7 @@ def _over(curves: Mapping[str, Curve], quantity: str) -> "tuple[Figure, Axes]":
 
 
 def checkpoint_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw the accuracy on the target over the checkpoints, and that of pretraining where it is known.
-
-    Args:
-        rows: {"checkpoint", "pretraining": accuracy or None, "accuracy", "deviation"}, in the order of the run.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
-    """
+    """Draw accuracies on the target and of pretraining over the checkpoints; `rows` as of `from_checkpoints`."""
     if not rows:
         raise ConfigError("there is no checkpoint to draw; give what an analysis of checkpoints measured")
     before = [(at, row["pretraining"], None) for at, row in enumerate(rows) if row["pretraining"] is not None]
@@ -129,14 +104,7 @@ def checkpoint_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def barrier_figure(pairs: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw a line for each pair of networks; pairs of the same kinds have one colour.
-
-    Args:
-        pairs: {"kinds", "points": [{"t", "accuracy"}]}.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
-    """
+    """Draw a line for each pair of networks; pairs of the same kinds have one colour. `pairs` as of `barriers`."""
     if not pairs:
         raise ConfigError("there is no pair of networks to draw; give what a barrier analysis measured")
     kinds = [pair["kinds"] for pair in pairs]
@@ -155,10 +123,7 @@ def similarity_figure(layers: Sequence[str], pairs: Sequence[Mapping[str, Any]])
     """Draw linear CKA over the layers: for pairs of the same kinds the mean, and the range of the pairs.
 
     Args:
-        pairs: {"kinds", "cka": a number or None for each layer}.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
+        layers, pairs: as of `similarities`.
     """
     if not layers or not pairs:
         raise ConfigError(
@@ -167,9 +132,9 @@ def similarity_figure(layers: Sequence[str], pairs: Sequence[Mapping[str, Any]])
     found: dict[str, dict[int, list[float]]] = {}
     for kinds in dict.fromkeys(pair["kinds"] for pair in pairs):
         own = [pair["cka"] for pair in pairs if pair["kinds"] == kinds]
-        values = [[one[at] for one in own if one[at] is not None] for at in range(len(layers))]
-        if any(values):
-            found[kinds] = {at: one for at, one in enumerate(values) if one}
+        known = {at: [one[at] for one in own if one[at] is not None] for at in range(len(layers))}
+        if any(known.values()):
+            found[kinds] = {at: one for at, one in known.items() if one}
     figure, axes = draw_curves(
         [
             (kinds, [(at, mean(one), None) for at, one in values.items()], look(index))

@@ -40,11 +40,7 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 
 
 def image_suffix(path: str | Path) -> str:
-    """Return the suffix of a picture's file.
-
-    Raises:
-        ConfigError: if it is neither .png nor .svg.
-    """
+    """Return the suffix of a picture's file; it must be .png or .svg."""
     suffix = Path(path).suffix.lower()
     if suffix not in KINDS:
         raise ConfigError(f"{path} ends in {suffix!r}, expected .png or .svg; give the picture one of these endings")
@@ -55,9 +51,6 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes with the same matplotlib.
 
     Text in an SVG file stays text. Whatever goes wrong, what `path` had stays.
-
-    Raises:
-        ConfigError: if the suffix is another one. StateError: if the file cannot be written.
     """
     import matplotlib
 
@@ -117,11 +110,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def numbers(values: object, columns: int, what: str) -> Matrix:
-    """Return rows of finite numbers as an array (rows, columns).
-
-    Raises:
-        ConfigError: if they are anything else.
-    """
+    """Return rows of finite numbers as an array (rows, columns)."""
     try:
         found = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -158,11 +147,10 @@ def draw_rows(names: Sequence[str], grid: "Literal['x', 'both'] | None" = None) 
 
 
 def draw_shares(axes: "Axes", shares: Matrix, extent: tuple[float, float, float, float], least: float) -> "AxesImage":
-    """Draw shares from `least` to 1 as shades on a logarithmic scale.
+    """Draw shares from `least` to 1, (rows, columns), as shades on a logarithmic scale.
 
     Args:
-        shares: (rows, columns), the first row at the first y of the extent's bottom or top end.
-        extent: (left, right, bottom, top).
+        extent: (left, right, bottom, top); where the bottom is larger, the first row is on top.
     """
     origin: Any = "upper" if extent[2] > extent[3] else "lower"
     return axes.imshow(
@@ -197,11 +185,8 @@ def draw_matrix(
     """Draw squares that are darker the larger their value is, with names at both sides.
 
     Args:
-        shades: (n, n).
-        inches: side of a square.
-        ends: the values of the lightest and the darkest shade.
-        texts: what stands in the squares.
-        power: below 1 it tells small values apart at the cost of large ones.
+        shades: (n, n). inches: side of a square. ends: the values of the lightest and the darkest shade.
+        texts: in the squares. power: below 1 it tells small values apart at the cost of large ones.
     """
     from matplotlib.colors import PowerNorm
 
@@ -221,11 +206,7 @@ def draw_matrix(
 
 
 def draw_pairs(names: Sequence[str], panels: Mapping[str, tuple[Matrix, float]], digits: int) -> "Figure":
-    """Draw matrices of values up to 1 beside each other, NaN as "-".
-
-    Args:
-        panels: by title, (n, n) and the value of the lightest shade.
-    """
+    """Draw matrices of values up to 1 beside each other, by title with the value of the lightest shade; NaN is "-"."""
     numbered = len(names) <= NUMBERED
     side = SIDE if numbered else SIDE / 2
     figure = new_figure(len(panels) * (side * len(names) + 2.2), side * len(names) + 2.6)

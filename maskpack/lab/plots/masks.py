@@ -38,16 +38,11 @@ SHOWN = 0.998  # share of all scores between the ends; what lies beyond counts t
 
 
 def density_figure(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
-    """Draw a row for each masked parameter: a dot at its density.
-
-    Of a group of several adapters the dot is their mean, with a line of one sample deviation to both sides.
+    """Draw a row for each masked parameter: a dot at its density, with one sample deviation for several adapters.
 
     Args:
         groups: name of a series -> adapters, each density (0 to 1) by parameter name. A parameter that an adapter
             does not mask is left out of the mean.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
     """
     names = in_order({name for adapters in groups.values() for one in adapters for name in one})
     if not names:
@@ -79,15 +74,10 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
 
     Returns:
         Two symmetric (n, n) matrices in the order of `masks`. The first is the share of weights on which two masks
-        agree: both keep the weight, or neither does. It is high for any two masks that keep nearly everything. The
-        second takes out what chance explains: (agreement - expected) / (1 - expected), where two masks of densities
-        d₁ and d₂ in a parameter, drawn independently, are expected to agree on d₁d₂ + (1 - d₁)(1 - d₂) of its weights
-        (the kappa of Cohen, 1960, with the chance of each parameter). It is 1 for equal masks, 0 for unrelated ones,
-        negative where each removes what the other keeps, and NaN where chance explains all, as where all weights are
-        kept.
-
-    Raises:
-        ConfigError: if there are fewer than two masks, or they are of other parameters or shapes.
+        agree: both keep the weight, or neither does. The second takes out what chance explains: (agreement - expected)
+        / (1 - expected), where two masks of densities d₁ and d₂ in a parameter, drawn independently, are expected to
+        agree on d₁d₂ + (1 - d₁)(1 - d₂) of its weights (the kappa of Cohen, 1960, with the chance of each parameter).
+        It is 1 for equal masks, 0 for unrelated ones, and NaN where chance explains all.
     """
     if len(masks) < 2:
         raise ConfigError(f"an overlap needs at least two masks, got {len(masks)}")
@@ -119,7 +109,7 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
 
 
 def overlap_figure(masks: Mapping[str, MaskSet]) -> "Figure":
-    """Draw the two matrices of `agreement` beside each other. Raises as that."""
+    """Draw the two matrices of `agreement` beside each other."""
     shares, beyond = agreement(masks)
     panels = {
         "agreement\n(share of the weights)": (shares, min(float(shares.min()), 0.99)),
@@ -132,12 +122,6 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
     """Return for each parameter how many of its weights are used by 0, 1, …, all tasks.
 
     A mask is read as the set of features that its task uses; a parameter that a task does not mask is used whole.
-
-    Args:
-        masks: by task, of one backbone.
-
-    Raises:
-        ConfigError: if there is no mask, or two masks of a parameter have different shapes.
     """
     names = in_order({name for one in masks.values() for name in one})
     if not names:
@@ -157,11 +141,7 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
 
 
 def feature_figure(counts: Mapping[str, Sequence[int]]) -> "Figure":
-    """Draw a bar for each parameter: the shares of its weights that no task, one task, …, all tasks use.
-
-    Args:
-        counts: what `users` gives.
-    """
+    """Draw for each parameter the shares of its weights that no task, one task, …, all tasks use: see `users`."""
     names = list(counts)
     tasks = len(counts[names[0]]) - 1
     figure, axes = draw_rows(names)
@@ -187,9 +167,6 @@ def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -
     Args:
         scores: by parameter name, of any shape.
         threshold: where to draw the line above which a weight is kept; None for methods without one.
-
-    Raises:
-        ConfigError: if there are no scores, or some are not finite.
     """
     names = in_order(name for name, values in scores.items() if values.numel())
     if not names:

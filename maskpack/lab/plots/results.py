@@ -35,16 +35,9 @@ GATES = {"gates": "gate", "weights": "effective weight"}
 
 
 def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> "Figure":
-    """Draw counts of examples by true class (row) and predicted class (column).
+    """Draw counts of examples, (classes, classes), by true class (row) and predicted class (column).
 
     A square's shade tells its share of the row, so that rare classes are seen as well as frequent ones.
-
-    Args:
-        counts: (classes, classes), 0 or more.
-        class_names: in the order of rows and columns.
-
-    Raises:
-        ConfigError: if the counts are no such matrix, or there are more than 200 classes.
     """
     classes = len(class_names)
     if not 0 < classes <= MOST:
@@ -68,14 +61,7 @@ def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]
 
 
 def mistakes_figure(names: Sequence[str], pairs: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Draw overlap of errors and Cohen's kappa as two matrices.
-
-    Args:
-        names: of the networks. pairs: {"first", "second", "overlap", "kappa"}, a number or None.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
-    """
+    """Draw overlap of errors and Cohen's kappa as two matrices; `pairs` as of `mistakes`."""
     if not pairs:
         raise ConfigError("there is no pair of networks to draw; give what an analysis of mistakes measured")
     panels = {}
@@ -95,10 +81,7 @@ def criticality_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """Draw a bar for each module: the accuracy that is lost; and beside it, if there is one, its direct path.
 
     Args:
-        rows: {"module", "drop", "path": [{"a", "accuracy"}]}, drawn from the top in this order; drops in shares of 1.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
+        rows: as of `criticality`, drawn from the top in this order.
     """
     if not rows:
         raise ConfigError("there is no module to draw; give rows of a criticality analysis")
@@ -128,11 +111,7 @@ def cluster_figure(points: Sequence[Sequence[float]], expert: Sequence[int]) -> 
     """Draw samples where the first two principal components of their embeddings put them, coloured by expert.
 
     Args:
-        points: (N, 2).
-        expert: (N,), from 0.
-
-    Raises:
-        ConfigError: if there are no samples, not as many experts as points, or something is no such number.
+        points: (N, 2). expert: (N,), from 0.
     """
     if not len(points) or len(points) != len(expert):
         raise ConfigError(f"a cluster map needs an expert for each point; got {len(points)} and {len(expert)} experts")
@@ -160,11 +139,7 @@ def gate_figure(history: Mapping[str, Any]) -> "Figure":
     Each column is a histogram of all parameters together, dark where many values are.
 
     Args:
-        history: what a gated run leaves in `histograms.json`: `bins`, `weight_end`, and `rows` of {"step", "gates":
-            {task: {parameter: counts}}, "weights"}.
-
-    Raises:
-        ConfigError: if there are no histograms in it.
+        history: what is in `histograms.json` of a gated run.
     """
     try:
         end, rows = float(history["weight_end"]), list(history["rows"])
