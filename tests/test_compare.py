@@ -418,7 +418,7 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
     assert re.search(r"cannot read .*comparison.json as JSON: .*; choose another folder", done.stderr)
     (tmp_path / "comparison.json").write_text("[]")
     with pytest.raises(StateError, match="comparison.json must have backbone, data, it has a list; choose another fol"):
-        claim(tmp_path, {"backbone": {}, "data": {}})
+        claim(tmp_path / "comparison.json", {"backbone": {}, "data": {}})
     result = tmp_path / "probe" / "seed-0-labels-1" / "result-1.json"
     result.parent.mkdir(parents=True)
     with Worker() as worker:
@@ -598,6 +598,8 @@ def test_nothing_is_left_of_a_comparison_that_was_stopped(
         assert len(processes_of(groups[0])) == 3
         with pytest.raises(StateError, match=f"process {os.getpid()} on "):
             compare(backbone, DATA, tmp_path, baselines=["probe"], config=QUICK)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # not sent: a process in the background ignores it
         os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else StoppedError) as stopped:
