@@ -5,12 +5,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from maskpack import load_backbone, load_data, save_adapter, train_mask
+from maskpack import load_backbone, save_adapter
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone
 from maskpack.lab.analysis.evaluation import Evaluations
 from maskpack.lab.analysis.network import Network, read_networks, state_of, write_network
 from maskpack.safetensors_io import read_tensors
+from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
 from maskpack.training.dense import body_parameters, train_dense
 from maskpack.training.heads import new_classifier
@@ -72,7 +73,7 @@ class Study:
             backbone = self.backbone(seed if kind.random else None)
             if kind.mask:
                 result = train_mask(backbone, self.training, config, **options)
-                save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+                save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
             else:
                 dense = train_dense(backbone, self.training, config, lambda own, _: body_parameters(own), **options)
                 write_network(path, state_of(dense.classifier))

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_data, save_adapter, train_cascade
+from maskpack import load_adapter, load_backbone, save_adapter
+from maskpack.lab import compare
+from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import cascade_table
 from maskpack.training.run_folder import write_json
 
@@ -181,7 +183,7 @@ def cascades(output: Path, experts: int = 3) -> None:
             backbone, only, config, experts=experts, output=folder / "training", resume=(folder / "training").exists()
         )
         path = folder / "cascade.safetensors"
-        save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+        save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
         write_json(folder / "table.json", cascade_table(backbone, load_adapter(path), data))
         print(f"cascade, seed {seed}: done", flush=True)
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskpack import attach_gates
 from maskpack.lab.plots.masks import users
-from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
+from maskpack.training import attach_gates
+from maskpack.training.config import GATE_START
+from maskpack.training.gates import GateHistory, Gates, counts, divergence
 from maskpack.training.run_folder import read_json, write_json
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
@@ -50,7 +51,7 @@ class Row:
     factor: float | None = None
     r1: float = 0.0
     r2: float = 0.0
-    start: float = START
+    start: float = GATE_START
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
 def residents(model: nn.Module, folder: Path) -> dict[str, int]:
     """Bytes that a bank takes for 1, 10 and 100 adapters, of which two were used."""
     found = {}
-    first, second = (load_adapter(folder / name).masks() for name in ADAPTERS)
+    first, second = (load_adapter(folder / name).parts().masks for name in ADAPTERS)
     with MaskBank(model) as bank:
         for index in range(MANY):
             bank.add((first, second)[index % 2], str(index))
@@ -169,7 +169,7 @@ def residents(model: nn.Module, folder: Path) -> dict[str, int]:
 
 def step(subject: Subject, kind: str, examples: int, device: str) -> dict[str, float]:
     """A training step of the masks or of the same weights, by Adam: seconds and peak memory, in this process."""
-    from maskpack import attach_scores
+    from maskpack.training import attach_scores
 
     torch.manual_seed(0)
     with torch.device(device):

@@ -1,5 +1,6 @@
 """The public surface: its names, and what importing and using it drags in."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -35,18 +36,30 @@ def modules_after(code: str, *arguments: str) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1]))
 
 
-def test_names() -> None:
-    assert maskpack.__all__ == sorted(maskpack.__all__)
-    assert len(maskpack.__all__) <= 30
-    assert set(maskpack.__all__) == set(maskpack._WHERE)
-    assert dir(maskpack) == maskpack.__all__
-    with pytest.raises(AttributeError, match="module 'maskpack' has no attribute 'no_such_name'"):
-        _ = maskpack.no_such_name
+PUBLIC = {
+    "maskpack": "load_mask unload_mask load_adapter load_masked load_cascade save_adapter Adapter Parts MaskSet "
+    "MaskBank combine inspect_adapter identify fingerprint push pull search_adapters load_backbone "
+    "MaskpackError __version__",
+    "maskpack.training": "TrainConfig load_data train_mask train_cascade train_tasks train_transfer attach_scores "
+    "extract_parts extract_masks attach_gates",
+}
 
 
-@pytest.mark.parametrize("name", maskpack.__all__)
-def test_name_resolves(name: str) -> None:
-    found = getattr(maskpack, name)
+@pytest.mark.parametrize("module", PUBLIC)
+def test_names(module: str) -> None:
+    package = importlib.import_module(module)
+    assert package.__all__ == sorted(PUBLIC[module].split())
+    assert dir(package) == package.__all__
+    with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
+        _ = package.no_such_name
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in PUBLIC for name in PUBLIC[module].split()])
+def test_name_resolves(module: str, name: str) -> None:
+    found = getattr(importlib.import_module(module), name)
+    if name == "__version__":
+        assert found == version("maskpack")
+        return
     assert found.__name__ == name
     # a dataclass without a docstring gets its signature as one
     assert (found.__doc__ or "").strip()
@@ -61,23 +74,46 @@ def test_typed_and_versioned() -> None:
 
 
 def test_import_is_lazy() -> None:
-    loaded = modules_after("import maskpack; dir(maskpack)")
-    assert "maskpack" in loaded
-    assert not {one for one in loaded if one.startswith("maskpack.")}
+    loaded = modules_after("import maskpack.training; dir(maskpack); dir(maskpack.training)")
+    assert {one for one in loaded if one.startswith("maskpack")} == {"maskpack", "maskpack.training"}
     assert not loaded & {"torch", "numpy", "huggingface_hub", "safetensors"}
 
 
 def test_the_check_can_fail() -> None:
     assert "torch" in modules_after("import maskpack; maskpack.load_mask")
-    assert "maskpack.training" in modules_after("import maskpack; maskpack.train_mask")
+    assert "maskpack.training" in modules_after("from maskpack.training import train_mask")
+
+
+COMMAND = "from maskpack_cli.main import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert not end.code"
 
 
 @pytest.mark.parametrize("words", ["--help", "train --help", "--version"])
 def test_help_needs_no_torch(words: str) -> None:
-    code = "from maskpack_cli.main import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert not end.code"
-    loaded = modules_after(code, *words.split())
+    loaded = modules_after(COMMAND, *words.split())
     assert "maskpack_cli.training" in loaded
     assert not loaded & {"torch", "numpy", "huggingface_hub", "transformers", "datasets", "rich.progress"}
+
+
+GOLDEN = ROOT / "tests" / "golden" / "v1"
+
+
+@pytest.mark.parametrize("words", ["inspect", "inspect --parameters --json", "verify"])
+@pytest.mark.parametrize("name", ["heads", "cascade", "density"])
+def test_reading_needs_no_torch(words: str, name: str) -> None:
+    loaded = modules_after(COMMAND, *words.split(), str(GOLDEN / f"{name}.safetensors"))
+    assert "maskpack.adapter.read" in loaded
+    assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("words", ["list", "list codecs"])
+def test_listing_needs_no_torch(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert "torch" not in modules_after(COMMAND, *words.split())
+
+
+def test_describing_needs_no_torch() -> None:
+    code = "import sys, maskpack\nassert maskpack.inspect_adapter(sys.argv[1])['cascade']['experts']"
+    assert "torch" not in modules_after(code, str(GOLDEN / "cascade.safetensors"))
 
 
 def test_loading_needs_no_training(tmp_path: Path) -> None:
@@ -105,13 +141,15 @@ def test_training_needs_no_lab(tmp_path: Path) -> None:
     code = (
         "import sys, torch, maskpack\n"
         "from maskpack.backbone.load import Backbone\n"
+        "from maskpack.backbone.model import Embedding\n"
+        "from maskpack.training import TrainConfig, load_data, train_mask\n"
         "from maskpack.preprocess import ImagePreprocess\n"
         "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16), torch.nn.Linear(16, 2))\n"
-        "backbone = Backbone(model, 'tests:tiny', head='2', preprocess=ImagePreprocess(8, 8))\n"
-        "config = maskpack.TrainConfig(steps=2, batch_size=8, augment='none', workers=0)\n"
-        "result = maskpack.train_mask(backbone, maskpack.load_data('digits:0-1'), config)\n"
-        "path = maskpack.save_adapter(sys.argv[1], result.parts, result.base, weights=model, **result.about).path\n"
-        "maskpack.load_mask(model, str(path))\n"
+        "backbone = Backbone(model, 'tests:tiny', embedding=Embedding('2'), preprocess=ImagePreprocess(8, 8))\n"
+        "config = TrainConfig(steps=2, batch_size=8, augment='none', workers=0)\n"
+        "result = train_mask(backbone, load_data('digits:0-1'), config)\n"
+        "maskpack.save_adapter(sys.argv[1], result.parts, result.base, result.about, weights=model)\n"
+        "maskpack.load_mask(model, sys.argv[1])\n"
     )
     loaded = modules_after(code, str(tmp_path / "adapter"))
     assert "maskpack.training.trainer" in loaded
@@ -123,6 +161,5 @@ def test_names_of_the_lab() -> None:
 
     assert lab.__all__ == sorted(lab.__all__) == sorted(lab._WHERE)
     assert all(getattr(lab, name).__name__ == name for name in lab.__all__)
-    assert lab.compare is maskpack.compare
     with pytest.raises(AttributeError, match="module 'maskpack.lab' has no attribute 'no_such_name'"):
         _ = lab.no_such_name

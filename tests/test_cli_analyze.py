@@ -10,9 +10,10 @@ import pytest
 from maskpack_cli.main import app
 from typer.testing import CliRunner
 
-from maskpack import TrainConfig, load_backbone, load_data, save_adapter, train_mask
+from maskpack import load_backbone, save_adapter
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.network import state_of, write_network
+from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.dense import body_parameters, train_dense
 
 from .test_compare import FACTORY
@@ -35,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_network(root / f"tuned-{seed}.safetensors", state_of(result.classifier))
         made = load_backbone(f"{root}/nets.py:tiny", random_weights=0, image_size=8)
         masked = train_mask(made, data, replace(config, lr=1000.0))
-        save_adapter(root / f"mask-{seed}", masked.parts, masked.base, **masked.about)
+        save_adapter(root / f"mask-{seed}", masked.parts, masked.base, masked.about)
     return root
 
 

@@ -21,7 +21,7 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_cascade, load_mask
+from maskpack import load_adapter, load_backbone, load_cascade, load_mask
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.errors import (
     ConfigError,
@@ -32,10 +32,12 @@ from maskpack.errors import (
     TrainingError,
     UnknownNameError,
 )
+from maskpack.lab import compare
 from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
 from maskpack.lab.store import claim
 from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
+from maskpack.training import TrainConfig
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.data.base import loader, readable
 from maskpack.training.data.load import load_data
@@ -165,7 +167,7 @@ def of_the_file(path: Path, options: Mapping[str, Any]) -> float:
         given = cascade.predict(images, batch_size=16)
         return sum(one.label == data.class_names[y] for one, y in zip(given, labels, strict=True)) / len(labels)
     load_mask(backbone.model, adapter)
-    if adapter.head() is not None:
+    if adapter.parts(stream=True).head is not None:
         return float(adapter_accuracy(backbone.model, adapter, data.test, batch_size=16)["accuracy"])
     return float(measure_features(backbone, data, ["probe"], batch_size=16, cache=False)[0]["accuracy"])
 

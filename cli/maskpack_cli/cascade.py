@@ -36,10 +36,11 @@ def train(**given: Any) -> None:
     config, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import fit_cascade_head, inspect_adapter, save_adapter, train_cascade
+    from maskpack import inspect_adapter, save_adapter
     from maskpack.adapter.content import COMBINES
     from maskpack.errors import ConfigError
-    from maskpack.training.cascade import DISPATCHER, check_cascade
+    from maskpack.training import train_cascade
+    from maskpack.training.cascade import DISPATCHER, check_cascade, fit_cascade_head
     from maskpack.training.run_folder import check_untaken, parse_every
     from maskpack.training.trainer import plan_training
 
@@ -78,13 +79,15 @@ def train(**given: Any) -> None:
     if not main_process():
         return
     result = fit_cascade_head(backbone, data, result, combine=combine, reduce=reduce)
-    adapter = save_adapter(output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about)
+    adapter = save_adapter(
+        output, result.parts, result.base, result.about, cascade=result.cascade, profile=profile, weights=backbone.model
+    )
     about = inspect_adapter(adapter)
     facts = {
         "adapter": str(output),
         **result.metrics,
         "combine": combine,
-        "cluster_rows": ", ".join(map(str, result.about["training"]["cascade"]["rows"])),
+        "cluster_rows": ", ".join(map(str, (result.about.training or {})["cascade"]["rows"])),
         "dispatcher_mask_bytes": about["sets"]["dispatcher"]["payload_bytes"],
         "expert_mask_bytes": sum(about["sets"][name]["payload_bytes"] for name in about["cascade"]["experts"]),
         **{f"{role}_bytes": size for role, size in about["cascade"]["bytes"].items()},
@@ -124,7 +127,7 @@ def evaluate(
 ) -> None:
     """Compare a cascade with its dispatcher alone: nearest neighbours, linear probes, passes, steps and bytes."""
     quiet_libraries(quiet)
-    from maskpack import load_data
+    from maskpack.training import load_data
     from maskpack.training.cascade import cascade_table
     from maskpack.training.data.load import LABELS_SEED
 

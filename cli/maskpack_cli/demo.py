@@ -56,21 +56,12 @@ def demo(
     quiet_libraries(True)
     import torch
 
-    from maskpack import (
-        inspect_adapter,
-        load_backbone,
-        load_data,
-        load_mask,
-        pull,
-        push,
-        save_adapter,
-        train_mask,
-        unload_mask,
-    )
+    from maskpack import inspect_adapter, load_backbone, load_mask, pull, push, save_adapter, unload_mask
     from maskpack.backbone.fingerprint import fingerprint
     from maskpack.backbone.load import export_state
     from maskpack.errors import StateError
     from maskpack.runtime.load import load_adapter
+    from maskpack.training import load_data, train_mask
     from maskpack.training.config import TrainConfig
     from maskpack.training.features import measure_features
 
@@ -98,7 +89,7 @@ def demo(
         config = TrainConfig(epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, warmup=0.2, augment="crop")
         result = train_mask(backbone, new_task, config)
     with clock("pack"):
-        save_adapter(output / "adapter", result.parts, result.base, **result.about)
+        save_adapter(output / "adapter", result.parts, result.base, result.about)
     with clock("push to a local registry, pull"):
         push(output / "adapter", str((output / "registry" / "digits-5-9").absolute()))
         pulled = pull(str((output / "registry" / "digits-5-9").absolute()), output=output / "pulled").path

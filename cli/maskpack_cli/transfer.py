@@ -51,7 +51,8 @@ def transfer(**given: Any) -> None:
     config, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import load_data, save_adapter, train_transfer
+    from maskpack import save_adapter
+    from maskpack.training import load_data, train_transfer
     from maskpack.training.evaluate import markdown, transfer_table
     from maskpack.training.run_folder import parse_every, write_json
     from maskpack.training.trainer import plan_training
@@ -100,7 +101,7 @@ def transfer(**given: Any) -> None:
         return
     rows = transfer_table(result, source, target, batch_size=run_config.batch_size)
     adapter = save_adapter(
-        output, result.parts, result.base, profile=profile, weights=result.backbone.model, **result.about
+        output, result.parts, result.base, result.about, profile=profile, weights=result.backbone.model
     )
     facts = {"adapter": str(output), "start": start, "density": result.metrics["density"], "file_bytes": adapter.size}
     facts |= {} if source_trained else {"source_weights": str(output / SOURCE_FILE)}

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...adapter.header import BASE
 from ...adapter.read import Adapter
+from ...adapter.tensors import BASE
 from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone, load_tensors
-from ...backbone.model import aliases, canonical, inside, swap_module, unwrap
+from ...backbone.model import Head, aliases, canonical, inside, swap_module, unwrap
 from ...errors import AdapterError, ConfigError, StateError
 from ...mask import MaskSet
 from ...runtime.apply import applied
@@ -79,7 +79,7 @@ def _owners(module: nn.Module) -> dict[str, list[str]]:
             before.pop(parent, None)
             if own and leaf and weights:
                 before[parent] = name
-    if isinstance(module, Classifier) and module.module is None:
+    if isinstance(module, Classifier) and module.embedding.module is None:
         found[HEAD] = [f"{HEAD}.{leaf}" for leaf, _ in module.linear.named_parameters()]
     return found
 
@@ -110,7 +110,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     found = {canonical(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
     found = {name: tensor for name, tensor in found.items() if first.get(name, name) == name}
-    if isinstance(module, Classifier) and module.module is None:
+    if isinstance(module, Classifier) and module.embedding.module is None:
         found |= {f"{HEAD}.{name}": tensor.detach() for name, tensor in module.linear.named_parameters()}
     return found
 
@@ -185,22 +185,19 @@ def read_networks(
         name = kind if kinds.count(kind) == 1 else f"{kind} {kinds[: index + 1].count(kind)}"
         if isinstance(given, Adapter) or is_adapter(given):
             adapter = given if isinstance(given, Adapter) else load_adapter(given)
-            if len(adapter.sets) > 1 or adapter.head() is None:
+            parts = adapter.parts(adapter.sets[0], stream=True)
+            if len(adapter.sets) > 1 or parts.head is None:
                 raise AdapterError(
                     f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify"
                 )
             used = as_loaded(backbone, adapter)
-            if index and (used.preprocess, used.head, used.pooling) != (
-                backbone.preprocess,
-                backbone.head,
-                backbone.pooling,
-            ):
+            if index and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
                 raise ConfigError(
                     f"{name} expects other inputs than the networks before it: {used.preprocess} and "
                     f"{backbone.preprocess}; compare networks of one task"
                 )
-            backbone, masks = used, adapter.masks(backbone.model)
-            state = _masked(backbone, adapter)
+            backbone, masks = used, adapter.parts(base=backbone.model).masks
+            state = _masked(backbone, adapter, parts.head)
             found.append(Network(name, kind, state, {one: base[one] for one in masks}, masks))
         else:
             found.append(Network(name, kind, _weights(backbone, given), parameters))
@@ -214,14 +211,12 @@ def read_networks(
             )
     example = next(backbone.model.parameters())
     linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
-    classifier = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval()
+    classifier = Classifier(backbone.model, linear, backbone.embedding).eval()
     return backbone, classifier, found
 
 
-def _masked(backbone: Backbone, adapter: Adapter) -> dict[str, Tensor]:
+def _masked(backbone: Backbone, adapter: Adapter, head: Head) -> dict[str, Tensor]:
     """Return the state that an adapter makes of the backbone."""
-    head = adapter.head()
-    assert head is not None
     load_mask(backbone.model, adapter, head="keep")
     try:
         return _headed(backbone, head.weight, head.bias)

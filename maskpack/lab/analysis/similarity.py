@@ -87,9 +87,9 @@ def similarities(
     Returns:
         {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
     """
-    model, head = unwrap(evaluations.module), None
-    if isinstance(model, Classifier):
-        model, head = unwrap(model.model), model.module
+    module = evaluations.module
+    head = module.embedding.module if isinstance(module, Classifier) else None
+    model = unwrap(module.model if isinstance(module, Classifier) else module)
     known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
     layers, features = [name for name in names if name in known], []
     with kept(evaluations.module):

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...adapter.content import Parts
+from ...adapter.content import About, Cascade, Parts
 from ...adapter.describe import describe
 from ...adapter.read import Adapter
 from ...adapter.write import save_adapter
 from ...backbone.classifier import Inputs, classifier_from
 from ...backbone.load import Backbone
+from ...backbone.model import Fingerprint
 from ...backbone.select import select_parameters
 from ...runtime.cascade import load_cascade
 from ...runtime.load import load_mask
@@ -48,7 +49,7 @@ class SupervisedMask(Baseline):
         assert head is not None
         predict = classified(classifier_from(trial.backbone.model, head).eval())
         trained = _learned(result.parts) + parameters(head.weight, head.bias)
-        return Fitted(predict, trained, stored(adapter), result.about["training"]["steps"])
+        return Fitted(predict, trained, stored(adapter), (result.about.training or {})["steps"])
 
     def _settings(self, config: TrainConfig) -> TrainConfig:
         """Return settings with this baseline's method; options are those of the settings' own method."""
@@ -71,7 +72,7 @@ class SelfSupervisedMask(Baseline):
         probe = fit_probe(*trial.embed(), trial.classes)
         head = parameters(probe.weight, probe.bias)
         sizes = {**stored(adapter), "head": 4 * head}
-        return Fitted(trial.probed(probe), _learned(result.parts) + head, sizes, result.about["training"]["steps"])
+        return Fitted(trial.probed(probe), _learned(result.parts) + head, sizes, (result.about.training or {})["steps"])
 
 
 @BASELINES.register
@@ -99,7 +100,7 @@ class ConditionalCascade(Baseline):
             report=trial.report,
         )
         result = fit_cascade_head(trial.backbone, trial.data, result, batch_size=trial.config.batch_size)
-        adapter = _write(trial, result.parts, result.base, result.about)
+        adapter = _write(trial, result.parts, result.base, result.about, result.cascade)
         cascade = load_cascade(trial.backbone.model, adapter)
         weight, bias = cascade.parts.weight, cascade.parts.bias
         assert weight is not None
@@ -124,7 +125,7 @@ class ConditionalCascade(Baseline):
 
         predict: Predict = lambda inputs: nn.functional.linear(cascade.embed(inputs), weight, bias)  # noqa: E731
         trained = sum(parts.masks.total for parts in result.parts.values()) + parameters(weight, bias)
-        steps = sum(result.about["training"]["cascade"]["steps"].values())
+        steps = sum((result.about.training or {})["cascade"]["steps"].values())
         controls = {DISPATCHER: dispatcher_alone(False), f"{DISPATCHER}, whitened": dispatcher_alone(True)}
         return Fitted(predict, trained, stored(adapter), steps, controls)
 
@@ -146,8 +147,11 @@ def _train(trial: Trial, config: TrainConfig) -> tuple[TrainResult, Adapter]:
     return result, adapter
 
 
-def _write(trial: Trial, parts: Any, base: Any, about: Mapping[str, Any]) -> Adapter:
-    return save_adapter(trial.folder / "mask.safetensors", parts, base, weights=trial.backbone.model, **about)
+def _write(
+    trial: Trial, parts: Parts | Mapping[str, Parts], base: Fingerprint, about: About, cascade: Cascade | None = None
+) -> Adapter:
+    path = trial.folder / "mask.safetensors"
+    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
 
 
 def _learned(parts: Parts) -> int:
