@@ -32,7 +32,10 @@ class Kind:
 KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
 MASK = Kind(lr=60.0, mask=True)
 TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
-TARGETS = {"sketch": replace(IMAGES, augment="flip"), "mnist": replace(IMAGES, augment="none")}
+TARGETS = {
+    name: replace(IMAGES, augment=augment, objective_options={})
+    for name, augment in (("sketch", "flip"), ("mnist", "none"))
+}
 
 
 class Study:
