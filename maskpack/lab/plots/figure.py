@@ -32,6 +32,7 @@ MARGIN = 0.08  # inches
 LONGEST = 48  # characters of a label
 SIDE = 0.55  # inches of a square with a number in it
 NUMBERED = 20  # names of a matrix; of more, the squares are small and without numbers
+SHADES: Mapping[str, Any] = {"aspect": "auto", "cmap": "Blues", "interpolation": "nearest"}  # of `imshow`
 # by suffix, as matplotlib's `savefig` takes it: neither a program nor a date is written
 KINDS: Mapping[str, Mapping[str, Any]] = {
     ".png": {"format": "png", "dpi": 150, "metadata": {"Software": None}},
@@ -144,26 +145,6 @@ def draw_rows(names: Sequence[str], grid: "Literal['x', 'both'] | None" = None) 
     name_rows(axes, names)
     plain_axes(axes, grid=grid)
     return figure, axes
-
-
-def draw_shares(axes: "Axes", shares: Matrix, extent: tuple[float, float, float, float], least: float) -> "AxesImage":
-    """Draw shares from `least` to 1, (rows, columns), as shades on a logarithmic scale.
-
-    Args:
-        extent: (left, right, bottom, top); where the bottom is larger, the first row is on top.
-    """
-    origin: Any = "upper" if extent[2] > extent[3] else "lower"
-    return axes.imshow(
-        shares,
-        aspect="auto",
-        cmap="Blues",
-        norm="log",
-        vmin=least,
-        vmax=1,
-        origin=origin,
-        extent=extent,
-        interpolation="nearest",
-    )
 
 
 def add_scale(figure: "Figure", image: "AxesImage", axes: Any, text: str, **options: Any) -> None:

@@ -15,11 +15,11 @@ from ...errors import ConfigError
 from ...mask import MaskSet, packed_bits
 from .figure import (
     COLOURS,
+    SHADES,
     Matrix,
     add_scale,
     draw_pairs,
     draw_rows,
-    draw_shares,
     height_of,
     in_order,
     label,
@@ -185,7 +185,8 @@ def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -
     above.set_yscale("log")
     above.set_ylabel("weights")
     shares = (counts / counts.sum(1, keepdim=True)).double().numpy()
-    image = draw_shares(below, shares, (low, high, len(names) - 0.5, -0.5), 1e-4)
+    extent = (low, high, len(names) - 0.5, -0.5)
+    image = below.imshow(shares, extent=extent, norm="log", vmin=1e-4, vmax=1, **SHADES)
     name_rows(below, names)
     below.set_xlabel("score (values beyond the ends count to the outermost bins)")
     add_scale(figure, image, below, "share of the layer's scores", shrink=min(1.0, 2.5 / rows), aspect=12)

@@ -9,12 +9,12 @@ import numpy as np
 from ...errors import ConfigError
 from .figure import (
     COLOURS,
+    SHADES,
     SMALL,
     Matrix,
     add_scale,
     draw_matrix,
     draw_pairs,
-    draw_shares,
     height_of,
     label,
     look,
@@ -96,7 +96,7 @@ def criticality_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     plain_axes(axes, grid="x")
     if drawn:
         beside = grid[0, 1]
-        image = beside.imshow(np.array(path), aspect="auto", cmap="Blues", interpolation="nearest")
+        image = beside.imshow(np.array(path), **SHADES)
         places = range(0, len(path[0]), math.ceil(len(path[0]) / 8))
         beside.set_xticks(places, [f"{rows[0]['path'][at]['a']:.2g}" for at in places])
         beside.tick_params(left=False, labelsize=8)
@@ -154,7 +154,9 @@ def gate_figure(history: Mapping[str, Any]) -> "Figure":
     for at, task in enumerate(tasks):
         for axes, (kind, words) in zip(grid[at], GATES.items(), strict=True):
             low, high = (0.0, 1.0) if kind == "gates" else (-end, end)
-            image = draw_shares(axes, shares[kind][at].T, (-0.5, len(steps) - 0.5, low, high), 1e-3)
+            extent = (-0.5, len(steps) - 0.5, low, high)
+            values = shares[kind][at].T
+            image = axes.imshow(values, extent=extent, origin="lower", norm="log", vmin=1e-3, vmax=1, **SHADES)
             plain_axes(axes)
             axes.set_ylabel(f"{label(task, 16)}\n{words}", fontsize=SMALL)
             shown = sorted({0, len(steps) // 2, len(steps) - 1})
