@@ -427,7 +427,7 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
         trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
         for text, message in (("", "cannot read .*result-1.json as JSON"), ("{}", "must have accuracy, .* nothing")):
             result.write_text(text)
-            with pytest.raises(StateError, match=f"{message}.*; delete it, and its trial is measured again"):
+            with pytest.raises(StateError, match=f"{message}.*; delete it, and it is measured again"):
                 trials.run("probe", find_baseline("probe"), 0, 1.0, None)
 
 
