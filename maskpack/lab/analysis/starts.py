@@ -18,7 +18,6 @@ from ...training.config import TrainConfig
 from ...training.data.base import Data
 from ...training.evaluate import held_out_accuracy
 from ...training.features import digest_of
-from ...training.heads import own_linear
 from ...training.run_folder import Report, tagged
 from ..baselines.base import Trial, find_baseline
 from ..store import claim, measured, shared_settings
@@ -177,7 +176,7 @@ def from_checkpoints(
 
 def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) -> float:
     """Return the accuracy of a network on the test split of data that it was trained on."""
-    linear = own_linear(backbone)
+    linear = backbone.linear
     if linear is None or linear.out_features != len(data.class_names):
         found = "no linear head" if linear is None else f"a head for {linear.out_features} classes"
         raise ConfigError(
