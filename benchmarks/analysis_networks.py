@@ -32,8 +32,8 @@ class Kind:
 KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
 MASK = Kind(lr=60.0, mask=True)
 TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
-AUGMENT = {"sketch": "flip", "mnist": "none"}
-TARGETS = {name: replace(IMAGES, augment=one, objective_options={}) for name, one in AUGMENT.items()}
+SUPERVISED = replace(IMAGES, objective_options={})
+TARGETS = {"sketch": replace(SUPERVISED, augment="flip"), "mnist": replace(SUPERVISED, augment="none")}
 
 
 class Study:
