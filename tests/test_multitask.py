@@ -21,8 +21,9 @@ from maskpack.backbone.classifier import predictions
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
+from maskpack.lab import gate_figure
 from maskpack.lab.plots.masks import users
-from maskpack.lab.plots.results import gate_figure, over_time
+from maskpack.lab.plots.results import over_time
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
@@ -34,8 +35,7 @@ from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
 from maskpack.training.run_folder import RunLog
 
-from .test_apply import bits, same
-from .test_cascade_training import StopHere, tiny_net
+from .helpers_models import StopHere, bits, same, tiny_net
 
 QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
 FAST = JointConfig(weight_lr=0.01, gate_start=0.5, r1=1e-5, r2=1e-5)

@@ -42,8 +42,8 @@ from maskpack.training.transfer import (
 )
 
 from .conftest import TinyNet
-from .test_apply import bits, same
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
+from .helpers_models import bits, same
 
 QUICK = TrainConfig(
     method="naive", epochs=4, batch_size=16, optimizer="sgd", head_lr=0.3, warmup=0.0, bn="freeze", augment="none"
@@ -438,7 +438,7 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
 
 
 def test_tables_of_the_benchmark(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    pytest.importorskip("matplotlib", reason="needs the extra `lab`")
     from benchmarks import transfer
 
     assert transfer.tables(tmp_path, tmp_path) == "Nothing is finished yet.\n"
