@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from maskpack import load_adapter, load_backbone, load_data, save_adapter, train_mask
+from maskpack import load_adapter, load_backbone, save_adapter
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.barrier import barrier, distances
 from maskpack.lab.analysis.criticality import Noise, criticality, rewound
@@ -31,6 +31,7 @@ from maskpack.lab.analysis.similarity import similarities
 from maskpack.lab.analysis.starts import feature_reuse, from_checkpoints
 from maskpack.lab.baselines.base import stored
 from maskpack.mask import MaskSet
+from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import Data
 from maskpack.training.dense import body_parameters, train_dense

@@ -5,11 +5,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from maskpack import load_backbone, load_data, save_adapter, train_mask
+from maskpack import load_backbone, save_adapter
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone
 from maskpack.lab.analysis.network import Evaluations, Network, read_networks, state_of, write_network
 from maskpack.safetensors_io import read_tensors
+from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
 from maskpack.training.dense import body_parameters, train_dense
 from maskpack.training.heads import new_classifier

@@ -16,8 +16,8 @@ from typing import Any
 
 from maskpack import inspect_adapter, load_adapter, load_backbone, save_adapter
 from maskpack.adapter.card import parameter_densities
-from maskpack.lab.baselines.base import find_baseline
-from maskpack.lab.comparison import compare, markdown, summaries
+from maskpack.lab.baselines.base import find_row
+from maskpack.lab.compare import compare, markdown, summaries
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import cascade_table
 
@@ -51,7 +51,7 @@ ABLATIONS: dict[str, tuple[str, TrainConfig, bool]] = {
 
 def own_seeds(baseline: str, share: float, seeds: Sequence[int]) -> Sequence[int]:
     """Return the seeds that make a difference."""
-    return seeds if share < 1 or find_baseline(baseline).seeded else seeds[:1]
+    return seeds if share < 1 or find_row(baseline).seeded else seeds[:1]
 
 
 def compared(
@@ -87,7 +87,7 @@ def compared(
             backbone,
             {"reference": data},
             RUNS / experiment / name,
-            baselines=[baseline],
+            rows=[baseline],
             seeds=seeds,
             fractions=shares,
             rates={baseline: rates[baseline]} if baseline in rates else {},

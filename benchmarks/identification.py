@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskpack import MaskBank, attach_scores, extract_masks, identify
+from maskpack import MaskBank, identify
 from maskpack.runtime.identify import HOWS, profiles
+from maskpack.training import attach_scores, extract_masks
 from maskpack.training.run_folder import write_json
 
 from .light_switch_tasks import digits

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskpack import attach_gates
 from maskpack.lab.plots.masks import users
+from maskpack.training import attach_gates
 from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
 from maskpack.training.run_folder import read_json, write_json
 

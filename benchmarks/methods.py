@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from maskpack import TrainConfig, inspect_adapter
+from maskpack import inspect_adapter
+from maskpack.training import TrainConfig
 from maskpack.training.run_folder import write_json
 
 from .comparisons import DATA, IMAGES, ROOT, TEXTS, measured, minilm, resnet

@@ -169,7 +169,7 @@ def residents(model: nn.Module, folder: Path) -> dict[str, int]:
 
 def step(subject: Subject, kind: str, examples: int, device: str) -> dict[str, float]:
     """A training step of the masks or of the same weights, by Adam: seconds and peak memory, in this process."""
-    from maskpack import attach_scores
+    from maskpack.training import attach_scores
 
     torch.manual_seed(0)
     with torch.device(device):

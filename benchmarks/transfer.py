@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskpack import MaskSet, TrainConfig, load_backbone, load_data
+from maskpack import MaskSet, load_backbone
 from maskpack.adapter.content import Parts
 from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.select import select_parameters
 from maskpack.safetensors_io import read_tensors, write_tensors
+from maskpack.training import TrainConfig, load_data
 from maskpack.training.data.base import Data
 from maskpack.training.evaluate import applied_parts, held_out_accuracy
 from maskpack.training.run_folder import write_json

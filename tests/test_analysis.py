@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskpack import MaskSet, TrainConfig, fingerprint, load_data, save_adapter
+from maskpack import MaskSet, fingerprint, save_adapter
 from maskpack.adapter.content import Parts
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone, export_state
@@ -38,6 +38,7 @@ from maskpack.lab.analysis.similarity import layer_features, linear_cka, similar
 from maskpack.lab.analysis.starts import block_order, feature_reuse, from_checkpoints, shuffled_inputs
 from maskpack.preprocess import ImagePreprocess
 from maskpack.safetensors_io import write_tensors
+from maskpack.training import TrainConfig, load_data
 from maskpack.training.data.base import Data, loader, readable
 
 from .conftest import TinyNet

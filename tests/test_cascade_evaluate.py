@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack import fit_cascade_head, load_cascade, load_data, save_adapter, train_cascade
+from maskpack import load_cascade, save_adapter
 from maskpack.adapter.content import CascadeParts
 from maskpack.adapter.describe import describe
 from maskpack.backbone.load import Backbone
 from maskpack.errors import AdapterError, DataError
 from maskpack.runtime.cascade import Cascade
-from maskpack.training.cascade import CascadeResult, cascade_table, embed_all, fit_whitening, routed
+from maskpack.training import load_data, train_cascade
+from maskpack.training.cascade import CascadeResult, cascade_table, embed_all, fit_cascade_head, fit_whitening, routed
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import fit_probe, knn_accuracy
 

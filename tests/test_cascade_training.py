@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import TrainConfig, load_data, save_adapter, train_cascade
+from maskpack import save_adapter
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess
 from maskpack.runtime.cascade import Cascade, load_cascade
+from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import (
     CLUSTERS,
     COORDINATES,

@@ -10,9 +10,10 @@ import pytest
 from maskpack_cli.main import app
 from typer.testing import CliRunner
 
-from maskpack import TrainConfig, load_backbone, load_data, save_adapter, train_mask
+from maskpack import load_backbone, save_adapter
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.network import state_of, write_network
+from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.dense import body_parameters, train_dense
 
 from .test_compare import FACTORY

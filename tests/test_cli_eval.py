@@ -11,10 +11,11 @@ from maskpack_cli.main import app
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from maskpack import MaskSet, load_adapter, load_backbone, load_data, load_mask, save_adapter
+from maskpack import MaskSet, load_adapter, load_backbone, load_mask, save_adapter
 from maskpack.adapter.content import Parts
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.model import Head
+from maskpack.training import load_data
 from maskpack.training.evaluate import as_loaded
 from maskpack.training.features import measure_features
 

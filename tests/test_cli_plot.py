@@ -9,8 +9,9 @@ import pytest
 from maskpack_cli.main import app
 from typer.testing import CliRunner, Result
 
-from maskpack import MaskSet, fingerprint, load_backbone, load_data, save_adapter, train_mask
+from maskpack import MaskSet, fingerprint, load_backbone, save_adapter
 from maskpack.backbone.load import Backbone
+from maskpack.training import load_data, train_mask
 from maskpack.training.config import TrainConfig
 
 from .helpers_adapter import base_of, random_masks

@@ -20,12 +20,13 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import TrainConfig, compare, load_adapter, load_backbone, load_cascade, load_mask
+from maskpack import load_adapter, load_backbone, load_cascade, load_mask
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
 from maskpack.lab.baselines.base import ROWS, Trial, find_row
-from maskpack.lab.compare import Trials, _claim, markdown, summaries
+from maskpack.lab.compare import Trials, _claim, compare, markdown, summaries
 from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
+from maskpack.training import TrainConfig
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import loader, readable

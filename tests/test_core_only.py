@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import MaskSet, TrainConfig, fingerprint, save_adapter, train_cascade, train_mask
+from maskpack import MaskSet, fingerprint, save_adapter
 from maskpack.adapter.predict import model_tokenizer
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import MissingDependencyError
 from maskpack.lab.baselines.base import find_row
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_mixture, fit_whitening
 from maskpack.training.data.base import Data
 from maskpack.training.data.image_folder import ImageFolder

@@ -14,8 +14,9 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import MaskBank, attach_scores, extract_masks, fingerprint, load_mask, load_masked, unload_mask
+from maskpack import MaskBank, fingerprint, load_mask, load_masked, unload_mask
 from maskpack.backbone.load import export_state
+from maskpack.training import attach_scores, extract_masks
 from maskpack.training.scores import scored_weights
 
 from .conftest import TinyNet

@@ -6,6 +6,8 @@ unless the comment `<!-- not run: why -->` stands before it. A block in another 
 """
 
 import ast
+import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -20,10 +22,12 @@ from maskpack_cli.main import app
 from typer.testing import CliRunner
 
 import maskpack
+import maskpack.training
 from maskpack.codecs.base import CODECS
 from maskpack.importers.base import IMPORTERS
 from maskpack.lab.baselines.base import ROWS
-from maskpack.training.config import TrainConfig, config_from
+from maskpack.training import TrainConfig, load_data, train_mask
+from maskpack.training.config import config_from
 from maskpack.training.data.base import SOURCES
 from maskpack.training.methods.base import METHODS
 from maskpack.training.objectives.base import OBJECTIVES
@@ -102,7 +106,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = maskpack.load_backbone(f"{demo}/backbone.py:digits_cnn", random_weights=0)
     export_state(demo / "backbone.safetensors", backbone.model)
     config = TrainConfig(epochs=2, optimizer="sgd", lr=20.0, scale=True, augment="crop")
-    result = maskpack.train_mask(backbone, maskpack.load_data("digits:5-9", labels_fraction=0.2), config)
+    result = train_mask(backbone, load_data("digits:5-9", labels_fraction=0.2), config)
     maskpack.save_adapter(demo / "adapter", result.parts, result.base, **result.about)
     return root
 
@@ -209,16 +213,19 @@ def test_every_verb_option_and_name_is_described() -> None:
         if name == "train":
             for option in verb.params:
                 assert f"`{option.opts[0]}" in cli, option.opts
-    for name in maskpack.__all__:
-        assert re.search(rf"`{name}[(`]", api), name
+    for name in (*maskpack.__all__, *maskpack.training.__all__):
+        assert re.search(rf"`(maskpack\.)?{name}[(`]", api), name
 
 
 def test_signatures_in_api() -> None:
-    import inspect
-
+    places = [
+        importlib.import_module(f"maskpack{own}") for own in ("", ".training", ".training.cascade", ".lab.compare")
+    ]
     for name, given in re.findall(r"^\| `(\w+)\((.*?)\)` \|", TEXTS["api.md"], re.MULTILINE):
         stated = [word.strip() for word in given.split(",")]
-        parameters = inspect.signature(getattr(maskpack, name)).parameters.values()
+        parameters = inspect.signature(
+            next(getattr(place, name) for place in places if hasattr(place, name))
+        ).parameters.values()
         real: list[str] = []
         for parameter in parameters:
             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD) and "*" not in real:

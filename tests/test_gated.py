@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import attach_gates, fingerprint, load_mask, save_adapter
+from maskpack import fingerprint, load_mask, save_adapter
 from maskpack.errors import ConfigError, SelectionError, StateError, UnknownNameError
+from maskpack.training import attach_gates
 from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
 
 from .conftest import TinyNet

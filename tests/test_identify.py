@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskpack import MaskBank, attach_scores, extract_masks, identify
+from maskpack import MaskBank, identify
 from maskpack.adapter.content import Parts
 from maskpack.backbone.model import Head
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.identify import mixture, profiles
 from maskpack.runtime.switch import entropies, superposition
+from maskpack.training import attach_scores, extract_masks
 
 from .test_apply import bits, random_masks, same
 

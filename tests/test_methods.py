@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from maskpack import attach_scores, extract_masks
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import PackedMask
 from maskpack.runtime.apply import apply_masks, restore
+from maskpack.training import attach_scores, extract_masks
 from maskpack.training.methods.base import METHODS, Method, State, alpha, build_method, method_config
 from maskpack.training.methods.topk import greatest
 from maskpack.training.scores import replaced_values, scored_weights, set_progress

@@ -16,7 +16,7 @@ from maskpack_cli.main import app
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from maskpack import MaskSet, TrainConfig, load_adapter, load_data, load_mask, train_tasks
+from maskpack import MaskSet, load_adapter, load_mask
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
@@ -24,6 +24,7 @@ from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.lab.plots.masks import users
 from maskpack.lab.plots.results import gate_figure, over_time
 from maskpack.safetensors_io import read_tensors, write_tensors
+from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy

@@ -12,11 +12,12 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import attach_scores, inspect_adapter, save_adapter
+from maskpack import inspect_adapter, save_adapter
 from maskpack.backbone.load import Backbone
 from maskpack.errors import ConfigError
 from maskpack.mask import MaskSet, PackedMask, mask_id
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training import attach_scores
 from maskpack.training.budget import RateControl, coded_bits, coded_bytes
 from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import Data

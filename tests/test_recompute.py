@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from maskpack import MaskSet, attach_scores, extract_masks
+from maskpack import MaskSet
 from maskpack.errors import TrainingError
+from maskpack.training import attach_scores, extract_masks
 from maskpack.training.methods.base import METHODS, Method, build_method
 from maskpack.training.scores import ScoredWeight
 

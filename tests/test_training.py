@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import load_mask, save_adapter
+from maskpack import fingerprint, load_mask, save_adapter
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import same_size_int
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
@@ -26,7 +26,7 @@ from maskpack.training.config import TrainConfig, config_from, learning_rate, re
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.data.load import load_data
 from maskpack.training.run_folder import RunLog
-from maskpack.training.scores import attach_scores, extract_masks, scored_weights
+from maskpack.training.scores import attach_scores, extract_masks, extract_parts, scored_weights
 from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
@@ -230,6 +230,28 @@ def test_own_loop_with_tied_weights() -> None:
     assert same_bits(bits(model), before)
     assert list(model.state_dict()) == keys
     assert model.a.weight is model.b.weight
+
+
+def test_own_loop_with_norms(tiny: nn.Module, tmp_path: Path) -> None:
+    before = bits(tiny)
+    attach_scores(tiny, select=["conv1.weight"], train=["bn*"])
+    tiny.train()
+    optimizer = torch.optim.SGD([p for p in tiny.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tiny(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    x = torch.randn(4, 3, 8, 8)
+    expected = tiny.eval()(x)
+    parts = extract_parts(tiny)
+    assert same_bits(bits(tiny), before)
+    assert not any(p.requires_grad for p in tiny.parameters())
+    assert set(parts.parameters) == {n for n, _ in tiny.named_parameters() if n.startswith("bn")}
+    assert set(parts.statistics) == set(batchnorm_statistics(tiny))
+    load_mask(tiny, save_adapter(tmp_path / "own.safetensors", parts, fingerprint(tiny, id="tests:tiny")))
+    assert torch.equal(tiny(x), expected)
+    with pytest.raises(ConfigError, match=r"conv1\.weight"):
+        attach_scores(tiny, train=["conv1.weight"])
 
 
 def test_attention_weights_can_be_masked() -> None:

@@ -17,13 +17,14 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from maskpack import TrainConfig, load_adapter, load_data, load_mask, save_adapter, train_transfer
+from maskpack import load_adapter, load_mask, save_adapter
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone, load_weights
 from maskpack.backbone.model import same_size_int
 from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
+from maskpack.training import TrainConfig, load_data, train_transfer
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.dense import WEIGHT_LR, of_weights

@@ -169,9 +169,10 @@ def mistakes(refs: Refs, **given: Any) -> None:
 def _opened(refs: Sequence[str], **given: Any) -> "tuple[Evaluations, list[Network], dict[str, Any]]":
     """Return what measures the networks that the options name, these, and the tensors of the backbone."""
     quiet_libraries(given["quiet"])
-    from maskpack import load_adapter, load_data
+    from maskpack import load_adapter
     from maskpack.lab.analysis.network import Evaluations, evaluations_folder, is_adapter, read_networks, state_of
     from maskpack.lab.plots.figure import image_suffix
+    from maskpack.training import load_data
 
     if given["plot"] is not None:
         image_suffix(given["plot"])

@@ -36,10 +36,11 @@ def train(**given: Any) -> None:
     config, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import fit_cascade_head, inspect_adapter, save_adapter, train_cascade
+    from maskpack import inspect_adapter, save_adapter
     from maskpack.adapter.content import COMBINES
     from maskpack.errors import ConfigError
-    from maskpack.training.cascade import DISPATCHER, check_cascade
+    from maskpack.training import train_cascade
+    from maskpack.training.cascade import DISPATCHER, check_cascade, fit_cascade_head
     from maskpack.training.run_folder import check_untaken, parse_every
     from maskpack.training.trainer import plan_training
 
@@ -124,7 +125,7 @@ def evaluate(
 ) -> None:
     """Compare a cascade with its dispatcher alone: nearest neighbours, linear probes, passes, steps and bytes."""
     quiet_libraries(quiet)
-    from maskpack import load_data
+    from maskpack.training import load_data
     from maskpack.training.cascade import cascade_table
     from maskpack.training.data.load import LABELS_SEED
 

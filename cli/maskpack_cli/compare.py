@@ -36,9 +36,9 @@ def compare(**given: Any) -> None:
     config, as_json, quiet = (given.pop(name) for name in OWN if name not in WITHOUT)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import compare as compared
     from maskpack.errors import ConfigError
     from maskpack.lab.compare import COLUMNS, cells
+    from maskpack.lab.compare import compare as compared
     from maskpack.training.config import config_from
 
     settings = read_settings(compare, given, config)

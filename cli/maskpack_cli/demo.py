@@ -56,21 +56,12 @@ def demo(
     quiet_libraries(True)
     import torch
 
-    from maskpack import (
-        inspect_adapter,
-        load_backbone,
-        load_data,
-        load_mask,
-        pull,
-        push,
-        save_adapter,
-        train_mask,
-        unload_mask,
-    )
+    from maskpack import inspect_adapter, load_backbone, load_mask, pull, push, save_adapter, unload_mask
     from maskpack.backbone.fingerprint import fingerprint
     from maskpack.backbone.load import export_state
     from maskpack.errors import StateError
     from maskpack.runtime.load import load_adapter
+    from maskpack.training import load_data, train_mask
     from maskpack.training.config import TrainConfig
     from maskpack.training.features import measure_features
 

@@ -50,7 +50,8 @@ def evaluate(
 ) -> None:
     """Measure an adapter's accuracy on a data set, and the features of an adapter or of a backbone alone."""
     quiet_libraries(quiet)
-    from maskpack import load_backbone, load_data
+    from maskpack import load_backbone
+    from maskpack.training import load_data
     from maskpack.training.evaluate import adapter_accuracy, as_loaded, source_classes
     from maskpack.training.features import Measure, measure_features
 

@@ -53,7 +53,8 @@ def multitask(**given: Any) -> None:
     file, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import load_backbone, train_tasks
+    from maskpack import load_backbone
+    from maskpack.training import train_tasks
     from maskpack.training.config import config_from
     from maskpack.training.joint import JointConfig
     from maskpack.training.multitask import BASE, markdown, plan_tasks
@@ -126,7 +127,7 @@ def _entries(entries: Any, file: Path) -> list[dict[str, Any]]:
 
 def _task(entry: dict[str, Any], settings: Collection[str], config: "TrainConfig", kind: str) -> "Task":
     """Load a task's data; `settings` are the names of those that all tasks have."""
-    from maskpack import load_data
+    from maskpack.training import load_data
     from maskpack.training.joint import Task
 
     labelled = training.needs_labels(config.objective, kind, [*settings, *entry])

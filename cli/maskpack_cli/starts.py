@@ -65,11 +65,11 @@ def checkpoints(**given: Any) -> None:
     Called again with the same folder, it does what is not done yet.
     """
     settings, backbone, run = _begun(checkpoints, given)
-    from maskpack import load_data
     from maskpack.errors import ConfigError
     from maskpack.lab.analysis.starts import from_checkpoints
     from maskpack.lab.plots.analysis import checkpoint_figure
     from maskpack.lab.plots.figure import in_order
+    from maskpack.training import load_data
 
     pattern = settings.pop("checkpoints", None)
     if pattern is None or {"weights", "random_weights"} & backbone.keys():
@@ -97,9 +97,9 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
     config, as_json, quiet = (given.pop(name) for name in OWN if name not in WITHOUT)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import load_data
     from maskpack.errors import ConfigError
     from maskpack.lab.plots.figure import image_suffix, save_figure
+    from maskpack.training import load_data
     from maskpack.training.config import config_from
 
     settings = read_settings(verb, given, config)

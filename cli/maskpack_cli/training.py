@@ -129,7 +129,8 @@ def load_inputs(
     settings: dict[str, Any], quiet: bool, labelled: bool | None = None
 ) -> "tuple[Backbone, Data, TrainConfig]":
     """Take what settings name: backbone, data, and how to train; `labelled` as in `load_data`, None: if it must."""
-    from maskpack import load_backbone, load_data
+    from maskpack import load_backbone
+    from maskpack.training import load_data
     from maskpack.training.config import config_from
 
     reference, data_reference = settings.pop("backbone"), settings.pop("data")
@@ -166,7 +167,8 @@ def _train(
     given: Mapping[str, Any], config: Path | None, resume: bool, dry_run: bool, as_json: bool, quiet: bool
 ) -> None:
     quiet_libraries(quiet)
-    from maskpack import inspect_adapter, save_adapter, train_mask
+    from maskpack import inspect_adapter, save_adapter
+    from maskpack.training import train_mask
     from maskpack.training.run_folder import check_untaken, parse_every
     from maskpack.training.trainer import plan_training
 

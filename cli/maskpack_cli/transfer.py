@@ -51,7 +51,8 @@ def transfer(**given: Any) -> None:
     config, resume, dry_run, as_json, quiet = (given.pop(name) for name in OWN)
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
-    from maskpack import load_data, save_adapter, train_transfer
+    from maskpack import save_adapter
+    from maskpack.training import load_data, train_transfer
     from maskpack.training.evaluate import markdown, transfer_table
     from maskpack.training.run_folder import parse_every, write_json
     from maskpack.training.trainer import plan_training

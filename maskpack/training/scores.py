@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
+from ..adapter.content import Parts
 from ..backbone.model import aliases, unwrap
-from ..backbone.select import select_parameters
+from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, PackedMask
+from .batchnorm import batchnorm_statistics
 from .methods.base import Method, State, build_method
 from .methods.topk import greatest
 
@@ -210,6 +212,7 @@ class ScoredModel:
         progress: share of the training steps that are done. batch_size: examples of an optimiser step.
         off: compute with the weights as they are.
         orders: what taking the scores off needs. recompute: makes effective weights again for backward passes.
+        before: buffers and parameters that learn themselves, as they were when the scores were attached, by name.
     """
 
     def __init__(self, method: Method):
@@ -220,6 +223,7 @@ class ScoredModel:
         self.batch_size = 1
         self.off = False
         self.recompute = Recompute()
+        self.before: dict[str, Tensor] = {}
         self._made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
@@ -332,20 +336,22 @@ def attach_scores(
     method: Method | str = "threshold",
     select: Iterable[str] | None = None,
     *,
+    train: Iterable[str] = (),
     scale: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Freeze a model and attach trainable scores to some of its weights.
 
-    For users who keep their own training loop: train the returned scores (and a head, if it is to learn) with any
-    optimiser, then call `extract_masks`, which leaves the model as it was.
+    For users who keep their own training loop: train every parameter that requires a gradient with any optimiser, then
+    call `extract_parts` or `extract_masks`, which leave the model as it was.
 
     Args:
         method: a method or its name (`maskpack list methods`).
         select: globs on dotted parameter names; default: every convolution and linear weight.
+        train: globs of parameters that learn themselves, as norms and biases.
         scale: divide the kept weights by sqrt(density).
 
     Returns:
-        The scores by parameter name, float32, the only parameters of the model that require a gradient.
+        The scores by parameter name, float32. They and the parameters of `train` require a gradient, nothing else does.
 
     Raises:
         StateError: if scores are attached already.
@@ -358,7 +364,16 @@ def attach_scores(
     if any(isinstance(m, ScoredWeight) for m in model.modules()):
         raise StateError("this model has scores already; call extract_masks(model) first")
     names = select_parameters(model, select or ())
-    return attach(model, method, names, scale)
+    whole = match_parameters(model, train, "train")
+    if masked := sorted(set(names) & set(whole)):
+        raise ConfigError(f"{masked[0]!r} would be masked and trained itself; leave it out of select or of train")
+    learning = {name: model.get_parameter(name) for name in whole}
+    scores = attach(model, method, names, scale)
+    for parameter in learning.values():
+        parameter.requires_grad_(True)
+    before = {**learning, **dict(model.named_buffers())}
+    scored_models(model)[0].before = {name: tensor.detach().clone() for name, tensor in before.items()}
+    return scores
 
 
 def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) -> dict[str, nn.Parameter]:
@@ -473,6 +488,29 @@ def extract_masks(model: nn.Module) -> MaskSet:
     masks = MaskSet({name: one.mask() for name, one in scored.items()})
     detach_scores(model)
     return masks
+
+
+@torch.no_grad()
+def extract_parts(model: nn.Module) -> Parts:
+    """Read all that a model learned since `attach_scores`, as parts of an adapter, and put the model back as it was.
+
+    Returns:
+        The masks, values of masks that replace weights, the parameters of `train`, and the BatchNorm statistics if any
+        of them changed. A head that learned is the caller's to add.
+
+    Raises:
+        StateError: if the model has no scores.
+    """
+    before = {name: tensor for one in scored_models(model) for name, tensor in one.before.items()}
+    values, masks = replaced_values(model), extract_masks(model)
+    now = {**dict(unwrap(model).named_parameters()), **dict(unwrap(model).named_buffers())}
+    parameters = {name: now[name].detach().cpu().clone() for name in before if isinstance(now[name], nn.Parameter)}
+    statistics = batchnorm_statistics(unwrap(model))
+    changed = any(not torch.equal(now[name], before[name]) for name in statistics if name in before)
+    for name, tensor in before.items():
+        now[name].copy_(tensor)
+        now[name].requires_grad_(False)
+    return Parts(masks, None, statistics if changed else {}, parameters, values)
 
 
 def detach_scores(model: nn.Module) -> None:
