@@ -1,6 +1,6 @@
 """Masks and every alternative: the comparisons, cascades and ablations of docs/results.md.
 
-    MASKPACK_DATA=… python -m benchmarks.comparisons                      all, some hours; recorded trials are not repeated
+    MASKPACK_DATA=… python -m benchmarks.comparisons                      all; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.comparisons cartoon sketch       some of them
     python -m benchmarks.comparisons --write docs/results.md              tables and pictures of what is recorded
 
@@ -95,7 +95,7 @@ def compared(
             report=told,
         )
         about = {key: value for key, value in whole.items() if key != "rows"}
-        trial("settings", {"experiment": experiment, "comparison": name}, lambda about=about: about)
+        trial("settings", {"experiment": experiment, "comparison": name}, partial(dict, about))
 
 
 def rows_of(

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).with_name("measured")
 Trial = dict[str, Any]
 
 
-def trials(experiment: str, **settings: Any) -> list[Trial]:
+def trials(experiment: str, /, **settings: Any) -> list[Trial]:
     """Return the recorded trials with these settings, in the order of recording; None matches a missing setting."""
     path = FOLDER / f"{experiment}.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -46,10 +46,14 @@ def trial(experiment: str, settings: Mapping[str, Any], measure: Callable[[], An
     return trial(experiment, settings, measure)
 
 
-def rewrite(path: Path, found: Iterable[tuple[Mapping[str, Any], Any]]) -> None:
-    """Replace a file of recorded trials by the (settings, result) of one whole run."""
+def rewrite(path: Path, rows: Iterable[Mapping[str, Any]], *settings: str) -> None:
+    """Replace a file by the trials of one whole run; these keys of a row are its settings, the others its result."""
+    lines = []
+    for row in rows:
+        about = {key: row[key] for key in settings if key in row}
+        lines.append(_line(about, {key: value for key, value in row.items() if key not in settings}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"".join(_line(settings, result) for settings, result in found))
+    path.write_bytes(b"".join(lines))
 
 
 def _line(settings: Mapping[str, Any], result: Any) -> bytes:

@@ -118,7 +118,8 @@ def compare(
         fractions: shares of the labels.
         rates: by row, rates to choose from in place of the row's own; a single one is not searched.
         config: budget and settings that all rows share; its own seed and `lr` are not used.
-        report: called with every event of training, with "part", and {"event": "trial", "part", "accuracy"}.
+        report: called with every event of training, with "part", and with {"event": "trial", "part", "accuracy",
+            "settings", "result", "folder"}.
 
     Returns:
         {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
@@ -235,7 +236,9 @@ class Trials:
             self._process(job, folder / "job.json", part)
         measured = read_json(result, MEASURED, "delete it, and its trial is measured again")
         if self.report is not None:
-            self.report({"event": "trial", "part": part, "accuracy": measured["accuracy"]})
+            about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
+            event = {"event": "trial", "part": part, "accuracy": measured["accuracy"]}
+            self.report({**event, "settings": about, "result": measured, "folder": str(folder)})
         return measured
 
     def _process(self, job: Job, path: Path, part: str) -> None:
