@@ -126,7 +126,7 @@ class Study:
             backbone = self.backbone(seed if kind.random else None)
             if kind.mask:
                 result = train_mask(backbone, self.training, config, **options)
-                save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+                save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
             else:
                 dense = train_dense(backbone, self.training, config, lambda own, _: body_parameters(own), **options)
                 write_network(path, state_of(dense.classifier))
@@ -252,7 +252,7 @@ def halves(seed: int) -> dict[str, Any]:
             config = replace(one.config, include=tuple(trained), lr=MASK.lr, seed=seed)
             backbone = one.backbone()
             result = train_mask(backbone, one.training, config)
-            save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+            save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
         _, _, (alone,) = read_networks(one.backbone(), [(name, str(path))])
         assert alone.masks is not None
         accuracy = evaluations.of(alone.state)["accuracy"]

@@ -161,7 +161,7 @@ def cascade(seed: int, experts: int = 3) -> dict[str, Any]:
     only = replace(unlabelled, test=None)
     result = train_cascade(backbone, only, config, experts=experts, output=run, resume=run.exists())
     path = folder / "cascade.safetensors"
-    save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+    save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
     return cascade_table(backbone, load_adapter(path), data)
 
 

@@ -14,7 +14,7 @@ from maskpack import MaskBank, fingerprint, load_adapter, load_mask, save_adapte
 from maskpack.adapter.content import Parts
 from maskpack.adapter.read import Adapter
 from maskpack.backbone.load import export_state
-from maskpack.backbone.model import Head, same_size_int
+from maskpack.backbone.model import Embedding, Head, same_size_int
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.apply import applied
 
@@ -119,7 +119,7 @@ class World:
                 torch.randn(classes, one.side, generator=generator),
                 torch.randn(classes, generator=generator),
             )
-            head = Head("linear", weight, bias, module="fc")
+            head = Head(Embedding("fc"), weight, bias)
         statistics = {"norm.running_mean": torch.rand(one.side, generator=generator)}
         return Parts(
             MaskSet(made), head, statistics, {"norm.weight": torch.rand(one.side, generator=generator)}, values
@@ -132,7 +132,7 @@ class World:
     def check_said(self) -> None:
         """Raise AssertionError if the model is not what is said of it."""
         record, name = applied(self.model), None
-        if record is not None and record.held:
+        if record is not None and record.notes is not None:
             name = self.bank.active
         elif record is not None and record.complete:
             name = self.names.get(record.mask_id, record.mask_id)

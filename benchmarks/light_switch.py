@@ -25,7 +25,8 @@ from maskpack.lab.plots.figure import label, look, new_figure, plain_axes, save_
 from maskpack.lab.plots.masks import feature_figure, users
 from maskpack.lab.plots.results import gate_figure
 from maskpack.training import attach_gates
-from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
+from maskpack.training.config import GATE_START
+from maskpack.training.gates import GateHistory, Gates, counts, divergence
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
 from .measured import trial, trials
@@ -52,7 +53,7 @@ class Learner:
     factor: float | None = None
     r1: float = 0.0
     r2: float = 0.0
-    start: float = START
+    start: float = GATE_START
 
 
 @dataclass(frozen=True)

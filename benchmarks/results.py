@@ -69,7 +69,7 @@ def run(name: str, seed: int) -> dict[str, float]:
         resume=(folder / FILE).exists(),
         report=lambda event: print(json.dumps(event), flush=True) if event["event"] != "step" else None,
     )
-    adapter = save_adapter(folder / "adapter", result.parts, result.base, **result.about)
+    adapter = save_adapter(folder / "adapter", result.parts, result.base, result.about)
     return {**result.metrics, "weights": result.parts.masks.total, "file_bytes": adapter.size}
 
 

@@ -1,6 +1,6 @@
-"""A backbone that classifies: inputs -> features -> logits, with the head inside the model or behind an encoder."""
+"""From inputs to embeddings and logits: a model with a linear head in it or behind it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,218 +8,29 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, DataError
 from .load import Backbone
-from .model import Head, Pooling, swap_module, unwrap
+from .model import Embedding, Head, swap_module, unwrap
 
-Inputs = Tensor | dict[str, Tensor]
-Batch = tuple[Inputs, Tensor]
+Inputs = Tensor | dict[str, Tensor]  # images, or a tokenizer's tensors by name
+Batch = tuple[Inputs, Tensor]  # with the labels
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """Move a batch of images, or a tokenizer's tensors, to a device."""
+    """Move inputs to a device."""
     if isinstance(inputs, dict):
         return {name: tensor.to(device) for name, tensor in inputs.items()}
     return inputs.to(device)
 
 
 def example_count(inputs: Inputs) -> int:
-    """Return the number of examples in a batch."""
+    """Return the number of examples."""
     return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values()), ()))
 
 
 def taken(inputs: Inputs, rows: Tensor) -> Inputs:
-    """Return the rows of a batch."""
+    """Return the given rows."""
     if isinstance(inputs, dict):
         return {name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()}
     return inputs[rows.to(inputs.device)]
-
-
-def pool(hidden: Tensor, attention: Tensor, pooling: Pooling, normalize: bool) -> Tensor:
-    """Return one embedding per text.
-
-    Args:
-        hidden: (B, T, D), where B is the batch size, T the tokens, D the features.
-        attention: (B, T), 1 for tokens and 0 for padding.
-
-    Returns:
-        (B, D).
-    """
-    if pooling == "cls":
-        embedding = hidden[:, 0]
-    else:
-        weights = attention.unsqueeze(-1).to(hidden.dtype)
-        embedding = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
-
-
-def encode(model: nn.Module, inputs: Inputs, pooling: Pooling, normalize: bool) -> Tensor:
-    """Return one embedding per example, (B, D), from a text encoder or a CLIP-like vision tower."""
-    if pooling != "projection":
-        assert isinstance(inputs, dict)
-        return pool(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling, normalize)
-    assert isinstance(inputs, Tensor)
-    images = inputs.to(next(model.parameters()).dtype)
-    # nothing is interpolated at the tower's own size
-    output = model(pixel_values=images, interpolate_pos_encoding=True)
-    # SigLIP has no projection: its pooled state is the embedding
-    embedding: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
-    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
-
-
-class Classifier(nn.Module):
-    """A backbone with its head.
-
-    Args:
-        model: the backbone.
-        linear: the head.
-        module: where in the model the head is; None puts it behind the encoder.
-        pooling, normalize: how an encoder's output becomes one embedding.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        linear: nn.Linear,
-        module: str | None = None,
-        pooling: Pooling | None = None,
-        normalize: bool = False,
-    ):
-        super().__init__()
-        self.model = model
-        self.linear = linear
-        self.module, self.pooling, self.normalize = module, pooling, normalize
-        if module is not None:
-            swap_module(model, module, linear)
-
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Return what an encoder's head gets, (B, D)."""
-        assert self.pooling is not None
-        return encode(self.model, inputs, self.pooling, self.normalize)
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Return the logits, (B, classes)."""
-        if self.module is None:
-            logits: Tensor = self.linear(self.embed(inputs))
-        else:
-            assert isinstance(inputs, Tensor)
-            output = self.model(inputs.to(self.linear.weight.dtype))
-            logits = output if isinstance(output, Tensor) else output.logits
-        return logits
-
-    def head(self) -> Head:
-        """Return the head's tensors, copied to the CPU."""
-        bias = self.linear.bias
-        return Head(
-            kind="linear" if self.pooling is None else "pooled-linear",
-            weight=self.linear.weight.detach().cpu().clone(),
-            bias=None if bias is None else bias.detach().cpu().clone(),
-            module=self.module,
-            pooling=self.pooling,
-            normalize=self.normalize,
-        )
-
-
-def linear_from(head: Head) -> nn.Linear:
-    """Return a layer with the head's tensors, on the CPU in float32."""
-    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
-    with torch.no_grad():
-        linear.weight.copy_(head.weight)
-        if head.bias is not None:
-            linear.bias.copy_(head.bias)
-    return linear
-
-
-def classifier_from(model: nn.Module, head: Head) -> Classifier:
-    """Return a classifier that computes with `head` behind an encoder, or with the head that the model has."""
-    if head.kind == "linear":
-        assert head.module is not None
-        linear = unwrap(model).get_submodule(head.module)
-        assert isinstance(linear, nn.Linear)
-        return Classifier(model, linear, head.module)
-    example = next(model.parameters())
-    linear = linear_from(head).to(example.device, example.dtype)
-    return Classifier(model, linear, None, head.pooling, head.normalize)
-
-
-@torch.no_grad()
-def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return what the head gets, (N, D) float32 on the CPU, and the labels, (N,), over all batches.
-
-    The model is as it is now, with a mask loaded or not, but in evaluation mode; its modes come back. The head itself
-    may be any module at that place, also the `nn.Identity` that is left where one was removed.
-
-    Raises:
-        BackboneError: if the backbone has no place for a head, or the head gets no vector for each example.
-        DataError: if there is no batch.
-    """
-    model, head = backbone.model, backbone.head
-    if head is None and backbone.pooling is None:
-        raise BackboneError(f"the backbone {backbone.id} has no head whose input could be read; name it with head=NAME")
-    example = next(model.parameters())
-    collected: list[Tensor] = []
-    labels: list[Tensor] = []
-
-    def seen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        collected.append(args[0].float().cpu())
-
-    def step(inputs: Inputs, y: Tensor) -> None:
-        inputs = to_device(inputs, example.device)
-        if backbone.pooling is not None:
-            collected.append(encode(model, inputs, backbone.pooling, backbone.normalize).float().cpu())
-        elif isinstance(inputs, Tensor):
-            model(inputs.to(example.dtype))
-        else:
-            model(**inputs)
-        labels.append(y)
-        rows = [tuple(x.shape) for x in collected[len(labels) - 1 :]]
-        if len(rows) != 1 or len(rows[0]) != 2 or rows[0][0] != len(y):
-            raise BackboneError(
-                f"the head {head!r} of {backbone.id} gets inputs of the shapes {rows} for a batch of {len(y)}, "
-                f"expected one vector for each example; name another module as the head"
-            )
-
-    hook = None if head is None else unwrap(model).get_submodule(head).register_forward_pre_hook(seen)
-    try:
-        _evaluated(model, batches, step)
-    finally:
-        if hook is not None:
-            hook.remove()
-    if not labels:
-        raise DataError("there is no example that could be read, so there are no features")
-    return torch.cat(collected), torch.cat(labels)
-
-
-@torch.no_grad()
-def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode.
-
-    Raises:
-        DataError: if there is no batch.
-    """
-    device = next(classifier.parameters()).device
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-
-    def step(inputs: Inputs, y: Tensor) -> None:
-        logits.append(classifier(to_device(inputs, device)).float().cpu())
-        labels.append(y)
-
-    _evaluated(classifier, batches, step)
-    if not labels:
-        raise DataError("there is no example that could be read, so there are no predictions")
-    return torch.cat(logits), torch.cat(labels)
-
-
-def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Return the share of examples classified correctly, in evaluation mode, and how many there are."""
-    logits, labels = predictions(classifier, batches)
-    return float((logits.argmax(-1) == labels).double().mean()), len(labels)
-
-
-def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], None]) -> None:
-    with modes_kept(module):
-        module.eval()
-        for inputs, labels in batches:
-            step(inputs, labels)
 
 
 @contextmanager
@@ -231,3 +42,142 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
+    """Return the embeddings (B, D) of a text encoder or a CLIP-like vision tower."""
+    if embedding.pooling == "projection":
+        assert isinstance(inputs, Tensor)
+        # nothing is interpolated at the tower's own size
+        output = model(pixel_values=inputs.to(next(model.parameters()).dtype), interpolate_pos_encoding=True)
+        # SigLIP has no projection: its pooled state is the embedding
+        found: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
+    else:
+        assert isinstance(inputs, dict)
+        hidden = model(**inputs).last_hidden_state  # (B, T, D)
+        if embedding.pooling == "cls":
+            found = hidden[:, 0]
+        else:
+            weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            found = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return nn.functional.normalize(found, dim=-1) if embedding.normalize else found
+
+
+class Classifier(nn.Module):
+    """A model with a linear head, which replaces the module that `embedding` names or follows the encoder."""
+
+    def __init__(self, model: nn.Module, linear: nn.Linear, embedding: Embedding):
+        super().__init__()
+        self.model, self.linear, self.embedding = model, linear, embedding
+        if embedding.module is not None:
+            swap_module(model, embedding.module, linear)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return the logits, (B, classes)."""
+        if self.embedding.module is None:
+            logits: Tensor = self.linear(encode(self.model, inputs, self.embedding))
+        else:
+            assert isinstance(inputs, Tensor)
+            output = self.model(inputs.to(self.linear.weight.dtype))
+            logits = output if isinstance(output, Tensor) else output.logits
+        return logits
+
+    def head(self) -> Head:
+        """Return the head's tensors, copied to the CPU."""
+        bias = self.linear.bias
+        weight = self.linear.weight.detach().cpu().clone()
+        return Head(self.embedding, weight, None if bias is None else bias.detach().cpu().clone())
+
+
+def linear_from(head: Head) -> nn.Linear:
+    """Return a layer with the head's tensors, float32 on the CPU."""
+    linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
+    with torch.no_grad():
+        linear.weight.copy_(head.weight)
+        if head.bias is not None:
+            linear.bias.copy_(head.bias)
+    return linear
+
+
+def classifier_from(model: nn.Module, head: Head) -> Classifier:
+    """Return a classifier with the linear layer that the model has at the head's place, or with `head` behind it."""
+    if head.module is not None:
+        linear = unwrap(model).get_submodule(head.module)
+        assert isinstance(linear, nn.Linear)
+    else:
+        example = next(model.parameters())
+        linear = linear_from(head).to(example.device, example.dtype)
+    return Classifier(model, linear, head.embedding)
+
+
+@torch.no_grad()
+def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return the embeddings, (N, D) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode.
+
+    Masks that are loaded act. The head may be any module at its place, also an `nn.Identity`.
+
+    Raises:
+        BackboneError: if the backbone has no place for a head, or the head gets no vector for each example.
+        DataError: if there is no batch.
+    """
+    model, head = backbone.model, backbone.head
+    if backbone.embedding == Embedding():
+        raise BackboneError(f"the backbone {backbone.id} has no head whose input could be read; name it with head=NAME")
+    example = next(model.parameters())
+    collected: list[Tensor] = []
+    labels: list[Tensor] = []
+
+    def collect(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        collected.append(args[0].float().cpu())
+
+    hook = None if head is None else unwrap(model).get_submodule(head).register_forward_pre_hook(collect)
+    try:
+        with modes_kept(model):
+            model.eval()
+            for given, y in batches:
+                inputs = to_device(given, example.device)
+                if head is None:
+                    collected.append(encode(model, inputs, backbone.embedding).float().cpu())
+                elif isinstance(inputs, Tensor):
+                    model(inputs.to(example.dtype))
+                else:
+                    model(**inputs)
+                found = [tuple(x.shape) for x in collected[len(labels) :]]
+                labels.append(y)
+                if len(found) != 1 or len(found[0]) != 2 or found[0][0] != len(y):
+                    raise BackboneError(
+                        f"the head {head!r} of {backbone.id} gets inputs of the shapes {found} for a batch of "
+                        f"{len(y)}, expected one vector for each example; name another module as the head"
+                    )
+    finally:
+        if hook is not None:
+            hook.remove()
+    if not labels:
+        raise DataError("there is no example that could be read, so there are no features")
+    return torch.cat(collected), torch.cat(labels)
+
+
+@torch.no_grad()
+def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return the logits, (N, classes) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode.
+
+    Raises:
+        DataError: if there is no batch.
+    """
+    device = next(classifier.parameters()).device
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    with modes_kept(classifier):
+        classifier.eval()
+        for inputs, y in batches:
+            logits.append(classifier(to_device(inputs, device)).float().cpu())
+            labels.append(y)
+    if not labels:
+        raise DataError("there is no example that could be read, so there are no predictions")
+    return torch.cat(logits), torch.cat(labels)
+
+
+def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
+    """Return the share of examples classified correctly, in evaluation mode, and their number."""
+    logits, labels = predictions(classifier, batches)
+    return float((logits.argmax(-1) == labels).double().mean()), len(labels)

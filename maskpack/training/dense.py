@@ -12,12 +12,10 @@ from ..backbone.load import Backbone
 from ..backbone.model import inside
 from ..errors import ConfigError
 from .batchnorm import batchnorm_statistics
-from .config import TrainConfig
+from .config import WEIGHT_LR, TrainConfig
 from .data.base import Data
 from .run_folder import Report, RunLog, is_main_process, run_folder
 from .trainer import Learn, Run
-
-WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,9 +10,8 @@ from ..backbone.model import unwrap
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, UnknownNameError
 from ..mask import MaskSet, masked_weight
+from .config import GATE_START
 from .scores import Orders, all_names, owner, put_on, take_off
-
-START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 
 
 class GatedWeight(nn.Module):
@@ -141,7 +140,7 @@ class Gates:
 
 
 def attach_gates(
-    model: nn.Module, tasks: Iterable[str], select: Iterable[str] | None = None, *, start: float = START
+    model: nn.Module, tasks: Iterable[str], select: Iterable[str] | None = None, *, start: float = GATE_START
 ) -> Gates:
     """Attach a gate to each weight for each task; weights and gates learn together.
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,18 @@ from torch import Tensor
 
 from ..adapter.content import Parts
 from ..backbone.classifier import Batch, to_device
-from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import inside, swap_module
+from ..backbone.model import Fingerprint, inside, swap_module
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..mask import MaskSet
 from ..preprocess import Augment
-from ..registry import check_above_zero
 from ..safetensors_io import replacing
 from .batchnorm import BATCH_NORMS, batchnorm_statistics, set_train_mode
-from .config import TrainConfig, learning_rate
+from .config import JointConfig, TrainConfig, learning_rate
 from .data.base import Data, EpochSampler, draw_seed, epoch_seed, numbered
-from .dense import WEIGHT_LR
-from .gates import START, GateHistory, Gates, attach_gates
+from .gates import GateHistory, Gates, attach_gates
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
 from .run_folder import Keeper, Position, Report, RunLog, new_accelerator, note_unreadable, run_folder, unreadable_rows
@@ -49,36 +47,6 @@ class Task:
     def settings(self, config: TrainConfig) -> TrainConfig:
         """Return the settings of a run with this task's own among them."""
         return config if self.augment is None else replace(config, augment=self.augment)
-
-
-@dataclass(frozen=True)
-class JointConfig:
-    """How weights learn together with gates, beside `TrainConfig`, whose `lr` is for scores.
-
-    Attributes:
-        weight_lr: peak learning rate of the weights; None: 0.05 for SGD, 0.001 for Adam.
-        gate_factor: gates learn at this times the rate of the weights; None: 4 times the number of tasks.
-        gate_start: of every logit; the smaller, the sooner gates close.
-        r1, r2: strength of the two regularisers, sum exp(-|l|) and sum exp(-l^2) over a task's logits.
-    """
-
-    weight_lr: float | None = None
-    gate_factor: float | None = None
-    gate_start: float = START
-    r1: float = 0.0
-    r2: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_above_zero(self, *(n for n in ("weight_lr", "gate_factor", "gate_start") if getattr(self, n) is not None))
-        for name in ("r1", "r2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-
-    def to_json(self, optimizer: str, tasks: int) -> dict[str, Any]:
-        """Return the settings as JSON values, defaults resolved."""
-        lr = WEIGHT_LR[optimizer] if self.weight_lr is None else self.weight_lr
-        factor = 4.0 * tasks if self.gate_factor is None else self.gate_factor
-        return {**asdict(self), "weight_lr": lr, "gate_factor": factor}
 
 
 PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ
@@ -307,7 +275,7 @@ class JointResult:
 
     Attributes:
         base: fingerprint of the shared weights.
-        results: by task, each ready for `save_adapter(path, result.parts, result.base, **result.about)`. Its metrics
+        results: by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Its metrics
             are those after hardening; "soft_…" are before.
     """
 

@@ -1,6 +1,5 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
-import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, PackedMask
 from .batchnorm import batchnorm_statistics
+from .config import parse_rule
 from .methods.base import Method, State, build_method
 from .methods.topk import greatest
 
@@ -240,40 +240,15 @@ class ScoredModel:
         return self._made[1][one]
 
 
-ALL = "all"
 MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
-
-
-def parse_rule(rule: str) -> tuple[str, float]:
-    """Return the kind of a rule and its number.
-
-    Args:
-        rule: "all", "first:STAGES", "random:SHARE" or "largest:SHARE".
-
-    Raises:
-        ConfigError: if it is none of these, or its number is impossible.
-    """
-    kind, _, text = rule.partition(":")
-    try:
-        number = float(text) if text else math.nan
-    except ValueError:
-        number = math.nan
-    whole = kind == "first" and number >= 1 and number.is_integer()
-    share = kind in ("random", "largest") and 0 < number <= 1
-    if rule != ALL and not whole and not share:
-        raise ConfigError(
-            f"selective must be all, first:STAGES with a whole number, random:SHARE or largest:SHARE with a share "
-            f"above 0 and at most 1; got {rule!r}"
-        )
-    return kind, number
 
 
 def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
 
     Args:
-        rule: as of `parse_rule`. "first": the weights of the first stages; "random": each with this probability, drawn
-            from the seed; "largest": the share of every parameter that has the greatest absolute values.
+        rule: as of `config.parse_rule`. "first": the weights of the first stages; "random": each with this probability,
+            drawn from the seed; "largest": the share of every parameter that has the greatest absolute values.
         weights: in the order in which the model has them.
 
     Raises:

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import FEATURES, Parts
+from ..adapter.content import FEATURES, About, Parts
 from ..backbone.classifier import modes_kept
-from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import find_head, named_parameters, swap_module
+from ..backbone.model import Embedding, Fingerprint, find_head, named_parameters, swap_module
 from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics, set_train_mode
 from .budget import rate_control
 from .checkpoint import FILE, OBJECTIVE, checkpoint_digest, take_over, trained_tensors
-from .config import TrainConfig, learning_rate
+from .config import ALL, TrainConfig, learning_rate
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
 from .methods.base import build_method
 from .objectives.base import check_data, find_objective
@@ -41,7 +41,6 @@ from .run_folder import (
     unreadable_rows,
 )
 from .scores import (
-    ALL,
     attach,
     density,
     detach_scores,
@@ -390,7 +389,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """What a run learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+    """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Attributes:
         parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
@@ -401,7 +400,7 @@ class TrainResult:
 
     parts: Parts
     base: Fingerprint
-    about: dict[str, Any]
+    about: About
     metrics: dict[str, float]
 
 
@@ -445,7 +444,11 @@ def train_mask(
     """
     config = config or TrainConfig()
     parse_every(checkpoint_every)
-    backbone = model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
+    backbone = (
+        model
+        if isinstance(model, Backbone)
+        else Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
+    )
     main = is_main_process()
     before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     start = None if start_from is None else Path(start_from)
@@ -499,11 +502,12 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
 
 def finished(backbone: Backbone, data: Data, parts: Parts, base: Fingerprint, record: dict[str, Any]) -> TrainResult:
     """Return the result of a run with this training record; `base` is the fingerprint of the whole body."""
-    about = {
-        "task": data.task if parts.head is not None else FEATURES[data.task],
-        "class_names": list(data.class_names) if parts.head is not None else None,
-        "preprocess": preprocess_to_json(backbone.preprocess),
-        "training": record,
-    }
+    headless = parts.head is None
+    about = About(
+        FEATURES[data.task] if headless else data.task,
+        None if headless else tuple(data.class_names),
+        preprocess_to_json(backbone.preprocess),
+        record,
+    )
     masked = Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
     return TrainResult(parts, masked, about, record["metrics"])
