@@ -20,29 +20,21 @@ from typing import Any
 from maskpack import Parts, fingerprint, load_adapter, load_backbone, save_adapter
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone, export_state
-from maskpack.lab.analysis.barrier import barrier, distances
-from maskpack.lab.analysis.criticality import Noise, criticality, rewound
-from maskpack.lab.analysis.mistakes import mistakes
-from maskpack.lab.analysis.network import (
-    Evaluations,
-    Network,
-    grouped,
-    read_networks,
-    some,
-    state_of,
-    write_network,
-)
-from maskpack.lab.analysis.similarity import similarities
-from maskpack.lab.analysis.starts import STARTS, feature_reuse, from_checkpoints
-from maskpack.lab.baselines.base import stored
-from maskpack.lab.plots.analysis import (
+from maskpack.lab import (
     barrier_figure,
     checkpoint_figure,
     criticality_figure,
+    save_figure,
     shuffle_figure,
     similarity_figure,
 )
-from maskpack.lab.plots.figure import save_figure
+from maskpack.lab.analysis.criticality import Noise, criticality, rewound
+from maskpack.lab.analysis.evaluation import Evaluations, some
+from maskpack.lab.analysis.network import Network, grouped, read_networks, state_of, write_network
+from maskpack.lab.analysis.pairs import barrier, distances, mistakes
+from maskpack.lab.analysis.similarity import similarities
+from maskpack.lab.analysis.starts import STARTS, feature_reuse, from_checkpoints
+from maskpack.lab.baselines.masks import stored
 from maskpack.mask import MaskSet
 from maskpack.safetensors_io import read_tensors
 from maskpack.training import load_data, train_mask
@@ -85,7 +77,8 @@ class Kind:
 KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
 MASK = Kind(lr=60.0, mask=True)
 TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
-TARGETS = {"sketch": replace(IMAGES, augment="flip"), "mnist": replace(IMAGES, augment="none")}
+SUPERVISED = replace(IMAGES, objective_options={})
+TARGETS = {"sketch": replace(SUPERVISED, augment="flip"), "mnist": replace(SUPERVISED, augment="none")}
 TEXT_TARGET = "banking77"
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from maskpack import inspect_adapter, load_adapter, load_backbone, save_adapter
 from maskpack.adapter.card import parameter_densities
-from maskpack.lab.baselines.base import find_row
-from maskpack.lab.compare import compare, markdown, summaries
+from maskpack.lab import compare, density_figure, label_figure, save_figure
+from maskpack.lab.baselines.base import find_baseline
+from maskpack.lab.comparison import markdown, summaries
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import cascade_table
 
@@ -51,7 +52,7 @@ ABLATIONS: dict[str, tuple[str, TrainConfig, bool]] = {
 
 def own_seeds(baseline: str, share: float, seeds: Sequence[int]) -> Sequence[int]:
     """Return the seeds that make a difference."""
-    return seeds if share < 1 or find_row(baseline).seeded else seeds[:1]
+    return seeds if share < 1 or find_baseline(baseline).seeded else seeds[:1]
 
 
 def compared(
@@ -87,7 +88,7 @@ def compared(
             backbone,
             {"reference": data},
             RUNS / experiment / name,
-            rows=[baseline],
+            baselines=[baseline],
             seeds=seeds,
             fractions=shares,
             rates={baseline: rates[baseline]} if baseline in rates else {},
@@ -194,9 +195,6 @@ def write_pages(page: Path) -> None:
 
 def few_labels(folder: Path) -> str:
     """Return the table of all data sets, and a picture for each."""
-    from maskpack.lab.plots.figure import save_figure
-    from maskpack.lab.plots.results import label_figure
-
     lines, pictures = [], []
     for name in IMAGE_SETS:
         methods: dict[str, list[dict[str, Any]]] = {}
@@ -255,9 +253,6 @@ def ablation_rows() -> str:
 
 def densities(folder: Path) -> str:
     """Return a table of densities by layer, and draw them for the first data set."""
-    from maskpack.lab.plots.figure import save_figure
-    from maskpack.lab.plots.masks import density_figure
-
     lines = []
     for name in sorted(IMAGE_SETS):
         groups: dict[str, list[dict[str, float]]] = {}

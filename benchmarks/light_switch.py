@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskpack.lab.plots.figure import label, look, new_figure, plain_axes, save_figure
-from maskpack.lab.plots.masks import feature_figure, users
-from maskpack.lab.plots.results import gate_figure
+from maskpack.lab import feature_figure, gate_figure, new_figure, save_figure
+from maskpack.lab.plots.figure import label, look, plain_axes
+from maskpack.lab.plots.masks import users
 from maskpack.training import attach_gates
 from maskpack.training.config import GATE_START
 from maskpack.training.gates import GateHistory, Gates, counts, divergence

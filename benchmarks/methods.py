@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from maskpack.lab import bytes_figure, save_figure
 from maskpack.training import TrainConfig
 
 from .comparisons import compared, rows_of
@@ -197,9 +198,6 @@ def budgets(folder: Path) -> str:
 
 def with_curves(text: str, curves: Curves, path: Path, over: str) -> str:
     """Draw curves, and return a table with a link to the picture."""
-    from maskpack.lab.plots.figure import save_figure
-    from maskpack.lab.plots.results import bytes_figure
-
     if not curves:
         return NOTHING
     save_figure(bytes_figure(curves), path)

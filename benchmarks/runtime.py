@@ -5,7 +5,7 @@
     python -m benchmarks.runtime --write docs/results.md       the tables of what is recorded
 
 Every model is measured in a process of its own, everything of it in one run, by turns; medians of several repetitions.
-Needs the extras train and compare.
+Needs the extras train and lab.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from torch import Tensor
 from maskpack import MaskSet, Parts, load_backbone
 from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.select import select_parameters
+from maskpack.lab import density_figure, save_figure
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data
 from maskpack.training.data.base import Data
@@ -153,9 +154,6 @@ def write_pages(page: Path) -> None:
 
 def tables(folder: Path) -> str:
     """Return the tables of the sources that have a finished seed; a picture is drawn into the folder."""
-    from maskpack.lab.plots.figure import save_figure
-    from maskpack.lab.plots.masks import density_figure
-
     seeds = {name: own for name in PACS if (own := finished(name))}
     if not seeds:
         return NOTHING

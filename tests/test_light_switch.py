@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
 from benchmarks import light_switch, measured
 from benchmarks.light_switch import EXPERIMENTS, MARK, Learner, train, write_pages

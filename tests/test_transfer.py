@@ -438,7 +438,7 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
 
 
 def test_tables_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    pytest.importorskip("matplotlib", reason="needs the extra `lab`")
     from benchmarks import measured, transfer
 
     monkeypatch.setattr(measured, "FOLDER", tmp_path)
