@@ -147,9 +147,7 @@ class LoadedCascade:
         Raises:
             StateError: if the model has a mask loaded. BackboneMismatchError: if it is another one.
         """
-        one = self._sets[name]
-        dense = {**one.statistics, **one.parameters}
-        with masked(self.model, one.masks.items(), one.masks.shapes, mask_id=name, values=one.values, dense=dense):
+        with masked(self.model, self._sets[name], name):
             self.cost = replace(self.cost, switches=self.cost.switches + 1)
             yield
 

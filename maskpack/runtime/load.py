@@ -17,7 +17,7 @@ from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateErro
 from ..hub.pull import PullOptions, open_adapter
 from ..mask import PackedMask
 from ..threads import in_thread
-from .apply import applied, apply_masks, check_masks, restore
+from .apply import applied, apply_parts, check_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
@@ -98,16 +98,8 @@ def load_mask(
         )
     parts = loaded_parts(adapter, head, mode)
     masks = masks_on(model, adapter, verify)
-    apply_masks(
-        model,
-        masks if mode == "target" else removing(masks),
-        adapter.shapes(),
-        mask_id=adapter.mask_id,
-        values=parts.values,
-        dense=parts.dense,
-        head=parts.head,
-        restorable=restorable,
-    )
+    masks = masks if mode == "target" else removing(masks)
+    apply_parts(model, parts, mask_id=adapter.mask_id, masks=masks, restorable=restorable)
     return model
 
 

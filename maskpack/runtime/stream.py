@@ -3,20 +3,23 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..hub.pull import PullOptions
+from ..mask import MaskSet
 from ..safetensors_io import open_tensors
-from .apply import applied, apply_masks, check_masks, forget
+from .apply import applied, apply_parts, check_masks, forget
 from .load import (
     HeadChoice,
     MaskpackWarning,
@@ -94,22 +97,16 @@ def load_masked(
                 if verify == "strict" and masked is not None:
                     _check_masked(adapter, masked, digests[digested], compared)
             tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
-            found = [] if masked is None else [(masked, masks[masked])]
+            found = None if masked is None else MaskSet({masked: masks[masked]})
             base.let_go()
-            if masked is not None:
-                apply_masks(
-                    _module({masked: tensor}),
-                    found if mode == "target" else removing(found),
-                    {masked: shapes[masked]},
-                    mask_id=adapter.mask_id,
-                    values=parts.values,
-                    restorable=False,
-                )
+            if masked is not None and found is not None:
+                own = found if mode == "target" else MaskSet(dict(removing(found.items())))
+                apply_parts(_module({masked: tensor}), Parts(own, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
         _check_body(of_body, digests, adapter, verify)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
-        apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=parts.dense, head=parts.head, restorable=False)
+        apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
