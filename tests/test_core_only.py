@@ -21,7 +21,7 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_mixture, fit_whitening
 from maskpack.training.data.base import Data
-from maskpack.training.data.image_folder import ImageFolder
+from maskpack.training.data.folder import ImageFolder
 from maskpack.training.dense import train_dense
 from maskpack.training.objectives.swav import multi_crop
 from maskpack.training.run_folder import RunLog
@@ -185,10 +185,11 @@ def test_what_is_missing_is_said() -> None:
         "load_backbone('timm/resnet18')": "timm",
         "load_backbone('torchvision/resnet18')": "torchvision",
         "load_backbone('hf/user/name')": "transformers",
-        "load_data('digits:0-4')": "datasets",
-        "load_data('user/name')": "datasets",
+        "training.load_data('digits:0-4')": "datasets",
+        "training.load_data('user/name')": "datasets",
     }
-    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\nimport maskpack, numpy, rich\n"
+    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\n"
+    code += "import maskpack, maskpack.training, numpy, rich\n"
     done = run(code + "".join(f"print(refused(lambda: maskpack.{call}))\n" for call in calls))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -18,7 +18,6 @@ from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.load import Mode, removing
 from .data.base import Data, Examples, loader, readable
-from .heads import own_linear
 from .transfer import TransferResult
 
 
@@ -123,7 +122,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 
     Without a test split it is that on the validation split, and without that None.
     """
-    examples, linear = data.validation if data.test is None else data.test, own_linear(backbone)
+    examples, linear = data.validation if data.test is None else data.test, backbone.linear
     if examples is None:
         return None
     assert linear is not None

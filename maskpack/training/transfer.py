@@ -18,7 +18,6 @@ from .checkpoint import FILE
 from .config import Start, TrainConfig
 from .data.base import Data
 from .dense import body_parameters, of_weights, train_dense
-from .heads import own_linear
 from .methods.base import FINISHED, Method, State, build_method
 from .run_folder import Report, check_untaken, is_main_process, locked, tagged
 from .scores import attach, extract_masks, scored_weights
@@ -298,7 +297,7 @@ def check_transfer(
             f"one, or train a mask for the target"
         )
     if source_trained:
-        own = own_linear(backbone)
+        own = backbone.linear
         if own is None or own.out_features != len(source.class_names):
             found = "none" if own is None else f"one for {own.out_features}"
             raise ConfigError(

@@ -17,7 +17,6 @@ from ...preprocess import ImagePreprocess
 from ...training.config import TrainConfig
 from ...training.data.base import Data
 from ...training.evaluate import held_out_accuracy
-from ...training.heads import own_linear
 from ...training.run_folder import Report, read_json, tagged, write_json
 from ..baselines.base import Trial, find_row
 from ..trial import measure, splits
@@ -66,7 +65,7 @@ def accuracy_before(backbone: Backbone, data: Data, path: Path) -> float:
     Raises:
         ConfigError: if the network has no head for these classes. DataError: if there is nothing to measure on.
     """
-    linear = own_linear(backbone)
+    linear = backbone.linear
     if linear is None or linear.out_features != len(data.class_names):
         found = "no linear head" if linear is None else f"a head for {linear.out_features} classes"
         raise ConfigError(
