@@ -427,7 +427,7 @@ class MaskBank:
             return Resident(name, Parts(masks), mask_id({"default": masks}))
         check_one_set(source)
         check_masks(self.model, source.shapes())
-        check_base(self.model, source, self._verify, stacklevel=4)
+        check_base(self.model, source, self._verify, stacklevel=5)
         base, pinned = unwrap(self.model), source.pinned
         parts = source.parts(base=base)
         check_dense(base, parts, tensors_of(base))

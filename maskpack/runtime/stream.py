@@ -1,7 +1,6 @@
 """load_masked: base and mask together, one tensor at a time, onto a model that has no weights yet."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +14,19 @@ from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
-from ..errors import BackboneMismatchError, StateError
+from ..errors import StateError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet
 from ..safetensors_io import open_tensors
 from .apply import applied, apply_parts, check_masks, forget
 from .load import (
     HeadChoice,
-    MaskpackWarning,
     Mode,
     Model,
     Reference,
     Verify,
     check_choices,
+    checked,
     load_adapter,
     loaded_parts,
     removing,
@@ -95,7 +94,9 @@ def load_masked(
             if digested is not None and verify != "off":
                 digests[digested] = tensor_digest(base[digested], compared)
                 if verify == "strict" and masked is not None:
-                    _check_masked(adapter, masked, digests[digested], compared)
+                    if not same_digest(digests[digested], adapter.base, masked, compared):
+                        what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
+                        raise mismatch(adapter.base, what, compared)
             tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
             found = None if masked is None else MaskSet({masked: masks[masked]})
             base.let_go()
@@ -103,7 +104,7 @@ def load_masked(
                 own = found if mode == "target" else MaskSet(dict(removing(found.items())))
                 apply_parts(_module({masked: tensor}), Parts(own, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
-        _check_body(of_body, digests, adapter, verify)
+        checked(verify, lambda: check_digests(of_body, digests, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
         apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)
@@ -201,21 +202,3 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _check_body(body: Mapping[str, Tensor], digests: Mapping[str, bytes], adapter: Adapter, verify: Verify) -> None:
-    """Raise BackboneMismatchError, or warn, if the digests of a body are not the base's."""
-    if verify == "off":
-        return
-    try:
-        check_digests(body, digests, adapter.base)
-    except BackboneMismatchError as error:
-        if verify == "strict":
-            raise
-        warnings.warn(str(error), MaskpackWarning, stacklevel=3)
-
-
-def _check_masked(adapter: Adapter, name: str, digest: bytes, dtype: torch.dtype) -> None:
-    """Raise BackboneMismatchError if a masked tensor is not the base's."""
-    if not same_digest(digest, adapter.base, name, dtype):
-        raise mismatch(adapter.base, f"the masked tensor {name!r} differs, and nothing behind it was read", dtype)
