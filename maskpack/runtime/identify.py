@@ -1,4 +1,4 @@
-"""Which of a bank's adapters is an input for? By the entropy of outputs, or by features of the base."""
+"""Choose the adapter of a bank that fits an input, by the entropy of outputs or by features of the base."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ class Identified:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profiles:
-    """What tasks look like to the base: where their examples lie in its features.
+    """Means and spread of the base's features on examples of each task.
 
     Attributes:
         names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
@@ -68,7 +68,7 @@ class Profiles:
 
 
 def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Profiles:
-    """Note where some examples of each task lie in the features of the base, for `identify`.
+    """Return the profiles of tasks, by features of the base on some examples of each, for `identify`.
 
     Args:
         examples: by the name of a task's adapter, preprocessed, two or more of each.
@@ -227,10 +227,10 @@ def identify(
     names: Sequence[str] | None = None,
     least: float = LEAST,
 ) -> Identified:
-    """Tell which adapter of a bank a batch of one unknown task is for; the model computes afterwards as before.
+    """Return which adapter of a bank fits a batch of one unknown task; the model computes afterwards as before.
 
-    By entropy, after "Supermasks in Superposition" (Wortsman et al., 2020): the network is the mean of those of all
-    adapters, and the right one is whose share lowers the entropy of the outputs most.
+    By entropy, after "Supermasks in Superposition" (Wortsman et al., 2020): weights are the mean over all adapters, and
+    the right adapter is the one whose share lowers the entropy of the outputs most.
 
     - "one-shot": the least slope of the entropy, by one forward and one backward pass.
     - "binary": the half with the lesser slopes goes on, until one is left.
