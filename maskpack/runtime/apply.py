@@ -511,7 +511,7 @@ def undo(model: nn.Module, record: Applied) -> None:
                 copy_bits(weight, changed.saved[0].to(weight))
         _note_undone(model, record, written(state, record.before), unwritten)
     except BaseException as error:
-        error.add_note("maskpack: the model still has a part of the mask; unload_mask(model) removes it")
+        error.add_note("maskpack: the model still has a part of the mask; unload_mask (or its bank) removes it")
         raise
     forget(model)
 
