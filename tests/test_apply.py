@@ -14,12 +14,10 @@ from torch import nn
 
 from maskpack.adapter.content import About, Parts
 from maskpack.adapter.predict import predict
-from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import export_state
 from maskpack.backbone.model import Embedding, Head, same_size_int
-from maskpack.backbone.select import select_parameters
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
@@ -28,43 +26,9 @@ from maskpack.runtime.load import MaskpackWarning, load_adapter, load_mask, unlo
 from maskpack.safetensors_io import read_tensors
 
 from .conftest import TinyNet
+from .helpers_models import CLASSES, bits, make_adapter, random_masks, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CLASSES = ("a", "b", "c", "d", "e", "f", "g")
-
-
-def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: same_size_int(t.clone()) if t.is_floating_point() else t.clone() for n, t in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def random_masks(model: nn.Module, seed: int = 0, scale: bool = False, density: float = 0.7) -> MaskSet:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(model.named_parameters())
-    names = [n for n in select_parameters(model) if not n.startswith("fc")]
-    return MaskSet.from_tensors(
-        {n: torch.rand(parameters[n].shape, generator=generator) < density for n in names}, scale=scale
-    )
-
-
-def make_adapter(path: Path, model: nn.Module, *, seed: int = 0, scale: bool = False, classes: int = 7) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    weight, bias = torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator)
-    head = Head(Embedding("fc"), weight, bias)
-    statistics = {
-        f"bn{i}.running_{what}": torch.rand(8 * i, generator=generator) for i in (1, 2) for what in ("mean", "var")
-    }
-    return save_adapter(
-        path,
-        Parts(random_masks(model, seed, scale), head, statistics),
-        fingerprint(model, id="tests:tiny", head=["fc"]),
-        task="image-classification",
-        class_names=CLASSES[:classes],
-        preprocess={"kind": "image", "size": 8, "resize": 8},
-    )
 
 
 def expected_weight(weight: torch.Tensor, mask: PackedMask) -> torch.Tensor:

@@ -18,7 +18,7 @@ from maskpack.runtime.apply import masked
 from maskpack.runtime.identify import entropies, mixture, profiles, superposition
 from maskpack.training import attach_scores, extract_masks
 
-from .test_apply import bits, random_masks, same
+from .helpers_models import bits, random_masks, same
 
 TASKS, CLASSES = 4, 3
 
