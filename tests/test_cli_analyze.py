@@ -16,7 +16,7 @@ from maskpack.lab.analysis.network import state_of, write_network
 from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.dense import body_parameters, train_dense
 
-from .test_compare import FACTORY
+from .helpers_models import TINY_FACTORY as FACTORY
 
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 

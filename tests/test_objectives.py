@@ -29,7 +29,7 @@ from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn,
 from maskpack.training.scores import density, detach_scores
 from maskpack.training.trainer import Run, plan_training, train_mask
 
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
 
 OPTIONS = {"prototypes": 12, "dimension": 16, "small_crops": 2, "small_size": 6, "queue": 48, "freeze_prototypes": 3}
 QUICK: dict[str, Any] = {

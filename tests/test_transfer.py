@@ -42,8 +42,8 @@ from maskpack.training.transfer import (
 )
 
 from .conftest import TinyNet
-from .test_apply import bits, same
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
+from .helpers_models import bits, same
 
 QUICK = TrainConfig(
     method="naive", epochs=4, batch_size=16, optimizer="sgd", head_lr=0.3, warmup=0.0, bn="freeze", augment="none"
