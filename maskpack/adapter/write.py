@@ -28,7 +28,7 @@ from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import About, Cascade, Parts
 from .decode import Weights, base_classes, by_name
-from .describe import config_text, describe
+from .describe import config_text, inspect_adapter
 from .header import CascadeSpec, Coding, Header, Payload, SetHeader
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, read_file
 from .signature import remove_signature
@@ -423,7 +423,7 @@ def write_adapter(
                 return adapter
         adapter = _write_model(path, blobs, metadata)
     card = path / CARD_FILE
-    rendered = render_card(describe(adapter))
+    rendered = render_card(inspect_adapter(adapter))
     earlier = card if card.exists() else owners
     if earlier is not None:
         rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
@@ -438,7 +438,7 @@ def _write_model(path: Path, blobs: list[Blob], metadata: Mapping[str, str]) -> 
     with replacing(model, config) as (temporary, temporary_config):
         write_blobs(temporary, blobs, metadata)
         adapter = _read_back(temporary, model)
-        text = config_text(describe(adapter), MODEL_FILE).encode()
+        text = config_text(inspect_adapter(adapter), MODEL_FILE).encode()
         if len(text) > MAX_CONFIG:
             raise AdapterError(
                 f"{CONFIG_FILE} would have {len(text)} bytes, at most {MAX_CONFIG} are allowed; shorten the class "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...adapter.content import About, Cascade, Parts
-from ...adapter.describe import describe
+from ...adapter.describe import inspect_adapter
 from ...adapter.read import Adapter
 from ...adapter.write import save_adapter
 from ...backbone.classifier import Classifier, Inputs, embeddings, example_count, to_device
@@ -228,9 +228,9 @@ def learned(parts: Parts) -> int:
 
 def stored(adapter: Adapter) -> dict[str, int]:
     """Return the bytes of an adapter file by what they are; together they are the file."""
-    about = describe(adapter)
+    about = inspect_adapter(adapter)
     sets = about["sets"].values()
-    sizes = {"masks": sum(one["payload_bytes"] + one["table_bytes"] for one in sets), "head": 0, "statistics": 0}
+    sizes = {"masks": sum(one["payload_bytes"] for one in sets), "head": 0, "statistics": 0}
     for one in sets:
         for role, size in one["dense_bytes"].items():
             sizes[role] = sizes.get(role, 0) + size
