@@ -10,7 +10,12 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from ..preprocess import AUGMENTS, Augment
 from ..registry import check_above_zero
-from .scores import ALL, parse_rule
+
+ALL = "all"  # of the scores learn
+GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
+WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
+Mode = Literal["sequential", "gated", "shared", "separate"]
+Start = Literal["source-start", "source-end", "random"]
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "adam"),
@@ -131,6 +136,60 @@ class TrainConfig:
             "lr": self.score_lr,
             "head_lr": self.linear_lr,
         }
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """How weights learn together with gates, beside `TrainConfig`, whose `lr` is for scores.
+
+    Attributes:
+        weight_lr: peak learning rate of the weights; None: 0.05 for SGD, 0.001 for Adam.
+        gate_factor: gates learn at this times the rate of the weights; None: 4 times the number of tasks.
+        gate_start: of every logit; the smaller, the sooner gates close.
+        r1, r2: strength of the two regularisers, sum exp(-|l|) and sum exp(-l^2) over a task's logits.
+    """
+
+    weight_lr: float | None = None
+    gate_factor: float | None = None
+    gate_start: float = GATE_START
+    r1: float = 0.0
+    r2: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_above_zero(self, *(n for n in ("weight_lr", "gate_factor", "gate_start") if getattr(self, n) is not None))
+        for name in ("r1", "r2"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    def to_json(self, optimizer: str, tasks: int) -> dict[str, Any]:
+        """Return the settings as JSON values, defaults resolved."""
+        lr = WEIGHT_LR[optimizer] if self.weight_lr is None else self.weight_lr
+        factor = 4.0 * tasks if self.gate_factor is None else self.gate_factor
+        return {**asdict(self), "weight_lr": lr, "gate_factor": factor}
+
+
+def parse_rule(rule: str) -> tuple[str, float]:
+    """Return the kind of a rule and its number.
+
+    Args:
+        rule: "all", "first:STAGES", "random:SHARE" or "largest:SHARE".
+
+    Raises:
+        ConfigError: if it is none of these, or its number is impossible.
+    """
+    kind, _, text = rule.partition(":")
+    try:
+        number = float(text) if text else math.nan
+    except ValueError:
+        number = math.nan
+    whole = kind == "first" and number >= 1 and number.is_integer()
+    share = kind in ("random", "largest") and 0 < number <= 1
+    if rule != ALL and not whole and not share:
+        raise ConfigError(
+            f"selective must be all, first:STAGES with a whole number, random:SHARE or largest:SHARE with a share "
+            f"above 0 and at most 1; got {rule!r}"
+        )
+    return kind, number
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
