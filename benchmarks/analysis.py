@@ -34,8 +34,9 @@ from maskpack.mask import MaskSet
 from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import Data
-from maskpack.training.dense import body_parameters, train_dense
+from maskpack.training.learn import body_parameters
 from maskpack.training.run_folder import read_json, write_json
+from maskpack.training.trainer import train_dense
 
 from .analysis_networks import KINDS, MASK, TARGETS, TEXT_KINDS, Study, study
 from .comparisons import DATA, IMAGES, ROOT, SEEDS, resnet

@@ -24,7 +24,8 @@ from torch import nn
 
 from maskpack.lab.plots.masks import users
 from maskpack.training import attach_gates
-from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
+from maskpack.training.config import GATE_START
+from maskpack.training.gates import GateHistory, Gates, counts
 from maskpack.training.run_folder import read_json, write_json
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
@@ -50,7 +51,7 @@ class Row:
     factor: float | None = None
     r1: float = 0.0
     r2: float = 0.0
-    start: float = START
+    start: float = GATE_START
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class Experiment:
 def three(variant: str = "", label: str = "", **options: Any) -> dict[str, Row]:
     """Return the three kinds, named with the label behind them."""
     return {f"{kind}{label}": Row(kind, variant, **options) for kind in ("gated", "separate", "shared")}
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the Jensen-Shannon divergence of two histograms in bits: 0 for equal shapes, 1 where no bin is common."""
+    p, q = (one.double() / one.sum() for one in (first, second))
+    middle = (p + q) / 2
+    return float(sum(torch.xlogy(one, one / middle).nansum() for one in (p, q)) / 2 / torch.log(torch.tensor(2.0)))
 
 
 def lenet(**tasks: tuple[str, ...]) -> dict[str, Callable[[int], Problem]]:

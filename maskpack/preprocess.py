@@ -4,12 +4,12 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, BinaryIO, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
 
 from .errors import ConfigError, DataError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,7 +50,7 @@ class ImagePreprocess:
             if not of_type or len(values) != 3 or not all(lowest < one < math.inf for one in values):
                 raise _refused(name, values, "three finite numbers, of std above 0")
 
-    def transform(self, augment: Augment = "none") -> Callable[[Any], Tensor]:
+    def transform(self, augment: Augment = "none") -> "Callable[[Any], Tensor]":
         """Return a function from a PIL image of any mode to a float32 tensor (3, size, size).
 
         Args:
@@ -59,6 +59,8 @@ class ImagePreprocess:
         Raises:
             MissingDependencyError: if torchvision is not installed.
         """
+        import torch
+
         v2 = require("torchvision.transforms.v2", "train", "reading images")
         mode = v2.InterpolationMode(self.interpolation)
         crop = (
@@ -72,8 +74,8 @@ class ImagePreprocess:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
         pipeline = v2.Compose([v2.ToImage(), *steps])
 
-        def apply(image: Any) -> Tensor:
-            return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), Tensor)
+        def apply(image: Any) -> "Tensor":
+            return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), torch.Tensor)
 
         return apply
 
@@ -140,12 +142,12 @@ def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
     return cls(**values)
 
 
-def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> "Callable[[Sequence[str]], dict[str, Tensor]]":
     """Return a function from texts to the tokenizer's tensors, padded to the longest text of the batch."""
     if tokenizer is None:
         raise DataError("texts need the backbone's tokenizer, and none was found; pass the tokenizer")
 
-    def apply(texts: Sequence[str]) -> dict[str, Tensor]:
+    def apply(texts: Sequence[str]) -> "dict[str, Tensor]":
         return dict(
             tokenizer(list(texts), padding=True, truncation=True, max_length=preprocess.max_length, return_tensors="pt")
         )

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.light_switch import divergence
 from maskpack import fingerprint, load_mask, save_adapter
 from maskpack.errors import ConfigError, SelectionError, StateError, UnknownNameError
 from maskpack.training import attach_gates
-from maskpack.training.gates import START, GateHistory, Gates, counts, divergence
+from maskpack.training.config import GATE_START
+from maskpack.training.gates import GateHistory, Gates, counts
 
 from .conftest import TinyNet
 
 TASKS = ("a", "b", "c")
 
 
-def gated_linear(start: float = START) -> tuple[nn.Linear, Gates]:
+def gated_linear(start: float = GATE_START) -> tuple[nn.Linear, Gates]:
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
     return layer, attach_gates(layer, TASKS, start=start)
@@ -68,7 +70,7 @@ def test_a_step_moves_the_weights_and_the_gates_of_its_task() -> None:
     step("a")
     step("b")
     before = {task: gates.values(task)["weight"] for task in TASKS}
-    assert torch.equal(before["c"], torch.sigmoid(torch.full((3, 4), START)))
+    assert torch.equal(before["c"], torch.sigmoid(torch.full((3, 4), GATE_START)))
     step("b")
     assert torch.equal(gates.values("a")["weight"], before["a"]), "its own moments do not push it either"
     assert not torch.equal(gates.values("b")["weight"], before["b"])

@@ -26,12 +26,14 @@ from maskpack.lab.plots.results import gate_figure, over_time
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
+from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
-from maskpack.training.joint import HISTOGRAMS, JointConfig, JointRun, Task, train_jointly
+from maskpack.training.joint import HISTOGRAMS, Task, TaskSteps, train_jointly
+from maskpack.training.loop import Run
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
-from maskpack.training.run_folder import RunLog
+from maskpack.training.run_folder import RunFolder
 
 from .test_apply import bits, same
 from .test_cascade_training import StopHere, tiny_net
@@ -90,8 +92,8 @@ def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Ta
     folder, result = gated
     backbone = tiny_net()
     base = fingerprint(backbone.model, id="x", head=("fc",))
-    run = JointRun(backbone, two(tasks), QUICK, FAST, gated=True)
-    run.train(base, None, False, RunLog(None, None, False))
+    run = TaskSteps(backbone, two(tasks), QUICK, FAST, gated=True)
+    Run(run, base, RunFolder({})).train()
     assert run.gates is not None
     soft = run.accuracies("test")
     run.gates.hard = True

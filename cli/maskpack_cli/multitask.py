@@ -55,8 +55,7 @@ def multitask(**given: Any) -> None:
     quiet_libraries(quiet)
     from maskpack import load_backbone
     from maskpack.training import train_tasks
-    from maskpack.training.config import config_from
-    from maskpack.training.joint import JointConfig
+    from maskpack.training.config import JointConfig, config_from
     from maskpack.training.multitask import BASE, markdown, plan_tasks
     from maskpack.training.run_folder import parse_every
 

@@ -1,6 +1,5 @@
 """compare: a mask beside every baseline, on one backbone, one data set, the same splits and the same budget."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,10 @@ from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError, escape
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
-from ..training.checkpoint import stopping
 from ..training.config import TrainConfig
 from ..training.data.load import load_data
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
-from ..training.run_folder import Report, locked, read_json, write_json
+from ..training.run_folder import Report, claim, locked, read_json, stopping, write_json
 from ..training.trainer import plan_training
 from .baselines.base import ROWS, Row, find_row
 from .trial import MEASURED, Job, Worker, splits
@@ -152,7 +150,7 @@ def compare(
     }
     results: list[dict[str, Any]] = []
     with locked(folder), stopping("call compare again to go on"), Worker() as worker:
-        _claim(folder, about)
+        claim(folder / COMPARISON, about, "a comparison")
         trials = Trials(folder, backbone, data, config, report, worker)
         for name, row in found.items():
             rate, tried = trials.choose(name, row, given.get(name), seeds[0], max(fractions))
@@ -282,29 +280,3 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settings(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in ("seed", "lr")}
-
-
-def _claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Note what a folder is for, or see that it is for this.
-
-    Raises:
-        StateError: if it holds a comparison with other settings.
-    """
-    path = folder / COMPARISON
-    if path.exists():
-        there = read_json(path, frozenset(about), "choose another folder, or delete this one")
-        # a folder of an earlier release knows no settings that came later: they had no effect, as by default
-        there["settings"] = _settings(TrainConfig()) | there["settings"]
-        here = json.loads(json.dumps(about))
-        differing = [
-            f"{part} ({', '.join(sorted(key for key in one if there[part].get(key) != one[key]))})"
-            for part, one in here.items()
-            if there[part] != one
-        ]
-        if differing:
-            raise StateError(
-                f"{folder} holds a comparison with other settings: {', '.join(differing)}; choose another folder"
-            )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, about)

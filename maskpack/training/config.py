@@ -1,61 +1,65 @@
-"""The settings of a training run: the one configuration class."""
+"""The settings of training. The options of the command line and their documentation are made from these classes."""
 
 import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
-from ..preprocess import AUGMENTS, Augment
+from ..preprocess import Augment
 from ..registry import check_above_zero
 
 ALL = "all"  # of the scores learn
 GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
+Bytes = Annotated[int, "bytes"]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]
 Start = Literal["source-start", "source-end", "random"]
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("sgd", "adam"),
-    "schedule": ("cosine", "constant"),
-    "precision": ("no", "bf16", "fp16"),
-    "bn": ("adapt", "freeze"),
-    "head_kind": ("linear", "masked", "text", "own"),
-    "augment": AUGMENTS,
-}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a mask is trained.
 
-    Attributes:
-        method, method_options: how scores become a mask (`maskpack list methods`).
-        objective, objective_options: what the scores are trained on (`maskpack list objectives`); "self-supervised" is
-            the one without labels for the backbone's task.
-        include, exclude: globs of the parameters to mask; default: every convolution and linear weight of the body.
-        selective: which scores learn, as of `selective.learning_weights`; the others keep their weights.
-        train: globs of parameters that learn themselves, as norms and biases, at the rate of heads; stored whole.
-        bytes_budget: most bytes that the masks' payloads may take, in the profile "default". rate: the same in bits a
-            weight. None: no limit.
-        scale: divide the kept weights by sqrt(density), per parameter.
-        head_kind: "linear" is trained and stored whole; "masked" is random, with scores of its own, and stored as seed
-            and mask; "text" is made of a CLIP-like backbone's text embeddings and frozen; "own" is the model's, frozen.
-        head_template: of a text head: text in which `{label}` stands for the name of a class.
-        bn: "adapt" lets BatchNorm statistics follow the new data and stores them; "freeze" leaves them.
-        epochs: passes over the training rows. steps: optimiser steps in place of epochs, or None.
-        batch_size: examples per forward pass and process. accumulate: forward passes per optimiser step.
-        optimizer: "sgd" (momentum 0.9) or "adam", for scores and head.
-        lr, head_lr: peak learning rates of scores and trained head; None: 50 and 0.1 for SGD, 0.02 and 0.01 for Adam.
-        schedule: "cosine" to zero, or "constant". warmup: share of the steps in which the rate rises from zero.
-        clip: largest gradient norm per step over all trained tensors, or None.
-        label_smoothing: share of the target probability spread over all classes.
-        precision: mixed precision of the forward pass. Scores are float32 always.
-        augment: of training images: "none", "crop", "flip", "crop-flip".
+    Mask:
+        method: how scores become a mask: `maskpack list methods`.
+        method_options: options of the method.
+        objective: what the scores are trained on: `maskpack list objectives`.
+        objective_options: options of the objective.
+        include: globs of the parameters to mask. Default: every convolution and linear weight of the body.
+        exclude: globs of parameters that get no mask.
+        selective: which scores learn: all, first:STAGES, random:SHARE or largest:SHARE.
+        train: globs of norms, biases or other parameters of the body that learn themselves, at the rate of heads.
+        scale: divide kept weights by sqrt(density), per parameter.
+        bytes_budget: most bytes of the masks, as in 200kB, in the profiles default and max. Default: no limit.
+        rate: the same in bits per weight.
+        bn: BatchNorm statistics: adapt follows the new data and stores them, freeze leaves them.
+
+    Head:
+        head_kind: linear is trained and stored whole; masked is random, with scores of its own, and stored as seed and
+            mask; text is made of a CLIP-like backbone's text embeddings, and frozen; own is the model's, and frozen.
+        head_template: for a text head, text in which {label} stands for the name of a class.
+
+    Training:
+        epochs: passes over the training rows.
+        steps: optimiser steps, in place of epochs.
+        batch_size: examples per forward pass and process.
+        accumulate: forward passes per optimiser step.
+        optimizer: for scores and head; sgd has momentum 0.9.
+        lr: peak learning rate of the scores. Default: 0.02 for adam, 50 for sgd.
+        head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
+        schedule: cosine falls to zero.
+        warmup: share of the steps in which the learning rate rises from zero.
+        clip: largest gradient norm per step, over all that is trained. Default: no limit.
+        label_smoothing: share of the target probability that is spread over all classes.
+        precision: mixed precision of the forward pass; scores are float32 always.
+        augment: changes of training images.
         workers: processes that read the data; 0 reads in the training process.
-        seed: of everything random.
+        seed: seed of everything random.
     """
 
     method: str = "threshold"
@@ -66,7 +70,7 @@ class TrainConfig:
     exclude: tuple[str, ...] = ()
     selective: str = ALL
     train: tuple[str, ...] = ()
-    bytes_budget: int | None = None
+    bytes_budget: Bytes | None = None
     rate: float | None = None
     scale: bool = False
     head_kind: Literal["linear", "masked", "text", "own"] = "linear"
@@ -89,15 +93,12 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_types(self)
         parse_rule(self.selective)
-        for name in ("epochs", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        for name in ("epochs", "steps", "batch_size", "accumulate"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
         positive = ("lr", "head_lr", "clip", "bytes_budget", "rate")
         check_above_zero(self, *(name for name in positive if getattr(self, name) is not None))
         if self.bytes_budget is not None and self.rate is not None:
@@ -142,11 +143,12 @@ class TrainConfig:
 class JointConfig:
     """How weights learn together with gates, beside `TrainConfig`, whose `lr` is for scores.
 
-    Attributes:
-        weight_lr: peak learning rate of the weights; None: 0.05 for SGD, 0.001 for Adam.
-        gate_factor: gates learn at this times the rate of the weights; None: 4 times the number of tasks.
-        gate_start: of every logit; the smaller, the sooner gates close.
-        r1, r2: strength of the two regularisers, sum exp(-|l|) and sum exp(-l^2) over a task's logits.
+    Many tasks:
+        weight_lr: peak learning rate of the weights, not for sequential. Default: 0.001 for adam, 0.05 for sgd.
+        gate_factor: for gated: gates learn at this times the rate of the weights. Default: 4 times the number of tasks.
+        gate_start: for gated: first value of every logit; the smaller, the sooner gates close.
+        r1: for gated: strength of the regulariser sum exp(-|l|) over a task's logits.
+        r2: for gated: strength of the regulariser sum exp(-l^2) over a task's logits.
     """
 
     weight_lr: float | None = None
@@ -156,6 +158,7 @@ class JointConfig:
     r2: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_above_zero(self, *(n for n in ("weight_lr", "gate_factor", "gate_start") if getattr(self, n) is not None))
         for name in ("r1", "r2"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -168,8 +171,44 @@ class JointConfig:
         return {**asdict(self), "weight_lr": lr, "gate_factor": factor}
 
 
+def check_types(settings: Any) -> None:
+    """Check each field of a settings class against its type.
+
+    Raises:
+        ConfigError: if a value has another type, or is none of those that the type lists.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _is(value, kind):
+            raise ConfigError(f"{name} must be {_in_words(kind)}, got {value!r}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Return True if a value is of a type; numbers of numpy are numbers, and a list does for a tuple."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (UnionType, Union):
+        return any(_is(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_is(one, arguments[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, origin or kind))
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (UnionType, Union):
+        return " or ".join(_in_words(one) for one in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts"}
+    return words.get(origin or kind) or {str: "a text", NoneType: "none"}.get(kind, "options by name")
+
+
 def parse_rule(rule: str) -> tuple[str, float]:
-    """Return the kind of a rule and its number.
+    """Return the kind of a rule for the scores that learn, and its number.
 
     Args:
         rule: "all", "first:STAGES", "random:SHARE" or "largest:SHARE".
@@ -217,24 +256,12 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
     unknown = sorted(values.keys() - known.keys())
     if unknown:
         raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {', '.join(known)}")
-    settings: dict[str, Any] = {}
-    for name, value in values.items():
-        default = getattr(TrainConfig(), name)
-        if isinstance(default, tuple):
-            value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-        if not isinstance(value, _accepted(name, default)) or (
-            isinstance(value, bool) and not isinstance(default, bool)
-        ):
-            raise ConfigError(f"{name} cannot be {value!r}, a {type(value).__name__}")
-        settings[name] = value
+    settings = dict(values)
+    for name in known.keys() & settings.keys():
+        if known[name].default == ():
+            value = settings[name]
+            settings[name] = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
     return TrainConfig(**settings)
-
-
-def _accepted(name: str, default: Any) -> tuple[type, ...]:
-    """The types that a setting may have."""
-    if default is None:
-        return (int, type(None)) if name in ("steps", "bytes_budget") else (int, float, type(None))
-    return (int, float) if isinstance(default, float) else (type(default),)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -10,9 +10,8 @@ from ..backbone.model import unwrap
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, UnknownNameError
 from ..mask import MaskSet, masked_weight
+from .config import GATE_START
 from .scores import Orders, all_names, owner, put_on, take_off
-
-START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 
 
 class GatedWeight(nn.Module):
@@ -101,6 +100,10 @@ class Gates:
                 total = total + r2 * (-logits.square()).exp().sum()
         return total
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the logits of all tasks."""
+        return [logits for one in self.members.values() for logits in one.logits]
+
     def parameter_groups(
         self, lr: float, factor: float | None = None, most: float | None = None
     ) -> list[dict[str, Any]]:
@@ -112,7 +115,7 @@ class Gates:
             most: the rate of the gates is at most this.
         """
         rate = lr * (4 * len(self.tasks) if factor is None else factor)
-        gates = [logits for one in self.members.values() for logits in one.logits]
+        gates = self.parameters()
         known = set(gates)
         others = [p for p in self.model.parameters() if p.requires_grad and p not in known]
         return [{"params": others, "lr": lr}, {"params": gates, "lr": rate if most is None else min(rate, most)}]
@@ -141,7 +144,7 @@ class Gates:
 
 
 def attach_gates(
-    model: nn.Module, tasks: Iterable[str], select: Iterable[str] | None = None, *, start: float = START
+    model: nn.Module, tasks: Iterable[str], select: Iterable[str] | None = None, *, start: float = GATE_START
 ) -> Gates:
     """Attach a gate to each weight for each task; weights and gates learn together.
 
@@ -211,10 +214,3 @@ def counts(values: Tensor, low: float, high: float, bins: int = BINS) -> list[in
     """Return how many values lie in each of `bins` equal parts from low to high; those beyond count to the ends."""
     found: list[int] = torch.histc(values.float().clamp(low, high), bins, low, high).long().tolist()
     return found
-
-
-def divergence(first: Tensor, second: Tensor) -> float:
-    """Return the Jensen-Shannon divergence of two histograms in bits: 0 for equal shapes, 1 where no bin is common."""
-    p, q = (one.double() / one.sum() for one in (first, second))
-    middle = (p + q) / 2
-    return float(sum(torch.xlogy(one, one / middle).nansum() for one in (p, q)) / 2 / torch.log(torch.tensor(2.0)))

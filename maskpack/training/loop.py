@@ -1,4 +1,4 @@
-"""The loop of every run: where its steps come from, its optimiser, its checkpoints; seeded and resumable, on Accelerate."""
+"""The loop of every run, seeded and resumable, on Accelerate: where steps come from, optimiser, checkpoints."""
 
 import math
 import signal
@@ -246,9 +246,7 @@ class Run:
                 if at.step % LOG_EVERY == 0 or at.step == steps.steps:
                     left = (time.monotonic() - started) / (at.step - before) * (steps.steps - at.step)
                     rate = float(steps.optimizer.param_groups[0]["lr"])
-                    self.folder.write(
-                        at.event("step", loss=value, lr=rate, **steps.step_metrics(), seconds_left=left)
-                    )
+                    self.folder.write(at.event("step", loss=value, lr=rate, **steps.step_metrics(), seconds_left=left))
                 self.after_step(at)
         if at.count == 0:
             raise TrainingError(f"no example of the training split could be read in epoch {at.epoch + 1}")
@@ -332,5 +330,3 @@ class Run:
                 f"the checkpoint in {self.folder.path} belongs to another run: {', '.join(differing)} differ; resume "
                 f"with the same settings, data and backbone, or choose another folder"
             )
-
-

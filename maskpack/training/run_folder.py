@@ -18,11 +18,10 @@ from .checkpoint import FILE
 Report = Callable[[Mapping[str, Any]], None]
 
 
-class RunOptions(TypedDict, total=False):
-    """Where a training keeps what, and what it tells.
+class PartOptions(TypedDict, total=False):
+    """How often a training keeps its state, and what it tells.
 
     Attributes:
-        output: folder for checkpoint, `log.jsonl` and TensorBoard curves, of one run at a time; None keeps nothing.
         resume: go on from what an interrupted run left in `output`. On one process and CPU the result is, bit for bit,
             that of a run that was not interrupted.
         checkpoint_every: a time or a number of optimiser steps, as in "10min" or "500steps"; None: every epoch.
@@ -30,17 +29,29 @@ class RunOptions(TypedDict, total=False):
             "step", "steps", "loss", "density", …}, and with "part", the name of the run where there are several.
     """
 
-    output: str | Path | None
     resume: bool
     checkpoint_every: str | None
     report: Report | None
 
 
-def part_options(options: RunOptions, name: str, folder: Path | None) -> RunOptions:
+class RunOptions(PartOptions, total=False):
+    """The same, and where.
+
+    Attributes:
+        output: folder for checkpoint, `log.jsonl` and TensorBoard curves, of one run at a time; None keeps nothing.
+    """
+
+    output: str | Path | None
+
+
+def part_options(options: PartOptions, name: str, folder: Path | None) -> RunOptions:
     """Return the options of one of several runs; it goes on in `folder` if it was begun there."""
-    again = options.get("resume", False) and folder is not None and (folder / FILE).exists()
-    report = tagged(options.get("report"), name)
-    return {**options, "output": folder, "resume": again, "report": report}
+    return {
+        "output": folder,
+        "resume": options.get("resume", False) and folder is not None and (folder / FILE).exists(),
+        "checkpoint_every": options.get("checkpoint_every"),
+        "report": tagged(options.get("report"), name),
+    }
 
 
 def tagged(report: Report | None, part: str) -> Report | None:
@@ -171,9 +182,7 @@ def check_claim(path: Path, about: Mapping[str, Any], what: str) -> None:
         return
     there, here = read_json(path, frozenset(about), "choose another folder"), json.loads(json.dumps(about))
     differing = [
-        f"{name} {before}, now {now}"
-        for key in here
-        for name, before, now in _differences(key, there[key], here[key])
+        f"{name} {before}, now {now}" for key in here for name, before, now in _differences(key, there[key], here[key])
     ]
     if differing:
         raise StateError(
@@ -198,10 +207,10 @@ def claim(path: Path, about: Mapping[str, Any], what: str) -> None:
         write_json(path, about)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write a value as JSON, whole or not at all."""
     with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:

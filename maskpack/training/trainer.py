@@ -121,7 +121,7 @@ class ObjectiveSteps(Steps):
         loss = self.objective.loss(cast("nn.Module", self._forward), batch)
         found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
         found += [] if self.control is None else [self.control.penalty()]
-        return loss + torch.stack(found).sum() if found else loss + 0.0
+        return loss + torch.stack(found).sum() if found else loss
 
     def _forward(self, *inputs: Any) -> Any:
         """What the module gives, in float32 whatever the precision."""
@@ -221,9 +221,7 @@ def result_of(
     parts: Parts,
     base: Fingerprint,
     metrics: Mapping[str, float],
-    *,
-    processes: int = 1,
-    **more: Any,
+    more: Mapping[str, Any],
 ) -> TrainResult:
     """Return the result of a run; `base` is the fingerprint of the whole body, `more` is for the training record."""
     assert data.train is not None
@@ -231,8 +229,8 @@ def result_of(
     found = {name: split for name, split in splits.items() if split is not None}
     record = {
         "settings": config.to_json(),
+        "processes": 1,
         **more,
-        "processes": processes,
         "data": {
             "id": data.id,
             "source": data.source,
@@ -306,14 +304,14 @@ def train_mask(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    more = {"steps": steps.steps, **({"extended": at.extended} if at.extended else {})}
-    processes = steps.accelerator.num_processes
-    return result_of(backbone, data, config, parts, before, metrics, processes=processes, **more)
+    more = {"steps": steps.steps, "processes": steps.accelerator.num_processes}
+    more |= {"extended": at.extended} if at.extended else {}
+    return result_of(backbone, data, config, parts, before, metrics, more)
 
 
 def train_dense(
     backbone: Backbone, data: Data, config: TrainConfig, learn: Learn, **options: Unpack[RunOptions]
-) -> tuple[ObjectiveSteps, dict[str, float]]:
+) -> ObjectiveSteps:
     """Train a head and what `learn` names of a backbone, at the rate of scores. The backbone is changed.
 
     Args:
@@ -322,7 +320,7 @@ def train_dense(
         options: as in `train_mask`.
 
     Returns:
-        The steps, whose `objective.module` is the network in evaluation mode, and the metrics.
+        The run's steps, whose `objective.module` is the network, in evaluation mode.
 
     Raises:
         What `train_mask` raises.
@@ -331,9 +329,9 @@ def train_dense(
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     with folder.opened():
         steps = ObjectiveSteps(backbone, data, config, learn)
-        metrics = steps.finish(Run(steps, base, folder).train(), folder)
+        steps.finish(Run(steps, base, folder).train(), folder)
     steps.objective.module.eval()
-    return steps, metrics
+    return steps
 
 
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from ...training.config import TrainConfig
 from ...training.data.base import Data
 from ...training.evaluate import held_out_accuracy
 from ...training.heads import own_linear
-from ...training.run_folder import Report, read_json, tagged, write_json
+from ...training.run_folder import Report, claim, read_json, tagged, write_json
 from ..baselines.base import Trial, find_row
 from ..trial import measure, splits
 
-RESULT = "result.json"
+RESULT, SETTINGS = "result.json", "settings.json"
 
 
 def about_run(data: Data, config: TrainConfig, row: str) -> dict[str, Any]:
@@ -35,26 +35,6 @@ def peak_rate(row: str, config: TrainConfig) -> float | None:
     """Return the learning rate of the settings, else the middle one of those that the row would choose from."""
     rates = find_row(row).rates.get(config.optimizer, ())
     return config.lr if config.lr is not None or not rates else rates[len(rates) // 2]
-
-
-def claim(folder: Path, about: Mapping[str, Any]) -> None:
-    """Bind a folder to settings, or see that it has them.
-
-    Raises:
-        StateError: if it has others.
-    """
-    path = folder / "settings.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, about)
-        return
-    there = read_json(path, frozenset(), "choose another folder")
-    differing = sorted(key for key in there.keys() | about.keys() if there.get(key) != about.get(key))
-    if differing:
-        raise StateError(
-            f"{folder} holds trials with other settings: {', '.join(differing)} differ; choose another folder, or give "
-            f"the settings that it was begun with"
-        )
 
 
 def accuracy_before(backbone: Backbone, data: Data, path: Path) -> float:
@@ -166,7 +146,7 @@ def from_checkpoints(
     for name, path in zip(names, checkpoints, strict=True):
         own = load_backbone(**{**backbone, "weights": path})
         find_row(row).check(own, config)
-        claim(folder, {**about_run(data, config, row), "lr": config.lr, "backbone": own.id})
+        claim(folder / SETTINGS, {**about_run(data, config, row), "lr": config.lr, "backbone": own.id}, "trials")
         before = (
             None if pretraining is None else accuracy_before(own, pretraining, folder / "pretraining" / f"{name}.json")
         )
@@ -266,7 +246,11 @@ def feature_reuse(
     find_row(row).check(first, config)
     rate = peak_rate(row, config)
     rates = {"pretrained": rate, "random": rate if random_lr is None else random_lr}
-    claim(folder, {**about_run(data, config, row), "backbone": first.id, "rates": rates, "size": size})
+    claim(
+        folder / SETTINGS,
+        {**about_run(data, config, row), "backbone": first.id, "rates": rates, "size": size},
+        "trials",
+    )
     rows: list[dict[str, Any]] = []
     for block in sorted(blocks, reverse=True):
         for start in STARTS:

@@ -22,13 +22,14 @@ from ...backbone.classifier import Classifier, Inputs, embeddings, example_count
 from ...backbone.load import Backbone
 from ...errors import ConfigError
 from ...registry import Registry
+from ...training.batchnorm import batchnorm_statistics
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.data.base import Data
-from ...training.dense import train_dense
 from ...training.features import embed
+from ...training.learn import Learn
 from ...training.run_folder import Report
-from ...training.trainer import Learn, TrainResult, train_mask
+from ...training.trainer import TrainResult, train_dense, train_mask
 
 Predict = Callable[[Inputs], Tensor]
 
@@ -163,7 +164,7 @@ def fit_dense(trial: Trial, learn: Learn) -> Fitted:
     keep 4, as they do beside a mask.
     """
     folder = trial.folder / "training"
-    result = train_dense(
+    steps = train_dense(
         trial.backbone,
         trial.data,
         settings_of(trial, "supervised"),
@@ -172,15 +173,16 @@ def fit_dense(trial: Trial, learn: Learn) -> Fitted:
         resume=(folder / FILE).exists(),
         report=trial.report,
     )
-    for parameter in result.learned.values():
+    for parameter in steps.scores.values():
         parameter.data.copy_(parameter.data.half())
-    classifier = result.classifier
+    classifier = steps.objective.module
     assert isinstance(classifier, Classifier)
-    learned = sum(one.numel() for one in result.learned.values())
+    learned = sum(one.numel() for one in steps.scores.values())
     head = sum(one.numel() for one in classifier.linear.parameters())
-    statistics = sum(one.numel() for one in result.statistics.values())
+    adapted = batchnorm_statistics(trial.backbone.model) if trial.config.bn == "adapt" else {}
+    statistics = sum(one.numel() for one in adapted.values())
     sizes = {"weights": 2 * learned, "statistics": 4 * statistics, "head": 4 * head}
-    return Fitted(classified(classifier), learned + head, sizes, result.steps)
+    return Fitted(classified(classifier), learned + head, sizes, steps.steps)
 
 
 def classified(classifier: Classifier) -> Predict:

@@ -8,7 +8,7 @@ from torch import nn
 from ...backbone.load import Backbone
 from ...errors import ConfigError
 from ...training.config import TrainConfig
-from ...training.dense import body_parameters
+from ...training.learn import body_parameters
 from .base import ROWS, Fitted, Row, Trial, fit_dense
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ...training.dense import body_parameters
+from ...training.learn import body_parameters
 from .base import ROWS, Fitted, Row, Trial, fit_dense
 
 
