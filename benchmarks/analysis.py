@@ -157,7 +157,7 @@ def halves(one: Study, network: Network, seed: int, upper: Sequence[str], lower:
         if not path.exists():
             backbone = one.backbone()
             result = train_mask(backbone, one.training, replace(config, lr=MASK.lr, seed=seed))
-            save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+            save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
         _, _, (alone,) = read_networks(one.backbone(), [(name, str(path))])
         assert alone.masks is not None
         accuracy = evaluations.of(alone.state)["accuracy"]

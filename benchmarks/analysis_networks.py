@@ -73,7 +73,7 @@ class Study:
             backbone = self.backbone(seed if kind.random else None)
             if kind.mask:
                 result = train_mask(backbone, self.training, config, **options)
-                save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+                save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
             else:
                 dense = train_dense(backbone, self.training, config, lambda own, _: body_parameters(own), **options)
                 write_network(path, state_of(dense.objective.module))

@@ -183,7 +183,7 @@ def cascades(output: Path, experts: int = 3) -> None:
             backbone, only, config, experts=experts, output=folder / "training", resume=(folder / "training").exists()
         )
         path = folder / "cascade.safetensors"
-        save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+        save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
         write_json(folder / "table.json", cascade_table(backbone, load_adapter(path), data))
         print(f"cascade, seed {seed}: done", flush=True)
 

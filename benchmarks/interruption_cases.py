@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.interruption_world import Net, World, bits_of, same
 from maskpack import MaskBank, load_mask, load_masked, unload_mask
-from maskpack.adapter.content import CascadeParts, Router, Whitening
+from maskpack.adapter.content import Cascade, Router, Whitening
 from maskpack.backbone.model import Embedding
 from maskpack.runtime.apply import applied
-from maskpack.runtime.cascade import Cascade
+from maskpack.runtime.cascade import LoadedCascade
 from maskpack.runtime.switch import Costs
 
 
@@ -97,8 +97,8 @@ def cascade(world: World) -> None:
         torch.zeros(1, 2),
         torch.eye(2)[None],
     )
-    parts = CascadeParts("c", ("d",), Embedding("fc"), router)
-    Cascade(world.model, {"c": world.parts["c"], "d": world.parts["c"]}, parts).embed(torch.ones(2, side))
+    parts = Cascade("c", ("d",), Embedding("fc"), router)
+    LoadedCascade(world.model, {"c": world.parts["c"], "d": world.parts["c"]}, parts).embed(torch.ones(2, side))
 
 
 def check_cascade(world: World) -> None:

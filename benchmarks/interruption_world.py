@@ -14,7 +14,7 @@ from maskpack import MaskBank, fingerprint, load_adapter, load_mask, save_adapte
 from maskpack.adapter.content import Parts
 from maskpack.adapter.read import Adapter
 from maskpack.backbone.load import export_state
-from maskpack.backbone.model import Head, same_size_int
+from maskpack.backbone.model import Embedding, Head, same_size_int
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.apply import applied
 
@@ -119,7 +119,7 @@ class World:
                 torch.randn(classes, one.side, generator=generator),
                 torch.randn(classes, generator=generator),
             )
-            head = Head("linear", weight, bias, module="fc")
+            head = Head(Embedding("fc"), weight, bias)
         statistics = {"norm.running_mean": torch.rand(one.side, generator=generator)}
         return Parts(
             MaskSet(made), head, statistics, {"norm.weight": torch.rand(one.side, generator=generator)}, values

@@ -225,11 +225,14 @@ def own_retries() -> Iterator[None]:
 
 
 @contextmanager
-def library_calls(url: str | None = None) -> Iterator[None]:
+def library_calls(url: str | None = None) -> Iterator[bool]:
     """Let another library ask a server; where that cannot be reached, it has its cache only.
 
     Args:
         url: an address of the server; None for the Hub.
+
+    Yields:
+        Whether the server may be asked and can be reached.
 
     Raises:
         UnreachableError: in place of the library's error, where the server cannot be reached and the cache does not do.
@@ -247,7 +250,7 @@ def library_calls(url: str | None = None) -> Iterator[None]:
     with _quietly("library"):
         constants.HF_HUB_OFFLINE = before or away is not None
         try:
-            yield
+            yield not constants.HF_HUB_OFFLINE
         except MaskpackError:
             raise
         except Exception as error:

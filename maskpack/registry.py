@@ -1,9 +1,9 @@
-"""Plug-ins of one kind: classes found by the id that they carry.
+"""Plug-ins: classes of one kind, found by their id, and the options of a plug-in.
 
-A plug-in is a class in a file of the kind's folder, or in another distribution that names it as an entry point
-of the group `maskpack.<folder>`. It is registered with the decorator `REGISTRY.register`, has a class attribute
-`id`, a docstring whose first line `maskpack list` prints, and a `reference` (a paper or specification, or "").
-A file can name an id, but can never cause code to be imported: only installed packages are looked at.
+A plug-in is a class in a file of the kind's folder, or in another distribution that names it as an entry point of the
+group `maskpack.<folder>`. It is registered by the decorator `REGISTRY.register`. The first line of its docstring is
+what `maskpack list` prints. A file can name an id, but never causes code to be imported: only installed packages are
+searched.
 """
 
 import difflib
@@ -11,15 +11,15 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, UnknownNameError
 
 
 class Plugin(Protocol):
-    """What every plug-in class carries."""
+    """What every plug-in class has: its name on the command line, and a paper or specification (or "")."""
 
     id: ClassVar[str]
     reference: ClassVar[str]
@@ -33,7 +33,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: the word for one of them in messages, as in "codec".
-        package: the package whose modules are searched, as in "maskpack.codecs".
+        package: where they are searched, as in "maskpack.codecs".
     """
 
     def __init__(self, kind: str, package: str):
@@ -43,11 +43,7 @@ class Registry(Generic[T]):
         self._discovered = False
 
     def register(self, cls: type[T]) -> type[T]:
-        """Class decorator: make `cls` known under `cls.id`.
-
-        Raises:
-            UnknownNameError: if another class has that id already.
-        """
+        """Class decorator: make `cls` known under `cls.id`; an id that another class has raises UnknownNameError."""
         known = self._classes.get(cls.id)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise UnknownNameError(
@@ -58,11 +54,7 @@ class Registry(Generic[T]):
         return cls
 
     def __getitem__(self, name: str) -> type[T]:
-        """Return the class with this id.
-
-        Raises:
-            UnknownNameError: if there is none; the message lists the known ids and the nearest.
-        """
+        """Return the class with this id, or raise UnknownNameError with the known ids and the nearest."""
         self._discover()
         if name not in self._classes:
             near = difflib.get_close_matches(name, self._classes, n=1)
@@ -90,36 +82,70 @@ class Registry(Generic[T]):
         self._discovered = True
 
 
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The finite numbers above `above`, from `least` to `most`; the annotation of an option."""
+
+    above: float = -math.inf
+    least: float = -math.inf
+    most: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError unless the value of the option `name` is one of these numbers."""
+        if not (self.above < value < math.inf and self.least <= value <= self.most):
+            bounds = {"above": self.above, "at least": self.least, "at most": self.most}
+            stated = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+            kind = "" if isinstance(value, int) else "a finite number "
+            raise ConfigError(f"{name} must be {(kind + stated).strip()}, got {value}")
+
+
+Finite = Annotated[float, Range()]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Base of dataclasses whose fields are options: each has a default, whose type is the option's.
+
+    A field may state its values: `share: Annotated[float, Range(above=0, most=1)] = 0.5`, or by a `Literal`.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value: Any = getattr(self, name, None)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ConfigError(f"{name} must be {' or '.join(get_args(hint))}, got {value!r}")
+            for known in getattr(hint, "__metadata__", ()):
+                if isinstance(known, Range):
+                    known.check(name, value)
+
+
 _BOOLS = {"true": True, "false": False, "1": True, "0": False}
 
 
 def check_above_zero(options: Any, *names: str) -> None:
-    """Check that these options are finite numbers above 0.
-
-    Raises:
-        ConfigError: if one is not.
-    """
+    """Raise ConfigError unless these attributes are finite numbers above 0."""
     for name in names:
-        value = getattr(options, name)
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name} must be a finite number above 0, got {value}")
+        Range(above=0).check(name, getattr(options, name))
 
 
 def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:
-    """Make a dataclass, each field of which has a default, from options as the command line or a file gives them.
+    """Make a dataclass whose fields all have defaults, from options of the command line or a file.
 
     Args:
         what: whose options they are, for messages, as in "the method 'threshold'".
 
     Raises:
-        ConfigError: if there is no such field, or a value is not of the type of the field's default.
+        ConfigError: if there is no such option, its type is not that of the default, or its value is refused.
     """
     known = {field.name: field for field in fields(cls)}
     values = {}
     for key, value in options.items():
         if key not in known:
             raise ConfigError(f"{what} has no option {key!r}; it has: {', '.join(known) or 'none'}")
-        kind = type(getattr(cls(), key))
+        kind: Any = type(known[key].default)
         try:
             values[key] = _BOOLS[str(value).lower()] if kind is bool else kind(value)
         except (ValueError, KeyError):

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import Embedding
 from maskpack.preprocess import ImagePreprocess
 
 torch.set_num_threads(1)
@@ -75,7 +76,7 @@ def tiny() -> nn.Module:
 @pytest.fixture
 def tiny_backbone(tiny: nn.Module) -> Backbone:
     """The tiny net as a backbone."""
-    return Backbone(tiny, "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(tiny, "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ from bitarray import bitarray
 from blake3 import blake3
 from torch import Tensor, nn
 
-from maskpack.backbone.fingerprint import Fingerprint, fingerprint
+from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.model import Fingerprint
 from maskpack.codecs.base import Bits, Codec, Profile, Side
-from maskpack.codecs.choose import Contest, rivals
+from maskpack.codecs.choose import rivals, smallest
 from maskpack.mask import MaskSet, bits_digest, rows_id
 from maskpack.safetensors_io import SEAL, UNSEALED, seal
 
@@ -157,5 +158,5 @@ def write(folder: Path, data: bytes) -> Path:
 
 def encode_smallest(bits: Bits, side: Side, profile: Profile, codec: str | None = None) -> tuple[Codec, bytes]:
     """Code packed bits with every candidate of a profile and return the codec of the smallest payload, and that."""
-    best = Contest(rivals(profile, codec, side.classes is not None)).offers([(bits, side)])[0]
+    best = smallest(rivals(profile, codec, side.classes is not None), [(bits, side)])
     return best.codec, best.payload

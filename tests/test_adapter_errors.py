@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
-from maskpack.backbone.model import Head
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
 
@@ -69,8 +71,8 @@ class TestErrors:
             ({"statistics": {"bn.running_mean": torch.zeros(1, dtype=torch.int64)}}, r"is torch\.int64"),
             ({"parameters": {"x": torch.zeros(1).double()}}, r"default/parameters/x is torch\.float64.*convert it"),
             ({"values": {"layer2.weight": torch.zeros(1)}}, r"default/values/layer2\.weight.*expected no such tensor"),
-            ({"head": Head("linear", torch.zeros(2, 2))}, r"head\.module .*is None, expected text"),
-            ({"head": Head("linear", torch.zeros(2, 2), torch.zeros(3), "fc")}, r"head/bias.*of shape \(2,\)"),
+            ({"head": Head(Embedding(), torch.zeros(2, 2))}, r"head\.pooling .*is None, expected one of"),
+            ({"head": Head(Embedding("fc"), torch.zeros(2, 2), torch.zeros(3))}, r"head/bias.*of shape \(2,\)"),
             ({"masks": MaskSet({"layer3.weight": PackedMask.from_tensor(torch.tensor(True), "replace")})},
              r"'layer3.weight' replaces 0 weights and none are given, expected a flat tensor of 0"),
             ({"masks": MaskSet({"layer3.weight": PackedMask(MASKS["layer3.weight"].bits, (), alpha=0.1)})},
@@ -103,6 +105,6 @@ class TestErrors:
 
     def test_unknown_set(self, tmp_path: Path) -> None:
         adapter = save_adapter(tmp_path, MASKS, BASE)
-        for method in (adapter.masks, adapter.head, adapter.statistics, adapter.parameters, adapter.values):
+        for use in (adapter.parts, adapter.shapes, lambda set: next(adapter.iter_masks(set))):
             with pytest.raises(UnknownNameError, match="has no mask set 'expert'; it has: default"):
-                method(set="expert")
+                use("expert")

@@ -16,7 +16,7 @@ from maskpack import MaskSet, fingerprint, save_adapter
 from maskpack.adapter.content import Parts
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone, export_state
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, BackboneError, ConfigError, DataError, StateError
 from maskpack.lab.analysis import network as evaluations_file
 from maskpack.lab.analysis.barrier import barrier, barriers, distances, interpolated, mask_distance, parameter_distance
@@ -64,7 +64,7 @@ def digits() -> Data:
 
 @pytest.fixture
 def backbone() -> Backbone:
-    return Backbone(network(0), "tests:tiny", head="fc", preprocess=PREPROCESS)
+    return Backbone(network(0), "tests:tiny", embedding=Embedding("fc"), preprocess=PREPROCESS)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_states(backbone: Backbone) -> None:
     tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     tied[1].weight = tied[0].weight
     assert list(tensors_of(tied)) == ["0.weight", "0.bias", "1.bias"], "a tied tensor is one tensor"
-    encoder = Classifier(nn.Linear(3, 4), nn.Linear(4, 2), pooling="mean")
+    encoder = Classifier(nn.Linear(3, 4), nn.Linear(4, 2), Embedding(None, "mean"))
     assert list(tensors_of(encoder)) == ["weight", "bias", "head.weight", "head.bias"]
     with pytest.raises(StateError, match=r"1 of 1 tensors do not fit .* of shape \(3, 16\) .* has \(5, 16\)"):
         put_state(model, {"fc.weight": torch.zeros(3, 16)})
@@ -411,7 +411,7 @@ def test_features_of_tokens_leave_padding_out(backbone: Backbone) -> None:
             return SimpleNamespace(last_hidden_state=self.body(self.embedding(input_ids)))
 
     ids, attention = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    classifier = Classifier(Encoder(), nn.Linear(4, 2), pooling="mean")
+    classifier = Classifier(Encoder(), nn.Linear(4, 2), Embedding(None, "mean"))
 
     class Given:
         folder = None
@@ -499,7 +499,7 @@ def adapter_of(model: nn.Module, path: Path, classes: int = CLASSES, size: int =
     names = ("conv1.weight", "conv2.weight")
     tensors = {n: torch.rand(model.get_parameter(n).shape, generator=generator) > 0.4 for n in names}
     masks = MaskSet.from_tensors(tensors, scale=True)
-    head = Head("linear", torch.randn(classes, 16, generator=generator), None, "fc")
+    head = Head(Embedding("fc"), torch.randn(classes, 16, generator=generator))
     base = fingerprint(model, id="tests:tiny", head=("fc",))
     about = {"class_names": [str(at) for at in range(classes)], "task": "image-classification", **changes}
     preprocess = {"kind": "image", "size": size, "resize": size, "interpolation": "bilinear",
@@ -572,8 +572,8 @@ def test_an_encoder_has_its_head_in_the_file(tmp_path: Path) -> None:
 
     config = transformers.BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                                      intermediate_size=8)  # fmt: skip
-    encoder = Backbone(transformers.BertModel(config).eval(), "tests:bert", pooling="mean", normalize=True)
-    classifier = Classifier(encoder.model, nn.Linear(8, 3), None, "mean", True)
+    encoder = Backbone(transformers.BertModel(config).eval(), "tests:bert", embedding=Embedding(None, "mean", True))
+    classifier = Classifier(encoder.model, nn.Linear(8, 3), encoder.embedding)
     state = {
         name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in state_of(classifier).items()
     }
@@ -598,7 +598,7 @@ def test_tied_tensors_are_in_the_file_once(tmp_path: Path) -> None:
             self.one, self.two, self.fc = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
             self.two.weight = self.one.weight
 
-    backbone = Backbone(Tied(), "tests:tied", head="fc")
+    backbone = Backbone(Tied(), "tests:tied", embedding=Embedding("fc"))
     state = state_of(Tied())
     write_network(tmp_path / "a.safetensors", state)
     _, _, (one,) = read_networks(backbone, [("a", str(tmp_path / "a.safetensors"))])
@@ -718,7 +718,7 @@ def test_shuffling_is_all_that_differs(reference_of: dict[str, Any], digits: Dat
 def test_texts_have_no_blocks(digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from maskpack.preprocess import TextPreprocess
 
-    made = Backbone(network(0), "tests:text", preprocess=TextPreprocess(8), pooling="mean")
+    made = Backbone(network(0), "tests:text", preprocess=TextPreprocess(8), embedding=Embedding(None, "mean"))
     monkeypatch.setattr("maskpack.lab.analysis.starts.load_backbone", lambda **_: made)
     with pytest.raises(ConfigError, match="tests:text reads text; only images have blocks to shuffle"):
         feature_reuse({"reference": "x"}, digits, tmp_path, config=QUICK)

@@ -84,12 +84,36 @@ def test_the_check_can_fail() -> None:
     assert "maskpack.training" in modules_after("from maskpack.training import train_mask")
 
 
+COMMAND = "from maskpack_cli.main import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert not end.code"
+
+
 @pytest.mark.parametrize("words", ["--help", "train --help", "--version"])
 def test_help_needs_no_torch(words: str) -> None:
-    code = "from maskpack_cli.main import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert not end.code"
-    loaded = modules_after(code, *words.split())
+    loaded = modules_after(COMMAND, *words.split())
     assert "maskpack_cli.training" in loaded
     assert not loaded & {"torch", "numpy", "huggingface_hub", "transformers", "datasets", "rich.progress"}
+
+
+GOLDEN = ROOT / "tests" / "golden" / "v1"
+
+
+@pytest.mark.parametrize("words", ["inspect", "inspect --parameters --json", "verify"])
+@pytest.mark.parametrize("name", ["heads", "cascade", "density"])
+def test_reading_needs_no_torch(words: str, name: str) -> None:
+    loaded = modules_after(COMMAND, *words.split(), str(GOLDEN / f"{name}.safetensors"))
+    assert "maskpack.adapter.read" in loaded
+    assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("words", ["list", "list codecs"])
+def test_listing_needs_no_torch(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert "torch" not in modules_after(COMMAND, *words.split())
+
+
+def test_describing_needs_no_torch() -> None:
+    code = "import sys, maskpack\nassert maskpack.inspect_adapter(sys.argv[1])['cascade']['experts']"
+    assert "torch" not in modules_after(code, str(GOLDEN / "cascade.safetensors"))
 
 
 def test_loading_needs_no_training(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskpack.adapter.content import Parts
+from maskpack.adapter.content import About, Parts
 from maskpack.adapter.predict import predict
 from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import export_state
-from maskpack.backbone.model import Head, same_size_int
+from maskpack.backbone.model import Embedding, Head, same_size_int
 from maskpack.backbone.select import select_parameters
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
@@ -52,9 +52,8 @@ def random_masks(model: nn.Module, seed: int = 0, scale: bool = False, density: 
 
 def make_adapter(path: Path, model: nn.Module, *, seed: int = 0, scale: bool = False, classes: int = 7) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    head = Head(
-        "linear", torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator), module="fc"
-    )
+    weight, bias = torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator)
+    head = Head(Embedding("fc"), weight, bias)
     statistics = {
         f"bn{i}.running_{what}": torch.rand(8 * i, generator=generator) for i in (1, 2) for what in ("mean", "var")
     }
@@ -91,11 +90,11 @@ def test_load_and_unload(tmp_path: Path, tiny: nn.Module, dtype: torch.dtype, sc
     before = bits(model)
     pointers = {n: p.data_ptr() for n, p in model.named_parameters() if not n.startswith("fc")}
     assert load_mask(model, tmp_path) is model
-    for name, mask in adapter.masks().items():
+    for name, mask in adapter.parts().masks.items():
         wanted = expected_weight(base.get_parameter(name).detach(), mask)
         assert torch.equal(same_size_int(model.get_parameter(name).detach()), same_size_int(wanted))
-    assert torch.equal(model.bn1.running_var, adapter.statistics()["bn1.running_var"].to(dtype))
-    stored = adapter.head()
+    assert torch.equal(model.bn1.running_var, adapter.parts(stream=True).statistics["bn1.running_var"].to(dtype))
+    stored = adapter.parts(stream=True).head
     assert stored is not None
     assert torch.equal(model.fc.weight, stored.weight.to(dtype))
     assert type(model) is TinyNet
@@ -316,7 +315,7 @@ def test_a_model_that_does_not_know_its_tokenizer() -> None:
     text = {"kind": "text", "max_length": 8}
     words = r"the model does not say where its tokenizer is; pass it: predict\(model, texts, tokenizer=…\)"
     with pytest.raises(DataError, match=words):
-        predict(TinyNet(), ["x"], head=Head("linear", torch.zeros(2, 16)), class_names=["a", "b"], preprocess=text)
+        predict(TinyNet(), ["x"], Head(Embedding("fc"), torch.zeros(2, 16)), About(None, ("a", "b"), text), None, 1)
 
 
 def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
@@ -408,7 +407,7 @@ def test_positions_from_decoding_give_what_the_bits_give(tmp_path: Path, codec: 
     assert found.zeros is not None
     assert found.zeros.tolist() == (~mask.tensor()).flatten().nonzero()[:, 0].tolist()
     assert next(iter(adapter.iter_masks()))[1].zeros is None
-    assert adapter.masks()["weight"].zeros is None
+    assert adapter.parts().masks["weight"].zeros is None
     other = copy.deepcopy(model)
     apply_masks(other, [("weight", mask)], {"weight": (300, 200)}, mask_id="x", values=given)
     before = bits(model)
@@ -440,4 +439,4 @@ def test_positions_that_come_twice_are_refused(
     adapter = save_adapter(path, MaskSet({"weight": mask}), fingerprint(model, id="x"), codec="gap", task="features")
     monkeypatch.setattr(Gap, "events", lambda *_: (0, np.array(where)))
     with pytest.raises(CorruptAdapterError, match="3 positions give 18 true bits: some come twice"):
-        adapter.masks()
+        adapter.parts()

@@ -303,7 +303,7 @@ def test_transformers_vision_folder(tmp_path: Path) -> None:
     )
     assert loaded.preprocess == ImagePreprocess(16, 16, mean=(0.4,) * 3, std=(0.2,) * 3)
     assert len(select_parameters(loaded.model, head=loaded.outside)) == 13
-    assert Classifier(loaded.model, nn.Linear(16, 5), "classifier")(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+    assert Classifier(loaded.model, nn.Linear(16, 5), loaded.embedding)(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
 
 
 def test_a_model_without_a_linear_layer_has_no_features() -> None:

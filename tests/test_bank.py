@@ -16,7 +16,7 @@ from maskpack import MaskBank, load_adapter, load_mask, unload_mask
 from maskpack.adapter.content import Parts
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
@@ -45,11 +45,10 @@ def adapter_of(path: Path, model: nn.Module, kind: str, seed: int, head: int | N
     """Write an adapter of a tiny net, with statistics for every other seed, and a head of `head` classes."""
     parts = masks_of(model, kind, seed)
     generator = torch.Generator().manual_seed(seed)
-    layer = None if head is None else Head("linear", torch.randn(head, 16, generator=generator), None, module="fc")
+    layer = None if head is None else Head(Embedding("fc"), torch.randn(head, 16, generator=generator))
     if head == 5:
-        layer = Head(
-            "linear", torch.randn(5, 16, generator=generator), torch.randn(5, generator=generator), module="fc"
-        )
+        weight, bias = torch.randn(5, 16, generator=generator), torch.randn(5, generator=generator)
+        layer = Head(Embedding("fc"), weight, bias)
     statistics = {"bn1.running_mean": torch.rand(8, generator=generator)} if seed % 2 else {}
     whole = Parts(parts.masks, layer, statistics, {}, parts.values)
     names = None if layer is None else tuple("abcdefg"[: layer.weight.shape[0]])
@@ -316,7 +315,7 @@ def test_memory_is_limited(tmp_path: Path, tiny: nn.Module) -> None:
         for path in paths.values():
             roomy.add(path)
         size = roomy.status().residents["a"].host_bytes
-        assert size == sum((len(m.bits) + 7) // 8 for m in load_adapter(paths["a"]).masks().values())
+        assert size == sum((len(m.bits) + 7) // 8 for m in load_adapter(paths["a"]).parts().masks.values())
     bank = MaskBank(tiny, max_host_bytes=2 * size + 100, max_device_bytes=0)
     for name, path in paths.items():
         bank.add(path, pin=name == "a")
@@ -437,7 +436,7 @@ def test_texts_by_mask(tmp_path: Path) -> None:
     base = fingerprint(model, id="tests:bert")
     heads = {}
     for seed, name in enumerate("ab"):
-        heads[name] = Head("pooled-linear", torch.randn(3 + seed, 16), torch.randn(3 + seed), pooling="mean")
+        heads[name] = Head(Embedding(None, "mean"), torch.randn(3 + seed, 16), torch.randn(3 + seed))
         parts = Parts(random_masks(model, seed), heads[name])
         names = tuple("xyzw"[: 3 + seed])
         save_adapter(tmp_path / name, parts, base, task="text-classification", class_names=names)
@@ -550,7 +549,7 @@ def test_adapters_like_those_that_load_mask_takes(tmp_path: Path, tiny: nn.Modul
     with MaskBank(tiny) as bank:
         bank.use(bank.add(tmp_path / "whole"))
         assert same(bits(tiny), wanted)
-        assert bank.status().residents["whole"].density == load_adapter(tmp_path / "whole").masks().density
+        assert bank.status().residents["whole"].density == load_adapter(tmp_path / "whole").parts().masks.density
         assert bank.parts("whole").head is not None
 
 

@@ -513,7 +513,7 @@ def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
     assert ok("verify", tmp_path / "out", *BACKBONE)["base_matches_as"] == "float32"
     # as one process with the same examples in a step, but for scores that rounding puts on the threshold's other side
     ok(*options, "--batch-size", "16", "--output", tmp_path / "one")
-    two, one = (load_adapter(tmp_path / name).masks() for name in ("out", "one"))
+    two, one = (load_adapter(tmp_path / name).parts().masks for name in ("out", "one"))
     assert one.density < 0.99
     differing = sum(count_xor(mask.bits, one[name].bits) for name, mask in two.items())
     assert differing <= 1e-4 * one.total, (differing, one.total, one.density)

@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_network(root / f"tuned-{seed}.safetensors", state_of(result.objective.module))
         made = load_backbone(f"{root}/nets.py:tiny", random_weights=0, image_size=8)
         masked = train_mask(made, data, replace(config, lr=1000.0))
-        save_adapter(root / f"mask-{seed}", masked.parts, masked.base, **masked.about)
+        save_adapter(root / f"mask-{seed}", masked.parts, masked.base, masked.about)
     return root
 
 

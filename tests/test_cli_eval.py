@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from maskpack import MaskSet, load_adapter, load_backbone, load_mask, save_adapter
 from maskpack.adapter.content import Parts
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.training import load_data
 from maskpack.training.evaluate import as_loaded
 from maskpack.training.features import measure_features
@@ -172,7 +172,7 @@ def test_a_head_for_fewer_classes_than_the_data_have(tmp_path: Path) -> None:
     model = load_backbone(f"{FACTORY}:digits_cnn", random_weights=0).model
     linear = model.get_submodule("15")
     masks = MaskSet.from_tensors({"3.weight": model.get_parameter("3.weight") > 0})
-    parts = Parts(masks, Head("linear", linear.weight.detach()[:3], None, module="15"))
+    parts = Parts(masks, Head(Embedding("15"), linear.weight.detach()[:3]))
     preprocess = {"kind": "image", "size": 8, "resize": 8}
     base = fingerprint(model, id="digits_backbone:digits_cnn", head=["15"])
     save_adapter(tmp_path / "a", parts, base, preprocess=preprocess)
@@ -194,7 +194,7 @@ def test_texts_and_a_backbone_that_is_trained_on_them(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", masks, fingerprint(model.model, id=model.id, head=model.outside))
     masked = ok(tmp_path / "a", "--data", tmp_path, *backbone, "--probe")
     assert masked["features"][0]["accuracy"] >= 0.5
-    assert as_loaded(model, load_adapter(str(tmp_path / "a"))).pooling == "mean"
+    assert as_loaded(model, load_adapter(str(tmp_path / "a"))).embedding.pooling == "mean"
 
 
 def test_features_are_read_where_the_adapter_was_trained(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.classifier import classifier_from, embeddings
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_backbone, text_head
+from maskpack.backbone.model import Embedding
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneError
 from maskpack.mask import MaskSet
@@ -95,7 +98,7 @@ def test_the_backbone_is_the_vision_tower_with_its_projection(clip: Path) -> Non
     assert (backbone.id, backbone.task, backbone.head, backbone.outside) == (
         "hf/tiny-clip", "image-classification", None, (),
     )  # fmt: skip
-    assert (backbone.pooling, backbone.normalize, backbone.features) == ("projection", True, 12)
+    assert (backbone.embedding, backbone.features) == (Embedding(None, "projection", True), 12)
     assert backbone.preprocess == ImagePreprocess(
         16, 20, "bicubic", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     )
@@ -115,7 +118,7 @@ def test_the_tower_alone_and_random_weights(clip: Path, tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="hf/tower has a vision tower only, and a text head needs the text tower"):
         text_head(alone, LABELS, TEMPLATE)
     random = load_backbone(f"hf/{clip}", random_weights=1)
-    assert (random.pooling, random.features) == ("projection", 12)
+    assert (random.embedding.pooling, random.features) == ("projection", 12)
     assert fingerprint(random.model, id="x").digests != fingerprint(whole.model, id="x").digests
 
 
@@ -130,7 +133,7 @@ def test_an_untouched_mask_with_a_text_head_is_zero_shot_clip(clip: Path, tmp_pa
     found = adapter.predict(model, images)
     assert [one.label for one in found] == [LABELS[i] for i in expected.argmax(-1)]
     assert [one.score for one in found] == pytest.approx(expected.max(-1).values.tolist(), abs=1e-5)
-    head = adapter.head()
+    head = adapter.parts(stream=True).head
     assert head is not None
     with torch.no_grad():
         assert torch.allclose(classifier_from(model, head)(images).softmax(-1), expected, atol=1e-5)
@@ -150,7 +153,7 @@ def test_features_are_the_image_embeddings(clip: Path) -> None:
 
 def test_siglip(siglip: Path, tmp_path: Path) -> None:
     backbone = load_backbone(f"hf/{siglip}")
-    assert (type(backbone.model).__name__, backbone.pooling, backbone.features) == (
+    assert (type(backbone.model).__name__, backbone.embedding.pooling, backbone.features) == (
         "SiglipVisionModel",
         "projection",
         16,
@@ -199,5 +202,5 @@ def test_other_vision_models_keep_their_classifier_and_state_their_resampling(tm
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 16, "width": 16}, resample=3).save_pretrained(tmp_path)
     backbone = load_backbone(f"hf/{tmp_path}")
-    assert (backbone.head, backbone.pooling, isinstance(backbone.model, nn.Module)) == ("classifier", None, True)
+    assert (backbone.embedding, isinstance(backbone.model, nn.Module)) == (Embedding("classifier"), True)
     assert backbone.preprocess == ImagePreprocess(16, 16, "bicubic", (0.5,) * 3, (0.5,) * 3)

@@ -149,7 +149,7 @@ def of_the_file(path: Path, options: Mapping[str, Any]) -> float:
         given = cascade.predict(images, batch_size=16)
         return sum(one.label == data.class_names[y] for one, y in zip(given, labels, strict=True)) / len(labels)
     load_mask(backbone.model, adapter)
-    if adapter.head() is not None:
+    if adapter.parts(stream=True).head is not None:
         return float(adapter_accuracy(backbone.model, adapter, data.test, batch_size=16)["accuracy"])
     return float(measure_features(backbone, data, ["probe"], batch_size=16, cache=False)[0]["accuracy"])
 

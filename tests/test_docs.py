@@ -107,7 +107,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_state(demo / "backbone.safetensors", backbone.model)
     config = TrainConfig(epochs=2, optimizer="sgd", lr=20.0, scale=True, augment="crop")
     result = train_mask(backbone, load_data("digits:5-9", labels_fraction=0.2), config)
-    maskpack.save_adapter(demo / "adapter", result.parts, result.base, **result.about)
+    maskpack.save_adapter(demo / "adapter", result.parts, result.base, result.about)
     return root
 
 

@@ -16,7 +16,7 @@ from maskpack import MaskSet, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import embeddings
 from maskpack.backbone.fingerprint import model_digest
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.model import swap_module
+from maskpack.backbone.model import Embedding, swap_module
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import features
@@ -91,12 +91,12 @@ def test_a_half_precision_model_gives_float32_features(tiny_backbone: Backbone, 
 def test_no_place_for_a_head(tiny_backbone: Backbone, digits: Data) -> None:
     assert digits.test is not None
     with pytest.raises(BackboneError, match="tests:tiny has no head whose input could be read; name it with head=NAME"):
-        embed(replace(tiny_backbone, head=None), digits.test)
+        embed(replace(tiny_backbone, embedding=Embedding()), digits.test)
     with pytest.raises(BackboneError, match=r"the head 'bn1' of tests:tiny gets inputs of the shapes \[\(64, 8, 8, 8"):
-        embed(replace(tiny_backbone, head="bn1"), digits.test)
+        embed(replace(tiny_backbone, embedding=Embedding("bn1")), digits.test)
     tiny_backbone.model.aux = nn.Linear(16, 2)
     with pytest.raises(BackboneError, match=r"the head 'aux' .* shapes \[\] for a batch of 64, expected one vector"):
-        embed(replace(tiny_backbone, head="aux"), digits.test)
+        embed(replace(tiny_backbone, embedding=Embedding("aux")), digits.test)
 
 
 def test_features_that_are_not_finite(tiny_backbone: Backbone, digits: Data, cache: Path) -> None:
@@ -124,7 +124,9 @@ def test_text_embeddings_are_pooled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # the tokenizer's padding and truncation are those of its last call: they are no part of what it is
     assert torch.equal(embed(backbone, data.train)[0], x)
     assert len(calls) == 1
-    assert not torch.equal(embed(replace(backbone, pooling="cls"), data.train)[0], x)
+    assert not torch.equal(
+        embed(replace(backbone, embedding=replace(backbone.embedding, pooling="cls")), data.train)[0], x
+    )
     embed(replace(backbone, preprocess=replace(backbone.preprocess, max_length=3)), data.train)
     assert len(calls) == 3
     backbone.tokenizer.add_tokens(["lost"])
@@ -175,7 +177,7 @@ def changed(backbone: Backbone, what: str) -> Backbone:
             return replace(backbone, preprocess=replace(backbone.preprocess, mean=(0.1, 0.2, 0.3)))
         case "where they are read":
             swap_module(model, "fc", nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 5)))
-            return replace(backbone, head="fc.1")
+            return replace(backbone, embedding=Embedding("fc.1"))
     return backbone
 
 

@@ -10,9 +10,11 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
+from maskpack.backbone.classifier import encode
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.model import MAX_WEIGHTS, random_weight
+from maskpack.backbone.model import MAX_WEIGHTS, Embedding, random_weight
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import masked_weight
 from maskpack.runtime.load import load_mask, unload_mask
@@ -53,17 +55,20 @@ def test_a_masked_head_learns_and_is_stored_as_seed_and_mask(
     head = result.parts.head
     assert head is not None
     assert head.random is not None
-    assert (head.kind, head.module, head.bias, head.random.seed) == ("linear", "fc", None, 3)
+    assert (head.embedding, head.bias, head.random.seed) == (Embedding("fc"), None, 3)
     mask = head.random.mask
     assert 0 < mask.kept < len(mask.bits), "its scores have learned"
     assert mask.alpha == mask.scaled().alpha
     values = random_weight(3, 5, 16)
     assert torch.equal(head.weight, masked_weight(values, mask.tensor(), torch.tensor(mask.alpha)))
 
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about)
     assert "default/head/weight" not in adapter.spans
-    assert adapter.training is not None
-    assert (adapter.training["settings"]["head_kind"], adapter.training["settings"]["seed"]) == ("masked", 3)
+    assert adapter.about.training is not None
+    assert (adapter.about.training["settings"]["head_kind"], adapter.about.training["settings"]["seed"]) == (
+        "masked",
+        3,
+    )
     load_mask(model, adapter)
     assert digits.test is not None
     found = adapter_accuracy(model, adapter, digits.test)
@@ -110,12 +115,13 @@ def test_resuming_gives_the_same_masks(tiny_backbone: Backbone, digits: Data, tm
 def test_behind_an_encoder_the_embedding_is_not_normalised(clip: Path) -> None:
     backbone = load_backbone(f"hf/{clip}")
     masked = new_classifier(backbone, ["a", "b"], MASKED)
-    assert (masked.pooling, masked.normalize, masked.linear.bias) == ("projection", False, None)
-    assert new_classifier(backbone, ["a", "b"], TrainConfig()).normalize
+    assert (masked.embedding, masked.linear.bias) == (Embedding(None, "projection"), None)
+    assert new_classifier(backbone, ["a", "b"], TrainConfig()).embedding.normalize
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        assert masked.embed(images).norm(dim=-1).max() != pytest.approx(1.0)
-        assert torch.allclose(masked(images), masked.embed(images) @ random_weight(3, 2, 12).T, atol=1e-5)
+        x = encode(masked.model, images, masked.embedding)
+        assert x.norm(dim=-1).max() != pytest.approx(1.0)
+        assert torch.allclose(masked(images), x @ random_weight(3, 2, 12).T, atol=1e-5)
 
 
 def test_a_head_too_large_to_be_read_is_refused_before_training(tiny_backbone: Backbone) -> None:
@@ -155,10 +161,10 @@ def test_a_text_head_is_frozen_and_travels_whole(clip: Path, flowers: Path, tmp_
     assert same_bits(bits(backbone.model), before)
     head = result.parts.head
     assert head is not None
-    assert (head.kind, head.pooling, head.normalize, head.bias) == ("pooled-linear", "projection", True, None)
+    assert (head.embedding, head.bias) == (Embedding(None, "projection", True), None)
     assert torch.equal(head.weight, new_classifier(backbone, data.class_names, config).linear.weight), "not trained"
     assert len(result.parts.masks) == 14
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about)
     model = load_mask(CLIPVisionModelWithProjection.from_pretrained(clip), adapter)
     assert data.test is not None
     assert adapter_accuracy(model, adapter, data.test)["accuracy"] == result.metrics["test_accuracy"]
@@ -209,10 +215,10 @@ def test_something_has_to_learn(tiny_backbone: Backbone, digits: Data) -> None:
 def test_the_other_heads_behind_a_projection(kind: Any, clip: Path, flowers: Path, tmp_path: Path) -> None:
     backbone, data = load_backbone(f"hf/{clip}"), load_data(str(flowers))
     result = train_mask(backbone, data, TrainConfig(head_kind=kind, epochs=2, batch_size=8, augment="none"))
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
-    head = read_adapter(tmp_path).head()
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about)
+    head = read_adapter(tmp_path).parts(stream=True).head
     assert head is not None
-    assert (head.kind, head.pooling, head.normalize) == ("pooled-linear", "projection", kind == "linear")
+    assert head.embedding == Embedding(None, "projection", kind == "linear")
     load_mask(backbone.model, adapter)
     assert data.test is not None
     assert adapter_accuracy(backbone.model, adapter, data.test)["accuracy"] == result.metrics["test_accuracy"]

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskpack.adapter.card import render_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import describe
 from maskpack.adapter.edit import convert_adapter
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Head, RandomWeight, random_weight
+from maskpack.backbone.model import Embedding, Head, RandomWeight, random_weight
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.load import load_mask, unload_mask
@@ -43,12 +45,21 @@ def reference(seed: int, classes: int, features: int) -> list[float]:
     return values
 
 
+IN_MODEL = Embedding("fc")
+
+
 def head_of(
-    classes: int = 3, features: int = 5, *, seed: int = 7, density: float = 0.6, scale: bool = False, **options: Any
+    classes: int = 3,
+    features: int = 5,
+    *,
+    seed: int = 7,
+    density: float = 0.6,
+    scale: bool = False,
+    embedding: Embedding = IN_MODEL,
 ) -> Head:
     bits = torch.rand(classes, features, generator=torch.Generator().manual_seed(seed)) < density
     random = RandomWeight(seed, PackedMask.from_tensor(bits, scale=scale))
-    return Head(**({"kind": "linear", "module": "fc"} | options), weight=random.dense(), random=random)
+    return Head(embedding, random.dense(), random=random)
 
 
 # --- the values ------------------------------------------------------------------------------------------------------
@@ -97,21 +108,21 @@ def test_torchs_generators_have_no_say() -> None:
 def test_any_masked_head_comes_back(
     tmp_path: Path, seed: int, classes: int, features: int, scale: bool, density: float, pooled: bool
 ) -> None:
-    where: dict[str, Any] = {"kind": "pooled-linear", "module": None, "pooling": "cls"} if pooled else {}
-    head = head_of(classes, features, seed=seed, density=density, scale=scale, **where)
+    where = Embedding(None, "cls") if pooled else Embedding("fc")
+    head = head_of(classes, features, seed=seed, density=density, scale=scale, embedding=where)
     path = tmp_path / "a.safetensors"
     save_adapter(path, Parts(MASKS, head), base_of(SHAPES))
     adapter = read_adapter(path)
-    found = adapter.head()
+    found = adapter.parts(stream=True).head
     assert found is not None
     assert torch.equal(found.weight.view(torch.int32), head.weight.view(torch.int32))
-    assert (found.kind, found.module, found.pooling, found.bias) == (head.kind, head.module, head.pooling, None)
+    assert (found.embedding, found.bias) == (where, None)
     assert found.random is not None
     assert head.random is not None
     assert (found.random.seed, found.random.mask) == (seed, head.random.mask)
     assert adapter.spans["default/head/mask"].shape == ((classes * features + 7) // 8,)
     assert "default/head/weight" not in adapter.spans
-    assert adapter.masks() == MASKS
+    assert adapter.parts().masks == MASKS
 
 
 def test_the_weight_is_the_formats_formula() -> None:
@@ -135,7 +146,7 @@ def test_description_convert_and_canonical_bytes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a/maskpack_config.json").read_text())["sets"]["default"]["head"] == stored
     assert render_card(describe(adapter))
     again = convert_adapter(adapter, tmp_path / "b", codec="raw")
-    found = again.head()
+    found = again.parts(stream=True).head
     assert found is not None
     assert torch.equal(found.weight, head.weight)
     assert bytes(again.bytes_of("default/head/mask")) == bytes(adapter.bytes_of("default/head/mask"))
@@ -150,15 +161,15 @@ def test_heads_that_would_not_come_back_are_refused(tmp_path: Path) -> None:
     flip = RandomWeight(7, PackedMask(mask.bits, mask.shape, "flip"))
     alpha = RandomWeight(7, PackedMask(mask.bits, mask.shape, alpha=0.5))
     for spoiled in (
-        Head("linear", dense + 1, None, "fc", random=good.random),
-        Head("linear", dense, torch.zeros(3), "fc", random=good.random),
-        Head("linear", flip.dense(), None, "fc", random=flip),
-        Head("linear", alpha.dense(), None, "fc", random=alpha),
+        Head(Embedding("fc"), dense + 1, random=good.random),
+        Head(Embedding("fc"), dense, torch.zeros(3), good.random),
+        Head(Embedding("fc"), flip.dense(), random=flip),
+        Head(Embedding("fc"), alpha.dense(), random=alpha),
     ):
         with pytest.raises(AdapterError, match="readers would not get this random head back, expected no bias, a mask"):
             save_adapter(tmp_path / "x.safetensors", Parts(MASKS, spoiled), base_of(SHAPES))
     huge = RandomWeight(2**32, mask)
-    spoiled = Head("linear", huge.dense(), None, "fc", random=huge)
+    spoiled = Head(Embedding("fc"), huge.dense(), random=huge)
     with pytest.raises(AdapterError, match=r"readers would refuse it: .*random\.seed is 4294967296, expected an int"):
         save_adapter(tmp_path / "x.safetensors", Parts(MASKS, spoiled), base_of(SHAPES))
     assert not list(tmp_path.iterdir())
@@ -234,7 +245,7 @@ def test_set_bits_in_the_padding_are_refused(valid: bytes, tmp_path: Path) -> No
     inner["data_blake3"] = blake3(forged).hexdigest()
     outer["__metadata__"]["maskpack"] = json.dumps(inner)
     adapter = read_adapter(write(tmp_path, join_file(outer, forged)))
-    for use in (adapter.head, adapter.verify):
+    for use in (adapter.parts, adapter.verify):
         with pytest.raises(
             CorruptAdapterError, match=r"spoiled\.safetensors: the mask of the head has set bits behind"
         ):

@@ -10,7 +10,7 @@ import huggingface_hub.constants as constants
 import pytest
 
 from maskpack import load_adapter
-from maskpack.adapter.signature import Envelope, public_keys, sign_adapter
+from maskpack.adapter.signature import public_keys, sign_adapter, statement_in
 from maskpack.errors import AdapterError, HubError, SignatureError, StateError
 from maskpack.hub.cache import remember
 from maskpack.hub.client import Session
@@ -35,7 +35,7 @@ def key(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def counter(hub: HubServer, repo_id: str = BIRDS) -> int:
-    return Envelope.from_bytes(hub.file(repo_id, SIGNATURE)).statement().counter
+    return statement_in(SIGNATURE, hub.file(repo_id, SIGNATURE)).counter
 
 
 def publish(folder: Path, seed: int, private: Path, ref: str = BIRDS) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskpack import MaskBank, identify
 from maskpack.adapter.content import Parts
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.identify import mixture, profiles
@@ -110,7 +110,7 @@ def test_slopes_are_those_of_the_definition(tiny: nn.Module) -> None:
     }
     parts = {
         name: Parts(
-            masks, Head("linear", torch.randn(3, 16), torch.randn(3), module="fc"), {"bn1.running_mean": torch.rand(8)}
+            masks, Head(Embedding("fc"), torch.randn(3, 16), torch.randn(3)), {"bn1.running_mean": torch.rand(8)}
         )
         for name, masks in sets.items()
     }
@@ -175,6 +175,6 @@ def test_what_cannot_be_asked(bank: MaskBank, tiny: nn.Module) -> None:
         profiles(bank, {})
     with pytest.raises(ConfigError, match="a profile needs two examples at least, and 'task0' has 1"):
         profiles(bank, {"task0": x[:1]})
-    heads = {name: Head("linear", torch.randn(2 + i, 16), module="fc") for i, name in enumerate("ab")}
+    heads = {name: Head(Embedding("fc"), torch.randn(2 + i, 16)) for i, name in enumerate("ab")}
     with pytest.raises(ConfigError, match="those of 'a', 'b' have not one shape; choose others, or how='each'"):
         superposition(tiny, {name: Parts(random_masks(tiny), head) for name, head in heads.items()})

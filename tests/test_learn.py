@@ -12,7 +12,7 @@ from torch import nn
 from maskpack import save_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.backbone.load import Backbone
-from maskpack.backbone.model import same_size_int
+from maskpack.backbone.model import Embedding, same_size_int
 from maskpack.errors import ConfigError, SelectionError
 from maskpack.mask import PackedMask
 from maskpack.preprocess import ImagePreprocess
@@ -34,7 +34,7 @@ def digits() -> Data:
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    return Backbone(model, "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model, "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_norms_and_biases_learn_travel_and_leave_the_backbone_as_it_was(
     assert all(not torch.equal(one, tiny.state_dict()[name]) for name, one in result.parts.parameters.items())
     after = bits(tiny)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    adapter = save_adapter(tmp_path / "x.safetensors", result.parts, result.base, weights=tiny, **result.about)
+    adapter = save_adapter(tmp_path / "x.safetensors", result.parts, result.base, result.about, weights=tiny)
     load_mask(tiny, read_adapter(adapter.path))
     with torch.no_grad():
         assert torch.equal(tiny.eval()(inputs), ended[-1])
@@ -189,7 +189,7 @@ def test_stages_are_the_modules_of_the_highest_level_that_are_not_nearly_all_of_
 
 def test_the_first_stage_is_the_models_first() -> None:
     model = nn.Sequential(OrderedDict(z=nn.Linear(4, 4), a=nn.Linear(4, 4), fc=nn.Linear(4, 2)))
-    scores = learn_scores(Backbone(model, "x", head="fc"), TrainConfig(selective="first:1"))
+    scores = learn_scores(Backbone(model, "x", embedding=Embedding("fc")), TrainConfig(selective="first:1"))
     model(torch.randn(3, 4)).square().sum().backward()
     assert {name: bool((one.grad != 0).any()) for name, one in scores.items()} == {"a.weight": False, "z.weight": True}
 

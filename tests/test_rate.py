@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from maskpack import inspect_adapter, save_adapter
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError
 from maskpack.mask import MaskSet, PackedMask, mask_id
 from maskpack.preprocess import ImagePreprocess
@@ -34,7 +35,7 @@ def digits() -> Data:
 
 
 def backbone_of(model: nn.Module) -> Backbone:
-    return Backbone(model, "tests:tiny", head="fc", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model, "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 def entropy(p: float) -> float:
@@ -196,7 +197,7 @@ def test_the_file_keeps_the_budget(tiny: nn.Module, digits: Data, tmp_path: Path
     result = train_mask(backbone_of(tiny), digits, config)
     for profile in ("default", "max"):
         path = tmp_path / f"{profile}.safetensors"
-        adapter = save_adapter(path, result.parts, result.base, profile=profile, weights=tiny, **result.about)
+        adapter = save_adapter(path, result.parts, result.base, result.about, profile=profile, weights=tiny)
         one = inspect_adapter(adapter)["sets"]["default"]
         assert one["payload_bytes"] + one["table_bytes"] <= 0.4 * one["weights"] / 8
         assert one["density"] < 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from maskpack.adapter.content import Parts
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, StoppedError
 from maskpack.lab.compare import compare
 from maskpack.preprocess import ImagePreprocess
@@ -64,7 +65,7 @@ def net() -> Backbone:
         torch.manual_seed(0)
         model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
                               nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    return Backbone(model.eval(), "tests:dropout", head="6", preprocess=ImagePreprocess(8, 8))
+    return Backbone(model.eval(), "tests:dropout", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
@@ -162,7 +163,7 @@ def test_what_was_read_is_not_read_again(digits: Data, tmp_path: Path, monkeypat
     resumed, again = run("cut", True)
     same(resumed, whole)
     assert resumed.about == whole.about
-    assert whole.about["training"]["data"]["unreadable"] > 0
+    assert whole.about.training["data"]["unreadable"] > 0
     assert again == seen[6 * config.batch_size :]
 
 
@@ -207,11 +208,11 @@ def test_a_constant_rate_with_more_steps_is_the_longer_run(first: dict[str, int]
         train_mask(net(), digits, replace(config, steps=13), longer=False, **options)
     longer = train_mask(net(), digits, replace(config, steps=13), **options)
     same(longer, whole)
-    made = short.about["training"]["steps"]
+    made = short.about.training["steps"]
     said = [f"resumed at step {made} of {made} with 13 steps"]
     assert [event["resumed"] for event in events if event["event"] == "resumed"] == said
-    assert longer.about["training"]["extended"] == said
-    assert "extended" not in whole.about["training"]
+    assert longer.about.training["extended"] == said
+    assert "extended" not in whole.about.training
     with pytest.raises(StateError, match="13 of 13 steps, and 12"):
         train_mask(net(), digits, replace(config, steps=12), **options)
     assert train_mask(net(), digits, replace(config, steps=13), **options).about == longer.about

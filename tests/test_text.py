@@ -17,9 +17,10 @@ import torch
 from maskpack_cli.main import app
 from typer.testing import CliRunner, Result
 
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, inspect_adapter
-from maskpack.adapter.write import Parts, save_adapter
-from maskpack.backbone.model import Head
+from maskpack.adapter.write import save_adapter
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import CorruptAdapterError, HubError, MaskpackError, escape
 
 from .fuzz.fuzz_cli import written_to
@@ -41,7 +42,7 @@ Header = dict[str, Any]
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("valid") / "x.safetensors"
-    parts = Parts(random_masks(dict.fromkeys(NAMES, (40,))), Head("linear", torch.rand(2, 2), torch.rand(2), "fc"))
+    parts = Parts(random_masks(dict.fromkeys(NAMES, (40,))), Head(Embedding("fc"), torch.rand(2, 2), torch.rand(2)))
     about: dict[str, Any] = {"class_names": ["x", "y"], "task": "image-classification", "preprocess": {"kind": "image"}}
     save_adapter(path, parts, base_of(NAMES), codec="zstd", training={"metrics": {"accuracy": 0.5}}, **about)
     return path.read_bytes()

@@ -16,7 +16,7 @@ from torch import nn
 
 from maskpack import fingerprint, load_mask, save_adapter
 from maskpack.backbone.load import Backbone
-from maskpack.backbone.model import same_size_int
+from maskpack.backbone.model import Embedding, same_size_int
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
@@ -83,7 +83,7 @@ def test_any_module_that_gives_logits(tiny: nn.Module, digits: Data) -> None:
 
 
 def test_the_record_says_all_that_reproduces_the_run(tiny_backbone: Backbone, digits: Data) -> None:
-    record = train_mask(tiny_backbone, digits, QUICK).about["training"]
+    record = train_mask(tiny_backbone, digits, QUICK).about.training
     assert record["data"]["rows"] == {"train": 323, "validation": 72, "test": 178}
     assert record["data"]["digest"] == digits.digest
     assert (record["data"]["id"], record["data"]["source"]) == ("digits:5-9", "digits")
@@ -128,7 +128,7 @@ def test_statistics_are_those_of_the_network_that_is_stored(
 ) -> None:
     config = TrainConfig(**{**QUICK.__dict__, "scale": False, **settings})
     result = train_mask(tiny_backbone, digits, config)
-    save_adapter(tmp_path, result.parts, result.base, **result.about)
+    save_adapter(tmp_path, result.parts, result.base, result.about)
     model = load_mask(copy.deepcopy(tiny_backbone.model), tmp_path)
     assert digits.train is not None
     batches = readable(loader(digits.train, tiny_backbone.preprocess, batch_size=config.batch_size))
@@ -183,7 +183,7 @@ def test_text_backbone(shared_minilm: Backbone, tmp_path: Path) -> None:
     config = TrainConfig(steps=3, batch_size=16, include=("encoder.layer.5.*.weight",), exclude=("*LayerNorm*",))
     result = train_mask(shared_minilm, load_data(str(tmp_path)), config)
     assert result.parts.head is not None
-    assert (result.parts.head.kind, result.parts.head.pooling) == ("pooled-linear", "mean")
+    assert (result.parts.head.module, result.parts.head.embedding.pooling) == (None, "mean")
     assert result.metrics["test_accuracy"] == 1.0
     assert same_bits(bits(shared_minilm.model), before)
 
@@ -308,7 +308,7 @@ def resumable(folder: Path, resume: bool = False, report: Any = None) -> Any:
                               nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
     from maskpack.preprocess import ImagePreprocess
 
-    backbone = Backbone(model.eval(), "tests:resumable", head="6", preprocess=ImagePreprocess(8, 8))
+    backbone = Backbone(model.eval(), "tests:resumable", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
     config = TrainConfig(epochs=4, batch_size=64, lr=0.05, augment="crop-flip", clip=1.0)
     return train_mask(backbone, load_data("digits:5-9"), config, output=folder, resume=resume, report=report)
 
@@ -429,7 +429,9 @@ def test_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
 
 
 def test_data_that_do_not_fit(tiny_backbone: Backbone, digits: Data, tmp_path: Path) -> None:
-    text = Backbone(tiny_backbone.model, "x", task="text-classification", head="fc", preprocess=TextPreprocess())
+    text = Backbone(
+        tiny_backbone.model, "x", task="text-classification", embedding=Embedding("fc"), preprocess=TextPreprocess()
+    )
     with pytest.raises(DataError, match="are for image-classification, the backbone x for text-classification"):
         train_mask(text, digits, QUICK)
     (tmp_path / "train.csv").write_text("text,label\na,b\n")
@@ -446,7 +448,7 @@ def test_a_model_that_changes_its_own_weights_is_noticed(digits: Data) -> None:
                 self.conv2.bias.add_(1)
             return super().forward(x)
 
-    backbone = Backbone(Drifts().eval(), "x", head="fc", preprocess=ImagePreprocess(8, 8))
+    backbone = Backbone(Drifts().eval(), "x", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
     with pytest.raises(TrainingError, match="the backbone's tensors changed during training: .* defect of maskpack"):
         train_mask(backbone, digits, QUICK)
 

@@ -1,5 +1,6 @@
 """maskpack inspect | verify | list."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +16,10 @@ RequireRevision = Annotated[
     bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
 ]
 RequireSignature = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Public key (PEM), or folder of keys: one must have signed it. (default: MASKPACK_REQUIRE_SIGNATURE's)"
+        help="Who must have signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER. "
+        "(default: MASKPACK_REQUIRE_SIGNATURE's)"
     ),
 ]
 Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly: file, index or folder.")]
@@ -39,7 +41,7 @@ def inspect(
     quiet_libraries(quiet)
     from maskpack import inspect_adapter
     from maskpack.adapter.card import member
-    from maskpack.adapter.describe import describe_signature
+    from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
     opened = open_adapter(ref, revision=revision, require_signature=require_signature, token=token)
@@ -84,8 +86,12 @@ def verify(
     revision: Revision = None,
     require_revision: RequireRevision = False,
     key: Annotated[
-        Path | None,
-        typer.Option(help="Public key (PEM), or folder of keys: also check that one of them signed the adapter."),
+        str | None,
+        typer.Option(
+            "--key",
+            "--require-signature",
+            help="Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
+        ),
     ] = None,
     token: Token = None,
     as_json: Json = False,
@@ -93,11 +99,8 @@ def verify(
 ) -> None:
     """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
     quiet_libraries(quiet)
-    from maskpack.adapter.describe import describe_signature
-    from maskpack.backbone.fingerprint import check_fingerprint
+    from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
-
-    from .use import base_of  # which takes its options from here
 
     opened = open_adapter(ref, revision=revision, require_revision=require_revision, require_signature=key, token=token)
     adapter = opened.adapter
@@ -106,6 +109,10 @@ def verify(
         report["signature"] = describe_signature(opened.contents, opened.signed)
     base = None
     if backbone is not None:
+        from maskpack.backbone.fingerprint import check_fingerprint
+
+        from .use import base_of  # which takes its options from here
+
         base = base_of(adapter, backbone, weights, random_weights).model
         report["base_matches_as"] = check_fingerprint(base, adapter.base)
     with progress_bar("Verifying", quiet or as_json) as step:
@@ -116,6 +123,16 @@ def verify(
     if left := report["needs_base"]:
         shown = ", ".join(left[:3]) + (", … (all: --json)" if len(left) > 3 else "")
         note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)
+
+
+REGISTRIES = {  # where the plug-ins of a kind are registered
+    "methods": ("maskpack.training.methods.base", "METHODS"),
+    "objectives": ("maskpack.training.objectives.base", "OBJECTIVES"),
+    "codecs": ("maskpack.codecs.base", "CODECS"),
+    "data": ("maskpack.training.data.base", "SOURCES"),
+    "importers": ("maskpack.importers.base", "IMPORTERS"),
+    "rows": ("maskpack.lab.baselines.base", "ROWS"),
+}
 
 
 def listing(
@@ -138,28 +155,13 @@ def listing(
             for a in cached_adapters()
         ]
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
-    elif what in ("methods", "objectives", "codecs", "data", "importers", "rows"):
-        from maskpack.codecs.base import CODECS
-        from maskpack.importers.base import IMPORTERS
-        from maskpack.lab.baselines.base import ROWS
-        from maskpack.training.data.base import SOURCES
-        from maskpack.training.methods.base import METHODS
-        from maskpack.training.objectives.base import OBJECTIVES
-
-        registry: Any = {
-            "methods": METHODS,
-            "objectives": OBJECTIVES,
-            "codecs": CODECS,
-            "data": SOURCES,
-            "importers": IMPORTERS,
-            "rows": ROWS,
-        }[what]
+    elif what in REGISTRIES:
+        module, name = REGISTRIES[what]
+        registry: Any = getattr(importlib.import_module(module), name)
         rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
         columns = [what.removesuffix("s"), "what", "reference"]
     else:
-        raise UnknownNameError(
-            f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers, rows"
-        )
+        raise UnknownNameError(f"cannot list {what!r}; known: adapters, {', '.join(REGISTRIES)}")
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:

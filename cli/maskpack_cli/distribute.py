@@ -23,7 +23,10 @@ def push(
     license: Annotated[str | None, typer.Option(help="Of the masks, for the card: apache-2.0, mit, … (SPDX)")] = None,
     tag: Annotated[str | None, typer.Option(help="Give the commit this tag, as v1.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
-    sign: Annotated[list[Path] | None, typer.Option(help="Private key (PEM) to sign it with; may be repeated.")] = None,
+    sign: Annotated[
+        list[str] | None,
+        typer.Option(help="Private key (PEM) to sign it with, or sigstore: with an identity; may be repeated."),
+    ] = None,
     token: Token = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -115,7 +118,12 @@ def pull(
 
 def sign(
     adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or its model file.")],
-    key: Annotated[list[Path], typer.Option(help="Private key (PEM): Ed25519 or P-256; may be repeated.")],
+    key: Annotated[
+        list[str],
+        typer.Option(
+            help="Private key (PEM): Ed25519 or P-256; or sigstore: an identity of a login or CI job. May be repeated."
+        ),
+    ],
     repository: Annotated[
         str | None, typer.Option(help="user/name on the Hub that it is for. (default: any; push --sign states it)")
     ] = None,
@@ -125,7 +133,7 @@ def sign(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Sign an adapter on this disk: writes maskpack_model.sig beside its model file."""
+    """Sign an adapter on this disk: writes maskpack_model.sig, or maskpack_model.sigstore.json, beside its model."""
     quiet_libraries(quiet)
     from maskpack.adapter.signature import sign_adapter
     from maskpack.errors import ConfigError
@@ -195,5 +203,7 @@ def register(app: typer.Typer) -> None:
             "openssl pkey -in key.pem -pubout -out public.pem",
             "maskpack sign ./my-mask --key key.pem --repository user/my-mask",
             "maskpack verify ./my-mask --key public.pem",
+            "maskpack sign ./my-mask --key sigstore",
+            "maskpack verify ./my-mask --require-signature me@example.org@https://accounts.google.com",
         )
     )(command(sign))

@@ -195,7 +195,7 @@ def _named_masks(
     for name, adapter, one in _sets(refs, token, lambda ref: Path(ref).name.removesuffix(".safetensors")):
         if name in masks:
             raise ConfigError(f"two masks would be called {name!r}; name the adapters, as in first=REF second=REF")
-        masks[name] = adapter.masks(base, one)
+        masks[name] = adapter.parts(one, base).masks
     return masks
 
 

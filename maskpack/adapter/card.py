@@ -326,6 +326,7 @@ def _joined(ours: list[str], theirs: Any) -> Any:
     return [*kept, *(one for one in ours if one not in kept)]
 
 
+CARD_FILE = "README.md"
 BEGIN, END = "<!-- maskpack:begin -->", "<!-- maskpack:end -->"
 FENCE = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)

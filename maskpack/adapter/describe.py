@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import SignatureError, escape
-from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json, beginning, dense_names
+from ..errors import escape
+from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json
 from .read import Adapter, read_adapter
-from .signature import SIGNATURE_FILE, Contents, Envelope, Signed
-from .tensors import PREFIX
+from .tensors import CASCADE, beginning, dense_names
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     neither payload, table nor dense tensor. The two ratios compare with the masked weights in float32 (whole file)
     and with one bit a weight (payloads and tables).
     """
-    header = adapter.header
+    header, about = adapter.header, adapter.about
     sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] + one["table_bytes"] for one in sets.values())
@@ -37,37 +36,15 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "data_blake3": header.data_digest,
         "index_bytes": adapter.size - coded - dense,
         "base": base_to_json(header.base),
-        "task": header.task,
-        "class_names": None if header.class_names is None else list(header.class_names),
-        "preprocess": header.preprocess,
-        "training": header.training,
+        "task": about.task,
+        "class_names": None if about.class_names is None else list(about.class_names),
+        "preprocess": about.preprocess,
+        "training": about.training,
         "weights": weights,
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
         "sets": sets,
         "cascade": _cascade(adapter),
-    }
-
-
-def describe_signature(contents: Contents, signed: Signed | None) -> dict[str, Any] | None:
-    """Return what the signature among an adapter's files says, as JSON values; None if there is none.
-
-    `verified` is True only if trusted keys were given, which `signed` is the result of.
-    """
-    if SIGNATURE_FILE not in contents:
-        return None
-    try:
-        envelope = Envelope.from_bytes(bytes(contents[SIGNATURE_FILE]))
-        statement = envelope.statement()
-    except SignatureError as error:
-        return {"keys": [], "repository": None, "counter": None, "verified": False, "state": str(error)}
-    fits = statement.covers(contents) or signed is not None
-    return {
-        "keys": list(signed.by if signed else sorted(envelope.signatures)),
-        "repository": statement.repository,
-        "counter": statement.counter,
-        "verified": signed is not None,
-        "state": "verified" if signed else "not verified: no key was given" if fits else "of other files than these",
     }
 
 
@@ -103,12 +80,12 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
 def _cascade(adapter: Adapter) -> dict[str, Any] | None:
     if adapter.header.cascade is None:
         return None
-    features, coordinates = adapter.spans[f"{PREFIX}router/components"].shape[::-1]
+    features, coordinates = adapter.spans[f"{CASCADE}router/components"].shape[::-1]
     return {
         **adapter.header.cascade.to_json(),
         "features": features,
         "coordinates": coordinates,
-        "bytes": _roles(adapter, PREFIX.rstrip("/")),
+        "bytes": _roles(adapter, CASCADE.rstrip("/")),
     }
 
 

@@ -1,4 +1,8 @@
-"""Keys that sign adapters and verify them: P-256 (ECDSA with SHA-256) and Ed25519, from PEM files."""
+"""Signatures of adapters: what they state, who may make them, and what is checked before anything signed is parsed.
+
+A signature is a file beside the model file: `maskpack_model.sig` is made with key pairs (PEM files, P-256 or Ed25519),
+`maskpack_model.sigstore.json` by an identity. Both hold a statement about the bytes of model and config.
+"""
 
 import base64
 import getpass
@@ -6,6 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,81 +18,120 @@ from typing import Any
 from blake3 import blake3
 
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, SignatureError, require
+from ..network import hides_secrets
 from ..safetensors_io import replacing, strict_json
 from .fields import Fields
 from .header import canonical_json
+from .identity import (
+    BUNDLE_FILE,
+    MAX_SIGNATURE,
+    PAYLOAD_TYPE,
+    Identity,
+    IdentitySigner,
+    bundle_payload,
+    verified_payload,
+)
 from .read import CONFIG_FILE, MODEL_FILE, Adapter, parse_files, read_bytes, read_files
 
+SIGNATURE_FILE = "maskpack_model.sig"
+DIGESTS = {BUNDLE_FILE: "sha256", SIGNATURE_FILE: "blake3"}  # signature files, and how each names the signed files
+SIGSTORE = "sigstore"  # in the place of a private key's file: sign with an identity
 PASSPHRASE = "MASKPACK_KEY_PASSPHRASE"
 TRUSTED = "MASKPACK_REQUIRE_SIGNATURE"
 MAX_KEY = 64 << 10  # bytes of a PEM file
+MAX_COUNTER = (1 << 53) - 1  # every JSON reader keeps such integers
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "urn:maskpack:adapter:v1"
 
-Keys = Mapping[str, Any]  # keys of `cryptography` by key id: hex SHA-256 of the public key's DER SubjectPublicKeyInfo
+Contents = Mapping[str, bytes | memoryview]  # of an adapter's files by name
+# Who signs or is trusted, by id: keys of `cryptography` by the hex SHA-256 of the public key's DER
+# SubjectPublicKeyInfo, and an Identity or IdentitySigner by NAME@ISSUER.
+Keys = Mapping[str, Any]
+
+
+def trusted_keys(given: str | os.PathLike[str] | None) -> Keys | None:
+    """Return who is trusted: the public keys of a PEM file or folder, or an identity NAME@https://ISSUER.
+
+    Args:
+        given: None for what MASKPACK_REQUIRE_SIGNATURE names; if it names nothing, None is returned.
+
+    Raises:
+        ConfigError: if there is no key, or one of the files is no public key of a kind that is known.
+    """
+    place = os.environ.get(TRUSTED) if given is None else given
+    if place is None:
+        return None
+    text = os.fspath(place)
+    if not text:
+        raise ConfigError(f"the place of the trusted keys is empty; give a file or folder, or unset {TRUSTED}")
+    identity = Identity.parse(text)
+    return public_keys(text) if identity is None else {str(identity): identity}
 
 
 def public_keys(path: str | os.PathLike[str]) -> Keys:
-    """Read the public keys that are trusted: a PEM file of one, or a folder whose `.pem` files are all read.
-
-    Raises:
-        ConfigError: if there is none, or one of the files is no public key of a kind that is known.
-    """
+    """Read the public key of a PEM file, or those of all `.pem` files of a folder. Raises as `trusted_keys`."""
     place = Path(path).expanduser()
     files = sorted(place.glob("*.pem")) if place.is_dir() else [place]
     if not files:
         raise ConfigError(f"the folder of trusted keys {place} has no .pem file; put the public keys there")
-    require("cryptography", "sign", "signatures")
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    keys = {}
-    for file in files:
-        content = _read(file)
-        if b"PRIVATE KEY" in content:
-            raise ConfigError(f"{file} is a private key, and a public one is expected: openssl pkey -in {file} -pubout")
-        try:
-            key = load_pem_public_key(content)
-        except (ValueError, UnsupportedAlgorithm) as error:
-            raise ConfigError(f"{file} is no public key in PEM (BEGIN PUBLIC KEY): {error}") from None
-        keys[key_id(_known(key, file))] = key
-    return keys
+    return {key_id(key): key for key in (_read_key(file, private=False) for file in files)}
 
 
-def trusted_keys(given: str | os.PathLike[str] | None) -> Keys | None:
-    """Return the trusted keys of a file or folder, else of the one that the environment names; None if neither does.
+def private_keys(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Keys:
+    """Read the private keys to sign with, PEM files (PKCS #8) of one each; the word "sigstore" means an identity.
 
-    Raises:
-        ConfigError: as `public_keys`.
-    """
-    place = os.environ.get(TRUSTED) if given is None else given
-    if place is not None and not os.fspath(place):
-        raise ConfigError(f"the place of the trusted keys is empty; give a file or folder, or unset {TRUSTED}")
-    return None if place is None else public_keys(place)
-
-
-def private_keys(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Keys:
-    """Read the private keys to sign with, PEM files (PKCS #8) of one each.
-
-    The passphrase of an encrypted one is that of the environment variable MASKPACK_KEY_PASSPHRASE, or asked for.
+    The passphrase of an encrypted key is that of the environment variable MASKPACK_KEY_PASSPHRASE, or asked for.
 
     Raises:
         ConfigError: if one cannot be read or is of no kind that is known, or the passphrase is missing or wrong.
+        SignatureError: if there is no identity to sign with.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    keys: dict[str, Any] = {}
+    for one in [given] if isinstance(given, str | os.PathLike) else given:
+        if os.fspath(one) == SIGSTORE:
+            signer = IdentitySigner()
+            keys[str(signer.identity)] = signer
+        else:
+            key = _read_key(Path(one).expanduser(), private=True)
+            keys[key_id(key.public_key())] = key
+    return keys
+
+
+def _read_key(file: Path, private: bool) -> Any:
     require("cryptography", "sign", "signatures")
     from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
-    keys = {}
-    for file in (Path(path).expanduser() for path in given):
-        content = _read(file)
-        secret = _passphrase(file) if b"ENCRYPTED" in content else None
-        try:
-            key = load_pem_private_key(content, secret)
-        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-            what = "cannot be opened with this passphrase, or" if secret else "is"
-            raise ConfigError(f"{file} {what} is no private key in PEM (BEGIN PRIVATE KEY): {error}") from None
-        keys[key_id(_known(key, file).public_key())] = key
-    return keys
+    try:
+        content = read_bytes(file, file, MAX_KEY)
+    except AdapterError as error:
+        raise ConfigError(f"cannot read a key: {error}; give a PEM file, or a folder of public keys") from None
+    if not private and b"PRIVATE KEY" in content:
+        raise ConfigError(f"{file} is a private key, and a public one is expected: openssl pkey -in {file} -pubout")
+    secret = _passphrase(file) if private and b"ENCRYPTED" in content else None
+    try:
+        key = load_pem_private_key(content, secret) if private else load_pem_public_key(content)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        kind = "private" if private else "public"
+        what = "cannot be opened with this passphrase, or is" if secret else "is"
+        raise ConfigError(f"{file} {what} no {kind} key in PEM (BEGIN {kind.upper()} KEY): {error}") from None
+    if isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
+        return key
+    kind = type(key).__name__
+    if isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey):
+        if isinstance(key.curve, ec.SECP256R1):
+            return key
+        kind = f"on the curve {key.curve.name}"
+    raise ConfigError(f"{file} is a key {kind}; expected Ed25519 or P-256: openssl genpkey -algorithm ed25519")
+
+
+def _passphrase(file: Path) -> bytes:
+    if (given := os.environ.get(PASSPHRASE)) is not None:
+        return given.encode()
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{file} is encrypted; set the environment variable {PASSPHRASE} to its passphrase")
+    return getpass.getpass(f"Passphrase of {file}: ").encode()
 
 
 def key_id(public: Any) -> str:
@@ -123,59 +167,16 @@ def _algorithm(public: Any) -> tuple[Any, ...]:
     return (ECDSA(SHA256()),) if isinstance(public, EllipticCurvePublicKey) else ()
 
 
-def _known(key: Any, file: Path) -> Any:
-    """Return a private or public key if it is of a kind that is known."""
-    from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-
-    elliptic = isinstance(key, ec.EllipticCurvePublicKey | ec.EllipticCurvePrivateKey)
-    if isinstance(key, ed25519.Ed25519PublicKey | ed25519.Ed25519PrivateKey):
-        return key
-    if elliptic and isinstance(key.curve, ec.SECP256R1):
-        return key
-    kind = f"on the curve {key.curve.name}" if elliptic else f"of the kind {type(key).__name__}"
-    raise ConfigError(f"{file} is a key {kind}; expected Ed25519 or P-256: openssl genpkey -algorithm ed25519")
-
-
-def _read(file: Path) -> bytes:
-    if not file.is_file():
-        raise ConfigError(f"there is no key file {file}; give a PEM file, or a folder of public keys")
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(MAX_KEY + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read the key {file}: {error.strerror}; check its permissions") from error
-    if len(content) > MAX_KEY:
-        raise ConfigError(f"{file} has over {MAX_KEY} bytes, which is no key; expected a PEM file of one key")
-    return content
-
-
-def _passphrase(file: Path) -> bytes:
-    if (given := os.environ.get(PASSPHRASE)) is not None:
-        return given.encode()
-    if not sys.stdin.isatty():
-        raise ConfigError(f"{file} is encrypted; set the environment variable {PASSPHRASE} to its passphrase")
-    return getpass.getpass(f"Passphrase of {file}: ").encode()
-
-
-SIGNATURE_FILE = "maskpack_model.sig"
-MAX_SIGNATURE = 64 << 10  # bytes; two hundred signatures fit
-MAX_COUNTER = (1 << 53) - 1  # every JSON reader keeps such integers
-PAYLOAD_TYPE = "application/vnd.in-toto+json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "urn:maskpack:adapter:v1"
-
-Contents = Mapping[str, bytes | memoryview]  # of an adapter's files by name
-
-
 @dataclass(frozen=True, slots=True)
 class Statement:
     """What a signature vouches for.
 
     Attributes:
-        files: bytes and hex BLAKE3 of the model file and, if there is one, of the config file, by name.
+        files: bytes and hex digest of the model file and, if there is one, of the config file, by name.
         mask_id, base: the adapter's, and the digests of its base by dtype.
         repository: on the Hub that it was signed for; None for any.
         counter: greater for each later version in a repository.
+        algorithm: of the digests of the files, "blake3" or "sha256".
     """
 
     files: Mapping[str, tuple[int, str]]
@@ -183,19 +184,12 @@ class Statement:
     base: Mapping[str, str]
     repository: str | None
     counter: int
-
-    @classmethod
-    def of(cls, contents: Contents, adapter: Adapter, repository: str | None, counter: int) -> "Statement":
-        """Return the statement for the files of an adapter; files that are not signed are left out."""
-        if not 0 < counter <= MAX_COUNTER:
-            raise ConfigError(f"the counter of a signature must be from 1 to {MAX_COUNTER}, got {counter}")
-        base = dict(adapter.header.base.digests)
-        return cls(_digests(contents), adapter.mask_id, base, repository, counter)
+    algorithm: str = "blake3"
 
     def to_bytes(self) -> bytes:
         """Return the statement in canonical JSON, as it is signed."""
         subject = [
-            {"annotations": {"size": size}, "digest": {"blake3": digest}, "name": name}
+            {"annotations": {"size": size}, "digest": {self.algorithm: digest}, "name": name}
             for name, (size, digest) in sorted(self.files.items())
         ]
         predicate = {
@@ -208,42 +202,57 @@ class Statement:
         return canonical_json({**kinds, "predicate": predicate, "subject": subject}).encode()
 
     @classmethod
-    def from_bytes(cls, payload: bytes) -> "Statement":
+    def from_bytes(cls, payload: bytes, algorithm: str = "blake3") -> "Statement":
         """Parse a statement; one that this release would write in other bytes is refused.
 
         Raises:
-            CorruptAdapterError: if anything in it is missing, unknown or not canonical.
+            SignatureError: if anything in it is missing, unknown or not canonical.
         """
-        outer = Fields.of(strict_json(payload, "the signed statement"), "$")
-        predicate, files = outer.object("predicate"), {}
-        for one in (Fields.of(value, "$.subject") for value in outer.array("subject")):
-            size = _integer(one.object("annotations"), "size")
-            files[one.one_of("name", (CONFIG_FILE, MODEL_FILE))] = size, one.object("digest").digest("blake3")
-        base = predicate.object("base")
-        counter = _integer(predicate, "counter")
-        repository = predicate.optional_text("repository")
-        digests = {dtype: base.digest(dtype) for dtype in base.members}
-        found = cls(files, predicate.digest("mask_id"), digests, repository, counter)
-        if not counter or MODEL_FILE not in files or found.to_bytes() != payload:
-            raise CorruptAdapterError(f"the signed statement is not a canonical one of type {PREDICATE_TYPE}")
+        try:
+            outer = Fields.of(strict_json(payload, "it"), "$")
+            predicate, files = outer.object("predicate"), {}
+            for one in (Fields.of(value, "$.subject") for value in outer.array("subject")):
+                size = _integer(one.object("annotations"), "size")
+                files[one.one_of("name", (CONFIG_FILE, MODEL_FILE))] = size, one.object("digest").digest(algorithm)
+            base = predicate.object("base")
+            counter, repository = _integer(predicate, "counter"), predicate.optional_text("repository")
+            digests = {dtype: base.digest(dtype) for dtype in base.members}
+            found = cls(files, predicate.digest("mask_id"), digests, repository, counter, algorithm)
+            if not counter or MODEL_FILE not in files or found.to_bytes() != payload:
+                raise CorruptAdapterError(f"it is not a canonical one of type {PREDICATE_TYPE}")
+        except CorruptAdapterError as error:
+            raise SignatureError(f"the signed statement cannot be read: {error}; sign anew") from None
         return found
 
     def covers(self, contents: Contents) -> bool:
         """Tell whether these are the signed files, none more and none less; others of an adapter do not count."""
-        return _digests(contents) == self.files
+        return _digests(contents, self.algorithm) == self.files
+
+
+def _digests(contents: Contents, algorithm: str) -> dict[str, tuple[int, str]]:
+    hashed = blake3 if algorithm == "blake3" else hashlib.sha256
+    signed = (CONFIG_FILE, MODEL_FILE)
+    return {name: (len(one), hashed(one).hexdigest()) for name, one in contents.items() if name in signed}
+
+
+def _integer(fields: Fields, key: str) -> int:
+    value = fields.get(key)
+    if type(value) is not int or not 0 <= value <= MAX_COUNTER:
+        raise fields.refuse(key, f"an integer from 0 to {MAX_COUNTER}")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A payload and signatures of it by key id, as DSSE has them."""
+    """A payload and signatures of it by key id, as DSSE has them: the content of `maskpack_model.sig`."""
 
     payload: bytes
     signatures: Mapping[str, bytes]
 
     def to_bytes(self) -> bytes:
         """Return the canonical JSON of the envelope."""
-        signatures = [{"keyid": id_, "sig": _text(self.signatures[id_])} for id_ in sorted(self.signatures)]
-        envelope = {"payload": _text(self.payload), "payloadType": PAYLOAD_TYPE, "signatures": signatures}
+        signatures = [{"keyid": id_, "sig": _base64(self.signatures[id_])} for id_ in sorted(self.signatures)]
+        envelope = {"payload": _base64(self.payload), "payloadType": PAYLOAD_TYPE, "signatures": signatures}
         return canonical_json(envelope).encode()
 
     @classmethod
@@ -268,71 +277,76 @@ class Envelope:
             raise SignatureError(f"{SIGNATURE_FILE} is no signature: {error}; fetch it again, or sign anew") from None
         return found
 
-    def statement(self) -> Statement:
-        """Return what the envelope states, verified or not.
-
-        Raises:
-            SignatureError: if it is no statement about an adapter.
-        """
-        try:
-            return Statement.from_bytes(self.payload)
-        except CorruptAdapterError as error:
-            raise SignatureError(f"{SIGNATURE_FILE} has no statement that can be read: {error}; sign anew") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Signed:
-    """A statement, and the ids of the trusted keys whose signatures of it were verified."""
-
-    statement: Statement
-    by: tuple[str, ...]
-
 
 def pae(payload: bytes) -> bytes:
     """Return the bytes that are signed: DSSE's pre-authentication encoding of a payload with its type."""
     return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE.encode(), len(payload), payload)
 
 
-def check_envelope(content: bytes, keys: Keys) -> Signed:
-    """Verify the signatures by trusted keys; the statement is parsed after that.
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def _short(ids: Iterable[str]) -> str:
+    return ", ".join(id_[:16] for id_ in sorted(ids)[:5])
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A statement, and the ids of the trusted keys, or the identity, whose signatures of it were verified."""
+
+    statement: Statement
+    by: tuple[str, ...]
+
+
+def statement_in(file: str, content: bytes) -> Statement:
+    """Return what a signature file of a name states; nothing is verified. Raises SignatureError if it is none."""
+    payload = bundle_payload(content) if file == BUNDLE_FILE else Envelope.from_bytes(content).payload
+    return Statement.from_bytes(payload, DIGESTS[file])
+
+
+def verified(file: str, content: bytes, keys: Keys) -> Signed:
+    """Verify the signatures by trusted keys in a signature file of a name; the statement is parsed after that.
 
     Raises:
         SignatureError: if there is none by a trusted key, or one that names a trusted key is not by it.
     """
+    if file == BUNDLE_FILE:
+        ((id_, identity),) = keys.items()
+        return Signed(Statement.from_bytes(verified_payload(content, identity), DIGESTS[file]), (id_,))
     envelope = Envelope.from_bytes(content)
     by = tuple(id_ for id_ in sorted(envelope.signatures) if id_ in keys)
     if not by:
         raise SignatureError(
-            f"it is signed by {', '.join(map(_short, sorted(envelope.signatures)[:5]))} and by none of the trusted "
-            f"keys, {', '.join(map(_short, sorted(keys)[:5]))}; ask its owner, or trust that key"
+            f"it is signed by {_short(envelope.signatures)} and by none of the trusted keys, {_short(keys)}; ask its "
+            "owner, or trust that key"
         )
     for id_ in by:
         if not is_signature_of(pae(envelope.payload), envelope.signatures[id_], keys[id_]):
             raise SignatureError(
-                f"the signature does not verify with the key {_short(id_)} that it names; it is damaged or forged, "
+                f"the signature does not verify with the key {id_[:16]} that it names; it is damaged or forged, "
                 "fetch it again"
             )
-    return Signed(envelope.statement(), by)
+    return Signed(Statement.from_bytes(envelope.payload), by)
 
 
-def check_signature(
-    content: bytes | None, keys: Keys, contents: Contents, repository: str | None = None, alone: bool = False
-) -> Signed:
+def check_signature(contents: Contents, keys: Keys, repository: str | None = None, alone: bool = False) -> Signed:
     """Verify the bytes of an adapter's files, before anything of them is decoded.
 
     Args:
-        content: of the signature file; None if there is none. keys: trusted public keys.
-        contents: what the files are, by name.
+        contents: what the files are, by name, the signature's among them.
+        keys: trusted public keys, or one identity.
         repository: that they come from; None for those on a disk, which may be signed for any.
         alone: only the model file was read, so that a config file need not be there.
 
     Raises:
         SignatureError: if they are not just the files that were signed, by a trusted key, for this repository.
     """
-    if content is None:
-        raise SignatureError("it is not signed, and a signature is required; ask its owner for a signed one")
-    signed = check_envelope(content, keys)
-    found, stated = _digests(contents), signed.statement.files
+    file = BUNDLE_FILE if any(isinstance(key, Identity) for key in keys.values()) else SIGNATURE_FILE
+    if file not in contents:
+        raise SignatureError(f"it is not signed, and a signature is required: there is no {file}; ask its owner for it")
+    signed = verified(file, bytes(contents[file]), keys)
+    found, stated = _digests(contents, DIGESTS[file]), signed.statement.files
     wrong = [name for name in sorted({*found, *stated}) if found.get(name) != stated.get(name)]
     if wrong and not (alone and wrong == [CONFIG_FILE]):
         raise SignatureError(f"{' and '.join(wrong)}: changed, added or removed since it was signed; fetch it again")
@@ -354,11 +368,10 @@ def parse_signed(
     """
     if keys is None:
         return parse_files(files), None
-    contents = {name: one for name, (_, one) in files.items()}
     try:
-        content = bytes(contents[SIGNATURE_FILE]) if SIGNATURE_FILE in contents else None
-        signed = check_signature(content, keys, contents, repository, alone)
-        adapter, one = parse_files(files), signed.statement
+        signed = check_signature({name: one for name, (_, one) in files.items()}, keys, repository, alone)
+        one = signed.statement
+        adapter = parse_files(files, one.files[MODEL_FILE][1] if one.algorithm == "blake3" else None)
         if (one.mask_id, dict(one.base)) != (adapter.mask_id, dict(adapter.header.base.digests)):
             raise SignatureError("the signed statement has another mask_id or base than the adapter; sign it anew")
     except SignatureError as error:
@@ -366,78 +379,102 @@ def parse_signed(
     return adapter, signed
 
 
-def signature_path(model: Path) -> Path:
-    """Return where the signature of a model file lies."""
-    return model.with_suffix(".sig")
+def describe_signature(contents: Contents, signed: Signed | None) -> dict[str, Any] | None:
+    """Return what the signature among an adapter's files says, as JSON values; None if there is none.
 
-
-def _digests(contents: Contents) -> dict[str, tuple[int, str]]:
-    signed = (CONFIG_FILE, MODEL_FILE)
-    return {name: (len(one), blake3(one).hexdigest()) for name, one in contents.items() if name in signed}
-
-
-def _integer(fields: Fields, key: str) -> int:
-    value = fields.get(key)
-    if type(value) is not int or not 0 <= value <= MAX_COUNTER:
-        raise fields.refuse(key, f"an integer from 0 to {MAX_COUNTER}")
-    return value
-
-
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
-
-
-def _short(key_id: str) -> str:
-    return key_id[:16]
+    `verified` is True only if trusted keys or an identity were given, which `signed` is the result of.
+    """
+    file = next((file for file in (SIGNATURE_FILE, BUNDLE_FILE) if file in contents), None)
+    if file is None:
+        return None
+    keys: list[str] = []
+    try:
+        statement = signed.statement if signed else statement_in(file, bytes(contents[file]))
+        if signed:
+            keys = list(signed.by)
+        elif file == SIGNATURE_FILE:
+            keys = sorted(Envelope.from_bytes(bytes(contents[file])).signatures)
+    except SignatureError as error:
+        return {"keys": [], "repository": None, "counter": None, "verified": False, "state": str(error)}
+    fits = signed is not None or statement.covers(contents)
+    return {
+        "keys": keys,
+        "repository": statement.repository,
+        "counter": statement.counter,
+        "verified": signed is not None,
+        "state": "verified" if signed else "not verified: no key was given" if fits else "of other files than these",
+    }
 
 
 def renewed(
-    content: bytes | None,
+    there: Contents,
     contents: Contents,
     adapter: Adapter,
     keys: Keys,
     repository: str | None,
     counter: int | None = None,
     least: int = 0,
-) -> bytes:
-    """Return the content of a signature file for an adapter, signed with private keys.
+) -> dict[str, bytes]:
+    """Return the signature files of an adapter by name, signed with private keys or an identity.
 
     One that is there and states the same is kept, and gets the signatures that it lacks.
 
     Args:
-        content: of the signature file that is there; None if there is none.
+        there: the signature files that are there, by name. contents: the adapter's files.
         counter: None for one more than that of the version before, which one of the keys must have signed.
         least: a counter that was seen elsewhere; with `counter` None it is exceeded as well.
 
     Raises:
-        SignatureError: if the version before is signed by other keys only, so that its counter cannot be believed.
+        ConfigError: if the counter is out of range.
+        SignatureError: if the version before is signed by others only, so that its counter cannot be believed.
     """
+    identities = {id_: key for id_, key in keys.items() if isinstance(key, IdentitySigner)}
+    makers = {BUNDLE_FILE: identities, SIGNATURE_FILE: {id_: key for id_, key in keys.items() if id_ not in identities}}
+    makers = {file: own for file, own in makers.items() if own}
+
+    def stated(file: str, counter: int) -> Statement:
+        files, base = _digests(contents, DIGESTS[file]), dict(adapter.header.base.digests)
+        return Statement(files, adapter.mask_id, base, repository, counter, DIGESTS[file])
+
     if counter is None:
-        counter, before = least, None
-        if content is not None:
-            try:
-                before = check_envelope(content, {id_: key.public_key() for id_, key in keys.items()}).statement
-            except SignatureError as error:
-                raise SignatureError(
-                    f"the counter of the version before cannot be believed: {error}; sign with a key of that version "
-                    f"as well, or state the counter: maskpack sign … --counter N"
-                ) from None
-            counter = max(before.counter, least)
-        if before is None or Statement.of(contents, adapter, repository, counter) != before:
+        before = {file: _believed(file, bytes(there[file]), own) for file, own in makers.items() if file in there}
+        counter = max([least, *(one.counter for one in before.values())])
+        if not before or any(stated(file, counter) != one for file, one in before.items()):
             counter += 1
-    payload = Statement.of(contents, adapter, repository, counter).to_bytes()
-    made: dict[str, bytes] = {}
+    if not 0 < counter <= MAX_COUNTER:
+        raise ConfigError(f"the counter of a signature must be from 1 to {MAX_COUNTER}, got {counter}")
+    return {
+        file: _sign(file, bytes(there.get(file, b"")), stated(file, counter).to_bytes(), own)
+        for file, own in makers.items()
+    }
+
+
+def _believed(file: str, content: bytes, own: Keys) -> Statement:
+    """Return what a version before states, if one of those who sign signed it."""
+    public = {id_: key.identity if isinstance(key, IdentitySigner) else key.public_key() for id_, key in own.items()}
     try:
-        if content is not None and (there := Envelope.from_bytes(content)).payload == payload:
-            made = dict(there.signatures)
-    except SignatureError:
-        pass  # what is there is no signature, and goes
-    for id_, key in keys.items():
+        return verified(file, content, public).statement
+    except SignatureError as error:
+        raise SignatureError(
+            f"the counter of the version before cannot be believed: {error}; sign with a key of that version as well, "
+            "or state the counter: maskpack sign … --counter N"
+        ) from None
+
+
+def _sign(file: str, there: bytes, payload: bytes, own: Keys) -> bytes:
+    if file == BUNDLE_FILE:
+        (signer,) = own.values()
+        return bytes(signer.sign(payload, there or None))
+    made: dict[str, bytes] = {}
+    with suppress(SignatureError):  # what is there may be no signature
+        made = dict(envelope.signatures) if (envelope := Envelope.from_bytes(there)).payload == payload else {}
+    for id_, key in own.items():
         if id_ not in made or not is_signature_of(pae(payload), made[id_], key.public_key()):
             made[id_] = signature_of(pae(payload), key)
     return Envelope(payload, made).to_bytes()
 
 
+@hides_secrets
 def sign_adapter(
     path: str | os.PathLike[str],
     keys: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
@@ -445,10 +482,11 @@ def sign_adapter(
     repository: str | None = None,
     counter: int | None = None,
 ) -> Signed:
-    """Sign an adapter on this disk with the private keys of PEM files, and write the signature beside its model file.
+    """Sign an adapter on this disk, and write the signature beside its model file.
 
     Args:
-        path: its folder, or a model file alone. repository, counter: as of `Statement` and `renewed`.
+        path: its folder, or a model file alone. keys: as of `private_keys`.
+        repository, counter: as of `Statement` and `renewed`.
 
     Raises:
         AdapterError: if it is not a whole adapter. ConfigError: if a key cannot be used.
@@ -456,23 +494,34 @@ def sign_adapter(
     """
     private = private_keys(keys)
     files = read_files(Path(path).expanduser())
-    target = signature_path(files[MODEL_FILE][0])
-    there = read_bytes(target, target, MAX_SIGNATURE) if target.exists() else None
-    contents = {name: content for name, (_, content) in files.items()}
-    made = renewed(there, contents, parse_files(files), private, repository, counter)
-    with replacing(target) as (temporary,):
-        temporary.write_bytes(made)
-    return check_envelope(made, {id_: key.public_key() for id_, key in private.items()})
+    model, contents = files[MODEL_FILE][0], {name: content for name, (_, content) in files.items()}
+    made = renewed(read_signatures(model), contents, parse_files(files), private, repository, counter)
+    with replacing(*(signature_path(model, file) for file in made)) as unfinished:
+        for temporary, content in zip(unfinished, made.values(), strict=True):
+            temporary.write_bytes(content)
+    return Signed(statement_in(*next(iter(made.items()))), tuple(private))
+
+
+def signature_path(model: Path, file: str = SIGNATURE_FILE) -> Path:
+    """Return where a signature file of a model file is: beside it, under its name."""
+    return model.with_suffix(file.removeprefix("maskpack_model"))
+
+
+def read_signatures(model: Path) -> dict[str, bytes]:
+    """Return the contents of the signature files beside a model file, by the name that the format gives them."""
+    found = {file: signature_path(model, file) for file in DIGESTS}
+    return {file: read_bytes(path, path, MAX_SIGNATURE) for file, path in found.items() if path.exists()}
 
 
 def remove_signature(model: Path) -> None:
-    """Remove the signature of a model file that is about to be replaced; of a file alone, if it is one of ours."""
-    path = signature_path(model)
-    if not path.is_file():
-        return
-    try:
-        Envelope.from_bytes(read_bytes(path, path, MAX_SIGNATURE))
-    except AdapterError:
-        if path.name != SIGNATURE_FILE:
-            return
-    path.unlink(missing_ok=True)
+    """Remove the signatures of a model file that is about to be replaced; of a file alone, those that are ours."""
+    for file in DIGESTS:
+        path = signature_path(model, file)
+        if not path.is_file():
+            continue
+        if path.name != file:
+            try:
+                statement_in(file, read_bytes(path, path, MAX_SIGNATURE))
+            except AdapterError:
+                continue
+        path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import BackboneError, DataError
 from .load import Backbone
-from .model import Head, Pooling, swap_module, unwrap
+from .model import Embedding, Head, swap_module, unwrap
 
 Inputs = Tensor | dict[str, Tensor]
 Batch = tuple[Inputs, Tensor]
@@ -33,72 +33,36 @@ def taken(inputs: Inputs, rows: Tensor) -> Inputs:
     return inputs[rows.to(inputs.device)]
 
 
-def pool(hidden: Tensor, attention: Tensor, pooling: Pooling, normalize: bool) -> Tensor:
-    """Return one embedding per text.
-
-    Args:
-        hidden: (B, T, D), where B is the batch size, T the tokens, D the features.
-        attention: (B, T), 1 for tokens and 0 for padding.
-
-    Returns:
-        (B, D).
-    """
-    if pooling == "cls":
-        embedding = hidden[:, 0]
+def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
+    """Return the embeddings (B, D) of a text encoder or a CLIP-like vision tower."""
+    if embedding.pooling == "projection":
+        assert isinstance(inputs, Tensor)
+        # nothing is interpolated at the tower's own size
+        output = model(pixel_values=inputs.to(next(model.parameters()).dtype), interpolate_pos_encoding=True)
+        # SigLIP has no projection: its pooled state is the embedding
+        found: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
     else:
-        weights = attention.unsqueeze(-1).to(hidden.dtype)
-        embedding = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
-
-
-def encode(model: nn.Module, inputs: Inputs, pooling: Pooling, normalize: bool) -> Tensor:
-    """Return one embedding per example, (B, D), from a text encoder or a CLIP-like vision tower."""
-    if pooling != "projection":
         assert isinstance(inputs, dict)
-        return pool(model(**inputs).last_hidden_state, inputs["attention_mask"], pooling, normalize)
-    assert isinstance(inputs, Tensor)
-    images = inputs.to(next(model.parameters()).dtype)
-    # nothing is interpolated at the tower's own size
-    output = model(pixel_values=images, interpolate_pos_encoding=True)
-    # SigLIP has no projection: its pooled state is the embedding
-    embedding: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
-    return nn.functional.normalize(embedding, dim=-1) if normalize else embedding
+        hidden = model(**inputs).last_hidden_state  # (B, T, D)
+        weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        mean = embedding.pooling == "mean"
+        found = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1) if mean else hidden[:, 0]
+    return nn.functional.normalize(found, dim=-1) if embedding.normalize else found
 
 
 class Classifier(nn.Module):
-    """A backbone with its head.
+    """A model with a linear head, which replaces the module that `embedding` names or follows the encoder."""
 
-    Args:
-        model: the backbone.
-        linear: the head.
-        module: where in the model the head is; None puts it behind the encoder.
-        pooling, normalize: how an encoder's output becomes one embedding.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        linear: nn.Linear,
-        module: str | None = None,
-        pooling: Pooling | None = None,
-        normalize: bool = False,
-    ):
+    def __init__(self, model: nn.Module, linear: nn.Linear, embedding: Embedding):
         super().__init__()
-        self.model = model
-        self.linear = linear
-        self.module, self.pooling, self.normalize = module, pooling, normalize
-        if module is not None:
-            swap_module(model, module, linear)
-
-    def embed(self, inputs: Inputs) -> Tensor:
-        """Return what an encoder's head gets, (B, D)."""
-        assert self.pooling is not None
-        return encode(self.model, inputs, self.pooling, self.normalize)
+        self.model, self.linear, self.embedding = model, linear, embedding
+        if embedding.module is not None:
+            swap_module(model, embedding.module, linear)
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the logits, (B, classes)."""
-        if self.module is None:
-            logits: Tensor = self.linear(self.embed(inputs))
+        if self.embedding.module is None:
+            logits: Tensor = self.linear(encode(self.model, inputs, self.embedding))
         else:
             assert isinstance(inputs, Tensor)
             output = self.model(inputs.to(self.linear.weight.dtype))
@@ -108,14 +72,8 @@ class Classifier(nn.Module):
     def head(self) -> Head:
         """Return the head's tensors, copied to the CPU."""
         bias = self.linear.bias
-        return Head(
-            kind="linear" if self.pooling is None else "pooled-linear",
-            weight=self.linear.weight.detach().cpu().clone(),
-            bias=None if bias is None else bias.detach().cpu().clone(),
-            module=self.module,
-            pooling=self.pooling,
-            normalize=self.normalize,
-        )
+        weight = self.linear.weight.detach().cpu().clone()
+        return Head(self.embedding, weight, None if bias is None else bias.detach().cpu().clone())
 
 
 def linear_from(head: Head) -> nn.Linear:
@@ -130,14 +88,13 @@ def linear_from(head: Head) -> nn.Linear:
 
 def classifier_from(model: nn.Module, head: Head) -> Classifier:
     """Return a classifier that computes with `head` behind an encoder, or with the head that the model has."""
-    if head.kind == "linear":
-        assert head.module is not None
+    if head.module is not None:
         linear = unwrap(model).get_submodule(head.module)
         assert isinstance(linear, nn.Linear)
-        return Classifier(model, linear, head.module)
+        return Classifier(model, linear, head.embedding)
     example = next(model.parameters())
     linear = linear_from(head).to(example.device, example.dtype)
-    return Classifier(model, linear, None, head.pooling, head.normalize)
+    return Classifier(model, linear, head.embedding)
 
 
 @torch.no_grad()
@@ -152,7 +109,7 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
         DataError: if there is no batch.
     """
     model, head = backbone.model, backbone.head
-    if head is None and backbone.pooling is None:
+    if backbone.embedding == Embedding():
         raise BackboneError(f"the backbone {backbone.id} has no head whose input could be read; name it with head=NAME")
     example = next(model.parameters())
     collected: list[Tensor] = []
@@ -163,8 +120,8 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
 
     def step(inputs: Inputs, y: Tensor) -> None:
         inputs = to_device(inputs, example.device)
-        if backbone.pooling is not None:
-            collected.append(encode(model, inputs, backbone.pooling, backbone.normalize).float().cpu())
+        if head is None:
+            collected.append(encode(model, inputs, backbone.embedding).float().cpu())
         elif isinstance(inputs, Tensor):
             model(inputs.to(example.dtype))
         else:

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .model import body, canonical, inside, unwrap
+from .model import CASTS, PREFIX, Fingerprint, body, canonical, inside, unwrap
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
@@ -165,31 +165,7 @@ def _source(cls: type) -> str:
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
-CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-PREFIX = 6  # bytes kept of a tensor's digest, for each cast
 WORTH = 1 << 17  # weights; hashing fewer takes less than a thread costs
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """Identity of a backbone's body.
-
-    Attributes:
-        id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
-        revision: Hub commit, torchvision weights enum, or None.
-        dtype: dtype of the body when the fingerprint was taken, as in "float32".
-        head: names of modules outside the body.
-        digests: dtype name -> hex BLAKE3 of the body cast to that dtype.
-        tensors: parameter name -> first 18 bytes as in `maskpack.base`: 6 bytes each of the digest of the tensor
-            cast to float32, bfloat16, float16.
-    """
-
-    id: str
-    revision: str | None
-    dtype: str
-    head: tuple[str, ...]
-    digests: Mapping[str, str]
-    tensors: Mapping[str, bytes]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -247,15 +223,15 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     tensors = _with_data(body(model, head))
     digests: dict[str, str] = {}
     prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
-    for dtype in CASTS:
-        each = tensor_digests(tensors, dtype)
-        digests[_name(dtype)] = _body_digest(tensors, each)
-        prefixes = {name: prefix + each[name][:PREFIX] for name, prefix in prefixes.items()}
+    for name in CASTS:
+        each = tensor_digests(tensors, getattr(torch, name))
+        digests[name] = _body_digest(tensors, each)
+        prefixes = {tensor: prefix + each[tensor][:PREFIX] for tensor, prefix in prefixes.items()}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
 
 
 def _prefix(expected: Fingerprint, name: str, dtype: torch.dtype) -> bytes:
-    at = CASTS.index(dtype) * PREFIX
+    at = CASTS.index(_name(dtype)) * PREFIX
     return expected.tensors[name][at : at + PREFIX]
 
 

@@ -20,8 +20,8 @@ from ..safetensors_io import read_tensors, write_tensors
 from .model import (
     BLOCK,
     MAX_SEED,
+    Embedding,
     Head,
-    Pooling,
     aliases,
     canonical,
     find_head,
@@ -226,29 +226,31 @@ class Backbone:
         model: in evaluation mode.
         id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
         revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
-        head: dotted name of the linear layer that gives the logits; None for an encoder.
+        embedding: the input of its head, or an encoder's pooled output; `Embedding()` if the head is unknown.
         outside: modules that do not belong to the body: the head, or an encoder's unused pooler.
         preprocess: what the model expects of its inputs.
         tokenizer: of a text backbone, else None.
-        pooling, normalize: how an encoder's output becomes one embedding; "projection" for a CLIP-like vision tower.
     """
 
     model: nn.Module
     id: str
     revision: str | None = None
     task: Task = "image-classification"
-    head: str | None = None
+    embedding: Embedding = field(default_factory=Embedding)
     preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
-    pooling: Pooling | None = None
-    normalize: bool = False
+
+    @property
+    def head(self) -> str | None:
+        """Dotted name of the linear layer that gives the logits; None for an encoder."""
+        return self.embedding.module
 
     @property
     def outside(self) -> tuple[str, ...]:
         """Modules that do not belong to the body: the head, or an encoder's unused pooler."""
         if self.head is not None:
             return (self.head,)
-        return ("pooler",) if self.pooling is not None and hasattr(self.model, "pooler") else ()
+        return ("pooler",) if self.embedding.pooling is not None and hasattr(self.model, "pooler") else ()
 
     @property
     def features(self) -> int:
@@ -259,10 +261,10 @@ class Backbone:
         """
         if self.head is not None:
             return head_features(self.model, self.head)
-        if self.pooling is None:
+        if self.embedding.pooling is None:
             raise BackboneError(f"the backbone {self.id} has no linear layer that could be its head; add one")
         config: Any = self.model.config
-        projected = getattr(config, "projection_dim", None) if self.pooling == "projection" else None
+        projected = getattr(config, "projection_dim", None) if self.embedding.pooling == "projection" else None
         return int(projected or config.hidden_size)
 
 
@@ -330,10 +332,10 @@ def _from_transformers(
         stated = stated_preprocess(transformers.AutoImageProcessor.from_pretrained(repo, **options), image_size)
         if tower_name(config) is None:
             return Backbone(model, id_, commit, preprocess=stated)
-        return Backbone(model, id_, commit, preprocess=stated, pooling="projection", normalize=True)
+        return Backbone(model, id_, commit, embedding=Embedding(None, "projection", True), preprocess=stated)
     tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
     text = TextPreprocess(min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length)))
-    return Backbone(model, id_, commit, "text-classification", None, text, tokenizer, "mean", normalize=True)
+    return Backbone(model, id_, commit, "text-classification", Embedding(None, "mean", True), text, tokenizer)
 
 
 def _factory(reference: str, image_size: int | None) -> Backbone:
@@ -434,10 +436,10 @@ def load_backbone(
         backbone = replace(
             backbone, preprocess=replace(stated, mean=tuple(mean or stated.mean), std=tuple(std or stated.std))
         )
-    if backbone.pooling == "projection" and head is not None:
+    if backbone.embedding.pooling == "projection" and head is not None:
         raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
-    if backbone.pooling is None or head is not None:
-        backbone = replace(backbone, head=find_head(backbone.model, head), pooling=None)
+    if backbone.embedding.pooling is None or head is not None:
+        backbone = replace(backbone, embedding=Embedding(find_head(backbone.model, head)))
     if weights is not None:
         load_weights(backbone.model, weights, backbone.head)
     backbone.model.eval()
@@ -461,7 +463,7 @@ def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> 
         BackboneError: if the backbone is not CLIP-like, or has no text tower that can be loaded.
     """
     transformers = require("transformers", "train", "loading a text tower")
-    if backbone.pooling != "projection":
+    if backbone.embedding.pooling != "projection":
         raise BackboneError(
             f"a text head needs a CLIP-like backbone (hf/ and a model of type {', '.join(TOWERS)}), and {backbone.id} "
             f"is none; take a linear or a masked head"
@@ -494,4 +496,4 @@ def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> 
         rows.append(found if isinstance(found, Tensor) else found.pooler_output)
     weight = nn.functional.normalize(torch.cat(rows), dim=-1) * model.logit_scale.exp()
     bias = model.logit_bias.expand(len(weight)).clone() if hasattr(model, "logit_bias") else None
-    return Head("pooled-linear", weight, bias, pooling="projection", normalize=True)
+    return Head(Embedding(None, "projection", True), weight, bias)

@@ -1,17 +1,22 @@
-"""A backbone: names and tensors of its body, its head, and what of it is an embedding."""
+"""A backbone: names and tensors of its body, its head, and what of it is an embedding.
+
+torch is imported where modules and tensors are looked at: what an adapter says of its base is read without it.
+"""
+
+from __future__ import annotations
 
 import difflib
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import BackboneError, UnknownNameError
 from ..mask import PackedMask, masked_weight
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 BLOCK = 1 << 16  # weights that one hash stands for, so that memory beside the result is bounded
 MAX_WEIGHTS = 1 << 27
@@ -23,6 +28,8 @@ def random_weight(seed: int, classes: int, features: int) -> Tensor:
 
     They are uniform between -1 / sqrt(features) and 1 / sqrt(features), as those of a new `nn.Linear`; no value is 0.
     """
+    import torch
+
     whole = torch.empty(classes * features)
     for block, part in enumerate(torch.split(whole, BLOCK)):
         words = random_words(f"maskpack head {seed} {block}", len(part))
@@ -33,6 +40,8 @@ def random_weight(seed: int, classes: int, features: int) -> Tensor:
 
 def random_words(label: str, count: int) -> Tensor:
     """Return `count` numbers from 0 to 2**24 - 1, int32: the upper three bytes of the words of SHAKE-128 of a text."""
+    import torch
+
     words = hashlib.shake_128(label.encode()).digest(4 * count)
     return torch.frombuffer(bytearray(words), dtype=torch.int32) >> 8 & 0xFFFFFF
 
@@ -51,6 +60,8 @@ class RandomWeight:
 
     def dense(self) -> Tensor:
         """Return the masked weight, (classes, features) float32 on the CPU."""
+        import torch
+
         classes, features = self.mask.shape
         alpha = None if self.mask.alpha is None else torch.tensor(self.mask.alpha, dtype=torch.float32)
         return masked_weight(random_weight(self.seed, classes, features), self.mask.tensor(), alpha)
@@ -58,6 +69,8 @@ class RandomWeight:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers."""
+    from torch import nn
+
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):
@@ -115,6 +128,8 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
     """Return the floating-point parameters and persistent buffers outside `head`, sorted, ties once."""
+    from torch import Tensor
+
     head = tuple(head)
     found: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
@@ -130,6 +145,8 @@ def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
 
 def same_size_int(tensor: Tensor) -> Tensor:
     """View a floating-point tensor as integers of the same size, so that copies and comparisons are of bits."""
+    import torch
+
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()])
 
@@ -138,26 +155,41 @@ Pooling = Literal["mean", "cls", "projection"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "projection")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Head:
-    """A linear head.
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Where a model's embedding is taken: the input of its head, or an encoder's pooled output.
 
     Attributes:
-        kind: "linear" replaces the module called `module`; "pooled-linear" lies behind an encoder: its embedding by
-            `pooling`, divided by its Euclidean norm if `normalize`, then the layer.
-        weight: (classes, features). bias: (classes,) or None.
-        pooling: "mean" or "cls" of the last hidden state (tokens of the attention mask), or "projection", the image
-            embedding that a CLIP-like vision tower gives.
-        random: seed and mask of a masked random head, which stand for `weight` in the file; None: it is stored whole.
+        module: dotted name of the head; None for an encoder.
+        pooling: of an encoder: "mean" or "cls" of the last hidden state, over the tokens of the attention mask, or
+            "projection", the image embedding of a CLIP-like vision tower. None where there is a module.
+        normalize: divide an encoder's embedding by its Euclidean norm.
     """
 
-    kind: Literal["linear", "pooled-linear"]
-    weight: Tensor
-    bias: Tensor | None = None
     module: str | None = None
     pooling: Pooling | None = None
     normalize: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A linear head: in place of the module that `embedding` names, or behind an encoder.
+
+    Attributes:
+        embedding: its input.
+        weight: (classes, features). bias: (classes,) or None.
+        random: seed and mask of a masked random head, stored in place of `weight`; None stores the weight.
+    """
+
+    embedding: Embedding
+    weight: Tensor
+    bias: Tensor | None = None
     random: RandomWeight | None = None
+
+    @property
+    def module(self) -> str | None:
+        """Dotted name of the module that the head replaces; None behind an encoder."""
+        return self.embedding.module
 
 
 def _stated_classifier(model: nn.Module) -> str | None:
@@ -181,6 +213,8 @@ def find_head(model: nn.Module, name: str | None = None) -> str | None:
         UnknownNameError: if `name` is not a module of the model; the message has the nearest names.
         BackboneError: if it holds no linear layer, or the model states several heads.
     """
+    from torch import nn
+
     model = unwrap(model)
     modules = dict(model.named_modules())
     if name is not None and name not in modules:
@@ -208,6 +242,8 @@ def head_features(model: nn.Module, head: str) -> int:
     Raises:
         BackboneError: if the head was removed and the model does not state its `num_features`.
     """
+    from torch import nn
+
     module = unwrap(model).get_submodule(head)
     if isinstance(module, nn.Linear):
         return module.in_features
@@ -227,15 +263,27 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     return old
 
 
+CASTS = ("float32", "bfloat16", "float16")  # the dtypes that a body is hashed in
+PREFIX = 6  # bytes kept of a tensor's digest, for each cast
+
+
 @dataclass(frozen=True, slots=True)
-class Embedding:
-    """Where an embedding is taken: what goes into a model's head, or an encoder's pooled last hidden state.
+class Fingerprint:
+    """Identity of a backbone's body.
 
     Attributes:
-        module: dotted name of the head; None for an encoder.
-        pooling, normalize: of an encoder, as in `backbone.load.Backbone`; None and False where there is a module.
+        id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
+        revision: Hub commit, torchvision weights enum, or None.
+        dtype: dtype of the body when the fingerprint was taken, as in "float32".
+        head: names of modules outside the body.
+        digests: dtype name -> hex BLAKE3 of the body cast to that dtype.
+        tensors: parameter name -> first 18 bytes as in `maskpack.base`: 6 bytes each of the digest of the tensor
+            cast to float32, bfloat16, float16.
     """
 
-    module: str | None = None
-    pooling: Pooling | None = None
-    normalize: bool = False
+    id: str
+    revision: str | None
+    dtype: str
+    head: tuple[str, ...]
+    digests: Mapping[str, str]
+    tensors: Mapping[str, bytes]

@@ -10,10 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from ..adapter.card import PICTURE_FILE
+from ..adapter.card import CARD_FILE, PICTURE_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_bytes, read_files, read_model
-from ..adapter.signature import SIGNATURE_FILE, Contents, Keys, Signed, parse_signed, signature_path, trusted_keys
-from ..adapter.write import CARD_FILE
+from ..adapter.signature import (
+    Contents,
+    Keys,
+    Signed,
+    parse_signed,
+    read_signatures,
+    signature_path,
+    trusted_keys,
+)
 from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from ..network import hides_secrets
 from .cache import RepositoryCache, check_newest
@@ -213,9 +220,10 @@ def pull(
         token: as everywhere on the Hub: None for the login, False for none.
         cache_dir: another cache than the Hub's.
         local_files_only: never ask the Hub.
-        require_signature: PEM file of a public key, or folder of such files: one of these must have signed the
-            adapter, for this repository, and none older than what was seen there before. None for what the
-            environment variable MASKPACK_REQUIRE_SIGNATURE names; where that is not set, signatures are not looked at.
+        require_signature: PEM file of a public key, folder of such files, or an identity NAME@https://ISSUER: one of
+            these must have signed the adapter, for this repository, and none older than what was seen there before.
+            None for what the environment variable MASKPACK_REQUIRE_SIGNATURE names; where that is not set, signatures
+            are not looked at.
 
     Raises:
         AdapterError: if there is no such adapter, it is larger than accepted, or it is not pinned and has to be.
@@ -281,9 +289,9 @@ def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
         what = "an adapter's model file" if alone else f"a folder with {MODEL_FILE} and {CONFIG_FILE}"
         raise AdapterError(f"{path} {state}; expected {what}")
     files = read_files(path, look=keys is None)
-    signature = signature_path(files[MODEL_FILE][0])
-    if signature.exists():
-        files[SIGNATURE_FILE] = signature, read_bytes(signature, signature, LIMITS[SIGNATURE_FILE])
+    model = files[MODEL_FILE][0]
+    for name, content in read_signatures(model).items():
+        files[name] = signature_path(model, name), content
     if not alone and (card := read_card(path)) is not None:
         files[CARD_FILE] = path / CARD_FILE, card
     if keys is not None and not alone:

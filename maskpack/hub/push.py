@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.card import PICTURE_FILE, density_picture, render_card, update_card
+from ..adapter.card import CARD_FILE, PICTURE_FILE, density_picture, render_card, update_card
 from ..adapter.describe import config_text, describe
-from ..adapter.read import CONFIG_FILE, MODEL_FILE, read_bytes
-from ..adapter.signature import SIGNATURE_FILE, Contents, Envelope, Keys, private_keys, renewed
-from ..adapter.write import CARD_FILE
+from ..adapter.read import CONFIG_FILE, MODEL_FILE
+from ..adapter.signature import DIGESTS, SIGSTORE, Contents, Keys, private_keys, read_signatures, renewed, statement_in
 from ..errors import ConfigError, HubError, SignatureError
 from ..network import hides_secrets, own_retries
 from .cache import highest, name_of, remember
 from .client import ATTEMPTS, PASSING_STATUSES, TIMEOUT, Session, check_tag, pull_requests, read_tag, set_tag, status_of
 from .pull import OpenedAdapter, Snapshot, is_same, open_local
-from .reference import FILES, LIMITS, REVISION, Reference, card_text, holds, parse_reference, read_card, write_files
+from .reference import FILES, REVISION, Reference, card_text, holds, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoFile
@@ -152,7 +151,7 @@ class RepositoryPush:
         else:
             snapshot = Snapshot(self.session, self.repo_id, head)
             self.listed = snapshot.listed(*FILES, PICTURE_FILE)
-            wanted = [self.listed[name] for name in (CARD_FILE, SIGNATURE_FILE) if name in self.listed]
+            wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
         self.contents = self.build(there)
         self.changed = self._changed()
@@ -223,7 +222,7 @@ class RepositoryPush:
         self._look(now)
         if not self.changed:
             return now, None
-        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE, SIGNATURE_FILE)):
+        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE, *DIGESTS)):
             raise HubError(
                 f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
                 f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push again"
@@ -273,8 +272,8 @@ def push(
         license: identifier for the card, as in "apache-2.0"; None leaves what the card says.
         tag: give the commit this tag.
         dry_run: look and say what would be done, and write nothing.
-        sign: PEM file of a private key, or several, to sign it with: for this repository, with a counter that is one
-            more than that of the version that is there.
+        sign: PEM file of a private key to sign it with, "sigstore" for an identity, or several: for this repository,
+            with a counter that is one more than that of the version that is there.
         token: as everywhere on the Hub: None for the login.
 
     Raises:
@@ -290,7 +289,10 @@ def push(
     """
     source = Path(folder).expanduser()
     reference = parse_reference(ref, revision)
-    opened, keys = open_local(source), private_keys(sign) if sign else {}
+    opened = open_local(source)
+    if dry_run and SIGSTORE in ([sign] if isinstance(sign, str | os.PathLike) else sign):
+        raise ConfigError("a dry run cannot sign with sigstore, which writes to a public log; leave out one of them")
+    keys = private_keys(sign) if sign else {}
     description = describe(opened.adapter)
 
     def build(there: Mapping[str, bytes]) -> dict[str, bytes | memoryview]:
@@ -305,11 +307,8 @@ def push(
         target = reference.path
         if target.suffix == ".safetensors":
             raise ConfigError(f"{target} is a file name; push to a folder")
-        signature = target / SIGNATURE_FILE
-        there = {CARD_FILE: read_card(target)}
-        if signature.is_file():
-            there[SIGNATURE_FILE] = read_bytes(signature, signature, LIMITS[SIGNATURE_FILE])
-        return _push_to_folder(build({n: one for n, one in there.items() if one is not None}), target, dry_run)
+        card, there = read_card(target), read_signatures(target / MODEL_FILE)
+        return _push_to_folder(build(there | ({} if card is None else {CARD_FILE: card})), target, dry_run)
     if reference.is_pinned:
         raise ConfigError(f"{reference} names a commit, which cannot be written to; give a branch")
     if create_pr and reference.revision not in (None, "main"):
@@ -322,8 +321,8 @@ def push(
     task = RepositoryPush(reference, build, private, message, create_pr, tag, dry_run, token)
     pushed = task.run()
     if keys and not dry_run and not create_pr:
-        signed = Envelope.from_bytes(bytes(task.contents[SIGNATURE_FILE])).statement()
-        remember(keys, name_of(reference), signed.counter)
+        counters = [statement_in(name, bytes(task.contents[name])).counter for name in DIGESTS if name in task.contents]
+        remember(keys, name_of(reference), max(counters))
     return pushed
 
 
@@ -359,40 +358,40 @@ def _contents(
         card = update_card(existing, card)
     config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
     files = {CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
-    signature = _signature(opened, files, reference, keys, there.get(SIGNATURE_FILE))
-    signed = {} if signature is None else {SIGNATURE_FILE: signature}
-    return {**picture, CARD_FILE: card.encode(), CONFIG_FILE: config, **signed, MODEL_FILE: found[MODEL_FILE]}
+    signatures = _signatures(opened, files, reference, keys, there)
+    return {**picture, CARD_FILE: card.encode(), CONFIG_FILE: config, **signatures, MODEL_FILE: found[MODEL_FILE]}
 
 
-def _signature(
-    opened: OpenedAdapter, files: Contents, reference: Reference, keys: Keys, there: bytes | None
-) -> bytes | None:
-    """Return the signature to publish: by these keys, else the folder's; None if neither is there.
+def _signatures(
+    opened: OpenedAdapter, files: Contents, reference: Reference, keys: Keys, there: Contents
+) -> dict[str, bytes]:
+    """Return the signature files to publish: made with these keys, else the folder's.
 
     Raises:
         SignatureError: rather than that a signature is published, or stays, which readers would refuse.
     """
     repo_id = reference.repo_id
-    if keys:
-        least = highest(keys, name_of(reference)) if repo_id else 0
-        return renewed(there, files, opened.adapter, keys, repo_id, least=least)
-    before = None if there is None else Envelope.from_bytes(there).statement()
-    if SIGNATURE_FILE not in opened.contents:
-        if before is not None and not before.covers(files):
-            raise SignatureError(
-                f"{reference} holds a signed adapter, and {opened.pulled.path} has no signature; sign it with --sign "
-                f"KEY.pem, or remove {SIGNATURE_FILE} there first"
-            )
-        return None
-    content = bytes(opened.contents[SIGNATURE_FILE])
-    own = Envelope.from_bytes(content).statement()
-    wrong = None
-    if not own.covers(files):
-        wrong = "is not of these files: they were changed since"
-    elif repo_id is not None and own.repository not in (None, repo_id):
-        wrong = f"is for {own.repository}, and this is {repo_id}"
-    elif before is not None and not before.covers(files) and before.counter >= own.counter:
-        wrong = f"has the counter {own.counter}, and the version there has {before.counter}"
-    if wrong is not None:
-        raise SignatureError(f"the signature of {opened.pulled.path} {wrong}; sign it anew: --sign KEY.pem")
-    return content
+    least = highest(keys, name_of(reference)) if repo_id else 0
+    made = renewed(there, files, opened.adapter, keys, repo_id, least=least) if keys else {}
+    for name in (name for name in DIGESTS if name not in made):
+        before = statement_in(name, bytes(there[name])) if name in there else None
+        replaces = before is not None and not before.covers(files)
+        if name not in opened.contents:
+            if replaces:
+                raise SignatureError(
+                    f"{reference} holds a signed adapter, and {opened.pulled.path} has no {name}; sign it with --sign, "
+                    f"or remove {name} there first"
+                )
+            continue
+        content, wrong = bytes(opened.contents[name]), None
+        own = statement_in(name, content)
+        if not own.covers(files):
+            wrong = "is not of these files: they were changed since"
+        elif repo_id is not None and own.repository not in (None, repo_id):
+            wrong = f"is for {own.repository}, and this is {repo_id}"
+        elif before is not None and replaces and before.counter >= own.counter:
+            wrong = f"has the counter {own.counter}, and the version there has {before.counter}"
+        if wrong is not None:
+            raise SignatureError(f"the signature of {opened.pulled.path}, {name}, {wrong}; sign it anew: --sign")
+        made[name] = content
+    return made

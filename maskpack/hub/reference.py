@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter.card import BEGIN
+from ..adapter.card import BEGIN, CARD_FILE
+from ..adapter.identity import BUNDLE_FILE, MAX_SIGNATURE
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MAX_MODEL, MODEL_FILE, read_bytes
-from ..adapter.signature import MAX_SIGNATURE, SIGNATURE_FILE, Contents
-from ..adapter.write import CARD_FILE
+from ..adapter.signature import DIGESTS, SIGNATURE_FILE, Contents
 from ..errors import AdapterError, ConfigError, StateError
 from ..safetensors_io import is_leftover, replacing
 
@@ -100,8 +100,14 @@ def _check_repo_id(repo_id: str, text: str) -> None:
         raise AdapterError(f"{text!r} has {len(repo_id)} characters; a Hub repository has at most {LONGEST_ID}")
 
 
-FILES = (CARD_FILE, CONFIG_FILE, SIGNATURE_FILE, MODEL_FILE)
-LIMITS = {MODEL_FILE: MAX_MODEL, CONFIG_FILE: MAX_CONFIG, SIGNATURE_FILE: MAX_SIGNATURE, CARD_FILE: 5 << 20}
+FILES = (CARD_FILE, CONFIG_FILE, BUNDLE_FILE, SIGNATURE_FILE, MODEL_FILE)
+LIMITS = {
+    MODEL_FILE: MAX_MODEL,
+    CONFIG_FILE: MAX_CONFIG,
+    BUNDLE_FILE: MAX_SIGNATURE,
+    SIGNATURE_FILE: MAX_SIGNATURE,
+    CARD_FILE: 5 << 20,
+}
 
 
 def git_id(content: bytes | memoryview) -> str:
@@ -177,7 +183,7 @@ def _leftovers(contents: Contents, target: Path) -> list[Path]:
         return []
     signed = {name: one for name, one in contents.items() if name in (CONFIG_FILE, MODEL_FILE)}
     if holds(target, {MODEL_FILE: contents[MODEL_FILE]}):  # the same adapter, perhaps with another config
-        return [path for path in found if path.name == SIGNATURE_FILE and not holds(target, signed)]
+        return [path for path in found if path.name in DIGESTS and not holds(target, signed)]
     # a card without our part was written by hand, and nothing in it tells of the adapter that goes
     return [path for path in found if path.name != CARD_FILE or BEGIN.encode() in path.read_bytes()]
 

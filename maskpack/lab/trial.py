@@ -287,7 +287,7 @@ def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: in
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=config.batch_size)
     inputs, _ = next(readable(batches))
     linear = nn.Linear(backbone.features, classes).to(next(backbone.model.parameters()).dtype)
-    bare = classified(Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval())
+    bare = classified(Classifier(backbone.model, linear, backbone.embedding).eval())
     times: dict[Predict, list[float]] = {bare: [], fitted.predict: []}
     for predict in times:
         predict(inputs)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
 from .apply import Applied, check_masks, forget, hold
 from .load import VERIFY, Reference, Verify, check_base, check_one_set, load_adapter
-from .switch import Resident, Switch, parts_of
-
-if TYPE_CHECKING:
-    pass  # REGROUP
+from .switch import Resident, Switch
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +176,7 @@ class Gate:
         check_one_set(source)
         check_masks(self.model, source.shapes())
         check_base(self.model, source, self.verify, stacklevel=4)
-        parts, pinned = parts_of(source, unwrap(self.model)), source.pinned
+        parts, pinned = source.parts(base=unwrap(self.model)), source.pinned
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
         return Resident(
@@ -225,7 +222,7 @@ def mixed_batch(bank: "MaskBank", inputs: Tensor | Mapping[str, Tensor], masks: 
 def _forward(bank: "MaskBank", name: str | None, inputs: Inputs) -> Tensor:
     """Return the outputs of the model for one group, by the adapter's head where that lies behind the model."""
     head = None if name is None else bank.parts(name).head
-    if head is not None and head.kind == "pooled-linear":
+    if head is not None and head.module is None:
         classifier = classifier_from(bank.model, head).train(bank.model.training)
         output: object = classifier(inputs)
     else:

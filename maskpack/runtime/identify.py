@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backbone.classifier import Inputs, embeddings, example_count, modes_kept
 from ..backbone.load import Backbone
-from ..backbone.model import find_head
+from ..backbone.model import Embedding, find_head
 from ..errors import ConfigError
 from .bank import MaskBank
 from .switch import Superposition, entropies, superposition
@@ -42,20 +42,18 @@ class Profiles:
     Attributes:
         names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
             OWN of a task's own examples lie, (k,).
-        head, pooling, normalize: where the features are taken, as of `Backbone`.
+        embedding: where the features are taken.
     """
 
     names: tuple[str, ...]
     means: Tensor
     deviation: Tensor
     limits: Tensor
-    head: str | None
-    pooling: str | None
-    normalize: bool
+    embedding: Embedding
 
     def nearest(self, inputs: Inputs, model: nn.Module, least: float) -> Identified:
         """Return the task that most of a batch is nearest to; none if the batch lies outside of its limit."""
-        features = _features(model, self.head, self.pooling, self.normalize, inputs)
+        features = _features(model, self.embedding, inputs)
         distances = _distances(features, self.means, self.deviation)
         votes = torch.bincount(distances.argmin(1), minlength=len(self.names)) / len(features)
         best = int(votes.argmax())
@@ -78,15 +76,13 @@ def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor
     if not examples:
         raise ConfigError("there are no examples of any task; give some by the names of adapters")
     head = bank.parts(next(iter(examples))).head
-    pooling = None if head is None else head.pooling
-    place = None if pooling is not None else find_head(bank.model) if head is None else head.module
-    normalize = head is not None and head.normalize
+    embedding = Embedding(find_head(bank.model)) if head is None else head.embedding
     found = {}
     for name, inputs in examples.items():
         bank.parts(name)
         batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
         with bank.disabled():
-            found[name] = _features(bank.model, place, pooling, normalize, batch)
+            found[name] = _features(bank.model, embedding, batch)
         if len(found[name]) < 2:
             raise ConfigError(f"a profile needs two examples at least, and {name!r} has {len(found[name])}")
     means = torch.stack([one.mean(0) for one in found.values()])
@@ -96,11 +92,11 @@ def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor
         _distances(one, mean[None], deviation)[:, 0].quantile(OWN)
         for one, mean in zip(found.values(), means, strict=True)
     ]
-    return Profiles(tuple(found), means, deviation, torch.stack(limits), place, pooling, normalize)
+    return Profiles(tuple(found), means, deviation, torch.stack(limits), embedding)
 
 
-def _features(model: nn.Module, head: str | None, pooling: str | None, normalize: bool, inputs: Inputs) -> Tensor:
-    backbone = Backbone(model, "the model", head=head, pooling=pooling, normalize=normalize)  # type: ignore[arg-type]
+def _features(model: nn.Module, embedding: Embedding, inputs: Inputs) -> Tensor:
+    backbone = Backbone(model, "the model", embedding=embedding)
     return embeddings(backbone, [(inputs, torch.zeros(example_count(inputs), dtype=torch.long))])[0]
 
 

@@ -130,7 +130,7 @@ class Resident:
                 f"{self.name!r} was evicted from the bank, and {adapter.path}, which it was read from, has other bytes "
                 f"now; remove it and add it again, or pin what must stay"
             )
-        self.parts = parts_of(adapter, base)
+        self.parts = adapter.parts(base=base)
 
     def make_patches(self, parameters: Mapping[str, Tensor]) -> None:
         """Note what the masks change in parameters that have their base's bits."""
@@ -141,12 +141,6 @@ class Resident:
                 for name, mask in parts.masks.items()
                 if at_places(mask)
             }
-
-
-def parts_of(adapter: Adapter, base: nn.Module) -> Parts:
-    """Decode the one set of an adapter, with everything beside its masks."""
-    masks = adapter.masks(base=base)
-    return Parts(masks, adapter.head(), adapter.statistics(), adapter.parameters(), adapter.values())
 
 
 def whole_masks(parts: Parts) -> dict[str, PackedMask]:
@@ -275,7 +269,7 @@ def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition
             f"choose others, or how='each', which asks one mask after the other"
         )
     first = heads[0]
-    behind = first is not None and first.kind == "pooled-linear"
+    behind = first is not None and first.module is None
     module: nn.Module = unwrap(model)
     if behind:
         assert first is not None
@@ -292,14 +286,14 @@ def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition
 
 
 def _shape(head: Head | None) -> tuple[object, ...]:
-    return () if head is None else (head.kind, head.module, tuple(head.weight.shape), head.bias is not None)
+    return () if head is None else (head.module, tuple(head.weight.shape), head.bias is not None)
 
 
 def _head(head: Head | None) -> dict[str, Tensor]:
     """Return the tensors of a head by their names in what computes."""
     if head is None:
         return {}
-    if head.kind == "linear":
+    if head.module is not None:
         return dict(head_tensors(head))
     named = {"linear.weight": head.weight, "linear.bias": head.bias}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
@@ -351,7 +345,7 @@ class Switch:
     def check(self, parts: Parts) -> None:
         """Raise BackboneMismatchError if the model has no place for what comes with masks."""
         check_dense({**parts.statistics, **parts.parameters}, self.tensors)
-        if parts.head is not None and parts.head.kind == "linear":
+        if parts.head is not None and parts.head.module is not None:
             head_module(self.model, parts.head)
 
     def to(self, one: Resident | None, force: bool = False) -> None:
@@ -471,7 +465,7 @@ class Switch:
         if one is not None:
             parts = one.decoded()
             wanted = {**parts.statistics, **parts.parameters}
-            head = parts.head if parts.head is not None and parts.head.kind == "linear" else None
+            head = parts.head if parts.head is not None and parts.head.module is not None else None
         own = self._own_head(head)
         if self._head is not None and (head is None or own or head.module != self._head[0]):
             swap_module(self.model, *self._head)

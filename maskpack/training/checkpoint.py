@@ -10,7 +10,17 @@ from blake3 import blake3
 from torch import Tensor
 
 from ..errors import CorruptAdapterError, StateError
-from ..safetensors_io import DTYPES, SEAL, UNSEALED, Blob, Buffer, check_seal, parse_header, strict_json, write_tensors
+from ..safetensors_io import (
+    SEAL,
+    UNSEALED,
+    Blob,
+    Buffer,
+    check_seal,
+    parse_header,
+    strict_json,
+    tensor_of,
+    write_tensors,
+)
 
 DIGESTS = "digests"  # key in __metadata__: the BLAKE3 of every tensor; the header has one of its own
 FILE = "checkpoint.safetensors"
@@ -51,8 +61,7 @@ def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, A
         part = memoryview(data)[start + first : start + last]
         if _digest(part) != digests.get(name):
             raise damaged(path, f"{name!r} has another digest than was stored", remedy)
-        kind = DTYPES[dtype]
-        tensors[name] = torch.frombuffer(part, dtype=kind).reshape(shape) if part else torch.empty(shape, dtype=kind)
+        tensors[name] = tensor_of(part, dtype, shape)
     missing = {*digests, "facts"} - tensors.keys()
     if missing:
         raise damaged(path, f"{min(missing)!r} is missing", remedy)

@@ -11,7 +11,7 @@ from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
 from ..backbone.load import Backbone
-from ..backbone.model import Head
+from ..backbone.model import Embedding, Head
 from ..errors import AdapterError, DataError, escape
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
@@ -48,14 +48,14 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     """Return a backbone that has the adapter loaded, with the adapter's preprocessing and place of the head."""
-    head, stored = adapter.head(), adapter.preprocess_config
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if stored is not None:
         backbone = replace(backbone, preprocess=preprocess_from_json(stored))
     if head is not None:
-        return replace(backbone, head=head.module, pooling=head.pooling, normalize=head.normalize)
+        return replace(backbone, embedding=head.embedding)
     if set(adapter.base.head) <= set(backbone.outside):
         return backbone
-    return replace(backbone, head=adapter.base.head[0], pooling=None)
+    return replace(backbone, embedding=Embedding(adapter.base.head[0]))
 
 
 def adapter_accuracy(
@@ -64,7 +64,7 @@ def adapter_accuracy(
     """Evaluate the head of an adapter on a model that has it loaded.
 
     Args:
-        examples: a split of `load_data(…, class_names=adapter.class_names)`.
+        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
 
     Returns:
         What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
@@ -73,7 +73,7 @@ def adapter_accuracy(
         AdapterError: if the adapter has no head or preprocessing.
         DataError: if no example can be read, or one has a class that the head lacks.
     """
-    head, stored = adapter.head(), adapter.preprocess_config
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if head is None or stored is None:
         raise AdapterError(
             "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
@@ -127,7 +127,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
         return None
     assert linear is not None
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
-    return accuracy(Classifier(backbone.model, linear, backbone.head), readable(batches))[0]
+    return accuracy(Classifier(backbone.model, linear, backbone.embedding), readable(batches))[0]
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None 
 
 def source_classes(adapter: Adapter) -> tuple[str, ...] | None:
     """Return the class names of the source of a transfer, as its training record has them, or None."""
-    found: Any = adapter.training
+    found: Any = adapter.about.training
     for name in ("transfer", "source", "class_names"):
         found = found.get(name) if isinstance(found, Mapping) else None
     named = isinstance(found, list) and found and all(isinstance(one, str) for one in found)

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,7 @@ def _key(backbone: Backbone, examples: Examples) -> str | None:
     if model is None or inputs is None:
         return None
     device = next(backbone.model.parameters()).device.type
-    return digest_of([VERSION, model, device, [backbone.head, backbone.pooling, backbone.normalize], *inputs])
+    return digest_of([VERSION, model, device, list(astuple(backbone.embedding)), *inputs])
 
 
 def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:

@@ -30,7 +30,7 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
             f"allowed; take a linear head"
         )
     if config.head_kind == "own":
-        return Classifier(backbone.model, _own(backbone, class_names), backbone.head)
+        return Classifier(backbone.model, _own(backbone, class_names), backbone.embedding)
     if config.head_kind == "text":
         linear = linear_from(text_head(backbone, class_names, config.head_template))
     else:
@@ -53,7 +53,8 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
                 f"others; take another method or a linear head"
             )
     # random weights give embeddings of length 1 nearly equal logits
-    return Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize and not masked)
+    embedding = replace(backbone.embedding, normalize=backbone.embedding.normalize and not masked)
+    return Classifier(backbone.model, linear, embedding)
 
 
 def own_linear(backbone: Backbone) -> nn.Linear | None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..adapter.content import Parts
 from ..backbone.classifier import Batch, to_device
-from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import swap_module
+from ..backbone.model import Fingerprint, swap_module
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..mask import MaskSet
@@ -248,7 +248,7 @@ class JointResult:
 
     Attributes:
         base: fingerprint of the shared weights.
-        results: by task, each ready for `save_adapter(path, result.parts, result.base, **result.about)`. Its metrics
+        results: by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Its metrics
             are those after hardening; "soft_…" are before.
     """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.classifier import Batch
-from ..backbone.fingerprint import Fingerprint
+from ..backbone.model import Fingerprint
 from ..errors import ConfigError, StateError, StoppedError, TrainingError, require
 from .checkpoint import FILE, check_like, damaged, load_checkpoint, restore, save_checkpoint
 from .config import TrainConfig, learning_rate

@@ -11,11 +11,11 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import FEATURES, Parts
+from ..adapter.content import FEATURES, About, Parts
 from ..backbone.classifier import Batch
-from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import find_head
+from ..backbone.model import Embedding, Fingerprint, find_head
 from ..errors import ConfigError, TrainingError, require
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics, set_train_mode
@@ -199,7 +199,7 @@ class ObjectiveSteps(Steps):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """What a run learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+    """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Attributes:
         parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
@@ -210,7 +210,7 @@ class TrainResult:
 
     parts: Parts
     base: Fingerprint
-    about: dict[str, Any]
+    about: About
     metrics: dict[str, float]
 
 
@@ -246,19 +246,17 @@ def result_of(
         },
         "metrics": dict(metrics),
     }
-    about = {
-        "task": data.task if parts.head is not None else FEATURES[data.task],
-        "class_names": list(data.class_names) if parts.head is not None else None,
-        "preprocess": preprocess_to_json(backbone.preprocess),
-        "training": record,
-    }
+    task, class_names = (data.task, data.class_names) if parts.head is not None else (FEATURES[data.task], None)
+    about = About(task, class_names, preprocess_to_json(backbone.preprocess), record)
     masked = Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
-    return TrainResult(parts, masked, about, record["metrics"])
+    return TrainResult(parts, masked, about, dict(metrics))
 
 
 def as_backbone(model: Backbone | nn.Module) -> Backbone:
     """Return a backbone, or any module that gives logits for images as one."""
-    return model if isinstance(model, Backbone) else Backbone(model, type(model).__name__, head=find_head(model))
+    if isinstance(model, Backbone):
+        return model
+    return Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
 
 
 def train_mask(

@@ -67,7 +67,7 @@ class Reuse(Method):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransferResult(TrainResult):
-    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Its masks have op "replace": True where the source needs the weight, with values for the others. `base` is the
     fingerprint of the source network, and the density in `metrics` the share of weights kept.
@@ -144,15 +144,15 @@ def train_transfer(
             none = {name: torch.zeros(mask.shape, dtype=torch.bool) for name, mask in masks.items()}
             all_free = MaskSet.from_tensors(none, op="replace")
             plain = train_reused(backbone, all_free, after, target, weights, **run(BASELINE)).parts
-    about = {
+    facts = {
         "method": {"id": config.method, **config.method_options},
         "lr": config.score_lr,
         "start": start,
         "source": {"id": source.id, "digest": source.digest, "class_names": list(source.class_names)},
         "source_trained": source_trained,
     }
-    whole = {**result.about, "training": {**result.about["training"], "transfer": about}}
-    return TransferResult(result.parts, result.base, whole, result.metrics, backbone, plain)
+    about = replace(result.about, training={**(result.about.training or {}), "transfer": facts})
+    return TransferResult(result.parts, result.base, about, result.metrics, backbone, plain)
 
 
 def check_output(folder: Path | None, resume: bool) -> None:

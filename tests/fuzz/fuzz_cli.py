@@ -34,11 +34,13 @@ from PIL import Image
 from torch import nn
 from typer.main import get_command
 
-from maskpack.adapter.card import render_card
+from maskpack.adapter.card import CARD_FILE, render_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.write import CARD_FILE, CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
+from maskpack.adapter.read import CONFIG_FILE, MODEL_FILE, read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Head
+from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError
 from maskpack.mask import MaskSet
 
@@ -69,7 +71,7 @@ def loadable(net: Path) -> bytes:
     net.write_text(NET)
     model: nn.Module = scope["make"]()
     masks = MaskSet.from_tensors({"0.weight": torch.rand(4, 3, 3, 3) < 0.8})
-    head = Head("linear", torch.rand(2, 4), torch.rand(2), "3")
+    head = Head(Embedding("3"), torch.rand(2, 4), torch.rand(2))
     about: dict[str, Any] = {"preprocess": {"kind": "image", "size": 8, "resize": 8}, "class_names": ["x", "y"]}
     about |= {"task": "image-classification", "training": {"metrics": {"accuracy": 0.5}, "data": {"id": "x"}}}
     path = net.with_suffix(".safetensors")

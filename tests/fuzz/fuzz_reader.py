@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from maskpack.adapter.card import render_card, update_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, describe
 from maskpack.adapter.read import read_adapter
-from maskpack.adapter.write import Parts, save_adapter
-from maskpack.backbone.model import Head
+from maskpack.adapter.write import save_adapter
+from maskpack.backbone.model import Embedding, Head
 from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError
 from maskpack.mask import MaskSet, PackedMask
@@ -45,8 +46,8 @@ def valid_files(folder: Path) -> list[bytes]:
     """Return adapter files of every kind and codec."""
     masks = random_masks(SHAPES)
     torch.manual_seed(0)
-    head = Head("linear", torch.rand(2, 2), torch.rand(2), "fc")
-    pooled = Head("pooled-linear", torch.rand(2, 2), None, None, "mean", True)
+    head = Head(Embedding("fc"), torch.rand(2, 2), torch.rand(2))
+    pooled = Head(Embedding(None, "mean", True), torch.rand(2, 2))
     full = Parts(masks, head, {"bn.running_mean": torch.rand(3)}, {"bn.weight": torch.rand(3)})
     replaced = random_masks(SHAPES, op="replace")
     values = {name: torch.rand(len(mask.bits) - mask.kept) for name, mask in replaced.items()}
@@ -86,9 +87,7 @@ def use(path: Path) -> None:
     if adapter.cascade is not None:
         adapter.cascade.router.route(torch.zeros(2, len(adapter.cascade.router.whitening.mean)))
     for name in adapter.sets:
-        for method in (adapter.head, adapter.statistics, adapter.parameters, adapter.values):
-            method(set=name)
-        adapter.masks(WEIGHTS, set=name)
+        adapter.parts(name, WEIGHTS)
 
 
 def read_all(data: bytes, path: Path, rng: random.Random) -> None:

@@ -7,7 +7,7 @@ A codec that needs the base gets the weights in v1/base/weights.safetensors. Wha
 """
 
 import json
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from bitarray import bitarray
 
-from maskpack.adapter.content import CascadeParts
+from maskpack.adapter.content import Cascade, Parts
 from maskpack.adapter.tensors import cascade_tensors
-from maskpack.adapter.write import Parts, save_adapter
-from maskpack.backbone.model import Head, RandomWeight
+from maskpack.adapter.write import save_adapter
+from maskpack.backbone.model import Embedding, Head, RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
 from maskpack.safetensors_io import read_tensors, write_tensors
@@ -73,7 +73,7 @@ def contents() -> dict[str, Parts]:
     return {
         "default": Parts(
             random_masks(shapes, 0.9, seed=1, scale=True),
-            Head("linear", torch.arange(6.0).reshape(2, 3), torch.tensor([0.5, -0.5]), "fc"),
+            Head(Embedding("fc"), torch.arange(6.0).reshape(2, 3), torch.tensor([0.5, -0.5])),
             {"bn.running_mean": torch.tensor([1.0, 2.0]), "bn.running_var": torch.tensor([3.0, 4.0])},
             {"norm.bias": torch.tensor([1.0, -1.0], dtype=torch.bfloat16)},
         ),
@@ -83,7 +83,7 @@ def contents() -> dict[str, Parts]:
         "replace": Parts(replaced, values={"linear.weight": torch.arange(zeros, dtype=torch.float16)}),
         "ternary": Parts(
             MaskSet({"vector": signs}),
-            Head("pooled-linear", torch.eye(2), pooling="mean", normalize=True),
+            Head(Embedding(None, "mean", True), torch.eye(2)),
         ),
     }
 
@@ -95,13 +95,13 @@ def heads() -> dict[str, Parts]:
     bits = torch.rand(5, 13, generator=generator) < 0.8
     plain, scaled = (RandomWeight(seed, PackedMask.from_tensor(bits, scale=seed > 0)) for seed in (0, 2**32 - 1))
     return {
-        "projection": Parts(masks, Head("pooled-linear", torch.eye(3), pooling="projection", normalize=True)),
-        "random": Parts(masks, Head("linear", plain.dense(), module="fc", random=plain)),
-        "random-scaled": Parts(masks, Head("pooled-linear", scaled.dense(), pooling="cls", random=scaled)),
+        "projection": Parts(masks, Head(Embedding(None, "projection", True), torch.eye(3))),
+        "random": Parts(masks, Head(Embedding("fc"), plain.dense(), random=plain)),
+        "random-scaled": Parts(masks, Head(Embedding(None, "cls"), scaled.dense(), random=scaled)),
     }
 
 
-def cascade() -> tuple[dict[str, Parts], CascadeParts]:
+def cascade() -> tuple[dict[str, Parts], Cascade]:
     """Return a cascade with everything that one may have."""
     sets = {"dispatcher": Parts(large()), "expert-0": Parts(near(large())), "expert-1": Parts(near(near(large())))}
     return sets, cascade_parts(reduced=5, classes=2, combine="unconditional")
@@ -138,24 +138,25 @@ def expectation(sets: dict[str, Parts], mask_id: str) -> dict[str, Any]:
         head = parts.head
         if head is not None:
             bias = None if head.bias is None else head.bias.tolist()
-            tensors["head"] = [head.kind, head.module, head.pooling, head.normalize, head.weight.tolist(), bias]
+            kind = "pooled-linear" if head.module is None else "linear"
+            tensors["head"] = [kind, *astuple(head.embedding), head.weight.tolist(), bias]
         found["sets"][name] = {"masks": masks, "tensors": tensors}
     return found
 
 
-def cascade_expectation(one: CascadeParts) -> dict[str, Any]:
+def cascade_expectation(one: Cascade) -> dict[str, Any]:
     """Return what a reader must find of a cascade, and where it must route some embeddings."""
     embeddings = torch.randn(8, len(one.router.whitening.mean), generator=torch.Generator().manual_seed(8))
     return {
         "names": [one.dispatcher, list(one.experts), one.combine],
-        "embedding": [one.embedding.module, one.embedding.pooling, one.embedding.normalize],
+        "embedding": list(astuple(one.embedding)),
         "tensors": {name: tensor.tolist() for name, tensor in cascade_tensors(one).items()},
         "embeddings": embeddings.tolist(),
         "routed": one.router.route(embeddings).tolist(),
     }
 
 
-def write(name: str, sets: dict[str, Parts], codec: str, cascade: CascadeParts | None = None) -> None:
+def write(name: str, sets: dict[str, Parts], codec: str, cascade: Cascade | None = None) -> None:
     """Write a golden file and what must be found in it."""
     base = base_of(weights(), weights=weights())
     about: dict[str, Any] = {"task": "image-classification", "class_names": ["a", "ü"], "training": {"seed": 0}}

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...adapter.header import BASE
 from ...adapter.read import Adapter
+from ...adapter.tensors import BASE
 from ...backbone.classifier import Batch, Classifier, predictions
 from ...backbone.fingerprint import model_digest
 from ...backbone.load import Backbone, load_tensors
@@ -85,7 +85,7 @@ def _owners(module: nn.Module) -> dict[str, list[str]]:
             before.pop(parent, None)
             if own and leaf and weights:
                 before[parent] = name
-    if isinstance(module, Classifier) and module.module is None:
+    if isinstance(module, Classifier) and module.embedding.module is None:
         found[HEAD] = [f"{HEAD}.{leaf}" for leaf, _ in module.linear.named_parameters()]
     return found
 
@@ -122,7 +122,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     found = {canonical(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}
     found = {name: tensor for name, tensor in found.items() if first.get(name, name) == name}
-    if isinstance(module, Classifier) and module.module is None:
+    if isinstance(module, Classifier) and module.embedding.module is None:
         found |= {f"{HEAD}.{name}": tensor.detach() for name, tensor in module.linear.named_parameters()}
     return found
 
@@ -226,20 +226,16 @@ def read_networks(
             )
     example = next(backbone.model.parameters())
     linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
-    classifier = Classifier(backbone.model, linear, backbone.head, backbone.pooling, backbone.normalize).eval()
+    classifier = Classifier(backbone.model, linear, backbone.embedding).eval()
     return backbone, classifier, found
 
 
 def _with_adapter(backbone: Backbone, adapter: Adapter, name: str, first: bool) -> Backbone:
     """The backbone with head and preprocessing of an adapter, which must be those of the networks before."""
-    if len(adapter.sets) > 1 or adapter.head() is None:
+    if len(adapter.sets) > 1 or adapter.parts(adapter.sets[0], stream=True).head is None:
         raise AdapterError(f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify")
     used = as_loaded(backbone, adapter)
-    if not first and (used.preprocess, used.head, used.pooling) != (
-        backbone.preprocess,
-        backbone.head,
-        backbone.pooling,
-    ):
+    if not first and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
         raise ConfigError(
             f"{name} expects other inputs than the networks before it: {used.preprocess} and {backbone.preprocess}; "
             f"compare networks of one task"
@@ -249,14 +245,14 @@ def _with_adapter(backbone: Backbone, adapter: Adapter, name: str, first: bool) 
 
 def _masked(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, Tensor], MaskSet]:
     """The state that an adapter makes of the backbone, and its masks."""
-    head, masks = adapter.head(), adapter.masks(backbone.model)
-    assert head is not None
+    parts = adapter.parts(base=backbone.model)
+    assert parts.head is not None
     load_mask(backbone.model, adapter, head="keep")
     try:
         state = state_of(backbone.model)
     finally:
         unload_mask(backbone.model)
-    return _headed(backbone, state, head.weight, head.bias), masks
+    return _headed(backbone, state, parts.head.weight, parts.head.bias), parts.masks
 
 
 def _weights(backbone: Backbone, path: str) -> dict[str, Tensor]:

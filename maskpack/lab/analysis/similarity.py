@@ -112,9 +112,8 @@ def similarities(
 
 
 def _layers(module: nn.Module, names: Iterable[str]) -> list[str]:
-    inside = isinstance(module, Classifier)
+    head = module.embedding.module if isinstance(module, Classifier) else None
     model = unwrap(module.model if isinstance(module, Classifier) else module)
-    head = module.module if inside else None
     known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
     return [name for name in names if name in known]
 

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...adapter.content import Parts
+from ...adapter.content import About, Cascade, Parts
 from ...adapter.describe import describe
 from ...adapter.read import Adapter
 from ...adapter.write import save_adapter
 from ...backbone.classifier import Classifier, Inputs, embeddings, example_count, to_device
 from ...backbone.load import Backbone
+from ...backbone.model import Fingerprint
 from ...errors import ConfigError
 from ...registry import Registry
 from ...training.batchnorm import batchnorm_statistics
@@ -214,9 +215,12 @@ def train(trial: Trial, config: TrainConfig, labelled: bool) -> tuple[TrainResul
     return result, write(trial, result.parts, result.base, result.about)
 
 
-def write(trial: Trial, parts: Any, base: Any, about: Mapping[str, Any]) -> Adapter:
+def write(
+    trial: Trial, parts: Parts | Mapping[str, Parts], base: Fingerprint, about: About, cascade: Cascade | None = None
+) -> Adapter:
     """Write an adapter of the profile "default" into the folder of a trial."""
-    return save_adapter(trial.folder / "mask.safetensors", parts, base, weights=trial.backbone.model, **about)
+    path = trial.folder / "mask.safetensors"
+    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
 
 
 def learned(parts: Parts) -> int:

@@ -9,7 +9,7 @@ from ...adapter.content import Whitening
 from ...adapter.read import Adapter
 from ...backbone.classifier import Inputs
 from ...backbone.load import Backbone
-from ...runtime.cascade import Cascade, load_cascade
+from ...runtime.cascade import LoadedCascade, load_cascade
 from ...training.cascade import DISPATCHER, costs, fit_cascade_head, fit_whitening, train_cascade
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
@@ -46,7 +46,7 @@ class ConditionalCascade(Row):
             report=trial.report,
         )
         result = fit_cascade_head(trial.backbone, trial.data, result, batch_size=trial.config.batch_size)
-        adapter = write(trial, result.parts, result.base, result.about)
+        adapter = write(trial, result.parts, result.base, result.about, result.cascade)
         cascade = load_cascade(trial.backbone.model, adapter)
         weight, bias = cascade.parts.weight, cascade.parts.bias
         assert weight is not None
@@ -56,7 +56,7 @@ class ConditionalCascade(Row):
             return nn.functional.linear(cascade.embed(inputs), weight, bias)
 
         masked = sum(parts.masks.total for parts in result.parts.values())
-        steps = sum(result.about["training"]["cascade"]["steps"].values())
+        steps = sum((result.about.training or {})["cascade"]["steps"].values())
         with cascade.loaded(DISPATCHER):
             x, y = trial.embed()
         trained = result.parts[DISPATCHER].masks.total
@@ -68,7 +68,13 @@ class ConditionalCascade(Row):
 
 
 def _dispatcher(
-    trial: Trial, cascade: Cascade, adapter: Adapter, x: Tensor, y: Tensor, whitening: Whitening | None, masked: int
+    trial: Trial,
+    cascade: LoadedCascade,
+    adapter: Adapter,
+    x: Tensor,
+    y: Tensor,
+    whitening: Whitening | None,
+    masked: int,
 ) -> Fitted:
     """Fit a probe to embeddings by the dispatcher alone, (N, D), raw or whitened."""
     probe = fit_probe(x if whitening is None else whitening(x), y, trial.classes)

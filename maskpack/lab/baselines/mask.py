@@ -34,7 +34,7 @@ class SupervisedMask(Row):
         load_mask(trial.backbone.model, adapter)
         count = learned(result.parts) + sum(t.numel() for t in (head.weight, head.bias) if t is not None)
         predict = classified(classifier_from(trial.backbone.model, head).eval())
-        return Fitted(predict, count, stored(adapter), result.about["training"]["steps"])
+        return Fitted(predict, count, stored(adapter), (result.about.training or {})["steps"])
 
     def _settings(self, config: TrainConfig) -> TrainConfig:
         """Return settings with the row's method; options are those of the settings' own method."""

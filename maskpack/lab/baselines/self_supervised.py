@@ -28,5 +28,5 @@ class SelfSupervisedMask(Row):
             lambda inputs: probe.logits(trial.features(inputs)),
             learned(result.parts) + head,
             {**stored(adapter), "head": 4 * head},
-            result.about["training"]["steps"],
+            (result.about.training or {})["steps"],
         )

@@ -1,1 +1,1 @@
-"""What the scores learn from: one data source a file."""
+"""Data sources, one a file, and what training and evaluation read of them."""

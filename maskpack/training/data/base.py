@@ -1,4 +1,8 @@
-"""The contract of a data source, the examples that training and evaluation read, and their batches."""
+"""Contract of a data source; examples and batches for training and evaluation.
+
+A data source is a class in a file of this folder that reads references of one form. Columns, class names, validation
+split and label fractions are handled in `load.py`, for all sources.
+"""
 
 import io
 import signal
@@ -22,7 +26,7 @@ TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """What a source reads: split name -> `datasets.Dataset`, an id without a path, and the BLAKE3 of the data."""
+    """Output of a source: split name -> `datasets.Dataset`, an id without a path, and the BLAKE3 of the data."""
 
     splits: Mapping[str, Any]
     id: str
@@ -30,17 +34,19 @@ class Splits:
 
 
 class DataSource(Protocol):
-    """What every data source has (see the module's docstring)."""
+    """A data source. Sources are asked in the order of `priority`, the smallest first."""
 
     id: ClassVar[str]
     reference: ClassVar[str]
     priority: ClassVar[int]
 
     @staticmethod
-    def matches(reference: str) -> bool: ...
+    def matches(reference: str) -> bool:
+        """Return True if the reference has this source's form; nothing is downloaded."""
 
     @staticmethod
-    def load(reference: str) -> Splits: ...
+    def load(reference: str) -> Splits:
+        """Read the data, or raise DataError."""
 
 
 SOURCES: Registry[DataSource] = Registry("data source", "maskpack.training.data")
@@ -48,14 +54,14 @@ SOURCES: Registry[DataSource] = Registry("data source", "maskpack.training.data"
 
 @dataclass
 class Examples(Sequence[tuple[Any, int]]):
-    """Rows of one split as (PIL image or text, label); an item that cannot be read is None.
+    """Rows of one split as (PIL image or text, label); None for a row that cannot be read.
 
     Attributes:
-        rows: a `datasets.Dataset`.
-        labels: class index per row.
-        indices: which rows belong to this split, in order.
-        unreadable: indices into `rows` that could not be decoded so far; whoever reads batches adds them.
-        digest: what `rows` are: the digest of the data and the split's name; "" where it is not known.
+        rows: a `datasets.Dataset`, images as undecoded bytes.
+        labels: class index of each row.
+        indices: rows of this split, in order.
+        unreadable: rows that could not be decoded so far; readers of batches add them.
+        digest: of the data, with the split's name; "" if unknown.
     """
 
     rows: Any
@@ -75,8 +81,13 @@ class Examples(Sequence[tuple[Any, int]]):
         value = self.rows[row][self.column]
         if isinstance(value, str):
             return value, self.labels[row]
-        image = decode_image(value)
-        return None if image is None else (image, self.labels[row])
+        if value is None or (value["bytes"] is None and value["path"] is None):
+            return None
+        try:
+            image = open_image(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
+        except DataError:
+            return None
+        return image, self.labels[row]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,10 +95,10 @@ class Data:
     """A data set for classification.
 
     Attributes:
-        train, validation, test: None where there is no such split. Validation is split off the training rows.
+        train, validation, test: None if there is no such split. Validation is split off the training rows.
         task: "image-classification" or "text-classification".
-        id, digest: what it is and the BLAKE3 of its bytes, for the training record.
-        source: id of the data source that read it, as in "hub", so that a card can name a data set of the Hub.
+        id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
+        source: id of the data source, as in "hub".
     """
 
     train: Examples | None
@@ -98,16 +109,6 @@ class Data:
     id: str
     digest: str
     source: str = ""
-
-
-def decode_image(value: Any) -> Any:
-    """Return a PIL image in RGB from the undecoded column's {"bytes", "path"}, or None if it cannot be decoded."""
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        return None
-    try:
-        return open_image(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"])
-    except DataError:
-        return None
 
 
 def digest_files(files: Iterable[Path], root: Path) -> str:
@@ -125,13 +126,10 @@ def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
     return [name for i, name in enumerate(class_names) if i not in present]
 
 
-Collate = Callable[[list[Any]], Any]
-
-
 class _Transformed(Dataset[Any]):
-    """Examples after their per-item transform; of an unreadable one only the row.
+    """Transformed examples; of an unreadable one the row number.
 
-    What a transform draws follows from the sampler's epoch and the example, whichever process reads it and when.
+    The seed of a transform's random draws follows from the sampler's epoch and the example, in whichever process.
     """
 
     def __init__(self, examples: Examples, transform: Callable[[Any], Any], sampler: "EpochSampler | None"):
@@ -148,7 +146,7 @@ class _Transformed(Dataset[Any]):
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that the seed and the epoch decide, so that a resumed run sees the same order."""
+    """Permutation that depends on seed and epoch alone, so that a resumed run sees the same order."""
 
     def __init__(self, length: int, seed: int):
         self.length, self.seed, self.epoch = length, seed, 0
@@ -167,12 +165,12 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 def draw_seed(seed: int, epoch: int, *place: str | int) -> int:
-    """Return the seed of what is drawn at a place in an epoch, such as a batch."""
+    """Return the seed of random draws at a place in an epoch, such as a batch."""
     return int.from_bytes(blake3(repr((seed, epoch, *place)).encode()).digest(7), "little")
 
 
 def _ignore_signals(_: int) -> None:
-    """In a process that reads data: a signal to the whole group of processes is for the one that trains."""
+    # in processes that read data: a signal to the process group is for the one that trains
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -182,7 +180,7 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(images))
 
 
-def _collate(to_inputs: Callable[[Sequence[Any]], Any]) -> Collate:
+def _collate(to_inputs: Callable[[Sequence[Any]], Any]) -> Callable[[list[Any]], Any]:
     def collate(items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
         unreadable = [item for item in items if isinstance(item, int)]
         pairs = [item for item in items if not isinstance(item, int)]
@@ -206,15 +204,14 @@ def loader(
     transform: Callable[[Any], Any] | None = None,
     stack: Callable[[Sequence[Any]], Any] = _stack,
 ) -> DataLoader[Any]:
-    """Return batches of (inputs, labels, unreadable rows), to be read through `readable`.
+    """Return batches of (inputs, labels, unreadable rows), to be read by `readable`.
 
     Args:
-        sampler: for training: the order; a last batch that is not full is then left out. Else all, in order.
-        transform: of a PIL image, in place of the preprocessing.
-        stack: makes the inputs of a batch of what the transform returns.
+        sampler: order for training, without an incomplete last batch; None: all examples in order.
+        transform: from a PIL image, in place of the preprocessing. stack: from its results to the inputs of a batch.
 
     Raises:
-        DataError: if images meet a text backbone, or texts an image backbone.
+        DataError: if the backbone expects images and the column holds texts, or the reverse.
     """
     images = isinstance(preprocess, ImagePreprocess)
     feature = examples.rows.features[examples.column]
@@ -239,15 +236,15 @@ def loader(
 
 
 def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
-    """Yield (inputs, labels) of the batches in which something could be read, and note which rows could not."""
+    """Yield (inputs, labels) of all batches with a readable row, and note the unreadable ones."""
     return (batch for _, batch in numbered(batches))
 
 
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
-    """Yield what `readable` does, each with the number of batches up to it, those that could not be read included."""
+    """Yield what `readable` does, each with its number from 1 among all batches."""
     for number, (inputs, labels, unreadable) in enumerate(batches, 1):
         examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
-        # noted here and not where they are read: that may be another process
+        # here, since rows may be read in another process
         examples.unreadable.update(unreadable)
         if inputs is not None:
             yield number, (inputs, labels)

@@ -1,4 +1,4 @@
-"""load_data: from a source's splits to examples: columns, class names, validation split, label fractions."""
+"""Load a data set: columns, class names, validation split, label fractions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,33 +14,26 @@ LABELS_SEED = 42  # draws the rows that keep their labels, in every evaluation
 TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
 
 
-def _input_column(features: Mapping[str, Any], label: str | None, given: str | None) -> tuple[str, str]:
-    """Return (column, task)."""
+def _is_image(feature: Any) -> bool:
     import datasets
 
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return isinstance(feature, datasets.Image)
+
+
+def _input_column(features: Mapping[str, Any], label: str | None) -> str:
+    images = [name for name, feature in features.items() if _is_image(feature)]
     texts = [n for n, f in features.items() if getattr(f, "dtype", None) in ("string", "large_string") and n != label]
-    if given is not None:
-        if given not in features:
-            raise DataError(f"the data have no column {given!r}; they have: {', '.join(features)}")
-        candidates = [given]
-    else:
-        candidates = images or [n for n in TEXT_NAMES if n in texts] or texts
-    if len(candidates) != 1 and not (candidates and candidates[0] in TEXT_NAMES):
+    found = images or [n for n in TEXT_NAMES if n in texts][:1] or texts
+    if len(found) != 1:
         raise DataError(
             f"cannot tell which column holds the inputs among {', '.join(features)}; name it with --input-column"
         )
-    column = candidates[0]
-    return column, "image-classification" if column in images else "text-classification"
+    return found[0]
 
 
-def _label_column(features: Mapping[str, Any], given: str | None) -> str:
+def _label_column(features: Mapping[str, Any]) -> str:
     import datasets
 
-    if given is not None:
-        if given not in features:
-            raise DataError(f"the data have no column {given!r}; they have: {', '.join(features)}")
-        return given
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     found = [n for n in LABEL_NAMES if n in typed] or typed or [n for n in LABEL_NAMES if n in features]
     if not found:
@@ -55,13 +48,13 @@ def _label_column(features: Mapping[str, Any], given: str | None) -> str:
 def _labels(
     rows: Any, column: str | None, names: Sequence[str] | None, split: str
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Return (class index per row, class names); `names` are those of the training split, if it was read before."""
+    """Return the class index of each row, and the class names: `names`, or those of this split."""
     if column is None:
         return [0] * len(rows), ()
     feature = rows.features[column]
     values = rows[column][:]
     own = tuple(str(name) for name in getattr(feature, "names", ()))
-    # where classes are named in the schema, -1 stands for none
+    # -1 stands for no label where the schema names the classes
     if any(value is None or (own and value < 0) for value in values):
         raise DataError(f"the {split} split has rows without a label in column {column!r}; remove them")
     if own:
@@ -70,7 +63,7 @@ def _labels(
         values = [own[value] for value in values]
     texts = [str(value) for value in values]
     if names is None:
-        # numbers in the order of their value, everything else in the order of the alphabet
+        # numbers by value, everything else alphabetically
         numbers = all(isinstance(value, int) for value in values)
         names = sorted(set(texts), key=int) if numbers else sorted(set(texts))
     index = {name: i for i, name in enumerate(names)}
@@ -94,19 +87,19 @@ def load_data(
     labelled: bool = True,
     seed: int = 0,
 ) -> Data:
-    """Read a data set for classification.
+    """Load a data set for classification.
 
     Args:
         reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), or
             `digits:0-9` (the images that scikit-learn ships).
-        input_column, label_column: where they cannot be found.
-        class_names: of an adapter; labels are then numbered as there. Else the data's own.
+        input_column, label_column: names, if they cannot be found.
+        class_names: of an adapter, whose numbering labels follow; default: the data's own.
         validation_fraction: share of the training rows, chosen by `seed`, that becomes the validation split.
         labels_fraction: share of the remaining training rows, chosen by `seed`, that is kept.
-        labelled: False reads no labels, so that there need be none: `class_names` is empty.
+        labelled: False reads no labels and leaves `class_names` empty.
 
     Raises:
-        DataError: if it cannot be read, a column cannot be told, or labels do not fit the class names.
+        DataError: if it cannot be read, a column cannot be found, or labels do not fit the class names.
     """
     if not 0 <= validation_fraction < 1 or not 0 < labels_fraction <= 1:
         raise ConfigError(
@@ -127,8 +120,12 @@ def load_data(
     some = named["train"] if named["train"] is not None else named["test"]
     if some is None:
         raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
-    label = _label_column(some.features, label_column) if labelled else None
-    column, task = _input_column(some.features, label, input_column)
+    for given in (input_column, label_column if labelled else None):
+        if given is not None and given not in some.features:
+            raise DataError(f"the data have no column {given!r}; they have: {', '.join(some.features)}")
+    label = (label_column or _label_column(some.features)) if labelled else None
+    column = input_column or _input_column(some.features, label)
+    task = "image-classification" if _is_image(some.features[column]) else "text-classification"
     found: dict[str, Examples] = {}
     names: Sequence[str] | None = class_names
     for kind, rows in named.items():
@@ -148,7 +145,7 @@ def load_data(
 def hold_out(
     examples: Examples, fraction: float, seed: int, labels_fraction: float = 1.0
 ) -> tuple[Examples, Examples | None]:
-    """Split a share of the examples off, drawn by `seed`; return (the share `labels_fraction` of the rest, split)."""
+    """Split a share of the examples off, drawn by `seed`; return the share `labels_fraction` of the rest, and it."""
     order = _shuffled(examples.indices, seed)
     held = round(len(order) * fraction)
     rest = replace(examples, indices=_share(order[held:], labels_fraction), unreadable=set())
@@ -156,9 +153,9 @@ def hold_out(
 
 
 def few_labels(examples: Examples, fraction: float, seed: int = LABELS_SEED) -> Examples:
-    """Return a share of the examples, drawn by `seed` whatever their classes: int(n * fraction), at least one.
+    """Return a share of the examples, drawn by `seed` regardless of class: int(n * fraction), at least one.
 
-    Of a whole training split it draws the rows that `load_data(…, labels_fraction=fraction, seed=seed)` does.
+    Of a whole training split these are the rows of `load_data(…, labels_fraction=fraction, seed=seed)`.
 
     Raises:
         ConfigError: if the share is not in (0, 1].
@@ -174,12 +171,12 @@ def _shuffled(indices: Sequence[int], seed: int) -> list[int]:
 
 
 def _share(order: Sequence[int], fraction: float) -> list[int]:
-    """The first of the rows in a drawn order, in the order of the data."""
+    """Return the first rows of a drawn order, in the order of the data."""
     return sorted(order[: max(1, int(len(order) * fraction))])
 
 
 def _undecoded(rows: Any, column: str, task: str) -> Any:
-    """Only the input column, images as their bytes: one that cannot be decoded then costs only itself."""
+    """Return the input column alone, images as bytes, so that one broken image costs only itself."""
     import datasets
 
     rows = rows.select_columns([column])

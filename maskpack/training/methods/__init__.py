@@ -1,1 +1,1 @@
-"""Weights -> scores -> mask: one method a file."""
+"""Masking methods, one a file."""

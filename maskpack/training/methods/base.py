@@ -1,31 +1,31 @@
-"""The contract of a masking method.
+"""Contract of a masking method.
 
-A method is a frozen dataclass in a file of this folder: its fields are its parameters, `id` and `reference` are
-class attributes. It maps a weight to scores and scores to a mask, and nothing else: attaching scores to a model,
-training, saving and applying exist once, in `training`, `adapter` and `apply`.
+A method is a frozen dataclass in a file of this folder, and its fields are its options. It maps a weight to scores
+(`init_scores`) and scores to a mask (`binarize`), and says which weight to compute with meanwhile (`effective`).
+Attaching scores to a model, training, saving and applying are the same for all methods and lie elsewhere.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...mask import Op, PackedMask, masked_weight
-from ...registry import Registry, make_options
+from ...registry import Options, Registry, make_options
 
 
 @dataclass(frozen=True)
 class State:
-    """What a method is told beside the scores of one parameter.
+    """Where training stands, for the scores of one parameter.
 
     Attributes:
-        progress: share of the training steps that are done, from 0 to 1; 1 for scores that are finished.
-        training: masks may be drawn at random; False in evaluation mode and for the mask that is stored.
-        shared: what `Method.shared` gave for this parameter, or None.
-        shape: of the weight; None where the scores have it.
+        progress: share of the training steps that are done, 0 to 1; 1 for finished scores.
+        training: masks may be drawn at random. False in evaluation mode and for the stored mask.
+        shared: this parameter's part of `Method.shared`.
+        shape: of the weight; None if the scores have the same shape.
         batch_size: examples of an optimiser step.
     """
 
@@ -40,21 +40,17 @@ FINISHED = State()
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """A way to learn a mask. Subclasses are final.
-
-    Every parameter has a default, whose type is the parameter's.
+class Method(Options, ABC):
+    """A way to learn a mask.
 
     Attributes:
-        id: name on the command line.
-        reference: the paper.
         op: what a zero of the mask does to its weight.
-        learns: the scores are trained; False where they follow from the weights.
-        draws: `effective` draws at random while training, so that it cannot be called again for the backward pass.
-        hardens: another weight is stored than training ends with: masks were soft or random until then, or small edits
-            are dropped. BatchNorm statistics are taken anew then.
-        rising: there is a score for each weight, with op "zero" or "flip", and each weight is kept above some score and
-            not below. Then a number added to all scores makes the mask denser, which budgets and pressures rely on.
+        learns: scores are trained; False if they follow from the weights.
+        draws: `effective` draws at random in training, so the backward pass cannot call it again.
+        hardens: the stored weight differs from the one that training ended with, because masks were soft or random, or
+            small edits are dropped. BatchNorm statistics are then taken anew.
+        rising: each weight has one score, is kept above some value of it and removed (op "zero") or flipped below. So a
+            number added to all scores makes the mask denser, on which byte budgets and density penalties rely.
     """
 
     id: ClassVar[str]
@@ -67,18 +63,15 @@ class Method(ABC):
 
     @abstractmethod
     def init_scores(self, weight: Tensor) -> Tensor:
-        """Return the scores to start from: float32, on the weight's device, of its shape or another one.
+        """Return the initial scores: float32, on the weight's device, of any shape.
 
-        What is random is drawn from torch's own generator.
-
-        Raises:
-            ConfigError: if the method is not for weights of this shape.
+        Random scores are drawn from PyTorch's default generator. ConfigError: if the weight's shape does not suit.
         """
 
     def shared(self, scores: Sequence[Tensor], progress: float) -> Sequence[Tensor] | None:
-        """Return what each parameter is to be told of all of them, in their order; None, always, if nothing.
+        """Return one tensor per parameter (`State.shared`), computed from the scores of all; None: always nothing.
 
-        If it gives something, it is asked for again whenever a score or the progress has changed.
+        Called again whenever a score or the progress has changed.
         """
         return None
 
@@ -87,24 +80,23 @@ class Method(ABC):
         """Return the mask: bool, of the weight's shape, True = weight kept. Deterministic."""
 
     def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
-        """Return the weight to compute with during training, differentiable in the scores.
+        """Return the weight to compute with, differentiable in the scores.
 
-        By default the mask's forward pass with a straight-through gradient (Bengio et al., 2013): exactly the weight
-        that a loaded adapter has. Methods that compute with something else while `state.training` give that weight too
-        where it is False.
+        Where `state.training` is False it equals, to the bit, the weight under a loaded adapter. Default: the masked
+        weight with a straight-through gradient (Bengio et al., 2013).
         """
         return straight_through(weight, scores, self.binarize(scores.detach(), state), scale)
 
     def penalty(self, scores: Tensor, state: State) -> Tensor | None:
-        """Return what is added to the loss of a step for one parameter, or None."""
+        """Return a scalar to add to the loss of a step for one parameter, or None."""
         return None
 
     def packed(self, scores: Tensor, scale: bool, state: State = FINISHED) -> PackedMask:
-        """Return the mask as it is stored."""
+        """Return the mask to store."""
         return PackedMask.from_tensor(self.binarize(scores, state), self.op, scale)
 
     def values(self, weight: Tensor, scores: Tensor) -> Tensor:
-        """Return what the zeros of a mask with op "replace" put in place, of the weight's shape and dtype."""
+        """Return the values for the zeros of a mask with op "replace", of the weight's shape and dtype."""
         raise NotImplementedError
 
 
@@ -112,25 +104,19 @@ METHODS: Registry[Method] = Registry("method", "maskpack.training.methods")
 
 
 def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
-    """Make the method called `name` with these parameters.
+    """Return the method with this id and these options.
 
     Raises:
-        UnknownNameError: if there is no such method.
-        ConfigError: if it has no such parameter, or a value is impossible.
+        UnknownNameError: if there is no such method. ConfigError: if it has no such option, or a value is impossible.
     """
     method: Method = make_options(METHODS[name], f"the method {name!r}", options or {})
     return method
 
 
 def rising_methods() -> str:
-    """Return the names of the methods whose masks are the denser the higher the scores are, for messages."""
+    """Return the ids of the methods that are `rising`, for messages."""
     *others, last = (cls.id for cls in METHODS.all() if cls.rising)
     return f"{', '.join(others)} or {last}"
-
-
-def method_config(method: Method) -> dict[str, Any]:
-    """Return the method as JSON: its id and its parameters."""
-    return {"id": method.id, **asdict(method)}
 
 
 def alpha(mask: Tensor) -> Tensor:
@@ -142,11 +128,11 @@ def alpha(mask: Tensor) -> Tensor:
 def straight_through(
     weight: Tensor, scores: Tensor, mask: Tensor, scale: bool, *, detach_scale: bool = False
 ) -> Tensor:
-    """Return the masked weight, differentiable in the scores as `StraightThrough` says.
+    """Return the masked weight with the gradient of `StraightThrough`.
 
     Args:
         scores: of the weight's shape.
-        scale: divide by `alpha(mask)`. detach_scale: its gradient is left out.
+        scale: divide by `alpha(mask)`. detach_scale: without its gradient.
     """
     divisor = alpha(mask) if scale else None
     result: Tensor = StraightThrough.apply(
@@ -156,11 +142,11 @@ def straight_through(
 
 
 class StraightThrough(torch.autograd.Function):
-    """w' = w * m / alpha with dL/dS := dL/dM, alpha = sqrt(mean(m)) in the graph (Self-Masking Networks).
+    """w' = w * m / alpha with dL/dS := dL/dM and alpha = sqrt(mean(m)) in the graph (Self-Masking Networks).
 
-    g_i = (w_i / alpha) G_i - (1 / (2 N alpha^3)) sum_j G_j w_j m_j; without a scale only the first term, alpha = 1, and
-    with a detached one only the first term. The weight is frozen and gets no gradient. The result is computed outside,
-    by `where` in place of a product, so that infinite weights give no NaN and nothing becomes -0.
+    g_i = (w_i / alpha) G_i - (1 / (2 N alpha^3)) sum_j G_j w_j m_j. Only the first term remains without a scale
+    (alpha = 1) and without a mask (detached scale). The frozen weight gets no gradient. The result is computed by the
+    caller, by `where` and no product: infinite weights give no NaN, and nothing becomes -0.
     """
 
     @staticmethod

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from ...mask import Op
-from ...registry import check_above_zero
+from ...registry import Positive
 from .base import FINISHED, METHODS, Method, State, StraightThrough
 
 
 @METHODS.register
 @dataclass(frozen=True)
 class Flip(Method):
-    """Invert the sign of the weights whose score is not above zero; none becomes zero.
+    """Invert the sign of weights whose score is at most 0; straight-through gradient.
 
     Attributes:
-        init: constant that all scores start from, above 0.
+        init: initial value of all scores.
     """
 
     id: ClassVar[str] = "flip"
@@ -25,10 +25,7 @@ class Flip(Method):
     op: ClassVar[Op] = "flip"
     rising: ClassVar[bool] = True
 
-    init: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_above_zero(self, "init")
+    init: Positive = 1.0
 
     def init_scores(self, weight: Tensor) -> Tensor:
         return torch.full_like(weight, self.init, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Learned N:M masks."""
+"""Learned N:M masks (MaskLLM)."""
 
 import math
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...mask import masked_weight
-from ...registry import check_above_zero
+from ...registry import Positive
 from .base import FINISHED, METHODS, Method, State
 
-DEVIATION = 0.01  # of the logits at the start
+DEVIATION = 0.01  # of the initial logits
 MOST = 8  # weights of a group: 70 choices of 4
 
 
 @METHODS.register
 @dataclass(frozen=True)
 class NM(Method):
-    """Keep N of every M weights that follow each other, chosen by a Gumbel softmax over all choices (MaskLLM).
+    """Keep N of every M consecutive weights, by a Gumbel softmax over all choices (MaskLLM).
 
-    A group is M weights along a weight's last dimension, or of a convolution along its input channels. Each has a
-    logit for each of its choices. In training masks are soft; temperature and factor go linearly from their first to
-    their last value. In evaluation mode and in the adapter the choice with the greatest logit is taken.
+    A group is M weights along the last dimension, of a convolution along its input channels, and has a logit for each
+    choice. Training computes with soft masks; temperature and factor move linearly from their first to their last
+    value. In evaluation mode and in the adapter the choice with the greatest logit is taken.
 
     Attributes:
         kept, group: N and M.
-        temperature, last_temperature: of the softmax. factor, last_factor: that logits are multiplied by.
-        prior: how much the choice of the greatest absolute weights is preferred at the start, in deviations.
+        temperature, last_temperature: of the softmax. factor, last_factor: of the logits.
+        prior: initial preference for the choice of the greatest absolute weights, in deviations.
     """
 
     id: ClassVar[str] = "nm"
@@ -39,27 +39,25 @@ class NM(Method):
 
     kept: int = 2
     group: int = 4
-    temperature: float = 4.0
-    last_temperature: float = 0.05
-    factor: float = 100.0
-    last_factor: float = 500.0
+    temperature: Positive = 4.0
+    last_temperature: Positive = 0.05
+    factor: Positive = 100.0
+    last_factor: Positive = 500.0
     prior: float = 3.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.kept < self.group <= MOST:
-            raise ConfigError(
-                f"expected 0 < kept < group <= {MOST}, got {self.kept} kept weights of a group of {self.group}"
-            )
-        check_above_zero(self, "temperature", "last_temperature", "factor", "last_factor")
+            raise ConfigError(f"expected 0 < kept < group <= {MOST}, got kept = {self.kept}, group = {self.group}")
 
     def init_scores(self, weight: Tensor) -> Tensor:
         """Return the logits, (groups, choices)."""
-        if weight.ndim < 2 or weight.movedim(1, -1).shape[-1] % self.group:
+        if weight.ndim < 2 or weight.shape[1] % self.group:
             raise ConfigError(
                 f"a weight of shape {tuple(weight.shape)} has no whole groups of {self.group} along its inputs; leave "
                 f"it out with --exclude"
             )
-        magnitude = self._groups(weight.detach().abs().float())
+        magnitude = weight.detach().abs().float().movedim(1, -1).reshape(-1, self.group)
         choices = self._choices(weight.device)
         best = choices[(magnitude @ choices.T).argmax(1)]
         alike = best @ choices.T
@@ -70,25 +68,18 @@ class NM(Method):
         return self._weights(self._choices(scores.device)[scores.argmax(1)].bool(), state)
 
     def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
-        """Return the masked weight; soft while `state.training`, with a constant scale."""
         divisor = torch.tensor(math.sqrt(self.kept / self.group)) if scale else None
         if not state.training:
             return masked_weight(weight, self.binarize(scores.detach(), state), divisor)
+        temperature = self.temperature + state.progress * (self.last_temperature - self.temperature)
+        factor = self.factor + state.progress * (self.last_factor - self.factor)
         noise = -torch.rand_like(scores).clamp(min=1e-10).log_().neg_().clamp(min=1e-10).log_()
-        soft = ((scores * self._between("factor", state) + noise) / self._between("temperature", state)).softmax(1)
+        soft = ((scores * factor + noise) / temperature).softmax(1)
         masked = weight * self._weights(soft @ self._choices(scores.device), state)
         return masked if divisor is None else masked / divisor
 
-    def _between(self, name: str, state: State) -> float:
-        first, last = getattr(self, name), getattr(self, f"last_{name}")
-        return float(first + state.progress * (last - first))
-
-    def _groups(self, weight: Tensor) -> Tensor:
-        """Return a weight group by group, (groups, M)."""
-        return weight.movedim(1, -1).reshape(-1, self.group)
-
     def _weights(self, groups: Tensor, state: State) -> Tensor:
-        """Return groups (groups, M) in the shape of the weight."""
+        """Return groups, (groups, M), in the shape of the weight."""
         assert state.shape is not None
         rows, inputs, *rest = state.shape
         return groups.reshape(rows, *rest, inputs).movedim(-1, 1).contiguous()

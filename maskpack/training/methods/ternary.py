@@ -1,6 +1,5 @@
-"""Masks with signs: keep, remove or invert."""
+"""Masks with signs."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -9,30 +8,31 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...mask import PackedMask, masked_weight
+from ...registry import NonNegative, Positive
 from .base import FINISHED, METHODS, Method, State, StraightThrough, alpha
 
 
 @METHODS.register
 @dataclass(frozen=True)
 class Ternary(Method):
-    """Keep weights with a score above a threshold, invert those with a negative one, remove what is between.
+    """Keep weights with a score above a threshold, invert those below 0, remove the rest; straight-through gradient.
 
     Attributes:
-        init: constant that all scores start from.
-        threshold: a weight is kept if its score is strictly above, inverted if it is below 0.
+        init: initial value of all scores, above the threshold.
+        threshold: a weight is kept if its score is greater.
     """
 
     id: ClassVar[str] = "ternary"
     reference: ClassVar[str] = "https://arxiv.org/abs/1801.06519"
 
-    init: float = 1.0
-    threshold: float = 0.5
+    init: Positive = 1.0
+    threshold: NonNegative = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < self.init < math.inf:
+        super().__post_init__()
+        if self.threshold >= self.init:
             raise ConfigError(
-                f"scores start at {self.init} with the threshold {self.threshold}; choose finite values with "
-                f"0 <= threshold < init, so that every weight starts as it is"
+                f"init must be above threshold, or all weights start removed; got {self.init} and {self.threshold}"
             )
 
     def init_scores(self, weight: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""Score-threshold masking."""
+"""Score thresholds (Piggyback, Self-Masking Networks)."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,33 +7,34 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...registry import Finite
 from .base import FINISHED, METHODS, Method, State, straight_through
 
 
 @METHODS.register
 @dataclass(frozen=True)
 class Threshold(Method):
-    """Keep the weights whose score is above a threshold; straight-through gradient.
+    """Keep weights whose score is above a threshold; straight-through gradient.
 
     Attributes:
-        init: constant that all scores start from.
-        threshold: a weight is kept if its score is strictly above; ties are off.
-        detach_scale: leave the gradient of the scale out of that of the scores.
+        init: initial value of all scores, above the threshold.
+        threshold: a weight is kept if its score is greater.
+        detach_scale: leave the gradient of the scale out.
     """
 
     id: ClassVar[str] = "threshold"
     reference: ClassVar[str] = "https://arxiv.org/abs/1801.06519"
     rising: ClassVar[bool] = True
 
-    init: float = 1.0
-    threshold: float = 0.0
+    init: Finite = 1.0
+    threshold: Finite = 0.0
     detach_scale: bool = False
 
     def __post_init__(self) -> None:
-        if not -math.inf < self.threshold < self.init < math.inf:
+        super().__post_init__()
+        if self.threshold >= self.init:
             raise ConfigError(
-                f"scores start at {self.init} with the threshold {self.threshold}: every weight would start masked, or "
-                f"stay as it is; choose finite values with init > threshold"
+                f"init must be above threshold, or all weights start removed; got {self.init} and {self.threshold}"
             )
 
     def init_scores(self, weight: Tensor) -> Tensor:

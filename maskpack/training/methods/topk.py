@@ -4,15 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError
+from ...registry import Range
 from .base import FINISHED, METHODS, Method, State, straight_through
-
-INITS = ("kaiming", "magnitude")
 
 
 @METHODS.register
@@ -20,32 +18,24 @@ INITS = ("kaiming", "magnitude")
 class TopK(Method):
     """Keep a fixed share of the weights, those with the greatest scores (edge-popup).
 
-    Of n weights ceil(share * n) are kept. Of equal scores those with the lower index are kept first, and of several
-    parameters those of the first by name.
+    Of n weights ceil(share * n) are kept; of equal scores the first by parameter name and index.
 
     Attributes:
         share: of the weights that is kept.
-        scope: "tensor": this share of every parameter; "global": of all of them together.
-        progressive: begin with all weights, and reach the share linearly at the end of training.
-        absolute: compare the absolute values of the scores.
-        init: "kaiming": random, uniform; "magnitude": the weights' absolute values.
+        scope: "tensor": of each parameter; "global": of all together.
+        progressive: begin with all weights and decrease linearly to the share at the end of training.
+        absolute: compare absolute values of the scores.
+        init: "kaiming": random, uniform; "magnitude": absolute values of the weights.
     """
 
     id: ClassVar[str] = "topk"
     reference: ClassVar[str] = "https://arxiv.org/abs/1911.13299"
 
-    share: float = 0.5
-    scope: str = "tensor"
+    share: Annotated[float, Range(above=0, most=1)] = 0.5
+    scope: Literal["tensor", "global"] = "tensor"
     progressive: bool = False
     absolute: bool = True
-    init: str = "kaiming"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"share must be above 0 and at most 1, got {self.share}")
-        for name, known in (("scope", ("tensor", "global")), ("init", INITS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
+    init: Literal["kaiming", "magnitude"] = "kaiming"
 
     def init_scores(self, weight: Tensor) -> Tensor:
         if self.init == "magnitude":
@@ -57,24 +47,23 @@ class TopK(Method):
         return (scores.abs() if self.absolute else scores).to(weight.device)
 
     def shared(self, scores: Sequence[Tensor], progress: float) -> Sequence[Tensor] | None:
-        """Return how many weights of each parameter are kept, where the share is of all together."""
+        """Return the number of kept weights of each parameter, for the scope "global"."""
         if self.scope == "tensor":
             return None
-        flat = torch.cat([self._ranked(one).flatten().cpu() for one in scores])
+        flat = torch.cat([self._compared(one).flatten().cpu() for one in scores])
         kept = greatest(flat, self._kept(flat.numel(), progress))
         return [part.count_nonzero() for part in torch.split(kept, [one.numel() for one in scores])]
 
     def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
-        ranked = self._ranked(scores)
-        kept = self._kept(ranked.numel(), state.progress) if state.shared is None else int(state.shared)
-        return greatest(ranked.flatten(), kept).reshape(scores.shape)
+        kept = self._kept(scores.numel(), state.progress) if state.shared is None else int(state.shared)
+        return greatest(self._compared(scores).flatten(), kept).reshape(scores.shape)
 
     def effective(self, weight: Tensor, scores: Tensor, scale: bool, state: State = FINISHED) -> Tensor:
         mask = self.binarize(scores.detach(), state)
-        # the density is given, so that the scale is a constant
+        # the density is given, so the scale is a constant
         return straight_through(weight, scores.abs() if self.absolute else scores, mask, scale, detach_scale=True)
 
-    def _ranked(self, scores: Tensor) -> Tensor:
+    def _compared(self, scores: Tensor) -> Tensor:
         return scores.detach().abs() if self.absolute else scores.detach()
 
     def _kept(self, count: int, progress: float) -> int:

@@ -1,1 +1,1 @@
-"""What the scores are trained on: one objective a file."""
+"""Training objectives, one a file."""

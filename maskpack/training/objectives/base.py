@@ -1,4 +1,8 @@
-"""The contract of an objective, and measures of collapsing representations."""
+"""Contract of a training objective.
+
+An objective is a class in a file of this folder. Its constructor makes `self.module`, which holds the backbone and all
+that is trained or remembered beside it. `loss` maps a batch to a scalar. Everything else has a default.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,28 +16,28 @@ from torch import Tensor, nn
 from ...backbone.load import Backbone
 from ...backbone.model import Head
 from ...errors import ConfigError, DataError, UnknownNameError
-from ...registry import Registry
+from ...registry import Options, Registry, make_options
 from ..batchnorm import recalibrate
 from ..config import TrainConfig
 from ..data.base import Data, EpochSampler, Examples, loader, readable
 
-KEPT = 1024  # rows of features that the rank is taken of
+KEPT = 1024  # newest rows of features that the rank is measured on
 LEAST_USAGE, LEAST_RANK = 0.5, 2.0
 
 
 class CollapseWatch:
-    """Collects an epoch's features, and which prototype each is nearest to.
+    """Measures of collapse, over the batches of an epoch.
 
     Args:
-        prototypes: their number, or 0 if the objective has none.
+        prototypes: their number; 0 if the objective has none.
     """
 
     def __init__(self, prototypes: int = 0):
-        self.used = torch.zeros(prototypes, dtype=torch.int64)
+        self.used = torch.zeros(prototypes, dtype=torch.int64)  # how often each prototype was the nearest
         self.rows: deque[Tensor] = deque()
 
     def add(self, features: Tensor, scores: Tensor | None = None) -> None:
-        """Note a batch: features (N, D) of the backbone, and prototype scores (N, K)."""
+        """Add a batch: features (N, D) of the backbone, and prototype scores (N, K)."""
         self.rows.append(features.detach().float().cpu())
         while sum(len(rows) for rows in self.rows) - len(self.rows[0]) >= KEPT:
             self.rows.popleft()
@@ -41,92 +45,96 @@ class CollapseWatch:
             self.used += torch.bincount(scores.detach().argmax(-1).cpu(), minlength=len(self.used))
 
     def state(self) -> dict[str, Tensor]:
-        """Return what was noted since the last metrics."""
+        """Return what was added since the last `metrics`."""
         lengths = torch.tensor([len(rows) for rows in self.rows], dtype=torch.int64)
         rows = torch.cat(list(self.rows)) if self.rows else torch.zeros(0, 0)
         return {"used": self.used.clone(), "lengths": lengths, "rows": rows}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from a `state`."""
         self.used.copy_(state["used"])
         self.rows = deque(torch.split(state["rows"], state["lengths"].tolist()))
 
     def metrics(self) -> dict[str, float]:
-        """Return `feature_rank` and, with prototypes, `prototype_usage`, and begin again.
+        """Return `feature_rank` and, with prototypes, `prototype_usage`, and start anew.
 
-        `feature_rank` is the exponential of the entropy of the features' singular values (RankMe, arXiv 2210.02885):
-        1 if all features are alike up to length, at most D. `prototype_usage` is the entropy of how often each
-        prototype is the nearest, over its greatest value: 0 if one takes all, 1 if all are used alike, or, by fewer
-        images than prototypes, no one twice.
+        `feature_rank` is the exponential of the entropy of the features' singular values (RankMe, arXiv 2210.02885),
+        1 (all features are multiples of one) to D. `prototype_usage` is the entropy of the counts of nearest prototypes
+        over its maximum, 0 (always the same one) to 1 (all equally often, or none twice).
         """
-        found = {"feature_rank": _effective(torch.linalg.svdvals(torch.cat(list(self.rows)).double()))}
+        found = {"feature_rank": _effective_number(torch.linalg.svdvals(torch.cat(list(self.rows)).double()))}
         if len(self.used):
             most = min(len(self.used), int(self.used.sum()))
-            found["prototype_usage"] = math.log(_effective(self.used)) / math.log(most) if most > 1 else 1.0
+            found["prototype_usage"] = math.log(_effective_number(self.used)) / math.log(most) if most > 1 else 1.0
         self.used.zero_()
         self.rows.clear()
         return found
 
 
-def _effective(amounts: Tensor) -> float:
-    """The exponential of the entropy of shares."""
+def _effective_number(amounts: Tensor) -> float:
+    """Return the exponential of the entropy of the amounts' shares."""
     shares = amounts.double() / amounts.sum().clamp(min=1e-12)
     return float(torch.special.entr(shares).sum().exp())
 
 
 def collapse_warning(metrics: Mapping[str, float]) -> str | None:
-    """Return what to say if the metrics show a collapse, or None."""
+    """Return a warning if the metrics of `CollapseWatch` show a collapse, else None."""
     usage, rank = metrics.get("prototype_usage", 1.0), metrics["feature_rank"]
     if usage >= LEAST_USAGE and rank >= LEAST_RANK:
         return None
-    if "prototype_usage" not in metrics:
-        return (
-            f"the representation is collapsing (feature rank {rank:.1f}; healthy is over {LEAST_RANK:.0f}); lower the "
-            f"learning rate of the scores"
-        )
+    found, healthy, remedy = f"feature rank {rank:.1f}", f"is over {LEAST_RANK:.0f}", ""
+    if "prototype_usage" in metrics:
+        found = f"prototype usage {usage:.2f}, {found}"
+        healthy, remedy = f"are over {LEAST_USAGE} and {LEAST_RANK:.0f}", ", or use more prototypes"
     return (
-        f"the representation is collapsing (prototype usage {usage:.2f}, feature rank {rank:.1f}; healthy are over "
-        f"{LEAST_USAGE} and {LEAST_RANK:.0f}); lower the learning rate of the scores, or use more prototypes"
+        f"the representation is collapsing ({found}; healthy {healthy}); lower the learning rate of the scores{remedy}"
     )
 
 
-SELF_SUPERVISED = "self-supervised"  # the objective without labels for the backbone's task
+SELF_SUPERVISED = "self-supervised"  # stands for the objective without labels for the backbone's task
 
 
 class Objective(ABC):
     """What the scores are trained on.
 
     Attributes:
-        module: what is trained: the backbone with what the objective needs beside it. Every trained tensor and every
-            buffer of it is kept in checkpoints.
-        augments: its training images are augmented as the settings say; False where it makes views of its own.
-        self_supervised: it is what the name "self-supervised" stands for, for backbones of its tasks.
-        other_inputs: training sees other inputs than whole images, so that BatchNorm statistics are always taken anew.
-        fresh: names of tensors of `module` that a run which starts from another one's end does not take over.
+        tasks: of backbones that it is for. needs_labels: reads labels.
+        options_class: of its options; `self.options` is made of `config.objective_options`.
+        augments: training images are augmented by the settings; False if it makes its own views.
+        self_supervised: is meant by the name "self-supervised" for its tasks.
+        other_inputs: training sees other inputs than whole images, so BatchNorm statistics are always taken anew.
+        fresh: tensors of `module`, by name, that a run started from another one's end does not take over.
+        module: the backbone and all that is trained or remembered beside it. Its trained tensors and buffers are in
+            checkpoints.
+        watch: measures of collapse, if it adds batches to them.
     """
 
     id: ClassVar[str]
     reference: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]
     needs_labels: ClassVar[bool]
+    options_class: ClassVar[type[Any]] = Options
     augments: ClassVar[bool] = True
     self_supervised: ClassVar[bool] = False
     other_inputs: ClassVar[bool] = False
     fresh: ClassVar[tuple[str, ...]] = ()
     module: nn.Module
+    options: Any
+    watch: CollapseWatch | None = None
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         self.backbone, self.data, self.config = backbone, data, config
+        self.options = make_options(self.options_class, f"the objective {self.id!r}", config.objective_options)
 
     def start(self) -> None:  # noqa: B027
         """Prepare for the first epoch of a new run; the scores are attached."""
 
     def batches(self, examples: Examples, sampler: EpochSampler | None = None) -> Any:
-        """Return a loader: augmented and in the sampler's order for training, plain and whole without a sampler."""
+        """Return a loader: for training augmented and in the sampler's order, else all examples as they are."""
         return self.load(examples, sampler=sampler, augment=self.config.augment if sampler is not None else "none")
 
     def load(self, examples: Examples, **options: Any) -> Any:
-        """Return a loader with the backbone's preprocessing; `options` are those of `data.batches.loader`."""
+        """Return a loader with the backbone's preprocessing; `options` are those of `data.base.loader`."""
         return loader(
             examples,
             self.backbone.preprocess,
@@ -137,57 +145,56 @@ class Objective(ABC):
         )
 
     def scores(self) -> list[nn.Parameter]:
-        """Return scores outside of the body, which learn at the rate of the body's."""
+        """Return scores outside of the body; they learn at the rate of the body's."""
         return []
 
-    @abstractmethod
     def trained(self) -> list[nn.Parameter]:
-        """Return the tensors trained beside the scores."""
+        """Return the parameters trained beside the scores."""
+        return []
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027
-        """Note that an epoch begins, 0 to epochs - 1."""
+        """Called before each epoch, 0 to epochs - 1."""
 
     @abstractmethod
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        """Return the loss of one batch, a scalar. `module` is `self.module`, perhaps wrapped."""
+        """Return the loss of one batch (inputs, labels), a scalar. `module` is `self.module`, perhaps wrapped."""
 
     def after_backward(self, step: int) -> None:  # noqa: B027
-        """Look at the gradients of an optimiser step, the first of which is 0, before it is made."""
+        """Called between the backward pass and the optimiser step, from 0."""
 
     @property
     def network(self) -> nn.Module:
-        """What computes from a batch as it is loaded: the part of `module` with the backbone."""
+        """The part of `module` that computes from a batch as it is loaded."""
         return self.module
 
     def recalibrate(self) -> None:
-        """Take BatchNorm statistics anew, of whole training inputs in the network that will be stored.
-
-        Called after the last epoch and before its metrics, where that is another one than was trained.
-        """
+        """Take BatchNorm statistics anew, of whole training inputs in the network that will be stored."""
         assert self.data.train is not None
         recalibrate(self.network, readable(self.load(self.data.train)))
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is kept for `metrics` so far, for checkpoints in the middle of an epoch."""
-        return {}
+        """Return what is gathered for `metrics`, for checkpoints within an epoch."""
+        return {} if self.watch is None else self.watch.state()
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Go on from what `state` gave."""
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`."""
+        if self.watch is not None:
+            self.watch.restore(state)
 
     def metrics(self) -> Mapping[str, float]:
-        """Return what the epoch that ends shows beside its loss."""
-        return {}
+        """Return measures of the epoch that ends, beside its loss."""
+        return {} if self.watch is None else self.watch.metrics()
 
     def warning(self, metrics: Mapping[str, float]) -> str | None:
-        """Return what these metrics warn of, or None."""
-        return None
+        """Return a warning that these metrics give reason for, or None."""
+        return None if self.watch is None else collapse_warning(metrics)
 
     def evaluate(self, examples: Examples) -> Mapping[str, float]:
-        """Return measures of a held-out split, with the masks as they are now."""
+        """Return measures of a held-out split under the current masks."""
         return {}
 
     def head(self) -> Head | None:
-        """Return the trained head that travels with the mask, or None."""
+        """Return the trained head to store beside the mask, or None."""
         return None
 
 
@@ -195,7 +202,7 @@ OBJECTIVES: Registry[Objective] = Registry("objective", "maskpack.training.objec
 
 
 def find_objective(name: str, task: str) -> type[Objective]:
-    """Return the objective called `name`, or for "self-supervised" the one without labels for this task.
+    """Return the objective with this id, or for "self-supervised" the one without labels for this task.
 
     Raises:
         UnknownNameError: if there is no such objective. ConfigError: if it is not for this task.
@@ -212,11 +219,7 @@ def find_objective(name: str, task: str) -> type[Objective]:
 
 
 def check_data(data: Data, backbone: Backbone, cls: type[Objective]) -> Examples:
-    """Return the training split, if it suits the backbone and the objective.
-
-    Raises:
-        DataError: if it does not.
-    """
+    """Return the training split, or raise DataError if it does not suit the backbone or the objective."""
     if data.train is None:
         raise DataError(f"the data {data.id!r} have no training split")
     if data.task != backbone.task:

@@ -1,4 +1,4 @@
-"""Masks that change nothing of what a network says: as many weights as possible go, its outputs stay."""
+"""Masks that keep a network's output distribution (Differentiable Weight Masks)."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...backbone.classifier import Classifier, Inputs, modes_kept, to_device
 from ...backbone.load import Backbone
 from ...errors import ConfigError
-from ...registry import make_options
+from ...registry import NonNegative, Options, Positive
 from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
@@ -22,34 +22,26 @@ from .base import OBJECTIVES, Objective
 
 
 @dataclass(frozen=True)
-class DistributionOptions:
+class DistributionOptions(Options):
     """Options of the objective.
 
     Attributes:
-        strength: of the pressure to remove weights: the density times it is added to the divergence.
-        temperature: that logits are divided by.
+        strength: of the density penalty.
+        temperature: of both softmaxes.
     """
 
-    strength: float = 1.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength < math.inf or not 0 < self.temperature < math.inf:
-            raise ConfigError(
-                f"strength must be a finite number of at least 0 and temperature above 0, got {self.strength} and "
-                f"{self.temperature}"
-            )
+    strength: NonNegative = 1.0
+    temperature: Positive = 1.0
 
 
-class TwiceNetwork(nn.Module):
-    """A network that gives its logits with the masks, and those that it would give without."""
+class MaskedAndWhole(nn.Module):
+    """Logits (B, classes) with the masks, and without them in evaluation mode."""
 
     def __init__(self, classifier: Classifier):
         super().__init__()
         self.classifier = classifier
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Return the logits (B, classes) with masks, and without in evaluation mode."""
         with torch.no_grad(), without_scores(self.classifier), modes_kept(self.classifier):
             whole = self.classifier.eval()(inputs)
         return self.classifier(inputs).float(), whole.float()
@@ -57,71 +49,64 @@ class TwiceNetwork(nn.Module):
 
 @OBJECTIVES.register
 class Distribution(Objective):
-    """Keep the output distribution of the unmasked network with as few weights as possible; needs no labels.
+    """Sparsest mask under an output-KL penalty: keep the unmasked network's output distribution; needs no labels.
 
-    The loss is KL(unmasked || masked) + strength * density, with the network's own head. The density has the gradient 1
-    / weights for every score (straight through).
+    The loss is KL(unmasked || masked) + strength * density, with the network's own head. The gradient of the density is
+    1 / weights for every score (straight through).
     """
 
     id: ClassVar[str] = "distribution"
     reference: ClassVar[str] = "https://arxiv.org/abs/2308.13957"
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
     needs_labels: ClassVar[bool] = False
-    module: TwiceNetwork
+    options_class = DistributionOptions
+    options: DistributionOptions
+    module: MaskedAndWhole
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
-        self.options: DistributionOptions = make_options(
-            DistributionOptions, "the objective 'distribution'", config.objective_options
-        )
         own = own_linear(backbone)
         if own is None:
             raise ConfigError(
-                f"the objective 'distribution' compares outputs, and {backbone.id} has no head that gives any; take a "
-                f"backbone with its head"
+                f"the objective 'distribution' compares logits, and {backbone.id} has no head; take a backbone with "
+                f"its head"
             )
         if self.options.strength and not METHODS[config.method].rising:
             raise ConfigError(
-                f"the objective 'distribution' lowers all scores to remove weights, and those of the method "
-                f"{config.method!r} do not keep more weights the higher they are; take {rising_methods()}, or the "
-                f"option strength=0"
+                f"the objective 'distribution' lowers all scores to remove weights, and higher scores of the method "
+                f"{config.method!r} do not keep more weights; take {rising_methods()}, or the option strength=0"
             )
         if config.train:
             raise ConfigError(
-                f"the objective 'distribution' compares with the network as it is, of which train would change "
+                f"the objective 'distribution' compares with the unchanged network, and train would change "
                 f"{', '.join(config.train)}; leave out train"
             )
         if config.bn == "adapt" and batchnorm_statistics(backbone.model):
             raise ConfigError(
-                "the objective 'distribution' compares with the network as it is, whose BatchNorm statistics stay; "
-                "take bn 'freeze'"
+                "the objective 'distribution' compares with the unchanged network, and bn 'adapt' would change its "
+                "BatchNorm statistics; take bn 'freeze'"
             )
-        self.module = TwiceNetwork(Classifier(backbone.model, own, backbone.head))
-        self.sums = [0.0, 0.0, 0.0]
-
-    def trained(self) -> list[nn.Parameter]:
-        return []
+        self.module = MaskedAndWhole(Classifier(backbone.model, own, backbone.embedding))
+        self.sums = torch.zeros(3, dtype=torch.float64)  # divergence, equal classes, examples
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, _ = batch
         return self._divergence(*module(inputs)) + self.options.strength * self._density()
 
     def state(self) -> dict[str, Tensor]:
-        return {"sums": torch.tensor(self.sums, dtype=torch.float64)}
+        return {"sums": self.sums.clone()}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        divergence, agreed, count = state["sums"].tolist()
-        self.sums = [divergence, agreed, count]
+        self.sums.copy_(state["sums"])
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean divergence since the last time, in nats, and how often the class stayed."""
-        divergence, agreed, count = self.sums
-        self.sums = [0.0, 0.0, 0.0]
+        """Return the mean divergence in nats, and the share of examples whose class stayed, and start anew."""
+        divergence, agreed, count = self.sums.tolist()
+        self.sums.zero_()
         return {"divergence": divergence / max(count, 1), "agreement": agreed / max(count, 1)}
 
     @torch.no_grad()
     def evaluate(self, examples: Examples) -> dict[str, float]:
-        """Return the same two of a held-out split."""
         device = next(self.module.parameters()).device
         with modes_kept(self.module):
             self.module.eval()
@@ -130,12 +115,11 @@ class Distribution(Objective):
         return self.metrics()
 
     def _divergence(self, masked: Tensor, whole: Tensor) -> Tensor:
-        """Return the divergence of a batch, and note it for `metrics`."""
+        """Return the mean divergence of a batch, and add it to `sums`."""
         log_p, log_q = ((one / self.options.temperature).log_softmax(-1) for one in (whole, masked))
         divergence = nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
         agreed = float((masked.argmax(1) == whole.argmax(1)).sum())
-        found = (float(divergence.detach()) * len(masked), agreed, len(masked))
-        self.sums = [one + more for one, more in zip(self.sums, found, strict=True)]
+        self.sums += torch.tensor([float(divergence.detach()) * len(masked), agreed, len(masked)], dtype=torch.float64)
         return divergence
 
     def _density(self) -> Tensor:

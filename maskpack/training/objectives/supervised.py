@@ -21,8 +21,7 @@ CENTROID_SCALE = 10.0  # logits of unit embeddings against unit centroids, as sh
 class Supervised(Objective):
     """Cross-entropy on labels, with a linear head trained beside the scores.
 
-    Args:
-        backbone: its head is replaced by a fresh one for the data's classes until training ends.
+    The backbone's head is replaced by one for the data's classes until training ends.
     """
 
     id: ClassVar[str] = "supervised"
@@ -37,8 +36,8 @@ class Supervised(Objective):
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def start(self) -> None:
-        """Start the head of an encoder from the class centroids of the frozen embeddings."""
-        if self.config.head_kind != "linear" or not (self.backbone.pooling and self.backbone.normalize):
+        """Initialise the linear head of an encoder by the class centroids of the frozen embeddings."""
+        if self.config.head_kind != "linear" or not self.backbone.embedding.normalize:
             return
         assert self.data.train is not None
         x, y = embeddings(self.backbone, readable(self.batches(self.data.train)))
@@ -60,7 +59,6 @@ class Supervised(Objective):
         return loss
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
-        """Return the share of examples classified correctly."""
         return {"accuracy": accuracy(self.module, readable(self.batches(examples)))[0]}
 
     def head(self) -> Head:
