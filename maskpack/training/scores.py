@@ -1,9 +1,9 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,24 +22,18 @@ from .methods.base import Method, State, build_method
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How to make an effective weight again.
+    """How to make an effective weight again, in place of what an operation saved for its backward pass.
 
     Attributes:
-        make: gives it, without gradients. sources: what it follows from; versions: theirs when it was made.
+        make: gives the weight, without gradients. sources: what it follows from; versions: theirs when it was made.
+        shape, stride: of what the operation saved.
     """
 
-    make: Any
+    make: Callable[[], Tensor]
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """An effective weight as an operation saved it for its backward pass: a recipe, and how it lay in memory."""
-
-    recipe: Recipe
-    shape: torch.Size
-    stride: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -69,7 +63,7 @@ class Recompute:
             handle.remove()
         self._handles = []
 
-    def note(self, result: Tensor, make: Any, *sources: Tensor) -> None:
+    def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
         """Note an effective weight that is about to be used; outside of a forward pass nothing is noted."""
         if self._open:
             recipe = Recipe(make, sources, tuple(source._version for source in sources))
@@ -86,15 +80,15 @@ class Recompute:
             self._open.pop().__exit__()
             self.made.clear()
 
-    def _pack(self, tensor: Tensor) -> "Tensor | View":
+    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
         noted = self.made.get(tensor.data_ptr())
         # an address may be another tensor's by now
         if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
             return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
-        return View(noted[1], tensor.shape, tensor.stride())
+        return replace(noted[1], shape=tuple(tensor.shape), stride=tensor.stride())
 
 
-def unpack(saved: "Tensor | View") -> Tensor:
+def unpack(saved: Tensor | Recipe) -> Tensor:
     """Return what was saved.
 
     Raises:
@@ -102,15 +96,13 @@ def unpack(saved: "Tensor | View") -> Tensor:
     """
     if isinstance(saved, Tensor):
         return saved
-    recipe = saved.recipe
-    if any(source._version != version for source, version in zip(recipe.sources, recipe.versions, strict=True)):
+    if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
         raise TrainingError(
             "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
             "weight from them again; call backward() before optimizer.step()"
         )
     with torch.no_grad():
-        whole: Tensor = recipe.make()
-    return whole.as_strided(saved.shape, saved.stride)
+        return saved.make().as_strided(saved.shape, saved.stride)
 
 
 Orders = dict[nn.Module, list[str]]  # names of the parameters of a module, in their order before one was parametrized
@@ -202,6 +194,7 @@ class ScoredWeight(nn.Module):
         return self.method.penalty(self.scores, self.state(training=True))
 
 
+@dataclass(eq=False)
 class ScoredModel:
     """What the scores of one model have in common.
 
@@ -213,16 +206,15 @@ class ScoredModel:
         before: buffers and parameters that learn themselves, as they were when the scores were attached, by name.
     """
 
-    def __init__(self, method: Method):
-        self.method = method
-        self.members: list[ScoredWeight] = []
-        self.orders: Orders = {}
-        self.progress = 1.0
-        self.batch_size = 1
-        self.off = False
-        self.recompute = Recompute()
-        self.before: dict[str, Tensor] = {}
-        self._made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
+    method: Method
+    members: list[ScoredWeight] = field(default_factory=list)
+    orders: Orders = field(default_factory=dict)
+    progress: float = 1.0
+    batch_size: int = 1
+    off: bool = False
+    recompute: Recompute = field(default_factory=Recompute)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
         """Return what the method tells a member of all scores, made anew when these have changed."""
