@@ -68,10 +68,12 @@ def train_tasks(
     def save(name: str, result: TrainResult) -> None:
         if is_main_process():
             said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
-            save_adapter(folder / name, result.parts, result.base, said, profile=profile, weights=backbone.model)
+            own = folder / name
+            done[name] = save_adapter(own, result.parts, result.base, said, profile=profile, weights=backbone.model)
 
     with locked(folder):
-        missing = survey(backbone, tasks, folder, mode, config, joint)
+        done = survey(backbone, tasks, folder, mode, config, joint)
+        missing = [name for name in tasks if name not in done]
         claim(folder / CLAIM, about, "tasks")
         if mode == "separate":
             start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
@@ -95,7 +97,7 @@ def train_tasks(
                 save(name, train_mask(base, data, settings, longer=False, **run(name)))
         if not is_main_process():
             return about
-        found = {**about, "rows": [row_of(name, read_adapter(folder / name)) for name in tasks]}
+        found = {**about, "rows": [row_of(name, done[name]) for name in tasks]}
         write_json(folder / RESULT, found)
         return found
 
@@ -118,7 +120,8 @@ def plan_tasks(
     """
     folder, start = Path(output), {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     try:
-        missing = survey(backbone, tasks, folder, mode, config, joint)
+        done = survey(backbone, tasks, folder, mode, config, joint)
+        missing = [name for name in tasks if name not in done]
         if mode == "separate":
             plans = [plan_jointly(backbone, {name: tasks[name]}, config, joint, gated=False) for name in missing]
         elif mode in TOGETHER and not (folder / BASE).exists():
@@ -129,7 +132,7 @@ def plan_tasks(
         backbone.model.load_state_dict(start)
     return {
         "mode": mode,
-        "finished": [name for name in tasks if name not in missing],
+        "finished": list(done),
         "missing": missing,
         "steps": sum(plan["steps"] for plan in plans),
     }
@@ -137,8 +140,8 @@ def plan_tasks(
 
 def survey(
     backbone: Backbone, tasks: Mapping[str, Task], folder: Path, mode: Mode, config: TrainConfig, joint: JointConfig
-) -> list[str]:
-    """Return the tasks that are not finished; load the base that tasks learned together, if it is there.
+) -> dict[str, Adapter]:
+    """Return the adapters of the finished tasks; load the base that tasks learned together, if it is there.
 
     Raises:
         ConfigError, StateError: as `train_tasks`.
@@ -147,23 +150,19 @@ def survey(
     check_claim(folder / CLAIM, about_folder(backbone, mode), "tasks")
     together = mode in TOGETHER
     if together and not (folder / BASE).exists():
-        return list(tasks)  # what an interrupted run may have written is written again
+        return {}  # what an interrupted run may have written is written again
     if together:
         load_weights(backbone.model, folder / BASE)
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    missing = []
-    for name, task in tasks.items():
-        if not (folder / name / MODEL_FILE).exists():
-            missing.append(name)
-            continue
-        adapter = read_adapter(folder / name)
-        _check_finished(adapter, name, task, folder, config, joint)
+    found = {name: read_adapter(folder / name) for name in tasks if (folder / name / MODEL_FILE).exists()}
+    for name, adapter in found.items():
+        _check_finished(adapter, name, tasks[name], folder, config, joint)
         if mode != "separate" and adapter.base.digests != base.digests:
             raise StateError(
                 f"{folder / BASE} is not the base of the task {name!r}: one of them was changed; put the files back, "
                 f"or take another output folder"
             )
-    return missing
+    return found
 
 
 def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
