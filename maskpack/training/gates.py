@@ -100,10 +100,6 @@ class Gates:
                 total = total + r2 * (-logits.square()).exp().sum()
         return total
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the logits of all tasks."""
-        return [logits for one in self.members.values() for logits in one.logits]
-
     def parameter_groups(
         self, lr: float, factor: float | None = None, most: float | None = None
     ) -> list[dict[str, Any]]:
@@ -115,7 +111,7 @@ class Gates:
             most: the rate of the gates is at most this.
         """
         rate = lr * (4 * len(self.tasks) if factor is None else factor)
-        gates = self.parameters()
+        gates = [logits for one in self.members.values() for logits in one.logits]
         known = set(gates)
         others = [p for p in self.model.parameters() if p.requires_grad and p not in known]
         return [{"params": others, "lr": lr}, {"params": gates, "lr": rate if most is None else min(rate, most)}]

@@ -85,11 +85,10 @@ class TaskSteps(Steps):
         self.history = None if self.gates is None else GateHistory(self.gates)
         self.settings = joint.to_json(config.optimizer, len(tasks))
         lr, factor = self.settings["weight_lr"], self.settings["gate_factor"]
-        gates = [] if self.gates is None else self.gates.parameters()
-        known = set(gates)
-        body = [p for p in model.parameters() if p.requires_grad and p not in known]
+        body = [p for p in model.parameters() if p.requires_grad]
+        own = [{"params": body, "lr": lr}] if self.gates is None else self.gates.parameter_groups(lr, factor)
+        groups = {name: (one["params"], one["lr"]) for name, one in zip(("weights", "gates"), own, strict=False)}
         heads = [p for objective in self.objectives.values() for p in objective.trained()]
-        groups = {"weights": (body, lr), **({"gates": (gates, lr * factor)} if gates else {})}
         steps_per_epoch = sum(math.ceil(len(one) / config.accumulate) for one in self.loaders.values())
         steps = config.steps * len(tasks) if config.steps else None
         self.prepare({**groups, "head": (heads, config.linear_lr)}, steps_per_epoch, steps)
