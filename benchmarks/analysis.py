@@ -23,13 +23,13 @@ import torch
 
 from maskpack import load_adapter, load_backbone, save_adapter
 from maskpack.backbone.load import export_state
-from maskpack.lab.analysis.barrier import barrier, distances
 from maskpack.lab.analysis.criticality import Noise, criticality, rewound
-from maskpack.lab.analysis.mistakes import mistakes
-from maskpack.lab.analysis.network import Evaluations, Network, State, grouped, read_networks, some, state_of
+from maskpack.lab.analysis.evaluation import Evaluations, some
+from maskpack.lab.analysis.network import Network, State, grouped, read_networks, state_of
+from maskpack.lab.analysis.pairs import barrier, distances, mistakes
 from maskpack.lab.analysis.similarity import similarities
 from maskpack.lab.analysis.starts import feature_reuse, from_checkpoints
-from maskpack.lab.baselines.base import stored
+from maskpack.lab.baselines.masks import stored
 from maskpack.mask import MaskSet
 from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE

@@ -84,11 +84,12 @@ def test_head_is_a_probe_on_what_the_cascade_gives(
 
 def test_without_labels_there_is_no_head(trained: CascadeResult, backbone: Backbone, digits: Data) -> None:
     unlabelled = replace(digits, class_names=())
-    plain = fit_cascade_head(backbone, unlabelled, trained, combine="unconditional").about
-    assert (plain["cascade"].combine, plain["cascade"].weight, plain["class_names"]) == ("unconditional", None, None)
-    reduced = fit_cascade_head(backbone, unlabelled, trained, reduce=7).about
-    assert reduced["cascade"].reduction.components.shape == (7, D * (EXPERTS + 1))
-    assert reduced["cascade"].weight is None
+    plain = fit_cascade_head(backbone, unlabelled, trained, combine="unconditional")
+    assert (plain.cascade.combine, plain.cascade.weight, plain.about.class_names) == ("unconditional", None, None)
+    reduced = fit_cascade_head(backbone, unlabelled, trained, reduce=7).cascade
+    assert reduced.reduction is not None
+    assert reduced.reduction.components.shape == (7, D * (EXPERTS + 1))
+    assert reduced.weight is None
     with pytest.raises(DataError, match="'digits:5-9' have no training split, which the head of a cascade is"):
         fit_cascade_head(backbone, replace(digits, train=None), trained)
 

@@ -9,7 +9,6 @@ from urllib.request import Request, urlopen
 import huggingface_hub.constants as constants
 import pytest
 
-from maskpack.adapter.card import PICTURE_FILE
 from maskpack.errors import AdapterError, HubError, MaskpackError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
@@ -62,7 +61,7 @@ def test_push_does_not_touch_hostile_names(birds: HubServer, adapter: Path, name
     pushed = push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
     sent = [json.loads(line) for line in birds.log[-1].body.splitlines()]
     assert birds.log[-1].target.endswith("/commit/main")
-    assert {line["value"]["path"] for line in sent[1:]} == {*NAMES, PICTURE_FILE}
+    assert {line["value"]["path"] for line in sent[1:]} == set(NAMES)
     assert birds.repositories[BIRDS].head("main") == pushed.commit
 
 

@@ -20,7 +20,7 @@ from maskpack.adapter.content import Parts
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, StoppedError
-from maskpack.lab.compare import compare
+from maskpack.lab.comparison import compare
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.cascade import train_cascade
 from maskpack.training.checkpoint import FILE, load_checkpoint
@@ -352,7 +352,7 @@ def test_whatever_trains_into_a_folder_locks_it(digits: Data, tmp_path: Path) ->
         lambda: train_transfer(backbone, digits, digits, settled, output=tmp_path),
         lambda: train_tasks(backbone, {"one": Task(digits)}, tmp_path, config=small),
         lambda: train_jointly(backbone, {"one": Task(digits)}, small, output=tmp_path),
-        lambda: compare(factory, {"reference": "digits:5-9"}, tmp_path, rows=["knn"], config=small),
+        lambda: compare(factory, {"reference": "digits:5-9"}, tmp_path, baselines=["knn"], config=small),
     ]
     with locked(tmp_path):
         for call in calls:

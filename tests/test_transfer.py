@@ -439,7 +439,7 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
 
 
 def test_tables_of_the_benchmark(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    pytest.importorskip("matplotlib", reason="needs the extra `lab`")
     from benchmarks import transfer
 
     assert transfer.tables(tmp_path, tmp_path) == "Nothing is finished yet.\n"

@@ -220,9 +220,9 @@ class Decoder:
 
         Before decoding: few other classes may leave a payload that decodes, to another mask.
         """
-        from ..backbone.fingerprint import same_tensor
+        from ..backbone.fingerprint import same_digest, tensor_digest
 
-        if not same_tensor(weight, self.base, name):
+        if not same_digest(tensor_digest(weight, weight.dtype), self.base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load "
                 f"{self.header.base.id}, which the adapter was made for"

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from ..backbone.model import CASTS, MAX_SEED, POOLINGS, Embedding, Fingerprint, Pooling
-from ..backbone.model import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
+from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint, Pooling
+from ..backbone.random_weights import MAX_SEED
+from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
@@ -369,5 +370,5 @@ def _about(fields: Fields) -> About:
         try:
             preprocess_from_json(about.preprocess)
         except ConfigError as error:
-            raise CorruptAdapterError(f"$.{error}, or fetch the file again") from None
+            raise CorruptAdapterError(f"$.{error}; fetch the file again") from None
     return about

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from ..adapter.card import CARD_FILE, PICTURE_FILE
+from ..adapter.card import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_bytes, read_files, read_model
 from ..adapter.signature import (
     Contents,
@@ -295,7 +295,7 @@ def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
     if not alone and (card := read_card(path)) is not None:
         files[CARD_FILE] = path / CARD_FILE, card
     if keys is not None and not alone:
-        others = sorted({one.name for one in path.glob("maskpack_*")} - {*FILES, PICTURE_FILE})
+        others = sorted({one.name for one in path.glob("maskpack_*")} - set(FILES))
         if others:
             raise SignatureError(f"{path} has the unknown file {others[0]!r}, which nobody signed; remove it")
     adapter, signed = parse_signed(files, keys, None, alone)

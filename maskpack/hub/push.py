@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.card import CARD_FILE, PICTURE_FILE, density_picture, render_card, update_card
+from ..adapter.card import CARD_FILE, render_card, update_card
 from ..adapter.describe import config_text, describe
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..adapter.signature import DIGESTS, SIGSTORE, Contents, Keys, private_keys, read_signatures, renewed, statement_in
@@ -150,7 +150,7 @@ class RepositoryPush:
             self.listed = {}
         else:
             snapshot = Snapshot(self.session, self.repo_id, head)
-            self.listed = snapshot.listed(*FILES, PICTURE_FILE)
+            self.listed = snapshot.listed(*FILES)
             wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
         self.contents = self.build(there)
@@ -158,14 +158,11 @@ class RepositoryPush:
 
     def _changed(self) -> Contents:
         """Return the files that are not there as they are wanted; hashes all of them."""
-        changed = {
+        return {
             name: content
             for name, content in self.contents.items()
             if name not in self.listed or not is_same(self.listed[name], content)
         }
-        if MODEL_FILE not in changed and PICTURE_FILE in self.listed:
-            changed.pop(PICTURE_FILE, None)  # the same picture has other bytes where zlib is another one
-        return changed
 
     def _commit(self) -> tuple[str, str | None]:
         """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
@@ -342,14 +339,9 @@ def _contents(
     keys: Keys,
     there: Mapping[str, bytes],
 ) -> dict[str, bytes | memoryview]:
-    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed.
-
-    A picture goes to the Hub only, whose pages show it; a folder has the files of an adapter.
-    """
-    found, picture, repo_id = opened.contents, {}, reference.repo_id
-    if repo_id is not None:
-        picture = {PICTURE_FILE: density_picture(description)}
-    card = render_card(description, repo_id, license=license, picture=PICTURE_FILE if picture else None)
+    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
+    found, repo_id = opened.contents, reference.repo_id
+    card = render_card(description, repo_id, license=license)
     place = f"{CARD_FILE} of {repo_id}" if repo_id else f"{reference.path}/{CARD_FILE}"
     existing = card_text(there.get(CARD_FILE), place)
     if existing is None and CARD_FILE in found:
@@ -359,7 +351,7 @@ def _contents(
     config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
     files = {CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
     signatures = _signatures(opened, files, reference, keys, there)
-    return {**picture, CARD_FILE: card.encode(), CONFIG_FILE: config, **signatures, MODEL_FILE: found[MODEL_FILE]}
+    return {CARD_FILE: card.encode(), CONFIG_FILE: config, **signatures, MODEL_FILE: found[MODEL_FILE]}
 
 
 def _signatures(

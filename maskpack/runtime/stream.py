@@ -113,8 +113,7 @@ def load_masked(
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
-            if record is not None:
-                forget(whole, record)
+            forget(whole)
             base.clear()
         raise
     return model

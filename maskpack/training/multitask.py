@@ -74,7 +74,7 @@ def train_tasks(
     with locked(folder):
         done = survey(backbone, tasks, folder, mode, config, joint)
         missing = [name for name in tasks if name not in done]
-        claim(folder / CLAIM, about, "tasks")
+        claim(folder / CLAIM, about)
         if mode == "separate":
             start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
             for name in missing:
@@ -147,7 +147,7 @@ def survey(
         ConfigError, StateError: as `train_tasks`.
     """
     _check(tasks, mode, joint)
-    check_claim(folder / CLAIM, about_folder(backbone, mode), "tasks")
+    check_claim(folder / CLAIM, about_folder(backbone, mode))
     together = mode in TOGETHER
     if together and not (folder / BASE).exists():
         return {}  # what an interrupted run may have written is written again

@@ -167,41 +167,39 @@ def _check_new(folder: Path, resume: bool) -> None:
         )
 
 
-def check_claim(path: Path, about: Mapping[str, Any], what: str) -> None:
+def check_claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
     """Check that a folder is free, or is for this.
 
     Args:
         path: the file that says what the folder is for.
-        about: JSON values by name, or objects of them, which are compared value by value.
-        what: what is in the folder, as "tasks".
+        about: JSON values by name.
+        defaults: of `about["settings"]`, for those that the file of an earlier release lacks.
 
     Raises:
-        StateError: if it is for something else; the message has all differences.
+        StateError: if it is for something else.
     """
     if not path.exists():
         return
     there, here = read_json(path, frozenset(about), "choose another folder"), json.loads(json.dumps(about))
-    differing = [
-        f"{name} {before}, now {now}" for key in here for name, before, now in _differences(key, there[key], here[key])
-    ]
+    if defaults is not None:
+        there["settings"] = {**defaults, **there["settings"]}
+    differing = []
+    for part, value in here.items():
+        if isinstance(value, dict) and there[part] != value:
+            changed = sorted(key for key in value if there[part].get(key) != value[key])
+            differing += [f"{part} ({', '.join(changed)})"] if changed else []
+        elif there[part] != value:
+            differing.append(part)
     if differing:
         raise StateError(
-            f"{path.parent} holds {what} with other settings: {'; '.join(differing)}; give the same settings, or "
-            f"choose another folder"
+            f"{path.parent} holds results of other settings: {', '.join(differing)}; choose another folder, or give "
+            f"the settings that it was begun with"
         )
 
 
-def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
-            yield from _differences(key, there.get(key), here.get(key))
-    elif there != here:
-        yield name, there, here
-
-
-def claim(path: Path, about: Mapping[str, Any], what: str) -> None:
-    """Note what a folder is for; see `check_claim`."""
-    check_claim(path, about, what)
+def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Write down what a folder is for, in a JSON file in it, or check it: see `check_claim`."""
+    check_claim(path, about, defaults)
     if is_main_process() and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, about)

@@ -18,7 +18,6 @@ from ..mask import MaskSet, Op, PackedMask, mask_id
 from .checkpoint import FILE
 from .config import WEIGHT_LR, Start, TrainConfig
 from .data.base import Data
-from .heads import own_linear
 from .learn import body_parameters, borrowed, learn_scores
 from .methods.base import FINISHED, Method, State, build_method
 from .run_folder import RunOptions, check_untaken, is_main_process, locked, part_options
@@ -201,7 +200,7 @@ def check_transfer(
             f"{backbone.id} is an encoder without a head inside, which the source network needs; take a backbone with "
             f"one, or train a mask for the target"
         )
-    own = own_linear(backbone)
+    own = backbone.linear
     if source_trained and (own is None or own.out_features != len(source.class_names)):
         found = "none" if own is None else f"one for {own.out_features}"
         raise ConfigError(

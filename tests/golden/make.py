@@ -18,7 +18,8 @@ from bitarray import bitarray
 from maskpack.adapter.content import Cascade, Parts
 from maskpack.adapter.tensors import cascade_tensors
 from maskpack.adapter.write import save_adapter
-from maskpack.backbone.model import Embedding, Head, RandomWeight
+from maskpack.backbone.model import Embedding, Head
+from maskpack.backbone.random_weights import RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
 from maskpack.safetensors_io import read_tensors, write_tensors
