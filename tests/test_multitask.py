@@ -298,13 +298,13 @@ def test_the_backbone_comes_back_whole(tasks: dict[str, Task]) -> None:
     assert backbone.model.fc is head
     assert not any(isinstance(one, GatedWeight) for one in backbone.model.modules())
     assert {name: p.requires_grad for name, p in backbone.model.named_parameters()} == flags
-    statistics = [one.parts.statistics["bn1.running_mean"] for one in result.results.values()]
+    statistics = [one.parts.statistics["bn1.running_mean"] for one in result.values()]
     assert not torch.equal(*statistics), "each task has its own"
     assert torch.allclose(backbone.model.bn1.running_mean, (statistics[0] + statistics[1]) / 2)
     assert all(backbone.model.get_buffer(name) is buffer for name, buffer in before.items())
     assert torch.equal(seen["bn1.num_batches_tracked"], backbone.model.bn1.num_batches_tracked)
     frozen = train_jointly(tiny_net(), two(tasks), replace(QUICK, steps=2, bn="freeze"), FAST)
-    assert not frozen.results["low"].parts.statistics
+    assert not frozen["low"].parts.statistics
 
 
 def test_masks_that_keep_everything_are_said(tasks: dict[str, Task]) -> None:
@@ -322,7 +322,7 @@ def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
         config = replace(QUICK, steps=1, batch_size=batch_size, accumulate=accumulate, optimizer="sgd", bn="freeze")
         backbone = tiny_net()
         result = train_jointly(backbone, {"low": tasks["low"]}, config, JointConfig(gate_start=0.5))
-        assert result.results["low"].about.training["steps"] == 1
+        assert result["low"].about.training["steps"] == 1
         weights.append(backbone.model.conv1.weight.detach())
     assert torch.allclose(*weights, atol=1e-6)
     assert float((weights[0] - tiny_net().model.conv1.weight.detach()).abs().max()) > 1e-4

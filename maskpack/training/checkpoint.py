@@ -1,7 +1,7 @@
 """Sealed files, and the checkpoint of a run, which is one: safetensors with digests of all that it holds; no pickle."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +141,8 @@ def restore(
             raise damaged(path, f"optimizer/{index} is not expected: there are {len(parameters)} parameters")
         for key in keys:
             expected[f"{OPTIMIZER}{index}/{key}"] = torch.tensor(0.0) if key == "step" else parameters[index]
-    for name in sorted(found.keys() | expected.keys()):
-        own = name.removeprefix(MODEL)
-        if name not in found or name not in expected:
-            raise damaged(path, f"the tensor {own!r} is {'missing' if name in expected else 'not expected'}")
-        one, other = found[name], expected[name]
-        same = one.ndim == other.ndim if name.startswith(OBJECTIVE) else one.shape == other.shape
-        if not same or one.dtype != other.dtype:
-            raise damaged(
-                path,
-                f"the tensor {own!r} is {one.dtype} of shape {tuple(one.shape)}, expected {other.dtype} of shape "
-                f"{tuple(other.shape)}",
-            )
+    for name, what in _differences(found, expected):
+        raise damaged(path, f"the tensor {name!r} is {what}")
     with torch.no_grad():
         for name, tensor in ours.items():
             if not name.startswith(OBJECTIVE):
@@ -160,6 +150,22 @@ def restore(
     whole = optimizer.state_dict()
     whole["state"] = {index: {key: found[f"{OPTIMIZER}{index}/{key}"] for key in keys} for index in indices}
     optimizer.load_state_dict(whole)
+
+
+def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Yield (name, what is wrong) of tensors that are missing, not expected, or of another dtype or shape."""
+    for name in sorted(found.keys() | expected.keys()):
+        own = name.removeprefix(MODEL)
+        if name not in found or name not in expected:
+            yield own, "missing" if name in expected else "not expected"
+            continue
+        one, other = found[name], expected[name]
+        same = one.ndim == other.ndim if name.startswith(OBJECTIVE) else one.shape == other.shape
+        if not same or one.dtype != other.dtype:
+            yield (
+                own,
+                f"{one.dtype} of shape {tuple(one.shape)}, expected {other.dtype} of shape {tuple(other.shape)}",
+            )
 
 
 def check_like(path: Path, name: str, value: Any, example: Any) -> None:
@@ -203,23 +209,18 @@ def take_over(ours: Mapping[str, Tensor], path: Path, base: str, fresh: Collecti
         raise StateError(f"the run in {path.parent} is of another backbone; start from one of the same")
     left_out = {MODEL + name for name in fresh}
     mine, there = (
-        {name: one for name, one in tensors.items() if name.startswith(MODEL) and name not in left_out}
-        for tensors in (ours, tensors)
+        {name: one for name, one in own.items() if name.startswith(MODEL) and name not in left_out}
+        for own in (ours, tensors)
     )
-    differing = sorted(name for name in mine.keys() | there.keys() if _kind(mine, name) != _kind(there, name))
+    differing = list(_differences(there, mine))
     if differing:
         raise StateError(
-            f"the run in {path.parent} ended with other tensors: {len(differing)} differ, first "
-            f"{differing[0].removeprefix(MODEL)!r}; start from a run with the same selection, objective and BatchNorm "
-            f"setting"
+            f"the run in {path.parent} ended with other tensors: {len(differing)} differ, first {differing[0][0]!r}; "
+            f"start from a run with the same selection, objective and BatchNorm setting"
         )
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(there[name])
-
-
-def _kind(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, torch.Size] | None:
-    return (tensors[name].dtype, tensors[name].shape) if name in tensors else None
 
 
 def checkpoint_digest(path: Path) -> str:

@@ -14,7 +14,7 @@ from ..adapter.content import Parts
 from ..backbone.classifier import Batch, to_device
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import Fingerprint, swap_module
+from ..backbone.model import swap_module
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..mask import MaskSet
@@ -241,20 +241,6 @@ def _closing(
             steps.close()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class JointResult:
-    """What tasks learned together. The backbone's model has the shared weights.
-
-    Attributes:
-        base: fingerprint of the shared weights.
-        results: by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Its metrics
-            are those after hardening; "soft_…" are before.
-    """
-
-    base: Fingerprint
-    results: dict[str, TrainResult]
-
-
 def train_jointly(
     backbone: Backbone,
     tasks: Mapping[str, Task],
@@ -263,7 +249,7 @@ def train_jointly(
     *,
     gated: bool = True,
     **options: Unpack[RunOptions],
-) -> JointResult:
+) -> dict[str, TrainResult]:
     """Train one network on several tasks at once ("Like a Light Switch"). The backbone's weights are changed.
 
     For each step a task is drawn, each with the same chance. It has its own head and BatchNorm statistics; the weights
@@ -278,6 +264,10 @@ def train_jointly(
         gated: without gates the weights are shared as they are, and every mask keeps all.
         options: as in `train_mask`. With gates the folder also gets `histograms.json`: gates and effective weights by
             task and parameter, after every epoch.
+
+    Returns:
+        The results by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Metrics are
+        those after hardening; "soft_…" are before.
 
     Raises:
         ConfigError: if the objective or the heads are others than linear ones trained on labels, or there are several
@@ -320,7 +310,7 @@ def train_jointly(
                 metrics[kind] = measured[f"{kind}_{name}"]
         record = {"steps": steps.steps, "joint": {**steps.settings, "gated": gated, "tasks": list(tasks)}}
         results[name] = result_of(backbone, task.data, task.settings(config), parts[name], base, metrics, record)
-    return JointResult(base, results)
+    return results
 
 
 def trained_backbone(backbone: Backbone) -> Backbone:

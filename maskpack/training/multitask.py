@@ -82,10 +82,10 @@ def train_tasks(
                 alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **run(name))
                 (folder / name).mkdir(exist_ok=True)
                 export_state(folder / name / BASE, backbone.model)
-                save(name, alone.results[name])
+                save(name, alone[name])
         elif mode in TOGETHER and not (folder / BASE).exists():
             together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **run(JOINT))
-            for name, result in together.results.items():
+            for name, result in together.items():
                 save(name, result)
             export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
         else:
