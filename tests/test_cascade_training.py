@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from maskpack import save_adapter
-from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, TrainingError
 from maskpack.mask import mask_id
-from maskpack.preprocess import ImagePreprocess
 from maskpack.runtime.cascade import LoadedCascade, load_cascade
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import (
@@ -33,10 +31,8 @@ from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import embed
 
-from .conftest import TinyNet
-from .test_apply import bits, same
+from .helpers_models import QUICK, StopHere, bits, same, tiny_net
 
-QUICK = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", lr=20.0, scale=True, augment="none")
 EXPERTS = 2
 SETS = ("dispatcher", "expert-0", "expert-1")
 
@@ -44,14 +40,6 @@ SETS = ("dispatcher", "expert-0", "expert-1")
 @pytest.fixture(scope="module")
 def digits() -> Data:
     return load_data("digits:5-9", labels_fraction=0.15)
-
-
-def tiny_net() -> Backbone:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = TinyNet()
-        model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +103,6 @@ def test_what_is_stored_routes_as_training_did(trained: Any, digits: Data, tmp_p
     assert np.array(clusters["points"]).shape == (len(digits.train), 2)
     assert np.array(clusters["points"]).std(0) == pytest.approx([1, 1], abs=0.02)
     assert same(bits(backbone.model), before)
-
-
-class StopHere(Exception):  # noqa: N818
-    pass
 
 
 @pytest.mark.parametrize("stop", [("dispatcher", "end"), ("expert-1", "epoch")])

@@ -29,7 +29,8 @@ from maskpack.training.loop import Position, Run
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.trainer import ObjectiveSteps, train_mask
 
-from .test_resume import QUICK, net
+from .helpers_models import QUICK_CROPS as QUICK
+from .helpers_models import dropout_net as net
 
 CONFIG = replace(QUICK, epochs=1, bytes_budget=60)
 

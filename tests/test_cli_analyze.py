@@ -17,7 +17,7 @@ from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.learn import body_parameters
 from maskpack.training.trainer import train_dense
 
-from .test_compare import FACTORY
+from .helpers_models import TINY_FACTORY as FACTORY
 
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 

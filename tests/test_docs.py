@@ -32,10 +32,10 @@ from maskpack.training.data.base import SOURCES
 from maskpack.training.methods.base import METHODS
 from maskpack.training.objectives.base import OBJECTIVES
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .signing import write_key
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_signing import write_key
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])

@@ -26,8 +26,9 @@ from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.heads import new_classifier
 from maskpack.training.trainer import plan_training, train_mask
 
-from .test_clip import clip as clip
-from .test_training import bits, same_bits
+from .helpers_models import bits
+from .helpers_models import clip as clip
+from .helpers_models import same as same_bits
 
 MASKED = TrainConfig(
     head_kind="masked", optimizer="sgd", lr=20.0, epochs=4, batch_size=32, augment="none", scale=True, seed=3

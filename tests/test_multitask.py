@@ -36,8 +36,7 @@ from maskpack.training.loop import Run
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
 from maskpack.training.run_folder import RunFolder
 
-from .test_apply import bits, same
-from .test_cascade_training import StopHere, tiny_net
+from .helpers_models import StopHere, bits, same, tiny_net
 
 QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
 FAST = JointConfig(weight_lr=0.01, gate_start=0.5, r1=1e-5, r2=1e-5)

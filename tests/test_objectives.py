@@ -29,7 +29,7 @@ from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn,
 from maskpack.training.scores import density, detach_scores
 from maskpack.training.trainer import ObjectiveSteps, plan_training, train_mask
 
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
 
 OPTIONS = {"prototypes": 12, "dimension": 16, "small_crops": 2, "small_size": 6, "queue": 48, "freeze_prototypes": 3}
 QUICK: dict[str, Any] = {
@@ -271,6 +271,8 @@ def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
 
     with pytest.raises(ConfigError, match="the objective 'swav' has no option 'k'; it has: prototypes, dimension"):
         run(k=1)
+    with pytest.raises(ConfigError, match="the objective 'distribution' has no option 'k'; it has: strength, temperat"):
+        ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(objective="distribution", objective_options={"k": 1}))
     with pytest.raises(ConfigError, match="option 'queue' of the objective 'swav' must be of type int, got 'long'"):
         run(queue="long")
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got 0.0"):

@@ -30,6 +30,7 @@ from maskpack.training.scores import attach_scores, extract_masks, extract_parts
 from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
+from .helpers_models import resumable
 
 QUICK = TrainConfig(optimizer="sgd", lr=20.0, epochs=2, batch_size=64, augment="none", scale=True)
 
@@ -273,7 +274,8 @@ def test_states_are_checked(tiny: nn.Module) -> None:
 
 
 def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Module) -> None:
-    from maskpack.runtime.apply import apply_masks
+    from maskpack.adapter.content import Parts
+    from maskpack.runtime.apply import apply_parts
 
     other = copy.deepcopy(tiny)
     scores = attach_scores(tiny, scale=True)
@@ -283,7 +285,7 @@ def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Mod
     x = torch.randn(3, 3, 8, 8)
     training = tiny(x)
     masks = extract_masks(tiny)
-    apply_masks(other, masks.items(), {n: m.shape for n, m in masks.items()}, mask_id="x")
+    apply_parts(other, Parts(masks))
     assert torch.equal(other(x), training)
 
 
@@ -295,22 +297,9 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from tests.test_training import resumable
+from tests.helpers_models import resumable
 resumable(Path({folder!r}), report=lambda e: (print(e["event"], flush=True), time.sleep(0.02)))
 """
-
-
-def resumable(folder: Path, resume: bool = False, report: Any = None) -> Any:
-    """A run whose every part is random: dropout, augmentation, order."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
-                              nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    from maskpack.preprocess import ImagePreprocess
-
-    backbone = Backbone(model.eval(), "tests:resumable", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
-    config = TrainConfig(epochs=4, batch_size=64, lr=0.05, augment="crop-flip", clip=1.0)
-    return train_mask(backbone, load_data("digits:5-9"), config, output=folder, resume=resume, report=report)
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO, TypedDict
 
 from ..errors import ConfigError, StateError, StoppedError, require
-from ..safetensors_io import replacing
+from ..safetensors_io import lock, replacing
 from .checkpoint import FILE
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -106,7 +106,7 @@ def _locked_file(path: Path) -> IO[str]:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            if not _lock(file):
+            if lock(file.fileno()) is False:
                 file.seek(0)
                 holder = file.read(200).strip()
                 raise StateError(
@@ -123,18 +123,6 @@ def _locked_file(path: Path) -> IO[str]:
             file.close()
             raise
         file.close()
-
-
-def _lock(file: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _let_go() -> None:
