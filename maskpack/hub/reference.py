@@ -35,6 +35,11 @@ class Reference:
         """Whether the revision is a full commit id, which can never move."""
         return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
 
+    @property
+    def branch(self) -> str:
+        """The repository with its branch or tag, `user/name@main` where none is named."""
+        return f"{self.repo_id}@{self.revision or 'main'}"
+
     def __str__(self) -> str:
         if self.path is not None:
             return str(self.path)
