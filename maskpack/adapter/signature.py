@@ -406,6 +406,14 @@ def describe_signature(contents: Contents, signed: Signed | None) -> dict[str, A
     }
 
 
+def files_by(keys: Keys) -> dict[str, Keys]:
+    """Return the signature files that private keys and identities make, each with those that make it."""
+    kinds: dict[str, dict[str, Any]] = {file: {} for file in DIGESTS}
+    for id_, key in keys.items():
+        kinds[BUNDLE_FILE if isinstance(key, IdentitySigner) else SIGNATURE_FILE][id_] = key
+    return {file: own for file, own in kinds.items() if own}
+
+
 def renewed(
     there: Contents,
     contents: Contents,
@@ -428,9 +436,7 @@ def renewed(
         ConfigError: if the counter is out of range.
         SignatureError: if the version before is signed by others only, so that its counter cannot be believed.
     """
-    identities = {id_: key for id_, key in keys.items() if isinstance(key, IdentitySigner)}
-    makers = {BUNDLE_FILE: identities, SIGNATURE_FILE: {id_: key for id_, key in keys.items() if id_ not in identities}}
-    makers = {file: own for file, own in makers.items() if own}
+    makers = files_by(keys)
 
     def stated(file: str, counter: int) -> Statement:
         files, base = _digests(contents, DIGESTS[file]), dict(adapter.header.base.digests)

@@ -17,7 +17,7 @@ from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachable
 from ..network import hides_secrets
 from .cache import RepositoryCache, check_newest
 from .client import ATTEMPTS, OFFLINE, Session
-from .reference import COMMIT, FILES, LIMITS, Reference, check_limit, git_id, parse_reference, read_card, write_files
+from .reference import COMMIT, FILES, LIMITS, Reference, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -71,7 +71,9 @@ class Snapshot:
         """
         found = list(entries)
         for entry in found:
-            check_limit(entry.path, size_of(entry), str(self))
+            size, limit = size_of(entry), LIMITS[entry.path]
+            if size > limit:
+                raise AdapterError(f"{entry.path} of {self} has {size} bytes; at most {limit} are accepted")
         self.store.mend()
         return {entry.path: self._fetch(entry) for entry in found}
 
@@ -128,7 +130,9 @@ def is_same(entry: "RepoFile", content: bytes | memoryview) -> bool:
         return False
     if entry.lfs:
         return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return entry.blob_id == git_id(content)
+    digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)  # git's id
+    digest.update(content)
+    return entry.blob_id == digest.hexdigest()
 
 
 @dataclass(frozen=True)

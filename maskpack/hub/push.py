@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING, Any
 from ..adapter.card import PICTURE_FILE, density_picture, render_card, update_card
 from ..adapter.describe import config_text, describe
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
-from ..adapter.signature import DIGESTS, SIGSTORE, Contents, Keys, private_keys, read_signatures, renewed, statement_in
+from ..adapter.signature import (
+    DIGESTS,
+    SIGSTORE,
+    Contents,
+    Keys,
+    files_by,
+    private_keys,
+    read_signatures,
+    renewed,
+    statement_in,
+)
 from ..adapter.write import CARD_FILE
-from ..errors import ConfigError, HubError, SignatureError
+from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
 from .cache import highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
 from .pull import OpenedAdapter, Snapshot, is_same, open_local
-from .reference import FILES, REVISION, Reference, card_text, holds, parse_reference, read_card, write_files
+from .reference import FILES, REVISION, Reference, holds, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoFile
@@ -45,33 +55,30 @@ class PushedAdapter:
     files: dict[str, int]
 
 
+@dataclass
 class RepositoryPush:
     """One push to a Hub repository.
 
-    Args:
+    Attributes:
         reference: the repository and its branch.
-        build: returns what is to be there, given the model card and the signature that are there.
+        build: returns what is to be there, given the model card and the signatures that are there.
         private, message, create_pr, tag, dry_run, token: as of `push`.
-
-    What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours;
-    `contents` is what is to be there, and `changed` what of it is not.
+        head: of the branch, as it was last seen; None where there is no such branch. listed: its files of ours.
+        contents: what is to be there. changed: what of it is not.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        build: Callable[[Mapping[str, bytes]], dict[str, bytes | memoryview]],
-        private: bool | None,
-        message: str,
-        create_pr: bool,
-        tag: str | None,
-        dry_run: bool,
-        token: str | bool | None,
-    ) -> None:
-        self.session = Session(f"push to {reference}", token, reference)
-        self.repo_id, self.branch = str(reference.repo_id), reference.revision or "main"
-        self.build, self.private, self.message, self.create_pr = build, private, message, create_pr
-        self.tag, self.dry_run = tag, dry_run
+    reference: Reference
+    build: Callable[[Mapping[str, bytes]], dict[str, bytes | memoryview]]
+    private: bool | None
+    message: str
+    create_pr: bool
+    tag: str | None
+    dry_run: bool
+    token: str | bool | None
+
+    def __post_init__(self) -> None:
+        self.session = Session(f"push to {self.reference}", self.token, self.reference)
+        self.repo_id, self.branch = str(self.reference.repo_id), self.reference.revision or "main"
         self.page = f"{self.session.api.endpoint}/{self.repo_id}"
         self.head: str | None = None
         self.listed: dict[str, RepoFile] = {}
@@ -229,7 +236,7 @@ class RepositoryPush:
         for name in (MODEL_FILE, CONFIG_FILE, *DIGESTS):
             if getattr(self.listed.get(name), "blob_id", None) != getattr(listed.get(name), "blob_id", None):
                 raise HubError(
-                    f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
+                    f"cannot push to {self.reference}: somebody else changed {self.branch} meanwhile "
                     f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push "
                     "again"
                 ) from error
@@ -324,8 +331,8 @@ def push(
     task = RepositoryPush(reference, build, private, message, create_pr, tag, dry_run, token)
     pushed = task.run()
     if keys and not dry_run and not create_pr:
-        counters = [statement_in(name, bytes(task.contents[name])).counter for name in DIGESTS if name in task.contents]
-        remember(keys, reference.branch, max(counters))
+        file = next(iter(files_by(keys)))  # where there are two, they have one counter
+        remember(keys, reference.branch, statement_in(file, bytes(task.contents[file])).counter)
     return pushed
 
 
@@ -345,12 +352,15 @@ def _contents(
     if repo_id is not None:
         picture = {PICTURE_FILE: density_picture(description)}
     card = render_card(description, repo_id, license=license, picture=PICTURE_FILE if picture else None)
-    place = f"{CARD_FILE} of {repo_id}" if repo_id else f"{reference.path}/{CARD_FILE}"
-    existing = card_text(there.get(CARD_FILE), place)
-    if existing is None and CARD_FILE in found:
-        existing = card_text(bytes(found[CARD_FILE]), str(opened.pulled.path / CARD_FILE))
-    if existing is not None:
-        card = update_card(existing, card)
+    earlier, place = there.get(CARD_FILE), str(reference)
+    if earlier is None and CARD_FILE in found:
+        earlier, place = bytes(found[CARD_FILE]), str(opened.pulled.path)
+    try:
+        card = card if earlier is None else update_card(earlier.decode(), card)
+    except UnicodeDecodeError as error:
+        raise AdapterError(
+            f"{CARD_FILE} of {place} is not UTF-8 text, so it cannot be brought up to date; correct it"
+        ) from error
     config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
     files = {CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
     signatures = _signatures(opened, files, reference, keys, there)
