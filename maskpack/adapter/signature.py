@@ -106,7 +106,9 @@ def _read_key(file: Path, private: bool) -> Any:
     try:
         content = read_bytes(file, file, MAX_KEY)
     except AdapterError as error:
-        raise ConfigError(f"cannot read a key: {error}; give a PEM file, or a folder of public keys") from None
+        raise ConfigError(
+            f"cannot read a key: {error}. Give a PEM file, a folder of public keys, or an identity NAME@https://ISSUER"
+        ) from None
     if not private and b"PRIVATE KEY" in content:
         raise ConfigError(f"{file} is a private key, and a public one is expected: openssl pkey -in {file} -pubout")
     secret = _passphrase(file) if private and b"ENCRYPTED" in content else None

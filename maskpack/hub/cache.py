@@ -211,12 +211,8 @@ def remember(keys: Iterable[str], name: str, counter: int) -> None:
             with replacing(path) as (temporary,):
                 temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     except (OSError, MaskpackError) as error:
-        log.warning(
-            "cannot remember that %s is at the signed version %s, so an older one will not be noticed: %s",
-            name,
-            counter,
-            error,
-        )
+        what = f"{name} is at the signed version {counter}, so an older one will not be noticed"
+        log.warning("cannot remember that %s: %s", what, error)
 
 
 def _counters() -> Path:

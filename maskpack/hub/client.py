@@ -23,31 +23,23 @@ LONGEST_WAIT = 310.0  # the Hub counts requests in windows of five minutes
 NAMES = 200  # repositories of an owner among which the nearest name is looked for
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 LOGIN = "log in with `hf auth login` or set HF_TOKEN"
-NO_HUB = "{host} does not answer like a Hub; check HF_ENDPOINT, firewall and proxy"
 OFFLINE = "it is not in the cache and the Hub may not be asked; go online (unset HF_HUB_OFFLINE) once"
-# What an error of the client means, by the name of its class: those of its HTTP library have no fixed module.
-REASONS: dict[str, tuple[type[MaskpackError], str]] = {
-    "GatedRepoError": (
-        HubError,
-        f"its owner asks for an agreement first; open {{page}}, accept it, {LOGIN}, and try again",
-    ),
-    "DisabledRepoError": (HubError, "access to it was disabled on the Hub; ask its owner"),
-    "RevisionNotFoundError": (
-        AdapterError,
-        "{repo_id} has no revision {revision!r}; give a branch, tag or commit of {page}",
-    ),
-    "RepositoryNotFoundError": (
-        AdapterError,
-        "{host} has no such repository, or it is private and {who}; check the name",
-    ),
-    "RemoteEntryNotFoundError": (AdapterError, "a file that it listed is missing there; try again"),
-    "LocalTokenNotFoundError": (HubError, f"this needs a login; {LOGIN}"),
-    "HFValidationError": (AdapterError, "the Hub accepts no such name; expected user/name"),
-    "FileMetadataError": (HubError, NO_HUB),
-    "JSONDecodeError": (HubError, NO_HUB),
-    "OfflineModeIsEnabled": (HubError, OFFLINE),
-    "LocalEntryNotFoundError": (HubError, OFFLINE),
-    "RevisionResolutionError": (HubError, OFFLINE),
+NO_HUB = "{host} does not answer like a Hub; check HF_ENDPOINT, firewall and proxy"
+# What an error means, by the name of its class: those of the client's HTTP library have no fixed module.
+NOT_ASKED = ("OfflineModeIsEnabled", "LocalEntryNotFoundError", "RevisionResolutionError")
+NOT_THERE = {  # an AdapterError; the others are a HubError
+    "HFValidationError": "the Hub accepts no such name; expected user/name",
+    "RemoteEntryNotFoundError": "a file that it listed is missing there; try again",
+    "RepositoryNotFoundError": "{host} has no such repository, or it is private and {who}; check the name",
+    "RevisionNotFoundError": "{repo_id} has no revision {revision!r}; give a branch, tag or commit of {page}",
+}
+REASONS = NOT_THERE | {
+    "DisabledRepoError": "access to it was disabled on the Hub; ask its owner",
+    "FileMetadataError": NO_HUB,
+    "GatedRepoError": f"its owner asks for an agreement first; open {{page}}, accept it, {LOGIN}, and try again",
+    "JSONDecodeError": NO_HUB,
+    "LocalTokenNotFoundError": f"this needs a login; {LOGIN}",
+    **dict.fromkeys(NOT_ASKED, OFFLINE),
 }
 STATUSES = {
     401: f"the token is refused{{quote}}; {LOGIN}, which comes first",
@@ -56,15 +48,7 @@ STATUSES = {
     412: "somebody else changed it meanwhile{quote}; pull, look, and try again",
     429: "too many requests{quote}; wait {wait} and try again",
 }
-LASTING = {
-    "UnreachableError",
-    "OfflineModeIsEnabled",
-    "LocalEntryNotFoundError",
-    "RevisionResolutionError",
-    "ProxyError",
-    "UnsupportedProtocol",
-    "LocalProtocolError",
-}
+LASTING = {"UnreachableError", "ProxyError", "UnsupportedProtocol", "LocalProtocolError", *NOT_ASKED}
 NO_CONNECTION = {"UnreachableError", "ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"}
 
 T = TypeVar("T")
@@ -211,14 +195,15 @@ class Session:
         kinds, status, wait = _kinds(error), status_of(error), _seconds_to_wait(error)
         said, line = _first_line(hidden(getattr(error, "server_message", None))), _first_line(text)
         quote, named = f" ({said})" if said else "", f"{type(error).__name__}: {line}".removesuffix(": ")
-        kind, form = next((REASONS[name] for name in kinds if name in REASONS), (HubError, ""))
-        if form:
-            pass
-        elif status == 401 and not sent:
-            form = REASONS["LocalTokenNotFoundError"][1]
+        known = next((name for name in kinds if name in REASONS), "")
+        if status == 401 and not sent:
+            known = known or "LocalTokenNotFoundError"
+        kind: type[MaskpackError] = AdapterError if known in NOT_THERE else HubError
+        if known:
+            form = REASONS[known]
         elif status is not None:
-            form = "{host} answered {status}{quote}" + ", also when asked again; try later" * (status >= 500)
-            form = STATUSES.get(status, form)
+            again = ", also when asked again; try later" if status >= 500 else ""
+            form = STATUSES.get(status, "{host} answered {status}{quote}" + again)
         elif _is_from_xet(error):
             form = "the Xet store failed ({named}); try again, or set HF_HUB_DISABLE_XET=1"
         elif _is_transport(error) and not NO_CONNECTION & {*kinds}:
