@@ -104,22 +104,12 @@ class RepositoryPush:
 
     def _prepare_repository(self) -> bool:
         """Make the repository where it is missing, and return whether it was."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        def find() -> "ModelInfo | None":
-            try:
-                return self.session.info(self.repo_id)
-            except RepositoryNotFoundError:
-                if self.create_pr:  # a pull request needs somebody's repository
-                    raise
-                return None
-
-        info = self.session.call(find)
+        info = self._info(None, may_lack=not self.create_pr)  # a pull request needs somebody's repository
         created = info is None
         if created and not self.dry_run:
             api, private = self.session.api, self.private
             self.session.call(lambda: api.create_repo(self.repo_id, exist_ok=True, private=private))
-            info = self.session.call(find) if private else None
+            info = self._info(None, may_lack=False) if private else None
         # asking for an existing repository to be private is silently ignored, so look before anything is sent
         if self.private and info is not None and not info.private:
             raise HubError(
@@ -127,20 +117,6 @@ class RepositoryPush:
                 "Make it private in its settings, or choose another name"
             )
         return created
-
-    def _find_head(self) -> str | None:
-        """Return the branch's head, or None if there is no such branch."""
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        def find() -> str | None:
-            try:
-                return self.session.info(self.repo_id, self.branch).sha
-            except RevisionNotFoundError:
-                if self.branch.startswith("refs/"):  # a pull request cannot be made by its name
-                    raise
-                return None
-
-        return self.session.call(find)
 
     def _prepare_branch(self) -> None:
         """Find the branch's head, making the branch where it is missing."""
@@ -153,6 +129,27 @@ class RepositoryPush:
                 raise HubError(
                     f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
                 )
+
+    def _find_head(self) -> str | None:
+        """Return the branch's head, or None if there is no such branch; a pull request cannot be made by its name."""
+        info = self._info(self.branch, may_lack=not self.branch.startswith("refs/"))
+        return None if info is None else info.sha
+
+    def _info(self, revision: str | None, may_lack: bool) -> "ModelInfo | None":
+        """Return what the Hub says of the repository, or of a revision of it; None if that is not there and may be."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        missing = RepositoryNotFoundError if revision is None else RevisionNotFoundError
+
+        def find() -> "ModelInfo | None":
+            try:
+                return self.session.info(self.repo_id, revision)
+            except missing:
+                if may_lack:
+                    return None
+                raise
+
+        return self.session.call(find)
 
     def _check_tag(self, wanted: str | None) -> None:
         """Refuse to go on where the tag points to another commit than the wanted one; None means a commit to come."""
