@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "maskpack needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --no-compile --editable '.[train,plots,compare,dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[train,lab,dev]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -59,7 +59,7 @@ wheel: $(VENV)/.installed
 # every version and hash of the extras and of the release tools; keeps the versions that still fit (delete the file for the newest)
 LOCK := requirements-dev.txt
 RELEASE := .venv-release
-EXTRAS := train plots compare dev
+EXTRAS := train lab dev
 lock:
 	test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/pip install --quiet uv

@@ -23,13 +23,13 @@ import torch
 
 from maskpack import load_adapter, load_backbone, save_adapter
 from maskpack.backbone.load import export_state
-from maskpack.lab.analysis.barrier import barrier, distances
 from maskpack.lab.analysis.criticality import Noise, criticality, rewound
-from maskpack.lab.analysis.mistakes import mistakes
-from maskpack.lab.analysis.network import Evaluations, Network, State, grouped, read_networks, some, state_of
+from maskpack.lab.analysis.evaluation import Evaluations, some
+from maskpack.lab.analysis.network import Network, State, grouped, read_networks, state_of
+from maskpack.lab.analysis.pairs import barrier, distances, mistakes
 from maskpack.lab.analysis.similarity import similarities
 from maskpack.lab.analysis.starts import feature_reuse, from_checkpoints
-from maskpack.lab.baselines.base import stored
+from maskpack.lab.baselines.masks import stored
 from maskpack.mask import MaskSet
 from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
@@ -156,7 +156,7 @@ def halves(one: Study, network: Network, seed: int, upper: Sequence[str], lower:
         if not path.exists():
             backbone = one.backbone()
             result = train_mask(backbone, one.training, replace(config, lr=MASK.lr, seed=seed))
-            save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+            save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
         _, _, (alone,) = read_networks(one.backbone(), [(name, str(path))])
         assert alone.masks is not None
         accuracy = evaluations.of(alone.state)["accuracy"]

@@ -8,7 +8,8 @@ from typing import Any
 from maskpack import load_backbone, save_adapter
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone
-from maskpack.lab.analysis.network import Evaluations, Network, read_networks, state_of, write_network
+from maskpack.lab.analysis.evaluation import Evaluations
+from maskpack.lab.analysis.network import Network, read_networks, state_of, write_network
 from maskpack.safetensors_io import read_tensors
 from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
@@ -31,7 +32,8 @@ class Kind:
 KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
 MASK = Kind(lr=60.0, mask=True)
 TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
-TARGETS = {"sketch": replace(IMAGES, augment="flip"), "mnist": replace(IMAGES, augment="none")}
+SUPERVISED = replace(IMAGES, objective_options={})
+TARGETS = {"sketch": replace(SUPERVISED, augment="flip"), "mnist": replace(SUPERVISED, augment="none")}
 
 
 class Study:
@@ -72,7 +74,7 @@ class Study:
             backbone = self.backbone(seed if kind.random else None)
             if kind.mask:
                 result = train_mask(backbone, self.training, config, **options)
-                save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+                save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
             else:
                 dense = train_dense(backbone, self.training, config, lambda own, _: body_parameters(own), **options)
                 write_network(path, state_of(dense.classifier))

@@ -6,14 +6,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.lab.plots.analysis import (
+from maskpack.lab import (
     barrier_figure,
     checkpoint_figure,
     criticality_figure,
+    save_figure,
     shuffle_figure,
     similarity_figure,
 )
-from maskpack.lab.plots.figure import save_figure
 
 from .pages import write_between
 

@@ -23,8 +23,8 @@ import torch
 
 from maskpack.adapter.decode import base_classes, by_name
 from maskpack.adapter.describe import describe
-from maskpack.adapter.read import Adapter
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
 from maskpack.codecs.choose import rivals
 from maskpack.errors import MaskpackError
@@ -70,7 +70,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     save_adapter(path, case.masks, case.base, profile=profile, codec=codec, weights=weights)
     saved = time.perf_counter() - start
     adapter = read_adapter(path)
-    assert adapter.masks(weights) == case.masks
+    assert adapter.parts(base=weights).masks == case.masks
     described = describe(adapter)
     one = described["sets"]["default"]
     total, size = case.masks.total, one["payload_bytes"] + one["table_bytes"]
@@ -78,9 +78,8 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     masks = [(used.decode(data, side), side) for used, data, side in coded]
     start = time.perf_counter()
     for competing in rivals(profile, codec, weights is not None) if codec else []:
-        table = competing.table(masks)
         for bits, side in masks:
-            competing.encode(bits, Side(side.shape, side.classes, None, table))
+            competing.encode(bits, Side(side.shape, side.classes))
     encoded = time.perf_counter() - start
     allowed = INDEX_BYTES + sum(INDEX_BYTES_EACH + len(name.encode()) for name in case.masks)
     chosen: dict[str, int] = {}
@@ -96,7 +95,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         "with_base": weights is not None,
         "lora_rank": size / case.lora_rank_bytes,
         "save_rate": total / saved,
-        "decode_rate": total / seconds(lambda: adapter.masks(weights)),
+        "decode_rate": total / seconds(lambda: adapter.parts(base=weights).masks),
         "codec_encode_rate": total / encoded if codec else None,
         "codec_decode_rate": total / seconds(lambda: [used.decode(data, side) for used, data, side in coded]),
         "chosen": chosen,

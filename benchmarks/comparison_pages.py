@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.lab.compare import markdown
-from maskpack.lab.plots.figure import save_figure
+from maskpack.lab import save_figure
+from maskpack.lab.comparison import markdown
 
 from .pages import write_between
 
@@ -42,7 +42,7 @@ def cell(row: Mapping[str, Any]) -> str:
 
 def few_labels(measured: Path, folder: Path) -> str:
     """A table of all data sets, and a picture for each."""
-    from maskpack.lab.plots.results import label_figure
+    from maskpack.lab import label_figure
 
     lines, pictures = [], []
     for name in (*PACS, "mnist"):
@@ -61,7 +61,9 @@ def few_labels(measured: Path, folder: Path) -> str:
     if not lines:
         return "Nothing is finished yet.\n"
     return (
-        "\n".join(["| data | row | 100 % | 10 % | 4 % | 1 % |", "| --- | --- |" + " ---: |" * 4, *lines, *pictures])
+        "\n".join(
+            ["| data | baseline | 100 % | 10 % | 4 % | 1 % |", "| --- | --- |" + " ---: |" * 4, *lines, *pictures]
+        )
         + "\n"
     )
 
@@ -128,7 +130,7 @@ def layer_densities(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 def densities(measured: Path, folder: Path) -> str:
     """A picture of densities by layer, and a table of them."""
-    from maskpack.lab.plots.masks import density_figure
+    from maskpack.lab import density_figure
 
     lines = []
     for path in sorted(measured.glob("*/densities.json")):

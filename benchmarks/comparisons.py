@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from maskpack import load_adapter, load_backbone, save_adapter
-from maskpack.lab.compare import compare
+from maskpack.lab import compare
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import cascade_table
 from maskpack.training.run_folder import write_json
@@ -119,19 +119,19 @@ def measured(
     backbone: Mapping[str, Any],
     data: Mapping[str, Any],
     output: Path,
-    rows: Sequence[str],
+    baselines: Sequence[str],
     rates: Mapping[str, Sequence[float]],
     config: TrainConfig,
     fractions: Sequence[float] = (1.0,),
     seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Any]:
-    """Compare in a folder of its own; `rates` of other rows are left out."""
-    own = {row: rate for row, rate in rates.items() if row in rows}
+    """Compare in a folder of its own; `rates` of other baselines are left out."""
+    own = {name: rate for name, rate in rates.items() if name in baselines}
     return compare(
         backbone,
         data,
         output / name,
-        rows=rows,
+        baselines=baselines,
         seeds=seeds,
         fractions=fractions,
         rates=own,
@@ -183,7 +183,7 @@ def cascades(output: Path, experts: int = 3) -> None:
             backbone, only, config, experts=experts, output=folder / "training", resume=(folder / "training").exists()
         )
         path = folder / "cascade.safetensors"
-        save_adapter(path, result.parts, result.base, weights=backbone.model, **result.about)
+        save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
         write_json(folder / "table.json", cascade_table(backbone, load_adapter(path), data))
         print(f"cascade, seed {seed}: done", flush=True)
 

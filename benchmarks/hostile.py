@@ -58,9 +58,8 @@ LARGE = {"sets": 16_000, "parameters": 100_000, "tensors": 50_000, "classes": 10
 
 def decoded(adapter: Adapter, name: str) -> Iterator[str]:
     """Decode all that a set has, one mask in memory at a time."""
-    for method in (adapter.head, adapter.statistics, adapter.parameters, adapter.values):
-        method(set=name)
-    for parameter, _ in adapter.iter_masks(WEIGHTS, name):
+    adapter.parts(name, WEIGHTS, stream=True)
+    for parameter, _ in adapter.iter_masks(name, WEIGHTS):
         yield parameter
 
 

@@ -110,7 +110,7 @@ def at_calls(fault: Fault) -> Iterator[None]:
 
     iter_masks = Adapter.iter_masks
     with ExitStack() as stack:
-        for name in ("read", "write", "changes", "places", "increment_version"):
+        for name in ("read", "write", "changed_bits", "places", "increment_version"):
             stack.enter_context(patch.object(places, name, both(getattr(places, name))))
         for name in NAMES:
             stack.enter_context(patch.object(np, name, both(getattr(np, name))))

@@ -132,7 +132,7 @@ class World:
     def check_said(self) -> None:
         """Raise AssertionError if the model is not what is said of it."""
         record, name = applied(self.model), None
-        if record is not None and record.held:
+        if record is not None and record.notes is not None:
             name = self.bank.active
         elif record is not None and record.complete:
             name = self.names.get(record.mask_id, record.mask_id)

@@ -6,9 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from maskpack.lab.plots.figure import label, look, new_figure, plain_axes, save_figure
-from maskpack.lab.plots.masks import feature_figure
-from maskpack.lab.plots.results import gate_figure
+from maskpack.lab import feature_figure, gate_figure, new_figure, save_figure
+from maskpack.lab.plots.figure import label, look, plain_axes
 
 from .light_switch import EXPERIMENTS
 from .pages import write_between

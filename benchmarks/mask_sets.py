@@ -17,8 +17,9 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from torch import nn
 
-from maskpack.adapter.write import read_adapter
-from maskpack.backbone.fingerprint import Fingerprint, fingerprint
+from maskpack.adapter.read import read_adapter
+from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.model import Fingerprint
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.safetensors_io import read_tensors
 
@@ -109,7 +110,7 @@ def _shared() -> Case:
 def _trained(row: str, file: Path) -> Case:
     model = ROWS[row].load().model
     adapter = read_adapter(file)
-    return Case(file.stem, "trained", adapter.masks(model), adapter.base, model)
+    return Case(file.stem, "trained", adapter.parts(base=model).masks, adapter.base, model)
 
 
 def densities() -> dict[str, dict[str, float]]:

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskpack.lab.plots.figure import save_figure
-from maskpack.lab.plots.results import bytes_figure
+from maskpack.lab import bytes_figure, save_figure
 
 from .comparison_pages import cell
 from .methods import LINES

@@ -86,7 +86,7 @@ def run(row: str, seed: int, output: Path) -> dict[str, float]:
         resume=(folder / FILE).exists(),
         report=lambda event: print(json.dumps(event), flush=True) if event["event"] != "step" else None,
     )
-    adapter = save_adapter(folder / "adapter", result.parts, result.base, **result.about)
+    adapter = save_adapter(folder / "adapter", result.parts, result.base, result.about)
     figures = {
         **result.metrics,
         "weights": result.parts.masks.total,

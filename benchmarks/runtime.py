@@ -5,7 +5,7 @@
     python -m benchmarks.runtime --write docs/results.md       the tables from what is measured
 
 Every model is measured in a process of its own, everything of it in one run, by turns; medians of several repetitions.
-Results lie in benchmarks/measured/runtime. Needs the extras train and compare.
+Results lie in benchmarks/measured/runtime. Needs the extras train and lab.
 """
 
 import argparse

@@ -155,7 +155,7 @@ def switching(subject: Subject, model: nn.Module, folder: Path, clock: Clock, in
 def residents(model: nn.Module, folder: Path) -> dict[str, int]:
     """Bytes that a bank takes for 1, 10 and 100 adapters, of which two were used."""
     found = {}
-    first, second = (load_adapter(folder / name).masks() for name in ADAPTERS)
+    first, second = (load_adapter(folder / name).parts().masks for name in ADAPTERS)
     with MaskBank(model) as bank:
         for index in range(MANY):
             bank.add((first, second)[index % 2], str(index))

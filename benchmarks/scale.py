@@ -76,7 +76,7 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
 
     from maskpack import threads
     from maskpack.adapter.write import save_adapter
-    from maskpack.backbone.fingerprint import Fingerprint
+    from maskpack.backbone.model import Fingerprint
     from maskpack.mask import MaskSet, PackedMask
 
     threads.WORKERS = workers or threads.WORKERS

@@ -27,9 +27,9 @@ from typing import Any
 
 from benchmarks.pages import write_between
 from benchmarks.report import table
-from tests.hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
-from tests.hub_server import WRITE_TOKEN, HubServer
-from tests.signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
+from tests.helpers_hub import CARD, CONFIG, MODEL, saved, write_adapter
+from tests.helpers_hub_server import WRITE_TOKEN, HubServer
+from tests.helpers_signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
 
 BIRDS = "alice/birds"
 Files = dict[str, bytes]

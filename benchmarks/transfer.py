@@ -168,8 +168,7 @@ def difference(output: Path, domain: str, name: str, key: str) -> float:
 
 def tables(output: Path, folder: Path) -> str:
     """Return the tables of the sources that have a finished seed; a picture is drawn into the folder."""
-    from maskpack.lab.plots.figure import save_figure
-    from maskpack.lab.plots.masks import density_figure
+    from maskpack.lab import density_figure, save_figure
 
     domains = [name for name in PACS if finished(output, name)]
     if not domains:

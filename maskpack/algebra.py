@@ -144,7 +144,7 @@ def combine(
         return replace(own[0], bits=join([every if mask is None else mask.bits for mask in found]))
 
     combined = MaskSet.streamed(shapes, make, shapes)
-    return MaskSet(dict(combined)) if all(isinstance(one.masks, dict) for one in masks) else combined
+    return combined if any(one.is_streamed for one in masks) else MaskSet(dict(combined))
 
 
 def operation(how: str, count: int, weights: Sequence[float] | None = None, k: int | None = None) -> Join:
@@ -266,7 +266,7 @@ def overlaps(first: MaskSet, second: MaskSet, *, missing: Missing = "error") -> 
         own = [mask for one in (first, second) if (mask := one.get(name)) is not None]
         check_alike(name, own)
         every = PackedMask(ones(math.prod(shape), endian="little"), shape)
-        a, b = (one.get(name, every) for one in (first, second))
+        a, b = (one.get(name) or every for one in (first, second))
         both, removed = count_and(a.bits, b.bits), (len(a.bits) - a.kept) * (len(b.bits) - b.kept)
         expected, rescaled = removed / max(len(a.bits), 1), int(a.alpha != b.alpha)
         yield name, Overlap(len(a.bits), both, a.kept - both, b.kept - both, expected, rescaled)

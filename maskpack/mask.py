@@ -1,21 +1,26 @@
-"""MaskSet: parameter name -> packed mask, the value that passes between stages."""
+"""MaskSet: parameter name -> packed mask, the value that passes between stages.
+
+torch is imported where tensors are made, so that masks are decoded and hashed without it.
+"""
+
+from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from bitarray import bitarray
 from blake3 import blake3
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .errors import ConfigError, UnknownNameError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Shape = tuple[int, ...]
 Op = Literal["zero", "flip", "replace"]
 OPS: tuple[Op, ...] = ("flip", "replace", "zero")
@@ -35,16 +40,13 @@ def bits_digest(bits: bitarray) -> str:
     return blake3(packed_bits(bits).data).hexdigest()
 
 
-def unpack(bits: bitarray) -> Tensor:
-    """Return bits in little bit order as a flat bool tensor."""
-    return torch.from_numpy(np.unpackbits(packed_bits(bits), count=len(bits), bitorder="little").view(np.bool_))
-
-
 def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
     """Return the weight with the mask applied, in its own dtype: cast(float32(w) / scale), +0 where the mask is False.
 
     The same formula is used in training and at load, so that both give the same bits.
     """
+    import torch
+
     if scale is not None:
         weight = (weight.to(torch.float32) / scale).to(weight.dtype)
     return torch.where(mask, weight, 0.0)
@@ -63,7 +65,7 @@ class PackedMask:
     """
 
     bits: bitarray
-    shape: tuple[int, ...]
+    shape: Shape
     op: Op = "zero"
     alpha: float | None = None
     signs: bitarray | None = None
@@ -81,8 +83,10 @@ class PackedMask:
             raise ConfigError("only a mask with op 'zero' can have signs, as many as it has bits")
 
     @classmethod
-    def from_tensor(cls, mask: Tensor, op: Op = "zero", scale: bool = False) -> "PackedMask":
+    def from_tensor(cls, mask: Tensor, op: Op = "zero", scale: bool = False) -> PackedMask:
         """Pack a tensor of bool, or of uint8 zeros and ones; `scale` sets alpha."""
+        import torch
+
         raw = mask.detach().view(torch.uint8) if mask.dtype in (torch.bool, torch.uint8) else None
         if raw is None or (raw.numel() and int(raw.max()) > 1):  # a file may hold any byte as a bool
             held = "" if raw is None else f" with the byte {int(raw.max())}"
@@ -92,7 +96,7 @@ class PackedMask:
         return packed.scaled() if scale else packed
 
     @classmethod
-    def from_bytes(cls, packed: np.ndarray, shape: tuple[int, ...], op: Op = "zero") -> "PackedMask":
+    def from_bytes(cls, packed: np.ndarray, shape: Shape, op: Op = "zero") -> PackedMask:
         """Copy packed bits (uint8, at least ceil(weights / 8) bytes; what is beyond the weights is dropped)."""
         bits = bitarray(endian="little")
         count = math.prod(shape)
@@ -100,7 +104,7 @@ class PackedMask:
         del bits[count:]
         return cls(bits, shape, op)
 
-    def scaled(self) -> "PackedMask":
+    def scaled(self) -> PackedMask:
         """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""
         return replace(self, alpha=float(np.float32(math.sqrt(max(self.kept, 1) / max(len(self.bits), 1)))))
 
@@ -122,6 +126,13 @@ class PackedMask:
     def tensor(self) -> Tensor:
         """Return the mask as a bool tensor of the parameter's shape."""
         return unpack(self.bits).reshape(self.shape)
+
+
+def unpack(bits: bitarray) -> Tensor:
+    """Return bits in little bit order as a flat bool tensor."""
+    import torch
+
+    return torch.from_numpy(np.unpackbits(packed_bits(bits), count=len(bits), bitorder="little").view(np.bool_))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,7 +171,7 @@ class MaskSet(Mapping[str, PackedMask]):
     @classmethod
     def streamed(
         cls, names: Iterable[str], make: Callable[[str], PackedMask], shapes: Mapping[str, Shape] | None = None
-    ) -> "MaskSet":
+    ) -> MaskSet:
         """Make a set whose masks are made when they are asked for and not kept, so that it may exceed memory.
 
         Args:
@@ -171,7 +182,7 @@ class MaskSet(Mapping[str, PackedMask]):
         return cls(_Streamed({name: (shapes or {}).get(name) for name in sorted(set(names))}, make))
 
     @classmethod
-    def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> "MaskSet":
+    def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> MaskSet:
         """Make a set from tensors of bool, or of uint8 zeros and ones (True = weight kept).
 
         Raises:
@@ -190,12 +201,7 @@ class MaskSet(Mapping[str, PackedMask]):
             return self.masks[name]
         raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters")
 
-    # Mapping's own `get` only knows KeyError
-    @overload
-    def get(self, name: str, default: None = None, /) -> PackedMask | None: ...
-    @overload
-    def get(self, name: str, default: PackedMask | T, /) -> PackedMask | T: ...
-    def get(self, name: str, default: PackedMask | T | None = None, /) -> PackedMask | T | None:
+    def get(self, name: str, default: PackedMask | None = None) -> PackedMask | None:  # type: ignore[override]
         """Return the mask of a parameter, or `default` if the set has none."""
         return self.masks[name] if name in self.masks else default
 
@@ -207,6 +213,11 @@ class MaskSet(Mapping[str, PackedMask]):
 
     def __len__(self) -> int:
         return len(self.masks)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether masks are made when they are asked for."""
+        return isinstance(self.masks, _Streamed)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -232,7 +243,7 @@ class MaskSet(Mapping[str, PackedMask]):
         return sum(kept for kept, _ in sizes) / total if total else 1.0
 
 
-Row = tuple[str, str, Op, tuple[int, ...], str]  # set, parameter, op, shape, hex BLAKE3 of the packed bits
+Row = tuple[str, str, Op, Shape, str]  # set, parameter, op, shape, hex BLAKE3 of the packed bits
 
 
 def mask_id(sets: Mapping[str, MaskSet]) -> str:

@@ -1,10 +1,10 @@
-"""Preprocessing: what a backbone expects of its inputs, and what an adapter therefore carries."""
+"""Preprocessing of a backbone's inputs, which adapters store."""
 
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, get_args
 
 from .errors import ConfigError, DataError, require
 
@@ -14,10 +14,17 @@ if TYPE_CHECKING:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Augment = Literal["none", "crop", "flip", "crop-flip"]
-AUGMENTS: tuple[Augment, ...] = ("none", "crop", "flip", "crop-flip")
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-INTERPOLATIONS: tuple[Interpolation, ...] = ("nearest", "bilinear", "bicubic")
-LARGEST = 8192  # pixels of a side: a file must not ask for more memory than a picture of that size takes
+LARGEST = 8192  # pixels of a side, so that no file asks for more memory than such a picture takes
+
+
+def _check(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ConfigError(f"preprocess.{name} is {value!r:.80}, expected {expected}")
+
+
+def _is_size(value: object, largest: int) -> bool:
+    return type(value) is int and 1 <= value <= largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +46,35 @@ class ImagePreprocess:
 
     def __post_init__(self) -> None:
         for name in ("size", "resize"):
-            _check_integer(name, getattr(self, name), LARGEST)
-        if self.resize < self.size:
-            raise _refused("resize", self.resize, f"at least the size, {self.size}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise _refused("interpolation", self.interpolation, f"one of {', '.join(INTERPOLATIONS)}")
-        for name, lowest in (("mean", -math.inf), ("std", 0.0)):
-            values = getattr(self, name)
-            of_type = isinstance(values, tuple) and all(type(one) in (int, float) for one in values)
-            if not of_type or len(values) != 3 or not all(lowest < one < math.inf for one in values):
-                raise _refused(name, values, "three finite numbers, of std above 0")
+            value = getattr(self, name)
+            _check(name, value, _is_size(value, LARGEST), f"an integer from 1 to {LARGEST}")
+        _check("resize", self.resize, self.resize >= self.size, f"at least the size, {self.size}")
+        known = get_args(Interpolation)
+        _check("interpolation", self.interpolation, self.interpolation in known, f"one of {', '.join(known)}")
+        for name, above in (("mean", -math.inf), ("std", 0.0)):
+            values: Any = getattr(self, name)
+            three = isinstance(values, tuple) and len(values) == 3 and all(type(one) in (int, float) for one in values)
+            valid = three and all(above < one < math.inf for one in values)
+            _check(name, values, valid, "three finite numbers, of std above 0")
 
     def transform(self, augment: Augment = "none") -> "Callable[[Any], Tensor]":
         """Return a function from a PIL image of any mode to a float32 tensor (3, size, size).
 
         Args:
             augment: for training: "crop" moves the image by up to an eighth of its size, "flip" mirrors half of them.
-
-        Raises:
-            MissingDependencyError: if torchvision is not installed.
         """
         import torch
 
         v2 = require("torchvision.transforms.v2", "train", "reading images")
         mode = v2.InterpolationMode(self.interpolation)
-        crop = (
-            [v2.RandomCrop(self.size, padding=self.size // 8, padding_mode="edge")]
-            if "crop" in augment
-            else [v2.CenterCrop(self.size)]
-        )
-        steps = [v2.Resize(self.resize, interpolation=mode, antialias=True), *crop]
+        steps = [v2.ToImage(), v2.Resize(self.resize, interpolation=mode, antialias=True)]
+        if "crop" in augment:
+            steps.append(v2.RandomCrop(self.size, padding=self.size // 8, padding_mode="edge"))
+        else:
+            steps.append(v2.CenterCrop(self.size))
         if "flip" in augment:
             steps.append(v2.RandomHorizontalFlip())
-        steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
-        pipeline = v2.Compose([v2.ToImage(), *steps])
+        pipeline = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)])
 
         def apply(image: Any) -> "Tensor":
             return torch.Tensor.as_subclass(pipeline(image.convert("RGB")), torch.Tensor)
@@ -82,55 +84,38 @@ class ImagePreprocess:
 
 @dataclass(frozen=True, slots=True)
 class TextPreprocess:
-    """Tokenise, truncate to `max_length` tokens; batches are padded to their longest text."""
+    """Tokenise and truncate to `max_length` tokens; batches are padded to their longest text."""
 
     max_length: int = 128
     kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
-        _check_integer("max_length", self.max_length, 1 << 31)
+        _check("max_length", self.max_length, _is_size(self.max_length, 1 << 31), "an integer from 1 to 2**31")
 
 
 Preprocess = ImagePreprocess | TextPreprocess
 KINDS: Mapping[str, type[ImagePreprocess] | type[TextPreprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
 
 
-def _check_integer(name: str, value: object, largest: int) -> None:
-    if type(value) is not int or not 1 <= value <= largest:
-        raise _refused(name, value, f"an integer from 1 to {largest}")
-
-
-def _refused(name: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"preprocess.{name} is {value!r:.80}, expected {expected}; give such a value")
-
-
 def open_image(source: str | os.PathLike[str] | BinaryIO) -> Any:
-    """Open an image file of any mode with Pillow; return it in RGB.
-
-    Raises:
-        DataError: if it is missing, cannot be decoded, or is so large that it must be an attack.
-    """
+    """Return an image file as a PIL image in RGB, or raise DataError if it is missing, broken or beyond all sizes."""
     pillow = require("PIL.Image", "train", "reading images")
     try:
         with pillow.open(source) as image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, TypeError, pillow.DecompressionBombError) as error:
-        # what Pillow raises for broken files, by format
+        # Pillow's errors for broken files, by format
         name = repr(os.fspath(source)) if isinstance(source, str | os.PathLike) else "in memory"
         raise DataError(f"cannot read the image {name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def preprocess_to_json(preprocess: Preprocess) -> dict[str, Any]:
-    """Return the JSON object that an adapter's header keeps."""
+    """Return the JSON object in an adapter's header."""
     return {"kind": preprocess.kind, **asdict(preprocess)}
 
 
 def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
-    """Read what `preprocess_to_json` wrote; unknown keys are ignored.
-
-    Raises:
-        ConfigError: if the kind is unknown, or a value cannot be; the message names it.
-    """
+    """Read the JSON object of `preprocess_to_json`, without unknown keys; ConfigError names an impossible value."""
     cls = KINDS.get(str(config.get("kind")))
     if cls is None:
         raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(KINDS)}")

@@ -1,4 +1,9 @@
-"""Safetensors files: strict parsing, canonical bytes, shards, and files that are written whole or not at all."""
+"""Safetensors files: strict parsing, canonical bytes, shards, and files that are written whole or not at all.
+
+torch is imported where tensors are made, so that a header is read without it.
+"""
+
+from __future__ import annotations
 
 import json
 import math
@@ -11,15 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from .errors import ConfigError, CorruptAdapterError, DataError, MaskpackError, StateError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MAX_HEADER = 8 << 20  # bytes; a header of this size already names 100,000 tensors
 MAX_DIMENSION = 1 << 48
@@ -28,19 +34,36 @@ SEAL = "header_blake3"  # key in __metadata__
 UNSEALED = "0" * 64
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-DTYPES: dict[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+DTYPES = {  # name in the file -> name in torch, bytes of an element
+    "BF16": ("bfloat16", 2),
+    "BOOL": ("bool", 1),
+    "F16": ("float16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {f"torch.{dtype}": name for name, (dtype, _) in DTYPES.items()}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype that a safetensors file calls by this name."""
+    import torch
+
+    found: torch.dtype = getattr(torch, DTYPES[name][0])
+    return found
+
+
+def tensor_of(raw: memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor of these bytes, copied if they are read-only; `dtype` as safetensors names it."""
+    import torch
+
+    kind = torch_dtype(dtype)
+    flat = torch.frombuffer(bytearray(raw) if raw.readonly else raw, dtype=kind) if raw else torch.empty(0, dtype=kind)
+    return flat.reshape(shape)
 
 
 class Span(NamedTuple):
@@ -172,7 +195,7 @@ def _span(name: str, entry: Any) -> Span:
             raise refuse(f"{key} must be a list of at most 16 integers >= 0, got {str(value)[:80]}")
     if any(size > MAX_DIMENSION for size in shape) or len(offsets) != 2:
         raise refuse(f"a dimension is over {MAX_DIMENSION} or data_offsets are not two: {str(entry)[:120]}")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
+    size = math.prod(shape) * DTYPES[dtype][1]
     if offsets[1] - offsets[0] != size:
         raise refuse(
             f"{dtype} of shape {shape} needs {size} bytes, its offsets {offsets} span {offsets[1] - offsets[0]}"
@@ -307,27 +330,27 @@ class Blob:
     data: Iterable[Buffer]
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> "Blob":
+    def of(cls, name: str, tensor: Tensor) -> Blob:
         """Make the blob of a tensor; a contiguous tensor in main memory is not copied.
 
         Raises:
             ConfigError: if safetensors files here have no such dtype.
         """
-        if tensor.dtype not in NAMES:
-            raise ConfigError(
-                f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(map(str, NAMES))}; convert it"
-            )
+        import torch
+
+        if str(tensor.dtype) not in NAMES:
+            raise ConfigError(f"tensor {name!r} is {tensor.dtype}, expected one of {', '.join(NAMES)}; convert it")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         data = [flat.view(torch.uint8).numpy().data] if flat.numel() else []
-        return cls(name, NAMES[tensor.dtype], tuple(tensor.shape), data)
+        return cls(name, NAMES[str(tensor.dtype)], tuple(tensor.shape), data)
 
     @property
     def size(self) -> int:
         """Bytes that dtype and shape ask for."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(Mapping[str, "Tensor"]):
     """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
 
     Attributes:
@@ -375,6 +398,8 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
+    from safetensors.torch import load_file
+
     tensors: dict[str, Tensor] = {}
     for shard, names in checkpoint_files(Path(path)).items():
         with _reading(shard):
@@ -432,7 +457,7 @@ def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) 
 
 def file_order(blobs: Iterable[Blob]) -> list[Blob]:
     """Return blobs as they lie in a file: wider elements first, so that each is aligned, then by name."""
-    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype].itemsize, blob.name))
+    return sorted(blobs, key=lambda blob: (-DTYPES[blob.dtype][1], blob.name))
 
 
 def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from maskpack.adapter.content import CascadeParts, Router, Whitening
+from maskpack.adapter.content import Cascade, Router, Whitening
 from maskpack.backbone.model import Embedding
 
 SETS = ("dispatcher", "expert-0", "expert-1")
@@ -29,7 +29,7 @@ def router(features: int, experts: int, coordinates: int = 3, seed: int = 0) -> 
 
 def cascade_parts(
     features: int = 6, experts: int = 2, *, reduced: int = 0, classes: int = 0, **options: Any
-) -> CascadeParts:
+) -> Cascade:
     """Return a cascade of `dispatcher`, `expert-0`, …; with a reduction and a head if their sizes are not 0."""
     generator = torch.Generator().manual_seed(1)
     width = features * (experts + 1)
@@ -40,4 +40,4 @@ def cascade_parts(
         options["weight"] = torch.randn(classes, reduced or width, generator=generator)
         options["bias"] = torch.randn(classes, generator=generator)
     names = tuple(f"expert-{k}" for k in range(experts))
-    return CascadeParts("dispatcher", names, router=router(features, experts), **options)
+    return Cascade("dispatcher", names, router=router(features, experts), **options)

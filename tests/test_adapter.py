@@ -8,67 +8,23 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from bitarray import bitarray
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.adapter.read import Adapter
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
-from maskpack.backbone.model import Embedding, Head
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.errors import AdapterError, CorruptAdapterError
-from maskpack.mask import MaskSet, PackedMask
+from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, join_file, random_masks, resnet50_shapes, split_file
+from .helpers_adapter import assert_same, base_of, full, join_file, random_masks, resnet50_shapes, split_file
 
 SHAPES = {"layer1.0.weight": (4, 3, 3, 3), "layer2.weight": (5, 7), "layer3.weight": ()}
 MASKS = random_masks(SHAPES)
 BASE = base_of(SHAPES)
 PREPROCESS = {"kind": "image", "mean": [0.485, 0.456, 0.406], "size": 224}
-
-
-def full() -> dict[str, Parts]:
-    """Two sets with all that a set may hold."""
-    generator = torch.Generator().manual_seed(0)
-    signs = bitarray("1010101", endian="little")
-    ternary = MaskSet({"a": PackedMask(bitarray("1100110", endian="little"), (7,), signs=signs).scaled()})
-    replaced = random_masks({"a": (7,), "b": (2, 3)}, 0.5, op="replace")
-    zeros = {name: len(mask.bits) - mask.kept for name, mask in replaced.items()}
-    return {
-        "default": Parts(
-            ternary,
-            Head(Embedding("fc"), torch.randn(3, 4, generator=generator), torch.zeros(3)),
-            {"bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4).half()},
-            {"ln.bias": torch.rand(4).bfloat16(), "gain": torch.tensor(2.0)},
-        ),
-        "expert-1": Parts(
-            replaced,
-            Head(Embedding(None, "mean", True), torch.randn(3, 4)),
-            values={name: torch.randn(count).half() for name, count in zeros.items()},
-        ),
-    }
-
-
-def assert_same(adapter: Adapter, sets: dict[str, Parts]) -> None:
-    assert adapter.sets == tuple(sorted(sets))
-    for name, parts in sets.items():
-        assert adapter.masks(set=name) == parts.masks
-        head = adapter.head(name)
-        assert (head is None) == (parts.head is None)
-        if head is not None and parts.head is not None:
-            assert torch.equal(head.weight, parts.head.weight)
-            assert (head.bias is None) == (parts.head.bias is None)
-            assert head.embedding == parts.head.embedding
-        for role in ("statistics", "parameters", "values"):
-            found, given = getattr(adapter, role)(name), getattr(parts, role)
-            assert found.keys() == given.keys()
-            for key, tensor in found.items():
-                assert torch.equal(tensor, given[key].float() if role == "statistics" else given[key])
-                assert tensor.dtype == (torch.float32 if role == "statistics" else given[key].dtype)
-                tensor.add_(1)  # a copy, not the file's bytes
-    assert adapter.verify()["mask_id"] is True
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -83,8 +39,8 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     for one in (saved, adapter):
         assert_same(one, sets)
         assert one.base == base_of("ab")
-        assert one.class_names == tuple(about["class_names"])
-        assert (one.task, one.training, one.preprocess_config) == (about["task"], record, PREPROCESS)
+        assert one.about.class_names == tuple(about["class_names"])
+        assert (one.about.task, one.about.training, one.about.preprocess) == (about["task"], record, PREPROCESS)
     data = (tmp_path / "new/adapter/maskpack_model.safetensors").read_bytes()
     assert (adapter.digest, adapter.size) == (blake3(data).hexdigest(), len(data))
     assert adapter.shapes("expert-1") == {"a": (7,), "b": (2, 3)}
@@ -102,15 +58,15 @@ def test_any_masks_come_back(tmp_path: Path, data: st.DataObject, codec: str | N
     masks = random_masks(shapes, density, scale=scale)
     path = tmp_path / "a.safetensors"
     save_adapter(path, masks, base_of(shapes), profile=profile, codec=codec)
-    assert read_adapter(path).masks() == masks
+    assert read_adapter(path).parts().masks == masks
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_scale_may_be_on_for_some_parameters_only(tmp_path: Path) -> None:
     scaled = MaskSet({"a": random_masks({"a": (9,)}, scale=True)["a"], "b": random_masks({"b": (9,)})["b"]})
     adapter = save_adapter(tmp_path / "x.safetensors", scaled, base_of("ab"))
-    assert adapter.masks() == scaled
-    assert adapter.masks()["b"].alpha is None
+    assert adapter.parts().masks == scaled
+    assert adapter.parts().masks["b"].alpha is None
     assert "default/scale" not in save_adapter(tmp_path, random_masks({"a": (9,)}), base_of("a")).spans
 
 
@@ -129,7 +85,7 @@ def test_impossible_scales_are_refused(tmp_path: Path, alpha: float) -> None:
     header["__metadata__"]["maskpack"] = json.dumps(inner)
     path.write_bytes(join_file(header, section))
     with pytest.raises(CorruptAdapterError, match=f"the scale of 'a' is {alpha}, expected a positive number"):
-        read_adapter(path).masks()
+        read_adapter(path).parts()
 
 
 def test_same_input_gives_the_same_files(tmp_path: Path) -> None:
@@ -206,14 +162,14 @@ class TestFolder:
         with pytest.raises(CorruptAdapterError, match="the key 'size' comes twice"):
             read_adapter(tmp_path / "a")
         (tmp_path / "a/maskpack_config.json").unlink()
-        assert read_adapter(tmp_path / "a").masks() == random_masks(SHAPES, seed=1)
+        assert read_adapter(tmp_path / "a").parts().masks == random_masks(SHAPES, seed=1)
 
     def test_saving_again_replaces_the_adapter_and_keeps_the_users_card(self, tmp_path: Path) -> None:
         save_adapter(tmp_path, MASKS, BASE)
         card = tmp_path / "README.md"
         card.write_text("My words.\n" + card.read_text().partition("---\n\n")[2])
         save_adapter(tmp_path, random_masks(SHAPES, 0.5), BASE)
-        assert read_adapter(tmp_path).masks() == random_masks(SHAPES, 0.5)
+        assert read_adapter(tmp_path).parts().masks == random_masks(SHAPES, 0.5)
         assert "My words." in card.read_text()
         assert card.read_text().count("maskpack:begin") == 1
         assert len(list(tmp_path.iterdir())) == 3
@@ -224,5 +180,5 @@ class TestFolder:
             save_adapter(tmp_path, MASKS, BASE, class_names=["\n"])
         with pytest.raises(AdapterError, match=r"maskpack_config\.json would have \d+ bytes"):
             save_adapter(tmp_path, MASKS, BASE, class_names=["x" * 1000] * 1100)
-        assert read_adapter(tmp_path).masks() == MASKS
+        assert read_adapter(tmp_path).parts().masks == MASKS
         assert len(list(tmp_path.iterdir())) == 3

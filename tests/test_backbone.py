@@ -11,7 +11,7 @@ from torch import nn
 
 from maskpack.backbone.fingerprint import check_fingerprint, fingerprint
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.model import aliases, body, find_head, head_features, unwrap
+from maskpack.backbone.model import Embedding, aliases, body, find_head, unwrap
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, SelectionError, UnknownNameError
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
@@ -82,7 +82,7 @@ def test_head_is_found_or_named(tiny: nn.Module) -> None:
     assert find_head(tiny) == "fc"
     assert find_head(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))) == "2"
     assert find_head(nn.Conv2d(3, 3, 1)) is None
-    assert head_features(tiny, "fc") == 16
+    assert Backbone(tiny, "x", embedding=Embedding("fc")).features == 16
 
 
 def test_head_errors(tiny: nn.Module) -> None:
@@ -93,7 +93,7 @@ def test_head_errors(tiny: nn.Module) -> None:
     tiny.fc = nn.Identity()
     assert find_head(tiny) == "fc"
     with pytest.raises(BackboneError, match="does not state num_features"):
-        head_features(tiny, "fc")
+        _ = Backbone(tiny, "x", embedding=Embedding("fc")).features
     tiny.pretrained_cfg = {"classifier": ("head", "head_dist")}
     with pytest.raises(BackboneError, match=r"has 2 heads \(head, head_dist\); choose one with head=NAME"):
         find_head(tiny)

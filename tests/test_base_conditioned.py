@@ -132,6 +132,6 @@ def test_converted_to_masks_that_need_no_base_and_back(tmp_path: Path) -> None:
     masks = by_magnitude(base)
     adapter = packed(tmp_path / "a", base, masks)
     plain = convert_adapter(adapter, tmp_path / "b", base=base)
-    assert plain.masks() == masks
+    assert plain.parts().masks == masks
     back = convert_adapter(plain, tmp_path / "c", profile="max", base=base)
     assert back.digest == adapter.digest

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
 from benchmarks import method_pages, methods, runtime_pages
 from benchmarks.runtime_pages import LOADING, SWITCHING

@@ -10,7 +10,7 @@ import torch
 from maskpack.backbone.fingerprint import fingerprint
 
 from .helpers_adapter import base_of, random_masks
-from .test_codec_contract import mixed as mixed
+from .helpers_adapter import mixed as mixed
 
 for library in ("brotli", "constriction", "lz4", "matplotlib", "snappy"):
     pytest.importorskip(library, reason="needs the extra `bench`")

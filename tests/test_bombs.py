@@ -16,8 +16,8 @@ import zstandard
 
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.read import Adapter
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import Side, plausible
 from maskpack.errors import CorruptAdapterError
 from maskpack.safetensors_io import SEAL
@@ -38,7 +38,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def refuse(folder: Path, data: bytes, match: str) -> None:
     path = write(folder, data)
     with pytest.raises(CorruptAdapterError, match=match):
-        read_adapter(path).masks()
+        read_adapter(path).parts()
 
 
 def peak_of(action: Callable[[], object]) -> int:
@@ -53,7 +53,7 @@ def peak_of(action: Callable[[], object]) -> int:
 def test_forged_payloads(valid: bytes, tmp_path: Path) -> None:
     frame = zstandard.ZstdCompressor(write_checksum=False).compress
     good = bytes(MASKS["a.weight"].bits.tobytes())
-    assert read_adapter(write(tmp_path, with_payload(valid, frame(good)))).masks() == MASKS
+    assert read_adapter(write(tmp_path, with_payload(valid, frame(good)))).parts().masks == MASKS
     more = bytes([good[0] ^ 1]) + good[1:]
     refuse(tmp_path, with_payload(valid, frame(more)), "does not decode: it has .* true bits, the header states")
     refuse(tmp_path, with_payload(valid, frame(good) + b"\0"), "does not decode: .*unused data")
@@ -106,7 +106,7 @@ ACTIONS: dict[str, Callable[[Adapter], object]] = {
     "card": lambda adapter: render_card(describe(adapter)),
     "verify": lambda adapter: adapter.verify(),
     "decode": lambda adapter: [list(adapter.iter_masks(set=name)) for name in adapter.sets],
-    "tensors": lambda adapter: [(adapter.head(name), adapter.parameters(name)) for name in adapter.sets],
+    "tensors": lambda adapter: [adapter.parts(name, stream=True) for name in adapter.sets],
 }
 
 

@@ -14,18 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from maskpack import load_cascade, load_mask, unload_mask
-from maskpack.adapter.content import CascadeParts, Parts, Router, Whitening
+from maskpack.adapter.content import Cascade, Parts, Router, Whitening
 from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.model import Embedding
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, DataError, StateError
-from maskpack.runtime.cascade import Cascade, Cost
+from maskpack.runtime.cascade import Cost, LoadedCascade
 from maskpack.runtime.load import MaskpackWarning
 
 from .conftest import TinyNet
 from .helpers_cascade import cascade_parts
-from .test_apply import bits, make_adapter, random_masks, same
+from .helpers_models import bits, make_adapter, random_masks, same
 
 EXPERTS = 3
 CLASSES = ("a", "b", "c", "d")
@@ -46,7 +46,7 @@ def sets_of(model: nn.Module, scale: bool = False) -> dict[str, Parts]:
     return found
 
 
-def spread(features: int = 16, experts: int = EXPERTS, **options: Any) -> CascadeParts:
+def spread(features: int = 16, experts: int = EXPERTS, **options: Any) -> Cascade:
     """A cascade whose router sends inputs to every expert: its components lie at embeddings of some of them."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -65,9 +65,7 @@ def spread(features: int = 16, experts: int = EXPERTS, **options: Any) -> Cascad
     return replace(parts, router=router)
 
 
-def saved(
-    path: Path, model: nn.Module, cascade: CascadeParts | None = None, scale: bool = False, **options: Any
-) -> Adapter:
+def saved(path: Path, model: nn.Module, cascade: Cascade | None = None, scale: bool = False, **options: Any) -> Adapter:
     return save_adapter(
         path,
         sets_of(model, scale),
@@ -100,7 +98,7 @@ def features_of(model: TinyNet, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def by_hand(model: TinyNet, sets: dict[str, Parts], parts: CascadeParts, x: Tensor) -> Tensor:
+def by_hand(model: TinyNet, sets: dict[str, Parts], parts: Cascade, x: Tensor) -> Tensor:
     """Input by input, with a network for each set."""
     networks, rows = copies(model, sets), []
     for one in x.split(1):
@@ -204,7 +202,7 @@ def test_of_an_encoder(tmp_path: Path) -> None:
     assert torch.equal(unconditional.route(as_tokenized)[0], unconditional.route(batch)[0])
     with pytest.raises(DataError, match="embed and route take a preprocessed batch, .*; got list, which predict may"):
         unconditional.embed(["a text"])  # type: ignore[arg-type]
-    conditional = Cascade(model, sets, replace(parts, combine="conditional"))
+    conditional = LoadedCascade(model, sets, replace(parts, combine="conditional"))
     some = conditional.embed(batch).reshape(12, EXPERTS + 1, 16)
     assert torch.allclose(some[some != 0], found[some != 0], atol=1e-5)
     assert ((some != 0).any(2).sum(1) == 2).all()
@@ -229,7 +227,7 @@ def test_the_base_comes_back_whatever_happens(
     model = TinyNet().train(training)
     sets = sets_of(model, scale)
     model.to(dtype)
-    cascade = Cascade(model, sets, spread(combine=combine))
+    cascade = LoadedCascade(model, sets, spread(combine=combine))
     before, modes = bits(model), [m.training for m in model.modules()]
     passes = 0
 
@@ -259,7 +257,7 @@ def test_a_mask_that_does_not_fit_leaves_the_base(tiny: TinyNet) -> None:
     sets["expert-1"] = replace(sets["expert-1"], statistics={"bn1.running_mean": torch.rand(9)})
     before = bits(tiny)
     with pytest.raises(BackboneMismatchError, match="a tensor for 'bn1.running_mean' of shape"):
-        Cascade(tiny, sets, spread(combine="unconditional")).embed(INPUTS)
+        LoadedCascade(tiny, sets, spread(combine="unconditional")).embed(INPUTS)
     assert same(bits(tiny), before)
 
 

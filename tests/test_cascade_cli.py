@@ -13,12 +13,12 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from maskpack import load_backbone, load_cascade
-from maskpack.adapter.write import read_adapter
+from maskpack.adapter.read import read_adapter
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 DATA = ["--data", "digits:5-9", "--labels-fraction", "0.2"]
 TRAIN = [
@@ -62,7 +62,7 @@ def test_what_training_leaves(folder: Path) -> None:
     assert runs == {"clusters.json", "dispatcher", "expert-0", "expert-1", "router.safetensors"}
     adapter = read_adapter(folder)
     assert adapter.sets == ("dispatcher", "expert-0", "expert-1")
-    assert adapter.class_names == tuple("56789")
+    assert adapter.about.class_names == tuple("56789")
 
 
 def test_resumes_with_other_options_for_what_comes_last(folder: Path) -> None:
@@ -95,7 +95,7 @@ def test_settings_file_reduction_and_no_labels(folder: Path, tmp_path: Path) -> 
     assert "head_bytes" not in found
     adapter = read_adapter(tmp_path / "x")
     assert adapter.cascade is not None
-    assert (adapter.cascade.combine, adapter.cascade.weight, adapter.class_names) == ("unconditional", None, None)
+    assert (adapter.cascade.combine, adapter.cascade.weight, adapter.about.class_names) == ("unconditional", None, None)
 
 
 def test_dry_run_and_help(tmp_path: Path) -> None:

@@ -8,18 +8,16 @@ import pytest
 import torch
 
 from maskpack import load_cascade, save_adapter
-from maskpack.adapter.content import CascadeParts
 from maskpack.adapter.describe import describe
 from maskpack.backbone.load import Backbone
 from maskpack.errors import AdapterError, DataError
-from maskpack.runtime.cascade import Cascade
+from maskpack.runtime.cascade import LoadedCascade
 from maskpack.training import load_data, train_cascade
 from maskpack.training.cascade import CascadeResult, cascade_table, embed_all, fit_cascade_head, fit_whitening, routed
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import fit_probe, knn_accuracy
 
-from .test_apply import bits, same
-from .test_cascade_training import QUICK, tiny_net
+from .helpers_models import QUICK, bits, same, tiny_net
 
 EXPERTS, D = 2, 16
 
@@ -39,7 +37,7 @@ def backbone() -> Backbone:
     return tiny_net()
 
 
-def whole(backbone: Backbone, cascade: Cascade, data: Data) -> torch.Tensor:
+def whole(backbone: Backbone, cascade: LoadedCascade, data: Data) -> torch.Tensor:
     """The combined embeddings of the test split as a user gets them."""
     assert data.test is not None
     return torch.cat([cascade.embed(x) for x, _ in readable(loader(data.test, backbone.preprocess))])
@@ -49,8 +47,8 @@ def whole(backbone: Backbone, cascade: Cascade, data: Data) -> torch.Tensor:
 def test_embeddings_by_set_are_those_of_the_cascade(
     combine: Any, trained: CascadeResult, backbone: Backbone, digits: Data
 ) -> None:
-    parts = replace(trained.about["cascade"], combine=combine)
-    cascade = Cascade(backbone.model, trained.parts, parts)
+    parts = replace(trained.cascade, combine=combine)
+    cascade = LoadedCascade(backbone.model, trained.parts, parts)
     assert digits.test is not None
     before = bits(backbone.model)
     x, y = embed_all(backbone, cascade, digits.test)
@@ -66,9 +64,9 @@ def test_head_is_a_probe_on_what_the_cascade_gives(
 ) -> None:
     result = fit_cascade_head(backbone, digits, trained, combine=combine, reduce=reduce)
     assert result.parts == trained.parts
-    assert trained.about["cascade"].weight is None, "what it was given is as before"
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
-    assert (adapter.task, adapter.class_names) == ("image-classification", digits.class_names)
+    assert trained.cascade.weight is None, "what it was given is as before"
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about, cascade=result.cascade)
+    assert (adapter.about.task, adapter.about.class_names) == ("image-classification", digits.class_names)
     cascade = load_cascade(backbone.model, adapter)
     assert cascade.parts.combine == combine
     assert cascade.embed(torch.zeros(1, 3, 8, 8)).shape == (1, reduce or D * (EXPERTS + 1))
@@ -85,17 +83,18 @@ def test_head_is_a_probe_on_what_the_cascade_gives(
 
 def test_without_labels_there_is_no_head(trained: CascadeResult, backbone: Backbone, digits: Data) -> None:
     unlabelled = replace(digits, class_names=())
-    plain = fit_cascade_head(backbone, unlabelled, trained, combine="unconditional").about
-    assert (plain["cascade"].combine, plain["cascade"].weight, plain["class_names"]) == ("unconditional", None, None)
-    reduced = fit_cascade_head(backbone, unlabelled, trained, reduce=7).about
-    assert reduced["cascade"].reduction.components.shape == (7, D * (EXPERTS + 1))
-    assert reduced["cascade"].weight is None
+    plain = fit_cascade_head(backbone, unlabelled, trained, combine="unconditional")
+    assert (plain.cascade.combine, plain.cascade.weight, plain.about.class_names) == ("unconditional", None, None)
+    reduced = fit_cascade_head(backbone, unlabelled, trained, reduce=7).cascade
+    assert reduced.reduction is not None
+    assert reduced.reduction.components.shape == (7, D * (EXPERTS + 1))
+    assert reduced.weight is None
     with pytest.raises(DataError, match="'digits:5-9' have no training split, which the head of a cascade is"):
         fit_cascade_head(backbone, replace(digits, train=None), trained)
 
 
 def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path, trained.parts, trained.base, **trained.about)
+    adapter = save_adapter(tmp_path, trained.parts, trained.base, trained.about, cascade=trained.cascade)
     before = bits(backbone.model)
     found = cascade_table(backbone, adapter, digits)
     assert same(bits(backbone.model), before)
@@ -105,10 +104,10 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
     rows = {(row["embedding"], row["whitened"]): row for row in found["rows"]}
     kinds = ("dispatcher", "conditional", "unconditional")
     assert list(rows) == [(kind, whitened) for kind in kinds for whitened in (False, True)]
-    steps = trained.about["training"]["cascade"]["steps"]
+    steps = trained.about.training["cascade"]["steps"]
     sets = describe(adapter)["sets"]
-    parts: CascadeParts = trained.about["cascade"]
-    cascade = Cascade(backbone.model, trained.parts, parts)
+    parts = trained.cascade
+    cascade = LoadedCascade(backbone.model, trained.parts, parts)
     (x, y), (test_x, test_y) = (embed_all(backbone, cascade, split) for split in (digits.train, digits.test))
     seen = {
         "dispatcher": (x[:, :D], test_x[:, :D]),
@@ -147,7 +146,7 @@ def test_whitened_features_have_the_penalty_of_raw_ones() -> None:
 
 
 def test_what_cannot_be_compared(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path / "x", trained.parts, trained.base, **trained.about)
+    adapter = save_adapter(tmp_path / "x", trained.parts, trained.base, trained.about, cascade=trained.cascade)
     with pytest.raises(DataError, match="'digits:5-9' has no test split"):
         cascade_table(backbone, adapter, replace(digits, test=None))
     with pytest.raises(DataError, match="k-NN and probe need labels, and the data 'digits:5-9' have none; name"):
@@ -155,6 +154,6 @@ def test_what_cannot_be_compared(trained: CascadeResult, backbone: Backbone, dig
     plain = save_adapter(tmp_path / "y", trained.parts["dispatcher"], trained.base)
     with pytest.raises(AdapterError, match="is no cascade"):
         cascade_table(backbone, plain, digits)
-    about = {**trained.about, "training": {"cascade": {"steps": {"dispatcher": "many"}}}}
-    foreign = save_adapter(tmp_path / "z", trained.parts, trained.base, **about)
+    about = replace(trained.about, training={"cascade": {"steps": {"dispatcher": "many"}}})
+    foreign = save_adapter(tmp_path / "z", trained.parts, trained.base, about, cascade=trained.cascade)
     assert {row["steps"] for row in cascade_table(backbone, foreign, digits)["rows"]} == {None}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from maskpack.adapter.card import render_card
-from maskpack.adapter.content import CascadeParts, Parts, Router, Whitening
+from maskpack.adapter.content import Cascade, Parts, Router, Whitening
 from maskpack.adapter.describe import describe
 from maskpack.adapter.edit import convert_adapter
-from maskpack.adapter.read import Adapter
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding
 from maskpack.errors import AdapterError, CorruptAdapterError, StateError, UnknownNameError
 from maskpack.mask import MaskSet
@@ -35,7 +35,7 @@ def contents() -> dict[str, Parts]:
     return {name: Parts(random_masks(SHAPES, 0.9, seed=7), None, statistics) for name in SETS}
 
 
-def tensors_of(cascade: CascadeParts) -> dict[str, Any]:
+def tensors_of(cascade: Cascade) -> dict[str, Any]:
     """Every value of a cascade, flat."""
     found: dict[str, Any] = {}
     holders: list[tuple[str, Any]] = [("", cascade)]
@@ -49,14 +49,14 @@ def tensors_of(cascade: CascadeParts) -> dict[str, Any]:
     return found
 
 
-def same(one: CascadeParts, other: CascadeParts) -> bool:
+def same(one: Cascade, other: Cascade) -> bool:
     ours, theirs = tensors_of(one), tensors_of(other)
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[k], theirs[k]) if isinstance(ours[k], Tensor) else ours[k] == theirs[k] for k in ours
     )
 
 
-KINDS: dict[str, CascadeParts] = {
+KINDS: dict[str, Cascade] = {
     "plain": cascade_parts(),
     "head": cascade_parts(classes=4),
     "reduced": cascade_parts(reduced=5, classes=4, combine="unconditional"),
@@ -73,8 +73,9 @@ def test_comes_back(kind: str, tmp_path: Path) -> None:
     assert same(adapter.cascade, KINDS[kind])
     assert adapter.verify()["mask_id"] is True
     for name in SETS:
-        assert adapter.masks(set=name) == sets[name].masks
-        assert torch.equal(adapter.statistics(name)["bn.running_var"], sets[name].statistics["bn.running_var"])
+        parts = adapter.parts(name)
+        assert parts.masks == sets[name].masks
+        assert torch.equal(parts.statistics["bn.running_var"], sets[name].statistics["bn.running_var"])
     again = convert_adapter(adapter, tmp_path / "again", profile="fast")
     assert again.cascade is not None
     assert same(again.cascade, KINDS[kind])
@@ -98,7 +99,7 @@ def test_experts_are_coded_against_the_dispatcher(tmp_path: Path) -> None:
     found = {name: one.payloads[0].coding.reference for name, one in adapter.header.sets.items()}
     assert found == {"dispatcher": None, "expert-0": "dispatcher", "expert-1": "dispatcher"}
     for name in SETS:
-        assert adapter.masks(set=name) == sets[name]
+        assert adapter.parts(name).masks == sets[name]
 
 
 def test_is_described(tmp_path: Path) -> None:
@@ -140,21 +141,21 @@ def test_is_not_loaded_as_one_mask(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="x/maskpack_model.* holds 3 mask sets; it is a cascade: use load_cascade"):
         load_mask(nn.Linear(2, 2), adapter)
     with pytest.raises(UnknownNameError, match="no mask set 'default'; it has: .*cascade, which load_cascade"):
-        adapter.masks()
+        adapter.parts()
     several = save_adapter(tmp_path / "y", contents(), BASE)
     with pytest.raises(StateError, match="holds 3 mask sets; masks are loaded from adapters of one"):
         load_mask(nn.Linear(2, 2), several)
 
 
-def wrong(**changes: Any) -> CascadeParts:
+def wrong(**changes: Any) -> Cascade:
     return replace(KINDS["reduced"], **changes)
 
 
-def wrong_router(**changes: Any) -> CascadeParts:
+def wrong_router(**changes: Any) -> Cascade:
     return wrong(router=replace(KINDS["reduced"].router, **changes))
 
 
-UNWRITABLE: list[tuple[CascadeParts, str]] = [
+UNWRITABLE: list[tuple[Cascade, str]] = [
     (wrong(dispatcher="expert-0"), "experts is list, expected to name, with the dispatcher 'expert-0', each"),
     (wrong(dispatcher="nobody"), "with the dispatcher 'nobody', each of the sets once: dispatcher, expert-0, expert-1"),
     (wrong(experts=("expert-0", "expert-0")), "each of the sets once: dispatcher, expert-0, expert-1"),
@@ -177,7 +178,7 @@ UNWRITABLE: list[tuple[CascadeParts, str]] = [
 
 
 @pytest.mark.parametrize(("cascade", "match"), UNWRITABLE, ids=[match[:40] for _, match in UNWRITABLE])
-def test_what_no_reader_would_take_is_not_written(cascade: CascadeParts, match: str, tmp_path: Path) -> None:
+def test_what_no_reader_would_take_is_not_written(cascade: Cascade, match: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=match):
         save_adapter(tmp_path / "x.safetensors", contents(), BASE, cascade=cascade, class_names="wxyz")
     assert not list(tmp_path.iterdir())

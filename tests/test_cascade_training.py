@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from maskpack import save_adapter
-from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, TrainingError
 from maskpack.mask import mask_id
-from maskpack.preprocess import ImagePreprocess
-from maskpack.runtime.cascade import Cascade, load_cascade
+from maskpack.runtime.cascade import LoadedCascade, load_cascade
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import (
     CLUSTERS,
@@ -33,10 +31,8 @@ from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import embed
 
-from .conftest import TinyNet
-from .test_apply import bits, same
+from .helpers_models import QUICK, StopHere, bits, same, tiny_net
 
-QUICK = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", lr=20.0, scale=True, augment="none")
 EXPERTS = 2
 SETS = ("dispatcher", "expert-0", "expert-1")
 
@@ -44,14 +40,6 @@ SETS = ("dispatcher", "expert-0", "expert-1")
 @pytest.fixture(scope="module")
 def digits() -> Data:
     return load_data("digits:5-9", labels_fraction=0.15)
-
-
-def tiny_net() -> Backbone:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = TinyNet()
-        model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +57,11 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
     assert tuple(result.parts) == SETS
     assert all(one.head is None and one.statistics for one in result.parts.values())
     assert len({mask_id({"x": one.masks}) for one in result.parts.values()}) == len(SETS)
-    cascade = result.about["cascade"]
+    cascade = result.cascade
     assert (cascade.dispatcher, cascade.experts, cascade.embedding) == (SETS[0], SETS[1:], Embedding("fc"))
     assert cascade.weight is None
-    assert result.about["class_names"] is None
-    about = result.about["training"]["cascade"]
+    assert result.about.class_names is None
+    about = result.about.training["cascade"]
     count, sizes = len(digits.train), about["rows"]
     assert sum(sizes) == count
     assert 0 < about["explained_variance"] <= 1
@@ -87,7 +75,7 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
     assert [event["part"] for event in events if event["event"] == "end"] == list(SETS)
     densities = [one.masks.density for one in result.parts.values()]
     assert result.metrics["dispatcher_density"] == densities[0]
-    assert result.about["training"]["metrics"] == result.metrics
+    assert result.about.training["metrics"] == result.metrics
     assert all(name.startswith("dispatcher_") for name in result.metrics if name != "expert_density")
     assert result.metrics["expert_density"] == pytest.approx(sum(densities[1:]) / EXPERTS)
 
@@ -107,7 +95,7 @@ def test_what_is_stored_routes_as_training_did(trained: Any, digits: Data, tmp_p
     assert digits.train is not None
     backbone = tiny_net()
     before = bits(backbone.model)
-    save_adapter(tmp_path, result.parts, result.base, **result.about)
+    save_adapter(tmp_path, result.parts, result.base, result.about, cascade=result.cascade)
     cascade = load_cascade(backbone.model, tmp_path)
     chosen = [cascade.route(x)[0] for x, _ in readable(loader(digits.train, backbone.preprocess))]
     clusters = json.loads((folder / CLUSTERS).read_text())
@@ -115,10 +103,6 @@ def test_what_is_stored_routes_as_training_did(trained: Any, digits: Data, tmp_p
     assert np.array(clusters["points"]).shape == (len(digits.train), 2)
     assert np.array(clusters["points"]).std(0) == pytest.approx([1, 1], abs=0.02)
     assert same(bits(backbone.model), before)
-
-
-class StopHere(Exception):  # noqa: N818
-    pass
 
 
 @pytest.mark.parametrize("stop", [("dispatcher", "end"), ("expert-1", "epoch")])
@@ -138,9 +122,9 @@ def test_resumes_wherever_it_stopped(stop: tuple[str, str], trained: Any, digits
         assert done.parts[name].masks == expected.parts[name].masks
         for key, value in expected.parts[name].statistics.items():
             assert torch.equal(done.parts[name].statistics[key], value)
-    ours, theirs = done.about["cascade"].router, expected.about["cascade"].router
+    ours, theirs = done.cascade.router, expected.cascade.router
     assert torch.equal(ours.precisions, theirs.precisions)
-    assert done.about["training"] == expected.about["training"]
+    assert done.about.training == expected.about.training
     if stop[0] == "expert-1":
         assert {event["part"] for event in events if event["event"] == "epoch"} == {"expert-1"}, "the rest is read back"
 
@@ -192,12 +176,12 @@ def test_rows_that_cannot_be_read_belong_to_no_cluster(digits: Data, tmp_path: P
     chosen = json.loads((tmp_path / CLUSTERS).read_text())["expert"]
     assert len(chosen) == len(rows)
     # each expert has seen its rows, and the router is the one of the run's seed
-    cascade = Cascade(tiny_net().model, result.parts, result.about["cascade"])
+    cascade = LoadedCascade(tiny_net().model, result.parts, result.cascade)
     readable_rows = replace(digits.train, indices=rows)
     with cascade.loaded("dispatcher"):
         x, _ = embed(replace(tiny_net(), model=cascade.model), readable_rows, cache=False)
     router = fit_router(x, 2, seed=3)[0]
-    assert torch.allclose(router.means, result.about["cascade"].router.means, atol=1e-3)
+    assert torch.allclose(router.means, result.cascade.router.means, atol=1e-3)
     assert not torch.allclose(router.means, fit_router(x, 2, seed=0)[0].means, atol=1e-3), "else the test shows little"
     assert router.route(x).tolist() == chosen
     for k in range(2):
@@ -225,8 +209,8 @@ def test_self_supervised_and_with_steps(digits: Data) -> None:
     model = tiny_net()
     before = bits(model.model)
     result = train_cascade(model, digits, config, experts=2)
-    assert set(result.about["training"]["cascade"]["steps"].values()) == {4}
-    assert result.about["task"] == "image-feature-extraction"
+    assert set(result.about.training["cascade"]["steps"].values()) == {4}
+    assert result.about.task == "image-feature-extraction"
     assert same(bits(model.model), before)
 
 

@@ -28,7 +28,8 @@ from maskpack.training.data.load import load_data
 from maskpack.training.run_folder import Keeper, RunLog
 from maskpack.training.trainer import Run, borrowed, train_mask
 
-from .test_resume import QUICK, net
+from .helpers_models import QUICK_CROPS as QUICK
+from .helpers_models import dropout_net as net
 
 CONFIG = replace(QUICK, epochs=1, bytes_budget=60)
 

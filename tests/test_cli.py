@@ -30,13 +30,10 @@ from maskpack.importers.base import IMPORTERS, Found
 from maskpack.mask import PackedMask
 from maskpack.safetensors_io import read_tensors
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-
-FACTORY = Path(__file__).parent.parent / "cli/maskpack_cli/digits_backbone.py"
-BACKBONE = ["--backbone", f"{FACTORY}:digits_cnn", "--random-weights", "0"]
-TRAIN = ["train", *BACKBONE, "--data", "digits:5-9", "--optimizer", "sgd", "--epochs", "1", "--labels-fraction", "0.3"]
+from .helpers_cli import BACKBONE, FACTORY, TRAIN
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 def run(*arguments: object) -> Result:
@@ -513,7 +510,7 @@ def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
     assert ok("verify", tmp_path / "out", *BACKBONE)["base_matches_as"] == "float32"
     # as one process with the same examples in a step, but for scores that rounding puts on the threshold's other side
     ok(*options, "--batch-size", "16", "--output", tmp_path / "one")
-    two, one = (load_adapter(tmp_path / name).masks() for name in ("out", "one"))
+    two, one = (load_adapter(tmp_path / name).parts().masks for name in ("out", "one"))
     assert one.density < 0.99
     differing = sum(count_xor(mask.bits, one[name].bits) for name, mask in two.items())
     assert differing <= 1e-4 * one.total, (differing, one.total, one.density)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.classifier import classifier_from, embeddings
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_backbone, text_head
@@ -19,29 +21,13 @@ from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess, preprocess_to_json
 from maskpack.runtime.load import load_mask, unload_mask
 
+from .helpers_models import TOWER, VISION
+from .helpers_models import clip as clip
+
 transformers = pytest.importorskip("transformers")
 
 LABELS = ("cat", "dog", "apple pie")
 TEMPLATE = "This is a photo of a {label}"
-LETTERS = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
-TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-VISION = {**TOWER, "image_size": 16, "patch_size": 8, "projection_dim": 12}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model with random weights and a tokenizer of letters, as `save_pretrained` writes them."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    text = {**TOWER, "vocab_size": 54, "max_position_embeddings": 48}
-    text |= {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=12)
-        transformers.CLIPModel(config).save_pretrained(folder)
-    transformers.CLIPTokenizer(vocab={piece: i for i, piece in enumerate(LETTERS)}, merges=[]).save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
-    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +99,7 @@ def test_the_tower_alone_and_random_weights(clip: Path, tmp_path: Path) -> None:
     transformers.CLIPImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path / "tower")
     alone = load_backbone(f"hf/{tmp_path / 'tower'}")
     assert fingerprint(alone.model, id="x").digests == fingerprint(whole.model, id="x").digests
-    with pytest.raises(BackboneError, match="hf/tower has a vision tower only, and a text head needs the text tower"):
+    with pytest.raises(BackboneError, match="a text head needs the text tower, and hf/tower has a vision tower only"):
         text_head(alone, LABELS, TEMPLATE)
     random = load_backbone(f"hf/{clip}", random_weights=1)
     assert (random.embedding.pooling, random.features) == ("projection", 12)
@@ -131,7 +117,7 @@ def test_an_untouched_mask_with_a_text_head_is_zero_shot_clip(clip: Path, tmp_pa
     found = adapter.predict(model, images)
     assert [one.label for one in found] == [LABELS[i] for i in expected.argmax(-1)]
     assert [one.score for one in found] == pytest.approx(expected.max(-1).values.tolist(), abs=1e-5)
-    head = adapter.head()
+    head = adapter.parts(stream=True).head
     assert head is not None
     with torch.no_grad():
         assert torch.allclose(classifier_from(model, head)(images).softmax(-1), expected, atol=1e-5)

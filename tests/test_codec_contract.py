@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,54 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
-from maskpack.codecs.choose import Contest, settle
+from maskpack.codecs.choose import smallest
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
-from maskpack.mask import MaskSet, PackedMask
+from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, random_masks, split_file, with_header
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed(Codec):
-    """Uses all that a codec may use: bits XOR (class above the median), XOR a byte of the table, XOR the reference."""
-
-    id = "test-mixed"
-    needs_base = True
-    salt: int = 3
-
-    def _mask(self, side: Side) -> Bits:
-        assert side.classes is not None
-        assert side.table is not None
-        mask = np.packbits(side.classes >= 128, bitorder="little")
-        whole = np.full(side.size, side.table[0] ^ self.salt, np.uint8)
-        if side.count % 8:
-            whole[-1] &= (1 << side.count % 8) - 1
-        return mask ^ whole ^ (0 if side.reference is None else side.reference)
-
-    def encode(self, bits: Bits, side: Side) -> bytes:
-        return (bits ^ self._mask(side)).tobytes()
-
-    def decode(self, data: Bytes, side: Side) -> Bits:
-        found = side.checked(np.frombuffer(data, np.uint8))
-        return found ^ self._mask(side)
-
-    @classmethod
-    def candidates(cls, profile: Profile) -> list[Self]:
-        return [cls()] if profile == "max" else []
-
-    def config(self) -> dict[str, int]:
-        return {"salt": self.salt}
-
-    def table(self, masks: object) -> bytes | None:
-        return b"\x55table"
-
-
-@pytest.fixture
-def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "test-mixed" not in CODECS
-    monkeypatch.setitem(CODECS._classes, "test-mixed", Mixed)  # type: ignore[arg-type]
+from .helpers_adapter import Mixed, base_of, random_masks, split_file, with_header
+from .helpers_adapter import mixed as mixed
 
 
 @pytest.mark.usefixtures("mixed")
@@ -73,15 +33,14 @@ class TestContract:
         save_adapter(path, masks, base_of(self.shapes, weights=weights), codec="test-mixed", weights=weights)
         return masks, weights
 
-    def test_classes_table_and_config_reach_the_codec(self, tmp_path: Path) -> None:
+    def test_classes_and_config_reach_the_codec(self, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
         masks, weights = self.saved(path)
         adapter = read_adapter(path)
         header = json.loads(split_file(path.read_bytes())[0]["__metadata__"]["maskpack"])["sets"]["default"]
-        assert header["codings"] == [{"codec": "test-mixed", "op": "zero", "salt": 3, "table": 0}]
-        assert header["tables"] == [6]
-        assert adapter.masks(weights) == masks
-        assert adapter.masks({name: w.bfloat16() for name, w in weights.items()}) == masks
+        assert header["codings"] == [{"codec": "test-mixed", "op": "zero", "salt": 3}]
+        assert adapter.parts(base=weights).masks == masks
+        assert adapter.parts(base={name: w.bfloat16() for name, w in weights.items()}).masks == masks
         report = adapter.verify()
         assert report == {
             "payloads": 2, "decoded": 0, "needs_base": ["default/a.weight", "default/b.weight"], "mask_id": None,
@@ -92,121 +51,34 @@ class TestContract:
         _, weights = self.saved(path)
         adapter = read_adapter(path)
         with pytest.raises(AdapterError, match=r"'a.weight' is packed with the weights of timm/.*pass that model"):
-            adapter.masks()
+            adapter.parts()
         with pytest.raises(BackboneMismatchError, match=r"torch\.float16.*load the adapter before casting"):
-            adapter.masks({name: w.half() for name, w in weights.items()})
+            adapter.parts(base={name: w.half() for name, w in weights.items()})
         with pytest.raises(BackboneMismatchError, match="the base given has no such parameter"):
-            adapter.masks({})
+            adapter.parts(base={})
         with pytest.raises(BackboneMismatchError, match=r"the base given has one of shape \(2,\)"):
-            adapter.masks({"a.weight": torch.zeros(2)})
+            adapter.parts(base={"a.weight": torch.zeros(2)})
         with pytest.raises(BackboneMismatchError, match="packed with other weights than those of the base given"):
-            adapter.masks({name: -w.flip(0) + 1 for name, w in weights.items()})
+            adapter.parts(base={name: -w.flip(0) + 1 for name, w in weights.items()})
 
     def test_needs_the_weights_to_write(self) -> None:
         with pytest.raises(ConfigError, match="'test-mixed' needs the weights of the base; pass weights="):
             save_adapter("x.safetensors", random_masks(self.shapes), base_of(self.shapes), codec="test-mixed")
 
-    def test_tables_that_cost_more_than_they_gain_are_given_up(self, tmp_path: Path) -> None:
-        shapes = dict.fromkeys("abc", (800,))
-        weights = {name: torch.zeros(800) for name in shapes}
-        noise = save_adapter(
-            tmp_path / "noise", random_masks(shapes, 0.5), base_of(shapes), profile="max", weights=weights
-        )
-        header = noise.header.sets["default"]
-        assert (header.tables, {payload.coding.codec for payload in header.payloads}) == ((), {"raw"})
-        alone = save_adapter(
-            tmp_path / "alone", random_masks(shapes, 0.5), base_of(shapes), codec="test-mixed", weights=weights
-        )
-        header = alone.header.sets["default"]
-        assert (header.tables, [payload.coding.table for payload in header.payloads]) == ((6,), [0, 0, 0])
-
 
 class Declining(Mixed):
-    """Makes a table and then codes no mask, or codes it in no fewer bytes than raw does."""
+    """Takes no mask."""
 
     def encode(self, bits: Bits, side: Side) -> bytes | None:  # type: ignore[override]
-        return bits.tobytes() if side.table == b"as raw" else None
+        return None
 
 
-def test_a_codec_with_a_table_may_decline() -> None:
+def test_a_codec_may_decline() -> None:
     mask = (np.array([5], np.uint8), Side((3,)))
-    raw, declining = CODECS["raw"](), Declining()
-    for table in (b"table", b"as raw"):
-        (offer,) = Contest([raw], [(declining, table)]).offers([mask])
-        assert (offer.codec, offer.payload, offer.table) == (raw, b"\x05", None)
-    (offer,) = Contest([], [(declining, b"as raw")]).offers([mask])
-    assert offer.table == 0
+    offer = smallest([Declining(), CODECS["raw"]()], [mask])
+    assert (offer.codec.id, offer.payload, offer.variant) == ("raw", b"\x05", 0)
     with pytest.raises(ConfigError, match=r"'test-mixed' is not made for this mask of shape \(3,\)"):
-        Contest([], [(declining, b"table")]).offers([mask])
-
-
-@dataclass(frozen=True, slots=True)
-class Common(Codec):
-    """The table is a byte that all masks have most; a mask of nothing else takes no bytes."""
-
-    id = "test-common"
-
-    def encode(self, bits: Bits, side: Side) -> bytes:
-        return b"" if side.table and (bits == side.table[0]).all() else bits.tobytes()
-
-    def decode(self, data: Bytes, side: Side) -> Bits:
-        assert side.table is not None
-        return side.checked(np.frombuffer(bytes(data) or side.table[:1] * side.size, np.uint8))
-
-    @classmethod
-    def candidates(cls, profile: Profile) -> list[Self]:
-        return [cls()] if profile == "default" else []
-
-    def table(self, masks: Iterable[tuple[Bits, Side]]) -> bytes | None:
-        counts = sum(np.bincount(bits, minlength=256) for bits, _ in masks)
-        return bytes([int(np.argmax(counts))]) + b"-" * 9
-
-
-class TestTables:
-    @pytest.fixture(autouse=True)
-    def common(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(CODECS._classes, "test-common", Common)  # type: ignore[arg-type]
-
-    def test_a_table_costs_one_more_walk(self, tmp_path: Path) -> None:
-        asked: list[str] = []
-
-        def make(name: str) -> PackedMask:
-            asked.append(name)
-            return PackedMask.from_bytes(np.full(9, 0x56, np.uint8), (72,))
-
-        path = tmp_path / "x.safetensors"
-        save_adapter(path, MaskSet.streamed("abc", make), base_of("abc"))
-        adapter = read_adapter(path)
-        assert asked == list("abcabc")
-        assert [adapter.header.sets["default"].tables, *(p.size for p in adapter.header.sets["default"].payloads)] == [
-            (10,), 0, 0, 0,
-        ]  # fmt: skip
-        assert adapter.masks() == MaskSet.streamed("abc", make)
-        assert adapter.verify()["mask_id"] is True
-
-    def test_a_table_is_made_for_differences_where_those_are_likely(self, tmp_path: Path) -> None:
-        general = random_masks(dict.fromkeys("abc", (800,)), 0.7)
-        sets = {"x": general, "y": general}
-        adapter = save_adapter(tmp_path, sets, base_of("abc"), codec="test-common")
-        (own,) = {one.coding.reference for one in adapter.header.sets["x"].payloads}
-        (against,) = {one.coding.reference for one in adapter.header.sets["y"].payloads}
-        assert (own, against) == (None, "x")
-        assert [one.size for one in adapter.header.sets["y"].payloads] == [0, 0, 0]
-        assert {name: adapter.masks(set=name) for name in sets} == sets
-
-
-def test_tables_are_settled_by_all_that_they_cost() -> None:
-    small, large = [(10, 0), (12, 1), (15, None)], [(90, 1), (95, 0), (100, None)]
-    assert settle([small, large], [4, 4]) == ([1, 0], [1])
-    assert settle([small, large], [1, 1]) == ([0, 0], [0, 1])
-    assert settle([small, large], [50, 50]) == ([2, 2], [])
-    assert settle([row[:2] for row in (small, large)], [50, 60]) == ([0, 1], [0]), "no codec does without a table"
-    assert settle([[(3, None)]], []) == ([0], [])
-    assert settle([[(10, 0), (12, None)]], [1]) == ([0], [0])
-    assert settle([[(10, 0), (12, None)]], [2]) == ([1], []), (
-        "at equal cost the file without a table is the simpler one"
-    )
-    assert settle([[(10, 0), (12, 1)], [(9, 1), (11, 0)]], [4, 4]) == ([1, 0], [1]), "and one table simpler than two"
+        smallest([Declining()], [mask])
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +112,8 @@ def test_a_set_may_be_coded_against_another(tmp_path: Path, monkeypatch: pytest.
 
     path.write_bytes(with_header(path.read_bytes(), refer))
     adapter = read_adapter(path)
-    assert adapter.masks(set="expert") == expert
-    assert adapter.masks(set="dispatcher") == dispatcher
+    assert adapter.parts("expert").masks == expert
+    assert adapter.parts("dispatcher").masks == dispatcher
     assert adapter.verify() == {"payloads": 4, "decoded": 4, "needs_base": [], "mask_id": True}
 
 
@@ -264,7 +136,7 @@ def test_whatever_a_codec_raises_becomes_our_error(tmp_path: Path, monkeypatch: 
 
     path.write_bytes(with_header(path.read_bytes(), fail))
     with pytest.raises(CorruptAdapterError, match="'a' in set 'default' does not decode: list index out of range"):
-        read_adapter(path).masks()
+        read_adapter(path).parts()
 
 
 @dataclass(frozen=True, slots=True)

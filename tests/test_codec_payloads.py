@@ -76,10 +76,6 @@ class TestHowSmall:
         mask = RNG(1).random(classes.shape) >= 0.4 * ((classes & 127) / 128) ** 2
         side = Side(mask.shape, classes.reshape(-1))
         assert size(AdaptiveBase(), mask, side) < 0.9 * size(Adaptive(), mask)
-        table = AdaptiveBase().table([(packed(mask), side)])
-        assert size(AdaptiveBase(), mask, Side(mask.shape, side.classes, None, table)) < size(
-            AdaptiveBase(), mask, side
-        )
 
     def test_signs_help_where_gradients_have_low_rank(self) -> None:
         rng = RNG(2)

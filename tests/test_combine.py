@@ -19,9 +19,9 @@ from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.backbone.load import export_state
 from maskpack.backbone.model import Embedding, Head
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 SELECT = ("conv1.weight", "conv2.weight")
 PREPROCESS = {"kind": "image", "size": 8, "resize": 8}
@@ -96,11 +96,11 @@ def test_combines(folder: Path, tiny: nn.Module, words: list[str], options: dict
     parents = [read_adapter(ref) for ref in refs]
     facts = ok("combine", *words, "--output", "out")
     made = read_adapter("out")
-    expected = combine(words[0], [parent.masks() for parent in parents], **options)
-    assert made.masks() == expected
+    expected = combine(words[0], [parent.parts().masks for parent in parents], **options)
+    assert made.parts().masks == expected
     assert (facts["density"], facts["mask_id"]) == (expected.density, made.mask_id)
-    assert (made.base.digests, made.preprocess_config) == (parents[0].base.digests, parents[0].preprocess_config)
-    assert made.training == {
+    assert (made.base.digests, made.about.preprocess) == (parents[0].base.digests, parents[0].about.preprocess)
+    assert made.about.training == {
         "combined": {
             "operation": words[0],
             "missing": "error",
@@ -123,8 +123,14 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
     assert "left out: b/maskpack_model.safetensors: head, class names, statistics, trained parameters, training" in said
     assert said.endswith("training record, preprocessing, which is not the first's")
     made = read_adapter("out")
-    assert (made.head(), made.statistics(), made.parameters(), made.class_names) == (None, {}, {}, None)
-    assert made.task == "image-feature-extraction"
+    parts = made.parts(stream=True)
+    assert (parts.head, parts.statistics, parts.parameters, made.about.class_names) == (
+        None,
+        {},
+        {},
+        None,
+    )
+    assert made.about.task == "image-feature-extraction"
     assert ok("combine", "and", "./a", "./c", "--output", "other")["left_out"] == []
     assert "left out" not in run("combine", "and", "./a", "./c", "--output", "other").stdout
 
@@ -137,8 +143,8 @@ def test_no_local_path_is_stored_and_the_hub_s_reference_is(folder: Path, hub: H
     ok("combine", "or", "alice/one", "./c", "--output", "out")
     made = read_adapter("out")
     one, other = (read_adapter(name).mask_id for name in "ac")
-    assert made.training is not None
-    assert made.training["combined"]["parents"] == [
+    assert made.about.training is not None
+    assert made.about.training["combined"]["parents"] == [
         {"mask_id": one, "reference": f"alice/one@{commit}"},
         {"mask_id": other},
     ]
@@ -178,9 +184,9 @@ def test_other_parameters_are_an_error_unless_asked_for(folder: Path) -> None:
     assert said in refused("diff", "./a", "./d")
     ok("combine", "and", "./d", "./a", "--output", "out", "--missing", "keep")
     made = read_adapter("out")
-    assert made.masks()["conv2.weight"] == read_adapter("a").masks()["conv2.weight"]
-    assert made.training is not None
-    assert made.training["combined"]["missing"] == "keep"
+    assert made.parts().masks["conv2.weight"] == read_adapter("a").parts().masks["conv2.weight"]
+    assert made.about.training is not None
+    assert made.about.training["combined"]["missing"] == "keep"
     found = {row["name"]: row for row in ok("diff", "./a", "./d", "--missing", "keep")["parameters"]}
     assert found["conv2.weight"]["first_only"] == 0
 
@@ -207,7 +213,7 @@ def test_masks_packed_with_the_base_need_it(folder: Path, tiny: nn.Module) -> No
     assert "cannot be decoded alone" in refused("diff", "./a", "./m", code=1)
     base = ["--backbone", "tiny.py:tiny", "--weights", "tiny.safetensors"]
     ok("combine", "and", "./a", "./m", "--output", "out", *base)
-    assert read_adapter("out").masks() == combine("and", [read_adapter("a").masks(), kept])
+    assert read_adapter("out").parts().masks == combine("and", [read_adapter("a").parts().masks, kept])
     assert ok("diff", "./m", "./m", *base)["hamming"] == 0
     other = run("diff", "./a", "./m", "--backbone", "tiny.py:tiny", "--random-weights", "3")
     assert other.exit_code == 1
@@ -252,13 +258,15 @@ def test_an_unequal_scale_is_refused_and_nothing_written(folder: Path, tiny: nn.
     said = refused("combine", "and", "./s", "./t", "--output", "out")
     assert "the masks of 'conv1.weight' scale the kept weights differently, by the alphas 0." in said
     ok("combine", "not", "./s", "--output", "out")
-    assert read_adapter("out").masks()["conv1.weight"].alpha == read_adapter("s").masks()["conv1.weight"].alpha
+    assert (
+        read_adapter("out").parts().masks["conv1.weight"].alpha == read_adapter("s").parts().masks["conv1.weight"].alpha
+    )
     assert ok("diff", "./s", "./t")["rescaled"] == 2
 
 
 def test_diff(folder: Path) -> None:
     found = ok("diff", "./a", "./c")
-    a, c = (read_adapter(name).masks() for name in "ac")
+    a, c = (read_adapter(name).parts().masks for name in "ac")
     differing = {name: int((a[name].tensor() != c[name].tensor()).sum()) for name in SELECT}
     assert {row["name"]: row["hamming"] for row in found["parameters"]} == differing
     assert found["hamming"] == sum(differing.values())
@@ -282,4 +290,6 @@ def test_over_an_earlier_adapter_the_owner_s_words_stay(folder: Path) -> None:
     assert "My words." in card.read_text()
     assert "combined by `or`" in card.read_text()
     ok("combine", "not", "./out", "--output", "out")
-    assert read_adapter("out").masks() == combine("not", [combine("or", [read_adapter(n).masks() for n in "ac"])])
+    assert read_adapter("out").parts().masks == combine(
+        "not", [combine("or", [read_adapter(n).parts().masks for n in "ac"])]
+    )

@@ -9,18 +9,16 @@ import torch
 from torch import nn
 
 from maskpack import fingerprint, load_mask, save_adapter
+from maskpack.adapter.card import CARD_FILE
 from maskpack.adapter.content import Parts
 from maskpack.adapter.decode import Decoder
 from maskpack.adapter.edit import convert_adapter
-from maskpack.adapter.read import Adapter, read_adapter
-from maskpack.adapter.write import CARD_FILE, MODEL_FILE
+from maskpack.adapter.read import MODEL_FILE, Adapter, read_adapter
 from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownNameError
 from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, random_masks, with_payload
-from .test_adapter import assert_same, full
-from .test_codec_contract import Mixed
+from .helpers_adapter import Mixed, assert_same, base_of, full, random_masks, with_payload
 
 ABOUT: dict[str, Any] = {
     "task": "image-classification",
@@ -52,7 +50,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
 def assert_unchanged(found: Adapter, earlier: Adapter) -> None:
     assert found.mask_id == earlier.mask_id
     assert found.base == earlier.base
-    for name in ("task", "class_names", "preprocess_config", "training", "sets"):
+    for name in ("about", "sets"):
         assert getattr(found, name) == getattr(earlier, name), name
     coding = {"default/payloads", "expert-1/payloads", "maskpack.digests"}
     assert found.spans.keys() == earlier.spans.keys()
@@ -79,14 +77,14 @@ def test_masks_are_decoded_when_the_writer_asks(rich: Adapter, tmp_path: Path, m
     decoded: list[tuple[str, int]] = []
     original = Decoder.decode
     monkeypatch.setattr(Decoder, "decode", lambda *given: decoded.append(given[1:3]) or original(*given))
-    streams = {name: rich.stream_masks(set=name) for name in rich.sets}
+    streams = {name: rich.parts(name, stream=True).masks for name in rich.sets}
     assert {name: one.shapes for name, one in streams.items()} == {name: rich.shapes(name) for name in rich.sets}
     assert decoded == []
     for name, one in streams.items():
         assert dict(one) == dict(one)
-        assert one == rich.masks(set=name)
+        assert one == rich.parts(name).masks
     with pytest.raises(UnknownNameError, match="has no mask set 'x'"):
-        rich.stream_masks(set="x")
+        rich.parts("x", stream=True)
     seen: list[tuple[int, int]] = []
     many = random_masks({f"{i}": (i + 3, 5) for i in range(6)})
     save_adapter(tmp_path / "many", many, base_of(many))
@@ -116,8 +114,8 @@ def test_scale_is_kept_to_the_bit(tmp_path: Path) -> None:
     masks = MaskSet({name: replace(mask, alpha=0.8125) for name, mask in random_masks({"a": (7, 9)}).items()})
     save_adapter(tmp_path / "a.safetensors", masks, base_of(["a"]))
     found = convert_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", profile="max")
-    assert found.masks() == masks
-    assert found.masks()["a"].alpha == 0.8125
+    assert found.parts().masks == masks
+    assert found.parts().masks["a"].alpha == 0.8125
 
 
 def test_the_owners_words_of_the_card_travel(rich: Adapter, tmp_path: Path) -> None:

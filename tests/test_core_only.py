@@ -16,12 +16,12 @@ from maskpack.adapter.predict import model_tokenizer
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import MissingDependencyError
-from maskpack.lab.baselines.base import find_row
+from maskpack.lab.baselines.base import find_baseline
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_mixture, fit_whitening
 from maskpack.training.data.base import Data
-from maskpack.training.data.image_folder import ImageFolder
+from maskpack.training.data.folder import ImageFolder
 from maskpack.training.dense import train_dense
 from maskpack.training.objectives.swav import multi_crop
 from maskpack.training.run_folder import RunLog
@@ -174,7 +174,7 @@ def test_command_line(adapter: Path, tmp_path: Path) -> None:
     assert 'pip install "maskpack[train]"' in trained[2]
     assert plotted[2].strip() == (
         "Error: drawing pictures needs the library 'matplotlib', which is not installed; "
-        'install it with: pip install "maskpack[plots]"'
+        'install it with: pip install "maskpack[lab]"'
     )
     assert not any("Traceback" in err for _, _, err in (trained, plotted))
     assert not list(tmp_path.iterdir())
@@ -185,10 +185,11 @@ def test_what_is_missing_is_said() -> None:
         "load_backbone('timm/resnet18')": "timm",
         "load_backbone('torchvision/resnet18')": "torchvision",
         "load_backbone('hf/user/name')": "transformers",
-        "load_data('digits:0-4')": "datasets",
-        "load_data('user/name')": "datasets",
+        "training.load_data('digits:0-4')": "datasets",
+        "training.load_data('user/name')": "datasets",
     }
-    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\nimport maskpack, numpy, rich\n"
+    code = f"for name in {EXTRAS!r}:\n    print(refused(lambda: __import__(name)))\n"
+    code += "import maskpack, maskpack.training, numpy, rich\n"
     done = run(code + "".join(f"print(refused(lambda: maskpack.{call}))\n" for call in calls))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -216,14 +217,18 @@ def test_what_is_missing_is_said() -> None:
         ("tensorboard", "writing TensorBoard logs", lambda: RunLog(Path(), None, False)),
         ("transformers", "tokenising texts", lambda: model_tokenizer(nn.Linear(2, 2))),
         ("datasets", "reading data", lambda: ImageFolder.load(".")),
-        ("peft", "the row 'lora'", lambda: find_row("lora").check(None, None)),  # before anything else is looked at
+        (
+            "peft",
+            "the baseline 'lora'",
+            lambda: find_baseline("lora").check(None, None),
+        ),  # before anything else is looked at
     ],
 )
 def test_what_a_library_is_needed_for(
     module: str, said: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    extra = "compare" if module == "peft" else "train"
+    extra = "lab" if module == "peft" else "train"
     with pytest.raises(MissingDependencyError) as caught:
         call()
     assert str(caught.value) == (

@@ -14,10 +14,10 @@ from benchmarks.training_kills import markdown as killed_table
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub import CARD, CONFIG, MODEL, saved, write_adapter
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 class Told:

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from maskpack.adapter.read import Adapter
+from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.tensors import cascade_tensors
-from maskpack.adapter.write import read_adapter
 from maskpack.codecs.base import CODECS
 from maskpack.mask import mask_id
 from maskpack.safetensors_io import read_tensors
@@ -19,12 +18,13 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*/*.safetensors"))
 
 
 def tensors_of(adapter: Adapter, name: str) -> dict[str, Any]:
+    parts = adapter.parts(name, stream=True)
     found: dict[str, Any] = {
         f"{role}/{key}": [str(tensor.dtype), tensor.tolist()]
         for role in ("statistics", "parameters", "values")
-        for key, tensor in getattr(adapter, role)(name).items()
+        for key, tensor in getattr(parts, role).items()
     }
-    head = adapter.head(name)
+    head = parts.head
     if head is not None:
         bias = None if head.bias is None else head.bias.tolist()
         kind = "pooled-linear" if head.module is None else "linear"
@@ -44,11 +44,11 @@ def test_decodes_to_what_was_written(path: Path) -> None:
     adapter = read_adapter(path)
     needs_base = bool(adapter.verify()["needs_base"])
     base = read_tensors(path.parent / "base" / "weights.safetensors") if needs_base else None
-    assert mask_id({name: adapter.masks(base, name) for name in adapter.sets}) == expected["mask_id"]
+    assert mask_id({name: adapter.parts(name, base).masks for name in adapter.sets}) == expected["mask_id"]
     assert adapter.mask_id == expected["mask_id"]
     assert set(adapter.sets) == set(expected["sets"])
     for name, one in expected["sets"].items():
-        masks = adapter.masks(base, name)
+        masks = adapter.parts(name, base).masks
         found = {
             key: {
                 "shape": list(mask.shape),

@@ -10,10 +10,12 @@ from maskpack_cli.main import app
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.classifier import encode
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.model import MAX_WEIGHTS, Embedding, random_weight
+from maskpack.backbone.model import Embedding
+from maskpack.backbone.random_weights import MAX_WEIGHTS, random_weight
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import masked_weight
 from maskpack.runtime.load import load_mask, unload_mask
@@ -24,8 +26,9 @@ from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.heads import new_classifier
 from maskpack.training.trainer import plan_training, train_mask
 
-from .test_clip import clip as clip
-from .test_training import bits, same_bits
+from .helpers_models import bits
+from .helpers_models import clip as clip
+from .helpers_models import same as same_bits
 
 MASKED = TrainConfig(
     head_kind="masked", optimizer="sgd", lr=20.0, epochs=4, batch_size=32, augment="none", scale=True, seed=3
@@ -61,10 +64,13 @@ def test_a_masked_head_learns_and_is_stored_as_seed_and_mask(
     values = random_weight(3, 5, 16)
     assert torch.equal(head.weight, masked_weight(values, mask.tensor(), torch.tensor(mask.alpha)))
 
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about)
     assert "default/head/weight" not in adapter.spans
-    assert adapter.training is not None
-    assert (adapter.training["settings"]["head_kind"], adapter.training["settings"]["seed"]) == ("masked", 3)
+    assert adapter.about.training is not None
+    assert (adapter.about.training["settings"]["head_kind"], adapter.about.training["settings"]["seed"]) == (
+        "masked",
+        3,
+    )
     load_mask(model, adapter)
     assert digits.test is not None
     found = adapter_accuracy(model, adapter, digits.test)
@@ -160,7 +166,7 @@ def test_a_text_head_is_frozen_and_travels_whole(clip: Path, flowers: Path, tmp_
     assert (head.embedding, head.bias) == (Embedding(None, "projection", True), None)
     assert torch.equal(head.weight, new_classifier(backbone, data.class_names, config).linear.weight), "not trained"
     assert len(result.parts.masks) == 14
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about)
     model = load_mask(CLIPVisionModelWithProjection.from_pretrained(clip), adapter)
     assert data.test is not None
     assert adapter_accuracy(model, adapter, data.test)["accuracy"] == result.metrics["test_accuracy"]
@@ -211,8 +217,8 @@ def test_something_has_to_learn(tiny_backbone: Backbone, digits: Data) -> None:
 def test_the_other_heads_behind_a_projection(kind: Any, clip: Path, flowers: Path, tmp_path: Path) -> None:
     backbone, data = load_backbone(f"hf/{clip}"), load_data(str(flowers))
     result = train_mask(backbone, data, TrainConfig(head_kind=kind, epochs=2, batch_size=8, augment="none"))
-    adapter = save_adapter(tmp_path, result.parts, result.base, **result.about)
-    head = read_adapter(tmp_path).head()
+    adapter = save_adapter(tmp_path, result.parts, result.base, result.about)
+    head = read_adapter(tmp_path).parts(stream=True).head
     assert head is not None
     assert head.embedding == Embedding(None, "projection", kind == "linear")
     load_mask(backbone.model, adapter)

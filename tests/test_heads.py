@@ -17,11 +17,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from maskpack.adapter.card import render_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import describe
 from maskpack.adapter.edit import convert_adapter
-from maskpack.adapter.write import Parts, read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Embedding, Head, RandomWeight, random_weight
+from maskpack.backbone.model import Embedding, Head
+from maskpack.backbone.random_weights import RandomWeight, random_weight
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.load import load_mask, unload_mask
@@ -111,7 +114,7 @@ def test_any_masked_head_comes_back(
     path = tmp_path / "a.safetensors"
     save_adapter(path, Parts(MASKS, head), base_of(SHAPES))
     adapter = read_adapter(path)
-    found = adapter.head()
+    found = adapter.parts(stream=True).head
     assert found is not None
     assert torch.equal(found.weight.view(torch.int32), head.weight.view(torch.int32))
     assert (found.embedding, found.bias) == (where, None)
@@ -120,7 +123,7 @@ def test_any_masked_head_comes_back(
     assert (found.random.seed, found.random.mask) == (seed, head.random.mask)
     assert adapter.spans["default/head/mask"].shape == ((classes * features + 7) // 8,)
     assert "default/head/weight" not in adapter.spans
-    assert adapter.masks() == MASKS
+    assert adapter.parts().masks == MASKS
 
 
 def test_the_weight_is_the_formats_formula() -> None:
@@ -144,7 +147,7 @@ def test_description_convert_and_canonical_bytes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a/maskpack_config.json").read_text())["sets"]["default"]["head"] == stored
     assert render_card(describe(adapter))
     again = convert_adapter(adapter, tmp_path / "b", codec="raw")
-    found = again.head()
+    found = again.parts(stream=True).head
     assert found is not None
     assert torch.equal(found.weight, head.weight)
     assert bytes(again.bytes_of("default/head/mask")) == bytes(adapter.bytes_of("default/head/mask"))
@@ -243,7 +246,7 @@ def test_set_bits_in_the_padding_are_refused(valid: bytes, tmp_path: Path) -> No
     inner["data_blake3"] = blake3(forged).hexdigest()
     outer["__metadata__"]["maskpack"] = json.dumps(inner)
     adapter = read_adapter(write(tmp_path, join_file(outer, forged)))
-    for use in (adapter.head, adapter.verify):
+    for use in (adapter.parts, adapter.verify):
         with pytest.raises(
             CorruptAdapterError, match=r"spoiled\.safetensors: the mask of the head has set bits behind"
         ):

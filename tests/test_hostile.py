@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from maskpack.adapter.card import render_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import describe
-from maskpack.adapter.read import Adapter, read_file
-from maskpack.adapter.write import CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
+from maskpack.adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_adapter, read_file
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, CorruptAdapterError, UnknownCodecError, UnsupportedVersionError
 from maskpack.safetensors_io import SEAL
@@ -37,8 +38,7 @@ def use(path: Path) -> Adapter:
     adapter = read_adapter(path)
     adapter.verify()
     for name in adapter.sets:
-        for method in (adapter.masks, adapter.head, adapter.statistics, adapter.parameters, adapter.values):
-            method(set=name)
+        adapter.parts(name)
     return adapter
 
 
@@ -50,9 +50,9 @@ def refuse(folder: Path, data: bytes, match: str, error: type[AdapterError] = Co
 
 
 def test_the_file_is_good_before_it_is_spoiled(valid: bytes, tmp_path: Path) -> None:
-    assert use(write(tmp_path, valid)).masks() == MASKS
-    assert use(write(tmp_path, with_header(valid, lambda header: header.update(later="?")))).masks() == MASKS
-    assert use(write(tmp_path, join_file(*split_file(valid)))).masks() == MASKS
+    assert use(write(tmp_path, valid)).parts().masks == MASKS
+    assert use(write(tmp_path, with_header(valid, lambda header: header.update(later="?")))).parts().masks == MASKS
+    assert use(write(tmp_path, join_file(*split_file(valid)))).parts().masks == MASKS
 
 
 def test_every_truncation_is_refused(valid: bytes, tmp_path: Path) -> None:

@@ -9,19 +9,18 @@ from urllib.request import Request, urlopen
 import huggingface_hub.constants as constants
 import pytest
 
-from maskpack.adapter.card import PICTURE_FILE
 from maskpack.errors import AdapterError, HubError, MaskpackError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
-from .hub_fixtures import BIRDS, CONTENT
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer, lies
+from .helpers_hub import CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
+from .helpers_hub_fixtures import BIRDS, CONTENT
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import pytest_generate_tests as pytest_generate_tests
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer, lies
 
 LISTING = "/(paths-info|tree)/"
 
@@ -62,7 +61,7 @@ def test_push_does_not_touch_hostile_names(birds: HubServer, adapter: Path, name
     pushed = push(write_adapter(adapter, contents(1)), BIRDS, token=WRITE_TOKEN)
     sent = [json.loads(line) for line in birds.log[-1].body.splitlines()]
     assert birds.log[-1].target.endswith("/commit/main")
-    assert {line["value"]["path"] for line in sent[1:]} == {*NAMES, PICTURE_FILE}
+    assert {line["value"]["path"] for line in sent[1:]} == set(NAMES)
     assert birds.repositories[BIRDS].head("main") == pushed.commit
 
 

@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 from huggingface_hub import get_session
 
-from maskpack.adapter.card import PICTURE_FILE
 from maskpack.errors import AdapterError, ConfigError, HubError, HubUnreachableError
 from maskpack.hub.client import Session
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 from maskpack.network import CONNECT, SILENCE
 
-from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, saved, write_adapter
-from .hub_fixtures import BIRDS, NoWaiting
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub import CARD, CONFIG, MODEL, NAMES, contents, read_folder, saved, write_adapter
+from .helpers_hub_fixtures import BIRDS, NoWaiting
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 opened: list[str] | None = None
 
@@ -166,10 +165,10 @@ def test_nearest_names(birds: HubServer) -> None:
 def test_dry_run_writes_nothing(hub: HubServer, adapter: Path) -> None:
     pushed = push(adapter, "alice/new", dry_run=True, private=True, token=WRITE_TOKEN)
     assert (pushed.created, pushed.unchanged, pushed.commit) == (True, False, None)
-    assert pushed.files.keys() == {*NAMES, PICTURE_FILE}
+    assert pushed.files.keys() == set(NAMES)
     assert pushed.files[MODEL] == len(contents()[MODEL])
     hub.add(BIRDS, {CARD: b"theirs\n"})
-    assert push(adapter, f"{BIRDS}@dev", dry_run=True, token=WRITE_TOKEN).files.keys() == {*NAMES, PICTURE_FILE}
+    assert push(adapter, f"{BIRDS}@dev", dry_run=True, token=WRITE_TOKEN).files.keys() == set(NAMES)
     done = push(adapter, BIRDS, token=WRITE_TOKEN)
     again = push(adapter, BIRDS, dry_run=True, token=WRITE_TOKEN)
     assert (again.unchanged, again.commit, again.files) == (True, done.commit, {})

@@ -13,11 +13,10 @@ from maskpack.adapter.content import Parts
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.runtime.identify import mixture, profiles
-from maskpack.runtime.switch import entropies, superposition
+from maskpack.runtime.identify import entropies, mixture, profiles, superposition
 from maskpack.training import attach_scores, extract_masks
 
-from .test_apply import bits, random_masks, same
+from .helpers_models import bits, random_masks, same
 
 TASKS, CLASSES = 4, 3
 

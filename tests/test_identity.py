@@ -23,13 +23,13 @@ from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 from maskpack.network import UnreachableError
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, saved, write_adapter
-from .hub_fixtures import BIRDS, NoWaiting
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .signing import SIGNATURE, write_key
-from .sigstore_servers import ALICE, Sigstore, token
+from .helpers_hub import CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from .helpers_hub_fixtures import BIRDS, NoWaiting
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_signing import SIGNATURE, write_key
+from .helpers_sigstore import ALICE, Sigstore, token
 
 pytestmark = pytest.mark.transport("lfs")
 BUNDLE = "maskpack_model.sigstore.json"

@@ -64,7 +64,7 @@ def test_norms_and_biases_learn_travel_and_leave_the_backbone_as_it_was(
     assert all(not torch.equal(one, tiny.state_dict()[name]) for name, one in result.parts.parameters.items())
     after = bits(tiny)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    adapter = save_adapter(tmp_path / "x.safetensors", result.parts, result.base, weights=tiny, **result.about)
+    adapter = save_adapter(tmp_path / "x.safetensors", result.parts, result.base, result.about, weights=tiny)
     load_mask(tiny, read_adapter(adapter.path))
     with torch.no_grad():
         assert torch.equal(tiny.eval()(inputs), ended[-1])

@@ -19,10 +19,10 @@ from maskpack.training.config import TrainConfig
 from maskpack.training.data.load import load_data
 from maskpack.training.trainer import train_mask
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .test_apply import bits, same
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_models import bits, same
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
@@ -33,7 +33,7 @@ def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
     result = train_mask(backbone, load_data("digits:5-9", labels_fraction=0.1), config)
     assert same(bits(backbone.model), before)
     assert 0.5 < result.parts.masks.density < 1
-    save_adapter(tmp_path / "adapter", result.parts, result.base, **result.about)
+    save_adapter(tmp_path / "adapter", result.parts, result.base, result.about)
 
     pushed = push(tmp_path / "adapter", "alice/digits", private=True, commit_message="first", token=WRITE_TOKEN)
     pulled = pull("alice/digits", token=WRITE_TOKEN)
@@ -45,7 +45,7 @@ def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
         wanted = backbone.model.get_parameter(parameter) / torch.tensor(mask.alpha)
         assert torch.equal(model.get_parameter(parameter), wanted.where(mask.tensor(), torch.zeros(())))
     adapter = load_adapter("alice/digits", token=WRITE_TOKEN)
-    assert adapter.class_names == ("5", "6", "7", "8", "9")
+    assert adapter.about.class_names == ("5", "6", "7", "8", "9")
     assert adapter.base.id == f"timm/{name}"
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
@@ -74,7 +74,7 @@ def test_real_weights_and_masks(shared_data: Path, tmp_path: Path) -> None:
     backbone = load_backbone(f"{factory}:resnet20", weights=shared_data / "weights/resnet20_cifar10.safetensors")
     masks = MaskSet.from_tensors(read_tensors(shared_data / "masks/resnet20_cifar10_to_pacs_sketch.safetensors"))
     adapter = save_adapter(tmp_path, masks, fingerprint(backbone.model, id=backbone.id, head=["linear"]))
-    assert adapter.masks() == masks
+    assert adapter.parts().masks == masks
     before = bits(backbone.model)
     load_mask(backbone.model, tmp_path)
     restore(backbone.model)
@@ -92,7 +92,7 @@ def test_an_encoder_without_a_head(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n" + "my card is lost,card\nI need some cash,cash\n" * 16)
     config = TrainConfig(steps=4, batch_size=8, include=("encoder.layer.5.*dense.weight",), lr=0.6, warmup=0.0)
     result = train_mask(backbone, load_data(str(tmp_path)), config)
-    save_adapter(tmp_path / "adapter", result.parts, result.base, **result.about)
+    save_adapter(tmp_path / "adapter", result.parts, result.base, result.about)
     model: nn.Module = backbone.model
     adapter = load_adapter(tmp_path / "adapter")
     assert result.parts.masks.density < 1

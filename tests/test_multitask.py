@@ -21,8 +21,9 @@ from maskpack.backbone.classifier import predictions
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
+from maskpack.lab import gate_figure
 from maskpack.lab.plots.masks import users
-from maskpack.lab.plots.results import gate_figure, over_time
+from maskpack.lab.plots.results import over_time
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
@@ -34,8 +35,7 @@ from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
 from maskpack.training.run_folder import RunLog
 
-from .test_apply import bits, same
-from .test_cascade_training import StopHere, tiny_net
+from .helpers_models import StopHere, bits, same, tiny_net
 
 QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
 FAST = JointConfig(weight_lr=0.01, gate_start=0.5, r1=1e-5, r2=1e-5)
@@ -109,10 +109,10 @@ def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Ta
         labels = torch.tensor([task.data.test.labels[i] for i in task.data.test.indices])
         assert row["accuracy"] == pytest.approx(float((hard.argmax(1) == labels).double().mean()))
         adapter = load_adapter(folder / name)
-        assert adapter.masks() == run.gates.masks(name)
-        assert sorted(adapter.masks()) == ["conv1.weight", "conv2.weight"]
-        assert adapter.training is not None
-        assert adapter.training["joint"]["gate_factor"] == 8
+        assert adapter.parts().masks == run.gates.masks(name)
+        assert sorted(adapter.parts().masks) == ["conv1.weight", "conv2.weight"]
+        assert adapter.about.training is not None
+        assert adapter.about.training["joint"]["gate_factor"] == 8
     run.close()
     shared = tiny_net()
     load_weights(shared.model, folder / BASE)
@@ -276,9 +276,9 @@ def test_baselines(mode: Any, tasks: dict[str, Task], tmp_path: Path) -> None:
         examples = tasks[row["task"]].data.test
         assert examples is not None
         assert adapter_accuracy(backbone.model, adapter, examples)["accuracy"] == row["accuracy"]
-        assert adapter.training is not None
-        assert adapter.training["steps"] == (10 if mode == "shared" else 5)
-        assert adapter.training["joint"]["tasks"] == (["low", "high"] if mode == "shared" else [row["task"]])
+        assert adapter.about.training is not None
+        assert adapter.about.training["steps"] == (10 if mode == "shared" else 5)
+        assert adapter.about.training["joint"]["tasks"] == (["low", "high"] if mode == "shared" else [row["task"]])
     bases = {load_adapter(tmp_path / row["task"]).base.digests["float32"] for row in result["rows"]}
     assert len(bases) == (1 if mode == "shared" else 2)
     assert not list(tmp_path.rglob(HISTOGRAMS))
@@ -320,7 +320,7 @@ def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
         config = replace(QUICK, steps=1, batch_size=batch_size, accumulate=accumulate, optimizer="sgd", bn="freeze")
         backbone = tiny_net()
         result = train_jointly(backbone, {"low": tasks["low"]}, config, JointConfig(gate_start=0.5))
-        assert result.results["low"].about["training"]["steps"] == 1
+        assert result.results["low"].about.training["steps"] == 1
         weights.append(backbone.model.conv1.weight.detach())
     assert torch.allclose(*weights, atol=1e-6)
     assert float((weights[0] - tiny_net().model.conv1.weight.detach()).abs().max()) > 1e-4
@@ -417,9 +417,10 @@ def test_verb(tmp_path: Path) -> None:
     (following,) = re.findall("Next: maskpack (eval .*)", done.stderr)
     shown = CliRunner().invoke(app, [*shlex.split(following), "--json"])
     assert (
-        json.loads(shown.stdout)["accuracy"] == load_adapter(tmp_path / "out/low").training["metrics"]["test_accuracy"]
+        json.loads(shown.stdout)["accuracy"]
+        == load_adapter(tmp_path / "out/low").about.training["metrics"]["test_accuracy"]
     )  # type: ignore[index]
-    settings = load_adapter(tmp_path / "out/high").training["settings"]  # type: ignore[index]
+    settings = load_adapter(tmp_path / "out/high").about.training["settings"]  # type: ignore[index]
     assert (settings["augment"], settings["epochs"]) == ("crop", 1)
     before = digests(tmp_path / "out", "low", "high")
     more = cli(tmp_path, first + task_table("few", "digits:4-5", "labels-fraction = 0.2"), "--json")

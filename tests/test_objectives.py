@@ -29,7 +29,7 @@ from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn,
 from maskpack.training.scores import density, detach_scores
 from maskpack.training.trainer import Run, plan_training, train_mask
 
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
 
 OPTIONS = {"prototypes": 12, "dimension": 16, "small_crops": 2, "small_size": 6, "queue": 48, "freeze_prototypes": 3}
 QUICK: dict[str, Any] = {
@@ -301,7 +301,7 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
         tiny_backbone, unlabelled, TrainConfig(**QUICK), output=tmp_path, report=lambda e: events.append(dict(e))
     )
     assert result.parts.head is None
-    assert (result.about["class_names"], result.about["task"]) == (None, "image-feature-extraction")
+    assert (result.about.class_names, result.about.task) == (None, "image-feature-extraction")
     assert 0 < result.metrics["density"] < 1
     assert result.metrics.keys() == {"train_loss", "density", "feature_rank", "prototype_usage"}
     assert model.fc is head
@@ -468,7 +468,7 @@ def test_a_text_mask_without_labels(minilm: Backbone, tmp_path: Path) -> None:
     data = load_data(str(tmp_path), labelled=False)
     config = TrainConfig(objective="self-supervised", batch_size=6, steps=3, lr=2.0, include=("*layer.5*query.weight",))
     result = train_mask(minilm, data, config)
-    assert (result.parts.head, result.about["task"]) == (None, "feature-extraction")
+    assert (result.parts.head, result.about.task) == (None, "feature-extraction")
     assert result.metrics["feature_rank"] > 2
     assert result.metrics["density"] < 1
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got inf"):

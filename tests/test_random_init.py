@@ -16,8 +16,9 @@ from maskpack.adapter.card import render_card
 from maskpack.adapter.content import Parts
 from maskpack.adapter.read import read_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.load import Backbone, export_state, random_values, randomize
+from maskpack.backbone.load import Backbone, export_state, randomize
 from maskpack.backbone.model import named_parameters
+from maskpack.backbone.random_weights import random_values
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import MaskSet
 
@@ -145,6 +146,6 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
             BackboneError, match=rf"must be SEED or KIND:SEED, .* kaiming, signed-constant; got '{text}'"
         ):
             load_backbone(f"{path}:net", random_weights=text)
-    with pytest.raises(ConfigError, match=r"weights w\.safetensors and random_weights 1 exclude each other; leave one"):
+    with pytest.raises(ConfigError, match=r"weights w\.safetensors and random_weights 1 are mutually exclusive"):
         load_backbone(f"{path}:net", random_weights=1, weights="w.safetensors")
     assert isinstance(load_backbone(f"{path}:net", random_weights="5"), Backbone)

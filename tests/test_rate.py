@@ -197,7 +197,7 @@ def test_the_file_keeps_the_budget(tiny: nn.Module, digits: Data, tmp_path: Path
     result = train_mask(backbone_of(tiny), digits, config)
     for profile in ("default", "max"):
         path = tmp_path / f"{profile}.safetensors"
-        adapter = save_adapter(path, result.parts, result.base, profile=profile, weights=tiny, **result.about)
+        adapter = save_adapter(path, result.parts, result.base, result.about, profile=profile, weights=tiny)
         one = inspect_adapter(adapter)["sets"]["default"]
         assert one["payload_bytes"] + one["table_bytes"] <= 0.4 * one["weights"] / 8
         assert one["density"] < 1

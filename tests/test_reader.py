@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from maskpack.adapter.write import read_adapter, save_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import CODECS
 from maskpack.mask import MaskSet
 from maskpack.safetensors_io import write_tensors
@@ -118,7 +119,7 @@ def test_reads_larger_masks(codec: str | None, halves: bool, reader: Any, tmp_pa
     needs_base = bool(adapter.verify()["needs_base"])
     found = reader.read(path, base if needs_base else None)
     for name, masks in sets.items():
-        decoded = adapter.masks(weights if needs_base else None, name)
+        decoded = adapter.parts(name, weights if needs_base else None).masks
         for key, mask in masks.items():
             assert np.array_equal(found[name][key, "zero"], mask.numpy())
             assert np.array_equal(found[name][key, "zero"], decoded[key].tensor().numpy())

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from maskpack.adapter import write as reference
-from maskpack.adapter.read import Adapter
-from maskpack.adapter.write import choose_reference, read_adapter, save_adapter
+from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.write import choose_reference, save_adapter
 from maskpack.codecs.base import Bits, Side
 from maskpack.codecs.zstd import Zstd
 from maskpack.errors import AdapterError, CorruptAdapterError
@@ -49,7 +49,7 @@ def codings(adapter: Adapter, name: str) -> list[tuple[str, str, str | None]]:
 
 def assert_comes_back(adapter: Adapter, sets: dict[str, MaskSet]) -> None:
     for name, masks in sets.items():
-        assert adapter.masks(set=name) == masks
+        assert adapter.parts(name).masks == masks
     assert adapter.verify()["mask_id"] is True
     assert adapter.mask_id == mask_id(sets), "as if there were no reference"
 
@@ -149,14 +149,14 @@ def test_decoding_reads_the_referenced_payload(tmp_path: Path) -> None:
     general, expert = ("general", "expert") if choose_reference(sets) == "general" else ("expert", "general")
     adapter = save_adapter(path, sets, BASE, codec="raw")
     assert {coding[2] for coding in codings(adapter, expert)} == {None}, "raw gains nothing by a difference"
-    assert adapter.masks(set=general) == sets[general]
+    assert adapter.parts(general).masks == sets[general]
 
     def refer(header: dict[str, Any]) -> None:
         header["sets"][expert]["codings"][0]["reference"] = general
 
     path.write_bytes(with_header(path.read_bytes(), refer))
     with pytest.raises(CorruptAdapterError, match=r"'a.weight' in set '\w+' does not decode: it has \d+ true bits"):
-        read_adapter(path).masks(set=expert)
+        read_adapter(path).parts(expert)
 
 
 def test_the_codec_gets_the_difference_and_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,8 @@ from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 from maskpack.safetensors_io import write_tensors
 
-from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
-from .signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
+from .helpers_hub import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from .helpers_signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 

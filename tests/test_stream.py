@@ -23,8 +23,7 @@ from maskpack.runtime.load import MaskpackWarning
 from maskpack.safetensors_io import TensorFile, read_tensors, write_tensors
 
 from .conftest import TinyNet
-from .test_apply import bits, make_adapter, random_masks, same
-from .test_shards import shard
+from .helpers_models import bits, make_adapter, random_masks, same, shard
 
 
 def empty(make: Callable[[], nn.Module] = TinyNet) -> Any:

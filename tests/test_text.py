@@ -17,8 +17,9 @@ import torch
 from maskpack_cli.main import app
 from typer.testing import CliRunner, Result
 
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, inspect_adapter
-from maskpack.adapter.write import Parts, save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import CorruptAdapterError, HubError, MaskpackError, escape
 

@@ -30,6 +30,7 @@ from maskpack.training.scores import attach_scores, extract_masks, extract_parts
 from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
+from .helpers_models import resumable
 
 QUICK = TrainConfig(optimizer="sgd", lr=20.0, epochs=2, batch_size=64, augment="none", scale=True)
 
@@ -83,7 +84,7 @@ def test_any_module_that_gives_logits(tiny: nn.Module, digits: Data) -> None:
 
 
 def test_the_record_says_all_that_reproduces_the_run(tiny_backbone: Backbone, digits: Data) -> None:
-    record = train_mask(tiny_backbone, digits, QUICK).about["training"]
+    record = train_mask(tiny_backbone, digits, QUICK).about.training
     assert record["data"]["rows"] == {"train": 323, "validation": 72, "test": 178}
     assert record["data"]["digest"] == digits.digest
     assert (record["data"]["id"], record["data"]["source"]) == ("digits:5-9", "digits")
@@ -128,7 +129,7 @@ def test_statistics_are_those_of_the_network_that_is_stored(
 ) -> None:
     config = TrainConfig(**{**QUICK.__dict__, "scale": False, **settings})
     result = train_mask(tiny_backbone, digits, config)
-    save_adapter(tmp_path, result.parts, result.base, **result.about)
+    save_adapter(tmp_path, result.parts, result.base, result.about)
     model = load_mask(copy.deepcopy(tiny_backbone.model), tmp_path)
     assert digits.train is not None
     batches = readable(loader(digits.train, tiny_backbone.preprocess, batch_size=config.batch_size))
@@ -295,22 +296,9 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from tests.test_training import resumable
+from tests.helpers_models import resumable
 resumable(Path({folder!r}), report=lambda e: (print(e["event"], flush=True), time.sleep(0.02)))
 """
-
-
-def resumable(folder: Path, resume: bool = False, report: Any = None) -> Any:
-    """A run whose every part is random: dropout, augmentation, order."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
-                              nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    from maskpack.preprocess import ImagePreprocess
-
-    backbone = Backbone(model.eval(), "tests:resumable", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
-    config = TrainConfig(epochs=4, batch_size=64, lr=0.05, augment="crop-flip", clip=1.0)
-    return train_mask(backbone, load_data("digits:5-9"), config, output=folder, resume=resume, report=report)
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ from maskpack.training.transfer import (
 )
 
 from .conftest import TinyNet
-from .test_apply import bits, same
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
+from .helpers_models import bits, same
 
 QUICK = TrainConfig(
     method="naive", epochs=4, batch_size=16, optimizer="sgd", head_lr=0.3, warmup=0.0, bn="freeze", augment="none"
@@ -121,7 +121,7 @@ def trained(source: Data, shifted: Data, tmp_path_factory: pytest.TempPathFactor
     result = train_transfer(
         backbone, source, shifted, QUICK, weight_lr=RATE, baseline=True, output=folder, report=report
     )
-    save_adapter(folder, result.parts, result.base, **result.about)
+    save_adapter(folder, result.parts, result.base, result.about)
     return folder, result, seen[0]
 
 
@@ -134,17 +134,17 @@ def test_the_adapter_gives_the_network_of_the_training_and_keeps_what_is_kept(tr
     now = bits(model)
     adapter = load_adapter(folder)
     moved = 0
-    for name, mask in adapter.masks().items():
+    for name, mask in adapter.parts().masks.items():
         keep = mask.tensor()
         weight = same_size_int(base_weight(folder, name))
         assert (mask.op, name in NAMES) == ("replace", True)
         assert torch.equal(keep, far(base_weight(folder, name)))
         assert torch.equal(now[name][keep], weight[keep])
         moved += int((now[name] != weight)[~keep].sum())
-    assert moved == sum((~mask.tensor()).sum() for mask in adapter.masks().values())
+    assert moved == sum((~mask.tensor()).sum() for mask in adapter.parts().masks.values())
     rest = {name: tensor for name, tensor in now.items() if name not in NAMES}
     assert same(rest, {name: tensor for name, tensor in base.items() if name not in NAMES})
-    assert result.metrics["density"] == pytest.approx(adapter.masks().density)
+    assert result.metrics["density"] == pytest.approx(adapter.parts().masks.density)
     assert same(bits(result.backbone.model), base), "the backbone is the source network afterwards"
     assert (adapter.base.id, adapter.base.revision) == ("source:tests:tiny", None)
 
@@ -175,7 +175,7 @@ def test_the_table_and_the_record(trained: Any, source: Data, shifted: Data) -> 
     nothing = transfer_table(result, replace(source, test=None, validation=source.test), replace(shifted, test=None))
     assert [(row["source"], row["target"]) for row in nothing] == [(one, None) for one, _ in found.values()]
     assert markdown(rows[:1]).splitlines()[2] == f"| source | {100 * rows[0]['source']:.2f} | - |"
-    record = result.about["training"]
+    record = result.about.training
     assert (record["data"]["id"], record["settings"]["lr"]) == ("shifted", RATE)
     assert record["settings"]["method_options"] == {"mask_id": load_adapter(folder).mask_id}
     assert record["transfer"]["source"]["class_names"] == list("56789")
@@ -199,7 +199,7 @@ def test_the_source_mode_knows_nothing_of_the_target(
     # another target: a head of its own, statistics of its own, another start, another run of the source
     config = replace(QUICK, bn="adapt")
     second = train_transfer(tiny_net(), source, others, config, weight_lr=RATE, start="random", output=tmp_path)
-    save_adapter(tmp_path, second.parts, second.base, **second.about)
+    save_adapter(tmp_path, second.parts, second.base, second.about)
     other = source_network(tmp_path)
     load_mask(other, tmp_path, mode="source")
     assert same(bits(other), bits(expected))
@@ -210,7 +210,7 @@ def test_the_source_mode_knows_nothing_of_the_target(
     assert other.fc.out_features == 4
     assert not torch.equal(other.bn1.running_mean, expected.bn1.running_mean)
     assert source_classes(load_adapter(tmp_path)) == tuple("56789")
-    assert load_adapter(tmp_path).class_names == tuple("0123")
+    assert load_adapter(tmp_path).about.class_names == tuple("0123")
     load_mask(other, tmp_path, head="keep")
     assert other.fc.out_features == 5
 
@@ -263,8 +263,8 @@ def test_learned_masks(method: str, options: dict[str, Any], lr: float, source: 
     result = train_transfer(tiny_net(), source, shifted, config, start="source-end")
     assert 0 < result.parts.masks.density < 1
     assert {mask.op for mask in result.parts.masks.values()} == {"replace"}
-    assert result.about["training"]["settings"]["lr"] == WEIGHT_LR["adam"]
-    assert result.about["training"]["transfer"]["lr"] == lr
+    assert result.about.training["settings"]["lr"] == WEIGHT_LR["adam"]
+    assert result.about.training["transfer"]["lr"] == lr
 
 
 def test_a_mask_is_learned_with_the_sources_head_and_statistics(source: Data, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def whole(source: Data, shifted: Data, tmp_path_factory: pytest.TempPathFactory)
 
 
 def files(folder: Path, result: TransferResult) -> dict[str, bytes]:
-    save_adapter(folder, result.parts, result.base, **result.about)
+    save_adapter(folder, result.parts, result.base, result.about)
     return {name: (folder / name).read_bytes() for name in (SOURCE_FILE, "maskpack_model.safetensors")}
 
 
@@ -438,7 +438,7 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
 
 
 def test_tables_of_the_benchmark(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    pytest.importorskip("matplotlib", reason="needs the extra `lab`")
     from benchmarks import transfer
 
     assert transfer.tables(tmp_path, tmp_path) == "Nothing is finished yet.\n"

@@ -15,7 +15,7 @@ from maskpack.mask import MaskSet
 from maskpack.runtime.apply import applied
 
 from .conftest import TinyNet
-from .test_apply import bits, make_adapter, random_masks, same
+from .helpers_models import bits, make_adapter, random_masks, same
 
 
 def step(model: nn.Module) -> None:
@@ -54,7 +54,7 @@ def test_they_are_named(tmp_path: Path, tiny: nn.Module, writer: str, scale: boo
         assert same(bits(tiny), now)
     assert unload_mask(tiny, force=True) is tiny
     assert applied(tiny) is None
-    zeros = ~load_adapter(tmp_path).masks()["conv2.weight"].tensor()
+    zeros = ~load_adapter(tmp_path).parts().masks["conv2.weight"].tensor()
     assert torch.equal(tiny.get_parameter("conv2.weight")[zeros], base.get_parameter("conv2.weight")[zeros])
 
 

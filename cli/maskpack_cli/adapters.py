@@ -1,5 +1,6 @@
 """maskpack inspect | verify | list."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -99,10 +100,7 @@ def verify(
     """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
     quiet_libraries(quiet)
     from maskpack.adapter.signature import describe_signature
-    from maskpack.backbone.fingerprint import check_fingerprint
     from maskpack.hub.pull import open_adapter
-
-    from .use import base_of  # which takes its options from here
 
     opened = open_adapter(ref, revision=revision, require_revision=require_revision, require_signature=key, token=token)
     adapter = opened.adapter
@@ -111,6 +109,10 @@ def verify(
         report["signature"] = describe_signature(opened.contents, opened.signed)
     base = None
     if backbone is not None:
+        from maskpack.backbone.fingerprint import check_fingerprint
+
+        from .use import base_of  # which takes its options from here
+
         base = base_of(adapter, backbone, weights, random_weights).model
         report["base_matches_as"] = check_fingerprint(base, adapter.base)
     with progress_bar("Verifying", quiet or as_json) as step:
@@ -123,10 +125,20 @@ def verify(
         note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)
 
 
+REGISTRIES = {  # where the plug-ins of a kind are registered
+    "methods": ("maskpack.training.methods.base", "METHODS"),
+    "objectives": ("maskpack.training.objectives.base", "OBJECTIVES"),
+    "codecs": ("maskpack.codecs.base", "CODECS"),
+    "data": ("maskpack.training.data.base", "SOURCES"),
+    "importers": ("maskpack.importers.base", "IMPORTERS"),
+    "baselines": ("maskpack.lab.baselines.base", "BASELINES"),
+}
+
+
 def listing(
     what: Annotated[
         str,
-        typer.Argument(help="adapters (cached from the Hub), methods, objectives, codecs, data, importers or rows."),
+        typer.Argument(help="adapters (cached ones), methods, objectives, codecs, data, importers or baselines."),
     ] = "adapters",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -143,28 +155,13 @@ def listing(
             for a in cached_adapters()
         ]
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
-    elif what in ("methods", "objectives", "codecs", "data", "importers", "rows"):
-        from maskpack.codecs.base import CODECS
-        from maskpack.importers.base import IMPORTERS
-        from maskpack.lab.baselines.base import ROWS
-        from maskpack.training.data.base import SOURCES
-        from maskpack.training.methods.base import METHODS
-        from maskpack.training.objectives.base import OBJECTIVES
-
-        registry: Any = {
-            "methods": METHODS,
-            "objectives": OBJECTIVES,
-            "codecs": CODECS,
-            "data": SOURCES,
-            "importers": IMPORTERS,
-            "rows": ROWS,
-        }[what]
+    elif what in REGISTRIES:
+        module, name = REGISTRIES[what]
+        registry: Any = getattr(importlib.import_module(module), name)
         rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
         columns = [what.removesuffix("s"), "what", "reference"]
     else:
-        raise UnknownNameError(
-            f"cannot list {what!r}; known: adapters, methods, objectives, codecs, data, importers, rows"
-        )
+        raise UnknownNameError(f"cannot list {what!r}; known: adapters, {', '.join(REGISTRIES)}")
     if as_json:
         emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
     elif rows:

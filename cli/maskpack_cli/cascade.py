@@ -79,13 +79,15 @@ def train(**given: Any) -> None:
     if not main_process():
         return
     result = fit_cascade_head(backbone, data, result, combine=combine, reduce=reduce)
-    adapter = save_adapter(output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about)
+    adapter = save_adapter(
+        output, result.parts, result.base, result.about, cascade=result.cascade, profile=profile, weights=backbone.model
+    )
     about = inspect_adapter(adapter)
     facts = {
         "adapter": str(output),
         **result.metrics,
         "combine": combine,
-        "cluster_rows": ", ".join(map(str, result.about["training"]["cascade"]["rows"])),
+        "cluster_rows": ", ".join(map(str, (result.about.training or {})["cascade"]["rows"])),
         "dispatcher_mask_bytes": about["sets"]["dispatcher"]["payload_bytes"],
         "expert_mask_bytes": sum(about["sets"][name]["payload_bytes"] for name in about["cascade"]["experts"]),
         **{f"{role}_bytes": size for role, size in about["cascade"]["bytes"].items()},

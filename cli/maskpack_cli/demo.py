@@ -89,7 +89,7 @@ def demo(
         config = TrainConfig(epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, warmup=0.2, augment="crop")
         result = train_mask(backbone, new_task, config)
     with clock("pack"):
-        save_adapter(output / "adapter", result.parts, result.base, **result.about)
+        save_adapter(output / "adapter", result.parts, result.base, result.about)
     with clock("push to a local registry, pull"):
         push(output / "adapter", str((output / "registry" / "digits-5-9").absolute()))
         pulled = pull(str((output / "registry" / "digits-5-9").absolute()), output=output / "pulled").path

@@ -68,7 +68,7 @@ def evaluate(
         model = on_gpu(
             load_backbone(backbone, weights=weights, random_weights=random_weights, head=head, image_size=image_size)
         )
-    names = None if adapter is None else source_classes(adapter) if mode == "source" else adapter.class_names
+    names = None if adapter is None else source_classes(adapter) if mode == "source" else adapter.about.class_names
     read = load_data(data, class_names=names, input_column=input_column, label_column=label_column)
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,
@@ -77,7 +77,7 @@ def evaluate(
         "split": split,
         "class_names": list(read.class_names),
     }
-    own = adapter is not None and adapter.head() is not None and adapter.preprocess_config is not None
+    own = adapter is not None and adapter.parts(stream=True).head is not None and adapter.about.preprocess is not None
     if adapter is not None and (own or not measures):  # without one this is the error that says so
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …", quiet)

@@ -191,10 +191,10 @@ def _train(
         )
     if not main_process():
         return
-    adapter = save_adapter(output, result.parts, result.base, profile=profile, weights=backbone.model, **result.about)
+    adapter = save_adapter(output, result.parts, result.base, result.about, profile=profile, weights=backbone.model)
     about = inspect_adapter(adapter)
     whole = about["sets"]["default"]
-    unreadable = result.about["training"]["data"]["unreadable"]
+    unreadable = (result.about.training or {})["data"]["unreadable"]
     if unreadable:
         note(f"Warning: {unreadable} examples could not be read and were left out.")
     facts = {

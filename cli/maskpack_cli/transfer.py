@@ -101,7 +101,7 @@ def transfer(**given: Any) -> None:
         return
     rows = transfer_table(result, source, target, batch_size=run_config.batch_size)
     adapter = save_adapter(
-        output, result.parts, result.base, profile=profile, weights=result.backbone.model, **result.about
+        output, result.parts, result.base, result.about, profile=profile, weights=result.backbone.model
     )
     facts = {"adapter": str(output), "start": start, "density": result.metrics["density"], "file_bytes": adapter.size}
     facts |= {} if source_trained else {"source_weights": str(output / SOURCE_FILE)}

@@ -92,7 +92,7 @@ def base_of(adapter: "Adapter", reference: str | None, weights: Path | None, ran
         if not base.startswith(("timm/", "torchvision/", "hf/")) or (base.startswith("hf/") and base.count("/") != 2):
             raise BackboneError(f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone")
         reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
-    size = (adapter.preprocess_config or {}).get("size")
+    size = (adapter.about.preprocess or {}).get("size")
     return load_backbone(reference, weights=weights, random_weights=random, image_size=size)
 
 
@@ -127,7 +127,7 @@ def predict(
     if together is None:
         load_mask(masked.model, adapter, mode=mode)
     inputs: list[str] = []
-    if adapter.task == "text-classification":
+    if adapter.about.task == "text-classification":
         for file in files:
             try:
                 inputs += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,16 +1,78 @@
-"""What an adapter holds: mask sets with all that travels beside them, and the cascade of several."""
+"""What an adapter holds: the parts of each mask set, a cascade of the sets, and what it says about them.
+
+torch is imported where something is computed, so that an adapter is described without it.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..backbone.model import Embedding, Head
 from ..mask import MaskSet
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """What an adapter holds of one mask set: the masks and the tensors beside them.
+
+    Attributes:
+        masks: by parameter name.
+        head: None if the model's own stays.
+        statistics: BatchNorm buffers by name, float32.
+        parameters: trained parameters that are stored whole, by name.
+        values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
+
+    Example:
+        Parts(masks, head=Head("linear", weight, bias, module="fc"), statistics={"bn.running_mean": mean})
+    """
+
+    masks: MaskSet
+    head: Head | None = None
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> dict[str, Tensor]:
+        """Statistics and parameters: what takes the place of the model's tensors of these names."""
+        return {**self.statistics, **self.parameters}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the masks, at a bit a weight, and of the tensors beside them."""
+        packed = sum((len(bits) + 7) // 8 for mask in self.masks.values() for _, bits in mask.payloads())
+        head = () if self.head is None else (self.head.weight, self.head.bias)
+        tensors = [*self.dense.values(), *self.values.values(), *(one for one in head if one is not None)]
+        return packed + sum(int(tensor.nbytes) for tensor in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What an adapter says of itself beside its tensors; None where it says nothing.
+
+    Attributes:
+        task: the Hub's name of what the network does, as in "image-classification".
+        class_names: one for each row of the head.
+        preprocess: how inputs are prepared, with a `kind`.
+        training: the training record.
+    """
+
+    task: str | None = None
+    class_names: tuple[str, ...] | None = None
+    preprocess: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] | None = None
+
+
+# the Hub's names for what a network of a task does without its head
+FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
 WHITENING, MIXTURE = ("mean", "components", "scale"), ("weights", "means", "precisions")  # tensors, in their order
+Combine = Literal["conditional", "unconditional"]
+COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,13 +112,17 @@ class Router:
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return where embeddings (B, D) lie, (B, q), float64 on the CPU."""
-        return self.whitening(torch.nn.functional.normalize(x.detach().cpu().double(), dim=1))
+        from torch.nn.functional import normalize
+
+        return self.whitening(normalize(x.detach().cpu().double(), dim=1))
 
     def posterior(self, x: Tensor) -> Tensor:
         """Return the probability of each component for embeddings (B, D): (B, K), float64 on the CPU.
 
         A component's log density is log |P| - |(z - mean) P|² / 2, less a constant; densities are weighted.
         """
+        import torch
+
         z = self.coordinates(x)
         means, precisions = self.means.double(), self.precisions.double()
         volumes = precisions.diagonal(dim1=1, dim2=2).log().sum(1) + self.weights.double().log()
@@ -69,45 +135,9 @@ class Router:
         return self.posterior(x).argmax(1)
 
 
-Combine = Literal["conditional", "unconditional"]
-COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
-# the Hub's names for what a network of a task does without its head
-FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class Parts:
-    """A mask set and its dense tensors.
-
-    Attributes:
-        statistics: BatchNorm buffers by name, float32.
-        parameters: trained parameters that are stored whole, by name.
-        values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
-    """
-
-    masks: MaskSet
-    head: Head | None = None
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    values: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the masks, at a bit a weight, and of the tensors beside them."""
-        packed = sum((len(bits) + 7) // 8 for mask in self.masks.values() for _, bits in mask.payloads())
-        head = () if self.head is None else (self.head.weight, self.head.bias)
-        dense: list[Tensor | None] = [
-            *self.statistics.values(),
-            *self.parameters.values(),
-            *self.values.values(),
-            *head,
-        ]
-        return packed + sum(int(tensor.nbytes) for tensor in dense if tensor is not None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CascadeParts:
-    """What makes a cascade of mask sets: a dispatcher's embedding says which expert embeds the input once more.
+class Cascade:
+    """How mask sets work together: a dispatcher's embedding says which expert embeds the input once more.
 
     The combined embedding is [D, E1, …, EK], of the dispatcher and every expert, (K + 1) times as long as one.
 

@@ -1,26 +1,29 @@
-"""One payload -> one mask's bits, with the base's weights where the codec wants them."""
+"""One payload -> one mask's bits, with the base's weights where the codec wants them. Needs torch for these alone."""
 
-import math
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-import torch
 from bitarray import bitarray
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from ..backbone.fingerprint import Fingerprint, same_tensor
-from ..backbone.model import canonical, named_parameters
+from ..backbone.model import Fingerprint, canonical, named_parameters
 from ..codecs.base import CODECS, Bits, Codec, Side, place, plausible
 from ..codecs.rates import weight_classes
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
-from ..mask import MaskSet, Op, PackedMask, Row, bits_digest, packed_bits, rows_id
+from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
 from .header import Header, Payload
 
-Weights = nn.Module | Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Weights = Union["nn.Module", Mapping[str, "Tensor"]]
+Masks = Iterator[tuple[str, PackedMask]]
+WORTH = 1 << 22  # weights
 
 
 def by_name(weights: Weights) -> Mapping[str, Tensor]:
@@ -28,7 +31,7 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
 
     No tensor is asked for where all names are canonical: a mapping that reads them from a file stays one.
     """
-    if isinstance(weights, nn.Module):
+    if not isinstance(weights, Mapping):
         return dict(named_parameters(weights))
     if all(canonical(name) == name for name in weights):
         return weights
@@ -42,6 +45,8 @@ def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...
         BackboneMismatchError: if the base has no such parameter, or it has another shape or was cast to a dtype that
             no longer tells which classes its weights had.
     """
+    import torch
+
     tensor = weights.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         what = "no such parameter" if tensor is None else f"one of shape {tuple(tensor.shape)}"
@@ -58,10 +63,6 @@ def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...
     return weight_classes(rounded.view(torch.int16).numpy().view(np.uint16))
 
 
-WORTH = 1 << 22  # weights
-Masks = Iterator[tuple[str, PackedMask]]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
     """Decodes the payloads of one file.
@@ -70,21 +71,22 @@ class Decoder:
         path: the file, for messages.
         header: its header. base: its base, with the digests of the masked tensors.
         pieces: for each set its tables, then its payloads.
+        weights: of the base by name, or None.
         indices: for sets that others refer to, where each parameter and op is; filled when needed.
+
+    Its methods raise AdapterError if a mask needs the base and `weights` is None, UnknownCodecError,
+    BackboneMismatchError and CorruptAdapterError: see `Adapter.parts`.
     """
 
     path: str
     header: Header
     base: Fingerprint
     pieces: Mapping[str, list[memoryview]]
+    weights: Mapping[str, Tensor] | None
     indices: dict[str, dict[tuple[str, Op], int]] = field(default_factory=dict)
 
     def codec(self, payload: Payload) -> Codec:
-        """Return the codec of a payload with its settings.
-
-        Raises:
-            UnknownCodecError: if it is not installed. CorruptAdapterError: if it refuses the settings.
-        """
+        """Return the codec of a payload with its settings."""
         id_ = payload.coding.codec
         if id_ not in CODECS:
             known = ", ".join(cls.id for cls in CODECS.all())
@@ -100,27 +102,17 @@ class Decoder:
                 f"{id_!r} refuses: {error}; upgrade maskpack or fetch the file again"
             ) from None
 
-    def decode(self, set: str, index: int, weights: Mapping[str, Tensor] | None) -> bitarray:
+    def decode(self, set: str, index: int, rising: bool = False) -> tuple[bitarray, NDArray[Any] | None]:
         """Decode one payload to exactly its weights, and check the number of true bits.
 
-        Args:
-            set, index: which payload. weights: the base by name, or None.
-
-        Raises:
-            AdapterError: if it needs the base and none is given; CorruptAdapterError, UnknownCodecError,
-            BackboneMismatchError: see `Adapter.masks`.
+        Returns:
+            The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
         """
-        return self._decode(set, index, weights)[0]
-
-    def _decode(
-        self, set: str, index: int, weights: Mapping[str, Tensor] | None, rising: bool = False
-    ) -> tuple[bitarray, NDArray[Any] | None]:
-        """As `decode`; return also the positions of the false bits, in order if asked, if the codec came by them."""
         one = self.header.sets[set]
         payload = one.payloads[index]
         codec = self.codec(payload)
         name, coding = payload.name, payload.coding
-        if codec.needs_base and weights is None:
+        if codec.needs_base and self.weights is None:
             raise AdapterError(
                 f"{self.path}: the mask of {name!r} is packed with the weights of {self.header.base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
@@ -132,10 +124,12 @@ class Decoder:
                 f"which is too few for so many; fetch the file again"
             )
         classes = None
-        if codec.needs_base and weights is not None:
-            classes = base_classes(weights, name, payload.shape)
-            self._check_base(name, weights[name])
-        reference = self._reference(payload, weights)
+        if codec.needs_base and self.weights is not None:
+            classes = base_classes(self.weights, name, payload.shape)
+            self._check_base(name, self.weights[name])
+        reference = None
+        if coding.reference is not None:
+            reference = packed_bits(self.decode(coding.reference, self._index_in(coding.reference, payload))[0])
         table = None if coding.table is None else bytes(self.pieces[set][coding.table])
         side = Side(payload.shape, classes, reference, table)
         try:
@@ -160,26 +154,24 @@ class Decoder:
             zeros = np.sort(zeros)
         return bits, zeros
 
-    def masks(
-        self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None, zeros: bool = False
-    ) -> Masks:
+    def masks(self, set: str, alphas: Sequence[float | None], zeros: bool = False) -> Masks:
         """Decode the masks of a set in order, with `zeros` where decoding came by them; see `Adapter.iter_masks`."""
-        one = self.header.sets[set]
-        indices, signs = range(len(one.payloads)), None
+        payloads = self.header.sets[set].payloads
         decoded = in_order(
-            lambda i: self._decode(set, i, weights, zeros), indices, lambda i: one.payloads[i].weights, WORTH
+            lambda i: self.decode(set, i, zeros), range(len(payloads)), lambda i: payloads[i].weights, WORTH
         )
+        signs = None
         for index, (bits, where) in enumerate(decoded):
-            payload = one.payloads[index]
-            if index + 1 < len(one.payloads) and one.payloads[index + 1].name == payload.name:
+            payload = payloads[index]
+            if index + 1 < len(payloads) and payloads[index + 1].name == payload.name:
                 signs = bits  # of a ternary mask: they come before its zeros
                 continue
             own = where if zeros else None
             yield payload.name, PackedMask(bits, payload.shape, payload.coding.op, alphas[index], signs, own)
             signs = None
 
-    def streamed(self, set: str, alphas: Sequence[float | None], weights: Mapping[str, Tensor] | None) -> MaskSet:
-        """Return the masks of a set, decoded one at a time; see `Adapter.stream_masks`."""
+    def streamed(self, set: str, alphas: Sequence[float | None]) -> MaskSet:
+        """Return the masks of a set, each decoded when it is asked for."""
         payloads = self.header.sets[set].payloads
         indices: dict[str, list[int]] = {}
         for index, payload in enumerate(payloads):
@@ -187,23 +179,21 @@ class Decoder:
 
         def make(name: str) -> PackedMask:
             *signs, index = indices[name]  # the signs of a ternary mask come before its zeros
-            first, bits = (self.decode(set, signs[0], weights) if signs else None), self.decode(set, index, weights)
+            first, bits = (self.decode(set, signs[0])[0] if signs else None), self.decode(set, index)[0]
             return PackedMask(bits, payloads[index].shape, payloads[index].coding.op, alphas[index], first)
 
         return MaskSet.streamed(indices, make, {payload.name: payload.shape for payload in payloads})
 
-    def verify(self, progress: Progress | None, weights: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    def verify(self, progress: Progress | None) -> dict[str, Any]:
         """Decode what can be decoded and compare `mask_id` if that is all; see `Adapter.verify`."""
         every = [(name, i, p) for name, one in self.header.sets.items() for i, p in enumerate(one.payloads)]
-        needing = [weights is None and self.needs_base(payload) for _, _, payload in every]
+        needing = [self.weights is None and self._needs_base(payload) for _, _, payload in every]
         skipped = [f"{name}/{p.name}" for (name, _, p), left in zip(every, needing, strict=True) if left]
         found = [one for one, left in zip(every, needing, strict=True) if not left]
-
-        def digest(one: tuple[str, int, Payload]) -> str:
-            return bits_digest(self.decode(one[0], one[1], weights))
-
-        step, rows = counted(progress, (payload.weights for _, _, payload in found)), list[Row]()
-        digests = in_order(digest, found, lambda one: one[2].weights, WORTH)
+        step, rows = counted(progress, (payload.weights for _, _, payload in found)), []
+        digests = in_order(
+            lambda one: bits_digest(self.decode(one[0], one[1])[0]), found, lambda one: one[2].weights, WORTH
+        )
         for (name, _, payload), own in zip(found, digests, strict=True):
             rows.append((name, payload.name, payload.coding.op, payload.shape, own))
             step(payload.weights)
@@ -212,17 +202,11 @@ class Decoder:
         compared = None if skipped else True
         return {"payloads": len(every), "decoded": len(found), "needs_base": skipped, "mask_id": compared}
 
-    def needs_base(self, payload: Payload) -> bool:
-        """Tell whether a payload, or the one it refers to, is packed with the base's weights."""
+    def _needs_base(self, payload: Payload) -> bool:
+        """Return True if a payload, or the one it refers to, is packed with the base's weights."""
         other = payload.coding.reference
         referenced = None if other is None else self.header.sets[other].payloads[self._index_in(other, payload)]
         return self.codec(payload).needs_base or (referenced is not None and self.codec(referenced).needs_base)
-
-    def _reference(self, payload: Payload, weights: Mapping[str, Tensor] | None) -> Bits | None:
-        other = payload.coding.reference
-        if other is None:
-            return None
-        return packed_bits(self.decode(other, self._index_in(other, payload), weights))
 
     def _index_in(self, other: str, payload: Payload) -> int:
         """Return the index of the payload of another set for the same parameter and op; the header's check found it."""
@@ -236,24 +220,13 @@ class Decoder:
 
         Before decoding: few other classes may leave a payload that decodes, to another mask.
         """
-        if not same_tensor(weight, self.base, name):
+        from ..backbone.fingerprint import same_digest, tensor_digest
+
+        if not same_digest(tensor_digest(weight, weight.dtype), self.base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load "
                 f"{self.header.base.id}, which the adapter was made for"
             )
-
-
-def checked_scales(path: str, payloads: Sequence[Payload], stored: Tensor | None) -> list[float | None]:
-    """Return the scale of each payload, None where it is off.
-
-    Raises:
-        CorruptAdapterError: if one cannot be.
-    """
-    alphas = [0.0] * len(payloads) if stored is None else stored.tolist()
-    for payload, alpha in zip(payloads, alphas, strict=True):
-        if not 0 <= alpha < math.inf:
-            raise CorruptAdapterError(f"{path}: the scale of {payload.name!r} is {alpha}, expected a positive number")
-    return [alpha or None for alpha in alphas]
 
 
 def check_id(path: str, header: Header, found: str) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import escape
-from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json, beginning, dense_names
+from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json
 from .read import Adapter, read_adapter
-from .tensors import PREFIX
+from .tensors import CASCADE, beginning, dense_names
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     neither payload, table nor dense tensor. The two ratios compare with the masked weights in float32 (whole file)
     and with one bit a weight (payloads and tables).
     """
-    header = adapter.header
+    header, about = adapter.header, adapter.about
     sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] + one["table_bytes"] for one in sets.values())
@@ -36,10 +36,10 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "data_blake3": header.data_digest,
         "index_bytes": adapter.size - coded - dense,
         "base": base_to_json(header.base),
-        "task": header.task,
-        "class_names": None if header.class_names is None else list(header.class_names),
-        "preprocess": header.preprocess,
-        "training": header.training,
+        "task": about.task,
+        "class_names": None if about.class_names is None else list(about.class_names),
+        "preprocess": about.preprocess,
+        "training": about.training,
         "weights": weights,
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,
@@ -80,12 +80,12 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
 def _cascade(adapter: Adapter) -> dict[str, Any] | None:
     if adapter.header.cascade is None:
         return None
-    features, coordinates = adapter.spans[f"{PREFIX}router/components"].shape[::-1]
+    features, coordinates = adapter.spans[f"{CASCADE}router/components"].shape[::-1]
     return {
         **adapter.header.cascade.to_json(),
         "features": features,
         "coordinates": coordinates,
-        "bytes": _roles(adapter, PREFIX.rstrip("/")),
+        "bytes": _roles(adapter, CASCADE.rstrip("/")),
     }
 
 

@@ -12,13 +12,12 @@ from ..backbone.fingerprint import check_fingerprint
 from ..codecs.base import Profile
 from ..errors import BackboneMismatchError, ConfigError, StateError
 from ..mask import MaskSet
-from ..safetensors_io import Blob
 from ..threads import Progress
-from .content import FEATURES, Parts
-from .decode import by_name, check_id
-from .header import Header
+from .card import CARD_FILE
+from .content import FEATURES, About
+from .decode import check_id
 from .read import MODEL_FILE, Adapter, read_adapter
-from .write import CARD_FILE, Spool, encode, save_adapter, write_adapter
+from .write import save_adapter, write_adapter
 
 
 def convert_adapter(
@@ -50,38 +49,21 @@ def convert_adapter(
     old = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if base is not None:
         check_fingerprint(base, old.base)
-    sets = {
-        name: Parts(
-            old.stream_masks(base, name),
-            old.head(name),
-            old.statistics(name),
-            old.parameters(name),
-            old.values(name),
-        )
-        for name in old.sets
-    }
-
-    def coded(spool: Spool) -> tuple[Header, list[Blob]]:
-        header, blobs = encode(
-            sets,
-            old.base,
-            None if base is None else by_name(base),
-            profile,
-            codec,
-            spool,
-            progress,
-            task=old.task,
-            class_names=old.class_names,
-            preprocess=old.preprocess_config,
-            training=old.training,
-            cascade=old.cascade,
-        )
-        check_id(old.path, old.header, header.mask_id)
-        return header, blobs
-
     card = Path(old.path).with_name(CARD_FILE)
     has_card = Path(old.path).name == MODEL_FILE and card.is_file()
-    return write_adapter(Path(path), coded, card if has_card else None)
+    return write_adapter(
+        Path(path),
+        {name: old.parts(name, base, stream=True) for name in old.sets},
+        old.base,
+        old.about,
+        old.cascade,
+        weights=base,
+        profile=profile,
+        codec=codec,
+        progress=progress,
+        check=lambda header: check_id(old.path, old.header, header.mask_id),
+        owners=card if has_card else None,
+    )
 
 
 RECORD = "combined"  # key in the training record
@@ -132,15 +114,13 @@ def combine_adapters(
         record["k"] = k
     if weights is not None:
         record["weights"] = [float(weight) for weight in weights]
-    first = adapters[0]
+    first, task = adapters[0], adapters[0].about.task
     tensors = {name: digest for one in adapters for name, digest in one.base.tensors.items()}
     return save_adapter(
         path,
         combined,
         replace(first.base, tensors=tensors),
-        task=None if first.task is None else FEATURES.get(first.task, first.task),
-        preprocess=first.preprocess_config,
-        training={RECORD: record},
+        About(None if task is None else FEATURES.get(task, task), None, first.about.preprocess, {RECORD: record}),
         profile=profile,
         codec=codec,
         weights=base,
@@ -160,29 +140,29 @@ def mask_sets(adapters: Sequence[Adapter], base: nn.Module | None = None) -> lis
         if len(one.sets) != 1:
             raise StateError(
                 f"{one.path} holds {len(one.sets)} mask sets ({', '.join(one.sets[:5])}{', …' * (len(one.sets) > 5)}), "
-                f"expected an adapter of one; in Python, maskpack.combine takes adapter.stream_masks(set=NAME)"
+                f"expected an adapter of one; in Python, maskpack.combine takes adapter.parts(NAME).masks"
             )
         _check_base(adapters[0], one)
     if base is not None and adapters:
         check_fingerprint(base, adapters[0].base)
-    return [one.stream_masks(base, one.sets[0]) for one in adapters]
+    return [one.parts(one.sets[0], base, stream=True).masks for one in adapters]
 
 
 def left_out(adapters: Sequence[Adapter]) -> list[str]:
     """Return, for each adapter that has more than masks, what `combine_adapters` leaves out of it, in words."""
     found = []
     for one in adapters:
-        [name] = one.sets
-        parts = {
-            "head": one.header.sets[name].head is not None,
-            "class names": one.class_names is not None,
-            "statistics": bool(one.statistics(name)),
-            "trained parameters": bool(one.parameters(name)),
-            "training record": one.training is not None,
-            "preprocessing, which is not the first's": one.preprocess_config != adapters[0].preprocess_config,
+        parts = one.parts(one.sets[0], stream=True)
+        more = {
+            "head": parts.head is not None,
+            "class names": one.about.class_names is not None,
+            "statistics": bool(parts.statistics),
+            "trained parameters": bool(parts.parameters),
+            "training record": one.about.training is not None,
+            "preprocessing, which is not the first's": one.about.preprocess != adapters[0].about.preprocess,
         }
-        if any(parts.values()):
-            found.append(f"{one.pinned}: {', '.join(part for part, has in parts.items() if has)}")
+        if any(more.values()):
+            found.append(f"{one.pinned}: {', '.join(part for part, has in more.items() if has)}")
     return found
 
 

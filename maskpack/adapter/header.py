@@ -1,43 +1,40 @@
-"""The adapter's header: typed values <-> canonical JSON (docs/format.md section 2)."""
+"""The adapter's header: typed values <-> canonical JSON (docs/format.md section 2). Read without torch."""
 
 import itertools
 import json
 import math
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-import torch
-from torch import Tensor
-
-from ..backbone.fingerprint import CASTS, PREFIX, Fingerprint
+from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint, Pooling
+from ..backbone.random_weights import MAX_SEED
+from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
-from ..safetensors_io import NAMES, Blob, Span, strict_json
-from .content import CascadeParts, Parts
+from ..safetensors_io import strict_json
+from .content import COMBINES, About, Combine
 from .fields import PATH, SET_NAME, Fields, plain
-from .tensors import (
-    CascadeHeader,
-    HeadSpec,
-    cascade_shapes,
-    cascade_tensors,
-    head_tensors,
-    mask_blob,
-    parse_cascade,
-    parse_head,
-)
 
+FORMAT_VERSION = 1
 MAX_WEIGHTS = 1 << 34  # of a parameter
 MAX_SET_WEIGHTS = 1 << 48
 MAX_DIMENSIONS = 16
 OWN_KEYS = frozenset({"codec", "op", "reference", "table"})
 
 
+def canonical_json(value: Any) -> str:
+    """Return JSON that is the same for equal values: sorted keys, no white space, ASCII, finite numbers."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How payloads are coded: codec id, what a zero bit does, the codec's settings, reference set, table index."""
+    """How payloads are coded: codec id, what a zero bit does, the codec's settings, reference set.
+
+    `table` is the index of a table that payloads share; such files are read and no longer written.
+    """
 
     codec: str
     op: Op
@@ -47,9 +44,18 @@ class Coding:
 
     def to_json(self) -> dict[str, Any]:
         """Return the coding as JSON values."""
-        own = {"reference": self.reference, "table": self.table}
-        used = {key: value for key, value in own.items() if value is not None}
-        return {"codec": self.codec, "op": self.op, **used, **self.config}
+        reference = {} if self.reference is None else {"reference": self.reference}
+        return {"codec": self.codec, "op": self.op, **reference, **self.config}
+
+    @classmethod
+    def parse(cls, fields: Fields, tables: int) -> "Coding":
+        """Parse and check a coding of a set with so many tables."""
+        table = fields.get("table")
+        if table is not None and (type(table) is not int or not 0 <= table < tables):
+            raise fields.refuse("table", f"the index of one of the {tables} tables")
+        config = {key: member for key, member in fields.members.items() if key not in OWN_KEYS}
+        op = cast(Op, fields.one_of("op", OPS))
+        return cls(fields.text("codec"), op, config, fields.optional_text("reference"), table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,100 +74,146 @@ class Payload:
         return math.prod(self.shape)
 
 
+class RandomSpec(NamedTuple):
+    """A head's random weight without its mask: seed, (classes, features), whether kept weights are scaled."""
+
+    seed: int
+    shape: tuple[int, int]
+    scale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """A head without its tensors: where it is, and the random weight that it is made of, if it is."""
+
+    embedding: Embedding
+    random: RandomSpec | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the head as JSON values."""
+        own = embedding_to_json(self.embedding)
+        return (
+            own if self.random is None else {**own, "random": {**self.random._asdict(), "shape": [*self.random.shape]}}
+        )
+
+    @classmethod
+    def parse(cls, fields: Fields) -> "HeadSpec":
+        """Parse and check the head in the header of a set."""
+        return cls(parse_embedding(fields), _random(fields.object("random")) if "random" in fields.members else None)
+
+
+def _random(fields: Fields) -> RandomSpec:
+    seed = fields.get("seed")
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise fields.refuse("seed", f"an integer from 0 to {MAX_SEED}")
+    classes, features = fields.integers("shape", MAX_HEAD_WEIGHTS + 1, 2)
+    if not 1 <= classes * features <= MAX_HEAD_WEIGHTS:
+        raise fields.refuse("shape", f"two sizes of at least 1, at most {MAX_HEAD_WEIGHTS} weights")
+    return RandomSpec(seed, (classes, features), fields.boolean("scale"))
+
+
+def embedding_to_json(one: Embedding) -> dict[str, Any]:
+    """Return where an embedding is taken, as JSON values."""
+    if one.module is not None:
+        return {"kind": "linear", "module": one.module}
+    return {"kind": "pooled-linear", "normalize": one.normalize, "pooling": one.pooling}
+
+
+def parse_embedding(fields: Fields) -> Embedding:
+    """Parse and check where an embedding is taken."""
+    if fields.one_of("kind", ("linear", "pooled-linear")) == "linear":
+        return Embedding(fields.text("module"))
+    return Embedding(None, cast(Pooling, fields.one_of("pooling", POOLINGS)), fields.boolean("normalize"))
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeSpec:
+    """A cascade without its tensors; the attributes are those of `content.Cascade`."""
+
+    dispatcher: str
+    experts: tuple[str, ...]
+    embedding: Embedding
+    combine: Combine
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the cascade as JSON values."""
+        return {
+            "combine": self.combine,
+            "dispatcher": self.dispatcher,
+            "embedding": embedding_to_json(self.embedding),
+            "experts": list(self.experts),
+        }
+
+    @classmethod
+    def parse(cls, fields: Fields, sets: Collection[str]) -> "CascadeSpec":
+        """Parse and check a cascade; every set of the file has one place in it."""
+        dispatcher, experts = fields.text("dispatcher"), fields.texts("experts")
+        if not experts or sorted([dispatcher, *experts]) != sorted(sets):
+            known = ", ".join(sorted(sets)[:9])
+            raise fields.refuse(
+                "experts", f"to name, with the dispatcher {dispatcher!r}, each of the sets once: {known}"
+            )
+        embedding = parse_embedding(fields.object("embedding"))
+        return cls(dispatcher, experts, embedding, cast(Combine, fields.one_of("combine", COMBINES)))
+
+
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set: its payloads sorted by (name, op), the sizes of its shared tables, its head."""
+    """One mask set: its payloads sorted by (name, op), its head, the sizes of shared tables (of older files)."""
 
     payloads: tuple[Payload, ...]
-    tables: tuple[int, ...] = ()
     head: HeadSpec | None = None
+    tables: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the set as JSON values."""
-        shapes = list(dict.fromkeys(payload.shape for payload in self.payloads))
+        shapes = {shape: i for i, shape in enumerate(dict.fromkeys(payload.shape for payload in self.payloads))}
         texts = [canonical_json(payload.coding.to_json()) for payload in self.payloads]
-        codings = list(dict.fromkeys(texts))
-        where = (
-            {shape: index for index, shape in enumerate(shapes)},
-            {text: index for index, text in enumerate(codings)},
-        )
+        codings = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         value: dict[str, Any] = {
             "names": "\n".join(payload.name for payload in self.payloads),
             "shapes": [list(shape) for shape in shapes],
             "codings": [json.loads(text) for text in codings],
-            "shape": [where[0][payload.shape] for payload in self.payloads],
-            "coding": [where[1][text] for text in texts],
+            "shape": [shapes[payload.shape] for payload in self.payloads],
+            "coding": [codings[text] for text in texts],
             "kept": [payload.kept for payload in self.payloads],
             "size": [payload.size for payload in self.payloads],
         }
-        if self.tables:
-            value["tables"] = list(self.tables)
-        if self.head is not None:
-            value["head"] = self.head.to_json()
-        return value
+        return value if self.head is None else {**value, "head": self.head.to_json()}
 
-
-def canonical_json(value: Any) -> str:
-    """Return JSON that is the same for equal values: sorted keys, no white space, ASCII, finite numbers."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _coding(value: object, where: str, tables: int) -> Coding:
-    fields = Fields.of(value, where)
-    table = fields.get("table")
-    if table is not None and (type(table) is not int or not 0 <= table < tables):
-        raise fields.refuse("table", f"the index of one of the {tables} tables")
-    config = {key: member for key, member in fields.members.items() if key not in OWN_KEYS}
-    op = cast(Op, fields.one_of("op", OPS))
-    return Coding(fields.text("codec"), op, config, fields.optional_text("reference"), table)
-
-
-def parse_sets(fields: Fields) -> dict[str, SetHeader]:
-    """Parse and check the sets of a header, sorted by name.
-
-    Raises:
-        CorruptAdapterError: if anything in them is not what the format allows.
-    """
-    sets = {name: _set(name, fields) for name in sorted(fields.members)}
-    if not sets:
-        raise CorruptAdapterError(f"{fields.where} of the adapter header has no set, expected at least one")
-    _check_references(sets)
-    return sets
-
-
-def _set(name: str, sets: Fields) -> SetHeader:
-    if not SET_NAME.fullmatch(name):
-        raise CorruptAdapterError(f"the adapter header has a set named {name[:80]!r}, expected {SET_NAME.pattern}")
-    fields = sets.object(name)
-    count = len(fields.array("kept"))
-    joined = fields.get("names")
-    # counted before they are split: a short file must not become millions of strings
-    if not isinstance(joined, str) or not count or joined.count("\n") != count - 1:
-        raise fields.refuse(
-            "names", f"as many names, separated by line ends, as there are `kept` ({count}), at least 1"
+    @classmethod
+    def parse(cls, fields: Fields) -> "SetHeader":
+        """Parse and check a set."""
+        count = len(fields.array("kept"))
+        joined = fields.get("names")
+        # counted before they are split: a short file must not become millions of strings
+        if not isinstance(joined, str) or not count or joined.count("\n") != count - 1:
+            raise fields.refuse(
+                "names", f"as many names, separated by line ends, as there are `kept` ({count}), at least 1"
+            )
+        names = joined.split("\n")
+        if not all(plain(one) for one in names):
+            raise fields.refuse("names", "non-empty names without control characters")
+        tables = fields.integers("tables", MAX_SET_WEIGHTS) if "tables" in fields.members else []
+        shapes = [_shape(shape, fields) for shape in fields.array("shapes")]
+        codings = [
+            Coding.parse(Fields.of(coding, f"{fields.where}.codings[{i}]"), len(tables))
+            for i, coding in enumerate(fields.array("codings"))
+        ]
+        payloads = tuple(
+            Payload(name, shapes[shape], codings[coding], kept, size)
+            for name, shape, coding, kept, size in zip(
+                names,
+                fields.integers("shape", len(shapes), count),
+                fields.integers("coding", len(codings), count),
+                fields.integers("kept", MAX_WEIGHTS + 1, count),
+                fields.integers("size", MAX_SET_WEIGHTS, count),
+                strict=True,
+            )
         )
-    names = joined.split("\n")
-    if not all(plain(one) for one in names):
-        raise fields.refuse("names", "non-empty names without control characters")
-    tables = fields.integers("tables", MAX_SET_WEIGHTS) if "tables" in fields.members else []
-    shapes = [_shape(shape, fields) for shape in fields.array("shapes")]
-    rows = [
-        _coding(coding, f"{fields.where}.codings[{i}]", len(tables)) for i, coding in enumerate(fields.array("codings"))
-    ]
-    payloads = tuple(
-        Payload(name, shapes[shape], rows[coding], kept, size)
-        for name, shape, coding, kept, size in zip(
-            names,
-            fields.integers("shape", len(shapes), count),
-            fields.integers("coding", len(rows), count),
-            fields.integers("kept", MAX_WEIGHTS + 1, count),
-            fields.integers("size", MAX_SET_WEIGHTS, count),
-            strict=True,
-        )
-    )
-    _check_payloads(payloads, fields)
-    head = parse_head(fields.object("head")) if "head" in fields.members else None
-    return SetHeader(payloads, tuple(tables), head)
+        _check_payloads(payloads, fields)
+        head = HeadSpec.parse(fields.object("head")) if "head" in fields.members else None
+        return cls(payloads, head, tuple(tables))
 
 
 def _shape(value: object, fields: Fields) -> tuple[int, ...]:
@@ -182,13 +234,12 @@ def _check_payloads(payloads: tuple[Payload, ...], fields: Fields) -> None:
         if payload.kept > payload.weights:
             raise fields.refuse("kept", f"at most {payload.weights} for {payload.name!r}, not {payload.kept}")
     for before, payload in itertools.pairwise(payloads):
-        if (before.name, before.coding.op) >= (payload.name, payload.coding.op):
+        ops = before.coding.op, payload.coding.op
+        if (before.name, ops[0]) >= (payload.name, ops[1]):
             raise fields.refuse(
                 "names", f"names sorted and once for each op, not {payload.name!r} after {before.name!r}"
             )
-        if before.name == payload.name and (
-            (before.coding.op, payload.coding.op) != ("flip", "zero") or before.shape != payload.shape
-        ):
+        if before.name == payload.name and (ops != ("flip", "zero") or before.shape != payload.shape):
             raise fields.refuse("coding", f"ops flip and zero of one shape where a name comes twice ({payload.name!r})")
 
 
@@ -211,10 +262,6 @@ def _check_references(sets: Mapping[str, SetHeader]) -> None:
                 )
 
 
-FORMAT_VERSION = 1
-BASE_DTYPES = ("float32", "bfloat16", "float16")
-
-
 def base_to_json(base: Fingerprint) -> dict[str, Any]:
     """Return the base as the header keeps it, without the digests of single tensors."""
     return {
@@ -226,6 +273,15 @@ def base_to_json(base: Fingerprint) -> dict[str, Any]:
     }
 
 
+def _base(fields: Fields) -> Fingerprint:
+    id_ = fields.text("id")
+    if PATH.match(id_):
+        raise fields.refuse("id", "a name as in 'timm/resnet18.a1_in1k', never a local path")
+    digests = fields.object("digests")
+    revision, dtype, head = fields.optional_text("revision"), fields.text("dtype"), fields.texts("head")
+    return Fingerprint(id_, revision, dtype, head, {dtype: digests.digest(dtype) for dtype in CASTS}, {})
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What the file says beside its tensors. `base.tensors` is empty here: it is stored as a tensor."""
@@ -235,11 +291,8 @@ class Header:
     data_digest: str
     base: Fingerprint
     sets: Mapping[str, SetHeader]
-    task: str | None = None
-    class_names: tuple[str, ...] | None = None
-    preprocess: Mapping[str, Any] | None = None
-    training: Mapping[str, Any] | None = None
-    cascade: CascadeHeader | None = None
+    about: About
+    cascade: CascadeSpec | None = None
 
     def to_json(self) -> str:
         """Return canonical JSON.
@@ -258,7 +311,7 @@ class Header:
         if self.cascade is not None:
             value["cascade"] = self.cascade.to_json()
         for key in ("task", "class_names", "preprocess", "training"):
-            if (member := getattr(self, key)) is not None:
+            if (member := getattr(self.about, key)) is not None:
                 try:
                     value[key] = json.loads(canonical_json(member))
                 except (TypeError, ValueError, RecursionError) as error:
@@ -284,161 +337,38 @@ class Header:
                 f"the adapter has format version {version}, this release reads up to {FORMAT_VERSION}; "
                 f"upgrade with: pip install --upgrade maskpack"
             )
-        preprocess = fields.optional_object("preprocess")
-        if preprocess is not None and fields.object("preprocess").text("kind") in KINDS:
-            try:
-                preprocess_from_json(preprocess)
-            except ConfigError as error:
-                raise CorruptAdapterError(f"$.{error}, or fetch the file again") from None
-        sets = parse_sets(fields.object("sets"))
+        named = fields.object("sets")
+        if not named.members:
+            raise CorruptAdapterError(f"{named.where} of the adapter header has no set, expected at least one")
+        for name in sorted(named.members):
+            if not SET_NAME.fullmatch(name):
+                raise CorruptAdapterError(
+                    f"the adapter header has a set named {name[:80]!r}, expected {SET_NAME.pattern}"
+                )
+        about = _about(fields)
+        sets = {name: SetHeader.parse(named.object(name)) for name in sorted(named.members)}
+        _check_references(sets)
         return cls(
             producer=fields.text("producer"),
             mask_id=fields.digest("mask_id"),
             data_digest=fields.digest("data_blake3"),
             base=_base(fields.object("base")),
             sets=sets,
-            task=fields.optional_text("task"),
-            class_names=fields.texts("class_names") if "class_names" in fields.members else None,
-            preprocess=preprocess,
-            training=fields.optional_object("training"),
-            cascade=parse_cascade(fields.object("cascade"), sets) if "cascade" in fields.members else None,
+            about=about,
+            cascade=CascadeSpec.parse(fields.object("cascade"), sets) if "cascade" in fields.members else None,
         )
 
 
-def _base(fields: Fields) -> Fingerprint:
-    id_ = fields.text("id")
-    if PATH.match(id_):
-        raise fields.refuse("id", "a name as in 'timm/resnet18.a1_in1k', never a local path")
-    digests = fields.object("digests")
-    return Fingerprint(
-        id_,
-        fields.optional_text("revision"),
-        fields.text("dtype"),
-        fields.texts("head"),
-        {dtype: digests.digest(dtype) for dtype in BASE_DTYPES},
-        {},
+def _about(fields: Fields) -> About:
+    about = About(
+        fields.optional_text("task"),
+        fields.texts("class_names") if "class_names" in fields.members else None,
+        fields.optional_object("preprocess"),
+        fields.optional_object("training"),
     )
-
-
-DIGESTS, BASE = "maskpack.digests", "maskpack.base"
-DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-FLOAT_NAMES = tuple(NAMES[dtype] for dtype in FLOATS)
-ROLES = ("statistics", "parameters", "values")
-STATISTICS = ("running_mean", "running_var")
-
-
-def dense_blobs(name: str, parts: Parts) -> list[Blob]:
-    """Return the tensors of a set that are stored as they are given.
-
-    Raises:
-        AdapterError: if one has a dtype that the format does not allow.
-    """
-    found = {f"{name}/{role}/{key}": tensor for role in ROLES for key, tensor in getattr(parts, role).items()}
-    if parts.head is not None:
-        found.update({f"{name}/head/{role}": tensor for role, tensor in head_tensors(parts.head).items()})
-    _check_floats(found)
-    blobs = [Blob.of(key, t.float() if key.startswith(f"{name}/statistics/") else t) for key, t in found.items()]
-    mask = mask_blob(name, parts.head)
-    return blobs if mask is None else [*blobs, mask]
-
-
-def cascade_blobs(cascade: CascadeParts | None) -> list[Blob]:
-    """Return the tensors of a cascade; none if there is none. Raises as `dense_blobs`."""
-    tensors = {} if cascade is None else cascade_tensors(cascade)
-    _check_floats(tensors)
-    return [Blob.of(name, tensor) for name, tensor in tensors.items()]
-
-
-def _check_floats(tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if tensor.dtype not in FLOATS:
-            raise AdapterError(f"{key} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}; convert it")
-
-
-def scale_blob(name: str, alphas: Sequence[float | None]) -> Blob | None:
-    """Return the tensor of the scales of a set's payloads, or None if all are off."""
-    if all(alpha is None for alpha in alphas):
-        return None
-    return Blob.of(f"{name}/scale", torch.tensor([alpha or 0.0 for alpha in alphas], dtype=torch.float32))
-
-
-def masked_names(header: Header) -> list[str]:
-    """Return the names of the masked parameters over all sets, sorted."""
-    return sorted({payload.name for one in header.sets.values() for payload in one.payloads})
-
-
-def dense_names(spans: Mapping[str, Span]) -> list[str]:
-    """Return the tensors that are neither payloads nor the format's own, sorted."""
-    return sorted(n for n in spans if n not in (DIGESTS, BASE) and not (n.endswith("/payloads") and n.count("/") == 1))
-
-
-def beginning(names: Sequence[str], prefix: str) -> Sequence[str]:
-    """Return those of some sorted names that begin with a prefix, without looking at the others."""
-    return names[bisect_left(names, prefix) : bisect_left(names, prefix[:-1] + chr(ord(prefix[-1]) + 1))]
-
-
-def check_layout(header: Header, spans: Mapping[str, Span]) -> None:
-    """Check that a file has the tensors that its header asks for and no others, with their dtypes and shapes.
-
-    Raises:
-        CorruptAdapterError: if it does not; the message names the first tensor that is wrong.
-    """
-    expected = dict(_required(header, spans))
-    expected[DIGESTS] = ("U8", (digest_count(header, spans), DIGEST_BYTES))
-    for name in sorted(expected.keys() | spans.keys()):
-        if name not in spans:
-            raise CorruptAdapterError(f"the file has no tensor {name!r}, which its header asks for; fetch it again")
-        span = spans[name]
-        if name in expected:
-            dtype, shape = expected[name]
-            allowed = (dtype,) if dtype else FLOAT_NAMES
-            fits = span.dtype in allowed and (shape is None or span.shape == shape)
-        else:
-            allowed, shape, fits = _optional(name, span, header, spans)
-        if not fits:
-            wanted = " or ".join(allowed) or "no such tensor"
-            raise CorruptAdapterError(
-                f"tensor {name[:200]!r} is {span.dtype} of shape {span.shape}, expected {wanted}"
-                f"{'' if shape is None else f' of shape {shape}'}; fetch the file again"
-            )
-
-
-def digest_count(header: Header, spans: Mapping[str, Span]) -> int:
-    """Return how many digests the file has: one per table, payload and dense tensor."""
-    return sum(len(one.tables) + len(one.payloads) for one in header.sets.values()) + len(dense_names(spans))
-
-
-def _required(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, tuple[str, tuple[int, ...] | None]]]:
-    if header.cascade is not None:
-        yield from cascade_shapes(header.cascade, spans, header.class_names)
-    yield BASE, ("U8", (len(masked_names(header)), BASE_BYTES))
-    for name, one in header.sets.items():
-        yield f"{name}/payloads", ("U8", (sum(one.tables) + sum(payload.size for payload in one.payloads),))
-        if one.head is not None and one.head.random is not None:
-            yield f"{name}/head/mask", ("U8", (one.head.random.mask_bytes,))
-        elif one.head is not None:
-            yield f"{name}/head/weight", ("", None)
-        for payload in one.payloads:
-            if payload.coding.op == "replace":
-                yield f"{name}/values/{payload.name}", ("", (payload.weights - payload.kept,))
-
-
-def _optional(
-    name: str, span: Span, header: Header, spans: Mapping[str, Span]
-) -> tuple[tuple[str, ...], tuple[int, ...] | None, bool]:
-    """Return the dtypes and shape that a tensor may have, and whether it does."""
-    set_name, _, rest = name.partition("/")
-    one: SetHeader | None = header.sets.get(set_name)
-    role, _, key = rest.partition("/")
-    if one is not None and rest == "scale":
-        return ("F32",), (len(one.payloads),), span.dtype == "F32" and span.shape == (len(one.payloads),)
-    if one is not None and rest == "head/bias" and one.head is not None and one.head.random is None:
-        weight = spans.get(f"{set_name}/head/weight")
-        rows = weight.shape[:1] if weight is not None else ()
-        return FLOAT_NAMES, rows, span.dtype in FLOAT_NAMES and span.shape == rows
-    if one is not None and role == "statistics" and key.rpartition(".")[2] in STATISTICS:
-        return ("F32",), None, span.dtype == "F32"
-    if one is not None and role == "parameters" and key:
-        return FLOAT_NAMES, None, span.dtype in FLOAT_NAMES
-    return (), None, False
+    if about.preprocess is not None and fields.object("preprocess").text("kind") in KINDS:
+        try:
+            preprocess_from_json(about.preprocess)
+        except ConfigError as error:
+            raise CorruptAdapterError(f"$.{error}; fetch the file again") from None
+    return about

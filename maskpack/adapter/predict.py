@@ -12,6 +12,7 @@ from ..backbone.classifier import classifier_from, predictions
 from ..backbone.model import Head
 from ..errors import AdapterError, DataError, StateError, require
 from ..preprocess import ImagePreprocess, TextPreprocess, collate_text, open_image, preprocess_from_json
+from .content import About
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +55,13 @@ def inputs_to_batches(
 
 
 def predict(
-    model: nn.Module,
-    inputs: Sequence[Any] | Tensor,
-    *,
-    head: Head | None,
-    class_names: Sequence[str] | None,
-    preprocess: Any,
-    tokenizer: Any = None,
-    batch_size: int = 64,
+    model: nn.Module, inputs: Sequence[Any] | Tensor, head: Head | None, about: About, tokenizer: Any, batch_size: int
 ) -> list[Prediction]:
     """Return the most likely class of every input; see `Adapter.predict`."""
-    if head is None or class_names is None or preprocess is None:
+    class_names = about.class_names
+    if head is None or class_names is None or about.preprocess is None:
         raise AdapterError("this adapter has no head, class names or preprocessing, so it cannot predict by itself")
-    how = preprocess_from_json(preprocess)
+    how = preprocess_from_json(about.preprocess)
     if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):
         tokenizer = model_tokenizer(model)
     if len(inputs) == 0:

@@ -1,4 +1,6 @@
-"""Reading adapter files: verified before anything is used, decoded when asked for."""
+"""Reading adapter files: verified before anything is used, decoded when asked for. Needs torch for tensors alone."""
+
+from __future__ import annotations
 
 import os
 import stat
@@ -8,42 +10,52 @@ from dataclasses import replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import torch
+import numpy as np
 from blake3 import blake3
-from torch import Tensor, nn
 
-from ..backbone.fingerprint import Fingerprint
-from ..backbone.model import Head
+from ..backbone.model import Fingerprint
 from ..errors import AdapterError, CorruptAdapterError, UnknownNameError
 from ..mask import MaskSet
 from ..preprocess import ImagePreprocess, preprocess_from_json
-from ..safetensors_io import DTYPES, MAX_HEADER, Span, check_seal, parse_header, strict_json
+from ..safetensors_io import MAX_HEADER, Span, check_seal, parse_header, strict_json, tensor_of
 from ..threads import Progress
-from .content import CascadeParts
-from .decode import Decoder, Masks, Weights, by_name, checked_scales
+from .content import About, Cascade, Parts
+from .decode import Decoder, Masks, Weights, by_name
 from .fields import Fields
-from .header import (
+from .header import Header, SetHeader
+from .tensors import (
     BASE,
     BASE_BYTES,
+    CASCADE,
     DIGEST_BYTES,
     DIGESTS,
-    Header,
-    SetHeader,
     beginning,
+    cascade_of,
+    check_cascade,
     check_layout,
     dense_names,
+    float_array,
+    head_mask,
+    head_of,
     masked_names,
 )
-from .predict import Prediction, predict
-from .tensors import PREFIX, cascade_parts, stored_head
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from .predict import Prediction
+
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Adapter:
-    """One or more mask sets with their heads and statistics, verified but not yet decoded.
+    """One or more mask sets with what travels beside them, verified but not yet decoded.
 
-    Made by `read_adapter`. Decoding happens when masks are asked for; nothing here touches a model.
+    Made by `load_adapter`. Decoding happens when masks are asked for; nothing here touches a model.
 
     Attributes:
         path: the file that it was read from, for messages.
@@ -51,6 +63,10 @@ class Adapter:
         spans: where each tensor lies in the data section. names: those of the tensors, sorted.
         content: the bytes of the file. size: their number.
         pinned: the reference that always means these bytes, `user/name@commit`; the path of a local adapter.
+
+    Example:
+        adapter = load_adapter("user/name")
+        adapter.parts().masks["layer1.0.conv1.weight"].density
     """
 
     def __init__(self, path: str, header: Header, spans: Mapping[str, Span], content: memoryview, start: int):
@@ -83,44 +99,32 @@ class Adapter:
         """Names of the mask sets, sorted."""
         return tuple(self.header.sets)
 
-    @cached_property
-    def cascade(self) -> CascadeParts | None:
-        """What makes a cascade of the mask sets, or None; raises CorruptAdapterError if a value in it cannot be."""
-        one = self.header.cascade
-        return None if one is None else cascade_parts(self.path, one, self.tensors(PREFIX))
-
     @property
     def mask_id(self) -> str:
         """Digest of the decoded masks as the header states it; `verify` compares it."""
         return self.header.mask_id
 
     @property
-    def task(self) -> str | None:
-        """What the adapter does, as in "image-classification"."""
-        return self.header.task
+    def about(self) -> About:
+        """Task, class names, preprocessing and training record."""
+        return self.header.about
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the head's classes in order, or None."""
-        return self.header.class_names
+    @cached_property
+    def cascade(self) -> Cascade | None:
+        """How the mask sets work together, or None; raises CorruptAdapterError if a value in it cannot be."""
+        if self.header.cascade is None:
+            return None
+        self._check_cascade()
+        return cascade_of(self.header.cascade, self._tensors(CASCADE))
 
-    @property
-    def training(self) -> Mapping[str, Any] | None:
-        """The training record, or None."""
-        return self.header.training
-
-    @property
-    def preprocess_config(self) -> Mapping[str, Any] | None:
-        """How inputs are prepared, as stored, or None."""
-        return self.header.preprocess
-
-    def masks(self, base: Weights | None = None, set: str = "default") -> MaskSet:
-        """Decode the masks of a set.
+    def parts(self, set: str = "default", base: Weights | None = None, *, stream: bool = False) -> Parts:
+        """Return a mask set with all that travels beside it; the masks are decoded, in several threads.
 
         Args:
+            set: name of the mask set.
             base: the frozen model or its state dict, in float32 or bfloat16; only needed where masks were packed
                 with the base's weights.
-            set: name of the mask set.
+            stream: decode a mask whenever it is asked for, in the caller's thread, and keep none.
 
         Raises:
             UnknownNameError: if there is no such set.
@@ -129,39 +133,26 @@ class Adapter:
             BackboneMismatchError: if the base given is not the one that the masks were packed with.
             CorruptAdapterError: if a payload does not decode to the mask that the header describes.
         """
-        return MaskSet(dict(self.iter_masks(base, set)))
+        spec = self._set(set).head
+        head = None if spec is None else self._located(head_of, spec, self._tensors(f"{set}/head/"))
+        tensors = (self._tensors(f"{set}/{role}/") for role in ("statistics", "parameters", "values"))
+        if stream:
+            masks = self._decoder(base).streamed(set, self._alphas(set))
+        else:
+            masks = MaskSet(dict(self.iter_masks(set, base)))
+        return Parts(masks, head, *tensors)
 
-    def iter_masks(self, base: Weights | None = None, set: str = "default", zeros: bool = False) -> Masks:
-        """As `masks`, each when asked for, by name, in threads a bounded way ahead; `zeros`: with their positions."""
-        return self._decoder.masks(set, self._alphas(set), None if base is None else by_name(base), zeros)
+    def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
+        """Yield name and mask of each parameter, by name, decoded in threads a bounded way ahead.
 
-    def stream_masks(self, base: Weights | None = None, set: str = "default") -> MaskSet:
-        """Return a set that decodes a mask whenever it is asked for, in the caller's thread; else as `masks`."""
-        return self._decoder.streamed(set, self._alphas(set), None if base is None else by_name(base))
+        Args:
+            set, base: as of `parts`, whose errors are raised. zeros: with the positions of zero bits, where known.
+        """
+        return self._decoder(base).masks(set, self._alphas(set), zeros)
 
     def shapes(self, set: str = "default") -> dict[str, tuple[int, ...]]:
         """Return the shape of every mask of a set, by parameter name, without decoding."""
         return {payload.name: payload.shape for payload in self._set(set).payloads}
-
-    def head(self, set: str = "default") -> Head | None:
-        """Return the head of a set, or None if it has none; a masked random one is rebuilt."""
-        spec = self._set(set).head
-        return None if spec is None else stored_head(spec, self.tensors(f"{set}/head/"), self.path)
-
-    def statistics(self, set: str = "default") -> dict[str, Tensor]:
-        """Return the BatchNorm buffers of a set by dotted name, float32."""
-        self._set(set)
-        return self.tensors(f"{set}/statistics/")
-
-    def parameters(self, set: str = "default") -> dict[str, Tensor]:
-        """Return the parameters of a set that are stored whole, by dotted name."""
-        self._set(set)
-        return self.tensors(f"{set}/parameters/")
-
-    def values(self, set: str = "default") -> dict[str, Tensor]:
-        """Return the values that replace weights where a mask with op "replace" has zeros, flat, by parameter name."""
-        self._set(set)
-        return self.tensors(f"{set}/values/")
 
     def preprocess(self) -> Callable[[Any], Tensor] | None:
         """Return the function from a PIL image to float32 (3, size, size); None for texts, or if none is stored.
@@ -169,8 +160,7 @@ class Adapter:
         Raises:
             MissingDependencyError: if torchvision is not installed.
         """
-        config = self.preprocess_config
-        stored = None if config is None else preprocess_from_json(config)
+        stored = None if self.about.preprocess is None else preprocess_from_json(self.about.preprocess)
         return stored.transform() if isinstance(stored, ImagePreprocess) else None
 
     def predict(
@@ -192,15 +182,10 @@ class Adapter:
             AdapterError: if the adapter has no head, class names or preprocessing.
             StateError: if the model's head is not the adapter's. DataError: if an input cannot be read.
         """
-        return predict(
-            model,
-            inputs,
-            head=self.head(),
-            class_names=class_names or self.class_names,
-            preprocess=self.preprocess_config,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-        )
+        from .predict import predict
+
+        about = replace(self.about, class_names=tuple(class_names)) if class_names else self.about
+        return predict(model, inputs, self.parts(stream=True).head, about, tokenizer, batch_size)
 
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
@@ -212,43 +197,23 @@ class Adapter:
             `mask_id`, True if it was compared and agrees, None if some masks were left out.
 
         Raises:
-            UnknownCodecError, BackboneMismatchError, CorruptAdapterError: as for `masks`, or if `mask_id` differs.
+            UnknownCodecError, BackboneMismatchError, CorruptAdapterError: as for `parts`, or if `mask_id` differs.
         """
-        _ = self.cascade
-        for name in self.sets:
-            self._alphas(name)
-            self.head(name)
-        return self._decoder.verify(progress, None if base is None else by_name(base))
+        self.check_values()
+        return self._decoder(base).verify(progress)
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""
-        found = {}
-        for name in beginning(self.names, prefix):
-            raw, span = bytearray(self.bytes_of(name)), self.spans[name]
-            dtype = DTYPES[span.dtype]
-            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            found[name.removeprefix(prefix)] = flat.reshape(span.shape)
-        return found
+    def check_values(self) -> None:
+        """Raise CorruptAdapterError if a scale, the mask of a head or a number of the cascade cannot be."""
+        for name, one in self.header.sets.items():
+            self._alphas(name)
+            if one.head is not None and one.head.random is not None:
+                self._located(head_mask, one.head.random, self.bytes_of(f"{name}/head/mask"))
+        self._check_cascade()
 
     def bytes_of(self, tensor: str) -> memoryview:
         """Return the bytes of a tensor, not copied."""
         span = self.spans[tensor]
         return self._data[span.start : span.end]
-
-    def _set(self, name: str) -> SetHeader:
-        if name not in self.header.sets:
-            together = "; it is a cascade, which load_cascade(model, ref) puts to use" if self.header.cascade else ""
-            known = ", ".join(self.sets)
-            raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {known}{together}")
-        return self.header.sets[name]
-
-    def _alphas(self, set: str) -> list[float | None]:
-        """Return the scale of each payload of a set, None where it is off."""
-        return checked_scales(self.path, self._set(set).payloads, self.tensors(f"{set}/scale").get(""))
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        return Decoder(self.path, self.header, self.base, self.pieces)
 
     @cached_property
     def pieces(self) -> dict[str, list[memoryview]]:
@@ -262,9 +227,41 @@ class Adapter:
             found[name] = pieces
         return found
 
+    def _set(self, name: str) -> SetHeader:
+        if name not in self.header.sets:
+            together = "; it is a cascade, which load_cascade(model, ref) puts to use" if self.header.cascade else ""
+            known = ", ".join(self.sets)
+            raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {known}{together}")
+        return self.header.sets[name]
 
-T = TypeVar("T")
-P = ParamSpec("P")
+    def _tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""
+        names = beginning(self.names, prefix)
+        return {n.removeprefix(prefix): tensor_of(self.bytes_of(n), *self.spans[n][:2]) for n in names}
+
+    def _alphas(self, set: str) -> list[float | None]:
+        """Return the scale of each payload of a set, None where it is off."""
+        payloads, name = self._set(set).payloads, f"{set}/scale"
+        alphas = np.frombuffer(self.bytes_of(name), "<f4").tolist() if name in self.spans else [0.0] * len(payloads)
+        for payload, alpha in zip(payloads, alphas, strict=True):
+            if not 0 <= alpha < float("inf"):
+                raise CorruptAdapterError(
+                    f"{self.path}: the scale of {payload.name!r} is {alpha}, expected a positive number"
+                )
+        return [alpha or None for alpha in alphas]
+
+    def _check_cascade(self) -> None:
+        names = beginning(self.names, CASCADE)
+        arrays = {name.removeprefix(CASCADE): float_array(self.bytes_of(name), self.spans[name]) for name in names}
+        if self.header.cascade is not None:
+            self._located(check_cascade, arrays)
+
+    def _decoder(self, base: Weights | None) -> Decoder:
+        return Decoder(self.path, self.header, self.base, self.pieces, None if base is None else by_name(base))
+
+    def _located(self, step: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        return _located(self.path, step, *arguments, **named)
+
 
 MODEL_FILE = "maskpack_model.safetensors"
 CONFIG_FILE = "maskpack_config.json"
@@ -414,7 +411,7 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
         ) from error
 
 
-def _located(name: Path, step: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+def _located(name: str | Path, step: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
     """Run a step of reading; its errors get the file's name."""
     try:
         return step(*arguments, **named)

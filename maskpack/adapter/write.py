@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,43 +19,24 @@ from bitarray.util import count_xor
 from blake3 import blake3
 from torch import Tensor
 
-from ..backbone.fingerprint import Fingerprint
+from ..backbone.model import Fingerprint
 from ..codecs.base import Bits, Codec, Profile, Side
-from ..codecs.choose import Contest, Offer, contest, rivals, settle
+from ..codecs.choose import Offer, rivals, smallest
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..safetensors_io import SEAL, UNSEALED, Blob, file_order, replacing, write_blobs
 from ..threads import Progress, counted, in_order
-from .card import render_card, update_card
-from .content import CascadeParts, Parts
+from .card import CARD_FILE, render_card, update_card
+from .content import About, Cascade, Parts
 from .decode import Weights, base_classes, by_name
 from .describe import config_text, describe
-from .header import (
-    BASE,
-    BASE_BYTES,
-    DIGEST_BYTES,
-    DIGESTS,
-    Coding,
-    Header,
-    Payload,
-    SetHeader,
-    cascade_blobs,
-    dense_blobs,
-    scale_blob,
-)
-from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, read_adapter, read_file
+from .header import CascadeSpec, Coding, Header, Payload, SetHeader
+from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, read_file
 from .signature import remove_signature
-from .tensors import cascade_header, head_spec
+from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, cascade_blobs, head_spec, scale_blob, set_blobs
 
 PIECE = 1 << 20  # bytes
-
-
-class Stretch(NamedTuple):
-    """Where a payload lies in the spool, in bytes, and its BLAKE3."""
-
-    start: int
-    size: int
-    digest: bytes
+WORTH = 1 << 14  # weights; coding is slow
 
 
 class Spool:
@@ -84,9 +65,9 @@ class Spool:
     ) -> None:
         self._file.close()
 
-    def append(self, data: bytes) -> Stretch:
+    def append(self, data: bytes) -> None:
         """Put bytes aside."""
-        stretch, left = Stretch(self.size, len(data), blake3(data).digest()), memoryview(data)
+        left = memoryview(data)
         try:
             self._file.seek(self.size)
             while left:
@@ -94,16 +75,14 @@ class Spool:
         except OSError as error:
             raise self._unwritable(error) from error
         self.size += len(data)
-        return stretch
 
-    def read(self, stretch: Stretch) -> Iterator[bytes]:
-        """Return the bytes of a stretch in small pieces."""
-        at, end = stretch.start, stretch.start + stretch.size
-        while at < end:
-            self._file.seek(at)
-            piece = self._file.read(min(PIECE, end - at))
+    def read(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `end` in small pieces."""
+        while start < end:
+            self._file.seek(start)
+            piece = self._file.read(min(PIECE, end - start))
             assert piece, "the spool is shorter than what was put into it"
-            at += len(piece)
+            start += len(piece)
             yield piece
 
     def _unwritable(self, error: OSError) -> StateError:
@@ -113,162 +92,115 @@ class Spool:
         )
 
 
+@dataclass(frozen=True, slots=True)
 class Spooled:
-    """Stretches of a spool one after another, as small pieces that can be read any number of times."""
+    """Bytes of a spool as small pieces, which can be read any number of times."""
 
-    def __init__(self, spool: Spool, stretches: Sequence[Stretch]):
-        self.spool, self.stretches = spool, stretches
+    spool: Spool
+    start: int
+    end: int
 
     def __iter__(self) -> Iterator[bytes]:
-        for stretch in self.stretches:
-            yield from self.spool.read(stretch)
+        return self.spool.read(self.start, self.end)
 
 
-WORTH = 1 << 14  # weights; coding is slow
-Key = tuple[str, Op]
-Base = Mapping[str, Tensor] | None  # of the base by name, where a codec that competes uses them
-
-
-class Reference(NamedTuple):
-    """The set that others may be coded against, and the hex BLAKE3 of the packed bits that it was stored with."""
-
-    name: str
-    masks: MaskSet
-    digests: Mapping[Key, str]
-
-
-class Encoded(NamedTuple):
-    """A set in the spool: tables, then payloads; scale and hex BLAKE3 of the packed bits of each payload."""
-
-    header: SetHeader
-    stretches: list[Stretch]
-    alphas: list[float | None]
-    digests: dict[Key, str]
+Reference = tuple[str, MaskSet, Mapping[tuple[str, Op], str]]  # a set that is coded: name, masks, digests of bits
 
 
 class _Job(NamedTuple):
-    """One payload to make; `other` is the reference's, where there is one, and `stored` the digest that it had."""
+    """One payload to make, and the bits of the reference that it may be coded against."""
 
     name: str
     mask: PackedMask
     op: Op
     bits: bitarray
     other: bitarray | None
-    stored: str | None
 
 
-class _Made(NamedTuple):
-    """What is left of a job: no bits, so that results may wait."""
+class _Coded(NamedTuple):
+    """A payload without its bytes: hex BLAKE3 of its packed bits, BLAKE3 of its bytes, scale of its mask."""
 
-    name: str
-    op: Op
-    mask_op: Op
-    shape: tuple[int, ...]
+    payload: Payload
+    bits_digest: str
+    digest: bytes
     alpha: float | None
-    kept: int
-    digest: str
-    offers: list[Offer]
 
 
-class _Kept(NamedTuple):
-    """An offer in the spool."""
+class EncodedSet(NamedTuple):
+    """A set whose payloads are in the spool."""
 
-    codec: Codec
-    variant: int
-    table: int | None
-    stretch: Stretch
-
-
-class _Walk(Iterable[tuple[Bits, Side]]):
-    """The masks of a set, asked for anew in each walk."""
-
-    def __init__(self, parts: Parts, reference: Reference | None, weights: Base):
-        self.parts, self.reference, self.weights = parts, reference, weights
-
-    def __iter__(self) -> Iterator[tuple[Bits, Side]]:
-        """For shared tables: of each mask and its difference from the reference the one with fewer rare bits."""
-        for job in self.jobs():
-            yield self._variants(job)[job.other is not None and is_nearer(job.bits, job.other)]
-
-    def jobs(self) -> Iterator[_Job]:
-        """Return what is to be made, in file order."""
-        for name, mask in self.parts.masks.items():
-            _check(name, mask, self.parts)
-            for op, bits in mask.payloads():
-                other, stored = None, None
-                if self.reference is not None:
-                    other = counterpart(self.reference.masks, name, mask.shape, op)
-                    stored = self.reference.digests.get((name, op))
-                yield _Job(name, mask, op, bits, other, stored)
-
-    def make(self, job: _Job, rivals: Contest) -> _Made:
-        """Code one payload in every way and decode what is offered; called in several threads."""
-        variants = self._variants(job)
-        try:
-            offers = rivals.offers(variants)
-        except ConfigError as error:
-            raise ConfigError(f"the mask of {job.name!r}: {error}") from None
-        for offer in offers:
-            table = None if offer.table is None else rivals.tabled[offer.table][1]
-            _check_round_trip(offer, *variants[offer.variant], table)
-        digest, mask = bits_digest(job.bits), job.mask
-        return _Made(job.name, job.op, mask.op, mask.shape, mask.alpha, job.bits.count(), digest, offers)
-
-    def _variants(self, job: _Job) -> list[tuple[Bits, Side]]:
-        """Return the bits with their side and, where there is a reference, the difference with its side."""
-        bits, shape = packed_bits(job.bits), job.mask.shape
-        classes = None if self.weights is None else base_classes(self.weights, job.name, shape)
-        if job.other is None:
-            return [(bits, Side(shape, classes))]
-        if bits_digest(job.other) != job.stored:
-            raise AdapterError(
-                f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
-                f"must make the same mask each time"
-            )
-        other = packed_bits(job.other)
-        return [(bits, Side(shape, classes)), (bits ^ other, Side(shape, classes, other))]
+    parts: Parts
+    coded: list[_Coded]
+    data: Spooled
 
 
 def encode_set(
     parts: Parts,
     spool: Spool,
-    weights: Base,
-    profile: Profile,
-    codec: str | None,
+    codecs: Sequence[Codec],
+    weights: Mapping[str, Tensor] | None,
     reference: Reference | None,
     step: Callable[[int], None],
-) -> Encoded:
+) -> EncodedSet:
     """Code the masks of one set into the spool; each payload is decoded again before it is kept.
 
     Args:
+        codecs: that compete. weights: of the base by name, if one of them uses them.
         reference: another set of the file, coded already.
         step: called with the number of weights of each mask that is done.
 
     Raises:
         AdapterError: if a mask cannot be stored, or a codec does not give back what it coded.
     """
-    walk = _Walk(parts, reference, weights)
-    rivals = contest(walk, profile, codec, base=weights is not None)
-    made: list[_Made] = []
-    rows: list[list[_Kept]] = []
-    for one in in_order(partial(walk.make, rivals=rivals), walk.jobs(), lambda job: len(job.bits), WORTH):
-        rows.append([_Kept(o.codec, o.variant, o.table, spool.append(o.payload)) for o in one.offers])
-        made.append(one._replace(offers=[]))
-        if one.op == one.mask_op:  # the signs of a ternary mask come before its zeros
-            step(math.prod(one.shape))
-    tables = [table for _, table in rivals.tabled]
-    chosen, used = settle([[(o.stretch.size, o.table) for o in row] for row in rows], [len(table) for table in tables])
-    stretches = [spool.append(tables[index]) for index in used]
-    payloads = []
-    for one, row, index in zip(made, rows, chosen, strict=True):
-        kept = row[index]
-        against = reference.name if reference is not None and kept.variant else None
-        table = None if kept.table is None else used.index(kept.table)
-        coding = Coding(kept.codec.id, one.op, kept.codec.config(), against, table)
-        payloads.append(Payload(one.name, one.shape, coding, one.kept, kept.stretch.size))
-        stretches.append(kept.stretch)
-    header = SetHeader(tuple(payloads), tuple(s.size for s in stretches[: len(used)]), head_spec(parts.head))
-    return Encoded(header, stretches, [one.alpha for one in made], {(one.name, one.op): one.digest for one in made})
+    start, coded = spool.size, list[_Coded]()
+    work = partial(_code, codecs=codecs, weights=weights, reference=reference)
+    for one, data, done in in_order(work, _jobs(parts, reference), lambda job: len(job.bits), WORTH):
+        spool.append(data)
+        coded.append(one)
+        if done:
+            step(one.payload.weights)
+    return EncodedSet(parts, coded, Spooled(spool, start, spool.size))
+
+
+def _jobs(parts: Parts, reference: Reference | None) -> Iterator[_Job]:
+    """Yield what is to be made, in file order."""
+    for name, mask in parts.masks.items():
+        _check(name, mask, parts)
+        referenced = None if reference is None else reference[1].get(name)
+        others = {} if referenced is None or referenced.shape != mask.shape else dict(referenced.payloads())
+        for op, bits in mask.payloads():
+            yield _Job(name, mask, op, bits, others.get(op))
+
+
+def _code(
+    job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None, reference: Reference | None
+) -> tuple[_Coded, bytes, bool]:
+    """Code one payload in every way and decode the smallest; called in several threads.
+
+    Returns:
+        What was made, its bytes, and whether the mask is done: the signs of a ternary mask come before its zeros.
+    """
+    bits, shape = packed_bits(job.bits), job.mask.shape
+    classes = None if weights is None else base_classes(weights, job.name, shape)
+    variants, against = [(bits, Side(shape, classes))], None
+    if job.other is not None and reference is not None:
+        against, _, digests = reference
+        if bits_digest(job.other) != digests[job.name, job.op]:
+            raise AdapterError(
+                f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
+                f"must make the same mask each time"
+            )
+        other = packed_bits(job.other)
+        variants.append((bits ^ other, Side(shape, classes, other)))
+    try:
+        offer = smallest(codecs, variants)
+    except ConfigError as error:
+        raise ConfigError(f"the mask of {job.name!r}: {error}") from None
+    _check_round_trip(offer, *variants[offer.variant])
+    coding = Coding(offer.codec.id, job.op, offer.codec.config(), against if offer.variant else None)
+    payload = Payload(job.name, shape, coding, job.bits.count(), len(offer.payload))
+    made = _Coded(payload, bits_digest(job.bits), blake3(offer.payload).digest(), job.mask.alpha)
+    return made, offer.payload, job.op == job.mask.op
 
 
 def _check(name: str, mask: PackedMask, parts: Parts) -> None:
@@ -285,9 +217,9 @@ def _check(name: str, mask: PackedMask, parts: Parts) -> None:
         )
 
 
-def _check_round_trip(offer: Offer, bits: Bits, side: Side, table: bytes | None) -> None:
+def _check_round_trip(offer: Offer, bits: Bits, side: Side) -> None:
     # a mask that does not decode is lost for good, and decoding is far cheaper than coding
-    side = replace(side, classes=side.classes if offer.codec.needs_base else None, table=table)
+    side = replace(side, classes=side.classes if offer.codec.needs_base else None)
     again = type(offer.codec)(**offer.codec.config()).decode(offer.payload, side)
     if not np.array_equal(again, bits):
         raise AdapterError(
@@ -331,17 +263,6 @@ def choose_reference(sets: Mapping[str, MaskSet]) -> str | None:
     return best if gains[best] else None
 
 
-def counterpart(masks: MaskSet | None, name: str, shape: tuple[int, ...], op: Op) -> bitarray | None:
-    """Return the bits that a payload may be coded against: of the same parameter, shape and op in the reference."""
-    mask: PackedMask | None = None if masks is None else masks.get(name)
-    return None if mask is None or mask.shape != shape else dict(mask.payloads()).get(op)
-
-
-def is_nearer(bits: bitarray, other: bitarray) -> bool:
-    """Tell whether the difference from other bits has fewer rare bits than the bits themselves."""
-    return _rare(count_xor(bits, other), len(bits)) < _rare(bits.count(), len(bits))
-
-
 def _middle(bits: bitarray, sets: int) -> bitarray:
     length = max(8 * COMPARED // sets**2, 1)
     start = max(0, len(bits) - length) // 16 * 8  # whole bytes are copied faster
@@ -378,65 +299,64 @@ def check_names(sets: Mapping[str, Parts], base: Fingerprint) -> None:
 def encode(
     sets: Mapping[str, Parts],
     base: Fingerprint,
+    about: About,
+    cascade: Cascade | None,
     weights: Mapping[str, Tensor] | None,
     profile: Profile,
     codec: str | None,
     spool: Spool,
     progress: Progress | None,
-    cascade: CascadeParts | None = None,
-    **about: Any,
 ) -> tuple[Header, list[Blob]]:
     """Code mask sets and return the header and the tensors of their file; the payloads' bytes are in the spool.
-
-    Args:
-        progress: called after each mask with the weights done and those in all.
-        cascade: what makes a cascade of the sets.
-        about: `task`, `class_names`, `preprocess` and `training` of the header.
 
     Raises:
         AdapterError: if a tensor cannot be stored, or a codec does not give back what it coded.
     """
-    dense = [blob for name, parts in sets.items() for blob in dense_blobs(name, parts)] + cascade_blobs(cascade)
-    if not any(rival.needs_base for rival in rivals(profile, codec, weights is not None)):
+    sets = dict(sorted(sets.items()))
+    dense = [blob for name, parts in sets.items() for blob in set_blobs(name, parts)] + cascade_blobs(cascade)
+    codecs = rivals(profile, codec, weights is not None)
+    if not any(one.needs_base for one in codecs):
         weights = None  # classes cost time, and nobody asks for them
     step = counted(progress, (parts.masks.total for parts in sets.values()))
     if cascade is not None and cascade.dispatcher in sets:
-        name: str | None = cascade.dispatcher  # where the experts began
+        first: str | None = cascade.dispatcher  # where the experts began
     else:
-        name = choose_reference({name: parts.masks for name, parts in sets.items()})
-    made: dict[str, Encoded] = {}
-    reference = None
-    if name is not None:  # the others are coded against it, so it is first
-        made[name] = encode_set(sets[name], spool, weights, profile, codec, None, step)
-        reference = Reference(name, sets[name].masks, made[name].digests)
-    for name in sorted(sets.keys() - made.keys()):
-        made[name] = encode_set(sets[name], spool, weights, profile, codec, reference, step)
-    made = dict(sorted(made.items()))
-    scales = [scale_blob(name, one.alphas) for name, one in made.items()]
+        first = choose_reference({name: parts.masks for name, parts in sets.items()})
+    made: dict[str, EncodedSet] = {}
+    reference: Reference | None = None
+    if first is not None:  # the others are coded against it
+        made[first] = encode_set(sets[first], spool, codecs, weights, None, step)
+        digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in made[first].coded}
+        reference = first, sets[first].masks, digests
+    for name in sets:
+        if name != first:
+            made[name] = encode_set(sets[name], spool, codecs, weights, reference, step)
+    scales = [scale_blob(name, [one.alpha for one in made[name].coded]) for name in sets]
     dense = sorted([*dense, *(blob for blob in scales if blob is not None)], key=lambda blob: blob.name)
-    digests = [stretch.digest for one in made.values() for stretch in one.stretches]
-    digests += [_digest([blob]) for blob in dense]
+    stored = [one.digest for name in sets for one in made[name].coded] + [_digest([blob]) for blob in dense]
     masked = sorted({name for parts in sets.values() for name in parts.masks})
-    blobs = file_order(
-        [
-            *dense,
-            Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]),
-            Blob(DIGESTS, "U8", (len(digests), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in digests]),
-            *(
-                Blob(f"{name}/payloads", "U8", (sum(s.size for s in one.stretches),), Spooled(spool, one.stretches))
-                for name, one in made.items()
-            ),
-        ]
-    )
+    blobs = [
+        *dense,
+        Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]),
+        Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]),
+        *(Blob(f"{n}/payloads", "U8", (one.data.end - one.data.start,), one.data) for n, one in made.items()),
+    ]
+    blobs = file_order(blobs)
     identity = rows_id(
-        (name, payload.name, payload.coding.op, payload.shape, digest)
-        for name, one in made.items()
-        for payload, digest in zip(one.header.payloads, one.digests.values(), strict=True)
+        (name, one.payload.name, one.payload.coding.op, one.payload.shape, one.bits_digest)
+        for name in sets
+        for one in made[name].coded
     )
-    headers = {name: one.header for name, one in made.items()}
+    headers = {
+        name: SetHeader(tuple(one.payload for one in made[name].coded), head_spec(parts.head))
+        for name, parts in sets.items()
+    }
     producer = f"maskpack/{importlib.metadata.version('maskpack')}"
-    about["cascade"] = None if cascade is None else cascade_header(cascade)
-    return Header(producer, identity, _digest(blobs).hex(), replace(base, tensors={}), headers, **about), blobs
+    spec = None
+    if cascade is not None:
+        spec = CascadeSpec(cascade.dispatcher, cascade.experts, cascade.embedding, cascade.combine)
+    own = replace(base, tensors={})
+    return Header(producer, identity, _digest(blobs).hex(), own, headers, about, spec), blobs
 
 
 def _digest(blobs: Iterable[Blob]) -> bytes:
@@ -447,21 +367,17 @@ def _digest(blobs: Iterable[Blob]) -> bytes:
     return whole.digest()
 
 
-__all__ = ["CARD_FILE", "CONFIG_FILE", "MODEL_FILE", "Parts", "read_adapter", "save_adapter"]
-
-CARD_FILE = "README.md"
-
-
 def save_adapter(
     path: str | Path,
-    masks: MaskSet | Parts | Mapping[str, MaskSet | Parts],
+    parts: MaskSet | Parts | Mapping[str, MaskSet | Parts],
     base: Fingerprint,
+    about: About | None = None,
     *,
     task: str | None = None,
     class_names: Iterable[str] | None = None,
     preprocess: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
-    cascade: CascadeParts | None = None,
+    cascade: Cascade | None = None,
     profile: Profile = "default",
     codec: str | None = None,
     weights: Weights | None = None,
@@ -475,11 +391,12 @@ def save_adapter(
 
     Args:
         path: the folder (made if need be) or file.
-        masks: the masks, alone or with what travels beside them; or several named sets of these.
+        parts: masks, alone or with what travels beside them; or several named sets of these.
         base: fingerprint of the frozen model that the masks belong to.
+        about: what training gives as `result.about`; the next four say the same one by one, and take its place.
         task: as in "image-classification". class_names: one for each row of the head.
         preprocess: how inputs are prepared, with a `kind`. training: the training record.
-        cascade: what makes a cascade of the named sets.
+        cascade: how the named sets work together.
         profile: which codecs compete: "fast", "default", or "max", which is smallest with `weights`.
         codec: only this codec, by id.
         weights: the frozen model or its state dict, for codecs that use the base.
@@ -491,40 +408,46 @@ def save_adapter(
         ConfigError, UnknownNameError: if profile or codec are not known.
         StateError: if the files cannot be written. DataError: if the card that is there cannot be updated (the
             adapter is saved then).
+
+    Example:
+        save_adapter("./my-mask", masks, fingerprint(model, id="timm/resnet18.a1_in1k"), task="image-classification")
     """
-    sets = _named(masks)
+    named = {"default": parts} if isinstance(parts, MaskSet | Parts) else parts
+    sets = {name: Parts(one) if isinstance(one, MaskSet) else one for name, one in named.items()}
+    names = None if class_names is None else tuple(class_names)
+    given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": preprocess, "training": training}
+    said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     check_names(sets, base)
-
-    def coded(spool: Spool) -> tuple[Header, list[Blob]]:
-        return encode(
-            sets,
-            base,
-            None if weights is None else by_name(weights),
-            profile,
-            codec,
-            spool,
-            progress,
-            task=task,
-            class_names=None if class_names is None else tuple(class_names),
-            preprocess=preprocess,
-            training=training,
-            cascade=cascade,
-        )
-
-    return write_adapter(Path(path), coded)
+    return write_adapter(
+        Path(path), sets, base, said, cascade, weights=weights, profile=profile, codec=codec, progress=progress
+    )
 
 
 def write_adapter(
-    path: Path, coded: Callable[[Spool], tuple[Header, list[Blob]]], owners: Path | None = None
+    path: Path,
+    sets: Mapping[str, Parts],
+    base: Fingerprint,
+    about: About,
+    cascade: Cascade | None,
+    *,
+    weights: Weights | None,
+    profile: Profile,
+    codec: str | None,
+    progress: Progress | None,
+    check: Callable[[Header], None] = lambda header: None,
+    owners: Path | None = None,
 ) -> Adapter:
-    """Write the folder or file; what `coded` returns and raises is what `encode` does. Else as `save_adapter`.
+    """Write the folder or file; see `save_adapter`.
 
     Args:
+        check: called before anything is replaced; what it raises ends the writing.
         owners: a card whose owner's words a new folder gets.
     """
     whole = path.suffix == ".safetensors"
+    named = None if weights is None else by_name(weights)
     with nullcontext() if whole else _folder(path), Spool(path.parent if whole else path) as spool:
-        header, blobs = coded(spool)
+        header, blobs = encode(sets, base, about, cascade, named, profile, codec, spool, progress)
+        check(header)
         metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
         if whole:
             with replacing(path) as (temporary,):
@@ -581,16 +504,11 @@ def _folder(path: Path) -> Iterator[None]:
         raise
 
 
-def _named(masks: MaskSet | Parts | Mapping[str, MaskSet | Parts]) -> dict[str, Parts]:
-    named = {"default": masks} if isinstance(masks, MaskSet | Parts) else masks
-    return {name: Parts(one) if isinstance(one, MaskSet) else one for name, one in named.items()}
-
-
 def _read_back(temporary: Path, path: Path) -> Adapter:
     """Read what was just written; what a reader would refuse must not replace an older file."""
     try:
         adapter = read_file(temporary, path)
-        _ = adapter.cascade  # its values are checked when it is asked for
+        adapter.check_values()
         return adapter
     except CorruptAdapterError as error:
         raise AdapterError(f"this adapter cannot be saved, readers would refuse it: {error}") from None

@@ -1,6 +1,6 @@
-"""A backbone that classifies: inputs -> features -> logits, with the head inside the model or behind an encoder."""
+"""From inputs to embeddings and logits: a model with a linear head in it or behind it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,27 +10,38 @@ from ..errors import BackboneError, DataError
 from .load import Backbone
 from .model import Embedding, Head, swap_module, unwrap
 
-Inputs = Tensor | dict[str, Tensor]
-Batch = tuple[Inputs, Tensor]
+Inputs = Tensor | dict[str, Tensor]  # images, or a tokenizer's tensors by name
+Batch = tuple[Inputs, Tensor]  # with the labels
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """Move a batch of images, or a tokenizer's tensors, to a device."""
+    """Move inputs to a device."""
     if isinstance(inputs, dict):
         return {name: tensor.to(device) for name, tensor in inputs.items()}
     return inputs.to(device)
 
 
 def example_count(inputs: Inputs) -> int:
-    """Return the number of examples in a batch."""
+    """Return the number of examples."""
     return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values()), ()))
 
 
 def taken(inputs: Inputs, rows: Tensor) -> Inputs:
-    """Return the rows of a batch."""
+    """Return the given rows."""
     if isinstance(inputs, dict):
         return {name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()}
     return inputs[rows.to(inputs.device)]
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """On exit every part of a module is in training or evaluation mode as before."""
+    modes = {part: part.training for part in module.modules()}
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
@@ -44,9 +55,11 @@ def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
     else:
         assert isinstance(inputs, dict)
         hidden = model(**inputs).last_hidden_state  # (B, T, D)
-        weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        mean = embedding.pooling == "mean"
-        found = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1) if mean else hidden[:, 0]
+        if embedding.pooling == "cls":
+            found = hidden[:, 0]
+        else:
+            weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            found = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
     return nn.functional.normalize(found, dim=-1) if embedding.normalize else found
 
 
@@ -77,7 +90,7 @@ class Classifier(nn.Module):
 
 
 def linear_from(head: Head) -> nn.Linear:
-    """Return a layer with the head's tensors, on the CPU in float32."""
+    """Return a layer with the head's tensors, float32 on the CPU."""
     linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
     with torch.no_grad():
         linear.weight.copy_(head.weight)
@@ -87,22 +100,21 @@ def linear_from(head: Head) -> nn.Linear:
 
 
 def classifier_from(model: nn.Module, head: Head) -> Classifier:
-    """Return a classifier that computes with `head` behind an encoder, or with the head that the model has."""
+    """Return a classifier with the linear layer that the model has at the head's place, or with `head` behind it."""
     if head.module is not None:
         linear = unwrap(model).get_submodule(head.module)
         assert isinstance(linear, nn.Linear)
-        return Classifier(model, linear, head.embedding)
-    example = next(model.parameters())
-    linear = linear_from(head).to(example.device, example.dtype)
+    else:
+        example = next(model.parameters())
+        linear = linear_from(head).to(example.device, example.dtype)
     return Classifier(model, linear, head.embedding)
 
 
 @torch.no_grad()
 def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return what the head gets, (N, D) float32 on the CPU, and the labels, (N,), over all batches.
+    """Return the embeddings, (N, D) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode.
 
-    The model is as it is now, with a mask loaded or not, but in evaluation mode; its modes come back. The head itself
-    may be any module at that place, also the `nn.Identity` that is left where one was removed.
+    Masks that are loaded act. The head may be any module at its place, also an `nn.Identity`.
 
     Raises:
         BackboneError: if the backbone has no place for a head, or the head gets no vector for each example.
@@ -115,28 +127,28 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
     collected: list[Tensor] = []
     labels: list[Tensor] = []
 
-    def seen(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def collect(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         collected.append(args[0].float().cpu())
 
-    def step(inputs: Inputs, y: Tensor) -> None:
-        inputs = to_device(inputs, example.device)
-        if head is None:
-            collected.append(encode(model, inputs, backbone.embedding).float().cpu())
-        elif isinstance(inputs, Tensor):
-            model(inputs.to(example.dtype))
-        else:
-            model(**inputs)
-        labels.append(y)
-        rows = [tuple(x.shape) for x in collected[len(labels) - 1 :]]
-        if len(rows) != 1 or len(rows[0]) != 2 or rows[0][0] != len(y):
-            raise BackboneError(
-                f"the head {head!r} of {backbone.id} gets inputs of the shapes {rows} for a batch of {len(y)}, "
-                f"expected one vector for each example; name another module as the head"
-            )
-
-    hook = None if head is None else unwrap(model).get_submodule(head).register_forward_pre_hook(seen)
+    hook = None if head is None else unwrap(model).get_submodule(head).register_forward_pre_hook(collect)
     try:
-        _evaluated(model, batches, step)
+        with modes_kept(model):
+            model.eval()
+            for given, y in batches:
+                inputs = to_device(given, example.device)
+                if head is None:
+                    collected.append(encode(model, inputs, backbone.embedding).float().cpu())
+                elif isinstance(inputs, Tensor):
+                    model(inputs.to(example.dtype))
+                else:
+                    model(**inputs)
+                found = [tuple(x.shape) for x in collected[len(labels) :]]
+                labels.append(y)
+                if len(found) != 1 or len(found[0]) != 2 or found[0][0] != len(y):
+                    raise BackboneError(
+                        f"the head {head!r} of {backbone.id} gets inputs of the shapes {found} for a batch of "
+                        f"{len(y)}, expected one vector for each example; name another module as the head"
+                    )
     finally:
         if hook is not None:
             hook.remove()
@@ -147,7 +159,7 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return the logits, (N, classes) float32, and the labels, (N,), over all batches, in evaluation mode.
+    """Return the logits, (N, classes) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode.
 
     Raises:
         DataError: if there is no batch.
@@ -155,36 +167,17 @@ def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor
     device = next(classifier.parameters()).device
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-
-    def step(inputs: Inputs, y: Tensor) -> None:
-        logits.append(classifier(to_device(inputs, device)).float().cpu())
-        labels.append(y)
-
-    _evaluated(classifier, batches, step)
+    with modes_kept(classifier):
+        classifier.eval()
+        for inputs, y in batches:
+            logits.append(classifier(to_device(inputs, device)).float().cpu())
+            labels.append(y)
     if not labels:
         raise DataError("there is no example that could be read, so there are no predictions")
     return torch.cat(logits), torch.cat(labels)
 
 
 def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:
-    """Return the share of examples classified correctly, in evaluation mode, and how many there are."""
+    """Return the share of examples classified correctly, in evaluation mode, and their number."""
     logits, labels = predictions(classifier, batches)
     return float((logits.argmax(-1) == labels).double().mean()), len(labels)
-
-
-def _evaluated(module: nn.Module, batches: Iterable[Batch], step: Callable[[Inputs, Tensor], None]) -> None:
-    with modes_kept(module):
-        module.eval()
-        for inputs, labels in batches:
-            step(inputs, labels)
-
-
-@contextmanager
-def modes_kept(module: nn.Module) -> Iterator[None]:
-    """On exit every part of a module is in training or evaluation mode as before."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

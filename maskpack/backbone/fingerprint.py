@@ -1,4 +1,4 @@
-"""Fingerprint: what an adapter is bound to, and the digests that it consists of (docs/format.md section 3)."""
+"""Digests of a model's body, which bind an adapter to its base (docs/format.md section 3)."""
 
 import inspect
 import json
@@ -16,16 +16,13 @@ from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .model import body, canonical, inside, unwrap
+from .model import CASTS, PREFIX, Fingerprint, body, canonical, inside, unwrap
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
 
 def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """Return the BLAKE3 digest of a tensor's bytes after a cast to `dtype`, 32 bytes.
-
-    The bytes are row-major and little-endian, so the digest is the same on every device.
-    """
+    """Return the BLAKE3 of a tensor's row-major little-endian bytes after a cast to `dtype`; devices do not matter."""
     flat = tensor.detach().reshape(-1)
     whole = blake3()
     if flat.is_cuda:
@@ -40,10 +37,7 @@ def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
 
 
 def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the bytes of a CUDA tensor piece by piece; while the caller hashes one, the next is copied.
-
-    A piece is valid until the next one is asked for.
-    """
+    """Yield the bytes of a CUDA tensor in pieces, valid until the next; while one is hashed, the next is copied."""
     pieces = _split(flat, PIECE // dtype.itemsize)
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in pieces[:2]]
     stream = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]
@@ -74,13 +68,13 @@ def _bytes(flat: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Evidence that a tensor has not changed; equal stamps mean equal bytes.
+    """Evidence that a tensor has not changed: equal stamps mean equal bytes.
 
     Attributes:
-        storage: its memory. Weak, but the identity is not given to other memory while the reference exists.
+        storage: its memory, by a weak reference, whose identity no other memory gets while it exists.
         layout: dtype, shape, stride, offset. version: PyTorch's count of writes.
-        total: sum of the bytes as 64-bit words. It shows writes that are not counted: through `.data`, or by a fused
-            optimiser.
+        total: sum of the bytes as 64-bit words, which shows writes that PyTorch does not count: through `.data`, or by
+            a fused optimiser.
     """
 
     storage: StorageWeakRef
@@ -107,12 +101,10 @@ def stamp(tensor: Tensor) -> Stamp | None:
 
 
 def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
-    """Return the BLAKE3 of what a model computes with, in evaluation mode, outside of the modules `outside`.
+    """Return the BLAKE3 of all that a model's output in evaluation mode depends on, but for the modules `outside`.
 
-    A fingerprint tells bases apart; this tells apart whatever may change an output: every parameter and buffer in its
-    own bits (integers and buffers that are not saved included), the modules with their settings, and the source of
-    their classes. None while scores are attached, weights are parametrized otherwise, or a module has hooks: what those
-    compute is in none of these.
+    Unlike a fingerprint it covers the bits of every parameter and buffer, the settings of modules, and the source files
+    of their classes. None if a weight is parametrized (as by scores) or a module has hooks, which none of these cover.
     """
     model, outside = unwrap(model), tuple(outside)
     for module in model.modules():
@@ -145,7 +137,7 @@ def _add(whole: blake3, *texts: str) -> None:
 
 
 def _setting(value: Any) -> str | None:
-    """An attribute of a module as text: numbers, words, functions, tuples of them, configurations of transformers."""
+    """Return an attribute of a module as text, or None if it is no setting."""
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return repr(value)
     if isinstance(value, tuple | list):
@@ -158,38 +150,14 @@ def _setting(value: Any) -> str | None:
 
 
 def _source(cls: type) -> str:
-    """The BLAKE3 of the file that defines a class; its name where there is no file."""
+    """Return the BLAKE3 of the file that defines a class, or the class's name if there is none."""
     try:
         return blake3().update_mmap(Path(inspect.getfile(cls))).hexdigest()
     except (OSError, TypeError):
         return f"{cls.__module__}.{cls.__qualname__}"
 
 
-CASTS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-PREFIX = 6  # bytes kept of a tensor's digest, for each cast
-WORTH = 1 << 17  # weights; hashing fewer takes less than a thread costs
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """Identity of a backbone's body.
-
-    Attributes:
-        id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
-        revision: Hub commit, torchvision weights enum, or None.
-        dtype: dtype of the body when the fingerprint was taken, as in "float32".
-        head: names of modules outside the body.
-        digests: dtype name -> hex BLAKE3 of the body cast to that dtype.
-        tensors: parameter name -> first 18 bytes as in `maskpack.base`: 6 bytes each of the digest of the tensor
-            cast to float32, bfloat16, float16.
-    """
-
-    id: str
-    revision: str | None
-    dtype: str
-    head: tuple[str, ...]
-    digests: Mapping[str, str]
-    tensors: Mapping[str, bytes]
+WORTH = 1 << 17  # weights that are worth a thread
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -197,13 +165,13 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, bytes]:
-    """Return `tensor_digest` of each, several at a time where they are on the CPU."""
+    """Return the `tensor_digest` of each, in threads on the CPU."""
     return _of_each(tensors, lambda _, tensor: tensor_digest(tensor, dtype))
 
 
 def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result]) -> dict[str, Result]:
-    """Return what work gives for each name and tensor, several at a time where they are on the CPU."""
-    # the largest first: one that comes last would be waited for alone
+    """Return the result of `work` for each name and tensor, in threads on the CPU."""
+    # the largest first, so that it is not waited for alone
     items = sorted(tensors.items(), key=lambda item: -item[1].numel())
     workers = None if all(tensor.is_cpu for tensor in tensors.values()) else 1
     found = in_order(lambda item: work(*item), items, lambda item: item[1].numel(), WORTH, workers)
@@ -211,12 +179,11 @@ def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result
 
 
 def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors, or raise BackboneMismatchError if one is on the meta device."""
+    """Return the tensors, or raise BackboneMismatchError if one is on the meta device."""
     if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise BackboneMismatchError(
             f"{len(on_meta)} of the {len(tensors)} tensors of the model's body are on the meta device and have no "
-            f"values, first {on_meta[0]!r}; load its weights before, or weights and adapter together by "
-            f"load_masked(model, weights, ref)"
+            f"values, first {on_meta[0]!r}; load the weights first, or use load_masked(model, weights, ref)"
         )
     return tensors
 
@@ -230,7 +197,7 @@ def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) ->
 
 
 def compared_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Return the dtype in which a model is compared: the shortest mantissa among its tensors."""
+    """Return the dtype in which a model is compared: that of the shortest mantissa among its tensors."""
     present = {tensor.dtype for tensor in tensors}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in present), torch.float32)
 
@@ -247,57 +214,41 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     tensors = _with_data(body(model, head))
     digests: dict[str, str] = {}
     prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
-    for dtype in CASTS:
-        each = tensor_digests(tensors, dtype)
-        digests[_name(dtype)] = _body_digest(tensors, each)
-        prefixes = {name: prefix + each[name][:PREFIX] for name, prefix in prefixes.items()}
+    for name in CASTS:
+        each = tensor_digests(tensors, getattr(torch, name))
+        digests[name] = _body_digest(tensors, each)
+        prefixes = {tensor: prefix + each[tensor][:PREFIX] for tensor, prefix in prefixes.items()}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
 
 
-def _prefix(expected: Fingerprint, name: str, dtype: torch.dtype) -> bytes:
-    at = CASTS.index(dtype) * PREFIX
-    return expected.tensors[name][at : at + PREFIX]
-
-
 def same_digest(digest: bytes, expected: Fingerprint, name: str, dtype: torch.dtype) -> bool:
-    """Tell whether a digest by `tensor_digest` is that of the base's masked tensor of that name."""
-    return digest[:PREFIX] == _prefix(expected, name, dtype)
-
-
-def same_tensor(tensor: Tensor, expected: Fingerprint, name: str) -> bool:
-    """Tell whether a tensor, in its own dtype (one of the three casts), is the base's of that name."""
-    return same_digest(tensor_digest(tensor, tensor.dtype), expected, name, tensor.dtype)
+    """Return True if the `tensor_digest` in `dtype` is that of the base's masked tensor `name`."""
+    at = CASTS.index(_name(dtype)) * PREFIX
+    return digest[:PREFIX] == expected.tensors[name][at : at + PREFIX]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A model's body as it is compared.
-
-    Attributes:
-        dtype: in which it is compared. digest: of all. tensors: digest of each by name.
-    """
+    """Digests of a model's body in the dtype in which it is compared: of all, and of each tensor by name."""
 
     dtype: torch.dtype
     digest: str
     tensors: Mapping[str, bytes]
 
 
-# model -> tensor name -> its stamp, the dtype of the cast, and the digest
+# of the last measurement, by model and tensor name: stamp, dtype of the cast, digest
 _MEASURED: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Stamp, torch.dtype, bytes]]]
 _MEASURED = weakref.WeakKeyDictionary()
 
 
 def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
-    """Take the digests of a model's body that fingerprints are compared with.
-
-    A tensor that still has the stamp that it had when it was last measured is not hashed again.
-    """
+    """Measure a model's body; a tensor with the stamp of the last measurement is not hashed again."""
     tensors = _with_data(body(model, head))
     dtype = compared_dtype(tensors.values())
     known = _MEASURED.setdefault(unwrap(model), {})
 
     def measure(name: str, tensor: Tensor) -> tuple[Stamp | None, torch.dtype, bytes]:
-        now = stamp(tensor)  # before the digest: what is written meanwhile makes it void
+        now = stamp(tensor)  # before the digest, so that it does not vouch for what is written meanwhile
         if now is not None and name in known and known[name][:2] == (now, dtype):
             return known[name]
         return now, dtype, tensor_digest(tensor, dtype)
@@ -308,23 +259,17 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     return Measured(dtype, _body_digest(tensors, each), each)
 
 
-def versions(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return PyTorch's count of writes of each tensor that was measured; `tensors` are the model's by name."""
+def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
+    """Note that tensors have the bytes again that they had at an earlier count of writes: name -> (earlier, now)."""
     known = _MEASURED.get(unwrap(model), {})
-    return {name: tensors[name]._version for name in known if name in tensors and not tensors[name].is_inference()}
-
-
-def has_again(model: nn.Module, was: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Note that tensors have again the bytes that they had at the counts `was`; their counts are `now`."""
-    known = _MEASURED.get(unwrap(model), {})
-    for name in was.keys() & now.keys() & known.keys():
-        found, dtype, digest = known[name]
-        if found.version == was[name]:
-            known[name] = replace(found, version=now[name]), dtype, digest
+    for name in counts.keys() & known.keys():
+        (found, dtype, digest), (earlier, now) = known[name], counts[name]
+        if found.version == earlier:
+            known[name] = replace(found, version=now), dtype, digest
 
 
 def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
-    """Compare a model's body with the fingerprint of an adapter's base; return the dtype that matched.
+    """Compare a model's body with the fingerprint of an adapter's base, and return the dtype in which they agree.
 
     Raises:
         BackboneMismatchError: if they differ; the message says how many masked tensors differ and which is first.
@@ -333,11 +278,11 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
 
 
 def check_digests(tensors: Mapping[str, Tensor], each: Mapping[str, bytes], expected: Fingerprint) -> str:
-    """Compare digests that were taken of a body's tensors as `check_fingerprint` does; return the dtype that matched.
+    """As `check_fingerprint`, by digests that were taken before.
 
     Args:
-        tensors: the body, for names, dtypes and shapes alone: it may be on the meta device.
-        each: name -> digest by `tensor_digest` in the dtype of `compared_dtype(tensors.values())`.
+        tensors: the body, for names, dtypes and shapes; may be on the meta device.
+        each: `tensor_digest` in the dtype of `compared_dtype(tensors.values())` by name.
     """
     return check_measured(Measured(compared_dtype(tensors.values()), _body_digest(tensors, each), each), expected)
 
@@ -357,7 +302,7 @@ def check_measured(found: Measured, expected: Fingerprint) -> str:
 
 
 def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMismatchError:
-    """Return the error for a body that is not an adapter's base; `what` says what differs."""
+    """Return the error for a body that is not an adapter's base."""
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "

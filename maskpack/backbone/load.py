@@ -1,7 +1,6 @@
-"""Models of transformers: which class loads one, and what its image processor states."""
+"""Load a backbone: from timm, torchvision, transformers or a Python file, with pretrained, own or random weights."""
 
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,206 +14,29 @@ from torch import Tensor, nn
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
-from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocess, Interpolation, Preprocess, TextPreprocess
+from ..preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LARGEST,
+    ImagePreprocess,
+    Interpolation,
+    Preprocess,
+    TextPreprocess,
+)
 from ..safetensors_io import read_tensors, write_tensors
 from .model import (
-    BLOCK,
-    MAX_SEED,
     Embedding,
     Head,
     aliases,
     canonical,
     find_head,
-    head_features,
     named_buffers,
     named_parameters,
-    random_words,
     swap_module,
     unwrap,
 )
+from .random_weights import PREFIX, parse_random, random_values
 
-# CLIP-like models by type: the vision tower whose output has the image's embedding in the space of the texts'
-TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
-RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-
-
-def tower_name(config: Any) -> str | None:
-    """Return the class of a CLIP-like model's vision tower, or None for all other models."""
-    return TOWERS.get(config.model_type.removesuffix("_vision_model"))
-
-
-def is_vision(transformers: Any, config: Any) -> bool:
-    """Tell whether a model takes images."""
-    known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    return tower_name(config) is not None or config.model_type in known
-
-
-def load_model(transformers: Any, config: Any, repo: str, pretrained: bool, options: Mapping[str, Any]) -> Any:
-    """Return a CLIP-like vision tower, an image classifier, or an encoder, with its weights or with random ones."""
-    auto = transformers.AutoModelForImageClassification if is_vision(transformers, config) else transformers.AutoModel
-    tower = tower_name(config)
-    if pretrained:
-        # float32 whatever the file holds: the scores learn from full-precision products
-        return (getattr(transformers, tower) if tower else auto).from_pretrained(repo, dtype=torch.float32, **options)
-    if tower:
-        return getattr(transformers, tower)(getattr(config, "vision_config", config))
-    return auto.from_config(config)
-
-
-def stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
-    """Return what an image processor states; `image_size` in pixels goes before its sizes."""
-    resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
-    crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
-    mean, std = tuple(processor.image_mean or IMAGENET_MEAN), tuple(processor.image_std or IMAGENET_STD)
-    return ImagePreprocess(crop, max(resize, crop), RESAMPLING.get(int(processor.resample), "bilinear"), mean, std)
-
-
-def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> int:
-    """Write a model's state dict, as it is now, as a safetensors file; return the number of tensors.
-
-    Tied tensors are written under each of their names, so that the file loads strictly.
-
-    Raises:
-        StateError: if the file cannot be written.
-    """
-    state = unwrap(model).state_dict()
-    tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
-    write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
-    return len(tensors)
-
-
-COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is computed
-
-
-def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
-    """Load a safetensors state dict into a model, strictly.
-
-    Args:
-        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
-        head: dotted name of the model's head, which the file may have for other classes.
-
-    Raises:
-        BackboneError: if names or shapes differ; the message shows the first of them.
-        DataError: if the file cannot be used.
-    """
-    load_tensors(model, read_tensors(path), path, head)
-
-
-def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
-    """Load what was read from a file into a model; as `load_weights`."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if head is not None:
-        fit_head(model, head, shapes)
-    stored = sources(model, shapes, path)
-    model = unwrap(model)
-    wanted = {name: stored.get(canonical(name)) for name in model.state_dict()}
-    model.load_state_dict({name: state[source] for name, source in wanted.items() if source is not None}, strict=True)
-
-
-def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> dict[str, str]:
-    """Return, for each tensor of a model's state dict by canonical name, which tensor of a file it is loaded from.
-
-    A tied tensor may be in the file under one of its names alone, as Hugging Face writes it. The counters of BatchNorm
-    may be missing, as in files of old PyTorch: they stay.
-
-    Args:
-        shapes: of the tensors of the file. path: what messages call it.
-
-    Raises:
-        BackboneError: if names or shapes differ; the message shows the first of them.
-    """
-    own = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
-    first = aliases(model)
-    present: dict[str, str] = {}
-    for name in sorted(own.keys() & shapes.keys()):
-        present.setdefault(first.get(name, name), name)
-    found = {name: name if name in shapes else present.get(first.get(name, name)) for name in own}
-    missing = sorted(name for name, source in found.items() if source is None and not name.endswith(COUNTER))
-    unexpected = sorted(shapes.keys() - own.keys())
-    other = [
-        f"{name}: {shapes[source]} in the file, {tuple(own[name].shape)} in the model"
-        for name, source in found.items()
-        if source is not None and shapes[source] != tuple(own[name].shape)
-    ]
-    if missing or unexpected or other:
-        raise BackboneError(
-            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(other)} of another shape {other[:3]}"
-        )
-    return {name: source for name, source in found.items() if source is not None}
-
-
-def fit_head(model: nn.Module, head: str, shapes: Mapping[str, Shape]) -> None:
-    """Give a model a linear head for as many classes as a state dict of these shapes has weights for."""
-    own, weight = unwrap(model).get_submodule(head), shapes.get(f"{head}.weight", ())
-    bias = f"{head}.bias" in shapes
-    if len(weight) != 2 or not isinstance(own, nn.Linear) or weight[1] != own.in_features:
-        return
-    had = own.bias is not None
-    if bias >= had and (weight[0] != own.out_features or bias != had):
-        swap_module(model, head, nn.Linear(own.in_features, weight[0], bias, own.weight.device, own.weight.dtype))
-
-
-KINDS = ("kaiming", "signed-constant")
-PREFIX = "random:"  # of the revision of such a base
-
-
-def parse_random(text: str) -> tuple[str, int]:
-    """Return kind and seed of "SEED", whose kind is "" (as the library draws them), or of "KIND:SEED".
-
-    Raises:
-        BackboneError: if it is neither.
-    """
-    kind, _, seed = text.rpartition(":")
-    if kind not in ("", *KINDS) or text.startswith(":") or not seed.isdecimal() or int(seed) > MAX_SEED:
-        raise BackboneError(
-            f"random weights must be SEED or KIND:SEED, with a seed from 0 to {MAX_SEED} and a kind of "
-            f"{', '.join(KINDS)}; got {text!r}"
-        )
-    return kind, int(seed)
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, kind: str, seed: int) -> None:
-    """Set the weights of a model to those that a kind and a seed stand for (docs/format.md section 3.1).
-
-    Weights of two dimensions and more become random, those of one dimension (norms) 1, biases 0, BatchNorm statistics
-    0 and 1. What has another name stays as its constructor left it.
-    """
-    parameters = named_parameters(model)
-    for name in sorted(set(aliases(model).values())):
-        parameter, leaf = parameters[name], name.rpartition(".")[2]
-        if leaf.endswith("bias"):
-            parameter.zero_()
-        elif leaf.endswith("weight") and parameter.ndim > 1:
-            parameter.copy_(random_values(name, tuple(parameter.shape), kind, seed))
-        elif leaf.endswith("weight"):
-            parameter.fill_(1.0)
-    for name, buffer in named_buffers(model).items():
-        if name.endswith(("running_mean", "running_var")):
-            buffer.fill_(float(name.endswith("running_var")))
-
-
-def random_values(name: str, shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
-    """Return the values of one weight, float32: uniform of standard deviation sqrt(2 / fan-in), or plus and minus that.
-
-    The fan-in is the number of weights of one output, the product of all sizes but the first (He et al., 2015, and
-    Ramanujan et al., 2020).
-    """
-    fan_in = math.prod(shape[1:])
-    whole = torch.empty(math.prod(shape))
-    for block, part in enumerate(torch.split(whole, BLOCK)):
-        words = random_words(f"maskpack weight {seed} {name} {block}", len(part))
-        # odd numbers of 25 bits: exact in binary64 up to the square root, and never 0
-        odd = (2 * words + 1 - (1 << 24)).to(torch.float64)
-        if kind == "kaiming":
-            part.copy_(odd / (1 << 24) * math.sqrt(6 / fan_in))
-        else:
-            part.copy_(odd.sign() * math.sqrt(2 / fan_in))
-    return whole.reshape(shape)
-
-
-LARGEST_IMAGE = 8192  # pixels
 Task = Literal["image-classification", "text-classification"]
 
 
@@ -226,8 +48,7 @@ class Backbone:
         model: in evaluation mode.
         id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
         revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
-        embedding: the input of its head, or an encoder's pooled output; `Embedding()` if the head is unknown.
-        outside: modules that do not belong to the body: the head, or an encoder's unused pooler.
+        embedding: the input of its head, or an encoder's pooled output; `Embedding()` if it has no head.
         preprocess: what the model expects of its inputs.
         tokenizer: of a text backbone, else None.
     """
@@ -253,19 +74,145 @@ class Backbone:
         return ("pooler",) if self.embedding.pooling is not None and hasattr(self.model, "pooler") else ()
 
     @property
+    def linear(self) -> nn.Linear | None:
+        """The linear layer that gives the logits; None for an encoder, or if it was removed."""
+        own = None if self.head is None else unwrap(self.model).get_submodule(self.head)
+        return own if isinstance(own, nn.Linear) else None
+
+    @property
     def features(self) -> int:
         """Number of features that go into the head.
 
         Raises:
             BackboneError: if there is no head, or it was removed and the model does not state its `num_features`.
         """
+        if self.linear is not None:
+            return self.linear.in_features
         if self.head is not None:
-            return head_features(self.model, self.head)
+            stated = getattr(unwrap(self.model), "num_features", None)
+            if not isinstance(stated, int):
+                raise BackboneError(
+                    f"the head {self.head!r} was removed and the model does not state num_features; load it whole"
+                )
+            return stated
         if self.embedding.pooling is None:
             raise BackboneError(f"the backbone {self.id} has no linear layer that could be its head; add one")
         config: Any = self.model.config
         projected = getattr(config, "projection_dim", None) if self.embedding.pooling == "projection" else None
         return int(projected or config.hidden_size)
+
+
+def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> int:
+    """Write a model's state dict as a safetensors file, and return the number of tensors.
+
+    Tied tensors are written under each of their names, so that the file loads strictly.
+
+    Raises:
+        StateError: if the file cannot be written.
+    """
+    state = unwrap(model).state_dict()
+    tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
+    return len(tensors)
+
+
+COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is computed
+
+
+def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
+    """Load a safetensors state dict into a model, strictly.
+
+    Args:
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
+        head: dotted name of the model's head, which may have other classes in the file.
+
+    Raises:
+        BackboneError: if names or shapes differ; the message shows the first of them.
+        DataError: if the file cannot be used.
+    """
+    load_tensors(model, read_tensors(path), path, head)
+
+
+def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
+    """Load the tensors of a state dict, which came from `path`; as `load_weights`."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if head is not None:
+        fit_head(model, head, shapes)
+    stored = sources(model, shapes, path)
+    model = unwrap(model)
+    wanted = {name: stored.get(canonical(name)) for name in model.state_dict()}
+    model.load_state_dict({name: state[source] for name, source in wanted.items() if source is not None}, strict=True)
+
+
+def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> dict[str, str]:
+    """Map each canonical name of a model's state dict to the tensor of a file that it is loaded from.
+
+    A tied tensor may have one of its names in the file, as Hugging Face writes it. The counters of BatchNorm may be
+    missing, as in files of old PyTorch; they stay.
+
+    Args:
+        shapes: of the tensors of the file. path: its name in messages.
+
+    Raises:
+        BackboneError: if names or shapes differ; the message shows the first of them.
+    """
+    own = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
+    first = aliases(model)
+    present: dict[str, str] = {}
+    for name in sorted(own.keys() & shapes.keys()):
+        present.setdefault(first.get(name, name), name)
+    sought = {name: name if name in shapes else present.get(first.get(name, name)) for name in own}
+    found = {name: source for name, source in sought.items() if source is not None}
+    missing = sorted(name for name in own.keys() - found.keys() if not name.endswith(COUNTER))
+    unexpected = sorted(shapes.keys() - own.keys())
+    other = [
+        f"{name}: {shapes[source]} in the file, {tuple(own[name].shape)} in the model"
+        for name, source in found.items()
+        if shapes[source] != tuple(own[name].shape)
+    ]
+    if missing or unexpected or other:
+        raise BackboneError(
+            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(other)} of another shape {other[:3]}"
+        )
+    return found
+
+
+def fit_head(model: nn.Module, head: str, shapes: Mapping[str, Shape]) -> None:
+    """Give a model a linear head for as many classes as a state dict of these shapes has weights for."""
+    own, weight = unwrap(model).get_submodule(head), shapes.get(f"{head}.weight", ())
+    bias = f"{head}.bias" in shapes
+    if len(weight) != 2 or not isinstance(own, nn.Linear) or weight[1] != own.in_features:
+        return
+    had = own.bias is not None
+    if bias >= had and (weight[0] != own.out_features or bias != had):
+        swap_module(model, head, nn.Linear(own.in_features, weight[0], bias, own.weight.device, own.weight.dtype))
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, kind: str, seed: int) -> None:
+    """Set a model's weights to those of a kind and a seed (docs/format.md section 3.1).
+
+    Weights of two dimensions and more become random, those of one dimension (norms) 1, biases 0, BatchNorm statistics
+    0 and 1. Other tensors stay as constructed.
+    """
+    parameters = named_parameters(model)
+    for name in sorted(set(aliases(model).values())):
+        parameter, leaf = parameters[name], name.rpartition(".")[2]
+        if leaf.endswith("bias"):
+            parameter.zero_()
+        elif leaf.endswith("weight") and parameter.ndim > 1:
+            parameter.copy_(random_values(name, tuple(parameter.shape), kind, seed))
+        elif leaf.endswith("weight"):
+            parameter.fill_(1.0)
+    for name, buffer in named_buffers(model).items():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.fill_(float(name.endswith("running_var")))
+
+
+# CLIP-like models by type: the vision tower whose output has the image's embedding in the space of the texts'
+TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
@@ -310,35 +257,48 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbon
 def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbone:
     transformers = require("transformers", "train", "loading transformers backbones")
     repo, _, revision = name.partition("@")
-    folder = Path(repo)
-    local = folder.is_dir()
+    local = Path(repo).is_dir()
     if not local and repo.startswith(("/", ".", "~")):
         raise BackboneError(f"no folder {repo!r}; hf/ is followed by a Hub repository or an existing folder")
+    options: dict[str, Any] = {} if local else {"revision": revision or "main"}
     with nullcontext() if local else library_calls():
-        return _from_transformers(transformers, repo, None if local else revision or "main", pretrained, image_size)
+        config = transformers.AutoConfig.from_pretrained(repo, **options)
+        # a folder is named by its own name, never by its path
+        id_ = f"hf/{Path(repo).resolve().name if local else repo}"
+        commit = None if local else getattr(config, "_commit_hash", None)
+        tower = TOWERS.get(config.model_type.removesuffix("_vision_model"))
+        classifiers = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        vision = tower is not None or config.model_type in classifiers
+        cls = transformers.AutoModelForImageClassification if vision else transformers.AutoModel
+        if pretrained:
+            # float32 whatever the file holds: the scores learn from full-precision products
+            cls = getattr(transformers, tower) if tower else cls
+            model = cls.from_pretrained(repo, dtype=torch.float32, **options)
+        elif tower:
+            model = getattr(transformers, tower)(getattr(config, "vision_config", config))
+        else:
+            model = cls.from_config(config)
+        if vision:
+            processor = transformers.AutoImageProcessor.from_pretrained(repo, **options)
+            embedding = Embedding(None, "projection", True) if tower else Embedding()
+            preprocess = _stated_preprocess(processor, image_size)
+            return Backbone(model, id_, commit, embedding=embedding, preprocess=preprocess)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
+        tokens = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
+        embedding = Embedding(None, "mean", True)
+        return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
 
-def _from_transformers(
-    transformers: Any, repo: str, revision: str | None, pretrained: bool, image_size: int | None
-) -> Backbone:
-    """Load a model and what belongs to it from a Hub repository at a revision, or from a folder where that is None."""
-    options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    config = transformers.AutoConfig.from_pretrained(repo, **options)
-    # a folder is named by its own name, never by its path
-    id_ = f"hf/{Path(repo).resolve().name}" if revision is None else f"hf/{repo}"
-    commit = None if revision is None else getattr(config, "_commit_hash", None)
-    model = load_model(transformers, config, repo, pretrained, options)
-    if is_vision(transformers, config):
-        stated = stated_preprocess(transformers.AutoImageProcessor.from_pretrained(repo, **options), image_size)
-        if tower_name(config) is None:
-            return Backbone(model, id_, commit, preprocess=stated)
-        return Backbone(model, id_, commit, embedding=Embedding(None, "projection", True), preprocess=stated)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
-    text = TextPreprocess(min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length)))
-    return Backbone(model, id_, commit, "text-classification", Embedding(None, "mean", True), text, tokenizer)
+def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
+    """Return the preprocessing of a transformers image processor; `image_size` in pixels replaces its sizes."""
+    resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
+    crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
+    mean, std = tuple(processor.image_mean or IMAGENET_MEAN), tuple(processor.image_std or IMAGENET_STD)
+    return ImagePreprocess(crop, max(resize, crop), RESAMPLING.get(int(processor.resample), "bilinear"), mean, std)
 
 
-def _factory(reference: str, image_size: int | None) -> Backbone:
+def _python_file(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
+    """Call the function of "PATH.py:FUNCTION", which makes its weights itself."""
     file, _, name = reference.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -361,21 +321,21 @@ def _factory(reference: str, image_size: int | None) -> Backbone:
     return Backbone(model, f"{path.stem}:{name}", preprocess=preprocess)
 
 
-def _make(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
+Loader = Callable[[str, bool, int | None], Backbone]  # of name, pretrained, image size in pixels
+LOADERS: Mapping[str, Loader] = {"timm": _timm, "torchvision": _torchvision, "hf": _transformers}
+
+
+def _loader(reference: str) -> tuple[Loader, str]:
+    """Return the loader of a reference and the name that it takes."""
     kind, _, name = reference.partition("/")
-    loaders: dict[str, Callable[[str, bool, int | None], Backbone]] = {
-        "timm": _timm,
-        "torchvision": _torchvision,
-        "hf": _transformers,
-    }
     if ".py:" in reference:
-        return _factory(reference, image_size)
-    if kind not in loaders or not name:
+        return _python_file, reference
+    if kind not in LOADERS or not name:
         raise BackboneError(
             f"cannot read the backbone {reference!r}; expected timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or "
             f"PATH.py:FUNCTION"
         )
-    return loaders[kind](name, pretrained, image_size)
+    return LOADERS[kind], name
 
 
 @hides_secrets
@@ -392,13 +352,13 @@ def load_backbone(
     """Load a backbone in evaluation mode.
 
     Args:
-        reference: `timm/NAME`, `torchvision/NAME[@WEIGHTS]`, `hf/REPO[@REVISION]`, `hf/FOLDER` or `PATH.py:FUNCTION`
-            (which runs that file: only ever from the user's own command line, never from an adapter).
-        weights: safetensors state dict to load strictly in place of the pretrained weights; its head may have other
+        reference: `timm/NAME`, `torchvision/NAME[@WEIGHTS]`, `hf/REPO[@REVISION]`, `hf/FOLDER` or `PATH.py:FUNCTION`,
+            which runs that file. It must come from the user, never from an adapter.
+        weights: safetensors state dict, loaded strictly in place of the pretrained weights; its head may have other
             classes.
-        random_weights: random weights in place of the pretrained ones: a seed for those that the library draws, or
-            "kaiming:SEED" or "signed-constant:SEED" for those of `random_init`, which are the same everywhere.
-        head: dotted name of the head, where it cannot be found.
+        random_weights: in place of the pretrained weights: a seed for the library's own initialisation, or
+            "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
+        head: dotted name of the head, if it cannot be found.
         image_size: pixels, in place of the backbone's own.
         mean, std: normalisation per channel, in place of the backbone's own.
 
@@ -406,16 +366,17 @@ def load_backbone(
         BackboneError: if it cannot be loaded. UnknownNameError: if there is no such model or module.
         MissingDependencyError: if the library that has it is not installed.
     """
-    if image_size is not None and not 1 <= image_size <= LARGEST_IMAGE:
-        raise ConfigError(f"image_size must be from 1 to {LARGEST_IMAGE} pixels, got {image_size}")
+    if image_size is not None and not 1 <= image_size <= LARGEST:
+        raise ConfigError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     kind, seed = parse_random(str(random_weights)) if random_weights is not None else ("", 0)
     if random_weights is not None and weights is not None:
-        raise ConfigError(f"weights {weights} and random_weights {random_weights} exclude each other; leave one out")
+        raise ConfigError(f"weights {weights} and random_weights {random_weights} are mutually exclusive")
     with torch.random.fork_rng():
         try:
             if random_weights is not None:
                 torch.manual_seed(seed)
-            backbone = _make(reference, weights is None and random_weights is None, image_size)
+            loader, name = _loader(reference)
+            backbone = loader(name, weights is None and random_weights is None, image_size)
         except MaskpackError:
             raise
         except UnreachableError as error:
@@ -431,11 +392,9 @@ def load_backbone(
     if kind:
         randomize(backbone.model, kind, seed)
         backbone = replace(backbone, revision=f"{PREFIX}{kind}:{seed}")
-    if isinstance(backbone.preprocess, ImagePreprocess):
-        stated = backbone.preprocess
-        backbone = replace(
-            backbone, preprocess=replace(stated, mean=tuple(mean or stated.mean), std=tuple(std or stated.std))
-        )
+    if isinstance(stated := backbone.preprocess, ImagePreprocess):
+        preprocess = replace(stated, mean=tuple(mean or stated.mean), std=tuple(std or stated.std))
+        backbone = replace(backbone, preprocess=preprocess)
     if backbone.embedding.pooling == "projection" and head is not None:
         raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
     if backbone.embedding.pooling is None or head is not None:
@@ -446,21 +405,21 @@ def load_backbone(
     return backbone
 
 
-TEXTS = 64  # that the text tower gets at a time
+TEXTS = 64  # per batch of the text tower
 
 
 @torch.no_grad()
 def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> Head:
-    """Return the head whose logits are those of zero-shot CLIP (https://arxiv.org/abs/2103.00020, section 3.1).
+    """Return the zero-shot head of a CLIP-like model (https://arxiv.org/abs/2103.00020, section 3.1).
 
-    Its weight is the text embedding of each class, divided by its Euclidean norm, times exp(logit_scale). The text
-    tower is loaded from where the model of the backbone came from, and not kept.
+    Its weight is the normalised text embedding of each class times exp(logit_scale). The text tower is loaded from
+    where the backbone's model came from, and not kept.
 
     Args:
-        template: text in which `{label}` stands for the name of the class.
+        template: text in which `{label}` stands for the class name.
 
     Raises:
-        BackboneError: if the backbone is not CLIP-like, or has no text tower that can be loaded.
+        BackboneError: if the backbone is not CLIP-like, or its text tower cannot be loaded.
     """
     transformers = require("transformers", "train", "loading a text tower")
     if backbone.embedding.pooling != "projection":
@@ -474,8 +433,8 @@ def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> 
         config = transformers.AutoConfig.from_pretrained(source, **options)
         if config.model_type not in TOWERS:
             raise BackboneError(
-                f"{backbone.id} has a vision tower only, and a text head needs the text tower as well; name the "
-                f"repository or folder of the whole model, or take a linear or a masked head"
+                f"a text head needs the text tower, and {backbone.id} has a vision tower only; name the repository or "
+                f"folder of the whole model, or take a linear or a masked head"
             )
         model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **options).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
@@ -486,12 +445,13 @@ def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> 
             f"cannot load the text tower of {backbone.id} from {source!r}: {type(error).__name__}: {error}; a folder "
             f"needs the whole model and its tokenizer"
         ) from error
+    texts = [template.replace("{label}", name) for name in class_names]
     length = config.text_config.max_position_embeddings
     rows: list[Tensor] = []
-    for start in range(0, len(class_names), TEXTS):
-        texts = [template.replace("{label}", name) for name in class_names[start : start + TEXTS]]
+    for start in range(0, len(texts), TEXTS):
         # always to the full length, as SigLIP was trained; CLIP's attention does not look behind the text
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        batch = texts[start : start + TEXTS]
+        tokens = tokenizer(batch, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         found = model.get_text_features(**tokens)
         rows.append(found if isinstance(found, Tensor) else found.pooler_output)
     weight = nn.functional.normalize(torch.cat(rows), dim=-1) * model.logit_scale.exp()

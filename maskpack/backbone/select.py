@@ -1,4 +1,4 @@
-"""Which parameters are masked: globs on dotted names."""
+"""Selection of the parameters to mask, by globs on dotted names."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ _LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 
 
 def _default_names(model: nn.Module, head: Sequence[str]) -> list[str]:
-    """Weights of convolutions and linear layers outside the head, the pooler and whatever is tied to an embedding."""
+    """Return weights of convolutions and linear layers, but for head, pooler and what is tied to an embedding."""
     first = aliases(model)
     names, embeddings = [], set()
     for raw, module in unwrap(model).named_modules(remove_duplicate=False):
@@ -50,13 +50,10 @@ def _match(patterns: Iterable[str], names: Sequence[str], option: str) -> set[st
 
 
 def match_parameters(model: nn.Module, patterns: Iterable[str], option: str, head: Sequence[str] = ()) -> list[str]:
-    """Return the names of the body's parameters that globs match, sorted; tied ones under their first name only.
-
-    Args:
-        option: what the patterns are called in errors.
+    """Return the names of the body's parameters that match globs, sorted; of tied ones the first.
 
     Raises:
-        SelectionError: if a pattern matches nothing.
+        SelectionError: if a pattern matches nothing; the message calls the patterns `option`.
     """
     first = aliases(model)
     return sorted({first[name] for name in _match(patterns, [n for n in first if not inside(n, head)], option)})
@@ -65,19 +62,19 @@ def match_parameters(model: nn.Module, patterns: Iterable[str], option: str, hea
 def select_parameters(
     model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), head: Sequence[str] = ()
 ) -> list[str]:
-    """Return the names of the parameters to mask, sorted; tied weights under their first name only.
+    """Return the names of the parameters to mask, sorted; of tied ones the first.
 
     Args:
-        include: globs on dotted names (`*` also matches dots). None given: every convolution and linear weight of
-            the body, without embeddings, pooler and head.
-        exclude: globs of names to leave out again.
+        include: globs on dotted names (`*` also matches dots); default: every convolution and linear weight of the
+            body, without embeddings, pooler and head.
+        exclude: globs of names to leave out.
         head: modules that are not part of the body.
 
     Raises:
-        SelectionError: if a pattern matches nothing, nothing is left, or a weight is not a floating-point tensor
-            with data.
+        SelectionError: if a pattern matches nothing, nothing is left, or a weight is not a floating-point tensor with
+            data.
     """
-    parameters = named_parameters(model)
+    parameters, first = named_parameters(model), aliases(model)
     names = list(parameters)
     if not names:
         raise SelectionError(
@@ -86,15 +83,13 @@ def select_parameters(
         )
     include, exclude = list(include), list(exclude)
     chosen = _match(include, names, "include") if include else set(_default_names(model, head))
-    chosen -= _match(exclude, names, "exclude")
-    first = aliases(model)
-    chosen = {first[name] for name in chosen}
-    if not chosen:
+    found = sorted({first[name] for name in chosen - _match(exclude, names, "exclude")})
+    if not found:
         raise SelectionError(
             f"no parameter is left to mask of {len(names)}: include {include or 'default'}, exclude {exclude}; "
             f"the model's first parameters are: {', '.join(names[:5])}"
         )
-    for name in sorted(chosen):
+    for name in found:
         if not parameters[name].is_floating_point():
             raise SelectionError(
                 f"{name!r} holds {parameters[name].dtype} values and cannot be masked; masks need floating-point "
@@ -102,4 +97,4 @@ def select_parameters(
             )
         if parameters[name].is_meta:
             raise SelectionError(f"{name!r} is on the meta device and has no data; load the weights first")
-    return sorted(chosen)
+    return found

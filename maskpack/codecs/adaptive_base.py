@@ -1,14 +1,13 @@
 """The adaptive codec with the base at hand: the magnitude and the sign of the frozen weights."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
 from ..errors import CorruptAdapterError
-from .adaptive import decode, encode, known, magnitudes
-from .base import CODECS, Bits, Bytes, Codec, Profile, Side, rarer
+from .adaptive import decode, encode, known
+from .base import CODECS, Bits, Bytes, Codec, Profile, Side
 from .rates import CONTEXTS, Floats
 
 CHANNELS = 3
@@ -34,18 +33,6 @@ class AdaptiveBase(Codec):
 
     def decode(self, data: Bytes, side: Side) -> Bits:
         return decode(data, side, known(side, side.classes, _curve(side.table)), CHANNELS)
-
-    def table(self, masks: Iterable[tuple[Bits, Side]]) -> bytes:
-        """Return the factor of each of 16 magnitude classes, over all masks, as u16 in 1/4096."""
-        seen, expected = np.zeros(CLASSES), np.zeros(CLASSES)
-        for bits, side in masks:
-            assert side.classes is not None
-            _, where = rarer(bits, side.count)
-            classes = magnitudes(side.classes)
-            seen += np.bincount(classes[where], minlength=CLASSES)
-            expected += np.bincount(classes, minlength=CLASSES) * (where.size / max(side.count, 1))
-        factors = (seen + 1) / (expected + 1)
-        return np.clip(np.rint(factors * UNIT), 1, 0xFFFF).astype("<u2").tobytes()
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:

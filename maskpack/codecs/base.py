@@ -13,7 +13,7 @@ the least significant bit, row-major, the last byte padded with zero bits. `coun
 - `reference`: packed bits of the same parameter in another mask set of the file, where the payload is coded against
   it; else None. The bits that the codec gets, and gives back, are then the mask XOR the reference already, whatever
   the codec; it may use the reference as context beside that.
-- `table`: the bytes that `table` returned when the set was written; else None.
+- `table`: the bytes of the shared table that the payload names, in files of earlier versions; else None.
 
 **Decoding** gives exactly `count` bits or raises CorruptAdapterError (`Side.checked` does the last step). The payload
 comes from a stranger: never allocate more than a small multiple of `count` bits because of what it says, and refuse
@@ -34,14 +34,11 @@ not compete then; asked for by name, it is an error.
 **Profiles.** `candidates` says which instances compete in a profile: `fast`, `default` (without the base, decoding at
 100 million weights a second or more) or `max` (may use the base). The smallest payload wins, whole parameter by
 whole parameter. A codec that is not in a profile returns [].
-
-**Shared tables.** A codec that codes better with statistics over all parameters of a set returns them from `table`;
-they are stored once, and are given up again where they cost more than they gain.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -141,10 +138,6 @@ class Codec(ABC):
     def config(self) -> Mapping[str, Any]:
         """Return the settings that decoding needs, as JSON values."""
         return {}
-
-    def table(self, masks: Iterable[tuple[Bits, Side]]) -> bytes | None:
-        """Return a table shared by these masks, or None. `masks` may be walked several times, one mask in memory."""
-        return None
 
 
 CODECS: Registry[Codec] = Registry("codec", "maskpack.codecs")

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from ..adapter.card import PICTURE_FILE
+from ..adapter.card import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_bytes, read_files, read_model
 from ..adapter.signature import Contents, Keys, Signed, parse_signed, read_signatures, signature_path, trusted_keys
-from ..adapter.write import CARD_FILE
 from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from ..network import hides_secrets
 from .cache import RepositoryCache, check_newest
@@ -268,7 +267,7 @@ def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
     if not alone and (card := read_card(path)) is not None:
         files[CARD_FILE] = path / CARD_FILE, card
     if keys is not None and not alone:
-        others = sorted({one.name for one in path.glob("maskpack_*")} - {*FILES, PICTURE_FILE})
+        others = sorted({one.name for one in path.glob("maskpack_*")} - set(FILES))
         if others:
             raise SignatureError(f"{path} has the unknown file {others[0]!r}, which nobody signed; remove it")
     adapter, signed = parse_signed(files, keys, None, alone)

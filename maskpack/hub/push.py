@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapter.card import PICTURE_FILE, density_picture, render_card, update_card
+from ..adapter.card import CARD_FILE, render_card, update_card
 from ..adapter.describe import config_text, describe
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..adapter.signature import (
@@ -20,7 +20,6 @@ from ..adapter.signature import (
     renewed,
     statement_in,
 )
-from ..adapter.write import CARD_FILE
 from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
 from .cache import highest, remember
@@ -165,13 +164,11 @@ class RepositoryPush:
         self.head, there, self.listed = head, {}, {}
         if head is not None:
             snapshot = Snapshot(self.session, self.repo_id, head)
-            self.listed = snapshot.listed(*FILES, PICTURE_FILE)
+            self.listed = snapshot.listed(*FILES)
             wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
         self.contents = self.build(there)
         self.changed = {name: one for name, one in self.contents.items() if not _has(self.listed, name, one)}
-        if MODEL_FILE not in self.changed and PICTURE_FILE in self.listed:
-            self.changed.pop(PICTURE_FILE, None)  # the same picture has other bytes where zlib is another one
 
     def _commit(self) -> tuple[str, str | None]:
         """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
@@ -341,14 +338,9 @@ def _contents(
     keys: Keys,
     there: Mapping[str, bytes],
 ) -> dict[str, bytes | memoryview]:
-    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed.
-
-    A picture goes to the Hub only, whose pages show it; a folder has the files of an adapter.
-    """
-    found, picture, repo_id = opened.contents, {}, reference.repo_id
-    if repo_id is not None:
-        picture = {PICTURE_FILE: density_picture(description)}
-    card = render_card(description, repo_id, license=license, picture=PICTURE_FILE if picture else None)
+    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
+    found = opened.contents
+    card = render_card(description, reference.repo_id, license=license)
     earlier, place = there.get(CARD_FILE), str(reference)
     if earlier is None and CARD_FILE in found:
         earlier, place = bytes(found[CARD_FILE]), str(opened.pulled.path)
@@ -361,7 +353,7 @@ def _contents(
     config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
     files = {CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
     signatures = _signatures(opened, files, reference, keys, there)
-    return {**picture, CARD_FILE: card.encode(), CONFIG_FILE: config, **signatures, MODEL_FILE: found[MODEL_FILE]}
+    return {CARD_FILE: card.encode(), CONFIG_FILE: config, **signatures, MODEL_FILE: found[MODEL_FILE]}
 
 
 def _signatures(

@@ -5,11 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter.card import BEGIN
+from ..adapter.card import BEGIN, CARD_FILE
 from ..adapter.identity import BUNDLE_FILE, MAX_SIGNATURE
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MAX_MODEL, MODEL_FILE, read_bytes
 from ..adapter.signature import DIGESTS, SIGNATURE_FILE, Contents
-from ..adapter.write import CARD_FILE
 from ..errors import AdapterError, ConfigError, StateError
 from ..safetensors_io import is_leftover, replacing
 

@@ -1,4 +1,7 @@
-"""Masks on a model's weights: in place, one tensor at a time, restored to the bit."""
+"""Masks on a model's weights: in place, one tensor at a time, restored to the bit.
+
+Whatever is overwritten is noted first, in the model's `Applied` record, so that an undo leads back from anywhere.
+"""
 
 import sys
 import weakref
@@ -13,7 +16,7 @@ from bitarray import bitarray
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ..backbone.fingerprint import has_again, versions
+from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
@@ -21,37 +24,54 @@ from ..threads import in_order
 
 
 class Written(NamedTuple):
-    """A tensor as somebody left it: PyTorch counts in `version` how often it was written in place."""
+    """State of a tensor after its last known write; `version` is PyTorch's count of in-place writes."""
 
     tensor: weakref.ref[Tensor]
     version: int
     dtype: torch.dtype
     device: torch.device
 
+    def same(self, tensor: Tensor) -> bool:
+        """Return True if this is the tensor, and nothing wrote it since."""
+        return tensor is self.tensor() and tensor._version == self.version
+
 
 class Changed(NamedTuple):
-    """A parameter under a mask: its dtype, and the bits that the mask changed, in pieces, or all in one piece."""
+    """What a mask changed in a parameter.
+
+    Attributes:
+        dtype: of the parameter then.
+        saved: the base's bits at the zeros of the mask, in pieces; or the whole weight where a scale or signs change
+            all of it.
+        at: flat positions of the zeros, kept by a bank; None: they are found again from the mask.
+    """
 
     mask: PackedMask
     dtype: torch.dtype
     saved: list[Tensor]
+    at: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of positions and bits."""
+        return sum(tensor.nbytes for tensor in self.saved) + (0 if self.at is None else self.at.nbytes)
 
 
 @dataclass(eq=False)
 class Applied:
-    """What is applied to a model, and what it takes to undo it, each piece noted before it is overwritten.
+    """What is applied to a model, and what it takes to undo it.
 
     Attributes:
-        mask_id: of the adapter.
+        mask_id: of the adapter; in a bank the adapter's name there.
         masked: what masks changed, by name of the parameter, in order of application.
         tensors: names and earlier values of buffers and parameters that were copied over, in order.
         head: (dotted name, earlier module), if the head was swapped.
         restorable: False if nothing is kept once the mask is on.
         complete: the whole mask is on the model. False while it is applied or undone, and after one of these was
             interrupted: then the model has a part of it.
-        before, after: parameters that the mask changes, by name, as they were found and as they were left.
-        found, left: counts of writes of the base's measured tensors, before and after the mask was put on.
-        held: a bank has the model, and nothing of this record is used.
+        before, after: tensors that the adapter changes, by name, as they were found and as they were left.
+        base: a bank's notes of all tensors of the base, which an undo updates.
+        notes: a bank's notes of what masks change, by name: used where they are there, else made.
     """
 
     mask_id: str
@@ -62,13 +82,13 @@ class Applied:
     complete: bool = False
     before: dict[str, Written] = field(default_factory=dict)
     after: dict[str, Written] = field(default_factory=dict)
-    found: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
-    held: bool = False
+    base: dict[str, Written] = field(default_factory=dict)
+    notes: dict[str, Changed] | None = None
 
 
 # beside the model, not on it: its attributes, state_dict and pickles stay as they are
 _APPLIED: weakref.WeakKeyDictionary[nn.Module, Applied] = weakref.WeakKeyDictionary()
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()  # of models that have a bank
 
 
 def applied(model: nn.Module) -> Applied | None:
@@ -76,53 +96,62 @@ def applied(model: nn.Module) -> Applied | None:
     return _APPLIED.get(unwrap(model))
 
 
-def note(model: nn.Module, record: Applied) -> None:
-    """Make a record the model's."""
-    _APPLIED[unwrap(model)] = record
+def forget(model: nn.Module) -> None:
+    """Drop the model's record."""
+    _APPLIED.pop(unwrap(model), None)
 
 
-def forget(model: nn.Module, record: Applied) -> None:
-    """Drop a record if it is the model's."""
-    if applied(model) is record:
-        del _APPLIED[unwrap(model)]
+def hold(model: nn.Module, holder: object) -> None:
+    """Reserve a model for a bank: nothing else puts masks on it.
+
+    Raises:
+        StateError: if it has a mask, belongs to a bank, or is compiled with frozen weights.
+    """
+    check_compiled()
+    check_free(model)
+    _HOLDERS[unwrap(model)] = holder
+
+
+def held_by(model: nn.Module, holder: object) -> bool:
+    """Return True if a model is reserved for this bank."""
+    return _HOLDERS.get(unwrap(model)) is holder
+
+
+def release(model: nn.Module) -> None:
+    """Undo `hold`."""
+    del _HOLDERS[unwrap(model)]
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return all buffers and parameters of a model by canonical name."""
+    return {**named_buffers(model), **named_parameters(model)}
 
 
 def written(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Written]:
-    """Return how some parameters are now, by name; buffers and tensors without a version are left out."""
-    found = {}
-    for name in names:
-        tensor = tensors.get(name)
-        if isinstance(tensor, nn.Parameter) and not tensor.is_inference():
-            found[name] = Written(weakref.ref(tensor), tensor._version, tensor.dtype, tensor.device)
-    return found
+    """Return the state of some tensors by name; those made in inference mode have no count and are left out."""
+    found = ((name, tensors[name]) for name in names if name in tensors and not tensors[name].is_inference())
+    return {name: Written(weakref.ref(t), t._version, t.dtype, t.device) for name, t in found}
 
 
-def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor], way_out: str) -> None:
-    """Raise StateError if somebody else wrote parameters in place, or put others of the same kind in their places.
+def check_unwritten(noted: Mapping[str, Written], model: nn.Module, way_out: str) -> None:
+    """Raise StateError if something else wrote parameters in place, or put others of the same kind in their places.
 
     A parameter that was moved or cast is the same object and keeps its version. Where it is another object, of another
-    dtype or device, it was moved too, by a library that makes new ones.
+    dtype or device, it was moved too, by a library that makes new ones. Buffers are not looked at: a forward pass in
+    training mode writes them.
     """
-    others = []
-    for name, (ref, version, dtype, device) in sorted(noted.items()):
-        now = tensors.get(name)
-        if now is None or ((now.dtype, now.device) == (dtype, device) if now is not ref() else now._version != version):
+    parameters, buffers = named_parameters(model), named_buffers(model)
+    noted, others = {name: was for name, was in noted.items() if name not in buffers}, []
+    for name, was in sorted(noted.items()):
+        now = parameters.get(name)
+        moved = now is not None and now is not was.tensor() and (now.dtype, now.device) != (was.dtype, was.device)
+        if now is None or not (was.same(now) or moved):
             others.append(name)
     if others:
         raise StateError(
             f"{len(others)} of the {len(noted)} parameters that the mask changes were written by something else since, "
             f"first {others[0]!r}, for instance by an optimizer step or load_state_dict; {way_out}"
         )
-
-
-def follow(record: Applied) -> None:
-    """Note in the records of models that share weights that those are again as they were before this record."""
-    mine = {id(found.tensor()): found.version for found in record.before.values()}
-    for other in list(_APPLIED.values()):
-        for name, was in list(other.after.items()):
-            tensor = was.tensor()
-            if other is not record and tensor is not None and mine.get(id(tensor)) == was.version:
-                other.after.update(written({name: tensor}, [name]))
 
 
 FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
@@ -152,33 +181,6 @@ def places(bits: bitarray, device: torch.device) -> Tensor:
 def at_places(mask: PackedMask) -> bool:
     """Whether a mask changes only the weights at its zero bits: neither scale nor signs change the others."""
     return mask.alpha is None and mask.signs is None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Patch:
-    """Weights at some places, before and after; the tensor may have any strides.
-
-    Attributes:
-        at: flat row-major positions, int32 where that is enough. old, new: bits there, as integers; a `new` of None
-            stands for zeros.
-    """
-
-    at: Tensor
-    old: Tensor
-    new: Tensor | None
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the patch takes."""
-        return self.at.nbytes + self.old.nbytes + (0 if self.new is None else self.new.nbytes)
-
-    def put(self, weight: Tensor) -> None:
-        """Write the new bits into a weight that has the old ones."""
-        write(weight, self.at, self.new)
-
-    def undo(self, weight: Tensor) -> None:
-        """Write the old bits."""
-        write(weight, self.at, self.old)
 
 
 def read(weight: Tensor, at: Tensor) -> Tensor:
@@ -217,7 +219,7 @@ def copy_bits(target: Tensor, source: Tensor) -> None:
 
 
 def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
-    """Apply a mask at its places; `values` as of `patch_of`.
+    """Apply a mask at the places of its zeros; `values` are what op "replace" puts there, flat.
 
     The bits there are added to `before` piece by piece, each piece before it is overwritten. So `put_back` leads back
     from wherever this was interrupted.
@@ -225,7 +227,8 @@ def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None
     few = FEW_PLACES if weight.is_cpu else max(len(at), 1)
     for start in range(0, len(at), few):
         part = slice(start, start + few)
-        old, new = changes(weight, mask, at[part], None if values is None else values[part])
+        old = read(weight, at[part])
+        new = changed_bits(weight, mask, old, None if values is None else values[part])
         before.append(old)
         write(weight, at[part], new)
     if len(before) > 1:  # one piece is written back faster; the others are dropped in the same step
@@ -247,43 +250,39 @@ def inverted(bits: Tensor) -> Tensor:
     return bits ^ (torch.iinfo(bits.dtype).min or 0x80)
 
 
-def patch_of(weight: Tensor, mask: PackedMask, values: Tensor | None) -> Patch:
-    """Return the patch of a mask for a weight that has its base's bits; the mask must be one with `at_places`.
-
-    Args:
-        values: what op "replace" puts at the zeros of the mask, flat.
-    """
-    at = places(mask.bits, weight.device)
-    old, new = changes(weight, mask, at, values)
-    return Patch(at.to(torch.int32) if len(mask.bits) < 2**31 else at, old, new)
-
-
-def changes(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the bits at the places of a mask, before and after, as `Patch` has them."""
-    old = read(weight, at)
+def changed_bits(weight: Tensor, mask: PackedMask, old: Tensor, values: Tensor | None) -> Tensor | None:
+    """Return what a mask makes of the old bits at its zeros, as integers; None stands for zeros."""
     if mask.op == "flip":
-        return old, inverted(old)
+        return inverted(old)
     if mask.op == "replace":
         assert values is not None
-        return old, same_size_int(values.to(weight))
-    return old, None
+        return same_size_int(values.to(weight))
+    return None
 
 
 def located(
-    masks: Iterable[tuple[str, PackedMask]], weights: Mapping[str, Tensor]
+    masks: Iterable[tuple[str, PackedMask]], weights: Mapping[str, Tensor], known: Mapping[str, Changed]
 ) -> Iterator[tuple[str, PackedMask, Tensor | None]]:
-    """Yield names and masks with the places of those that have `at_places`, which threads look for ahead."""
+    """Yield names and masks with the places of those that have `at_places`.
+
+    Places that are not in the mask or in `known` are found by threads, ahead of the consumer.
+    """
+
+    def kept(name: str) -> Tensor | None:
+        return known[name].at if name in known else None
 
     def find(item: tuple[str, PackedMask]) -> tuple[str, PackedMask, Tensor | None]:
-        (name, mask), device = item, weights[item[0]].device
-        kept = replace(mask, zeros=None)  # by whoever undoes it
-        if not at_places(mask):
-            return name, kept, None
-        at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
-        return name, kept, at
+        (name, mask), at = item, None
+        if at_places(mask):
+            at, device = kept(name), weights[name].device
+            if at is None:
+                at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
+        return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
     def worth(item: tuple[str, PackedMask]) -> int:
-        return 8 * item[1].bits.count(0) if item[1].zeros is None and at_places(item[1]) else 0
+        name, mask = item
+        unknown = at_places(mask) and mask.zeros is None and kept(name) is None
+        return 8 * mask.bits.count(0) if unknown else 0
 
     return in_order(find, masks, worth, WORTH)
 
@@ -310,51 +309,26 @@ def head_module(model: nn.Module, head: Head) -> nn.Module:
         ) from None
 
 
-def head_fits(module: nn.Module, head: Head) -> bool:
-    """Whether a head's tensors can be copied into a module, so that compiled code and CUDA graphs stay valid."""
-    same = isinstance(module, nn.Linear) and module.weight.shape == head.weight.shape
-    return same and (module.bias is None) == (head.bias is None)
-
-
-def new_head(model: nn.Module, old: nn.Module, head: Head) -> nn.Linear:
-    """Return a layer for a head that does not fit into the module `old`, of its device, dtype and modes."""
-    example = next(old.parameters(), next(model.parameters()))
-    classes, features = head.weight.shape
-    with torch.inference_mode(False):  # it may be trained later
-        new = nn.Linear(features, classes, head.bias is not None, example.device, example.dtype)
-    new.weight.detach().copy_(head.weight)
-    if head.bias is not None:
-        new.bias.detach().copy_(head.bias)
-    new.requires_grad_(example.requires_grad)
-    return new.train(old.training)
-
-
 def head_tensors(head: Head) -> Mapping[str, Tensor]:
     """Return the tensors of a head that is a module of the model, by dotted name."""
     found = {f"{head.module}.weight": head.weight}
     return found if head.bias is None else {**found, f"{head.module}.bias": head.bias}
 
 
-def hold(model: nn.Module, record: Applied) -> None:
-    """Note that a bank has the model, so that nothing else puts masks on it.
-
-    Raises:
-        StateError: if it has a mask, belongs to a bank, or is compiled with frozen weights.
-    """
-    check_compiled()
-    check_free(model)
-    note(model, record)
-
-
 def check_free(model: nn.Module) -> None:
     """Raise StateError if a model has a mask or belongs to a bank; a load or undo that was interrupted is undone."""
+    check_not_held(model)
     record = applied(model)
-    if record is not None and record.held:
-        raise StateError("this model belongs to a MaskBank; use the bank, or close it first: bank.close()")
     if record is not None and record.complete:
         raise StateError("this model has a mask already; call unload_mask(model) first")
     if record is not None:
-        restore(model)
+        undo(model, record)
+
+
+def check_not_held(model: nn.Module) -> None:
+    """Raise StateError if a model belongs to a bank."""
+    if unwrap(model) in _HOLDERS:
+        raise StateError("this model belongs to a MaskBank; use the bank, or close it first: bank.close()")
 
 
 def check_compiled() -> None:
@@ -433,33 +407,46 @@ def apply_masks(
         BackboneMismatchError: if a tensor is missing or has another shape.
         StateError: if something is applied already.
     """
-    model = unwrap(model)
     check_compiled()
     check_free(model)
-    parameters, values, dense = check_masks(model, shapes), values or {}, dense or {}
-    state: dict[str, Tensor] = {**named_buffers(model), **named_parameters(model)}
+    put(model, Applied(mask_id, restorable=restorable), masks, shapes, values or {}, dense or {}, head)
+
+
+def put(
+    model: nn.Module,
+    record: Applied,
+    masks: Iterable[tuple[str, PackedMask]],
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, Tensor],
+    dense: Mapping[str, Tensor],
+    head: Head | None,
+) -> None:
+    """Apply an adapter to a model that is the base, by a new record; see `apply_masks`."""
+    model = unwrap(model)
+    parameters, state = check_masks(model, shapes), tensors_of(model)
     names = {*shapes, *dense}
     check_dense(dense, state)
     if head is not None:
         head_module(model, head)
         names |= head_tensors(head).keys()
-    record = Applied(mask_id, restorable=restorable, before=written(state, names), found=versions(model, state))
+    record.before = written(state, names)
     try:
-        note(model, record)
-        for name, mask, at in located(masks, parameters):
+        _APPLIED[model] = record
+        for name, mask, at in located(masks, parameters, record.notes or {}):
             _apply(record, name, parameters[name].detach(), mask, at, values.get(name))
         for name, tensor in dense.items():
             _copy(record, state, name, tensor)
         if head is not None:
             _apply_head(model, head, record)
-        record.after = written(state if record.head is None else named_parameters(model), names)
-        record.left = versions(model, state)
+        record.after = written(state if record.head is None else tensors_of(model), names)
+        if record.notes is not None:
+            record.notes.update({name: one for name, one in record.masked.items() if one.at is not None})
         record.complete = True
     except BaseException:
-        _undo(model, record, state)
+        undo(model, record)
         raise
-    if not restorable:
-        note(model, Applied(mask_id, restorable=False, complete=True))
+    if not record.restorable:
+        _APPLIED[model] = Applied(record.mask_id, restorable=False, complete=True)
 
 
 def restore(model: nn.Module, *, force: bool = False) -> None:
@@ -472,22 +459,16 @@ def restore(model: nn.Module, *, force: bool = False) -> None:
         StateError: if nothing is applied, it was applied with restorable=False, or something else wrote parameters that
             the mask changes.
     """
-    model = unwrap(model)
+    check_not_held(model)
     record = applied(model)
     if record is None:
         raise StateError("this model has no mask to unload; load one with load_mask(model, ref)")
-    if record.held:
-        check_free(model)
     if record.complete and not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
-    state = {**named_buffers(model), **named_parameters(model)}
     if record.complete and not force:
-        check_unwritten(
-            record.after,
-            state,
-            "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written",
-        )
-    _undo(model, record, state)
+        way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
+        check_unwritten(record.after, model, way_out)
+    undo(model, record)
 
 
 @contextmanager
@@ -508,19 +489,25 @@ def _apply(
     record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None
 ) -> None:
     """Apply one mask; what it takes to undo it is noted before."""
-    changed = record.masked[name] = Changed(mask, weight.dtype, [])
-    if at is not None:
+    if at is None:
+        record.masked[name] = Changed(mask, weight.dtype, [weight.clone()])
+        copy_bits(weight, rewritten(weight, mask))
+    elif record.notes is not None and name in record.notes:
+        known = record.masked[name] = record.notes[name]
+        for old in known.saved:  # one piece, or none
+            write(weight, at, changed_bits(weight, mask, old, values))
+    else:
+        small = at.to(torch.int32) if record.notes is not None and weight.numel() < 2**31 else at
+        changed = Changed(mask, weight.dtype, [], None if record.notes is None else small)
+        record.masked[name] = changed
         exchange(weight, mask, at, values, changed.saved)
-        return
-    changed.saved.append(weight.clone())
-    copy_bits(weight, rewritten(weight, mask))
 
 
-def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> None:
+def undo(model: nn.Module, record: Applied) -> None:
     """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
-    record.complete = False
-    now = versions(model, state)
-    unwritten = {name: count for name, count in record.found.items() if now.get(name, -1) == record.left.get(name)}
+    model, record.complete = unwrap(model), False
+    state = tensors_of(model)
+    unwritten = [name for name, left in record.after.items() if name in state and left.same(state[name])]
     try:
         if record.head is not None:
             name, head = record.head
@@ -530,22 +517,36 @@ def _undo(model: nn.Module, record: Applied, state: Mapping[str, Tensor]) -> Non
             if any((tensor.device, tensor.dtype) != (own.device, own.dtype) for tensor in tensors):
                 head.to(own.device, own.dtype)  # as the model was meanwhile
             swap_module(model, name, head)
-            state = {**named_buffers(model), **named_parameters(model)}
+            state = tensors_of(model)
         for name, tensor in reversed(record.tensors):
             copy_bits(state[name].detach(), tensor.to(state[name]))
         masks = ((name, changed.mask) for name, changed in reversed(record.masked.items()))
-        for name, _, at in located(masks, state):
-            weight, (_, dtype, saved) = state[name].detach(), record.masked[name]
+        for name, _, at in located(masks, state, record.masked):
+            weight, changed = state[name].detach(), record.masked[name]
             if at is not None:
-                put_back(weight, at, saved, dtype)
-            elif saved:
-                copy_bits(weight, saved[0].to(weight))
-        follow(record)
-        has_again(model, unwritten, versions(model, state))
+                put_back(weight, at, changed.saved, changed.dtype)
+            else:
+                copy_bits(weight, changed.saved[0].to(weight))
+        _note_undone(model, record, written(state, record.before), unwritten)
     except BaseException as error:
         error.add_note("maskpack: the model still has a part of the mask; unload_mask(model) removes it")
         raise
-    forget(model, record)
+    forget(model)
+
+
+def _note_undone(model: nn.Module, record: Applied, now: Mapping[str, Written], unwritten: Iterable[str]) -> None:
+    """Note that tensors have their earlier bits again, at another count of writes.
+
+    That is for the digests of the base, for its bank, and for masked models that share some of its weights.
+    """
+    has_again(model, {name: (record.before[name].version, now[name].version) for name in unwritten if name in now})
+    record.base.update(now)
+    mine = {id(was.tensor()): was.version for was in record.before.values()}
+    for other in list(_APPLIED.values()):
+        for name, left in list(other.after.items()):
+            tensor = left.tensor()
+            if other is not record and tensor is not None and mine.get(id(tensor)) == left.version:
+                other.after.update(written({name: tensor}, [name]))
 
 
 def _copy(record: Applied, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
@@ -555,13 +556,21 @@ def _copy(record: Applied, state: Mapping[str, Tensor], name: str, tensor: Tenso
 
 
 def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
+    """Copy a head into one of the same shape, so that compiled code stays valid; else put a new module in its place."""
     assert head.module is not None
     old = head_module(model, head)
-    if head_fits(old, head):
+    same = isinstance(old, nn.Linear) and old.weight.shape == head.weight.shape
+    if same and (old.bias is None) == (head.bias is None):
         state = {f"{head.module}.{name}": p for name, p in old.named_parameters()}
         for name, tensor in head_tensors(head).items():
             _copy(record, state, name, tensor)
         return
-    new = new_head(model, old, head)
+    example = next(old.parameters(), next(model.parameters()))
+    classes, features = head.weight.shape
+    with torch.inference_mode(False):  # it may be trained later
+        new = nn.Linear(features, classes, head.bias is not None, example.device, example.dtype)
+    new.weight.detach().copy_(head.weight)
+    if head.bias is not None:
+        new.bias.detach().copy_(head.bias)
     record.head = (head.module, old)
-    swap_module(model, head.module, new)
+    swap_module(model, head.module, new.requires_grad_(example.requires_grad).train(old.training))

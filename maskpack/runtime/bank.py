@@ -1,12 +1,13 @@
 """MaskBank: many adapters resident on one model, switched in place."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,30 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.classifier import Inputs, classifier_from, example_count, taken
-from ..backbone.model import unwrap
+from ..backbone.model import Head, inside, named_parameters, unwrap
 from ..errors import ConfigError, DataError, StateError, UnknownNameError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
-from .apply import Applied, check_masks, forget, hold
+from .apply import (
+    Applied,
+    Changed,
+    Written,
+    applied,
+    check_compiled,
+    check_dense,
+    check_masks,
+    check_unwritten,
+    head_module,
+    head_tensors,
+    held_by,
+    hold,
+    put,
+    release,
+    tensors_of,
+    undo,
+    written,
+)
 from .load import VERIFY, Reference, Verify, check_base, check_one_set, load_adapter
-from .switch import Resident, Switch, parts_of
-
-if TYPE_CHECKING:
-    pass  # REGROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +46,10 @@ class ResidentStatus:
     """An adapter in a bank.
 
     Attributes:
-        state: "active", "ready" (places and values are noted), "packed" (a bit a weight) or "evicted" (read again when
-            it is used).
-        density: share of weights kept, None if evicted. host_bytes, device_bytes: of packed bits and dense tensors; of
-            places and values.
+        state: "active", "ready" (places and base weights are noted), "packed" (a bit a weight) or "evicted" (read again
+            when it is used).
+        density: share of weights kept, None if evicted. host_bytes: of packed bits and dense tensors. device_bytes: of
+            places and base weights.
     """
 
     name: str
@@ -52,8 +67,9 @@ class BankStatus:
 
     Attributes:
         active: name of the adapter that the model computes with; None: the base.
-        residents: by name. host_bytes, device_bytes: of all, with what else switching keeps.
-        switches: how many there were, by how: "bits", "places" or "changes".
+        residents: by name. host_bytes, device_bytes: of all.
+        switches: how many there were to adapters, by how their places were found: "bits" (searched) or "places"
+            (noted).
     """
 
     active: str | None
@@ -63,180 +79,42 @@ class BankStatus:
     switches: Mapping[str, int]
 
 
-class Room:
-    """Keeps a bank's adapters within limits of memory.
+@dataclass(eq=False)
+class Resident:
+    """An adapter in a bank.
 
     Attributes:
-        host: limit for packed bits and dense tensors, None: no limit. device: limit for places and values, beside those
-            of the active adapter.
+        parts: its decoded masks, a bit a weight, and dense tensors; None after they were evicted from memory.
+        read: reads the adapter again, or None for masks that did not come from one. digest: of its file.
+        notes: what its masks change, for those that change only some places; empty until it is used.
+        used: when it was last used, by the bank's clock.
     """
 
-    def __init__(self, residents: Mapping[str, Resident], switch: Switch, host: int | None, device: int | None):
-        for name, limit in (("max_host_bytes", host), ("max_device_bytes", device)):
-            if limit is not None and limit < 0:
-                raise ConfigError(f"{name} must be 0 or more, or None, got {limit}")
-        self.residents, self.switch, self.host = residents, switch, host
-        tensors: list[Tensor] = list(switch.tensors.values())
-        self.device = sum(tensor.nbytes for tensor in tensors) if device is None else device
+    name: str
+    parts: Parts | None
+    mask_id: str
+    read: Callable[[], Adapter] | None = None
+    digest: str | None = None
+    pinned: bool = False
+    notes: dict[str, Changed] = field(default_factory=dict)
+    used: int = 0
 
     @property
     def host_bytes(self) -> int:
         """Memory of packed bits and dense tensors."""
-        return sum(one.host_bytes for one in self.residents.values())
+        return 0 if self.parts is None else self.parts.nbytes
 
     @property
     def device_bytes(self) -> int:
-        """Memory of places and values, of the base's tensors that are kept, and of changes between adapters."""
-        return self._notes() + sum(tensor.nbytes for tensor in self.switch.kept.values())
+        """Memory of notes."""
+        return sum(changed.nbytes for changed in self.notes.values())
 
-    def status(self) -> BankStatus:
-        """Return what the bank holds, and how it switched so far."""
-        active = self.switch.active
-        return BankStatus(
-            active.name if active else None,
-            {name: self._status(one) for name, one in self.residents.items()},
-            self.host_bytes,
-            self.device_bytes,
-            dict(self.switch.counts),
-        )
-
-    def _status(self, one: Resident) -> ResidentStatus:
-        state = "active" if self.switch.active is one else "ready" if one.patches else "packed"
-        density = None if one.parts is None else one.parts.masks.density
-        state = "evicted" if one.parts is None else state
-        return ResidentStatus(one.name, state, one.pinned, one.mask_id, density, one.host_bytes, one.device_bytes)
-
-    def make(self, one: Resident) -> None:
-        """Evict others until an adapter fits that was read.
-
-        Raises:
-            StateError: if there are not enough that may be evicted; the adapter has no parts then.
-        """
-        if self.host is None:
-            return
-        others = sorted(self._evictable(one), key=lambda other: other.used)
-        while self.host_bytes > self.host:
-            if not others:
-                needed, limit = one.host_bytes, self.host
-                one.parts = None
-                kept = ", ".join(repr(o.name) for o in self.residents.values() if o.parts is not None) or "no other"
-                raise StateError(
-                    f"{one.name!r} takes {needed} bytes, and there is no room for it within max_host_bytes={limit}: "
-                    f"{kept} cannot be evicted, being active or pinned; raise the limit, or remove some"
-                )
-            gone = others.pop(0)
-            self.switch.forget(gone)
-            gone.parts = None
-
-    def trim(self) -> None:
-        """Drop places and changes that were used longest ago, until the limit of the device is kept."""
-        idle = [one for one in self.residents.values() if one is not self.switch.active and one.patches]
-        idle.sort(key=lambda one: one.used)
-        active = self.switch.active
-        spare = self.device + (0 if active is None else active.device_bytes)
-        while idle and self._notes() > spare:
-            self.switch.forget(idle.pop(0))
-
-    def _notes(self) -> int:
-        """Memory of places and values, and of changes between adapters."""
-        changes = sum(patch.nbytes for patches in self.switch.changes.values() for patch in patches.values())
-        return changes + sum(one.device_bytes for one in self.residents.values())
-
-    def _evictable(self, one: Resident) -> list[Resident]:
-        return [
-            other
-            for other in self.residents.values()
-            if other is not one
-            and other is not self.switch.active
-            and other.parts is not None
-            and other.read is not None
-            and not other.pinned
-        ]
-
-
-class Gate:
-    """Checks adapters against one model.
-
-    Args:
-        verify: as of `load_mask`.
-    """
-
-    def __init__(self, model: nn.Module, verify: Verify):
-        if verify not in VERIFY:
-            raise ConfigError(f"verify must be strict, warn or off, got {verify!r}")
-        self.model, self.verify = model, verify
-
-    def admit(self, name: str, source: Adapter | MaskSet, options: PullOptions) -> Resident:
-        """Check and decode an adapter, or masks alone, while the model has its base's bits.
-
-        Raises:
-            As `MaskBank.add`.
-        """
-        if isinstance(source, MaskSet):
-            check_masks(self.model, source.shapes)
-            masks = MaskSet(dict(source))
-            return Resident(name, Parts(masks), mask_id({"default": masks}))
-        check_one_set(source)
-        check_masks(self.model, source.shapes())
-        check_base(self.model, source, self.verify, stacklevel=4)
-        parts, pinned = parts_of(source, unwrap(self.model)), source.pinned
-        # what a branch or tag meant is pinned by the commit
-        later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
-        return Resident(
-            name,
-            parts,
-            source.mask_id,
-            lambda: load_adapter(pinned, **later),
-            source.digest,
-        )
-
-
-def name_of(source: Adapter | MaskSet) -> str:
-    """Return the last part of an adapter's reference, without commit and suffix; of a folder's file, the folder's.
-
-    Raises:
-        ConfigError: if masks are no adapter's.
-    """
-    if isinstance(source, MaskSet):
-        raise ConfigError("masks that are no adapter have no name of their own; give one: bank.add(masks, 'name')")
-    path = PurePath(source.pinned)
-    name = path.parent.name if path.name == MODEL_FILE else path.name
-    return name.split("@")[0].removesuffix(".safetensors")
-
-
-def mixed_batch(bank: "MaskBank", inputs: Tensor | Mapping[str, Tensor], masks: Sequence[str | None]) -> list[Tensor]:
-    """Compute examples in groups of the same adapter, the active one first; see `MaskBank.__call__`."""
-    batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
-    count = example_count(batch)
-    if len(masks) != count:
-        raise ConfigError(f"every example needs the name of a mask, or None; got {len(masks)} for {count} examples")
-    rows: dict[str | None, list[int]] = {}
-    for index, name in enumerate(masks):
-        rows.setdefault(name, []).append(index)
-    found: list[Tensor | None] = [None] * count
-    for name in sorted(rows, key=lambda name: name != bank.active):
-        group = taken(batch, torch.tensor(rows[name]))
-        with bank.disabled() if name is None else bank.using(name):
-            for index, output in zip(rows[name], _forward(bank, name, group), strict=True):
-                found[index] = output
-    return [output for output in found if output is not None]
-
-
-def _forward(bank: "MaskBank", name: str | None, inputs: Inputs) -> Tensor:
-    """Return the outputs of the model for one group, by the adapter's head where that lies behind the model."""
-    head = None if name is None else bank.parts(name).head
-    if head is not None and head.module is None:
-        classifier = classifier_from(bank.model, head).train(bank.model.training)
-        output: object = classifier(inputs)
-    else:
-        output = bank.model(**inputs) if isinstance(inputs, dict) else bank.model(inputs)
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise DataError(
-            f"the model gives a {type(output).__name__} without logits, which cannot be taken apart by examples; call "
-            f"the model inside `with bank.using({name!r})`"
-        )
-    return output
+    def status(self, active: str | None) -> ResidentStatus:
+        """Return what is told of it."""
+        state = "active" if self.name == active else "ready" if self.notes else "packed"
+        density = None if self.parts is None else self.parts.masks.density
+        state = "evicted" if self.parts is None else state
+        return ResidentStatus(self.name, state, self.pinned, self.mask_id, density, self.host_bytes, self.device_bytes)
 
 
 class MaskBank:
@@ -259,8 +137,8 @@ class MaskBank:
         model: the base, without a mask.
         max_host_bytes: limit for packed bits and dense tensors. Adapters that are neither active nor pinned are
             evicted, the least recently used first, and read again when they are used. None: no limit.
-        max_device_bytes: limit for places and values that switching keeps, beside those of the active adapter; None:
-            as many bytes as the model's parameters take.
+        max_device_bytes: limit for places and base weights that switching keeps, beside those of the active adapter;
+            None: as many bytes as the model's tensors take.
         verify: as of `load_mask`, for every adapter.
 
     Raises:
@@ -275,13 +153,20 @@ class MaskBank:
         max_device_bytes: int | None = None,
         verify: Verify = "strict",
     ):
-        self.model, self._gate = model, Gate(model, verify)
-        self._lock = threading.RLock()
+        if verify not in VERIFY:
+            raise ConfigError(f"verify must be strict, warn or off, got {verify!r}")
+        for name, limit in (("max_host_bytes", max_host_bytes), ("max_device_bytes", max_device_bytes)):
+            if limit is not None and limit < 0:
+                raise ConfigError(f"{name} must be 0 or more, or None, got {limit}")
+        tensors = tensors_of(model)
+        self.model, self._verify, self._host = model, verify, max_host_bytes
+        self._device = sum(t.nbytes for t in tensors.values()) if max_device_bytes is None else max_device_bytes
+        self._base = written(tensors, tensors)  # as the bank last left the base's tensors
+        self._kinds = {name: (tensor.dtype, tensor.device) for name, tensor in tensors.items()}
+        self._lock, self._clock = threading.RLock(), 0
         self._residents: dict[str, Resident] = {}
-        self._switch = Switch(unwrap(model))
-        self._room = Room(self._residents, self._switch, max_host_bytes, max_device_bytes)
-        self._closed, self._hold = False, Applied("", held=True)
-        hold(model, self._hold)
+        self._switches: Counter[str] = Counter()
+        hold(model, self._lock)  # not the bank itself, which would keep the model
 
     def __enter__(self) -> "MaskBank":
         return self
@@ -302,10 +187,11 @@ class MaskBank:
     @property
     def active(self) -> str | None:
         """Name of the adapter that the model computes with now; None: the base."""
-        if self._switch.between is not None:
+        record = self._applied()
+        if record is not None and not record.complete:  # interrupted, or another thread is switching
             with self._lock:
-                self._switch.settle()
-        return self._switch.active.name if self._switch.active else None
+                record = self._settled()
+        return None if record is None else record.mask_id
 
     def add(
         self,
@@ -328,7 +214,7 @@ class MaskBank:
             AdapterError, HubError: as `load_adapter`.
         """
         source = ref if isinstance(ref, MaskSet | Adapter) else load_adapter(ref, **options)
-        name = name or name_of(source)
+        name = name or _name_of(source)
         with self._lock:
             if name in self._residents:
                 raise ConfigError(
@@ -336,12 +222,11 @@ class MaskBank:
                     f"bank.remove({name!r})"
                 )
             with self.disabled():
-                one = self._gate.admit(name, source, options)
-            self._switch.check(one.decoded())
-            one.pinned = pin
+                new = self._admit(name, source, options)
+            new.pinned = pin
             try:
-                self._residents[name] = one
-                self._room.make(one)
+                self._residents[name] = new
+                self._make_room(new)
             except BaseException:
                 self._residents.pop(name, None)
                 raise
@@ -351,7 +236,9 @@ class MaskBank:
         """Compute with an adapter from now on; return the model. If that fails, it computes as the base.
 
         Raises:
-            UnknownNameError: if the bank has none of that name. StateError: as `add`, of one that was evicted.
+            UnknownNameError: if the bank has none of that name.
+            StateError: as `add`, of one that was evicted; or if the model was moved, cast, or written by something
+                else, and then nothing changed.
         """
         return self._to(name)
 
@@ -378,17 +265,22 @@ class MaskBank:
             UnknownNameError: if the bank has none of that name.
         """
         with self._lock:
-            one = self._find(name)
+            self._find(name)
             if self.active == name:
-                self._switch.to(None)
-            self._switch.forget(one)
+                self._to(None)
             del self._residents[name]
 
     def status(self) -> BankStatus:
         """Return what the bank holds, and how it switched so far."""
         with self._lock:
-            self._switch.settle()
-            return self._room.status()
+            active, residents = self.active, self._residents
+            return BankStatus(
+                active,
+                {name: resident.status(active) for name, resident in residents.items()},
+                self._host_bytes(),
+                sum(resident.device_bytes for resident in residents.values()),
+                dict(self._switches),
+            )
 
     def close(self, *, force: bool = False) -> None:
         """Give the model back as the base, to the bit, and forget all adapters; a closed bank cannot be used.
@@ -397,17 +289,16 @@ class MaskBank:
         puts back what the active adapter changed in spite of that.
         """
         with self._lock:
-            if not self._closed:
-                self._switch.to(None, force)
-                for name in list(self._residents):
-                    self.remove(name)
-                forget(self.model, self._hold)
-                self._closed = True
+            if held_by(self.model, self._lock):
+                self._to(None, force)
+                self._residents.clear()
+                release(self.model)
 
     def __call__(self, inputs: Tensor | Mapping[str, Tensor], masks: Sequence[str | None]) -> list[Tensor]:
         """Compute a batch in which every example has an adapter of its own.
 
-        Examples are grouped, and each group is one forward pass with its adapter and that adapter's head.
+        Examples are grouped, and each group is one forward pass with its adapter and that adapter's head, the group of
+        the active one first.
 
         Args:
             inputs: preprocessed: (B, …), or a tokenizer's tensors by name.
@@ -419,28 +310,115 @@ class MaskBank:
         Raises:
             UnknownNameError: if a name is none of the bank's. ConfigError: if there is not a name for each example.
         """
+        batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
         with self._lock:
-            for name in masks:
+            rows: dict[str | None, list[int]] = {}
+            for index, name in enumerate(masks):
                 if name is not None:
                     self._find(name)
-            return mixed_batch(self, inputs, masks)
+                rows.setdefault(name, []).append(index)
+            if len(masks) != example_count(batch):
+                raise ConfigError(
+                    f"every example needs the name of a mask, or None; got {len(masks)} for {example_count(batch)} "
+                    f"examples"
+                )
+            outputs: dict[int, Tensor] = {}
+            for name in sorted(rows, key=lambda name: name != self.active):
+                with self._during(name):
+                    group = self._outputs(name, taken(batch, torch.tensor(rows[name])))
+                    outputs |= zip(rows[name], group, strict=True)
+            return [outputs[index] for index in range(len(masks))]
 
     def parts(self, name: str) -> Parts:
         """Return the masks of an adapter with its head and dense tensors, read again if they were evicted."""
         with self._lock:
-            one = self._find(name)
+            resident = self._find(name)
             with self._during(self.active):
-                self._load(one)
-                return one.decoded()
+                return self._loaded(resident)
 
-    def _to(self, name: str | None) -> nn.Module:
+    def _outputs(self, name: str | None, inputs: Inputs) -> Tensor:
+        """Return the outputs for one group, by the adapter's head where that lies behind the model."""
+        head = None if name is None else self.parts(name).head
+        if head is not None and head.module is None:
+            classifier = classifier_from(self.model, head).train(self.model.training)
+            output: object = classifier(inputs)
+        else:
+            output = self.model(**inputs) if isinstance(inputs, dict) else self.model(inputs)
+        output = getattr(output, "logits", output)
+        if not isinstance(output, Tensor):
+            raise DataError(
+                f"the model gives a {type(output).__name__} without logits, which cannot be taken apart by examples; "
+                f"call the model inside `with bank.using({name!r})`"
+            )
+        return output
+
+    def _find(self, name: str) -> Resident:
+        if name not in self._residents:
+            raise UnknownNameError(f"this bank has no adapter {name!r}; it has: {', '.join(self._residents) or 'none'}")
+        return self._residents[name]
+
+    # Switching
+
+    def _applied(self) -> Applied | None:
+        return applied(self.model) if held_by(self.model, self._lock) else None
+
+    def _settled(self) -> Applied | None:
+        """Return what is applied, after a switch that was interrupted is undone."""
+        record = self._applied()
+        if record is not None and not record.complete:
+            undo(self.model, record)
+            return None
+        return record
+
+    def _to(self, name: str | None, force: bool = False) -> nn.Module:
+        """Compute with an adapter, or as the base; `force`: also where something else wrote what the active changes."""
         with self._lock:
-            one = None if name is None else self._find(name)
-            if one is not None:
-                self._load(one)
-            self._switch.to(one)
-            self._room.trim()
+            record, noted = self._settled(), dict[str, Written]()
+            if name is not None:
+                resident = self._find(name)
+                self._clock += 1
+                resident.used = self._clock
+            if name == (None if record is None else record.mask_id):
+                return self.model
+            check_compiled()
+            if name is not None:
+                parts = self._loaded(resident)
+                head, record = _module_head(parts), self._applied()
+                names = {*parts.masks, *parts.parameters, *(() if head is None else head_tensors(head))}
+                swapped = () if record is None or record.head is None else (record.head[0],)
+                noted = {n: self._base[n] for n in names & self._base.keys() if not inside(n, swapped)}
+            if record is not None:
+                noted |= record.after
+            self._check(noted, force)
+            if record is not None:
+                undo(self.model, record)
+            if name is not None:
+                self._switches["places" if resident.notes else "bits"] += 1
+                put(
+                    self.model,
+                    Applied(name, base=self._base, notes=resident.notes),
+                    parts.masks.items(),
+                    parts.masks.shapes,
+                    parts.values,
+                    parts.dense,
+                    head,
+                )
+            self._trim()
             return self.model
+
+    def _check(self, noted: Mapping[str, Written], force: bool) -> None:
+        """Raise StateError if parameters were moved or cast, or, without `force`, written by something else."""
+        now = named_parameters(self.model)
+        for name in sorted(noted.keys() & now.keys() & self._kinds.keys()):
+            (dtype, device), tensor = self._kinds[name], now[name]
+            if tensor.dtype != dtype or tensor.device != device:
+                raise StateError(
+                    f"{name!r} is {tensor.dtype} on {tensor.device} now, and was {dtype} on {device} when the bank "
+                    f"was made; move or cast the model before that, or close the bank and make another one"
+                )
+        if not force:
+            way_out = "a bank's model must not be trained; bank.close(force=True) puts back what adapters changed"
+            check_unwritten(noted, self.model, way_out)
 
     @contextmanager
     def _during(self, name: str | None) -> Iterator[None]:
@@ -452,14 +430,89 @@ class MaskBank:
             finally:
                 self._to(before if before in self._residents else None)
 
-    def _find(self, name: str) -> Resident:
-        if name not in self._residents:
-            raise UnknownNameError(f"this bank has no adapter {name!r}; it has: {', '.join(self._residents) or 'none'}")
-        return self._residents[name]
+    # Reading adapters, and room for them
 
-    def _load(self, one: Resident) -> None:
-        """Read an adapter again that was evicted; that takes the base, which the model is then."""
-        if one.parts is None:
-            self._switch.to(None)
-            one.reread(unwrap(self.model))
-            self._room.make(one)
+    def _admit(self, name: str, source: Adapter | MaskSet, options: PullOptions) -> Resident:
+        """Check and decode an adapter, or masks alone, while the model is the base."""
+        if isinstance(source, MaskSet):
+            check_masks(self.model, source.shapes)
+            masks = MaskSet(dict(source))
+            return Resident(name, Parts(masks), mask_id({"default": masks}))
+        check_one_set(source)
+        check_masks(self.model, source.shapes())
+        check_base(self.model, source, self._verify, stacklevel=4)
+        parts, pinned = source.parts(base=unwrap(self.model)), source.pinned
+        check_dense(parts.dense, tensors_of(self.model))
+        if (head := _module_head(parts)) is not None:
+            head_module(self.model, head)
+        # what a branch or tag meant is pinned by the commit
+        later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
+        return Resident(name, parts, source.mask_id, lambda: load_adapter(pinned, **later), source.digest)
+
+    def _loaded(self, resident: Resident) -> Parts:
+        """Return an adapter's parts; if they were evicted, they are read again, from the base, which the model is then.
+
+        Raises:
+            StateError: if the file is another one now, or there is no room.
+        """
+        if resident.parts is None:
+            assert resident.read is not None
+            self._to(None)
+            adapter = resident.read()
+            if adapter.digest != resident.digest:
+                raise StateError(
+                    f"{resident.name!r} was evicted from the bank, and {adapter.path}, which it was read from, has "
+                    f"other bytes now; remove it and add it again, or pin what must stay"
+                )
+            resident.parts = adapter.parts(base=unwrap(self.model))
+            self._make_room(resident)
+        assert resident.parts is not None
+        return resident.parts
+
+    def _host_bytes(self) -> int:
+        return sum(resident.host_bytes for resident in self._residents.values())
+
+    def _make_room(self, new: Resident) -> None:
+        """Evict others, used longest ago first, until an adapter that was read fits; if none can be, evict that one."""
+        active = self.active
+        others = [
+            other
+            for other in sorted(self._residents.values(), key=lambda other: other.used)
+            if other is not new and other.name != active and other.parts and other.read and not other.pinned
+        ]
+        while self._host is not None and self._host_bytes() > self._host:
+            if not others:
+                needed, new.parts = new.host_bytes, None
+                kept = ", ".join(repr(o.name) for o in self._residents.values() if o.parts is not None) or "no other"
+                raise StateError(
+                    f"{new.name!r} takes {needed} bytes, and there is no room for it within "
+                    f"max_host_bytes={self._host}: {kept} cannot be evicted, being active or pinned; raise the limit, "
+                    f"or remove some"
+                )
+            gone = others.pop(0)
+            gone.notes, gone.parts = {}, None
+
+    def _trim(self) -> None:
+        """Drop notes of adapters that are not active, used longest ago first, until the device's limit is kept."""
+        active = self.active
+        idle = [resident for resident in self._residents.values() if resident.notes and resident.name != active]
+        total = sum(resident.device_bytes for resident in idle)
+        for resident in sorted(idle, key=lambda resident: resident.used):
+            if total <= self._device:
+                break
+            total -= resident.device_bytes
+            resident.notes = {}
+
+
+def _module_head(parts: Parts) -> Head | None:
+    """Return the head if it replaces a module of the model."""
+    return parts.head if parts.head is not None and parts.head.module is not None else None
+
+
+def _name_of(source: Adapter | MaskSet) -> str:
+    """Return the last part of an adapter's reference, without commit and suffix; of a folder's file, the folder's."""
+    if isinstance(source, MaskSet):
+        raise ConfigError("masks that are no adapter have no name of their own; give one: bank.add(masks, 'name')")
+    path = PurePath(source.pinned)
+    name = path.parent.name if path.name == MODEL_FILE else path.name
+    return name.split("@")[0].removesuffix(".safetensors")

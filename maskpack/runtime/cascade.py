@@ -9,7 +9,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import CascadeParts, Parts
+from ..adapter.content import About, Cascade, Parts
 from ..adapter.predict import Prediction, inputs_to_batches, model_tokenizer
 from ..adapter.read import Adapter
 from ..backbone.classifier import Inputs, embeddings, example_count, taken
@@ -45,7 +45,7 @@ class Cost:
         return self.passes / self.inputs if self.inputs else 0.0
 
 
-class Cascade:
+class LoadedCascade:
     """A model with a dispatcher and experts as masks: one network in memory, and one bit a weight for each of the sets.
 
     A call puts masks on the model and takes them off again: between calls, and after one that failed, the model is
@@ -62,13 +62,12 @@ class Cascade:
         self,
         model: nn.Module,
         sets: Mapping[str, Parts],
-        parts: CascadeParts,
-        *,
-        class_names: Sequence[str] | None = None,
-        preprocess: Mapping[str, Any] | None = None,
+        parts: Cascade,
+        about: About | None = None,
     ):
-        self.model, self.parts, self.class_names = model, parts, class_names
-        self._sets, self._preprocess = sets, preprocess
+        about = about or About()
+        self.model, self.parts, self.class_names = model, parts, about.class_names
+        self._sets, self._preprocess = sets, about.preprocess
         self._backbone = Backbone(model, "the model", embedding=parts.embedding)
         self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
@@ -181,7 +180,7 @@ def load_cascade(
     *,
     verify: Verify = "strict",
     **options: Unpack[PullOptions],
-) -> Cascade:
+) -> LoadedCascade:
     """Decode the masks of a cascade for a model; what is loaded on the model is unloaded, and nothing else changed.
 
     Args:
@@ -207,11 +206,8 @@ def load_cascade(
         raise BackboneMismatchError(
             f"the model has no module {module!r}, whose input is the cascade's embedding; load it with its head"
         )
-    sets = {}
-    for name in adapter.sets:
-        masks = adapter.masks(unwrap(model), name)
-        sets[name] = Parts(masks, None, adapter.statistics(name), adapter.parameters(name), adapter.values(name))
-    return Cascade(model, sets, parts, class_names=adapter.class_names, preprocess=adapter.preprocess_config)
+    sets = {name: replace(adapter.parts(name, unwrap(model)), head=None) for name in adapter.sets}
+    return LoadedCascade(model, sets, parts, adapter.about)
 
 
 def _preprocessed(inputs: Any) -> Inputs:

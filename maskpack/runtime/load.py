@@ -4,13 +4,15 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, NamedTuple, TypeVar, Unpack
+from typing import Literal, TypeVar, Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
+from ..adapter.content import Parts
+from ..adapter.decode import Weights
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import Measured, check_measured, measure_body
-from ..backbone.model import Head, unwrap
+from ..backbone.model import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions, open_adapter
 from ..mask import PackedMask
@@ -94,16 +96,16 @@ def load_mask(
             local_files_only=local_files_only,
             require_signature=require_signature,
         )
-    beside = beside_masks(adapter, head, mode)
+    parts = loaded_parts(adapter, head, mode)
     masks = masks_on(model, adapter, verify)
     apply_masks(
         model,
         masks if mode == "target" else removing(masks),
         adapter.shapes(),
         mask_id=adapter.mask_id,
-        values=beside.values,
-        dense=beside.dense,
-        head=beside.head,
+        values=parts.values,
+        dense=parts.dense,
+        head=parts.head,
         restorable=restorable,
     )
     return model
@@ -127,31 +129,26 @@ def check_one_set(adapter: Adapter) -> None:
         raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
 
 
-class Beside(NamedTuple):
-    """What goes onto a model beside masks: values of op "replace", buffers and parameters, a head that is a module."""
+def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode, base: Weights | None = None) -> Parts:
+    """Return what an adapter of one mask set puts onto a model, with masks that are decoded when they are asked for.
 
-    values: dict[str, Tensor]
-    dense: dict[str, Tensor]
-    head: Head | None
-
-
-def beside_masks(adapter: Adapter, head: HeadChoice, mode: Mode) -> Beside:
-    """Return what an adapter of one mask set puts onto a model beside it; see `load_mask` for `head` and `mode`.
+    Args:
+        head, mode: as of `load_mask`. base: as of `Adapter.parts`.
 
     Raises:
         StateError: if it has several sets. AdapterError: if `mode` is "source" and it has none.
     """
     check_one_set(adapter)
-    values, stored = adapter.values(), adapter.head()
-    if mode == "source":
-        if not values:
-            raise AdapterError(
-                f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
-                f"`maskpack transfer`: leave it out"
-            )
-        return Beside({}, {}, None)
-    replaces = stored is not None and stored.module is not None and head == "replace"
-    return Beside(values, {**adapter.statistics(), **adapter.parameters()}, stored if replaces else None)
+    parts = adapter.parts(base=base, stream=True)
+    if mode == "target":
+        replaces = parts.head is not None and parts.head.module is not None and head == "replace"
+        return parts if replaces else replace(parts, head=None)
+    if not parts.values:
+        raise AdapterError(
+            f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
+            f"`maskpack transfer`: leave it out"
+        )
+    return Parts(parts.masks)
 
 
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:

@@ -24,9 +24,9 @@ from .load import (
     Model,
     Reference,
     Verify,
-    beside_masks,
     check_choices,
     load_adapter,
+    loaded_parts,
     removing,
 )
 
@@ -73,7 +73,8 @@ def load_masked(
     """
     check_choices(verify, head, mode)
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
-    beside, shapes, whole = beside_masks(adapter, head, mode), adapter.shapes(), unwrap(model)
+    parts, whole = loaded_parts(adapter, head, mode), unwrap(model)
+    shapes = parts.masks.shapes
     if applied(whole) is not None:
         raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")
     base = _Base(Path(weights), whole, adapter.base.head)
@@ -82,7 +83,7 @@ def load_masked(
     check_masks(_module(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
     compared, digests = compared_dtype(of_body.values()), dict[str, bytes]()
-    masks = adapter.stream_masks(base)
+    masks = adapter.parts(base=base, stream=True).masks
     try:
         base.clear()
         for names in base.names:
@@ -101,19 +102,18 @@ def load_masked(
                     found if mode == "target" else removing(found),
                     {masked: shapes[masked]},
                     mask_id=adapter.mask_id,
-                    values=beside.values,
+                    values=parts.values,
                     restorable=False,
                 )
             base.put(names, _cast(tensor, dtype))
         _check_body(of_body, digests, adapter, verify)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
-        apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=beside.dense, head=beside.head, restorable=False)
+        apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=parts.dense, head=parts.head, restorable=False)
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
-            if record is not None:
-                forget(whole, record)
+            forget(whole)
             base.clear()
         raise
     return model

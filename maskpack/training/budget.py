@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codecs.base import Side
-from ..codecs.choose import contest
+from ..codecs.choose import rivals, smallest
 from ..errors import ConfigError
 from ..mask import PackedMask, packed_bits
 from .config import TrainConfig
@@ -58,9 +58,9 @@ def _at(p: float) -> float:
 
 def coded_bytes(masks: Iterable[PackedMask]) -> int:
     """Return the bytes of the payloads of masks in the profile "default"."""
-    rivals = contest((), "default")
+    codecs = rivals("default", None, base=False)
     return sum(
-        len(rivals.offers([(packed_bits(bits), Side(mask.shape))])[0].payload)
+        len(smallest(codecs, [(packed_bits(bits), Side(mask.shape))]).payload)
         for mask in masks
         for _, bits in mask.payloads()
     )

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import MIXTURE, WHITENING, CascadeParts, Combine, Parts, Router, Whitening
+from ..adapter.content import MIXTURE, WHITENING, About, Cascade, Combine, Parts, Router, Whitening
 from ..adapter.describe import describe
 from ..adapter.read import Adapter
 from ..backbone.classifier import embeddings
-from ..backbone.fingerprint import Fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import Embedding, find_head
+from ..backbone.model import Embedding, Fingerprint, find_head
 from ..errors import ConfigError, DataError, StateError, TrainingError, require
-from ..runtime.cascade import Cascade, load_cascade
+from ..runtime.cascade import LoadedCascade, load_cascade
 from ..safetensors_io import replacing
 from .checkpoint import FILE, checkpoint_digest, damaged, read_with_facts, take_over, trained_tensors, write_with_facts
 from .config import TrainConfig
@@ -107,18 +106,20 @@ ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CascadeResult:
-    """What a cascade learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+    """What a cascade learned, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`.
 
     Attributes:
         parts: masks and BatchNorm statistics by set name: "dispatcher", "expert-0", "expert-1", …
         base: fingerprint of the backbone.
-        about: task, class names, preprocessing, training record, and the cascade (`parts.CascadeParts`).
+        about: task, preprocessing and training record, and class names where there is a head.
+        cascade: how the sets work together.
         metrics: of the dispatcher, named so, and the mean density of the experts.
     """
 
     parts: dict[str, Parts]
     base: Fingerprint
-    about: dict[str, Any]
+    about: About
+    cascade: Cascade
     metrics: dict[str, float]
 
 
@@ -215,7 +216,7 @@ def _train(
     rows = [row for row in data.train.indices if row not in data.train.unreadable]
     facts = {"dispatcher": checkpoint_digest(folder / DISPATCHER / FILE), "experts": experts}
     path = folder / ROUTER
-    router, about = _read_router(path, facts) if resume and path.exists() else fit_router(x, experts, config.seed)
+    router, fit = _read_router(path, facts) if resume and path.exists() else fit_router(x, experts, config.seed)
     chosen = router.route(x)
     sizes = torch.bincount(chosen, minlength=experts).tolist()
     if main:
@@ -226,7 +227,7 @@ def _train(
             f"resume with fewer experts than {experts}, or take a smaller batch size or another seed in another folder"
         )
     if main:
-        _write_router(path, router, about, facts)
+        _write_router(path, router, fit, facts)
     names = [f"expert-{k}" for k in range(experts)]
     results = {DISPATCHER: first}
     for k, name in enumerate(names):
@@ -234,19 +235,19 @@ def _train(
         own = replace(data, train=replace(data.train, indices=mine), validation=None, test=None)
         settings = replace(config, epochs=max(1, round(len(rows) / sizes[k] * config.epochs)))
         results[name] = run(name, own, settings, folder / DISPATCHER)
-    about |= {"rows": sizes, "steps": {name: one.about["training"]["steps"] for name, one in results.items()}}
+    fit |= {"rows": sizes, "steps": {name: (one.about.training or {})["steps"] for name, one in results.items()}}
     # not of the cascade: the dispatcher's accuracy, for one, is that of a head which is not in it
     metrics = {f"{DISPATCHER}_{name}": value for name, value in first.metrics.items()}
     metrics["expert_density"] = sum(results[name].metrics["density"] for name in names) / experts
     return CascadeResult(
         {name: replace(one.parts, head=None) for name, one in results.items()},
         first.base,
-        {
-            **first.about,
-            "class_names": None,
-            "training": {**first.about["training"], "metrics": metrics, "cascade": about},
-            "cascade": CascadeParts(DISPATCHER, tuple(names), backbone.embedding, router),
-        },
+        replace(
+            first.about,
+            class_names=None,
+            training={**(first.about.training or {}), "metrics": metrics, "cascade": fit},
+        ),
+        Cascade(DISPATCHER, tuple(names), backbone.embedding, router),
         metrics,
     )
 
@@ -290,7 +291,9 @@ def _write_clusters(path: Path, z: Tensor, chosen: Tensor) -> None:
         temporary.write_text(json.dumps({"expert": chosen.tolist(), "points": points}))
 
 
-def embed_all(backbone: Backbone, cascade: Cascade, examples: Examples, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+def embed_all(
+    backbone: Backbone, cascade: LoadedCascade, examples: Examples, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
     """Return the embeddings by every set side by side, (N, D (K + 1)), dispatcher first, and the labels, (N,).
 
     Args:
@@ -305,7 +308,7 @@ def embed_all(backbone: Backbone, cascade: Cascade, examples: Examples, batch_si
     return torch.cat(blocks, dim=1), labels
 
 
-def routed(x: Tensor, parts: CascadeParts) -> Tensor:
+def routed(x: Tensor, parts: Cascade) -> Tensor:
     """Return embeddings by every set with those by experts other than the routed one as zeros: the conditional ones."""
     blocks = x.reshape(len(x), len(parts.experts) + 1, -1)
     chosen = parts.router.route(blocks[:, 0])
@@ -335,19 +338,19 @@ def fit_cascade_head(
     """
     if data.train is None:
         raise DataError(f"the data {data.id!r} have no training split, which the head of a cascade is fitted to")
-    parts: CascadeParts = result.about["cascade"]
+    parts = result.cascade
     if not data.class_names and reduce is None:
-        return replace(result, about={**result.about, "cascade": replace(parts, combine=combine)})
-    x, y = embed_all(backbone, Cascade(backbone.model, result.parts, parts), data.train, batch_size)
+        return replace(result, cascade=replace(parts, combine=combine))
+    x, y = embed_all(backbone, LoadedCascade(backbone.model, result.parts, parts), data.train, batch_size)
     x = routed(x, parts) if combine == "conditional" else x
     reduction = None if reduce is None else fit_whitening(x, reduce)
     about, weight, bias = result.about, None, None
     if data.class_names:
         probe = fit_probe(x if reduction is None else reduction(x), y, len(data.class_names))
-        about = {**about, "task": data.task, "class_names": list(data.class_names)}
+        about = replace(about, task=data.task, class_names=tuple(data.class_names))
         weight, bias = probe.weight, probe.bias
     whole = replace(parts, combine=combine, reduction=reduction, weight=weight, bias=bias)
-    return replace(result, about={**about, "cascade": whole})
+    return replace(result, about=about, cascade=whole)
 
 
 def cascade_table(
@@ -413,7 +416,7 @@ def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -
     about = describe(adapter)
     names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
     sets = [about["sets"][name] for name in names]
-    record = (adapter.training or {}).get("cascade")
+    record = (adapter.about.training or {}).get("cascade")
     steps: Any = record.get("steps") if isinstance(record, dict) else None
     known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
     sizes = {

@@ -13,7 +13,17 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ..errors import CorruptAdapterError, StateError, StoppedError
-from ..safetensors_io import DTYPES, SEAL, UNSEALED, Blob, Buffer, check_seal, parse_header, strict_json, write_tensors
+from ..safetensors_io import (
+    SEAL,
+    UNSEALED,
+    Blob,
+    Buffer,
+    check_seal,
+    parse_header,
+    strict_json,
+    tensor_of,
+    write_tensors,
+)
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
@@ -108,8 +118,7 @@ def read_with_facts(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[st
         part = memoryview(data)[start + first : start + last]
         if _digest(part) != digests.get(name):
             raise damaged(path, remedy, f"{name!r} has another digest than was stored")
-        kind = DTYPES[dtype]
-        tensors[name] = torch.frombuffer(part, dtype=kind).reshape(shape) if part else torch.empty(shape, dtype=kind)
+        tensors[name] = tensor_of(part, dtype, shape)
     missing = digests.keys() - tensors.keys()
     if missing or "facts" not in tensors:
         raise damaged(path, remedy, f"{min(missing, default='facts')!r} is missing")

@@ -17,17 +17,9 @@ from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.load import Mode, removing
 from .data.base import Data, Examples, loader, readable
-from .heads import own_linear
 from .transfer import TransferResult
 
-
-def confusion(predicted: Tensor, y: Tensor, classes: int) -> Tensor:
-    """Return how many rows of each class get each class, [true][predicted], (classes, classes) int64.
-
-    Args:
-        predicted, y: class indices, (N,).
-    """
-    return (y * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
+COLUMNS = ("network", "source", "target")
 
 
 def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
@@ -37,7 +29,8 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
         {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
         [true][predicted]}.
     """
-    counts = confusion(logits.argmax(1), y, logits.shape[1])
+    classes = logits.shape[1]
+    counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
     correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
     return {
         "accuracy": sum(correct) / sum(rows),
@@ -48,7 +41,7 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     """Return a backbone that has the adapter loaded, with the adapter's preprocessing and place of the head."""
-    head, stored = adapter.head(), adapter.preprocess_config
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if stored is not None:
         backbone = replace(backbone, preprocess=preprocess_from_json(stored))
     if head is not None:
@@ -64,16 +57,12 @@ def adapter_accuracy(
     """Evaluate the head of an adapter on a model that has it loaded.
 
     Args:
-        examples: a split of `load_data(…, class_names=adapter.class_names)`.
+        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
 
     Returns:
         What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
-
-    Raises:
-        AdapterError: if the adapter has no head or preprocessing.
-        DataError: if no example can be read, or one has a class that the head lacks.
     """
-    head, stored = adapter.head(), adapter.preprocess_config
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if head is None or stored is None:
         raise AdapterError(
             "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
@@ -89,9 +78,6 @@ def adapter_accuracy(
     return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
 
 
-COLUMNS = ("network", "source", "target")
-
-
 def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_size: int = 64) -> list[dict[str, Any]]:
     """Return accuracies of the networks of a transfer on the source, with its head, and on the target.
 
@@ -100,21 +86,19 @@ def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_
         and, if there is one, plain fine-tuning. None where there is nothing to measure; see `held_out_accuracy`.
     """
     backbone = result.backbone
-    rows: list[dict[str, Any]] = []
 
-    def add(network: str, on_source: float | None, on_target: float | None) -> None:
-        rows.append(dict(zip(COLUMNS, (network, on_source, on_target), strict=True)))
+    def on(data: Data, parts: Parts, mode: Mode = "target", head: Head | None = None) -> float | None:
+        with applied_parts(backbone.model, parts, mode, head):
+            return held_out_accuracy(backbone, data, batch_size)
 
-    add("source", held_out_accuracy(backbone, source, batch_size), None)
-    with applied_parts(backbone.model, result.parts, "source"):
-        add("source through its mask", held_out_accuracy(backbone, source, batch_size), None)
+    rows: list[tuple[str, float | None, float | None]] = [
+        ("source", held_out_accuracy(backbone, source, batch_size), None)
+    ]
+    rows.append(("source through its mask", on(source, result.parts, "source"), None))
     for network, parts in (("transferred", result.parts), ("plain fine-tuning", result.baseline)):
         if parts is not None:
-            with applied_parts(backbone.model, parts, "target"):
-                on_source = held_out_accuracy(backbone, source, batch_size)
-            with applied_parts(backbone.model, parts, "target", parts.head):
-                add(network, on_source, held_out_accuracy(backbone, target, batch_size))
-    return rows
+            rows.append((network, on(source, parts), on(target, parts, head=parts.head)))
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
@@ -122,7 +106,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 
     Without a test split it is that on the validation split, and without that None.
     """
-    examples, linear = data.validation if data.test is None else data.test, own_linear(backbone)
+    examples, linear = data.validation if data.test is None else data.test, backbone.linear
     if examples is None:
         return None
     assert linear is not None
@@ -148,7 +132,7 @@ def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None 
 
 def source_classes(adapter: Adapter) -> tuple[str, ...] | None:
     """Return the class names of the source of a transfer, as its training record has them, or None."""
-    found: Any = adapter.training
+    found: Any = adapter.about.training
     for name in ("transfer", "source", "class_names"):
         found = found.get(name) if isinstance(found, Mapping) else None
     named = isinstance(found, list) and found and all(isinstance(one, str) for one in found)

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..backbone.classifier import Classifier, linear_from
 from ..backbone.load import Backbone, text_head
-from ..backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight, unwrap
+from ..backbone.model import Head
+from ..backbone.random_weights import MAX_WEIGHTS, RandomWeight, random_weight
 from ..errors import ConfigError
 from .config import TrainConfig
 from .methods.base import build_method
@@ -57,15 +58,9 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
     return Classifier(backbone.model, linear, embedding)
 
 
-def own_linear(backbone: Backbone) -> nn.Linear | None:
-    """Return the head that the model has, or None where it has no linear layer for one."""
-    own = None if backbone.head is None else unwrap(backbone.model).get_submodule(backbone.head)
-    return own if isinstance(own, nn.Linear) else None
-
-
 def _own(backbone: Backbone, class_names: Sequence[str]) -> nn.Linear:
     """The head that the model has, for as many classes as the data have."""
-    own = own_linear(backbone)
+    own = backbone.linear
     if own is None or own.out_features != len(class_names):
         found = "no linear head" if own is None else f"a head for {own.out_features} classes"
         raise ConfigError(

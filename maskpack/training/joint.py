@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..adapter.content import Parts
 from ..backbone.classifier import Batch, to_device
-from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import inside, swap_module
+from ..backbone.model import Fingerprint, inside, swap_module
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..mask import MaskSet
@@ -275,7 +275,7 @@ class JointResult:
 
     Attributes:
         base: fingerprint of the shared weights.
-        results: by task, each ready for `save_adapter(path, result.parts, result.base, **result.about)`. Its metrics
+        results: by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Its metrics
             are those after hardening; "soft_…" are before.
     """
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from ..adapter.card import member, metrics
 from ..adapter.describe import describe
-from ..adapter.read import Adapter
-from ..adapter.write import MODEL_FILE, read_adapter, save_adapter
+from ..adapter.read import MODEL_FILE, Adapter, read_adapter
+from ..adapter.write import save_adapter
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone, export_state, load_weights
 from ..codecs.base import Profile
@@ -98,13 +99,13 @@ def _check_finished(
     adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig
 ) -> None:
     """Compare what a finished task was trained with and what it would be trained with now."""
-    record = adapter.training
+    record = adapter.about.training
     there, data, jointly = dict(member(record, "settings")), member(record, "data"), member(record, "joint")
     ours = task.settings(config).to_json()
     splits = {"train": task.data.train, "validation": task.data.validation, "test": task.data.test}
     rows = {key: len(split) for key, split in splits.items() if split is not None}
     ours |= {"data": task.data.digest, "rows": rows, "classes": list(task.data.class_names)}
-    there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.class_names or ())}
+    there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.about.class_names or ())}
     if isinstance(tasks := jointly.get("tasks"), list):
         ours |= joint.to_json(config.optimizer, len(tasks))
         there |= jointly
@@ -123,7 +124,7 @@ def _check_finished(
 
 
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
-    record: Mapping[str, Any] = adapter.training or {}
+    record: Mapping[str, Any] = adapter.about.training or {}
     found = metrics(record)
     whole = describe(adapter)["sets"]["default"]
     return {
@@ -208,9 +209,8 @@ def train_tasks(
 
         def save(name: str, result: TrainResult) -> None:
             if main:
-                training = {**result.about["training"], "mode": mode}
-                whole = {**result.about, "training": training}
-                save_adapter(folder / name, result.parts, result.base, profile=profile, weights=backbone.model, **whole)
+                said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
+                save_adapter(folder / name, result.parts, result.base, said, profile=profile, weights=backbone.model)
 
         if mode == "separate":
             start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import FEATURES, Parts
+from ..adapter.content import FEATURES, About, Parts
 from ..backbone.classifier import modes_kept
-from ..backbone.fingerprint import Fingerprint, fingerprint
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import Embedding, find_head, named_parameters, swap_module
+from ..backbone.model import Embedding, Fingerprint, find_head, named_parameters, swap_module
 from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
@@ -389,7 +389,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """What a run learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+    """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Attributes:
         parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
@@ -400,7 +400,7 @@ class TrainResult:
 
     parts: Parts
     base: Fingerprint
-    about: dict[str, Any]
+    about: About
     metrics: dict[str, float]
 
 
@@ -502,11 +502,12 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
 
 def finished(backbone: Backbone, data: Data, parts: Parts, base: Fingerprint, record: dict[str, Any]) -> TrainResult:
     """Return the result of a run with this training record; `base` is the fingerprint of the whole body."""
-    about = {
-        "task": data.task if parts.head is not None else FEATURES[data.task],
-        "class_names": list(data.class_names) if parts.head is not None else None,
-        "preprocess": preprocess_to_json(backbone.preprocess),
-        "training": record,
-    }
+    headless = parts.head is None
+    about = About(
+        FEATURES[data.task] if headless else data.task,
+        None if headless else tuple(data.class_names),
+        preprocess_to_json(backbone.preprocess),
+        record,
+    )
     masked = Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
     return TrainResult(parts, masked, about, record["metrics"])

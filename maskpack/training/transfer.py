@@ -8,10 +8,9 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import Parts
-from ..backbone.fingerprint import Fingerprint
+from ..adapter.content import About, Parts
 from ..backbone.load import Backbone, export_state
-from ..backbone.model import named_parameters
+from ..backbone.model import Fingerprint, named_parameters
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, Op, PackedMask, mask_id
@@ -19,7 +18,6 @@ from .checkpoint import FILE
 from .config import Start, TrainConfig
 from .data.base import Data
 from .dense import body_parameters, of_weights, train_dense
-from .heads import own_linear
 from .methods.base import FINISHED, Method, State, build_method
 from .run_folder import Report, check_untaken, is_main_process, locked, tagged
 from .scores import attach, extract_masks, scored_weights
@@ -145,7 +143,7 @@ SOURCE, MASK, TARGET, BASELINE = "source", "mask", "target", "baseline"  # runs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransferResult:
-    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, **result.about)`.
+    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Attributes:
         backbone: the source network, in place of the one that was given: what the adapter goes onto.
@@ -159,7 +157,7 @@ class TransferResult:
     backbone: Backbone
     parts: Parts
     base: Fingerprint
-    about: dict[str, Any]
+    about: About
     metrics: dict[str, float]
     baseline: Parts | None
 
@@ -235,7 +233,7 @@ def train_transfer(
                 {n: torch.zeros(m.shape, dtype=torch.bool) for n, m in masks.items()}, op="replace"
             )
             plain = train_reused(backbone, none, after, target, weights, **run(BASELINE)).parts
-    about = {
+    facts = {
         "method": {"id": config.method, **config.method_options},
         "lr": config.score_lr,
         "start": start,
@@ -246,7 +244,7 @@ def train_transfer(
         backbone,
         result.parts,
         result.base,
-        {**result.about, "training": {**result.about["training"], "transfer": about}},
+        replace(result.about, training={**(result.about.training or {}), "transfer": facts}),
         result.metrics,
         plain,
     )
@@ -299,7 +297,7 @@ def check_transfer(
             f"one, or train a mask for the target"
         )
     if source_trained:
-        own = own_linear(backbone)
+        own = backbone.linear
         if own is None or own.out_features != len(source.class_names):
             found = "none" if own is None else f"one for {own.out_features}"
             raise ConfigError(

@@ -68,7 +68,7 @@ class File:
 
 def width(entry: Any) -> int:
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    return DTYPES[dtype].itemsize if isinstance(dtype, str) and dtype in DTYPES else 1
+    return DTYPES[dtype][1] if isinstance(dtype, str) and dtype in DTYPES else 1
 
 
 def sealed(header: str, section: bytes) -> bytes:

@@ -34,9 +34,11 @@ from PIL import Image
 from torch import nn
 from typer.main import get_command
 
-from maskpack.adapter.card import render_card
+from maskpack.adapter.card import CARD_FILE, render_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, describe
-from maskpack.adapter.write import CARD_FILE, CONFIG_FILE, MODEL_FILE, Parts, read_adapter, save_adapter
+from maskpack.adapter.read import CONFIG_FILE, MODEL_FILE, read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from maskpack.adapter.card import render_card, update_card
+from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, describe
 from maskpack.adapter.read import read_adapter
-from maskpack.adapter.write import Parts, save_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
 from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError
@@ -86,9 +87,7 @@ def use(path: Path) -> None:
     if adapter.cascade is not None:
         adapter.cascade.router.route(torch.zeros(2, len(adapter.cascade.router.whitening.mean)))
     for name in adapter.sets:
-        for method in (adapter.head, adapter.statistics, adapter.parameters, adapter.values):
-            method(set=name)
-        adapter.masks(WEIGHTS, set=name)
+        adapter.parts(name, WEIGHTS)
 
 
 def read_all(data: bytes, path: Path, rng: random.Random) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from bitarray import bitarray
 
-from maskpack.adapter.content import CascadeParts
+from maskpack.adapter.content import Cascade, Parts
 from maskpack.adapter.tensors import cascade_tensors
-from maskpack.adapter.write import Parts, save_adapter
-from maskpack.backbone.model import Embedding, Head, RandomWeight
+from maskpack.adapter.write import save_adapter
+from maskpack.backbone.model import Embedding, Head
+from maskpack.backbone.random_weights import RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
 from maskpack.safetensors_io import read_tensors, write_tensors
@@ -101,7 +102,7 @@ def heads() -> dict[str, Parts]:
     }
 
 
-def cascade() -> tuple[dict[str, Parts], CascadeParts]:
+def cascade() -> tuple[dict[str, Parts], Cascade]:
     """Return a cascade with everything that one may have."""
     sets = {"dispatcher": Parts(large()), "expert-0": Parts(near(large())), "expert-1": Parts(near(near(large())))}
     return sets, cascade_parts(reduced=5, classes=2, combine="unconditional")
@@ -144,7 +145,7 @@ def expectation(sets: dict[str, Parts], mask_id: str) -> dict[str, Any]:
     return found
 
 
-def cascade_expectation(one: CascadeParts) -> dict[str, Any]:
+def cascade_expectation(one: Cascade) -> dict[str, Any]:
     """Return what a reader must find of a cascade, and where it must route some embeddings."""
     embeddings = torch.randn(8, len(one.router.whitening.mean), generator=torch.Generator().manual_seed(8))
     return {
@@ -156,7 +157,7 @@ def cascade_expectation(one: CascadeParts) -> dict[str, Any]:
     }
 
 
-def write(name: str, sets: dict[str, Parts], codec: str, cascade: CascadeParts | None = None) -> None:
+def write(name: str, sets: dict[str, Parts], codec: str, cascade: Cascade | None = None) -> None:
     """Write a golden file and what must be found in it."""
     base = base_of(weights(), weights=weights())
     about: dict[str, Any] = {"task": "image-classification", "class_names": ["a", "ü"], "training": {"seed": 0}}

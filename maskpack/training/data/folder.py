@@ -1,4 +1,4 @@
-"""Local folders of parquet or csv files."""
+"""Local folders of parquet files, csv files or images."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -6,57 +6,91 @@ from typing import ClassVar
 from ...errors import DataError, require
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
 
+SPLITS = (*TRAIN_NAMES, *TEST_NAMES)
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 
-def _load(kind: str, reference: str) -> Splits:
-    datasets = require("datasets", "train", "reading data")
-    root = Path(reference)
-    files = sorted(root.rglob(f"*.{kind}"))
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        # as on the Hub: a split is named by the file's first word or by its folder
-        words = [file.stem.replace("_", "-").split("-")[0].lower(), file.parent.name.lower()]
-        known = [word for word in words if word in (*TRAIN_NAMES, *TEST_NAMES)]
-        splits.setdefault(known[0] if known else "train", []).append(str(file))
-    try:
-        loaded = {name: datasets.load_dataset(kind, data_files=f, split="train") for name, f in splits.items()}
-    except Exception as error:
-        # datasets raises its own and pyarrow's errors for a broken file
-        cause = error.__cause__ or error
-        raise DataError(
-            f"cannot read the {kind} files in {reference}: {cause}; expected rows in each, with the same columns"
-        ) from error
-    return Splits(loaded, root.resolve().name, digest_files(files, root))
+
+class _Table:
+    """Folder of files of the format `id`, which the library datasets reads."""
+
+    id: ClassVar[str]
+
+    @classmethod
+    def matches(cls, reference: str) -> bool:
+        return Path(reference).is_dir() and any(Path(reference).rglob(f"*.{cls.id}"))
+
+    @classmethod
+    def load(cls, reference: str) -> Splits:
+        datasets = require("datasets", "train", "reading data")
+        root = Path(reference)
+        files = sorted(root.rglob(f"*.{cls.id}"))
+        splits: dict[str, list[str]] = {}
+        for file in files:
+            # as on the Hub: a split is named by the file's first word or by its folder
+            words = [file.stem.replace("_", "-").split("-")[0].lower(), file.parent.name.lower()]
+            split = next((word for word in words if word in SPLITS), "train")
+            splits.setdefault(split, []).append(str(file))
+        try:
+            loaded = {name: datasets.load_dataset(cls.id, data_files=f, split="train") for name, f in splits.items()}
+        except Exception as error:
+            # datasets raises its own and pyarrow's errors for a broken file
+            raise DataError(
+                f"cannot read the {cls.id} files in {reference}: {error.__cause__ or error}; expected rows in each, "
+                f"with the same columns"
+            ) from error
+        return Splits(loaded, root.resolve().name, digest_files(files, root))
 
 
 @SOURCES.register
-class Parquet:
+class Parquet(_Table):
     """Local folder of parquet files: train*.parquet, test*.parquet."""
 
     id: ClassVar[str] = "parquet"
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#parquet"
     priority: ClassVar[int] = 10
 
-    @staticmethod
-    def matches(reference: str) -> bool:
-        return Path(reference).is_dir() and any(Path(reference).rglob("*.parquet"))
-
-    @staticmethod
-    def load(reference: str) -> Splits:
-        return _load("parquet", reference)
-
 
 @SOURCES.register
-class Csv:
+class Csv(_Table):
     """Local folder of csv files with a header line: train*.csv, test*.csv."""
 
     id: ClassVar[str] = "csv"
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#csv"
     priority: ClassVar[int] = 20
 
+
+@SOURCES.register
+class ImageFolder:
+    """Local folder with one folder of images per class, or images without labels, under train/ and test/ or alone."""
+
+    id: ClassVar[str] = "image_folder"
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/image_load#imagefolder"
+    priority: ClassVar[int] = 30
+
     @staticmethod
     def matches(reference: str) -> bool:
-        return Path(reference).is_dir() and any(Path(reference).rglob("*.csv"))
+        return Path(reference).is_dir() and bool(_images(Path(reference)))
 
     @staticmethod
     def load(reference: str) -> Splits:
-        return _load("csv", reference)
+        datasets = require("datasets", "train", "reading data")
+        root = Path(reference)
+        named = {p.name: p for p in root.iterdir() if p.is_dir() and p.name.lower() in SPLITS}
+        folders = named or {"train": root}
+        classes = sorted({p.name for folder in folders.values() for p in folder.iterdir() if p.is_dir()})
+        index = {name: i for i, name in enumerate(classes)}
+        label = {"label": datasets.ClassLabel(names=classes)} if classes else {}
+        features = datasets.Features({"image": datasets.Image(), **label})
+        splits, files = {}, []
+        for split, folder in folders.items():
+            images = [file for file in _images(folder) if file.parent != folder or not classes]
+            rows: dict[str, list[object]] = {"image": [str(file) for file in images]}
+            if classes:
+                rows["label"] = [index[file.relative_to(folder).parts[0]] for file in images]
+            splits[split.lower()] = datasets.Dataset.from_dict(rows, features=features)
+            files += images
+        return Splits(splits, root.resolve().name, digest_files(files, root))
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)

@@ -17,7 +17,7 @@ DEVIATION = 1e-3  # of the initial edits
 @METHODS.register
 @dataclass(frozen=True)
 class Edit(Method):
-    """Learn an additive edit of every weight under a reward for large edits; keep the weights that were hardly edited.
+    """Edit weights additively under a reward for large edits; keep those that were hardly edited.
 
     Scores are the edits E. Training computes with w + E and subtracts `strength` * mean(min(|E|, bound)) from the loss.
     At the end small edits are dropped, and the adapter stores w + E of the others.

@@ -15,11 +15,11 @@ from .base import FINISHED, METHODS, Method, State, StraightThrough, alpha
 @METHODS.register
 @dataclass(frozen=True)
 class Ternary(Method):
-    """Keep weights with a score above a threshold, invert those below 0, remove the rest; straight-through gradient.
+    """Keep, remove or invert weights by two score thresholds; straight-through gradient.
 
     Attributes:
         init: initial value of all scores, above the threshold.
-        threshold: a weight is kept if its score is greater.
+        threshold: a weight is kept if its score is greater, inverted if it is below 0, else removed.
     """
 
     id: ClassVar[str] = "ternary"

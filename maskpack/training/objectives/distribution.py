@@ -15,7 +15,6 @@ from ...registry import NonNegative, Options, Positive
 from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
-from ..heads import own_linear
 from ..methods.base import METHODS, rising_methods
 from ..scores import scored_weights, without_scores
 from .base import OBJECTIVES, Objective
@@ -49,7 +48,7 @@ class MaskedAndWhole(nn.Module):
 
 @OBJECTIVES.register
 class Distribution(Objective):
-    """Sparsest mask under an output-KL penalty: keep the unmasked network's output distribution; needs no labels.
+    """Sparsest mask under an output-KL penalty; needs no labels.
 
     The loss is KL(unmasked || masked) + strength * density, with the network's own head. The gradient of the density is
     1 / weights for every score (straight through).
@@ -65,8 +64,7 @@ class Distribution(Objective):
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
-        own = own_linear(backbone)
-        if own is None:
+        if backbone.linear is None:
             raise ConfigError(
                 f"the objective 'distribution' compares logits, and {backbone.id} has no head; take a backbone with "
                 f"its head"
@@ -86,7 +84,7 @@ class Distribution(Objective):
                 "the objective 'distribution' compares with the unchanged network, and bn 'adapt' would change its "
                 "BatchNorm statistics; take bn 'freeze'"
             )
-        self.module = MaskedAndWhole(Classifier(backbone.model, own, backbone.embedding))
+        self.module = MaskedAndWhole(Classifier(backbone.model, backbone.linear, backbone.embedding))
         self.sums = torch.zeros(3, dtype=torch.float64)  # divergence, equal classes, examples
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:

@@ -27,7 +27,8 @@ def _saved(seed: int, weights: int, small: int) -> dict[str, bytes]:
 def saved(seed: int = 0, weights: int = 12_000, small: int = 0) -> dict[str, bytes]:
     """Return the files of an adapter as it is saved, different for each seed; a weight takes a bit.
 
-    With some `small` parameters more, the picture of its densities is another for each seed as well.
+    Args:
+        small: number of small parameters beside the large one.
     """
     return dict(_saved(seed, weights, small))
 

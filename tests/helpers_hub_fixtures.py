@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http, _xet, disable_progress_bars
 
-from .hub_adapters import contents, write_adapter
-from .hub_server import HubServer
+from .helpers_hub import contents, write_adapter
+from .helpers_hub_server import HubServer
 
 BIRDS = "alice/birds"
 TRANSPORTS = ("lfs", "xet")
