@@ -20,7 +20,7 @@ from maskpack.backbone.model import Embedding, Head
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.runtime.apply import apply_masks, exchange, places, restore
+from maskpack.runtime.apply import apply_parts, exchange, places, restore
 from maskpack.runtime.load import MaskpackWarning
 
 from .helpers_models import KINDS, adapter_of, bits, make_adapter, random_masks, same
@@ -138,7 +138,7 @@ def test_any_sequence_keeps_every_bit(model: str, data: st.DataObject) -> None:
             del known[name]
         fresh = copy.deepcopy(pristine)
         if bank.active is not None:
-            apply_masks(fresh, known[bank.active].items(), known[bank.active].shapes, mask_id="")
+            apply_parts(fresh, Parts(known[bank.active]))
         assert same(bits(base), bits(fresh)), action
     bank.close()
     assert same(bits(base), before)
@@ -500,7 +500,7 @@ def test_weights_of_eight_bits_change_their_sign() -> None:
     model = nn.Linear(4, 4, bias=False).to(torch.float8_e4m3fn)
     before = model.weight.detach().view(torch.uint8).clone()
     mask = PackedMask.from_tensor(torch.zeros(4, 4, dtype=torch.bool), op="flip")
-    apply_masks(model, [("weight", mask)], {"weight": (4, 4)}, mask_id="")
+    apply_parts(model, Parts(MaskSet({"weight": mask})))
     assert torch.equal(model.weight.detach().view(torch.uint8), before ^ 0x80)
     restore(model)
     assert torch.equal(model.weight.detach().view(torch.uint8), before)

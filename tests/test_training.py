@@ -274,7 +274,8 @@ def test_states_are_checked(tiny: nn.Module) -> None:
 
 
 def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Module) -> None:
-    from maskpack.runtime.apply import apply_masks
+    from maskpack.adapter.content import Parts
+    from maskpack.runtime.apply import apply_parts
 
     other = copy.deepcopy(tiny)
     scores = attach_scores(tiny, scale=True)
@@ -284,7 +285,7 @@ def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Mod
     x = torch.randn(3, 3, 8, 8)
     training = tiny(x)
     masks = extract_masks(tiny)
-    apply_masks(other, masks.items(), {n: m.shape for n, m in masks.items()}, mask_id="x")
+    apply_parts(other, Parts(masks))
     assert torch.equal(other(x), training)
 
 

@@ -13,7 +13,7 @@ from ..adapter.fields import PATH, Fields
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..adapter.signature import Keys, Signed
 from ..errors import AdapterError, MaskpackError, SignatureError, StateError
-from ..safetensors_io import replacing, strict_json
+from ..safetensors_io import lock, replacing, strict_json
 from .reference import COMMIT, Reference
 
 MOST = 1 << 53  # weights or bytes that a config file may state; more is no honest number
@@ -136,13 +136,12 @@ class RepositoryCache:
 
     def clear_leftovers(self) -> None:
         """Remove unfinished downloads of processes that are gone: a living one holds the lock of its file."""
-        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
         with suppress(OSError):
             for path in self.blobs.glob("*.incomplete"):
                 self.locks.mkdir(parents=True, exist_ok=True)
-                with suppress(OSError), WeakFileLock(self.locks / f"{path.name.partition('.')[0]}.lock", timeout=0.01):
-                    _remove(path)
+                with suppress(OSError), (self.locks / f"{path.name.partition('.')[0]}.lock").open("ab") as file:
+                    if lock(file.fileno()):
+                        _remove(path)
 
     def discard(self, commit: str, name: str, blob: str) -> None:
         """Remove a file of a commit and its bytes, whatever became of them, so that they are fetched anew."""
@@ -198,12 +197,12 @@ def highest(keys: Iterable[str], name: str) -> int:
 
 def remember(keys: Iterable[str], name: str, counter: int) -> None:
     """Write down that a counter was seen; one process after another, and never a lower one over a higher."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
     path = _counters()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(path.with_suffix(".lock"), timeout=10.0):
+        with path.with_suffix(".lock").open("ab") as file:
+            if lock(file.fileno(), wait=10.0) is False:
+                raise TimeoutError("another process writes it")
             known = _read_counters()
             for key in keys:
                 names = known.setdefault(key, {})

@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol, TextIO
 from torch import Tensor
 
 from ..errors import ConfigError, StateError, StoppedError, require
-from ..safetensors_io import replacing
+from ..safetensors_io import lock, replacing
 from .checkpoint import (
     FILE,
     OBJECTIVE,
@@ -208,7 +208,7 @@ def _opened(path: Path) -> IO[str]:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            if not _lock(file):
+            if lock(file.fileno()) is False:
                 file.seek(0)
                 holder = file.read(200).strip()
                 raise StateError(
@@ -225,31 +225,6 @@ def _opened(path: Path) -> IO[str]:
             file.close()
             raise
         file.close()
-
-
-def _lock(file: IO[str]) -> bool:
-    """Lock an open file; return False if another has locked it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return _lock_bytes(file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _lock_bytes(file: IO[str]) -> bool:
-    import msvcrt
-
-    system: Any = msvcrt
-    file.seek(1 << 20)  # a locked byte cannot be read: one behind the text
-    try:
-        system.locking(file.fileno(), system.LK_NBLCK, 1)
-    except OSError:
-        return False
-    return True
 
 
 def _let_go() -> None:
