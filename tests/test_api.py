@@ -135,3 +135,31 @@ def test_loading_needs_no_training(tmp_path: Path) -> None:
     assert "maskpack.runtime.apply" in loaded
     assert not {one for one in loaded if one.startswith(LATE)}
     assert not loaded & {"huggingface_hub", "torchvision", "timm", "transformers", "datasets", "accelerate"}
+
+
+def test_training_needs_no_lab(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, maskpack\n"
+        "from maskpack.backbone.load import Backbone\n"
+        "from maskpack.backbone.model import Embedding\n"
+        "from maskpack.training import TrainConfig, load_data, train_mask\n"
+        "from maskpack.preprocess import ImagePreprocess\n"
+        "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16), torch.nn.Linear(16, 2))\n"
+        "backbone = Backbone(model, 'tests:tiny', embedding=Embedding('2'), preprocess=ImagePreprocess(8, 8))\n"
+        "config = TrainConfig(steps=2, batch_size=8, augment='none', workers=0)\n"
+        "result = train_mask(backbone, load_data('digits:0-1'), config)\n"
+        "maskpack.save_adapter(sys.argv[1], result.parts, result.base, result.about, weights=model)\n"
+        "maskpack.load_mask(model, sys.argv[1])\n"
+    )
+    loaded = modules_after(code, str(tmp_path / "adapter"))
+    assert "maskpack.training.trainer" in loaded
+    assert not {one for one in loaded if one.startswith("maskpack.lab")}
+
+
+def test_names_of_the_lab() -> None:
+    from maskpack import lab
+
+    assert lab.__all__ == sorted(lab.__all__) == sorted(lab._WHERE)
+    assert all(getattr(lab, name).__name__ == name for name in lab.__all__)
+    with pytest.raises(AttributeError, match="module 'maskpack.lab' has no attribute 'no_such_name'"):
+        _ = lab.no_such_name

@@ -14,11 +14,12 @@ from maskpack import load_backbone, save_adapter
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.network import state_of, write_network
 from maskpack.training import TrainConfig, load_data, train_mask
-from maskpack.training.dense import body_parameters, train_dense
+from maskpack.training.learn import body_parameters
+from maskpack.training.trainer import train_dense
 
-from .test_compare import FACTORY
+from .helpers_models import TINY_FACTORY as FACTORY
 
-pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not seed:
             export_state(root / "base.safetensors", made.model)
         result = train_dense(made, data, config, lambda own, _: body_parameters(own))
-        write_network(root / f"tuned-{seed}.safetensors", state_of(result.classifier))
+        write_network(root / f"tuned-{seed}.safetensors", state_of(result.objective.module))
         made = load_backbone(f"{root}/nets.py:tiny", random_weights=0, image_size=8)
         masked = train_mask(made, data, replace(config, lr=1000.0))
         save_adapter(root / f"mask-{seed}", masked.parts, masked.base, masked.about)
@@ -156,12 +157,12 @@ def test_checkpoints(tmp_path: Path) -> None:
         str(tmp_path / "o"),
     ]
     given = [*words, "--checkpoints", "base*.safetensors"]
-    found = answer(*given, "--row", "probe", "--pretraining", "digits:0-9", "--plot", str(tmp_path / "c.svg"))
+    found = answer(*given, "--baseline", "probe", "--pretraining", "digits:0-9", "--plot", str(tmp_path / "c.svg"))
     (row,) = found["rows"]
     assert row["checkpoint"] == "base"
     assert row["pretraining"] is not None
-    other = run(*given, "--row", "full", code=1).stderr
-    assert "holds trials with other settings: lr, row differ" in " ".join(other.split())
+    other = run(*given, "--baseline", "full", code=1).stderr
+    assert "holds results of other settings: baseline, lr" in " ".join(other.split())
     missing = run(*words, "--checkpoints", "none-*.safetensors", code=2).stderr
     assert "no file matches --checkpoints 'none-*.safetensors'; expected safetensors state dicts" in missing
     assert "are those of --checkpoints GLOB; give it, and no other weights" in run(*words, code=2).stderr
@@ -177,7 +178,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         ),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--plot", "a.gif"], "ends in '.gif', expected .png or .svg"),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--split", "all"], "split must be test or train, got 'all'"),
-        (["barrier", "./mask-0", *BASE], "a barrier lies between networks; give at least two, got 1"),
+        (["barrier", "./mask-0", *BASE], "networks are compared in pairs; give at least two, got 1"),
     ],
 )
 def test_errors(words: Sequence[str], message: str) -> None:
@@ -186,7 +187,7 @@ def test_errors(words: Sequence[str], message: str) -> None:
 
 def test_pictures_of_nothing() -> None:
     from maskpack.errors import ConfigError
-    from maskpack.lab.plots.analysis import (
+    from maskpack.lab import (
         barrier_figure,
         checkpoint_figure,
         criticality_figure,

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,29 @@ from typer.testing import CliRunner
 
 from maskpack import load_adapter, load_backbone, load_cascade, load_mask
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.errors import ConfigError, DataError, SelectionError, StateError, TrainingError, UnknownNameError
-from maskpack.lab.baselines.base import ROWS, Trial, find_row
-from maskpack.lab.compare import Trials, _claim, compare, markdown, summaries
+from maskpack.errors import (
+    ConfigError,
+    DataError,
+    SelectionError,
+    StateError,
+    StoppedError,
+    TrainingError,
+    UnknownNameError,
+)
+from maskpack.lab import compare
+from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
+from maskpack.lab.comparison import Trials, markdown, summaries
 from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
 from maskpack.training import TrainConfig
 from maskpack.training.batchnorm import recalibrate
-from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import loader, readable
 from maskpack.training.data.load import load_data
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.features import measure_features
-from maskpack.training.run_folder import write_json
+from maskpack.training.run_folder import claim, write_json
 
-FACTORY = """
-from torch import nn
+from .helpers_models import TINY_FACTORY
 
-def tiny():
-    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, bias=False))
-    model = nn.Sequential(body, nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    model.pretrained_cfg = {"input_size": (3, 8, 8)}
-    return model
-
-def bare():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-"""  # noqa: E501
 FEATURES, CLASSES = 16, 5
 HEAD = CLASSES * (FEATURES + 1)
 BODY = 8 * 27 + 8 + 2 * 8 + 16 * 72 + 2 * 16
@@ -61,7 +60,7 @@ QUICK = TrainConfig(
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("factory") / "nets.py"
-    path.write_text(FACTORY)
+    path.write_text(TINY_FACTORY)
     return {"reference": f"{path}:tiny", "random_weights": 0, "image_size": 8}
 
 
@@ -71,11 +70,19 @@ def timed_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maskpack.lab.trial.TIMED", 0.0)
 
 
-def job(folder: Path, backbone: Mapping[str, Any], row: str, **changes: Any) -> Job:
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    """One for all tests: its start is what takes time."""
+    code = "from maskpack.lab import trial; trial.TIMED = 0.0; trial.serve()"
+    with pytest.MonkeyPatch.context() as patch, Worker() as one:
+        patch.setattr(Worker, "command", (sys.executable, "-c", code))
+        yield one
+
+
+def job(folder: Path, backbone: Mapping[str, Any], baseline: str, **changes: Any) -> Job:
     settings = {**QUICK.to_json(), "lr": 0.05, **changes.pop("settings", {})}
-    values: dict[str, Any] = {"row": row, "share": 1.0, "validate": False, "settings": settings, "backbone": backbone}
-    values |= {"data": DATA, "folder": str(folder), "result": str(folder / "result.json"), **changes}
-    return Job(**values)
+    values: dict[str, Any] = {"baseline": baseline, "share": 1.0, "validate": False, "settings": settings}
+    return Job(**values | {"backbone": backbone, "data": DATA, "folder": str(folder), **changes})
 
 
 EXPECTED = {
@@ -120,7 +127,7 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
         assert found["controls"] == {}
     if name in ("mask", "self-supervised", "cascade:2"):
         assert found["accuracy"] == of_the_file(tmp_path / "mask.safetensors", backbone), "of what is stored"
-    if not find_row(name).needs_labels:
+    if not find_baseline(name).needs_labels:
         trained_once = [event for event in events if event["event"] == "epoch"]
         spent = json.loads((tmp_path / "spent.json").read_text())
         assert spent["seconds"] < found["seconds"], "without the first probe"
@@ -159,7 +166,7 @@ def test_dense_rows_are_measured_as_they_are_stored(backbone: dict[str, Any], tm
         data = load_data("digits:0-4", labels_fraction=0.1)
         data = replace(data, test=None)
         trial = Trial(load_backbone(**backbone), data, data, replace(QUICK, lr=0.05), tmp_path / name, print)
-        find_row(name).fit(trial)
+        find_baseline(name).fit(trial)
         model = trial.backbone.model
         learned = [one for key, one in model.named_parameters() if what in key and not key.startswith("5.")]
         assert learned
@@ -178,8 +185,8 @@ def test_rates_are_measured_on_held_out_rows(backbone: dict[str, Any], tmp_path:
 
 
 def test_every_row_is_in_the_table_above() -> None:
-    assert {name.partition(":")[0] for name in EXPECTED} == {row.id for row in ROWS.all()}
-    for row in ROWS.all():
+    assert {name.partition(":")[0] for name in EXPECTED} == {row.id for row in BASELINES.all()}
+    for row in BASELINES.all():
         assert row.__doc__
         assert all(len(set(rates)) >= 3 for rates in row.rates.values())
 
@@ -224,7 +231,7 @@ def test_nothing_to_measure_on(backbone: dict[str, Any]) -> None:
     test = load_data("digits:0-4").test
     assert test is not None
     with pytest.raises(DataError, match="no row to measure on could be read"):
-        measure(lambda _: torch.zeros(0), load_backbone(**backbone), replace(test, unreadable=set(test.indices)), 64, 5)
+        measure(lambda _: torch.zeros(0), load_backbone(**backbone), replace(test, unreadable=set(test.indices)), 64)
 
 
 class Told:
@@ -248,7 +255,8 @@ class Told:
         else:
             sizes: dict[str, int] = {"head": 4}
             numbers = {"examples": 1, "trained": 1, "steps": 1, "bytes": 4, "labels": 1, "seconds": 1, "peak_memory": 1}
-            write_json(Path(job.result), {"accuracy": found, **numbers, "sizes": sizes, "controls": {}, "overhead": 1})
+            result = {"accuracy": found, **numbers, "sizes": sizes, "controls": {}, "overhead": 1}
+            yield {"event": "result", "result": result}
         yield {"event": "exit", "code": int(found < 0)}
 
 
@@ -258,13 +266,13 @@ def chosen(
     """The rate that is chosen where validation accuracies follow from it."""
     told = Told(lambda job: accuracy[round(job.settings["lr"], 6)])
     trials = Trials(folder, {}, {}, QUICK, None, told)  # type: ignore[arg-type]
-    found = trials.choose(name, find_row(name), rates, 0, 1.0)
+    found = trials.choose(name, find_baseline(name), rates, 0, 1.0)
     assert all(job.validate for job in told.jobs), "rates are never chosen on the test split"
     return found
 
 
 def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
-    assert find_row("full").rates["sgd"] == (0.003, 0.01, 0.03)
+    assert find_baseline("full").rates["sgd"] == (0.003, 0.01, 0.03)
     assert chosen(tmp_path / "inner", "full", None, {0.003: 0.1, 0.01: 0.5, 0.03: 0.2})[0] == 0.01
     beyond = {0.003: 0.1, 0.01: 0.2, 0.03: 0.3, 0.09: 0.4, 0.27: -1}
     rate, tried = chosen(tmp_path / "beyond", "full", None, beyond)
@@ -274,7 +282,7 @@ def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
     assert chosen(tmp_path / "below", "full", [2.0, 1.0], below)[0] == pytest.approx(0.25)  # two more at most
     assert chosen(tmp_path, "full", [7.0], {}) == (7.0, [])
     assert chosen(tmp_path, "probe", None, {}) == (None, [])
-    with pytest.raises(TrainingError, match=r"row 'full': with none of the rates .*1, 2 training came to an end; give"):
+    with pytest.raises(TrainingError, match=r"baseline 'full': with none of the rates .*1, 2 training came to an end"):
         chosen(tmp_path / "none", "full", [1.0, 2.0], {1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1})
 
 
@@ -282,30 +290,36 @@ def test_searches_with_other_shares_share_no_training(tmp_path: Path) -> None:
     told = Told(lambda job: 0.5 - abs(job.settings["lr"] - 2) / 10)
     trials = Trials(tmp_path, {}, {}, QUICK, None, told)  # type: ignore[arg-type]
     for share in (0.5, 1.0):
-        assert trials.choose("self-supervised", find_row("self-supervised"), [1.0, 2.0, 3.0], 0, share)[0] == 2
+        assert trials.choose("self-supervised", find_baseline("self-supervised"), [1.0, 2.0, 3.0], 0, share)[0] == 2
     assert len({job.folder for job in told.jobs}) == 6, "other rows are held out"
 
 
 def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def accuracy(job: Job) -> float:
-        best = {"probe": 0.3, "self-supervised": 0.7}.get(job.row) or 0.6 - 10 * abs(job.settings["lr"] - 0.02)
+        best = {"probe": 0.3, "self-supervised": 0.7}.get(job.baseline) or 0.6 - 10 * abs(job.settings["lr"] - 0.02)
         # the test split likes other rates, and must not be asked
-        return (best if job.validate else 1 - best) + job.seed / 100 + job.share / 1000
+        return (best if job.validate else 1 - best) + job.settings["seed"] / 100 + job.share / 1000
 
     told = Told(accuracy)
-    monkeypatch.setattr("maskpack.lab.compare.Worker", lambda: told)
+    monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: told)
     found = compare(
         backbone,
         DATA,
         tmp_path,
-        rows=["probe", "full", "self-supervised"],
+        baselines=["probe", "full", "self-supervised"],
         rates={"full": [0.01, 0.02, 0.03], "self-supervised": [5.0]},
         seeds=(3, 4),
         fractions=(0.5, 1.0),
         config=QUICK,
     )
     asked = [
-        (job.row, job.validate, None if job.row == "probe" else job.settings["lr"], job.share, job.seed)
+        (
+            job.baseline,
+            job.validate,
+            None if job.baseline == "probe" else job.settings["lr"],
+            job.share,
+            job.settings["seed"],
+        )
         for job in told.jobs
     ]
     assert asked == [
@@ -314,10 +328,12 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
         *(("full", False, 0.02, *one) for one in ((0.5, 3), (0.5, 4), (1.0, 3), (1.0, 4))),
         *(("self-supervised", False, 5.0, *one) for one in ((0.5, 3), (0.5, 4), (1.0, 3), (1.0, 4))),
     ]
-    assert len({job.result for job in told.jobs}) == len(told.jobs)
-    folders = {job.folder for job in told.jobs if job.row == "full"}
+    assert len(list(tmp_path.rglob("result-*.json"))) == len(told.jobs)
+    folders = {job.folder for job in told.jobs if job.baseline == "full"}
     assert len(folders) == 7, "training of a share is not continued by that of another, or by that of a search"
-    assert len({job.folder for job in told.jobs if job.row == "self-supervised"}) == 2, "trained once for all shares"
+    assert len({job.folder for job in told.jobs if job.baseline == "self-supervised"}) == 2, (
+        "trained once for all shares"
+    )
     full = found["rows"][2]
     assert (full["method"], full["labels_fraction"], full["rate"]) == ("full", 0.5, 0.02)
     assert full["accuracies"] == pytest.approx([0.4305, 0.4405])
@@ -325,14 +341,17 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
     assert found["rows"][1]["deviation"] is None, "a row in which the seed plays no part has one accuracy"
 
 
-def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
+def test_a_comparison(
+    backbone: dict[str, Any], tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: nullcontext(worker))
     events: list[Mapping[str, Any]] = []
     options: dict[str, Any] = {"config": replace(QUICK, objective_options={})}
     first = compare(
         backbone,
         DATA,
         tmp_path,
-        rows=["probe", "mask"],
+        baselines=["probe", "mask"],
         rates={"mask": [20.0]},
         seeds=(0, 1),
         report=events.append,
@@ -353,27 +372,29 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(first)  # results can be passed on
 
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")}
-    again = compare(backbone, DATA, tmp_path, rows=["mask", "probe"], rates={"mask": [20.0]}, seeds=(0, 1), **options)
+    again = compare(
+        backbone, DATA, tmp_path, baselines=["mask", "probe"], rates={"mask": [20.0]}, seeds=(0, 1), **options
+    )
     assert again["rows"] == first["rows"][::-1]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")} == stamps
     about = json.loads((tmp_path / "comparison.json").read_text())  # as of a release that had fewer settings
     del about["settings"]["selective"], about["settings"]["train"]
     (tmp_path / "comparison.json").write_text(json.dumps(about))
-    assert compare(backbone, DATA, tmp_path, rows=["probe"], seeds=(0, 1), **options)["rows"] == first["rows"][:1]
+    assert compare(backbone, DATA, tmp_path, baselines=["probe"], seeds=(0, 1), **options)["rows"] == first["rows"][:1]
     other = TrainConfig(**{**{name: getattr(QUICK, name) for name in ("optimizer", "scale")}, "steps": 5})
-    with pytest.raises(StateError, match=r"holds a comparison with other settings: settings \(.*steps.*\); choose"):
-        compare(backbone, DATA, tmp_path, rows=["probe"], config=other)
+    with pytest.raises(StateError, match=r"holds results of other settings: settings \(.*steps.*\); choose"):
+        compare(backbone, DATA, tmp_path, baselines=["probe"], config=other)
     with pytest.raises(StateError, match=r"other settings: data \(.*classes, digest, id\), settings"):
-        compare(backbone, {"reference": "digits:5-8"}, tmp_path, rows=["probe"], config=QUICK)
+        compare(backbone, {"reference": "digits:5-8"}, tmp_path, baselines=["probe"], config=QUICK)
 
     settings = "--optimizer sgd --scale --steps 4 --batch-size 16 --warmup 0 --augment none".split()
-    more = "--row probe --row mask --lr mask=20 --seeds 2".split()
+    more = "--baseline probe --baseline mask --lr mask=20 --seeds 2".split()
     done = CliRunner().invoke(app, words(backbone, tmp_path, *settings, *more))
     assert done.exit_code == 0, done.output
     assert "mask, seed 1, rate 20: " in done.output
     assert re.search(r"^probe +100 % +\d+\.\d\d +85 +340 +340", done.output, re.MULTILINE)
     file = tmp_path / "run.toml"
-    file.write_text("\n".join(["seeds = 2", 'row = ["probe", "mask"]', 'lr = "mask=20"']))
+    file.write_text("\n".join(["seeds = 2", 'baseline = ["probe", "mask"]', 'lr = "mask=20"']))
     done = CliRunner().invoke(app, words(backbone, tmp_path, *settings, "--config", str(file), "--json"))
     assert json.loads(done.stdout) == json.loads(json.dumps(first))
     picture = tmp_path / "labels.svg"
@@ -383,79 +404,70 @@ def test_a_comparison(backbone: dict[str, Any], tmp_path: Path) -> None:
 
 def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text('{"backbone": {}')
-    done = CliRunner().invoke(app, words(backbone, tmp_path, "--row", "probe", "--seeds", "1"))
+    done = CliRunner().invoke(app, words(backbone, tmp_path, "--baseline", "probe", "--seeds", "1"))
     assert done.exit_code == 1, done.output
-    assert re.search(r"cannot read .*comparison.json as JSON: .*; choose another folder, or delete th", done.stderr)
+    assert re.search(r"cannot read .*comparison.json as JSON: .*; choose another folder", done.stderr)
     (tmp_path / "comparison.json").write_text("[]")
     with pytest.raises(StateError, match="comparison.json must have backbone, data, it has a list; choose another fol"):
-        _claim(tmp_path, {"backbone": {}, "data": {}})
+        claim(tmp_path / "comparison.json", {"backbone": {}, "data": {}})
     result = tmp_path / "probe" / "seed-0-labels-1" / "result-1.json"
     result.parent.mkdir(parents=True)
     with Worker() as worker:
         trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
         for text, message in (("", "cannot read .*result-1.json as JSON"), ("{}", "must have accuracy, .* nothing")):
             result.write_text(text)
-            with pytest.raises(StateError, match=f"{message}.*; delete it, and its trial is measured again"):
-                trials.run("probe", find_row("probe"), 0, 1.0, None)
+            with pytest.raises(StateError, match=f"{message}.*; delete it, and it is measured again"):
+                trials.run("probe", find_baseline("probe"), 0, 1.0, None)
 
 
-def test_errors_of_a_trial(backbone: dict[str, Any], tmp_path: Path) -> None:
-    with Worker() as worker:  # one for both: its start is what takes time
-        _cannot_write(backbone, worker, tmp_path)
-        trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
-        with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
-            trials.run("full", find_row("full"), 0, 1.0, 1e30)
+def test_errors_of_a_trial(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
+    trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
+    (tmp_path / "probe" / "seed-3-labels-1" / "spent.json").mkdir(parents=True)
+    with pytest.raises(StateError, match=r"probe, seed 3: .*spent\.json"):
+        trials.run("probe", find_baseline("probe"), 3, 1.0, None)
+    with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
+        trials.run("full", find_baseline("full"), 0, 1.0, 1e30)
 
 
-def _cannot_write(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
-    folder = tmp_path / "probe" / "seed-3-labels-1"
-    (folder / "result-1.json").mkdir(parents=True)
-    one = job(folder, backbone, "probe", result=str(folder / "result-1.json"))
-    one.write(folder / "job.json")
-    events = list(worker.run(folder / "job.json"))
-    assert [event["event"] for event in events] == ["error", "exit"]
-    assert events[0]["kind"] == "StateError"
-    assert "result-1.json" in events[0]["message"]
-
-
-def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path) -> None:
-    environment = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(tmp_path / "spoiled")
-    (tmp_path / "spoiled").mkdir()
-    (tmp_path / "spoiled" / "sitecustomize.py").write_text("import os; os._exit(9)")
-    try:
-        with pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9; what it"):
-            with Worker() as spoiled:
-                Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", find_row("probe"), 3, 1.0, None)
-    finally:
-        os.environ.pop("PYTHONPATH") if environment is None else os.environ.update(PYTHONPATH=environment)
+def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "command", (sys.executable, "-c", "import os; os._exit(9)"))
+    with Worker() as spoiled, pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9"):
+        Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", find_baseline("probe"), 3, 1.0, None)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"rows": ["lorra"]}, UnknownNameError, "unknown row 'lorra'; known: .*; did you mean 'lora'"),
-        ({"rows": ["lora:x"]}, ConfigError, "takes a rank of at least 1 behind the colon, as in lora:8; got 'x'"),
-        ({"rows": ["cascade:1"]}, ConfigError, "number of experts of at least 2 behind the colon, as in cascade:5"),
-        ({"rows": ["probe:2"]}, ConfigError, "the row 'probe' takes nothing behind a colon, got '2'"),
-        ({"rows": ["mask:magick"]}, UnknownNameError, "unknown method 'magick'"),
-        ({"rows": ["probe", "probe"]}, ConfigError, "rows must be at least one, each once; got probe, probe"),
-        ({"rows": ["probe"], "seeds": []}, ConfigError, "seeds must be at least one, each once; got none"),
-        ({"rows": ["probe"], "fractions": [0.0]}, ConfigError, "share of labels must be in"),
+        ({"baselines": ["lorra"]}, UnknownNameError, "unknown baseline 'lorra'; known: .*; did you mean 'lora'"),
+        ({"baselines": ["lora:x"]}, ConfigError, "a rank of at least 1 behind the colon, as in lora:8; got 'x'"),
         (
-            {"rows": ["probe"], "rates": {"full": [1]}},
+            {"baselines": ["cascade:1"]},
             ConfigError,
-            "a rate is given for 'full', which is none of the r",
+            "of experts of at least 2 behind the colon, as in cascade:5",
         ),
-        ({"rows": ["full"], "rates": {"full": [-1]}}, ConfigError, r"rates of 'full' must be finite .* got \[-1\]"),
+        ({"baselines": ["probe:2"]}, ConfigError, "the baseline 'probe' takes nothing behind a colon, got '2'"),
+        ({"baselines": ["mask:magick"]}, UnknownNameError, "unknown method 'magick'"),
+        ({"baselines": ["probe", "probe"]}, ConfigError, "baselines must be at least one, each once; got probe, probe"),
+        ({"baselines": ["probe"], "seeds": []}, ConfigError, "seeds must be at least one, each once; got none"),
+        ({"baselines": ["probe"], "fractions": [0.0]}, ConfigError, "share of labels must be in"),
         (
-            {"rows": ["probe", "cascade:2"], "config": replace(QUICK, objective_options={"prototypes": "x"})},
+            {"baselines": ["probe"], "rates": {"full": [1]}},
+            ConfigError,
+            "a rate is given for 'full', which is none of the b",
+        ),
+        (
+            {"baselines": ["full"], "rates": {"full": [-1]}},
+            ConfigError,
+            r"of 'full' must be finite .* got \[-1\]",
+        ),
+        (
+            {"baselines": ["probe", "cascade:2"], "config": replace(QUICK, objective_options={"prototypes": "x"})},
             ConfigError,
             "option 'prototypes' of the objective 'swav' must be of type int, got 'x'",
         ),
-        ({"rows": ["mask"], "config": TrainConfig(include=("x",))}, SelectionError, "include 'x' matches none"),
+        ({"baselines": ["mask"], "config": TrainConfig(include=("x",))}, SelectionError, "include 'x' matches none"),
         (
-            {"rows": ["lora"], "config": TrainConfig(include=("0.1.weight",))},
+            {"baselines": ["lora"], "config": TrainConfig(include=("0.1.weight",))},
             ConfigError,
             "LoRA is for weights of linear and convolution layers, and 1 of the 1 chosen are others, first '0.1.w",
         ),
@@ -471,8 +483,8 @@ def test_wrong_rows(
 
 def test_a_backbone_without_biases(backbone: dict[str, Any], tmp_path: Path) -> None:
     bare = {**backbone, "reference": str(backbone["reference"]).replace(":tiny", ":bare")}
-    with pytest.raises(ConfigError, match="has no biases, so there is no row 'bitfit'; leave it out"):
-        compare(bare, DATA, tmp_path, rows=["bitfit"])
+    with pytest.raises(ConfigError, match="has no biases, so there is no baseline 'bitfit'; leave it out"):
+        compare(bare, DATA, tmp_path, baselines=["bitfit"])
 
 
 def test_memory() -> None:
@@ -513,11 +525,11 @@ def words(backbone: Mapping[str, Any], folder: Path, *more: str) -> list[str]:
     ("more", "message"),
     [
         (["--config", "no.toml"], "cannot read the settings in no.toml"),
-        (["--lr", "full"], "--lr must be ROW=RATE or ROW=RATE,RATE,…, got 'full'"),
-        (["--lr", "full=a,b"], "--lr must be ROW=RATE"),
+        (["--lr", "full"], "--lr must be BASELINE=RATE or BASELINE=RATE,RATE,…, got 'full'"),
+        (["--lr", "full=a,b"], "--lr must be BASELINE=RATE"),
         (["--seeds", "0"], "--seeds must be a number of at least 1, got 0"),
-        (["--row", "nothing"], "unknown row 'nothing'"),
-        (["--row", "probe", "--data", "texts"], "the data 'texts' are for text-classification, the backbone"),
+        (["--baseline", "nothing"], "unknown baseline 'nothing'"),
+        (["--baseline", "probe", "--data", "texts"], "the data 'texts' are for text-classification, the backbone"),
     ],
 )
 def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any], tmp_path: Path) -> None:
@@ -532,61 +544,95 @@ def test_wrong_words(more: Sequence[str], message: str, backbone: dict[str, Any]
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_comparison_that_was_ended(
-    number: signal.Signals, backbone: dict[str, Any], tmp_path: Path
-) -> None:
-    more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--batch-size", "8", "--epochs", "2000"]
-    process, _, worker = begun(words(backbone, tmp_path / "a", *more, "--workers", "1"), tmp_path / "a")
-    assert len(worker) == 1
-    assert len(children("-g", worker[0])) >= 2
-    with pytest.raises(StateError, match=f"process {process.pid} on "):
-        compare(backbone, DATA, tmp_path / "a", rows=["probe"], config=QUICK)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -number), errors
-    assert ("SIGTERM; call compare again" in errors) == (number == signal.SIGTERM)
-    assert "Traceback" not in errors
-    assert not left_after(5, worker[0])
+# --- accidents --------------------------------------------------------------------------------------------------------
+
+# a worker whose jobs report once, have a process of their own as a training with readers has, and never end
+ENDLESS = """
+import subprocess, sys, time
+from maskpack.lab import trial
+
+def run(job, report):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report({"event": "begun"})
+    time.sleep(600)
+
+trial.run, trial.IMPORTED = run, ()
+trial.serve()
+"""
 
 
-def begun(arguments: list[str], output: Path) -> tuple[subprocess.Popen[str], Path, list[int]]:
-    """Start a comparison; return its process, the first checkpoint of its training, and the workers at that moment."""
-    command = [sys.executable, "-m", "maskpack_cli.main", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    checkpoint = output / "full" / "seed-0-0.01-labels-1" / "training" / FILE
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.05)
-    return process, checkpoint, children("-P", process.pid)
-
-
-def left_after(seconds: float, group: int) -> list[int]:
-    """Processes of a group that are still there, asked until there is none or the time is over."""
-    until = time.monotonic() + seconds
-    while (left := children("-g", group)) and time.monotonic() < until:
-        time.sleep(0.05)
-    return left
-
-
-def children(relation: str, process: int) -> list[int]:
-    """Processes of a parent (-P) or of a group (-g)."""
-    found = subprocess.run(["pgrep", relation, str(process)], capture_output=True, text=True)
+def processes_of(group: int) -> list[int]:
+    """The processes of a group."""
+    found = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]
 
 
+def none_left(group: int) -> bool:
+    until = time.monotonic() + 20
+    while processes_of(group) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not processes_of(group)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_of_a_comparison_that_was_stopped(
+    number: signal.Signals, backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[Worker] = []
+    monkeypatch.setattr(Worker, "command", (sys.executable, "-c", ENDLESS))
+    monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: workers.append(Worker()) or workers[0])
+    groups: list[int] = []
+
+    def stop(event: Mapping[str, Any]) -> None:
+        assert workers[0]._process is not None
+        groups.append(workers[0]._process.pid)
+        assert len(processes_of(groups[0])) == 3
+        with pytest.raises(StateError, match=f"process {os.getpid()} on "):
+            compare(backbone, DATA, tmp_path, baselines=["probe"], config=QUICK)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # not sent: a process in the background ignores it
+        os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else StoppedError) as stopped:
+        compare(backbone, DATA, tmp_path, baselines=["probe"], config=QUICK, report=stop)
+    assert none_left(groups[0])
+    assert number == signal.SIGINT or "SIGTERM; call compare again" in str(stopped.value)
+    assert not list(tmp_path.rglob("result-*.json"))
+
+
+def test_nothing_is_left_of_a_comparison_that_was_killed(backbone: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "job.json", asdict(job(tmp_path, backbone, "probe")))
+    code = f"""
+import sys
+from pathlib import Path
+from maskpack.lab.trial import Worker
+
+Worker.command = (sys.executable, "-c", {ENDLESS!r})
+with Worker() as worker:
+    for event in worker.run(Path(sys.argv[1])):
+        print(worker._process.pid, flush=True)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "job.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        group = int(process.stdout.readline())
+        assert len(processes_of(group)) == 3
+        process.kill()
+    assert none_left(group)
+
+
 def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
-    more = ["--row", "full", "--lr", "full=0.01", "--seeds", "1", "--optimizer", "sgd", "--batch-size", "8"]
-    process, checkpoint, worker = begun(words(backbone, tmp_path / "a", *more, "--epochs", "3"), tmp_path / "a")
-    assert worker
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert not list((tmp_path / "a").rglob("result-*.json"))
-    assert not any(left_after(5, one) for one in worker)
-    spent = json.loads((checkpoint.parent.parent / "spent.json").read_text())["seconds"]
-    left_off = Job(**json.loads((checkpoint.parent.parent / "job.json").read_text()))
+    one = job(tmp_path, backbone, "full", settings={"lr": 0.01, "steps": None, "epochs": 3})
     events: list[Mapping[str, Any]] = []
-    assert run(left_off, events.append)["seconds"] > spent
-    assert [event["epoch"] for event in events if event["event"] == "epoch"] in ([2, 3], [3])
+
+    def interrupt(event: Mapping[str, Any]) -> None:
+        events.append(event)
+        if event["event"] == "epoch" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(one, interrupt)
+    spent = json.loads((tmp_path / "spent.json").read_text())["seconds"]
+    events.clear()
+    assert run(one, events.append)["seconds"] > spent
+    assert next(event["epoch"] for event in events if event["event"] == "epoch") > 1

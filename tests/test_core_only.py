@@ -16,16 +16,15 @@ from maskpack.adapter.predict import model_tokenizer
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import MissingDependencyError
-from maskpack.lab.baselines.base import find_row
+from maskpack.lab.baselines.base import find_baseline
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_mixture, fit_whitening
 from maskpack.training.data.base import Data
 from maskpack.training.data.folder import ImageFolder
-from maskpack.training.dense import train_dense
 from maskpack.training.objectives.swav import multi_crop
-from maskpack.training.run_folder import RunLog
-from maskpack.training.trainer import plan_training
+from maskpack.training.run_folder import RunFolder
+from maskpack.training.trainer import plan_training, train_dense
 
 from .helpers_cascade import SETS, cascade_parts
 
@@ -174,7 +173,7 @@ def test_command_line(adapter: Path, tmp_path: Path) -> None:
     assert 'pip install "maskpack[train]"' in trained[2]
     assert plotted[2].strip() == (
         "Error: drawing pictures needs the library 'matplotlib', which is not installed; "
-        'install it with: pip install "maskpack[plots]"'
+        'install it with: pip install "maskpack[lab]"'
     )
     assert not any("Traceback" in err for _, _, err in (trained, plotted))
     assert not list(tmp_path.iterdir())
@@ -202,6 +201,11 @@ def test_what_is_missing_is_said() -> None:
         )
 
 
+def log(folder: Path) -> None:
+    with RunFolder({"output": folder}).opened():
+        pass
+
+
 @pytest.mark.parametrize(
     ("module", "said", "call"),
     [
@@ -214,17 +218,21 @@ def test_what_is_missing_is_said() -> None:
         ("sklearn.exceptions", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
         ("torchvision.transforms.v2", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
         ("PIL.ImageFilter", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
-        ("tensorboard", "writing TensorBoard logs", lambda: RunLog(Path(), None, False)),
+        ("tensorboard", "writing TensorBoard logs", lambda: log(Path())),
         ("transformers", "tokenising texts", lambda: model_tokenizer(nn.Linear(2, 2))),
         ("datasets", "reading data", lambda: ImageFolder.load(".")),
-        ("peft", "the row 'lora'", lambda: find_row("lora").check(None, None)),  # before anything else is looked at
+        (
+            "peft",
+            "the baseline 'lora'",
+            lambda: find_baseline("lora").check(None, None),
+        ),  # before anything else is looked at
     ],
 )
 def test_what_a_library_is_needed_for(
     module: str, said: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    extra = "compare" if module == "peft" else "train"
+    extra = "lab" if module == "peft" else "train"
     with pytest.raises(MissingDependencyError) as caught:
         call()
     assert str(caught.value) == (

@@ -25,17 +25,17 @@ import maskpack
 import maskpack.training
 from maskpack.codecs.base import CODECS
 from maskpack.importers.base import IMPORTERS
-from maskpack.lab.baselines.base import ROWS
+from maskpack.lab.baselines.base import BASELINES
 from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.config import config_from
 from maskpack.training.data.base import SOURCES
 from maskpack.training.methods.base import METHODS
 from maskpack.training.objectives.base import OBJECTIVES
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .signing import write_key
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_signing import write_key
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -136,7 +136,7 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
     # the examples of docs/extending.md are gone afterwards
-    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS, ROWS):
+    for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS, BASELINES):
         registry.all()
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     network = small("")
@@ -219,7 +219,7 @@ def test_every_verb_option_and_name_is_described() -> None:
 
 def test_signatures_in_api() -> None:
     places = [
-        importlib.import_module(f"maskpack{own}") for own in ("", ".training", ".training.cascade", ".lab.compare")
+        importlib.import_module(f"maskpack{own}") for own in ("", ".training", ".training.cascade", ".lab.comparison")
     ]
     for name, given in re.findall(r"^\| `(\w+)\((.*?)\)` \|", TEXTS["api.md"], re.MULTILINE):
         stated = [word.strip() for word in given.split(",")]

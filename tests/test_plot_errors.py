@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from maskpack.errors import ConfigError, MissingDependencyError
-from maskpack.lab.plots.masks import agreement, density_figure, score_figure
-from maskpack.lab.plots.results import bytes_figure, cluster_figure, confusion_figure, label_figure
+from maskpack.lab import (
+    agreement,
+    bytes_figure,
+    cluster_figure,
+    confusion_figure,
+    density_figure,
+    label_figure,
+    score_figure,
+)
 from maskpack.mask import MaskSet
 
 
@@ -22,7 +29,7 @@ from maskpack.mask import MaskSet
 )
 def test_without_matplotlib(draw, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    words = r"drawing pictures needs the library 'matplotlib', .* install it with: pip install \"maskpack\[plots\]\""
+    words = r"drawing pictures needs the library 'matplotlib', .* install it with: pip install \"maskpack\[lab\]\""
     with pytest.raises(MissingDependencyError, match=words):
         draw()
 

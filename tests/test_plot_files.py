@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from maskpack.errors import ConfigError, StateError
-from maskpack.lab.plots.figure import image_suffix, in_order, label, look, save_figure
-from maskpack.lab.plots.masks import density_figure
-from maskpack.lab.plots.results import cluster_figure, confusion_figure
+from maskpack.lab import cluster_figure, confusion_figure, density_figure, save_figure
+from maskpack.lab.plots.figure import image_suffix, in_order, label, look
 
 
 def test_names_as_labels() -> None:

@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from maskpack.lab.plots.masks import agreement, density_figure, overlap_figure, score_figure
-from maskpack.lab.plots.results import bytes_figure, cluster_figure, confusion_figure, label_figure
+from maskpack.lab import (
+    agreement,
+    bytes_figure,
+    cluster_figure,
+    confusion_figure,
+    density_figure,
+    label_figure,
+    overlap_figure,
+    score_figure,
+)
 from maskpack.mask import MaskSet
 
 CURVES = {"LoRA": [(8000, 0.9, 0.01), (1000, 0.8, 0.02), (64_000, 0.92, None)], "mask": [(2000, 0.91, None)]}

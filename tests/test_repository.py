@@ -83,7 +83,7 @@ def test_lock_names_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     optional = project["project"]["optional-dependencies"]
     wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["release"]]
-    wanted += [one for extra in ("train", "plots", "compare", "sign", "dev") for one in optional[extra]]
+    wanted += [one for extra in ("train", "lab", "sign", "dev") for one in optional[extra]]
     names = {normal(one) for one in wanted} - {"maskpack"}
     assert names <= set(locked()), f"make lock: {sorted(names - set(locked()))} are missing"
 

@@ -131,14 +131,14 @@ REGISTRIES = {  # where the plug-ins of a kind are registered
     "codecs": ("maskpack.codecs.base", "CODECS"),
     "data": ("maskpack.training.data.base", "SOURCES"),
     "importers": ("maskpack.importers.base", "IMPORTERS"),
-    "rows": ("maskpack.lab.baselines.base", "ROWS"),
+    "baselines": ("maskpack.lab.baselines.base", "BASELINES"),
 }
 
 
 def listing(
     what: Annotated[
         str,
-        typer.Argument(help="adapters (cached from the Hub), methods, objectives, codecs, data, importers or rows."),
+        typer.Argument(help="adapters (cached ones), methods, objectives, codecs, data, importers or baselines."),
     ] = "adapters",
     as_json: Json = False,
     quiet: Quiet = False,

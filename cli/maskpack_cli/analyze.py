@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from maskpack import Adapter
     from maskpack.backbone.load import Backbone
-    from maskpack.lab.analysis.network import Evaluations, Network
+    from maskpack.lab.analysis.evaluation import Evaluations
+    from maskpack.lab.analysis.network import Network
 
 NETWORK = "adapter, or safetensors file of fine-tuned weights with their head"
 Ref = Annotated[str, typer.Argument(metavar="NETWORK", help=f"An {NETWORK}.")]
@@ -68,10 +69,10 @@ def criticality(
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = _opened([ref], **given)
+    from maskpack.lab import criticality_figure
     from maskpack.lab.analysis.criticality import Noise
     from maskpack.lab.analysis.criticality import criticality as measured
     from maskpack.lab.analysis.network import grouped
-    from maskpack.lab.plots.analysis import criticality_figure
 
     groups = grouped(evaluations.module, per, network.initial)
     looked = Noise(draws=noise) if noise else None
@@ -101,8 +102,8 @@ def barrier(
 ) -> None:
     """Measure what is lost on the straight line between every two networks; BatchNorm statistics are taken anew."""
     evaluations, networks, _ = _opened(refs, **given)
-    from maskpack.lab.analysis.barrier import barriers
-    from maskpack.lab.plots.analysis import barrier_figure
+    from maskpack.lab import barrier_figure
+    from maskpack.lab.analysis.pairs import barriers
 
     with progress_bar("interpolating", given["quiet"] or given["as_json"]) as moved:
         result = barriers(evaluations, networks, points, moved)
@@ -122,10 +123,10 @@ def barrier(
 def similarity(refs: Refs, per: Per = "block", **given: Any) -> None:
     """Compare every two networks: linear CKA layer by layer, distance of parameters, of masks also in bits."""
     evaluations, networks, base = _opened(refs, **given)
-    from maskpack.lab.analysis.barrier import distances
+    from maskpack.lab import similarity_figure
     from maskpack.lab.analysis.network import grouped
+    from maskpack.lab.analysis.pairs import distances
     from maskpack.lab.analysis.similarity import LEAST, similarities
-    from maskpack.lab.plots.analysis import similarity_figure
 
     groups = grouped(evaluations.module, per)
     with progress_bar("comparing", given["quiet"] or given["as_json"]) as moved:
@@ -153,8 +154,8 @@ def similarity(refs: Refs, per: Per = "block", **given: Any) -> None:
 def mistakes(refs: Refs, **given: Any) -> None:
     """Compare what every two networks get wrong: overlap of errors, and Cohen's kappa."""
     evaluations, networks, _ = _opened(refs, **given)
-    from maskpack.lab.analysis.mistakes import mistakes as measured
-    from maskpack.lab.plots.analysis import mistakes_figure
+    from maskpack.lab import mistakes_figure
+    from maskpack.lab.analysis.pairs import mistakes as measured
 
     with progress_bar("measuring", given["quiet"] or given["as_json"]) as moved:
         result = measured(evaluations, networks, moved)
@@ -170,7 +171,8 @@ def _opened(refs: Sequence[str], **given: Any) -> "tuple[Evaluations, list[Netwo
     """Return what measures the networks that the options name, these, and the tensors of the backbone."""
     quiet_libraries(given["quiet"])
     from maskpack import load_adapter
-    from maskpack.lab.analysis.network import Evaluations, evaluations_folder, is_adapter, read_networks, state_of
+    from maskpack.lab.analysis.evaluation import Evaluations, evaluations_folder
+    from maskpack.lab.analysis.network import is_adapter, read_networks, state_of
     from maskpack.lab.plots.figure import image_suffix
     from maskpack.training import load_data
 
@@ -183,7 +185,9 @@ def _opened(refs: Sequence[str], **given: Any) -> "tuple[Evaluations, list[Netwo
             name, ref = Path(one).name.removesuffix(".safetensors"), one
         options: Any = {key: given[key] for key in ("token", "require_signature")}
         named.append((name, load_adapter(ref, **options) if is_adapter(ref) else ref))
-    classes = next((ref.class_names for _, ref in named if not isinstance(ref, str) and ref.class_names), None)
+    classes = next(
+        (ref.about.class_names for _, ref in named if not isinstance(ref, str) and ref.about.class_names), None
+    )
     note(f"Loading the backbone and {given['data']} …", given["quiet"])
     backbone = on_gpu(_backbone(next((ref for _, ref in named if not isinstance(ref, str)), None), **given))
     columns = {name: given[name] for name in ("input_column", "label_column")}
@@ -212,7 +216,7 @@ def _backbone(adapter: "Adapter | None", **given: Any) -> "Backbone":
 
 def _finish(result: Mapping[str, Any], given: Mapping[str, Any], draw: "Callable[[], Figure]") -> None:
     """Draw the picture if there is to be one, and print the result, or what of it is no table."""
-    from maskpack.lab.plots.figure import save_figure
+    from maskpack.lab import save_figure
 
     if given["plot"] is not None:
         save_figure(draw(), given["plot"])

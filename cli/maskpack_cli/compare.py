@@ -13,7 +13,7 @@ from .progress import Progress, of_trials
 from .settings import OWN, option, read_settings, take
 
 PANEL = "Comparison"
-# what a comparison decides itself, or has for every row
+# what a comparison decides itself, or has for every baseline
 WITHOUT = (
     *("lr", "seed", "labels_fraction", "validation_fraction", "objective", "head_kind", "head_template", "profile"),
     *("resume", "dry_run", "checkpoint_every"),
@@ -21,10 +21,15 @@ WITHOUT = (
 BACKBONE = ("weights", "random_weights", "head", "image_size", "mean", "std")
 DATA = ("input_column", "label_column")
 OPTIONS = (
-    option(PANEL, "row", list[str] | None, "ID or ID:ARGUMENT: `maskpack list rows`; may be repeated. (default: all)"),
+    option(
+        PANEL,
+        "baseline",
+        list[str] | None,
+        "ID or ID:ARGUMENT, repeatable: `maskpack list baselines`. (default: all)",
+    ),
     option(PANEL, "seeds", int | None, "How many seeds: 0, 1, … (default: 3)"),
     option(PANEL, "labels_fraction", list[float] | None, "Share of the labels; may be repeated. (default: 1)"),
-    option(PANEL, "lr", list[str] | None, "ROW=RATE,RATE,… to choose from; one is taken as it is; may be repeated."),
+    option(PANEL, "lr", list[str] | None, "BASELINE=RATE,RATE,… to choose from, repeatable; one is taken as it is."),
 )
 
 
@@ -37,13 +42,13 @@ def compare(**given: Any) -> None:
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
     from maskpack.errors import ConfigError
-    from maskpack.lab.compare import COLUMNS, cells
-    from maskpack.lab.compare import compare as compared
+    from maskpack.lab import compare as compared
+    from maskpack.lab.comparison import COLUMNS, cells
     from maskpack.training.config import config_from
 
     settings = read_settings(compare, given, config)
     output, seeds = Path(settings.pop("output")), settings.pop("seeds", 3)
-    names, fractions = _listed(settings, "row"), _listed(settings, "labels_fraction") or [1.0]
+    names, fractions = _listed(settings, "baseline"), _listed(settings, "labels_fraction") or [1.0]
     rates = _rates(_listed(settings, "lr"))
     if not isinstance(seeds, int) or seeds < 1:
         raise ConfigError(f"--seeds must be a number of at least 1, got {seeds!r}")
@@ -54,7 +59,7 @@ def compare(**given: Any) -> None:
             backbone,
             data,
             output,
-            rows=names,
+            baselines=names,
             seeds=range(seeds),
             fractions=fractions,
             rates=rates,
@@ -79,11 +84,11 @@ def _rates(texts: list[Any]) -> dict[str, list[float]]:
 
     rates = {}
     for text in texts:
-        row, _, values = str(text).partition("=")
+        baseline, _, values = str(text).partition("=")
         try:
-            rates[row] = [float(value) for value in values.split(",")]
+            rates[baseline] = [float(value) for value in values.split(",")]
         except ValueError:
-            raise ConfigError(f"--lr must be ROW=RATE or ROW=RATE,RATE,…, got {text!r}") from None
+            raise ConfigError(f"--lr must be BASELINE=RATE or BASELINE=RATE,RATE,…, got {text!r}") from None
     return rates
 
 
@@ -100,7 +105,7 @@ def register(app: typer.Typer) -> None:
     shared = "--backbone timm/resnet18.a1_in1k --data ./flowers"
     app.command(
         epilog=examples(
-            f"maskpack compare {shared} --row probe --row full --row lora:8 --row mask --output ./comparison",
+            f"maskpack compare {shared} --baseline full --baseline lora:8 --baseline mask --output ./comparison",
             f"maskpack compare {shared} --labels-fraction 1 --labels-fraction 0.1 --seeds 3 --output ./comparison",
             "maskpack compare --config run.toml --lr mask=0.02 --lr full=0.0003 --json",
         )

@@ -26,7 +26,7 @@ def density(refs: Refs, output: Output, token: Token = None, as_json: Json = Fal
     _begin(output, quiet)
     from maskpack import inspect_adapter
     from maskpack.adapter.card import parameter_densities
-    from maskpack.lab.plots.masks import density_figure
+    from maskpack.lab import density_figure
 
     groups: dict[str, list[dict[str, float]]] = {}
     for name, adapter, one in _sets(refs, token, lambda ref: ""):
@@ -47,7 +47,7 @@ def overlap(
 ) -> None:
     """How much masks agree, pair by pair: as a share of the weights, and beyond chance."""
     _begin(output, quiet)
-    from maskpack.lab.plots.masks import overlap_figure
+    from maskpack.lab import overlap_figure
 
     masks = _named_masks(refs, backbone, weights, random_weights, token)
     _finish(overlap_figure(masks), output, as_json)
@@ -65,7 +65,8 @@ def features(
 ) -> None:
     """How many of several tasks use each weight, layer by layer: what is shared, and what is a task's own."""
     _begin(output, quiet)
-    from maskpack.lab.plots.masks import feature_figure, users
+    from maskpack.lab import feature_figure
+    from maskpack.lab.plots.masks import users
 
     masks = _named_masks(refs, backbone, weights, random_weights, token)
     _finish(feature_figure(users(masks)), output, as_json)
@@ -79,7 +80,7 @@ def gates(
 ) -> None:
     """Histograms of the gates and the effective weights of each task over time."""
     _begin(output, quiet)
-    from maskpack.lab.plots.results import gate_figure
+    from maskpack.lab import gate_figure
 
     file = run if run.suffix == ".json" else run / "training" / "jointly" / "histograms.json"
     history = content(file, "the histograms.json of a gated run; give its output folder")
@@ -95,7 +96,7 @@ def scores(
     """Histogram of the scores in a run's last checkpoint: of all, and layer by layer."""
     _begin(output, quiet)
     from maskpack.errors import StateError
-    from maskpack.lab.plots.masks import score_figure
+    from maskpack.lab import score_figure
     from maskpack.training.checkpoint import FILE, load_checkpoint
     from maskpack.training.methods.base import build_method
     from maskpack.training.scores import scores_among
@@ -104,7 +105,7 @@ def scores(
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise StateError(f"there is no {FILE} in {run} or in {run / 'training'}; give the folder of a training run")
-    tensors, _, facts = load_checkpoint(found)
+    tensors, facts = load_checkpoint(found)
     config = facts["run"]["config"]
     method = build_method(config["method"], config["method_options"])
     _finish(score_figure(scores_among(tensors), getattr(method, "threshold", None)), output, as_json)
@@ -116,7 +117,7 @@ def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quie
     Of a method with several `labels_fraction` the greatest is drawn.
     """
     _begin(output, quiet)
-    from maskpack.lab.plots.results import bytes_figure
+    from maskpack.lab import bytes_figure
 
     _finish(bytes_figure(curves_of(results, "bytes", most_labels=True)), output, as_json)
 
@@ -124,7 +125,7 @@ def accuracy_bytes(results: Results, output: Output, as_json: Json = False, quie
 def labels(results: Results, output: Output, as_json: Json = False, quiet: Quiet = False) -> None:
     """Few-label curves, from rows with `method`, `labels_fraction`, `accuracy` and perhaps `deviation`."""
     _begin(output, quiet)
-    from maskpack.lab.plots.results import label_figure
+    from maskpack.lab import label_figure
 
     _finish(label_figure(curves_of(results, "labels_fraction")), output, as_json)
 
@@ -137,7 +138,7 @@ def clusters(
 ) -> None:
     """Which expert a cascade's router gives each sample to."""
     _begin(output, quiet)
-    from maskpack.lab.plots.results import cluster_figure
+    from maskpack.lab import cluster_figure
 
     _finish(cluster_figure(*members(file, "points", "expert")), output, as_json)
 
@@ -150,7 +151,7 @@ def confusion(
 ) -> None:
     """Which classes are taken for which; `maskpack eval --json` prints the file."""
     _begin(output, quiet)
-    from maskpack.lab.plots.results import confusion_figure
+    from maskpack.lab import confusion_figure
 
     _finish(confusion_figure(*members(file, "confusion", "class_names")), output, as_json)
 
@@ -164,7 +165,7 @@ def _begin(output: Path, quiet: bool) -> None:
 
 
 def _finish(figure: "Figure", output: Path, as_json: bool) -> None:
-    from maskpack.lab.plots.figure import save_figure
+    from maskpack.lab import save_figure
 
     save_figure(figure, output)
     emit({"file": str(output), "bytes": output.stat().st_size}, as_json, f"✓ {output}")

@@ -19,7 +19,7 @@ from .settings import OWN, option, read_settings, take
 PANEL = "Analysis"
 WITHOUT = tuple(name for name in SETTLED if name != "lr")
 SHARED = (
-    option(PANEL, "row", str | None, "What is trained: `maskpack list rows`. (default: full)"),
+    option(PANEL, "baseline", str | None, "What is trained: `maskpack list baselines`. (default: full)"),
     option(PANEL, "seeds", int | None, "How many seeds: 0, 1, … (default: 3)"),
     option(PANEL, "plot", Path | None, "Picture to write: .png or .svg."),
 )
@@ -44,8 +44,8 @@ def shuffle(**given: Any) -> None:
     """
     settings, backbone, run = _begun(shuffle, given)
     from maskpack.errors import ConfigError
+    from maskpack.lab import shuffle_figure
     from maskpack.lab.analysis.starts import feature_reuse
-    from maskpack.lab.plots.analysis import shuffle_figure
 
     if "random_weights" in backbone:
         raise ConfigError("--random-weights is the random start, which is there always; leave it out")
@@ -66,8 +66,8 @@ def checkpoints(**given: Any) -> None:
     """
     settings, backbone, run = _begun(checkpoints, given)
     from maskpack.errors import ConfigError
+    from maskpack.lab import checkpoint_figure
     from maskpack.lab.analysis.starts import from_checkpoints
-    from maskpack.lab.plots.analysis import checkpoint_figure
     from maskpack.lab.plots.figure import in_order
     from maskpack.training import load_data
 
@@ -98,7 +98,8 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
     given = {name: value for name, value in given.items() if value is not None and value != []}
     quiet_libraries(quiet)
     from maskpack.errors import ConfigError
-    from maskpack.lab.plots.figure import image_suffix, save_figure
+    from maskpack.lab import save_figure
+    from maskpack.lab.plots.figure import image_suffix
     from maskpack.training import load_data
     from maskpack.training.config import config_from
 
@@ -112,11 +113,11 @@ def _begun(verb: Callable[..., None], given: dict[str, Any]) -> tuple[dict[str, 
 
     def run(settings: dict[str, Any], analysis: Analysis, draw: Draw) -> dict[str, Any] | None:
         data = load_data(settings.pop("data"), **take(settings, *DATA))
-        row = settings.pop("row", "full")
+        baseline = settings.pop("baseline", "full")
         with Progress(quiet or as_json or not sys.stderr.isatty()) as report:
             shared = {
                 "seeds": range(seeds),
-                "row": row,
+                "baseline": baseline,
                 "config": config_from(settings),
                 "report": of_trials(report, quiet),
             }

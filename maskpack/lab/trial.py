@@ -1,4 +1,4 @@
-"""One trial of a comparison: fitted, measured and written as JSON, in a process of its own."""
+"""One trial of a comparison: fitted and measured in a process of its own."""
 
 import importlib
 import json
@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 from torch import nn
@@ -23,26 +23,50 @@ from torch import nn
 from ..backbone.classifier import Classifier
 from ..backbone.load import Backbone, load_backbone
 from ..errors import DataError, MaskpackError, StateError
-from ..training.config import config_from
+from ..training.config import TrainConfig, config_from
 from ..training.data.base import Data, Examples, loader, readable
 from ..training.data.load import LABELS_SEED, few_labels, hold_out, load_data
-from ..training.evaluate import by_class
 from ..training.run_folder import read_json, write_json
-from .baselines.base import Fitted, Predict, Trial, classified, find_row
+from .baselines.base import Fitted, Predict, Trial, classified, find_baseline
 
 # not run here, so that no thread is there when the process forks; one that is not installed is needed by no trial
 IMPORTED = ("accelerate", "datasets", "torchvision.transforms.v2", "torch.utils.tensorboard", "sklearn.mixture", "PIL")
-
-
 GRACE = 1.5  # seconds that a job has to end by itself
 POLL = 0.1
+VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
+SPENT = "spent.json"  # what training took so far, for a trial that is interrupted or has other labels
+TIMED = 2.0  # seconds of timing, and at least
+ROUNDS = 5  # passes
+MEASURED = frozenset(("accuracy", "trained", "steps", "sizes", "bytes", "labels", "seconds", "peak_memory", "controls"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is asked for.
+
+    Attributes:
+        baseline: name, with its argument. settings: of TrainConfig, with seed and rate. share: of the labels.
+        validate: measure on a validation split of these labels, and not on the test split.
+        backbone, data: arguments of `load_backbone` and `load_data`.
+        folder: of the trial.
+    """
+
+    baseline: str
+    share: float
+    validate: bool
+    settings: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    data: Mapping[str, Any]
+    folder: str
 
 
 class Worker:
-    """Starts the worker when it is first needed, and ends it with all that it started.
+    """A process that forks one process for each job. It starts when it is first needed.
 
-    It ends also when this process is killed.
+    It ends with all that it started when the context ends, and also when this process is killed.
     """
+
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "maskpack.lab.trial")
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -60,11 +84,16 @@ class Worker:
                     break
 
     def run(self, job: Path) -> Iterator[dict[str, Any]]:
-        """Give the events of a job, the last of which is {"event": "exit", "code"}."""
+        """Yield the events of a job: those of training, {"event": "result", "result"} or {"event": "error", "kind",
+        "message"}, and {"event": "exit", "code"}.
+
+        Args:
+            job: JSON file.
+        """
         if self._process is None or self._process.poll() is not None:
             # in a group of its own: the interrupt key reaches this process alone, which then ends the others
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "maskpack.lab.trial"],
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
@@ -104,13 +133,12 @@ def _run(path: Path, events: TextIO) -> None:
     """Run a job and end this process."""
     code = 1
     try:
-        job = Job(**json.loads(path.read_text(encoding="utf-8")))
-        write_json(Path(job.result), run(job, lambda event: _write(events, event)))
+        result = run(Job(**json.loads(path.read_text(encoding="utf-8"))), lambda event: _write(events, event))
+        _write(events, {"event": "result", "result": result})
         code = 0
-    except MaskpackError as error:
-        _write(events, {"event": "error", "kind": type(error).__name__, "message": str(error)})
-    except OSError as error:  # a full disk, say
-        _write(events, {"event": "error", "kind": StateError.__name__, "message": str(error)})
+    except (MaskpackError, OSError) as error:  # the latter is a full disk, say
+        kind = type(error) if isinstance(error, MaskpackError) else StateError
+        _write(events, {"event": "error", "kind": kind.__name__, "message": str(error)})
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -124,47 +152,6 @@ def _write(events: TextIO, event: Mapping[str, Any]) -> None:
         events.flush()
     except BrokenPipeError:  # nobody waits for the result any more
         os._exit(1)
-
-
-if __name__ == "__main__":
-    serve()
-
-
-VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
-SPENT = "spent.json"  # what training took so far, for a trial that is interrupted or has other labels
-TIMED = 2.0  # seconds of timing, and at least
-ROUNDS = 5  # passes
-MEASURED = frozenset(("accuracy", "trained", "steps", "sizes", "bytes", "labels", "seconds", "peak_memory", "controls"))
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What a process is asked for.
-
-    Attributes:
-        row: name, with its argument. settings: of TrainConfig, with seed and rate. share: of the labels.
-        validate: measure on a validation split of these labels, and not on the test split.
-        backbone, data: arguments of `load_backbone` and `load_data`.
-        folder: of the trial. result: file to write.
-    """
-
-    row: str
-    share: float
-    validate: bool
-    settings: Mapping[str, Any]
-    backbone: Mapping[str, Any]
-    data: Mapping[str, Any]
-    folder: str
-    result: str
-
-    @property
-    def seed(self) -> int:
-        """Of the trial."""
-        return int(self.settings["seed"])
-
-    def write(self, path: Path) -> None:
-        """Write the job as JSON."""
-        write_json(path, asdict(self))
 
 
 def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, Data, Examples]:
@@ -185,37 +172,13 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
         known, held = hold_out(known, VALIDATION, seed)
         if held is None:
             raise DataError(
-                f"{len(known)} rows with labels are too few to choose a learning rate on; give one with --lr ROW=RATE"
+                f"{len(known)} rows with labels are too few to choose a learning rate on; give one with "
+                f"--lr BASELINE=RATE"
             )
         test, without = held, set(held.indices)
         train = replace(train, indices=[row for row in train.indices if row not in without])
     only = replace(data, validation=None, test=None)
     return replace(only, train=known), replace(only, train=train, class_names=()), test
-
-
-class Spent:
-    """Seconds and memory of training as of its last epoch, also of processes that were interrupted or had other labels.
-
-    Args:
-        path: where they are noted. resident: bytes of the process before training.
-    """
-
-    def __init__(self, path: Path, resident: int):
-        self.path, self.resident, self.started = path, resident, time.monotonic()
-        self.before: dict[str, Any] = {"seconds": 0.0}
-        if path.exists():
-            self.before = read_json(path, frozenset(("seconds",)), "delete it and run again")
-
-    def now(self) -> dict[str, Any]:
-        """Return {"seconds", "peak_memory"} up to now."""
-        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        peak = max(0, memory()[1] - self.resident) + on_device
-        seconds = self.before["seconds"] + time.monotonic() - self.started
-        return {"seconds": seconds, "peak_memory": max(peak, self.before.get("peak_memory", 0))}
-
-    def keep(self) -> None:
-        """Note what was spent up to now."""
-        write_json(self.path, self.now())
 
 
 def memory() -> tuple[int, int]:
@@ -234,25 +197,34 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     backbone, config = load_backbone(**job.backbone), config_from(job.settings)
-    known, unlabelled, test = splits(load_data(**job.data), job.share, job.seed, job.validate)
+    known, unlabelled, test = splits(load_data(**job.data), job.share, config.seed, job.validate)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    spent = Spent(folder / SPENT, memory()[0])
+    # seconds and memory as of the last epoch, of processes that were interrupted or had other labels
+    before: dict[str, Any] = {"seconds": 0.0}
+    if (folder / SPENT).exists():
+        before = read_json(folder / SPENT, frozenset(("seconds",)), "delete it and run again")
+    resident, started = memory()[0], time.monotonic()
+
+    def spent() -> dict[str, Any]:
+        on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = max(0, memory()[1] - resident) + on_device
+        seconds = before["seconds"] + time.monotonic() - started
+        return {"seconds": seconds, "peak_memory": max(peak, before.get("peak_memory", 0))}
 
     def passed_on(event: Mapping[str, Any]) -> None:
         if event["event"] == "epoch":
-            spent.keep()
+            write_json(folder / SPENT, spent())
         report(event)
 
-    fitted = find_row(job.row).fit(Trial(backbone, known, unlabelled, config, folder, passed_on))
-    total = spent.now()
-
     def measured(one: Fitted) -> dict[str, Any]:
-        accuracy, rows = measure(one.predict, backbone, test, config.batch_size, len(known.class_names))
+        accuracy, rows = measure(one.predict, backbone, test, config.batch_size)
         sizes = dict(one.sizes)
         about = {"accuracy": accuracy, "examples": rows, "trained": one.trained, "steps": one.steps}
         return {**about, "sizes": sizes, "bytes": sum(sizes.values())}
 
+    fitted = find_baseline(job.baseline).fit(Trial(backbone, known, unlabelled, config, folder, passed_on))
+    total = spent()
     result = {
         **measured(fitted),
         "labels": len(known.train or ()),
@@ -265,24 +237,19 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
 
 
 @torch.no_grad()
-def measure(
-    predict: Predict, backbone: Backbone, examples: Examples, batch_size: int, classes: int
-) -> tuple[float, int]:
+def measure(predict: Predict, backbone: Backbone, examples: Examples, batch_size: int) -> tuple[float, int]:
     """Return the share of examples that get their class, and how many could be read."""
-    batches = readable(loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size))
-    scores, labels = [], []
-    for inputs, y in batches:
-        scores.append(predict(inputs))
-        labels.append(y)
-    if not labels:
+    right = count = 0
+    for inputs, y in readable(loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)):
+        right += int((predict(inputs).argmax(1) == y).sum())
+        count += len(y)
+    if not count:
         raise DataError("no row to measure on could be read")
-    y = torch.cat(labels)
-    assert int(y.max()) < classes
-    return float(by_class(torch.cat(scores), y)["accuracy"]), len(y)
+    return right / count, count
 
 
 @torch.no_grad()
-def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: int, config: Any) -> float:
+def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: int, config: TrainConfig) -> float:
     """Return the time of a batch relative to that of the bare backbone with a linear head; medians, by turns."""
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=config.batch_size)
     inputs, _ = next(readable(batches))
@@ -298,3 +265,7 @@ def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: in
             predict(inputs)
             taken.append(time.perf_counter() - started)
     return median(times[fitted.predict]) / median(times[bare])
+
+
+if __name__ == "__main__":
+    serve()

@@ -13,20 +13,14 @@ from ..backbone.classifier import Classifier, accuracy, classifier_from, predict
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
 from ..errors import AdapterError, DataError, escape
+from ..mask import MaskSet
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.load import Mode, removing
 from .data.base import Data, Examples, loader, readable
 from .transfer import TransferResult
 
-
-def confusion(predicted: Tensor, y: Tensor, classes: int) -> Tensor:
-    """Return how many rows of each class get each class, [true][predicted], (classes, classes) int64.
-
-    Args:
-        predicted, y: class indices, (N,).
-    """
-    return (y * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
+COLUMNS = ("network", "source", "target")
 
 
 def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
@@ -36,7 +30,8 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
         {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
         [true][predicted]}.
     """
-    counts = confusion(logits.argmax(1), y, logits.shape[1])
+    classes = logits.shape[1]
+    counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
     correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
     return {
         "accuracy": sum(correct) / sum(rows),
@@ -67,10 +62,6 @@ def adapter_accuracy(
 
     Returns:
         What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
-
-    Raises:
-        AdapterError: if the adapter has no head or preprocessing.
-        DataError: if no example can be read, or one has a class that the head lacks.
     """
     head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if head is None or stored is None:
@@ -88,9 +79,6 @@ def adapter_accuracy(
     return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
 
 
-COLUMNS = ("network", "source", "target")
-
-
 def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_size: int = 64) -> list[dict[str, Any]]:
     """Return accuracies of the networks of a transfer on the source, with its head, and on the target.
 
@@ -99,21 +87,19 @@ def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_
         and, if there is one, plain fine-tuning. None where there is nothing to measure; see `held_out_accuracy`.
     """
     backbone = result.backbone
-    rows: list[dict[str, Any]] = []
 
-    def add(network: str, on_source: float | None, on_target: float | None) -> None:
-        rows.append(dict(zip(COLUMNS, (network, on_source, on_target), strict=True)))
+    def on(data: Data, parts: Parts, mode: Mode = "target", head: Head | None = None) -> float | None:
+        with applied_parts(backbone.model, parts, mode, head):
+            return held_out_accuracy(backbone, data, batch_size)
 
-    add("source", held_out_accuracy(backbone, source, batch_size), None)
-    with applied_parts(backbone.model, result.parts, "source"):
-        add("source through its mask", held_out_accuracy(backbone, source, batch_size), None)
+    rows: list[tuple[str, float | None, float | None]] = [
+        ("source", held_out_accuracy(backbone, source, batch_size), None)
+    ]
+    rows.append(("source through its mask", on(source, result.parts, "source"), None))
     for network, parts in (("transferred", result.parts), ("plain fine-tuning", result.baseline)):
         if parts is not None:
-            with applied_parts(backbone.model, parts, "target"):
-                on_source = held_out_accuracy(backbone, source, batch_size)
-            with applied_parts(backbone.model, parts, "target", parts.head):
-                add(network, on_source, held_out_accuracy(backbone, target, batch_size))
-    return rows
+            rows.append((network, on(source, parts), on(target, parts, head=parts.head)))
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
@@ -132,16 +118,9 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 @contextmanager
 def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None = None) -> Iterator[None]:
     """As long as this lasts, a model is what `load_mask` makes of it in this mode; its head stays without `head`."""
-    target, masks = mode == "target", parts.masks.items()
-    with masked(
-        model,
-        masks if target else removing(masks),
-        parts.masks.shapes,
-        mask_id="",
-        values=parts.values if target else {},
-        dense={**parts.statistics, **parts.parameters} if target else {},
-        head=head,
-    ):
+    if mode == "source":
+        parts = Parts(MaskSet(dict(removing(parts.masks.items()))))
+    with masked(model, replace(parts, head=head)):
         yield
 
 

@@ -24,6 +24,11 @@ from .data.base import Data, Examples, loader, readable
 from .data.load import few_labels
 from .evaluate import by_class
 
+Measure = Literal["knn", "probe"]
+CHUNK = 1 << 24  # similarities in memory at one time
+PENALTY = 0.01  # times 1 / n: see docs/methods.md, evaluation
+ABSENT = -1e30  # the logit of a class without a training row: below all others, and finite
+STEPS = 2000  # at most; some hundred are enough
 VERSION = 1  # of the key and of the files; raise it when the same inputs are to give other features
 LIMIT = 5_000_000_000  # bytes that the folder may have
 OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]+\.tmp)?")
@@ -51,10 +56,6 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
     Args:
         cache: keep the features in `cache_folder()`, and take them from there. Not done for data without a digest, and
             for models with scores attached.
-
-    Raises:
-        DataError: if the examples are not what the backbone reads, none can be read, or a feature is not finite.
-        BackboneError: if the backbone has no head whose input could be read.
     """
     # made first, so that data of the wrong kind are an error on a hit as well
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
@@ -72,23 +73,7 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
     return x, torch.tensor([examples.labels[row] for row in rows])
 
 
-def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
-    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
-
-    Args:
-        most: rows that there can be.
-    """
-    return _read(cache_folder() / f"{key}.safetensors", most)
-
-
-def keep_features(key: str, features: Tensor, examples: Examples) -> None:
-    """Cache the features of the examples that could be read under a digest of all that they follow from."""
-    rows = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
-    _write(cache_folder() / f"{key}.safetensors", features, rows)
-
-
 def _key(backbone: Backbone, examples: Examples) -> str | None:
-    """What the features follow from, as a digest; None if a part of it cannot be told."""
     model = model_digest(backbone.model, backbone.outside)
     inputs = inputs_content(backbone, examples)
     if model is None or inputs is None:
@@ -98,7 +83,7 @@ def _key(backbone: Backbone, examples: Examples) -> str | None:
 
 
 def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
-    """Return what the inputs of a backbone follow from, JSON values; None if a part of it cannot be told."""
+    """Return what the inputs of a backbone follow from, JSON values; None if a part of it has no digest."""
     tokenizer = _tokenizer_digest(backbone.tokenizer)
     if tokenizer is None or not examples.digest:
         return None
@@ -112,7 +97,7 @@ def digest_of(content: Any) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str | None:
-    """The BLAKE3 of a tokenizer of transformers; None for another object, of which nothing is known."""
+    """Return a digest of a tokenizer of transformers, "" without one; None for another object."""
     if tokenizer is None:
         return ""
     if not hasattr(tokenizer, "get_vocab"):
@@ -122,26 +107,23 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
     if isinstance(rules, dict):
         # these follow from the last call, and preprocessing says what they will be
         rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
-    about = [type(tokenizer).__qualname__, repr(tokenizer), rules]
-    return blake3(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return digest_of([type(tokenizer).__qualname__, repr(tokenizer), rules])
 
 
-def _digest(features: Tensor, rows: Tensor) -> Tensor:
-    whole = blake3(repr((tuple(features.shape), tuple(rows.shape))).encode())
-    for tensor in (features, rows):
-        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return torch.tensor(list(whole.digest()), dtype=torch.uint8)
+def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
+    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
 
-
-def _read(path: Path, most: int) -> tuple[Tensor, list[int]] | None:
-    """Return features and rows from a file of the cache; None, and a warning, if it is damaged."""
+    Args:
+        most: rows that there can be.
+    """
+    path = cache_folder() / f"{key}.safetensors"
     if not path.exists():
         return None
     try:
         found = read_tensors(path)
         features, rows, digest = found["features"], found["rows"], found["digest"]
         if not torch.equal(digest, _digest(features, rows)) or len(features) != len(rows) or len(rows) > most:
-            raise DataError("its bytes have not the digest that was stored")
+            raise DataError("digest mismatch")
     except (MaskpackError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if path.exists():  # another process may have removed it meanwhile
             _warn(f"the cached features in {path} cannot be used and are computed anew: {error}")
@@ -151,7 +133,10 @@ def _read(path: Path, most: int) -> tuple[Tensor, list[int]] | None:
     return features, rows.tolist()
 
 
-def _write(path: Path, features: Tensor, rows: Tensor) -> None:
+def keep_features(key: str, features: Tensor, examples: Examples) -> None:
+    """Cache the features of the examples that could be read under a digest of all that they follow from."""
+    path = cache_folder() / f"{key}.safetensors"
+    rows = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, {"features": features, "rows": rows, "digest": _digest(features, rows)}, {})
@@ -160,7 +145,14 @@ def _write(path: Path, features: Tensor, rows: Tensor) -> None:
         _warn(f"the features are not cached: {error}; another folder can be named with the variable MASKPACK_CACHE")
 
 
-def _shrink(newest: Path, newest_size: int) -> None:
+def _digest(features: Tensor, rows: Tensor) -> Tensor:
+    whole = blake3(repr((tuple(features.shape), tuple(rows.shape))).encode())
+    for tensor in (features, rows):
+        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return torch.tensor(list(whole.digest()), dtype=torch.uint8)
+
+
+def _shrink(newest: Path, size: int) -> None:
     """Remove the files that were used longest ago until the folder keeps its limit; never the newest, never others'."""
     files = []
     for file in newest.parent.iterdir():
@@ -168,7 +160,7 @@ def _shrink(newest: Path, newest_size: int) -> None:
             with suppress(OSError):
                 about = file.stat()
                 files.append((about.st_mtime_ns, about.st_size, file))
-    size = newest_size + sum(size for _, size, _ in files)
+    size += sum(size for _, size, _ in files)
     for _, freed, file in sorted(files):
         if size <= LIMIT:
             break
@@ -178,10 +170,7 @@ def _shrink(newest: Path, newest_size: int) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(escape(text), FeatureCacheWarning, stacklevel=5)
-
-
-CHUNK = 1 << 24  # similarities in memory at one time
+    warnings.warn(escape(text), FeatureCacheWarning, stacklevel=4)
 
 
 def knn_scores(
@@ -194,10 +183,6 @@ def knn_scores(
 
     Args:
         bank: (M, D). bank_labels: (M,). x: (N, D), rows that are not in the bank.
-
-    Raises:
-        ConfigError: if k is below 1 or the temperature not above 0.
-        DataError: if the bank is empty, or its rows and `x` have not the same number of features.
     """
     if k < 1 or temperature <= 0:
         raise ConfigError(f"k must be at least 1 and the temperature above 0; got k={k}, temperature={temperature}")
@@ -222,20 +207,12 @@ def knn_scores(
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, x: Tensor, y: Tensor, classes: int, k: int = 200, temperature: float = 0.1
 ) -> float:
-    """Return the share of rows of `x` whose label has the greatest vote; of equal votes the first class counts.
-
-    Arguments and errors are those of `knn_scores`; y: (N,).
-    """
+    """Return the share of rows of `x` whose label has the greatest vote; of equal votes the first class counts."""
     predicted = knn_scores(bank, bank_labels, x, classes, k, temperature).argmax(1)
     return float((predicted == y).double().mean())
 
 
-PENALTY = 0.01  # times 1 / n: see docs/methods.md, evaluation
-ABSENT = -1e30  # the logit of a class without a training row: below all others, and finite
-STEPS = 2000  # at most; some hundred are enough
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """A linear classifier of features: weight (classes, D) and bias (classes,), float32."""
 
@@ -260,9 +237,6 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
 
     Args:
         x: features, (n, D), as they are. y: (n,), each from 0 to classes - 1.
-
-    Raises:
-        DataError: if there is no row, or a feature is not finite.
     """
     if len(x) == 0 or not torch.isfinite(x).all():
         raise DataError(f"a linear probe needs finite features of at least one row, got {len(x)} rows")
@@ -308,9 +282,6 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
     return Probe(weight, bias)
 
 
-Measure = Literal["knn", "probe"]
-
-
 def measure_features(
     backbone: Backbone,
     data: Data,
@@ -328,10 +299,6 @@ def measure_features(
     Returns:
         For each fraction and measure what `by_class` gives, and {"measure", "labels_fraction", "labels": training rows
         that could be read, "examples": test rows that could}.
-
-    Raises:
-        DataError: if there is no training or no test split, or a row is in both. ConfigError: if a fraction is not in
-            (0, 1]. What `embed` raises.
     """
     train, test = disjoint(data)
     few = [few_labels(train, fraction) for fraction in fractions]
@@ -348,11 +315,7 @@ def measure_features(
 
 
 def disjoint(data: Data) -> tuple[Examples, Examples]:
-    """Return the training and the test split, which have no row in common.
-
-    Raises:
-        DataError: if one is missing, has no labels, or a row is in both.
-    """
+    """Return the training and the test split, which have labels and no row in common."""
     train, test = data.train, data.test
     if train is None or test is None:
         raise DataError(

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .network import Evaluations, Progress, State, kept
+from .evaluation import Evaluations, Progress
+from .network import State, kept
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Noise:
-    """How noise radii and the formal measure are looked for.
+    """How noise radii and the formal measure are searched.
 
     Attributes:
         draws: Gaussian draws that a loss is the mean of; `seed` and the draw's number decide them.
@@ -32,6 +33,23 @@ class Noise:
                 f"noise needs at least one draw, an excess above 0 and scales above 0; got {self.draws} draws, the "
                 f"excess {self.excess} and the scales {', '.join(map(str, self.scales)) or 'none'}"
             )
+
+    def borne(
+        self, evaluations: Evaluations, state: State, names: Sequence[str], unit: float, limit: float
+    ) -> float | None:
+        """Return the largest scale, in units of `unit`, with which the loss stays within a limit; None if none does."""
+        for scale in sorted(self.scales, reverse=True):
+            losses = []
+            for draw in range(self.draws):
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
+                noisy = dict(state)
+                for name in names:
+                    drawn = torch.randn(state[name].shape, generator=generator).to(state[name])
+                    noisy[name] = state[name] + scale * unit * drawn
+                losses.append(evaluations.of(noisy)["loss"])
+            if sum(losses) / len(losses) <= limit:
+                return scale
+        return None
 
 
 def rewound(state: State, initial: State, names: Iterable[str], share: float = 0.0) -> dict[str, Tensor]:
@@ -53,11 +71,10 @@ def criticality(
     """Rewind one module at a time, and measure what is lost.
 
     Args:
-        state: of the trained network. initial: what parameters were before training.
+        state, initial: the network after and before training.
         groups: names of parameters by module or block, all of them in `initial`: see `grouped`.
         points: steps of the direct path a = 0, 1 / points, …, 1 from initial (0) to trained (1).
         noise: look for noise radii and the formal measure; None: do not.
-        report: called after every module.
 
     Returns:
         {"accuracy", "loss", "examples", "rows"}: a row for each module, by falling "drop": {"module",
@@ -66,9 +83,6 @@ def criticality(
         the trained module bears, as one of the scales, None if none of them, and "criticality": the least
         a² distance² / sigma² over the points and scales that are borne, None if none is; beside the rows "criticality"
         is their sum, None if one is None.
-
-    Raises:
-        ConfigError: if there is nothing to rewind, or fewer than one point.
     """
     if points < 1:
         raise ConfigError(f"points must be at least 1, got {points}")
@@ -78,11 +92,11 @@ def criticality(
     with kept(evaluations.module):
         own = evaluations.of(state)
         for done, (name, names) in enumerate(groups.items()):
-            path = []
-            for at in range(points):
-                found = evaluations.of(rewound(state, initial, names, at / points))
-                path.append({"a": at / points, "accuracy": found["accuracy"], "loss": found["loss"]})
-            path.append({"a": 1.0, "accuracy": own["accuracy"], "loss": own["loss"]})
+            mixed = [rewound(state, initial, names, at / points) for at in range(points)] + [state]
+            path = [
+                {"a": at / points, "accuracy": found["accuracy"], "loss": found["loss"]}
+                for at, found in enumerate([*map(evaluations.of, mixed[:-1]), own])
+            ]
             moved = float(_flat(state, names).sub(_flat(initial, names)).norm())
             row = {
                 "module": name,
@@ -94,7 +108,14 @@ def criticality(
                 "path": path,
             }
             if noise is not None:
-                row |= _noise(evaluations, state, initial, names, noise, path, moved)
+                limit, unit = own["loss"] + noise.excess, float(_flat(state, names).square().mean().sqrt()) or 1.0
+                borne = [
+                    (point["a"], noise.borne(evaluations, at, names, unit, limit))
+                    for point, at in zip(path, mixed, strict=True)
+                    if point["loss"] <= limit
+                ]
+                found = [(a * moved / (scale * unit)) ** 2 for a, scale in borne if scale is not None]
+                row |= {"radius": borne[-1][1], "criticality": min(found, default=None)}
             rows.append(row)
             if report is not None:
                 report(done + 1, len(groups))
@@ -103,45 +124,6 @@ def criticality(
         return {**own, "rows": rows}
     each = [row["criticality"] for row in rows]
     return {**own, "rows": rows, "criticality": None if None in each else sum(each)}
-
-
-def _noise(
-    evaluations: Evaluations,
-    state: State,
-    initial: State,
-    names: Sequence[str],
-    noise: Noise,
-    path: Sequence[Mapping[str, float]],
-    moved: float,
-) -> dict[str, Any]:
-    """The radius at the end of the path, and the least a² distance² / sigma² on it."""
-    limit = path[-1]["loss"] + noise.excess
-    unit = float(_flat(state, names).square().mean().sqrt()) or 1.0
-    radius, least = None, None
-    for point in path:
-        if point["loss"] > limit:
-            continue
-        at = rewound(state, initial, names, point["a"])
-        # from the largest: the first that is borne is the radius
-        for scale in sorted(noise.scales, reverse=True):
-            losses = [
-                evaluations.of(_noisy(at, names, scale * unit, noise.seed, draw))["loss"] for draw in range(noise.draws)
-            ]
-            if sum(losses) / len(losses) <= limit:
-                value = (point["a"] * moved / (scale * unit)) ** 2
-                least = value if least is None else min(least, value)
-                radius = scale if point["a"] == 1 else radius
-                break
-    return {"radius": radius, "criticality": least}
-
-
-def _noisy(state: State, names: Sequence[str], deviation: float, seed: int, draw: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + draw)
-    changed = {
-        name: state[name] + deviation * torch.randn(state[name].shape, generator=generator).to(state[name])
-        for name in names
-    }
-    return {**state, **changed}
 
 
 def _flat(state: State, names: Iterable[str]) -> Tensor:

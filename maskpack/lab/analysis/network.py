@@ -1,31 +1,28 @@
-"""A network of an analysis: a state by name, put into the one model in memory, and what it is worth."""
+"""Networks of an analysis: their tensors by name, their modules, and how they are read."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ...adapter.read import Adapter
 from ...adapter.tensors import BASE
-from ...backbone.classifier import Batch, Classifier, predictions
-from ...backbone.fingerprint import model_digest
+from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone, load_tensors
-from ...backbone.model import aliases, canonical, inside, swap_module, unwrap
-from ...errors import AdapterError, ConfigError, DataError, StateError
+from ...backbone.model import Head, aliases, canonical, inside, swap_module, unwrap
+from ...errors import AdapterError, ConfigError, StateError
 from ...mask import MaskSet
 from ...runtime.apply import applied
 from ...runtime.load import load_adapter, load_mask, unload_mask
 from ...safetensors_io import open_tensors, read_tensors, write_tensors
-from ...training.batchnorm import BATCH_NORMS, recalibrate
-from ...training.data.base import Data, Examples, loader, readable
 from ...training.evaluate import as_loaded
-from ...training.features import cache_folder, digest_of, inputs_content
-from ...training.run_folder import read_json, write_json
 
+State = Mapping[str, Tensor]
+HEAD = "head"  # what a head behind an encoder is called in a state
 Per = Literal["module", "block"]
 PER: tuple[Per, ...] = ("module", "block")
 
@@ -41,9 +38,6 @@ def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None 
 
     Args:
         names: parameters that count; default: all. Modules without any are left out.
-
-    Raises:
-        ConfigError: if `per` is another word.
     """
     if per not in PER:
         raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
@@ -90,20 +84,14 @@ def _owners(module: nn.Module) -> dict[str, list[str]]:
     return found
 
 
-State = Mapping[str, Tensor]
-HEAD = "head"  # what a head behind an encoder is called in a state
-
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Network:
     """A trained network.
 
     Attributes:
         name: of this one. kind: what it is one of several of, as seeds.
-        state: every parameter and buffer by name, as in the model; a head behind an encoder as `head.weight` and
-            `head.bias`.
-        initial: what its parameters were before training, by name: the backbone's values; of a mask those of the masked
-            parameters. The head is not in it.
+        state: every parameter and buffer by name; a head behind an encoder as `head.weight` and `head.bias`.
+        initial: parameters before training, by name: the backbone's values, of a mask those of the masked parameters.
         masks: of an adapter, else None.
     """
 
@@ -134,11 +122,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_state(module: nn.Module, state: State) -> None:
-    """Copy tensors into a module in place; those that the state lacks stay.
-
-    Raises:
-        StateError: if the module lacks one, or has it in another shape.
-    """
+    """Copy tensors into a module in place; those that the state lacks stay."""
     own = tensors_of(module)
     wrong = [name for name, tensor in state.items() if name not in own or own[name].shape != tensor.shape]
     if wrong:
@@ -167,12 +151,12 @@ def write_network(path: str | Path, state: State) -> None:
 
 
 def is_adapter(reference: str) -> bool:
-    """Tell whether a reference is to an adapter; else it is a safetensors file of weights."""
+    """Return True if a reference is to an adapter, False if it is to a safetensors file of weights."""
     return not reference.endswith(".safetensors") or BASE in open_tensors(reference)
 
 
 def read_networks(
-    backbone: Backbone, named: Sequence[tuple[str, str | Adapter]], token: str | None = None
+    backbone: Backbone, named: Sequence[tuple[str, str | Adapter]]
 ) -> tuple[Backbone, Classifier, list[Network]]:
     """Read fine-tuned weights and adapters of one backbone.
 
@@ -187,42 +171,43 @@ def read_networks(
         The model has the weights that it had.
 
     Raises:
-        BackboneMismatchError, BackboneError, AdapterError, DataError: if one cannot be read or is of another backbone.
-        ConfigError: if heads or preprocessing are not those of one task.
+        ConfigError: if heads or preprocessing are not those of one task. What `load_adapter` and `load_tensors` raise.
     """
     if applied(backbone.model) is not None:
         raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")
     found: list[Network] = []
-    whole = state_of(backbone.model)
-    base = {name: one for name, one in whole.items() if not inside(name, filter(None, [backbone.head]))}
+    head = () if backbone.head is None else (backbone.head,)
+    base = {name: one for name, one in state_of(backbone.model).items() if not inside(name, head)}
     outside = backbone.outside
     parameters = {name: base[name] for name in aliases(backbone.model) if name in base and not inside(name, outside)}
     kinds = [name for name, _ in named]
     for index, (kind, given) in enumerate(named):
         name = kind if kinds.count(kind) == 1 else f"{kind} {kinds[: index + 1].count(kind)}"
-        adapter = given if isinstance(given, Adapter) else None
-        if not isinstance(given, Adapter) and is_adapter(given):
-            adapter = load_adapter(given, token=token)
-        if adapter is not None:
-            backbone = _with_adapter(backbone, adapter, name, not index)
-            state, masks = _masked(backbone, adapter)
-            found.append(Network(name, kind, state, {n: base[n] for n in masks}, masks))
+        if isinstance(given, Adapter) or is_adapter(given):
+            adapter = given if isinstance(given, Adapter) else load_adapter(given)
+            parts = adapter.parts(adapter.sets[0], stream=True)
+            if len(adapter.sets) > 1 or parts.head is None:
+                raise AdapterError(
+                    f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify"
+                )
+            used = as_loaded(backbone, adapter)
+            if index and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
+                raise ConfigError(
+                    f"{name} expects other inputs than the networks before it: {used.preprocess} and "
+                    f"{backbone.preprocess}; compare networks of one task"
+                )
+            backbone, masks = used, adapter.parts(base=backbone.model).masks
+            state = _masked(backbone, adapter, parts.head)
+            found.append(Network(name, kind, state, {one: base[one] for one in masks}, masks))
         else:
-            assert isinstance(given, str)
-            layer = None if backbone.head is None else backbone.model.get_submodule(backbone.head)
-            try:
-                found.append(Network(name, kind, _weights(backbone, given), parameters))
-            finally:
-                if backbone.head is not None and layer is not None:
-                    swap_module(backbone.model, backbone.head, layer)  # a file may have other classes
-                put_state(backbone.model, whole)
+            found.append(Network(name, kind, _weights(backbone, given), parameters))
     place = backbone.head or HEAD
-    shape = found[0].state[f"{place}.weight"].shape
-    for one in found:
-        if one.state[f"{place}.weight"].shape != shape:
+    shape, *others = [one.state[f"{place}.weight"].shape for one in found]
+    for one, other in zip(found[1:], others, strict=True):
+        if other != shape:
             raise ConfigError(
-                f"{one.name} has a head of shape {tuple(one.state[f'{place}.weight'].shape)}, {found[0].name} one of "
-                f"{tuple(shape)}; compare networks of one task"
+                f"{one.name} has a head of shape {tuple(other)}, {found[0].name} one of {tuple(shape)}; compare "
+                f"networks of one task"
             )
     example = next(backbone.model.parameters())
     linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
@@ -230,192 +215,36 @@ def read_networks(
     return backbone, classifier, found
 
 
-def _with_adapter(backbone: Backbone, adapter: Adapter, name: str, first: bool) -> Backbone:
-    """The backbone with head and preprocessing of an adapter, which must be those of the networks before."""
-    if len(adapter.sets) > 1 or adapter.parts(adapter.sets[0], stream=True).head is None:
-        raise AdapterError(f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify")
-    used = as_loaded(backbone, adapter)
-    if not first and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
-        raise ConfigError(
-            f"{name} expects other inputs than the networks before it: {used.preprocess} and {backbone.preprocess}; "
-            f"compare networks of one task"
-        )
-    return used
-
-
-def _masked(backbone: Backbone, adapter: Adapter) -> tuple[dict[str, Tensor], MaskSet]:
-    """The state that an adapter makes of the backbone, and its masks."""
-    parts = adapter.parts(base=backbone.model)
-    assert parts.head is not None
+def _masked(backbone: Backbone, adapter: Adapter, head: Head) -> dict[str, Tensor]:
+    """Return the state that an adapter makes of the backbone."""
     load_mask(backbone.model, adapter, head="keep")
     try:
-        state = state_of(backbone.model)
+        return _headed(backbone, head.weight, head.bias)
     finally:
         unload_mask(backbone.model)
-    return _headed(backbone, state, parts.head.weight, parts.head.bias), parts.masks
 
 
 def _weights(backbone: Backbone, path: str) -> dict[str, Tensor]:
-    """The state in a file of weights."""
+    """Return the state in a file of weights."""
     place, tensors = backbone.head or HEAD, read_tensors(path)
     weight, bias = tensors.get(f"{place}.weight"), tensors.get(f"{place}.bias")
     if weight is None or weight.ndim != 2:
         raise ConfigError(f"{path} has no {place}.weight, so the network has no head; write it beside the weights")
-    own = dict(tensors)
-    if backbone.head is None:
-        own = {name: tensor for name, tensor in tensors.items() if not inside(name, (HEAD,))}
-    load_tensors(backbone.model, own, path, backbone.head)
-    return _headed(backbone, state_of(backbone.model), weight, bias)
+    own = tensors if backbone.head else {name: one for name, one in tensors.items() if not inside(name, (HEAD,))}
+    layer = None if backbone.head is None else backbone.model.get_submodule(backbone.head)
+    before = state_of(backbone.model)
+    try:
+        load_tensors(backbone.model, own, path, backbone.head)
+        return _headed(backbone, weight, bias)
+    finally:
+        if backbone.head is not None and layer is not None:
+            swap_module(backbone.model, backbone.head, layer)  # a file may have other classes
+        put_state(backbone.model, before)
 
 
-def _headed(backbone: Backbone, state: dict[str, Tensor], weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """A state with this head, which has a bias always."""
+def _headed(backbone: Backbone, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Return the state of the model with this head, which has a bias always."""
     place = backbone.head or HEAD
-    body = {name: tensor for name, tensor in state.items() if not inside(name, (place,))}
+    body = {name: tensor for name, tensor in state_of(backbone.model).items() if not inside(name, (place,))}
     bias = torch.zeros(len(weight)) if bias is None else bias
     return {**body, f"{place}.weight": weight.clone(), f"{place}.bias": bias.clone()}
-
-
-VERSION = 1  # of the keys and of the files
-CALIBRATION = 1024  # training rows that BatchNorm statistics are taken from
-IN_MEMORY = 1_000_000_000  # bytes of preprocessed inputs that are kept
-MEASURED = frozenset(("accuracy", "loss", "examples"))
-Progress = Callable[[int, int], None]  # (done, in all)
-
-
-def evaluations_folder() -> Path:
-    """Return where evaluations are kept if no folder is given: beside the features."""
-    return cache_folder().parent / "evaluations"
-
-
-def some(examples: Examples, count: int | None, seed: int = 0) -> Examples:
-    """Return so many of the examples, drawn by `seed`, in the order of the data; all if there are not more.
-
-    Raises:
-        ConfigError: if it is less than 1.
-    """
-    if count is not None and count < 1:
-        raise ConfigError(f"the number of examples must be at least 1, got {count}")
-    if count is None or count >= len(examples):
-        return examples
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:count]
-    indices = [examples.indices[one] for one in sorted(order.tolist())]
-    return replace(examples, indices=indices, unreadable=set())
-
-
-class Batches:
-    """Preprocessed batches of examples, in order: read once if they fit into `IN_MEMORY`, else whenever walked."""
-
-    def __init__(self, backbone: Backbone, examples: Examples, batch_size: int):
-        self.backbone, self.examples, self.batch_size = backbone, examples, batch_size
-        self.kept: list[Batch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.kept is not None:
-            yield from self.kept
-            return
-        stated = self.backbone
-        batches = loader(self.examples, stated.preprocess, stated.tokenizer, batch_size=self.batch_size)
-        size, kept = 0, list[Batch]()
-        for inputs, labels in readable(batches):
-            size += sum(one.nbytes for one in (inputs.values() if isinstance(inputs, dict) else [inputs]))
-            kept = [*kept, (inputs, labels)] if size <= IN_MEMORY else []
-            yield inputs, labels
-        self.kept = kept if size <= IN_MEMORY else None
-
-
-class Evaluations:
-    """Measures states of a module on the rows of a split; what was measured before is read back.
-
-    Where the module has BatchNorm, its statistics are those of the state's own weights, over `CALIBRATION` training
-    rows.
-
-    Args:
-        module: from inputs to logits, as `read_networks` or `train_dense` gives. A state stays in it.
-        backbone: its preprocessing and tokenizer.
-        data: with a training split if there is BatchNorm.
-        split: "test" or "train". limit: at most so many of its rows, drawn by seed 0.
-        folder: for the JSON file of each evaluation; None: nothing is kept.
-
-    Raises:
-        DataError: if a split is missing, or its labels do not fit the module.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        backbone: Backbone,
-        data: Data,
-        *,
-        split: str = "test",
-        limit: int | None = None,
-        batch_size: int = 64,
-        folder: Path | None = None,
-    ):
-        if split not in ("test", "train"):
-            raise ConfigError(f"split must be test or train, got {split!r}")
-        self.module, self.backbone, self.folder = module, backbone, folder
-        self.examples = some(_split(data, split), limit)
-        norms = any(isinstance(one, BATCH_NORMS) and one.running_mean is not None for one in module.modules())
-        self.calibration = some(_split(data, "train"), CALIBRATION) if norms else None
-        self.batches = Batches(backbone, self.examples, batch_size)
-        self.statistics = None if self.calibration is None else Batches(backbone, self.calibration, batch_size)
-
-    def put(self, state: State) -> None:
-        """Make the module this state, with BatchNorm statistics of its own."""
-        put_state(self.module, state)
-        if self.statistics is not None:
-            recalibrate(self.module, self.statistics)
-
-    def content(self, state: State) -> list[Any] | None:
-        """Return what an evaluation of a state follows from; None if a part of it cannot be told."""
-        put_state(self.module, state)
-        rows = [self.examples] if self.calibration is None else [self.examples, self.calibration]
-        inputs = [inputs_content(self.backbone, one) for one in rows]
-        digest = model_digest(self.module)
-        return None if digest is None or None in inputs else [VERSION, digest, *inputs]
-
-    def of(self, state: State, *, rows: bool = False) -> dict[str, Any]:
-        """Return {"accuracy", "loss": mean cross-entropy, "examples"} of a state.
-
-        Args:
-            rows: with "right", for each example whether it gets its class.
-        """
-        content = None if self.folder is None else self.content(state)
-        if self.folder is None or content is None:
-            return self._measured(state, rows)
-        path = self.folder / f"{digest_of([*content, rows])}.json"
-        if path.exists():
-            return read_json(path, MEASURED, "delete it, and it is computed again")
-        found = self._measured(state, rows)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
-        return found
-
-    def _measured(self, state: State, rows: bool) -> dict[str, Any]:
-        self.put(state)
-        logits, y = predictions(self.module, self.batches)
-        if int(y.max()) >= logits.shape[1]:
-            raise DataError(
-                f"the network has {logits.shape[1]} classes, and the data have a class {int(y.max())} (counted from "
-                f"0); give the data that it was trained for"
-            )
-        right = logits.argmax(1) == y
-        found = {"accuracy": float(right.double().mean()), "loss": _loss(logits, y), "examples": len(y)}
-        return {**found, "right": right.int().tolist()} if rows else found
-
-
-def _loss(logits: Tensor, y: Tensor) -> float:
-    """Mean cross-entropy; a huge finite number for a network that gives no numbers, so that it is still JSON."""
-    loss = float(nn.functional.cross_entropy(logits.double(), y))
-    return loss if loss < 1e30 else 1e30
-
-
-def _split(data: Data, name: str) -> Examples:
-    found = data.test if name == "test" else data.train
-    if found is None or not data.class_names:
-        raise DataError(
-            f"the data {data.id!r} have no {'labels' if found is not None else name + ' split'}; networks are measured "
-            f"on rows with labels, and BatchNorm statistics are taken from the training split"
-        )
-    return found

@@ -1,7 +1,6 @@
 """Linear centred kernel alignment of layers (arXiv 1905.00414)."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -11,20 +10,17 @@ from ...backbone.classifier import Classifier, Inputs, predictions
 from ...backbone.model import canonical, unwrap
 from ...errors import ConfigError
 from ...training.features import digest_of, keep_features, kept_features
-from .network import Evaluations, Network, Progress, State, kept
+from .evaluation import Evaluations, Progress
+from .network import Network, State, kept
+from .pairs import each_pair
 
 LEAST = 512  # examples, below which a note is due
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float | None:
-    """Return ||Yc'Xc||² / (||Xc'Xc|| ||Yc'Yc||) of features with centred columns, in float64: from 0 to 1, 1 if they
-    are equal up to a rotation, a shift and one scale. None where one of them is the same for all examples.
+    """Return ||Yc'Xc||² / (||Xc'Xc|| ||Yc'Yc||) of features of the same examples, (examples, features), centred.
 
-    Args:
-        x, y: (examples, features), rows of the same examples.
-
-    Raises:
-        ConfigError: if they have other numbers of rows.
+    From 0 to 1; 1 if they are equal up to a rotation, a shift and one scale. None where one has no variance.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
         raise ConfigError(
@@ -41,12 +37,11 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 
 
 def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return what these modules of a state put out, (examples, features) float32 for each.
+    """Return what these modules of a state put out, (examples, features) float32 for each, cached as features are.
 
-    Maps are averaged over their positions, tokens over those that are no padding. They are in the cache of features,
-    unless the evaluations keep nothing.
+    Maps are averaged over their positions, tokens over those that are no padding.
     """
-    content = None if evaluations.folder is None else evaluations.content(state)
+    content = evaluations.content(state)
     keys = {} if content is None else {name: digest_of(["layer", name, content]) for name in layers}
     there = {name: kept_features(key, len(evaluations.examples)) for name, key in keys.items()}
     found = {name: one[0] for name, one in there.items() if one is not None}
@@ -91,31 +86,19 @@ def similarities(
 
     Returns:
         {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
-
-    Raises:
-        ConfigError: if there are fewer than two networks.
     """
-    if len(networks) < 2:
-        raise ConfigError(f"similarity is of two networks; give at least two, got {len(networks)}")
-    layers, features = _layers(evaluations.module, names), []
+    module = evaluations.module
+    head = module.embedding.module if isinstance(module, Classifier) else None
+    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
+    layers, features = [name for name in names if name in known], []
     with kept(evaluations.module):
         for one in networks:
             features.append(layer_features(evaluations, one.state, layers))
             if report is not None:
                 report(len(features), len(networks))
-    pairs = []
-    for (first, x), (second, y) in combinations(zip(networks, features, strict=True), 2):
-        kinds = " - ".join(sorted((first.kind, second.kind)))
-        cka = [linear_cka(x[name], y[name]) for name in layers]
-        pairs.append({"first": first.name, "second": second.name, "kinds": kinds, "cka": cka})
+    pairs = each_pair(networks, features, lambda x, y: {"cka": [linear_cka(x[name], y[name]) for name in layers]})
     return {"layers": layers, "pairs": pairs, "examples": len(evaluations.examples)}
-
-
-def _layers(module: nn.Module, names: Iterable[str]) -> list[str]:
-    head = module.embedding.module if isinstance(module, Classifier) else None
-    model = unwrap(module.model if isinstance(module, Classifier) else module)
-    known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
-    return [name for name in names if name in known]
 
 
 def _pooled(output: Any, attention: Tensor | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""Rows of a comparison: each a way to solve a task with a frozen backbone at hand."""
+"""Baselines: ways to solve a task with a frozen backbone, which a mask is compared with."""

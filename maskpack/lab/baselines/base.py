@@ -1,49 +1,42 @@
-"""The contract of a row of a comparison.
+"""The contract of a baseline.
 
-A row is a class in a file of this folder with `id`, `reference`, `argument`, `needs_labels`, `seeded` and `rates`. Its
-`fit` is run in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning rates
-and all that is measured exist once, in `evaluate.trial` and `evaluate.compare`.
+A baseline is a class in a file of this folder with `id`, `reference`, `argument`, `needs_labels`, `seeded` and `rates`.
+Its `fit` runs in a process of its own, with a backbone that nobody else uses. Splits, seeds, the choice of learning
+rates and all measurements are in `lab.trial` and `lab.comparison`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ...adapter.content import About, Cascade, Parts
-from ...adapter.describe import inspect_adapter
-from ...adapter.read import Adapter
-from ...adapter.write import save_adapter
 from ...backbone.classifier import Classifier, Inputs, embeddings, example_count, to_device
 from ...backbone.load import Backbone
-from ...backbone.model import Fingerprint
 from ...errors import ConfigError
 from ...registry import Registry
-from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.data.base import Data
-from ...training.dense import train_dense
-from ...training.features import embed
+from ...training.features import Probe, embed
 from ...training.run_folder import Report
-from ...training.trainer import Learn, TrainResult, train_mask
 
 Predict = Callable[[Inputs], Tensor]
+Rates: TypeAlias = Mapping[str, tuple[float, ...]]  # learning rates to choose from, by optimiser
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True)
 class Trial:
-    """What a row is fitted to.
+    """What a baseline is fitted to.
 
     Attributes:
         backbone: to be used up.
         data: its training split are the rows whose labels may be used; there is no other split.
         unlabelled: all training rows, without class names.
         config: with the seed and the learning rate of the trial.
-        folder: of this trial, for checkpoints; what lies there is to be continued.
+        folder: of this trial, for checkpoints; a training that is there goes on.
         report: gets the events of training.
     """
 
@@ -59,6 +52,11 @@ class Trial:
         """Number of classes."""
         return len(self.data.class_names)
 
+    def settings(self, objective: str) -> TrainConfig:
+        """Return the settings with this objective; objective options are for self-supervised training only."""
+        options = self.config.objective_options if objective != "supervised" else {}
+        return replace(self.config, objective=objective, objective_options=options)
+
     def embed(self) -> tuple[Tensor, Tensor]:
         """Return features, (N, D), and labels, (N,), of the training split, by the backbone as it is now."""
         assert self.data.train is not None
@@ -67,20 +65,24 @@ class Trial:
 
     def features(self, inputs: Inputs) -> Tensor:
         """Return features of a batch by the backbone as it is now, (B, D) float32 on the CPU."""
-        count = example_count(inputs)
-        return embeddings(self.backbone, [(inputs, torch.zeros(count, dtype=torch.long))])[0]
+        labels = torch.zeros(example_count(inputs), dtype=torch.long)
+        return embeddings(self.backbone, [(inputs, labels)])[0]
+
+    def probed(self, probe: Probe) -> Predict:
+        """Return what a probe predicts from a batch by the backbone as it is then."""
+        return lambda inputs: probe.logits(self.features(inputs))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True)
 class Fitted:
-    """What came of it.
+    """A fitted baseline.
 
     Attributes:
         predict: from a batch of preprocessed inputs to scores of the classes, (B, classes) float32 on the CPU.
-        trained: numbers that training changed, heads included; a score is one.
+        trained: number of trained parameters, heads included; a score is one.
         sizes: bytes to store beside the backbone, by what they are; those of the head under "head".
         steps: optimiser steps.
-        controls: what the row is to be compared with, made from the same training, by name.
+        controls: by name, what the baseline is to be compared with, made from the same training.
     """
 
     predict: Predict
@@ -90,14 +92,14 @@ class Fitted:
     controls: Mapping[str, "Fitted"] = field(default_factory=dict)
 
 
-class Row(ABC):
+class Baseline(ABC):
     """A way to solve the task.
 
     Args:
-        argument: what stands behind the colon of the row's name, as "8" in "lora:8"; None without one.
+        given: the argument behind the colon of the name, as "8" in "lora:8"; None without one.
 
     Attributes:
-        argument: what may stand behind a colon, as in "rank"; None: nothing.
+        argument: what may stand behind a colon, as "rank"; None: nothing.
         needs_labels: whether training does; without, it is done once for all shares of the labels.
         seeded: whether the seed matters where all labels are used.
         rates: learning rates to choose from, by optimiser; empty: it has none.
@@ -108,84 +110,43 @@ class Row(ABC):
     argument: ClassVar[str | None] = None
     needs_labels: ClassVar[bool] = True
     seeded: ClassVar[bool] = True
-    rates: ClassVar[Mapping[str, tuple[float, ...]]] = {}
+    rates: ClassVar[Rates] = {}
 
     def __init__(self, given: str | None = None):
         if given is not None and self.argument is None:
-            raise ConfigError(f"the row {self.id!r} takes nothing behind a colon, got {given!r}")
+            raise ConfigError(f"the baseline {self.id!r} takes nothing behind a colon, got {given!r}")
         self.given = given
 
     def number(self, default: int, least: int) -> int:
-        """Return the argument as a number.
-
-        Raises:
-            ConfigError: if it is none, or less than `least`.
-        """
+        """Return the argument as a number, which must be at least `least`."""
         if self.given is None:
             return default
         if not (self.given.isascii() and self.given.isdigit()) or int(self.given) < least:
             raise ConfigError(
-                f"the row {self.id!r} takes a {self.argument} of at least {least} behind the colon, as in "
+                f"the baseline {self.id!r} takes a {self.argument} of at least {least} behind the colon, as in "
                 f"{self.id}:{default}; got {self.given!r}"
             )
         return int(self.given)
 
     def check(self, backbone: Backbone, config: TrainConfig) -> None:  # noqa: B027
-        """See that the row is possible; raises errors of ours."""
+        """Check that the baseline is possible for a backbone; raises maskpack errors."""
 
     @abstractmethod
     def fit(self, trial: Trial) -> Fitted:
         """Solve the task of a trial."""
 
 
-ROWS: Registry[Row] = Registry("row", "maskpack.lab.baselines")
+BASELINES: Registry[Baseline] = Registry("baseline", "maskpack.lab.baselines")
 
 
-def find_row(name: str) -> Row:
-    """Return the row called "id" or "id:argument".
-
-    Raises:
-        UnknownNameError: if there is none. ConfigError: if it does not take this argument.
-    """
+def find_baseline(name: str) -> Baseline:
+    """Return the baseline called "id" or "id:argument"."""
     own, mark, given = name.partition(":")
-    return ROWS[own](given if mark else None)
-
-
-def settings_of(trial: Trial, objective: str) -> TrainConfig:
-    """Return the trial's settings with this objective; its options are those of the objective that they are for."""
-    options: Mapping[str, Any] = trial.config.objective_options if objective != "supervised" else {}
-    return replace(trial.config, objective=objective, objective_options=options)
-
-
-def fit_dense(trial: Trial, learn: Learn) -> Fitted:
-    """Train what `learn` returns, and a head.
-
-    What was learned is rounded to 2 bytes a number, as it would be stored, before it is measured; statistics and head
-    keep 4, as they do beside a mask.
-    """
-    folder = trial.folder / "training"
-    result = train_dense(
-        trial.backbone,
-        trial.data,
-        settings_of(trial, "supervised"),
-        learn,
-        output=folder,
-        resume=(folder / FILE).exists(),
-        report=trial.report,
-    )
-    for parameter in result.learned.values():
-        parameter.data.copy_(parameter.data.half())
-    classifier = result.classifier
-    assert isinstance(classifier, Classifier)
-    learned = sum(one.numel() for one in result.learned.values())
-    head = sum(one.numel() for one in classifier.linear.parameters())
-    statistics = sum(one.numel() for one in result.statistics.values())
-    sizes = {"weights": 2 * learned, "statistics": 4 * statistics, "head": 4 * head}
-    return Fitted(classified(classifier), learned + head, sizes, result.steps)
+    return BASELINES[own](given if mark else None)
 
 
 def classified(classifier: Classifier) -> Predict:
-    """Return what a classifier gives for a batch, on its own device."""
+    """Return what a classifier predicts from a batch, computed on its own device."""
     device = classifier.linear.weight.device
 
     def predict(inputs: Inputs) -> Tensor:
@@ -195,45 +156,6 @@ def classified(classifier: Classifier) -> Predict:
     return predict
 
 
-RATES = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}  # of scores without labels, by optimiser
-
-
-def train(trial: Trial, config: TrainConfig, labelled: bool) -> tuple[TrainResult, Adapter]:
-    """Train a mask, with labels or without, and write it as an adapter."""
-    folder = trial.folder / "training"
-    result = train_mask(
-        trial.backbone,
-        trial.data if labelled else trial.unlabelled,
-        config,
-        output=folder,
-        resume=(folder / FILE).exists(),
-        longer=False,
-        report=trial.report,
-    )
-    return result, write(trial, result.parts, result.base, result.about)
-
-
-def write(
-    trial: Trial, parts: Parts | Mapping[str, Parts], base: Fingerprint, about: About, cascade: Cascade | None = None
-) -> Adapter:
-    """Write an adapter of the profile "default" into the folder of a trial."""
-    path = trial.folder / "mask.safetensors"
-    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
-
-
-def learned(parts: Parts) -> int:
-    """Return how many numbers of a mask set learned: a score of every weight, and parameters themselves."""
-    return parts.masks.total + sum(one.numel() for one in parts.parameters.values())
-
-
-def stored(adapter: Adapter) -> dict[str, int]:
-    """Return the bytes of an adapter file by what they are; together they are the file."""
-    about = inspect_adapter(adapter)
-    sets = about["sets"].values()
-    sizes = {"masks": sum(one["payload_bytes"] for one in sets), "head": 0, "statistics": 0}
-    for one in sets:
-        for role, size in one["dense_bytes"].items():
-            sizes[role] = sizes.get(role, 0) + size
-    for role, size in (about["cascade"]["bytes"] if about["cascade"] else {}).items():
-        sizes[role] = sizes.get(role, 0) + size
-    return {**sizes, "index": about["size"] - sum(sizes.values())}
+def parameters(*tensors: Any) -> int:
+    """Return the number of entries of tensors, None counting nothing."""
+    return sum(one.numel() for one in tensors if one is not None)

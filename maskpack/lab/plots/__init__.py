@@ -1,1 +1,1 @@
-"""Pictures: plain data to a matplotlib figure, one picture a file; nothing here reads files or models."""
+"""Pictures: functions from plain data to a matplotlib figure; nothing here reads files or models."""

@@ -1,4 +1,4 @@
-"""What all pictures share: an empty figure, colours, names as labels, and files whose bytes follow from the figure."""
+"""The kinds of pictures (rows by layer, matrices, curves), and files whose bytes follow from the figure."""
 
 import io
 import math
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-
 Matrix: TypeAlias = NDArray[np.float64]
+Curve: TypeAlias = Sequence[tuple[float, float, float | None]]  # (x, y, deviation or None) of each point
 
 # Okabe and Ito (2008), told apart with every kind of colour blindness; without yellow, which is faint on white
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -30,6 +30,9 @@ SMALL = 8.0  # points, of names and numbers
 POINTS = 72  # of an inch
 MARGIN = 0.08  # inches
 LONGEST = 48  # characters of a label
+SIDE = 0.55  # inches of a square with a number in it
+NUMBERED = 20  # names of a matrix; of more, the squares are small and without numbers
+SHADES: Mapping[str, Any] = {"aspect": "auto", "cmap": "Blues", "interpolation": "nearest"}  # of `imshow`
 # by suffix, as matplotlib's `savefig` takes it: neither a program nor a date is written
 KINDS: Mapping[str, Mapping[str, Any]] = {
     ".png": {"format": "png", "dpi": 150, "metadata": {"Software": None}},
@@ -37,9 +40,33 @@ KINDS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def image_suffix(path: str | Path) -> str:
+    """Return the suffix of a picture's file; it must be .png or .svg."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in KINDS:
+        raise ConfigError(f"{path} ends in {suffix!r}, expected .png or .svg; give the picture one of these endings")
+    return suffix
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes with the same matplotlib.
+
+    Text in an SVG file stays text. Whatever goes wrong, what `path` had stays.
+    """
+    import matplotlib
+
+    suffix, content = image_suffix(path), io.BytesIO()
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "maskpack", "svg.fonttype": "none"}):
+        # a name in a script that the font lacks: boxes in a PNG, and in an SVG text that the viewer has a font for
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(content, **KINDS[suffix])
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(content.getvalue())
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """Return an empty figure of this size in inches, drawn without a window and without pyplot's global state."""
-    require("matplotlib", "plots", "drawing pictures")
+    require("matplotlib", "lab", "drawing pictures")
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -83,29 +110,8 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
-def row_height(rows: int) -> float:
-    """Return the height in inches of a row with a name; less where many of them would make a picture too tall."""
-    return min(0.18, 30 / rows)
-
-
-def name_rows(axes: "Axes", names: Sequence[str]) -> None:
-    """Write the names of parameters beside rows of `row_height`, the first on top, as many as there is room for.
-
-    Where all names end in `.weight` it is left out.
-    """
-    step = math.ceil(1.2 * SMALL / (row_height(len(names)) * POINTS))
-    same = {name.rpartition(".")[2] for name in names} == {"weight"}
-    rows = range(0, len(names), step)
-    axes.set_yticks(rows, [label(names[row].removesuffix(".weight") if same else names[row]) for row in rows])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-
-
 def numbers(values: object, columns: int, what: str) -> Matrix:
-    """Return rows of finite numbers as an array (rows, columns).
-
-    Raises:
-        ConfigError: if they are anything else.
-    """
+    """Return rows of finite numbers as an array (rows, columns)."""
     try:
         found = np.array(values, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -115,35 +121,37 @@ def numbers(values: object, columns: int, what: str) -> Matrix:
     return found
 
 
-def image_suffix(path: str | Path) -> str:
-    """Return the suffix of a picture's file.
+def height_of(rows: int) -> float:
+    """Return the height in inches of rows with names; less for each where a picture would become too tall."""
+    return min(0.18 * rows, 30)
 
-    Raises:
-        ConfigError: if it stands for no kind of picture that is drawn.
+
+def name_rows(axes: "Axes", names: Sequence[str]) -> None:
+    """Write the names of layers beside the rows of axes, the first on top, as many as there is room for.
+
+    Where all names end in `.weight` it is left out.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in KINDS:
-        raise ConfigError(f"{path} ends in {suffix!r}, expected .png or .svg; give the picture one of these endings")
-    return suffix
+    step = math.ceil(1.2 * SMALL / (height_of(len(names)) / len(names) * POINTS))
+    same = {name.rpartition(".")[2] for name in names} == {"weight"}
+    rows = range(0, len(names), step)
+    axes.set_yticks(rows, [label(names[row].removesuffix(".weight") if same else names[row]) for row in rows])
+    axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes with the same matplotlib.
+def draw_rows(names: Sequence[str], grid: "Literal['x', 'both'] | None" = None) -> "tuple[Figure, Axes]":
+    """Return a figure with a row for each layer, the first on top; row n is at y = n."""
+    figure = new_figure(8, 1.3 + height_of(len(names)))
+    axes = figure.add_subplot()
+    name_rows(axes, names)
+    plain_axes(axes, grid=grid)
+    return figure, axes
 
-    Text in an SVG file stays text. Whatever goes wrong, what `path` had stays.
 
-    Raises:
-        ConfigError: if the suffix is another one. StateError: if the file cannot be written.
-    """
-    import matplotlib
-
-    suffix, content = image_suffix(path), io.BytesIO()
-    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "maskpack", "svg.fonttype": "none"}):
-        # a name in a script that the font lacks: boxes in a PNG, and in an SVG text that the viewer has a font for
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(content, **KINDS[suffix])
-    with replacing(path) as (temporary,):
-        temporary.write_bytes(content.getvalue())
+def add_scale(figure: "Figure", image: "AxesImage", axes: Any, text: str, **options: Any) -> None:
+    """Draw the scale of an image's shades beside axes."""
+    bar = figure.colorbar(image, ax=axes, **options)
+    bar.set_label(text, fontsize="small")
+    bar.ax.tick_params(labelsize=SMALL)
 
 
 def draw_matrix(
@@ -158,11 +166,8 @@ def draw_matrix(
     """Draw squares that are darker the larger their value is, with names at both sides.
 
     Args:
-        shades: (n, n).
-        inches: side of a square.
-        ends: the values of the lightest and the darkest shade.
-        texts: what stands in the squares.
-        power: below 1 it tells small values apart at the cost of large ones.
+        shades: (n, n). inches: side of a square. ends: the values of the lightest and the darkest shade.
+        texts: in the squares. power: below 1 it tells small values apart at the cost of large ones.
     """
     from matplotlib.colors import PowerNorm
 
@@ -181,45 +186,35 @@ def draw_matrix(
     return image
 
 
-# name -> (quantity, mean accuracy, deviation or None) of each point
-Curves: TypeAlias = Mapping[str, Sequence[tuple[float, float, float | None]]]
+def draw_pairs(names: Sequence[str], panels: Mapping[str, tuple[Matrix, float]], digits: int) -> "Figure":
+    """Draw matrices of values up to 1 beside each other, by title with the value of the lightest shade; NaN is "-"."""
+    numbered = len(names) <= NUMBERED
+    side = SIDE if numbered else SIDE / 2
+    figure = new_figure(len(panels) * (side * len(names) + 2.2), side * len(names) + 2.6)
+    for axes, (title, (values, low)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        texts = [["-" if np.isnan(value) else f"{value:.{digits}f}" for value in row] for row in values]
+        image = draw_matrix(axes, values, names, side, (low, 1.0), texts if numbered else None)
+        axes.set_title(title, fontsize="medium")
+        if not numbered:
+            figure.colorbar(image, ax=axes, shrink=0.6)
+    return figure
 
 
-def draw_curves(curves: Curves, quantity: str) -> "tuple[Figure, Axes]":
-    """Draw a line through the points of each series, in the order of the quantity.
+def draw_curves(curves: Sequence[tuple[str, Curve, Mapping[str, Any]]]) -> "tuple[Figure, Axes]":
+    """Draw accuracies as lines.
 
-    The quantity's axis is logarithmic where that is a decade or more.
-
-    Raises:
-        ConfigError: if there are no points, a quantity is not above 0, or an accuracy is not from 0 to 1.
+    Args:
+        curves: (name, points, options of `errorbar`); one without a name is not in the legend.
     """
-    points = [(name, *point) for name, one in curves.items() for point in one]
-    if not points:
-        raise ConfigError(f"there is no point to draw; give accuracies by {quantity}")
-    for name, x, accuracy, deviation in points:
-        if not (0 < x < math.inf and 0 <= accuracy <= 1 and 0 <= (deviation or 0) < math.inf):
-            raise ConfigError(
-                f"{name!r} has the accuracy {accuracy} and deviation {deviation} at the {quantity} {x}; expected an "
-                f"accuracy from 0 to 1, a deviation of 0 or more or None, and {quantity} above 0"
-            )
-    figure = new_figure(7.5, max(4.2, 0.6 + 0.21 * len(curves)))
-    from matplotlib.ticker import LogLocator
-
+    figure = new_figure(7.5, max(4.2, 0.6 + 0.21 * sum(bool(name) for name, *_ in curves)))
     axes = figure.add_subplot()
-    for index, (name, one) in enumerate(curves.items()):
-        ordered = sorted(one, key=lambda point: point[0])
-        quantities, means = [point[0] for point in ordered], [point[1] for point in ordered]
-        errors = [point[2] or 0.0 for point in ordered] if any(point[2] for point in ordered) else None
-        axes.errorbar(
-            quantities, means, yerr=errors, label=label(name), markersize=5, linewidth=1.4, capsize=2, **look(index)
-        )
-    most, least = (end(point[1] for point in points) for end in (max, min))
-    if most >= 10 * least:
-        axes.set_xscale("log")
-        if most < 100 * least:
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for name, points, options in curves:
+        x, y, spread = zip(*points, strict=True)
+        errors = [one or 0.0 for one in spread] if any(spread) else None
+        style = {"markersize": 5, "linewidth": 1.4, "capsize": 2, **options}
+        axes.errorbar(x, y, yerr=errors, label=label(name) or "_", **style)
     axes.set_ylim(up_to_one(*axes.get_ylim()))
-    axes.set_ylabel("accuracy" + (" (mean ± deviation)" if any(point[3] for point in points) else ""))
+    axes.set_ylabel("accuracy")
     plain_axes(axes, grid="both")
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure, axes

@@ -1,4 +1,4 @@
-"""Pictures of masks: density and scores by layer, overlap, and weights in use."""
+"""Pictures of masks: density, overlap and use by layer, and scores."""
 
 import math
 import statistics
@@ -15,40 +15,39 @@ from ...errors import ConfigError
 from ...mask import MaskSet, packed_bits
 from .figure import (
     COLOURS,
-    SMALL,
+    SHADES,
     Matrix,
-    draw_matrix,
+    add_scale,
+    draw_pairs,
+    draw_rows,
+    height_of,
     in_order,
     label,
     look,
     name_rows,
     new_figure,
     plain_axes,
-    row_height,
     up_to_one,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BINS = 80
+SHOWN = 0.998  # share of all scores between the ends; what lies beyond counts to the outermost bins
+
 
 def density_figure(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figure":
-    """Draw a row for each masked parameter: a dot at its density.
-
-    Of a group of several adapters the dot is their mean, with a line of one sample deviation to both sides.
+    """Draw a row for each masked parameter: a dot at its density, with one sample deviation for several adapters.
 
     Args:
         groups: name of a series -> adapters, each density (0 to 1) by parameter name. A parameter that an adapter
             does not mask is left out of the mean.
-
-    Raises:
-        ConfigError: if there is nothing to draw.
     """
     names = in_order({name for adapters in groups.values() for one in adapters for name in one})
     if not names:
         raise ConfigError("there is no masked parameter to draw; give adapters that have masks")
-    figure = new_figure(8, 1.2 + row_height(len(names)) * len(names))
-    axes = figure.add_subplot()
+    figure, axes = draw_rows(names, grid="both")
     for index, (group, adapters) in enumerate(groups.items()):
         found = [[one[name] for one in adapters if name in one] for name in names]
         rows = [at for at, values in enumerate(found) if values]
@@ -63,8 +62,6 @@ def density_figure(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figu
             markersize=4,
             **look(index),
         )
-    name_rows(axes, names)
-    plain_axes(axes, grid="both")
     axes.set_xlim(up_to_one(*axes.get_xlim()))
     axes.set_xlabel("density (share of weights kept)")
     if len(groups) > 1 or any(len(adapters) > 1 for adapters in groups.values()):
@@ -72,24 +69,15 @@ def density_figure(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> "Figu
     return figure
 
 
-SIDE = 0.55  # inches of a square with a number in it
-NUMBERED = 20  # masks; more than that are squares without numbers
-
-
 def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
     """Compare masks pair by pair; signs of ternary masks are not looked at.
 
     Returns:
         Two symmetric (n, n) matrices in the order of `masks`. The first is the share of weights on which two masks
-        agree: both keep the weight, or neither does. It is high for any two masks that keep nearly everything. The
-        second takes out what chance explains: (agreement - expected) / (1 - expected), where two masks of densities
-        d₁ and d₂ in a parameter, drawn independently, are expected to agree on d₁d₂ + (1 - d₁)(1 - d₂) of its weights
-        (the kappa of Cohen, 1960, with the chance of each parameter). It is 1 for equal masks, 0 for unrelated ones,
-        negative where each removes what the other keeps, and NaN where chance explains all, as where all weights are
-        kept.
-
-    Raises:
-        ConfigError: if there are fewer than two masks, or they are of other parameters or shapes.
+        agree: both keep the weight, or neither does. The second takes out what chance explains: (agreement - expected)
+        / (1 - expected), where two masks of densities d₁ and d₂ in a parameter, drawn independently, are expected to
+        agree on d₁d₂ + (1 - d₁)(1 - d₂) of its weights (the kappa of Cohen, 1960, with the chance of each parameter).
+        It is 1 for equal masks, 0 for unrelated ones, and NaN where chance explains all.
     """
     if len(masks) < 2:
         raise ConfigError(f"an overlap needs at least two masks, got {len(masks)}")
@@ -121,35 +109,19 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
 
 
 def overlap_figure(masks: Mapping[str, MaskSet]) -> "Figure":
-    """Draw the two matrices of `agreement` beside each other. Raises as that."""
+    """Draw the two matrices of `agreement` beside each other."""
     shares, beyond = agreement(masks)
-    names, count = list(masks), len(masks)
-    numbered = count <= NUMBERED
-    side = SIDE if numbered else SIDE / 2
-    figure = new_figure(2 * (side * count + 2.2), side * count + 2.6)
-    panels = (
-        (shares, min(float(shares.min()), 0.99), "agreement\n(share of the weights)"),
-        (beyond, min(float(np.nan_to_num(beyond).min()), 0.0), "agreement beyond chance\n(0: unrelated, 1: equal)"),
-    )
-    for axes, (values, low, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        texts = [["-" if np.isnan(value) else f"{value:.3f}" for value in row] for row in values]
-        image = draw_matrix(axes, values, names, side, (low, 1.0), texts if numbered else None)
-        axes.set_title(title, fontsize="medium")
-        if not numbered:
-            figure.colorbar(image, ax=axes, shrink=0.6)
-    return figure
+    panels = {
+        "agreement\n(share of the weights)": (shares, min(float(shares.min()), 0.99)),
+        "agreement beyond chance\n(0: unrelated, 1: equal)": (beyond, min(float(np.nan_to_num(beyond).min()), 0.0)),
+    }
+    return draw_pairs(list(masks), panels, digits=3)
 
 
 def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
     """Return for each parameter how many of its weights are used by 0, 1, …, all tasks.
 
     A mask is read as the set of features that its task uses; a parameter that a task does not mask is used whole.
-
-    Args:
-        masks: by task, of one backbone.
-
-    Raises:
-        ConfigError: if there is no mask, or two masks of a parameter have different shapes.
     """
     names = in_order({name for one in masks.values() for name in one})
     if not names:
@@ -169,35 +141,24 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
 
 
 def feature_figure(counts: Mapping[str, Sequence[int]]) -> "Figure":
-    """Draw a bar for each parameter: the shares of its weights that no task, one task, …, all tasks use.
-
-    Args:
-        counts: what `users` gives.
-    """
+    """Draw for each parameter the shares of its weights that no task, one task, …, all tasks use: see `users`."""
     names = list(counts)
     tasks = len(counts[names[0]]) - 1
-    figure = new_figure(8, 1.4 + row_height(len(names)) * len(names))
+    figure, axes = draw_rows(names)
     from matplotlib import colormaps
 
-    axes = figure.add_subplot()
     shares = np.array([np.array(own) / max(sum(own), 1) for own in counts.values()])
     left = np.zeros(len(names))
+    words = {0: "no task", tasks: f"all {tasks} tasks", 1: "one task"}
     for number in range(tasks + 1):
-        words = {0: "no task", 1: "one task", tasks: f"all {tasks} tasks" if tasks > 1 else "one task"}
         colour = "#f4f4f4" if number == 0 else colormaps["Blues"](0.25 + 0.7 * number / tasks)
         text = words.get(number, f"{number} tasks")
         axes.barh(range(len(names)), shares[:, number], left=left, height=0.8, color=colour, label=text)
         left += shares[:, number]
-    name_rows(axes, names)
-    plain_axes(axes)
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of the weights that are used by …")
     figure.legend(loc="outside upper center", ncols=min(6, tasks + 1), frameon=False, fontsize="small")
     return figure
-
-
-BINS = 80
-SHOWN = 0.998  # share of all scores between the ends; what lies beyond counts to the outermost bins
 
 
 def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -> "Figure":
@@ -206,9 +167,6 @@ def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -
     Args:
         scores: by parameter name, of any shape.
         threshold: where to draw the line above which a weight is kept; None for methods without one.
-
-    Raises:
-        ConfigError: if there are no scores, or some are not finite.
     """
     names = in_order(name for name, values in scores.items() if values.numel())
     if not names:
@@ -219,23 +177,19 @@ def score_figure(scores: Mapping[str, Tensor], threshold: float | None = None) -
         raise ConfigError(f"the scores of {bad!r} are not all finite; the run diverged, take an earlier one")
     low, high = _ends(torch.cat(list(flat.values())), threshold)
     counts = torch.stack([torch.histc(v.clamp(low, high), BINS, low, high) for v in flat.values()])
-    rows = row_height(len(names)) * len(names)
+    rows = height_of(len(names))
     figure = new_figure(8, 3.4 + rows)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, rows))
     edges = torch.linspace(low, high, BINS + 1).tolist()
     above.stairs(counts.sum(0).tolist(), edges, fill=True, color=COLOURS[0])
     above.set_yscale("log")
     above.set_ylabel("weights")
-    shares = (counts / counts.sum(1, keepdim=True)).numpy()
-    image = below.imshow(
-        shares, aspect="auto", cmap="Blues", norm="log", vmin=1e-4, vmax=1,
-        extent=(low, high, len(names) - 0.5, -0.5), interpolation="nearest",
-    )  # fmt: skip
+    shares = (counts / counts.sum(1, keepdim=True)).double().numpy()
+    extent = (low, high, len(names) - 0.5, -0.5)
+    image = below.imshow(shares, extent=extent, norm="log", vmin=1e-4, vmax=1, **SHADES)
     name_rows(below, names)
     below.set_xlabel("score (values beyond the ends count to the outermost bins)")
-    bar = figure.colorbar(image, ax=below, shrink=min(1.0, 2.5 / rows), aspect=12)
-    bar.set_label("share of the layer's scores", fontsize="small")
-    bar.ax.tick_params(labelsize=SMALL)
+    add_scale(figure, image, below, "share of the layer's scores", shrink=min(1.0, 2.5 / rows), aspect=12)
     for axes in (above, below):
         plain_axes(axes)
         if threshold is not None:

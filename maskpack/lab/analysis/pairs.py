@@ -1,0 +1,226 @@
+"""Pairs of networks: performance barriers, common mistakes, distances (arXiv 2008.11687)."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
+from statistics import stdev
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from ...mask import MaskSet, PackedMask
+from .evaluation import Evaluations, Progress
+from .network import Network, State, kept
+
+T = TypeVar("T")
+
+
+def each_pair(
+    networks: Sequence[Network], values: Sequence[T], compare: Callable[[T, T], Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return {"first", "second", "kinds", …} of every pair of networks, with what `compare` gives for their values."""
+    if len(networks) < 2:
+        raise ConfigError(f"networks are compared in pairs; give at least two, got {len(networks)}")
+    return [
+        {
+            "first": one.name,
+            "second": other.name,
+            "kinds": " - ".join(sorted((one.kind, other.kind))),
+            **compare(first, second),
+        }
+        for (one, first), (other, second) in combinations(zip(networks, values, strict=True), 2)
+    ]
+
+
+def interpolated(first: State, second: State, t: float) -> dict[str, Tensor]:
+    """Return (1 - t) first + t second, entry by entry; the ends keep their bits, integers are those of the first."""
+    if t in (0, 1):
+        return dict(second if t else first)
+    return {name: torch.lerp(one, second[name], t) if one.is_floating_point() else one for name, one in first.items()}
+
+
+def barrier(
+    evaluations: Evaluations, first: State, second: State, points: int = 11, report: Progress | None = None
+) -> dict[str, Any]:
+    """Measure the networks at evenly spaced `points` from one state (t = 0) to another (t = 1).
+
+    Returns:
+        {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
+        between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
+    """
+    if points < 3:
+        raise ConfigError(f"a barrier needs at least 3 points, the ends and one between them; got {points}")
+    if first.keys() != second.keys():
+        differing = sorted(first.keys() ^ second.keys())
+        raise ConfigError(f"the two networks have other entries, first {differing[0]!r}; give two of one architecture")
+    found: list[dict[str, float]] = []
+    with kept(evaluations.module):
+        for at in range(points):
+            one = evaluations.of(interpolated(first, second, at / (points - 1)))
+            found.append({"t": at / (points - 1), "accuracy": one["accuracy"], "loss": one["loss"]})
+            if report is not None:
+                report(at + 1, points)
+
+    def height(key: str, sign: int) -> float:
+        first, last = found[0][key], found[-1][key]
+        return max(sign * ((1 - one["t"]) * first + one["t"] * last - one[key]) for one in found)
+
+    return {"points": found, "barrier": height("accuracy", 1), "loss_barrier": height("loss", -1)}
+
+
+def barriers(
+    evaluations: Evaluations, networks: Sequence[Network], points: int = 11, report: Progress | None = None
+) -> dict[str, Any]:
+    """Measure the barrier of every pair of networks.
+
+    Returns:
+        {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": {"first", "second", "kinds", …} with what
+        `barrier` gives, "deviations": sample deviation of the accuracies of each kind with several networks}.
+    """
+    done, of = 0, math.comb(len(networks), 2) * points
+
+    def step(*_: int) -> None:
+        nonlocal done
+        done += 1
+        if report is not None:
+            report(done, of)
+
+    states = [one.state for one in networks]
+    pairs = each_pair(networks, states, lambda first, second: barrier(evaluations, first, second, points, step))
+    ends = {pair["second"]: pair["points"][-1] for pair in pairs} | {pair["first"]: pair["points"][0] for pair in pairs}
+    rows: list[dict[str, Any]] = [
+        {"network": one.name, "kind": one.kind, "accuracy": ends[one.name]["accuracy"], "loss": ends[one.name]["loss"]}
+        for one in networks
+    ]
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        kinds.setdefault(row["kind"], []).append(row["accuracy"])
+    deviations = {kind: stdev(values) for kind, values in kinds.items() if len(values) > 1}
+    return {"networks": rows, "pairs": pairs, "deviations": deviations, "examples": len(evaluations.examples)}
+
+
+def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
+    """Compare what two networks get right: for each example whether its class was given, (N,) bool.
+
+    Returns:
+        {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
+        there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
+    """
+    if first.shape != second.shape or not len(first):
+        raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
+    a, b = ~first.bool(), ~second.bool()
+    both, either, count = int((a & b).sum()), int((a | b).sum()), len(a)
+    p, q = int(a.sum()) / count, int(b.sum()) / count
+    chance, agreed = p * q + (1 - p) * (1 - q), float((a == b).double().mean())
+    return {
+        "both": both,
+        "only_first": int((a & ~b).sum()),
+        "only_second": int((b & ~a).sum()),
+        "overlap": both / either if either else None,
+        "kappa": (agreed - chance) / (1 - chance) if chance < 1 else None,
+    }
+
+
+def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Progress | None = None) -> dict[str, Any]:
+    """Compare the mistakes of every pair of networks.
+
+    Returns:
+        {"networks": {"network", "kind", "accuracy"}, "pairs": {"first", "second", "kinds", …} with what
+        `common_mistakes` gives, "examples"}.
+    """
+    found = []
+    with kept(evaluations.module):
+        for one in networks:
+            found.append(evaluations.of(one.state, rows=True))
+            if report is not None:
+                report(len(found), len(networks))
+    right = [torch.tensor(one["right"], dtype=torch.bool) for one in found]
+    pairs = each_pair(networks, right, common_mistakes)
+    rows = [
+        {"network": one.name, "kind": one.kind, "accuracy": row["accuracy"]}
+        for one, row in zip(networks, found, strict=True)
+    ]
+    return {"networks": rows, "pairs": pairs, "examples": found[0]["examples"]}
+
+
+def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], base: State) -> list[dict[str, Any]]:
+    """Return for every pair of networks {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if
+    both are masks, "masks": as `mask_distance`. `base`: parameters of the backbone.
+    """
+
+    def apart(first: Network, second: Network) -> dict[str, Any]:
+        found = {"parameters": parameter_distance(first.state, second.state, groups, base)}
+        if first.masks is not None and second.masks is not None:
+            found["masks"] = mask_distance(first.masks, second.masks, base)
+        return found
+
+    return each_pair(networks, networks, apart)
+
+
+def parameter_distance(
+    first: State, second: State, groups: Mapping[str, Sequence[str]], initial: State
+) -> dict[str, Any]:
+    """Return Euclidean distances of parameters, by module (`groups`) and in all.
+
+    Returns:
+        {"distance", "relative": to the norm of the initial parameters (None without any), "modules": {name: the same}}.
+    """
+    every = {name for names in groups.values() for name in names}
+    square = {name: float((first[name].double() - second[name].double()).square().sum()) for name in every}
+    size = {name: float(initial[name].double().square().sum()) for name in every if name in initial}
+
+    def of(names: Iterable[str]) -> dict[str, float | None]:
+        names = list(names)
+        known = [name for name in names if name in size]
+        whole = sum(size[name] for name in known)
+        relative = math.sqrt(sum(square[name] for name in known) / whole) if whole else None
+        return {"distance": math.sqrt(sum(square[name] for name in names)), "relative": relative}
+
+    modules = {group: of(names) for group, names in groups.items()}
+    return {**of(name for names in groups.values() for name in names), "modules": modules}
+
+
+def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, Any]:
+    """Return distances of two masks of one base, by parameter and in all.
+
+    A parameter that one of them does not mask counts as kept whole there.
+
+    Returns:
+        {"hamming": share of the weights that are treated differently, "weighted": norm of W * (M1 - M2), where M is 0
+        for a weight that is removed and -1 for one whose sign is inverted, "relative": the same by the norm of W,
+        "parameters": {name: the same}}.
+    """
+    sums: dict[str, list[float]] = {}
+    for name in sorted(first.keys() | second.keys()):
+        known = [one[name] for one in (first, second) if name in one]
+        if name not in weights or any(one.shape != tuple(weights[name].shape) for one in known):
+            raise ConfigError(
+                f"the masks of {name!r} are not for the weights given; give masks of one base, and that base"
+            )
+        difference = _multiplier(first.get(name), known[0].shape) - _multiplier(second.get(name), known[0].shape)
+        weight = weights[name].double()
+        differ, square = (difference != 0).sum(), (weight * difference).square().sum()
+        sums[name] = [float(one) for one in (differ, square, weight.square().sum(), weight.numel())]
+    if not sums:
+        raise ConfigError("there is no mask to compare; give adapters that have masks")
+
+    def of(differ: float, square: float, whole: float, count: float) -> dict[str, float | None]:
+        relative = math.sqrt(square / whole) if whole else None
+        return {"hamming": differ / max(count, 1), "weighted": math.sqrt(square), "relative": relative}
+
+    parameters = {name: of(*found) for name, found in sums.items()}
+    return {**of(*map(sum, zip(*sums.values(), strict=True))), "parameters": parameters}
+
+
+def _multiplier(mask: PackedMask | None, shape: tuple[int, ...]) -> Tensor:
+    """What a mask multiplies each weight with, without its scale: 1, 0 or -1; op "replace" counts as 0."""
+    if mask is None:
+        return torch.ones(shape, dtype=torch.float64)
+    bits = mask.tensor().double()
+    if mask.op == "flip":
+        return 2 * bits - 1
+    if mask.signs is not None:
+        bits *= 2 * PackedMask(mask.signs, mask.shape).tensor().double() - 1
+    return bits

@@ -1,0 +1,170 @@
+"""Masks themselves: trained with labels, without, and as a cascade."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from ...adapter.content import About, Cascade, Parts
+from ...adapter.describe import inspect_adapter
+from ...adapter.read import Adapter
+from ...adapter.write import save_adapter
+from ...backbone.classifier import Inputs, classifier_from
+from ...backbone.load import Backbone
+from ...backbone.model import Fingerprint
+from ...backbone.select import select_parameters
+from ...runtime.cascade import load_cascade
+from ...runtime.load import load_mask
+from ...training.cascade import DISPATCHER, costs, fit_cascade_head, fit_whitening, train_cascade
+from ...training.checkpoint import FILE
+from ...training.config import TrainConfig
+from ...training.features import fit_probe
+from ...training.methods.base import METHODS, build_method
+from ...training.objectives.base import SELF_SUPERVISED
+from ...training.trainer import TrainResult, train_mask
+from .base import BASELINES, Baseline, Fitted, Predict, Rates, Trial, classified, parameters
+
+UNLABELLED_RATES: Rates = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}
+EXPERTS = 5
+
+
+@BASELINES.register
+class SupervisedMask(Baseline):
+    """Mask trained with labels, by a method (default: the one of the settings), and a head."""
+
+    id = "mask"
+    reference = "https://arxiv.org/abs/1801.06519"
+    argument = "method"
+    rates: ClassVar[Rates] = {"adam": (0.01, 0.02, 0.05), "sgd": (10.0, 25.0, 60.0)}
+
+    def check(self, backbone: Backbone, config: TrainConfig) -> None:
+        config = self._settings(config)
+        build_method(config.method, dict(config.method_options))
+        select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+
+    def fit(self, trial: Trial) -> Fitted:
+        result, adapter = _train(trial, self._settings(trial.settings("supervised")))
+        head = result.parts.head
+        assert head is not None
+        predict = classified(classifier_from(trial.backbone.model, head).eval())
+        trained = _learned(result.parts) + parameters(head.weight, head.bias)
+        return Fitted(predict, trained, stored(adapter), (result.about.training or {})["steps"])
+
+    def _settings(self, config: TrainConfig) -> TrainConfig:
+        """Return settings with this baseline's method; options are those of the settings' own method."""
+        if self.given is None or self.given == config.method:
+            return config
+        return replace(config, method=METHODS[self.given].id, method_options={})
+
+
+@BASELINES.register
+class SelfSupervisedMask(Baseline):
+    """Mask trained without labels on all training rows, and a linear probe of its features on the labels."""
+
+    id = "self-supervised"
+    reference = "Self-Masking Networks, section 3"
+    needs_labels = False
+    rates: ClassVar[Rates] = UNLABELLED_RATES
+
+    def fit(self, trial: Trial) -> Fitted:
+        result, adapter = _train(trial, trial.settings(SELF_SUPERVISED))
+        probe = fit_probe(*trial.embed(), trial.classes)
+        head = parameters(probe.weight, probe.bias)
+        sizes = {**stored(adapter), "head": 4 * head}
+        return Fitted(trial.probed(probe), _learned(result.parts) + head, sizes, (result.about.training or {})["steps"])
+
+
+@BASELINES.register
+class ConditionalCascade(Baseline):
+    """Dispatcher and experts trained without labels, and a linear probe of the conditional embeddings."""
+
+    id = "cascade"
+    reference = "Self-Masking Networks, section 3.4"
+    argument = "number of experts"
+    needs_labels = False
+    rates: ClassVar[Rates] = UNLABELLED_RATES
+
+    def check(self, backbone: Backbone, config: TrainConfig) -> None:
+        self.number(EXPERTS, least=2)
+
+    def fit(self, trial: Trial) -> Fitted:
+        folder = trial.folder / "training"
+        result = train_cascade(
+            trial.backbone,
+            trial.unlabelled,
+            trial.settings(SELF_SUPERVISED),
+            experts=self.number(EXPERTS, least=2),
+            output=folder,
+            resume=(folder / DISPATCHER / FILE).exists(),
+            report=trial.report,
+        )
+        result = fit_cascade_head(trial.backbone, trial.data, result, batch_size=trial.config.batch_size)
+        adapter = _write(trial, result.parts, result.base, result.about, result.cascade)
+        cascade = load_cascade(trial.backbone.model, adapter)
+        weight, bias = cascade.parts.weight, cascade.parts.bias
+        assert weight is not None
+        with cascade.loaded(DISPATCHER):
+            x, y = trial.embed()
+
+        def dispatcher_alone(whiten: bool) -> Fitted:
+            whitening = fit_whitening(x, x.shape[1]) if whiten else None
+            probe = fit_probe(x if whitening is None else whitening(x), y, trial.classes)
+
+            def predict(inputs: Inputs) -> Tensor:
+                with cascade.loaded(DISPATCHER):
+                    features = trial.features(inputs)
+                return probe.logits(features if whitening is None else whitening(features))
+
+            reduced = probe.weight.shape[1] if whiten else 0
+            found = costs(adapter, "dispatcher", x.shape[1], reduced, trial.classes)
+            sizes = {name.removesuffix("_bytes"): size for name, size in found.items() if size}
+            del sizes["bytes"]
+            trained = result.parts[DISPATCHER].masks.total + parameters(probe.weight, probe.bias)
+            return Fitted(predict, trained, sizes, sizes.pop("steps", 0))
+
+        predict: Predict = lambda inputs: nn.functional.linear(cascade.embed(inputs), weight, bias)  # noqa: E731
+        trained = sum(parts.masks.total for parts in result.parts.values()) + parameters(weight, bias)
+        steps = sum((result.about.training or {})["cascade"]["steps"].values())
+        controls = {DISPATCHER: dispatcher_alone(False), f"{DISPATCHER}, whitened": dispatcher_alone(True)}
+        return Fitted(predict, trained, stored(adapter), steps, controls)
+
+
+def _train(trial: Trial, config: TrainConfig) -> tuple[TrainResult, Adapter]:
+    """Train a mask, write it as an adapter, and load it."""
+    folder = trial.folder / "training"
+    result = train_mask(
+        trial.backbone,
+        trial.data if config.objective == "supervised" else trial.unlabelled,
+        config,
+        output=folder,
+        resume=(folder / FILE).exists(),
+        longer=False,
+        report=trial.report,
+    )
+    adapter = _write(trial, result.parts, result.base, result.about)
+    load_mask(trial.backbone.model, adapter)
+    return result, adapter
+
+
+def _write(
+    trial: Trial, parts: Parts | Mapping[str, Parts], base: Fingerprint, about: About, cascade: Cascade | None = None
+) -> Adapter:
+    path = trial.folder / "mask.safetensors"
+    return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
+
+
+def _learned(parts: Parts) -> int:
+    """Return how many numbers were trained for a mask set: a score of every weight, and parameters themselves."""
+    return parts.masks.total + parameters(*parts.parameters.values())
+
+
+def stored(adapter: Adapter) -> dict[str, int]:
+    """Return the bytes of an adapter file by what they are; their sum is the file's size."""
+    about = inspect_adapter(adapter)
+    sets = about["sets"].values()
+    sizes = {"masks": sum(one["payload_bytes"] for one in sets), "head": 0, "statistics": 0}
+    for found in (*(one["dense_bytes"] for one in sets), about["cascade"]["bytes"] if about["cascade"] else {}):
+        for role, size in found.items():
+            sizes[role] = sizes.get(role, 0) + size
+    return {**sizes, "index": about["size"] - sum(sizes.values())}

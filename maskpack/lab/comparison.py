@@ -1,0 +1,293 @@
+"""compare: a mask and every baseline on one backbone and one data set, with the same splits and the same budget."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from .. import errors
+from ..backbone.fingerprint import fingerprint
+from ..backbone.load import load_backbone
+from ..errors import ConfigError, StateError, TrainingError, escape
+from ..preprocess import preprocess_to_json
+from ..safetensors_io import replacing
+from ..training.config import TrainConfig
+from ..training.data.load import load_data
+from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
+from ..training.run_folder import Report, claim, locked, stopping, write_json
+from ..training.trainer import plan_training
+from .baselines.base import BASELINES, Baseline, find_baseline
+from .store import measured, shared_settings
+from .trial import MEASURED, Job, Worker, splits
+
+COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
+FURTHER = 2  # more rates that are tried where the best is the least or the greatest
+
+
+def compare(
+    backbone: Mapping[str, Any],
+    data: Mapping[str, Any],
+    output: str | Path,
+    *,
+    baselines: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    fractions: Sequence[float] = (1.0,),
+    rates: Mapping[str, Sequence[float]] | None = None,
+    config: TrainConfig | None = None,
+    report: Report | None = None,
+) -> dict[str, Any]:
+    """Compare ways to solve a task, each in a process of its own; what is finished in `output` is not done again.
+
+    Learning rates are chosen with the first seed and the greatest share of the labels, on a fifth of these labels;
+    where the least or the greatest rate is the best, the search goes on in that direction. Then every baseline is
+    trained on all labels of a share, once for each seed, and measured once on the test split. Baselines that train
+    without labels do it once for all shares.
+
+    Args:
+        backbone, data: arguments of `load_backbone` and `load_data`, as {"reference": …}.
+        output: folder. A comparison with other settings must have another one; baselines, seeds and shares may be
+            added.
+        baselines: "id" or "id:argument" (`maskpack list baselines`), masks among them; default: all.
+        seeds: of heads, orders, prototypes; and of which labels are used, where they are a share.
+        fractions: shares of the labels.
+        rates: by baseline, rates to choose from in place of its own; a single one is not searched.
+        config: budget and settings that all baselines share; its own seed and `lr` are not used.
+        report: called with every event of training, with "part", and with {"event": "trial", "part", "accuracy",
+            "settings", "result", "folder"}.
+
+    Returns:
+        {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
+        also in `results.json`, and as a table in `results.md`.
+
+    Raises:
+        UnknownNameError, ConfigError: if a baseline, a seed, a share or a rate is impossible.
+        StateError: if `output` holds a comparison with other settings, or another process writes into it.
+        StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: as the baselines raise.
+    """
+    config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
+    backbone, data = _plain(backbone), _plain(data)
+    names = list(baselines) or [one.id for one in BASELINES.all()]
+    _check(names, seeds, fractions, given)
+    model = load_backbone(**backbone)
+    found = {name: find_baseline(name) for name in names}
+    for one in found.values():
+        one.check(model, config)
+    examples = load_data(**data)
+    known, unlabelled, _ = splits(examples, max(fractions), seeds[0], False)
+    check_data(known, model, find_objective("supervised", model.task))
+    if not all(one.needs_labels for one in found.values()) and not (folder / COMPARISON).exists():
+        # a wrong option is seen before the folder is bound to it
+        plan_training(model, unlabelled, replace(config, objective=SELF_SUPERVISED))
+    base = fingerprint(model.model, id=model.id, head=model.outside)
+    about = {
+        "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
+        "preprocess": preprocess_to_json(model.preprocess),
+        "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
+        "settings": shared_settings(config),
+    }
+    results: list[dict[str, Any]] = []
+    with locked(folder), stopping("call compare again to go on"), Worker() as worker:
+        claim(folder / COMPARISON, about, shared_settings(TrainConfig()))
+        trials = Trials(folder, backbone, data, config, report, worker)
+        for name, one in found.items():
+            rate, tried = trials.choose(name, one, given.get(name), seeds[0], max(fractions))
+            for share in fractions:
+                own = seeds if one.seeded or share < 1 else seeds[:1]
+                done = [trials.run(name, one, seed, share, rate) for seed in own]
+                results += [{**row, "search": tried} for row in summaries(name, share, rate, own, done)]
+                whole = {**about, "rows": results}
+                write_json(folder / RESULT, whole)
+                with replacing(folder / TABLE) as (temporary,):
+                    temporary.write_text(markdown(results), encoding="utf-8")
+    return whole
+
+
+def _check(
+    names: Sequence[str], seeds: Sequence[int], fractions: Sequence[float], rates: Mapping[str, Sequence[float]]
+) -> None:
+    for what, values in (("baselines", names), ("seeds", seeds), ("shares of the labels", fractions)):
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{what} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
+    unknown = sorted(rates.keys() - set(names))
+    if unknown:
+        raise ConfigError(f"a rate is given for {unknown[0]!r}, which is none of the baselines {', '.join(names)}")
+    for name, given in rates.items():
+        if not given or not all(0 < rate < float("inf") for rate in given):
+            raise ConfigError(f"the rates of {name!r} must be finite numbers above 0, got {list(given)}")
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as JSON values."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+@dataclass
+class Trials:
+    """The trials of a comparison, by folder and file: those that are there are read, others run.
+
+    Args: as `compare`.
+    """
+
+    folder: Path
+    backbone: Mapping[str, Any]
+    data: Mapping[str, Any]
+    config: TrainConfig
+    report: Report | None
+    worker: Worker
+
+    def choose(
+        self, name: str, baseline: Baseline, given: Sequence[float] | None, seed: int, share: float
+    ) -> tuple[float | None, list[dict[str, Any]]]:
+        """Return the best rate on the validation split, and what was tried; None if the baseline has no rate."""
+        rates = sorted(given or baseline.rates.get(self.config.optimizer, ()))
+        if len(rates) < 2:
+            return (rates[0] if rates else None), []
+
+        def tried(rate: float) -> float:  # -1 where training broke off
+            try:
+                return float(self.run(name, baseline, seed, share, rate, validate=True)["accuracy"])
+            except TrainingError:
+                return -1.0
+
+        accuracy = {rate: tried(rate) for rate in rates}
+        for _ in range(FURTHER):
+            ends = sorted(accuracy)
+            best = max(ends, key=lambda rate: accuracy[rate])
+            if best not in (ends[0], ends[-1]):
+                break
+            further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
+            accuracy[further] = tried(further)
+        best = max(accuracy, key=lambda rate: accuracy[rate])
+        if accuracy[best] < 0:
+            raise TrainingError(
+                f"baseline {name!r}: with none of the rates {', '.join(f'{rate:g}' for rate in sorted(accuracy))} "
+                f"training came to an end; give others for it"
+            )
+        return best, [{"rate": rate, "accuracy": max(0.0, accuracy[rate])} for rate in sorted(accuracy)]
+
+    def run(
+        self, name: str, baseline: Baseline, seed: int, share: float, rate: float | None, validate: bool = False
+    ) -> dict[str, Any]:
+        """Return what one trial measured; run it if it is not there."""
+        parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
+        if baseline.needs_labels or validate:
+            parts.append(f"labels-{share:g}")
+        folder = self.folder / name.replace(":", "-") / "-".join(parts)
+        part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
+        if share < 1:
+            part += f", {share:.2%} of the labels"
+        settings = replace(self.config, seed=seed, lr=rate).to_json()
+        job = Job(name, share, validate, settings, self.backbone, self.data, str(folder))
+        found = measured(folder / f"result-{share:g}.json", MEASURED, lambda: self._in_process(job, part))
+        if self.report is not None:
+            about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
+            event = {"event": "trial", "part": part, "accuracy": found["accuracy"]}
+            self.report({**event, "settings": about, "result": found, "folder": str(folder)})
+        return found
+
+    def _in_process(self, job: Job, part: str) -> dict[str, Any]:
+        """Run a job in a process of its own, pass on what it reports, and return its result."""
+        path = Path(job.folder) / "job.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(job))
+        result: dict[str, Any] = {}
+        failed: errors.MaskpackError | None = None
+        code = 0
+        for event in self.worker.run(path):
+            match event["event"]:
+                case "error":
+                    kind: type[errors.MaskpackError] = getattr(errors, event["kind"])
+                    failed = kind(f"{part}: {event['message']}")
+                case "exit":
+                    code = event["code"]
+                case "result":
+                    result = event["result"]
+                case _ if self.report is not None:
+                    self.report({**event, "part": part})
+        if failed is not None:
+            raise failed
+        if code:
+            raise StateError(
+                f"{part}: its process ended with the exit code {code}; what it printed stands above, and "
+                f"a trial that ran out of memory prints nothing. Free some and call it again to go on, or take a "
+                f"smaller batch size and another folder"
+            )
+        return result
+
+
+COLUMNS = (
+    "baseline",
+    "labels",
+    "accuracy",
+    "trained",
+    "bytes",
+    "head",
+    "rate",
+    "steps",
+    "seconds",
+    "memory",
+    "forward",
+)
+NOTE = (
+    "Accuracy: test split, in per cent, mean ± sample deviation over {seeds}. Trained: numbers that training changed. "
+    "Bytes: all to store beside the backbone; head: of which the head's. Memory: growth of the process over the loaded "
+    "backbone. Forward: time of a batch relative to the bare backbone's.\n"
+)
+
+
+def summaries(
+    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the means of a baseline's trials, one for each seed, and of its controls, under the keys of pictures."""
+    rows = [_summary(name, share, rate, seeds, trials)]
+    for control in trials[0]["controls"]:
+        own = [trial["controls"][control] for trial in trials]
+        rows.append(_summary(f"{name}: {control}", share, rate, seeds, own))
+    return rows
+
+
+def _summary(
+    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    values = {key: [trial[key] for trial in trials] for key in trials[0] if key not in ("sizes", "controls")}
+    sizes = {what: mean(trial["sizes"][what] for trial in trials) for what in trials[0]["sizes"]}
+    return {
+        "method": name,
+        "labels_fraction": share,
+        "rate": rate,
+        "seeds": list(seeds),
+        "accuracies": values["accuracy"],
+        "deviation": stdev(values["accuracy"]) if len(trials) > 1 else None,
+        "sizes": sizes,
+        **{key: mean(one) for key, one in values.items()},
+    }
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of a comparison as a Markdown table with a note."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
+    lines += [f"| {escape(row['method'], 'markdown')} | {' | '.join(cells(row)[1:])} |" for row in rows]
+    count = max(len(row["seeds"]) for row in rows)
+    seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
+    return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """Return a row's cells as text, one for each of `COLUMNS`."""
+    accuracy = f"{100 * row['accuracy']:.2f}"
+    if row["deviation"] is not None:
+        accuracy += f" ± {100 * row['deviation']:.2f}"
+    return [
+        str(row["method"]),
+        f"{100 * row['labels_fraction']:g} %",
+        accuracy,
+        f"{row['trained']:,.0f}",
+        f"{row['bytes']:,.0f}",
+        f"{row['sizes'].get('head', 0):,.0f}",
+        "-" if row["rate"] is None else f"{row['rate']:g}",
+        f"{row['steps']:,.0f}",
+        f"{row['seconds']:.1f}" if "seconds" in row else "-",
+        f"{row['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in row else "-",
+        f"{row['overhead']:.2f}x" if "overhead" in row else "-",
+    ]
