@@ -37,7 +37,7 @@ from .apply import (
     undo,
     written,
 )
-from .load import VERIFY, Reference, Verify, check_base, check_one_set, load_adapter
+from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,7 @@ class MaskBank:
         max_device_bytes: int | None = None,
         verify: Verify = "strict",
     ):
-        if verify not in VERIFY:
-            raise ConfigError(f"verify must be strict, warn or off, got {verify!r}")
+        check_choices(verify)
         for name, limit in (("max_host_bytes", max_host_bytes), ("max_device_bytes", max_device_bytes)):
             if limit is not None and limit < 0:
                 raise ConfigError(f"{name} must be 0 or more, or None, got {limit}")

@@ -90,7 +90,7 @@ def load_mask(
     return model
 
 
-def check_choices(verify: Verify, head: HeadChoice, mode: Mode) -> None:
+def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:
     """Raise ConfigError if one of these arguments of `load_mask` is not one of its values."""
     if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
         raise ConfigError(
