@@ -315,6 +315,22 @@ def test_the_model_belongs_to_the_bank(tmp_path: Path, tiny: nn.Module) -> None:
         tiny.float()
 
 
+def test_a_closed_bank_leaves_the_model_alone(tmp_path: Path, tiny: nn.Module) -> None:
+    path = adapter_of(tmp_path / "a", tiny, "zero", 0)
+    bank = MaskBank(tiny)
+    bank.add(path)
+    bank.close()
+    load_mask(tiny, path)
+    masked = bits(tiny)
+    bank.close()
+    assert bank.disable() is tiny
+    assert (bank.active, bank.names) == (None, ())
+    with pytest.raises(UnknownNameError, match="no adapter 'a'"):
+        bank.use("a")
+    assert same(bits(tiny), masked)
+    unload_mask(tiny)
+
+
 def test_what_is_added_is_checked(tmp_path: Path, tiny: nn.Module, five: dict[str, Path]) -> None:
     other = copy.deepcopy(tiny)
     with torch.no_grad():
