@@ -327,6 +327,8 @@ def test_a_closed_bank_leaves_the_model_alone(tmp_path: Path, tiny: nn.Module) -
     assert (bank.active, bank.names) == (None, ())
     with pytest.raises(UnknownNameError, match="no adapter 'a'"):
         bank.use("a")
+    with pytest.raises(StateError, match="bank is closed"):
+        bank.add(path)
     assert same(bits(tiny), masked)
     unload_mask(tiny)
 

@@ -200,12 +200,15 @@ class MaskBank:
 
         Raises:
             ConfigError: if the name is taken, or masks are given without one.
-            BackboneMismatchError: if the adapter was made for another base. StateError: if it has no room.
+            BackboneMismatchError: if the adapter was made for another base.
+            StateError: if it has no room, or the bank is closed.
             AdapterError, HubError: as `load_adapter`.
         """
         source = ref if isinstance(ref, MaskSet | Adapter) else load_adapter(ref, **options)
         name = name or _name_of(source)
         with self._lock:
+            if not held_by(self.model, self._lock):
+                raise StateError("this bank is closed; make another one: MaskBank(model)")
             if name in self._residents:
                 raise ConfigError(
                     f"this bank has an adapter called {name!r} already; give another name, or remove it: "
