@@ -27,7 +27,7 @@ from benchmarks.fault_flows import FLOWS, SECRETS, Answer, Client, Flow, Run
 from benchmarks.fault_matrix import markdown
 from benchmarks.fault_offline import offline
 from benchmarks.fault_races import races
-from benchmarks.pages import write_between
+from benchmarks.report import write_between
 from tests.helpers_hub_server import WRITE_TOKEN, Fault, HubServer
 from tests.helpers_hub_server.messages import Request
 

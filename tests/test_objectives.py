@@ -271,6 +271,8 @@ def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
 
     with pytest.raises(ConfigError, match="the objective 'swav' has no option 'k'; it has: prototypes, dimension"):
         run(k=1)
+    with pytest.raises(ConfigError, match="the objective 'distribution' has no option 'k'; it has: strength, temperat"):
+        Run(tiny_backbone, unlabelled, TrainConfig(objective="distribution", objective_options={"k": 1}))
     with pytest.raises(ConfigError, match="option 'queue' of the objective 'swav' must be of type int, got 'long'"):
         run(queue="long")
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got 0.0"):

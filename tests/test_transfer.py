@@ -437,26 +437,26 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
         train_transfer(tiny_net(), source, shifted, config)
 
 
-def test_tables_of_the_benchmark(tmp_path: Path) -> None:
+def test_tables_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `lab`")
-    from benchmarks import transfer
+    from benchmarks import measured, transfer
 
-    assert transfer.tables(tmp_path, tmp_path) == "Nothing is finished yet.\n"
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    assert transfer.tables(tmp_path) == "Nothing is finished yet.\n"
     for seed in (0, 1):
-        folder = tmp_path / f"photo-{seed}"
-        folder.mkdir()
+        about = {"source": "photo", "seed": seed}
         for method in transfer.MASKS:
             found = {"source": 0.9, "through_mask": 0.7 + 0.1 * seed, "density": 0.5, "layers": {"a": 0.25, "b": 0.75}}
-            (folder / f"{method}.json").write_text(json.dumps(found))
+            measured.record("transfer", {**about, "mask": method}, found)
         for number, target in enumerate(transfer.targets("photo")):
             plain = {"source": 0.5, "target": 0.8}
-            (folder / f"{target}-plain.json").write_text(json.dumps(plain))
+            measured.record("transfer", {**about, "target": target}, plain)
             for method, start in itertools.product(transfer.MASKS, STARTS):
                 gain = 0.3 * number if (method, start) == ("gumbel", "random") else 0.0
                 own = {"source": 0.5 + gain, "target": 0.8 - 0.1 * seed}
-                assert transfer.finished(tmp_path, "photo") == [tmp_path / "photo-0"] * seed
-                (folder / f"{target}-{method}-{start}.json").write_text(json.dumps(own))
-    lines = transfer.tables(tmp_path, tmp_path).splitlines()
+                assert transfer.finished("photo") == [0] * seed
+                measured.record("transfer", {**about, "target": target, "mask": method, "start": start}, own)
+    lines = transfer.tables(tmp_path).splitlines()
     assert "| mask | start | photo S | photo T |" in lines
     assert "| gumbel | random | +0.300 | -0.050 |" in lines
     assert "| naive | source-end | +0.000 | -0.050 |" in lines

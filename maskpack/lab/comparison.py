@@ -54,7 +54,8 @@ def compare(
         fractions: shares of the labels.
         rates: by baseline, rates to choose from in place of its own; a single one is not searched.
         config: budget and settings that all baselines share; its own seed and `lr` are not used.
-        report: called with every event of training, with "part", and {"event": "trial", "part", "accuracy"}.
+        report: called with every event of training, with "part", and with {"event": "trial", "part", "accuracy",
+            "settings", "result", "folder"}.
 
     Returns:
         {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
@@ -181,7 +182,9 @@ class Trials:
         job = Job(name, share, validate, settings, self.backbone, self.data, str(folder))
         found = measured(folder / f"result-{share:g}.json", MEASURED, lambda: self._in_process(job, part))
         if self.report is not None:
-            self.report({"event": "trial", "part": part, "accuracy": found["accuracy"]})
+            about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
+            event = {"event": "trial", "part": part, "accuracy": found["accuracy"]}
+            self.report({**event, "settings": about, "result": found, "folder": str(folder)})
         return found
 
     def _in_process(self, job: Job, part: str) -> dict[str, Any]:
