@@ -41,12 +41,15 @@ class NoWaiting:
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> NoWaiting:
     """Back-off without waiting, in the client and in maskpack; the sleeps are in `.slept`."""
+    from maskpack import network
     from maskpack.hub import client
 
     stand_in = NoWaiting()
     monkeypatch.setattr(_http, "time", NoWaiting())
     monkeypatch.setattr(file_download, "time", NoWaiting())
     monkeypatch.setattr(client, "time", stand_in)
+    monkeypatch.setattr(network, "time", stand_in)
+    monkeypatch.setattr(network, "_given_up", {})
     return stand_in
 
 

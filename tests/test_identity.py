@@ -318,6 +318,22 @@ def test_on_the_hub(hub: HubServer, servers: Sigstore, tmp_path: Path, waits: No
         pull("mallory/birds", require_signature=ALICE)
 
 
+def test_pushed_beside_the_signature_of_a_key(hub: HubServer, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "key")
+    folder = write_adapter(tmp_path / "adapter")
+    sign_adapter(folder, private, counter=9)
+    assert {SIGNATURE, BUNDLE} <= push(folder, BIRDS, sign="sigstore", token=WRITE_TOKEN).files.keys()
+    for who in (ALICE, str(public)):  # each has its own counter
+        assert pull(BIRDS, require_signature=who).signed_by
+    write_adapter(folder, contents(1))
+    (folder / SIGNATURE).unlink()
+    with pytest.raises(SignatureError, match=f"has no {SIGNATURE}"):
+        push(folder, BIRDS, sign="sigstore", token=WRITE_TOKEN)
+    push(folder, BIRDS, sign=[private, "sigstore"], token=WRITE_TOKEN)
+    for who in (ALICE, str(public)):
+        assert pull(BIRDS, require_signature=who).signed_by
+
+
 def test_bundle_of_the_folder_goes_with_it(hub: HubServer, adapter: Path) -> None:
     assert BUNDLE in push(adapter, BIRDS, token=WRITE_TOKEN).files
     assert pull(BIRDS, require_signature=ALICE).signed_by
