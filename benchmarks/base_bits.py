@@ -29,11 +29,10 @@ from maskpack.safetensors_io import write_tensors
 from tests.helpers_adapter import random_masks
 from tests.helpers_cascade import SETS, cascade_parts
 
-from .pages import write_between
-from .report import table
+from .measured import FOLDER, rewrite
+from .report import table, write_between
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RAW = Path(__file__).with_name("measured") / "base-bits.jsonl"
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def main() -> None:
     text = f"{sum(row.flips for row in rows):,} flips of one bit each, {missed:,} not noticed.\n\n{text}"
     print(text, f"{time.monotonic() - began:.0f} s")
     if options.write:
-        RAW.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        rewrite(FOLDER / "base-bits.jsonl", map(asdict, rows), "what", "dtype", "positions", "flips")
         write_between(options.write, "make bench-bits", text)
     sys.exit(bool(missed))
 

@@ -9,11 +9,12 @@ the output (xz and brotli are slow); ours are measured anew every time.
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,20 @@ from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
 from maskpack.codecs.choose import rivals
 from maskpack.errors import MaskpackError
 
-from . import codec_tables, report
-from .general import RangeCoder, Sizes, strong_sizes
+from .compression import RangeCoder, Sizes, strong_sizes
 from .mask_sets import CORPUS, Case, cases
-from .pages import write_between
-from .results import DATA
+from .report import table, write_between
+from .tasks import DATA
 
 INDEX_BYTES, INDEX_BYTES_EACH = 2000, 64  # an adapter's index and digests may take so much, beside the names
 Row = dict[str, Any]
+MUST = {"default": 0.95, "max": 0.90}  # of the best general compressor, over the trained masks together
+GOAL = {"default": 0.88, "max": 0.80}
+MUST_DECODE = 100e6  # weights a second, default profile
+STRUCTURELESS = (1.02, 1000)  # never over this share of the entropy, plus these bytes
+COLOURS = {"best general": "tab:red", "constriction": "black", "fast": "tab:olive", "default": "tab:blue"}
+MARKERS = {"best general": "s", "constriction": "|"}
+COLOURS["max"] = "tab:green"
 
 
 def seconds(act: Callable[[], object], least: int = 3, most: int = 15, enough: float = 2.0) -> float:
@@ -154,6 +161,160 @@ def measure(case: Case, sizes: Sizes) -> Row:
     return found
 
 
+# --- tables and picture ---------------------------------------------------------------------------------------------
+
+
+def millions(value: float | None) -> str:
+    """Return weights a second in millions: two digits below ten, none behind the point above."""
+    if value is None:
+        return "-"
+    scaled = value / 1e6
+    return f"{scaled:,.0f}" if scaled >= 10 else f"{scaled:.2g}"
+
+
+def summarized(measured: Mapping[str, Row]) -> dict[str, Any]:
+    """Return the figures that decide: trained masks together, decoding, and the promise for structureless masks."""
+    trained = [row for row in measured.values() if row["kind"] == "trained"]
+    found: dict[str, Any] = {"trained": {}, "structureless": {}, "trained_masks": len(trained)}
+    for profile in PROFILES if trained else ():
+        rows = [(one["coded"][profile], one) for one in trained]
+        found["trained"][profile] = {
+            "sum": sum(own["bytes"] for own, _ in rows) / sum(one["best_general"]["bytes"] for _, one in rows),
+            "geometric_mean": math.exp(sum(math.log(own["of_general"]) for own, _ in rows) / len(rows)),
+            "worst": max(own["of_general"] for own, _ in rows),
+            "decode_rate": sum(one["weights"] for _, one in rows)
+            / sum(one["weights"] / own["decode_rate"] for own, one in rows),
+            "slowest_decode_rate": min(own["decode_rate"] for own, _ in rows),
+        }
+    share, extra = STRUCTURELESS
+    for name, row in measured.items():
+        if row["kind"] == "drawn":
+            for bounded in MUST:
+                size = row["coded"][bounded]["bytes"]
+                found["structureless"].setdefault(bounded, {})[name] = {
+                    "of_entropy": size / row["entropy_bytes"],
+                    "of_limit": size / (share * row["entropy_bytes"] + extra),
+                }
+    return found
+
+
+EACH_CODEC = ("sketch-1", "banking77-1", "drawn-DTD", "vit-b16-made")  # one mask set of each kind
+
+
+def markdown(measured: Mapping[str, Row], found: Mapping[str, Any]) -> str:
+    """Return every table: bits per weight, bytes, the trained masks together, each codec alone."""
+    return "\n".join([_bits(measured), _bytes(measured), _together(found), _codecs(measured)])
+
+
+def _bits(measured: Mapping[str, Row]) -> str:
+    head = ("mask set", "weights", "density", "entropy", "best general", "constriction",
+            *(f"`{p}`" for p in PROFILES), "`default` / best general", "`max` / best general", "LoRA rank",
+            "decode, M weights/s: `fast`, `default`, `max`")  # fmt: skip
+    return table(head, [
+        (name, f"{row['weights']:,}", f"{row['density']:.3f}", f"{8 * row['entropy_bytes'] / row['weights']:.4f}",
+         f"{8 * row['best_general']['bytes'] / row['weights']:.4f} ({row['best_general']['name']})",
+         f"{row['constriction']['bits_per_weight']:.4f}",
+         *(f"{row['coded'][p]['bits_per_weight']:.4f}" for p in PROFILES),
+         *(f"{row['coded'][p]['of_general']:.3f}" for p in ("default", "max")),
+         f"{row['coded']['default']['lora_rank']:.2f}",
+         "; ".join(millions(row["coded"][p]["decode_rate"]) for p in PROFILES))
+        for name, row in measured.items()
+    ])  # fmt: skip
+
+
+def _bytes(measured: Mapping[str, Row]) -> str:
+    head = ("mask set", *(f"`{p}` bytes; with index and digests" for p in PROFILES), "index of allowance",
+            "bytes / entropy: `default`; `max`", "packing, M weights/s: `fast`; `default`; `max`")  # fmt: skip
+    return table(head, [
+        (name,
+         *(f"{row['coded'][p]['bytes']:,}; {row['coded'][p]['bytes'] + row['coded'][p]['index_bytes']:,}"
+           for p in PROFILES),
+         f"{row['coded']['default']['index_of_allowance']:.2f}",
+         "; ".join(f"{row['coded'][p]['of_entropy']:.3f}" for p in ("default", "max")),
+         "; ".join(millions(row["coded"][p]["save_rate"]) for p in PROFILES))
+        for name, row in measured.items()
+    ])  # fmt: skip
+
+
+def _together(found: Mapping[str, Any]) -> str:
+    together = found["trained"]
+    if not together:
+        return ""
+
+    def line(what: str, key: str, bounds: tuple[str, str] = ("", "")) -> tuple[str, ...]:
+        return (what, *(f"{together[p][key]:.4f}" for p in PROFILES), *bounds)
+
+    must, goal = (", ".join(f"≤ {bound[p]:.2f}" for p in ("default", "max")) for bound in (MUST, GOAL))
+    rows = [
+        line("bytes / bytes of the best general compressors, sums", "sum", (must, goal)),
+        line("the same, geometric mean over the masks", "geometric_mean"),
+        line("the worst", "worst"),
+        ("decoding, M weights/s, all weights / all time", *(millions(together[p]["decode_rate"]) for p in PROFILES),
+         "≥ 100 (`default`)", "≥ 500"),
+        ("the slowest", *(millions(together[p]["slowest_decode_rate"]) for p in PROFILES), "", ""),
+    ]  # fmt: skip
+    head = (f"over the {found['trained_masks']} trained masks", *(f"`{p}`" for p in PROFILES),
+            "must (`default`, `max`)", "goal")  # fmt: skip
+    return table(head, rows)
+
+
+def _codecs(measured: Mapping[str, Row]) -> str:
+    shown = [name for name in EACH_CODEC if name in measured]
+
+    def cell(row: Row, codec: str) -> str:
+        one = row["coded"].get(codec)
+        if one is None:
+            return "-"
+        return f"{one['of_general']:.3f}; {millions(one['codec_encode_rate'])}, {millions(one['codec_decode_rate'])}"
+
+    def reference(row: Row) -> str:
+        made = row["constriction"]
+        rates = f"{millions(made['codec_encode_rate'])}, {millions(made['codec_decode_rate'])}"
+        return f"{made['bytes'] / row['best_general']['bytes']:.3f}; {rates}"
+
+    rows = [(f"`{cls.id}`", *(cell(measured[name], cls.id) for name in shown)) for cls in CODECS.all()]
+    rows.append(("constriction", *(reference(measured[name]) for name in shown)))
+    return table(("codec alone: bytes / best general; encode, decode, M weights/s", *shown), rows)
+
+
+def plot(measured: Mapping[str, Row], path: Path) -> None:
+    """Draw bytes in shares of the entropy, and decode rates, for every mask set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1.6 + 0.4 * len(measured)), sharey=True)
+    for place, row in enumerate(measured.values()):
+        sizes = {"best general": row["best_general"]["bytes"], "constriction": row["constriction"]["bytes"]}
+        sizes.update({profile: row["coded"][profile]["bytes"] for profile in PROFILES})
+        rates = {"constriction": row["constriction"]["codec_decode_rate"]}
+        rates.update({profile: row["coded"][profile]["decode_rate"] for profile in PROFILES})
+        for axis, values, unit in ((left, sizes, row["entropy_bytes"]), (right, rates, 1e6)):
+            axis.axhline(place, color="0.92", zorder=0)
+            for what, value in values.items():
+                # the ring of "max" leaves a dot of "default" in the same place to be seen
+                fill = (
+                    {"facecolors": "none", "edgecolors": COLOURS[what]} if what == "max" else {"color": COLOURS[what]}
+                )
+                size = 90 if what == "max" else 36
+                axis.scatter(value / unit, place, marker=MARKERS.get(what, "o"), s=size, label=what, zorder=2, **fill)
+    left.set_yticks(range(len(measured)), [f"{name} ({row['density']:.3f})" for name, row in measured.items()])
+    left.invert_yaxis()
+    left.axvline(1, color="0.5", linewidth=0.8, linestyle=":")
+    left.set_xlabel("bytes of the masks / entropy of the tensors' densities")
+    right.set_xscale("log")
+    right.axvline(MUST_DECODE / 1e6, color="0.5", linewidth=0.8, linestyle=":")
+    right.set_xlabel("decoding, million weights a second, one core (dotted: 100)")
+    left.set_title("mask set (density)", loc="left", fontsize=9)
+    handles, labels = left.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="upper center", ncols=len(unique), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, default=CORPUS, help="folder of ROW-SEED.safetensors")
@@ -170,16 +331,17 @@ def main() -> None:
     for name, make in cases(arguments.adapters):
         if any(fnmatch(name, pattern) for pattern in arguments.only):
             measured[name] = measure(make(), sizes)
-            print(report.case(name, measured[name]), flush=True)
+            print(name, flush=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    summary = report.summary(measured)
-    print(report.overview(measured, summary))
+    summary = summarized(measured)
+    text = markdown(measured, summary)
+    print(text)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps({"versions": versions, "cases": measured, "summary": summary}, indent=1))
     if measured:
-        report.plot(measured, arguments.plot)
+        plot(measured, arguments.plot)
     if arguments.write is not None:
-        write_between(arguments.write, "make bench-codec", codec_tables.markdown(measured, summary))
+        write_between(arguments.write, "make bench-codec", text)
 
 
 if __name__ == "__main__":

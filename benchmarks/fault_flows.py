@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.hub_adapters import CARD, NAMES, read_folder, saved, write_adapter
-from tests.hub_server import WRITE_TOKEN, HubServer
+from tests.helpers_hub import CARD, NAMES, read_folder, saved, write_adapter
+from tests.helpers_hub_server import WRITE_TOKEN, HubServer
 
 ROOT = Path(__file__).parents[1]
 SECRETS = re.compile(r"hf_alice\w+|xet_(?:read|write)_\w+")

@@ -1,11 +1,13 @@
 """The tables of the fault benchmark."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.fault_offline import offline_table
-from benchmarks.report import Row, table
+from benchmarks.report import table
+
+Row = Mapping[str, Any]
 
 KINDS = ("503", "503 for ever", "429", "drop", "lost", "stall", "close", "reset", "short", "corrupt")
 NAMES = {"push": "pushes", "pull": "pulls, `load_mask` and search among them"}

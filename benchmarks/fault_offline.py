@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import table
-from tests.hub_adapters import write_adapter
+from tests.helpers_hub import write_adapter
 
 LIMIT = 20.0  # seconds from the first attempt to connect to the end of the process; a start takes some more
 LONGEST = 300.0

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_flows import Answer, Client, fsck, stored, without_card, wrong_adapter
-from tests.hub_adapters import read_folder, write_adapter
-from tests.hub_server import HubServer
+from tests.helpers_hub import read_folder, write_adapter
+from tests.helpers_hub_server import HubServer
 
 PUSHERS, PULLERS, PULLS = 10, 2, 5
 LARGE = 64_000_000  # weights: 8 MB

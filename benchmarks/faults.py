@@ -27,9 +27,9 @@ from benchmarks.fault_flows import FLOWS, SECRETS, Answer, Client, Flow, Run
 from benchmarks.fault_matrix import markdown
 from benchmarks.fault_offline import offline
 from benchmarks.fault_races import races
-from benchmarks.pages import write_between
-from tests.hub_server import WRITE_TOKEN, Fault, HubServer
-from tests.hub_server.messages import Request
+from benchmarks.report import write_between
+from tests.helpers_hub_server import WRITE_TOKEN, Fault, HubServer
+from tests.helpers_hub_server.messages import Request
 
 TRANSPORTS = ("lfs", "xet")
 PATIENCE = 5.0  # seconds until a call counts as hanging; time limits are cut to one second

@@ -27,7 +27,8 @@ from typing import Any
 
 from bitarray import bitarray
 
-from benchmarks.pages import write_between
+from benchmarks.measured import rewrite
+from benchmarks.report import write_between
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, describe
 from maskpack.adapter.read import Adapter, read_adapter
@@ -199,8 +200,7 @@ def main() -> None:
         larger = [] if options.no_large else list(large(Path(folder)))
     text = markdown(rows, larger)
     print(text)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *larger]))
+    rewrite(options.json, [*rows, *larger], "way", "number")
     if options.write:
         write_between(options.write, "make bench-hostile", text)
     wrong = [one for one in [*rows, *larger] if one["outcome"].startswith("WRONG")]

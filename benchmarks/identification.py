@@ -1,14 +1,13 @@
 """Which of ten masks is a batch for: permuted MNIST on one random network, after Wortsman et al. (2020).
 
-    MASKPACK_DATA=… python -m benchmarks.identification       a quarter of an hour of one core; finished seeds are kept
+    MASKPACK_DATA=… python -m benchmarks.identification       a quarter of an hour of one core
 
 The result is a table of `benchmarks.runtime --write`.
 """
 
-import json
 import statistics
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 from maskpack import MaskBank, identify
 from maskpack.runtime.identify import HOWS, profiles
 from maskpack.training import attach_scores, extract_masks
-from maskpack.training.run_folder import write_json
 
 from .light_switch_tasks import digits
+from .measured import trial
+from .tasks import SEEDS
 
-PATH = Path(__file__).parent / "measured" / "runtime" / "identification.json"
 TASKS, STEPS, BATCH, HIDDEN = 10, 300, 128, 512
 SIZES, BATCHES = (1, 16, 128), 20
 UNSEEN = "an eleventh permutation"
-SEEDS = (0, 1, 2)
 PROFILE = 200  # training images of each task
 
 
@@ -87,17 +85,13 @@ def measured(seed: int) -> dict[str, Any]:
             batches = [torch.randint(len(x_test), (SIZES[-1],), generator=generator) for _ in range(BATCHES)]
             unknown = [identify(bank, x_test[one][:, unseen], how).name is None for one in batches]
             found[f"{name}, {UNSEEN}"] = {"none": sum(unknown) / len(unknown)}
-    return {"seed": seed, "accuracy": statistics.mean(accuracies), "rows": found}
+    return {"accuracy": statistics.mean(accuracies), "rows": found}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    PATH.parent.mkdir(parents=True, exist_ok=True)
-    runs = json.loads(PATH.read_text())["runs"] if PATH.exists() else []
-    for seed in SEEDS[len(runs) :]:
-        runs.append(measured(seed))
-        write_json(PATH, {"runs": runs})
-        print(runs[-1], flush=True)
+    for seed in SEEDS:
+        trial("identification", {"seed": seed}, partial(measured, seed))
 
 
 if __name__ == "__main__":

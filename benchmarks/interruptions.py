@@ -1,6 +1,6 @@
 """Loads, undos and switches fail at every point, and are interrupted at random ones: no model is damaged.
 
-    python -m benchmarks.interruptions                     # prints the tables and writes runs/interruptions.json
+    python -m benchmarks.interruptions                     # prints the tables and writes runs/interruptions.jsonl
     python -m benchmarks.interruptions --write docs/reliability.md
     python -m benchmarks.interruptions --step 6 --storm 500
 
@@ -25,7 +25,8 @@ from unittest.mock import patch
 from benchmarks.interruption_cases import CASES
 from benchmarks.interruption_faults import every, storm, twice
 from benchmarks.interruption_world import World, settings
-from benchmarks.pages import write_between
+from benchmarks.measured import rewrite
+from benchmarks.report import write_between
 from maskpack.runtime import apply as places
 
 
@@ -36,18 +37,19 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=1, help="every how many places, from another one in each setting")
     parser.add_argument("--storm", type=int, default=5000, help="how many real signals")
     parser.add_argument("--write", type=Path, help="Markdown file that gets the table between its markers")
-    parser.add_argument("--json", type=Path, default=Path("runs/interruptions.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/interruptions.jsonl"))
     options = parser.parse_args()
     began, draw = time.monotonic(), random.Random(0)
     sys.unraisablehook = lambda _: None  # what is raised while a generator is collected
-    facts: dict[str, Any] = json.loads(options.json.read_text()) if options.part and options.json.exists() else {}
+    facts: dict[str, Any] = {}
+    if options.part and options.json.exists():
+        facts = {one["part"]: one["result"] for one in map(json.loads, options.json.read_text().splitlines())}
     if options.part != "storm":
         facts["failures"] = {"step": options.step, **failures(options.step, draw)}
     if options.part != "failures":
         signals, wrong = storm(options.storm, draw)
         facts["signals"] = {"counts": signals, "wrong": wrong}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(facts, indent=1))
+    rewrite(options.json, [{"part": part, **found} for part, found in facts.items()], "part")
     wrong = [line for part in facts.values() for line in part["wrong"]]
     print(f"{time.monotonic() - began:.0f} s; {len(wrong)} things that must not be", *wrong, sep="\n")
     if len(facts) == 2:

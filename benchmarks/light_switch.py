@@ -1,48 +1,50 @@
 """The experiments of "Like a Light Switch" (Blum and Law, 2020): gates, a network for each task, one for all.
 
-    MASKPACK_DATA=… python -m benchmarks.light_switch                         all, forty minutes of one core
+    MASKPACK_DATA=… python -m benchmarks.light_switch                         all; forty minutes of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.light_switch linear noisy            some of them
-    python -m benchmarks.light_switch --write docs/results.md                 tables and curves from what is finished
+    python -m benchmarks.light_switch --write docs/results.md                 tables and curves of what is recorded
 
 All models of a seed start from the same weights, see the same tasks and rows in the same order, and have the same
-optimiser and rate; gates have 4T times that. Results lie in benchmarks/measured/light-switch, a JSON file an
-experiment; what is there is not run again.
+optimiser and rate; gates have 4T times that.
 """
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 from torch import nn
 
+from maskpack.lab import feature_figure, gate_figure, save_figure
+from maskpack.lab.plots.figure import label, look, new_figure, plain_axes
 from maskpack.lab.plots.masks import users
 from maskpack.training import attach_gates
 from maskpack.training.config import GATE_START
-from maskpack.training.gates import GateHistory, Gates, counts, divergence
-from maskpack.training.run_folder import read_json, write_json
+from maskpack.training.gates import GateHistory, Gates, counts
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
+from .measured import trial, trials
+from .report import NOTHING, command, table, write_between
+from .tasks import SEEDS
 
-MEASURED = Path(__file__).parent / "measured" / "light-switch"
-SEEDS = (0, 1, 2)
+NAME = "light-switch"
+MARK = "python -m benchmarks.light_switch --write docs/results.md"
 
 
 @dataclass(frozen=True)
-class Row:
+class Learner:
     """How the tasks of an experiment are learned.
 
     Attributes:
-        kind: "gated", "separate" or "shared". optimizer: "adam" or "sgd", without momentum.
-        factor: gates learn at this times the rate; None: 4T. r1, r2: regularisers.
-        start: of the logits of gates.
-        variant: which of the experiment's problems.
+        kind: "gated", "separate" or "shared". variant: which of the experiment's problems.
+        optimizer: "adam" or "sgd", without momentum. r1, r2: regularisers.
+        factor: gates learn at this times the rate; None: 4T. start: of the logits of gates.
     """
 
     kind: str
@@ -56,26 +58,39 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Problems, rows, and how long they are trained.
+    """Problems, learners, and how long they are trained.
 
     Attributes:
-        problems: by variant, made from a seed. every: steps between two points of the curve.
+        title: of the table. problems: by variant, made from a seed. every: steps between two points of the curve.
         most: the rate of gates is at most this. histograms: kept of the first seed.
+        accuracy: what is measured; else the mean squared error.
+        curves: learners with these words in their name are drawn. features: whose masks are drawn as sets of features.
     """
 
+    title: str
     problems: dict[str, Callable[[int], Problem]]
-    rows: dict[str, Row]
+    learners: dict[str, Learner]
     steps: int
     every: int
     lr: float
     lr_sgd: float = 0.1
     most: float | None = None
     histograms: bool = False
+    accuracy: bool = False
+    curves: str = ""
+    features: str = ""
 
 
-def three(variant: str = "", label: str = "", **options: Any) -> dict[str, Row]:
+def three(variant: str = "", label: str = "", **options: Any) -> dict[str, Learner]:
     """Return the three kinds, named with the label behind them."""
-    return {f"{kind}{label}": Row(kind, variant, **options) for kind in ("gated", "separate", "shared")}
+    return {f"{kind}{label}": Learner(kind, variant, **options) for kind in ("gated", "separate", "shared")}
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the Jensen-Shannon divergence of two histograms in bits: 0 for equal shapes, 1 where no bin is common."""
+    p, q = (one.double() / one.sum() for one in (first, second))
+    middle = (p + q) / 2
+    return float(sum(torch.xlogy(one, one / middle).nansum() for one in (p, q)) / 2 / torch.log(torch.tensor(2.0)))
 
 
 def lenet(**tasks: tuple[str, ...]) -> dict[str, Callable[[int], Problem]]:
@@ -86,9 +101,10 @@ def lenet(**tasks: tuple[str, ...]) -> dict[str, Callable[[int], Problem]]:
 NOISY = partial(linear, count=10, outputs=1, noise=0.4)
 EXPERIMENTS = {
     "linear": Experiment(
+        "7.1 Linear: 5 tasks, 200 rows each, no noise",
         {"": linear},
         {
-            f"{label}, {optimizer}": Row(kind, optimizer=optimizer, factor=factor)
+            f"{label}, {optimizer}": Learner(kind, optimizer=optimizer, factor=factor)
             for optimizer in ("sgd", "adam")
             for label, kind, factor in (
                 ("gated, rate x1", "gated", 1.0),
@@ -100,71 +116,97 @@ EXPERIMENTS = {
         steps=2000,
         every=50,
         lr=0.01,
+        curves="adam",
     ),
     "noisy": Experiment(
+        "7.2 Noisy linear: 10 tasks, few rows",
         {**{str(n): partial(NOISY, rows=n) for n in (11, 14, 20, 40)}, "loud": partial(NOISY, rows=14, noise=4.0)},
         {name: row for n in (11, 14, 20, 40) for name, row in three(str(n), f", {n} rows").items()}
         | three("loud", ", 14 rows, noise 4"),
         steps=3000,
         every=100,
         lr=0.01,
+        curves="14 rows",
     ),
     "sinusoid": Experiment(
+        "7.3 Sinusoids: 8 tasks, three layers",
         {"": sinusoids},
-        {**three(), "gated, R1": Row("gated", r1=1e-4), "gated, R2": Row("gated", r2=1e-4)},
+        {**three(), "gated, R1": Learner("gated", r1=1e-4), "gated, R2": Learner("gated", r2=1e-4)},
         steps=20_000,
         every=500,
         lr=1e-3,
         most=0.05,
         histograms=True,
+        features="gated",
     ),
     "mnist": Experiment(
+        "7.4 MNIST, LeNet-5",
         {
             "1": partial(mnist, names=("black",), channels=1),
             **lenet(one=("black",), two=("black 1", "black 2")),
         },
         {
-            "plain, 1 channel": Row("shared", "1"),
-            "gated, 1 channel": Row("gated", "1"),
-            "plain, 3 channels": Row("shared", "one"),
-            "gated, 3 channels": Row("gated", "one"),
+            "plain, 1 channel": Learner("shared", "1"),
+            "gated, 1 channel": Learner("gated", "1"),
+            "plain, 3 channels": Learner("shared", "one"),
+            "gated, 3 channels": Learner("gated", "one"),
             **three("two", ", the same task twice"),
         },
         steps=500,
         every=25,
         lr=1e-3,
+        accuracy=True,
     ),
     "colours": Experiment(
+        "7.5 MNIST on coloured backgrounds",
         lenet(rgb=("red", "green", "blue"), pair=("black", "red")),
         {
             **three("rgb", ", red, green, blue"),
-            "gated from 0.2, red, green, blue": Row("gated", "rgb", start=0.2),
+            "gated from 0.2, red, green, blue": Learner("gated", "rgb", start=0.2),
             **three("pair", ", black, red"),
         },
         steps=500,
         every=25,
         lr=1e-3,
+        accuracy=True,
+        features="gated from 0.2, red, green, blue",
     ),
-    "white": Experiment(lenet(white=("red", "white")), three("white"), steps=500, every=25, lr=1e-3),
-    "inverse": Experiment(lenet(inverse=("black", "inverse")), three("inverse"), steps=500, every=25, lr=1e-3),
+    "white": Experiment(
+        "7.6 One task is all white",
+        lenet(white=("red", "white")),
+        three("white"),
+        steps=500,
+        every=25,
+        lr=1e-3,
+        accuracy=True,
+    ),
+    "inverse": Experiment(
+        "7.7 One task is inverse",
+        lenet(inverse=("black", "inverse")),
+        three("inverse"),
+        steps=500,
+        every=25,
+        lr=1e-3,
+        accuracy=True,
+    ),
 }
 
 
-def train(experiment: Experiment, row: Row, seed: int) -> dict[str, Any]:
-    """Train one row; return its curve, what it ends with, and for gates how they ended."""
+def train(experiment: Experiment, learner: Learner, seed: int) -> dict[str, Any]:
+    """Train one learner; return its curve, what it ends with, and for gates how they ended."""
     started = time.monotonic()
-    problem = experiment.problems[row.variant](seed)
+    problem = experiment.problems[learner.variant](seed)
     torch.manual_seed(seed)
     first = problem.model()
-    models = [deepcopy(first) for _ in problem.tasks] if row.kind == "separate" else [first]
-    gates = attach_gates(first, problem.tasks, start=row.start) if row.kind == "gated" else None
-    lr = experiment.lr if row.optimizer == "adam" else experiment.lr_sgd
+    models = [deepcopy(first) for _ in problem.tasks] if learner.kind == "separate" else [first]
+    gates = attach_gates(first, problem.tasks, start=learner.start) if learner.kind == "gated" else None
+    lr = experiment.lr if learner.optimizer == "adam" else experiment.lr_sgd
     groups = (
         [{"params": [p for model in models for p in model.parameters()], "lr": lr}]
         if gates is None
-        else gates.parameter_groups(lr, row.factor, experiment.most)
+        else gates.parameter_groups(lr, learner.factor, experiment.most)
     )
-    optimizer = torch.optim.Adam(groups) if row.optimizer == "adam" else torch.optim.SGD(groups)
+    optimizer = torch.optim.Adam(groups) if learner.optimizer == "adam" else torch.optim.SGD(groups)
     history = GateHistory(gates) if gates is not None and experiment.histograms and seed == SEEDS[0] else None
     generator, curve = torch.Generator().manual_seed(1000 + seed), []
     for step in range(experiment.steps):
@@ -174,8 +216,8 @@ def train(experiment: Experiment, row: Row, seed: int) -> dict[str, Any]:
         x, y = problem.batch(task, generator)
         model = chosen(models, gates, problem, task)
         loss = problem.loss(model(x), y)
-        if gates is not None and (row.r1 or row.r2):
-            loss = loss + gates.penalty(row.r1, row.r2)
+        if gates is not None and (learner.r1 or learner.r2):
+            loss = loss + gates.penalty(learner.r1, learner.r2)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -248,43 +290,112 @@ def ended(gates: Gates, problem: Problem) -> dict[str, Any]:
     return result
 
 
-def run(name: str, seeds: Sequence[int] = SEEDS, folder: Path = MEASURED) -> None:
-    """Run what is missing of an experiment; a file that was made with other settings is begun anew."""
-    experiment, path = EXPERIMENTS[name], folder / f"{name}.json"
-    settings: dict[str, Any] = {key: getattr(experiment, key) for key in ("steps", "every", "lr", "lr_sgd", "most")}
-    settings["rows"] = {label: asdict(row) for label, row in experiment.rows.items()}
-    whole: dict[str, Any] = {"settings": settings, "rows": []}
-    if path.exists():
-        there = read_json(path, frozenset(whole), "delete it; the experiment runs again then")
-        whole = there if there["settings"] == settings else whole
-    done = {(row["row"], row["seed"]) for row in whole["rows"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        for label, row in experiment.rows.items():
-            if (label, seed) not in done:
-                result = train(experiment, row, seed)
-                whole["rows"].append({"row": label, "seed": seed, **result})
-                write_json(path, whole)
-                print(f"{name}: {label}, seed {seed}: {result['final']:.4g} in {result['seconds']} s", flush=True)
+def run(name: str) -> None:
+    """Run the trials of an experiment that are not recorded with its present settings."""
+    experiment = EXPERIMENTS[name]
+    settings = {key: getattr(experiment, key) for key in ("every", "lr", "lr_sgd", "most", "steps")}
+    for seed in SEEDS:
+        for words, learner in experiment.learners.items():
+            about = {"experiment": name, "learner": words, "seed": seed, **settings, **asdict(learner)}
+            trial(NAME, about, partial(train, experiment, learner, seed))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def write_pages(page: Path) -> None:
+    """Write tables and pictures of what is recorded between the page's markers."""
+    texts = []
+    for name, experiment in EXPERIMENTS.items():
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for learner in experiment.learners:
+            if own := trials(NAME, experiment=name, learner=learner):
+                found[learner] = [one["result"] for one in own]
+        if found:
+            texts.append(f"**{experiment.title}**\n\n{described(name, experiment, found, page.parent)}")
+    write_between(page, MARK, "\n".join(texts) or NOTHING)
+
+
+def described(name: str, experiment: Experiment, found: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> str:
+    """Return the table of an experiment, and draw its curves."""
+    accuracy = experiment.accuracy
+    tasks = next(iter(found.values()))[0]["tasks"]
+    each = ["each task"] if len(tasks) > 1 and accuracy else []
+    what = "accuracy" if accuracy else "test error"
+    lines = []
+    for one, results in found.items():
+        cells = [one, over(results, "final", accuracy), over(results, "hardened", accuracy)]
+        if each:
+            means = [mean(values) for values in zip(*(one["per_task"] for one in results), strict=True)]
+            named = zip(results[0]["tasks"], means, strict=True)
+            cells.append(", ".join(f"{task} {number(value, True)}" for task, value in named))
+        if "density" in results[0]:
+            cells.append(f"{mean(mean(one['density'].values()) for one in results):.3f}")
+            cells.append(f"{mean(one['from_ends'] for one in results):.3f}")
+        lines.append(cells if len(cells) == len(each) + 5 else [*cells, "-", "-"])
+    text = table(["row", what, "hardened", *each, "density", "gates from 0 or 1"], lines, 1)
+    seeds = max(len(results) for results in found.values())
+    text += f"\n{f'{seeds} seeds, mean ± sample deviation' if seeds > 1 else 'One seed'}.\n{divergences(found)}"
+    save_figure(curves(found, experiment.curves, accuracy), folder / f"light-switch-{name}.svg")
+    text += f"\n![{what.capitalize()} over steps](light-switch-{name}.svg)\n"
+    if experiment.features in found:
+        picture = feature_figure(found[experiment.features][0]["users"])
+        save_figure(picture, folder / f"light-switch-{name}-features.svg")
+        text += f"\n![How many tasks use each weight, layer by layer](light-switch-{name}-features.svg)\n"
+    history = next((one["history"] for results in found.values() for one in results if "history" in one), None)
+    if history is not None:
+        save_figure(gate_figure(history), folder / "light-switch-gates.svg")
+        text += "\n![Gates and effective weights of each task over steps](light-switch-gates.svg)\n"
+    return text
+
+
+def number(value: float, accuracy: bool) -> str:
+    return f"{100 * value:.1f}" if accuracy else f"{value:.3g}"
+
+
+def over(results: Sequence[Mapping[str, Any]], key: str, accuracy: bool) -> str:
+    """Return mean and deviation over seeds."""
+    values = [one[key] for one in results if key in one]
+    if not values:
+        return "-"
+    spread = f" ± {number(stdev(values), accuracy)}" if len(values) > 1 else ""
+    return number(mean(values), accuracy) + spread
+
+
+def divergences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return in words how alike the gates of tasks are, by layer, where there are several layers of them."""
+    lines = []
+    for name, results in found.items():
+        layers = [layer for layer in results[0].get("divergence", {}) if layer.endswith("weight")]
+        if len(layers) > 1:
+            means = {layer: mean(one["divergence"][layer] for one in results) for layer in layers}
+            lines.append(f"{name}: " + ", ".join(f"{layer} {value:.3f}" for layer, value in means.items()))
+    head = "\nJensen-Shannon divergence of two tasks' histograms of gates (bits), mean over pairs: "
+    return head + "; ".join(lines) + ".\n" if lines else ""
+
+
+def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], words: str, accuracy: bool) -> Any:
+    """Draw the means over seeds of the learners with these words in their name, with the range of the seeds."""
+    figure = new_figure(7.5, 3.6)
+    axes = figure.add_subplot()
+    for index, (name, results) in enumerate((n, f) for n, f in found.items() if words in n):
+        steps = [point[0] for point in results[0]["curve"]]
+        values = list(zip(*([point[1] for point in one["curve"]] for one in results), strict=True))
+        colour = look(index)["color"]
+        axes.plot(steps, [mean(one) for one in values], color=colour, label=label(name))
+        low, high = [min(one) for one in values], [max(one) for one in values]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    if not accuracy:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy" if accuracy else "test error")
+    plain_axes(axes, grid="both")
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"default: all, of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--write", type=Path, help="a page with the markers, whose tables are written")
-    given = parser.parse_args()
-    if given.write is not None:
-        from .light_switch_pages import write_pages
-
-        write_pages(MEASURED, given.write)
-        return
-    unknown = [name for name in given.names if name not in EXPERIMENTS]
-    if unknown:
-        parser.error(f"there is no experiment {unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
-    torch.set_num_threads(1)
-    for name in given.names or EXPERIMENTS:
-        run(name, given.seeds)
+    command(__doc__, {name: partial(run, name) for name in EXPERIMENTS}, write_pages)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """The tasks of "Like a Light Switch" (Blum and Law, 2020): linear, noisy linear, sinusoids, coloured MNIST."""
 
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
 
-DATA = Path(os.environ.get("MASKPACK_DATA", "."))
+from .tasks import DATA
+
 TRAIN_IMAGES, CURVE_IMAGES = 20_000, 1_000  # of the 60,000; of the 10,000 test images for each point of a curve
 COLOURS = {"black": (0.0, 0.0, 0.0), "red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
 

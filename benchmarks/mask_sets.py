@@ -23,7 +23,8 @@ from maskpack.backbone.model import Fingerprint
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.safetensors_io import read_tensors
 
-from .results import DATA, ROWS
+from .results import TASKS
+from .tasks import DATA
 
 Bools = NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
@@ -81,7 +82,7 @@ def cases(adapters: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
         yield "sketch-shared", _shared
     else:
         _missing(SHARED, "MASKPACK_DATA")
-    for row in ROWS:
+    for row in TASKS:
         found = sorted(adapters.glob(f"{row}-*.safetensors"))
         for file in found:
             yield file.stem, partial(_trained, row, file)
@@ -100,7 +101,7 @@ def _missing(what: str, where: str) -> None:
 
 
 def _shared() -> Case:
-    model = ROWS["sketch"].load()
+    model = TASKS["sketch"].load()
     masks = MaskSet.from_tensors(read_tensors(DATA / SHARED))
     return Case(
         "sketch-shared", "trained", masks, fingerprint(model.model, id=model.id, head=model.outside), model.model
@@ -108,7 +109,7 @@ def _shared() -> Case:
 
 
 def _trained(row: str, file: Path) -> Case:
-    model = ROWS[row].load().model
+    model = TASKS[row].load().model
     adapter = read_adapter(file)
     return Case(file.stem, "trained", adapter.parts(base=model).masks, adapter.base, model)
 

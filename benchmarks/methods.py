@@ -1,31 +1,33 @@
-"""Ways to learn a mask: methods side by side, some of the scores, a budget of bytes beside LoRA's ranks.
+"""Ways to learn a mask: methods, selective training, and budgets of bytes with LoRA's ranks.
 
-    MASKPACK_DATA=… python -m benchmarks.methods                          all, some hours; what is finished is read back
+    MASKPACK_DATA=… python -m benchmarks.methods                          all; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.methods sketch selective         some of it
     MASKPACK_DATA=… python -m benchmarks.methods sketch/topk bytes/mask   some lines
-    python -m benchmarks.methods --write docs/results.md                  tables and curves from what is finished
+    python -m benchmarks.methods --write docs/results.md                  tables and curves of what is recorded
 
-Every line is a comparison of one row in a folder of its own in benchmarks/measured/methods: rates chosen on validation
-rows with seed 0, then three seeds. Banking77 is cut and trained as in `benchmarks.comparisons`.
+Every line of a table is a comparison of one baseline: rates chosen on validation rows with seed 0, then three seeds.
+Banking77 is cut and trained as in `benchmarks.comparisons`.
 """
 
-import argparse
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
-
-from maskpack import inspect_adapter
+from maskpack.lab import bytes_figure, save_figure
 from maskpack.training import TrainConfig
-from maskpack.training.run_folder import write_json
 
-from .comparisons import DATA, IMAGES, ROOT, TEXTS, measured, minilm, resnet
+from .comparisons import compared, rows_of
+from .measured import trials
+from .report import NOTHING, command, percent, table, write_between
+from .tasks import IMAGES, TEXTS, data_of, minilm, resnet
 
-MEASURED = ROOT / "measured" / "methods"
+MARK = "python -m benchmarks.methods --write docs/results.md"
+NAME = "methods"
+Curves = dict[str, list[tuple[float, float, float | None]]]
+TITLES = {"sketch": "ResNet-20 on sketch", "minilm": "MiniLM on Banking77"}
 ADAM = replace(IMAGES, optimizer="adam", head_lr=0.01)
 UNSCALED = replace(IMAGES, scale=False)
 MIXED = replace(TEXTS, precision="bf16")  # a third of the time, where processors have it
@@ -37,13 +39,13 @@ class Line:
     """What is trained.
 
     Attributes:
-        config, settings: how. rates: to choose from. row: of `maskpack compare`. words: its label.
+        config, settings: how. rates: to choose from. baseline: of `maskpack compare`. words: its label.
         like: the line whose rate is taken.
     """
 
     config: TrainConfig
     rates: tuple[float, ...]
-    row: str = "mask"
+    baseline: str = "mask"
     words: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     like: str = ""
@@ -111,46 +113,101 @@ LINES: dict[str, dict[str, Line]] = {"sketch": SKETCH, "selective": SELECTIVE, "
 TEXT_GROUPS = ("bytes", "minilm")
 
 
-def run(wanted: str, output: Path = MEASURED) -> None:
-    """Run what is missing of a group, or one line of it."""
-    group, _, only = wanted.partition("/")
+def row_of(group: str, name: str) -> dict[str, Any] | None:
+    """Return the row of a line whose trials are all recorded."""
+    return next(iter(rows_of(NAME, f"{group}-{name}", [LINES[group][name].baseline])), None)
+
+
+def run(group: str, only: str = "") -> None:
+    """Run what is not recorded of a group, or one line of it."""
     texts = group in TEXT_GROUPS
-    backbone = minilm(output.parent) if texts else resnet(20)
-    data = {"reference": DATA / ("data/banking77" if texts else "data/pacs/sketch")}
+    backbone, data = (minilm(), data_of("banking77")) if texts else (resnet(20), data_of("sketch"))
     for name, line in LINES[group].items():
-        folder = output / f"{group}-{name}"
-        path = folder / "line.json"
-        if path.exists() or only not in ("", name):
-            continue
-        rates = line.rates
-        if line.like:
-            rates = (json.loads((output / f"{group}-{line.like}" / "line.json").read_text())["rate"],)
-        (row,) = measured(folder.name, backbone, data, output, (line.row,), {line.row: rates}, line.whole)["rows"]
-        adapters = [
-            inspect_adapter(path)["sets"]["default"] for path in sorted(folder.glob("mask/seed-*/*.safetensors"))
-        ]
-        write_json(path, {**row, "densities": [one["density"] for one in adapters]})
-        print(f"{folder.name}: {row['accuracy']:.4f}", flush=True)
+        if only in ("", name):
+            like = row_of(group, line.like) if line.like else None
+            rates = {line.baseline: (like["rate"],) if like else line.rates}
+            compared(NAME, f"{group}-{name}", backbone, data, [line.baseline], rates, line.whole)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def write_pages(page: Path) -> None:
+    """Write tables and curves of what is recorded between the page's markers."""
+    for name, text in {
+        "methods": "\n".join(methods(group) for group in TITLES),
+        "selective": selective(page.parent),
+        "bytes": budgets(page.parent),
+    }.items():
+        write_between(page, f"{MARK}: {name}", text)
+
+
+def found(group: str) -> dict[str, dict[str, Any]]:
+    """Return the rows of a group that are recorded, by name, each with the density of its masks as text."""
+    rows = {name: row for name in LINES[group] if (row := row_of(group, name))}
+    for name, row in rows.items():
+        every = [one["result"]["density"] for one in trials("densities", comparison=f"{group}-{name}")]
+        row["density"] = f"{mean(every):.3f}" if every else "-"
+    return rows
+
+
+def masks(row: Mapping[str, Any]) -> float:
+    """Return the bytes of an adapter or of LoRA matrices without the head."""
+    return float(row["bytes"] - row["sizes"].get("head", 0))
+
+
+def methods(group: str) -> str:
+    """Return the table of the methods on one task."""
+    rows = found(group)
+    if not rows:
+        return f"**{TITLES[group]}**: nothing is finished yet.\n"
+    lines = []
+    for name, row in rows.items():
+        rate = "-" if row["rate"] is None else f"{row['rate']:g}"
+        own = (percent(row["accuracies"]), row["density"], f"{masks(row):,.0f}", rate)
+        lines.append((LINES[group][name].words, *own))
+    columns = ("method", "accuracy", "density", "bytes without the head", "rate")
+    return f"**{TITLES[group]}**\n\n{table(columns, lines, 1)}"
+
+
+def selective(folder: Path) -> str:
+    """Return the table of the rules that choose which scores learn."""
+    lines: list[Sequence[str]] = []
+    curves: Curves = {}
+    for name, row in found("selective").items():
+        size = row["sizes"]["masks"]
+        words = LINES["selective"][name].words
+        lines.append((words, percent(row["accuracies"]), row["density"], f"{size:,.0f}"))
+        curves.setdefault(name.split("-")[0], []).append((size, row["accuracy"], row["deviation"]))
+    columns = ("scores that learn", "accuracy", "density", "bytes of masks")
+    return with_curves(table(columns, lines, 1), curves, folder / "selective.svg", "the bytes of the masks, by rule")
+
+
+def budgets(folder: Path) -> str:
+    """Return a table and draw a curve of accuracy over bytes: masks within budgets, LoRA's ranks."""
+    lines: list[Sequence[str]] = []
+    curves: Curves = {}
+    for name, row in found("bytes").items():
+        kind = "LoRA" if name.startswith("lora") else "mask"
+        words = f"{kind}, {LINES['bytes'][name].words}"
+        lines.append((words, percent(row["accuracies"]), f"{masks(row):,.0f}", row["density"]))
+        curves.setdefault(kind, []).append((masks(row), row["accuracy"], row["deviation"]))
+    columns = ("row", "accuracy", "bytes without the head", "density")
+    return with_curves(table(columns, lines, 1), curves, folder / "bytes-budget.svg", "bytes, masks and LoRA")
+
+
+def with_curves(text: str, curves: Curves, path: Path, over: str) -> str:
+    """Draw curves, and return a table with a link to the picture."""
+    if not curves:
+        return NOTHING
+    save_figure(bytes_figure(curves), path)
+    return f"{text}\n![Accuracy over {over}]({path.name})\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", help=f"of {', '.join(LINES)}, or group/line; default: all")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="only write the tables into this page")
-    given = parser.parse_args()
-    if given.write is not None:
-        from .method_pages import write_pages
-
-        write_pages(MEASURED, given.write)
-        return
-    known = {*LINES, *(f"{group}/{name}" for group, lines in LINES.items() for name in lines)}
-    if unknown := [name for name in given.groups if name not in known]:
-        parser.error(f"there is no group or line {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    os.environ["OMP_NUM_THREADS"] = str(given.threads)
-    torch.set_num_threads(given.threads)
-    for wanted in given.groups or LINES:
-        run(wanted)
+    jobs = {group: partial(run, group) for group in LINES}
+    single = {f"{group}/{name}": partial(run, group, name) for group, lines in LINES.items() for name in lines}
+    command(__doc__, jobs | single, write_pages, default=list(LINES))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Loading, switching, resident memory and training steps, beside checkpoints, PEFT's LoRA and dense copies.
 
-    python -m benchmarks.runtime                               all; what is measured is read back; half an hour
+    python -m benchmarks.runtime                               all; half an hour, resumable
     python -m benchmarks.runtime --models ResNet-50 --device cuda
-    python -m benchmarks.runtime --write docs/results.md       the tables from what is measured
+    python -m benchmarks.runtime --write docs/results.md       the tables of what is recorded
 
 Every model is measured in a process of its own, everything of it in one run, by turns; medians of several repetitions.
-Results lie in benchmarks/measured/runtime. Needs the extras train and lab.
+Needs the extras train and lab.
 """
 
 import argparse
@@ -14,15 +14,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskpack.training.run_folder import write_json
-
+from .measured import trial
 from .runtime_measures import measure, step
 from .runtime_models import SUBJECTS
 
-MEASURED = Path(__file__).parent / "measured" / "runtime"
 MEGABITS = 100e6  # a second
 EXAMPLES = {"cpu": ("8",), "cuda": ("8", "64")}  # of a training step
 
@@ -36,12 +35,9 @@ def child(*words: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(name: str, device: str, folder: Path = MEASURED) -> None:
-    """Measure what is not measured of one model."""
-    path = folder / f"{name.partition(',')[0].replace('/', '-')}-{device}.json"
-    if path.exists():
-        return
-    whole = child("--one", name, "--device", device)
+def run(name: str, device: str) -> dict[str, Any]:
+    """Measure one model."""
+    whole: dict[str, Any] = child("--one", name, "--device", device)
     if SUBJECTS[name].train:
         whole["training"] = {
             examples: {
@@ -49,9 +45,8 @@ def run(name: str, device: str, folder: Path = MEASURED) -> None:
             }
             for examples in EXAMPLES[device]
         }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"model": name, **whole})
-    print(f"{path.name}: {json.dumps(ratios(whole))}", flush=True)
+    print(f"{name}: {json.dumps(ratios(whole))}", flush=True)
+    return whole
 
 
 def ratios(one: Mapping[str, Any]) -> dict[str, float]:
@@ -92,10 +87,10 @@ def main() -> None:
     if given.write is not None:
         from .runtime_pages import write_pages
 
-        write_pages(MEASURED, given.write)
+        write_pages(given.write)
         return
     for name in given.models:
-        run(name, given.device)
+        trial("runtime", {"model": name, "device": given.device}, partial(run, name, given.device))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What `benchmarks.runtime` and `benchmarks.identification` measured, as tables of a page."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -9,7 +8,8 @@ from typing import Any
 from maskpack.runtime.identify import HOWS
 
 from .identification import SIZES, UNSEEN
-from .pages import write_between
+from .measured import trials
+from .report import NOTHING, write_between
 from .runtime import EXAMPLES, MEGABITS, ratios
 
 MARK = "python -m benchmarks.runtime --write docs/results.md"
@@ -37,14 +37,14 @@ SWITCHING = (
 )  # fmt: skip
 
 
-def write_pages(measured: Path, page: Path) -> None:
-    """Write the tables of what is finished between the page's markers."""
-    every = [json.loads(path.read_text()) for path in sorted(measured.glob("*-*.json"))]
+def write_pages(page: Path) -> None:
+    """Write the tables of what is recorded between the page's markers."""
+    recorded = sorted(trials("runtime"), key=lambda one: (one["model"], one["device"]))
+    every = [{**one["result"], "model": one["model"]} for one in recorded]
     texts = [tables(every)] if every else []
-    path = measured / "identification.json"
-    if path.exists():
-        texts.append(identification(json.loads(path.read_text())["runs"]))
-    write_between(page, MARK, "\n".join(texts) or "Nothing is finished yet.\n")
+    if runs := [one["result"] for one in trials("identification")]:
+        texts.append(identification(runs))
+    write_between(page, MARK, "\n".join(texts) or NOTHING)
 
 
 def tables(every: Sequence[Mapping[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Packing and unpacking a set of the size of Llama-2-7B: bytes, rates and peak memory of each process.
 
-    python benchmarks/scale.py                       # 6.7e9 weights, profiles fast and default
-    python benchmarks/scale.py --scale 0.1 --profiles fast
-    python benchmarks/scale.py --general runs/general-sizes.json      # extra `bench`; some minutes more
+    python -m benchmarks.scale                       # 6.7e9 weights, profiles fast and default
+    python -m benchmarks.scale --scale 0.1 --profiles fast
+    python -m benchmarks.scale --general runs/general-sizes.json      # extra `bench`; some minutes more
 
 Masks are made on the fly from a seed, with densities that vary by tensor, row and column; the time that this takes is
 reported beside (`making`) and is part of `seconds`. Packing and reading run in a fresh process each. Prints JSON.
@@ -135,7 +135,7 @@ def sizes(adapter: Any) -> dict[str, Any]:
 
 def general(remembered: Path) -> dict[str, int]:
     """Return the bytes of one layer under general-purpose compressors: the better of one stream and each mask alone."""
-    from benchmarks.general import Sizes, strong_sizes
+    from benchmarks.compression import Sizes, strong_sizes
 
     names = sorted(name for name in shapes(1) if name.startswith(LAYER))
     packed = [made(name, *shapes(1)[name]).tobytes() for name in names]

@@ -1,6 +1,6 @@
 """Random attacks on signed adapters, each on real files: what is refused, and what must not be.
 
-    python -m benchmarks.signature_attacks                       # prints the table and writes runs/signatures.json
+    python -m benchmarks.signature_attacks                       # prints the table and writes runs/signatures.jsonl
     python -m benchmarks.signature_attacks --write docs/reliability.md
     python -m benchmarks.signature_attacks --tries 100 --seed 7
 
@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import write_between
-from benchmarks.report import table
-from tests.hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
-from tests.hub_server import WRITE_TOKEN, HubServer
-from tests.signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
+from benchmarks.measured import rewrite
+from benchmarks.report import table, write_between
+from tests.helpers_hub import CARD, CONFIG, MODEL, saved, write_adapter
+from tests.helpers_hub_server import WRITE_TOKEN, HubServer
+from tests.helpers_signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
 
 BIRDS = "alice/birds"
 Files = dict[str, bytes]
@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=4000, help="of each kind on files; a tenth of it on the Hub")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="Markdown file that gets the table between its markers")
-    parser.add_argument("--json", type=Path, default=Path("runs/signatures.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/signatures.jsonl"))
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder) / "hub") as server:
@@ -369,9 +369,9 @@ def main() -> None:
                 print(f"{one['tried']:6} {one['accepted']:6} {one['attack']}: {one['outcomes']}", flush=True)
         text = markdown(rows, times(worlds))
     print(text)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     seconds, wrong = round(time.monotonic() - began), sum(one["wrong"] for one in rows)
-    options.json.write_text(json.dumps({"seconds": seconds, "seed": options.seed, "rows": rows}, indent=1))
+    recorded = [{**one, "seed": options.seed} for one in [*rows, {"attack": "all", "seconds": seconds}]]
+    rewrite(options.json, recorded, "attack", "seed")
     if options.write:
         write_between(options.write, "make bench-signatures", text)
     print(f"{seconds} s; {wrong} things that must not be")

@@ -1,6 +1,6 @@
 """Trainings that are killed at random moments, resumed until they are done, and compared with uninterrupted ones.
 
-    python -m benchmarks.training_kills             # prints the table and writes runs/training-kills.json
+    python -m benchmarks.training_kills             # prints the table and writes runs/training-kills.jsonl
     python -m benchmarks.training_kills --write docs/reliability.md
     python -m benchmarks.training_kills --kills 6 --seed 1
 
@@ -27,11 +27,13 @@ from typing import Any
 from maskpack_cli import digits_backbone
 from maskpack_cli.main import main as command_line
 
-from benchmarks.pages import write_between
+from benchmarks.measured import rewrite
+from benchmarks.report import write_between
 from maskpack.errors import StateError
 from maskpack.lab.trial import IMPORTED
 from maskpack.training.checkpoint import FILE, load_checkpoint
 
+Row = dict[str, Any]
 NAME = "make bench-kills"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 EXPECTED = {  # SIGTERM before the first step and after the last one ends the process as it does any other
@@ -92,18 +94,19 @@ class Training:
             time.sleep(0.005)
 
 
-def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Return {"kills": one row for each, "runs": one for each that was done}, with what was wrong."""
-    drawn, row, killed, done = random.Random(seed), 0, list[dict[str, Any]](), list[dict[str, Any]]()
+def run(kills: int, seed: int, folder: Path) -> list[Row]:
+    """Return a row for every kill, and for every run that was done, with what was wrong."""
+    drawn, row, killed, done = random.Random(seed), 0, list[Row](), list[Row]()
     whole = {name: uninterrupted(name, folder) for name in RUNS}
     while len(killed) < kills:
         name = list(RUNS)[row % len(RUNS)]
         output, row = folder / f"{row}", row + 1
         before = len(killed)
         while found := attempt(name, output, whole[name][1], drawn, SIGNALS[len(killed) % 3], len(killed) < kills):
-            killed.append({"run": name, **found})
-        done.append({"run": name, "kills": len(killed) - before, "wrong": differing(output, whole[name][0])})
-    return {"seed": seed, "kills": killed, "runs": done}
+            killed.append({"seed": seed, "run": name, "kill": len(killed), **found})
+        ended = {"kills": len(killed) - before, "wrong": differing(output, whole[name][0])}
+        done.append({"seed": seed, "run": name, **ended})
+    return [*killed, *done]
 
 
 def uninterrupted(name: str, folder: Path) -> tuple[Path, float]:
@@ -137,7 +140,7 @@ def attempt(
     step, middle = 0, False
     try:
         if checkpoint.exists():
-            facts = load_checkpoint(checkpoint)[2]
+            facts = load_checkpoint(checkpoint)[1]
             step, middle = facts["step"], bool(facts["batches"])
     except StateError as error:
         wrong = str(error)
@@ -157,16 +160,16 @@ def logged(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds_left"} for line in lines]
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(found: Sequence[Row]) -> str:
     """Return the table of a benchmark, and what came of its runs."""
     lines = ["| signal | processes | left a checkpoint | of these in the middle of an epoch | something wrong |"]
     lines.append("| --- |" + " ---: |" * 4)
     for number in SIGNALS:
-        rows = [one for one in found["kills"] if one["signal"] == number.name]
+        rows = [one for one in found if one.get("signal") == number.name]
         kept = [one for one in rows if one["step"]]
         middle, wrong = sum(one["middle"] for one in kept), sum(bool(one["wrong"]) for one in rows)
         lines.append(f"| {number.name} | {len(rows)} | {len(kept)} | {middle} | {wrong} |")
-    runs = found["runs"]
+    runs = [one for one in found if "signal" not in one]
     same, most = sum(not one["wrong"] for one in runs), max((one["kills"] for one in runs), default=0)
     told = (
         f"{len(runs)} runs of {len(RUNS)} kinds, each ended up to {most} times, were resumed until they were done; "
@@ -180,19 +183,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="page to write the table into")
-    parser.add_argument("--json", type=Path, default=Path("runs/training-kills.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/training-kills.jsonl"))
     options = parser.parse_args()
     for name in (*IMPORTED, "maskpack.training.trainer", "maskpack.training.data.load", "maskpack.adapter.write"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         found = run(options.kills, options.seed, Path(place))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    rewrite(options.json, found, "seed", "run", "kill", "signal")
     text = markdown(found)
     print(text)
     if options.write is not None:
         write_between(options.write, NAME, text)
-    return int(any(one["wrong"] for one in [*found["kills"], *found["runs"]]))
+    return int(any(one["wrong"] for one in found))
 
 
 if __name__ == "__main__":

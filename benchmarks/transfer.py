@@ -1,18 +1,16 @@
-"""Domain transfer between the four domains of PACS: what a source keeps, what a target learns, by mask and start.
+"""Domain transfer between the four domains of PACS: what a source keeps and a target learns, by mask and start.
 
-    MASKPACK_DATA=… python -m benchmarks.transfer                all 12 pairs, some hours; what is finished is read back
+    MASKPACK_DATA=… python -m benchmarks.transfer                all 12 pairs; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.transfer photo sketch   these sources only, as for one of two processes
-    python -m benchmarks.transfer --write docs/results.md        tables from what is finished
+    python -m benchmarks.transfer --write docs/results.md        tables of what is recorded
 
 A ResNet-20 that knows CIFAR-10 learns a source at 32x32 pixels. A source network serves all masks of it, a mask serves
-all targets and starts. In benchmarks/measured/transfer is a folder for each source and seed, with a JSON file a trial.
+all targets and starts.
 """
 
-import argparse
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -21,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskpack import MaskSet, load_backbone
-from maskpack.adapter.content import Parts
+from maskpack import MaskSet, Parts, load_backbone
 from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.select import select_parameters
+from maskpack.lab import density_figure, save_figure
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data
 from maskpack.training.data.base import Data
 from maskpack.training.evaluate import applied_parts, held_out_accuracy
-from maskpack.training.run_folder import write_json
 from maskpack.training.transfer import (
     SOURCE_FILE,
     STARTS,
@@ -40,10 +37,11 @@ from maskpack.training.transfer import (
     train_source,
 )
 
-from .comparison_pages import PACS
-from .comparisons import DATA, ROOT, SEEDS, resnet
-from .pages import write_between
+from .measured import trial, trials
+from .report import NOTHING, command, table, write_between
+from .tasks import PACS, RUNS, SEEDS, data_of, resnet
 
+NAME = "transfer"
 MARK = "python -m benchmarks.transfer --write docs/results.md"
 WEIGHTS = TrainConfig(optimizer="sgd", lr=0.05, head_lr=0.05, batch_size=32, clip=1.0, augment="flip", bn="freeze")
 SOURCE = replace(WEIGHTS, steps=240)
@@ -56,16 +54,15 @@ MASKS = {
     ),
     "edit": replace(WEIGHTS, method="edit", optimizer="adam", lr=0.003, steps=160),
 }
-PLAIN = "plain"
 PICTURE = "density-transfer.svg"
 
 
 class Source:
     """A source network with one seed, its masks, and what it is carried to."""
 
-    def __init__(self, domain: str, seed: int, output: Path):
-        self.domain, self.seed, self.folder = domain, seed, output / f"{domain}-{seed}"
-        self.data = {name: load_data(str(DATA / "data/pacs" / name)) for name in PACS}
+    def __init__(self, domain: str, seed: int):
+        self.domain, self.seed, self.folder = domain, seed, RUNS / NAME / f"{domain}-{seed}"
+        self.data = {name: load_data(str(data_of(name))) for name in PACS}
         self.before = values_of(load_backbone(**resnet(20)))
         self.backbone = self.network()
         self.after = values_of(self.backbone)
@@ -111,26 +108,20 @@ class Source:
         with applied_parts(self.backbone.model, parts, "target"):
             return {"source": self.on(self.domain), "target": self.on(target)}
 
-    def trial(self, name: str, measure: Callable[..., Mapping[str, Any]], *arguments: Any) -> None:
-        """Measure what was not measured earlier."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            found = measure(*arguments)
-            write_json(path, found)
-            print(self.folder.name, name, {key: value for key, value in found.items() if key != "layers"}, flush=True)
-
     def measure(self) -> None:
-        """Do all that is not done."""
+        """Run all trials that are not recorded."""
+        about = {"source": self.domain, "seed": self.seed}
         zeros = {name: torch.zeros(weight.shape, dtype=torch.bool) for name, weight in self.after.items()}
         nothing = MaskSet.from_tensors(zeros, op="replace")
         for target in targets(self.domain):
-            self.trial(f"{target}-{PLAIN}", self.carried, target, nothing, self.after)
+            trial(NAME, {**about, "target": target}, partial(self.carried, target, nothing, self.after))
         for method in MASKS:
             masks = self.masks(method)
-            self.trial(method, self.of_mask, masks)
+            trial(NAME, {**about, "mask": method}, partial(self.of_mask, masks))
             for target, start in product(targets(self.domain), STARTS):
                 values = start_values(start, self.before, self.after, self.seed)
-                self.trial(f"{target}-{method}-{start}", self.carried, target, masks, values)
+                carried = partial(self.carried, target, masks, values)
+                trial(NAME, {**about, "target": target, "mask": method, "start": start}, carried)
 
 
 def values_of(backbone: Backbone) -> dict[str, Tensor]:
@@ -141,83 +132,72 @@ def targets(domain: str) -> list[str]:
     return [name for name in PACS if name != domain]
 
 
+def run(domain: str) -> None:
+    for seed in SEEDS:
+        if seed not in finished(domain):
+            Source(domain, seed).measure()
+
+
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def finished(output: Path, domain: str) -> list[Path]:
-    """Return the folders of a source in which there are all trials, one for each seed."""
-    return [folder for folder in sorted(output.glob(f"{domain}-*")) if complete(folder, domain)]
-
-
-def complete(folder: Path, domain: str) -> bool:
-    """Tell whether all trials of a source and seed are there."""
+def finished(domain: str) -> list[int]:
+    """Return the seeds of a source of which all trials are recorded."""
+    seeds = [one["seed"] for one in trials(NAME, source=domain)]
     count = len(MASKS) + len(targets(domain)) * (1 + len(MASKS) * len(STARTS))
-    return len(list(folder.glob("*.json"))) == count
+    return [seed for seed in sorted(set(seeds)) if seeds.count(seed) == count]
 
 
-def read(folder: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
-    return found
+def write_pages(page: Path) -> None:
+    write_between(page, MARK, tables(page.parent))
 
 
-def difference(output: Path, domain: str, name: str, key: str) -> float:
-    """Return how far transferred networks are above plain fine-tuning, the mean over targets and seeds."""
-    pairs = product(finished(output, domain), targets(domain))
-    return float(mean(read(one, f"{to}-{name}")[key] - read(one, f"{to}-{PLAIN}")[key] for one, to in pairs))
-
-
-def tables(output: Path, folder: Path) -> str:
+def tables(folder: Path) -> str:
     """Return the tables of the sources that have a finished seed; a picture is drawn into the folder."""
-    from maskpack.lab import density_figure, save_figure
+    seeds = {name: own for name in PACS if (own := finished(name))}
+    if not seeds:
+        return NOTHING
+    # by source, target, mask and start; the results of all seeds, in the order of seeds
+    found: dict[tuple[str | None, ...], list[dict[str, Any]]] = {}
+    for one in sorted(trials(NAME), key=lambda one: int(one["seed"])):
+        if one["seed"] in seeds.get(one["source"], ()):
+            which = (one["source"], one.get("target"), one.get("mask"), one.get("start"))
+            found.setdefault(which, []).append(one["result"])
 
-    domains = [name for name in PACS if finished(output, name)]
-    if not domains:
-        return "Nothing is finished yet.\n"
+    def over_plain(domain: str, mask: str, start: str, key: str) -> float:
+        """Return the mean over targets and seeds of accuracy less that of plain fine-tuning."""
+        return mean(
+            float(one[key] - plain[key])
+            for to in targets(domain)
+            for one, plain in zip(found[domain, to, mask, start], found[domain, to, None, None], strict=True)
+        )
+
+    columns = list(product(seeds, ("source", "target")))
     lines = [
-        "| mask | start | " + " | ".join(f"{name} S | {name} T" for name in domains) + " |",
-        "| --- | --- |" + " ---: |" * (2 * len(domains)),
+        [mask, start, *(f"{over_plain(domain, mask, start, key):+.3f}" for domain, key in columns)]
+        for mask, start in product(MASKS, STARTS)
     ]
-    for method, start in product(MASKS, STARTS):
-        columns = product(domains, ("source", "target"))
-        cells = [f"{difference(output, name, f'{method}-{start}', key):+.3f}" for name, key in columns]
-        lines.append(f"| {method} | {start} | {' | '.join(cells)} |")
-    lines += ["", "| | " + " | ".join(domains) + " |", "| --- |" + " ---: |" * len(domains)]
+    text = table(["mask", "start", *(f"{domain} {key[0].upper()}" for domain, key in columns)], lines, 2)
     rows = {"source network on S": ("naive", "source")}
-    rows |= {f"S through the mask, {method}": (method, "through_mask") for method in MASKS}
-    rows |= {f"density, {method}": (method, "density") for method in MASKS}
-    for title, (name, key) in rows.items():
-        cells = [f"{mean(read(one, name)[key] for one in finished(output, domain)):.3f}" for domain in domains]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    rows |= {f"S through the mask, {mask}": (mask, "through_mask") for mask in MASKS}
+    rows |= {f"density, {mask}": (mask, "density") for mask in MASKS}
+    lines = [
+        [title, *(f"{mean(one[key] for one in found[domain, None, mask, None]):.3f}" for domain in seeds)]
+        for title, (mask, key) in rows.items()
+    ]
     for key in ("source", "target"):
-        values = {
-            domain: [read(one, f"{to}-{PLAIN}")[key] for one, to in product(finished(output, domain), targets(domain))]
-            for domain in domains
-        }
-        cells = [f"{mean(values[domain]):.3f}" for domain in domains]
-        lines.append(f"| plain fine-tuning on {key[0].upper()} | {' | '.join(cells)} |")
-    layers = {name: [read(one, "gumbel")["layers"] for one in finished(output, name)] for name in domains}
+        values = [[one[key] for to in targets(name) for one in found[name, to, None, None]] for name in seeds]
+        lines.append([f"plain fine-tuning on {key[0].upper()}", *(f"{mean(own):.3f}" for own in values)])
+    text += "\n" + table(["accuracy or density", *seeds], lines, 1)
+    layers = {name: [one["layers"] for one in found[name, None, "gumbel", None]] for name in seeds}
     save_figure(density_figure(layers), folder / PICTURE)
-    seeds = ", ".join(f"{name} {len(finished(output, name))}" for name in domains)
-    note = f"Means over targets and seeds; of these there are: {seeds}."
-    return "\n".join([*lines, "", note, "", f"![Density by layer of the gumbel masks, by source]({PICTURE})"]) + "\n"
+    counts = ", ".join(f"{name} {len(own)}" for name, own in seeds.items())
+    note = f"Means over targets and seeds; of these there are: {counts}."
+    return f"{text}\n{note}\n\n![Density by layer of the gumbel masks, by source]({PICTURE})\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sources", nargs="*", help=f"of {', '.join(PACS)}; default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--output", type=Path, default=ROOT / "measured/transfer")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="only write the tables into this page")
-    arguments = parser.parse_args()
-    if arguments.write is not None:
-        write_between(arguments.write, MARK, tables(arguments.output, arguments.write.parent))
-        return
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    torch.set_num_threads(arguments.threads)
-    for seed, domain in product(arguments.seeds, arguments.sources or PACS):
-        if not complete(arguments.output / f"{domain}-{seed}", domain):
-            Source(domain, seed, arguments.output).measure()
+    command(__doc__, {domain: partial(run, domain) for domain in PACS}, write_pages)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ MaskpackError
 │   ├── CorruptAdapterError      its bytes are not what the format or the digests say
 │   ├── UnsupportedVersionError  written by a newer format version
 │   ├── UnknownCodecError        packed with a codec that is not installed
-│   └── SignatureError           it is not signed as it has to be
+│   └── SignatureError           its signature is missing, wrong, untrusted or too old
 ├── BackboneMismatchError    the adapter was made for other weights (ValueError)
 ├── StateError               the model or folder is not in the state that the call needs (RuntimeError)
 └── HubError                 push, pull or their network failed (OSError)
-    └── HubUnreachableError      the Hub did not answer, or not yet: later it may
+    └── HubUnreachableError      the Hub is unreachable or overloaded; retry later
 
 A message says what was wrong (with the value), what was expected, and what to do.
 """
@@ -37,11 +37,11 @@ LINKS = re.compile(r"\\|@|//|\w\.[^\W\d]|mailto:|xmpp:", re.IGNORECASE)
 
 
 def escape(text: object, target: Target = "plain") -> str:
-    r"""Return text that shows itself and does nothing else.
+    r"""Return text from elsewhere so that it is shown as it is and has no other effect.
 
-    Characters that are not printable (controls, ESC, bidirectional and zero-width characters, separators of lines and
-    paragraphs, halves of surrogate pairs, unusual spaces: `str.isprintable`) are shown as `\x1b` or `\u202e`, tabs and
-    line ends as a space. Escaping twice changes nothing more, except in Markdown.
+    What `str.isprintable` refuses (controls, ESC, bidirectional and zero-width characters, separators of lines and
+    paragraphs, halves of surrogate pairs, unusual spaces) becomes `\x1b` or `\u202e`, tabs and line ends a space.
+    Escaping twice changes nothing more, except in Markdown.
 
     Args:
         target: "plain" for terminals (print without markup), messages and logs. "markdown" for a line or a table's
@@ -63,7 +63,7 @@ def escape(text: object, target: Target = "plain") -> str:
 
 
 class MaskpackError(Exception):
-    """The root: catch this to catch every error that maskpack raises on purpose."""
+    """Base class of every error that maskpack raises on purpose."""
 
     def __str__(self) -> str:
         return escape(super().__str__())  # messages quote what files, servers and users say
@@ -98,7 +98,7 @@ class TrainingError(MaskpackError, RuntimeError):
 
 
 class StoppedError(MaskpackError):
-    """Raised when SIGTERM or SIGUSR1 stopped the work, after what it needs to go on was written.
+    """Raised when SIGTERM or SIGUSR1 stopped the work, after its checkpoint was written.
 
     Attributes:
         signal: its number.
@@ -142,7 +142,7 @@ class HubError(MaskpackError, OSError):
 
 
 class HubUnreachableError(HubError):
-    """Raised when the Hub was asked several times and could not answer: network, overload, rate limit; try later."""
+    """Raised when the Hub could not answer after several attempts (network, overload, rate limit); retry later."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

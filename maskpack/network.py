@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from .errors import MaskpackError
 
 SHORTEST = 4  # characters of a secret; the rest of a message would be unreadable without shorter texts
+URL_SAFE = {"+": "|-", "/": "|_"}  # the second alphabet of base64, as alternatives in a pattern
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -44,9 +45,12 @@ def redact(text: str, token: str | bool | None = None, error: BaseException | No
     plain = unquote(text)
     seen = "\0".join((text, plain, plain.replace("-", "+").replace("_", "/")))  # base64 has two alphabets
     # patterns are slow to make, and a long process may know hundreds of short-lived tokens
-    forms = {form for secret in _secrets(token, error) for found, form in _forms(secret) if found in seen}
-    for form in sorted((make() for make in forms), key=len, reverse=True):
-        text = re.sub(form, "***", text)
+    found = {form for secret in _secrets(token, error) for form in _forms(secret) if form[0] in seen}
+    for form, coded in sorted(found, key=lambda one: len(one[0]), reverse=True):
+        # each character plain or percent-encoded; base64 with the characters that its ends share with their neighbours
+        around = r"(?:[\w+/=-]|%2[BbFf]|%3[Dd])*" if coded else ""
+        inner = "".join(f"(?:%(?i:{ord(c):02x})|{re.escape(c)}{URL_SAFE.get(c, '') if coded else ''})" for c in form)
+        text = re.sub(around + inner + around, "***", text)
     for pattern, instead in PATTERNS:
         text = pattern.sub(instead, text)
     return text
@@ -84,27 +88,15 @@ def _sent(error: BaseException) -> set[str]:
     return found
 
 
-def _forms(secret: str) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the ways in which a server may repeat a secret, each with what makes its pattern."""
+def _forms(secret: str) -> Iterator[tuple[str, bool]]:
+    """Yield the ways in which a server may repeat a secret, and whether each is base64."""
     for text in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]}:
-        yield text, functools.partial(_pattern, text)
+        yield text, False
     for shift in range(3):  # in base64 a text looks different at each place modulo 3: behind "user:", for instance
         coded = b64encode(bytes(shift) + secret.encode()).decode()
         inner = coded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]
         if len(inner) > SHORTEST:
-            yield inner, functools.partial(_pattern, inner, True)
-
-
-def _pattern(text: str, base64: bool = False) -> str:
-    if not base64:
-        return "".join(map(_quoted, text))
-    around = r"(?:[\w+/=-]|%2[BbFf]|%3[Dd])*"
-    return around + "".join(_quoted(one, {"+": "-", "/": "_"}.get(one, one)) for one in text) + around
-
-
-def _quoted(one: str, other: str = "") -> str:
-    """Return a pattern for a character, plain or percent-encoded."""
-    return f"(?:%(?i:{ord(one):02x})|{re.escape(one)}|{re.escape(other or one)})"
+            yield inner, True
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -158,51 +150,58 @@ _given_up: dict[tuple[str, int], tuple[float, str]] = {}  # servers that could n
 
 
 class UnreachableError(ConnectionError):
-    """Raised where no connection can be made; `attempts` is how often it is worth trying in all."""
+    """Raised where no connection can be made to a server, `host`."""
 
-    def __init__(self, reason: str, host: str, attempts: int = 1) -> None:
+    def __init__(self, reason: str, host: str) -> None:
         super().__init__(reason)
-        self.host, self.attempts = host, attempts
+        self.host = host
 
 
-def reach(url: str) -> None:
+def reach(url: str, attempts: int = 3) -> None:
     """Return once a connection can be made to the server of an address, or to the proxy that is asked in its place.
 
+    Libraries wait much longer for a silent name server, and for one address after another. A server that could not be
+    reached is not tried again for FORGET seconds, so that several calls wait no longer than one.
+
+    Args:
+        attempts: how many at most; fewer where they take long.
+
     Raises:
-        UnreachableError: with the reason, after CONNECT seconds at most: libraries wait much longer for a silent name
-            server, and for one address after another.
+        UnreachableError: with the reason.
     """
     address = _address(url)
     if address is None:  # not for us to judge
         return
-    began = time.monotonic()
     at, why = _given_up.get(address, (-FORGET, ""))
-    if began - at < FORGET:
-        raise UnreachableError(why, address[0])
-    failed: list[OSError] = []
+    began = time.monotonic()
+    if began - at >= FORGET:
+        for wait in (*range(1, attempts), None):
+            why = _connect(address)
+            if not why:
+                return
+            if wait is None or time.monotonic() - began > CONNECT + 1:
+                break
+            time.sleep(wait)
+        _given_up[address] = time.monotonic(), why
+    raise UnreachableError(why, address[0])
+
+
+def _connect(address: tuple[str, int]) -> str:
+    """Return why no connection can be made to an address; no text if one can."""
+    why = [f"no answer in {CONNECT:.0f} seconds"]
 
     def connect() -> None:
         try:
             socket.create_connection(address, CONNECT).close()
+            why.append("")
         except OSError as error:
-            failed.append(error)
+            why.append(error.strerror or str(error) or type(error).__name__)
 
     # a thread, since looking up a name knows no time limit
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT)
-    if thread.is_alive():
-        raise UnreachableError(f"no answer in {CONNECT:.0f} seconds", address[0], attempts=2)
-    if failed:
-        reason = failed[0].strerror or str(failed[0])
-        raise UnreachableError(reason, address[0], attempts=3 if time.monotonic() - began < 1 else 2)
-
-
-def give_up(url: str, error: UnreachableError) -> None:
-    """Remember for FORGET seconds that a server cannot be reached, so that several calls wait no longer than one."""
-    address = _address(url)
-    if address is not None:
-        _given_up[address] = time.monotonic(), str(error)
+    return why[-1]
 
 
 def _address(url: str) -> tuple[str, int] | None:
@@ -215,13 +214,6 @@ def _address(url: str) -> tuple[str, int] | None:
         if parts.hostname:
             return parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme, 1080)
     return None
-
-
-@contextmanager
-def own_retries() -> Iterator[None]:
-    """Let the Hub's client try everything once, say nothing and wait a minute for a silent server."""
-    with _quietly("own"):
-        yield
 
 
 @contextmanager
@@ -240,14 +232,13 @@ def library_calls(url: str | None = None) -> Iterator[bool]:
     from huggingface_hub import constants
 
     away: UnreachableError | None = None
-    if not constants.HF_HUB_OFFLINE:
+    before = constants.HF_HUB_OFFLINE
+    if not before:
         try:
-            reach(url or constants.ENDPOINT)
+            reach(url or constants.ENDPOINT, attempts=1)
         except UnreachableError as error:
             away = error
-            give_up(url or constants.ENDPOINT, error)
-    before = constants.HF_HUB_OFFLINE
-    with _quietly("library"):
+    with quietly("library"):
         constants.HF_HUB_OFFLINE = before or away is not None
         try:
             yield not constants.HF_HUB_OFFLINE
@@ -262,8 +253,13 @@ def library_calls(url: str | None = None) -> Iterator[bool]:
 
 
 @contextmanager
-def _quietly(caller: str) -> Iterator[None]:
-    """Choose how often the client tries in this thread; limits and silence hold for the process while one calls."""
+def quietly(caller: Literal["own", "library"]) -> Iterator[None]:
+    """Call the Hub's client: no lines in the log, and at most a minute of silence, in the whole process meanwhile.
+
+    Args:
+        caller: "own" for calls that we repeat ourselves: the client tries everything once in this thread. "library"
+            for other libraries' calls, which are not repeated after a timeout.
+    """
     global _running
     _watch_retries()
     chosen = _caller.set(caller)
@@ -271,7 +267,9 @@ def _quietly(caller: str) -> Iterator[None]:
         _running += 1
         if _running == 1:
             _limit_session()
-            _silence()
+            for logger in map(logging.getLogger, LOGGERS):  # which repeat addresses with signatures
+                _undo.callback(logger.setLevel, logger.level)
+                logger.setLevel(max(logging.ERROR, logger.level))
     try:
         yield
     finally:
@@ -328,11 +326,3 @@ def _limit_session() -> None:
     hooks = session.event_hooks
     session.event_hooks = hooks | {"request": [*hooks.get("request", []), limit]}
     _undo.callback(setattr, session, "event_hooks", hooks)
-
-
-def _silence() -> None:
-    """Keep the lines of libraries off the terminal: they repeat addresses with signatures, for every attempt."""
-    for name in LOGGERS:
-        logger = logging.getLogger(name)
-        _undo.callback(logger.setLevel, logger.level)
-        logger.setLevel(max(logging.ERROR, logger.level))

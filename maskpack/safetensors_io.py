@@ -108,16 +108,11 @@ def strict_json(text: str | bytes | memoryview, what: str) -> Any:
 
 def seal(text: bytes) -> bytes:
     """Fill in the header's own digest: the BLAKE3 of its bytes with zeros for the digest."""
-    empty = _sealed_as(UNSEALED)
-    return text.replace(empty, _sealed_as(blake3(text).hexdigest()), 1)
+    return text.replace(_sealed_as(UNSEALED), _sealed_as(blake3(text).hexdigest()), 1)
 
 
 def check_seal(text: bytes, metadata: Mapping[str, str]) -> None:
-    """Check the digest that `seal` filled in.
-
-    Raises:
-        CorruptAdapterError: if it is missing or another; the header was changed then.
-    """
+    """Raise CorruptAdapterError if the digest that `seal` filled in is missing or another."""
     stated = metadata.get(SEAL, "")
     found = blake3(text.replace(_sealed_as(stated), _sealed_as(UNSEALED))).hexdigest()
     if found != stated:
@@ -203,99 +198,45 @@ def _span(name: str, entry: Any) -> Span:
     return Span(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def lock(descriptor: int) -> bool:
-    """Lock an open file for as long as this process has it open; return False if another has, or it cannot be."""
-    try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # not on Windows, nor on every network disk
-        return False
-    return True
-
-
-def is_leftover(path: Path, name: str) -> bool:
-    """Return True for a temporary file of a file of that name: `.NAME.<12 hex digits>.tmp`."""
-    return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.tmp", path.name) is not None
-
-
-def clear_leftovers(target: Path) -> None:
-    """Remove the temporary files of a path whose writers are gone."""
-    with suppress(OSError):
-        for path in [one for one in target.parent.iterdir() if is_leftover(one, target.name)]:
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-            try:
-                status = os.fstat(descriptor)
-                # a file that is new and empty may not have its lock yet
-                if (status.st_size or status.st_mtime < time.time() - 10) and lock(descriptor):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
-
-
 SUFFIX = ".safetensors"
 INDEX = f"{SUFFIX}.index.json"
 MAX_INDEX = 64 << 20  # bytes; names of 500,000 tensors
 
-Names = frozenset[str]
 
-
-def checkpoint_files(path: Path) -> dict[Path, Names | None]:
+def _checkpoint_files(path: Path) -> dict[Path, set[str] | None]:
     """Return the safetensors files that a path stands for, with the tensors that each must have (None: any).
 
-    Args:
-        path: a safetensors file, which need not exist; an index (`*.safetensors.index.json`); or a folder with one
-            index, or with one safetensors file.
-
-    Raises:
-        DataError: if a folder has none of these or several, or an index cannot be used: damaged, with shards outside
-            of its folder, or with shards that are missing.
+    The path may be a safetensors file, an index (`*.safetensors.index.json`), or a folder of either; see `TensorFile`.
     """
     if path.is_dir():
-        path = _in_folder(path)
+        indexes, files = sorted(path.glob(f"*{INDEX}")), sorted(path.glob(f"*{SUFFIX}"))
+        # beside an index, its shards do not count, but a whole file of the same name does
+        whole = [file for file in files if not indexes or path / f"{file.name}.index.json" in indexes]
+        found = [*indexes, *whole]
+        if len(found) != 1:
+            names = ", ".join(one.name for one in found[:5])
+            raise DataError(
+                f"{path} has {len(found)} checkpoints{f' ({names})' if found else ''}, expected one {SUFFIX} file or "
+                f"one index (*{INDEX}); give the file or the index"
+            )
+        path = found[0]
     if not path.name.endswith(INDEX):
         return {path: None}
-    shards: dict[str, set[str]] = {}
-    for tensor, shard in _weight_map(path).items():
-        shards.setdefault(shard, set()).add(tensor)
-    missing = sorted(shard for shard in shards if not (path.parent / shard).is_file())
+    shards: dict[Path, set[str] | None] = {}
+    weight_map = _weight_map(path)
+    for shard in sorted(set(weight_map.values())):
+        shards[path.parent / shard] = {tensor for tensor, own in weight_map.items() if own == shard}
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise DataError(
             f"{path} names {len(shards)} files, of which {len(missing)} are missing, first {missing[0]!r}; fetch the "
             f"checkpoint again, all of it"
         )
-    return {path.parent / shard: frozenset(shards[shard]) for shard in sorted(shards)}
-
-
-def check_shard(path: Path, found: Iterable[str], expected: Names | None) -> None:
-    """Raise DataError if a shard has not exactly the tensors that the index says."""
-    if expected is None or (names := frozenset(found)) == expected:
-        return
-    differing = sorted(names ^ expected)
-    what = "has no such tensor" if differing[0] in expected else "has that tensor, which the index does not place there"
-    raise DataError(
-        f"{path} and the index of its checkpoint disagree on {len(differing)} tensors, first {differing[0]!r}: the "
-        f"file {what}; fetch the checkpoint again, all of it"
-    )
-
-
-def _in_folder(folder: Path) -> Path:
-    """Return the index of a folder, or its only safetensors file."""
-    indexes = sorted(folder.glob(f"*{INDEX}"))
-    files = sorted(folder.glob(f"*{SUFFIX}"))
-    whole = [one for one in files if f"{one.name}.index.json" in {index.name for index in indexes}]
-    found = [*indexes, *(whole if indexes else files)]
-    if len(found) != 1:
-        names = ", ".join(one.name for one in found[:5])
-        raise DataError(
-            f"{folder} has {len(found)} checkpoints{f' ({names})' if found else ''}, expected one {SUFFIX} file or one "
-            f"index (*{INDEX}); give the file or the index"
-        )
-    return found[0]
+    return shards
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    """Return which shard each tensor is in; names of shards are plain."""
+    """Return which shard each tensor is in, by an index; names of shards are plain."""
     if not path.is_file():
         raise DataError(f"no file {path}; expected the index of a checkpoint")
     if (size := path.stat().st_size) > MAX_INDEX:
@@ -308,13 +249,25 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
         raise DataError(f"{path} has no 'weight_map' from names of tensors to names of files; fetch it again")
     for tensor, shard in found.items():
-        # what Hugging Face writes; anything else could name a file elsewhere on this disk
-        if shard in ("", ".", "..") or "/" in shard or "\\" in shard or ":" in shard or "\0" in shard:
+        # anything but a plain name could be a file elsewhere on this disk
+        if shard in ("", ".", "..") or any(mark in shard for mark in "/\\:\0"):
             raise DataError(
                 f"{path} places {tensor!r} in {shard!r}, expected the name of a file beside the index; it is not as "
                 f"Hugging Face writes it, do not use it"
             )
     return found
+
+
+def _check_shard(path: Path, found: Iterable[str], expected: set[str] | None) -> None:
+    """Raise DataError if a shard has not exactly the tensors that the index says."""
+    differing = sorted(expected.symmetric_difference(found)) if expected is not None else []
+    if expected is not None and differing:
+        own = differing[0] in expected
+        what = "has no such tensor" if own else "has that tensor, which the index does not place there"
+        raise DataError(
+            f"{path} and the index of its checkpoint disagree on {len(differing)} tensors, first {differing[0]!r}: the "
+            f"file {what}; fetch the checkpoint again, all of it"
+        )
 
 
 Buffer = bytes | bytearray | memoryview
@@ -362,18 +315,17 @@ class TensorFile(Mapping[str, "Tensor"]):
         self.path = path
         self._files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for shard, names in checkpoint_files(path).items():
-            with _reading(shard), safe_open(shard, framework="pt") as file:
+        for shard, names in _checkpoint_files(path).items():
+            with _opened(shard) as file:
                 found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            check_shard(shard, found, names)
+            _check_shard(shard, found, names)
             shapes |= found
             self._files |= dict.fromkeys(found, shard)
         self.shapes = dict(sorted(shapes.items()))
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._files[name]
         # opened anew each time: what is read stays mapped, and so resident, until the file is closed
-        with _reading(path), safe_open(path, framework="pt") as file:
+        with _opened(self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
 
@@ -388,34 +340,35 @@ def open_tensors(path: str | Path) -> TensorFile:
     """Open a checkpoint that the user names, to read it tensor by tensor; memory holds those in use only.
 
     Args:
-        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
+        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
+            of either.
 
     Raises:
-        DataError: if it is not there, or cannot be used; the message says why. Reading a tensor raises it as well.
+        DataError: if it is not there or cannot be used: damaged, an index with shards that are missing or elsewhere,
+            a folder with several checkpoints. Reading a tensor raises it as well.
     """
     return TensorFile(Path(path))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
-    from safetensors.torch import load_file
-
     tensors: dict[str, Tensor] = {}
-    for shard, names in checkpoint_files(Path(path)).items():
-        with _reading(shard):
-            found = load_file(shard)
-        check_shard(shard, found, names)
+    for shard, names in _checkpoint_files(Path(path)).items():
+        with _opened(shard) as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}
+        _check_shard(shard, found, names)
         tensors |= found
     return tensors
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn what the official reader raises into a DataError."""
+def _opened(path: Path) -> Iterator[Any]:
+    """Give the official reader of a file, and turn its errors into DataError."""
     if not path.is_file():  # a pipe would be waited for
         raise DataError(f"no file {path}; expected a .safetensors file, the index of several, or a folder of either")
     try:
-        yield
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DataError(
             f"cannot read {path} as a safetensors file: {error}; "
@@ -483,6 +436,51 @@ def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+def lock(descriptor: int, wait: float = 0.0) -> bool | None:
+    """Lock an open file against other processes, for as long as this process has it open.
+
+    Args:
+        wait: seconds to wait for another holder.
+
+    Returns:
+        True; False if another process holds it; None where there are no such locks (Windows, some network disks).
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.02)
+        except OSError:
+            return None
+
+
+def is_leftover(path: Path, name: str) -> bool:
+    """Return True for a temporary file of a file of that name: `.NAME.<12 hex digits>.tmp`."""
+    return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.tmp", path.name) is not None
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove the temporary files of a path whose writers are gone."""
+    with suppress(OSError):
+        for path in [one for one in target.parent.iterdir() if is_leftover(one, target.name)]:
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            try:
+                status = os.fstat(descriptor)
+                # a file that is new and empty may not have its lock yet
+                if (status.st_size or status.st_mtime < time.time() - 10) and lock(descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+
+
 @contextmanager
 def replacing(*paths: str | Path) -> Iterator[list[Path]]:
     """Give an empty temporary file beside each path; when the block ends well they replace the paths, in order.
@@ -499,13 +497,12 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
     locked: list[int] = []
     try:
         for path, target in zip(temporary, targets, strict=True):
-            clear_leftovers(target)
+            _clear_leftovers(target)
             # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            if lock(descriptor):
-                locked.append(descriptor)
-            else:
-                os.close(descriptor)
+            locked.append(descriptor)
+            if not lock(descriptor):
+                os.close(locked.pop())  # Windows renames no open file
         yield temporary
         for path in temporary:
             _sync(path)

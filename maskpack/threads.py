@@ -1,4 +1,4 @@
-"""Many payloads or tensors: several at once, their results in order, and how far it is."""
+"""Work in threads, with results in order, and progress."""
 
 import _thread
 import os
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 Progress = Callable[[int, int], None]  # weights done, weights in all
 WORKERS = min(os.cpu_count() or 1, 8)
-AHEAD = 1 << 27  # weights that are worked on or wait at one time; what codecs need is a small multiple in bytes
+AHEAD = 1 << 27  # weights in work or waiting at one time; codecs need a small multiple of that in bytes
 
 
 def in_order(
@@ -25,13 +25,13 @@ def in_order(
 ) -> Iterator[Result]:
     """Do work on items in threads and yield the results in the items' order.
 
-    At most `AHEAD` weights are ahead of the consumer, or one item. Items are made in the consumer's thread; an error
-    of the work comes where its result would. A consumer that stops early, or Ctrl-C, ends the threads.
+    At most `AHEAD` weights, or one item, are ahead of the consumer. Items are made in the consumer's thread. An error
+    is raised where its result would come. A consumer that stops early, or Ctrl-C, ends the threads.
 
     Args:
-        worth: from how many weights on an item is worth a thread, which costs some 50 microseconds, and more where the
-            work is short calls between which it waits for the interpreter.
-        workers: threads; None stands for `WORKERS`.
+        weights: size of an item. worth: size from which an item gets a thread, which costs some 50 microseconds, and
+            more where the work is short calls that wait for the interpreter.
+        workers: number of threads; None stands for `WORKERS`.
     """
     workers = workers or WORKERS
     if workers == 1:
@@ -72,7 +72,7 @@ def in_order(
         with suppress(Empty):
             while True:
                 tasks.get_nowait()
-        for _ in range(workers):  # for one too that was started and, interrupted, not counted
+        for _ in range(workers):  # a thread may have been started and, interrupted, not counted
             tasks.put(None)
         for _ in range(threads):
             ended.get()
@@ -88,8 +88,8 @@ def in_thread(work: Callable[[], Result]) -> Callable[[], Result]:
 def _task(work: Callable[[Item], Result], item: Item) -> tuple[Callable[[], None], Callable[[], Result]]:
     """Return a function that does work on an item, and one that waits for the result.
 
-    Queues and threads are those of C, here and above: `threading` and `concurrent.futures` have locks in Python, which
-    an interrupt (Ctrl-C) at the wrong moment leaves locked for ever.
+    Queues and threads are implemented in C, here and above: the locks of `threading` and `concurrent.futures` are in
+    Python, and Ctrl-C at the wrong moment leaves them locked for ever.
     """
     answer: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 
@@ -109,7 +109,7 @@ def _task(work: Callable[[Item], Result], item: Item) -> tuple[Callable[[], None
 
 
 def counted(progress: Progress | None, totals: Iterable[int]) -> Callable[[int], None]:
-    """Return a function that takes weights just done and tells `progress`; totals are only summed if there is one."""
+    """Return a function that adds up the weights done and reports them to `progress`, with the sum of `totals`."""
     if progress is None:
         return lambda weights: None
     done, total = 0, sum(totals)

@@ -3,20 +3,24 @@
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import pytest
 import torch
 from bitarray import bitarray
 from blake3 import blake3
 from torch import Tensor, nn
 
+from maskpack.adapter.content import Parts
+from maskpack.adapter.read import Adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Fingerprint
-from maskpack.codecs.base import Bits, Codec, Profile, Side
+from maskpack.backbone.model import Embedding, Fingerprint, Head
+from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
 from maskpack.codecs.choose import rivals, smallest
-from maskpack.mask import MaskSet, bits_digest, rows_id
+from maskpack.mask import MaskSet, PackedMask, bits_digest, rows_id
 from maskpack.safetensors_io import SEAL, UNSEALED, seal
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -160,3 +164,82 @@ def encode_smallest(bits: Bits, side: Side, profile: Profile, codec: str | None 
     """Code packed bits with every candidate of a profile and return the codec of the smallest payload, and that."""
     best = smallest(rivals(profile, codec, side.classes is not None), [(bits, side)])
     return best.codec, best.payload
+
+
+def full() -> dict[str, Parts]:
+    """Two sets with all that a set may hold."""
+    generator = torch.Generator().manual_seed(0)
+    signs = bitarray("1010101", endian="little")
+    ternary = MaskSet({"a": PackedMask(bitarray("1100110", endian="little"), (7,), signs=signs).scaled()})
+    replaced = random_masks({"a": (7,), "b": (2, 3)}, 0.5, op="replace")
+    zeros = {name: len(mask.bits) - mask.kept for name, mask in replaced.items()}
+    return {
+        "default": Parts(
+            ternary,
+            Head(Embedding("fc"), torch.randn(3, 4, generator=generator), torch.zeros(3)),
+            {"bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4).half()},
+            {"ln.bias": torch.rand(4).bfloat16(), "gain": torch.tensor(2.0)},
+        ),
+        "expert-1": Parts(
+            replaced,
+            Head(Embedding(None, "mean", True), torch.randn(3, 4)),
+            values={name: torch.randn(count).half() for name, count in zeros.items()},
+        ),
+    }
+
+
+def assert_same(adapter: Adapter, sets: dict[str, Parts]) -> None:
+    assert adapter.sets == tuple(sorted(sets))
+    for name, parts in sets.items():
+        assert adapter.parts(name).masks == parts.masks
+        head = adapter.parts(name, stream=True).head
+        assert (head is None) == (parts.head is None)
+        if head is not None and parts.head is not None:
+            assert torch.equal(head.weight, parts.head.weight)
+            assert (head.bias is None) == (parts.head.bias is None)
+            assert head.embedding == parts.head.embedding
+        for role in ("statistics", "parameters", "values"):
+            found, given = getattr(adapter.parts(name, stream=True), role), getattr(parts, role)
+            assert found.keys() == given.keys()
+            for key, tensor in found.items():
+                assert torch.equal(tensor, given[key].float() if role == "statistics" else given[key])
+                assert tensor.dtype == (torch.float32 if role == "statistics" else given[key].dtype)
+                tensor.add_(1)  # a copy, not the file's bytes
+    assert adapter.verify()["mask_id"] is True
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed(Codec):
+    """Uses all that a codec may use: bits XOR (class above the median), XOR a setting, XOR the reference."""
+
+    id = "test-mixed"
+    needs_base = True
+    salt: int = 3
+
+    def _mask(self, side: Side) -> Bits:
+        assert side.classes is not None
+        mask = np.packbits(side.classes >= 128, bitorder="little")
+        whole = np.full(side.size, self.salt, np.uint8)
+        if side.count % 8:
+            whole[-1] &= (1 << side.count % 8) - 1
+        return mask ^ whole ^ (0 if side.reference is None else side.reference)
+
+    def encode(self, bits: Bits, side: Side) -> bytes:
+        return (bits ^ self._mask(side)).tobytes()
+
+    def decode(self, data: Bytes, side: Side) -> Bits:
+        found = side.checked(np.frombuffer(data, np.uint8))
+        return found ^ self._mask(side)
+
+    @classmethod
+    def candidates(cls, profile: Profile) -> list[Self]:
+        return [cls()] if profile == "max" else []
+
+    def config(self) -> dict[str, int]:
+        return {"salt": self.salt}
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "test-mixed" not in CODECS
+    monkeypatch.setitem(CODECS._classes, "test-mixed", Mixed)  # type: ignore[arg-type]

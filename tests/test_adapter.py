@@ -8,68 +8,23 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from bitarray import bitarray
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import inspect_adapter
-from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import save_adapter
-from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, CorruptAdapterError
-from maskpack.mask import MaskSet, PackedMask
+from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, join_file, random_masks, resnet50_shapes, split_file
+from .helpers_adapter import assert_same, base_of, full, join_file, random_masks, resnet50_shapes, split_file
 
 SHAPES = {"layer1.0.weight": (4, 3, 3, 3), "layer2.weight": (5, 7), "layer3.weight": ()}
 MASKS = random_masks(SHAPES)
 BASE = base_of(SHAPES)
 PREPROCESS = {"kind": "image", "mean": [0.485, 0.456, 0.406], "size": 224}
-
-
-def full() -> dict[str, Parts]:
-    """Two sets with all that a set may hold."""
-    generator = torch.Generator().manual_seed(0)
-    signs = bitarray("1010101", endian="little")
-    ternary = MaskSet({"a": PackedMask(bitarray("1100110", endian="little"), (7,), signs=signs).scaled()})
-    replaced = random_masks({"a": (7,), "b": (2, 3)}, 0.5, op="replace")
-    zeros = {name: len(mask.bits) - mask.kept for name, mask in replaced.items()}
-    return {
-        "default": Parts(
-            ternary,
-            Head(Embedding("fc"), torch.randn(3, 4, generator=generator), torch.zeros(3)),
-            {"bn.running_mean": torch.rand(4), "bn.running_var": torch.rand(4).half()},
-            {"ln.bias": torch.rand(4).bfloat16(), "gain": torch.tensor(2.0)},
-        ),
-        "expert-1": Parts(
-            replaced,
-            Head(Embedding(None, "mean", True), torch.randn(3, 4)),
-            values={name: torch.randn(count).half() for name, count in zeros.items()},
-        ),
-    }
-
-
-def assert_same(adapter: Adapter, sets: dict[str, Parts]) -> None:
-    assert adapter.sets == tuple(sorted(sets))
-    for name, parts in sets.items():
-        assert adapter.parts(name).masks == parts.masks
-        head = adapter.parts(name, stream=True).head
-        assert (head is None) == (parts.head is None)
-        if head is not None and parts.head is not None:
-            assert torch.equal(head.weight, parts.head.weight)
-            assert (head.bias is None) == (parts.head.bias is None)
-            assert head.embedding == parts.head.embedding
-        for role in ("statistics", "parameters", "values"):
-            found, given = getattr(adapter.parts(name, stream=True), role), getattr(parts, role)
-            assert found.keys() == given.keys()
-            for key, tensor in found.items():
-                assert torch.equal(tensor, given[key].float() if role == "statistics" else given[key])
-                assert tensor.dtype == (torch.float32 if role == "statistics" else given[key].dtype)
-                tensor.add_(1)  # a copy, not the file's bytes
-    assert adapter.verify()["mask_id"] is True
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:

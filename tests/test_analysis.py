@@ -49,7 +49,7 @@ from maskpack.training import TrainConfig, load_data
 from maskpack.training.data.base import Data, loader, readable
 
 from .conftest import TinyNet
-from .test_compare import FACTORY
+from .helpers_models import TINY_FACTORY as FACTORY
 
 CLASSES = 5
 PREPROCESS = ImagePreprocess(8, 8)

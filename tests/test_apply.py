@@ -14,57 +14,21 @@ from torch import nn
 
 from maskpack.adapter.content import About, Parts
 from maskpack.adapter.predict import predict
-from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import export_state
 from maskpack.backbone.model import Embedding, Head, same_size_int
-from maskpack.backbone.select import select_parameters
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.runtime.apply import applied, apply_masks, restore
+from maskpack.runtime.apply import applied, apply_parts, restore
 from maskpack.runtime.load import MaskpackWarning, load_adapter, load_mask, unload_mask
 from maskpack.safetensors_io import read_tensors
 
 from .conftest import TinyNet
+from .helpers_models import CLASSES, bits, make_adapter, random_masks, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CLASSES = ("a", "b", "c", "d", "e", "f", "g")
-
-
-def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: same_size_int(t.clone()) if t.is_floating_point() else t.clone() for n, t in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def random_masks(model: nn.Module, seed: int = 0, scale: bool = False, density: float = 0.7) -> MaskSet:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = dict(model.named_parameters())
-    names = [n for n in select_parameters(model) if not n.startswith("fc")]
-    return MaskSet.from_tensors(
-        {n: torch.rand(parameters[n].shape, generator=generator) < density for n in names}, scale=scale
-    )
-
-
-def make_adapter(path: Path, model: nn.Module, *, seed: int = 0, scale: bool = False, classes: int = 7) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    weight, bias = torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator)
-    head = Head(Embedding("fc"), weight, bias)
-    statistics = {
-        f"bn{i}.running_{what}": torch.rand(8 * i, generator=generator) for i in (1, 2) for what in ("mean", "var")
-    }
-    return save_adapter(
-        path,
-        Parts(random_masks(model, seed, scale), head, statistics),
-        fingerprint(model, id="tests:tiny", head=["fc"]),
-        task="image-classification",
-        class_names=CLASSES[:classes],
-        preprocess={"kind": "image", "size": 8, "resize": 8},
-    )
 
 
 def expected_weight(weight: torch.Tensor, mask: PackedMask) -> torch.Tensor:
@@ -143,7 +107,7 @@ def test_any_values_come_back_to_the_bit(weights: list[float], data: Any, dtype:
         other = PackedMask.from_tensor(torch.tensor(signs)[None]).bits
         mask = PackedMask(mask.bits, mask.shape, "zero", mask.alpha, other)
     replacement = {"weight": torch.full((drawn.count(False),), 7.0)}
-    apply_masks(model, [("weight", mask)], {"weight": (1, count)}, mask_id="x", values=replacement)
+    apply_parts(model, Parts(MaskSet({"weight": mask}), values=replacement))
     for now, was, keep, sign in zip(model.weight[0].tolist(), weights, drawn, signs, strict=True):
         cast = torch.tensor(was).to(dtype).item()
         if not keep:
@@ -275,13 +239,12 @@ def test_a_failure_midway_puts_everything_back(tiny: nn.Module) -> None:
         yield "conv1.weight", masks["conv1.weight"]
         raise CorruptAdapterError("flipped bit")
 
-    shapes = {n: m.shape for n, m in masks.items()}
     with pytest.raises(CorruptAdapterError, match="flipped bit"):
-        apply_masks(tiny, broken(), shapes, mask_id="x", restorable=False)
+        apply_parts(tiny, Parts(masks), masks=broken(), restorable=False)
     assert same(bits(tiny), before)
-    apply_masks(tiny, masks.items(), shapes, mask_id="x")
+    apply_parts(tiny, Parts(masks))
     with pytest.raises(StateError, match="this model has a mask already; call unload_mask"):
-        apply_masks(tiny, masks.items(), shapes, mask_id="x")
+        apply_parts(tiny, Parts(masks))
 
 
 def test_wrong_calls(tmp_path: Path, tiny: nn.Module) -> None:
@@ -384,7 +347,7 @@ def test_a_backward_pass_sees_that_weights_changed(contiguous: bool) -> None:
         model.weight.data = torch.randn(30, 20).t()
     mask = PackedMask.from_tensor(torch.rand(20, 30, generator=torch.Generator().manual_seed(0)) < 0.5)
     loss = model(torch.ones(2, 30, requires_grad=True)).sum()
-    apply_masks(model, [("weight", mask)], {"weight": (20, 30)}, mask_id="x")
+    apply_parts(model, Parts(MaskSet({"weight": mask})))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -409,7 +372,7 @@ def test_positions_from_decoding_give_what_the_bits_give(tmp_path: Path, codec: 
     assert next(iter(adapter.iter_masks()))[1].zeros is None
     assert adapter.parts().masks["weight"].zeros is None
     other = copy.deepcopy(model)
-    apply_masks(other, [("weight", mask)], {"weight": (300, 200)}, mask_id="x", values=given)
+    apply_parts(other, Parts(MaskSet({"weight": mask}), values=given))
     before = bits(model)
     load_mask(model, path)
     assert same(bits(model), bits(other))

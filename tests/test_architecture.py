@@ -149,6 +149,14 @@ def test_rules_of_a_file(path: Path) -> None:
             assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} & set(names)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.name)
+def test_what_tests_share_is_in_helpers(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], f"{path.name}: {names}"
+
+
 def test_error_tree() -> None:
     tree = tree_of(PACKAGE / "errors.py")
     drawn: dict[str, str] = {}

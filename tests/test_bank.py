@@ -20,40 +20,10 @@ from maskpack.backbone.model import Embedding, Head
 from maskpack.backbone.select import select_parameters
 from maskpack.errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
-from maskpack.runtime.apply import apply_masks, exchange, places, restore
+from maskpack.runtime.apply import apply_parts, exchange, places, restore
 from maskpack.runtime.load import MaskpackWarning
 
-from .test_apply import bits, make_adapter, random_masks, same
-
-KINDS = ("zero", "scaled", "flip", "replace", "ternary")
-
-
-def masks_of(model: nn.Module, kind: str, seed: int, density: float = 0.7) -> Parts:
-    """Masks of one kind on the body, with values where they replace."""
-    masks = random_masks(model, seed, scale=kind == "scaled", density=density)
-    if kind in ("flip", "replace"):
-        masks = MaskSet({name: PackedMask(mask.bits, mask.shape, kind) for name, mask in masks.items()})  # type: ignore[arg-type]
-    if kind == "ternary":
-        signs = random_masks(model, seed + 100)
-        masks = MaskSet({name: PackedMask(m.bits, m.shape, signs=signs[name].bits) for name, m in masks.items()})
-    values = {name: torch.randn(mask.bits.count(0)) for name, mask in masks.items()} if kind == "replace" else {}
-    return Parts(masks, values=values)
-
-
-def adapter_of(path: Path, model: nn.Module, kind: str, seed: int, head: int | None = None) -> Path:
-    """Write an adapter of a tiny net, with statistics for every other seed, and a head of `head` classes."""
-    parts = masks_of(model, kind, seed)
-    generator = torch.Generator().manual_seed(seed)
-    layer = None if head is None else Head(Embedding("fc"), torch.randn(head, 16, generator=generator))
-    if head == 5:
-        weight, bias = torch.randn(5, 16, generator=generator), torch.randn(5, generator=generator)
-        layer = Head(Embedding("fc"), weight, bias)
-    statistics = {"bn1.running_mean": torch.rand(8, generator=generator)} if seed % 2 else {}
-    whole = Parts(parts.masks, layer, statistics, {}, parts.values)
-    names = None if layer is None else tuple("abcdefg"[: layer.weight.shape[0]])
-    task = "image-classification" if layer is not None else "image-features"
-    save_adapter(path, whole, fingerprint(model, id="tests:tiny", head=["fc"]), task=task, class_names=names)
-    return path
+from .helpers_models import KINDS, adapter_of, bits, make_adapter, random_masks, same
 
 
 def loaded(base: nn.Module, path: Path) -> dict[str, torch.Tensor]:
@@ -168,7 +138,7 @@ def test_any_sequence_keeps_every_bit(model: str, data: st.DataObject) -> None:
             del known[name]
         fresh = copy.deepcopy(pristine)
         if bank.active is not None:
-            apply_masks(fresh, known[bank.active].items(), known[bank.active].shapes, mask_id="")
+            apply_parts(fresh, Parts(known[bank.active]))
         assert same(bits(base), bits(fresh)), action
     bank.close()
     assert same(bits(base), before)
@@ -530,7 +500,7 @@ def test_weights_of_eight_bits_change_their_sign() -> None:
     model = nn.Linear(4, 4, bias=False).to(torch.float8_e4m3fn)
     before = model.weight.detach().view(torch.uint8).clone()
     mask = PackedMask.from_tensor(torch.zeros(4, 4, dtype=torch.bool), op="flip")
-    apply_masks(model, [("weight", mask)], {"weight": (4, 4)}, mask_id="")
+    apply_parts(model, Parts(MaskSet({"weight": mask})))
     assert torch.equal(model.weight.detach().view(torch.uint8), before ^ 0x80)
     restore(model)
     assert torch.equal(model.weight.detach().view(torch.uint8), before)

@@ -1,6 +1,6 @@
 """The pages of benchmarks whose measuring takes hours: tables and pictures from results of a made-up run."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,15 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
-from benchmarks import method_pages, methods, runtime_pages
+from benchmarks import comparisons, measured, methods, runtime_pages
 from benchmarks.runtime_pages import LOADING, SWITCHING
+from maskpack.training import TrainConfig
+
+
+@pytest.fixture(autouse=True)
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials are recorded in a temporary folder."""
+    monkeypatch.setattr(measured, "FOLDER", tmp_path / "measured")
 
 
 def page(folder: Path, *marks: str) -> Path:
@@ -18,30 +25,53 @@ def page(folder: Path, *marks: str) -> Path:
     return path
 
 
-def line(accuracy: float, masks: int, **more: Any) -> dict[str, Any]:
-    sizes = {"head": 100, "masks": masks, "index": 50}
-    row = {"accuracy": accuracy, "deviation": 0.01, "bytes": masks + 150, "sizes": sizes, "rate": 0.02}
-    return {**row, "densities": [0.5, 0.7], **more}
+def record(
+    experiment: str,
+    name: str,
+    baseline: str,
+    accuracy: float,
+    masks: int,
+    share: float = 1.0,
+    rate: float | None = 0.02,
+) -> None:
+    """Record the trials of three seeds, and a search in which this rate is the best; knn and probe have one seed."""
+    about = {"comparison": name, "baseline": baseline, "labels_fraction": share}
+    rest = {
+        "trained": 9,
+        "bytes": masks + 150,
+        "steps": 3,
+        "labels": 5,
+        "seconds": 1.0,
+        "peak_memory": 1,
+        "controls": {},
+    }
+    for seed in (0, 1, 2):
+        found = {"accuracy": accuracy + 0.01 * (seed - 1), "sizes": {"head": 100, "masks": masks, "index": 50}, **rest}
+        measured.record(experiment, {**about, "search": False, "rate": rate, "seed": seed}, found)
+        if share == 1 and baseline in ("mask", "self-supervised"):
+            density = {"density": 0.5 + 0.1 * seed, "layers": {"a": 0.5, "b": 0.7}}
+            measured.record("densities", {"comparison": name, "baseline": baseline, "seed": seed}, density)
+    for tried in () if rate is None or share < 1 else (rate / 2, rate, 2 * rate):
+        found = {"accuracy": 0.9 - abs(tried - rate), "sizes": {}, **rest}
+        measured.record(experiment, {**about, "search": True, "rate": tried, "seed": 0}, found)
 
 
 def test_methods(tmp_path: Path) -> None:
-    marks = [f"{method_pages.MARK}: {name}" for name in ("methods", "selective", "bytes")]
+    marks = [f"{methods.MARK}: {name}" for name in ("methods", "selective", "bytes")]
     written = page(tmp_path, *marks)
-    method_pages.write_pages(tmp_path, written)
+    methods.write_pages(written)
     assert written.read_text().count("othing is finished yet") == 4
-    found = {
-        "sketch-naive": line(0.4, 900, rate=None),
-        "minilm-nm": line(0.8, 700),
-        "selective-random-0.1": line(0.7, 300),
-        "selective-all": line(0.9, 1000),
-        "bytes-mask": line(0.93, 2000),
-        "bytes-mask-80kB": line(0.92, 800),
-        "bytes-lora-4": line(0.91, 5000, densities=[]),
-    }
-    for name, content in found.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "line.json").write_text(json.dumps(content))
-    method_pages.write_pages(tmp_path, written)
+    record("methods", "sketch-naive", "mask", 0.4, 900, rate=None)
+    for name, accuracy, masks in (
+        ("minilm-nm", 0.8, 700),
+        ("selective-random-0.1", 0.7, 300),
+        ("selective-all", 0.9, 1000),
+        ("bytes-mask", 0.93, 2000),
+        ("bytes-mask-80kB", 0.92, 800),
+    ):
+        record("methods", name, "mask", accuracy, masks)
+    record("methods", "bytes-lora-4", "lora:4", 0.91, 5000)
+    methods.write_pages(written)
     text = written.read_text()
     for row in (
         "| naive | 40.0 ± 1.0 | 0.600 | 950 | - |",
@@ -65,24 +95,70 @@ def test_lines_name_what_there_is() -> None:
             assert not one.like or names.index(one.like) < names.index(name)
 
 
+def test_comparisons(tmp_path: Path) -> None:
+    names = ("few labels", "cascades", "tables", "ablations", "densities")
+    written = page(tmp_path, *(f"{comparisons.MARK}: {name}" for name in names))
+    comparisons.write_pages(written)
+    assert written.read_text().count("Nothing is finished yet") == 5
+    for share in (1.0, 0.1, 0.04, 0.01):
+        for baseline, accuracy in (("probe", 0.6), ("full", 0.9), ("mask", 0.8)):
+            record("comparisons", "cartoon", baseline, accuracy * share, 700, share)
+    record("comparisons", "cartoon", "self-supervised", 0.5, 90)
+    record("comparisons", "ablation-masked-all", "self-supervised", 0.4, 90)
+    row = {"embedding": "dispatcher", "whitened": True, "dimensions": 64, "passes": 1, "steps": 9, "bytes": 1000}
+    for seed in (0, 1):
+        measured.record("cascades", {"seed": seed}, {"rows": [{**row, "knn": 0.5 + 0.1 * seed, "probe": 0.6}]})
+    comparisons.write_pages(written)
+    text = written.read_text()
+    for row in (
+        "| cartoon | probe | 59.0 | 6.0 ± 1.0 | 2.4 ± 1.0 | 0.6 ± 1.0 |",  # without a seed where all labels are used
+        "| cartoon | mask | 80.0 ± 1.0 | 8.0 ± 1.0 | 3.2 ± 1.0 | 0.8 ± 1.0 |",
+        "| dispatcher, whitened | 64 | 55.0 ± 7.1 | 60.0 ± 0.0 | 1 | 9 | 1,000 |",
+        "**ResNet-20, cartoon**",
+        "| self-supervised: norm weights and biases masked too | 39.0 |",
+        "| cartoon | mask | 0.6000 | 0.500 | a |",
+    ):
+        assert row in text, row
+    assert (tmp_path / "few-labels-cartoon.svg").exists()
+
+
+def test_recorded_trials_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[dict[str, Any]] = []
+
+    def compare(*_: object, report: Callable[[dict[str, Any]], None], **options: Any) -> dict[str, Any]:
+        called.append(options)
+        for seed in options["seeds"]:
+            about = {"baseline": "mask", "search": False, "labels_fraction": 1.0, "rate": 0.1, "seed": seed}
+            report({"event": "trial", "settings": about, "result": {"accuracy": 0.5}, "folder": "gone"})
+        return {"settings": {"steps": 3}, "rows": []}
+
+    monkeypatch.setattr(comparisons, "compare", compare)
+    for _ in range(2):
+        comparisons.compared("comparisons", "x", {}, Path(), ["mask"], {"mask": [0.1]}, TrainConfig())
+    assert len(called) == 1
+    assert called[0]["rates"] == {"mask": [0.1]}
+    assert [one["seed"] for one in measured.trials("comparisons", comparison="x", rate=0.1)] == [0, 1, 2]
+    (settings,) = measured.trials("settings", experiment="comparisons")
+    assert settings["result"] == {"settings": {"steps": 3}}
+
+
 def test_runtime(tmp_path: Path) -> None:
-    measured = {
-        "model": "ResNet-50", "device": "CPU, 2 threads", "weights": 2_000_000, "density": 0.9,
+    found = {
+        "device": "CPU, 2 threads", "weights": 2_000_000, "density": 0.9,
         "model bytes": 8_000_000, "resident bytes": {"1": 1e6, "10": 2e6, "100": 9e6},
         "loading": {**dict.fromkeys(LOADING, 0.1), "load_mask": 0.3, "PEFT load and merge": 0.6,
                     "bytes": {"mask": 100_000, "full": 8_000_000, "lora": 400_000}},
         "switching": {**dict.fromkeys(SWITCHING, 0.2), "switch": 0.06, "switches": {}},
         "training": {"8": {"full": {"seconds": 1.0, "memory": 1e9}, "mask": {"seconds": 1.1, "memory": 1.2e9}}},
     }  # fmt: skip
-    (tmp_path / "ResNet-50-cpu.json").write_text(json.dumps(measured))
+    measured.record("runtime", {"model": "ResNet-50", "device": "cpu"}, found)
     rows = {
         "one-shot, 16": {"accuracy": 0.9, "none": 0.1, "passes": 4},
         "one-shot, an eleventh permutation": {"none": 0.8},
     }
-    runs = {"runs": [{"seed": 0, "accuracy": 0.95, "rows": rows}]}
-    (tmp_path / "identification.json").write_text(json.dumps(runs))
+    measured.record("identification", {"seed": 0}, {"accuracy": 0.95, "rows": rows})
     written = page(tmp_path, runtime_pages.MARK)
-    runtime_pages.write_pages(tmp_path, written)
+    runtime_pages.write_pages(written)
     text = written.read_text()
     ready = (100_000 * 8 / 1e8 + 0.3) / (8_000_000 * 8 / 1e8 + 0.1)
     for row in (

@@ -10,12 +10,12 @@ import torch
 from maskpack.backbone.fingerprint import fingerprint
 
 from .helpers_adapter import base_of, random_masks
-from .test_codec_contract import mixed as mixed
+from .helpers_adapter import mixed as mixed
 
 for library in ("brotli", "constriction", "lz4", "matplotlib", "snappy"):
     pytest.importorskip(library, reason="needs the extra `bench`")
 
-from benchmarks import codecs, compression, general, lora_sizes, report  # noqa: E402
+from benchmarks import codecs, compression  # noqa: E402
 from benchmarks.mask_sets import Case, binary_entropy  # noqa: E402
 
 SHAPES = {"a.weight": (64, 32, 3, 3), "b.weight": (40, 90), "c.bias": (17,)}
@@ -41,7 +41,7 @@ def test_sizes_of_a_case(case: Case) -> None:
 
 
 def test_every_figure_is_made_and_drawn(case: Case, tmp_path: Path) -> None:
-    sizes = general.Sizes(tmp_path / "sizes.json")
+    sizes = compression.Sizes(tmp_path / "sizes.json")
     row = codecs.measure(case, sizes)
     assert set(row["coded"]) >= {"fast", "default", "max", "raw", "zstd"} - set(row["refused"])
     assert row["coded"]["raw"]["bytes"] == 2304 + 450 + 3
@@ -49,14 +49,13 @@ def test_every_figure_is_made_and_drawn(case: Case, tmp_path: Path) -> None:
     assert row["coded"]["default"]["of_general"] == row["coded"]["default"]["bytes"] / row["best_general"]["bytes"]
     assert row["best_general"]["bytes"] == min(size for how in row["general"].values() for size in how.values())
     assert row["constriction"]["of_entropy"] == pytest.approx(1, abs=0.03)
-    again = general.Sizes(tmp_path / "sizes.json")
+    again = compression.Sizes(tmp_path / "sizes.json")
     assert again.known == sizes.known != {}
     measured = {"small": row, "small-drawn": {**row, "kind": "drawn"}}
-    found = report.summary(measured)
+    found = codecs.summarized(measured)
     assert found["trained"]["max"]["sum"] == pytest.approx(found["trained"]["max"]["geometric_mean"])
-    assert "| small |" in report.overview(measured, found)
-    assert "## small" in report.case("small", row)
-    report.plot(measured, tmp_path / "plot.png")
+    assert "| small | 22,049 |" in codecs.markdown(measured, found)
+    codecs.plot(measured, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
@@ -66,7 +65,7 @@ def test_a_codec_with_base_and_table_is_measured(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict(layers)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     case = Case("based", "trained", random_masks(shapes), fingerprint(model, id="timm/x"), model)
-    coded = codecs.measure(case, general.Sizes(tmp_path / "sizes.json"))["coded"]
+    coded = codecs.measure(case, compression.Sizes(tmp_path / "sizes.json"))["coded"]
     assert coded["test-mixed"]["with_base"]
     assert coded["test-mixed"]["chosen"] == {"test-mixed": 2}
     assert coded["test-mixed"]["table_bytes"] == 6
@@ -75,7 +74,7 @@ def test_a_codec_with_base_and_table_is_measured(tmp_path: Path) -> None:
 
 def test_range_coder_gives_back_its_bits() -> None:
     bits = np.packbits(np.random.default_rng(0).random(8000) < 0.95, bitorder="little")
-    coder = general.RangeCoder([(bits, 0.95), (np.zeros(9, np.uint8), 0.0)])
+    coder = compression.RangeCoder([(bits, 0.95), (np.zeros(9, np.uint8), 0.0)])
     (again,) = coder.decode(coder.encode())
     assert np.array_equal(again, bits)
 
@@ -85,11 +84,11 @@ def test_layouts_hold_what_their_names_say(tmp_path: Path) -> None:
     for name, (bits, lay) in compression.LAYOUTS.items():
         assert len(lay(mask)) == 1000 * bits, name
     assert "78.8x" in compression.derivation()
-    assert compression.reductions(bytes(1000), general.Sizes(tmp_path / "x"))["gzip"] > 90
+    assert compression.reductions(bytes(1000), compression.Sizes(tmp_path / "x"))["gzip"] > 90
 
 
 def test_break_even_rank() -> None:
-    for density in lora_sizes.DENSITIES:
-        rank = lora_sizes.break_even(4096, density)
-        assert math.isclose(2 * rank * 2 * 4096, lora_sizes.mask_bytes(4096, density))
-    assert lora_sizes.break_even(64, 0.5) == 2
+    for density in compression.DENSITIES:
+        rank = compression.break_even(4096, density)
+        assert math.isclose(2 * rank * 2 * 4096, compression.mask_bytes(4096, density))
+    assert compression.break_even(64, 0.5) == 2

@@ -25,7 +25,7 @@ from maskpack.runtime.load import MaskpackWarning
 
 from .conftest import TinyNet
 from .helpers_cascade import cascade_parts
-from .test_apply import bits, make_adapter, random_masks, same
+from .helpers_models import bits, make_adapter, random_masks, same
 
 EXPERTS = 3
 CLASSES = ("a", "b", "c", "d")

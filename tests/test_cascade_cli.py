@@ -15,10 +15,10 @@ from typer.testing import CliRunner, Result
 from maskpack import load_backbone, load_cascade
 from maskpack.adapter.read import read_adapter
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 DATA = ["--data", "digits:5-9", "--labels-fraction", "0.2"]
 TRAIN = [

@@ -17,8 +17,7 @@ from maskpack.training.cascade import CascadeResult, cascade_table, embed_all, f
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import fit_probe, knn_accuracy
 
-from .test_apply import bits, same
-from .test_cascade_training import QUICK, tiny_net
+from .helpers_models import QUICK, bits, same, tiny_net
 
 EXPERTS, D = 2, 16
 

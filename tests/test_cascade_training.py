@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from maskpack import save_adapter
-from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, TrainingError
 from maskpack.mask import mask_id
-from maskpack.preprocess import ImagePreprocess
 from maskpack.runtime.cascade import LoadedCascade, load_cascade
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.cascade import (
@@ -33,10 +31,8 @@ from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import embed
 
-from .conftest import TinyNet
-from .test_apply import bits, same
+from .helpers_models import QUICK, StopHere, bits, same, tiny_net
 
-QUICK = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", lr=20.0, scale=True, augment="none")
 EXPERTS = 2
 SETS = ("dispatcher", "expert-0", "expert-1")
 
@@ -44,14 +40,6 @@ SETS = ("dispatcher", "expert-0", "expert-1")
 @pytest.fixture(scope="module")
 def digits() -> Data:
     return load_data("digits:5-9", labels_fraction=0.15)
-
-
-def tiny_net() -> Backbone:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = TinyNet()
-        model(torch.randn(32, 3, 8, 8))
-    return Backbone(model.eval(), "tests:tiny", embedding=Embedding("fc"), preprocess=ImagePreprocess(8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +70,7 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
     for name, size in zip(SETS[1:], sizes, strict=True):
         epochs = round(count / size * QUICK.epochs)
         assert about["steps"][name] == epochs * (size // QUICK.batch_size)
-        assert load_checkpoint(folder / name / FILE)[2]["epoch"] == epochs
+        assert load_checkpoint(folder / name / FILE)[1]["epoch"] == epochs
     assert about["steps"]["dispatcher"] == QUICK.epochs * (count // QUICK.batch_size)
     assert [event["part"] for event in events if event["event"] == "end"] == list(SETS)
     densities = [one.masks.density for one in result.parts.values()]
@@ -94,8 +82,8 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
 
 def test_experts_start_as_the_dispatcher_on_their_rows(trained: Any) -> None:
     folder, result, _ = trained
-    start = load_checkpoint(folder / "expert-0" / FILE)[2]["run"]["start"]
-    assert start == load_checkpoint(folder / "expert-1" / FILE)[2]["run"]["start"] is not None
+    start = load_checkpoint(folder / "expert-0" / FILE)[1]["run"]["start"]
+    assert start == load_checkpoint(folder / "expert-1" / FILE)[1]["run"]["start"] is not None
     masks = {name: one.masks for name, one in result.parts.items()}
     for name in SETS[1:]:
         changed = sum((masks[name][key].bits ^ masks["dispatcher"][key].bits).count() for key in masks[name])
@@ -115,10 +103,6 @@ def test_what_is_stored_routes_as_training_did(trained: Any, digits: Data, tmp_p
     assert np.array(clusters["points"]).shape == (len(digits.train), 2)
     assert np.array(clusters["points"]).std(0) == pytest.approx([1, 1], abs=0.02)
     assert same(bits(backbone.model), before)
-
-
-class StopHere(Exception):  # noqa: N818
-    pass
 
 
 @pytest.mark.parametrize("stop", [("dispatcher", "end"), ("expert-1", "epoch")])
@@ -201,7 +185,7 @@ def test_rows_that_cannot_be_read_belong_to_no_cluster(digits: Data, tmp_path: P
     assert not torch.allclose(router.means, fit_router(x, 2, seed=0)[0].means, atol=1e-3), "else the test shows little"
     assert router.route(x).tolist() == chosen
     for k in range(2):
-        run = load_checkpoint(tmp_path / f"expert-{k}" / FILE)[2]["run"]
+        run = load_checkpoint(tmp_path / f"expert-{k}" / FILE)[1]["run"]
         assert run["data"][1] == chosen.count(k)
 
 

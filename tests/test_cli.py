@@ -30,13 +30,10 @@ from maskpack.importers.base import IMPORTERS, Found
 from maskpack.mask import PackedMask
 from maskpack.safetensors_io import read_tensors
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-
-FACTORY = Path(__file__).parent.parent / "cli/maskpack_cli/digits_backbone.py"
-BACKBONE = ["--backbone", f"{FACTORY}:digits_cnn", "--random-weights", "0"]
-TRAIN = ["train", *BACKBONE, "--data", "digits:5-9", "--optimizer", "sgd", "--epochs", "1", "--labels-fraction", "0.3"]
+from .helpers_cli import BACKBONE, FACTORY, TRAIN
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 def run(*arguments: object) -> Result:

@@ -7,10 +7,10 @@ import pytest
 from maskpack_cli.main import app
 from typer.testing import CliRunner, Result
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import HubServer
+from .helpers_hub import CONFIG, MODEL, contents, read_folder, write_adapter
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import HubServer
 
 
 def pull(*arguments: object) -> Result:

@@ -21,29 +21,13 @@ from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess, preprocess_to_json
 from maskpack.runtime.load import load_mask, unload_mask
 
+from .helpers_models import TOWER, VISION
+from .helpers_models import clip as clip
+
 transformers = pytest.importorskip("transformers")
 
 LABELS = ("cat", "dog", "apple pie")
 TEMPLATE = "This is a photo of a {label}"
-LETTERS = [*string.ascii_lowercase, *(c + "</w>" for c in string.ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
-TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-VISION = {**TOWER, "image_size": 16, "patch_size": 8, "projection_dim": 12}
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP model with random weights and a tokenizer of letters, as `save_pretrained` writes them."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    text = {**TOWER, "vocab_size": 54, "max_position_embeddings": 48}
-    text |= {"bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=12)
-        transformers.CLIPModel(config).save_pretrained(folder)
-    transformers.CLIPTokenizer(vocab={piece: i for i, piece in enumerate(LETTERS)}, merges=[]).save_pretrained(folder)
-    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
-    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,44 +19,8 @@ from maskpack.codecs.choose import smallest
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
 from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, random_masks, split_file, with_header
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed(Codec):
-    """Uses all that a codec may use: bits XOR (class above the median), XOR a setting, XOR the reference."""
-
-    id = "test-mixed"
-    needs_base = True
-    salt: int = 3
-
-    def _mask(self, side: Side) -> Bits:
-        assert side.classes is not None
-        mask = np.packbits(side.classes >= 128, bitorder="little")
-        whole = np.full(side.size, self.salt, np.uint8)
-        if side.count % 8:
-            whole[-1] &= (1 << side.count % 8) - 1
-        return mask ^ whole ^ (0 if side.reference is None else side.reference)
-
-    def encode(self, bits: Bits, side: Side) -> bytes:
-        return (bits ^ self._mask(side)).tobytes()
-
-    def decode(self, data: Bytes, side: Side) -> Bits:
-        found = side.checked(np.frombuffer(data, np.uint8))
-        return found ^ self._mask(side)
-
-    @classmethod
-    def candidates(cls, profile: Profile) -> list[Self]:
-        return [cls()] if profile == "max" else []
-
-    def config(self) -> dict[str, int]:
-        return {"salt": self.salt}
-
-
-@pytest.fixture
-def mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "test-mixed" not in CODECS
-    monkeypatch.setitem(CODECS._classes, "test-mixed", Mixed)  # type: ignore[arg-type]
+from .helpers_adapter import Mixed, base_of, random_masks, split_file, with_header
+from .helpers_adapter import mixed as mixed
 
 
 @pytest.mark.usefixtures("mixed")

@@ -19,9 +19,9 @@ from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.backbone.load import export_state
 from maskpack.backbone.model import Embedding, Head
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 SELECT = ("conv1.weight", "conv2.weight")
 PREPROCESS = {"kind": "image", "size": 8, "resize": 8}

@@ -35,7 +35,6 @@ from maskpack.errors import (
 from maskpack.lab import compare
 from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
-from maskpack.lab.store import claim
 from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
 from maskpack.training import TrainConfig
 from maskpack.training.batchnorm import recalibrate
@@ -43,20 +42,10 @@ from maskpack.training.data.base import loader, readable
 from maskpack.training.data.load import load_data
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.features import measure_features
-from maskpack.training.run_folder import write_json
+from maskpack.training.run_folder import claim, write_json
 
-FACTORY = """
-from torch import nn
+from .helpers_models import TINY_FACTORY
 
-def tiny():
-    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1, bias=False))
-    model = nn.Sequential(body, nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-    model.pretrained_cfg = {"input_size": (3, 8, 8)}
-    return model
-
-def bare():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-"""  # noqa: E501
 FEATURES, CLASSES = 16, 5
 HEAD = CLASSES * (FEATURES + 1)
 BODY = 8 * 27 + 8 + 2 * 8 + 16 * 72 + 2 * 16
@@ -71,7 +60,7 @@ QUICK = TrainConfig(
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("factory") / "nets.py"
-    path.write_text(FACTORY)
+    path.write_text(TINY_FACTORY)
     return {"reference": f"{path}:tiny", "random_weights": 0, "image_size": 8}
 
 

@@ -18,9 +18,7 @@ from maskpack.codecs.base import CODECS
 from maskpack.errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownNameError
 from maskpack.mask import MaskSet
 
-from .helpers_adapter import base_of, random_masks, with_payload
-from .test_adapter import assert_same, full
-from .test_codec_contract import Mixed
+from .helpers_adapter import Mixed, assert_same, base_of, full, random_masks, with_payload
 
 ABOUT: dict[str, Any] = {
     "task": "image-classification",

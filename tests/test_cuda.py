@@ -20,9 +20,8 @@ from maskpack.training import attach_scores, extract_masks
 from maskpack.training.scores import scored_weights
 
 from .conftest import TinyNet
-from .test_apply import bits, same
-from .test_bank import KINDS, adapter_of
-from .test_cli import BACKBONE, TRAIN
+from .helpers_cli import BACKBONE, TRAIN
+from .helpers_models import KINDS, adapter_of, bits, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

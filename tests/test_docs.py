@@ -32,13 +32,15 @@ from maskpack.training.data.base import SOURCES
 from maskpack.training.methods.base import METHODS
 from maskpack.training.objectives.base import OBJECTIVES
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .signing import write_key
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_signing import write_key
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted(
+    [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *(ROOT / "docs").glob("*.md")]
+)
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(
     r"^(?:<!-- (?P<skip>not run): [^\n]+ -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE

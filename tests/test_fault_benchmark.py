@@ -9,15 +9,15 @@ from benchmarks.fault_client import answer
 from benchmarks.fault_flows import FLOWS, Client, Run, adapter, without_card
 from benchmarks.fault_matrix import markdown
 from benchmarks.faults import steps_of
-from benchmarks.pages import write_between
+from benchmarks.report import write_between
 from benchmarks.training_kills import markdown as killed_table
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CARD, CONFIG, MODEL, saved, write_adapter
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub import CARD, CONFIG, MODEL, saved, write_adapter
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 class Told:
@@ -150,7 +150,7 @@ def test_table_of_killed_trainings() -> None:
     kill = {"run": "adam", "signal": "SIGKILL", "status": -9, "step": 4, "middle": True, "wrong": ""}
     other = {**kill, "signal": "SIGINT", "status": 1, "step": 0, "middle": False, "wrong": "status or traceback"}
     runs = [{"run": "adam", "kills": 3, "wrong": ""}, {"run": "budget", "kills": 1, "wrong": "adapter"}]
-    lines = killed_table({"kills": [kill, {**kill, "middle": False}, other], "runs": runs}).splitlines()
+    lines = killed_table([kill, {**kill, "middle": False}, other, *runs]).splitlines()
     assert [line for line in lines if line.startswith("| SIG")] == [
         "| SIGKILL | 2 | 2 | 1 | 0 |",
         "| SIGTERM | 0 | 0 | 0 | 0 |",

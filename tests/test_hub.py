@@ -14,11 +14,11 @@ from maskpack.hub.cache import CachedAdapter, cached_adapters
 from maskpack.hub.pull import PulledAdapter, pull
 from maskpack.hub.push import PushedAdapter, push
 
-from .hub_adapters import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, with_record, write_adapter
-from .hub_fixtures import hub as hub
-from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
-from .hub_fixtures import waits as waits
-from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
+from .helpers_hub import CARD, CLASSES, CONFIG, MODEL, NAMES, contents, read_folder, with_record, write_adapter
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import pytest_generate_tests as pytest_generate_tests
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_what_is_pushed_is_pulled(hub: HubServer, adapter: Path) -> None:
     files = read_folder(pulled.path)
     assert set(files) == set(NAMES)
     assert {name: files[name] for name in (MODEL, CONFIG)} == contents()
-    assert read_adapter(pulled.path).header.class_names == CLASSES
+    assert read_adapter(pulled.path).about.class_names == CLASSES
     assert files[CARD].startswith(b'---\nlibrary_name: "maskpack"\n')
     assert b"# alice/birds\n" in files[CARD]
     assert hub.repositories["alice/birds"].tags(pushed.commit or "")[0] == "maskpack"

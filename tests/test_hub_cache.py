@@ -17,14 +17,14 @@ from maskpack.errors import MaskpackError
 from maskpack.hub.cache import RepositoryCache
 from maskpack.hub.pull import pull
 
-from .hub_adapters import MODEL, contents, read_folder
-from .hub_fixtures import BIRDS, CONTENT
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
-from .hub_fixtures import waits as waits
-from .hub_server import HubServer
+from .helpers_hub import MODEL, contents, read_folder
+from .helpers_hub_fixtures import BIRDS, CONTENT
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import pytest_generate_tests as pytest_generate_tests
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import HubServer
 
 
 def _socket(path: Path) -> None:

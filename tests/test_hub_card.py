@@ -10,11 +10,11 @@ from maskpack.errors import AdapterError, ConfigError, DataError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
-from .hub_fixtures import BIRDS
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from .helpers_hub_fixtures import BIRDS
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ from maskpack.errors import AdapterError, CorruptAdapterError, HubError, HubUnre
 from maskpack.hub import reference as folder_module
 from maskpack.hub.pull import pull
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, size
-from .hub_fixtures import BIRDS, CONTENT, NoWaiting
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
-from .hub_fixtures import waits as waits
-from .hub_server import HubServer
+from .helpers_hub import CONFIG, MODEL, contents, read_folder, size
+from .helpers_hub_fixtures import BIRDS, CONTENT, NoWaiting
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import pytest_generate_tests as pytest_generate_tests
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import HubServer
 
 
 def sent_contents(server: HubServer) -> list[str]:

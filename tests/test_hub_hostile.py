@@ -13,14 +13,14 @@ from maskpack.errors import AdapterError, HubError, MaskpackError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
-from .hub_fixtures import BIRDS, CONTENT
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer, lies
+from .helpers_hub import CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
+from .helpers_hub_fixtures import BIRDS, CONTENT
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import pytest_generate_tests as pytest_generate_tests
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer, lies
 
 LISTING = "/(paths-info|tree)/"
 

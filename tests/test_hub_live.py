@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants, get_token
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, write_adapter
+from .helpers_hub import CONFIG, MODEL, contents, read_folder, write_adapter
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("MASKPACK_HUB_LIVE") != "1", reason="contacts the real Hub: make hub-live"),

@@ -8,7 +8,7 @@ from maskpack.errors import AdapterError, CorruptAdapterError, StateError
 from maskpack.hub.pull import PulledAdapter, pull
 from maskpack.hub.push import PushedAdapter, push
 
-from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
+from .helpers_hub import CARD, CONFIG, MODEL, NAMES, contents, read_folder, write_adapter
 
 
 @pytest.fixture

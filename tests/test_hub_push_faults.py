@@ -9,14 +9,14 @@ from maskpack.errors import HubError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, write_adapter
-from .hub_fixtures import BIRDS, CONTENT
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import pytest_generate_tests as pytest_generate_tests
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
+from .helpers_hub import CARD, CONFIG, MODEL, contents, read_folder, write_adapter
+from .helpers_hub_fixtures import BIRDS, CONTENT
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import pytest_generate_tests as pytest_generate_tests
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 @pytest.mark.parametrize("kind", ["lost", "status", "drop"])

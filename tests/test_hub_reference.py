@@ -7,7 +7,7 @@ import pytest
 from maskpack.errors import AdapterError, ConfigError
 from maskpack.hub.reference import Reference, parse_reference
 
-from .hub_adapters import write_adapter
+from .helpers_hub import write_adapter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

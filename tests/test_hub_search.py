@@ -17,11 +17,11 @@ from maskpack.hub.push import push
 from maskpack.hub.search import FoundAdapter
 
 from .helpers_adapter import base_of, random_masks
-from .hub_adapters import CARD
-from .hub_fixtures import NoWaiting
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import STRANGER_TOKEN, WRITE_TOKEN, HubServer
+from .helpers_hub import CARD
+from .helpers_hub_fixtures import NoWaiting
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
 FACTORY = Path(__file__).parent.parent / "cli/maskpack_cli/digits_backbone.py"
 BACKBONE = f"{FACTORY}:digits_cnn"

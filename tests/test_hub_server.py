@@ -17,10 +17,10 @@ from huggingface_hub.utils import _http
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from .hub_fixtures import TRANSPORTS
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
+from .helpers_hub_fixtures import TRANSPORTS
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
 
 BOTH = pytest.mark.parametrize("hub", TRANSPORTS, indirect=True)
 CARD = b"---\nlibrary_name: maskpack\nbase_model: timm/resnet18\nbase_model_relation: adapter\n---\n# Birds\n"

@@ -17,14 +17,14 @@ from maskpack.hub.client import Session
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 
-from .hub_adapters import CARD, CONFIG, MODEL, NAMES, contents, read_folder, saved, write_adapter
-from .hub_fixtures import BIRDS, NoWaiting
-from .hub_fixtures import adapter as adapter
-from .hub_fixtures import birds as birds
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .signing import SIGNATURE, write_key
+from .helpers_hub import CARD, CONFIG, MODEL, NAMES, contents, read_folder, saved, write_adapter
+from .helpers_hub_fixtures import BIRDS, NoWaiting
+from .helpers_hub_fixtures import adapter as adapter
+from .helpers_hub_fixtures import birds as birds
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_signing import SIGNATURE, write_key
 
 pytestmark = pytest.mark.transport("lfs")
 

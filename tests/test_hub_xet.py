@@ -13,10 +13,10 @@ import huggingface_hub.constants as constants
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
-from .hub_server.chunks import GROUPED_LZ4, LZ4, PLAIN
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer
+from .helpers_hub_server.chunks import GROUPED_LZ4, LZ4, PLAIN
 
 XET = pytest.mark.parametrize("hub", ["xet"], indirect=True)
 FLOATS = b"".join(struct.pack("<f", random.Random(seed).gauss(0, 1)) for seed in range(30_000)) + b"abc"

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from maskpack import MaskBank, identify
 from maskpack.adapter.content import Parts
+from maskpack.backbone.classifier import classifier_from
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import MaskSet, PackedMask
+from maskpack.runtime.apply import masked
 from maskpack.runtime.identify import entropies, mixture, profiles, superposition
 from maskpack.training import attach_scores, extract_masks
 
-from .test_apply import bits, random_masks, same
+from .helpers_models import bits, random_masks, same
 
 TASKS, CLASSES = 4, 3
 
@@ -177,3 +179,20 @@ def test_what_cannot_be_asked(bank: MaskBank, tiny: nn.Module) -> None:
     heads = {name: Head(Embedding("fc"), torch.randn(2 + i, 16)) for i, name in enumerate("ab")}
     with pytest.raises(ConfigError, match="those of 'a', 'b' have not one shape; choose others, or how='each'"):
         superposition(tiny, {name: Parts(random_masks(tiny), head) for name, head in heads.items()})
+
+
+def test_texts_with_heads_behind_an_encoder() -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    before = bits(model)
+    inputs = {"input_ids": torch.randint(40, (3, 5)), "attention_mask": torch.ones(3, 5, dtype=torch.long)}
+    embedding = Embedding(pooling="mean")
+    parts = {name: Parts(random_masks(model, i), Head(embedding, torch.randn(3, 16))) for i, name in enumerate("ab")}
+    one = superposition(model, parts)
+    with torch.no_grad(), masked(model, parts["b"]):
+        wanted = classifier_from(model, parts["b"].head)(inputs)  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(one.logits(inputs, one.added(torch.tensor([0.0, 1.0]))), wanted)
+    assert same(bits(model), before)

@@ -23,13 +23,13 @@ from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 from maskpack.network import UnreachableError
 
-from .hub_adapters import CONFIG, MODEL, contents, read_folder, saved, write_adapter
-from .hub_fixtures import BIRDS, NoWaiting
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .signing import SIGNATURE, write_key
-from .sigstore_servers import ALICE, Sigstore, token
+from .helpers_hub import CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from .helpers_hub_fixtures import BIRDS, NoWaiting
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_signing import SIGNATURE, write_key
+from .helpers_sigstore import ALICE, Sigstore, token
 
 pytestmark = pytest.mark.transport("lfs")
 BUNDLE = "maskpack_model.sigstore.json"
@@ -316,6 +316,22 @@ def test_on_the_hub(hub: HubServer, servers: Sigstore, tmp_path: Path, waits: No
     hub.add("mallory/birds", {name: hub.file(BIRDS, name, first) for name in (MODEL, CONFIG, BUNDLE)})
     with pytest.raises(SignatureError, match=f"signed for {BIRDS}"):
         pull("mallory/birds", require_signature=ALICE)
+
+
+def test_pushed_beside_the_signature_of_a_key(hub: HubServer, tmp_path: Path) -> None:
+    private, public = write_key(tmp_path, "key")
+    folder = write_adapter(tmp_path / "adapter")
+    sign_adapter(folder, private, counter=9)
+    assert {SIGNATURE, BUNDLE} <= push(folder, BIRDS, sign="sigstore", token=WRITE_TOKEN).files.keys()
+    for who in (ALICE, str(public)):  # each has its own counter
+        assert pull(BIRDS, require_signature=who).signed_by
+    write_adapter(folder, contents(1))
+    (folder / SIGNATURE).unlink()
+    with pytest.raises(SignatureError, match=f"has no {SIGNATURE}"):
+        push(folder, BIRDS, sign="sigstore", token=WRITE_TOKEN)
+    push(folder, BIRDS, sign=[private, "sigstore"], token=WRITE_TOKEN)
+    for who in (ALICE, str(public)):
+        assert pull(BIRDS, require_signature=who).signed_by
 
 
 def test_bundle_of_the_folder_goes_with_it(hub: HubServer, adapter: Path) -> None:

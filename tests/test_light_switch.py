@@ -1,6 +1,5 @@
 """The benchmark of gated tasks: its tasks, a short run of each kind, and the page that it writes."""
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,8 @@ import torch
 
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
-from benchmarks import light_switch
-from benchmarks.light_switch import EXPERIMENTS, Row, train
-from benchmarks.light_switch_pages import MARK, write_pages
+from benchmarks import light_switch, measured
+from benchmarks.light_switch import EXPERIMENTS, MARK, Learner, train, write_pages
 from benchmarks.light_switch_tasks import COLOURS, LeNet, coloured, linear, sinusoids
 
 
@@ -47,29 +45,35 @@ def test_targets_are_those_of_the_masks() -> None:
 
 
 def test_runs_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {"gated, adam": Row("gated", r1=1e-4), "separate, adam": Row("separate"), "shared, adam": Row("shared")}
-    short = {"linear": replace(EXPERIMENTS["linear"], rows=rows, steps=40, every=20)}
-    gated = {"gated": Row("gated")}
+    learners = {
+        "gated, adam": Learner("gated", r1=1e-4),
+        "separate, adam": Learner("separate"),
+        "shared, adam": Learner("shared"),
+    }
+    short = {"linear": replace(EXPERIMENTS["linear"], learners=learners, steps=40, every=20)}
+    gated = {"gated": Learner("gated")}
+    monkeypatch.setattr(light_switch, "SEEDS", (0, 1))
+    monkeypatch.setattr(measured, "FOLDER", tmp_path / "measured")
     short["sinusoid"] = replace(
-        EXPERIMENTS["sinusoid"], problems={"": partial(sinusoids, count=2)}, rows=gated, steps=20, every=20
+        EXPERIMENTS["sinusoid"], problems={"": partial(sinusoids, count=2)}, learners=gated, steps=20, every=20
     )
     for name, experiment in short.items():
         monkeypatch.setitem(light_switch.EXPERIMENTS, name, experiment)
-        light_switch.run(name, (0, 1), tmp_path / "measured")
+        light_switch.run(name)
     assert len(capsys.readouterr().out.splitlines()) == 8
-    light_switch.run("linear", (0, 1), tmp_path / "measured")
-    assert capsys.readouterr().out == "", "what is there is not run again"
-    found = json.loads((tmp_path / "measured/linear.json").read_text())["rows"]
-    first = {row["row"]: row for row in found if row["seed"] == 0}
+    light_switch.run("linear")
+    assert capsys.readouterr().out == "", "what is recorded is not run again"
+    found = measured.trials("light-switch", experiment="linear", seed=0, steps=40)
+    first = {one["learner"]: one["result"] for one in found}
     assert [point[0] for point in first["gated, adam"]["curve"]] == [20, 40]
     assert first["gated, adam"]["curve"][-1][1] == pytest.approx(first["gated, adam"]["final"])
     assert first["gated, adam"]["from_weights"] > 0
     assert "hardened" not in first["shared, adam"]
-    again = train(short["linear"], rows["gated, adam"], 0)
+    again = train(short["linear"], learners["gated, adam"], 0)
     assert again["per_task"] == first["gated, adam"]["per_task"]
     page = tmp_path / "page.md"
     page.write_text(f"a\n<!-- begin: {MARK} -->\n<!-- end: {MARK} -->\nb\n")
-    write_pages(tmp_path / "measured", page)
+    write_pages(page)
     text = page.read_text()
     assert "| gated, adam |" in text
     assert "2 seeds, mean ± sample deviation." in text
@@ -82,5 +86,5 @@ def test_runs_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_four_times_the_tasks_is_faster() -> None:
     """As published: with the rates of the weights gates are slow, with 4T times them they are not."""
     short = replace(EXPERIMENTS["linear"], steps=250, every=250)
-    slow, quick = (train(short, Row("gated", factor=factor), 0)["final"] for factor in (1.0, None))
+    slow, quick = (train(short, Learner("gated", factor=factor), 0)["final"] for factor in (1.0, None))
     assert quick < 0.5 * slow

@@ -19,10 +19,10 @@ from maskpack.training.config import TrainConfig
 from maskpack.training.data.load import load_data
 from maskpack.training.trainer import train_mask
 
-from .hub_fixtures import hub as hub
-from .hub_fixtures import waits as waits
-from .hub_server import WRITE_TOKEN, HubServer
-from .test_apply import bits, same
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_models import bits, same
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from maskpack.adapter.content import Parts
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import PackedMask
-from maskpack.runtime.apply import apply_masks, restore
+from maskpack.runtime.apply import apply_parts, restore
 from maskpack.training import attach_scores, extract_masks
 from maskpack.training.methods.base import METHODS, Method, State, alpha, build_method
 from maskpack.training.methods.topk import greatest
@@ -100,7 +101,7 @@ def test_the_adapter_computes_what_evaluation_computed(cls: type[Method], scale:
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
-    apply_masks(model, masks.items(), masks.shapes, mask_id="one", values=values, dense={})
+    apply_parts(model, Parts(masks, values=values))
     with torch.no_grad():
         assert torch.equal(model(x), expected)
     restore(model)

@@ -15,7 +15,7 @@ from maskpack.training import attach_scores, extract_masks
 from maskpack.training.methods.base import METHODS, Method, build_method
 from maskpack.training.scores import ScoredWeight
 
-from .test_apply import bits, same
+from .helpers_models import bits, same
 
 STEPS = 3
 

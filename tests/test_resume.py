@@ -14,38 +14,35 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskpack.adapter.content import Parts
-from maskpack.backbone.load import Backbone
-from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, StateError, StoppedError
 from maskpack.lab.comparison import compare
-from maskpack.preprocess import ImagePreprocess
 from maskpack.training.cascade import train_cascade
 from maskpack.training.checkpoint import FILE, load_checkpoint
-from maskpack.training.config import JointConfig, TrainConfig, learning_rate
+from maskpack.training.config import JointConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
 from maskpack.training.joint import Task, train_jointly
+from maskpack.training.loop import Position, Run
 from maskpack.training.multitask import train_tasks
-from maskpack.training.run_folder import LOCK, Keeper, Position, locked, parse_every
+from maskpack.training.run_folder import LOCK, locked, parse_every
 from maskpack.training.trainer import TrainResult, train_mask
 from maskpack.training.transfer import train_transfer
 
-from .conftest import TinyNet
+from .helpers_models import QUICK_CROPS, dropout_net
 
 ROOT = Path(__file__).parent.parent
-QUICK = TrainConfig(epochs=2, batch_size=16, lr=0.2, augment="crop-flip", clip=1.0)  # 8 steps an epoch
 VIEWS = {"prototypes": 8, "dimension": 8, "small_crops": 1, "queue": 16, "queue_start": 0.0, "freeze_prototypes": 3}
 CASES = {
-    "adam": QUICK,
-    "accumulated": replace(QUICK, accumulate=3, batch_size=8),
-    "sgd": replace(QUICK, optimizer="sgd", lr=20.0, scale=True, steps=13, train=("1.weight", "1.bias")),
-    "queue": replace(QUICK, objective="swav", objective_options=VIEWS),
-    "budget": replace(QUICK, bytes_budget=60),
-    "drawn": replace(QUICK, method="gumbel", lr=0.5),
-    "outputs": replace(QUICK, objective="distribution", bn="freeze", lr=0.15),
+    "adam": QUICK_CROPS,
+    "accumulated": replace(QUICK_CROPS, accumulate=3, batch_size=8),
+    "sgd": replace(QUICK_CROPS, optimizer="sgd", lr=20.0, scale=True, steps=13, train=("1.weight", "1.bias")),
+    "queue": replace(QUICK_CROPS, objective="swav", objective_options=VIEWS),
+    "budget": replace(QUICK_CROPS, bytes_budget=60),
+    "drawn": replace(QUICK_CROPS, method="gumbel", lr=0.5),
+    "outputs": replace(QUICK_CROPS, objective="distribution", bn="freeze", lr=0.15),
 }
 
 
@@ -58,26 +55,17 @@ def digits() -> Data:
     return load_data("digits:5-9", labels_fraction=0.2, validation_fraction=0.1)
 
 
-def net() -> Backbone:
-    """A small network with dropout and BatchNorm."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
-                              nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    return Backbone(model.eval(), "tests:dropout", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
-
-
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the runs that follow fail after this step, as if they were killed; 0: none."""
 
-    def after_step(self: Keeper, at: Position) -> None:
+    def after_step(self: Run, at: Position) -> None:
         usual(self, at)
         if at.step == step:
             raise StopHere
 
     monkeypatch.undo()
-    usual = Keeper.after_step
-    monkeypatch.setattr(Keeper, "after_step", after_step)
+    usual = Run.after_step
+    monkeypatch.setattr(Run, "after_step", after_step)
 
 
 def same(one: TrainResult, other: TrainResult) -> None:
@@ -107,7 +95,7 @@ def test_any_step_may_be_the_last_before_a_kill(
     data = digits if config.objective == "supervised" else replace(digits, class_names=(), validation=None, test=None)
 
     def run(name: str, resume: bool = False) -> TrainResult:
-        return train_mask(net(), data, config, output=tmp_path / name, resume=resume, checkpoint_every="2steps")
+        return train_mask(dropout_net(), data, config, output=tmp_path / name, resume=resume, checkpoint_every="2steps")
 
     whole = run("whole")
     assert whole.parts.masks.density < 1
@@ -118,13 +106,13 @@ def test_any_step_may_be_the_last_before_a_kill(
             run("cut", resume)
         torch.manual_seed(step)
         resume = True
-        assert load_checkpoint(tmp_path / "cut" / FILE)[2]["step"] == step // 2 * 2
+        assert load_checkpoint(tmp_path / "cut" / FILE)[1]["step"] == step // 2 * 2
     monkeypatch.undo()
     same(run("cut", resume), whole)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     one, other = (load_checkpoint(tmp_path / name / FILE) for name in ("cut", "whole"))
     assert all(torch.equal(one[0][name], tensor) for name, tensor in other[0].items())
-    assert {**one[2], "log": 0} == {**other[2], "log": 0}
+    assert {**one[1], "log": 0} == {**other[1], "log": 0}
 
 
 class Watched:
@@ -145,14 +133,14 @@ class Watched:
 def test_what_was_read_is_not_read_again(digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert digits.train is not None
     spoiled = set(digits.train.indices[::3])
-    config = replace(QUICK, epochs=1)
+    config = replace(QUICK_CROPS, epochs=1)
 
     def run(name: str, resume: bool = False) -> tuple[TrainResult, list[int]]:
         assert digits.train is not None
         rows = Watched(digits.train.rows, spoiled)
         data = replace(digits, train=replace(digits.train, rows=rows, unreadable=set()), validation=None, test=None)
         options: dict[str, Any] = {"output": tmp_path / name, "resume": resume, "checkpoint_every": "1steps"}
-        return train_mask(net(), data, config, **options), rows.seen
+        return train_mask(dropout_net(), data, config, **options), rows.seen
 
     whole, seen = run("whole")
     stop_after(monkeypatch, 6)
@@ -168,17 +156,19 @@ def test_what_was_read_is_not_read_again(digits: Data, tmp_path: Path, monkeypat
 
 def test_processes_that_read_data_change_nothing(digits: Data) -> None:
     data = replace(digits, validation=None, test=None)
-    one, other = (train_mask(net(), data, replace(QUICK, epochs=1, workers=workers)) for workers in (0, 2))
+    one, other = (
+        train_mask(dropout_net(), data, replace(QUICK_CROPS, epochs=1, workers=workers)) for workers in (0, 2)
+    )
     same(one, other)
 
 
 def test_a_joint_run_goes_on_at_any_step(digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = replace(QUICK, accumulate=2, batch_size=8)
+    config = replace(QUICK_CROPS, accumulate=2, batch_size=8)
     tasks = {"one": Task(digits), "two": Task(digits, "none")}
 
     def run(name: str, resume: bool = False) -> Any:
         options: dict[str, Any] = {"output": tmp_path / name, "resume": resume, "checkpoint_every": "1steps"}
-        return train_jointly(net(), tasks, config, JointConfig(weight_lr=0.01, gate_factor=50.0), **options)
+        return train_jointly(dropout_net(), tasks, config, JointConfig(weight_lr=0.01, gate_factor=50.0), **options)
 
     whole = run("whole")
     for step in (5, 20):
@@ -188,8 +178,8 @@ def test_a_joint_run_goes_on_at_any_step(digits: Data, tmp_path: Path, monkeypat
     monkeypatch.undo()
     resumed = run("cut", True)
     for name in tasks:
-        same(resumed.results[name], whole.results[name])
-    assert resumed.base.digests == whole.base.digests
+        same(resumed[name], whole[name])
+    assert resumed["one"].base.digests == whole["one"].base.digests
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
@@ -198,14 +188,14 @@ def test_a_joint_run_goes_on_at_any_step(digits: Data, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("first", [{"steps": 5}, {"epochs": 1}])
 def test_a_constant_rate_with_more_steps_is_the_longer_run(first: dict[str, int], digits: Data, tmp_path: Path) -> None:
-    config = replace(QUICK, schedule="constant", warmup=0.0)
-    whole = train_mask(net(), digits, replace(config, steps=13))
-    short = train_mask(net(), digits, replace(config, **first), output=tmp_path)
+    config = replace(QUICK_CROPS, schedule="constant", warmup=0.0)
+    whole = train_mask(dropout_net(), digits, replace(config, steps=13))
+    short = train_mask(dropout_net(), digits, replace(config, **first), output=tmp_path)
     events = list[Mapping[str, Any]]()
     options: dict[str, Any] = {"output": tmp_path, "resume": True, "report": events.append}
     with pytest.raises(StateError, match="belongs to another run: .*(steps|epochs)"):
-        train_mask(net(), digits, replace(config, steps=13), longer=False, **options)
-    longer = train_mask(net(), digits, replace(config, steps=13), **options)
+        train_mask(dropout_net(), digits, replace(config, steps=13), longer=False, **options)
+    longer = train_mask(dropout_net(), digits, replace(config, steps=13), **options)
     same(longer, whole)
     made = short.about.training["steps"]
     said = [f"resumed at step {made} of {made} with 13 steps"]
@@ -213,17 +203,17 @@ def test_a_constant_rate_with_more_steps_is_the_longer_run(first: dict[str, int]
     assert longer.about.training["extended"] == said
     assert "extended" not in whole.about.training
     with pytest.raises(StateError, match="13 of 13 steps, and 12"):
-        train_mask(net(), digits, replace(config, steps=12), **options)
-    assert train_mask(net(), digits, replace(config, steps=13), **options).about == longer.about
+        train_mask(dropout_net(), digits, replace(config, steps=12), **options)
+    assert train_mask(dropout_net(), digits, replace(config, steps=13), **options).about == longer.about
 
 
 def test_a_schedule_goes_on_as_the_longer_one(digits: Data, tmp_path: Path) -> None:
-    train_mask(net(), digits, QUICK, output=tmp_path)
-    train_mask(net(), digits, replace(QUICK, epochs=4), output=tmp_path, resume=True)
-    steps = 4 * (load_checkpoint(tmp_path / FILE)[2]["steps"] // 4)
+    train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path)
+    train_mask(dropout_net(), digits, replace(QUICK_CROPS, epochs=4), output=tmp_path, resume=True)
+    steps = 4 * (load_checkpoint(tmp_path / FILE)[1]["steps"] // 4)
     lines = [line for line in logged(tmp_path) if line["event"] == "step"]
     rates = {line["step"]: line["lr"] for line in lines}
-    assert rates[20] == pytest.approx(QUICK.score_lr * learning_rate(QUICK, 19, steps))
+    assert rates[20] == pytest.approx(QUICK_CROPS.score_lr * learning_rate(QUICK_CROPS, 19, steps))
     assert rates[20] > rates[16]
 
 
@@ -239,12 +229,12 @@ def test_a_signal_stops_at_the_next_step(number: signal.Signals, digits: Data, t
             os.kill(os.getpid(), number)
 
     def run(name: str, **options: Any) -> TrainResult:
-        return train_mask(net(), digits, QUICK, output=tmp_path / name, **options)
+        return train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path / name, **options)
 
     with pytest.raises(StoppedError, match=f"{number.name} .* step 10 of 16.*resume") as caught:
         run("cut", report=report)
     assert caught.value.signal == number
-    assert load_checkpoint(tmp_path / "cut" / FILE)[2]["step"] == 10
+    assert load_checkpoint(tmp_path / "cut" / FILE)[1]["step"] == 10
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)] == before
     same(run("cut", resume=True), run("whole"))
 
@@ -255,16 +245,18 @@ def test_a_signal_at_the_end_of_an_epoch_waits_for_it(digits: Data, tmp_path: Pa
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(StoppedError, match="step 8 of 16"):
-        train_mask(net(), digits, QUICK, output=tmp_path, report=report, checkpoint_every="1h")
-    assert load_checkpoint(tmp_path / FILE)[2]["epoch"] == 1
+        train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path, report=report, checkpoint_every="1h")
+    assert load_checkpoint(tmp_path / FILE)[1]["epoch"] == 1
 
 
 def test_other_threads_and_runs_without_a_folder_leave_signals_alone(digits: Data, tmp_path: Path) -> None:
     seen = list[Any]()
 
     def train(output: Path | None) -> None:
-        config = replace(QUICK, steps=1)
-        train_mask(net(), digits, config, output=output, report=lambda _: seen.append(signal.getsignal(signal.SIGTERM)))
+        config = replace(QUICK_CROPS, steps=1)
+        train_mask(
+            dropout_net(), digits, config, output=output, report=lambda _: seen.append(signal.getsignal(signal.SIGTERM))
+        )
 
     thread = threading.Thread(target=train, args=(tmp_path,))
     thread.start()
@@ -280,7 +272,7 @@ def test_interrupts_say_how_to_go_on(digits: Data, tmp_path: Path) -> None:
 
     for every, notes in (("1h", []), ("1steps", [f"--resume.*{tmp_path}"])):
         with pytest.raises(KeyboardInterrupt) as caught:
-            train_mask(net(), digits, QUICK, output=tmp_path, report=report, checkpoint_every=every)
+            train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path, report=report, checkpoint_every=every)
         assert len(getattr(caught.value, "__notes__", [])) == len(notes)
 
 
@@ -303,7 +295,7 @@ def test_intervals(text: str, found: tuple[Any, Any]) -> None:
 )
 def test_no_intervals(text: str, digits: Data, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"10min or 2h.*{text!r}"):
-        train_mask(net(), digits, QUICK, output=tmp_path / "a", checkpoint_every=text)
+        train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path / "a", checkpoint_every=text)
     assert not (tmp_path / "a").exists()
 
 
@@ -330,11 +322,11 @@ def test_a_folder_is_one_runs_until_it_ends_in_any_way(digits: Data, tmp_path: P
     try:
         for resume in (False, True):
             with pytest.raises(StateError, match=f"{tmp_path} \\(process {holder.pid} on .+\\)"):
-                train_mask(net(), digits, QUICK, output=tmp_path, resume=resume)
+                train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path, resume=resume)
         holder.kill()
         holder.wait()
         assert (tmp_path / LOCK).exists(), "a file that means nothing any more"
-        train_mask(net(), digits, replace(QUICK, steps=1), output=tmp_path)
+        train_mask(dropout_net(), digits, replace(QUICK_CROPS, steps=1), output=tmp_path)
         assert not (tmp_path / LOCK).exists()
     finally:
         holder.stdout.close()
@@ -342,7 +334,7 @@ def test_a_folder_is_one_runs_until_it_ends_in_any_way(digits: Data, tmp_path: P
 
 
 def test_whatever_trains_into_a_folder_locks_it(digits: Data, tmp_path: Path) -> None:
-    small, backbone = replace(QUICK, steps=1), net()
+    small, backbone = replace(QUICK_CROPS, steps=1), dropout_net()
     factory = {"reference": f"{ROOT / 'cli/maskpack_cli/digits_backbone.py'}:digits_cnn", "random_weights": 0}
     settled = replace(small, bn="freeze")
     calls: list[Callable[[], Any]] = [

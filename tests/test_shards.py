@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import save_torch_state_dict
 from maskpack_cli.main import app
-from torch import Tensor, nn
+from torch import nn
 from typer.testing import CliRunner
 
 from maskpack.backbone.load import load_backbone, load_weights
@@ -17,17 +16,10 @@ from maskpack.importers.base import import_masks
 from maskpack.safetensors_io import MAX_INDEX, open_tensors, read_tensors, write_tensors
 
 from .conftest import TinyNet
+from .helpers_models import shard
 
 INDEX = "model.safetensors.index.json"
 FACTORY = Path(__file__).parent.parent / "cli/maskpack_cli/digits_backbone.py"
-
-
-def shard(folder: Path, state: dict[str, Tensor], size: str = "4KB") -> Path:
-    """Write a state dict with the Hub's own writer; return the folder."""
-    folder.mkdir()
-    save_torch_state_dict(state, folder, max_shard_size=size)
-    assert len(list(folder.glob("*.safetensors"))) > 1
-    return folder
 
 
 @pytest.fixture

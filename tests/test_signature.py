@@ -48,8 +48,8 @@ from maskpack.hub.pull import pull
 from maskpack.hub.push import push
 from maskpack.safetensors_io import write_tensors
 
-from .hub_adapters import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
-from .signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
+from .helpers_hub import CARD, CONFIG, MODEL, contents, read_folder, saved, write_adapter
+from .helpers_signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 
@@ -393,7 +393,7 @@ def test_keys_that_are_none(tmp_path: Path) -> None:
         (good[0], "is a private key, and a public one"),
         (tmp_path / "mixed", "is a private key, and a public one"),
         (tmp_path / "empty", "has no .pem file"),
-        (tmp_path / "none.pem", "none.pem.*give a PEM file"),
+        (tmp_path / "none.pem", "none.pem.*Give a PEM file"),
         (write("text.pem", b"hello"), "is no public key in PEM"),
         (write("cut.pem", good[1].read_bytes()[:60]), "is no public key in PEM"),
         (write("huge.pem", b"x" * (65 << 10)), "huge.pem.*65536"),

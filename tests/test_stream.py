@@ -23,8 +23,7 @@ from maskpack.runtime.load import MaskpackWarning
 from maskpack.safetensors_io import TensorFile, read_tensors, write_tensors
 
 from .conftest import TinyNet
-from .test_apply import bits, make_adapter, random_masks, same
-from .test_shards import shard
+from .helpers_models import bits, make_adapter, random_masks, same, shard
 
 
 def empty(make: Callable[[], nn.Module] = TinyNet) -> Any:
@@ -229,10 +228,10 @@ def test_a_failure_midway_leaves_no_weights(
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        apply_masks(*arguments, **options)
+        apply_parts(*arguments, **options)
 
-    apply_masks = stream.apply_masks
-    monkeypatch.setattr(stream, "apply_masks", fails)
+    apply_parts = stream.apply_parts
+    monkeypatch.setattr(stream, "apply_parts", fails)
     with pytest.raises(KeyboardInterrupt):
         load_masked(model, weights, adapter)
     assert on_meta(model)

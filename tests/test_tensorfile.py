@@ -16,6 +16,7 @@ from maskpack.safetensors_io import (
     DTYPES,
     MAX_DIMENSION,
     Blob,
+    lock,
     open_tensors,
     parse_header,
     read_tensors,
@@ -225,3 +226,24 @@ def test_the_greatest_dimension() -> None:
     assert spans["a"].shape == (MAX_DIMENSION, 0)
     with pytest.raises(CorruptAdapterError, match=str(MAX_DIMENSION)):
         parse_header(memoryview(header.format(MAX_DIMENSION + 1).encode()), 0)
+
+
+def test_a_lock_says_whether_it_is_held_or_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    with (tmp_path / "x").open("wb") as first, (tmp_path / "x").open("ab") as second:
+        assert lock(first.fileno()) is True
+        assert lock(second.fileno(), wait=0.05) is False
+        first.close()
+        assert lock(second.fileno()) is True
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (tmp_path / "x").open("ab") as file:
+        assert lock(file.fileno(), wait=10) is None
+    left = tmp_path / ".y.safetensors.0123456789ab.tmp"
+    left.write_bytes(b"of somebody")
+    write_tensors(tmp_path / "y.safetensors", {"a": torch.ones(2)}, {})
+    assert left.exists()  # nobody can tell whether its writer lives

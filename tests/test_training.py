@@ -25,11 +25,12 @@ from maskpack.training.batchnorm import batchnorm_statistics, recalibrate
 from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.data.load import load_data
-from maskpack.training.run_folder import RunLog
+from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import attach_scores, extract_masks, extract_parts, scored_weights
 from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
+from .helpers_models import resumable
 
 QUICK = TrainConfig(optimizer="sgd", lr=20.0, epochs=2, batch_size=64, augment="none", scale=True)
 
@@ -273,7 +274,8 @@ def test_states_are_checked(tiny: nn.Module) -> None:
 
 
 def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Module) -> None:
-    from maskpack.runtime.apply import apply_masks
+    from maskpack.adapter.content import Parts
+    from maskpack.runtime.apply import apply_parts
 
     other = copy.deepcopy(tiny)
     scores = attach_scores(tiny, scale=True)
@@ -283,7 +285,7 @@ def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Mod
     x = torch.randn(3, 3, 8, 8)
     training = tiny(x)
     masks = extract_masks(tiny)
-    apply_masks(other, masks.items(), {n: m.shape for n, m in masks.items()}, mask_id="x")
+    apply_parts(other, Parts(masks))
     assert torch.equal(other(x), training)
 
 
@@ -295,22 +297,9 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from tests.test_training import resumable
+from tests.helpers_models import resumable
 resumable(Path({folder!r}), report=lambda e: (print(e["event"], flush=True), time.sleep(0.02)))
 """
-
-
-def resumable(folder: Path, resume: bool = False, report: Any = None) -> Any:
-    """A run whose every part is random: dropout, augmentation, order."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(TinyNet().conv1, nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.2), nn.AdaptiveAvgPool2d(2),
-                              nn.Flatten(), nn.Linear(32, 5))  # fmt: skip
-    from maskpack.preprocess import ImagePreprocess
-
-    backbone = Backbone(model.eval(), "tests:resumable", embedding=Embedding("6"), preprocess=ImagePreprocess(8, 8))
-    config = TrainConfig(epochs=4, batch_size=64, lr=0.05, augment="crop-flip", clip=1.0)
-    return train_mask(backbone, load_data("digits:5-9"), config, output=folder, resume=resume, report=report)
 
 
 def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
@@ -349,7 +338,8 @@ def test_logs(tmp_path: Path) -> None:
 def test_logs_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(StateError, match="cannot write the logs in .*: Is a directory; make room, or choose a folder"):
-        RunLog(tmp_path, None, resume=False)
+        with RunFolder({"output": tmp_path}).opened():
+            pass
 
 
 def test_resume_checks_that_it_is_the_same_run(tmp_path: Path, tiny_backbone: Backbone, digits: Data) -> None:
@@ -455,12 +445,10 @@ def test_a_model_that_changes_its_own_weights_is_noticed(digits: Data) -> None:
 def test_a_precision_that_the_device_lacks(
     tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lacking(*_: Any, **options: Any) -> None:
-        raise ValueError("bf16 mixed precision requires a supported device")  # as Accelerate says of old GPUs
-
-    monkeypatch.setattr("accelerate.Accelerator", lacking)
-    with pytest.raises(ConfigError, match="precision 'bf16' is not possible on this device: bf16 mixed precision req"):
-        train_mask(tiny_backbone, digits, TrainConfig(precision="bf16"))
+    monkeypatch.setattr("accelerate.utils.is_bf16_available", lambda *_: False)  # as on old GPUs
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(ConfigError, match=f"{precision}.*cpu"):
+            train_mask(tiny_backbone, digits, TrainConfig(precision=precision))
 
 
 def test_nothing_readable_is_an_error(tiny_backbone: Backbone, digits: Data) -> None:

@@ -26,8 +26,8 @@ from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, load_data, train_transfer
 from maskpack.training.checkpoint import FILE, load_checkpoint
+from maskpack.training.config import WEIGHT_LR
 from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.dense import WEIGHT_LR, of_weights
 from maskpack.training.evaluate import markdown, source_classes, transfer_table
 from maskpack.training.transfer import (
     SOURCE_FILE,
@@ -36,14 +36,15 @@ from maskpack.training.transfer import (
     check_transfer,
     current_values,
     find_reuse,
+    of_weights,
     start_values,
     train_reused,
     train_source,
 )
 
 from .conftest import TinyNet
-from .test_apply import bits, same
-from .test_cli import BACKBONE
+from .helpers_cli import BACKBONE
+from .helpers_models import bits, same
 
 QUICK = TrainConfig(
     method="naive", epochs=4, batch_size=16, optimizer="sgd", head_lr=0.3, warmup=0.0, bn="freeze", augment="none"
@@ -270,10 +271,10 @@ def test_learned_masks(method: str, options: dict[str, Any], lr: float, source: 
 def test_a_mask_is_learned_with_the_sources_head_and_statistics(source: Data, tmp_path: Path) -> None:
     config = replace(QUICK, method="gumbel", lr=2.0, optimizer="adam", steps=2, bn="adapt")
     find_reuse(tiny_net(), source, config, output=tmp_path)
-    tensors, _, facts = load_checkpoint(tmp_path / FILE)
+    tensors, facts = load_checkpoint(tmp_path / FILE)
     assert (facts["run"]["config"]["head_kind"], facts["run"]["config"]["bn"]) == ("own", "freeze")
     assert not any("linear" in name for name in tensors), "the head is frozen"
-    assert torch.equal(tensors["model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
+    assert torch.equal(tensors["model/model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
 
 
 def test_where_the_runs_on_the_target_start(
@@ -293,7 +294,7 @@ def test_where_the_runs_on_the_target_start(
     drawn, plain = starts
     assert all(torch.equal(drawn[n], one) for n, one in start_values("random", before, {}, 5).items())
     assert all(torch.equal(plain[n], one) for n, one in current_values(result.backbone, NAMES).items())
-    settings = load_checkpoint(tmp_path / "training/source" / FILE)[2]["run"]["config"]
+    settings = load_checkpoint(tmp_path / "training/source" / FILE)[1]["run"]["config"]
     assert (settings["selective"], settings["method"]) == ("all", "threshold"), "one source network serves any mask"
 
 
@@ -437,26 +438,26 @@ def test_a_mask_that_keeps_everything_is_an_error(source: Data, shifted: Data) -
         train_transfer(tiny_net(), source, shifted, config)
 
 
-def test_tables_of_the_benchmark(tmp_path: Path) -> None:
+def test_tables_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra `lab`")
-    from benchmarks import transfer
+    from benchmarks import measured, transfer
 
-    assert transfer.tables(tmp_path, tmp_path) == "Nothing is finished yet.\n"
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    assert transfer.tables(tmp_path) == "Nothing is finished yet.\n"
     for seed in (0, 1):
-        folder = tmp_path / f"photo-{seed}"
-        folder.mkdir()
+        about = {"source": "photo", "seed": seed}
         for method in transfer.MASKS:
             found = {"source": 0.9, "through_mask": 0.7 + 0.1 * seed, "density": 0.5, "layers": {"a": 0.25, "b": 0.75}}
-            (folder / f"{method}.json").write_text(json.dumps(found))
+            measured.record("transfer", {**about, "mask": method}, found)
         for number, target in enumerate(transfer.targets("photo")):
             plain = {"source": 0.5, "target": 0.8}
-            (folder / f"{target}-plain.json").write_text(json.dumps(plain))
+            measured.record("transfer", {**about, "target": target}, plain)
             for method, start in itertools.product(transfer.MASKS, STARTS):
                 gain = 0.3 * number if (method, start) == ("gumbel", "random") else 0.0
                 own = {"source": 0.5 + gain, "target": 0.8 - 0.1 * seed}
-                assert transfer.finished(tmp_path, "photo") == [tmp_path / "photo-0"] * seed
-                (folder / f"{target}-{method}-{start}.json").write_text(json.dumps(own))
-    lines = transfer.tables(tmp_path, tmp_path).splitlines()
+                assert transfer.finished("photo") == [0] * seed
+                measured.record("transfer", {**about, "target": target, "mask": method, "start": start}, own)
+    lines = transfer.tables(tmp_path).splitlines()
     assert "| mask | start | photo S | photo T |" in lines
     assert "| gumbel | random | +0.300 | -0.050 |" in lines
     assert "| naive | source-end | +0.000 | -0.050 |" in lines

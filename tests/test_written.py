@@ -15,7 +15,7 @@ from maskpack.mask import MaskSet
 from maskpack.runtime.apply import applied
 
 from .conftest import TinyNet
-from .test_apply import bits, make_adapter, random_masks, same
+from .helpers_models import bits, make_adapter, random_masks, same
 
 
 def step(model: nn.Module) -> None:

@@ -127,9 +127,24 @@ class IdentitySigner:
 
     def __init__(self) -> None:
         require("sigstore", "sigstore", "signing with an identity")
+        from sigstore.models import ClientTrustConfig
+        from sigstore.oidc import IdentityToken, Issuer, detect_credential
+        from sigstore.sign import Signer, SigningContext
+
         with _our_errors("sign with an identity"):
-            # the signer's certificate is good for ten minutes; it alone says which identity others will see
-            self._signer = _signer()
+            reach(SERVER)
+            config = ClientTrustConfig.production()
+            if token := os.environ.get(TOKEN) or detect_credential():
+                login = IdentityToken(token)
+            elif sys.stdin.isatty():
+                login = Issuer(config.signing_config.get_oidc_url()).identity_token()
+            else:
+                raise SignatureError(
+                    f"there is no identity to sign with: no CI job that has one, no {TOKEN}, and no terminal to log in "
+                    "from; run it in a terminal, or sign with a key"
+                )
+            self._signer = Signer(login, SigningContext.from_trust_config(config))
+            # its certificate is good for ten minutes; it alone says which identity others will see
             self.identity = Identity.of(self._signer._signing_cert())
 
     def sign(self, payload: bytes, there: bytes | None = None) -> bytes:
@@ -141,25 +156,6 @@ class IdentitySigner:
                 return there
         with _our_errors("sign with an identity"):
             return bytes(self._signer.sign_dsse(Statement(payload)).to_json().encode())
-
-
-def _signer() -> Any:
-    from sigstore.models import ClientTrustConfig
-    from sigstore.oidc import IdentityToken, Issuer, detect_credential
-    from sigstore.sign import Signer, SigningContext
-
-    reach(SERVER)
-    config = ClientTrustConfig.production()
-    if token := os.environ.get(TOKEN) or detect_credential():
-        identity = IdentityToken(token)
-    elif sys.stdin.isatty():
-        identity = Issuer(config.signing_config.get_oidc_url()).identity_token()
-    else:
-        raise SignatureError(
-            f"there is no identity to sign with: no CI job that has one, no {TOKEN}, and no terminal to log in from; "
-            "run it in a terminal, or sign with a key"
-        )
-    return Signer(identity, SigningContext.from_trust_config(config))
 
 
 @contextmanager

@@ -106,7 +106,9 @@ def _read_key(file: Path, private: bool) -> Any:
     try:
         content = read_bytes(file, file, MAX_KEY)
     except AdapterError as error:
-        raise ConfigError(f"cannot read a key: {error}; give a PEM file, or a folder of public keys") from None
+        raise ConfigError(
+            f"cannot read a key: {error}. Give a PEM file, a folder of public keys, or an identity NAME@https://ISSUER"
+        ) from None
     if not private and b"PRIVATE KEY" in content:
         raise ConfigError(f"{file} is a private key, and a public one is expected: openssl pkey -in {file} -pubout")
     secret = _passphrase(file) if private and b"ENCRYPTED" in content else None
@@ -406,6 +408,14 @@ def describe_signature(contents: Contents, signed: Signed | None) -> dict[str, A
     }
 
 
+def files_by(keys: Keys) -> dict[str, Keys]:
+    """Return the signature files that private keys and identities make, each with those that make it."""
+    kinds: dict[str, dict[str, Any]] = {file: {} for file in DIGESTS}
+    for id_, key in keys.items():
+        kinds[BUNDLE_FILE if isinstance(key, IdentitySigner) else SIGNATURE_FILE][id_] = key
+    return {file: own for file, own in kinds.items() if own}
+
+
 def renewed(
     there: Contents,
     contents: Contents,
@@ -428,9 +438,7 @@ def renewed(
         ConfigError: if the counter is out of range.
         SignatureError: if the version before is signed by others only, so that its counter cannot be believed.
     """
-    identities = {id_: key for id_, key in keys.items() if isinstance(key, IdentitySigner)}
-    makers = {BUNDLE_FILE: identities, SIGNATURE_FILE: {id_: key for id_, key in keys.items() if id_ not in identities}}
-    makers = {file: own for file, own in makers.items() if own}
+    makers = files_by(keys)
 
     def stated(file: str, counter: int) -> Statement:
         files, base = _digests(contents, DIGESTS[file]), dict(adapter.header.base.digests)

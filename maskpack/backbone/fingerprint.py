@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .model import CASTS, PREFIX, Fingerprint, body, canonical, inside, unwrap
+from .model import CASTS, PREFIX, Fingerprint, body, canonical, inside, slots, unwrap
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
@@ -118,15 +118,11 @@ def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
             settings.pop("training", None)
             _add(whole, "module", canonical(name), type(module).__qualname__, json.dumps(settings, sort_keys=True))
             sources.add(_source(type(module)))
-    for kind, tensors in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in tensors:
-            if not inside(canonical(name), outside):
-                _add(whole, kind, canonical(name), str(tensor.dtype), str(tuple(tensor.shape)))
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                whole.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    for name, (owner, leaf) in slots(model):
+        if not inside(name, outside):
+            tensor = owner[leaf]
+            _add(whole, "tensor", name, str(tensor.dtype), str(tuple(tensor.shape)))
+            whole.update(tensor_digest(tensor, tensor.dtype))
     _add(whole, *sorted(sources))
     return whole.hexdigest()
 

@@ -3,37 +3,20 @@
 A codec is a frozen dataclass in a file of this folder (or in another distribution, under the entry point group
 `maskpack.codecs`), registered with `@CODECS.register`. `raw.py` is the example to copy. No other file changes.
 
-**Bits** go in and come out as packed bits: a uint8 array of ceil(count / 8) bytes, eight mask bits a byte, the first in
-the least significant bit, row-major, the last byte padded with zero bits. `count` is the product of `Side.shape`.
+**Bits** are packed: a uint8 array of ceil(count / 8) bytes, eight mask bits a byte, the first in the least significant
+bit, row-major, the last byte padded with zero bits. `count` is the product of `Side.shape`.
 
-**Side** is all that a codec may use beside the payload: plain arrays, equal when packing and unpacking.
-- `shape`: of the parameter.
-- `classes`: only for a codec with `needs_base`: one uint8 per weight of the base, row-major: in the lower seven bits
-  its place among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its sign.
-- `reference`: packed bits of the same parameter in another mask set of the file, where the payload is coded against
-  it; else None. The bits that the codec gets, and gives back, are then the mask XOR the reference already, whatever
-  the codec; it may use the reference as context beside that.
-- `table`: the bytes of the shared table that the payload names, in files of earlier versions; else None.
+**Decoding** gives exactly `count` bits or raises CorruptAdapterError (`Side.checked` does the last step). Payloads are
+not trusted: allocate at most a small multiple of `count` bits, and refuse bytes that are left over. A payload that is
+too short for its number of weights (`plausible`) is neither stored nor decoded. The same payload and side give the same
+bits on every machine: use integers, or floats whose sums are exact. Several threads use one instance.
 
-**Decoding** gives exactly `count` bits or raises CorruptAdapterError (`Side.checked` does the last step). The payload
-comes from a stranger: never allocate more than a small multiple of `count` bits because of what it says, and refuse
-bytes that are left over. What is too short for its number of weights (`plausible`) is neither stored nor decoded. The
-same payload and side give the same bits on every machine: integers, or floats whose sums are exact.
+**Settings** are the fields of an instance. `config` returns those that decoding needs, as JSON values under names other
+than codec, op, reference, table; `type(codec)(**codec.config())` must decode what `codec` encoded, and raise
+ConfigError or TypeError on impossible settings. Ids are unique and permanent: what an id decodes today it always does.
 
-**Configuration.** The fields of an instance are its settings. `config` returns those that decoding needs, as JSON
-values under names other than codec, op, reference, table; `type(codec)(**codec.config())` must decode what `codec`
-encoded, and raise ConfigError or TypeError on settings that make no sense. Several threads use one instance. Two
-classes may share an id never; what an id decodes today it decodes for ever.
-
-**Events.** A codec that finds positions rather than bits when it decodes gives them in `events`, and its `decode` makes
-bits of them: applying a mask wants positions.
-
-**Declining.** `encode` returns None for a mask that a codec is not made for (`nm` where groups are not alike). It does
-not compete then; asked for by name, it is an error.
-
-**Profiles.** `candidates` says which instances compete in a profile: `fast`, `default` (without the base, decoding at
-100 million weights a second or more) or `max` (may use the base). The smallest payload wins, whole parameter by
-whole parameter. A codec that is not in a profile returns [].
+**Profiles.** The codecs that `candidates` names for a profile compete, and the smallest payload of each parameter wins:
+`fast`, `default` (without the base, decoding at 100 million weights a second or more) or `max` (may use the base).
 """
 
 import math
@@ -58,7 +41,17 @@ PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Side:
-    """What a codec may use beside the payload; the module's text says what each is."""
+    """What a codec may use beside the payload, equal when packing and unpacking.
+
+    Attributes:
+        shape: of the parameter.
+        classes: for a codec with `needs_base`: one uint8 per weight of the base, row-major. The lower seven bits are
+            its rank among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its
+            sign.
+        reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
+            bits that the codec gets and gives back are then mask XOR reference already.
+        table: the shared table that the payload names, in files of earlier versions; else None.
+    """
 
     shape: tuple[int, ...]
     classes: Bits | None = None
@@ -76,11 +69,7 @@ class Side:
         return (self.count + 7) // 8
 
     def checked(self, bits: Bits) -> Bits:
-        """Return decoded packed bits if they have the right length and zero padding.
-
-        Raises:
-            CorruptAdapterError: if they do not.
-        """
+        """Return decoded packed bits, or raise CorruptAdapterError if their length or padding is wrong."""
         if bits.dtype != np.uint8 or bits.shape != (self.size,):
             raise CorruptAdapterError(
                 f"the payload decodes to {bits.dtype} of shape {bits.shape}, expected uint8 of shape ({self.size},) "
@@ -92,7 +81,7 @@ class Side:
 
 
 def plausible(payload: Bytes, count: int) -> bool:
-    """Tell whether a payload is long enough for a mask of so many bits: a few bytes must not fill the memory."""
+    """Return True if a payload is long enough for a mask of so many bits: a few bytes must not fill the memory."""
     return count <= FREE + EACH * len(payload)
 
 
@@ -101,7 +90,7 @@ class Codec(ABC):
 
     Attributes:
         id: the name that files carry. reference: paper or specification, or "".
-        needs_base: whether it wants `Side.classes`.
+        needs_base: whether it needs `Side.classes`.
     """
 
     id: ClassVar[str]
@@ -114,19 +103,12 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, data: Bytes, side: Side) -> Bits:
-        """Return the packed bits of a payload.
-
-        Raises:
-            CorruptAdapterError: if the payload does not give exactly `side.count` bits.
-        """
+        """Return the packed bits of a payload, or raise CorruptAdapterError."""
 
     def events(self, data: Bytes, side: Side) -> tuple[int, NDArray[Any]] | None:
-        """Return (symbol, distinct positions that have it, in any order; all others have the other symbol).
+        """Return a symbol and the distinct positions that have it, in any order; all others have the other symbol.
 
-        None if decoding does not come by them.
-
-        Raises:
-            CorruptAdapterError: as `decode`.
+        Applying a mask needs positions, so a codec that decodes them gives them here; others return None.
         """
         return None
 

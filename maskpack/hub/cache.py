@@ -1,11 +1,9 @@
-"""The Hub's cache: damage that is cleared away, leftovers of killed pulls, and counters of signatures."""
+"""The Hub's cache: what it holds, damage and leftovers that are cleared away, and counters of signatures."""
 
 import json
 import logging
 import os
-import re
 import shutil
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,10 +13,14 @@ from ..adapter.fields import PATH, Fields
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..adapter.signature import Keys, Signed
 from ..errors import AdapterError, MaskpackError, SignatureError, StateError
-from ..safetensors_io import replacing, strict_json
+from ..safetensors_io import lock, replacing, strict_json
 from .reference import COMMIT, Reference
 
 MOST = 1 << 53  # weights or bytes that a config file may state; more is no honest number
+COUNTERS = "maskpack_counters.json"
+MAX_COUNTERS = 16 << 20  # bytes; a hundred thousand names fit
+
+log = logging.getLogger("maskpack")
 
 
 @dataclass(frozen=True)
@@ -103,36 +105,49 @@ class RepositoryCache:
         from huggingface_hub.file_download import repo_folder_name
 
         self.root = Path(root or constants.HF_HUB_CACHE).expanduser().absolute()
-        self.name = repo_folder_name(repo_id=repo_id, repo_type="model")
-        self.folder, self.locks = self.root / self.name, self.root / ".locks" / self.name
+        name = repo_folder_name(repo_id=repo_id, repo_type="model")
+        self.folder, self.locks = self.root / name, self.root / ".locks" / name
+        self.blobs, self.snapshots, self.refs = (self.folder / one for one in ("blobs", "snapshots", "refs"))
 
-    def entry(self, commit: str, name: str) -> Path:
-        """Return where a file of a commit lies; on most systems a link to its bytes."""
-        return self.folder / "snapshots" / commit / name
-
-    def has(self, commit: str, name: str, blob: str) -> bool:
-        """Return True if there is anything in the place of a file of a commit, or of its bytes."""
-        return os.path.lexists(self.entry(commit, name)) or os.path.lexists(self.folder / "blobs" / blob)
-
-    def mend_ref(self, revision: str) -> None:
-        """Remove the memory of what a branch or tag means if it names no commit."""
-        path = self.folder / "refs" / revision
-        _clear_way(self.folder, path.parent)
+    def known(self, revision: str) -> str | None:
+        """Return the commit that a branch or tag meant when the Hub was last asked; None if none is noted."""
         with suppress(OSError):
-            if not path.is_file() or not COMMIT.fullmatch(path.read_text(errors="replace")):
-                _remove(path)
+            commit = (self.refs / revision).read_text(errors="replace") if (self.refs / revision).is_file() else ""
+            return commit if COMMIT.fullmatch(commit) else None
+        return None
 
-    def mend_folders(self, commit: str) -> None:
-        """Remove what stands where a download needs a folder and is none."""
-        for path in (self.folder / "blobs", self.entry(commit, "")):
-            _clear_way(self.folder, path)
-        _clear_way(self.locks.parent, self.locks)
+    def note(self, revision: str, commit: str) -> None:
+        """Note what a branch or tag means, as the client does. Raises OSError or StateError."""
+        path = self.refs / revision
+        if path.exists() and not path.is_file():
+            _remove(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as (temporary,):
+            temporary.write_text(commit)
+
+    def mend(self, revision: str = "main") -> None:
+        """Remove what stands where the cache needs a folder and is none, and unfinished downloads."""
+        ref = self.refs / revision
+        ways = [one for one in reversed(ref.parents) if one.is_relative_to(self.folder)]
+        for path in (*ways, self.blobs, self.snapshots, *self.snapshots.glob("*"), self.locks.parent, self.locks):
+            if os.path.lexists(path) and not path.is_dir():
+                _remove(path)
+        self.clear_leftovers()
+
+    def clear_leftovers(self) -> None:
+        """Remove unfinished downloads of processes that are gone: a living one holds the lock of its file."""
+        with suppress(OSError):
+            for path in self.blobs.glob("*.incomplete"):
+                self.locks.mkdir(parents=True, exist_ok=True)
+                with suppress(OSError), (self.locks / f"{path.name.partition('.')[0]}.lock").open("ab") as file:
+                    if lock(file.fileno()):
+                        _remove(path)
 
     def discard(self, commit: str, name: str, blob: str) -> None:
         """Remove a file of a commit and its bytes, whatever became of them, so that they are fetched anew."""
-        path = self.entry(commit, name)
-        found = [path, self.folder / "blobs" / blob, self.locks / f"{blob}.lock", self.folder / f"trees/{commit}.json"]
-        stores = (self.folder / "blobs", self.root / "blobs")  # the second is shared by repositories
+        path = self.snapshots / commit / name
+        found = [path, self.blobs / blob, self.locks / f"{blob}.lock", self.folder / f"trees/{commit}.json"]
+        stores = (self.blobs, self.root / "blobs")  # the second is shared by repositories
         for _ in stores:
             if path.is_symlink():
                 path = Path(os.path.normpath(path.parent / path.readlink()))
@@ -141,26 +156,6 @@ class RepositoryCache:
             if path.suffix != ".lock" or not path.is_file():
                 _remove(path)
 
-    def clear_leftovers(self) -> None:
-        """Remove unfinished downloads of processes that are gone: a living one holds the lock of its file."""
-        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-        with suppress(OSError):
-            for path in (self.folder / "blobs").glob("*.incomplete"):
-                self.locks.mkdir(parents=True, exist_ok=True)
-                with suppress(OSError), WeakFileLock(self.locks / f"{path.name.partition('.')[0]}.lock", timeout=0.01):
-                    _remove(path)
-            for path in (self.folder / "refs").rglob("*.tmp"):
-                if re.search(r"\.[0-9a-f]{8}\.tmp$", path.name) and path.stat().st_mtime < time.time() - 60:
-                    _remove(path)
-
-
-def _clear_way(top: Path, folder: Path) -> None:
-    """Remove what is no folder, from `top` down to `folder`."""
-    for path in (*[one for one in reversed(folder.parents) if one.is_relative_to(top)], folder):
-        if os.path.lexists(path) and not path.is_dir():
-            _remove(path)
-
 
 def _remove(path: Path) -> None:
     with suppress(OSError):
@@ -168,12 +163,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-FILE = "maskpack_counters.json"
-LIMIT = 16 << 20  # bytes; a hundred thousand names fit
-
-log = logging.getLogger("maskpack")
 
 
 def check_newest(signed: Signed, keys: Keys, reference: Reference, commit: str) -> None:
@@ -188,60 +177,55 @@ def check_newest(signed: Signed, keys: Keys, reference: Reference, commit: str) 
     """
     if reference.is_pinned:
         return
-    name, counter = name_of(reference), signed.statement.counter
+    name, counter = reference.branch, signed.statement.counter
     seen = highest(keys, name)
     if counter < seen:
         raise SignatureError(
             f"{name} has the signed version {counter} now, and version {seen} was seen before: an older one was put in "
             f"its place. To use it nevertheless name its commit, {reference.repo_id}@{commit}; to forget what was seen "
-            f"delete {_path()}"
+            f"delete {_counters()}"
         )
     if counter > seen:
         remember(signed.by, name, counter)
 
 
-def name_of(reference: Reference) -> str:
-    """Return the repository with its branch or tag."""
-    return f"{reference.repo_id}@{reference.revision or 'main'}"
-
-
 def highest(keys: Iterable[str], name: str) -> int:
     """Return the highest counter that was seen under a name, signed by one of some keys; 0 if there is none."""
-    known = _read()
+    known = _read_counters()
     return max((known.get(key, {}).get(name, 0) for key in keys), default=0)
 
 
 def remember(keys: Iterable[str], name: str, counter: int) -> None:
     """Write down that a counter was seen; one process after another, and never a lower one over a higher."""
-    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
-
-    path = _path()
+    path = _counters()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(path.with_suffix(".lock"), timeout=10.0):
-            known = _read()
+        with path.with_suffix(".lock").open("ab") as file:
+            if lock(file.fileno(), wait=10.0) is False:
+                raise TimeoutError("another process writes it")
+            known = _read_counters()
             for key in keys:
                 names = known.setdefault(key, {})
                 names[name] = max(counter, names.get(name, 0))
             with replacing(path) as (temporary,):
                 temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     except (OSError, MaskpackError) as error:
-        log.warning("cannot remember that %s is at the signed version %s, so an older one will not be noticed: %s",
-                    name, counter, error)  # fmt: skip
+        what = f"{name} is at the signed version {counter}, so an older one will not be noticed"
+        log.warning("cannot remember that %s: %s", what, error)
 
 
-def _path() -> Path:
+def _counters() -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / FILE
+    return Path(constants.HF_HOME) / COUNTERS
 
 
-def _read() -> dict[str, dict[str, int]]:
-    path = _path()
+def _read_counters() -> dict[str, dict[str, int]]:
+    path = _counters()
     if not path.exists():
         return {}
     try:
-        outer = Fields.of(strict_json(read_bytes(path, path, LIMIT), str(path)), str(path))
+        outer = Fields.of(strict_json(read_bytes(path, path, MAX_COUNTERS), str(path)), str(path))
         known = {key: dict(outer.object(key).members) for key in outer.members}
         if any(type(counter) is not int for names in known.values() for counter in names.values()):
             raise AdapterError("a counter in it is no integer")

@@ -3,8 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable
-from copy import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,46 +11,41 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from ..adapter.card import CARD_FILE
 from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_bytes, read_files, read_model
-from ..adapter.signature import (
-    Contents,
-    Keys,
-    Signed,
-    parse_signed,
-    read_signatures,
-    signature_path,
-    trusted_keys,
-)
+from ..adapter.signature import Contents, Keys, Signed, parse_signed, read_signatures, signature_path, trusted_keys
 from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from ..network import hides_secrets
 from .cache import RepositoryCache, check_newest
-from .client import ATTEMPTS, TIMEOUT, Session, check_is_no_branch
-from .reference import COMMIT, FILES, LIMITS, Reference, check_limit, git_id, parse_reference, read_card, write_files
+from .client import ATTEMPTS, OFFLINE, Session
+from .reference import COMMIT, FILES, LIMITS, Reference, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
+log = logging.getLogger("maskpack")
+
+Files = dict[str, tuple[Path, bytes | memoryview]]  # path and bytes of each by name
+
 
 class Snapshot:
-    """A repository at one commit.
+    """A repository at one commit: on the Hub, and in the cache.
 
     Args:
         cache: another cache than the Hub's.
-
-    Attributes:
         look: whether the model file's beginning is looked at when it is read; see `read_model`.
 
     Raises:
         HubError: if what the Hub or the cache gave is no commit; it would become part of a path.
     """
 
-    def __init__(self, session: Session, repo_id: str, commit: str, cache: Path | None = None) -> None:
+    def __init__(
+        self, session: Session, repo_id: str, commit: str, cache: Path | None = None, look: bool = True
+    ) -> None:
         if not COMMIT.fullmatch(commit):
             raise HubError(
                 f"{repo_id} is said to be at commit {commit!r}, expected 40 hexadecimal digits; check HF_ENDPOINT, "
                 "firewall and proxy, or who can write to the cache"
             )
-        self.session, self.repo_id, self.commit, self.cache = session, repo_id, commit, cache
-        self.look = True
+        self.session, self.repo_id, self.commit, self.cache, self.look = session, repo_id, commit, cache, look
         self.store = RepositoryCache(repo_id, cache)
 
     def __str__(self) -> str:
@@ -65,7 +59,7 @@ class Snapshot:
         found = self.session.call(lambda: api.get_paths_info(self.repo_id, list(names), revision=self.commit))
         return {entry.path: entry for entry in found if isinstance(entry, RepoFile) and entry.path in names}
 
-    def fetch(self, entries: "Iterable[RepoFile]") -> dict[str, tuple[Path, bytes | memoryview]]:
+    def fetch(self, entries: "Iterable[RepoFile]") -> Files:
         """Bring files into the cache; return path and bytes of each by name. The bytes are those that are listed.
 
         The client compares nothing but the length, and takes what it finds in the cache: a file that differs, or
@@ -76,17 +70,26 @@ class Snapshot:
         """
         found = list(entries)
         for entry in found:
-            check_limit(entry.path, size_of(entry), str(self))
-        self.store.mend_folders(self.commit)
-        self.store.clear_leftovers()
+            size, limit = size_of(entry), LIMITS[entry.path]
+            if size > limit:
+                raise AdapterError(f"{entry.path} of {self} has {size} bytes; at most {limit} are accepted")
+        self.store.mend()
         return {entry.path: self._fetch(entry) for entry in found}
 
     def _fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
-        blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
+        name, blob = entry.path, entry.lfs.sha256 if entry.lfs else entry.blob_id
+        cached = any(map(os.path.lexists, (self.store.snapshots / self.commit / name, self.store.blobs / blob)))
         refused: MaskpackError | None = None
-        # what the cache has already is no attempt
-        for force in (False, True, True) if self.store.has(self.commit, entry.path, blob) else (False, True):
-            path = self._download(entry.path, force)
+        for force in (False, True, True) if cached else (False, True):  # what the cache has already is no attempt
+            download = partial(
+                self.session.api.hf_hub_download, self.repo_id, name, revision=self.commit, cache_dir=self.cache
+            )
+            path = Path(self.session.call(partial(download, force_download=force)))
+            if path.parent.name != self.commit:  # where the client puts a file follows from what the server says
+                raise HubError(
+                    f"{name} of {self} was answered as a file of commit {path.parent.name!r}; check HF_ENDPOINT, "
+                    "firewall and proxy"
+                )
             try:
                 content = self._read(path)
                 if is_same(entry, content):
@@ -94,47 +97,25 @@ class Snapshot:
                 refused = None
             except (AdapterError, HubError) as error:  # no file, or not even the beginning of an adapter
                 refused = error
-            self.store.discard(self.commit, entry.path, blob)
+            self.store.discard(self.commit, name, blob)
         raise refused or CorruptAdapterError(
-            f"{entry.path} of {self} arrived twice with other bytes than the repository lists; it is damaged on the "
-            "way or on the server: try another network, or tell the owner"
+            f"{name} of {self} arrived twice with other bytes than the repository lists; it is damaged on the way or "
+            "on the server: try another network, or tell the owner"
         )
 
-    def cached(self, name: str) -> tuple[Path, bytes | memoryview] | None:
-        """Return path and bytes of a file in the cache, or None if it is not there; nothing is asked or compared."""
-        path = self.store.entry(self.commit, name)
-        return (path, self._read(path)) if os.path.lexists(path) else None
-
-    def _download(self, name: str, force: bool) -> Path:
-        download: Callable[[], str] = partial(
-            self.session.api.hf_hub_download,
-            self.repo_id,
-            name,
-            revision=self.commit,
-            cache_dir=self.cache,
-            force_download=force,
-        )
-        path = Path(self.session.call(download))
-        if path.parent.name != self.commit:  # where the client puts a file follows from what the server says
-            raise HubError(
-                f"{name} of {self} was answered as a file of commit {path.parent.name!r}; check HF_ENDPOINT, firewall "
-                "and proxy"
-            )
-        return path
+    def cached(self) -> Files:
+        """Return path and bytes of the adapter's files in the cache; nothing is asked or compared."""
+        paths = [self.store.snapshots / self.commit / name for name in FILES]
+        return {path.name: (path, self._read(path)) for path in paths if os.path.lexists(path)}
 
     def _read(self, path: Path) -> bytes | memoryview:
-        self._check_inside(path)
-        return (
-            read_model(path, path, self.look) if path.name == MODEL_FILE else read_bytes(path, path, LIMITS[path.name])
-        )
-
-    def _check_inside(self, path: Path) -> None:
-        """Refuse a cache entry that leads out of the cache: links within it are normal, others were planted."""
-        root = os.path.realpath(self.store.root)
-        if os.path.commonpath([root, os.path.realpath(path)]) != root:
-            raise HubError(
-                f"{path} leads out of the cache {root}, to {os.path.realpath(path)}; delete that entry and pull again"
-            )
+        """Read a file of the cache; one that leads out of it was planted: links within it are normal."""
+        root, target = os.path.realpath(self.store.root), os.path.realpath(path)
+        if os.path.commonpath([root, target]) != root:
+            raise HubError(f"{path} leads out of the cache {root}, to {target}; delete that entry and pull again")
+        if path.name == MODEL_FILE:
+            return read_model(path, path, self.look)
+        return read_bytes(path, path, LIMITS[path.name])
 
 
 def size_of(entry: "RepoFile") -> int:
@@ -148,12 +129,9 @@ def is_same(entry: "RepoFile", content: bytes | memoryview) -> bool:
         return False
     if entry.lfs:
         return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return entry.blob_id == git_id(content)
-
-
-log = logging.getLogger("maskpack")
-
-Files = dict[str, tuple[Path, bytes | memoryview]]  # path and bytes of each by name
+    digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)  # git's id
+    digest.update(content)
+    return entry.blob_id == digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -262,16 +240,10 @@ def open_adapter(
     cache = None if cache_dir is None else Path(cache_dir)
     offline = local_files_only or session.offline
     if require_revision:
-        check_is_no_branch(session, reference, offline)
-    snapshot = Snapshot(session, str(reference.repo_id), _resolve(session, reference, cache, offline), cache)
-    snapshot.look = keys is None
-    found = _from_cache(snapshot, offline, keys)
-    if found is None and offline:
-        raise HubError(
-            f"cannot pull {reference}: commit {snapshot.commit[:12]} is not in the cache and the Hub may not be asked; "
-            "go online (unset HF_HUB_OFFLINE, leave out local_files_only) once"
-        )
-    found = found or _download(snapshot, keys)
+        _check_is_no_branch(session, reference, offline)
+    commit = _resolve(session, reference, cache, offline)
+    snapshot = Snapshot(session, str(reference.repo_id), commit, cache, look=keys is None)
+    found = _from_cache(snapshot, offline, keys) or _download(snapshot, keys)
     if keys is not None and found.signed is not None:
         check_newest(found.signed, keys, reference, snapshot.commit)
     return found
@@ -303,39 +275,49 @@ def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
     return OpenedAdapter(PulledAdapter(path, signed_by=signed.by if signed else ()), adapter, ordered, signed)
 
 
+def _check_is_no_branch(session: Session, reference: Reference, offline: bool) -> None:
+    """Refuse a reference that may mean other bytes tomorrow: no revision, a branch, a pull request."""
+    if reference.is_pinned:
+        return
+    name, why = reference.revision, "is no tag and no commit, so it can change, and a revision is required"
+    if name is None:
+        why = "names no revision, and one is required"
+    elif offline:
+        why = "may be a branch, and the Hub may not be asked"
+    else:
+        refs = session.refs(str(reference.repo_id))
+        if name in {tag.name for tag in refs.tags} and name not in {branch.name for branch in refs.branches}:
+            return
+    raise AdapterError(
+        f"{reference} {why}; give a tag or a commit: {reference.repo_id}@COMMIT, as `maskpack pull "
+        f"{reference.repo_id}` prints it"
+    )
+
+
 def _resolve(session: Session, reference: Reference, cache: Path | None, offline: bool) -> str:
     """Return the commit that a reference means now; if the Hub does not answer, the one that it meant last time."""
     if reference.is_pinned:
         return str(reference.revision)
-    repo_id, revision, api = str(reference.repo_id), reference.revision, session.api
-    RepositoryCache(repo_id, cache).mend_ref(revision or "main")
-
-    def known() -> str:
-        return api.resolve_revision(repo_id, revision=revision, cache_dir=cache, local_files_only=True).resolved
-
+    repo_id, revision = str(reference.repo_id), reference.revision or "main"
+    store = RepositoryCache(repo_id, cache)
+    store.mend(revision)
+    known = store.known(revision)
     if offline:
-        return session.call(known, local=True)
+        if known is None:
+            raise HubError(f"cannot pull {reference}: {OFFLINE}")
+        return known
     try:
-        remembered = session.call(known, attempts=1, local=True)
-    except MaskpackError:
-        remembered = None
-    try:
-        info = session.call(
-            lambda: api.model_info(repo_id, revision=revision, timeout=TIMEOUT), attempts=2 if remembered else ATTEMPTS
-        )
+        answer = session.call(lambda: session.info(repo_id, reference.revision), 2 if known else ATTEMPTS)
     except HubUnreachableError as error:
-        if remembered is None:
+        if known is None:
             raise
-        log.warning("%s; going on with commit %s, which the cache knows", error, remembered)
-        return remembered
-    commit = str(info.sha)
-    if commit != remembered:
-        # the client writes down what it is told, for a time without a Hub; it is told what was answered just now
-        told = copy(api)
-        told.repo_info = lambda *_, **__: info  # type: ignore[method-assign]
+        log.warning("%s; going on with commit %s, which the cache knows", error, known)
+        return known
+    commit = str(answer.sha)
+    if commit != known and COMMIT.fullmatch(commit):
         try:
-            session.call(lambda: told.resolve_revision(repo_id, revision=revision, cache_dir=cache))
-        except HubError as error:
+            store.note(revision, commit)
+        except (OSError, MaskpackError) as error:
             log.warning("the cache cannot remember commit %s for a time without a Hub: %s", commit, error)
     log.info("%s is at commit %s", reference, commit)
     return commit
@@ -344,15 +326,16 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
 def _from_cache(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAdapter | None:
     """Return the adapter if the cache has it whole; a damaged one is an error only where it cannot be repaired."""
     try:
+        found = snapshot.cached()
         # the model is fetched last, so where it is cached, the others are too or do not exist
-        found = {name: snapshot.cached(name) for name in FILES}
-        if found[MODEL_FILE] is None or found[CONFIG_FILE] is None:
-            return None
-        return _opened(snapshot, {name: one for name, one in found.items() if one is not None}, keys)
+        if MODEL_FILE in found and CONFIG_FILE in found:
+            return _opened(snapshot, found, keys)
     except (AdapterError, HubError):
         if offline:
             raise
-        return None
+    if offline:
+        raise HubError(f"cannot {snapshot.session.task}: commit {snapshot.commit[:12]}: {OFFLINE}")
+    return None
 
 
 def _download(snapshot: Snapshot, keys: Keys | None) -> OpenedAdapter:

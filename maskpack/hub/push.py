@@ -9,17 +9,26 @@ from typing import TYPE_CHECKING, Any
 from ..adapter.card import CARD_FILE, render_card, update_card
 from ..adapter.describe import config_text, describe
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
-from ..adapter.signature import DIGESTS, SIGSTORE, Contents, Keys, private_keys, read_signatures, renewed, statement_in
-from ..errors import ConfigError, HubError, SignatureError
-from ..network import hides_secrets, own_retries
-from .cache import highest, name_of, remember
-from .client import ATTEMPTS, PASSING_STATUSES, TIMEOUT, Session, check_tag, pull_requests, read_tag, set_tag, status_of
+from ..adapter.signature import (
+    DIGESTS,
+    SIGSTORE,
+    Contents,
+    Keys,
+    files_by,
+    private_keys,
+    read_signatures,
+    renewed,
+    statement_in,
+)
+from ..errors import AdapterError, ConfigError, HubError, SignatureError
+from ..network import hides_secrets, quietly
+from .cache import highest, remember
+from .client import ATTEMPTS, PASSING, Session, status_of
 from .pull import OpenedAdapter, Snapshot, is_same, open_local
-from .reference import FILES, REVISION, Reference, card_text, holds, parse_reference, read_card, write_files
+from .reference import FILES, REVISION, Reference, holds, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoFile
-
 
 CONFLICTS = frozenset({409, 412})
 
@@ -45,33 +54,31 @@ class PushedAdapter:
     files: dict[str, int]
 
 
+@dataclass
 class RepositoryPush:
     """One push to a Hub repository.
 
-    Args:
+    Attributes:
         reference: the repository and its branch.
-        build: returns what is to be there, given the model card and the signature that are there.
+        build: returns what is to be there, given the model card and the signatures that are there.
         private, message, create_pr, tag, dry_run, token: as of `push`.
-
-    What was last seen of the branch is `head` (None where there is no such branch) and `listed`, its files of ours;
-    `contents` is what is to be there, and `changed` what of it is not.
+        head: of the branch, as it was last seen; None where there is no such branch. listed: its files of ours.
+        contents: what is to be there. changed: what of it is not.
     """
 
-    def __init__(
-        self,
-        reference: Reference,
-        build: Callable[[Mapping[str, bytes]], dict[str, bytes | memoryview]],
-        private: bool | None,
-        message: str,
-        create_pr: bool,
-        tag: str | None,
-        dry_run: bool,
-        token: str | bool | None,
-    ) -> None:
-        self.session = Session(f"push to {reference}", token, reference)
-        self.repo_id, self.branch = str(reference.repo_id), reference.revision or "main"
-        self.build, self.private, self.message, self.create_pr = build, private, message, create_pr
-        self.tag, self.dry_run = tag, dry_run
+    reference: Reference
+    build: Callable[[Mapping[str, bytes]], dict[str, bytes | memoryview]]
+    private: bool | None
+    message: str
+    create_pr: bool
+    tag: str | None
+    dry_run: bool
+    token: str | bool | None
+
+    def __post_init__(self) -> None:
+        self.session = Session(f"push to {self.reference}", self.token, self.reference)
+        self.repo_id, self.branch = str(self.reference.repo_id), self.reference.revision or "main"
+        self.page = f"{self.session.api.endpoint}/{self.repo_id}"
         self.head: str | None = None
         self.listed: dict[str, RepoFile] = {}
 
@@ -82,33 +89,26 @@ class RepositoryPush:
         self._look(self.head)
         changed = self.changed  # as it is now: after a fault there is another look
         if self.tag and self.head:
-            tagged = read_tag(self.session, self.repo_id, self.tag)
-            check_tag(self.repo_id, self.tag, tagged, None if changed else self.head)
-        if self.dry_run:
-            return self._result(None if changed else self.head, created, changed)
-        commit, url = self._commit() if changed else (str(self.head), None)
-        if self.tag:
-            set_tag(self.session, self.repo_id, self.tag, commit)
-        return self._result(commit, created, changed, url)
+            self._check_tag(None if changed else self.head)
+        commit, url = None if changed else self.head, None
+        if changed and not self.dry_run:
+            commit, url = self._commit()
+        if self.tag and commit and not self.dry_run:
+            tag, done, api = self.tag, commit, self.session.api
+            self.session.call(lambda: api.create_tag(self.repo_id, tag=tag, revision=done, exist_ok=True))
+            self._check_tag(done)
+        page = self.page if self.branch == "main" else f"{self.page}/tree/{self.branch}"
+        files = {name: len(content) for name, content in changed.items()}
+        return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
 
     def _prepare_repository(self) -> bool:
         """Make the repository where it is missing, and return whether it was."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        def find() -> "ModelInfo | None":
-            try:
-                return self.session.api.model_info(self.repo_id, timeout=TIMEOUT)
-            except RepositoryNotFoundError:
-                if self.create_pr:  # a pull request needs somebody's repository
-                    raise
-                return None
-
-        info = self.session.call(find)
+        info = self._info(None, may_lack=not self.create_pr)  # a pull request needs somebody's repository
         created = info is None
         if created and not self.dry_run:
             api, private = self.session.api, self.private
             self.session.call(lambda: api.create_repo(self.repo_id, exist_ok=True, private=private))
-            info = self.session.call(lambda: api.model_info(self.repo_id, timeout=TIMEOUT)) if self.private else None
+            info = self._info(None, may_lack=False) if private else None
         # asking for an existing repository to be private is silently ignored, so look before anything is sent
         if self.private and info is not None and not info.private:
             raise HubError(
@@ -116,20 +116,6 @@ class RepositoryPush:
                 "Make it private in its settings, or choose another name"
             )
         return created
-
-    def _find_head(self) -> str | None:
-        """Return the branch's head, or None if there is no such branch."""
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        def find() -> str | None:
-            try:
-                return self.session.api.model_info(self.repo_id, revision=self.branch, timeout=TIMEOUT).sha
-            except RevisionNotFoundError:
-                if self.branch.startswith("refs/"):  # a pull request cannot be made by its name
-                    raise
-                return None
-
-        return self.session.call(find)
 
     def _prepare_branch(self) -> None:
         """Find the branch's head, making the branch where it is missing."""
@@ -143,40 +129,70 @@ class RepositoryPush:
                     f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
                 )
 
+    def _find_head(self) -> str | None:
+        """Return the branch's head, or None if there is no such branch; a pull request cannot be made by its name."""
+        info = self._info(self.branch, may_lack=not self.branch.startswith("refs/"))
+        return None if info is None else info.sha
+
+    def _info(self, revision: str | None, may_lack: bool) -> "ModelInfo | None":
+        """Return what the Hub says of the repository, or of a revision of it; None if that is not there and may be."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        missing = RepositoryNotFoundError if revision is None else RevisionNotFoundError
+
+        def find() -> "ModelInfo | None":
+            try:
+                return self.session.info(self.repo_id, revision)
+            except missing:
+                if may_lack:
+                    return None
+                raise
+
+        return self.session.call(find)
+
+    def _check_tag(self, wanted: str | None) -> None:
+        """Refuse to go on where the tag points to another commit than the wanted one; None means a commit to come."""
+        found = next((one.target_commit for one in self.session.refs(self.repo_id).tags if one.name == self.tag), None)
+        if found is not None and found != wanted:
+            raise HubError(
+                f"{self.repo_id} has a tag {self.tag!r} at commit {found[:12]} already, and tags are not moved; choose "
+                f"another tag, or delete it: hf repos tag delete {self.repo_id} {self.tag}"
+            )
+
     def _look(self, head: str | None) -> None:
         """Read what is at a commit, and build what is to be there."""
-        self.head, there = head, dict[str, bytes]()
-        if head is None:
-            self.listed = {}
-        else:
+        self.head, there, self.listed = head, {}, {}
+        if head is not None:
             snapshot = Snapshot(self.session, self.repo_id, head)
             self.listed = snapshot.listed(*FILES)
             wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
         self.contents = self.build(there)
-        self.changed = self._changed()
-
-    def _changed(self) -> Contents:
-        """Return the files that are not there as they are wanted; hashes all of them."""
-        return {
-            name: content
-            for name, content in self.contents.items()
-            if name not in self.listed or not is_same(self.listed[name], content)
-        }
+        self.changed = {name: one for name, one in self.contents.items() if not _has(self.listed, name, one)}
 
     def _commit(self) -> tuple[str, str | None]:
         """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
-        before = pull_requests(self.session, self.repo_id) if self.create_pr else {}
+        from huggingface_hub import CommitOperationAdd
+
+        before = self._requests() if self.create_pr else {}
         attempt = 1
         while True:
             parent = self.head
             try:
-                with own_retries():
-                    return self._send()
+                with quietly("own"):
+                    done = self.session.api.create_commit(
+                        self.repo_id,
+                        [CommitOperationAdd(name, bytes(content)) for name, content in self.changed.items()],
+                        commit_message=self.message,
+                        revision=self.branch,
+                        create_pr=self.create_pr,
+                        parent_commit=parent,
+                    )
+                return done.oid, done.pr_url
             except Exception as error:
                 failed = error
             status = status_of(failed)
-            if status is None or status in PASSING_STATUSES | CONFLICTS:
+            if status is None or status in PASSING | CONFLICTS:
                 found = self._find_request(before) if self.create_pr else self._find_commit(failed)
                 if found is not None:
                     return found
@@ -184,26 +200,18 @@ class RepositoryPush:
                 self.session.wait_or_fail(failed, attempt)
             attempt += 1
 
-    def _send(self) -> tuple[str, str | None]:
-        from huggingface_hub import CommitOperationAdd
+    def _requests(self) -> dict[str, str]:
+        """Return the head of every pull request by its number."""
+        found = self.session.refs(self.repo_id, pull_requests=True).pull_requests or []
+        return {one.ref.removeprefix("refs/pr/"): one.target_commit for one in found}
 
-        info = self.session.api.create_commit(
-            self.repo_id,
-            [CommitOperationAdd(name, bytes(content)) for name, content in self.changed.items()],
-            commit_message=self.message,
-            revision=self.branch,
-            create_pr=self.create_pr,
-            parent_commit=self.head,
-        )
-        return info.oid, info.pr_url
-
-    def _find_request(self, before: dict[str, str]) -> tuple[str, str] | None:
+    def _find_request(self, before: Mapping[str, str]) -> tuple[str, str] | None:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
-        for number, commit in pull_requests(self.session, self.repo_id).items():
+        ours = [name for name in FILES if name in self.contents]
+        for number, commit in self._requests().items():
             there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
-            ours = [name for name in FILES if name in self.contents]
-            if all(name in there and is_same(there[name], self.contents[name]) for name in ours):
-                return commit, f"{self._page()}/discussions/{number}"
+            if all(_has(there, name, self.contents[name]) for name in ours):
+                return commit, f"{self.page}/discussions/{number}"
         return None
 
     def _find_commit(self, error: Exception) -> tuple[str, None] | None:
@@ -219,24 +227,18 @@ class RepositoryPush:
         self._look(now)
         if not self.changed:
             return now, None
-        if any(_id(self.listed, name) != _id(listed, name) for name in (MODEL_FILE, CONFIG_FILE, *DIGESTS)):
-            raise HubError(
-                f"cannot push to {self.session.reference}: somebody else changed {self.branch} meanwhile "
-                f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push again"
-            ) from error
+        for name in (MODEL_FILE, CONFIG_FILE, *DIGESTS):
+            if getattr(self.listed.get(name), "blob_id", None) != getattr(listed.get(name), "blob_id", None):
+                raise HubError(
+                    f"cannot push to {self.reference}: somebody else changed {self.branch} meanwhile "
+                    f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push "
+                    "again"
+                ) from error
         return None
 
-    def _page(self) -> str:
-        return f"{self.session.api.endpoint}/{self.repo_id}"
 
-    def _result(self, commit: str | None, created: bool, changed: Contents, url: str | None = None) -> PushedAdapter:
-        page = self._page() if self.branch == "main" else f"{self._page()}/tree/{self.branch}"
-        files = {name: len(content) for name, content in changed.items()}
-        return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
-
-
-def _id(listed: "dict[str, RepoFile]", name: str) -> str | None:
-    return listed[name].blob_id if name in listed else None
+def _has(listed: "Mapping[str, RepoFile]", name: str, content: bytes | memoryview) -> bool:
+    return name in listed and is_same(listed[name], content)
 
 
 @hides_secrets
@@ -305,7 +307,12 @@ def push(
         if target.suffix == ".safetensors":
             raise ConfigError(f"{target} is a file name; push to a folder")
         card, there = read_card(target), read_signatures(target / MODEL_FILE)
-        return _push_to_folder(build(there | ({} if card is None else {CARD_FILE: card})), target, dry_run)
+        contents = build(there | ({} if card is None else {CARD_FILE: card}))
+        created, unchanged = not target.exists(), holds(target, contents)
+        if not unchanged and not dry_run:
+            write_files(contents, target)
+        files = {} if unchanged else {name: len(content) for name, content in contents.items()}
+        return PushedAdapter(None, str(target), None, created, unchanged, files)
     if reference.is_pinned:
         raise ConfigError(f"{reference} names a commit, which cannot be written to; give a branch")
     if create_pr and reference.revision not in (None, "main"):
@@ -318,17 +325,9 @@ def push(
     task = RepositoryPush(reference, build, private, message, create_pr, tag, dry_run, token)
     pushed = task.run()
     if keys and not dry_run and not create_pr:
-        counters = [statement_in(name, bytes(task.contents[name])).counter for name in DIGESTS if name in task.contents]
-        remember(keys, name_of(reference), max(counters))
+        file = next(iter(files_by(keys)))  # where there are two, they have one counter
+        remember(keys, reference.branch, statement_in(file, bytes(task.contents[file])).counter)
     return pushed
-
-
-def _push_to_folder(contents: Contents, target: Path, dry_run: bool) -> PushedAdapter:
-    created, unchanged = not target.exists(), holds(target, contents)
-    files = {} if unchanged else {name: len(content) for name, content in contents.items()}
-    if files and not dry_run:
-        write_files(contents, target)
-    return PushedAdapter(None, str(target), None, created, unchanged, files)
 
 
 def _contents(
@@ -340,14 +339,17 @@ def _contents(
     there: Mapping[str, bytes],
 ) -> dict[str, bytes | memoryview]:
     """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
-    found, repo_id = opened.contents, reference.repo_id
-    card = render_card(description, repo_id, license=license)
-    place = f"{CARD_FILE} of {repo_id}" if repo_id else f"{reference.path}/{CARD_FILE}"
-    existing = card_text(there.get(CARD_FILE), place)
-    if existing is None and CARD_FILE in found:
-        existing = card_text(bytes(found[CARD_FILE]), str(opened.pulled.path / CARD_FILE))
-    if existing is not None:
-        card = update_card(existing, card)
+    found = opened.contents
+    card = render_card(description, reference.repo_id, license=license)
+    earlier, place = there.get(CARD_FILE), str(reference)
+    if earlier is None and CARD_FILE in found:
+        earlier, place = bytes(found[CARD_FILE]), str(opened.pulled.path)
+    try:
+        card = card if earlier is None else update_card(earlier.decode(), card)
+    except UnicodeDecodeError as error:
+        raise AdapterError(
+            f"{CARD_FILE} of {place} is not UTF-8 text, so it cannot be brought up to date; correct it"
+        ) from error
     config = found.get(CONFIG_FILE) or config_text(description, MODEL_FILE).encode()
     files = {CONFIG_FILE: config, MODEL_FILE: found[MODEL_FILE]}
     signatures = _signatures(opened, files, reference, keys, there)
@@ -363,7 +365,7 @@ def _signatures(
         SignatureError: rather than that a signature is published, or stays, which readers would refuse.
     """
     repo_id = reference.repo_id
-    least = highest(keys, name_of(reference)) if repo_id else 0
+    least = highest(keys, reference.branch) if repo_id else 0
     made = renewed(there, files, opened.adapter, keys, repo_id, least=least) if keys else {}
     for name in (name for name in DIGESTS if name not in made):
         before = statement_in(name, bytes(there[name])) if name in there else None

@@ -1,6 +1,5 @@
 """References to adapters, and the files of an adapter's folder."""
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -33,6 +32,11 @@ class Reference:
     def is_pinned(self) -> bool:
         """Whether the revision is a full commit id, which can never move."""
         return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+    @property
+    def branch(self) -> str:
+        """The repository with its branch or tag, `user/name@main` where none is named."""
+        return f"{self.repo_id}@{self.revision or 'main'}"
 
     def __str__(self) -> str:
         if self.path is not None:
@@ -110,48 +114,16 @@ LIMITS = {
 }
 
 
-def git_id(content: bytes | memoryview) -> str:
-    """Return the id that git gives a blob of these bytes, hex sha1."""
-    digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)
-    digest.update(content)
-    return digest.hexdigest()
-
-
 def read_card(folder: Path) -> bytes | None:
     """Return the bytes of a folder's model card, or None if it has none."""
     card = folder / CARD_FILE
     return read_bytes(card, card, LIMITS[CARD_FILE]) if card.is_file() else None
 
 
-def card_text(content: bytes | None, where: str) -> str | None:
-    """Return a model card's text with its line ends as they are.
-
-    Raises:
-        AdapterError: if it is not UTF-8.
-    """
-    try:
-        return None if content is None else content.decode()
-    except UnicodeDecodeError as error:
-        raise AdapterError(f"{where} is not UTF-8 text, so it cannot be brought up to date; correct it") from error
-
-
-def check_limit(name: str, size: int, where: str) -> None:
-    """Refuse a file that is larger than any honest one.
-
-    Raises:
-        AdapterError: with the size and the limit.
-    """
-    if size > LIMITS[name]:
-        raise AdapterError(f"{name} of {where} has {size} bytes; at most {LIMITS[name]} are accepted")
-
-
 def holds(folder: Path, contents: Contents) -> bool:
     """Tell whether a folder has just these contents under their names."""
     return all(
-        (folder / name).is_file()
-        and (folder / name).stat().st_size == len(content)
-        and (folder / name).read_bytes() == content
-        for name, content in contents.items()
+        (folder / name).is_file() and (folder / name).read_bytes() == content for name, content in contents.items()
     )
 
 
@@ -164,7 +136,16 @@ def write_files(contents: Contents, target: Path) -> None:
     Raises:
         StateError: if the target holds something else than an adapter, or cannot be written.
     """
-    _check_target(target)
+    if target.exists() and not target.is_dir():
+        raise StateError(f"{target} is a file; give a folder")
+    # an unfinished file of ours is nobody's: a pull that was killed, or that goes on
+    there = target.iterdir() if target.exists() else ()
+    others = sorted(path.name for path in there if not any(is_leftover(path, name) for name in FILES))
+    if others and MODEL_FILE not in others:
+        raise StateError(
+            f"{target} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) and no adapter; "
+            "give a new or empty folder, or one with an adapter to replace"
+        )
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,17 +167,3 @@ def _leftovers(contents: Contents, target: Path) -> list[Path]:
         return [path for path in found if path.name in DIGESTS and not holds(target, signed)]
     # a card without our part was written by hand, and nothing in it tells of the adapter that goes
     return [path for path in found if path.name != CARD_FILE or BEGIN.encode() in path.read_bytes()]
-
-
-def _check_target(target: Path) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise StateError(f"{target} is a file; give a folder")
-    # an unfinished file of ours is nobody's: a pull that was killed, or that goes on
-    others = sorted(path.name for path in target.iterdir() if not any(is_leftover(path, name) for name in FILES))
-    if others and MODEL_FILE not in others:
-        raise StateError(
-            f"{target} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) and no adapter; "
-            "give a new or empty folder, or one with an adapter to replace"
-        )

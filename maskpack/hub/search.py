@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.card import DIGEST, HUB_ID, base_id_tag, base_model, digest_tag
@@ -88,17 +87,16 @@ def search_adapters(
             "cannot search the Hub: it may not be asked (HF_HUB_OFFLINE is set); unset it, or look at what is cached "
             "with: maskpack list"
         )
-    ask = partial(
-        session.api.list_models,
-        filter=tags,
-        search=query or None,
-        author=author or None,
-        limit=limit,
+
+    def ask() -> "list[ModelInfo]":
         # the tags, and not the list of each repository's files
-        expand=["downloads", "lastModified", "likes", "pipeline_tag", "private", "tags"],
-    )
-    # pages are asked for while the list is walked, so the walk belongs into the call
-    return [_found(info) for info in session.call(lambda: list(ask()))]
+        expand: Any = ["downloads", "lastModified", "likes", "pipeline_tag", "private", "tags"]
+        found = session.api.list_models(
+            filter=tags, search=query or None, author=author or None, limit=limit, expand=expand
+        )
+        return list(found)  # pages are asked for while it is walked
+
+    return [_found(info) for info in session.call(ask)]
 
 
 def _base_tag(base: str) -> str:

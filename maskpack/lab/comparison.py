@@ -12,14 +12,13 @@ from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError, escape
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
-from ..training.checkpoint import stopping
 from ..training.config import TrainConfig
 from ..training.data.load import load_data
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
-from ..training.run_folder import Report, locked, write_json
+from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.trainer import plan_training
 from .baselines.base import BASELINES, Baseline, find_baseline
-from .store import claim, measured, shared_settings
+from .store import measured, shared_settings
 from .trial import MEASURED, Job, Worker, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
@@ -54,7 +53,8 @@ def compare(
         fractions: shares of the labels.
         rates: by baseline, rates to choose from in place of its own; a single one is not searched.
         config: budget and settings that all baselines share; its own seed and `lr` are not used.
-        report: called with every event of training, with "part", and {"event": "trial", "part", "accuracy"}.
+        report: called with every event of training, with "part", and with {"event": "trial", "part", "accuracy",
+            "settings", "result", "folder"}.
 
     Returns:
         {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
@@ -88,7 +88,7 @@ def compare(
     }
     results: list[dict[str, Any]] = []
     with locked(folder), stopping("call compare again to go on"), Worker() as worker:
-        claim(folder / COMPARISON, about)
+        claim(folder / COMPARISON, about, shared_settings(TrainConfig()))
         trials = Trials(folder, backbone, data, config, report, worker)
         for name, one in found.items():
             rate, tried = trials.choose(name, one, given.get(name), seeds[0], max(fractions))
@@ -181,7 +181,9 @@ class Trials:
         job = Job(name, share, validate, settings, self.backbone, self.data, str(folder))
         found = measured(folder / f"result-{share:g}.json", MEASURED, lambda: self._in_process(job, part))
         if self.report is not None:
-            self.report({"event": "trial", "part": part, "accuracy": found["accuracy"]})
+            about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
+            event = {"event": "trial", "part": part, "accuracy": found["accuracy"]}
+            self.report({**event, "settings": about, "result": found, "folder": str(folder)})
         return found
 
     def _in_process(self, job: Job, part: str) -> dict[str, Any]:

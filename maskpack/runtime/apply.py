@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from bitarray import bitarray
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from ..adapter.content import Parts
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unwrap
 from ..errors import BackboneMismatchError, StateError
@@ -133,17 +134,17 @@ def written(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Wr
     return {name: Written(weakref.ref(t), t._version, t.dtype, t.device) for name, t in found}
 
 
-def check_unwritten(noted: Mapping[str, Written], model: nn.Module, way_out: str) -> None:
+def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor], way_out: str) -> None:
     """Raise StateError if something else wrote parameters in place, or put others of the same kind in their places.
 
     A parameter that was moved or cast is the same object and keeps its version. Where it is another object, of another
     dtype or device, it was moved too, by a library that makes new ones. Buffers are not looked at: a forward pass in
     training mode writes them.
     """
-    parameters, buffers = named_parameters(model), named_buffers(model)
-    noted, others = {name: was for name, was in noted.items() if name not in buffers}, []
+    noted = {name: was for name, was in noted.items() if isinstance(tensors.get(name), nn.Parameter | None)}
+    others = []
     for name, was in sorted(noted.items()):
-        now = parameters.get(name)
+        now = tensors.get(name)
         moved = now is not None and now is not was.tensor() and (now.dtype, now.device) != (was.dtype, was.device)
         if now is None or not (was.same(now) or moved):
             others.append(name)
@@ -263,13 +264,14 @@ def changed_bits(weight: Tensor, mask: PackedMask, old: Tensor, values: Tensor |
 def located(
     masks: Iterable[tuple[str, PackedMask]], weights: Mapping[str, Tensor], known: Mapping[str, Changed]
 ) -> Iterator[tuple[str, PackedMask, Tensor | None]]:
-    """Yield names and masks with the places of those that have `at_places`.
+    """Yield names and masks with the places of their zeros; None for masks that change every weight.
 
     Places that are not in the mask or in `known` are found by threads, ahead of the consumer.
     """
 
     def kept(name: str) -> Tensor | None:
-        return known[name].at if name in known else None
+        at = known[name].at if name in known else None
+        return at if at is not None and at.device == weights[name].device else None
 
     def find(item: tuple[str, PackedMask]) -> tuple[str, PackedMask, Tensor | None]:
         (name, mask), at = item, None
@@ -279,12 +281,12 @@ def located(
                 at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
         return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
-    def worth(item: tuple[str, PackedMask]) -> int:
+    def work(item: tuple[str, PackedMask]) -> int:
         name, mask = item
-        unknown = at_places(mask) and mask.zeros is None and kept(name) is None
-        return 8 * mask.bits.count(0) if unknown else 0
+        found = not at_places(mask) or mask.zeros is not None or kept(name) is not None
+        return 0 if found else 8 * mask.bits.count(0)
 
-    return in_order(find, masks, worth, WORTH)
+    return in_order(find, masks, work, WORTH)
 
 
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
@@ -298,19 +300,10 @@ def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
     return masked_weight(weight, unpack(mask.bits).to(device).reshape(mask.shape), alpha)
 
 
-def head_module(model: nn.Module, head: Head) -> nn.Module:
-    """Return the module that a head is for; raises BackboneMismatchError if the model has none there."""
-    assert head.module is not None
-    try:
-        return model.get_submodule(head.module)
-    except AttributeError:
-        raise BackboneMismatchError(
-            f"the model has no module {head.module!r} for the adapter's head; pass head='keep' to leave the head alone"
-        ) from None
-
-
-def head_tensors(head: Head) -> Mapping[str, Tensor]:
-    """Return the tensors of a head that is a module of the model, by dotted name."""
+def head_tensors(head: Head | None) -> dict[str, Tensor]:
+    """Return the tensors of a head that is a module of the model, by dotted name; else nothing."""
+    if head is None or head.module is None:
+        return {}
     found = {f"{head.module}.weight": head.weight}
     return found if head.bias is None else {**found, f"{head.module}.bias": head.bias}
 
@@ -369,25 +362,29 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
     return {name: parameters[name] for name in shapes}
 
 
-def check_dense(dense: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raise BackboneMismatchError if a model lacks a tensor that an adapter writes as a whole."""
-    for name, tensor in dense.items():
+def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> None:
+    """Raise BackboneMismatchError if a model has no place for an adapter's dense tensors or head."""
+    for name, tensor in parts.dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
                 f"the adapter has a tensor for {name!r} of shape {tuple(tensor.shape)}, which the model lacks or "
                 f"has in another shape; load the backbone that the adapter was made for"
             )
+    module = None if parts.head is None else parts.head.module
+    try:
+        model.get_submodule(module or "")
+    except AttributeError:
+        raise BackboneMismatchError(
+            f"the model has no module {module!r} for the adapter's head; pass head='keep' to leave the head alone"
+        ) from None
 
 
-def apply_masks(
+def apply_parts(
     model: nn.Module,
-    masks: Iterable[tuple[str, PackedMask]],
-    shapes: Mapping[str, tuple[int, ...]],
+    parts: Parts,
     *,
-    mask_id: str,
-    values: Mapping[str, Tensor] | None = None,
-    dense: Mapping[str, Tensor] | None = None,
-    head: Head | None = None,
+    mask_id: str = "",
+    masks: Iterable[tuple[str, PackedMask]] | None = None,
     restorable: bool = True,
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
@@ -396,11 +393,8 @@ def apply_masks(
     finishes it, and so does whatever puts a mask on the model next.
 
     Args:
-        masks: (name, mask), decoded as they are asked for.
-        shapes: of all of them by name, so that everything is checked before the first weight changes.
-        values: what op "replace" puts in the place of the weights with a zero bit, flat, by name.
-        dense: buffers and parameters to copy over, by name.
-        head: a head that is a module of the model, to replace that; None leaves the model's.
+        parts: its head replaces a module of the model; one that lies behind an encoder is left out.
+        masks: name and mask, in the place of those of `parts`, whose names and shapes are checked before the first.
         restorable: keep what `restore` needs.
 
     Raises:
@@ -409,35 +403,25 @@ def apply_masks(
     """
     check_compiled()
     check_free(model)
-    put(model, Applied(mask_id, restorable=restorable), masks, shapes, values or {}, dense or {}, head)
+    put(model, Applied(mask_id, restorable=restorable), parts, masks)
 
 
-def put(
-    model: nn.Module,
-    record: Applied,
-    masks: Iterable[tuple[str, PackedMask]],
-    shapes: Mapping[str, tuple[int, ...]],
-    values: Mapping[str, Tensor],
-    dense: Mapping[str, Tensor],
-    head: Head | None,
-) -> None:
-    """Apply an adapter to a model that is the base, by a new record; see `apply_masks`."""
+def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
+    """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
     model = unwrap(model)
+    shapes, dense = parts.masks.shapes, parts.dense
     parameters, state = check_masks(model, shapes), tensors_of(model)
-    names = {*shapes, *dense}
-    check_dense(dense, state)
-    if head is not None:
-        head_module(model, head)
-        names |= head_tensors(head).keys()
+    check_dense(model, parts, state)
+    names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)
     try:
         _APPLIED[model] = record
-        for name, mask, at in located(masks, parameters, record.notes or {}):
-            _apply(record, name, parameters[name].detach(), mask, at, values.get(name))
+        for name, mask, at in located(parts.masks.items() if masks is None else masks, parameters, record.notes or {}):
+            _apply(record, name, parameters[name].detach(), mask, at, parts.values.get(name))
         for name, tensor in dense.items():
             _copy(record, state, name, tensor)
-        if head is not None:
-            _apply_head(model, head, record)
+        if parts.head is not None and parts.head.module is not None:
+            _apply_head(model, parts.head, record)
         record.after = written(state if record.head is None else tensors_of(model), names)
         if record.notes is not None:
             record.notes.update({name: one for name, one in record.masked.items() if one.at is not None})
@@ -467,18 +451,16 @@ def restore(model: nn.Module, *, force: bool = False) -> None:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     if record.complete and not force:
         way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
-        check_unwritten(record.after, model, way_out)
+        check_unwritten(record.after, tensors_of(model), way_out)
     undo(model, record)
 
 
 @contextmanager
-def masked(
-    model: nn.Module, masks: Iterable[tuple[str, PackedMask]], shapes: Mapping[str, tuple[int, ...]], **how: Any
-) -> Iterator[None]:
-    """Put masks on a model, as `apply_masks` does, as long as this lasts; then it is what it was, to the bit."""
+def masked(model: nn.Module, parts: Parts, mask_id: str = "") -> Iterator[None]:
+    """Apply parts to a model as long as this lasts; then it is what it was, to the bit."""
     check_free(model)
     try:
-        apply_masks(model, masks, shapes, **how)
+        apply_parts(model, parts, mask_id=mask_id)
         yield
     finally:
         if applied(model) is not None:
@@ -489,18 +471,18 @@ def _apply(
     record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None
 ) -> None:
     """Apply one mask; what it takes to undo it is noted before."""
+    known = None if record.notes is None else record.notes.get(name)
     if at is None:
         record.masked[name] = Changed(mask, weight.dtype, [weight.clone()])
         copy_bits(weight, rewritten(weight, mask))
-    elif record.notes is not None and name in record.notes:
-        known = record.masked[name] = record.notes[name]
-        for old in known.saved:  # one piece, or none
+    elif known is not None and known.at is at and known.dtype == weight.dtype:
+        record.masked[name] = known
+        for old in known.saved:  # of the whole parameter, if there is any
             write(weight, at, changed_bits(weight, mask, old, values))
     else:
-        small = at.to(torch.int32) if record.notes is not None and weight.numel() < 2**31 else at
-        changed = Changed(mask, weight.dtype, [], None if record.notes is None else small)
-        record.masked[name] = changed
-        exchange(weight, mask, at, values, changed.saved)
+        kept = None if record.notes is None else at.to(torch.int32) if weight.numel() < 2**31 else at
+        changed = record.masked[name] = Changed(mask, weight.dtype, [], kept)
+        exchange(weight, mask, at.long(), values, changed.saved)
 
 
 def undo(model: nn.Module, record: Applied) -> None:
@@ -529,7 +511,7 @@ def undo(model: nn.Module, record: Applied) -> None:
                 copy_bits(weight, changed.saved[0].to(weight))
         _note_undone(model, record, written(state, record.before), unwritten)
     except BaseException as error:
-        error.add_note("maskpack: the model still has a part of the mask; unload_mask(model) removes it")
+        error.add_note("maskpack: the model still has a part of the mask; unload_mask (or its bank) removes it")
         raise
     forget(model)
 
@@ -558,7 +540,7 @@ def _copy(record: Applied, state: Mapping[str, Tensor], name: str, tensor: Tenso
 def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
     """Copy a head into one of the same shape, so that compiled code stays valid; else put a new module in its place."""
     assert head.module is not None
-    old = head_module(model, head)
+    old = model.get_submodule(head.module)
     same = isinstance(old, nn.Linear) and old.weight.shape == head.weight.shape
     if same and (old.bias is None) == (head.bias is None):
         state = {f"{head.module}.{name}": p for name, p in old.named_parameters()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.classifier import Inputs, classifier_from, example_count, taken
-from ..backbone.model import Head, inside, named_parameters, unwrap
+from ..backbone.model import inside, unwrap
 from ..errors import ConfigError, DataError, StateError, UnknownNameError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
@@ -28,7 +28,6 @@ from .apply import (
     check_dense,
     check_masks,
     check_unwritten,
-    head_module,
     head_tensors,
     held_by,
     hold,
@@ -109,13 +108,6 @@ class Resident:
         """Memory of notes."""
         return sum(changed.nbytes for changed in self.notes.values())
 
-    def status(self, active: str | None) -> ResidentStatus:
-        """Return what is told of it."""
-        state = "active" if self.name == active else "ready" if self.notes else "packed"
-        density = None if self.parts is None else self.parts.masks.density
-        state = "evicted" if self.parts is None else state
-        return ResidentStatus(self.name, state, self.pinned, self.mask_id, density, self.host_bytes, self.device_bytes)
-
 
 class MaskBank:
     """Adapters that stay resident on one model as packed bits; the model computes with one of them, or as the base.
@@ -162,7 +154,6 @@ class MaskBank:
         self.model, self._verify, self._host = model, verify, max_host_bytes
         self._device = sum(t.nbytes for t in tensors.values()) if max_device_bytes is None else max_device_bytes
         self._base = written(tensors, tensors)  # as the bank last left the base's tensors
-        self._kinds = {name: (tensor.dtype, tensor.device) for name, tensor in tensors.items()}
         self._lock, self._clock = threading.RLock(), 0
         self._residents: dict[str, Resident] = {}
         self._switches: Counter[str] = Counter()
@@ -273,13 +264,18 @@ class MaskBank:
     def status(self) -> BankStatus:
         """Return what the bank holds, and how it switched so far."""
         with self._lock:
-            active, residents = self.active, self._residents
+            active, found = self.active, dict[str, ResidentStatus]()
+            for name, one in self._residents.items():
+                state, density = "evicted", None
+                if one.parts is not None:
+                    state = "active" if name == active else "ready" if one.notes else "packed"
+                    density = one.parts.masks.density
+                found[name] = ResidentStatus(
+                    name, state, one.pinned, one.mask_id, density, one.host_bytes, one.device_bytes
+                )
+            host = sum(one.host_bytes for one in found.values())
             return BankStatus(
-                active,
-                {name: resident.status(active) for name, resident in residents.items()},
-                self._host_bytes(),
-                sum(resident.device_bytes for resident in residents.values()),
-                dict(self._switches),
+                active, found, host, sum(one.device_bytes for one in found.values()), dict(self._switches)
             )
 
     def close(self, *, force: bool = False) -> None:
@@ -383,8 +379,7 @@ class MaskBank:
             check_compiled()
             if name is not None:
                 parts = self._loaded(resident)
-                head, record = _module_head(parts), self._applied()
-                names = {*parts.masks, *parts.parameters, *(() if head is None else head_tensors(head))}
+                record, names = self._applied(), {*parts.masks, *parts.parameters, *head_tensors(parts.head)}
                 swapped = () if record is None or record.head is None else (record.head[0],)
                 noted = {n: self._base[n] for n in names & self._base.keys() if not inside(n, swapped)}
             if record is not None:
@@ -394,31 +389,23 @@ class MaskBank:
                 undo(self.model, record)
             if name is not None:
                 self._switches["places" if resident.notes else "bits"] += 1
-                put(
-                    self.model,
-                    Applied(name, base=self._base, notes=resident.notes),
-                    parts.masks.items(),
-                    parts.masks.shapes,
-                    parts.values,
-                    parts.dense,
-                    head,
-                )
+                put(self.model, Applied(name, base=self._base, notes=resident.notes), parts)
             self._trim()
             return self.model
 
     def _check(self, noted: Mapping[str, Written], force: bool) -> None:
         """Raise StateError if parameters were moved or cast, or, without `force`, written by something else."""
-        now = named_parameters(self.model)
-        for name in sorted(noted.keys() & now.keys() & self._kinds.keys()):
-            (dtype, device), tensor = self._kinds[name], now[name]
-            if tensor.dtype != dtype or tensor.device != device:
+        now = tensors_of(self.model)
+        for name, was in sorted(noted.items()):
+            tensor = now.get(name)
+            if isinstance(tensor, nn.Parameter) and (tensor.dtype, tensor.device) != (was.dtype, was.device):
                 raise StateError(
-                    f"{name!r} is {tensor.dtype} on {tensor.device} now, and was {dtype} on {device} when the bank "
-                    f"was made; move or cast the model before that, or close the bank and make another one"
+                    f"{name!r} is {tensor.dtype} on {tensor.device} now, and was {was.dtype} on {was.device} when the "
+                    f"bank was made; move or cast the model before that, or close the bank and make another one"
                 )
         if not force:
             way_out = "a bank's model must not be trained; bank.close(force=True) puts back what adapters changed"
-            check_unwritten(noted, self.model, way_out)
+            check_unwritten(noted, now, way_out)
 
     @contextmanager
     def _during(self, name: str | None) -> Iterator[None]:
@@ -440,11 +427,10 @@ class MaskBank:
             return Resident(name, Parts(masks), mask_id({"default": masks}))
         check_one_set(source)
         check_masks(self.model, source.shapes())
-        check_base(self.model, source, self._verify, stacklevel=4)
-        parts, pinned = source.parts(base=unwrap(self.model)), source.pinned
-        check_dense(parts.dense, tensors_of(self.model))
-        if (head := _module_head(parts)) is not None:
-            head_module(self.model, head)
+        check_base(self.model, source, self._verify, stacklevel=5)
+        base, pinned = unwrap(self.model), source.pinned
+        parts = source.parts(base=base)
+        check_dense(base, parts, tensors_of(base))
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
         return Resident(name, parts, source.mask_id, lambda: load_adapter(pinned, **later), source.digest)
@@ -469,27 +455,22 @@ class MaskBank:
         assert resident.parts is not None
         return resident.parts
 
-    def _host_bytes(self) -> int:
-        return sum(resident.host_bytes for resident in self._residents.values())
-
     def _make_room(self, new: Resident) -> None:
         """Evict others, used longest ago first, until an adapter that was read fits; if none can be, evict that one."""
-        active = self.active
-        others = [
-            other
-            for other in sorted(self._residents.values(), key=lambda other: other.used)
-            if other is not new and other.name != active and other.parts and other.read and not other.pinned
-        ]
-        while self._host is not None and self._host_bytes() > self._host:
-            if not others:
-                needed, new.parts = new.host_bytes, None
-                kept = ", ".join(repr(o.name) for o in self._residents.values() if o.parts is not None) or "no other"
+        active, residents = self.active, sorted(self._residents.values(), key=lambda resident: resident.used)
+        kept = [one for one in residents if one is new or one.name == active or one.read is None or one.pinned]
+        idle = [one for one in residents if one not in kept and one.parts is not None]
+        needed = sum(one.host_bytes for one in residents)
+        while self._host is not None and needed > self._host:
+            if not idle:
+                size, new.parts = new.host_bytes, None
+                names = ", ".join(repr(one.name) for one in self._residents.values() if one.parts) or "no other"
                 raise StateError(
-                    f"{new.name!r} takes {needed} bytes, and there is no room for it within "
-                    f"max_host_bytes={self._host}: {kept} cannot be evicted, being active or pinned; raise the limit, "
-                    f"or remove some"
+                    f"{new.name!r} takes {size} bytes, and there is no room for it within max_host_bytes={self._host}: "
+                    f"{names} cannot be evicted, being active or pinned; raise the limit, or remove some"
                 )
-            gone = others.pop(0)
+            gone = idle.pop(0)
+            needed -= gone.host_bytes
             gone.notes, gone.parts = {}, None
 
     def _trim(self) -> None:
@@ -502,11 +483,6 @@ class MaskBank:
                 break
             total -= resident.device_bytes
             resident.notes = {}
-
-
-def _module_head(parts: Parts) -> Head | None:
-    """Return the head if it replaces a module of the model."""
-    return parts.head if parts.head is not None and parts.head.module is not None else None
 
 
 def _name_of(source: Adapter | MaskSet) -> str:

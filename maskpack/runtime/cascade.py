@@ -19,10 +19,10 @@ from ..errors import AdapterError, BackboneMismatchError, ConfigError, DataError
 from ..hub.pull import PullOptions
 from ..preprocess import TextPreprocess, preprocess_from_json
 from .apply import masked
-from .load import VERIFY, Reference, Verify, load_adapter, make_base
+from .load import VERIFY, Reference, Verify, check_base, clear, load_adapter
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cost:
     """What a cascade's calls took so far.
 
@@ -102,14 +102,14 @@ class LoadedCascade:
             if len(rows):
                 block[rows] = self._embed(name, taken(inputs, rows))
             blocks.append(block)
-        self.cost = replace(self.cost, inputs=self.cost.inputs + len(first))
+        self.cost.inputs += len(first)
         whole = torch.cat(blocks, dim=1)
         return whole if self.parts.reduction is None else self.parts.reduction(whole)
 
     def route(self, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return which expert each input of a batch is for, (B,), and the probability of every expert, (B, K)."""
         posterior = self.parts.router.posterior(self._embed(self.parts.dispatcher, _preprocessed(inputs)))
-        self.cost = replace(self.cost, inputs=self.cost.inputs + len(posterior))
+        self.cost.inputs += len(posterior)
         return posterior.argmax(1), posterior
 
     def predict(
@@ -147,10 +147,8 @@ class LoadedCascade:
         Raises:
             StateError: if the model has a mask loaded. BackboneMismatchError: if it is another one.
         """
-        one = self._sets[name]
-        dense = {**one.statistics, **one.parameters}
-        with masked(self.model, one.masks.items(), one.masks.shapes, mask_id=name, values=one.values, dense=dense):
-            self.cost = replace(self.cost, switches=self.cost.switches + 1)
+        with masked(self.model, self._sets[name], name):
+            self.cost.switches += 1
             yield
 
     def _embed(self, name: str, inputs: Inputs) -> Tensor:
@@ -166,11 +164,8 @@ class LoadedCascade:
                 f"the model gives embeddings of {x.shape[1]} features, the cascade's router expects {self.features}; "
                 f"load the backbone that it was made for, with the same head"
             )
-        self.cost = replace(
-            self.cost,
-            passes=self.cost.passes + len(x),
-            seconds=self.cost.seconds + time.perf_counter() - started,
-        )
+        self.cost.passes += len(x)
+        self.cost.seconds += time.perf_counter() - started
         return x
 
 
@@ -200,7 +195,8 @@ def load_cascade(
     if parts is None:
         what = "one mask set" if len(adapter.sets) == 1 else f"{len(adapter.sets)} mask sets without a router"
         raise AdapterError(f"{adapter.path} is no cascade, it has {what}; load it with load_mask(model, ref)")
-    make_base(model, adapter, verify)
+    clear(model, adapter)
+    check_base(model, adapter, verify, stacklevel=4)
     module = parts.embedding.module
     if module is not None and module not in dict(unwrap(model).named_modules()):
         raise BackboneMismatchError(

@@ -1,4 +1,4 @@
-"""Which of a bank's adapters is an input for? By the entropy of outputs, or by features of the base."""
+"""Choose the adapter of a bank that fits an input, by the entropy of outputs or by features of the base."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.content import Parts
-from ..backbone.classifier import Inputs, classifier_from, embeddings, example_count, modes_kept
+from ..backbone.classifier import Classifier, Inputs, classifier_from, embeddings, example_count, modes_kept
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head, find_head, unwrap
 from ..errors import ConfigError
@@ -40,7 +40,7 @@ class Identified:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profiles:
-    """What tasks look like to the base: where their examples lie in its features.
+    """Means and spread of the base's features on examples of each task.
 
     Attributes:
         names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
@@ -68,7 +68,7 @@ class Profiles:
 
 
 def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Profiles:
-    """Note where some examples of each task lie in the features of the base, for `identify`.
+    """Return the profiles of tasks, by features of the base on some examples of each, for `identify`.
 
     Args:
         examples: by the name of a task's adapter, preprocessed, two or more of each.
@@ -168,7 +168,7 @@ class Superposition:
 
     def logits(self, inputs: Inputs, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the outputs with these tensors, (B, classes)."""
-        named = isinstance(inputs, dict) and not hasattr(self.module, "pooling")
+        named = isinstance(inputs, dict) and not isinstance(self.module, Classifier)
         arguments: tuple[Any, ...] = () if named else (inputs,)
         output = functional_call(self.module, dict(tensors), arguments, dict(inputs) if named else None)
         logits: Tensor = getattr(output, "logits", output)
@@ -181,39 +181,29 @@ def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition
     Raises:
         ConfigError: if their heads have not one shape, so that they cannot be added up.
     """
-    heads = [one.head for one in parts.values()]
-    if len({_shape(head) for head in heads}) != 1:
+    heads = {name: _head(own.head) for name, own in parts.items()}
+    if len({tuple((key, tensor.shape) for key, tensor in head.items()) for head in heads.values()}) != 1:
         raise ConfigError(
             f"masks are added up with their heads, and those of {', '.join(map(repr, parts))} have not one shape; "
             f"choose others, or how='each', which asks one mask after the other"
         )
-    first = heads[0]
-    behind = first is not None and first.module is None
-    module: nn.Module = unwrap(model)
-    if behind:
-        assert first is not None
-        module = classifier_from(module, first).eval()
-    prefix = "model." if behind else ""
-    changes = []
-    for one in parts.values():
-        body: dict[str, PackedMask | Tensor] = {**one.masks, **one.statistics, **one.parameters}
-        changes.append({**{prefix + name: change for name, change in body.items()}, **_head(one.head)})
+    first, module, prefix = next(iter(parts.values())).head, unwrap(model), ""
+    if first is not None and first.module is None:  # behind an encoder
+        module, prefix = classifier_from(module, first).eval(), "model."
+    changes, values = [], []
+    for name, own in parts.items():
+        body: dict[str, PackedMask | Tensor] = {**own.masks, **own.dense}
+        changes.append({**{prefix + key: change for key, change in body.items()}, **heads[name]})
+        values.append({prefix + key: tensor for key, tensor in own.values.items()})
     state = tensors_of(module)
     base = {name: state[name] for name in sorted({name for own in changes for name in own})}
-    values = [{prefix + name: tensor for name, tensor in one.values.items()} for one in parts.values()]
     return Superposition(module, base, changes, values)
-
-
-def _shape(head: Head | None) -> tuple[object, ...]:
-    return () if head is None else (head.module, tuple(head.weight.shape), head.bias is not None)
 
 
 def _head(head: Head | None) -> dict[str, Tensor]:
     """Return the tensors of a head by their names in what computes."""
-    if head is None:
-        return {}
-    if head.module is not None:
-        return dict(head_tensors(head))
+    if head is None or head.module is not None:
+        return head_tensors(head)
     named = {"linear.weight": head.weight, "linear.bias": head.bias}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -237,10 +227,10 @@ def identify(
     names: Sequence[str] | None = None,
     least: float = LEAST,
 ) -> Identified:
-    """Tell which adapter of a bank a batch of one unknown task is for; the model computes afterwards as before.
+    """Return which adapter of a bank fits a batch of one unknown task; the model computes afterwards as before.
 
-    By entropy, after "Supermasks in Superposition" (Wortsman et al., 2020): the network is the mean of those of all
-    adapters, and the right one is whose share lowers the entropy of the outputs most.
+    By entropy, after "Supermasks in Superposition" (Wortsman et al., 2020): weights are the mean over all adapters, and
+    the right adapter is the one whose share lowers the entropy of the outputs most.
 
     - "one-shot": the least slope of the entropy, by one forward and one backward pass.
     - "binary": the half with the lesser slopes goes on, until one is left.
@@ -272,15 +262,16 @@ def identify(
         bank.model.eval()
         if how == "each":
             found = {name: _entropy(bank, name, batch) for name in known}
-            best = min(known, key=lambda name: found[name][0])
-            scores = {name: -one[0] for name, one in found.items()}
-            return _identified(best, found[best][1], scores, len(known), least)
-        with bank.disabled():
-            scores, passes = _slopes(
-                superposition(bank.model, {name: bank.parts(name) for name in known}), known, batch, how
-            )
+            scores, passes = {name: -entropy for name, (entropy, _) in found.items()}, len(known)
+        else:
+            with bank.disabled():
+                one = superposition(bank.model, {name: bank.parts(name) for name in known})
+                scores, passes = _slopes(one, known, batch, how)
         best = max(known, key=lambda name: scores[name])
-        return _identified(best, _entropy(bank, best, batch)[1], scores, passes + 1, least)
+        if how != "each":
+            found, passes = {best: _entropy(bank, best, batch)}, passes + 1
+        confidence = found[best][1]
+        return Identified(best if confidence >= least else None, best, confidence, scores, passes)
 
 
 def mixture(
@@ -360,7 +351,3 @@ def _loss(labels: Tensor | None) -> Callable[[Tensor], Tensor]:
     if labels is None:
         return lambda logits: entropies(logits).mean()
     return lambda logits: nn.functional.cross_entropy(logits.float(), labels.to(logits.device))
-
-
-def _identified(best: str, confidence: float, scores: Mapping[str, float], passes: int, least: float) -> Identified:
-    return Identified(best if confidence >= least else None, best, confidence, scores, passes)

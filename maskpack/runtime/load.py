@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal, TypeVar, Unpack
 
@@ -11,13 +11,13 @@ from torch import nn
 from ..adapter.content import Parts
 from ..adapter.decode import Weights
 from ..adapter.read import Adapter
-from ..backbone.fingerprint import Measured, check_measured, measure_body
+from ..backbone.fingerprint import check_measured, measure_body
 from ..backbone.model import unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions, open_adapter
 from ..mask import PackedMask
 from ..threads import in_thread
-from .apply import applied, apply_masks, check_masks, restore
+from .apply import applied, apply_parts, check_masks, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
@@ -97,17 +97,10 @@ def load_mask(
             require_signature=require_signature,
         )
     parts = loaded_parts(adapter, head, mode)
-    masks = masks_on(model, adapter, verify)
-    apply_masks(
-        model,
-        masks if mode == "target" else removing(masks),
-        adapter.shapes(),
-        mask_id=adapter.mask_id,
-        values=parts.values,
-        dense=parts.dense,
-        head=parts.head,
-        restorable=restorable,
-    )
+    clear(model, adapter)
+    masks = _masks_on(model, adapter, verify)
+    masks = masks if mode == "target" else removing(masks)
+    apply_parts(model, parts, mask_id=adapter.mask_id, masks=masks, restorable=restorable)
     return model
 
 
@@ -157,42 +150,38 @@ def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, Pac
         yield name, replace(mask, op="zero") if mask.op == "replace" else mask
 
 
-def make_base(model: nn.Module, adapter: Adapter, verify: Verify) -> None:
-    """Unload what a model has loaded, and see that it is the adapter's base; see `load_mask`."""
-    _clear(model, adapter)
-    check_base(model, adapter, verify, stacklevel=4)
+def clear(model: nn.Module, adapter: Adapter) -> None:
+    """Unload what a model has loaded, and check that it has the parameters that an adapter's masks are for."""
+    if applied(model) is not None:
+        restore(model)
+    for name in adapter.sets:  # before the digests, since quantised weights have none
+        check_masks(model, adapter.shapes(name))
 
 
-def masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tuple[str, PackedMask]]:
-    """As `make_base`, and return the adapter's masks, which are decoded while the base is hashed."""
-    _clear(model, adapter)
+def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tuple[str, PackedMask]]:
+    """Return an adapter's masks, which are decoded while the base is hashed and compared."""
     masks = adapter.iter_masks(base=unwrap(model), zeros=True)
     if verify == "off":
         return masks
     measured = in_thread(lambda: measure_body(model, adapter.base.head))
     try:
         decoded = list(masks)
-    finally:  # a base that is another one is what is to be said, whatever it made of decoding
-        check_base(model, adapter, verify, measured(), stacklevel=4)
+    finally:  # a wrong base is the error to raise, whatever it made of decoding
+        checked(verify, lambda: check_measured(measured(), adapter.base), stacklevel=4)
     return decoded
 
 
-def _clear(model: nn.Module, adapter: Adapter) -> None:
-    """Unload what a model has loaded, and see that the masks are for parameters of it."""
-    if applied(model) is not None:
-        restore(model)
-    for name in adapter.sets:  # first, since quantised weights have a digest of nothing
-        check_masks(model, adapter.shapes(name))
+def check_base(model: nn.Module, adapter: Adapter, verify: Verify, stacklevel: int) -> None:
+    """Compare a model with an adapter's base, as `load_mask` does."""
+    checked(verify, lambda: check_measured(measure_body(model, adapter.base.head), adapter.base), stacklevel)
 
 
-def check_base(
-    model: nn.Module, adapter: Adapter, verify: Verify, measured: Measured | None = None, stacklevel: int = 3
-) -> None:
-    """See that a model is an adapter's base, as of `load_mask`; its body need not be measured again."""
+def checked(verify: Verify, compare: Callable[[], object], stacklevel: int) -> None:
+    """Call `compare`, which may raise BackboneMismatchError; with "warn" that is a warning, and "off" calls nothing."""
     if verify == "off":
         return
     try:
-        check_measured(measured or measure_body(model, adapter.base.head), adapter.base)
+        compare()
     except BackboneMismatchError as error:
         if verify == "strict":
             raise

@@ -1,30 +1,32 @@
 """load_masked: base and mask together, one tensor at a time, onto a model that has no weights yet."""
 
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
-from ..errors import BackboneMismatchError, StateError
+from ..errors import StateError
 from ..hub.pull import PullOptions
+from ..mask import MaskSet
 from ..safetensors_io import open_tensors
-from .apply import applied, apply_masks, check_masks, forget
+from .apply import applied, apply_parts, check_masks, forget
 from .load import (
     HeadChoice,
-    MaskpackWarning,
     Mode,
     Model,
     Reference,
     Verify,
     check_choices,
+    checked,
     load_adapter,
     loaded_parts,
     removing,
@@ -92,24 +94,20 @@ def load_masked(
             if digested is not None and verify != "off":
                 digests[digested] = tensor_digest(base[digested], compared)
                 if verify == "strict" and masked is not None:
-                    _check_masked(adapter, masked, digests[digested], compared)
+                    if not same_digest(digests[digested], adapter.base, masked, compared):
+                        what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
+                        raise mismatch(adapter.base, what, compared)
             tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
-            found = [] if masked is None else [(masked, masks[masked])]
+            found = None if masked is None else MaskSet({masked: masks[masked]})
             base.let_go()
-            if masked is not None:
-                apply_masks(
-                    _module({masked: tensor}),
-                    found if mode == "target" else removing(found),
-                    {masked: shapes[masked]},
-                    mask_id=adapter.mask_id,
-                    values=parts.values,
-                    restorable=False,
-                )
+            if masked is not None and found is not None:
+                own = found if mode == "target" else MaskSet(dict(removing(found.items())))
+                apply_parts(_module({masked: tensor}), Parts(own, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
-        _check_body(of_body, digests, adapter, verify)
+        checked(verify, lambda: check_digests(of_body, digests, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
-        apply_masks(model, (), {}, mask_id=adapter.mask_id, dense=parts.dense, head=parts.head, restorable=False)
+        apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
@@ -204,21 +202,3 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _check_body(body: Mapping[str, Tensor], digests: Mapping[str, bytes], adapter: Adapter, verify: Verify) -> None:
-    """Raise BackboneMismatchError, or warn, if the digests of a body are not the base's."""
-    if verify == "off":
-        return
-    try:
-        check_digests(body, digests, adapter.base)
-    except BackboneMismatchError as error:
-        if verify == "strict":
-            raise
-        warnings.warn(str(error), MaskpackWarning, stacklevel=3)
-
-
-def _check_masked(adapter: Adapter, name: str, digest: bytes, dtype: torch.dtype) -> None:
-    """Raise BackboneMismatchError if a masked tensor is not the base's."""
-    if not same_digest(digest, adapter.base, name, dtype):
-        raise mismatch(adapter.base, f"the masked tensor {name!r} differs, and nothing behind it was read", dtype)

@@ -13,6 +13,7 @@ from ..backbone.classifier import Classifier, accuracy, classifier_from, predict
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
 from ..errors import AdapterError, DataError, escape
+from ..mask import MaskSet
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.load import Mode, removing
@@ -117,16 +118,9 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 @contextmanager
 def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None = None) -> Iterator[None]:
     """As long as this lasts, a model is what `load_mask` makes of it in this mode; its head stays without `head`."""
-    target, masks = mode == "target", parts.masks.items()
-    with masked(
-        model,
-        masks if target else removing(masks),
-        parts.masks.shapes,
-        mask_id="",
-        values=parts.values if target else {},
-        dense={**parts.statistics, **parts.parameters} if target else {},
-        head=head,
-    ):
+    if mode == "source":
+        parts = Parts(MaskSet(dict(removing(parts.masks.items()))))
+    with masked(model, replace(parts, head=head)):
         yield
 
 
