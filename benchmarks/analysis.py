@@ -40,9 +40,10 @@ from maskpack.safetensors_io import read_tensors
 from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import Data
-from maskpack.training.dense import body_parameters, train_dense
 from maskpack.training.heads import new_classifier
+from maskpack.training.learn import body_parameters
 from maskpack.training.run_folder import read_json
+from maskpack.training.trainer import train_dense
 
 from .measured import trial, trials
 from .report import NOTHING, command, percent, table, write_between
@@ -122,7 +123,7 @@ class Study:
                 save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
             else:
                 dense = train_dense(backbone, self.training, config, lambda own, _: body_parameters(own), **options)
-                write_network(path, state_of(dense.classifier))
+                write_network(path, state_of(dense.objective.module))
             print(path.stem, flush=True)
         if kind.mask:
             _, _, (found,) = read_networks(self.backbone(), [(f"{name} {seed}", str(path))])

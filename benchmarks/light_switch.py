@@ -26,7 +26,7 @@ from maskpack.lab.plots.figure import label, look, new_figure, plain_axes
 from maskpack.lab.plots.masks import users
 from maskpack.training import attach_gates
 from maskpack.training.config import GATE_START
-from maskpack.training.gates import GateHistory, Gates, counts, divergence
+from maskpack.training.gates import GateHistory, Gates, counts
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
 from .measured import trial, trials
@@ -84,6 +84,13 @@ class Experiment:
 def three(variant: str = "", label: str = "", **options: Any) -> dict[str, Learner]:
     """Return the three kinds, named with the label behind them."""
     return {f"{kind}{label}": Learner(kind, variant, **options) for kind in ("gated", "separate", "shared")}
+
+
+def divergence(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the Jensen-Shannon divergence of two histograms in bits: 0 for equal shapes, 1 where no bin is common."""
+    p, q = (one.double() / one.sum() for one in (first, second))
+    middle = (p + q) / 2
+    return float(sum(torch.xlogy(one, one / middle).nansum() for one in (p, q)) / 2 / torch.log(torch.tensor(2.0)))
 
 
 def lenet(**tasks: tuple[str, ...]) -> dict[str, Callable[[int], Problem]]:

@@ -140,7 +140,7 @@ def attempt(
     step, middle = 0, False
     try:
         if checkpoint.exists():
-            facts = load_checkpoint(checkpoint)[2]
+            facts = load_checkpoint(checkpoint)[1]
             step, middle = facts["step"], bool(facts["batches"])
     except StateError as error:
         wrong = str(error)

@@ -70,7 +70,7 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
     for name, size in zip(SETS[1:], sizes, strict=True):
         epochs = round(count / size * QUICK.epochs)
         assert about["steps"][name] == epochs * (size // QUICK.batch_size)
-        assert load_checkpoint(folder / name / FILE)[2]["epoch"] == epochs
+        assert load_checkpoint(folder / name / FILE)[1]["epoch"] == epochs
     assert about["steps"]["dispatcher"] == QUICK.epochs * (count // QUICK.batch_size)
     assert [event["part"] for event in events if event["event"] == "end"] == list(SETS)
     densities = [one.masks.density for one in result.parts.values()]
@@ -82,8 +82,8 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
 
 def test_experts_start_as_the_dispatcher_on_their_rows(trained: Any) -> None:
     folder, result, _ = trained
-    start = load_checkpoint(folder / "expert-0" / FILE)[2]["run"]["start"]
-    assert start == load_checkpoint(folder / "expert-1" / FILE)[2]["run"]["start"] is not None
+    start = load_checkpoint(folder / "expert-0" / FILE)[1]["run"]["start"]
+    assert start == load_checkpoint(folder / "expert-1" / FILE)[1]["run"]["start"] is not None
     masks = {name: one.masks for name, one in result.parts.items()}
     for name in SETS[1:]:
         changed = sum((masks[name][key].bits ^ masks["dispatcher"][key].bits).count() for key in masks[name])
@@ -185,7 +185,7 @@ def test_rows_that_cannot_be_read_belong_to_no_cluster(digits: Data, tmp_path: P
     assert not torch.allclose(router.means, fit_router(x, 2, seed=0)[0].means, atol=1e-3), "else the test shows little"
     assert router.route(x).tolist() == chosen
     for k in range(2):
-        run = load_checkpoint(tmp_path / f"expert-{k}" / FILE)[2]["run"]
+        run = load_checkpoint(tmp_path / f"expert-{k}" / FILE)[1]["run"]
         assert run["data"][1] == chosen.count(k)
 
 

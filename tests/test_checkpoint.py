@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,18 @@ from maskpack.errors import StateError
 from maskpack.safetensors_io import SEAL, UNSEALED, Blob, read_tensors, write_tensors
 from maskpack.training.checkpoint import (
     DIGESTS,
-    FACTS,
     FILE,
     _digest,
     load_checkpoint,
-    read_with_facts,
+    read_sealed,
     take_over,
-    write_with_facts,
+    write_sealed,
 )
 from maskpack.training.data.load import load_data
-from maskpack.training.run_folder import Keeper, RunLog
-from maskpack.training.trainer import Run, borrowed, train_mask
+from maskpack.training.learn import borrowed
+from maskpack.training.loop import Position, Run
+from maskpack.training.run_folder import RunFolder
+from maskpack.training.trainer import ObjectiveSteps, train_mask
 
 from .helpers_models import QUICK_CROPS as QUICK
 from .helpers_models import dropout_net as net
@@ -43,11 +44,10 @@ def resume(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     train_mask(backbone, data, config, output=folder)
     base = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone):
-        run = Run(backbone, data, config)
-        keeper = Keeper(run, folder, None, run.facts(base, None), RunLog(None, None, False))
+        run = Run(ObjectiveSteps(backbone, data, config), base, RunFolder({"output": folder}))
 
         def go_on() -> None:
-            keeper.resume(run.steps)
+            run.resume()
 
         yield folder / FILE, go_on
 
@@ -98,7 +98,7 @@ def test_a_flipped_bit_of_a_tensor_is_told_with_its_name(resume: tuple[Path, Cal
 def test_members_that_are_missing_or_misshapen(resume: tuple[Path, Callable[[], None]]) -> None:
     path, go_on = resume
     whole = path.read_bytes()
-    tensors, facts = read_with_facts(path, "")
+    tensors, facts = read_sealed(path, "")
     assert {name.partition("/")[0] for name in tensors} == {"model", "optimizer"}
     try:
         for name, tensor in tensors.items():
@@ -109,16 +109,16 @@ def test_members_that_are_missing_or_misshapen(resume: tuple[Path, Callable[[], 
                 {**others, name: longer},
                 *([{**others, name: other}] if other is not None else []),
             ):
-                write_with_facts(path, changed, facts)
+                write_sealed(path, changed, facts)
                 with pytest.raises(StateError) as caught:
                     go_on()
                 assert f"{path} is damaged" in str(caught.value)
                 assert repr(name.removeprefix("model/")) in str(caught.value)
         for name in ("model/more", "optimizer/0/more", "optimizer/99/step", "optimizer/x/step", "other/more", "more"):
-            write_with_facts(path, {**tensors, name: torch.zeros(1)}, facts)
+            write_sealed(path, {**tensors, name: torch.zeros(1)}, facts)
             with pytest.raises(StateError, match="is damaged: .*more|is damaged: .*step"):
                 go_on()
-        write_with_facts(path, {}, facts)
+        write_sealed(path, {}, facts)
         with pytest.raises(StateError, match=f"{path} is damaged"):
             go_on()
     finally:
@@ -129,12 +129,11 @@ def test_members_that_are_missing_or_misshapen(resume: tuple[Path, Callable[[], 
 def test_facts_that_are_missing_or_of_another_kind(resume: tuple[Path, Callable[[], None]]) -> None:
     path, go_on = resume
     whole = path.read_bytes()
-    tensors, facts = read_with_facts(path, "")
+    tensors, facts = read_sealed(path, "")
     wrong: list[tuple[str, dict[str, Any]]] = []
-    for name in FACTS:
+    for name in (*(one.name for one in fields(Position)), "more", "scaler", "log", "optimizer"):
         wrong += [(name, {key: value for key, value in facts.items() if key != name}), (name, {**facts, name: "x"})]
-    for name, values in (("run", {"config": 3}), ("run", {"base": None}), ("metrics", {"density": "x"})):
-        wrong.append((f"{name}.{next(iter(values))}", {**facts, name: {**facts[name], **values}}))
+    wrong.append(("metrics", {**facts, "metrics": {**facts["metrics"], "density": "x"}}))
     more = facts["more"]
     control, unreadable = more["control"], more["unreadable"]
     for key in control:
@@ -147,11 +146,15 @@ def test_facts_that_are_missing_or_of_another_kind(resume: tuple[Path, Callable[
     wrong += [("optimizer", {**facts, "optimizer": [*facts["optimizer"], "x"]})]
     try:
         for name, changed in wrong:
-            write_with_facts(path, tensors, changed)
+            write_sealed(path, tensors, changed)
             with pytest.raises(StateError) as caught:
                 go_on()
             assert f"{path} is damaged" in str(caught.value)
             assert name.partition(".")[0] in str(caught.value)
+        for run in (None, {}, {**facts["run"], "config": 3}, {**facts["run"], "base": None}):
+            write_sealed(path, tensors, {**facts, "run": run})
+            with pytest.raises(StateError, match="another run"):
+                go_on()
         for text in ("[]", "3", "null", "{", "\0", "[" * 10**5):
             rewrite(path, tensors, torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
             with pytest.raises(StateError, match=f"{path} is damaged: its facts are "):
@@ -179,10 +182,10 @@ def test_a_file_without_digests_is_no_checkpoint(resume: tuple[Path, Callable[[]
 
 
 def test_a_start_has_the_dtypes_of_the_run(resume: tuple[Path, Callable[[], None]]) -> None:
-    tensors, _, facts = load_checkpoint(resume[0])
+    tensors, facts = load_checkpoint(resume[0])
     ours = {name: tensor.clone() for name, tensor in tensors.items()}
     take_over(ours, resume[0], facts["run"]["base"], ())
-    name = next(iter(ours))
+    name = next(name for name in ours if name.startswith("model/"))
     ours[name] = ours[name].double()
-    with pytest.raises(StateError, match=f"1 differ, first {name!r}"):
+    with pytest.raises(StateError, match=f"1 differ, first {name.removeprefix('model/')!r}"):
         take_over(ours, resume[0], facts["run"]["base"], ())

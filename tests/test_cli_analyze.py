@@ -14,7 +14,8 @@ from maskpack import load_backbone, save_adapter
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.network import state_of, write_network
 from maskpack.training import TrainConfig, load_data, train_mask
-from maskpack.training.dense import body_parameters, train_dense
+from maskpack.training.learn import body_parameters
+from maskpack.training.trainer import train_dense
 
 from .helpers_models import TINY_FACTORY as FACTORY
 
@@ -33,7 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not seed:
             export_state(root / "base.safetensors", made.model)
         result = train_dense(made, data, config, lambda own, _: body_parameters(own))
-        write_network(root / f"tuned-{seed}.safetensors", state_of(result.classifier))
+        write_network(root / f"tuned-{seed}.safetensors", state_of(result.objective.module))
         made = load_backbone(f"{root}/nets.py:tiny", random_weights=0, image_size=8)
         masked = train_mask(made, data, replace(config, lr=1000.0))
         save_adapter(root / f"mask-{seed}", masked.parts, masked.base, masked.about)

@@ -35,7 +35,6 @@ from maskpack.errors import (
 from maskpack.lab import compare
 from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
-from maskpack.lab.store import claim
 from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
 from maskpack.training import TrainConfig
 from maskpack.training.batchnorm import recalibrate
@@ -43,7 +42,7 @@ from maskpack.training.data.base import loader, readable
 from maskpack.training.data.load import load_data
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.features import measure_features
-from maskpack.training.run_folder import write_json
+from maskpack.training.run_folder import claim, write_json
 
 from .helpers_models import TINY_FACTORY
 

@@ -22,10 +22,9 @@ from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_mixture, fit_whitening
 from maskpack.training.data.base import Data
 from maskpack.training.data.folder import ImageFolder
-from maskpack.training.dense import train_dense
 from maskpack.training.objectives.swav import multi_crop
-from maskpack.training.run_folder import RunLog
-from maskpack.training.trainer import plan_training
+from maskpack.training.run_folder import RunFolder
+from maskpack.training.trainer import plan_training, train_dense
 
 from .helpers_cascade import SETS, cascade_parts
 
@@ -202,6 +201,11 @@ def test_what_is_missing_is_said() -> None:
         )
 
 
+def log(folder: Path) -> None:
+    with RunFolder({"output": folder}).opened():
+        pass
+
+
 @pytest.mark.parametrize(
     ("module", "said", "call"),
     [
@@ -214,7 +218,7 @@ def test_what_is_missing_is_said() -> None:
         ("sklearn.exceptions", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
         ("torchvision.transforms.v2", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
         ("PIL.ImageFilter", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
-        ("tensorboard", "writing TensorBoard logs", lambda: RunLog(Path(), None, False)),
+        ("tensorboard", "writing TensorBoard logs", lambda: log(Path())),
         ("transformers", "tokenising texts", lambda: model_tokenizer(nn.Linear(2, 2))),
         ("datasets", "reading data", lambda: ImageFolder.load(".")),
         (

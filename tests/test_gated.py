@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.light_switch import divergence
 from maskpack import fingerprint, load_mask, save_adapter
 from maskpack.errors import ConfigError, SelectionError, StateError, UnknownNameError
 from maskpack.training import attach_gates
 from maskpack.training.config import GATE_START
-from maskpack.training.gates import GateHistory, Gates, counts, divergence
+from maskpack.training.gates import GateHistory, Gates, counts
 
 from .conftest import TinyNet
 

@@ -20,8 +20,8 @@ from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
-from maskpack.training.scores import learning_weights, model_stages
-from maskpack.training.trainer import learn_scores, train_mask
+from maskpack.training.learn import learn_scores, learning_weights, model_stages
+from maskpack.training.trainer import train_mask
 
 from .conftest import TinyNet
 

@@ -31,9 +31,10 @@ from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
-from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
+from maskpack.training.joint import HISTOGRAMS, Task, TaskSteps, train_jointly
+from maskpack.training.loop import Run
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
-from maskpack.training.run_folder import RunLog
+from maskpack.training.run_folder import RunFolder
 
 from .helpers_models import StopHere, bits, same, tiny_net
 
@@ -91,8 +92,8 @@ def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Ta
     folder, result = gated
     backbone = tiny_net()
     base = fingerprint(backbone.model, id="x", head=("fc",))
-    run = JointRun(backbone, two(tasks), QUICK, FAST, gated=True)
-    run.train(base, None, False, RunLog(None, None, False))
+    run = TaskSteps(backbone, two(tasks), QUICK, FAST, gated=True)
+    Run(run, base, RunFolder({})).train()
     assert run.gates is not None
     soft = run.accuracies("test")
     run.gates.hard = True
@@ -237,12 +238,12 @@ def test_a_finished_task_is_not_trained_otherwise(gated: Any, tasks: dict[str, T
         again(own={"low": Task(tasks["low"].data, "flip")})
     with pytest.raises(StateError, match=start + "data; rows; classes; take"):
         again(own={"low": tasks["high"]})
-    with pytest.raises(StateError, match="were trained otherwise: mode gated, now shared; take the same again, or ano"):
+    with pytest.raises(StateError, match="holds results of other settings: mode;"):
         again(mode="shared", joint=JointConfig(weight_lr=0.01))
     changed = tiny_net()
     with torch.no_grad():
         changed.model.conv1.weight += 1
-    with pytest.raises(StateError, match="were trained otherwise: weights .*, now .*; take the same again"):
+    with pytest.raises(StateError, match="holds results of other settings: weights;"):
         again(changed)
     base = (folder / BASE).read_bytes()
     try:
@@ -256,7 +257,7 @@ def test_a_finished_task_is_not_trained_otherwise(gated: Any, tasks: dict[str, T
     claim = (folder / CLAIM).read_text()
     try:
         (folder / CLAIM).write_text("{}")
-        with pytest.raises(StateError, match="it is of no folder of tasks; choose another one"):
+        with pytest.raises(StateError, match="multitask.json must have .*; choose another folder"):
             again()
     finally:
         (folder / CLAIM).write_text(claim)
@@ -296,13 +297,13 @@ def test_the_backbone_comes_back_whole(tasks: dict[str, Task]) -> None:
     assert backbone.model.fc is head
     assert not any(isinstance(one, GatedWeight) for one in backbone.model.modules())
     assert {name: p.requires_grad for name, p in backbone.model.named_parameters()} == flags
-    statistics = [one.parts.statistics["bn1.running_mean"] for one in result.results.values()]
+    statistics = [one.parts.statistics["bn1.running_mean"] for one in result.values()]
     assert not torch.equal(*statistics), "each task has its own"
     assert torch.allclose(backbone.model.bn1.running_mean, (statistics[0] + statistics[1]) / 2)
     assert all(backbone.model.get_buffer(name) is buffer for name, buffer in before.items())
     assert torch.equal(seen["bn1.num_batches_tracked"], backbone.model.bn1.num_batches_tracked)
     frozen = train_jointly(tiny_net(), two(tasks), replace(QUICK, steps=2, bn="freeze"), FAST)
-    assert not frozen.results["low"].parts.statistics
+    assert not frozen["low"].parts.statistics
 
 
 def test_masks_that_keep_everything_are_said(tasks: dict[str, Task]) -> None:
@@ -320,7 +321,7 @@ def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
         config = replace(QUICK, steps=1, batch_size=batch_size, accumulate=accumulate, optimizer="sgd", bn="freeze")
         backbone = tiny_net()
         result = train_jointly(backbone, {"low": tasks["low"]}, config, JointConfig(gate_start=0.5))
-        assert result.results["low"].about.training["steps"] == 1
+        assert result["low"].about.training["steps"] == 1
         weights.append(backbone.model.conv1.weight.detach())
     assert torch.allclose(*weights, atol=1e-6)
     assert float((weights[0] - tiny_net().model.conv1.weight.detach()).abs().max()) > 1e-4

@@ -27,7 +27,7 @@ from maskpack.training.objectives.base import OBJECTIVES, CollapseWatch, Objecti
 from maskpack.training.objectives.simcse import Simcse
 from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn, stack_views
 from maskpack.training.scores import density, detach_scores
-from maskpack.training.trainer import Run, plan_training, train_mask
+from maskpack.training.trainer import ObjectiveSteps, plan_training, train_mask
 
 from .helpers_cli import BACKBONE
 
@@ -99,7 +99,7 @@ def test_the_loss_of_distribution_is_that_of_the_formula(tiny_backbone: Backbone
     for strength in (0.5, 0.0):
         options = {"strength": strength, "temperature": 2.0}
         config = TrainConfig(objective="distribution", bn="freeze", objective_options=options)
-        run = Run(tiny_backbone, unlabelled, config)
+        run = ObjectiveSteps(tiny_backbone, unlabelled, config)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for one in run.scored:
@@ -122,7 +122,7 @@ def test_distribution_compares_with_the_network_in_evaluation_mode(tiny_backbone
     backbone = replace(tiny_backbone, embedding=Embedding("fc.1"))
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = backbone.model.eval()(images).detach()
-    run = Run(backbone, unlabelled, TrainConfig(objective="distribution", bn="freeze"))
+    run = ObjectiveSteps(backbone, unlabelled, TrainConfig(objective="distribution", bn="freeze"))
     set_train_mode(run.module, False)
     assert unlabelled.test is not None
     assert run.objective.evaluate(unlabelled.test) == pytest.approx({"divergence": 0, "agreement": 1}, abs=1e-6)
@@ -227,7 +227,7 @@ def test_the_queue_begins_late_is_used_when_full_and_holds_the_newest_first(
 
 
 def test_prototypes_are_frozen_first_and_unit_always(tiny_backbone: Backbone, unlabelled: Data) -> None:
-    run = Run(tiny_backbone, unlabelled, TrainConfig(**QUICK))
+    run = ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(**QUICK))
     assert isinstance(run.objective, Swav)
     weight = run.objective.module.prototypes.weight
     kept = []
@@ -267,12 +267,12 @@ def test_views_of_images_of_any_size_and_mode(mode: str, size: tuple[int, int]) 
 
 def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
     def run(**options: Any) -> None:
-        Run(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": options}))
+        ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": options}))
 
     with pytest.raises(ConfigError, match="the objective 'swav' has no option 'k'; it has: prototypes, dimension"):
         run(k=1)
     with pytest.raises(ConfigError, match="the objective 'distribution' has no option 'k'; it has: strength, temperat"):
-        Run(tiny_backbone, unlabelled, TrainConfig(objective="distribution", objective_options={"k": 1}))
+        ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(objective="distribution", objective_options={"k": 1}))
     with pytest.raises(ConfigError, match="option 'queue' of the objective 'swav' must be of type int, got 'long'"):
         run(queue="long")
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got 0.0"):
@@ -308,10 +308,10 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
     assert result.metrics.keys() == {"train_loss", "density", "feature_rank", "prototype_usage"}
     assert model.fc is head
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    tensors, _, _ = load_checkpoint(tmp_path / FILE)
+    tensors, _ = load_checkpoint(tmp_path / FILE)
     kept = {"classifier.model.fc.weight", "classifier.model.fc.bias", "prototypes.weight", "queue"}
-    assert kept <= tensors.keys()
-    assert tensors["queue"].any()
+    assert {f"model/{name}" for name in kept} <= tensors.keys()
+    assert tensors["model/queue"].any()
     # statistics are those of whole images under the final mask, every batch counted alike
     mask = result.parts.masks["conv1.weight"]
     assert mask.alpha is not None
@@ -357,11 +357,11 @@ def test_start_from_another_run(tiny_backbone: Backbone, unlabelled: Data, tmp_p
     slow = TrainConfig(**{**QUICK, "lr": 1e-6, "head_lr": 1e-6, "epochs": 1, "bn": "freeze"})
     second = train_mask(tiny_backbone, unlabelled, slow, output=tmp_path / "second", start_from=first)
     ended, begun = (load_checkpoint(folder / FILE)[0] for folder in (first, tmp_path / "second"))
-    ended["prototypes.weight"] = nn.functional.normalize(ended["prototypes.weight"], dim=1)
+    ended["model/prototypes.weight"] = nn.functional.normalize(ended["model/prototypes.weight"], dim=1)
     for name in ended:
-        if name != "queue" and "num_batches" not in name:
+        if name.startswith("model/") and "queue" not in name and "num_batches" not in name:
             torch.testing.assert_close(begun[name], ended[name], rtol=1e-3, atol=1e-3)
-    assert not begun["queue"][:, -1].any()  # a fresh one
+    assert not begun["model/queue"][:, -1].any()  # a fresh one
     assert second.metrics["density"] < 1
     with pytest.raises(StateError, match="there is no checkpoint to start from at .*nowhere"):
         train_mask(tiny_backbone, unlabelled, slow, start_from=tmp_path / "nowhere")
@@ -474,12 +474,12 @@ def test_a_text_mask_without_labels(minilm: Backbone, tmp_path: Path) -> None:
     assert result.metrics["feature_rank"] > 2
     assert result.metrics["density"] < 1
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got inf"):
-        Run(minilm, data, replace(config, objective_options={"temperature": "inf"}))
+        ObjectiveSteps(minilm, data, replace(config, objective_options={"temperature": "inf"}))
     headed = replace(minilm, embedding=Embedding("pooler.dense"))
     with pytest.raises(ConfigError, match="'simcse' is for encoders with a pooled embedding; .* the head 'pooler.d"):
-        Run(headed, data, config)
+        ObjectiveSteps(headed, data, config)
     for module in minilm.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     with pytest.raises(ConfigError, match="'simcse' needs dropout, and .* has none"):
-        Run(minilm, data, config)
+        ObjectiveSteps(minilm, data, config)

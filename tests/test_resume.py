@@ -25,8 +25,9 @@ from maskpack.training.config import JointConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
 from maskpack.training.joint import Task, train_jointly
+from maskpack.training.loop import Position, Run
 from maskpack.training.multitask import train_tasks
-from maskpack.training.run_folder import LOCK, Keeper, Position, locked, parse_every
+from maskpack.training.run_folder import LOCK, locked, parse_every
 from maskpack.training.trainer import TrainResult, train_mask
 from maskpack.training.transfer import train_transfer
 
@@ -57,14 +58,14 @@ def digits() -> Data:
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the runs that follow fail after this step, as if they were killed; 0: none."""
 
-    def after_step(self: Keeper, at: Position) -> None:
+    def after_step(self: Run, at: Position) -> None:
         usual(self, at)
         if at.step == step:
             raise StopHere
 
     monkeypatch.undo()
-    usual = Keeper.after_step
-    monkeypatch.setattr(Keeper, "after_step", after_step)
+    usual = Run.after_step
+    monkeypatch.setattr(Run, "after_step", after_step)
 
 
 def same(one: TrainResult, other: TrainResult) -> None:
@@ -105,13 +106,13 @@ def test_any_step_may_be_the_last_before_a_kill(
             run("cut", resume)
         torch.manual_seed(step)
         resume = True
-        assert load_checkpoint(tmp_path / "cut" / FILE)[2]["step"] == step // 2 * 2
+        assert load_checkpoint(tmp_path / "cut" / FILE)[1]["step"] == step // 2 * 2
     monkeypatch.undo()
     same(run("cut", resume), whole)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
     one, other = (load_checkpoint(tmp_path / name / FILE) for name in ("cut", "whole"))
     assert all(torch.equal(one[0][name], tensor) for name, tensor in other[0].items())
-    assert {**one[2], "log": 0} == {**other[2], "log": 0}
+    assert {**one[1], "log": 0} == {**other[1], "log": 0}
 
 
 class Watched:
@@ -177,8 +178,8 @@ def test_a_joint_run_goes_on_at_any_step(digits: Data, tmp_path: Path, monkeypat
     monkeypatch.undo()
     resumed = run("cut", True)
     for name in tasks:
-        same(resumed.results[name], whole.results[name])
-    assert resumed.base.digests == whole.base.digests
+        same(resumed[name], whole[name])
+    assert resumed["one"].base.digests == whole["one"].base.digests
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
@@ -209,7 +210,7 @@ def test_a_constant_rate_with_more_steps_is_the_longer_run(first: dict[str, int]
 def test_a_schedule_goes_on_as_the_longer_one(digits: Data, tmp_path: Path) -> None:
     train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path)
     train_mask(dropout_net(), digits, replace(QUICK_CROPS, epochs=4), output=tmp_path, resume=True)
-    steps = 4 * (load_checkpoint(tmp_path / FILE)[2]["steps"] // 4)
+    steps = 4 * (load_checkpoint(tmp_path / FILE)[1]["steps"] // 4)
     lines = [line for line in logged(tmp_path) if line["event"] == "step"]
     rates = {line["step"]: line["lr"] for line in lines}
     assert rates[20] == pytest.approx(QUICK_CROPS.score_lr * learning_rate(QUICK_CROPS, 19, steps))
@@ -233,7 +234,7 @@ def test_a_signal_stops_at_the_next_step(number: signal.Signals, digits: Data, t
     with pytest.raises(StoppedError, match=f"{number.name} .* step 10 of 16.*resume") as caught:
         run("cut", report=report)
     assert caught.value.signal == number
-    assert load_checkpoint(tmp_path / "cut" / FILE)[2]["step"] == 10
+    assert load_checkpoint(tmp_path / "cut" / FILE)[1]["step"] == 10
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGUSR1)] == before
     same(run("cut", resume=True), run("whole"))
 
@@ -245,7 +246,7 @@ def test_a_signal_at_the_end_of_an_epoch_waits_for_it(digits: Data, tmp_path: Pa
 
     with pytest.raises(StoppedError, match="step 8 of 16"):
         train_mask(dropout_net(), digits, QUICK_CROPS, output=tmp_path, report=report, checkpoint_every="1h")
-    assert load_checkpoint(tmp_path / FILE)[2]["epoch"] == 1
+    assert load_checkpoint(tmp_path / FILE)[1]["epoch"] == 1
 
 
 def test_other_threads_and_runs_without_a_folder_leave_signals_alone(digits: Data, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from maskpack.training.batchnorm import batchnorm_statistics, recalibrate
 from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.data.load import load_data
-from maskpack.training.run_folder import RunLog
+from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import attach_scores, extract_masks, extract_parts, scored_weights
 from maskpack.training.trainer import plan_training, train_mask
 
@@ -338,7 +338,8 @@ def test_logs(tmp_path: Path) -> None:
 def test_logs_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(StateError, match="cannot write the logs in .*: Is a directory; make room, or choose a folder"):
-        RunLog(tmp_path, None, resume=False)
+        with RunFolder({"output": tmp_path}).opened():
+            pass
 
 
 def test_resume_checks_that_it_is_the_same_run(tmp_path: Path, tiny_backbone: Backbone, digits: Data) -> None:
@@ -444,12 +445,10 @@ def test_a_model_that_changes_its_own_weights_is_noticed(digits: Data) -> None:
 def test_a_precision_that_the_device_lacks(
     tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lacking(*_: Any, **options: Any) -> None:
-        raise ValueError("bf16 mixed precision requires a supported device")  # as Accelerate says of old GPUs
-
-    monkeypatch.setattr("accelerate.Accelerator", lacking)
-    with pytest.raises(ConfigError, match="precision 'bf16' is not possible on this device: bf16 mixed precision req"):
-        train_mask(tiny_backbone, digits, TrainConfig(precision="bf16"))
+    monkeypatch.setattr("accelerate.utils.is_bf16_available", lambda *_: False)  # as on old GPUs
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(ConfigError, match=f"{precision}.*cpu"):
+            train_mask(tiny_backbone, digits, TrainConfig(precision=precision))
 
 
 def test_nothing_readable_is_an_error(tiny_backbone: Backbone, digits: Data) -> None:

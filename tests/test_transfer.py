@@ -26,8 +26,8 @@ from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, load_data, train_transfer
 from maskpack.training.checkpoint import FILE, load_checkpoint
+from maskpack.training.config import WEIGHT_LR
 from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.dense import WEIGHT_LR, of_weights
 from maskpack.training.evaluate import markdown, source_classes, transfer_table
 from maskpack.training.transfer import (
     SOURCE_FILE,
@@ -36,6 +36,7 @@ from maskpack.training.transfer import (
     check_transfer,
     current_values,
     find_reuse,
+    of_weights,
     start_values,
     train_reused,
     train_source,
@@ -270,10 +271,10 @@ def test_learned_masks(method: str, options: dict[str, Any], lr: float, source: 
 def test_a_mask_is_learned_with_the_sources_head_and_statistics(source: Data, tmp_path: Path) -> None:
     config = replace(QUICK, method="gumbel", lr=2.0, optimizer="adam", steps=2, bn="adapt")
     find_reuse(tiny_net(), source, config, output=tmp_path)
-    tensors, _, facts = load_checkpoint(tmp_path / FILE)
+    tensors, facts = load_checkpoint(tmp_path / FILE)
     assert (facts["run"]["config"]["head_kind"], facts["run"]["config"]["bn"]) == ("own", "freeze")
     assert not any("linear" in name for name in tensors), "the head is frozen"
-    assert torch.equal(tensors["model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
+    assert torch.equal(tensors["model/model.bn1.running_mean"], tiny_net().model.bn1.running_mean)
 
 
 def test_where_the_runs_on_the_target_start(
@@ -293,7 +294,7 @@ def test_where_the_runs_on_the_target_start(
     drawn, plain = starts
     assert all(torch.equal(drawn[n], one) for n, one in start_values("random", before, {}, 5).items())
     assert all(torch.equal(plain[n], one) for n, one in current_values(result.backbone, NAMES).items())
-    settings = load_checkpoint(tmp_path / "training/source" / FILE)[2]["run"]["config"]
+    settings = load_checkpoint(tmp_path / "training/source" / FILE)[1]["run"]["config"]
     assert (settings["selective"], settings["method"]) == ("all", "threshold"), "one source network serves any mask"
 
 

@@ -185,7 +185,9 @@ def _opened(refs: Sequence[str], **given: Any) -> "tuple[Evaluations, list[Netwo
             name, ref = Path(one).name.removesuffix(".safetensors"), one
         options: Any = {key: given[key] for key in ("token", "require_signature")}
         named.append((name, load_adapter(ref, **options) if is_adapter(ref) else ref))
-    classes = next((ref.class_names for _, ref in named if not isinstance(ref, str) and ref.class_names), None)
+    classes = next(
+        (ref.about.class_names for _, ref in named if not isinstance(ref, str) and ref.about.class_names), None
+    )
     note(f"Loading the backbone and {given['data']} …", given["quiet"])
     backbone = on_gpu(_backbone(next((ref for _, ref in named if not isinstance(ref, str)), None), **given))
     columns = {name: given[name] for name in ("input_column", "label_column")}

@@ -105,7 +105,7 @@ def scores(
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise StateError(f"there is no {FILE} in {run} or in {run / 'training'}; give the folder of a training run")
-    tensors, _, facts = load_checkpoint(found)
+    tensors, facts = load_checkpoint(found)
     config = facts["run"]["config"]
     method = build_method(config["method"], config["method_options"])
     _finish(score_figure(scores_among(tensors), getattr(method, "threshold", None)), output, as_json)

@@ -12,14 +12,13 @@ from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError, escape
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
-from ..training.checkpoint import stopping
 from ..training.config import TrainConfig
 from ..training.data.load import load_data
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
-from ..training.run_folder import Report, locked, write_json
+from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.trainer import plan_training
 from .baselines.base import BASELINES, Baseline, find_baseline
-from .store import claim, measured, shared_settings
+from .store import measured, shared_settings
 from .trial import MEASURED, Job, Worker, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
@@ -89,7 +88,7 @@ def compare(
     }
     results: list[dict[str, Any]] = []
     with locked(folder), stopping("call compare again to go on"), Worker() as worker:
-        claim(folder / COMPARISON, about)
+        claim(folder / COMPARISON, about, shared_settings(TrainConfig()))
         trials = Trials(folder, backbone, data, config, report, worker)
         for name, one in found.items():
             rate, tried = trials.choose(name, one, given.get(name), seeds[0], max(fractions))

@@ -1,6 +1,5 @@
 """train_cascade: a dispatcher, a router over its embeddings, an expert for each cluster, and a head."""
 
-import json
 import math
 import tempfile
 import warnings
@@ -8,26 +7,26 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.content import MIXTURE, WHITENING, About, Cascade, Combine, Parts, Router, Whitening
-from ..adapter.describe import describe
+from ..adapter.describe import inspect_adapter
 from ..adapter.read import Adapter
 from ..backbone.classifier import embeddings
 from ..backbone.load import Backbone
-from ..backbone.model import Embedding, Fingerprint, find_head
+from ..backbone.model import Fingerprint
 from ..errors import ConfigError, DataError, StateError, TrainingError, require
 from ..runtime.cascade import LoadedCascade, load_cascade
-from ..safetensors_io import replacing
-from .checkpoint import FILE, checkpoint_digest, damaged, read_with_facts, take_over, trained_tensors, write_with_facts
+from .checkpoint import FILE, checkpoint_digest, damaged, read_sealed, write_sealed
 from .config import TrainConfig
 from .data.base import Data, Examples, readable
 from .features import disjoint, embed, fit_probe, knn_accuracy
-from .run_folder import Report, is_main_process, locked, tagged
-from .trainer import Run, TrainResult, borrowed, train_mask
+from .learn import borrowed
+from .run_folder import RunOptions, is_main_process, locked, part_options, write_json
+from .trainer import ObjectiveSteps, TrainResult, as_backbone, train_mask
 
 COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
@@ -129,10 +128,7 @@ def train_cascade(
     config: TrainConfig | None = None,
     *,
     experts: int = 5,
-    output: str | Path | None = None,
-    resume: bool = False,
-    checkpoint_every: str | None = None,
-    report: Report | None = None,
+    **options: Unpack[RunOptions],
 ) -> CascadeResult:
     """Train a cascade on a frozen backbone: Self-Masking Networks, section 3.4.
 
@@ -144,24 +140,18 @@ def train_cascade(
         model, data: as in `train_mask`.
         config: of the dispatcher and of every expert.
         experts: number of clusters, at least 2.
-        output: folder: `dispatcher` and `expert-0`, … as of `train_mask`, `router.safetensors`, and `clusters.json`
-            with the first two coordinates and the expert of every training row. None keeps nothing.
-        resume: continue in `output`: what is finished is read back, what was interrupted continues.
-        checkpoint_every: as in `train_mask`.
-        report: as in `train_mask`; every event has also "part", the name of the set.
+        options: as in `train_mask`. `output` gets the folders `dispatcher` and `expert-0`, … of the runs,
+            `router.safetensors`, and `clusters.json` with the first two coordinates and the expert of every training
+            row. On resume what is finished is read back.
 
     Raises:
         ConfigError: if there are too few experts or rows.
         TrainingError: if the embeddings are all alike, or a cluster has fewer rows than a batch.
         StateError: if `output` belongs to another run. Others: as `train_mask`.
     """
-    config = config or TrainConfig()
-    backbone = (
-        model
-        if isinstance(model, Backbone)
-        else Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
-    )
+    config, backbone = config or TrainConfig(), as_backbone(model)
     check_cascade(data, config, experts)
+    output, resume = options.get("output"), options.get("resume", False)
     if resume and (output is None or not (Path(output) / DISPATCHER).exists()):
         raise StateError(
             f"resume needs the folder of an earlier run as `output`, got {output}; without resume a new one starts"
@@ -169,7 +159,7 @@ def train_cascade(
     with nullcontext(output) if output is not None else tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         folder = Path(place)
         with locked(folder):
-            return _train(backbone, data, config, experts, folder, resume, checkpoint_every, report)
+            return _train(backbone, data, config, experts, folder, options)
 
 
 def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
@@ -187,27 +177,11 @@ def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
 
 
 def _train(
-    backbone: Backbone,
-    data: Data,
-    config: TrainConfig,
-    experts: int,
-    folder: Path,
-    resume: bool,
-    every: str | None,
-    report: Report | None,
+    backbone: Backbone, data: Data, config: TrainConfig, experts: int, folder: Path, options: RunOptions
 ) -> CascadeResult:
     def run(name: str, own: Data, settings: TrainConfig, start: Path | None) -> TrainResult:
-        return train_mask(
-            backbone,
-            own,
-            settings,
-            output=folder / name,
-            resume=resume and (folder / name / FILE).exists(),
-            start_from=start,
-            checkpoint_every=every,
-            longer=False,
-            report=tagged(report, name),
-        )
+        parts = part_options(options, name, folder / name)
+        return train_mask(backbone, own, settings, start_from=start, longer=False, **parts)
 
     main = is_main_process()
     first = run(DISPATCHER, data, config, None)
@@ -216,11 +190,15 @@ def _train(
     rows = [row for row in data.train.indices if row not in data.train.unreadable]
     facts = {"dispatcher": checkpoint_digest(folder / DISPATCHER / FILE), "experts": experts}
     path = folder / ROUTER
-    router, fit = _read_router(path, facts) if resume and path.exists() else fit_router(x, experts, config.seed)
+    again = options.get("resume", False) and path.exists()
+    router, fit = _read_router(path, facts) if again else fit_router(x, experts, config.seed)
     chosen = router.route(x)
     sizes = torch.bincount(chosen, minlength=experts).tolist()
     if main:
-        _write_clusters(folder / CLUSTERS, router.coordinates(x), chosen)
+        # where every training row lies, in its first two coordinates, and its expert
+        flat = torch.nn.functional.pad(router.coordinates(x), (0, 2))[:, :2]
+        points = [[round(x, 4), round(y, 4)] for x, y in flat.tolist()]
+        write_json(folder / CLUSTERS, {"expert": chosen.tolist(), "points": points}, None)
     if min(sizes) < config.batch_size:
         raise TrainingError(
             f"the clusters have {', '.join(map(str, sizes))} rows, each expert needs a batch of {config.batch_size}; "
@@ -255,24 +233,24 @@ def _train(
 def _embeddings(backbone: Backbone, data: Data, config: TrainConfig, folder: Path, base: Fingerprint) -> Tensor:
     """Embed the training rows that can be read as a finished run left the model, (N, D) float32."""
     with borrowed(backbone, config.train):
-        run = Run(backbone, data, config)
-        take_over(trained_tensors(run.objective.module), folder / FILE, base.digests[base.dtype], ())
-        return embeddings(backbone, readable(run.objective.load(run.train_split)))[0]
+        steps = ObjectiveSteps(backbone, data, config)
+        steps.take_over(folder / FILE, base.digests[base.dtype])
+        return embeddings(backbone, readable(steps.objective.load(steps.train_split)))[0]
 
 
 def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     tensors = {name: getattr(router.whitening, name) for name in WHITENING}
     tensors |= {name: getattr(router, name) for name in MIXTURE}
-    write_with_facts(path, tensors, {"run": facts, "about": about})
+    write_sealed(path, tensors, {"run": facts, "about": about})
 
 
 def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str, Any]]:
     """Read back the router that an interrupted run has fitted, and what that fit showed."""
     remedy = "delete it and resume: it is fitted again"
-    found, stored = read_with_facts(path, remedy)
+    found, stored = read_sealed(path, remedy)
     missing = {*WHITENING, *MIXTURE} - found.keys() | {"run", "about"} - stored.keys()
     if missing:
-        raise damaged(path, remedy, f"{min(missing)!r} is missing")
+        raise damaged(path, f"{min(missing)!r} is missing", remedy)
     differing = [key for key in facts if stored["run"].get(key) != facts[key]]
     if differing:
         raise StateError(
@@ -281,14 +259,6 @@ def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str
         )
     whitening = Whitening(*(found[name] for name in WHITENING))
     return Router(whitening, *(found[name] for name in MIXTURE)), stored["about"]
-
-
-def _write_clusters(path: Path, z: Tensor, chosen: Tensor) -> None:
-    """Write where every training row lies, in its first two coordinates, and its expert."""
-    flat = torch.nn.functional.pad(z, (0, 2))[:, :2]
-    points = [[round(x, 4), round(y, 4)] for x, y in flat.tolist()]
-    with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps({"expert": chosen.tolist(), "points": points}))
 
 
 def embed_all(
@@ -413,14 +383,14 @@ def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -
         kind: "dispatcher", "conditional" or "unconditional".
         width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
     """
-    about = describe(adapter)
+    about = inspect_adapter(adapter)
     names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
     sets = [about["sets"][name] for name in names]
     record = (adapter.about.training or {}).get("cascade")
     steps: Any = record.get("steps") if isinstance(record, dict) else None
     known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
     sizes = {
-        "mask_bytes": sum(one["payload_bytes"] + one["table_bytes"] for one in sets),
+        "mask_bytes": sum(one["payload_bytes"] for one in sets),
         "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),
         "router_bytes": about["cascade"]["bytes"]["router"] if kind == "conditional" else 0,
         "reduction_bytes": 4 * (width + reduced * width + reduced) if reduced else 0,

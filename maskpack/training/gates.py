@@ -210,10 +210,3 @@ def counts(values: Tensor, low: float, high: float, bins: int = BINS) -> list[in
     """Return how many values lie in each of `bins` equal parts from low to high; those beyond count to the ends."""
     found: list[int] = torch.histc(values.float().clamp(low, high), bins, low, high).long().tolist()
     return found
-
-
-def divergence(first: Tensor, second: Tensor) -> float:
-    """Return the Jensen-Shannon divergence of two histograms in bits: 0 for equal shapes, 1 where no bin is common."""
-    p, q = (one.double() / one.sum() for one in (first, second))
-    middle = (p + q) / 2
-    return float(sum(torch.xlogy(one, one / middle).nansum() for one in (p, q)) / 2 / torch.log(torch.tensor(2.0)))

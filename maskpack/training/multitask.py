@@ -4,20 +4,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Unpack, get_args
 
 from ..adapter.card import member, metrics
-from ..adapter.describe import describe
+from ..adapter.describe import inspect_adapter
 from ..adapter.read import MODEL_FILE, Adapter, read_adapter
 from ..adapter.write import save_adapter
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone, export_state, load_weights
 from ..codecs.base import Profile
 from ..errors import ConfigError, StateError, escape
-from .checkpoint import FILE
 from .config import JointConfig, Mode, TrainConfig
 from .joint import Task, plan_jointly, train_jointly, trained_backbone
-from .run_folder import Report, is_main_process, locked, read_json, write_json
+from .run_folder import PartOptions, RunOptions, check_claim, claim, is_main_process, locked, part_options, write_json
 from .trainer import TrainResult, plan_training, train_mask
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -26,43 +25,144 @@ BASE, CLAIM, RESULT, RUNS = "backbone.safetensors", "multitask.json", "results.j
 JOINT = "jointly"  # the joint run's folder inside RUNS
 
 
+def train_tasks(
+    backbone: Backbone,
+    tasks: Mapping[str, Task],
+    output: str | Path,
+    *,
+    mode: Mode = "sequential",
+    config: TrainConfig | None = None,
+    joint: JointConfig | None = None,
+    profile: Profile = "default",
+    **options: Unpack[PartOptions],
+) -> dict[str, Any]:
+    """Train a mask for each task on weights that all share; tasks that are finished in `output` are left alone.
+
+    `output` gets `backbone.safetensors`, the base of all masks, and for each task a folder with its adapter. Called
+    again with more tasks it trains those alone, as masks on that base; if "separate", as the others.
+
+    Args:
+        backbone: from `load_backbone`; ends with the weights of the base (those of the last task if "separate").
+        tasks: by name, which is the name of the folder.
+        mode: "sequential": the backbone stays as it is, a mask is trained for each task in turn. "gated": tasks learn
+            together on shared weights with gates, which become the masks. For comparison "shared", the same without
+            gates, and "separate", a network for each task.
+        config: of every run. joint: rates of weights and gates, and regularisers, for modes in which weights learn.
+        profile: as in `save_adapter`.
+        options: `resume`, `checkpoint_every` and `report`, as in `train_mask`.
+
+    Returns:
+        {"mode", "backbone", "rows": [{"task", "accuracy", "soft_accuracy", "density", …}]}, which is also in
+        `results.json`.
+
+    Raises:
+        ConfigError: if a name or a setting is impossible. StateError: if `output` was made with another mode or
+            backbone, or a finished task with other settings or data. Others: as the runs raise.
+    """
+    config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
+    about = about_folder(backbone, mode)
+
+    def run(name: str) -> RunOptions:
+        return part_options(options, name, folder / RUNS / name)
+
+    def save(name: str, result: TrainResult) -> None:
+        if is_main_process():
+            said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
+            own = folder / name
+            done[name] = save_adapter(own, result.parts, result.base, said, profile=profile, weights=backbone.model)
+
+    with locked(folder):
+        done = survey(backbone, tasks, folder, mode, config, joint)
+        missing = [name for name in tasks if name not in done]
+        claim(folder / CLAIM, about)
+        if mode == "separate":
+            start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+            for name in missing:
+                backbone.model.load_state_dict(start)
+                alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **run(name))
+                (folder / name).mkdir(exist_ok=True)
+                export_state(folder / name / BASE, backbone.model)
+                save(name, alone[name])
+        elif mode in TOGETHER and not (folder / BASE).exists():
+            together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **run(JOINT))
+            for name, result in together.items():
+                save(name, result)
+            export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
+        else:
+            if is_main_process() and not (folder / BASE).exists():
+                export_state(folder / BASE, backbone.model)
+            base = trained_backbone(backbone) if mode in TOGETHER else backbone
+            for name in missing:
+                data, settings = tasks[name].data, tasks[name].settings(config)
+                save(name, train_mask(base, data, settings, longer=False, **run(name)))
+        if not is_main_process():
+            return about
+        found = {**about, "rows": [row_of(name, done[name]) for name in tasks]}
+        write_json(folder / RESULT, found)
+        return found
+
+
+def plan_tasks(
+    backbone: Backbone,
+    tasks: Mapping[str, Task],
+    output: str | Path,
+    mode: Mode,
+    config: TrainConfig,
+    joint: JointConfig,
+) -> dict[str, Any]:
+    """Check everything without training or writing, with a batch of every task that is not finished.
+
+    Returns:
+        {"finished": names, "missing": names, "steps": of all runs that are left}.
+
+    Raises:
+        What `train_tasks` raises before its first step.
+    """
+    folder, start = Path(output), {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    try:
+        done = survey(backbone, tasks, folder, mode, config, joint)
+        missing = [name for name in tasks if name not in done]
+        if mode == "separate":
+            plans = [plan_jointly(backbone, {name: tasks[name]}, config, joint, gated=False) for name in missing]
+        elif mode in TOGETHER and not (folder / BASE).exists():
+            plans = [plan_jointly(backbone, tasks, config, joint, gated=mode == "gated")]
+        else:
+            plans = [plan_training(backbone, tasks[name].data, tasks[name].settings(config)) for name in missing]
+    finally:
+        backbone.model.load_state_dict(start)
+    return {
+        "mode": mode,
+        "finished": list(done),
+        "missing": missing,
+        "steps": sum(plan["steps"] for plan in plans),
+    }
+
+
 def survey(
     backbone: Backbone, tasks: Mapping[str, Task], folder: Path, mode: Mode, config: TrainConfig, joint: JointConfig
-) -> list[str]:
-    """Return the tasks that are not finished; load the base that tasks learned together, if it is there.
+) -> dict[str, Adapter]:
+    """Return the adapters of the finished tasks; load the base that tasks learned together, if it is there.
 
     Raises:
         ConfigError, StateError: as `train_tasks`.
     """
     _check(tasks, mode, joint)
-    about = about_folder(backbone, mode)
-    if (folder / CLAIM).exists():
-        there = read_json(folder / CLAIM, frozenset(about), "it is of no folder of tasks; choose another one")
-        differing = [f"{key} {there[key]}, now {about[key]}" for key in about if there[key] != about[key]]
-        if differing:
-            raise StateError(
-                f"the tasks in {folder} were trained otherwise: {'; '.join(differing)}; take the same again, or "
-                f"another output folder"
-            )
+    check_claim(folder / CLAIM, about_folder(backbone, mode))
     together = mode in TOGETHER
     if together and not (folder / BASE).exists():
-        return list(tasks)  # what an interrupted run may have written is written again
+        return {}  # what an interrupted run may have written is written again
     if together:
         load_weights(backbone.model, folder / BASE)
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    missing = []
-    for name, task in tasks.items():
-        if not (folder / name / MODEL_FILE).exists():
-            missing.append(name)
-            continue
-        adapter = read_adapter(folder / name)
-        _check_finished(adapter, name, task, folder, config, joint)
+    found = {name: read_adapter(folder / name) for name in tasks if (folder / name / MODEL_FILE).exists()}
+    for name, adapter in found.items():
+        _check_finished(adapter, name, tasks[name], folder, config, joint)
         if mode != "separate" and adapter.base.digests != base.digests:
             raise StateError(
                 f"{folder / BASE} is not the base of the task {name!r}: one of them was changed; put the files back, "
                 f"or take another output folder"
             )
-    return missing
+    return found
 
 
 def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
@@ -126,7 +226,7 @@ def _check_finished(
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
     record: Mapping[str, Any] = adapter.about.training or {}
     found = metrics(record)
-    whole = describe(adapter)["sets"]["default"]
+    whole = inspect_adapter(adapter)["sets"]["default"]
     return {
         "task": name,
         "jointly": "joint" in record,
@@ -153,126 +253,3 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells += [f"{row['density']:.4f}", f"{row['mask_bytes']:,}", f"{row['file_bytes']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def train_tasks(
-    backbone: Backbone,
-    tasks: Mapping[str, Task],
-    output: str | Path,
-    *,
-    mode: Mode = "sequential",
-    config: TrainConfig | None = None,
-    joint: JointConfig | None = None,
-    profile: Profile = "default",
-    resume: bool = False,
-    checkpoint_every: str | None = None,
-    report: Report | None = None,
-) -> dict[str, Any]:
-    """Train a mask for each task on weights that all share; tasks that are finished in `output` are left alone.
-
-    `output` gets `backbone.safetensors`, the base of all masks, and for each task a folder with its adapter. Called
-    again with more tasks it trains those alone, as masks on that base; if "separate", as the others.
-
-    Args:
-        backbone: from `load_backbone`; ends with the weights of the base (those of the last task if "separate").
-        tasks: by name, which is the name of the folder.
-        mode: "sequential": the backbone stays as it is, a mask is trained for each task in turn. "gated": tasks learn
-            together on shared weights with gates, which become the masks. For comparison "shared", the same without
-            gates, and "separate", a network for each task.
-        config: of every run. joint: rates of weights and gates, and regularisers, for modes in which weights learn.
-        profile: as in `save_adapter`.
-        resume: continue runs that were interrupted.
-        checkpoint_every: as in `train_mask`.
-        report: as in `train_mask`; every event has also "part", the name of the task, or "jointly".
-
-    Returns:
-        {"mode", "backbone", "rows": [{"task", "accuracy", "soft_accuracy", "density", …}]}, which is also in
-        `results.json`.
-
-    Raises:
-        ConfigError: if a name or a setting is impossible. StateError: if `output` was made with another mode or
-            backbone, or a finished task with other settings or data. Others: as the runs raise.
-    """
-    config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
-    main = is_main_process()
-    about = about_folder(backbone, mode)
-    with locked(folder):
-        missing = survey(backbone, tasks, folder, mode, config, joint)
-        if main:
-            write_json(folder / CLAIM, about)
-
-        def place_of(name: str) -> dict[str, Any]:
-            place = folder / RUNS / name
-            again = resume and (place / FILE).exists()
-            options = {"checkpoint_every": checkpoint_every, "report": _tagged(report, name)}
-            return {"output": place, "resume": again, **options}
-
-        def save(name: str, result: TrainResult) -> None:
-            if main:
-                said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
-                save_adapter(folder / name, result.parts, result.base, said, profile=profile, weights=backbone.model)
-
-        if mode == "separate":
-            start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-            for name in missing:
-                backbone.model.load_state_dict(start)
-                alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **place_of(name))
-                (folder / name).mkdir(exist_ok=True)
-                export_state(folder / name / BASE, backbone.model)
-                save(name, alone.results[name])
-        elif mode in TOGETHER and not (folder / BASE).exists():
-            together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **place_of(JOINT))
-            for name, one_of_them in together.results.items():
-                save(name, one_of_them)
-            export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
-        else:
-            if main and not (folder / BASE).exists():
-                export_state(folder / BASE, backbone.model)
-            base = trained_backbone(backbone) if mode in TOGETHER else backbone
-            for name in missing:
-                data, settings = tasks[name].data, tasks[name].settings(config)
-                save(name, train_mask(base, data, settings, longer=False, **place_of(name)))
-        if not main:
-            return about
-        result = {**about, "rows": [row_of(name, read_adapter(folder / name)) for name in tasks]}
-        write_json(folder / RESULT, result)
-        return result
-
-
-def plan_tasks(
-    backbone: Backbone,
-    tasks: Mapping[str, Task],
-    output: str | Path,
-    mode: Mode,
-    config: TrainConfig,
-    joint: JointConfig,
-) -> dict[str, Any]:
-    """Check everything without training or writing, with a batch of every task that is not finished.
-
-    Returns:
-        {"finished": names, "missing": names, "steps": of all runs that are left}.
-
-    Raises:
-        What `train_tasks` raises before its first step.
-    """
-    folder, start = Path(output), {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-    try:
-        missing = survey(backbone, tasks, folder, mode, config, joint)
-        if mode == "separate":
-            plans = [plan_jointly(backbone, {name: tasks[name]}, config, joint, gated=False) for name in missing]
-        elif mode in TOGETHER and not (folder / BASE).exists():
-            plans = [plan_jointly(backbone, tasks, config, joint, gated=mode == "gated")]
-        else:
-            plans = [plan_training(backbone, tasks[name].data, tasks[name].settings(config)) for name in missing]
-    finally:
-        backbone.model.load_state_dict(start)
-    return {
-        "mode": mode,
-        "finished": [name for name in tasks if name not in missing],
-        "missing": missing,
-        "steps": sum(plan["steps"] for plan in plans),
-    }
-
-
-def _tagged(report: Report | None, part: str) -> Report | None:
-    return None if report is None else lambda event: report({**event, "part": part})

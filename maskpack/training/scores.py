@@ -1,9 +1,9 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,31 +17,23 @@ from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, PackedMask
 from .batchnorm import batchnorm_statistics
-from .config import parse_rule
 from .methods.base import Method, State, build_method
-from .methods.topk import greatest
 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How to make an effective weight again.
+    """How to make an effective weight again, in place of what an operation saved for its backward pass.
 
     Attributes:
-        make: gives it, without gradients. sources: what it follows from; versions: theirs when it was made.
+        make: gives the weight, without gradients. sources: what it follows from; versions: theirs when it was made.
+        shape, stride: of what the operation saved.
     """
 
-    make: Any
+    make: Callable[[], Tensor]
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """An effective weight as an operation saved it for its backward pass: a recipe, and how it lay in memory."""
-
-    recipe: Recipe
-    shape: torch.Size
-    stride: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -71,7 +63,7 @@ class Recompute:
             handle.remove()
         self._handles = []
 
-    def note(self, result: Tensor, make: Any, *sources: Tensor) -> None:
+    def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
         """Note an effective weight that is about to be used; outside of a forward pass nothing is noted."""
         if self._open:
             recipe = Recipe(make, sources, tuple(source._version for source in sources))
@@ -88,15 +80,15 @@ class Recompute:
             self._open.pop().__exit__()
             self.made.clear()
 
-    def _pack(self, tensor: Tensor) -> "Tensor | View":
+    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
         noted = self.made.get(tensor.data_ptr())
         # an address may be another tensor's by now
         if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
             return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
-        return View(noted[1], tensor.shape, tensor.stride())
+        return replace(noted[1], shape=tuple(tensor.shape), stride=tensor.stride())
 
 
-def unpack(saved: "Tensor | View") -> Tensor:
+def unpack(saved: Tensor | Recipe) -> Tensor:
     """Return what was saved.
 
     Raises:
@@ -104,15 +96,13 @@ def unpack(saved: "Tensor | View") -> Tensor:
     """
     if isinstance(saved, Tensor):
         return saved
-    recipe = saved.recipe
-    if any(source._version != version for source, version in zip(recipe.sources, recipe.versions, strict=True)):
+    if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
         raise TrainingError(
             "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
             "weight from them again; call backward() before optimizer.step()"
         )
     with torch.no_grad():
-        whole: Tensor = recipe.make()
-    return whole.as_strided(saved.shape, saved.stride)
+        return saved.make().as_strided(saved.shape, saved.stride)
 
 
 Orders = dict[nn.Module, list[str]]  # names of the parameters of a module, in their order before one was parametrized
@@ -204,6 +194,7 @@ class ScoredWeight(nn.Module):
         return self.method.penalty(self.scores, self.state(training=True))
 
 
+@dataclass(eq=False)
 class ScoredModel:
     """What the scores of one model have in common.
 
@@ -215,16 +206,15 @@ class ScoredModel:
         before: buffers and parameters that learn themselves, as they were when the scores were attached, by name.
     """
 
-    def __init__(self, method: Method):
-        self.method = method
-        self.members: list[ScoredWeight] = []
-        self.orders: Orders = {}
-        self.progress = 1.0
-        self.batch_size = 1
-        self.off = False
-        self.recompute = Recompute()
-        self.before: dict[str, Tensor] = {}
-        self._made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
+    method: Method
+    members: list[ScoredWeight] = field(default_factory=list)
+    orders: Orders = field(default_factory=dict)
+    progress: float = 1.0
+    batch_size: int = 1
+    off: bool = False
+    recompute: Recompute = field(default_factory=Recompute)
+    before: dict[str, Tensor] = field(default_factory=dict)
+    _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
         """Return what the method tells a member of all scores, made anew when these have changed."""
@@ -238,69 +228,6 @@ class ScoredModel:
                 return None
             self._made = now, dict(zip(self.members, found, strict=True))
         return self._made[1][one]
-
-
-MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
-
-
-def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
-
-    Args:
-        rule: as of `config.parse_rule`. "first": the weights of the first stages; "random": each with this probability,
-            drawn from the seed; "largest": the share of every parameter that has the greatest absolute values.
-        weights: in the order in which the model has them.
-
-    Raises:
-        ConfigError: if there are fewer stages.
-    """
-    kind, number = parse_rule(rule)
-    if kind == "first":
-        stages = model_stages({name: weight.numel() for name, weight in weights.items()})
-        if number > len(stages):
-            raise ConfigError(
-                f"selective {rule!r} asks for {number:g} stages, the masked weights have {len(stages)}: "
-                f"{', '.join(stages)}"
-            )
-        first = {name for members in list(stages.values())[: int(number)] for name in members}
-        return {name: torch.full(weight.shape, name in first) for name, weight in weights.items()}
-    if kind == "random":
-        drawn = torch.Generator().manual_seed(seed)
-        return {name: torch.rand(weight.shape, generator=drawn) < number for name, weight in weights.items()}
-    if kind == "largest":
-        return {name: _largest(weight.detach().cpu(), number) for name, weight in weights.items()}
-    return {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
-
-
-def model_stages(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """Return the names of parameters by stage, in their order.
-
-    Stages are the model's modules of the highest level, as `layer1`, … of a ResNet. A module with more than nine tenths
-    of all weights is taken apart, as `blocks` of a vision transformer.
-
-    Args:
-        sizes: number of weights by dotted name, in the order in which the model has them.
-    """
-    stages = _children(list(sizes), "")
-    while True:
-        great = [s for s, names in stages.items() if sum(sizes[n] for n in names) > MOST * sum(sizes.values())]
-        inner = _children(stages[great[0]], f"{great[0]}.") if great else {}
-        if not great or stages[great[0]] == great:
-            return stages
-        at = list(stages).index(great[0])
-        parts = list(stages.items())
-        stages = dict([*parts[:at], *inner.items(), *parts[at + 1 :]])
-
-
-def _children(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(prefix + name.removeprefix(prefix).partition(".")[0], []).append(name)
-    return found
-
-
-def _largest(weight: Tensor, share: float) -> Tensor:
-    return greatest(weight.abs().flatten(), round(share * weight.numel())).reshape(weight.shape)
 
 
 SCORES = ".0.scores"  # how a checkpoint's names of scores end

@@ -1,29 +1,32 @@
 """Weights that a source does not need: found by a mask, and values learned in their place."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import ClassVar, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.content import About, Parts
+from ..adapter.content import Parts
 from ..backbone.load import Backbone, export_state
-from ..backbone.model import Fingerprint, named_parameters
+from ..backbone.model import named_parameters
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, Op, PackedMask, mask_id
 from .checkpoint import FILE
-from .config import Start, TrainConfig
+from .config import WEIGHT_LR, Start, TrainConfig
 from .data.base import Data
-from .dense import body_parameters, of_weights, train_dense
+from .learn import body_parameters, borrowed, learn_scores
 from .methods.base import FINISHED, Method, State, build_method
-from .run_folder import Report, check_untaken, is_main_process, locked, tagged
+from .run_folder import RunOptions, check_untaken, is_main_process, locked, part_options
 from .scores import attach, extract_masks, scored_weights
-from .trainer import TrainResult, borrowed, learn_scores, train_mask
+from .trainer import TrainResult, train_dense, train_mask
 
 STARTS: tuple[Start, ...] = get_args(Start)
+SOURCE_FILE, RUNS = "source.safetensors", "training"  # in the output folder
+SOURCE, MASK, TARGET, BASELINE = "source", "mask", "target", "baseline"  # runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,104 +64,19 @@ class Reuse(Method):
         return scores.to(weight.dtype)
 
 
-def current_values(backbone: Backbone, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return copies of weights by name, on the CPU."""
-    parameters = named_parameters(backbone.model)
-    return {name: parameters[name].detach().to("cpu", copy=True) for name in names}
-
-
-def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options: Any) -> MaskSet:
-    """Learn a mask of a source network on the source, with its own head; op "replace", False where it can be reused.
-
-    Args:
-        options: `output`, `resume` and `report` as in `train_mask`.
-
-    Raises:
-        TrainingError: if the mask keeps every weight.
-    """
-    if build_method(config.method, dict(config.method_options)).learns:
-        settings = replace(config, head_kind="own", bn="freeze")
-        masks = train_mask(backbone, source, settings, longer=False, **options).parts.masks
-    else:
-        with borrowed(backbone):
-            learn_scores(backbone, config)
-            masks = extract_masks(backbone.model)
-    if masks.kept == masks.total:
-        raise TrainingError(
-            f"the mask keeps all {masks.total} weights, so that none is left for the target; train it longer, with a "
-            f"higher rate, or with method options that remove more"
-        )
-    return MaskSet({name: PackedMask(mask.bits, mask.shape, "replace") for name, mask in masks.items()})
-
-
-def start_values(
-    start: Start, before: Mapping[str, Tensor], after: Mapping[str, Tensor], seed: int
-) -> Mapping[str, Tensor]:
-    """Return the values that weights start the target from, by name.
-
-    Args:
-        before, after: the weights before and after the source was learned.
-        seed: of what is drawn.
-    """
-    if start == "source-start":
-        return before
-    if start == "source-end":
-        return after
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, weight in sorted(before.items()):
-        deviation = weight.double().std(correction=0)
-        found[name] = (torch.randn(weight.shape, generator=generator) * deviation).to(weight.dtype)
-    return found
-
-
-def train_reused(
-    backbone: Backbone, masks: MaskSet, values: Mapping[str, Tensor], target: Data, config: TrainConfig, **options: Any
-) -> TrainResult:
-    """Train values in the place of the weights that masks do not keep on the target, with a new optimiser.
-
-    Args:
-        values: to start from, of the shapes of the masks, by parameter name.
-        config: with the rate of weights; `head_kind` "own" keeps the source's head, "linear" trains another.
-        options: `output`, `resume` and `report` as in `train_mask`.
-    """
-
-    def learn(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-        device = next(backbone.model.parameters()).device
-        keep = tuple(mask.tensor().to(device) for mask in masks.values())
-        scores = attach(backbone.model, Reuse(keep), list(masks), scale=False)
-        with torch.no_grad():
-            for name, own in scores.items():
-                own.copy_(values[name])
-        return scores
-
-    # in the record, and what a checkpoint of another mask differs in
-    config = replace(config, method=Reuse.id, method_options={"mask_id": mask_id({"default": masks})})
-    return train_mask(backbone, target, config, learn=learn, longer=False, **options)
-
-
-SOURCE_FILE, RUNS = "source.safetensors", "training"  # in the output folder
-SOURCE, MASK, TARGET, BASELINE = "source", "mask", "target", "baseline"  # runs
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class TransferResult:
+class TransferResult(TrainResult):
     """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
+
+    Its masks have op "replace": True where the source needs the weight, with values for the others. `base` is the
+    fingerprint of the source network, and the density in `metrics` the share of weights kept.
 
     Attributes:
         backbone: the source network, in place of the one that was given: what the adapter goes onto.
-        parts: masks with op "replace", True where the source needs the weight; values for the others; head.
-        base: fingerprint of the source network.
-        about: task, class names of the target, preprocessing and training record.
-        metrics: of the run on the target; `density` is the share of weights kept.
         baseline: the same for plain fine-tuning, which keeps none of these weights; None if it was not asked for.
     """
 
     backbone: Backbone
-    parts: Parts
-    base: Fingerprint
-    about: About
-    metrics: dict[str, float]
     baseline: Parts | None
 
 
@@ -172,10 +90,7 @@ def train_transfer(
     weight_lr: float | None = None,
     source_trained: bool = False,
     baseline: bool = False,
-    output: str | Path | None = None,
-    resume: bool = False,
-    checkpoint_every: str | None = None,
-    report: Report | None = None,
+    **options: Unpack[RunOptions],
 ) -> TransferResult:
     """Carry a network from a source domain to a target domain: Differentiable Weight Masks for Domain Transfer.
 
@@ -192,12 +107,9 @@ def train_transfer(
         weight_lr: peak rate of weights, on source and target; None: 0.001 for Adam, 0.05 for SGD.
         source_trained: the backbone knows the source already, with its head; it stays as it is.
         baseline: fine-tune all these weights on the target as well, from their values after the source.
-        output: folder: `source.safetensors`, the source network (not if it was trained already), and in `training` a
-            folder for each run, as of `train_mask`. None keeps nothing.
-        resume: continue in `output`: what is finished is read back, what was interrupted continues. `start` and
+        options: as in `train_mask`. `output` gets `source.safetensors`, the source network (not if it was trained
+            already), and in `training` a folder for each run. On resume what is finished is read back, and `start` and
             `baseline` may differ from the earlier call.
-        checkpoint_every: as in `train_mask`.
-        report: as in `train_mask`; every event has also "part", the name of the run.
 
     Raises:
         ConfigError: if settings and backbone do not fit: see `check_transfer`.
@@ -207,13 +119,12 @@ def train_transfer(
     config = config or TrainConfig(bn="freeze")
     check_transfer(backbone, source, config, start, source_trained, weight_lr)
     weights = of_weights(config, weight_lr)
+    output = options.get("output")
     folder = None if output is None else Path(output)
-    check_output(folder, resume)
+    check_output(folder, options.get("resume", False))
 
-    def run(name: str) -> dict[str, Any]:
-        own = None if folder is None else folder / RUNS / name
-        again = resume and own is not None and (own / FILE).exists()
-        return {"output": own, "resume": again, "checkpoint_every": checkpoint_every, "report": tagged(report, name)}
+    def run(name: str) -> RunOptions:
+        return part_options(options, name, None if folder is None else folder / RUNS / name)
 
     with locked(folder):
         names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
@@ -229,10 +140,9 @@ def train_transfer(
         result = train_reused(backbone, masks, values, target, weights, **run(f"{TARGET}-{start}"))
         plain = None
         if baseline:
-            none = MaskSet.from_tensors(
-                {n: torch.zeros(m.shape, dtype=torch.bool) for n, m in masks.items()}, op="replace"
-            )
-            plain = train_reused(backbone, none, after, target, weights, **run(BASELINE)).parts
+            none = {name: torch.zeros(mask.shape, dtype=torch.bool) for name, mask in masks.items()}
+            all_free = MaskSet.from_tensors(none, op="replace")
+            plain = train_reused(backbone, all_free, after, target, weights, **run(BASELINE)).parts
     facts = {
         "method": {"id": config.method, **config.method_options},
         "lr": config.score_lr,
@@ -240,14 +150,8 @@ def train_transfer(
         "source": {"id": source.id, "digest": source.digest, "class_names": list(source.class_names)},
         "source_trained": source_trained,
     }
-    return TransferResult(
-        backbone,
-        result.parts,
-        result.base,
-        replace(result.about, training={**(result.about.training or {}), "transfer": facts}),
-        result.metrics,
-        plain,
-    )
+    about = replace(result.about, training={**(result.about.training or {}), "transfer": facts})
+    return TransferResult(result.parts, result.base, about, result.metrics, backbone, plain)
 
 
 def check_output(folder: Path | None, resume: bool) -> None:
@@ -296,14 +200,13 @@ def check_transfer(
             f"{backbone.id} is an encoder without a head inside, which the source network needs; take a backbone with "
             f"one, or train a mask for the target"
         )
-    if source_trained:
-        own = backbone.linear
-        if own is None or own.out_features != len(source.class_names):
-            found = "none" if own is None else f"one for {own.out_features}"
-            raise ConfigError(
-                f"the source {source.id} has {len(source.class_names)} classes, and a backbone that was trained on it "
-                f"a head for them; {backbone.id} has {found}; give its weights, or train on the source first"
-            )
+    own = backbone.linear
+    if source_trained and (own is None or own.out_features != len(source.class_names)):
+        found = "none" if own is None else f"one for {own.out_features}"
+        raise ConfigError(
+            f"the source {source.id} has {len(source.class_names)} classes, and a backbone that was trained on it a "
+            f"head for them; {backbone.id} has {found}; give its weights, or train on the source first"
+        )
     with borrowed(backbone):
         learn_scores(backbone, config)
         mask = next(iter(scored_weights(backbone.model).values())).mask()
@@ -314,28 +217,111 @@ def check_transfer(
         )
 
 
-def train_source(backbone: Backbone, source: Data, config: TrainConfig, **options: Any) -> Backbone:
+def of_weights(config: TrainConfig, weight_lr: float | None) -> TrainConfig:
+    """Return settings whose `lr`, which is the scores', is the peak rate of weights; None: `WEIGHT_LR`.
+
+    Raises:
+        ConfigError: if it is not above 0.
+    """
+    lr = WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"weight_lr must be a finite number above 0, got {weight_lr}")
+    return replace(config, lr=lr)
+
+
+def train_source(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> Backbone:
     """Train the body and a linear head on the source, BatchNorm statistics too; the backbone is changed.
 
     Args:
         config: with the rate of weights; what it says of masks does not matter.
-        options: `output`, `resume` and `report` as in `train_mask`.
+        options: as in `train_mask`.
 
     Returns:
         The network as a backbone of another name.
     """
     usual, device = TrainConfig(), next(backbone.model.parameters()).device
     # one source network serves several masks
-    settings = replace(
-        config,
-        method=usual.method,
-        method_options={},
-        include=(),
-        exclude=(),
-        selective=usual.selective,
-        head_kind="linear",
-        bn="adapt",
-    )
+    masks = {name: getattr(usual, name) for name in ("method", "method_options", "include", "exclude", "selective")}
+    settings = replace(config, **masks, head_kind="linear", bn="adapt")
     train_dense(backbone, source, settings, lambda own, _: body_parameters(own), **options)
     backbone.model.to(device).eval()
     return replace(backbone, id=f"{SOURCE}:{backbone.id}", revision=None)
+
+
+def current_values(backbone: Backbone, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return copies of weights by name, on the CPU."""
+    parameters = named_parameters(backbone.model)
+    return {name: parameters[name].detach().to("cpu", copy=True) for name in names}
+
+
+def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> MaskSet:
+    """Learn a mask of a source network on the source, with its own head; op "replace", False where it can be reused.
+
+    Args:
+        options: as in `train_mask`.
+
+    Raises:
+        TrainingError: if the mask keeps every weight.
+    """
+    if build_method(config.method, dict(config.method_options)).learns:
+        settings = replace(config, head_kind="own", bn="freeze")
+        masks = train_mask(backbone, source, settings, longer=False, **options).parts.masks
+    else:
+        with borrowed(backbone):
+            learn_scores(backbone, config)
+            masks = extract_masks(backbone.model)
+    if masks.kept == masks.total:
+        raise TrainingError(
+            f"the mask keeps all {masks.total} weights, so that none is left for the target; train it longer, with a "
+            f"higher rate, or with method options that remove more"
+        )
+    return MaskSet({name: PackedMask(mask.bits, mask.shape, "replace") for name, mask in masks.items()})
+
+
+def start_values(
+    start: Start, before: Mapping[str, Tensor], after: Mapping[str, Tensor], seed: int
+) -> Mapping[str, Tensor]:
+    """Return the values that weights start the target from, by name.
+
+    Args:
+        before, after: the weights before and after the source was learned.
+        seed: of what is drawn.
+    """
+    if start != "random":
+        return before if start == "source-start" else after
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, weight in sorted(before.items()):
+        deviation = weight.double().std(correction=0)
+        found[name] = (torch.randn(weight.shape, generator=generator) * deviation).to(weight.dtype)
+    return found
+
+
+def train_reused(
+    backbone: Backbone,
+    masks: MaskSet,
+    values: Mapping[str, Tensor],
+    target: Data,
+    config: TrainConfig,
+    **options: Unpack[RunOptions],
+) -> TrainResult:
+    """Train values in the place of the weights that masks do not keep on the target, with a new optimiser.
+
+    Args:
+        values: to start from, of the shapes of the masks, by parameter name.
+        config: with the rate of weights; `head_kind` "own" keeps the source's head, "linear" trains another.
+        options: as in `train_mask`.
+    """
+
+    def learn(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
+        device = next(backbone.model.parameters()).device
+        keep = tuple(mask.tensor().to(device) for mask in masks.values())
+        scores = attach(backbone.model, Reuse(keep), list(masks), scale=False)
+        with torch.no_grad():
+            for name, own in scores.items():
+                own.copy_(values[name])
+        return scores
+
+    # in the record, and what a checkpoint of another mask differs in
+    config = replace(config, method=Reuse.id, method_options={"mask_id": mask_id({"default": masks})})
+    return train_mask(backbone, target, config, learn=learn, longer=False, **options)

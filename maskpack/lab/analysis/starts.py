@@ -18,9 +18,9 @@ from ...training.config import TrainConfig
 from ...training.data.base import Data
 from ...training.evaluate import held_out_accuracy
 from ...training.features import digest_of
-from ...training.run_folder import Report, tagged
+from ...training.run_folder import Report, claim, tagged
 from ..baselines.base import Trial, find_baseline
-from ..store import claim, measured, shared_settings
+from ..store import measured, shared_settings
 from ..trial import measure, splits
 
 SETTINGS, RESULT = "settings.json", "result.json"
@@ -72,7 +72,7 @@ def feature_reuse(
     rate = _peak_rate(baseline, config)
     rates = {"pretrained": rate, "random": rate if random_lr is None else random_lr}
     about = {"backbone": first.id, "rates": rates, "size": size}
-    claim(folder / SETTINGS, {**_about(data, config, baseline), **about})
+    claim(folder / SETTINGS, {**_about(data, config, baseline), **about}, shared_settings(TrainConfig()))
 
     def begin(start: str, block: int, seed: int) -> Backbone:
         random = {"weights": None, "random_weights": seed} if start == "random" else {}
@@ -167,7 +167,11 @@ def from_checkpoints(
     for name, path in zip(names, checkpoints, strict=True):
         first = begin(path, seeds[0])
         find_baseline(baseline).check(first, config)
-        claim(folder / SETTINGS, {**_about(data, config, baseline), "lr": config.lr, "backbone": first.id})
+        claim(
+            folder / SETTINGS,
+            {**_about(data, config, baseline), "lr": config.lr, "backbone": first.id},
+            shared_settings(TrainConfig()),
+        )
         before = None if pretraining is None else _accuracy_before(name, first, pretraining, folder / "pretraining")
         found = _repeated(name, partial(begin, path), baseline, data, config, folder, seeds, report)
         rows.append({"checkpoint": name, "pretraining": before, **found})

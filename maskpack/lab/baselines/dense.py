@@ -11,9 +11,11 @@ from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone
 from ...backbone.select import select_parameters
 from ...errors import ConfigError, require
+from ...training.batchnorm import batchnorm_statistics
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
-from ...training.dense import body_parameters, train_dense
+from ...training.learn import body_parameters
+from ...training.trainer import train_dense
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
 
 RANK = 8
@@ -28,7 +30,7 @@ class Dense(Baseline):
 
     def fit(self, trial: Trial) -> Fitted:
         folder = trial.folder / "training"
-        result = train_dense(
+        steps = train_dense(
             trial.backbone,
             trial.data,
             trial.settings("supervised"),
@@ -37,14 +39,15 @@ class Dense(Baseline):
             resume=(folder / FILE).exists(),
             report=trial.report,
         )
-        for parameter in result.learned.values():
+        for parameter in steps.scores.values():
             parameter.data.copy_(parameter.data.half())  # measured as stored, with 2 bytes a number
-        classifier = result.classifier
+        classifier = steps.objective.module
         assert isinstance(classifier, Classifier)
-        learned, head = parameters(*result.learned.values()), parameters(*classifier.linear.parameters())
+        learned, head = parameters(*steps.scores.values()), parameters(*classifier.linear.parameters())
+        statistics = batchnorm_statistics(trial.backbone.model) if trial.config.bn == "adapt" else {}
         # statistics and head keep 4 bytes a number, as beside a mask
-        sizes = {"weights": 2 * learned, "statistics": 4 * parameters(*result.statistics.values()), "head": 4 * head}
-        return Fitted(classified(classifier), learned + head, sizes, result.steps)
+        sizes = {"weights": 2 * learned, "statistics": 4 * parameters(*statistics.values()), "head": 4 * head}
+        return Fitted(classified(classifier), learned + head, sizes, steps.steps)
 
 
 @BASELINES.register

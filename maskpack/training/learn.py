@@ -1,0 +1,157 @@
+"""What learns in a backbone: scores of selected weights, and parameters themselves."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.classifier import modes_kept
+from ..backbone.load import Backbone
+from ..backbone.model import inside, named_parameters, swap_module
+from ..backbone.select import match_parameters, select_parameters
+from ..errors import ConfigError
+from .config import ALL, TrainConfig, parse_rule
+from .methods.base import build_method
+from .methods.topk import greatest
+from .scores import attach, detach_scores, scored_weights
+
+Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
+MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
+
+
+@contextmanager
+def borrowed(backbone: Backbone, train: Iterable[str] = ()) -> Iterator[None]:
+    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before.
+
+    Args:
+        train: globs of parameters that may change meanwhile.
+    """
+    model = backbone.model
+    parameters, flags = named_parameters(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    changing = {name: parameters[name] for name in match_parameters(model, train, "train", backbone.outside)}
+    before = {name: tensor.detach().clone() for name, tensor in {**changing, **dict(model.named_buffers())}.items()}
+    device = next(model.parameters()).device
+    head = model.get_submodule(backbone.head) if backbone.head is not None else None
+    try:
+        with modes_kept(model):
+            yield
+    finally:
+        detach_scores(model)
+        if backbone.head is not None and head is not None:
+            swap_module(model, backbone.head, head)
+        model.to(device)
+        with torch.no_grad():
+            for name, tensor in {**changing, **dict(model.named_buffers())}.items():
+                tensor.copy_(before[name])
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+            p.grad = None
+
+
+def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
+    """Attach scores to the weights that the settings select; return the scores by name.
+
+    Raises:
+        SelectionError: if the settings select nothing, or what cannot be masked.
+        ConfigError: if `config.selective` is not for the method, or there are fewer stages than it says.
+    """
+    model = backbone.model
+    names = select_parameters(model, config.include, config.exclude, backbone.outside)
+    weights = {name: weight for name, weight in model.named_parameters() if name in names}
+    learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
+    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale)
+    scored = scored_weights(model)
+    for name, learns in learning.items():
+        if scores[name].shape != learns.shape or not scored[name].binary().all():
+            raise ConfigError(
+                f"selective {config.selective!r} leaves the other scores as they begin, and those of the method "
+                f"{config.method!r} do not begin with every weight kept; take the method threshold, gumbel or flip"
+            )
+        # no optimiser here moves a score whose gradient is zero
+        scores[name].register_hook(_only(learns.to(scores[name].device)))  # type: ignore[no-untyped-call]
+    return scores
+
+
+def _only(learns: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: torch.where(learns, gradient, 0.0)
+
+
+def learn_whole(backbone: Backbone, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """Return the parameters of `config.train` by name; to be asked before scores are attached.
+
+    Raises:
+        SelectionError: if a pattern matches nothing. ConfigError: if one of them is to be masked.
+    """
+    parameters = named_parameters(backbone.model)
+    names = match_parameters(backbone.model, config.train, "train", backbone.outside)
+    scored = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+    masked = [name for name in names if name in scored]
+    if masked:
+        raise ConfigError(
+            f"train would train {len(masked)} parameters that are masked, first {masked[0]!r}; a mask needs frozen "
+            f"weights: leave them out of train, or out of the mask with exclude"
+        )
+    return {name: parameters[name] for name in names}
+
+
+def body_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
+    """Return the parameters of the body by name."""
+    return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}
+
+
+def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
+
+    Args:
+        rule: as of `parse_rule`. "first": the weights of the first stages; "random": each with this probability, drawn
+            from the seed; "largest": the share of every parameter that has the greatest absolute values.
+        weights: in the order in which the model has them.
+
+    Raises:
+        ConfigError: if there are fewer stages.
+    """
+    kind, number = parse_rule(rule)
+    if kind == "first":
+        stages = model_stages({name: weight.numel() for name, weight in weights.items()})
+        if number > len(stages):
+            raise ConfigError(
+                f"selective {rule!r} asks for {number:g} stages, the masked weights have {len(stages)}: "
+                f"{', '.join(stages)}"
+            )
+        first = {name for members in list(stages.values())[: int(number)] for name in members}
+        return {name: torch.full(weight.shape, name in first) for name, weight in weights.items()}
+    if kind == "random":
+        drawn = torch.Generator().manual_seed(seed)
+        return {name: torch.rand(weight.shape, generator=drawn) < number for name, weight in weights.items()}
+    if kind == "largest":
+        sizes = {name: weight.detach().cpu().abs() for name, weight in weights.items()}
+        return {name: greatest(s.flatten(), round(number * s.numel())).reshape(s.shape) for name, s in sizes.items()}
+    return {name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def model_stages(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Return the names of parameters by stage, in their order.
+
+    Stages are the model's modules of the highest level, as `layer1`, … of a ResNet. A module with more than nine tenths
+    of all weights is taken apart, as `blocks` of a vision transformer.
+
+    Args:
+        sizes: number of weights by dotted name, in the order in which the model has them.
+    """
+    stages = _children(list(sizes), "")
+    while True:
+        great = [s for s, names in stages.items() if sum(sizes[n] for n in names) > MOST * sum(sizes.values())]
+        inner = _children(stages[great[0]], f"{great[0]}.") if great else {}
+        if not great or stages[great[0]] == great:
+            return stages
+        at = list(stages).index(great[0])
+        parts = list(stages.items())
+        stages = dict([*parts[:at], *inner.items(), *parts[at + 1 :]])
+
+
+def _children(names: Sequence[str], prefix: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(prefix + name.removeprefix(prefix).partition(".")[0], []).append(name)
+    return found
