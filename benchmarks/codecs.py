@@ -60,14 +60,13 @@ def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, 
     """Yield codec, bytes and side of every payload of the adapter's one set."""
     one, pieces = adapter.header.sets["default"], adapter.pieces["default"]
     weights = None if case.weights is None else by_name(case.weights)
-    for payload, data in zip(one.payloads, pieces[len(one.tables) :], strict=True):
+    for payload, data in zip(one.payloads, pieces, strict=True):
         codec = CODECS[payload.coding.codec](**payload.coding.config)
         classes = None
         if codec.needs_base:
             assert weights is not None
             classes = base_classes(weights, payload.name, payload.shape)
-        table = None if payload.coding.table is None else bytes(pieces[payload.coding.table])
-        yield codec, data, Side(payload.shape, classes, None, table)
+        yield codec, data, Side(payload.shape, classes)
 
 
 def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
@@ -80,7 +79,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     assert adapter.parts(base=weights).masks == case.masks
     described = describe(adapter)
     one = described["sets"]["default"]
-    total, size = case.masks.total, one["payload_bytes"] + one["table_bytes"]
+    total, size = case.masks.total, one["payload_bytes"]
     coded = [(used, bytes(data), side) for used, data, side in payloads(adapter, case)]
     masks = [(used.decode(data, side), side) for used, data, side in coded]
     start = time.perf_counter()
@@ -94,7 +93,6 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         chosen[row["codec"]] = chosen.get(row["codec"], 0) + 1
     return {
         "bytes": size,
-        "table_bytes": one["table_bytes"],
         "index_bytes": described["index_bytes"],
         "index_of_allowance": described["index_bytes"] / allowed,
         "bits_per_weight": 8 * size / total,
