@@ -57,10 +57,9 @@ NOISE = Noise(draws=2)
 NOISY = 512  # test rows
 CHOOSING = 1024  # training rows that tell which modules are critical
 TEXT_ROWS = 1000
-SUPERVISED = replace(IMAGES, objective_options={})
 SHUFFLED = replace(IMAGES, augment="none", steps=160, lr=0.09)
 BLOCKS = (32, 16, 8, 4, 2, 1)
-PRETRAINING = replace(SUPERVISED, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
+PRETRAINING = replace(IMAGES, objective_options={}, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
 PRETRAINING_ROWS = 20_000
 EPOCHS = (0, 1, 2, 3, 5, 7, 10)
 FROM_CHECKPOINT = replace(IMAGES, steps=160, lr=0.03)
@@ -79,6 +78,7 @@ class Kind:
 KINDS = {"pretrained": Kind(lr=0.03), "pretrained, rate 0.09": Kind(lr=0.09), "random": Kind(True, 0.09)}
 MASK = Kind(lr=60.0, mask=True)
 TEXT_KINDS = {"masked": Kind(lr=0.02, mask=True), "fine-tuned": Kind(lr=3e-4)}
+SUPERVISED = replace(IMAGES, objective_options={})
 TARGETS = {"sketch": replace(SUPERVISED, augment="flip"), "mnist": replace(SUPERVISED, augment="none")}
 TEXT_TARGET = "banking77"
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from maskpack.adapter.decode import base_classes, by_name
-from maskpack.adapter.describe import describe
+from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
@@ -77,7 +77,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     saved = time.perf_counter() - start
     adapter = read_adapter(path)
     assert adapter.parts(base=weights).masks == case.masks
-    described = describe(adapter)
+    described = inspect_adapter(adapter)
     one = described["sets"]["default"]
     total, size = case.masks.total, one["payload_bytes"]
     coded = [(used, bytes(data), side) for used, data, side in payloads(adapter, case)]

@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,11 @@ class TestProgress:
     def test_bar_is_for_terminals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for quiet, terminal in [(False, True), (True, True), (False, False)]:
             out = io.StringIO()
+            monkeypatch.setattr(console.Output, "quiet", quiet)
+            monkeypatch.setattr(console.Output, "json", False)
             monkeypatch.setattr(console, "notes", Console(file=out, force_terminal=True, width=100))
             monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-            with console.progress_bar("Verifying", quiet) as step:
+            with console.progress_bar("Verifying") as step:
                 step(30, 40)
             assert ("Verifying" in out.getvalue()) == ("75%" in out.getvalue()) == (terminal and not quiet)
 
@@ -273,7 +276,7 @@ class TestThreads:
 class TestSpool:
     def test_gives_back_any_stretch_any_number_of_times(self, tmp_path: Path) -> None:
         great = os.urandom(2_500_000)
-        with Spool(tmp_path) as spool:
+        with closing(Spool(tmp_path)) as spool:
             for data in (b"one", b"", great, b"two"):
                 spool.append(data)
             chosen = Spooled(spool, 1, spool.size - 1)
