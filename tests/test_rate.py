@@ -243,7 +243,7 @@ def test_budgets_that_there_are_not(tiny: nn.Module, digits: Data) -> None:
     with pytest.raises(ConfigError, match=r"bytes_budget 100 and rate 0\.1 both limit the size of the masks; give one"):
         TrainConfig(bytes_budget=100, rate=0.1)
     for name, value in (("bytes_budget", 0), ("rate", -0.1), ("rate", math.nan)):
-        with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
+        with pytest.raises(ConfigError, match=f"{name} must be .*above 0, got {value}"):
             TrainConfig(**{name: value})  # type: ignore[arg-type]
     with pytest.raises(
         ConfigError, match=r"a budget of 1 bytes is less than the \d+ bytes that masks of these 2 param"
