@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from maskpack.adapter.decode import base_classes, by_name
-from maskpack.adapter.describe import describe
+from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
@@ -78,9 +78,9 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     saved = time.perf_counter() - start
     adapter = read_adapter(path)
     assert adapter.parts(base=weights).masks == case.masks
-    described = describe(adapter)
+    described = inspect_adapter(adapter)
     one = described["sets"]["default"]
-    total, size = case.masks.total, one["payload_bytes"] + one["table_bytes"]
+    total, size = case.masks.total, one["payload_bytes"]
     coded = [(used, bytes(data), side) for used, data, side in payloads(adapter, case)]
     masks = [(used.decode(data, side), side) for used, data, side in coded]
     start = time.perf_counter()
@@ -94,7 +94,6 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         chosen[row["codec"]] = chosen.get(row["codec"], 0) + 1
     return {
         "bytes": size,
-        "table_bytes": one["table_bytes"],
         "index_bytes": described["index_bytes"],
         "index_of_allowance": described["index_bytes"] / allowed,
         "bits_per_weight": 8 * size / total,

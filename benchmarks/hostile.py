@@ -30,7 +30,7 @@ from bitarray import bitarray
 from benchmarks.measured import rewrite
 from benchmarks.report import write_between
 from maskpack.adapter.card import render_card
-from maskpack.adapter.describe import config_text, describe
+from maskpack.adapter.describe import config_text, inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.errors import MaskpackError
 from maskpack.mask import bits_digest, rows_id
@@ -49,7 +49,7 @@ WAYS: dict[str, Callable[[list[bytes], random.Random], bytes]] = {
     "text that acts, all digests made good": lambda seeds, rng: with_text(rng.choice(seeds), rng),
 }
 STAGES: dict[str, Callable[[Adapter], object]] = {
-    "inspect": lambda adapter: (config_text(describe(adapter), "x"), render_card(describe(adapter))),
+    "inspect": lambda adapter: (config_text(inspect_adapter(adapter), "x"), render_card(inspect_adapter(adapter))),
     "verify": lambda adapter: adapter.verify(),
     "decode": lambda adapter: [one for name in adapter.sets for one in decoded(adapter, name)],
 }

@@ -111,9 +111,9 @@ def pack(path: Path, scale: float, profile: Any, workers: int | None) -> dict[st
 
 def sizes(adapter: Any) -> dict[str, Any]:
     """Return bytes with and without index and digests, beside the entropy of the densities and LoRA's matrices."""
-    from maskpack.adapter.describe import describe
+    from maskpack.adapter.describe import inspect_adapter
 
-    about = describe(adapter)
+    about = inspect_adapter(adapter)
     one = about["sets"]["default"]
     entropy = sum(
         -share * math.log2(share) * math.prod(row["shape"]) / 8
@@ -121,7 +121,7 @@ def sizes(adapter: Any) -> dict[str, Any]:
         for share in (row["density"], 1 - row["density"])
         if share
     )
-    coded = one["payload_bytes"] + one["table_bytes"]
+    coded = one["payload_bytes"]
     return {
         "bytes": adapter.size,
         "index_bytes": about["index_bytes"],

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from maskpack.adapter.card import render_card
-from maskpack.adapter.describe import config_text, describe
+from maskpack.adapter.describe import config_text, inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import Side, plausible
@@ -101,9 +101,9 @@ def test_huge_headers_take_bounded_memory(tmp_path: Path) -> None:
 
 
 ACTIONS: dict[str, Callable[[Adapter], object]] = {
-    "describe": describe,
-    "config": lambda adapter: config_text(describe(adapter), "x"),
-    "card": lambda adapter: render_card(describe(adapter)),
+    "inspect": inspect_adapter,
+    "config": lambda adapter: config_text(inspect_adapter(adapter), "x"),
+    "card": lambda adapter: render_card(inspect_adapter(adapter)),
     "verify": lambda adapter: adapter.verify(),
     "decode": lambda adapter: [list(adapter.iter_masks(set=name)) for name in adapter.sets],
     "tensors": lambda adapter: [adapter.parts(name, stream=True) for name in adapter.sets],

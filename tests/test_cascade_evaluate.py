@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskpack import load_cascade, save_adapter
-from maskpack.adapter.describe import describe
+from maskpack.adapter.describe import inspect_adapter
 from maskpack.backbone.load import Backbone
 from maskpack.errors import AdapterError, DataError
 from maskpack.runtime.cascade import LoadedCascade
@@ -105,7 +105,7 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
     kinds = ("dispatcher", "conditional", "unconditional")
     assert list(rows) == [(kind, whitened) for kind in kinds for whitened in (False, True)]
     steps = trained.about.training["cascade"]["steps"]
-    sets = describe(adapter)["sets"]
+    sets = inspect_adapter(adapter)["sets"]
     parts = trained.cascade
     cascade = LoadedCascade(backbone.model, trained.parts, parts)
     (x, y), (test_x, test_y) = (embed_all(backbone, cascade, split) for split in (digits.train, digits.test))
@@ -128,7 +128,9 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
         assert row["dimensions"] == (D if whitened else width)
         assert row["mask_bytes"] == sum(sets[name]["payload_bytes"] for name in names)
         assert row["statistics_bytes"] == len(names) * (sum(sets["dispatcher"]["dense_bytes"].values()))
-        assert row["router_bytes"] == (describe(adapter)["cascade"]["bytes"]["router"] if kind == "conditional" else 0)
+        assert row["router_bytes"] == (
+            inspect_adapter(adapter)["cascade"]["bytes"]["router"] if kind == "conditional" else 0
+        )
         assert row["reduction_bytes"] == (4 * (width + D * width + D) if whitened else 0)
         assert row["head_bytes"] == 4 * 5 * (row["dimensions"] + 1)
         assert row["bytes"] == sum(size for key, size in row.items() if key.endswith("_bytes"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskpack.adapter.card import render_card
 from maskpack.adapter.content import Cascade, Parts, Router, Whitening
-from maskpack.adapter.describe import describe
+from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
@@ -104,7 +104,7 @@ def test_experts_are_coded_against_the_dispatcher(tmp_path: Path) -> None:
 
 def test_is_described(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path, contents(), BASE, cascade=KINDS["reduced"], class_names="wxyz")
-    about = describe(adapter)["cascade"]
+    about = inspect_adapter(adapter)["cascade"]
     assert about == {
         "dispatcher": "dispatcher",
         "experts": ["expert-0", "expert-1"],
@@ -118,9 +118,9 @@ def test_is_described(tmp_path: Path) -> None:
             "head": 4 * (4 * 5 + 4),
         },
     }
-    assert describe(adapter)["sets"]["expert-1"]["dense_bytes"] == {"statistics": 24}
+    assert inspect_adapter(adapter)["sets"]["expert-1"]["dense_bytes"] == {"statistics": 24}
     assert json.loads((tmp_path / "maskpack_config.json").read_text())["cascade"] == about
-    card = render_card(describe(adapter), "user/name")
+    card = render_card(inspect_adapter(adapter), "user/name")
     for text in (
         "from maskpack import load_backbone, load_cascade\n",
         'cascade = load_cascade(model, "user/name")',
@@ -130,9 +130,9 @@ def test_is_described(tmp_path: Path) -> None:
         assert text in card
     assert "load_mask" not in card
     kept = save_adapter(tmp_path / "kept", contents(), BASE, cascade=KINDS["head"])
-    assert "(conditional: its block alone joins the dispatcher's)" in render_card(describe(kept))
+    assert "(conditional: its block alone joins the dispatcher's)" in render_card(inspect_adapter(kept))
     plain = save_adapter(tmp_path / "plain", random_masks(SHAPES), BASE)
-    assert describe(plain)["cascade"] is None
+    assert inspect_adapter(plain)["cascade"] is None
     assert plain.cascade is None
 
 
@@ -193,7 +193,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def use(path: Path) -> Adapter:
     adapter = read_adapter(path)
-    describe(adapter)
+    inspect_adapter(adapter)
     adapter.verify()
     return adapter
 

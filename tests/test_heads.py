@@ -18,7 +18,7 @@ from torch import nn
 
 from maskpack.adapter.card import render_card
 from maskpack.adapter.content import Parts
-from maskpack.adapter.describe import describe
+from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import save_adapter
@@ -140,12 +140,12 @@ def test_the_weight_is_the_formats_formula() -> None:
 def test_description_convert_and_canonical_bytes(tmp_path: Path) -> None:
     head = head_of(scale=True)
     adapter = save_adapter(tmp_path / "a", Parts(MASKS, head), base_of(SHAPES), class_names=list("xyz"))
-    one = describe(adapter)["sets"]["default"]
+    one = inspect_adapter(adapter)["sets"]["default"]
     stored = {"kind": "linear", "module": "fc", "random": {"scale": True, "seed": 7, "shape": [3, 5]}}
     assert one["head"] == stored
     assert one["dense_bytes"] == {"head": 2}
     assert json.loads((tmp_path / "a/maskpack_config.json").read_text())["sets"]["default"]["head"] == stored
-    assert render_card(describe(adapter))
+    assert render_card(inspect_adapter(adapter))
     again = convert_adapter(adapter, tmp_path / "b", codec="raw")
     found = again.parts(stream=True).head
     assert found is not None

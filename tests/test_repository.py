@@ -135,3 +135,32 @@ def test_audit(tmp_path: Path, stdout: str, stderr: str, status: int, said: str)
     assert run.returncode == status
     assert said in run.stdout
     assert "Traceback" not in run.stdout + run.stderr
+
+
+def test_help_lists_all_targets() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^([a-z][a-z-]*):(?!=)", text, re.MULTILINE)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  ([a-z-]+) +\S", shown, re.MULTILINE) == targets
+    assert len(set(targets)) == len(targets)
+
+
+def test_citation_names_the_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    citation = parsed(ROOT / "CITATION.cff")
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+
+
+def test_hooks_use_the_environment() -> None:
+    for repository in parsed(ROOT / ".pre-commit-config.yaml")["repos"]:
+        assert repository["repo"] == "local", "no version is pinned twice"
+        for hook in repository["hooks"]:
+            assert (hook["language"], hook["entry"].split("/")[:2]) == ("system", [".venv", "bin"])
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_issue_form(name: str) -> None:
+    form = parsed(ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml")
+    assert {"name", "description", "body"} <= form.keys()
+    ids = [part["id"] for part in form["body"] if part["type"] != "markdown"]
+    assert len(set(ids)) == len(ids) > 0

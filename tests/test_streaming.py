@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +274,7 @@ class TestThreads:
 class TestSpool:
     def test_gives_back_any_stretch_any_number_of_times(self, tmp_path: Path) -> None:
         great = os.urandom(2_500_000)
-        with Spool(tmp_path) as spool:
+        with closing(Spool(tmp_path)) as spool:
             for data in (b"one", b"", great, b"two"):
                 spool.append(data)
             chosen = Spooled(spool, 1, spool.size - 1)

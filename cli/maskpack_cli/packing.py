@@ -85,7 +85,7 @@ def convert(
     facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}
     for key, one in (("before", adapter), ("after", converted)):
         sets = inspect_adapter(one)["sets"].values()
-        facts[f"mask_bytes_{key}"] = sum(each["payload_bytes"] + each["table_bytes"] for each in sets)
+        facts[f"mask_bytes_{key}"] = sum(each["payload_bytes"] for each in sets)
         facts[f"file_bytes_{key}"] = one.size
     emit(facts, as_json, f"✓ {output}")
 

@@ -251,7 +251,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
     for name, one in sets.items():
         yield (
             f"| {name} | {one['parameters']} | {one['weights']:,} | {one['density']:.4f} | "
-            f"{one['payload_bytes'] + one['table_bytes']:,} | {one['bits_per_weight']:.4f} |"
+            f"{one['payload_bytes']:,} | {one['bits_per_weight']:.4f} |"
         )
     if (cascade := description["cascade"]) is not None:
         yield f"\n{_together(cascade)}"

@@ -11,21 +11,17 @@ from .tensors import CASCADE, beginning, dense_names
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
-    """Describe an adapter given as a path or opened; see `describe`. Raises as `read_adapter`."""
-    return describe(adapter if isinstance(adapter, Adapter) else read_adapter(adapter))
-
-
-def describe(adapter: Adapter) -> dict[str, Any]:
-    """Return what `maskpack inspect --json` prints, as JSON values.
+    """Return what an adapter holds, opened or given by its path, as JSON values: what `maskpack inspect --json` prints.
 
     Bytes are of the file; `weights` and `kept` count a ternary mask once for its zeros. `index_bytes` is all that is
-    neither payload, table nor dense tensor. The two ratios compare with the masked weights in float32 (whole file)
-    and with one bit a weight (payloads and tables).
+    neither payload nor dense tensor. The two ratios compare with the masked weights in float32 (whole file)
+    and with one bit a weight (payloads).
     """
+    adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     header, about = adapter.header, adapter.about
     sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
-    coded = sum(one["payload_bytes"] + one["table_bytes"] for one in sets.values())
+    coded = sum(one["payload_bytes"] for one in sets.values())
     dense = sum(adapter.spans[name].end - adapter.spans[name].start for name in dense_names(adapter.spans))
     return {
         "format_version": FORMAT_VERSION,
@@ -60,17 +56,17 @@ def config_text(description: dict[str, Any], model_file: str) -> str:
 
 
 def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
-    bases = [payload for i, payload in enumerate(one.payloads) if not _is_signs(one, i)]
+    # the signs of a ternary mask come right before its zeros, under the same name
+    bases = list({payload.name: payload for payload in one.payloads}.values())
     weights, kept = sum(p.weights for p in bases), sum(p.kept for p in bases)
-    payload_bytes, table_bytes = sum(p.size for p in one.payloads), sum(one.tables)
+    payload_bytes = sum(one.tables) + sum(p.size for p in one.payloads)
     return {
         "parameters": len(bases),
         "weights": weights,
         "kept": kept,
         "density": kept / weights if weights else 1.0,
         "payload_bytes": payload_bytes,
-        "table_bytes": table_bytes,
-        "bits_per_weight": 8 * (payload_bytes + table_bytes) / weights if weights else 0.0,
+        "bits_per_weight": 8 * payload_bytes / weights if weights else 0.0,
         "dense_bytes": _roles(adapter, name),
         "head": None if one.head is None else one.head.to_json(),
         "payloads": [_row(payload) for payload in one.payloads],
@@ -87,11 +83,6 @@ def _cascade(adapter: Adapter) -> dict[str, Any] | None:
         "coordinates": coordinates,
         "bytes": _roles(adapter, CASCADE.rstrip("/")),
     }
-
-
-def _is_signs(one: SetHeader, index: int) -> bool:
-    """Tell whether a payload is the signs of a ternary mask, which come right before its zeros."""
-    return index + 1 < len(one.payloads) and one.payloads[index].name == one.payloads[index + 1].name
 
 
 def _row(payload: Payload) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..errors import AdapterError, ConfigError, CorruptAdapterError, Unsupported
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
 from ..safetensors_io import strict_json
-from .content import COMBINES, About, Combine
+from .content import COMBINES, About, Cascade, Combine
 from .fields import PATH, SET_NAME, Fields, plain
 
 FORMAT_VERSION = 1
@@ -134,6 +134,11 @@ class CascadeSpec:
     experts: tuple[str, ...]
     embedding: Embedding
     combine: Combine
+
+    @classmethod
+    def of(cls, cascade: Cascade) -> "CascadeSpec":
+        """Return what the header says of a cascade."""
+        return cls(cascade.dispatcher, cascade.experts, cascade.embedding, cascade.combine)
 
     def to_json(self) -> dict[str, Any]:
         """Return the cascade as JSON values."""

@@ -98,9 +98,8 @@ def verified_payload(content: bytes, trusted: Identity) -> bytes:
     except SignatureError:
         raise
     except Exception as error:  # whatever bytes of a stranger make of several parsers
-        raise SignatureError(
-            f"{BUNDLE_FILE} does not verify: {error or type(error).__name__}; it is damaged or forged, fetch it again"
-        ) from None
+        why = str(error) or type(error).__name__
+        raise SignatureError(f"{BUNDLE_FILE} does not verify: {why}; it is damaged or forged, fetch it again") from None
     if kind != PAYLOAD_TYPE:
         raise SignatureError(f"{BUNDLE_FILE} holds {kind!r}, expected {PAYLOAD_TYPE!r}; sign anew")
     return bytes(payload)

@@ -500,10 +500,10 @@ def sign_adapter(
         AdapterError: if it is not a whole adapter. ConfigError: if a key cannot be used.
         SignatureError: as `renewed`. StateError: if the file cannot be written.
     """
-    private = private_keys(keys)
     files = read_files(Path(path).expanduser())
     model, contents = files[MODEL_FILE][0], {name: content for name, (_, content) in files.items()}
-    made = renewed(read_signatures(model), contents, parse_files(files), private, repository, counter)
+    adapter, private = parse_files(files), private_keys(keys)
+    made = renewed(read_signatures(model), contents, adapter, private, repository, counter)
     with replacing(*(signature_path(model, file) for file in made)) as unfinished:
         for temporary, content in zip(unfinished, made.values(), strict=True):
             temporary.write_bytes(content)

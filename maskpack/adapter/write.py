@@ -6,12 +6,11 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 from bitarray import bitarray
@@ -20,8 +19,8 @@ from blake3 import blake3
 from torch import Tensor
 
 from ..backbone.model import Fingerprint
-from ..codecs.base import Bits, Codec, Profile, Side
-from ..codecs.choose import Offer, rivals, smallest
+from ..codecs.base import Codec, Profile, Side
+from ..codecs.choose import rivals, smallest
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..safetensors_io import SEAL, UNSEALED, Blob, file_order, replacing, write_blobs
@@ -29,51 +28,34 @@ from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import About, Cascade, Parts
 from .decode import Weights, base_classes, by_name
-from .describe import config_text, describe
+from .describe import config_text, inspect_adapter
 from .header import CascadeSpec, Coding, Header, Payload, SetHeader
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, read_file
 from .signature import remove_signature
 from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, cascade_blobs, head_spec, scale_blob, set_blobs
 
-PIECE = 1 << 20  # bytes
 WORTH = 1 << 14  # weights; coding is slow
+PIECE = 1 << 20  # bytes
 
 
 class Spool:
-    """A nameless temporary file in a folder; it is gone when the process ends, however it ends.
-
-    Args:
-        folder: where the bytes will be needed, so that they come to lie on the same disk.
+    """A nameless temporary file in a folder, on whose disk its bytes will be needed; it goes with the process.
 
     Raises:
         StateError: if the folder cannot be written to, or the disk is full.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.size = 0
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._file.close()
+        self.folder, self.size = folder, 0
+        with self._writing():
+            self._file = tempfile.TemporaryFile(dir=folder)
 
     def append(self, data: bytes) -> None:
         """Put bytes aside."""
-        left = memoryview(data)
-        try:
+        with self._writing():
             self._file.seek(self.size)
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            raise self._unwritable(error) from error
+            self._file.write(data)
+            self._file.flush()
         self.size += len(data)
 
     def read(self, start: int, end: int) -> Iterator[bytes]:
@@ -85,11 +67,19 @@ class Spool:
             start += len(piece)
             yield piece
 
-    def _unwritable(self, error: OSError) -> StateError:
-        return StateError(
-            f"cannot write in {self.folder}: {error.strerror or error}; nothing was changed there; free space, or "
-            f"choose a folder that exists and that you may write to"
-        )
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StateError(
+                f"cannot write in {self.folder}: {error.strerror or error}; nothing was changed there; free space, or "
+                f"choose a folder that exists and that you may write to"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +95,7 @@ class Spooled:
 
 
 Reference = tuple[str, MaskSet, Mapping[tuple[str, Op], str]]  # a set that is coded: name, masks, digests of bits
+Base = Mapping[str, Tensor] | None  # weights by name, where a codec that competes uses them
 
 
 class _Job(NamedTuple):
@@ -126,27 +117,18 @@ class _Coded(NamedTuple):
     alpha: float | None
 
 
-class EncodedSet(NamedTuple):
-    """A set whose payloads are in the spool."""
-
-    parts: Parts
-    coded: list[_Coded]
-    data: Spooled
-
-
 def encode_set(
     parts: Parts,
     spool: Spool,
     codecs: Sequence[Codec],
-    weights: Mapping[str, Tensor] | None,
+    weights: Base,
     reference: Reference | None,
     step: Callable[[int], None],
-) -> EncodedSet:
+) -> tuple[list[_Coded], Spooled]:
     """Code the masks of one set into the spool; each payload is decoded again before it is kept.
 
     Args:
-        codecs: that compete. weights: of the base by name, if one of them uses them.
-        reference: another set of the file, coded already.
+        codecs: that compete. reference: another set of the file, coded already.
         step: called with the number of weights of each mask that is done.
 
     Raises:
@@ -159,11 +141,10 @@ def encode_set(
         coded.append(one)
         if done:
             step(one.payload.weights)
-    return EncodedSet(parts, coded, Spooled(spool, start, spool.size))
+    return coded, Spooled(spool, start, spool.size)
 
 
 def _jobs(parts: Parts, reference: Reference | None) -> Iterator[_Job]:
-    """Yield what is to be made, in file order."""
     for name, mask in parts.masks.items():
         _check(name, mask, parts)
         referenced = None if reference is None else reference[1].get(name)
@@ -172,9 +153,7 @@ def _jobs(parts: Parts, reference: Reference | None) -> Iterator[_Job]:
             yield _Job(name, mask, op, bits, others.get(op))
 
 
-def _code(
-    job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None, reference: Reference | None
-) -> tuple[_Coded, bytes, bool]:
+def _code(job: _Job, codecs: Sequence[Codec], weights: Base, reference: Reference | None) -> tuple[_Coded, bytes, bool]:
     """Code one payload in every way and decode the smallest; called in several threads.
 
     Returns:
@@ -193,14 +172,18 @@ def _code(
         other = packed_bits(job.other)
         variants.append((bits ^ other, Side(shape, classes, other)))
     try:
-        offer = smallest(codecs, variants)
+        codec, data, variant = smallest(codecs, variants)
     except ConfigError as error:
         raise ConfigError(f"the mask of {job.name!r}: {error}") from None
-    _check_round_trip(offer, *variants[offer.variant])
-    coding = Coding(offer.codec.id, job.op, offer.codec.config(), against if offer.variant else None)
-    payload = Payload(job.name, shape, coding, job.bits.count(), len(offer.payload))
-    made = _Coded(payload, bits_digest(job.bits), blake3(offer.payload).digest(), job.mask.alpha)
-    return made, offer.payload, job.op == job.mask.op
+    # a mask that does not decode is lost for good, and decoding is far cheaper than coding
+    given, side = variants[variant]
+    side = replace(side, classes=side.classes if codec.needs_base else None)
+    if not np.array_equal(type(codec)(**codec.config()).decode(data, side), given):
+        raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
+    coding = Coding(codec.id, job.op, codec.config(), against if variant else None)
+    payload = Payload(job.name, shape, coding, job.bits.count(), len(data))
+    made = _Coded(payload, bits_digest(job.bits), blake3(data).digest(), job.mask.alpha)
+    return made, data, job.op == job.mask.op
 
 
 def _check(name: str, mask: PackedMask, parts: Parts) -> None:
@@ -214,16 +197,6 @@ def _check(name: str, mask: PackedMask, parts: Parts) -> None:
         raise AdapterError(
             f"the mask of {name!r} replaces {needed} weights and {given}, expected a flat tensor of {needed}; "
             f"put it in Parts.values"
-        )
-
-
-def _check_round_trip(offer: Offer, bits: Bits, side: Side) -> None:
-    # a mask that does not decode is lost for good, and decoding is far cheaper than coding
-    side = replace(side, classes=side.classes if offer.codec.needs_base else None)
-    again = type(offer.codec)(**offer.codec.config()).decode(offer.payload, side)
-    if not np.array_equal(again, bits):
-        raise AdapterError(
-            f"the codec {offer.codec.id!r} does not give back the mask that it coded; choose another codec"
         )
 
 
@@ -242,15 +215,10 @@ def choose_reference(sets: Mapping[str, MaskSet]) -> str | None:
         sets: by name. Where there are several, those of one parameter are in memory at one time.
     """
     gains = dict.fromkeys(sorted(sets)[:: math.ceil(len(sets) / CANDIDATES)], 0)
-    having: dict[str, list[str]] = {}
-    for key in gains:
-        for name in sets[key]:
-            having.setdefault(name, []).append(key)
-    for name, holders in sorted(having.items()):
+    for name in sorted({name for key in gains for name in sets[key]}):
+        holders = [key for key in gains if name in sets[key]]
         alike: dict[tuple[Op, tuple[int, ...]], list[tuple[str, bitarray]]] = {}
-        if len(holders) < 2:
-            continue
-        for key in holders:
+        for key in holders if len(holders) > 1 else ():
             mask = sets[key][name]
             for op, bits in mask.payloads():
                 alike.setdefault((op, mask.shape), []).append((key, _middle(bits, len(gains))))
@@ -322,41 +290,39 @@ def encode(
         first: str | None = cascade.dispatcher  # where the experts began
     else:
         first = choose_reference({name: parts.masks for name, parts in sets.items()})
-    made: dict[str, EncodedSet] = {}
-    reference: Reference | None = None
-    if first is not None:  # the others are coded against it
-        made[first] = encode_set(sets[first], spool, codecs, weights, None, step)
-        digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in made[first].coded}
-        reference = first, sets[first].masks, digests
-    for name in sets:
-        if name != first:
-            made[name] = encode_set(sets[name], spool, codecs, weights, reference, step)
-    scales = [scale_blob(name, [one.alpha for one in made[name].coded]) for name in sets]
+    coded: dict[str, list[_Coded]] = {}
+    payloads, reference = [], None
+    for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
+        coded[name], data = encode_set(sets[name], spool, codecs, weights, reference, step)
+        payloads.append(Blob(f"{name}/payloads", "U8", (data.end - data.start,), data))
+        if name == first:
+            digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in coded[name]}
+            reference = name, sets[name].masks, digests
+    scales = [scale_blob(name, [one.alpha for one in coded[name]]) for name in sets]
     dense = sorted([*dense, *(blob for blob in scales if blob is not None)], key=lambda blob: blob.name)
-    stored = [one.digest for name in sets for one in made[name].coded] + [_digest([blob]) for blob in dense]
+    stored = [one.digest for name in sets for one in coded[name]] + [_digest([blob]) for blob in dense]
     masked = sorted({name for parts in sets.values() for name in parts.masks})
-    blobs = [
-        *dense,
-        Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]),
-        Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]),
-        *(Blob(f"{n}/payloads", "U8", (one.data.end - one.data.start,), one.data) for n, one in made.items()),
-    ]
-    blobs = file_order(blobs)
+    blobs = file_order(
+        [
+            *dense,
+            *payloads,
+            Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]),
+            Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]),
+        ]
+    )
     identity = rows_id(
         (name, one.payload.name, one.payload.coding.op, one.payload.shape, one.bits_digest)
         for name in sets
-        for one in made[name].coded
+        for one in coded[name]
     )
     headers = {
-        name: SetHeader(tuple(one.payload for one in made[name].coded), head_spec(parts.head))
+        name: SetHeader(tuple(one.payload for one in coded[name]), head_spec(parts.head))
         for name, parts in sets.items()
     }
-    producer = f"maskpack/{importlib.metadata.version('maskpack')}"
-    spec = None
-    if cascade is not None:
-        spec = CascadeSpec(cascade.dispatcher, cascade.experts, cascade.embedding, cascade.combine)
+    version = importlib.metadata.version("maskpack")
+    spec = None if cascade is None else CascadeSpec.of(cascade)
     own = replace(base, tensors={})
-    return Header(producer, identity, _digest(blobs).hex(), own, headers, about, spec), blobs
+    return Header(f"maskpack/{version}", identity, _digest(blobs).hex(), own, headers, about, spec), blobs
 
 
 def _digest(blobs: Iterable[Blob]) -> bytes:
@@ -445,7 +411,7 @@ def write_adapter(
     """
     whole = path.suffix == ".safetensors"
     named = None if weights is None else by_name(weights)
-    with nullcontext() if whole else _folder(path), Spool(path.parent if whole else path) as spool:
+    with nullcontext() if whole else _folder(path), closing(Spool(path.parent if whole else path)) as spool:
         header, blobs = encode(sets, base, about, cascade, named, profile, codec, spool, progress)
         check(header)
         metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
@@ -457,7 +423,7 @@ def write_adapter(
                 return adapter
         adapter = _write_model(path, blobs, metadata)
     card = path / CARD_FILE
-    rendered = render_card(describe(adapter))
+    rendered = render_card(inspect_adapter(adapter))
     earlier = card if card.exists() else owners
     if earlier is not None:
         rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
@@ -472,7 +438,7 @@ def _write_model(path: Path, blobs: list[Blob], metadata: Mapping[str, str]) -> 
     with replacing(model, config) as (temporary, temporary_config):
         write_blobs(temporary, blobs, metadata)
         adapter = _read_back(temporary, model)
-        text = config_text(describe(adapter), MODEL_FILE).encode()
+        text = config_text(inspect_adapter(adapter), MODEL_FILE).encode()
         if len(text) > MAX_CONFIG:
             raise AdapterError(
                 f"{CONFIG_FILE} would have {len(text)} bytes, at most {MAX_CONFIG} are allowed; shorten the class "

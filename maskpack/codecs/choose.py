@@ -1,19 +1,18 @@
 """Which codec codes a mask in the fewest bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import ConfigError
 from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, plausible
 
 
-@dataclass(frozen=True, slots=True)
-class Offer:
+class Offer(NamedTuple):
     """One way to store a mask: the codec, its payload, which of the variants it codes."""
 
     codec: Codec
     payload: bytes
-    variant: int = 0
+    variant: int
 
 
 def smallest(codecs: Sequence[Codec], variants: Sequence[tuple[Bits, Side]]) -> Offer:

@@ -75,7 +75,7 @@ def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
         base = about.object("base").text("id")
         sets = [about.object("sets").object(name) for name in about.object("sets").members]
         weights, kept = (sum(_count(one, key) for one in sets) for key in ("weights", "kept"))
-        coded = sum(_count(one, key) for one in sets for key in ("payload_bytes", "table_bytes"))
+        coded = sum(_count(one, "payload_bytes") for one in sets)
     except AdapterError:
         return None, None, None
     if PATH.match(base) or not 0 < weights >= kept:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter.card import CARD_FILE, render_card, update_card
-from ..adapter.describe import config_text, describe
+from ..adapter.describe import config_text, inspect_adapter
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
 from ..adapter.signature import (
     DIGESTS,
@@ -292,7 +292,7 @@ def push(
     if dry_run and SIGSTORE in ([sign] if isinstance(sign, str | os.PathLike) else sign):
         raise ConfigError("a dry run cannot sign with sigstore, which writes to a public log; leave out one of them")
     keys = private_keys(sign) if sign else {}
-    description = describe(opened.adapter)
+    description = inspect_adapter(opened.adapter)
 
     def build(there: Mapping[str, bytes]) -> dict[str, bytes | memoryview]:
         return _contents(opened, description, reference, license, keys, there)

@@ -4,19 +4,16 @@ An importer is a class in a file of this folder (or in another distribution, und
 `maskpack.importers`), registered with `@IMPORTERS.register`. `masks.py` is the example to copy. It has
 
 - `id` (what `--from` takes), a docstring and a `reference` (the tool that writes such files, or ""),
-- `open(path, base)`: the shapes of the masks by parameter name, and a function that makes one of them.
+- `open(path, base)`: the shapes of the masks by parameter name, and a function that makes one of them. `base` are the
+  parameters and buffers of the frozen model, under each of their names; `match` and `known` find them in a file.
 
-**Base.** Parameters and buffers of the frozen model by dotted name, under each of its names where tensors are tied.
-`match` finds names that carry a prefix; `known` refuses those that the backbone lacks.
+The file comes from a stranger and may have 14 GB: `open` compares sizes with the base's before anything is allocated,
+reads tensor by tensor and keeps none. The function gives the same mask each time; it is called in one thread.
 
-**Memory.** A file may have 14 GB. `open` reads it tensor by tensor and keeps none; the function reads one parameter
-each time that it is called, and gives the same mask each time: packing calls it in one thread, once or more for each
-mask. The file comes from a stranger: compare sizes with the base's shapes before anything is allocated.
+A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit by bit; a
+checkpoint that was trained further is refused by `open`.
 
-**Values.** A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit
-by bit (`weights.py`); a checkpoint that was trained further is refused by `open`.
-
-**Errors** are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
+Errors are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
 """
 
 from collections import Counter
@@ -35,6 +32,8 @@ from ..safetensors_io import TensorFile
 
 Found = tuple[Mapping[str, Shape], Callable[[str], PackedMask]]
 MOST_PREFIX_PARTS = 2  # as in "module.model."
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+STEP = 1 << 24  # weights compared at a time
 
 
 class Importer(Protocol):
@@ -102,29 +101,25 @@ def match(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[
     for parts in range(MOST_PREFIX_PARTS + 1):
         for name in plain.values():
             rest = name.split(".", parts)[-1]
-            if rest in base:
-                prefix = name[: len(name) - len(rest)]
-                cut = {full: one.removeprefix(prefix) for full, one in plain.items() if one.startswith(prefix)}
-                found = {full: one for full, one in cut.items() if one in base}
-                _refuse_twice(path, found)
-                return found
+            if rest not in base:
+                continue
+            prefix, seen = name[: len(name) - len(rest)], dict[str, str]()
+            cut = {full: one.removeprefix(prefix) for full, one in plain.items() if one.startswith(prefix)}
+            for full, one in cut.items():
+                if one in base and (other := seen.setdefault(one, full)) != full:
+                    raise DataError(
+                        f"{path}: {other!r} and {full!r} both stand for {one!r}, expected one of them; leave the other "
+                        f"out"
+                    )
+            return {full: one for one, full in seen.items()}
     return {}
-
-
-def _refuse_twice(path: Path, found: Mapping[str, str]) -> None:
-    seen = dict[str, str]()
-    for full, one in found.items():
-        if seen.setdefault(one, full) != full:
-            raise DataError(
-                f"{path}: {seen[one]!r} and {full!r} both stand for {one!r}, expected one of them; leave the other out"
-            )
 
 
 def known(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, str]:
     """Map names of masks to the backbone's parameters.
 
     Raises:
-        BackboneMismatchError: if the backbone lacks one.
+        BackboneMismatchError: if the backbone lacks one. DataError: as `match`.
     """
     names = sorted(names)
     found = match(path, names, base)
@@ -137,40 +132,34 @@ def known(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[
     return found
 
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-STEP = 1 << 24  # weights compared at a time
-
-
 def read_weights(tensors: TensorFile, stored: str, name: str, base: Mapping[str, Tensor]) -> Tensor:
-    """Read the weights of a parameter, of the base's shape.
-
-    Args:
-        stored: the tensor's name in the file. name: the parameter's in the base.
+    """Read the weights of a parameter of the base, which the file calls `stored`.
 
     Raises:
         BackboneMismatchError: if they have another shape. DataError: if they are no floating-point numbers.
     """
     check_shape(tensors, stored, tuple(base[name].shape))
-    return check_float(tensors.path, stored, tensors[stored])
+    return read_floats(tensors, stored)
 
 
-def check_shape(tensors: TensorFile, stored: str, expected: tuple[int, ...]) -> None:
+def read_floats(tensors: TensorFile, stored: str) -> Tensor:
+    """Read a tensor, or raise DataError if weights of its dtype cannot be compared with a base's."""
+    found = tensors[stored]
+    if found.dtype not in FLOATS:
+        raise DataError(
+            f"{tensors.path}: {stored!r} is {found.dtype}, expected one of {', '.join(map(str, FLOATS))}; import the "
+            f"masks before the weights are quantised"
+        )
+    return found
+
+
+def check_shape(tensors: TensorFile, stored: str, expected: Shape) -> None:
     """Raise BackboneMismatchError if a tensor of the file has not the expected shape; nothing is read for it."""
     if tensors.shapes[stored] != expected:
         raise BackboneMismatchError(
             f"{tensors.path}: {stored!r} has shape {tensors.shapes[stored]}, the backbone's parameter asks for "
             f"{expected}; give the backbone that was pruned"
         )
-
-
-def check_float(path: Path, stored: str, found: Tensor) -> Tensor:
-    """Return the tensor, or raise DataError if weights of its dtype cannot be compared with a base's."""
-    if found.dtype not in FLOATS:
-        raise DataError(
-            f"{path}: {stored!r} is {found.dtype}, expected one of {', '.join(map(str, FLOATS))}; import the masks "
-            f"before the weights are quantised"
-        )
-    return found
 
 
 def compare(found: Tensor, base: Tensor, kept: Tensor) -> tuple[int, int]:
@@ -190,13 +179,10 @@ def compare(found: Tensor, base: Tensor, kept: Tensor) -> tuple[int, int]:
 
 
 def refuse_trained(path: Path, rows: Iterable[tuple[str, int]]) -> None:
-    """Refuse weights that are not the base's.
+    """Raise BackboneMismatchError if weights are not the base's.
 
     Args:
         rows: name of each tensor that was compared, and how many of its kept weights differ.
-
-    Raises:
-        BackboneMismatchError: if any does; the message says how many tensors and weights, and which is first.
     """
     counts = Counter[str]()
     for name, count in rows:

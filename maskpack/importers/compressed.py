@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..mask import Shape
 from ..safetensors_io import TensorFile, open_tensors
-from .base import IMPORTERS, Found, check_float, check_shape, match, pruned, read_weights
+from .base import IMPORTERS, Found, check_shape, match, pruned, read_floats, read_weights
 
 MEMBERS = ("bitmask", "compressed", "shape", "row_offsets")
 
@@ -34,10 +35,9 @@ class CompressedTensors:
                 f"{', '.join(list(tensors)[:3]) or 'none'}; import a checkpoint with plain zeros with --from zeros"
             )
         parts = {f"{stem}.{member}" for stem in stems for member in MEMBERS}
-        plain = [name for name in tensors if name not in parts]
         # X is the module of the weight; until version 0.5 it was the weight itself
         full = [(name, stem) for stem in sorted(stems) for name in (stem, f"{stem}.weight")]
-        every = Counter([*plain, *(name for name, _ in full)])
+        every = Counter([*(name for name in tensors if name not in parts), *(name for name, _ in full)])
         if twice := [name for name, times in every.items() if times > 1]:
             raise DataError(f"{path} holds the weight {twice[0]!r} twice, expected it once; fetch it again")
         stem_of = dict(full)
@@ -51,31 +51,29 @@ class CompressedTensors:
         return pruned(path, stored, read, base)
 
 
-def _dense(tensors: TensorFile, stem: str, shape: tuple[int, ...]) -> Tensor:
+def _dense(tensors: TensorFile, stem: str, shape: Shape) -> Tensor:
     """Return a weight with its zeros."""
 
-    def refuse(what: str) -> DataError:
-        return DataError(f"{tensors.path}: {stem!r} {what}; save it anew with compressed-tensors, or fetch it again")
+    def check(fits: bool, what: str) -> None:
+        if not fits:
+            raise DataError(f"{tensors.path}: {stem!r} {what}; save it anew with compressed-tensors, or fetch it again")
 
     for member in ("compressed", "shape"):
-        if f"{stem}.{member}" not in tensors:
-            raise refuse(f"has a bitmask and no {member!r}, expected both")
-    if not shape or math.prod(tensors.shapes[f"{stem}.shape"]) != len(shape):
-        raise refuse(f"states {tensors.shapes[f'{stem}.shape']} sizes, expected those of {shape}")
-    if (stated := tuple(tensors[f"{stem}.shape"].reshape(-1).tolist())) != shape:
-        raise refuse(f"has shape {stated}, the backbone's parameter {shape}")
+        check(f"{stem}.{member}" in tensors, f"has a bitmask and no {member!r}, expected both")
+    sizes = tensors.shapes[f"{stem}.shape"]
+    check(bool(shape) and math.prod(sizes) == len(shape), f"states {sizes} sizes, expected those of {shape}")
+    stated = tuple(tensors[f"{stem}.shape"].reshape(-1).tolist())
+    check(stated == shape, f"has shape {stated}, the backbone's parameter {shape}")
     check_shape(tensors, f"{stem}.bitmask", (*shape[:-1], (shape[-1] + 7) // 8))
     packed = tensors[f"{stem}.bitmask"]
-    if packed.dtype is not torch.uint8:
-        raise refuse(f"has a bitmask of {packed.dtype}, expected torch.uint8")
+    check(packed.dtype is torch.uint8, f"has a bitmask of {packed.dtype}, expected torch.uint8")
     bits = np.unpackbits(packed.numpy(), axis=-1, bitorder="little")
     kept = torch.from_numpy(bits[..., : shape[-1]].astype(np.bool_))
-    if bits[..., shape[-1] :].any():
-        raise refuse(f"has bits beyond the {shape[-1]} columns of a row, expected zeros there")
-    count = int(kept.count_nonzero())
-    if math.prod(tensors.shapes[f"{stem}.compressed"]) != count:
-        raise refuse(f"has {math.prod(tensors.shapes[f'{stem}.compressed'])} values for {count} true bits")
-    values = check_float(tensors.path, f"{stem}.compressed", tensors[f"{stem}.compressed"])
-    dense = torch.zeros(shape, dtype=values.dtype)
-    dense[kept] = values.reshape(-1)
+    beyond = bool(bits[..., shape[-1] :].any())
+    check(not beyond, f"has bits beyond the {shape[-1]} columns of a row, expected zeros there")
+    values, count = math.prod(tensors.shapes[f"{stem}.compressed"]), int(kept.count_nonzero())
+    check(values == count, f"has {values} values for {count} true bits")
+    compressed = read_floats(tensors, f"{stem}.compressed")
+    dense = torch.zeros(shape, dtype=compressed.dtype)
+    dense[kept] = compressed.reshape(-1)
     return dense

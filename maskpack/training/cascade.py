@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.content import MIXTURE, WHITENING, About, Cascade, Combine, Parts, Router, Whitening
-from ..adapter.describe import describe
+from ..adapter.describe import inspect_adapter
 from ..adapter.read import Adapter
 from ..backbone.classifier import embeddings
 from ..backbone.load import Backbone
@@ -383,14 +383,14 @@ def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -
         kind: "dispatcher", "conditional" or "unconditional".
         width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
     """
-    about = describe(adapter)
+    about = inspect_adapter(adapter)
     names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
     sets = [about["sets"][name] for name in names]
     record = (adapter.about.training or {}).get("cascade")
     steps: Any = record.get("steps") if isinstance(record, dict) else None
     known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
     sizes = {
-        "mask_bytes": sum(one["payload_bytes"] + one["table_bytes"] for one in sets),
+        "mask_bytes": sum(one["payload_bytes"] for one in sets),
         "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),
         "router_bytes": about["cascade"]["bytes"]["router"] if kind == "conditional" else 0,
         "reduction_bytes": 4 * (width + reduced * width + reduced) if reduced else 0,

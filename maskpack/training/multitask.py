@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Unpack, get_args
 
 from ..adapter.card import member, metrics
-from ..adapter.describe import describe
+from ..adapter.describe import inspect_adapter
 from ..adapter.read import MODEL_FILE, Adapter, read_adapter
 from ..adapter.write import save_adapter
 from ..backbone.fingerprint import fingerprint
@@ -226,7 +226,7 @@ def _check_finished(
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
     record: Mapping[str, Any] = adapter.about.training or {}
     found = metrics(record)
-    whole = describe(adapter)["sets"]["default"]
+    whole = inspect_adapter(adapter)["sets"]["default"]
     return {
         "task": name,
         "jointly": "joint" in record,

@@ -36,7 +36,7 @@ from typer.main import get_command
 
 from maskpack.adapter.card import CARD_FILE, render_card
 from maskpack.adapter.content import Parts
-from maskpack.adapter.describe import config_text, describe
+from maskpack.adapter.describe import config_text, inspect_adapter
 from maskpack.adapter.read import CONFIG_FILE, MODEL_FILE, read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
@@ -193,7 +193,7 @@ def on_terminal(words: Case, terminal: str) -> None:
 def check_files(path: Path) -> None:
     """Check the card and the config of a file that can be read, as they would be pushed."""
     try:
-        description = describe(read_adapter(path))
+        description = inspect_adapter(read_adapter(path))
     except AdapterError:
         return
     check_text(render_card(description, "user/name"))
@@ -214,7 +214,7 @@ def main() -> int:
         folder = Path(name)
         constants.HF_HUB_CACHE = str(folder / "hub")
         seeds = [*([loadable(folder / "net.py")] * 5), *valid_files(folder)[::3]]
-        config = config_text(describe(read_adapter(folder / "net.safetensors")), MODEL_FILE)
+        config = config_text(inspect_adapter(read_adapter(folder / "net.safetensors")), MODEL_FILE)
         verbs = cases(folder)
 
         def run(data: bytes, path: Path, rng: random.Random) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from maskpack.adapter.card import render_card, update_card
 from maskpack.adapter.content import Parts
-from maskpack.adapter.describe import config_text, describe
+from maskpack.adapter.describe import config_text, inspect_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
@@ -79,7 +79,7 @@ def valid_files(folder: Path) -> list[bytes]:
 def use(path: Path) -> None:
     """Read a file and everything in it, and describe it as the command line does."""
     adapter = read_adapter(path)
-    description = describe(adapter)
+    description = inspect_adapter(adapter)
     card = render_card(description, "user/name")
     update_card(card, card)
     config_text(description, path.name)

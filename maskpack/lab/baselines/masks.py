@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...adapter.content import About, Cascade, Parts
-from ...adapter.describe import describe
+from ...adapter.describe import inspect_adapter
 from ...adapter.read import Adapter
 from ...adapter.write import save_adapter
 from ...backbone.classifier import Inputs, classifier_from
@@ -161,9 +161,9 @@ def _learned(parts: Parts) -> int:
 
 def stored(adapter: Adapter) -> dict[str, int]:
     """Return the bytes of an adapter file by what they are; their sum is the file's size."""
-    about = describe(adapter)
+    about = inspect_adapter(adapter)
     sets = about["sets"].values()
-    sizes = {"masks": sum(one["payload_bytes"] + one["table_bytes"] for one in sets), "head": 0, "statistics": 0}
+    sizes = {"masks": sum(one["payload_bytes"] for one in sets), "head": 0, "statistics": 0}
     for found in (*(one["dense_bytes"] for one in sets), about["cascade"]["bytes"] if about["cascade"] else {}):
         for role, size in found.items():
             sizes[role] = sizes.get(role, 0) + size
