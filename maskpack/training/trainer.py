@@ -150,7 +150,9 @@ class ObjectiveSteps(Steps):
         return {"density": density(self.scored)} if self.scored else {}
 
     def end_epoch(self, at: Position) -> dict[str, float]:
-        size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(at.done)}
+        size = {}
+        if self.control is not None:  # the last epoch ends within the budget
+            size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
         if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
