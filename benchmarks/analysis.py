@@ -59,7 +59,7 @@ CHOOSING = 1024  # training rows that tell which modules are critical
 TEXT_ROWS = 1000
 SHUFFLED = replace(IMAGES, augment="none", steps=160, lr=0.09)
 BLOCKS = (32, 16, 8, 4, 2, 1)
-PRETRAINING = replace(IMAGES, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
+PRETRAINING = replace(IMAGES, objective_options={}, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
 PRETRAINING_ROWS = 20_000
 EPOCHS = (0, 1, 2, 3, 5, 7, 10)
 FROM_CHECKPOINT = replace(IMAGES, steps=160, lr=0.03)
