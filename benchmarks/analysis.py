@@ -277,9 +277,10 @@ def checkpoints() -> None:
     pretrained(folder, replace(cifar, train=some(cifar.train, PRETRAINING_ROWS), test=None))
     files = [folder / "pretraining" / f"epoch-{epoch}.safetensors" for epoch in EPOCHS]
     own: dict[str, Any] = {"config": FROM_CHECKPOINT, "pretraining": cifar, "seeds": SEEDS, "report": told}
-    from_checkpoints({"reference": resnet(20)["reference"]}, files, study("sketch").data, folder, **own)
-    for name in (path.stem for path in files):
-        trial("analysis-pretraining", {"checkpoint": name}, partial(read, folder / "pretraining" / f"{name}.json"))
+    found = from_checkpoints({"reference": resnet(20)["reference"]}, files, study("sketch").data, folder, **own)
+    for row in found["rows"]:
+        name = row["checkpoint"]
+        trial("analysis-pretraining", {"checkpoint": name}, partial(dict, accuracy=row["pretraining"]))
         for seed in SEEDS:
             path = folder / f"{name}-{seed}" / "result.json"
             trial("analysis-checkpoints", {"checkpoint": name, "seed": seed}, partial(read, path))
