@@ -59,7 +59,7 @@ CHOOSING = 1024  # training rows that tell which modules are critical
 TEXT_ROWS = 1000
 SHUFFLED = replace(IMAGES, augment="none", steps=160, lr=0.09)
 BLOCKS = (32, 16, 8, 4, 2, 1)
-PRETRAINING = replace(IMAGES, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
+PRETRAINING = replace(IMAGES, objective_options={}, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
 PRETRAINING_ROWS = 20_000
 EPOCHS = (0, 1, 2, 3, 5, 7, 10)
 FROM_CHECKPOINT = replace(IMAGES, steps=160, lr=0.03)
@@ -277,9 +277,10 @@ def checkpoints() -> None:
     pretrained(folder, replace(cifar, train=some(cifar.train, PRETRAINING_ROWS), test=None))
     files = [folder / "pretraining" / f"epoch-{epoch}.safetensors" for epoch in EPOCHS]
     own: dict[str, Any] = {"config": FROM_CHECKPOINT, "pretraining": cifar, "seeds": SEEDS, "report": told}
-    from_checkpoints({"reference": resnet(20)["reference"]}, files, study("sketch").data, folder, **own)
-    for name in (path.stem for path in files):
-        trial("analysis-pretraining", {"checkpoint": name}, partial(read, folder / "pretraining" / f"{name}.json"))
+    found = from_checkpoints({"reference": resnet(20)["reference"]}, files, study("sketch").data, folder, **own)
+    for row in found["rows"]:
+        name = row["checkpoint"]
+        trial("analysis-pretraining", {"checkpoint": name}, partial(dict, accuracy=row["pretraining"]))
         for seed in SEEDS:
             path = folder / f"{name}-{seed}" / "result.json"
             trial("analysis-checkpoints", {"checkpoint": name, "seed": seed}, partial(read, path))

@@ -60,14 +60,13 @@ def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, 
     """Yield codec, bytes and side of every payload of the adapter's one set."""
     one, pieces = adapter.header.sets["default"], adapter.pieces["default"]
     weights = None if case.weights is None else by_name(case.weights)
-    for payload, data in zip(one.payloads, pieces[len(one.tables) :], strict=True):
+    for payload, data in zip(one.payloads, pieces, strict=True):
         codec = CODECS[payload.coding.codec](**payload.coding.config)
         classes = None
         if codec.needs_base:
             assert weights is not None
             classes = base_classes(weights, payload.name, payload.shape)
-        table = None if payload.coding.table is None else bytes(pieces[payload.coding.table])
-        yield codec, data, Side(payload.shape, classes, None, table)
+        yield codec, data, Side(payload.shape, classes)
 
 
 def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:

@@ -6,13 +6,16 @@ what `maskpack list` prints. A file can name an id, but never causes code to be 
 searched.
 """
 
+import ast
 import difflib
 import importlib
+import importlib.util
 import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError, UnknownNameError
@@ -80,6 +83,37 @@ class Registry(Generic[T]):
         for entry in entry_points(group=self.package):
             self.register(entry.load())
         self._discovered = True
+
+
+def plugins(package: str) -> list[tuple[str, str, str]]:
+    """Return (id, first line of the docstring, reference) of every plug-in of a kind, by id.
+
+    Those in the package's folder are read as text, because importing them would import torch.
+    """
+    found = importlib.util.find_spec(package)
+    folders = [] if found is None else found.submodule_search_locations or []
+    classes = [
+        node
+        for folder in folders
+        for path in Path(folder).glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(one).endswith(".register") for one in node.decorator_list)
+    ]
+    rows = [(_literal(one, "id"), ast.get_docstring(one) or "", _literal(one, "reference")) for one in classes]
+    for entry in entry_points(group=package):
+        cls = entry.load()
+        rows.append((cls.id, (cls.__doc__ or "").strip(), cls.reference))
+    return sorted((name, text.partition("\n")[0], reference) for name, text, reference in rows)
+
+
+def _literal(cls: ast.ClassDef, name: str) -> str:
+    """Return the text that a class sets an attribute to, "" if it sets none."""
+    for node in cls.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if name in map(ast.unparse, targets):
+                return str(ast.literal_eval(node.value))
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,11 +87,17 @@ def test_the_check_can_fail() -> None:
 COMMAND = "from maskpack_cli.main import app\ntry:\n    app()\nexcept SystemExit as end:\n    assert not end.code"
 
 
-@pytest.mark.parametrize("words", ["--help", "train --help", "--version"])
-def test_help_needs_no_torch(words: str) -> None:
+@pytest.mark.parametrize("words", ["--help", "train --help", "--version", "list methods", "list codecs"])
+def test_help_and_list_need_no_torch(words: str) -> None:
     loaded = modules_after(COMMAND, *words.split())
-    assert "maskpack_cli.training" in loaded
+    assert "maskpack_cli.train" in loaded
     assert not loaded & {"torch", "numpy", "huggingface_hub", "transformers", "datasets", "rich.progress"}
+
+
+def test_list_of_adapters_needs_no_torch() -> None:
+    loaded = modules_after(COMMAND, "list")
+    assert "maskpack.hub.cache" in loaded
+    assert not loaded & {"torch", "transformers", "datasets"}
 
 
 GOLDEN = ROOT / "tests" / "golden" / "v1"

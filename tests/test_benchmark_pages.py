@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
-from benchmarks import comparisons, measured, methods, runtime_pages
-from benchmarks.runtime_pages import LOADING, SWITCHING
+from benchmarks import comparisons, measured, methods, runtime
+from benchmarks.runtime import LOADING, SWITCHING
 from maskpack.training import TrainConfig
 
 
@@ -157,8 +157,8 @@ def test_runtime(tmp_path: Path) -> None:
         "one-shot, an eleventh permutation": {"none": 0.8},
     }
     measured.record("identification", {"seed": 0}, {"accuracy": 0.95, "rows": rows})
-    written = page(tmp_path, runtime_pages.MARK)
-    runtime_pages.write_pages(written)
+    written = page(tmp_path, runtime.MARK)
+    runtime.write_pages(written)
     text = written.read_text()
     ready = (100_000 * 8 / 1e8 + 0.3) / (8_000_000 * 8 / 1e8 + 0.1)
     for row in (

@@ -60,7 +60,7 @@ def test_every_figure_is_made_and_drawn(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("mixed")
-def test_a_codec_with_base_and_table_is_measured(tmp_path: Path) -> None:
+def test_a_codec_with_base_is_measured(tmp_path: Path) -> None:
     layers = {"a": torch.nn.Conv2d(32, 64, 3, bias=False), "b": torch.nn.Linear(90, 40, bias=False)}
     model = torch.nn.ModuleDict(layers)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

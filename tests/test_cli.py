@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from bitarray.util import count_xor
-from maskpack_cli import console, packing
+from maskpack_cli import adapters, console
 from maskpack_cli.main import app
 from PIL import Image
 from rich.console import Console
@@ -115,18 +115,16 @@ def test_settings_file_under_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("steps = true", "steps in {file} must be a whole number, got True"),
-        ("image-size = 8.5", "image_size in {file} must be a whole number, got 8.5"),
-        ('labels-fraction = "x"', "labels_fraction in {file} must be a number, got 'x'"),
-        ("data = 7", "data in {file} must be a text, got 7"),
-        ("output = 5", "output in {file} must be a text, got 5"),
-        ('scale = "yes"', "scale in {file} must be true or false, got 'yes'"),
-        ('profile = "tiny"', "profile in {file} must be one of fast, default, max, got 'tiny'"),
-        ('method-option = ["init=2", 4]', "method_option in {file} must be a list, each a text, got ['init=2', 4]"),
-        ("mean = [0.5, 0.5]", "--mean must be three numbers joined by commas, got [0.5, 0.5]"),
-        ('std = ["a", "b", "c"]', "--std must be three numbers joined by commas, got ['a', 'b', 'c']"),
-        ("resume = true", "{file} has the setting 'resume', which cannot stand there; known: backbone, weights,"),
-        ("batchsize = 3", "{file} has the setting 'batchsize', which cannot stand there; known: backbone, weights,"),
+        ("steps = true", "Invalid value for '--steps': .*integer"),
+        ("image-size = 8.5", "Invalid value for '--image-size': .*integer"),
+        ('warmup = "x"', "Invalid value for '--warmup': .*number"),
+        ('scale = "perhaps"', "Invalid value for '--scale': .*boolean"),
+        ('profile = "tiny"', "Invalid value for '--profile': .*'tiny' is not one of 'fast', 'default', 'max'"),
+        ('method-option = ["init=2", 4]', r"--method-option must be KEY=VALUE, got \['init=2', '4'\]"),
+        ("mean = [0.5, 0.5]", "Invalid value for '--mean': .*three numbers joined by commas, got '0.5,0.5'"),
+        ('std = ["a", "b", "c"]', "Invalid value for '--std': .*three numbers joined by commas, got 'a,b,c'"),
+        ("resume = true", "{file} has the setting 'resume', which cannot stand there; known: backbone, head,"),
+        ("batchsize = 3", "{file} has the setting 'batchsize', which cannot stand there; known: backbone, head,"),
     ],
 )
 def test_settings_of_a_file_are_options_of_the_right_type(line: str, said: str, tmp_path: Path) -> None:
@@ -134,7 +132,7 @@ def test_settings_of_a_file_are_options_of_the_right_type(line: str, said: str, 
     file.write_text(line)
     result = run(*TRAIN, "--output", tmp_path / "x", "--config", file, "--dry-run")
     assert result.exit_code == 2
-    assert said.format(file=file) in " ".join(result.stderr.split())
+    assert re.search(said.format(file=file), " ".join(result.stderr.replace("│", "").split()))
 
 
 def test_resume(tmp_path: Path) -> None:
@@ -276,13 +274,13 @@ def test_pack_and_convert_make_each_mask_once_and_show_how_far_they_are(
             return shapes, make
 
     @contextmanager
-    def bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-        seen.append((what, quiet))
+    def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+        seen.append((what, console.Output.json))
         yield lambda done, total: seen.append((done, total))
 
     IMPORTERS.all()
     monkeypatch.setitem(IMPORTERS._classes, "counted", Counted)
-    monkeypatch.setattr(packing, "progress_bar", bar)
+    monkeypatch.setattr(adapters, "progress_bar", bar)
     ok("pack", "masks", "--from", "counted", *BACKBONE, "--output", tmp_path / "a")
     assert made == list(shapes), "one walk over the masks: none for their shapes or their density"
     assert seen == [("Packing", True), (864, 19296), (19296, 19296)]
@@ -397,9 +395,9 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["train"], 2, "missing: --backbone, --data, --output (or the same keys in --config FILE)"),
-        ([*TRAIN, "--output", "x", "--optimizer", "lion"], 2, "optimizer must be one of sgd, adam, got 'lion'"),
-        ([*TRAIN, "--output", "x", "--mean", "a,b"], 2, "--mean must be three numbers joined by commas, got 'a,b'"),
+        (["train"], 2, "Missing option '--backbone'"),
+        ([*TRAIN, "--output", "x", "--optimizer", "lion"], 2, "'lion' is not one of 'sgd', 'adam'"),
+        ([*TRAIN, "--output", "x", "--mean", "a,b"], 2, "three numbers joined by commas, got 'a,b'"),
         ([*TRAIN, "--output", "x", "--method-option", "init"], 2, "--method-option must be KEY=VALUE, got ['init']"),
         ([*TRAIN, "--output", "x", "--method", "magic"], 2, "unknown method 'magic'; known: "),
         ([*TRAIN, "--output", "x", "--head", "99"], 2, "the model has no module '99' to be its head"),
@@ -415,7 +413,7 @@ def test_known_errors_are_one_line_without_traceback(
     monkeypatch.chdir(tmp_path)
     result = run(*arguments)
     assert result.exit_code == code
-    assert words in result.stderr
+    assert words in " ".join(result.stderr.replace("│", "").split())
     assert "Traceback" not in result.stderr + result.stdout
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
@@ -431,7 +429,7 @@ def test_wrong_inputs_of_predict_and_eval(adapter: Path, tmp_path: Path) -> None
     (tmp_path / "x.png").write_bytes(b"no image")
     assert "cannot read the image" in run("predict", adapter, tmp_path / "x.png", *BACKBONE).stderr
     split = run("eval", adapter, "--data", "digits:5-9", "--split", "dev", *BACKBONE)
-    assert "--split must be test or train, got 'dev'" in split.stderr
+    assert "'dev' is not one" in split.stderr
     other = run("eval", adapter, "--data", "digits:0-4", *BACKBONE)
     assert "labels that the class names lack: 0, 1, 2, 3, 4" in other.stderr
 

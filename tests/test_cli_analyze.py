@@ -142,7 +142,7 @@ def test_shuffle(tmp_path: Path) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     error = run(*words[:3], "--random-weights", "1", "--data", "digits:0-4", "--output", "x", code=2).stderr
     assert "--random-weights is the random start, which is there always; leave it out" in error
-    assert "must be a number of at least 1, got 0" in run(*words, "--seeds", "0", code=2).stderr
+    assert "Invalid value for '--seeds'" in run(*words, "--seeds", "0", code=2).stderr
 
 
 def test_checkpoints(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_checkpoints(tmp_path: Path) -> None:
     assert "holds results of other settings: baseline, lr" in " ".join(other.split())
     missing = run(*words, "--checkpoints", "none-*.safetensors", code=2).stderr
     assert "no file matches --checkpoints 'none-*.safetensors'; expected safetensors state dicts" in missing
-    assert "are those of --checkpoints GLOB; give it, and no other weights" in run(*words, code=2).stderr
+    assert "Missing option '--checkpoints'" in run(*words, code=2).stderr
 
 
 @pytest.mark.parametrize(
@@ -177,12 +177,12 @@ def test_checkpoints(tmp_path: Path) -> None:
             "--head and --image-size are for weights alone; an adapter",
         ),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--plot", "a.gif"], "ends in '.gif', expected .png or .svg"),
-        (["mistakes", "./mask-0", "./mask-1", *BASE, "--split", "all"], "split must be test or train, got 'all'"),
+        (["mistakes", "./mask-0", "./mask-1", *BASE, "--split", "all"], "'all' is not one of 'test', 'train'"),
         (["barrier", "./mask-0", *BASE], "networks are compared in pairs; give at least two, got 1"),
     ],
 )
 def test_errors(words: Sequence[str], message: str) -> None:
-    assert message in " ".join(run(*words, code=2).stderr.split())
+    assert message in " ".join(run(*words, code=2).stderr.replace("│", "").split())
 
 
 def test_pictures_of_nothing() -> None:

@@ -136,11 +136,11 @@ def test_a_backbone_alone(headless: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--knn"], "nothing to measure; give an adapter, or --backbone to measure its features without a mask"),
+        (["--knn"], "nothing to measure; give an adapter, or --backbone to measure its features"),
         (BACKBONE, "a backbone alone has no head for these data; give --knn, --probe or both"),
         (["x", "--head", "fc"], "--head and --image-size are for a backbone alone; an adapter has its own"),
         (["x", "--image-size", "8"], "--head and --image-size are for a backbone alone"),
-        (["x", "--split", "dev"], "--split must be test or train, got 'dev'"),
+        (["x", "--split", "dev"], "'dev' is not one of"),
         (["x", "--split", "train", "--knn"], "--knn and --probe learn from the train split, so they are measured on"),
         (["x", "--labels-fraction", "0.1"], "--labels-fraction is for --knn and --probe"),
         ([*BACKBONE, "--knn", "--labels-fraction", "0"], "--labels-fraction must be above 0 and at most 1, got 0.0"),

@@ -527,7 +527,7 @@ def words(backbone: Mapping[str, Any], folder: Path, *more: str) -> list[str]:
         (["--config", "no.toml"], "cannot read the settings in no.toml"),
         (["--lr", "full"], "--lr must be BASELINE=RATE or BASELINE=RATE,RATE,…, got 'full'"),
         (["--lr", "full=a,b"], "--lr must be BASELINE=RATE"),
-        (["--seeds", "0"], "--seeds must be a number of at least 1, got 0"),
+        (["--seeds", "0"], "Invalid value for '--seeds'"),
         (["--baseline", "nothing"], "unknown baseline 'nothing'"),
         (["--baseline", "probe", "--data", "texts"], "the data 'texts' are for text-classification, the backbone"),
     ],

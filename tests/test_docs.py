@@ -58,9 +58,10 @@ def blocks(page: str) -> list[tuple[str, str, bool]]:
 
 def verb_of(words: list[str]) -> tuple[Any, list[str]]:
     """The verb, or the verb of a verb, that the words call, and the words for it."""
-    found = COMMAND.commands[words[0]]
-    own = getattr(found, "commands", {})
-    return (own[words[1]], words[2:]) if own else (found, words[1:])
+    found = COMMAND
+    while (own := getattr(found, "commands", {})) and words[0] in own:
+        found, words = own[words[0]], words[1:]
+    return found, words
 
 
 def commands(body: str) -> list[list[str]]:
@@ -96,6 +97,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.save(root / "some-digit.png")
     settings = next(body for kind, body, _ in blocks("quickstart.md") if kind == "toml")
     (root / "run.toml").write_text(settings)
+    (root / "tasks.toml").write_text("")
 
     key = write_key(root, "public")[0]
     key.rename(root / "key.pem")
@@ -176,7 +178,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: value if isinstance(value, str) else value[0])
-def test_command_parses(page: str, words: list[str]) -> None:
+def test_command_parses(page: str, words: list[str], prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(prepared)  # which has the settings files
     verb, rest = verb_of(words)
     verb.make_context(words[0], list(rest))
 
@@ -209,7 +212,8 @@ def test_options_in_pages_exist() -> None:
 def test_every_verb_option_and_name_is_described() -> None:
     cli, api = TEXTS["cli.md"], TEXTS["api.md"]
     for name, verb in COMMAND.commands.items():
-        for own in (name, *(f"{name} {word}" for word in getattr(verb, "commands", {}) if name != "plot")):
+        words = () if name in ("plot", "lab") else getattr(verb, "commands", {})
+        for own in (name, *(f"{name} {word}" for word in words)):
             assert re.search(rf"^## {own}\b", cli, re.MULTILINE), own
             assert re.search(rf"^\| `{own}\b", TEXTS["README.md"], re.MULTILINE), own
         if name == "train":

@@ -146,7 +146,7 @@ def test_images_of_distribution_are_augmented_as_it_is_said(tmp_path: Path) -> N
     assert losses[0] != losses[1]
     done = CliRunner().invoke(app, [*train, "--label-smoothing", "0.1", "--output", str(tmp_path / "x")])
     assert done.exit_code == 2
-    assert "takes no notice of --label-smoothing; leave out what is for labels" in " ".join(done.stderr.split())
+    assert "does not use --label-smoothing; leave out what is for labels" in " ".join(done.stderr.split())
 
 
 # --- sinkhorn and the loss, against slow ones -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from maskpack_cli.main import app
-from maskpack_cli.use import base_of
+from maskpack_cli.options import Base
 from torch import nn
 from typer.testing import CliRunner
 
@@ -99,7 +99,7 @@ def test_an_adapter_names_its_random_base_and_the_command_line_makes_it_again(tm
     preprocess = {"kind": "image", "size": 32}
     path = tmp_path / "x.safetensors"
     adapter = save_adapter(path, Parts(masks), base, weights=made.model, preprocess=preprocess)
-    again = base_of(adapter, None, None, None)
+    again = Base().of(adapter)
     load_mask(again.model, adapter)  # verified against the fingerprint
     assert bool((again.model.get_parameter(name) >= 0).all())
     card = render_card(inspect_adapter(adapter))
@@ -120,12 +120,12 @@ def test_a_file_of_the_users_is_drawn_again_as_the_adapter_says(tmp_path: Path) 
     base = fingerprint(made.model, id=made.id, revision=made.revision, head=made.outside)
     masks = MaskSet.from_tensors({"0.weight": made.model.get_parameter("0.weight") > 0})
     adapter = save_adapter(tmp_path / "x.safetensors", Parts(masks), base, weights=made.model)
-    load_mask(base_of(adapter, f"{net}:net", None, None).model, adapter)
+    load_mask(Base(backbone=f"{net}:net").of(adapter).model, adapter)
     with pytest.raises(
         BackboneError, match="the adapter's base 'nets:net' cannot be fetched by its name; give it with"
     ):
-        base_of(adapter, None, None, None)
-    other = base_of(adapter, f"{net}:net", None, "kaiming:4")
+        Base().of(adapter)
+    other = Base(backbone=f"{net}:net", random_weights="kaiming:4").of(adapter)
     with pytest.raises(Exception, match="at revision random:kaiming:3, and the model has others"):
         load_mask(other.model, adapter)
     for words in (
@@ -135,7 +135,7 @@ def test_a_file_of_the_users_is_drawn_again_as_the_adapter_says(tmp_path: Path) 
         done = CliRunner().invoke(app, [*words, "--backbone", f"{net}:net"])
         assert done.exit_code == 0, done.stderr
     export_state(tmp_path / "w.safetensors", made.model)
-    load_mask(base_of(adapter, f"{net}:net", tmp_path / "w.safetensors", None).model, adapter)
+    load_mask(Base(backbone=f"{net}:net", weights=tmp_path / "w.safetensors").of(adapter).model, adapter)
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:

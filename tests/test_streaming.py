@@ -193,9 +193,11 @@ class TestProgress:
     def test_bar_is_for_terminals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for quiet, terminal in [(False, True), (True, True), (False, False)]:
             out = io.StringIO()
+            monkeypatch.setattr(console.Output, "quiet", quiet)
+            monkeypatch.setattr(console.Output, "json", False)
             monkeypatch.setattr(console, "notes", Console(file=out, force_terminal=True, width=100))
             monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-            with console.progress_bar("Verifying", quiet) as step:
+            with console.progress_bar("Verifying") as step:
                 step(30, 40)
             assert ("Verifying" in out.getvalue()) == ("75%" in out.getvalue()) == (terminal and not quiet)
 

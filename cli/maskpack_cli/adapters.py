@@ -1,57 +1,65 @@
-"""maskpack inspect | verify | list."""
+"""maskpack inspect | verify | list | combine | diff | pack | convert."""
 
-import importlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .console import Json, Quiet, Token, command, emit, examples, note, progress_bar, quiet_libraries, table
+from maskpack.errors import UnknownNameError
 
-Profile = Literal["fast", "default", "max"]
-PROFILES = "fast: quick. default: small, decodes quickly. max: smallest, slow, may need the backbone to decode."
-Ref = Annotated[str, typer.Argument(help="user/name or user/name@revision, a folder, or a .safetensors file.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
-RequireRevision = Annotated[
-    bool, typer.Option("--require-revision", help="Refuse what can change: branches, and no revision at all.")
+from .console import Output, app, emit, lines, note, progress_bar, say, table
+from .options import (
+    BackboneRef,
+    OutputRef,
+    PackedBase,
+    Packing,
+    Ref,
+    Revision,
+    Trust,
+    Weights,
+    Without,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from maskpack.algebra import Overlap
+
+PANEL = "Adapters"
+PLUGINS = {
+    "methods": "maskpack.training.methods",
+    "objectives": "maskpack.training.objectives",
+    "codecs": "maskpack.codecs",
+    "data": "maskpack.training.data",
+    "importers": "maskpack.importers",
+    "baselines": "maskpack.lab.baselines",
+}
+Operation = Literal["and", "or", "xor", "not", "majority", "weighted", "k-of-n", "difference"]
+Missing = Annotated[
+    Literal["error", "keep"],
+    typer.Option(help="Parameters that not all adapters mask: an error, or kept whole by those that do not."),
 ]
-RequireSignature = Annotated[
-    str | None,
-    typer.Option(
-        help="Who must have signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER. "
-        "(default: MASKPACK_REQUIRE_SIGNATURE's)"
-    ),
-]
-Weights = Annotated[Path | None, typer.Option(help="Safetensors state dict, loaded strictly: file, index or folder.")]
-RandomWeights = Annotated[
-    str | None, typer.Option(help="SEED, kaiming:SEED or signed-constant:SEED of random weights.")
-]
+TOTALS = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
+COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second_only", "neither")
 
 
+@verb(app, "maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json", panel=PANEL)
 def inspect(
     ref: Ref,
+    trust: Trust,
     revision: Revision = None,
-    require_signature: RequireSignature = None,
     parameters: Annotated[bool, typer.Option("--parameters", help="A line for every parameter.")] = False,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
-    quiet_libraries(quiet)
     from maskpack import inspect_adapter
     from maskpack.adapter.card import member
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
-    opened = open_adapter(ref, revision=revision, require_signature=require_signature, token=token)
+    opened = open_adapter(ref, revision=revision, **vars(trust))
     adapter = opened.adapter
     about, signature = inspect_adapter(adapter), describe_signature(opened.contents, opened.signed)
-    if as_json:
-        emit({**about, "signature": signature}, True)
-        return
     classes = about.get("class_names") or ()
-    training = about.get("training") or {}
     facts: dict[str, Any] = {
         "file_bytes": about["size"],
         "mask_id": about["mask_id"],
@@ -61,30 +69,33 @@ def inspect(
         "task": about.get("task"),
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
     }
-    emit(facts, False, adapter.pinned)
+    emit({**about, "signature": signature}, adapter.pinned, facts)
+    sections: list[tuple[str, dict[str, Any]]] = []
     if signature is not None:
-        emit({**signature, "keys": ", ".join(signature["keys"])}, False, "signature")
-    if metrics := member(training, "metrics"):  # whatever their names, none is a fact above
-        emit(metrics, False, "metrics, as the training record has them")
+        sections.append(("signature", {**signature, "keys": ", ".join(signature["keys"])}))
+    if metrics := member(about.get("training") or {}, "metrics"):  # whatever their names, none is a fact above
+        sections.append(("metrics, as the training record has them", metrics))
     if (cascade := about["cascade"]) is not None:
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
-        emit({**cascade, "experts": len(cascade["experts"]), **sizes}, False, "cascade")
+        sections.append(("cascade", {**cascade, "experts": len(cascade["experts"]), **sizes}))
+    for title, section in sections:
+        say(title)
+        lines(section)
     for name, one in about["sets"].items():
-        dense = {f"{role}_bytes": size for role, size in one["dense_bytes"].items()}
-        emit({**one, **dense}, False, f"mask set {name}")
+        say(f"mask set {name}")
+        lines({**one, **{f"{role}_bytes": size for role, size in one["dense_bytes"].items()}})
         if parameters:
-            rows = [[r[k] for k in ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")]
-                    for r in one["payloads"]]  # fmt: skip
-            table(["parameter", "shape", "op", "codec", "density", "bytes", "bits/weight"], rows)
+            keys = ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")
+            columns = ["parameter", *keys[1:-1], "bits/weight"]
+            table(columns, [[payload[key] for key in keys] for payload in one["payloads"]])
 
 
+@verb(app, "maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k", panel=PANEL)
 def verify(
     ref: Ref,
-    backbone: Annotated[str | None, typer.Option(help="Also check that this is the adapter's base.")] = None,
-    weights: Weights = None,
-    random_weights: RandomWeights = None,
+    base: PackedBase,
+    trust: Annotated[Trust, Without("require_signature")],
     revision: Revision = None,
-    require_revision: RequireRevision = False,
     key: Annotated[
         str | None,
         typer.Option(
@@ -93,87 +104,208 @@ def verify(
             help="Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
         ),
     ] = None,
-    token: Token = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
-    quiet_libraries(quiet)
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
-    opened = open_adapter(ref, revision=revision, require_revision=require_revision, require_signature=key, token=token)
+    opened = open_adapter(ref, revision=revision, **{**vars(trust), "require_signature": key})
     adapter = opened.adapter
     report: dict[str, Any] = {"adapter": adapter.pinned}
     if opened.signed is not None:
         report["signature"] = describe_signature(opened.contents, opened.signed)
-    base = None
-    if backbone is not None:
+    model = base.model_of(adapter)
+    if model is not None:
         from maskpack.backbone.fingerprint import check_fingerprint
 
-        from .use import base_of  # which takes its options from here
-
-        base = base_of(adapter, backbone, weights, random_weights).model
-        report["base_matches_as"] = check_fingerprint(base, adapter.base)
-    with progress_bar("Verifying", quiet or as_json) as step:
-        report |= adapter.verify(step, base)
-    emit(report, as_json, f"✓ {adapter.pinned} is valid")
-    if opened.signed is not None and not as_json:
-        emit(report["signature"] | {"keys": ", ".join(report["signature"]["keys"])}, False, "✓ signed")
+        report["base_matches_as"] = check_fingerprint(model, adapter.base)
+    with progress_bar("Verifying") as step:
+        report |= adapter.verify(step, model)
+    emit(report, f"✓ {adapter.pinned} is valid")
+    if opened.signed is not None:
+        say("✓ signed")
+        lines(report["signature"] | {"keys": ", ".join(report["signature"]["keys"])})
     if left := report["needs_base"]:
         shown = ", ".join(left[:3]) + (", … (all: --json)" if len(left) > 3 else "")
-        note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}", quiet)
+        note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}")
 
 
-REGISTRIES = {  # where the plug-ins of a kind are registered
-    "methods": ("maskpack.training.methods.base", "METHODS"),
-    "objectives": ("maskpack.training.objectives.base", "OBJECTIVES"),
-    "codecs": ("maskpack.codecs.base", "CODECS"),
-    "data": ("maskpack.training.data.base", "SOURCES"),
-    "importers": ("maskpack.importers.base", "IMPORTERS"),
-    "baselines": ("maskpack.lab.baselines.base", "BASELINES"),
-}
-
-
+@verb(app, "maskpack list", "maskpack list methods", name="list", panel=PANEL)
 def listing(
-    what: Annotated[
-        str,
-        typer.Argument(help="adapters (cached ones), methods, objectives, codecs, data, importers or baselines."),
-    ] = "adapters",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
+    what: Annotated[str, typer.Argument(help=f"adapters (cached from the Hub), or plug-ins: {', '.join(PLUGINS)}.")]
+    = "adapters",
+) -> None:  # fmt: skip
     """List cached adapters, or the plug-ins of one kind."""
-    from maskpack.errors import UnknownNameError
-
     if what == "adapters":
         from maskpack.hub.cache import cached_adapters
 
-        digits = None if as_json else 12
-        rows = [
+        columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
+        digits = None if Output.json else 12
+        rows: list[list[Any]] = [
             [a.repo_id, a.commit[:digits], a.size, a.base, a.density, a.bits_per_weight, str(a.path)]
             for a in cached_adapters()
         ]
-        columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
-    elif what in REGISTRIES:
-        module, name = REGISTRIES[what]
-        registry: Any = getattr(importlib.import_module(module), name)
-        rows = [[c.id, (c.__doc__ or "").strip().splitlines()[0], c.reference] for c in registry.all()]
+    elif what in PLUGINS:
+        from maskpack.registry import plugins
+
         columns = [what.removesuffix("s"), "what", "reference"]
+        rows = [list(one) for one in plugins(PLUGINS[what])]
     else:
-        raise UnknownNameError(f"cannot list {what!r}; known: adapters, {', '.join(REGISTRIES)}")
-    if as_json:
-        emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, True)
-    elif rows:
-        table([column.replace("bits_per_weight", "bits/weight") for column in columns], rows)
-    else:
-        note("No adapter is cached; fetch one with: maskpack pull USER/NAME", quiet)
+        raise UnknownNameError(f"cannot list {what!r}; known: adapters, {', '.join(PLUGINS)}")
+    emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, shown={})
+    if not rows:
+        return note("No adapter is cached; fetch one with: maskpack pull USER/NAME")
+    return table([column.replace("bits_per_weight", "bits/weight") for column in columns], rows)
 
 
-def register(app: typer.Typer) -> None:
-    """Add this file's verbs."""
-    app.command(
-        epilog=examples("maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json")
-    )(command(inspect))
-    app.command(epilog=examples("maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k"))(command(verify))
-    app.command("list", epilog=examples("maskpack list", "maskpack list methods"))(command(listing))
+@verb(
+    app,
+    "maskpack combine majority ./a ./b user/mask-c@v1 --output ./voted",
+    "maskpack combine k-of-n ./a ./b ./c -k 2 --output ./twice",
+    "maskpack combine weighted ./a ./b --weight 0.7 --weight 0.3 --output ./voted",
+    panel=PANEL,
+)
+def combine(
+    how: Annotated[
+        Operation,
+        typer.Argument(
+            metavar="HOW",
+            help="and, or, xor, not, majority, weighted, k-of-n or difference (kept by the first, not by the second).",
+        ),
+    ],
+    refs: Annotated[list[str], typer.Argument(metavar="REF", help="Adapters of one base: as for inspect.")],
+    output: OutputRef,
+    base: PackedBase,
+    packing: Packing,
+    trust: Trust,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Vote of an adapter, for weighted: one for each, in their order.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="For k-of-n: how many adapters must keep a weight.")] = None,
+    missing: Missing = "error",
+) -> None:
+    """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
+    from maskpack import inspect_adapter
+    from maskpack.adapter.edit import combine_adapters, left_out
+    from maskpack.algebra import operation
+
+    operation(how, len(refs), weight, k)
+    adapters = [trust.load(ref) for ref in refs]
+    model = base.model_of(adapters[0])
+    note(f"Combining {len(adapters)} adapters …")
+    with progress_bar("Combining") as step:
+        combined = combine_adapters(
+            how,
+            adapters,
+            output,
+            weights=weight,
+            k=k,
+            missing=missing,
+            base=model,
+            progress=step,
+            **vars(packing),
+        )
+    whole = inspect_adapter(combined)["sets"]["default"]
+    facts = {"adapter": str(output), "operation": how, "mask_id": combined.mask_id, **{n: whole[n] for n in TOTALS}}
+    left = left_out(adapters)
+    emit(facts | {"file_bytes": combined.size, "left_out": left}, f"✓ {output}")
+    say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
+
+
+@verb(app, "maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json", panel=PANEL)
+def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missing = "error") -> None:
+    """Compare the masks of two adapters of one base: how many bits differ, in all and by parameter.
+
+    jaccard: of the weights that at least one mask removes, the share that both remove; chance: what it would be for
+    unrelated masks with as many zeros in each parameter.
+    """
+    from maskpack.adapter.edit import mask_sets
+    from maskpack.algebra import Overlap, overlaps
+
+    def facts(one: "Overlap") -> dict[str, Any]:
+        derived = {key: getattr(one, key) for key in ("hamming", "share", "jaccard", "chance", "neither")}
+        return {**asdict(one), **derived}
+
+    adapters = [trust.load(ref) for ref in (first, second)]
+    found = dict(overlaps(*mask_sets(adapters, base.model_of(adapters[0])), missing=missing))
+    whole = sum(found.values(), Overlap())
+    about = {"first": adapters[0].pinned, "second": adapters[1].pinned, **facts(whole)}
+    rows = [{"name": name, **facts(one)} for name, one in found.items()]
+    emit({**about, "parameters": rows}, f"≠ {whole.hamming:,} bits differ" if whole.hamming else "= all bits are equal")
+    columns = ["parameter", *(column.replace("_", " ") for column in COUNTS)]
+    table(columns, [[row[key] for key in ("name", *COUNTS)] for row in rows])
+
+
+@verb(
+    app,
+    "maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask",
+    "maskpack pack pruned.safetensors --from zeros --backbone timm/resnet18.a1_in1k --output ./my-mask",
+    panel=PANEL,
+)
+def pack(
+    masks: Annotated[Path, typer.Argument(help="File with the masks, named as the parameters.")],
+    backbone: BackboneRef,
+    output: OutputRef,
+    weights: Weights,
+    packing: Packing,
+    source: Annotated[
+        str, typer.Option("--from", help="What wrote the file: `maskpack list importers`; masks: plain tensors.")
+    ] = "masks",
+    head: Annotated[str | None, typer.Option(help="Module that is not part of the body.")] = None,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="The masks were trained with weights / sqrt(density).")
+    ] = False,
+) -> None:
+    """Make an adapter from masks trained elsewhere, or from a pruned network."""
+    from maskpack import fingerprint, inspect_adapter, load_backbone, save_adapter
+    from maskpack.backbone.model import body, inside
+    from maskpack.importers.base import check_format, import_masks
+    from maskpack.runtime.apply import check_masks
+
+    check_format(source, scale)
+    loaded = load_backbone(backbone, head=head, **vars(weights))
+    found = import_masks(masks, loaded.model, source, scale=scale)
+    check_masks(loaded.model, found.shapes)
+    # a head that is masked belongs to the body
+    outside = [module for module in loaded.outside if not any(inside(name, [module]) for name in found)]
+    base = fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=outside)
+    left = [name for name, weight in body(loaded.model, outside).items() if weight.ndim > 1 and name not in found]
+    note(f"Packing {len(found)} masks, {found.total:,} weights …")
+    if left:
+        note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
+    with progress_bar("Packing") as step:
+        adapter = save_adapter(output, found, base, weights=loaded.model, progress=step, **vars(packing))
+    whole = inspect_adapter(adapter)["sets"]["default"]
+    facts = {"adapter": str(output), **{name: whole[name] for name in TOTALS}, "file_bytes": adapter.size}
+    emit(facts, f"✓ {output}")
+
+
+@verb(
+    app,
+    "maskpack convert ./my-mask ./smaller --profile max --backbone timm/resnet18.a1_in1k",
+    "maskpack convert ./my-mask ./my-mask --codec raw",
+    panel=PANEL,
+)
+def convert(
+    ref: Ref,
+    output: Annotated[Path, typer.Argument(help="Folder to write, or a .safetensors file; may be the same.")],
+    base: PackedBase,
+    packing: Packing,
+    trust: Trust,
+    revision: Revision = None,
+) -> None:
+    """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
+    from maskpack import inspect_adapter
+    from maskpack.adapter.edit import convert_adapter
+
+    adapter = trust.load(ref, revision)
+    model = base.model_of(adapter)
+    note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …")
+    with progress_bar("Packing") as step:
+        converted = convert_adapter(adapter, output, base=model, progress=step, **vars(packing))
+    facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}
+    for key, one in (("before", adapter), ("after", converted)):
+        sets = inspect_adapter(one)["sets"].values()
+        facts[f"mask_bytes_{key}"] = sum(each["payload_bytes"] for each in sets)
+        facts[f"file_bytes_{key}"] = one.size
+    emit(facts, f"✓ {output}")

@@ -1,135 +1,144 @@
 """What people see: results on stdout, everything else on stderr, errors without tracebacks."""
 
-import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
-P = ParamSpec("P")
+from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError, escape
+
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+TRAINING = (
+    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "divergence", "agreement"),
+    *("prototype_usage", "feature_rank"),
+)  # values of an event that are shown, the most important first
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result only: no notes, no progress.")]
-Token = Annotated[str | None, typer.Option(help="Hub token; better: `hf auth login` or the variable HF_TOKEN.")]
+
+class Output:
+    """How the verb that runs prints: its options --json and --quiet."""
+
+    json = False
+    quiet = False
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """The one error boundary: known errors end with a message and exit code 1, wrong settings with 2, Ctrl-C with 130.
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Show known errors as a message, and end: code 2 if the command was wrong, 130 for Ctrl-C, else 1.
 
-    A signal that training stopped for, with the message, ends with 128 and its number.
-
-    With MASKPACK_DEBUG=1 the traceback is shown.
+    A signal that training stopped for ends with 128 and its number. With MASKPACK_DEBUG=1 the traceback is shown.
     """
+    debug = bool(os.environ.get("MASKPACK_DEBUG"))
+    try:
+        yield
+    except StoppedError as error:
+        note(str(error))
+        raise typer.Exit(128 + error.signal) from None
+    except MaskpackError as error:
+        if debug:
+            raise
+        complain(str(error))
+        raise typer.Exit(2 if isinstance(error, ConfigError | UnknownNameError) else 1) from None
+    except BrokenPipeError:
+        # the reader of stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except OSError as error:
+        # a path that cannot be read or written
+        if debug:
+            raise
+        remedy = "; give a path that is there or can be made, and that you may use" if error.filename else ""
+        complain(f"{error}{remedy}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt as error:
+        note(". ".join(["Interrupted", *getattr(error, "__notes__", []), ""]).rstrip())
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+            error.message = escape(error.message)  # type: ignore[attr-defined]  # typer's error quotes the arguments
+        raise
 
-    @functools.wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
-            from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError
 
-            try:
-                function(*args, **kwargs)
-            except StoppedError as error:
-                note(str(error))
-                raise typer.Exit(128 + error.signal) from None
-            except MaskpackError as error:
-                if os.environ.get("MASKPACK_DEBUG"):
-                    raise
-                complain(str(error))
-                raise typer.Exit(2 if isinstance(error, ConfigError | UnknownNameError) else 1) from None
-            except OSError as error:
-                # a path that cannot be read or written
-                if os.environ.get("MASKPACK_DEBUG") or isinstance(error, BrokenPipeError):
-                    raise
-                remedy = "; give a path that is there or can be made, and that you may use" if error.filename else ""
-                complain(f"{error}{remedy}")
-                raise typer.Exit(1) from None
-        except KeyboardInterrupt as error:
-            note(". ".join(["Interrupted", *getattr(error, "__notes__", []), ""]).rstrip())
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            # the reader of stdout went away, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
+class Verbs(TyperGroup):
+    """The verbs of the command line, with the one place where errors are shown."""
 
-    return run
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with errors_shown():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_shown():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="maskpack",
+    cls=Verbs,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def complain(text: str) -> None:
     """Print an error to stderr."""
-    from maskpack.errors import escape
-
     notes.print(Text.assemble(("Error:", "bold red"), " ", escape(text)))
 
 
 def main_process() -> bool:
-    """Tell whether this is the process that writes and prints, where several train together."""
+    """Return True in the process that writes and prints, where several train together."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def note(text: str, quiet: bool = False) -> None:
-    """Print a note to stderr."""
-    from maskpack.errors import escape
-
-    if not quiet and main_process():
+def note(text: str) -> None:
+    """Print a note to stderr, unless --quiet."""
+    if not Output.quiet and main_process():
         notes.print(escape(text))
 
 
-def say(*lines: object) -> None:
-    """Print lines on stdout."""
-    from maskpack.errors import escape
+def hint(text: str) -> None:
+    """Print a note for people to stderr, unless --quiet or --json."""
+    if not Output.json:
+        note(text)
 
-    for line in lines:
+
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    if main_process():
+        notes.print(escape(f"Warning: {text}"))
+
+
+def say(*lines: object) -> None:
+    """Print lines on stdout, unless --json, which prints the result alone."""
+    for line in lines if not Output.json else ():
         typer.echo(escape(line))
 
 
-def quiet_libraries(quiet: bool) -> None:
-    """Keep other libraries' progress bars and chatter off the terminal; ours say what matters."""
-    import logging
+def emit(result: Mapping[str, Any], title: str | None = None, shown: Mapping[str, Any] | None = None) -> None:
+    """Print a result on stdout: under --json all of it, else a title and a line for each scalar.
 
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if quiet or not sys.stderr.isatty() else "0")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-
-
-@contextmanager
-def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Give a function of (done, in all) that moves a bar on stderr; there is none if quiet or not on a terminal."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
-    off = quiet or not sys.stderr.isatty()
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=off) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def emit(result: Mapping[str, Any], as_json: bool, title: str | None = None) -> None:
-    """Print a result on stdout: as JSON, or its scalar values as lines `key: value`."""
-    if as_json:
+    Args:
+        shown: what has lines, in place of `result`.
+    """
+    if Output.json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True, default=str))
         return
     if title:
         say(title)
-    for key, value in result.items():
+    lines(result if shown is None else shown)
+
+
+def lines(values: Mapping[str, Any]) -> None:
+    """Print a line for each scalar; nothing under --json."""
+    for key, value in values.items():
         if not isinstance(value, Mapping | list | tuple):
             say(f"  {key.replace('_', ' ')}: {readable(value)}")
 
@@ -146,9 +155,9 @@ def readable(value: Any) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on stdout; numbers to the right."""
-    from maskpack.errors import escape
-
+    """Print a table on stdout, numbers to the right; nothing under --json."""
+    if Output.json:
+        return
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         numbers = all(isinstance(row[i], int | float) or row[i] is None for row in rows)
@@ -160,6 +169,62 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
-def examples(*lines: str) -> str:
-    """Return the epilog of a command's help."""
-    return "Examples:\n\n" + "\n\n".join(f"  {line}" for line in lines)
+def quiet_libraries() -> None:
+    """Keep other libraries' progress bars and messages off the terminal."""
+    silent = Output.quiet or Output.json or not sys.stderr.isatty()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if silent else "0")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress_bar(what: str, percent: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr, if it is a terminal; give a function of (done, in all, and perhaps another text)."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    off = Output.quiet or Output.json or not sys.stderr.isatty()
+    many = TaskProgressColumn() if percent else TextColumn("{task.completed}/{task.total}")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), many)
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=off) as bar:
+        task = bar.add_task(what, total=None)
+
+        def moved(done: int, total: int | None, what: str | None = None) -> None:
+            bar.update(task, completed=done, total=total, description=None if what is None else escape(what))
+
+        yield moved
+
+
+@contextmanager
+def training_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Show the progress of trainings; give what they report to."""
+    with progress_bar("training", percent=False) as moved:
+
+        def report(event: Mapping[str, Any]) -> None:
+            part = f"{event['part']}: " if "part" in event else ""
+            words = [f"{key.replace('_', ' ')} {readable(event[key])}" for key in TRAINING if key in event]
+            match event["event"]:
+                case "warning":
+                    warn(f"{part}{event['warning']}")
+                case "resumed":
+                    note(f"{part}{event['resumed']}")
+                case "trial":
+                    note(f"{part}{event['accuracy']:.4f}")
+                case "end":
+                    pass
+                case kind:
+                    if kind == "epoch" and sys.stderr.isatty():
+                        hint(f"{part}epoch {event['epoch']}: {', '.join(words)}")
+                    moved(event["step"], event["steps"], part + " ".join(words[:2]))
+
+        yield report

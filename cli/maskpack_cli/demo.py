@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Json, Quiet, command, emit, examples, note, quiet_libraries, say, table
+from .console import app, emit, note, say, table
+from .options import verb
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -45,15 +46,13 @@ def _accuracy(backbone: "Backbone", data: "Data") -> float:
     return accuracy(backbone.model, readable(loader(data.test, backbone.preprocess)))[0]
 
 
+@verb(app, "maskpack demo", "maskpack demo --output /tmp/demo --json", panel="Use")
 def demo(
     output: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path(
         "demo-output"
     ),
-    as_json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Train, pack, push, pull, load, evaluate and unload a mask on digits, offline, in about a minute."""
-    quiet_libraries(True)
     import torch
 
     from maskpack import inspect_adapter, load_backbone, load_mask, pull, push, save_adapter, unload_mask
@@ -72,7 +71,7 @@ def demo(
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     times: dict[str, float] = {}
-    clock = _Clock(times, quiet)
+    clock = _Clock(times)
 
     with clock("train the backbone on digits 0-4"):
         factory = output / "backbone.py"
@@ -115,9 +114,7 @@ def demo(
         "seconds": times,
         "adapter": str(output / "adapter"),
     }
-    if as_json:
-        emit(facts, True)
-        return
+    emit(facts, shown={})
     table(
         ["network", "digits 0-4", "digits 5-9", "bytes"],
         [
@@ -142,12 +139,12 @@ def demo(
 class _Clock:
     """Times the steps of the demo."""
 
-    def __init__(self, times: dict[str, float], quiet: bool):
-        self.times, self.quiet = times, quiet
+    def __init__(self, times: dict[str, float]):
+        self.times = times
 
     def __call__(self, name: str) -> "_Clock":
         self.name = name
-        note(f"{name} …", self.quiet)
+        note(f"{name} …")
         return self
 
     def __enter__(self) -> None:
@@ -155,8 +152,3 @@ class _Clock:
 
     def __exit__(self, *error: object) -> None:
         self.times[self.name] = time.monotonic() - self.start
-
-
-def register(app: typer.Typer) -> None:
-    """Add this file's verb."""
-    app.command(epilog=examples("maskpack demo", "maskpack demo --output /tmp/demo --json"))(command(demo))

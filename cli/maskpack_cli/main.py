@@ -1,65 +1,13 @@
 """maskpack: the command line. Verbs only: parse, call the public API, print."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from . import (
-    adapters,
-    algebra,
-    analyze,
-    cascade,
-    compare,
-    demo,
-    distribute,
-    evaluate,
-    multitask,
-    packing,
-    plot,
-    search,
-    training,
-    transfer,
-    use,
-)
-from .console import say
-
-
-@contextmanager
-def _escaped() -> Iterator[None]:
-    """Escape what errors of usage quote of the arguments."""
-    try:
-        yield
-    except Exception as error:
-        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
-            from maskpack.errors import escape
-
-            error.message = escape(error.message)  # type: ignore[attr-defined]
-        raise
-
-
-class _Verbs(TyperGroup):
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        with _escaped():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        with _escaped():
-            return super().invoke(ctx)
-
-
-app = typer.Typer(
-    name="maskpack",
-    cls=_Verbs,
-    help="Binary weight masks on frozen PyTorch backbones: train, pack, push, pull, apply, undo.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+from . import train, adapters, use, hub, lab, plot, demo  # noqa: F401  # isort: skip (in the order of the help)
+from .console import app, say
 
 
 def _version(shown: bool) -> None:
@@ -75,26 +23,6 @@ def options(
     ] = False,
 ) -> None:
     """Binary weight masks on frozen PyTorch backbones: train, pack, push, pull, apply, undo."""
-
-
-for verbs in (
-    training,
-    cascade,
-    transfer,
-    multitask,
-    packing,
-    algebra,
-    adapters,
-    evaluate,
-    compare,
-    analyze,
-    use,
-    plot,
-    distribute,
-    search,
-    demo,
-):
-    verbs.register(app)
 
 
 def main() -> None:

@@ -77,24 +77,6 @@ def hub_dataset(record: Any) -> str | None:
     return name if isinstance(name := found.get("id"), str) and DATASET.fullmatch(name) else None
 
 
-def rows(record: Any) -> dict[str, int]:
-    """Return the number of examples of each split of a training record."""
-    counts = member(member(record, "data"), "rows")
-    return {without_paths(key): value for key, value in counts.items() if type(value) is int}
-
-
-def combination(record: Any) -> tuple[str, list[tuple[str, str]]] | None:
-    """Return by which operation masks were combined, and (mask_id, reference or "") of each adapter; None if not."""
-    found = member(record, "combined")
-    parents = found.get("parents")
-    if not isinstance(parents, list):
-        return None
-    rows = [one for one in parents if isinstance(one, dict)]
-    of = [tuple(without_paths(str(one.get(key, ""))) for key in ("mask_id", "reference")) for one in rows]
-    extra = "".join(f", {key} = {found[key]}" for key in ("k", "weights") if key in found)
-    return without_paths(f"{found.get('operation')}{extra}"), [(id_, reference) for id_, reference in of]
-
-
 def base_model(id_: str) -> str | None:
     """Return the Hub id of a base, or None if it does not come from the Hub."""
     name = id_.removeprefix("hf/")
@@ -322,13 +304,16 @@ def _densities(sets: Mapping[str, Any]) -> Iterator[str]:
 
 def _combined(record: Any) -> Iterator[str]:
     """Yield which adapters' masks were combined, and how."""
-    if (found := combination(record)) is None:
+    found = member(record, "combined")
+    if not isinstance(parents := found.get("parents"), list):
         return
-    how, parents = found
-    yield f"## Combined\n\nThe masks are those of {len(parents)} adapters, combined by {_code(how)}, in this order:\n"
+    parents = [without_paths(one) for one in parents if isinstance(one, dict)]
+    extra = "".join(f", {key} = {found[key]}" for key in ("k", "weights") if key in found)
+    how = _code(without_paths(f"{found.get('operation')}{extra}"))
+    yield f"## Combined\n\nThe masks are those of {len(parents)} adapters, combined by {how}, in this order:\n"
     yield "| mask_id | adapter |\n| --- | --- |"
-    for id_, reference in parents[:MOST_PARENTS]:
-        yield f"| {_code(id_)} | {_code(reference) if reference else '-'} |"
+    for one in parents[:MOST_PARENTS]:
+        yield f"| {_code(one.get('mask_id', ''))} | {_code(one['reference']) if one.get('reference') else '-'} |"
     yield f"\n… and {len(parents) - MOST_PARENTS} more.\n" if len(parents) > MOST_PARENTS else ""
 
 
@@ -337,7 +322,8 @@ def _data(record: Any) -> Iterator[str]:
     if (name := dataset_name(record)) is None:
         return
     where = " of the Hugging Face Hub" if hub_dataset(record) else ""
-    counts = ", ".join(f"{escape(split, 'markdown')} {count:,}" for split, count in rows(record).items())
+    rows = without_paths(member(member(record, "data"), "rows"))
+    counts = ", ".join(f"{escape(key, 'markdown')} {count:,}" for key, count in rows.items() if type(count) is int)
     yield f"Data: {_code(name)}{where}{f' (examples: {counts})' if counts else ''}.\n"
 
 

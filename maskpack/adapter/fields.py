@@ -25,7 +25,8 @@ def plain(value: object) -> bool:
 class Fields:
     """One JSON object of the header; `where` is its path in error messages. Unknown members are ignored.
 
-    Every method raises CorruptAdapterError that names the member, its value and what was expected.
+    A method returns the member `key`, of the type that it is named after. Each raises CorruptAdapterError that names
+    the member, its value and what was expected; `optional_…` return None if it is missing.
     """
 
     where: str
@@ -47,65 +48,51 @@ class Fields:
         """Return a member of any type; None if it is missing."""
         return self.members.get(key)
 
+    def _checked(self, key: str, fits: bool, expected: str) -> Any:
+        if not fits:
+            raise self.refuse(key, expected)
+        return self.members[key]
+
     def object(self, key: str) -> "Fields":
-        """Return a member that must be an object."""
-        if not isinstance(self.get(key), dict):
-            raise self.refuse(key, "an object")
-        return Fields(f"{self.where}.{key}", self.members[key])
+        return Fields(f"{self.where}.{key}", self._checked(key, isinstance(self.get(key), dict), "an object"))
 
     def optional_object(self, key: str) -> dict[str, Any] | None:
-        """Return a member that is an object, or None if it is missing."""
         return dict(self.object(key).members) if key in self.members else None
 
-    def text(self, key: str, expected: str = "text without control characters") -> str:
-        """Return a member that must be a name."""
-        if not plain(self.get(key)):
-            raise self.refuse(key, expected)
-        return str(self.members[key])
+    def text(self, key: str) -> str:
+        return str(self._checked(key, plain(self.get(key)), "text without control characters"))
 
     def optional_text(self, key: str) -> str | None:
-        """Return a member that is a name, or None if it is missing or null."""
         return None if self.get(key) is None else self.text(key)
 
     def one_of(self, key: str, allowed: tuple[str, ...]) -> str:
-        """Return a member that must be one of a few words."""
-        if self.get(key) not in allowed:
-            raise self.refuse(key, f"one of {', '.join(allowed)}")
-        return str(self.members[key])
+        return str(self._checked(key, self.get(key) in allowed, f"one of {', '.join(allowed)}"))
 
     def boolean(self, key: str) -> bool:
-        """Return a member that must be true or false."""
-        if type(self.get(key)) is not bool:
-            raise self.refuse(key, "true or false")
-        return bool(self.members[key])
+        return bool(self._checked(key, type(self.get(key)) is bool, "true or false"))
 
     def digest(self, key: str) -> str:
-        """Return a member that must be a digest in lower-case hex."""
         value = self.get(key)
-        if not isinstance(value, str) or not HEX.fullmatch(value):
-            raise self.refuse(key, "64 lower-case hexadecimal digits")
-        return value
+        fits = isinstance(value, str) and HEX.fullmatch(value) is not None
+        return str(self._checked(key, fits, "64 lower-case hexadecimal digits"))
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """Return a member that must be an array of names."""
         value = self.get(key)
-        if not isinstance(value, list) or not all(plain(item) for item in value):
-            raise self.refuse(key, "an array of non-empty texts without control characters")
-        return tuple(value)
+        fits = isinstance(value, list) and all(plain(item) for item in value)
+        return tuple(self._checked(key, fits, "an array of non-empty texts without control characters"))
 
     def array(self, key: str, length: int | None = None) -> list[Any]:
-        """Return a member that must be an array, of `length` items if given."""
+        """Return an array, of `length` items if given."""
         value = self.get(key)
-        if not isinstance(value, list) or (length is not None and len(value) != length):
-            raise self.refuse(key, "an array" if length is None else f"an array of {length} items")
-        return value
+        fits = isinstance(value, list) and (length is None or len(value) == length)
+        found: list[Any] = self._checked(key, fits, "an array" if length is None else f"an array of {length} items")
+        return found
 
     def integers(self, key: str, below: int, length: int | None = None) -> list[int]:
-        """Return a member that must be an array of integers from 0 to `below` - 1."""
-        value = self.array(key, length)
-        if not all(type(item) is int and 0 <= item < below for item in value):
-            raise self.refuse(key, f"integers from 0 to {below - 1}")
-        return value
+        """Return an array of integers from 0 to `below` - 1."""
+        fits = all(type(item) is int and 0 <= item < below for item in self.array(key, length))
+        found: list[int] = self._checked(key, fits, f"integers from 0 to {below - 1}")
+        return found
 
 
 def _short(value: object) -> str:

@@ -419,19 +419,16 @@ def _located(name: str | Path, step: Callable[P, T], *arguments: P.args, **named
         raise type(error)(f"{name}: {error}") from None
 
 
-def _digested(adapter: Adapter) -> Iterator[tuple[str, memoryview]]:
-    """What the digests are of, in their order: tables and payloads of each set, then the dense tensors."""
+def _check_digests(adapter: Adapter, data: memoryview) -> None:
+    # tables and payloads of each set, then the dense tensors
+    pieces = list[tuple[str, memoryview]]()
     for name, one in adapter.header.sets.items():
         labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
         labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
-        yield from zip(labels, adapter.pieces[name], strict=True)
-    for name in dense_names(adapter.spans):
-        yield f"tensor {name!r}", adapter.bytes_of(name)
-
-
-def _check_digests(adapter: Adapter, data: memoryview) -> None:
+        pieces += zip(labels, adapter.pieces[name], strict=True)
+    pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]
     stored = bytes(adapter.bytes_of(DIGESTS))
-    for index, (what, piece) in enumerate(_digested(adapter)):
+    for index, (what, piece) in enumerate(pieces):
         if blake3(piece).digest()[:DIGEST_BYTES] != stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
             raise CorruptAdapterError(
                 f"{adapter.path}: {what} has not the digest that was stored; fetch the file again"

@@ -281,12 +281,12 @@ def located(
                 at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
         return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
-    def work(item: tuple[str, PackedMask]) -> int:
+    def size(item: tuple[str, PackedMask]) -> int:
         name, mask = item
         found = not at_places(mask) or mask.zeros is not None or kept(name) is not None
         return 0 if found else 8 * mask.bits.count(0)
 
-    return in_order(find, masks, work, WORTH)
+    return in_order(find, masks, size, WORTH)
 
 
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:

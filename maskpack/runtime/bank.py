@@ -37,7 +37,7 @@ from .apply import (
     undo,
     written,
 )
-from .load import VERIFY, Reference, Verify, check_base, check_one_set, load_adapter
+from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,7 @@ class MaskBank:
         max_device_bytes: int | None = None,
         verify: Verify = "strict",
     ):
-        if verify not in VERIFY:
-            raise ConfigError(f"verify must be strict, warn or off, got {verify!r}")
+        check_choices(verify)
         for name, limit in (("max_host_bytes", max_host_bytes), ("max_device_bytes", max_device_bytes)):
             if limit is not None and limit < 0:
                 raise ConfigError(f"{name} must be 0 or more, or None, got {limit}")
@@ -201,12 +200,15 @@ class MaskBank:
 
         Raises:
             ConfigError: if the name is taken, or masks are given without one.
-            BackboneMismatchError: if the adapter was made for another base. StateError: if it has no room.
+            BackboneMismatchError: if the adapter was made for another base.
+            StateError: if it has no room, or the bank is closed.
             AdapterError, HubError: as `load_adapter`.
         """
         source = ref if isinstance(ref, MaskSet | Adapter) else load_adapter(ref, **options)
         name = name or _name_of(source)
         with self._lock:
+            if not held_by(self.model, self._lock):
+                raise StateError("this bank is closed; make another one: MaskBank(model)")
             if name in self._residents:
                 raise ConfigError(
                     f"this bank has an adapter called {name!r} already; give another name, or remove it: "

@@ -15,11 +15,11 @@ from ..adapter.read import Adapter
 from ..backbone.classifier import Inputs, embeddings, example_count, taken
 from ..backbone.load import Backbone
 from ..backbone.model import unwrap
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, DataError
+from ..errors import AdapterError, BackboneMismatchError, DataError
 from ..hub.pull import PullOptions
 from ..preprocess import TextPreprocess, preprocess_from_json
 from .apply import masked
-from .load import VERIFY, Reference, Verify, check_base, clear, load_adapter
+from .load import Reference, Verify, check_base, check_choices, clear, load_adapter
 
 
 @dataclass(slots=True)
@@ -188,8 +188,7 @@ def load_cascade(
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         HubError: if the download failed.
     """
-    if verify not in VERIFY:
-        raise ConfigError(f"verify must be one of {', '.join(VERIFY)}, got {verify!r}")
+    check_choices(verify)
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
     parts = adapter.cascade
     if parts is None:

@@ -52,15 +52,11 @@ def load_mask(
     model: Model,
     ref: Reference | Adapter,
     *,
-    revision: str | None = None,
     verify: Verify = "strict",
     head: HeadChoice = "replace",
     mode: Mode = "target",
     restorable: bool = True,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    require_signature: str | os.PathLike[str] | None = None,
+    **options: Unpack[PullOptions],
 ) -> Model:
     """Apply an adapter to a model in place and return the same model.
 
@@ -77,25 +73,15 @@ def load_mask(
             removes these weights, and leaves the adapter's head, statistics and parameters out.
         restorable: keep what `unload_mask` needs: the weights that the mask changes, or a whole copy where the scale is
             on. Until the mask is on, they are kept in any case.
-        token, cache_dir, local_files_only: as in the Hugging Face Hub client.
-        require_signature: public key or folder of keys, as of `pull`; an `Adapter` was verified when it was read.
+        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`; not used for an
+            `Adapter`, which was verified when it was read.
 
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
     """
     check_choices(verify, head, mode)
-    if isinstance(ref, Adapter):
-        adapter = ref
-    else:
-        adapter = load_adapter(
-            ref,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            require_signature=require_signature,
-        )
+    adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
     parts = loaded_parts(adapter, head, mode)
     clear(model, adapter)
     masks = _masks_on(model, adapter, verify)
@@ -104,7 +90,7 @@ def load_mask(
     return model
 
 
-def check_choices(verify: Verify, head: HeadChoice, mode: Mode) -> None:
+def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:
     """Raise ConfigError if one of these arguments of `load_mask` is not one of its values."""
     if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
         raise ConfigError(

@@ -98,11 +98,11 @@ def load_masked(
                         what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
                         raise mismatch(adapter.base, what, compared)
             tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
-            found = None if masked is None else MaskSet({masked: masks[masked]})
+            own = {} if masked is None else {masked: masks[masked]}
             base.let_go()
-            if masked is not None and found is not None:
-                own = found if mode == "target" else MaskSet(dict(removing(found.items())))
-                apply_parts(_module({masked: tensor}), Parts(own, values=parts.values), restorable=False)
+            if masked is not None:
+                kept = MaskSet(own if mode == "target" else dict(removing(own.items())))
+                apply_parts(_module({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
         checked(verify, lambda: check_digests(of_body, digests, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():

@@ -19,6 +19,7 @@ LEAST, REACTION = 0.01, 0.15  # of the pressure: its first and least value, and 
 HORIZON, SMOOTHING = 20, 0.2  # steps that are looked ahead, and the weight of the last step in the trend
 HALVINGS = 24  # of the interval in which the shift that fits lies
 MARGIN = 1.002  # where an exact size turned out too great
+STATE = ("pressure", "trend", "before", "ratio")  # of a `RateControl`, beside the scores
 
 
 def coded_bits(mask: Tensor) -> Tensor:
@@ -121,10 +122,6 @@ class RateControl:
         ahead = math.log(self.size * self.ratio / self.budget) + HORIZON * self.trend
         self.pressure = max(self.pressure * math.exp(REACTION * min(max(ahead, -1.0), 1.0)), LEAST)
 
-    def end_epoch(self, last: bool) -> int:
-        """Compare the estimate with the codecs, and return their bytes; after the last epoch within the budget."""
-        return self.fit() if last else self.compare()
-
     def compare(self) -> int:
         """Compare the estimate with the codecs; return the bytes that the masks take."""
         size = coded_bytes(one.mask() for one in self.scored)
@@ -150,12 +147,12 @@ class RateControl:
 
     def state(self) -> dict[str, float]:
         """Return what a checkpoint keeps, beside the scores."""
-        return {"pressure": self.pressure, "trend": self.trend, "before": self.before, "ratio": self.ratio}
+        return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue as a checkpoint left off."""
-        self.pressure, self.ratio = state["pressure"], state["ratio"]
-        self.trend, self.before = state["trend"], state["before"]
+        for name in STATE:
+            setattr(self, name, state[name])
 
     def _fits(self, shift: float) -> bool:
         return self._estimate(shift) * self.ratio <= self.budget

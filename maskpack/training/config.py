@@ -37,22 +37,22 @@ class TrainConfig:
         scale: divide kept weights by sqrt(density), per parameter.
         bytes_budget: most bytes of the masks, as in 200kB, in the profiles default and max. Default: no limit.
         rate: the same in bits per weight.
-        bn: BatchNorm statistics: adapt follows the new data and stores them, freeze leaves them.
+        bn: BatchNorm statistics: adapt to the new data, and store them, or freeze.
 
     Head:
-        head_kind: linear is trained and stored whole; masked is random, with scores of its own, and stored as seed and
-            mask; text is made of a CLIP-like backbone's text embeddings, and frozen; own is the model's, and frozen.
-        head_template: for a text head, text in which {label} stands for the name of a class.
+        head_kind: linear: trained and stored whole. masked: random, with scores of its own, stored as seed and mask.
+            text: text embeddings of a CLIP-like backbone, frozen. own: the model's, frozen.
+        head_template: text in which {label} stands for the name of a class, for a text head.
 
     Training:
         epochs: passes over the training rows.
         steps: optimiser steps, in place of epochs.
         batch_size: examples per forward pass and process.
         accumulate: forward passes per optimiser step.
-        optimizer: for scores and head; sgd has momentum 0.9.
+        optimizer: optimiser of scores and head; sgd has momentum 0.9.
         lr: peak learning rate of the scores. Default: 0.02 for adam, 50 for sgd.
         head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
-        schedule: cosine falls to zero.
+        schedule: learning rate after the warmup: cosine falls to zero.
         warmup: share of the steps in which the learning rate rises from zero.
         clip: largest gradient norm per step, over all that is trained. Default: no limit.
         label_smoothing: share of the target probability that is spread over all classes.

@@ -11,7 +11,7 @@ from ..backbone.select import select_parameters
 from ..errors import ConfigError, StateError, UnknownNameError
 from ..mask import MaskSet, masked_weight
 from .config import GATE_START
-from .scores import Orders, all_names, owner, put_on, take_off
+from .scores import Orders, all_names, original, owner, put_on, take_off
 
 
 class GatedWeight(nn.Module):
@@ -64,12 +64,7 @@ class Gates:
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Return the shared weights by parameter name."""
-        found = {}
-        for name in self.members:
-            place, leaf = owner(self.model, name)
-            chains: Any = place.parametrizations
-            found[name] = chains[leaf].original
-        return found
+        return {name: original(self.model, name) for name in self.members}
 
     def values(self, task: str) -> dict[str, Tensor]:
         """Return the gates of a task, from 0 to 1, by parameter name."""

@@ -77,24 +77,6 @@ def _only(learns: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda gradient: torch.where(learns, gradient, 0.0)
 
 
-def learn_whole(backbone: Backbone, config: TrainConfig) -> dict[str, nn.Parameter]:
-    """Return the parameters of `config.train` by name; to be asked before scores are attached.
-
-    Raises:
-        SelectionError: if a pattern matches nothing. ConfigError: if one of them is to be masked.
-    """
-    parameters = named_parameters(backbone.model)
-    names = match_parameters(backbone.model, config.train, "train", backbone.outside)
-    scored = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-    masked = [name for name in names if name in scored]
-    if masked:
-        raise ConfigError(
-            f"train would train {len(masked)} parameters that are masked, first {masked[0]!r}; a mask needs frozen "
-            f"weights: leave them out of train, or out of the mask with exclude"
-        )
-    return {name: parameters[name] for name in names}
-
-
 def body_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
     """Return the parameters of the body by name."""
     return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}

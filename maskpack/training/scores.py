@@ -1,7 +1,7 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
 from ..adapter.content import Parts
-from ..backbone.model import aliases, unwrap
+from ..backbone.model import aliases, named_parameters, unwrap
 from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, PackedMask
@@ -116,6 +116,14 @@ def owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         module = getattr(module, part)
         module = unwrap(module)
     return module, leaf
+
+
+def original(model: nn.Module, name: str) -> nn.Parameter:
+    """Return a parameter that is parametrized."""
+    module, leaf = owner(model, name)
+    chains: Any = module.parametrizations
+    weight: nn.Parameter = chains[leaf].original
+    return weight
 
 
 def all_names(model: nn.Module) -> dict[str, list[str]]:
@@ -266,16 +274,34 @@ def attach_scores(
     if any(isinstance(m, ScoredWeight) for m in model.modules()):
         raise StateError("this model has scores already; call extract_masks(model) first")
     names = select_parameters(model, select or ())
-    whole = match_parameters(model, train, "train")
-    if masked := sorted(set(names) & set(whole)):
-        raise ConfigError(f"{masked[0]!r} would be masked and trained itself; leave it out of select or of train")
-    learning = {name: model.get_parameter(name) for name in whole}
+    learning = trained_themselves(model, train, names)
     scores = attach(model, method, names, scale)
     for parameter in learning.values():
         parameter.requires_grad_(True)
     before = {**learning, **dict(model.named_buffers())}
     scored_models(model)[0].before = {name: tensor.detach().clone() for name, tensor in before.items()}
     return scores
+
+
+def trained_themselves(
+    model: nn.Module, train: Iterable[str], masked: Collection[str], head: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn themselves beside scores, by name; to be asked before scores are attached.
+
+    Args:
+        train: globs. masked: names of parameters with a mask. head: modules that are not part of the body.
+
+    Raises:
+        SelectionError: if a pattern matches nothing. ConfigError: if a parameter would be masked as well.
+    """
+    parameters, names = named_parameters(model), match_parameters(model, train, "train", head)
+    both = [name for name in names if name in masked]
+    if both:
+        raise ConfigError(
+            f"train would train {len(both)} parameters that are masked, first {both[0]!r}; a mask needs frozen "
+            f"weights: leave them out of train, or out of the mask"
+        )
+    return {name: parameters[name] for name in names}
 
 
 def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) -> dict[str, nn.Parameter]:
@@ -369,9 +395,7 @@ def replaced_values(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, one in scored_weights(model).items():
         if one.method.op == "replace":
-            place, leaf = owner(unwrap(model), name)
-            chains: Any = place.parametrizations
-            weight = chains[leaf].original.detach()
+            weight = original(unwrap(model), name).detach()
             found[name] = one.method.values(weight, one.scores.detach())[~one.binary()].cpu()
     return found
 

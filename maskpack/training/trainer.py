@@ -16,6 +16,7 @@ from ..backbone.classifier import Batch
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
+from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError, require
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics, set_train_mode
@@ -23,11 +24,11 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, borrowed, learn_scores, learn_whole
+from .learn import Learn, borrowed, learn_scores
 from .loop import Position, Run, Steps
 from .objectives.base import check_data, find_objective
 from .run_folder import RunFolder, RunOptions
-from .scores import density, extract_masks, replaced_values, scored_models, scored_weights
+from .scores import density, extract_masks, replaced_values, scored_models, scored_weights, trained_themselves
 
 STREAM = "train"  # of batches
 
@@ -64,7 +65,10 @@ class ObjectiveSteps(Steps):
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        self.whole = learn_whole(backbone, config) if learn is learn_scores else {}
+        self.whole: Mapping[str, nn.Parameter] = {}
+        if learn is learn_scores:
+            masked = select_parameters(model, config.include, config.exclude, backbone.outside)
+            self.whole = trained_themselves(model, config.train, masked, backbone.outside)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
@@ -146,7 +150,9 @@ class ObjectiveSteps(Steps):
         return {"density": density(self.scored)} if self.scored else {}
 
     def end_epoch(self, at: Position) -> dict[str, float]:
-        size = {} if self.control is None else {"mask_bytes": self.control.end_epoch(at.done)}
+        size = {}
+        if self.control is not None:  # the last epoch ends within the budget
+            size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
         if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .evaluation import Evaluations, Progress
+from .evaluation import Evaluations, Progress, counted
 from .network import State, kept
 
 
@@ -91,7 +91,7 @@ def criticality(
     rows = []
     with kept(evaluations.module):
         own = evaluations.of(state)
-        for done, (name, names) in enumerate(groups.items()):
+        for name, names in counted(groups.items(), report):
             mixed = [rewound(state, initial, names, at / points) for at in range(points)] + [state]
             path = [
                 {"a": at / points, "accuracy": found["accuracy"], "loss": found["loss"]}
@@ -117,8 +117,6 @@ def criticality(
                 found = [(a * moved / (scale * unit)) ** 2 for a, scale in borne if scale is not None]
                 row |= {"radius": borne[-1][1], "criticality": min(found, default=None)}
             rows.append(row)
-            if report is not None:
-                report(done + 1, len(groups))
     rows.sort(key=lambda row: (-row["drop"], -row["loss"]))
     if noise is None:
         return {**own, "rows": rows}

@@ -1,9 +1,9 @@
 """Accuracy and loss of states of one model, kept as JSON files."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,15 @@ CALIBRATION = 1024  # training rows that BatchNorm statistics are taken from
 IN_MEMORY = 1_000_000_000  # bytes of preprocessed inputs that are kept
 MEASURED = frozenset(("accuracy", "loss", "examples"))
 Progress = Callable[[int, int], None]  # (done, in all)
+T = TypeVar("T")
+
+
+def counted(items: Collection[T], report: Progress | None) -> Iterator[T]:
+    """Yield items, and report after each how many are done."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if report is not None:
+            report(done, len(items))
 
 
 def evaluations_folder() -> Path:

@@ -59,7 +59,7 @@ def _block(name: str) -> str:
 
 def _owners(module: nn.Module) -> dict[str, list[str]]:
     """The parameters of each module, by its name."""
-    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    model = body_of(module)
     found: dict[str, list[str]] = {}
     before: dict[str, str] = {}  # parent -> its last child, if that has weights
     for raw, layer in model.named_modules():
@@ -102,10 +102,15 @@ class Network:
     masks: MaskSet | None = None
 
 
+def body_of(module: nn.Module) -> nn.Module:
+    """Return the backbone of a classifier, or the module itself; of a compiled module the original."""
+    return unwrap(module.model if isinstance(module, Classifier) else module)
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module by name, tied ones once; those of a classifier by the
     names that they have in its backbone."""
-    model = unwrap(module.model if isinstance(module, Classifier) else module)
+    model = body_of(module)
     first = aliases(model)
     state = model.state_dict(keep_vars=True)
     found = {canonical(name): tensor.detach() for name, tensor in state.items() if isinstance(tensor, Tensor)}

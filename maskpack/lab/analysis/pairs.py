@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ...mask import MaskSet, PackedMask
-from .evaluation import Evaluations, Progress
+from .evaluation import Evaluations, Progress, counted
 from .network import Network, State, kept
 
 T = TypeVar("T")
@@ -57,11 +57,9 @@ def barrier(
         raise ConfigError(f"the two networks have other entries, first {differing[0]!r}; give two of one architecture")
     found: list[dict[str, float]] = []
     with kept(evaluations.module):
-        for at in range(points):
+        for at in counted(range(points), report):
             one = evaluations.of(interpolated(first, second, at / (points - 1)))
             found.append({"t": at / (points - 1), "accuracy": one["accuracy"], "loss": one["loss"]})
-            if report is not None:
-                report(at + 1, points)
 
     def height(key: str, sign: int) -> float:
         first, last = found[0][key], found[-1][key]
@@ -130,12 +128,8 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
         {"networks": {"network", "kind", "accuracy"}, "pairs": {"first", "second", "kinds", …} with what
         `common_mistakes` gives, "examples"}.
     """
-    found = []
     with kept(evaluations.module):
-        for one in networks:
-            found.append(evaluations.of(one.state, rows=True))
-            if report is not None:
-                report(len(found), len(networks))
+        found = [evaluations.of(one.state, rows=True) for one in counted(networks, report)]
     right = [torch.tensor(one["right"], dtype=torch.bool) for one in found]
     pairs = each_pair(networks, right, common_mistakes)
     rows = [

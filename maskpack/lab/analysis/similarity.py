@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ...backbone.classifier import Classifier, Inputs, predictions
-from ...backbone.model import canonical, unwrap
+from ...backbone.model import canonical
 from ...errors import ConfigError
 from ...training.features import digest_of, keep_features, kept_features
-from .evaluation import Evaluations, Progress
-from .network import Network, State, kept
+from .evaluation import Evaluations, Progress, counted
+from .network import Network, State, body_of, kept
 from .pairs import each_pair
 
 LEAST = 512  # examples, below which a note is due
@@ -54,7 +54,6 @@ def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]
 
 def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
     module = evaluations.module
-    model = unwrap(module.model if isinstance(module, Classifier) else module)
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
     attention: list[Tensor | None] = [None]
 
@@ -65,7 +64,7 @@ def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> 
         return lambda _, __, output: collected[name].append(_pooled(output, attention[0]).float().cpu())
 
     evaluations.put(state)
-    named = {canonical(name): one for name, one in model.named_modules()}
+    named = {canonical(name): one for name, one in body_of(module).named_modules()}
     hooks = [named[name].register_forward_hook(seen(name)) for name in layers]
     hooks.append(module.register_forward_pre_hook(entering))
     try:
@@ -89,14 +88,10 @@ def similarities(
     """
     module = evaluations.module
     head = module.embedding.module if isinstance(module, Classifier) else None
-    model = unwrap(module.model if isinstance(module, Classifier) else module)
-    known = {canonical(name) for name, _ in model.named_modules()} - {"", head}
-    layers, features = [name for name in names if name in known], []
-    with kept(evaluations.module):
-        for one in networks:
-            features.append(layer_features(evaluations, one.state, layers))
-            if report is not None:
-                report(len(features), len(networks))
+    known = {canonical(name) for name, _ in body_of(module).named_modules()} - {"", head}
+    layers = [name for name in names if name in known]
+    with kept(module):
+        features = [layer_features(evaluations, one.state, layers) for one in counted(networks, report)]
     pairs = each_pair(networks, features, lambda x, y: {"cka": [linear_cka(x[name], y[name]) for name in layers]})
     return {"layers": layers, "pairs": pairs, "examples": len(evaluations.examples)}
 

@@ -1,0 +1,545 @@
+"""maskpack train | cascade | transfer | multitask."""
+
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from maskpack.errors import ConfigError
+from maskpack.preprocess import Augment
+from maskpack.training.config import JointConfig, Mode, Start, TrainConfig, check_types, read_config
+
+from .console import app, emit, hint, main_process, note, say, table, training_progress, warn
+from .options import (
+    Base,
+    BatchSize,
+    Columns,
+    DataRef,
+    Folder,
+    Given,
+    Packed,
+    Ref,
+    Revision,
+    Rows,
+    TrainedBackbone,
+    Trust,
+    Without,
+    read_tasks,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from maskpack.backbone.load import Backbone
+    from maskpack.training.data.base import Data
+    from maskpack.training.joint import Task
+
+PANEL = "Training"
+OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
+RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
+NOTHING_DONE = "Everything needed is there; nothing was trained or written."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Folder, Packed):
+    """How a training runs.
+
+    Run:
+        checkpoint_every: a time or steps, as in 10min or 500steps. Default: every epoch.
+        resume: continue from the last checkpoint in --output.
+        dry_run: check everything, run one batch, write nothing.
+    """
+
+    checkpoint_every: str | None = None
+    resume: bool = False
+    dry_run: bool = False
+
+    def check(self, settings: TrainConfig) -> None:
+        """Refuse what is wrong before anything is loaded."""
+        from maskpack.training.run_folder import parse_every
+
+        parse_every(self.checkpoint_every)
+        if self.profile == "fast" and (settings.bytes_budget is not None or settings.rate is not None):
+            raise ConfigError(
+                "--bytes-budget and --rate are kept in the profiles default and max, not in the profile fast"
+            )
+
+
+@verb(
+    app,
+    "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask-flowers",
+    "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
+    "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
+    "maskpack train --config run.toml --resume",
+    panel=PANEL,
+)
+def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainConfig, run: Run, given: Given) -> None:
+    """Train a mask on a frozen backbone and write it as an adapter."""
+    from maskpack import inspect_adapter, save_adapter
+    from maskpack.training import train_mask
+    from maskpack.training.run_folder import check_untaken
+    from maskpack.training.trainer import plan_training
+
+    run.check(settings)
+    folder = run.output / RUN_FOLDER
+    check_untaken(folder, run.resume)
+    loaded, read = load_inputs(backbone, data, rows, settings, given)
+    plan = plan_training(loaded, read, settings)
+    describe_plan(plan, read)
+    if run.dry_run:
+        return emit(plan, NOTHING_DONE)
+    with training_progress() as report:
+        result = train_mask(
+            loaded,
+            read,
+            settings,
+            output=folder,
+            resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
+            report=report,
+        )
+    if not main_process():
+        return None
+    about = result.about
+    adapter = save_adapter(run.output, result.parts, result.base, about, profile=run.profile, weights=loaded.model)
+    whole = inspect_adapter(adapter)["sets"]["default"]
+    unreadable = (about.training or {})["data"]["unreadable"]
+    if unreadable:
+        warn(f"{unreadable} examples could not be read and were left out.")
+    facts = {
+        "adapter": str(run.output),
+        **result.metrics,
+        "weights": whole["weights"],
+        "mask_bytes": whole["payload_bytes"],
+        "bits_per_weight": whole["bits_per_weight"],
+        "file_bytes": adapter.size,
+    }
+    emit(facts, f"✓ {run.output}")
+    if not read.class_names:
+        words = evaluated(run.output, data, backbone, rows)
+        hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
+    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+
+
+def load_inputs(
+    backbone: TrainedBackbone,
+    data: str,
+    rows: Rows,
+    settings: TrainConfig,
+    given: Collection[str],
+    labelled: bool | None = None,
+) -> "tuple[Backbone, Data]":
+    """Load a backbone and data; `labelled` as in `load_data`, None: if the objective needs labels."""
+    note(f"Loading {backbone.backbone} and {data} …")
+    loaded = backbone.load()
+    needed = needs_labels(settings.objective, loaded.task, given)
+    labelled = needed if labelled is None else labelled
+    return loaded, rows.load(data, supervised=needed, labelled=labelled, seed=settings.seed)
+
+
+def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
+    """Return True if an objective learns from labels.
+
+    Raises:
+        ConfigError: if one of the options that are given, by name, means nothing to it.
+    """
+    from maskpack.training.objectives.base import find_objective
+
+    cls = find_objective(objective, task)
+    idle = [] if cls.needs_labels else [name for name in OF_LABELS if name in given]
+    idle += ["augment"] if "augment" in given and not cls.augments else []
+    if idle:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ConfigError(f"the objective {objective!r} does not use {names}; leave out what is for labels")
+    return cls.needs_labels
+
+
+def reference(output: Path) -> str:
+    """Return what verbs take for the adapter in a folder."""
+    return shlex.quote(str(output) if output.is_absolute() else f"./{output}")
+
+
+def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) -> str:
+    """Return the arguments with which `eval` measures the adapter in a folder on what it was trained with."""
+    named = {"data": data, **asdict(backbone), **asdict(rows)}
+    words = [
+        f"--{name.replace('_', '-')} {shlex.quote(str(named[name]))}"
+        for name in ("data", "backbone", "weights", "random_weights", "input_column", "label_column")
+        if named[name] is not None
+    ]
+    return " ".join([reference(output), *words])
+
+
+def describe_plan(plan: Mapping[str, Any], data: "Data") -> None:
+    from maskpack.training.data.base import empty_classes
+
+    note(
+        f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
+        f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
+        f"{plan['steps']:,} steps"
+    )
+    assert data.train is not None
+    empty = empty_classes(data.train, data.class_names)
+    if empty:
+        note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
+
+
+# --- cascade ---------------------------------------------------------------------------------------------------------
+
+cascades = typer.Typer(help="Train a dispatcher and an expert for each cluster of the data, or evaluate them.")
+app.add_typer(cascades, name="cascade", no_args_is_help=True, rich_help_panel=PANEL)
+SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What is trained beside the dispatcher.
+
+    Cascade:
+        experts: experts, one for each cluster.
+        combine: conditional takes 2 forward passes for an input, unconditional one for each set.
+        reduce: numbers that combined embeddings are reduced to. Default: not reduced.
+        no_labels: the data have no labels: the cascade gets no head.
+    """
+
+    experts: int = 5
+    combine: Literal["conditional", "unconditional"] = "conditional"
+    reduce: Annotated[int | None, typer.Option(min=1)] = None
+    no_labels: Annotated[bool, typer.Option("--no-labels")] = False
+
+
+@verb(
+    cascades,
+    f"maskpack cascade train {SHARED} --objective self-supervised --experts 4 --output ./cascade",
+    "maskpack cascade train --config run.toml --combine unconditional --resume",
+    name="train",
+)
+def train_experts(
+    backbone: TrainedBackbone,
+    data: DataRef,
+    rows: Rows,
+    settings: TrainConfig,
+    cascade: Experts,
+    run: Run,
+    given: Given,
+) -> None:
+    """Train a dispatcher, a router and experts on a frozen backbone, and write them as one adapter.
+
+    The options of `maskpack train` hold for the dispatcher and for every expert.
+    """
+    from maskpack import inspect_adapter, save_adapter
+    from maskpack.training import train_cascade
+    from maskpack.training.cascade import DISPATCHER, check_cascade, fit_cascade_head
+    from maskpack.training.run_folder import check_untaken
+    from maskpack.training.trainer import plan_training
+
+    run.check(settings)
+    folder = run.output / RUN_FOLDER
+    check_untaken(folder / DISPATCHER, run.resume)
+    loaded, read = load_inputs(backbone, data, rows, settings, given, labelled=not cascade.no_labels)
+    check_cascade(read, settings, cascade.experts)
+    plan = plan_training(loaded, read, settings)
+    describe_plan(plan, read)
+    steps = (cascade.experts + 1) * plan["steps"]
+    note(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
+    if run.dry_run:
+        return emit({**plan, "experts": cascade.experts}, NOTHING_DONE)
+    with training_progress() as report:
+        result = train_cascade(
+            loaded,
+            read,
+            settings,
+            experts=cascade.experts,
+            output=folder,
+            resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
+            report=report,
+        )
+    if not main_process():
+        return None
+    result = fit_cascade_head(loaded, read, result, combine=cascade.combine, reduce=cascade.reduce)
+    adapter = save_adapter(
+        run.output,
+        result.parts,
+        result.base,
+        result.about,
+        cascade=result.cascade,
+        profile=run.profile,
+        weights=loaded.model,
+    )
+    about = inspect_adapter(adapter)
+    facts = {
+        "adapter": str(run.output),
+        **result.metrics,
+        "combine": cascade.combine,
+        "cluster_rows": ", ".join(map(str, (result.about.training or {})["cascade"]["rows"])),
+        "dispatcher_mask_bytes": about["sets"]["dispatcher"]["payload_bytes"],
+        "expert_mask_bytes": sum(about["sets"][name]["payload_bytes"] for name in about["cascade"]["experts"]),
+        **{f"{role}_bytes": size for role, size in about["cascade"]["bytes"].items()},
+        "file_bytes": adapter.size,
+    }
+    emit(facts, f"✓ {run.output}")
+    if not cascade.no_labels:
+        hint(f"Next: maskpack cascade eval {evaluated(run.output, data, backbone, rows)}")
+    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+
+
+@verb(cascades, "maskpack cascade eval ./cascade --data ./flowers --json", name="eval")
+def evaluate_cascade(
+    ref: Ref,
+    data: DataRef,
+    columns: Columns,
+    base: Base,
+    trust: Trust,
+    revision: Revision = None,
+    whiten: Annotated[
+        int | None, typer.Option(min=1, help="Numbers of a whitened embedding. Default: those of one set.")
+    ] = None,
+    labels_fraction: Annotated[float, typer.Option(help="Share of the training rows to use.")] = 1.0,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
+    from maskpack.training import load_data
+    from maskpack.training.cascade import cascade_table
+    from maskpack.training.data.load import LABELS_SEED
+
+    from .use import on_gpu
+
+    adapter = trust.load(ref, revision)
+    backbone = on_gpu(base.of(adapter))
+    found = load_data(data, **vars(columns), labels_fraction=labels_fraction, seed=LABELS_SEED)
+    note("Embedding the training and the test rows by every set …")
+    result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
+    emit({"adapter": adapter.pinned, "data": found.id, **result}, shown={})
+    lines = [
+        {**row, "embedding": row["embedding"] + (", whitened" if row["whitened"] else "")} for row in result["rows"]
+    ]
+    names = [name for name in lines[0] if name != "whitened"]
+    table([n.replace("_bytes", "").replace("_", " ") for n in names], [[line[n] for n in names] for line in lines])
+    hint("knn, probe: accuracies on the test split. Columns behind steps: bytes.")
+
+
+# --- transfer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """What learns the target, and from where.
+
+    Transfer:
+        source: data that the network learns first, as for --data of train.
+        target: data that it is carried to.
+        start: of the weights that learn the target: their values before the source, after it, or drawn anew.
+            Default: source-start; source-end with --source-trained.
+        weight_lr: peak learning rate of weights. Default: 0.001 for adam, 0.05 for sgd.
+        source_trained: the backbone knows the source already.
+        baseline: fine-tune without a mask as well.
+    """
+
+    source: str
+    target: str
+    start: Start | None = None
+    weight_lr: float | None = None
+    source_trained: bool = False
+    baseline: bool = False
+
+
+# the settings that a transfer decides itself, see `check_transfer`
+Carrying = Annotated[
+    TrainConfig,
+    Without(
+        *("head_kind", "head_template", "objective", "objective_options", "scale", "train", "bytes_budget", "rate"),
+        bn="freeze",
+    ),
+]
+
+
+@verb(
+    app,
+    "maskpack transfer --backbone timm/resnet18.a1_in1k --source ./photos --target ./sketches --method naive "
+    "--output ./sketches-of-photos",
+    "maskpack transfer --config run.toml --start source-end --resume",
+    panel=PANEL,
+)
+def transfer(
+    backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried: Carried, run: Run, given: Given
+) -> None:
+    """Train on a source, find the weights that it does not need, and let these alone learn a target.
+
+    The options of `maskpack train` hold for every run.
+    """
+    from maskpack import save_adapter
+    from maskpack.training import train_transfer
+    from maskpack.training.evaluate import markdown, transfer_table
+    from maskpack.training.run_folder import write_json
+    from maskpack.training.trainer import plan_training
+    from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
+
+    run.check(settings)
+    output, trained = run.output, carried.source_trained
+    start: Start = carried.start or ("source-end" if trained else "source-start")
+    check_output(output, run.resume)
+    loaded, source = load_inputs(backbone, carried.source, rows, settings, given)
+    note(f"Loading {carried.target} …")
+    target = rows.load(carried.target, seed=settings.seed)
+    check_transfer(loaded, source, settings, start, trained, carried.weight_lr)
+    plans = {}
+    for name, data in (("source", source), ("target", target)):
+        plans[name] = plan_training(loaded, data, settings)
+        note(f"The {name}, {data.id}:")
+        describe_plan(plans[name], data)
+    if run.dry_run:
+        return emit(plans, NOTHING_DONE)
+    with training_progress() as report:
+        result = train_transfer(
+            loaded,
+            source,
+            target,
+            settings,
+            start=start,
+            weight_lr=carried.weight_lr,
+            source_trained=trained,
+            baseline=carried.baseline,
+            output=output,
+            resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
+            report=report,
+        )
+    if not main_process():
+        return None
+    lines = transfer_table(result, source, target, batch_size=settings.batch_size)
+    adapter = save_adapter(
+        output, result.parts, result.base, result.about, profile=run.profile, weights=result.backbone.model
+    )
+    facts = {"adapter": str(output), "start": start, "density": result.metrics["density"], "file_bytes": adapter.size}
+    if not trained:
+        facts["source_weights"] = str(output / SOURCE_FILE)
+        backbone = replace(backbone, weights=output / SOURCE_FILE, random_weights=None)
+    write_json(output / "transfer.json", {**facts, "rows": lines})
+    emit({**facts, "rows": lines}, f"✓ {output}")
+    say("", *markdown(lines).splitlines())
+    return hint(f"Next: maskpack eval {evaluated(output, carried.source, backbone, rows)} --mode source")
+
+
+# --- multitask -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Rows):
+    """A table [[task]] of a file of tasks."""
+
+    name: str
+    data: str
+    augment: Augment | None = None
+
+
+TasksFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="TASKS.toml",
+        callback=read_tasks,
+        is_eager=True,
+        help="A table `task` for each task, with name, data and its options; options for all as keys before them.",
+    ),
+]
+
+
+@verb(
+    app,
+    "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --output ./many",
+    "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --mode gated --output ./together",
+    panel=PANEL,
+)
+def multitask(
+    config: TasksFile,
+    backbone: TrainedBackbone,
+    rows: Rows,
+    settings: TrainConfig,
+    joint: JointConfig,
+    run: Annotated[Run, Without("config")],
+    given: Given,
+    mode: Annotated[Mode, typer.Option(help="How the tasks are trained.", rich_help_panel="Many tasks")] = "sequential",
+) -> None:
+    """Train a mask for each of several tasks on one backbone; tasks that are finished in --output are left alone.
+
+    sequential: the backbone stays as it is, one mask is trained after the other. gated: all tasks learn together on
+    shared weights with soft masks, which are hardened at the end. shared and separate are for comparison: the same
+    without masks, and a network for each task. The options of `maskpack train` hold for every task.
+    """
+    from maskpack.training import train_tasks
+    from maskpack.training.multitask import BASE, markdown, plan_tasks
+
+    entries = _entries(config)
+    run.check(settings)
+    note(f"Loading {backbone.backbone} and {len(entries)} tasks …")
+    loaded = backbone.load()
+    tasks = {str(entry["name"]): _task(entry, rows, settings, loaded.task, given) for entry in entries}
+    plan = plan_tasks(loaded, tasks, run.output, mode=mode, config=settings, joint=joint)
+    finished = f"; finished before: {', '.join(plan['finished'])}" if plan["finished"] else ""
+    note(f"To train: {', '.join(plan['missing']) or 'nothing'}, {plan['steps']:,} steps{finished}")
+    if run.dry_run:
+        return emit(plan, NOTHING_DONE)
+    with training_progress() as report:
+        result = train_tasks(
+            loaded,
+            tasks,
+            run.output,
+            mode=mode,
+            config=settings,
+            joint=joint,
+            profile=run.profile,
+            resume=run.resume,
+            checkpoint_every=run.checkpoint_every,
+            report=report,
+        )
+    if not main_process():
+        return None
+    emit(result, shown={})
+    say(*markdown(result).splitlines())
+    first = entries[0]
+    folder = run.output / first["name"]
+    weights = (folder if mode == "separate" else run.output) / BASE
+    backbone = replace(backbone, weights=weights, random_weights=None)
+    words = evaluated(folder, first["data"], backbone, _own_rows(rows, first))
+    return hint(f"Next: maskpack eval {words}{'' if tasks[first['name']].data.class_names else ' --knn --probe'}")
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    """Return the tables of the tasks, each with a name of its own and data."""
+    entries = read_config(file).get("task")
+    if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+        raise ConfigError(f"{file} has no tasks; write a table [[task]] with name and data for each")
+    known = [field.name for field in fields(Entry)]
+    found: list[dict[str, Any]] = []
+    for number, entry in enumerate(entries, 1):
+        place = f"task {number} of {file}"
+        own = {key.replace("-", "_"): value for key, value in entry.items()}
+        for key in own.keys() - set(known):
+            names = ", ".join(name.replace("_", "-") for name in known)
+            raise ConfigError(f"{place} has the setting {key!r}, which cannot stand there; known: {names}")
+        missing = [key for key in ("name", "data") if key not in own]
+        if missing:
+            raise ConfigError(f"{place} lacks {' and '.join(missing)}; give each task a name and data")
+        try:
+            check_types(Entry(**own))
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        if own["name"] in [earlier["name"] for earlier in found]:
+            raise ConfigError(f"{file} has several tasks called {own['name']!r}; give each a name of its own")
+        found.append(own)
+    return found
+
+
+def _own_rows(rows: Rows, entry: Mapping[str, Any]) -> Rows:
+    return replace(rows, **{field.name: entry[field.name] for field in fields(Rows) if field.name in entry})
+
+
+def _task(entry: Mapping[str, Any], rows: Rows, settings: TrainConfig, kind: str, given: Given) -> "Task":
+    """Load a task's data."""
+    from maskpack.training.joint import Task
+
+    labelled = needs_labels(settings.objective, kind, [*given, *entry])
+    data = _own_rows(rows, entry).load(entry["data"], supervised=labelled, labelled=labelled, seed=settings.seed)
+    return Task(data, entry.get("augment"))
