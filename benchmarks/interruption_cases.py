@@ -69,7 +69,8 @@ def bank_without_c(world: World) -> None:
 
 def check_bank(world: World) -> None:
     """Raise AssertionError if the model is not what its bank says, or is not the base once the bank is closed."""
-    bank = world.bank
+    bank, record = world.bank, applied(world.model)
+    assert world.twice or record is None or record.complete, "damaged: a part of a mask"
     name = bank.active
     assert same(bits_of(world.model), world.wanted[name]), f"damaged: the bank says {name}"
     for one in bank.names:

@@ -388,7 +388,11 @@ class MaskBank:
                 noted |= record.after
             self._check(noted, force)
             if record is not None:
-                undo(self.model, record)
+                try:
+                    undo(self.model, record)
+                except BaseException:
+                    undo(self.model, record)  # once more, so that one interruption leaves the base
+                    raise
             if name is not None:
                 self._switches["places" if resident.notes else "bits"] += 1
                 put(self.model, Applied(name, base=self._base, notes=resident.notes), parts)
