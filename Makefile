@@ -1,5 +1,7 @@
 # On a fresh machine with Python 3.11 or newer: make demo, make test. Targets with a comment behind ## are those of `make help`.
 PYTHON ?= python3
+# compiled modules are kept even where the environment says not to: tests start hundreds of processes
+export PYTHONDONTWRITEBYTECODE =
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 $(BIN)/python -m

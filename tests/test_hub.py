@@ -38,7 +38,7 @@ def test_what_is_pushed_is_pulled(hub: HubServer, adapter: Path) -> None:
     assert set(files) == set(NAMES)
     assert {name: files[name] for name in (MODEL, CONFIG)} == contents()
     assert read_adapter(pulled.path).about.class_names == CLASSES
-    assert files[CARD].startswith(b'---\nlibrary_name: "maskpack"\n')
+    assert files[CARD].startswith(b"---\nlibrary_name: maskpack\n")
     assert b"# alice/birds\n" in files[CARD]
     assert hub.repositories["alice/birds"].tags(pushed.commit or "")[0] == "maskpack"
     assert len(hub.requests("POST", "/commit/")) == 1
