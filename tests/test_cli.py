@@ -367,7 +367,7 @@ def test_list_plug_ins() -> None:
     wrong = run("list", "masks")
     assert (wrong.exit_code, wrong.stderr) == (
         2,
-        "Error: cannot list 'masks'; known: adapters, methods, objectives, codecs, data, importers, rows\n",
+        "Error: cannot list 'masks'; known: adapters, methods, objectives, codecs, data, importers, baselines\n",
     )
 
 

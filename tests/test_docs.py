@@ -59,7 +59,7 @@ def blocks(page: str) -> list[tuple[str, str, bool]]:
 def verb_of(words: list[str]) -> tuple[Any, list[str]]:
     """The verb, or the verb of a verb, that the words call, and the words for it."""
     found = COMMAND
-    while (own := getattr(found, "commands", {})) and words[0] in own:
+    while words and words[0] in (own := getattr(found, "commands", {})):
         found, words = own[words[0]], words[1:]
     return found, words
 

@@ -71,6 +71,7 @@ class Verbs(TyperGroup):
     """The verbs of the command line, with the one place where errors are shown."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
+        Output.json = Output.quiet = False  # several calls in one process
         with errors_shown():
             return super().make_context(*arguments, **options)
 
