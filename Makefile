@@ -44,6 +44,9 @@ types: $(VENV)/.installed ## mypy
 unit: $(VENV)/.installed ## pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
+quick: $(VENV)/.installed ## pytest without the tests that are marked as slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not slow"
+
 # the tests of push and pull once more, with the lowest Hub client that pyproject.toml allows laid over the environment
 CLIENT := .clients/lowest
 # without those that call no client (local, references), contact the real Hub (live), or are about the loopback server (server, xet)

@@ -91,6 +91,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_runs_and_page(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page, folder = small / "page.md", small / "measured"
     page.write_text(f"a\n<!-- begin: {MARK} -->\n<!-- end: {MARK} -->\nb\n")

@@ -79,6 +79,7 @@ def test_import_is_lazy() -> None:
     assert not loaded & {"torch", "numpy", "huggingface_hub", "safetensors"}
 
 
+@pytest.mark.slow
 def test_the_check_can_fail() -> None:
     assert "torch" in modules_after("import maskpack; maskpack.load_mask")
     assert "maskpack.training" in modules_after("from maskpack.training import train_mask")
@@ -143,6 +144,7 @@ def test_loading_needs_no_training(tmp_path: Path) -> None:
     assert not loaded & {"huggingface_hub", "torchvision", "timm", "transformers", "datasets", "accelerate"}
 
 
+@pytest.mark.slow
 def test_training_needs_no_lab(tmp_path: Path) -> None:
     code = (
         "import sys, torch, maskpack\n"

@@ -443,6 +443,7 @@ def command_line(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "maskpack_cli.main", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
     long = [*TRAIN[:-4], "--epochs", "200", "--labels-fraction", "0.3", "--output", tmp_path]
     process = subprocess.Popen(command_line(*long), stderr=subprocess.PIPE, text=True)
@@ -459,6 +460,7 @@ def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
     assert not (tmp_path / "maskpack_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_terminated_and_resumed_is_the_same_adapter(tmp_path: Path) -> None:
     """The signal goes to all processes, as a scheduler sends it, those that read data included."""
     options = [*TRAIN, "--batch-size", "4", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
@@ -494,6 +496,7 @@ def test_wrong_intervals_are_told_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [*TRAIN, "--bn", "freeze", "--lr", "5000", "--augment", "none"]

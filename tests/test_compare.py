@@ -97,6 +97,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     events: list[Mapping[str, Any]] = []
@@ -341,6 +342,7 @@ def test_what_trials_are_asked_for(backbone: dict[str, Any], tmp_path: Path, mon
     assert found["rows"][1]["deviation"] is None, "a row in which the seed plays no part has one accuracy"
 
 
+@pytest.mark.slow
 def test_a_comparison(
     backbone: dict[str, Any], tmp_path: Path, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,6 +576,7 @@ def none_left(group: int) -> bool:
     return not processes_of(group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_of_a_comparison_that_was_stopped(
     number: signal.Signals, backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -600,6 +603,7 @@ def test_nothing_is_left_of_a_comparison_that_was_stopped(
     assert not list(tmp_path.rglob("result-*.json"))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_comparison_that_was_killed(backbone: dict[str, Any], tmp_path: Path) -> None:
     write_json(tmp_path / "job.json", asdict(job(tmp_path, backbone, "probe")))
     code = f"""

@@ -161,6 +161,7 @@ def run_command(words: list[str]) -> None:
     assert done.exit_code == 0, f"maskpack {shlex.join(words)}\n{done.stdout}\n{done.stderr}\n{done.exception!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(k in RUN_LANGUAGES for k, _, _ in blocks(page))])
 def test_blocks_run(page: str, world: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "docs"}

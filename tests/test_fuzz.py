@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the fuzzer limits its memory as Linux does")
 @pytest.mark.parametrize("fuzzer", ["fuzz_reader", "fuzz_cli"])
 def test_spoiled_files_give_masks_or_errors_of_ours(fuzzer: str) -> None:

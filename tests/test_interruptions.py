@@ -22,6 +22,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.unraisablehook", lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
@@ -63,6 +64,7 @@ def test_masks_of_several_pieces_of_the_real_size(tmp_path: Path, op: str) -> No
             assert once(world, case, (at_calls, Fault(at, KeyboardInterrupt))) is None
 
 
+@pytest.mark.slow
 def test_real_signals() -> None:
     counts, wrong = storm(60, random.Random(0))
     assert wrong == []

@@ -324,6 +324,7 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
     assert all({"feature_rank", "prototype_usage"} <= e.keys() for e in logged if e["event"] == "epoch")
 
 
+@pytest.mark.slow
 def test_resumed_is_the_same_to_the_bit(tiny_backbone: Backbone, unlabelled: Data, tmp_path: Path) -> None:
     config = TrainConfig(**QUICK)
 

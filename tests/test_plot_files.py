@@ -36,6 +36,7 @@ def draw_some(folder: Path) -> None:
         save_figure(density_figure({"x": [{"a": 0.5, "b": 0.25}, {"a": 0.75}]}), folder / f"density.{ending}")
 
 
+@pytest.mark.slow
 def test_same_bytes_in_every_process(tmp_path: Path) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()

@@ -100,6 +100,7 @@ def test_bytes_are_those_of_the_file(tiny: nn.Module, tmp_path: Path) -> None:
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["threshold", "gumbel", "flip"])
 def test_masks_fit_into_the_budget(tiny: nn.Module, digits: Data, method: str) -> None:
     config = replace(QUICK, method=method, lr=60.0 if method == "threshold" else 600.0)
@@ -219,6 +220,7 @@ def test_statistics_are_taken_with_the_masks_that_are_stored(
     assert order == ["fit", "recalibrate"]
 
 
+@pytest.mark.slow
 def test_resumed_is_the_same_to_the_bit(tiny: nn.Module, digits: Data, tmp_path: Path) -> None:
     config = replace(QUICK, bytes_budget=60)
     whole = train_mask(backbone_of(tiny), digits, config)

@@ -162,6 +162,7 @@ def test_processes_that_read_data_change_nothing(digits: Data) -> None:
     same(one, other)
 
 
+@pytest.mark.slow
 def test_a_joint_run_goes_on_at_any_step(digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(QUICK_CROPS, accumulate=2, batch_size=8)
     tasks = {"one": Task(digits), "two": Task(digits, "none")}

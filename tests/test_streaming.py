@@ -134,6 +134,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platfor
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     def peak(count: int) -> int:
         words = [sys.executable, "-c", PACK, str(count), str(tmp_path / "x.safetensors")]

@@ -302,6 +302,7 @@ resumable(Path({folder!r}), report=lambda e: (print(e["event"], flush=True), tim
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
     whole = resumable(tmp_path / "whole")
     root, folder = str(Path(__file__).parent.parent), str(tmp_path / "killed")

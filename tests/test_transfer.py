@@ -496,6 +496,7 @@ def refused(*arguments: object, code: int = 1) -> str:
     return " ".join(result.stderr.replace("│", "").split())
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     dry = run(*TRANSFER, "--output", folder, "--dry-run")
