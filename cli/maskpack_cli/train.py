@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
     from maskpack.training.joint import Task
+    from maskpack.training.run_folder import PartOptions, Report
 
 PANEL = "Training"
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
@@ -55,6 +56,10 @@ class Run(Folder, Packed):
     checkpoint_every: str | None = None
     resume: bool = False
     dry_run: bool = False
+
+    def options(self, report: "Report") -> "PartOptions":
+        """Return what every training function takes of these."""
+        return {"resume": self.resume, "checkpoint_every": self.checkpoint_every, "report": report}
 
     def check(self, settings: TrainConfig) -> None:
         """Refuse what is wrong before anything is loaded."""
@@ -96,9 +101,7 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
             read,
             settings,
             output=folder,
-            resume=run.resume,
-            checkpoint_every=run.checkpoint_every,
-            report=report,
+            **run.options(report),
         )
     if not main_process():
         return None
@@ -253,9 +256,7 @@ def train_experts(
             settings,
             experts=cascade.experts,
             output=folder,
-            resume=run.resume,
-            checkpoint_every=run.checkpoint_every,
-            report=report,
+            **run.options(report),
         )
     if not main_process():
         return None
@@ -403,9 +404,7 @@ def transfer(
             source_trained=trained,
             baseline=carried.baseline,
             output=output,
-            resume=run.resume,
-            checkpoint_every=run.checkpoint_every,
-            report=report,
+            **run.options(report),
         )
     if not main_process():
         return None
@@ -490,9 +489,7 @@ def multitask(
             config=settings,
             joint=joint,
             profile=run.profile,
-            resume=run.resume,
-            checkpoint_every=run.checkpoint_every,
-            report=report,
+            **run.options(report),
         )
     if not main_process():
         return None
