@@ -165,7 +165,7 @@ def test_splits_that_are_not_there(adapter: Path, tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.png"):
         file.write_bytes(b"")
     result = run(adapter, "--data", tmp_path, *BACKBONE, "--split", "train")
-    assert "there is no example that could be read, so there are no predictions" in result.stderr
+    assert "there is no example that could be read, so there are no outputs" in result.stderr
 
 
 def test_a_head_for_fewer_classes_than_the_data_have(tmp_path: Path) -> None:
