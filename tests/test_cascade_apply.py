@@ -320,5 +320,5 @@ def test_refuses_what_it_cannot_use(tmp_path: Path, tiny: TinyNet) -> None:
     with pytest.raises(BackboneMismatchError, match="has no 'head', whose input the cascade takes"):
         load_cascade(tiny, saved(tmp_path / "z", tiny, spread(embedding=Embedding("head"))))
     wide = load_cascade(tiny, saved(tmp_path / "w", tiny, cascade_parts(17, EXPERTS)))
-    with pytest.raises(BackboneMismatchError, match="gives embeddings of 16 features, the cascade's router expects 17"):
+    with pytest.raises(BackboneMismatchError, match="gives embeddings of 16 features, the router expects 17"):
         wide.embed(INPUTS)

@@ -129,7 +129,7 @@ def test_a_backbone_alone(headless: Path) -> None:
     other = ok(*DATA, *BACKBONE, "--probe", "--image-size", "16")["features"][0]
     assert other["confusion"] != row["confusion"]
     assert ok(*DATA, *BACKBONE, "--probe", "--head", "15")["features"][0] == row
-    assert "the module '14' is a Flatten without a linear layer" in run(*DATA, *BACKBONE, "--knn", "--head", 14).stderr
+    assert "a head must be linear, and '14' is a Flatten" in run(*DATA, *BACKBONE, "--knn", "--head", 14).stderr
     assert run(*DATA, *BACKBONE, "--probe").stdout.splitlines()[0] == "✓ digits_backbone:digits_cnn"
 
 

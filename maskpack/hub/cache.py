@@ -90,7 +90,7 @@ class RepositoryCache:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        self.root = Path(root or constants.HF_HUB_CACHE).expanduser().absolute()
+        self.repo_id, self.root = repo_id, Path(root or constants.HF_HUB_CACHE).expanduser().absolute()
         name = repo_folder_name(repo_id=repo_id, repo_type="model")
         self.folder, self.locks = self.root / name, self.root / ".locks" / name
         self.blobs, self.snapshots, self.refs = (self.folder / one for one in ("blobs", "snapshots", "refs"))

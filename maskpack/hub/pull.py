@@ -27,21 +27,16 @@ Files = dict[str, tuple[Path, bytes | memoryview]]  # path and bytes of each by 
 
 
 class Snapshot:
-    """A repository at one commit: on the Hub, and in the cache, which may be another than the Hub's.
+    """A repository at one commit: on the Hub, and in a cache. `look`: as of `read_model`."""
 
-    `look`: look at the model file's beginning when it is read, see `read_model`.
-    """
-
-    def __init__(
-        self, session: Session, repo_id: str, commit: str, cache: Path | None = None, look: bool = True
-    ) -> None:
+    def __init__(self, session: Session, store: RepositoryCache, commit: str, look: bool = True) -> None:
+        self.session, self.store, self.commit, self.look = session, store, commit, look
+        self.repo_id = store.repo_id
         if not COMMIT.fullmatch(commit):
             raise HubError(
-                f"{repo_id} is said to be at commit {commit!r}, expected 40 hexadecimal digits; check HF_ENDPOINT and "
-                "the cache"
+                f"{self.repo_id} is said to be at commit {commit!r}, expected 40 hexadecimal digits; check HF_ENDPOINT "
+                "and the cache"
             )
-        self.session, self.repo_id, self.commit, self.cache, self.look = session, repo_id, commit, cache, look
-        self.store = RepositoryCache(repo_id, cache)
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]}"
@@ -72,7 +67,7 @@ class Snapshot:
         blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
         cached = any(map(os.path.lexists, (self.store.snapshots / self.commit / name, self.store.blobs / blob)))
         download = partial(
-            self.session.api.hf_hub_download, self.repo_id, name, revision=self.commit, cache_dir=self.cache
+            self.session.api.hf_hub_download, self.repo_id, name, revision=self.commit, cache_dir=self.store.root
         )
         refused: MaskpackError | None = None
         for force in (False, True, True) if cached else (False, True):  # what the cache has already is no attempt
@@ -205,12 +200,11 @@ def open_adapter(
     if reference.path is not None:
         return open_local(reference.path, keys)
     session = Session(f"pull {reference}", token, reference)
-    cache = None if cache_dir is None else Path(cache_dir)
+    store = RepositoryCache(str(reference.repo_id), None if cache_dir is None else Path(cache_dir))
     offline = local_files_only or session.offline
     if require_revision:
         _check_is_no_branch(session, reference, offline)
-    commit = _resolve(session, reference, cache, offline)
-    snapshot = Snapshot(session, str(reference.repo_id), commit, cache, look=keys is None)
+    snapshot = Snapshot(session, store, _resolve(session, reference, store, offline), look=keys is None)
     found = _opened_at(snapshot, offline, keys)
     if keys is not None and found.signed is not None:
         check_newest(found.signed, keys, reference, snapshot.commit)
@@ -255,12 +249,11 @@ def _check_is_no_branch(session: Session, reference: Reference, offline: bool) -
     raise AdapterError(f"{reference} {why}; give a tag or commit, as `maskpack pull {reference.repo_id}` prints it")
 
 
-def _resolve(session: Session, reference: Reference, cache: Path | None, offline: bool) -> str:
+def _resolve(session: Session, reference: Reference, store: RepositoryCache, offline: bool) -> str:
     """Return the commit that a reference means now; if the Hub does not answer, the one that it meant last time."""
     if reference.is_pinned:
         return str(reference.revision)
-    repo_id, revision = str(reference.repo_id), reference.revision or "main"
-    store = RepositoryCache(repo_id, cache)
+    revision = reference.revision or "main"
     store.mend(revision)
     known = store.known(revision)
     if offline:
@@ -268,7 +261,7 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
             raise HubError(f"cannot pull {reference}: {OFFLINE}")
         return known
     try:
-        answer = session.call(lambda: session.info(repo_id, reference.revision), 2 if known else ATTEMPTS)
+        answer = session.call(lambda: session.info(store.repo_id, reference.revision), 2 if known else ATTEMPTS)
     except HubUnreachableError as error:
         if known is None:
             raise

@@ -23,7 +23,7 @@ from ..adapter.signature import (
 )
 from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
-from .cache import highest, remember
+from .cache import RepositoryCache, highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
 from .pull import OpenedAdapter, Snapshot, is_same, open_local
 from .reference import FILES, REVISION, Reference, holds, parse_reference, read_card, write_files
@@ -71,6 +71,7 @@ class RepositoryPush:
     def __post_init__(self) -> None:
         self.session = Session(f"push to {self.reference}", self.token, self.reference)
         self.api, self.repo_id = self.session.api, str(self.reference.repo_id)
+        self.store = RepositoryCache(self.repo_id)
         self.branch, self.page = self.reference.revision or "main", f"{self.api.endpoint}/{self.repo_id}"
         self.head: str | None = None
         self.listed: dict[str, RepoFile] = {}
@@ -151,7 +152,7 @@ class RepositoryPush:
         """Read what is at a commit, and build what is to be there."""
         self.head, there, self.listed = head, {}, {}
         if head is not None:
-            snapshot = Snapshot(self.session, self.repo_id, head)
+            snapshot = Snapshot(self.session, self.store, head)
             self.listed = snapshot.listed(*FILES)
             wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
@@ -196,7 +197,7 @@ class RepositoryPush:
     def _find_request(self, before: Mapping[str, str]) -> tuple[str, str] | None:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
         for number, commit in self._requests().items():
-            there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
+            there = Snapshot(self.session, self.store, commit).listed(*FILES) if number not in before else {}
             if all(_has(there, name, content) for name, content in self.contents.items()):
                 return commit, f"{self.page}/discussions/{number}"
         return None
