@@ -76,8 +76,8 @@ def select_parameters(
     found = sorted({first[name] for name in chosen - _match(exclude, names, "exclude")})
     if not found:
         raise SelectionError(
-            f"no parameter is left to mask of {len(names)}, first {', '.join(names[:5])}: include {include or 'default'}, "
-            f"exclude {exclude}"
+            f"no parameter is left to mask of {len(names)}, first {', '.join(names[:5])}: include "
+            f"{include or 'default'}, exclude {exclude}"
         )
     for name in found:
         if not parameters[name].is_floating_point():
