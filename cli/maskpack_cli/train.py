@@ -234,13 +234,13 @@ def train_experts(
     """
     from maskpack import inspect_adapter, save_adapter
     from maskpack.training import train_cascade
-    from maskpack.training.cascade import DISPATCHER, check_cascade, fit_cascade_head
-    from maskpack.training.run_folder import check_untaken
+    from maskpack.training.cascade import check_cascade, fit_cascade_head
+    from maskpack.training.run_folder import check_parts
     from maskpack.training.trainer import plan_training
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_untaken(folder / DISPATCHER, run.resume)
+    check_parts(folder, run.resume)
     loaded, read = load_inputs(backbone, data, rows, settings, given, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
     plan = plan_training(loaded, read, settings)
@@ -303,8 +303,8 @@ def evaluate_cascade(
 ) -> None:
     """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
     from maskpack.training import load_data
-    from maskpack.training.cascade import cascade_table
     from maskpack.training.data.load import LABELS_SEED
+    from maskpack.training.evaluate import cascade_table
 
     from .use import on_gpu
 
@@ -374,14 +374,14 @@ def transfer(
     from maskpack import save_adapter
     from maskpack.training import train_transfer
     from maskpack.training.evaluate import markdown, transfer_table
-    from maskpack.training.run_folder import write_json
+    from maskpack.training.run_folder import check_parts, write_json
     from maskpack.training.trainer import plan_training
-    from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
+    from maskpack.training.transfer import RUNS, SOURCE_FILE, check_transfer
 
     run.check(settings)
     output, trained = run.output, carried.source_trained
     start: Start = carried.start or ("source-end" if trained else "source-start")
-    check_output(output, run.resume)
+    check_parts(output / RUNS, run.resume)
     loaded, source = load_inputs(backbone, carried.source, rows, settings, given)
     note(f"Loading {carried.target} …")
     target = rows.load(carried.target, seed=settings.seed)
