@@ -82,10 +82,10 @@ def test_a_masked_head_learns_and_is_stored_as_seed_and_mask(
 def test_scores_of_the_head_learn_at_the_bodys_rate_and_the_method_is_the_bodys(
     tiny_backbone: Backbone, digits: Data
 ) -> None:
-    from maskpack.training.trainer import ObjectiveSteps
+    from maskpack.training.trainer import ObjectiveRun
 
     config = replace(MASKED, method_options={"init": "2"}, lr=7.0, scale=False)
-    run = ObjectiveSteps(tiny_backbone, digits, config)
+    run = ObjectiveRun(tiny_backbone, digits, config)
     (scores,) = run.objective.scores()
     assert scores.shape == (5, 16)
     assert scores.unique().tolist() == [2.0]

@@ -376,7 +376,7 @@ def test_what_may_differ_when_it_goes_on(trained: Any, source: Data, shifted: Da
         train_transfer(
             tiny_net(), source, shifted, replace(QUICK, epochs=5), weight_lr=RATE, output=folder, resume=True
         )
-    with pytest.raises(StateError, match="needs the folder of an earlier transfer as `output`, got None; without"):
+    with pytest.raises(StateError, match="needs the folder of an earlier run as `output`, got None; without"):
         train_transfer(tiny_net(), source, shifted, QUICK, resume=True)
 
 
@@ -545,7 +545,9 @@ def test_wrong_commands(tmp_path: Path) -> None:
     said = refused("transfer", *BACKBONE, "--source", "digits:5-9", "--output", tmp_path / "x", code=2)
     assert "Missing option '--target'" in said
     said = refused(*TRANSFER, "--output", tmp_path / "x", "--resume")
-    assert f"resume needs the folder of an earlier transfer as `output`, got {tmp_path / 'x'}; without resume" in said
+    assert (
+        f"resume needs the folder of an earlier run as `output`, got {tmp_path / 'x/training'}; without resume" in said
+    )
     assert "start must be one of source-end, random where" in refused(
         *TRANSFER, "--output", tmp_path / "x", "--source-trained", "--start", "source-start", code=2
     )

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..adapter.fields import PATH, Fields
+from ..adapter.fields import PATH, TEXT, Check, integer, record, values
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..adapter.signature import Keys, Signed
 from ..errors import AdapterError, MaskpackError, SignatureError, StateError
@@ -64,19 +65,19 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[CachedAdapter]:
 def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
     """Return base, density and bits per weight from a config file, which a stranger may have written."""
     try:
-        about = _json(config, MAX_CONFIG)
-        base, sets = about.object("base").text("id"), about.object("sets")
-        rows = [[sets.object(name).get(key) for key in ("weights", "kept", "payload_bytes")] for name in sets.members]
+        one = values(record(dict.fromkeys(("weights", "kept", "payload_bytes"), integer(0, MOST - 1))))
+        about = _read(config, MAX_CONFIG, record({"base": record({"id": TEXT}), "sets": one}))
+        base, sets = about["base"]["id"], about["sets"].values()
+        weights, kept, coded = (sum(one[key] for one in sets) for key in ("weights", "kept", "payload_bytes"))
     except AdapterError:
         return None, None, None
-    if PATH.match(base) or not all(type(count) is int and 0 <= count < MOST for row in rows for count in row):
+    if PATH.match(base) or not 0 < weights >= kept:
         return None, None, None
-    weights, kept, coded = (sum(row[index] for row in rows) for index in range(3))
-    return (base, kept / weights, 8 * coded / weights) if 0 < weights >= kept else (None, None, None)
+    return base, kept / weights, 8 * coded / weights
 
 
-def _json(path: Path, limit: int) -> Fields:
-    return Fields.of(strict_json(read_bytes(path, path, limit), str(path)), str(path))
+def _read(path: Path, limit: int, check: Check) -> Any:
+    return check(strict_json(read_bytes(path, path, limit), str(path)), str(path))
 
 
 class RepositoryCache:
@@ -207,10 +208,7 @@ def _read_counters() -> dict[str, dict[str, int]]:
     if not path.exists():
         return {}
     try:
-        outer = _json(path, MAX_COUNTERS)
-        known = {key: dict(outer.object(key).members) for key in outer.members}
-        if any(type(counter) is not int for names in known.values() for counter in names.values()):
-            raise AdapterError("a counter in it is no integer")
-        return known
+        found: dict[str, dict[str, int]] = _read(path, MAX_COUNTERS, values(values(integer(0, MOST - 1))))
+        return found
     except AdapterError as error:
         raise StateError(f"cannot read the signed versions seen so far, {path}: {error}; mend or delete it") from None
