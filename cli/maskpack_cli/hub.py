@@ -127,10 +127,8 @@ def _targets(refs: tuple[str, ...], output: Path | None) -> dict[str, Path | Non
             folder = reference.path.resolve().name.removesuffix(".safetensors")
         key = folder.casefold()  # some file systems do not tell A from a
         if key in taken:
-            raise ConfigError(
-                f"{taken[key]} and {ref} would both be copied to {output / folder}; nothing was fetched: pull them one "
-                "at a time, each with its own --output"
-            )
+            both = f"{taken[key]} and {ref} would both be copied to {output / folder}"
+            raise ConfigError(f"{both}; nothing was fetched: pull them one at a time, each with its own --output")
         taken[key], targets[ref] = ref, output / folder
     return targets
 

@@ -2,8 +2,7 @@
 
 import glob
 import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -458,7 +457,7 @@ def gates(
     """Histograms of the gates and the effective weights of each task over time."""
 
     file = run if run.suffix == ".json" else run / "training" / "jointly" / "histograms.json"
-    return lab.gate_figure(_content(file, "the histograms.json of a gated run; give its output folder"))
+    return lab.gate_figure(_read(file, ["rows"], "expected the histograms.json of a gated run; give its output folder"))
 
 
 @picture("bytes results.json --output bytes.svg", name="bytes")
@@ -518,27 +517,28 @@ def _masks(refs: tuple[str, ...], base: PackedBase, token: str | None) -> "dict[
     return masks
 
 
-def _content(file: Path, expected: str) -> Any:
-    """Return what is in a JSON file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {file} as JSON: {error}; expected {expected}") from None
+def _read(file: Path, keys: Iterable[str], expected: str) -> dict[str, Any]:
+    """Return the object in a JSON file, which must have these keys."""
+    from maskpack.training.run_folder import read_json
+
+    if not file.is_file():
+        raise DataError(f"there is no file {file}; {expected}")
+    return read_json(file, frozenset(keys), expected)
 
 
 def _members(file: Path, *keys: str) -> list[Any]:
     """Return these members, all of them lists, of the JSON object in a file."""
-    found = _content(file, f"an object with {' and '.join(keys)}")
-    if isinstance(found, dict) and "confusion" in keys and "confusion" not in found:
+    expected = f"expected an object with the lists {' and '.join(keys)}"
+    found = _read(file, {*keys} - {"confusion"}, expected)
+    if "confusion" in keys and "confusion" not in found:
         match found.get("features"):  # of `maskpack eval --json` with k-NN or a probe
             case [{"confusion": counts}]:
                 found["confusion"] = counts
             case [_, _, *_]:
                 raise DataError(f"{file} has several measures; print it with --knn or --probe alone, of one share")
     for key in keys:
-        if not isinstance(found, dict) or not isinstance(found.get(key), list):
-            has = ", ".join(sorted(found)[:10]) if isinstance(found, dict) else f"a {type(found).__name__}"
-            raise DataError(f"{file} has no list {key!r}, it has: {has}; expected an object with {' and '.join(keys)}")
+        if not isinstance(found.get(key), list):
+            raise DataError(f"{file} has no list {key!r}; {expected}")
     return [found[key] for key in keys]
 
 

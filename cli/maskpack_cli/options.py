@@ -24,7 +24,7 @@ from typing import (
 )
 
 import typer
-from typer.models import ParameterInfo
+from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
@@ -86,9 +86,11 @@ def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str |
             )
             Output.json, Output.quiet = values.pop("as_json"), values.pop("quiet")
             quiet_libraries()
-            taken = {name: _made(kind, extras, values) for name, (kind, extras) in groups.items()}
-            own = {name: _value(name, kinds[name][0], value) for name, value in values.items()}
-            function(**own, **taken)
+            for name, (cls, extras) in groups.items():
+                hints, left_out = get_type_hints(cls), _without(extras).names
+                own = {one: _value(one, hints[one], values.pop(one)) for one in hints if one not in left_out}
+                values[name] = cls(**{key: value for key, value in own.items() if value is not None})
+            function(**{name: _value(name, kinds[name][0], value) for name, value in values.items()})
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         options.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
@@ -137,17 +139,20 @@ def described(cls: type[Any]) -> dict[str, tuple[str, str]]:
 
 def options_of(cls: type[Any], extras: tuple[Any, ...] = (), negatable: bool = False) -> list[inspect.Parameter]:
     """Return the options that the fields of a dataclass are, as parameters for typer."""
-    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _first(Without, extras)
-    without = without or Without()
-    known = {field.name: field for field in fields(cls)}
-    if known.keys() != texts.keys():
-        raise TypeError(f"{cls.__name__} must say what its fields are, and others not: {known.keys() ^ texts.keys()}")
-    found = []
-    for name, (panel, text) in texts.items():
-        if name not in without.names:
-            default = without.defaults.get(name, known[name].default)
-            found.append(_option(name, kinds[name], default, text, panel, negatable))
-    return found
+    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _without(extras)
+    defaults = {field.name: field.default for field in fields(cls)}
+    if defaults.keys() != texts.keys():
+        raise TypeError(f"{cls.__name__} must say what its fields are: {defaults.keys() ^ texts.keys()}")
+    defaults |= without.defaults
+    return [
+        _option(name, kinds[name], defaults[name], text, panel, negatable)
+        for name, (panel, text) in texts.items()
+        if name not in without.names
+    ]
+
+
+def _without(extras: tuple[Any, ...]) -> Without:
+    return _first(Without, extras) or Without()
 
 
 def _option(
@@ -155,22 +160,19 @@ def _option(
 ) -> inspect.Parameter:
     """Return the option for a field or a parameter, as a parameter for typer."""
     kind, extras = _taken_apart(annotation)
-    text = text or _first(str, extras) or ""
-    info: Any = copy(_first(ParameterInfo, extras))
+    text, info = text or _first(str, extras) or "", copy(_first(ParameterInfo, extras))
     alone = next((one for one in (annotation, *get_args(annotation), *get_args(kind)) if one in PARSERS), None)
-    if get_origin(kind) is Mapping:
-        name = name.removesuffix("s")
     flag = f"--{name.replace('_', '-')}"
     if alone is not None:
         kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
     elif get_origin(kind) is Mapping:
-        kind, info = list[str], typer.Option(flag, metavar="KEY=VALUE")
+        kind, info = list[str], typer.Option(flag.removesuffix("s"), metavar="KEY=VALUE")
     elif get_origin(kind) is tuple:
-        kind = list[get_args(kind)[0]]  # type: ignore[misc]
-    if info is None:
+        kind, info = list[get_args(kind)[0]], info or typer.Option(flag)  # type: ignore[misc]
+    elif info is None:
         plus = kind is bool and negatable and name not in OF_A_CALL and not name.startswith("no_")
         info = typer.Option(f"{flag}/--no-{flag[2:]}" if plus else flag)
-    if get_origin(kind) is list and isinstance(info, typer.models.OptionInfo):
+    if get_origin(kind) is list and isinstance(info, OptionInfo):
         text = f"{text} May be repeated."
         default = None if default == () or default is MISSING else default
     info.help, info.rich_help_panel = text, info.rich_help_panel or panel
@@ -178,27 +180,15 @@ def _option(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _made(cls: type[Any], extras: tuple[Any, ...], values: dict[str, Any]) -> Any:
-    """Make an object of a dataclass of what its options got; those are taken out of the values."""
-    kinds, without, made = get_type_hints(cls), _first(Without, extras) or Without(), {}
-    for field in (one for one in fields(cls) if one.name not in without.names):
-        kind = kinds[field.name]
-        option = field.name.removesuffix("s") if get_origin(kind) is Mapping else field.name
-        value = _value(option, kind, values.pop(option, None))
-        if value is not None:
-            made[field.name] = value
-    return cls(**made)
-
-
-def _value(option: str, kind: Any, value: Any) -> Any:
-    """Return what an option got as a value of its type."""
+def _value(name: str, kind: Any, value: Any) -> Any:
+    """Return what an option got as a value of the field's type."""
     if get_origin(kind) is tuple:
         return tuple(value or ())
     if get_origin(kind) is not Mapping:
         return value
     pairs = [one.partition("=") for one in value or ()]
     if not all(mark for _, mark, _ in pairs):
-        raise ConfigError(f"--{option.replace('_', '-')} must be KEY=VALUE, got {value}")
+        raise ConfigError(f"--{name.removesuffix('s').replace('_', '-')} must be KEY=VALUE, got {value}")
     return {key: text for key, _, text in pairs}
 
 
@@ -208,20 +198,21 @@ def read_settings(ctx: typer.Context, parameter: typer.CallbackParam, file: Path
     A file of tasks has tables [[task]] too.
     """
     stored = {} if file is None or ctx.resilient_parsing else read_config(file)
-    known = {one.name: one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+    options = [one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")]
+    known = {one.opts[0].removeprefix("--").replace("-", "_"): one for one in options}
     tables = ["task"] if parameter.name == "tasks" else []
     ctx.default_map = {}
     for key, value in stored.items():
         if key in tables:
             continue
         if key not in known:
-            names = [*(f"the tables [[{one}]]" for one in tables), *(str(one).replace("_", "-") for one in known)]
+            names = [*(f"the tables [[{one}]]" for one in tables), *(one.replace("_", "-") for one in known)]
             raise ConfigError(f"{file} has the setting {key!r}, which cannot stand there; known: {', '.join(names)}")
         values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
         # as it would be written on the command line
         texts = [str(one) for one in values] if isinstance(values, list) else [str(values)]
         flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
-        ctx.default_map[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+        ctx.default_map[str(known[key].name)] = value if flag else texts if known[key].multiple else ",".join(texts)
     return file
 
 
@@ -366,9 +357,7 @@ class AnyBase(Base):
         if alone and self.backbone is None:
             raise ConfigError(missing)
         if not alone and (self.head is not None or self.image_size is not None):
-            raise ConfigError(
-                "--head and --image-size are for a backbone alone; an adapter has its own: leave them out"
-            )
+            raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
     def of_any(self, adapter: "Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""

@@ -60,9 +60,7 @@ class Run(Folder, Packed):
 
         parse_every(self.checkpoint_every)
         if self.profile == "fast" and (settings.bytes_budget is not None or settings.rate is not None):
-            raise ConfigError(
-                "--bytes-budget and --rate are kept in the profiles default and max, not in the profile fast"
-            )
+            raise ConfigError("--bytes-budget and --rate are for the profiles default and max, not for fast")
 
     def train(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """Return what a training function gives; of several processes all but the one that writes end here."""

@@ -72,9 +72,7 @@ class BitFit(Dense):
 
     def check(self, backbone: Backbone, config: TrainConfig) -> None:
         if not self.learn(backbone, config):
-            raise ConfigError(
-                f"the backbone {backbone.id} has no biases, so there is no baseline 'bitfit'; leave it out"
-            )
+            raise ConfigError(f"the backbone {backbone.id} has no biases for the baseline 'bitfit'; leave it out")
 
     def learn(self, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
         body = body_parameters(backbone)
