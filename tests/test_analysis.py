@@ -383,7 +383,7 @@ def test_linear_cka(p: int, q: int) -> None:
     rotated = torch.linalg.qr(torch.randn(p, p, generator=generator)).Q
     assert linear_cka(x, 7 * x @ rotated + 2) == pytest.approx(1, abs=1e-5)
     assert linear_cka(x, torch.ones(40, 2)) is None
-    with pytest.raises(ConfigError, match=r"rows of the same examples, got features of \(40, \d+\) and \(39, \d+\)"):
+    with pytest.raises(ConfigError, match=r"rows of the same examples, got shapes \(40, \d+\), \(39, \d+\)"):
         linear_cka(x, y[1:])
 
 

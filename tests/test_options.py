@@ -98,11 +98,11 @@ def try_more(*words: str) -> tuple[Result, list[Any], Any]:
     """Run a verb whose settings are these, in an app of its own."""
     own, seen = typer.Typer(cls=Verbs), list[Any]()
 
-    @verb(own, "example")
+    @verb(own, None, "example")
     def train(settings: More, folder: Folder) -> None:
         seen.extend((settings, Output.given))
 
-    @verb(own, "example")
+    @verb(own, None, "example")
     def other(settings: Annotated[More, Without("seed", decay=0.1)]) -> None:
         pass
 
@@ -136,7 +136,7 @@ def test_a_field_without_a_text_is_an_error() -> None:
 
     with pytest.raises(TypeError, match="width"):
 
-        @verb(typer.Typer(), "example")
+        @verb(typer.Typer(), None, "example")
         def train(settings: Silent) -> None:
             pass
 

@@ -34,7 +34,6 @@ from maskpack.training.config import Bytes, read_config
 from .console import Output, quiet_libraries
 
 if TYPE_CHECKING:
-    from maskpack import Adapter
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
 
@@ -62,8 +61,8 @@ def group(panel: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None) -> Callable[..., Any]:
-    """Decorator: add a function to an app as a verb with the options --json and --quiet."""
+def verb(app: typer.Typer, panel: str | None, *examples: str, name: str | None = None) -> Callable[..., Any]:
+    """Decorator: add a function to a panel of an app as a verb with the options --json and --quiet."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(function).parameters.values()
@@ -292,7 +291,7 @@ class Trust:
     ] = None
     token: Token = None
 
-    def load(self, ref: str) -> "Adapter":
+    def load(self, ref: str) -> "maskpack.Adapter":
         """Read an adapter."""
 
         return maskpack.load_adapter(ref, **vars(self))
@@ -326,7 +325,7 @@ class Base(Weights):
         "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base.",
     ] = None
 
-    def of(self, adapter: "Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
 
         reference, random = self.backbone, self.random_weights
@@ -359,7 +358,7 @@ class AnyBase(Base):
         if not alone and (self.head is not None or self.image_size is not None):
             raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
-    def of_any(self, adapter: "Adapter | None") -> "Backbone":
+    def of_any(self, adapter: "maskpack.Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""
         if adapter is not None:
             return self.of(adapter)
@@ -373,7 +372,7 @@ class PackedBase(Base):
 
     backbone: Annotated[str | None, "The adapters' base, where masks are packed with its weights, or are to be."] = None
 
-    def model_of(self, adapter: "Adapter") -> Any:
+    def model_of(self, adapter: "maskpack.Adapter") -> Any:
         """Return the base of an adapter, None if the options name none."""
         return None if self.backbone is None else self.of(adapter).model
 

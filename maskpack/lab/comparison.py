@@ -225,28 +225,23 @@ def summaries(
     name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the means of a baseline's trials, one for each seed, and of its controls, under the keys of pictures."""
-    rows = [_summary(name, share, rate, seeds, trials)]
+    own = {name: trials}
     for control in trials[0]["controls"]:
-        own = [trial["controls"][control] for trial in trials]
-        rows.append(_summary(f"{name}: {control}", share, rate, seeds, own))
+        own[f"{name}: {control}"] = [trial["controls"][control] for trial in trials]
+    rows = []
+    for method, found in own.items():
+        values = {key: [one[key] for one in found] for key in found[0] if key not in ("sizes", "controls")}
+        row = {
+            "method": method,
+            "labels_fraction": share,
+            "rate": rate,
+            "seeds": list(seeds),
+            "accuracies": values["accuracy"],
+            "deviation": stdev(values["accuracy"]) if len(found) > 1 else None,
+            "sizes": {what: mean(one["sizes"][what] for one in found) for what in found[0]["sizes"]},
+        }
+        rows.append({**row, **{key: mean(one) for key, one in values.items()}})
     return rows
-
-
-def _summary(
-    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    values = {key: [trial[key] for trial in trials] for key in trials[0] if key not in ("sizes", "controls")}
-    sizes = {what: mean(trial["sizes"][what] for trial in trials) for what in trials[0]["sizes"]}
-    return {
-        "method": name,
-        "labels_fraction": share,
-        "rate": rate,
-        "seeds": list(seeds),
-        "accuracies": values["accuracy"],
-        "deviation": stdev(values["accuracy"]) if len(trials) > 1 else None,
-        "sizes": sizes,
-        **{key: mean(one) for key, one in values.items()},
-    }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

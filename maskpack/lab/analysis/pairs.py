@@ -191,9 +191,7 @@ def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, 
     for name in sorted(first.keys() | second.keys()):
         known = [one[name] for one in (first, second) if name in one]
         if name not in weights or any(one.shape != tuple(weights[name].shape) for one in known):
-            raise ConfigError(
-                f"the masks of {name!r} are not for the weights given; give masks and weights of one base"
-            )
+            raise ConfigError(f"the masks of {name!r} are not for the weights given; give masks of one base, and it")
         difference = _multiplier(first.get(name), known[0].shape) - _multiplier(second.get(name), known[0].shape)
         weight = weights[name].double()
         differ, square = (difference != 0).sum(), (weight * difference).square().sum()
