@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from maskpack.backbone.classifier import by_class
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.errors import ConfigError, DataError
 from maskpack.training import features as frozen
 from maskpack.training import features as knn
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import few_labels, load_data
-from maskpack.training.evaluate import by_class
 from maskpack.training.features import ABSENT, Probe, embed, fit_probe, knn_accuracy, knn_scores, measure_features
 
 

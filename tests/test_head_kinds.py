@@ -31,7 +31,16 @@ from .helpers_models import clip as clip
 from .helpers_models import same as same_bits
 
 MASKED = TrainConfig(
-    head_kind="masked", optimizer="sgd", lr=20.0, epochs=4, batch_size=32, augment="none", scale=True, seed=3
+    head_kind="masked",
+    optimizer="sgd",
+    lr=20.0,
+    epochs=4,
+    batch_size=32,
+    augment="none",
+    scale=True,
+    bn="adapt",
+    train=(),
+    seed=3,
 )
 
 

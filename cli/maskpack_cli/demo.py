@@ -85,7 +85,16 @@ def demo(
     with clock("probe the frozen backbone on digits 5-9"):
         (probe,) = measure_features(backbone, new_task, ["probe"], cache=False)
     with clock("train the mask for digits 5-9"):
-        config = TrainConfig(epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, warmup=0.2, augment="crop")
+        config = TrainConfig(
+            epochs=MASK_EPOCHS,
+            optimizer="sgd",
+            lr=20.0,
+            scale=True,
+            train=(),
+            bn="adapt",
+            warmup=0.2,
+            augment="crop",
+        )
         result = train_mask(backbone, new_task, config)
     with clock("pack"):
         save_adapter(output / "adapter", result.parts, result.base, result.about)

@@ -16,7 +16,7 @@ import typer
 from typer.models import ParameterInfo
 
 from maskpack.errors import BackboneError, ConfigError
-from maskpack.training.config import Bytes, read_config
+from maskpack.training.config import RECIPES, Bytes, read_config
 
 from .console import Output, quiet_libraries
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from maskpack.training.data.base import Data
 
 # which may not stand in a settings file: they are of a call, not of a run
-OF_A_CALL = ("config", "resume", "dry_run", "as_json", "quiet")
+OF_A_CALL = ("config", "recipe", "resume", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
 
 
@@ -141,7 +141,9 @@ def _as_option(name: str, kind: Any) -> tuple[str, Any, Any]:
     if get_origin(kind) is Mapping:
         name = name.removesuffix("s")
         return name, list[str], typer.Option(f"--{name.replace('_', '-')}", metavar="KEY=VALUE")
+    kind = next((one for one in arguments if get_origin(one) is tuple), kind)
     if get_origin(kind) is tuple:
+        arguments = get_args(kind)
         return name, list[arguments[0]], typer.Option(f"--{name.replace('_', '-')}")  # type: ignore[valid-type]
     return name, kind, typer.Option(f"--{name.replace('_', '-')}")
 
@@ -159,7 +161,9 @@ def _made(cls: type[Any], without: Without, values: dict[str, Any]) -> Any:
     """Make an object of a dataclass of what its options got; those are taken out of the values."""
     kinds, made = get_type_hints(cls), {}
     for field in (one for one in fields(cls) if one.name not in without.names):
-        origin = get_origin(kinds[field.name])
+        kind = kinds[field.name]
+        several = any(get_origin(one) is tuple for one in (kind, *get_args(kind)))
+        origin = tuple if several else get_origin(kind)
         option = field.name.removesuffix("s") if origin is Mapping else field.name
         value = values.pop(option, None)
         if origin is Mapping:
@@ -168,7 +172,7 @@ def _made(cls: type[Any], without: Without, values: dict[str, Any]) -> Any:
                 raise ConfigError(f"--{option.replace('_', '-')} must be KEY=VALUE, got {value}")
             value = {key: text for key, _, text in pairs}
         elif origin is tuple:
-            value = tuple(value or ())
+            value = tuple(value) if value else None
         if value is not None:
             made[field.name] = value
     return cls(**made)
@@ -187,20 +191,36 @@ def read_tasks(ctx: typer.Context, file: Path) -> Path:
 
 def _take_settings(ctx: typer.Context, file: Path | None, tables: tuple[str, ...]) -> Path | None:
     stored = {} if file is None or ctx.resilient_parsing else read_config(file)
-    known = {one.name: one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
-    ctx.default_map = {}
-    for key, value in stored.items():
-        if key in tables:
-            continue
-        if key not in known:
-            names = [*(f"the tables [[{one}]]" for one in tables), *(str(one).replace("_", "-") for one in known)]
-            raise ConfigError(f"{file} has the setting {key!r}, which cannot stand there; known: {', '.join(names)}")
-        values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
-        # as it would be written on the command line
-        texts = [str(one) for one in values] if isinstance(values, list) else [str(values)]
-        flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
-        ctx.default_map[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+    known = _storable(ctx)
+    for key in stored.keys() - known.keys() - set(tables):
+        names = [*(f"the tables [[{one}]]" for one in tables), *(str(one).replace("_", "-") for one in known)]
+        raise ConfigError(f"{file} has the setting {key!r}, which cannot stand there; known: {', '.join(names)}")
+    ctx.default_map = {**(ctx.default_map or {}), **_as_texts(stored, known)}
     return file
+
+
+def take_recipe(ctx: typer.Context, name: str) -> str:
+    """Callback of --recipe: let its settings stand for the options that file and command line leave open."""
+    ctx.default_map = {**_as_texts(RECIPES[name], _storable(ctx)), **(ctx.default_map or {})}
+    return name
+
+
+def _storable(ctx: typer.Context) -> dict[str, Any]:
+    """Return the parameters of a verb that may stand in a settings file, by name."""
+    return {str(one.name): one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+
+
+def _as_texts(stored: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of known parameters as they would be written on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in stored.items():
+        if key not in known:
+            continue
+        values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
+        texts = [str(one) for one in values] if isinstance(values, list | tuple) else [str(values)]
+        flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
+        found[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+    return found
 
 
 def read_size(text: Any) -> int:
@@ -427,7 +447,9 @@ class Folder:
     Run:
         output: folder for the adapter, the checkpoint and the logs.
         config: TOML file with these options as keys; the command line overrides it.
+        recipe: default, or source: the settings of Self-Masking Networks as published; file and command line override.
     """
 
     output: Path
     config: Annotated[Path | None, typer.Option(callback=read_settings, is_eager=True)] = None
+    recipe: Annotated[Literal["default", "source"], typer.Option(callback=take_recipe, is_eager=True)] = "default"

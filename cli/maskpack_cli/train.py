@@ -118,6 +118,7 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
         "mask_bytes": whole["payload_bytes"],
         "bits_per_weight": whole["bits_per_weight"],
         "file_bytes": adapter.size,
+        "warnings": (about.training or {}).get("warnings", []),
     }
     emit(facts, f"✓ {run.output}")
     if not read.class_names:

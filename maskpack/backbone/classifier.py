@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,3 +182,20 @@ def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, in
     """Return the share of examples classified correctly, in evaluation mode, and their number."""
     logits, labels = predictions(classifier, batches)
     return float((logits.argmax(-1) == labels).double().mean()), len(labels)
+
+
+def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
+
+    Returns:
+        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
+        [true][predicted]}.
+    """
+    classes = logits.shape[1]
+    counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
+    correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
+    return {
+        "accuracy": sum(correct) / sum(rows),
+        "per_class": [right / of if of else None for right, of in zip(correct, rows, strict=True)],
+        "confusion": counts.tolist(),
+    }

@@ -232,7 +232,7 @@ def _train(
 
 def _embeddings(backbone: Backbone, data: Data, config: TrainConfig, folder: Path, base: Fingerprint) -> Tensor:
     """Embed the training rows that can be read as a finished run left the model, (N, D) float32."""
-    with borrowed(backbone, config.train):
+    with borrowed(backbone, config.beside):
         steps = ObjectiveSteps(backbone, data, config)
         steps.take_over(folder / FILE, base.digests[base.dtype])
         return embeddings(backbone, readable(steps.objective.load(steps.train_split)))[0]

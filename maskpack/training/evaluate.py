@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
-from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
+from ..backbone.classifier import Classifier, accuracy, by_class, classifier_from, predictions
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
 from ..errors import AdapterError, DataError, escape
@@ -21,23 +21,6 @@ from .data.base import Data, Examples, loader, readable
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
-
-
-def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
-
-    Returns:
-        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
-        [true][predicted]}.
-    """
-    classes = logits.shape[1]
-    counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
-    correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
-    return {
-        "accuracy": sum(correct) / sum(rows),
-        "per_class": [right / of if of else None for right, of in zip(correct, rows, strict=True)],
-        "confusion": counts.tolist(),
-    }
 
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:

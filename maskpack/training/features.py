@@ -14,7 +14,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from ..backbone.classifier import embeddings
+from ..backbone.classifier import by_class, embeddings
 from ..backbone.fingerprint import model_digest
 from ..backbone.load import Backbone
 from ..errors import ConfigError, DataError, MaskpackError, escape
@@ -22,7 +22,6 @@ from ..preprocess import preprocess_to_json
 from ..safetensors_io import read_tensors, write_tensors
 from .data.base import Data, Examples, loader, readable
 from .data.load import few_labels
-from .evaluate import by_class
 
 Measure = Literal["knn", "probe"]
 CHUNK = 1 << 24  # similarities in memory at one time
