@@ -2,19 +2,18 @@
 
     MASKPACK_DATA=… python -m benchmarks.recipe                       every stage; hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.recipe rates                 one stage
-    python -m benchmarks.recipe --table                               what is recorded, by candidate
+    python -m benchmarks.recipe --write docs/results.md               the table of what is recorded
 
 A trial holds a fifth of a pair's training rows out, by its seed, trains on the others, and records accuracy and loss on
 those held out, with and without the masks. Each line of measured/recipe-search.jsonl has all settings that differ from
 those of `BASE`. Data in `KEPT` are no part of the search.
 """
 
-import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -37,10 +36,12 @@ from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import density, learning_names, without_scores
 from maskpack.training.trainer import ObjectiveSteps
 
-from .measured import trial, trials
+from .measured import Trial, trial, trials
+from .report import NOTHING, command, percent, table, write_between
 from .tasks import DATA, data_of, minilm, resnet
 
 NAME = "recipe-search"
+MARK = "python -m benchmarks.recipe --write docs/results.md"
 HELD = 0.2  # of the training rows
 Settings = dict[str, Any]
 
@@ -199,37 +200,53 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
 }
 
 
-def table() -> str:
-    """Return mean results of each candidate over the pairs, and by pair."""
+def write_pages(page: Path) -> None:
+    """Write the table of the trials between the page's markers."""
+    write_between(page, MARK, search_table() or NOTHING)
+
+
+def search_table() -> str:
+    """Return one line for each pair, number of steps and candidate, seeds together."""
+    rows: dict[tuple[str, ...], list[Trial]] = {}
+    for one in sorted(trials(NAME), key=lambda one: (list(PAIRS).index(one["pair"]), one.get("steps", BASE.steps))):
+        steps = "-" if one["kind"] == "probe" else str(one.get("steps", BASE.steps))
+        rows.setdefault((one["pair"], steps, words(one)), []).append(one["result"])
     lines = []
-    found = trials(NAME)
-    names = [pair for pair in PAIRS if any(one["pair"] == pair for one in found)]
-    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for one in found:
-        about = {key: value for key, value in one.items() if key not in ("pair", "result", "seed")}
-        rows.setdefault(" ".join(f"{k}={v}" for k, v in about.items()), {}).setdefault(one["pair"], []).append(
-            one["result"]
-        )
-    lines.append(" ".join(["pairs:", *names]))
-    for words, by_pair in rows.items():
-        cells = []
-        for pair in names:
-            own = by_pair.get(pair, [])
-            accuracy = 100 * mean(one["accuracy"] for one in own) if own else math.nan
-            loss = mean(one["loss"] for one in own) if own else math.nan
-            size = mean(one.get("mask_bytes", 0) for one in own) / 1000 if own else math.nan
-            cells.append("-" if not own else f"{accuracy:5.1f} ({loss:.3f}, {size:.1f})")
-        lines.append(f"{words}\n    " + " | ".join(cells))
-    return "\n".join(lines)
+    for about, found in rows.items():
+        cells = [percent([one["accuracy"] for one in found]), f"{mean(one['loss'] for one in found):.3f}"]
+        if "mask_bytes" in found[0]:
+            cells.append(percent([one["accuracy_without_masks"] for one in found]))
+            cells.append(f"{mean(one['density'] for one in found):.3f}")
+            cells.append(f"{mean(one['mask_bytes'] for one in found):,.0f}")
+        lines.append([*about, *cells, *["-"] * (5 - len(cells))])
+    columns = ("pair", "steps", "trained", "accuracy", "loss", "without the masks", "density", "bytes of masks")
+    return table(columns, lines, 3) if lines else ""
+
+
+def words(one: Mapping[str, Any]) -> str:
+    """Return a candidate in words."""
+    if one["kind"] == "probe":
+        return "linear probe"
+    parts = ["full" if one["kind"] == "full" else "norms" if one["kind"] == "norms" else one.get("method", BASE.method)]
+    if one["kind"] == "mask":
+        top = one.get("top", BASE.top)
+        parts.append("all scores" if top == 1 else f"top {top:g}")
+        parts += [f"+ {', '.join(one['train'])}"] if one.get("train") else []
+    parts.append(f"at {one['lr']:g}" if "lr" in one else f"at {BASE.lr:g}")
+    shown = ("kind", "pair", "method", "top", "train", "lr", "steps", "seed", "result")
+    parts += [f"{name} {value}" for name, value in one.items() if name not in shown]
+    return ", ".join(parts).replace(", +", " +")
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--table"]:
-        print(table())
-        return
-    for name in sys.argv[1:] or STAGES:
-        for pair, settings in STAGES[name]:
-            run(pair, settings)
+    jobs = {name: partial(run_stage, name) for name in STAGES}
+    command(__doc__, jobs, write_pages)
+
+
+def run_stage(name: str) -> None:
+    """Run the trials of a stage that are not recorded."""
+    for pair, settings in STAGES[name]:
+        run(pair, settings)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_norms_and_biases_learn_travel_and_leave_the_backbone_as_it_was(
     ended: list[torch.Tensor] = []
 
     def report(event: object) -> None:
-        if event["event"] == "epoch":  # type: ignore[index]
+        if event["event"] == "end":  # type: ignore[index]
             with torch.no_grad():
                 ended.append(tiny.eval()(inputs))
 

@@ -199,14 +199,15 @@ class ObjectiveSteps(Steps):
         kept = {name.removeprefix(OBJECTIVE): one for name, one in tensors.items() if name.startswith(OBJECTIVE)}
         self.objective.restore(kept)
 
-    def finish(self, at: Position) -> dict[str, float]:
-        """Measure the test split, and return all metrics."""
+    def finish(self, at: Position, folder: RunFolder) -> dict[str, float]:
+        """Measure the test split; log the end, and return all metrics."""
         self.progress(1.0)
         metrics = {**at.metrics, **self.held_out("test")}
         if self.scored:
             with without_scores(self.module):
                 test = self.held_out("test")
             metrics |= {f"{name}_without_masks": value for name, value in test.items()}
+        folder.write({"event": "end", "step": at.step, "steps": self.steps, **metrics})
         return metrics
 
     def parts(self) -> Parts:
@@ -316,14 +317,13 @@ def train_mask(
         with borrowed(backbone, config.beside):
             steps = ObjectiveSteps(backbone, data, config, learn, start_from)
             at = Run(steps, before, folder).train(longer)
-            metrics = steps.finish(at)
+            metrics = steps.finish(at, folder)
             parts = steps.parts()
         if parts.head is not None and config.head_kind == "linear" and (data.validation or data.test):
             metrics |= probe_metrics(backbone, data, config.batch_size)
         warnings = worth_warnings(metrics)
         for one in warnings:
             folder.write(at.event("warning", warning=one))
-        folder.write(_end(at, metrics))
     after = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     if after.digests != before.digests:
         raise TrainingError(
@@ -335,10 +335,6 @@ def train_mask(
     more |= {"extended": at.extended} if at.extended else {}
     more |= {"warnings": warnings} if warnings else {}
     return result_of(backbone, data, config, parts, before, metrics, more)
-
-
-def _end(at: Position, metrics: Mapping[str, float]) -> dict[str, Any]:
-    return {"event": "end", "step": at.step, "steps": at.steps, **metrics}
 
 
 def train_dense(
@@ -361,8 +357,7 @@ def train_dense(
     base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     with folder.opened():
         steps = ObjectiveSteps(backbone, data, config, learn)
-        at = Run(steps, base, folder).train()
-        folder.write(_end(at, steps.finish(at)))
+        steps.finish(Run(steps, base, folder).train(), folder)
     steps.objective.module.eval()
     return steps
 
