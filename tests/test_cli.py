@@ -355,7 +355,7 @@ def test_what_codecs_are_stands_on_one_line() -> None:
 def test_addresses_are_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr(console, "Console", lambda **_: Console(file=out, width=30))
-    console.table(["what", "reference"], [["short", "https://example.org/a-long-address"]])
+    console.table([{"what": "short", "reference": "https://example.org/a-long-address"}], ["what", "reference"])
     assert "".join(line[7:].strip() for line in out.getvalue().splitlines()[1:]) == "https://example.org/a-long-address"
 
 

@@ -29,30 +29,18 @@ from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import WRITE_TOKEN, HubServer
 from .helpers_signing import SIGNATURE, write_key
-from .helpers_sigstore import ALICE, Sigstore, token
+from .helpers_sigstore import ALICE, BUNDLE, Sigstore, servers, token
 
 pytestmark = pytest.mark.transport("lfs")
-BUNDLE = "maskpack_model.sigstore.json"
 BOB = "bob@example.org@https://accounts.example.org"
 WORKFLOW = "https://github.com/a/b/.github/workflows/x.yml@refs/heads/main@https://token.example.org"
 
 
-@pytest.fixture(autouse=True)
-def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sigstore]:
+@pytest.fixture(autouse=True, name="servers")
+def _servers() -> Iterator[Sigstore]:
     """Sigstore's servers, and alice's login."""
-    made = Sigstore()
-    monkeypatch.setattr(sigstore.models.ClientTrustConfig, "production", lambda offline=False: made)
-    monkeypatch.setattr(identity, "reach", lambda url: None)
-
-    @contextmanager
-    def online(url: str) -> Iterator[bool]:
-        yield True
-
-    monkeypatch.setattr(identity, "library_calls", online)
-    monkeypatch.setenv("SIGSTORE_IDENTITY_TOKEN", token())
-    identity._verifier.cache_clear()
-    yield made
-    identity._verifier.cache_clear()
+    with servers() as made:
+        yield made
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter.fields import PATH, Fields
+from ..adapter.fields import OBJECT, PATH, TEXT, integer, record, values
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..adapter.signature import Keys, Signed
 from ..errors import AdapterError, MaskpackError, SignatureError, StateError
@@ -71,23 +71,17 @@ def cached_adapters(cache_dir: str | Path | None = None) -> list[CachedAdapter]:
 def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
     """Return base, density and bits per weight from a config file, which a stranger may have written."""
     try:
-        about = Fields.of(strict_json(read_bytes(config, config, MAX_CONFIG), CONFIG_FILE), CONFIG_FILE)
-        base = about.object("base").text("id")
-        sets = [about.object("sets").object(name) for name in about.object("sets").members]
-        weights, kept = (sum(_count(one, key) for one in sets) for key in ("weights", "kept"))
-        coded = sum(_count(one, "payload_bytes") for one in sets)
+        one = values(record(dict.fromkeys(("weights", "kept", "payload_bytes"), integer(0, MOST - 1))))
+        about = record({"base": record({"id": TEXT}), "sets": one})(
+            strict_json(read_bytes(config, config, MAX_CONFIG), CONFIG_FILE), CONFIG_FILE
+        )
+        base, sets = about["base"]["id"], about["sets"].values()
+        weights, kept, coded = (sum(one[key] for one in sets) for key in ("weights", "kept", "payload_bytes"))
     except AdapterError:
         return None, None, None
     if PATH.match(base) or not 0 < weights >= kept:
         return None, None, None
     return base, kept / weights, 8 * coded / weights
-
-
-def _count(one: Fields, key: str) -> int:
-    value = one.get(key)
-    if type(value) is not int or not 0 <= value < MOST:
-        raise one.refuse(key, f"an integer from 0 to {MOST - 1}")
-    return value
 
 
 class RepositoryCache:
@@ -225,8 +219,8 @@ def _read_counters() -> dict[str, dict[str, int]]:
     if not path.exists():
         return {}
     try:
-        outer = Fields.of(strict_json(read_bytes(path, path, MAX_COUNTERS), str(path)), str(path))
-        known = {key: dict(outer.object(key).members) for key in outer.members}
+        outer = strict_json(read_bytes(path, path, MAX_COUNTERS), str(path))
+        known: dict[str, dict[str, int]] = values(OBJECT)(outer, str(path))
         if any(type(counter) is not int for names in known.values() for counter in names.values()):
             raise AdapterError("a counter in it is no integer")
         return known
