@@ -215,7 +215,7 @@ def test_masks_that_a_masked_head_cannot_be_stored_with(
 
 
 def test_something_has_to_learn(tiny_backbone: Backbone, digits: Data) -> None:
-    config = TrainConfig(method="naive", head_kind="own")
+    config = TrainConfig(method="naive", head_kind="own", train=())
     said = "nothing would learn: the method 'naive' follows from the weights, and no head is trained beside it; take"
     with pytest.raises(ConfigError, match=said):
         plan_training(tiny_backbone, digits, config)

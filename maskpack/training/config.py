@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
-from .methods.base import METHODS
 
 TOP = 0.1  # of the weights of a parameter have scores by default
 ALL = "all"  # of the scores learn
@@ -167,6 +166,8 @@ class TrainConfig:
         """Share of each parameter's weights that have scores, the largest; None: all."""
         if self.top is not None:
             return self.top if self.top < 1 else None
+        from .methods.base import METHODS  # imports torch, which the command line's help does without
+
         usual = self.labels and self.selective == ALL and not self.scale
         return TOP if usual and METHODS[self.method].rising else None
 
