@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from maskpack import load_backbone
 from maskpack.backbone.classifier import predictions
-from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.budget import coded_bytes
@@ -31,10 +30,9 @@ from maskpack.training.data.base import Data, Examples, loader, readable
 from maskpack.training.data.load import hold_out, load_data
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores
-from maskpack.training.loop import Run
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import density, learning_names, without_scores
-from maskpack.training.trainer import ObjectiveSteps
+from maskpack.training.trainer import ObjectiveRun
 
 from .measured import Trial, trial, trials
 from .report import NOTHING, command, percent, table, write_between
@@ -101,7 +99,7 @@ def resized(image: Any, preprocess: ImagePreprocess) -> Any:
     return v2.Compose(steps)(image)
 
 
-def run(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def tried(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recorded result of a trial, or run it.
 
     Args:
@@ -128,18 +126,17 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         return scored(probe.logits(x), y) | {"seconds": time.perf_counter() - started}
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     learn = learn_scores if kind == "mask" else partial(learned, kind)
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     try:
         with borrowed(backbone, config.train):
-            steps = ObjectiveSteps(backbone, data, config, learn)
-            at = Run(steps, base, RunFolder({})).train()
-            module = steps.objective.module
+            run = ObjectiveRun(backbone, data, config, learn)
+            at = run.train(RunFolder({}))
+            module = run.objective.module
             batches = partial(loader, held, backbone.preprocess, backbone.tokenizer, batch_size=64)
             found = {"train_loss": at.metrics["train_loss"], "trained_seconds": time.perf_counter() - started}
             found |= scored(*predictions(module, readable(batches())))
-            if steps.scored:
-                found["density"] = density(steps.scored)
-                found["mask_bytes"] = coded_bytes(one.mask() for one in steps.scored)
+            if run.scored:
+                found["density"] = density(run.scored)
+                found["mask_bytes"] = coded_bytes(one.mask() for one in run.scored)
                 with without_scores(backbone.model):
                     alone = scored(*predictions(module, readable(batches())))
                 found |= {f"{name}_without_masks": value for name, value in alone.items()}
@@ -246,7 +243,7 @@ def main() -> None:
 def run_stage(name: str) -> None:
     """Run the trials of a stage that are not recorded."""
     for pair, settings in STAGES[name]:
-        run(pair, settings)
+        tried(pair, settings)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from ...backbone.load import Backbone, load_tensors
 from ...backbone.model import Head, aliases, canonical, inside, swap_module, unwrap
 from ...errors import AdapterError, ConfigError, StateError
 from ...mask import MaskSet
-from ...runtime.apply import applied
-from ...runtime.load import load_adapter, load_mask, unload_mask
+from ...runtime.apply import applied, unload_mask
+from ...runtime.load import load_adapter, load_mask
 from ...safetensors_io import open_tensors, read_tensors, write_tensors
 from ...training.evaluate import as_loaded
 
