@@ -105,7 +105,8 @@ def tried(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         settings: "kind": mask, norms, full or probe; what differs from `BASE`.
     """
-    return trial(NAME, {"pair": pair, **settings}, partial(measure, pair, settings))
+    found: dict[str, Any] = trial(NAME, {"pair": pair, **settings}, partial(measure, pair, settings))
+    return found
 
 
 def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     learn = learn_scores if kind == "mask" else partial(learned, kind)
     try:
-        with borrowed(backbone, config.train):
+        with borrowed(backbone, config.beside):
             run = ObjectiveRun(backbone, data, config, learn)
             at = run.train(RunFolder({}))
             module = run.objective.module

@@ -327,7 +327,7 @@ def train_mask(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    more = {"rates": {name: lr for name, (learning, lr) in run.groups.items() if learning}}
+    more: dict[str, Any] = {"rates": {name: lr for name, (learning, lr) in run.groups.items() if learning}}
     more |= {"extended": at.extended} if at.extended else {}
     more |= {"warnings": warnings} if warnings else {}
     return result_of(run, data, config, parts, run.base, metrics, more)

@@ -288,6 +288,6 @@ def train_reused(
         return scores
 
     # in the record, and what a checkpoint of another mask differs in
-    own = {"method": Reuse.id, "method_options": {"mask_id": mask_id({"default": masks})}}
-    config = replace(config, **own, top=1.0, train=())
+    options_of_mask = {"mask_id": mask_id({"default": masks})}
+    config = replace(config, method=Reuse.id, method_options=options_of_mask, top=1.0, train=())
     return train_mask(backbone, target, config, learn=learn, longer=False, **options)

@@ -158,7 +158,7 @@ def _write(
 
 def _learned(result: TrainResult) -> int:
     """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
-    share = (result.about.training or {})["settings"]["top"]
+    share = float((result.about.training or {})["settings"]["top"])
     scores = sum(max(1, round(share * math.prod(mask.shape))) for mask in result.parts.masks.values())
     return scores + parameters(*result.parts.parameters.values())
 
