@@ -127,7 +127,7 @@ bench-bits: $(VENV)/.installed ## every flipped bit of a base is noticed: ten mi
 	$(RUN) benchmarks.base_bits --write docs/reliability.md
 
 bench-faults: $(VENV)/.installed ## every request of pushes and pulls fails in every way: twenty minutes
-	$(RUN) benchmarks.faults --write docs/reliability.md
+	$(RUN) benchmarks.faults --write docs/reliability.md --json $(MEASURED)/faults.jsonl
 
 bench-interruptions: $(VENV)/.installed ## loads, undos and switches fail at every place: half an hour
 	$(RUN) benchmarks.interruptions --write docs/reliability.md --json $(MEASURED)/interruptions.jsonl
@@ -136,7 +136,7 @@ bench-signatures: $(VENV)/.installed ## random attacks on signed adapters: ten m
 	$(RUN) benchmarks.signature_attacks --write docs/reliability.md --json $(MEASURED)/signatures.jsonl
 
 bench-hostile: $(VENV)/.installed ## spoiled and very large adapter files: some minutes, Linux only
-	$(RUN) benchmarks.hostile --write docs/reliability.md
+	$(RUN) benchmarks.hostile --write docs/reliability.md --json $(MEASURED)/hostile.jsonl
 
 bench-kills: $(VENV)/.installed ## trainings that are killed and resumed: five minutes
 	$(RUN) benchmarks.training_kills --write docs/reliability.md --json $(MEASURED)/training-kills.jsonl

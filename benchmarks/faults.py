@@ -1,6 +1,6 @@
 """Every request of pushes, pulls and a search goes wrong once, in each way that makes sense for it, on both transports.
 
-    python -m benchmarks.faults                             # prints the tables and writes runs/faults.json
+    python -m benchmarks.faults                             # prints the tables and writes runs/faults.jsonl
     python -m benchmarks.faults --write docs/reliability.md
     python -m benchmarks.faults --only lfs --no-races
 
@@ -27,6 +27,7 @@ from benchmarks.fault_flows import FLOWS, SECRETS, Answer, Client, Flow, Run
 from benchmarks.fault_matrix import markdown
 from benchmarks.fault_offline import offline
 from benchmarks.fault_races import races
+from benchmarks.measured import rewrite
 from benchmarks.report import write_between
 from tests.helpers_hub_server import WRITE_TOKEN, Fault, HubServer
 from tests.helpers_hub_server.messages import Request
@@ -180,7 +181,7 @@ def main() -> None:
     parser.add_argument("--no-races", action="store_true", help="leave out the processes that run at the same time")
     parser.add_argument("--no-offline", action="store_true", help="leave out the verbs without a Hub")
     parser.add_argument("--write", type=Path, help="Markdown file that gets the tables between its markers")
-    parser.add_argument("--json", type=Path, default=Path("runs/faults.json"))
+    parser.add_argument("--json", type=Path, default=Path("runs/faults.jsonl"))
     options = parser.parse_args()
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
@@ -198,9 +199,8 @@ def main() -> None:
             away = offline(Path(folder))
     text = markdown(rows, raced, away)
     print(text)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     seconds = round(time.monotonic() - began)
-    options.json.write_text(json.dumps({"seconds": seconds, "runs": rows, "races": raced, "offline": away}, indent=1))
+    rewrite(options.json, [*rows, *raced, *away], "transport", "flow", "step", "kind", "what", "hub", "verb")
     if options.write:
         write_between(options.write, "make bench-faults", text)
     wrong = [f"{one}: {what}" for one in [*rows, *raced, *away] for what in one["wrong"]]

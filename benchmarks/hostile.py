@@ -154,22 +154,40 @@ def bombs() -> bytes:
     return file.joined()
 
 
-def markdown(rows: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
+def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a line for each way, outcome and stage: how many files, the longest time, and the file of most memory."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for one in rows:
+        groups.setdefault((one["way"], one["outcome"], one["stage"]), []).append(one)
+    found = []
+    for (way, outcome, stage), own in sorted(groups.items()):
+        longest = max(sum(one["seconds"].values()) for one in own)
+        most = max(own, key=lambda one: one["memory"])
+        numbers = {"files": len(own), "longest": longest, "memory": most["memory"], "bytes": most["bytes"]}
+        found.append({"way": way, "outcome": outcome, "stage": stage, **numbers})
+    return found
+
+
+def markdown(groups: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
     """Return the tables."""
-    lines = [f"{len(rows):,} spoiled files; wrong: {sum(one['outcome'].startswith('WRONG') for one in rows)}.", ""]
+    wrong = sum(one["files"] for one in groups if one["outcome"].startswith("WRONG"))
+    lines = [f"{sum(one['files'] for one in groups):,} spoiled files; wrong: {wrong}.", ""]
     lines += ["| what is spoiled | files | refused by reading | refused later | used whole | with which error |"
               " longest, seconds | most memory, MB | the same over the file's size |"]  # fmt: skip
     lines += ["| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
     for way in WAYS:
-        own = [one for one in rows if one["way"] == way]
-        refused = [one for one in own if one["outcome"] != "read"]
-        early = sum(one["stage"] == "read" for one in refused)
-        kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(one["outcome"] for one in refused).most_common())
-        longest = max((sum(one["seconds"].values()) for one in own), default=0)
-        most = max(own, key=lambda one: one["memory"], default={"memory": 0, "bytes": 1})
+        own = [one for one in groups if one["way"] == way]
+        errors = Counter[str]()
+        for one in own:
+            errors[one["outcome"]] += one["files"]
+        whole = errors.pop("read", 0)
+        early = sum(one["files"] for one in own if one["outcome"] != "read" and one["stage"] == "read")
+        kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
+        most = max(own, key=lambda one: one["memory"])
         lines.append(
-            f"| {way} | {len(own):,} | {early:,} | {len(refused) - early:,} | {len(own) - len(refused):,} | {kinds} | "
-            f"{longest:.2f} | {most['memory'] / 1e6:.0f} | {most['memory'] / max(most['bytes'], 1):,.0f} |"
+            f"| {way} | {errors.total() + whole:,} | {early:,} | {errors.total() - early:,} | {whole:,} | {kinds} | "
+            f"{max(one['longest'] for one in own):.2f} | {most['memory'] / 1e6:.0f} | "
+            f"{most['memory'] / max(most['bytes'], 1):,.0f} |"
         )
     if larger:
         lines += ["", "| file with | MB | read, seconds | inspect | verify | decode | memory, MB |"]
@@ -198,9 +216,10 @@ def main() -> None:
     signal.signal(signal.SIGALRM, too_slow)
     with tempfile.TemporaryDirectory() as folder:
         larger = [] if options.no_large else list(large(Path(folder)))
-    text = markdown(rows, larger)
+    groups = grouped(rows)
+    text = markdown(groups, larger)
     print(text)
-    rewrite(options.json, [*rows, *larger], "way", "number")
+    rewrite(options.json, [*groups, *larger], "way", "outcome", "stage")
     if options.write:
         write_between(options.write, "make bench-hostile", text)
     wrong = [one for one in [*rows, *larger] if one["outcome"].startswith("WRONG")]

@@ -5,9 +5,10 @@
     python -m benchmarks.signature_attacks --tries 100 --seed 7
 
 Each attack spoils the files of an adapter of `alice/birds`, signed with an Ed25519 or a P-256 key in turn. They are
-read with `load_adapter(folder, require_signature=…)`; those on a repository by `pull`, from a loopback Hub. An error
-that is not one of maskpack's, or an adapter that is accepted although a signed byte of it is another one, is wrong,
-and the exit status 1.
+read with `load_adapter(folder, require_signature=…)`; those on a repository by `pull`, from a loopback Hub. Then the
+same for a bundle that an identity signed, with sigstore's own client against an authority and logs in this process. An
+error that is not one of maskpack's, or an adapter that is accepted although a signed byte of it is another one, is
+wrong, and the exit status 1.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks.measured import rewrite
 from benchmarks.report import table, write_between
 from tests.helpers_hub import CARD, CONFIG, MODEL, saved, write_adapter
 from tests.helpers_hub_server import WRITE_TOKEN, HubServer
 from tests.helpers_signing import KINDS, SIGNATURE, new_key, restated, rewritten, write_key
+from tests.helpers_sigstore import ALICE, BUNDLE, servers, token
 
 BIRDS = "alice/birds"
 Files = dict[str, bytes]
@@ -40,31 +43,43 @@ class World:
     """A signed adapter and what an attacker has: other adapters, other keys, other signatures."""
 
     files: Files
-    public: Path
+    trusted: Path | str
     key: Any
     others: list[Files]  # whole adapters, signed by the same key for another repository
-    strangers: list[Files]  # whole adapters, signed by another key for this one
-    wrong_kind: Any  # a key of the other algorithm
+    strangers: list[Files]  # whole adapters, signed by somebody else for this one
+    wrong_kind: Any = None  # a key of the other algorithm
+    signature: str = SIGNATURE
 
 
 def make_world(folder: Path, kind: str) -> World:
     """Return a world whose trusted key is of a kind."""
+    key = new_key(kind)
+    private, public = write_key(folder, kind, key)
+    stranger, _ = write_key(folder, f"{kind}-stranger", new_key(kind))
+    others = [signed(folder, seed, private, f"alice/other{seed}") for seed in range(1, 6)]
+    strangers = [signed(folder, seed, stranger, BIRDS) for seed in range(1, 6)]
+    wrong_kind = new_key(next(k for k in KINDS if k != kind))
+    return World(signed(folder, 0, private, BIRDS), public, key, others, strangers, wrong_kind)
+
+
+def signed(folder: Path, seed: int, by: Path | str, repository: str) -> Files:
+    """Return the files of an adapter that a key, or the identity that is logged in, has signed."""
     from maskpack.adapter.signature import sign_adapter
 
-    key, other = new_key(kind), new_key(kind)
-    private, public = write_key(folder, kind, key)
-    stranger, _ = write_key(folder, f"{kind}-stranger", other)
+    place = write_adapter(Path(tempfile.mkdtemp(dir=folder)), saved(seed))
+    sign_adapter(place, by, repository=repository, counter=seed + 1)
+    return {path.name: path.read_bytes() for path in place.iterdir()}
 
-    def signed(seed: int, by: Path, repository: str) -> Files:
-        place = write_adapter(folder / f"{kind}-{seed}-{by.stem}", saved(seed))
-        sign_adapter(place, by, repository=repository, counter=seed + 1)
-        return {path.name: path.read_bytes() for path in place.iterdir()}
 
-    others = [signed(seed, private, f"alice/other{seed}") for seed in range(1, 6)]
-    strangers = [signed(seed, stranger, BIRDS) for seed in range(1, 6)]
-    return World(
-        signed(0, private, BIRDS), public, key, others, strangers, new_key(next(k for k in KINDS if k != kind))
-    )
+def make_identity_world(folder: Path) -> World:
+    """Return a world whose trusted signer is an identity."""
+    files = signed(folder, 0, "sigstore", BIRDS)
+    others = [signed(folder, seed, "sigstore", f"alice/other{seed}") for seed in range(1, 6)]
+    with patch.dict(os.environ, SIGSTORE_IDENTITY_TOKEN=token(ALICE.replace("alice", "mallory"))):
+        strangers = [signed(folder, seed, "sigstore", BIRDS) for seed in range(1, 4)]
+    with servers():  # others, which vouch for the same name
+        strangers += [signed(folder, seed, "sigstore", BIRDS) for seed in range(4, 6)]
+    return World(files, ALICE, None, others, strangers, signature=BUNDLE)
 
 
 Attack = Callable[[World, random.Random], Files]
@@ -97,8 +112,8 @@ def stretch(name: str) -> Attack:
 
 def whole(world: World, chance: random.Random) -> Files:
     """Another adapter under this signature, or this one under another's, by the same key."""
-    other = chance.choice(world.others)
-    return chance.choice([other | {SIGNATURE: world.files[SIGNATURE]}, world.files | {SIGNATURE: other[SIGNATURE]}])
+    other, name = chance.choice(world.others), world.signature
+    return chance.choice([other | {name: world.files[name]}, world.files | {name: other[name]}])
 
 
 def mixed(world: World, chance: random.Random) -> Files:
@@ -175,10 +190,43 @@ def forms(world: World, chance: random.Random) -> Files:
     return world.files | {SIGNATURE: chance.choice(form)()}
 
 
+def another_identity(world: World, chance: random.Random) -> Files:
+    """A whole adapter, signed by another identity, or by the same name that other servers vouch for."""
+    return chance.choice(world.strangers)
+
+
+def statement_in_bundle(world: World, chance: random.Random) -> Files:
+    """A bundle whose statement, signature, certificate or log entry is another one's."""
+    bundle, other = (json.loads(one[BUNDLE]) for one in (world.files, chance.choice(world.strangers)))
+    envelope, material = bundle["dsseEnvelope"], bundle["verificationMaterial"]
+    (entry,) = material["tlogEntries"]
+
+    def counter() -> None:
+        text = json.loads(base64.b64decode(envelope["payload"]))
+        text["predicate"]["counter"] = chance.randrange(2, 1 << 53)
+        envelope["payload"] = base64.b64encode(json.dumps(text).encode()).decode()
+
+    changes: list[Callable[[], Any]] = [
+        counter,
+        lambda: envelope.update(payload=other["dsseEnvelope"]["payload"]),
+        lambda: envelope.update(signatures=other["dsseEnvelope"]["signatures"]),
+        lambda: bundle.update(dsseEnvelope=other["dsseEnvelope"]),
+        lambda: material.update(certificate=other["verificationMaterial"]["certificate"]),
+        lambda: material.update(tlogEntries=other["verificationMaterial"]["tlogEntries"]),
+        lambda: material.update(tlogEntries=[]),
+        lambda: entry.pop("inclusionPromise"),
+        lambda: entry.pop("inclusionProof"),
+        lambda: entry.update(integratedTime=str(int(entry["integratedTime"]) + chance.choice([-1, 1]) * 86400)),
+        lambda: bundle.pop(chance.choice(sorted(bundle))),
+    ]
+    chance.choice(changes)()
+    return world.files | {BUNDLE: json.dumps(bundle).encode()}
+
+
 def set_of_files(world: World, chance: random.Random) -> Files:
     """The signature or the config removed, or a file added under a name of the format's."""
     files = dict(world.files)
-    name = chance.choice([SIGNATURE, CONFIG, "maskpack_"])
+    name = chance.choice([world.signature, CONFIG, "maskpack_"])
     if name == "maskpack_":
         return files | {name + chance.choice(["more.safetensors", "model.bin", "model_2.safetensors"]): b"x"}
     del files[name]
@@ -190,7 +238,7 @@ def card(world: World, chance: random.Random) -> Files:
     return world.files | {CARD: chance.randbytes(chance.randrange(300)), "notes.txt": chance.randbytes(9)}
 
 
-ATTACKS: dict[str, tuple[Attack, bool]] = {
+ATTACKS: dict[str, tuple[Attack, bool | None]] = {  # True: has to be refused; False: accepted; None: either
     "one bit of the model file": (bit(MODEL), True),
     "one bit of the config": (bit(CONFIG), True),
     "one bit of the signature file": (bit(SIGNATURE), True),
@@ -206,6 +254,20 @@ ATTACKS: dict[str, tuple[Attack, bool]] = {
     "signature or config removed, a `maskpack_…` file added": (set_of_files, True),
     "another card, files that are not the adapter's": (card, False),
 }
+# a bundle has names and addresses that mean nothing to who verifies it
+BUNDLE_ATTACKS: dict[str, tuple[Attack, bool | None]] = {
+    "bundle: one bit of the model file": (bit(MODEL), True),
+    "bundle: one bit of the config": (bit(CONFIG), True),
+    "bundle: one bit of the bundle; accepted where it means nothing": (bit(BUNDLE), None),
+    "bundle: a stretch of the model file cut out, repeated, overwritten, cut off": (stretch(MODEL), True),
+    "bundle: the same of the bundle": (stretch(BUNDLE), True),
+    "bundle: another whole adapter by the same identity, under this bundle, or the other way round": (whole, True),
+    "bundle: model or config of another adapter by the same identity": (mixed, True),
+    "bundle: another identity, or this name by other servers": (another_identity, True),
+    "bundle: statement, signature, certificate or log entry changed": (statement_in_bundle, True),
+    "bundle: removed, the config removed, a `maskpack_…` file added": (set_of_files, True),
+    "bundle: another card, files that are not the adapter's": (card, False),
+}
 
 
 def run(world: World, attack: Attack, chance: random.Random, folder: Path) -> str:
@@ -217,7 +279,7 @@ def run(world: World, attack: Attack, chance: random.Random, folder: Path) -> st
         path.unlink()
     write_adapter(folder, attack(world, chance))
     try:
-        load_adapter(folder, require_signature=world.public)
+        load_adapter(folder, require_signature=world.trusted)
     except MaskpackError as error:
         return type(error).__name__
     except Exception as error:  # what must not come out
@@ -225,13 +287,14 @@ def run(world: World, attack: Attack, chance: random.Random, folder: Path) -> st
     return "accepted"
 
 
-def on_disk(worlds: list[World], tries: int, seed: int, folder: Path) -> Iterator[dict[str, Any]]:
+def on_disk(
+    worlds: list[World], attacks: dict[str, tuple[Attack, bool | None]], tries: int, seed: int, folder: Path
+) -> Iterator[dict[str, Any]]:
     """Yield a row for each kind of attack on files."""
-    place = folder / "attacked"
-    place.mkdir()
-    for name, (attack, hostile) in ATTACKS.items():
+    place = Path(tempfile.mkdtemp(dir=folder))
+    for name, (attack, hostile) in attacks.items():
         chance = random.Random(f"{seed} {name}")
-        outcomes = Counter(run(worlds[number % 2], attack, chance, place) for number in range(tries))
+        outcomes = Counter(run(worlds[number % len(worlds)], attack, chance, place) for number in range(tries))
         yield row(name, outcomes, hostile)
 
 
@@ -242,7 +305,7 @@ def on_hub(worlds: list[World], tries: int, server: HubServer) -> Iterator[dict[
 
     def outcome(ref: str, world: World) -> str:
         try:
-            pull(ref, require_signature=world.public)
+            pull(ref, require_signature=world.trusted)
         except MaskpackError as error:
             return type(error).__name__
         return "accepted"
@@ -276,12 +339,12 @@ def on_hub(worlds: list[World], tries: int, server: HubServer) -> Iterator[dict[
     )
 
 
-def row(name: str, outcomes: Counter[str], hostile: bool) -> dict[str, Any]:
+def row(name: str, outcomes: Counter[str], hostile: bool | None) -> dict[str, Any]:
     """Return a line of the table; `wrong` counts what must not be."""
     accepted = outcomes.get("accepted", 0)
     strange = sum(count for what, count in outcomes.items() if what.startswith("not ours"))
     tried = outcomes.total()
-    wrong = strange + (accepted if hostile else tried - accepted - strange)
+    wrong = strange + {True: accepted, False: tried - accepted - strange, None: 0}[hostile]
     return {"attack": name, "tried": tried, "accepted": accepted, "wrong": wrong, "outcomes": dict(outcomes)}
 
 
@@ -291,7 +354,7 @@ def times(worlds: list[World]) -> str:
 
     said = []
     for kind, world in zip(KINDS, worlds, strict=True):
-        keys = public_keys(world.public)
+        keys = public_keys(world.trusted)
         found: dict[str, list[float]] = {"sign": [], "verify": []}
         for _ in range(200):
             began = time.perf_counter()
@@ -349,19 +412,23 @@ def _copied(server: HubServer, repo_id: str, files: Files) -> str:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tries", type=int, default=4000, help="of each kind on files; a tenth of it on the Hub")
+    parser.add_argument(
+        "--tries", type=int, default=4000, help="of each kind on files; a tenth of it on bundles and on the Hub"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="Markdown file that gets the table between its markers")
     parser.add_argument("--json", type=Path, default=Path("runs/signatures.jsonl"))
     options = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder) / "hub") as server:
+    with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder) / "hub") as server, servers():
         os.environ.update(server.env())  # before the client is imported
         os.environ.pop("MASKPACK_REQUIRE_SIGNATURE", None)
         worlds = [make_world(Path(folder), kind) for kind in KINDS]
+        identity = make_identity_world(Path(folder))
         rows = []
         for found in (
-            on_disk(worlds, options.tries, options.seed, Path(folder)),
+            on_disk(worlds, ATTACKS, options.tries, options.seed, Path(folder)),
+            on_disk([identity], BUNDLE_ATTACKS, options.tries // 10, options.seed, Path(folder)),
             on_hub(worlds, options.tries // 10, server),
         ):
             for one in found:

@@ -482,44 +482,48 @@ def _clear_leftovers(target: Path) -> None:
 
 
 @contextmanager
-def replacing(*paths: str | Path) -> Iterator[list[Path]]:
-    """Give an empty temporary file beside each path; when the block ends well they replace the paths, in order.
-
-    Whatever goes wrong before that, the interrupt key included, the paths stay as they are and the temporary files go.
-    Those of a process that was killed go when the path is written the next time.
-
-    Raises:
-        StateError: in place of an OSError, such as a full disk or a folder that may not be written.
-    """
-    targets = [Path(path) for path in paths]
-    temporary = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in targets]
-    renamed = False
-    locked: list[int] = []
+def writing(*paths: Path, unchanged: bool = True) -> Iterator[None]:
+    """Raise StateError in place of an OSError, such as a full disk or a folder that may not be written."""
     try:
-        for path, target in zip(temporary, targets, strict=True):
-            _clear_leftovers(target)
-            # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-            locked.append(descriptor)
-            if not lock(descriptor):
-                os.close(locked.pop())  # Windows renames no open file
-        yield temporary
-        for path in temporary:
-            _sync(path)
-        for path, target in zip(temporary, targets, strict=True):
-            path.replace(target)
-            renamed = True
-        for folder in {path.parent for path in targets}:
-            with suppress(OSError):  # some file systems cannot sync a folder; the files themselves are safe
-                _sync(folder)
+        yield
     except MaskpackError:
         raise
     except OSError as error:
         raise StateError(
-            f"cannot write {', '.join(map(str, targets))}: {error.strerror or error}; "
-            f"{'' if renamed else 'nothing was changed there; '}free space, or choose a folder that exists and that "
+            f"cannot write {', '.join(map(str, paths))}: {error.strerror or error}; "
+            f"{'nothing was changed there; ' if unchanged else ''}free space, or choose a folder that exists and that "
             f"you may write to"
         ) from error
+
+
+@contextmanager
+def replacing(*paths: str | Path) -> Iterator[list[Path]]:
+    """Give an empty temporary file beside each path; when the block ends well they replace the paths, in order.
+
+    Whatever goes wrong before that, the interrupt key included, the paths stay as they are and the temporary files go.
+    Those of a process that was killed go when the path is written the next time. Errors are those of `writing`.
+    """
+    targets = [Path(path) for path in paths]
+    temporary = [path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp") for path in targets]
+    locked: list[int] = []
+    try:
+        with writing(*targets):
+            for path, target in zip(temporary, targets, strict=True):
+                _clear_leftovers(target)
+                # mode 0666 less the umask, as for any new file: a shared folder stays readable for its users
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                locked.append(descriptor)
+                if not lock(descriptor):
+                    os.close(locked.pop())  # Windows renames no open file
+            yield temporary
+            for path in temporary:
+                _sync(path)
+        for i, (path, target) in enumerate(zip(temporary, targets, strict=True)):
+            with writing(target, unchanged=not i):
+                path.replace(target)
+        for folder in {path.parent for path in targets}:
+            with suppress(OSError):  # some file systems cannot sync a folder; the files themselves are safe
+                _sync(folder)
     finally:
         for path in temporary:
             with suppress(OSError):

@@ -5,11 +5,15 @@ import hashlib
 import json
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import jwt
+import sigstore.models
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,6 +23,9 @@ from sigstore._internal.rekor.client import RekorClient
 from sigstore.models import TransparencyLogEntry, TrustedRoot
 from sigstore_models.trustroot.v1 import TrustedRoot as RawRoot
 
+from maskpack.adapter import identity
+
+BUNDLE = "maskpack_model.sigstore.json"
 ALICE = "alice@example.org@https://accounts.example.org"
 
 
@@ -162,9 +169,24 @@ class Sigstore:
         return TrustedRoot(RawRoot.from_json(json.dumps(root)))
 
 
-def token(identity: str = ALICE) -> str:
+def token(of: str = ALICE) -> str:
     """Return the token of a login."""
-    name, _, issuer = identity.rpartition("@https://")
+    name, _, issuer = of.rpartition("@https://")
     now = int(time.time())
     claims = {"aud": "sigstore", "sub": name, "iss": f"https://{issuer}", "iat": now, "exp": now + 600}
     return jwt.encode(claims, "x" * 32, algorithm="HS256")
+
+
+@contextmanager
+def servers(login: str = ALICE) -> Iterator[Sigstore]:
+    """Sigstore's servers, made anew, and somebody's login."""
+    made = Sigstore()
+    identity._verifier.cache_clear()
+    with (
+        patch.object(sigstore.models.ClientTrustConfig, "production", lambda offline=False: made),
+        patch.object(identity, "reach", lambda url: None),
+        patch.object(identity, "library_calls", lambda url: nullcontext(True)),
+        patch.dict("os.environ", {identity.TOKEN: token(login)}),
+    ):
+        yield made
+    identity._verifier.cache_clear()

@@ -174,7 +174,7 @@ def test_checkpoints(tmp_path: Path) -> None:
         (["criticality", "tuned-0.safetensors", "--data", "digits:0-4"], "weights do not tell what they started from"),
         (
             ["criticality", "./mask-0", *BASE, "--head", "5"],
-            "--head and --image-size are for weights alone; an adapter",
+            "--head and --image-size are for a backbone alone; an adapter",
         ),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--plot", "a.gif"], "ends in '.gif', expected .png or .svg"),
         (["mistakes", "./mask-0", "./mask-1", *BASE, "--split", "all"], "'all' is not one of 'test', 'train'"),

@@ -82,10 +82,10 @@ def test_a_masked_head_learns_and_is_stored_as_seed_and_mask(
 def test_scores_of_the_head_learn_at_the_bodys_rate_and_the_method_is_the_bodys(
     tiny_backbone: Backbone, digits: Data
 ) -> None:
-    from maskpack.training.trainer import ObjectiveSteps
+    from maskpack.training.trainer import ObjectiveRun
 
     config = replace(MASKED, method_options={"init": "2"}, lr=7.0, scale=False)
-    run = ObjectiveSteps(tiny_backbone, digits, config)
+    run = ObjectiveRun(tiny_backbone, digits, config)
     (scores,) = run.objective.scores()
     assert scores.shape == (5, 16)
     assert scores.unique().tolist() == [2.0]
@@ -234,7 +234,7 @@ def test_settings(tiny_backbone: Backbone, digits: Data) -> None:
         config_from({"head_kind": "random"})
     with pytest.raises(ConfigError, match=r"head_template must have \{label\} in it for the class, got 'a photo'"):
         config_from({"head_template": "a photo"})
-    with pytest.raises(BackboneError, match="a text head needs a CLIP-like backbone .*tests:tiny is none; take"):
+    with pytest.raises(BackboneError, match="a text head needs a backbone of type .*tests:tiny is not"):
         plan_training(tiny_backbone, digits, TrainConfig(head_kind="text"))
 
 

@@ -6,13 +6,13 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import pytest
 import typer
-from maskpack_cli.console import Verbs
+from maskpack_cli.console import Output, Verbs
 from maskpack_cli.main import app
-from maskpack_cli.options import OF_A_CALL, Folder, Given, Profile, Without, described, verb
+from maskpack_cli.options import OF_A_CALL, Folder, Profile, Without, described, verb
 from maskpack_cli.train import Experts
 from typer.testing import CliRunner, Result
 
@@ -79,7 +79,7 @@ def test_every_setting_is_an_option() -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(Profile) == get_args(CodecProfile)
-    assert get_args(next(field.type for field in fields(Experts) if field.name == "combine")) == COMBINES
+    assert get_args(get_type_hints(Experts)["combine"]) == COMBINES
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def try_more(*words: str) -> tuple[Result, list[Any], Any]:
     own, seen = typer.Typer(cls=Verbs), list[Any]()
 
     @verb(own, "example")
-    def train(settings: More, folder: Folder, given: Given) -> None:
-        seen.extend((settings, given))
+    def train(settings: More, folder: Folder) -> None:
+        seen.extend((settings, Output.given))
 
     @verb(own, "example")
     def other(settings: Annotated[More, Without("seed", decay=0.1)]) -> None:

@@ -6,23 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import maskpack
 from maskpack.errors import UnknownNameError
 
 from .console import Output, app, emit, lines, note, progress_bar, say, table
-from .options import (
-    BackboneRef,
-    OutputRef,
-    PackedBase,
-    Packing,
-    Ref,
-    Revision,
-    Trust,
-    Weights,
-    Without,
-    verb,
-)
+from .options import ARGUMENT, OutputRef, PackedBase, Packing, Ref, Source, TrainedBackbone, Trust, Without, verb
 
 if TYPE_CHECKING:
+    from maskpack import Adapter
     from maskpack.algebra import Overlap
 
 PANEL = "Adapters"
@@ -34,31 +25,30 @@ PLUGINS = {
     "importers": "maskpack.importers",
     "baselines": "maskpack.lab.baselines",
 }
-Operation = Literal["and", "or", "xor", "not", "majority", "weighted", "k-of-n", "difference"]
 Missing = Annotated[
-    Literal["error", "keep"],
-    typer.Option(help="Parameters that not all adapters mask: an error, or kept whole by those that do not."),
+    Literal["error", "keep"], "Parameters that not all adapters mask: an error, or kept whole by those that do not."
 ]
-TOTALS = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
 COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second_only", "neither")
 
 
+def packed(adapter: "Adapter", output: Path, **more: Any) -> dict[str, Any]:
+    """Return what there is to say of an adapter with one mask set that was written, with more behind its path."""
+
+    whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
+    totals = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
+    return {"adapter": str(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}
+
+
 @verb(app, "maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json", panel=PANEL)
-def inspect(
-    ref: Ref,
-    trust: Trust,
-    revision: Revision = None,
-    parameters: Annotated[bool, typer.Option("--parameters", help="A line for every parameter.")] = False,
-) -> None:
+def inspect(ref: Ref, trust: Source, parameters: Annotated[bool, "A line for every parameter."] = False) -> None:
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
-    from maskpack import inspect_adapter
     from maskpack.adapter.card import member
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
-    opened = open_adapter(ref, revision=revision, **vars(trust))
+    opened = open_adapter(ref, **vars(trust))
     adapter = opened.adapter
-    about, signature = inspect_adapter(adapter), describe_signature(opened.contents, opened.signed)
+    about, signature = maskpack.inspect_adapter(adapter), describe_signature(opened.contents, opened.signed)
     classes = about.get("class_names") or ()
     facts: dict[str, Any] = {
         "file_bytes": about["size"],
@@ -70,46 +60,41 @@ def inspect(
         "classes": f"{len(classes)} ({', '.join(classes[:5])}{', …' if len(classes) > 5 else ''})" if classes else None,
     }
     emit({**about, "signature": signature}, adapter.pinned, facts)
-    sections: list[tuple[str, dict[str, Any]]] = []
+    sections: dict[str, dict[str, Any]] = {}
     if signature is not None:
-        sections.append(("signature", {**signature, "keys": ", ".join(signature["keys"])}))
+        sections["signature"] = {**signature, "keys": ", ".join(signature["keys"])}
     if metrics := member(about.get("training") or {}, "metrics"):  # whatever their names, none is a fact above
-        sections.append(("metrics, as the training record has them", metrics))
+        sections["metrics, as the training record has them"] = metrics
     if (cascade := about["cascade"]) is not None:
         sizes = {f"{role}_bytes": size for role, size in cascade["bytes"].items()}
-        sections.append(("cascade", {**cascade, "experts": len(cascade["experts"]), **sizes}))
-    for title, section in sections:
+        sections["cascade"] = {**cascade, "experts": len(cascade["experts"]), **sizes}
+    for title, section in sections.items():
         say(title)
         lines(section)
     for name, one in about["sets"].items():
         say(f"mask set {name}")
         lines({**one, **{f"{role}_bytes": size for role, size in one["dense_bytes"].items()}})
         if parameters:
-            keys = ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")
-            columns = ["parameter", *keys[1:-1], "bits/weight"]
-            table(columns, [[payload[key] for key in keys] for payload in one["payloads"]])
+            columns = ("name", "shape", "op", "codec", "density", "bytes", "bits_per_weight")
+            table(one["payloads"], columns, name="parameter")
 
 
 @verb(app, "maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k", panel=PANEL)
 def verify(
     ref: Ref,
     base: PackedBase,
-    trust: Annotated[Trust, Without("require_signature")],
-    revision: Revision = None,
+    trust: Annotated[Source, Without("require_signature")],
     key: Annotated[
         str | None,
-        typer.Option(
-            "--key",
-            "--require-signature",
-            help="Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
-        ),
+        "Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
+        typer.Option("--key", "--require-signature"),
     ] = None,
 ) -> None:
     """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
     from maskpack.adapter.signature import describe_signature
     from maskpack.hub.pull import open_adapter
 
-    opened = open_adapter(ref, revision=revision, **{**vars(trust), "require_signature": key})
+    opened = open_adapter(ref, **{**vars(trust), "require_signature": key})
     adapter = opened.adapter
     report: dict[str, Any] = {"adapter": adapter.pinned}
     if opened.signed is not None:
@@ -132,30 +117,29 @@ def verify(
 
 @verb(app, "maskpack list", "maskpack list methods", name="list", panel=PANEL)
 def listing(
-    what: Annotated[str, typer.Argument(help=f"adapters (cached from the Hub), or plug-ins: {', '.join(PLUGINS)}.")]
-    = "adapters",
-) -> None:  # fmt: skip
+    what: Annotated[str, f"adapters (cached from the Hub), or plug-ins: {', '.join(PLUGINS)}.", ARGUMENT] = "adapters",
+) -> None:
     """List cached adapters, or the plug-ins of one kind."""
     if what == "adapters":
         from maskpack.hub.cache import cached_adapters
 
         columns = ["adapter", "commit", "bytes", "base", "density", "bits_per_weight", "path"]
         digits = None if Output.json else 12
-        rows: list[list[Any]] = [
-            [a.repo_id, a.commit[:digits], a.size, a.base, a.density, a.bits_per_weight, str(a.path)]
+        found: list[tuple[Any, ...]] = [
+            (a.repo_id, a.commit[:digits], a.size, a.base, a.density, a.bits_per_weight, str(a.path))
             for a in cached_adapters()
         ]
     elif what in PLUGINS:
         from maskpack.registry import plugins
 
-        columns = [what.removesuffix("s"), "what", "reference"]
-        rows = [list(one) for one in plugins(PLUGINS[what])]
+        columns, found = [what.removesuffix("s"), "what", "reference"], [*plugins(PLUGINS[what])]
     else:
         raise UnknownNameError(f"cannot list {what!r}; known: adapters, {', '.join(PLUGINS)}")
-    emit({what: [dict(zip(columns, row, strict=True)) for row in rows]}, shown={})
+    rows = [dict(zip(columns, one, strict=True)) for one in found]
+    emit({what: rows})
     if not rows:
         return note("No adapter is cached; fetch one with: maskpack pull USER/NAME")
-    return table([column.replace("bits_per_weight", "bits/weight") for column in columns], rows)
+    return table(rows, columns)
 
 
 @verb(
@@ -167,48 +151,33 @@ def listing(
 )
 def combine(
     how: Annotated[
-        Operation,
-        typer.Argument(
-            metavar="HOW",
-            help="and, or, xor, not, majority, weighted, k-of-n or difference (kept by the first, not by the second).",
-        ),
+        Literal["and", "or", "xor", "not", "majority", "weighted", "k-of-n", "difference"],
+        "and, or, xor, not, majority, weighted, k-of-n or difference (kept by the first, not by the second).",
+        typer.Argument(metavar="HOW"),
     ],
-    refs: Annotated[list[str], typer.Argument(metavar="REF", help="Adapters of one base: as for inspect.")],
+    refs: Annotated[tuple[str, ...], "Adapters of one base: as for inspect.", typer.Argument(metavar="REF")],
     output: OutputRef,
     base: PackedBase,
     packing: Packing,
     trust: Trust,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Vote of an adapter, for weighted: one for each, in their order.")
-    ] = None,
-    k: Annotated[int | None, typer.Option("-k", help="For k-of-n: how many adapters must keep a weight.")] = None,
+    weight: Annotated[tuple[float, ...], "Vote of an adapter, for weighted: one for each, in their order."] = (),
+    k: Annotated[int | None, "For k-of-n: how many adapters must keep a weight.", typer.Option("-k")] = None,
     missing: Missing = "error",
 ) -> None:
     """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
-    from maskpack import inspect_adapter
     from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
 
-    operation(how, len(refs), weight, k)
+    votes = weight or None
+    operation(how, len(refs), votes, k)
     adapters = [trust.load(ref) for ref in refs]
-    model = base.model_of(adapters[0])
+    options = {"weights": votes, "k": k, "missing": missing, "base": base.model_of(adapters[0]), **vars(packing)}
     note(f"Combining {len(adapters)} adapters …")
     with progress_bar("Combining") as step:
-        combined = combine_adapters(
-            how,
-            adapters,
-            output,
-            weights=weight,
-            k=k,
-            missing=missing,
-            base=model,
-            progress=step,
-            **vars(packing),
-        )
-    whole = inspect_adapter(combined)["sets"]["default"]
-    facts = {"adapter": str(output), "operation": how, "mask_id": combined.mask_id, **{n: whole[n] for n in TOTALS}}
+        combined = combine_adapters(how, adapters, output, progress=step, **options)
     left = left_out(adapters)
-    emit(facts | {"file_bytes": combined.size, "left_out": left}, f"✓ {output}")
+    facts = packed(combined, output, operation=how, mask_id=combined.mask_id)
+    emit(facts | {"left_out": left}, f"✓ {output}")
     say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
 
 
@@ -223,8 +192,7 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
     from maskpack.algebra import Overlap, overlaps
 
     def facts(one: "Overlap") -> dict[str, Any]:
-        derived = {key: getattr(one, key) for key in ("hamming", "share", "jaccard", "chance", "neither")}
-        return {**asdict(one), **derived}
+        return asdict(one) | {key: getattr(one, key) for key in COUNTS}
 
     adapters = [trust.load(ref) for ref in (first, second)]
     found = dict(overlaps(*mask_sets(adapters, base.model_of(adapters[0])), missing=missing))
@@ -232,8 +200,7 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
     about = {"first": adapters[0].pinned, "second": adapters[1].pinned, **facts(whole)}
     rows = [{"name": name, **facts(one)} for name, one in found.items()]
     emit({**about, "parameters": rows}, f"≠ {whole.hamming:,} bits differ" if whole.hamming else "= all bits are equal")
-    columns = ["parameter", *(column.replace("_", " ") for column in COUNTS)]
-    table(columns, [[row[key] for key in ("name", *COUNTS)] for row in rows])
+    table(rows, ["name", *COUNTS], name="parameter")
 
 
 @verb(
@@ -243,41 +210,34 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
     panel=PANEL,
 )
 def pack(
-    masks: Annotated[Path, typer.Argument(help="File with the masks, named as the parameters.")],
-    backbone: BackboneRef,
+    masks: Annotated[Path, "File with the masks, named as the parameters.", ARGUMENT],
+    backbone: Annotated[TrainedBackbone, Without("image_size", "mean", "std")],
     output: OutputRef,
-    weights: Weights,
     packing: Packing,
     source: Annotated[
-        str, typer.Option("--from", help="What wrote the file: `maskpack list importers`; masks: plain tensors.")
+        str, "What wrote the file: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
     ] = "masks",
-    head: Annotated[str | None, typer.Option(help="Module that is not part of the body.")] = None,
-    scale: Annotated[
-        bool, typer.Option("--scale", help="The masks were trained with weights / sqrt(density).")
-    ] = False,
+    scale: Annotated[bool, "The masks were trained with weights / sqrt(density)."] = False,
 ) -> None:
     """Make an adapter from masks trained elsewhere, or from a pruned network."""
-    from maskpack import fingerprint, inspect_adapter, load_backbone, save_adapter
     from maskpack.backbone.model import body, inside
     from maskpack.importers.base import check_format, import_masks
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
-    loaded = load_backbone(backbone, head=head, **vars(weights))
+    loaded = backbone.load()
     found = import_masks(masks, loaded.model, source, scale=scale)
     check_masks(loaded.model, found.shapes)
     # a head that is masked belongs to the body
     outside = [module for module in loaded.outside if not any(inside(name, [module]) for name in found)]
-    base = fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=outside)
+    base = maskpack.fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=outside)
     left = [name for name, weight in body(loaded.model, outside).items() if weight.ndim > 1 and name not in found]
     note(f"Packing {len(found)} masks, {found.total:,} weights …")
     if left:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
     with progress_bar("Packing") as step:
-        adapter = save_adapter(output, found, base, weights=loaded.model, progress=step, **vars(packing))
-    whole = inspect_adapter(adapter)["sets"]["default"]
-    facts = {"adapter": str(output), **{name: whole[name] for name in TOTALS}, "file_bytes": adapter.size}
-    emit(facts, f"✓ {output}")
+        adapter = maskpack.save_adapter(output, found, base, weights=loaded.model, progress=step, **vars(packing))
+    emit(packed(adapter, output), f"✓ {output}")
 
 
 @verb(
@@ -288,24 +248,22 @@ def pack(
 )
 def convert(
     ref: Ref,
-    output: Annotated[Path, typer.Argument(help="Folder to write, or a .safetensors file; may be the same.")],
+    output: Annotated[Path, "Folder to write, or a .safetensors file; may be the same.", ARGUMENT],
     base: PackedBase,
     packing: Packing,
-    trust: Trust,
-    revision: Revision = None,
+    trust: Source,
 ) -> None:
     """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
-    from maskpack import inspect_adapter
     from maskpack.adapter.edit import convert_adapter
 
-    adapter = trust.load(ref, revision)
+    adapter = trust.load(ref)
     model = base.model_of(adapter)
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …")
     with progress_bar("Packing") as step:
         converted = convert_adapter(adapter, output, base=model, progress=step, **vars(packing))
     facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}
     for key, one in (("before", adapter), ("after", converted)):
-        sets = inspect_adapter(one)["sets"].values()
+        sets = maskpack.inspect_adapter(one)["sets"].values()
         facts[f"mask_bytes_{key}"] = sum(each["payload_bytes"] for each in sets)
         facts[f"file_bytes_{key}"] = one.size
     emit(facts, f"✓ {output}")

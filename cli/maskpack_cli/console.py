@@ -4,9 +4,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -24,10 +24,11 @@ TRAINING = (
 
 
 class Output:
-    """How the verb that runs prints: its options --json and --quiet."""
+    """How the verb that runs was called: --json, --quiet, and the names of the options that were given."""
 
     json = False
     quiet = False
+    given: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -42,22 +43,16 @@ def errors_shown() -> Iterator[None]:
     except StoppedError as error:
         note(str(error))
         raise typer.Exit(128 + error.signal) from None
-    except MaskpackError as error:
-        if debug:
-            raise
-        complain(str(error))
-        raise typer.Exit(2 if isinstance(error, ConfigError | UnknownNameError) else 1) from None
     except BrokenPipeError:
         # the reader of stdout went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
-    except OSError as error:
-        # a path that cannot be read or written
+    except (MaskpackError, OSError) as error:
         if debug:
             raise
-        remedy = "; give a path that is there or can be made, and that you may use" if error.filename else ""
-        complain(f"{error}{remedy}")
-        raise typer.Exit(1) from None
+        is_path = isinstance(error, OSError) and not isinstance(error, MaskpackError) and error.filename
+        complain(f"{error}; give a path that is there or can be made, and that you may use" if is_path else str(error))
+        raise typer.Exit(2 if isinstance(error, ConfigError | UnknownNameError) else 1) from None
     except KeyboardInterrupt as error:
         note(". ".join(["Interrupted", *getattr(error, "__notes__", []), ""]).rstrip())
         raise typer.Exit(130) from None
@@ -89,14 +84,20 @@ app = typer.Typer(
 )
 
 
+def main_process() -> bool:
+    """Return True in the process that writes and prints, where several train together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def complain(text: str) -> None:
     """Print an error to stderr."""
     notes.print(Text.assemble(("Error:", "bold red"), " ", escape(text)))
 
 
-def main_process() -> bool:
-    """Return True in the process that writes and prints, where several train together."""
-    return os.environ.get("RANK", "0") == "0"
+def warn(text: str) -> None:
+    """Print a warning to stderr."""
+    if main_process():
+        notes.print(escape(f"Warning: {text}"))
 
 
 def note(text: str) -> None:
@@ -111,12 +112,6 @@ def hint(text: str) -> None:
         note(text)
 
 
-def warn(text: str) -> None:
-    """Print a warning to stderr."""
-    if main_process():
-        notes.print(escape(f"Warning: {text}"))
-
-
 def say(*lines: object) -> None:
     """Print lines on stdout, unless --json, which prints the result alone."""
     for line in lines if not Output.json else ():
@@ -124,17 +119,16 @@ def say(*lines: object) -> None:
 
 
 def emit(result: Mapping[str, Any], title: str | None = None, shown: Mapping[str, Any] | None = None) -> None:
-    """Print a result on stdout: under --json all of it, else a title and a line for each scalar.
+    """Print a result on stdout: under --json all of it, else the title, if there is one, and a line for each scalar.
 
     Args:
         shown: what has lines, in place of `result`.
     """
     if Output.json:
         typer.echo(json.dumps(result, indent=2, sort_keys=True, default=str))
-        return
-    if title:
+    elif title is not None:
         say(title)
-    lines(result if shown is None else shown)
+        lines(result if shown is None else shown)
 
 
 def lines(values: Mapping[str, Any]) -> None:
@@ -155,29 +149,38 @@ def readable(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on stdout, numbers to the right; nothing under --json."""
+def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: str) -> None:
+    """Print a table on stdout, numbers to the right; nothing under --json.
+
+    Args:
+        columns: keys of the rows. titles: of columns whose key is not the title.
+    """
     if Output.json:
         return
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown, columns = Table(box=None, pad_edge=False, header_style="bold"), list(columns)
     for i, column in enumerate(columns):
-        numbers = all(isinstance(row[i], int | float) or row[i] is None for row in rows)
-        justify: Literal["left", "right"] = "right" if numbers and rows else "left"
+        title = titles.get(column, column.replace("bits_per_weight", "bits/weight").replace("_", " "))
+        numbers = bool(rows) and all(row[column] is None or isinstance(row[column], int | float) for row in rows)
         # an address or a path that does not fit goes on in the next line: cut off it is of no use
-        shown.add_column(Text(escape(column)), justify=justify, no_wrap=not numbers and i == 0, overflow="fold")
+        options: Any = {"justify": "right" if numbers else "left", "no_wrap": not numbers and i == 0}
+        shown.add_column(Text(escape(title)), overflow="fold", **options)
     for row in rows:
-        shown.add_row(*(Text(escape(readable(value))) for value in row))
+        shown.add_row(*(Text(escape(readable(row[column]))) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
+
+
+def silent() -> bool:
+    """Return True if no progress is to be seen."""
+    return Output.quiet or Output.json or not sys.stderr.isatty()
 
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars and messages off the terminal."""
-    silent = Output.quiet or Output.json or not sys.stderr.isatty()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if silent else "0")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if silent() else "0")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
@@ -185,19 +188,12 @@ def quiet_libraries() -> None:
 @contextmanager
 def progress_bar(what: str, percent: bool = True) -> Iterator[Callable[..., None]]:
     """Show a bar on stderr, if it is a terminal; give a function of (done, in all, and perhaps another text)."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
-    off = Output.quiet or Output.json or not sys.stderr.isatty()
-    many = TaskProgressColumn() if percent else TextColumn("{task.completed}/{task.total}")
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), many)
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=notes, disable=off) as bar:
+    many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.completed}/{task.total}")
+    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
+    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, *times, console=notes, disable=silent()) as bar:
         task = bar.add_task(what, total=None)
 
         def moved(done: int, total: int | None, what: str | None = None) -> None:

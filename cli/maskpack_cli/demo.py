@@ -2,10 +2,15 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+import maskpack
+from maskpack import training
+from maskpack.errors import StateError
+from maskpack.training.config import TrainConfig
 
 from .console import app, emit, note, say, table
 from .options import verb
@@ -38,30 +43,13 @@ def _train_backbone(backbone: "Backbone", data: "Data") -> None:
     model.eval().requires_grad_(False)
 
 
-def _accuracy(backbone: "Backbone", data: "Data") -> float:
-    from maskpack.backbone.classifier import accuracy
-    from maskpack.training.data.base import loader, readable
-
-    assert data.test is not None
-    return accuracy(backbone.model, readable(loader(data.test, backbone.preprocess)))[0]
-
-
 @verb(app, "maskpack demo", "maskpack demo --output /tmp/demo --json", panel="Use")
-def demo(
-    output: Annotated[Path, typer.Option(help="Folder to write; an earlier demo in it is replaced.")] = Path(
-        "demo-output"
-    ),
-) -> None:
+def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is replaced."] = Path("demo-output")) -> None:
     """Train, pack, push, pull, load, evaluate and unload a mask on digits, offline, in about a minute."""
     import torch
 
-    from maskpack import inspect_adapter, load_backbone, load_mask, pull, push, save_adapter, unload_mask
-    from maskpack.backbone.fingerprint import fingerprint
     from maskpack.backbone.load import export_state
-    from maskpack.errors import StateError
-    from maskpack.runtime.load import load_adapter
-    from maskpack.training import load_data, train_mask
-    from maskpack.training.config import TrainConfig
+    from maskpack.training.evaluate import held_out_accuracy
     from maskpack.training.features import measure_features
 
     # so small a network is slower on several cores than on one
@@ -70,41 +58,48 @@ def demo(
         raise StateError(f"{output} holds something that is not an earlier demo; choose another folder with --output")
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
+    factory, weights, registry = output / "backbone.py", output / "backbone.safetensors", output / "registry"
     times: dict[str, float] = {}
-    clock = _Clock(times)
 
-    with clock("train the backbone on digits 0-4"):
-        factory = output / "backbone.py"
+    @contextmanager
+    def step(name: str) -> Iterator[None]:
+        note(f"{name} …")
+        start = time.monotonic()
+        yield
+        times[name] = time.monotonic() - start
+
+    with step("train the backbone on digits 0-4"):
         shutil.copyfile(Path(__file__).with_name("digits_backbone.py"), factory)
-        backbone = load_backbone(f"{factory}:digits_cnn", random_weights=0)
-        old_task, new_task = load_data("digits:0-4"), load_data("digits:5-9")
+        backbone = maskpack.load_backbone(f"{factory}:digits_cnn", random_weights=0)
+        old_task, new_task = training.load_data("digits:0-4"), training.load_data("digits:5-9")
         _train_backbone(backbone, old_task)
-        weights = output / "backbone.safetensors"
         export_state(weights, backbone.model)
-        old_accuracy = _accuracy(backbone, old_task)
-    with clock("probe the frozen backbone on digits 5-9"):
+        old_accuracy = held_out_accuracy(backbone, old_task)
+    with step("probe the frozen backbone on digits 5-9"):
         (probe,) = measure_features(backbone, new_task, ["probe"], cache=False)
-    with clock("train the mask for digits 5-9"):
+    with step("train the mask for digits 5-9"):
         config = TrainConfig(epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, warmup=0.2, augment="crop")
-        result = train_mask(backbone, new_task, config)
-    with clock("pack"):
-        save_adapter(output / "adapter", result.parts, result.base, result.about)
-    with clock("push to a local registry, pull"):
-        push(output / "adapter", str((output / "registry" / "digits-5-9").absolute()))
-        pulled = pull(str((output / "registry" / "digits-5-9").absolute()), output=output / "pulled").path
-    with clock("load_mask"):
-        adapter = load_adapter(str(pulled.absolute()))
-        load_mask(backbone.model, adapter)
-    masked = _accuracy(backbone, new_task)
-    with clock("unload_mask"):
-        unload_mask(backbone.model)
-    restored = fingerprint(backbone.model, id=backbone.id, head=backbone.outside).digests == result.base.digests
-    whole = inspect_adapter(adapter)["sets"]["default"]
+        result = training.train_mask(backbone, new_task, config)
+    with step("pack"):
+        maskpack.save_adapter(output / "adapter", result.parts, result.base, result.about)
+    with step("push to a local registry, pull"):
+        reference = str((registry / "digits-5-9").absolute())
+        maskpack.push(output / "adapter", reference)
+        pulled = maskpack.pull(reference, output=output / "pulled").path
+    with step("load_mask"):
+        adapter = maskpack.load_adapter(str(pulled.absolute()))
+        maskpack.load_mask(backbone.model, adapter)
+    masked = held_out_accuracy(backbone, new_task)
+    with step("unload_mask"):
+        maskpack.unload_mask(backbone.model)
+    after = maskpack.fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    restored = after.digests == result.base.digests
+    whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     facts: dict[str, Any] = {
         "old_task_accuracy": old_accuracy,
         "probe_accuracy": probe["accuracy"],
         "mask_accuracy": masked,
-        "old_task_accuracy_after_unload": _accuracy(backbone, old_task),
+        "old_task_accuracy_after_unload": held_out_accuracy(backbone, old_task),
         "base_bits_unchanged": restored,
         "density": result.metrics["density"],
         "mask_bytes": whole["payload_bytes"],
@@ -114,19 +109,19 @@ def demo(
         "seconds": times,
         "adapter": str(output / "adapter"),
     }
-    emit(facts, shown={})
-    table(
-        ["network", "digits 0-4", "digits 5-9", "bytes"],
-        [
-            ["backbone", f"{old_accuracy:.3f}", "-", f"{facts['backbone_bytes']:,}"],
-            ["backbone + linear probe", "-", f"{probe['accuracy']:.3f}", "-"],
-            ["backbone + mask", "-", f"{masked:.3f}", f"{adapter.size:,} ({facts['mask_bytes']:,} of masks)"],
-            ["after unload_mask", f"{facts['old_task_accuracy_after_unload']:.3f}", "-", "-"],
-        ],
-    )
+    emit(facts)
+    of_masks = f"{adapter.size:,} ({facts['mask_bytes']:,} of masks)"
+    rows = [
+        ("backbone", f"{facts['old_task_accuracy']:.3f}", "-", f"{facts['backbone_bytes']:,}"),
+        ("backbone + linear probe", "-", f"{facts['probe_accuracy']:.3f}", "-"),
+        ("backbone + mask", "-", f"{facts['mask_accuracy']:.3f}", of_masks),
+        ("after unload_mask", f"{facts['old_task_accuracy_after_unload']:.3f}", "-", "-"),
+    ]
+    columns = ["network", "digits 0-4", "digits 5-9", "bytes"]
+    table([dict(zip(columns, row, strict=True)) for row in rows], columns)
     shown = f"{facts['bits_per_weight']:.3f} bits per weight at density {facts['density']:.3f}"
     say("", f"{shown}; base bits unchanged: {'yes' if restored else 'NO'}", "")
-    table(["step", "seconds"], [[name, f"{value:.2f}"] for name, value in times.items()])
+    table([{"step": name, "seconds": f"{value:.2f}"} for name, value in times.items()], ["step", "seconds"])
     adapter_path = str(output / "adapter") if output.is_absolute() else f"./{output / 'adapter'}"
     say(
         *("", f"The adapter: {adapter_path}", "Use it:", ""),
@@ -134,21 +129,3 @@ def demo(
         f"    backbone = load_backbone({f'{factory}:digits_cnn'!r}, weights={str(weights)!r})",
         f"    load_mask(backbone.model, {adapter_path!r})",
     )
-
-
-class _Clock:
-    """Times the steps of the demo."""
-
-    def __init__(self, times: dict[str, float]):
-        self.times = times
-
-    def __call__(self, name: str) -> "_Clock":
-        self.name = name
-        note(f"{name} …")
-        return self
-
-    def __enter__(self) -> None:
-        self.start = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.times[self.name] = time.monotonic() - self.start

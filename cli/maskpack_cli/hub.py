@@ -7,12 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
+import maskpack
 from maskpack.errors import ConfigError, MaskpackError
 
 from .console import Output, app, complain, emit, hint, note, say, table
-from .options import Revision, Token, Trust, Weights, verb
+from .options import ARGUMENT, POSITIVE, Source, Token, Weights, group, verb
 
 PANEL = "Hub"
+AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUMENT]
+
+
+@group("Options")
+class Pushed:
+    """How an adapter is pushed: what `maskpack.push` takes."""
+
+    private: Annotated[
+        bool | None, "Of the repository. Default: the account's.", typer.Option("--private/--public")
+    ] = None
+    revision: Annotated[str | None, "Branch to push to; made if missing."] = None
+    commit_message: Annotated[str | None, "Of the one commit.", typer.Option("--commit-message", "-m")] = None
+    create_pr: Annotated[bool, "Open a pull request in place of a commit."] = False
+    license: Annotated[str | None, "Of the masks, for the card: apache-2.0, mit, … (SPDX)"] = None
+    tag: Annotated[str | None, "Give the commit this tag, as v1."] = None
+    dry_run: Annotated[bool, "Say what would be sent, and send nothing."] = False
+    sign: Annotated[tuple[str, ...], "Private key (PEM) to sign it with, or sigstore: with an identity."] = ()
+    token: Token = None
 
 
 @verb(
@@ -25,44 +44,17 @@ PANEL = "Hub"
     panel=PANEL,
 )
 def push(
-    folder: Annotated[Path, typer.Argument(help="The adapter's folder, or its model file.")],
-    ref: Annotated[str, typer.Argument(help="user/name on the Hub, or a folder as registry: ./registry/name.")],
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of the repository. Default: the account's.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to; made if missing.")] = None,
-    commit_message: Annotated[str | None, typer.Option("--commit-message", "-m", help="Of the one commit.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request in place of a commit.")] = False,
-    license: Annotated[str | None, typer.Option(help="Of the masks, for the card: apache-2.0, mit, … (SPDX)")] = None,
-    tag: Annotated[str | None, typer.Option(help="Give the commit this tag, as v1.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")] = False,
-    sign: Annotated[
-        list[str] | None,
-        typer.Option(help="Private key (PEM) to sign it with, or sigstore: with an identity; may be repeated."),
-    ] = None,
-    token: Token = None,
+    folder: AdapterPath,
+    ref: Annotated[str, "user/name on the Hub, or a folder as registry: ./registry/name.", ARGUMENT],
+    how: Pushed,
 ) -> None:
     """Upload an adapter, in one commit of exactly its files."""
-    from maskpack import push as push_adapter
-
-    note(f"{'Comparing' if dry_run else 'Pushing'} {folder} {'with' if dry_run else 'to'} {ref} …")
-    done = push_adapter(
-        folder,
-        ref,
-        private=private,
-        revision=revision,
-        commit_message=commit_message,
-        create_pr=create_pr,
-        license=license,
-        tag=tag,
-        dry_run=dry_run,
-        sign=sign or (),
-        token=token,
-    )
-    state = " (unchanged)" if done.unchanged else " (dry run: nothing was sent)" if dry_run else ""
-    emit(asdict(done) | {"dry_run": dry_run}, f"{'-' if dry_run else '✓'} {done.url}{state}")
+    note(f"Comparing {folder} with {ref} …" if how.dry_run else f"Pushing {folder} to {ref} …")
+    done = maskpack.push(folder, ref, **vars(how))
+    state = " (unchanged)" if done.unchanged else " (dry run: nothing was sent)" if how.dry_run else ""
+    emit(asdict(done) | {"dry_run": how.dry_run}, f"{'-' if how.dry_run else '✓'} {done.url}{state}")
     for name, size in done.files.items():
-        hint(f"  {'would send' if dry_run else 'sent'} {name}, {size:,} bytes")
+        hint(f"  {'would send' if how.dry_run else 'sent'} {name}, {size:,} bytes")
 
 
 @verb(
@@ -76,43 +68,38 @@ def push(
 )
 def pull(
     refs: Annotated[
-        list[str],
-        typer.Argument(metavar="REF", help="user/name or user/name@revision, a folder, or a .safetensors file."),
+        tuple[str, ...],
+        "user/name or user/name@revision, a folder, or a .safetensors file.",
+        typer.Argument(metavar="REF"),
     ],
-    trust: Trust,
-    revision: Revision = None,
+    trust: Source,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Folder to copy the files to; for several, a folder each inside. Default: only the cache."),
+        Path | None, "Folder to copy the files to; for several, a folder each inside. Default: only the cache."
     ] = None,
 ) -> None:
     """Download adapters and verify every byte of them; prints their folders and commits.
 
     Of several, one that fails does not stop the others; the errors come last, and the exit code is 1.
     """
-    from maskpack import pull as pull_adapter
-
     pulled: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    for ref, target in zip(refs, _targets(refs, output), strict=True):
+    for ref, target in _targets(refs, output).items():
         try:
-            done = pull_adapter(ref, revision=revision, output=target, **vars(trust))
+            done = maskpack.pull(ref, output=target, **vars(trust))
         except (MaskpackError, OSError) as error:
             if len(refs) == 1 or os.environ.get("MASKPACK_DEBUG"):
                 raise
             failed.append({"ref": ref, "error": str(error)})
             continue
         pulled.append({"path": str(done.path), "commit": done.commit, "repo_id": done.repo_id})
-        if Output.json:
-            continue
         if Output.quiet:
             say(done.path)
-            continue
-        emit(pulled[-1], f"✓ {done.path}")
-        if done.commit:
-            note(f"Pinned: {done.pinned}")
-        if done.signed_by:
-            note(f"Signed by: {', '.join(done.signed_by)}")
+        elif not Output.json:
+            emit(pulled[-1], f"✓ {done.path}")
+            if done.commit:
+                note(f"Pinned: {done.pinned}")
+            if done.signed_by:
+                note(f"Signed by: {', '.join(done.signed_by)}")
     if Output.json:
         emit({"adapters": pulled, "errors": failed} if len(refs) > 1 else pulled[0])
     for one in failed:
@@ -122,32 +109,29 @@ def pull(
         raise typer.Exit(1)
 
 
-def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
+def _targets(refs: tuple[str, ...], output: Path | None) -> dict[str, Path | None]:
     """Return where each adapter is to be copied, or refuse before anything is fetched."""
     from maskpack.hub.reference import parse_reference
 
+    targets: dict[str, Path | None] = dict.fromkeys(refs, output)
     if output is None or len(refs) == 1:
-        return [output] * len(refs)
-    targets: list[Path | None] = []
+        return targets
     taken: dict[str, str] = {}
     for ref in refs:
         try:
             reference = parse_reference(ref)
         except MaskpackError:
-            targets.append(None)  # pulling it says what is wrong, when it is its turn
-            continue
+            continue  # pulling it says what is wrong, when it is its turn
+        folder = str(reference.repo_id).replace("/", "--")
         if reference.path is not None:
             folder = reference.path.resolve().name.removesuffix(".safetensors")
-        else:
-            folder = str(reference.repo_id).replace("/", "--")
         key = folder.casefold()  # some file systems do not tell A from a
         if key in taken:
             raise ConfigError(
                 f"{taken[key]} and {ref} would both be copied to {output / folder}; nothing was fetched: pull them one "
                 "at a time, each with its own --output"
             )
-        taken[key] = ref
-        targets.append(output / folder)
+        taken[key], targets[ref] = ref, output / folder
     return targets
 
 
@@ -162,18 +146,15 @@ def _targets(refs: list[str], output: Path | None) -> list[Path | None]:
     panel=PANEL,
 )
 def sign(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's folder, or its model file.")],
+    adapter: AdapterPath,
     key: Annotated[
-        list[str],
-        typer.Option(
-            help="Private key (PEM): Ed25519 or P-256; or sigstore: an identity of a login or CI job. May be repeated."
-        ),
+        tuple[str, ...], "Private key (PEM): Ed25519 or P-256; or sigstore: an identity of a login or CI job."
     ],
     repository: Annotated[
-        str | None, typer.Option(help="user/name on the Hub that it is for. Default: any; push --sign states it.")
+        str | None, "user/name on the Hub that it is for. Default: any; push --sign states it."
     ] = None,
     counter: Annotated[
-        int | None, typer.Option(min=1, help="Number of this version. Default: one more than in the signature there.")
+        int | None, "Number of this version. Default: one more than in the signature there.", POSITIVE
     ] = None,
 ) -> None:
     """Sign an adapter on this disk: writes maskpack_model.sig, or maskpack_model.sigstore.json, beside its model."""
@@ -196,37 +177,29 @@ def sign(
 )
 def search(
     weights: Weights,
-    query: Annotated[str | None, typer.Argument(help="Text in the name of the repository.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="What they were made for: timm/NAME, hf/REPO or torchvision/NAME.")
-    ] = None,
-    fits: Annotated[
-        str | None, typer.Option(help="Backbone whose weights they must fit, or digits of its float32 digest.")
-    ] = None,
-    author: Annotated[str | None, typer.Option(help="User or organisation.")] = None,
-    limit: Annotated[int, typer.Option(help="How many at most.")] = 20,
+    query: Annotated[str | None, "Text in the name of the repository.", ARGUMENT] = None,
+    base: Annotated[str | None, "What they were made for: timm/NAME, hf/REPO or torchvision/NAME."] = None,
+    fits: Annotated[str | None, "Backbone whose weights they must fit, or digits of its float32 digest."] = None,
+    author: Annotated[str | None, "User or organisation."] = None,
+    limit: Annotated[int, "How many at most."] = 20,
     token: Token = None,
 ) -> None:
     """Find adapters on the Hub by name, base, or the weights that they fit."""
-    from maskpack import search_adapters
     from maskpack.hub.search import HEX
 
     is_digest = fits is not None and HEX.fullmatch(fits) is not None
     if (fits is None or is_digest) and any(one is not None for one in vars(weights).values()):
         raise ConfigError("--weights and --random-weights are weights of the backbone in --fits, which is missing")
-    digest = fits
     if fits is not None and not is_digest:
-        from maskpack import fingerprint, load_backbone
-
-        backbone = load_backbone(fits, **vars(weights))
-        digest = fingerprint(backbone.model, id=backbone.id, head=backbone.outside).digests["float32"]
-        note(f"Searching for adapters of weights with the digest {digest[:12]}…")
-    found = search_adapters(query, base=base, fits=digest, author=author, limit=limit, token=token)
-    emit({"adapters": [asdict(one) for one in found]}, shown={})
+        backbone = maskpack.load_backbone(fits, **vars(weights))
+        fits = maskpack.fingerprint(backbone.model, id=backbone.id, head=backbone.outside).digests["float32"]
+        note(f"Searching for adapters of weights with the digest {fits[:12]}…")
+    found = maskpack.search_adapters(query, base=base, fits=fits, author=author, limit=limit, token=token)
+    rows = [asdict(one) for one in found]
+    emit({"adapters": rows})
     if not found:
         return note("No adapter found; ask for less, as in: maskpack search --base timm/resnet50.a1_in1k")
-    columns = ["adapter", "base", "task", "updated", "downloads", "likes", "private"]
-    table(columns, [[o.repo_id, o.base, o.task, o.updated, o.downloads, o.likes, o.private] for o in found])
+    table(rows, ["repo_id", "base", "task", "updated", "downloads", "likes", "private"], repo_id="adapter")
     if len(found) == limit:
         hint(f"There may be more than {limit}; --limit shows them.")
     return None

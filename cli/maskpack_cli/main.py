@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import train, adapters, use, hub, lab, plot, demo  # noqa: F401  # isort: skip (in the order of the help)
+from . import train, adapters, use, hub, lab, demo  # noqa: F401  # isort: skip (in the order of the help)
 from .console import app, say
 
 

@@ -1,7 +1,8 @@
-"""Options are fields of dataclasses: name, type and default are the field's, the text is in the class's docstring.
+"""Options are fields of dataclasses and parameters of verbs: name, type and default of the field are the option's.
 
-A parameter of a verb whose type is a dataclass stands for an option of each field. Classes of settings, such as
-`TrainConfig`, are used as they are; the groups of options that several verbs share are classes here.
+A parameter of a verb whose type is a dataclass stands for an option of each field. The text of an option is in the
+annotation, `Annotated[int, "Examples per forward pass."]`; of the library's settings, such as `TrainConfig`, it is in
+the docstring of the class. What else typer knows of an option stands behind the text.
 """
 
 import inspect
@@ -10,11 +11,23 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from typer.models import ParameterInfo
 
+import maskpack
+from maskpack import training
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.training.config import Bytes, read_config
 
@@ -25,13 +38,10 @@ if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
 
+T = TypeVar("T")
 # which may not stand in a settings file: they are of a call, not of a run
-OF_A_CALL = ("config", "resume", "dry_run", "as_json", "quiet")
+OF_A_CALL = ("config", "tasks", "resume", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
-
-
-class Given(frozenset[str]):
-    """Type of a verb's parameter that takes the names of the options on the command line or in the settings file."""
 
 
 class Without:
@@ -41,30 +51,47 @@ class Without:
         self.names, self.defaults = names, defaults
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def group(panel: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: make a dataclass whose fields are options, shown in this panel of the help."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        cls.panel = panel  # type: ignore[attr-defined]
+        return dataclass(frozen=True, kw_only=True)(cls)
+
+    return decorate
+
+
 def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None) -> Callable[..., Any]:
     """Decorator: add a function to an app as a verb with the options --json and --quiet."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        parameters = list(inspect.signature(function).parameters.values())
-        groups = {one.name: _group(one) for one in parameters if is_dataclass(_group(one)[0])}
-        wants = [one.name for one in parameters if one.annotation is Given]
+        parameters = inspect.signature(function).parameters.values()
+        kinds = {one.name: _taken_apart(one.annotation) for one in parameters}
+        groups: dict[str, tuple[Any, Any]] = {name: one for name, one in kinds.items() if is_dataclass(one[0])}
+        # what a settings file turns on, the command line can turn off
+        negatable = any(hasattr(kind, "config") for kind, _ in groups.values()) or "tasks" in kinds
         options = []
         for one in parameters:
-            options += options_of(*groups[one.name]) if one.name in groups else [] if one.name in wants else [one]
-        if any(option.name == "config" for option in options):  # what a file turns on, the command line can turn off
-            options = [_negatable(option) for option in options]
+            if one.name in groups:
+                options += options_of(*groups[one.name], negatable=negatable)
+            else:
+                options.append(_option(one.name, one.annotation, one.default, negatable=negatable))
         options += options_of(Printed)
 
         def run(ctx: typer.Context, **values: Any) -> None:
+            sources = {one: ctx.get_parameter_source(one) for one in values}
+            Output.given = frozenset(
+                one for one, source in sources.items() if source and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+            )
             Output.json, Output.quiet = values.pop("as_json"), values.pop("quiet")
             quiet_libraries()
-            given = Given(one for one in values if _source(ctx, one) in ("COMMANDLINE", "DEFAULT_MAP"))
-            taken = {name: _made(cls, without, values) for name, (cls, without) in groups.items()}
-            function(**values, **taken, **dict.fromkeys(wants, given))
+            taken = {name: _made(kind, extras, values) for name, (kind, extras) in groups.items()}
+            own = {name: _value(name, kinds[name][0], value) for name, value in values.items()}
+            function(**own, **taken)
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         options.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
-        options = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
         run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         epilog = "Examples:\n\n" + "\n\n".join(f"  {line}" for line in examples)
         app.command(name, epilog=epilog, rich_help_panel=panel)(run)
@@ -73,121 +100,116 @@ def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str |
     return decorate
 
 
-def _group(parameter: inspect.Parameter) -> tuple[Any, Without]:
-    """Return the type of a parameter, and what its annotation leaves out of it."""
-    if get_origin(parameter.annotation) is not Annotated:
-        return parameter.annotation, Without()
-    kind, *extras = get_args(parameter.annotation)
-    return kind, next((one for one in extras if isinstance(one, Without)), Without())
+def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return the type of an annotation, and what else it says."""
+    found = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    return found[0], found[1:]
 
 
-def _source(ctx: typer.Context, option: str) -> str:
-    """Return where the value of an option comes from."""
-    source = ctx.get_parameter_source(option)
-    return "" if source is None else source.name
+def _first(kind: type[T], among: tuple[Any, ...]) -> T | None:
+    return next((one for one in among if isinstance(one, kind)), None)
 
 
 def described(cls: type[Any]) -> dict[str, tuple[str, str]]:
-    """Return (section, text) of every field that the docstrings of a class and its bases describe, by name.
+    """Return (panel, text) of every field of a class and its bases, by name.
 
-    A section is a line that ends in a colon, with lines `name: text` below it that are indented once more.
+    In a docstring a panel is a line that ends in a colon, with lines `name: text` below it that are indented once more.
     """
     found: dict[str, tuple[str, str]] = {}
     for one in cls.__mro__:
         own: dict[str, tuple[str, str]] = {}
-        section = name = ""
+        for name, annotation in inspect.get_annotations(one).items():
+            text = _first(str, _taken_apart(annotation)[1])
+            if text is not None:
+                own[name] = (vars(one)["panel"], text)
+        panel = name = ""
         for line in inspect.cleandoc(one.__doc__ or "").splitlines():
             if heading := re.fullmatch(r"(\w[\w ]*):", line):
-                section, name = heading[1], ""
+                panel, name = heading[1], ""
             elif entry := re.fullmatch(r" {4}(\w+): (.+)", line):
                 name = entry[1]
-                own[name] = (section, entry[2])
+                own[name] = (panel, entry[2][0].upper() + entry[2][1:])
             elif name and line.startswith(" " * 8):
-                own[name] = (section, f"{own[name][1]} {line.strip()}")
-        found |= {name: text for name, text in own.items() if name not in found}
+                own[name] = (panel, f"{own[name][1]} {line.strip()}")
+        found = {**found, **{name: text for name, text in own.items() if name not in found}}
     return found
 
 
-def options_of(cls: type[Any], without: Without | None = None) -> list[inspect.Parameter]:
+def options_of(cls: type[Any], extras: tuple[Any, ...] = (), negatable: bool = False) -> list[inspect.Parameter]:
     """Return the options that the fields of a dataclass are, as parameters for typer."""
-    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), without or Without()
+    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _first(Without, extras)
+    without = without or Without()
     known = {field.name: field for field in fields(cls)}
     if known.keys() != texts.keys():
-        raise TypeError(f"the docstring of {cls.__name__} must describe its fields: {known.keys() ^ texts.keys()}")
+        raise TypeError(f"{cls.__name__} must say what its fields are, and others not: {known.keys() ^ texts.keys()}")
     found = []
-    for field_name, (section, text) in texts.items():
-        if field_name in without.names:
-            continue
-        name, kind, info = _as_option(field_name, kinds[field_name])
-        default = without.defaults.get(field_name, known[field_name].default)
-        if get_origin(kind) is list:
-            default, text = None, f"{text} May be repeated."
-        info.help, info.rich_help_panel = text if "/" in text.split()[0] else text[0].upper() + text[1:], section
-        default = inspect.Parameter.empty if default is MISSING else default
-        keyword, annotation = inspect.Parameter.KEYWORD_ONLY, Annotated[kind, info]
-        found.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
+    for name, (panel, text) in texts.items():
+        if name not in without.names:
+            default = without.defaults.get(name, known[name].default)
+            found.append(_option(name, kinds[name], default, text, panel, negatable))
     return found
 
 
-def _as_option(name: str, kind: Any) -> tuple[str, Any, Any]:
-    """Return name, type and typer's description of the option for a field."""
-    arguments = get_args(kind)
-    for one in arguments:
-        if isinstance(one, ParameterInfo):
-            return name, arguments[0], copy(one)
-    alone = next((one for one in arguments if one in PARSERS), kind)
-    if alone in PARSERS:
-        return name, Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
+def _option(
+    name: str, annotation: Any, default: Any, text: str | None = None, panel: str | None = None, negatable: bool = False
+) -> inspect.Parameter:
+    """Return the option for a field or a parameter, as a parameter for typer."""
+    kind, extras = _taken_apart(annotation)
+    text = text or _first(str, extras) or ""
+    info: Any = copy(_first(ParameterInfo, extras))
+    alone = next((one for one in (annotation, *get_args(annotation), *get_args(kind)) if one in PARSERS), None)
     if get_origin(kind) is Mapping:
         name = name.removesuffix("s")
-        return name, list[str], typer.Option(f"--{name.replace('_', '-')}", metavar="KEY=VALUE")
-    if get_origin(kind) is tuple:
-        return name, list[arguments[0]], typer.Option(f"--{name.replace('_', '-')}")  # type: ignore[valid-type]
-    return name, kind, typer.Option(f"--{name.replace('_', '-')}")
+    flag = f"--{name.replace('_', '-')}"
+    if alone is not None:
+        kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
+    elif get_origin(kind) is Mapping:
+        kind, info = list[str], typer.Option(flag, metavar="KEY=VALUE")
+    elif get_origin(kind) is tuple:
+        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+    if info is None:
+        plus = kind is bool and negatable and name not in OF_A_CALL and not name.startswith("no_")
+        info = typer.Option(f"{flag}/--no-{flag[2:]}" if plus else flag)
+    if get_origin(kind) is list and isinstance(info, typer.models.OptionInfo):
+        text = f"{text} May be repeated."
+        default = None if default == () or default is MISSING else default
+    info.help, info.rich_help_panel = text, info.rich_help_panel or panel
+    default = inspect.Parameter.empty if default is MISSING else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _negatable(option: inspect.Parameter) -> inspect.Parameter:
-    kind, info = get_args(option.annotation) if get_origin(option.annotation) is Annotated else (None, None)
-    if kind is not bool or option.name in OF_A_CALL or option.name.startswith("no_"):
-        return option
-    name = option.name.replace("_", "-")
-    info = typer.Option(f"--{name}/--no-{name}", help=info.help, rich_help_panel=info.rich_help_panel)
-    return option.replace(annotation=Annotated[bool, info])
-
-
-def _made(cls: type[Any], without: Without, values: dict[str, Any]) -> Any:
+def _made(cls: type[Any], extras: tuple[Any, ...], values: dict[str, Any]) -> Any:
     """Make an object of a dataclass of what its options got; those are taken out of the values."""
-    kinds, made = get_type_hints(cls), {}
+    kinds, without, made = get_type_hints(cls), _first(Without, extras) or Without(), {}
     for field in (one for one in fields(cls) if one.name not in without.names):
-        origin = get_origin(kinds[field.name])
-        option = field.name.removesuffix("s") if origin is Mapping else field.name
-        value = values.pop(option, None)
-        if origin is Mapping:
-            pairs = [one.partition("=") for one in value or ()]
-            if not all(mark for _, mark, _ in pairs):
-                raise ConfigError(f"--{option.replace('_', '-')} must be KEY=VALUE, got {value}")
-            value = {key: text for key, _, text in pairs}
-        elif origin is tuple:
-            value = tuple(value or ())
+        kind = kinds[field.name]
+        option = field.name.removesuffix("s") if get_origin(kind) is Mapping else field.name
+        value = _value(option, kind, values.pop(option, None))
         if value is not None:
             made[field.name] = value
     return cls(**made)
 
 
-def read_settings(ctx: typer.Context, file: Path | None) -> Path | None:
-    """Callback of --config: let the keys of a TOML file stand for the options that are not on the command line."""
-    return _take_settings(ctx, file, ())
+def _value(option: str, kind: Any, value: Any) -> Any:
+    """Return what an option got as a value of its type."""
+    if get_origin(kind) is tuple:
+        return tuple(value or ())
+    if get_origin(kind) is not Mapping:
+        return value
+    pairs = [one.partition("=") for one in value or ()]
+    if not all(mark for _, mark, _ in pairs):
+        raise ConfigError(f"--{option.replace('_', '-')} must be KEY=VALUE, got {value}")
+    return {key: text for key, _, text in pairs}
 
 
-def read_tasks(ctx: typer.Context, file: Path) -> Path:
-    """Callback of TASKS.toml: the same, for a file that has tables of tasks too."""
-    _take_settings(ctx, file, ("task",))
-    return file
+def read_settings(ctx: typer.Context, parameter: typer.CallbackParam, file: Path | None) -> Path | None:
+    """Callback of --config and TASKS.toml: let the keys of the file stand for options that are not given.
 
-
-def _take_settings(ctx: typer.Context, file: Path | None, tables: tuple[str, ...]) -> Path | None:
+    A file of tasks has tables [[task]] too.
+    """
     stored = {} if file is None or ctx.resilient_parsing else read_config(file)
     known = {one.name: one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+    tables = ["task"] if parameter.name == "tasks" else []
     ctx.default_map = {}
     for key, value in stored.items():
         if key in tables:
@@ -229,104 +251,92 @@ PARSERS: dict[Any, Callable[[Any], Any]] = {Bytes: read_size, Channels: read_cha
 # --- options of several verbs ----------------------------------------------------------------------------------------
 
 Profile = Literal["fast", "default", "max"]
-DATA = "Hub data set, folder (parquet, csv, images), or digits:0-9."
-BACKBONES = "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION."
-Ref = Annotated[str, typer.Argument(help="user/name or user/name@revision, a folder, or a .safetensors file.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.", rich_help_panel="Adapter")]
-DataRef = Annotated[str, typer.Option(help=DATA, rich_help_panel="Data")]
-BackboneRef = Annotated[str, typer.Option(help=BACKBONES, rich_help_panel="Backbone")]
-OutputRef = Annotated[Path, typer.Option(help="Folder to write, or a .safetensors file.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples per forward pass.")]
-Mode = Annotated[
-    Literal["target", "source"], typer.Option(help="Which of the two networks of an adapter of `maskpack transfer`.")
+ARGUMENT = typer.Argument()
+POSITIVE = typer.Option(min=1)
+Ref = Annotated[str, "user/name or user/name@revision, a folder, or a .safetensors file.", ARGUMENT]
+DataRef = Annotated[
+    str, "Hub data set, folder (parquet, csv, images), or digits:0-9.", typer.Option(rich_help_panel="Data")
 ]
-Token = Annotated[str | None, typer.Option(help="Hub token; better: `hf auth login` or the variable HF_TOKEN.")]
+OutputRef = Annotated[Path, "Folder to write, or a .safetensors file."]
+BatchSize = Annotated[int, "Examples per forward pass.", POSITIVE]
+Mode = Annotated[Literal["target", "source"], "Which of the two networks of an adapter of `maskpack transfer`."]
+Token = Annotated[str | None, "Hub token; better: `hf auth login` or the variable HF_TOKEN."]
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Options")
 class Printed:
-    """What is printed.
+    """What is printed."""
 
-    Options:
-        as_json: print the result as JSON.
-        quiet: print the result only: no notes, no progress.
-    """
-
-    as_json: Annotated[bool, typer.Option("--json")] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q")] = False
+    as_json: Annotated[bool, "Print the result as JSON.", typer.Option("--json")] = False
+    quiet: Annotated[bool, "Print the result only: no notes, no progress.", typer.Option("--quiet", "-q")] = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Packing")
 class Packed:
-    """How hard masks are packed.
+    """How hard masks are packed."""
 
-    Packing:
-        profile: fast is quick; default is small and decodes quickly; max is smallest and slow, and may need the
-            backbone to decode.
-    """
+    profile: Annotated[
+        Profile,
+        "fast is quick; default is small and decodes quickly; max is smallest and slow, and may need the backbone to "
+        "decode.",
+    ] = "default"
 
-    profile: Profile = "default"
 
-
-@dataclass(frozen=True, kw_only=True)
+@group("Packing")
 class Packing(Packed):
-    """How masks are packed.
+    """How masks are packed."""
 
-    Packing:
-        codec: only this codec: `maskpack list codecs`.
-    """
-
-    codec: str | None = None
+    codec: Annotated[str | None, "Only this codec: `maskpack list codecs`."] = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Adapter")
 class Trust:
-    """Which adapters are accepted.
+    """Which adapters are accepted."""
 
-    Adapter:
-        require_revision: refuse what can change: branches, and no revision at all.
-        require_signature: who must have signed it: a public key (PEM), a folder of keys, or an identity
-            NAME@https://ISSUER. Default: MASKPACK_REQUIRE_SIGNATURE.
-        token: Hub token; better: `hf auth login` or the variable HF_TOKEN.
-    """
+    require_revision: Annotated[bool, "Refuse what can change: branches, and no revision at all."] = False
+    require_signature: Annotated[
+        str | None,
+        "Who must have signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER. Default: "
+        "MASKPACK_REQUIRE_SIGNATURE.",
+    ] = None
+    token: Token = None
 
-    require_revision: bool = False
-    require_signature: str | None = None
-    token: str | None = None
-
-    def load(self, ref: str, revision: str | None = None) -> "Adapter":
+    def load(self, ref: str) -> "Adapter":
         """Read an adapter."""
-        from maskpack import load_adapter
 
-        return load_adapter(ref, revision=revision, **vars(self))
+        return maskpack.load_adapter(ref, **vars(self))
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Adapter")
+class Source(Trust):
+    """Which revision of an adapter, and whether it is accepted."""
+
+    revision: Annotated[str | None, "Branch, tag or commit on the Hub."] = None
+
+
+@group("Backbone")
 class Weights:
-    """Weights in place of a backbone's pretrained ones.
+    """Weights in place of a backbone's pretrained ones."""
 
-    Backbone:
-        weights: safetensors state dict in place of the pretrained weights: file, index or folder.
-        random_weights: random weights in their place: SEED, kaiming:SEED or signed-constant:SEED.
-    """
+    weights: Annotated[
+        Path | None, "Safetensors state dict in place of the pretrained weights: file, index or folder."
+    ] = None
+    random_weights: Annotated[
+        str | None, "Random weights in their place: SEED, kaiming:SEED or signed-constant:SEED."
+    ] = None
 
-    weights: Path | None = None
-    random_weights: str | None = None
 
-
-@dataclass(frozen=True, kw_only=True)
+@group("Backbone")
 class Base(Weights):
-    """The backbone that an adapter is for.
+    """The backbone that an adapter is for."""
 
-    Backbone:
-        backbone: timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base.
-    """
-
-    backbone: str | None = None
+    backbone: Annotated[
+        str | None,
+        "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base.",
+    ] = None
 
     def of(self, adapter: "Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-        from maskpack import load_backbone
 
         reference, random = self.backbone, self.random_weights
         base, revision = adapter.base.id, adapter.base.revision or ""
@@ -341,73 +351,53 @@ class Base(Weights):
                 )
             reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
         size = (adapter.about.preprocess or {}).get("size")
-        return load_backbone(reference, weights=self.weights, random_weights=random, image_size=size)
+        return maskpack.load_backbone(reference, weights=self.weights, random_weights=random, image_size=size)
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Backbone")
+class AnyBase(Base):
+    """The backbone that an adapter is for, or a backbone alone."""
+
+    head: Annotated[str | None, "Of a backbone alone: module that gives the logits, where it is not found."] = None
+    image_size: Annotated[int | None, "Of a backbone alone: pixels. Default: its own."] = None
+
+    def check(self, alone: bool, missing: str) -> None:
+        """Refuse options that are not for what there is, a backbone alone or an adapter; `missing`: without either."""
+        if alone and self.backbone is None:
+            raise ConfigError(missing)
+        if not alone and (self.head is not None or self.image_size is not None):
+            raise ConfigError(
+                "--head and --image-size are for a backbone alone; an adapter has its own: leave them out"
+            )
+
+    def of_any(self, adapter: "Adapter | None") -> "Backbone":
+        """Load the backbone of an adapter, or the one alone."""
+        if adapter is not None:
+            return self.of(adapter)
+        options = dict(vars(self))
+        return maskpack.load_backbone(options.pop("backbone"), **options)
+
+
+@group("Backbone")
 class PackedBase(Base):
-    """The base, where masks are packed with its weights.
+    """The base, where masks are packed with its weights."""
 
-    Backbone:
-        backbone: the adapters' base, where masks are packed with its weights, or are to be.
-    """
+    backbone: Annotated[str | None, "The adapters' base, where masks are packed with its weights, or are to be."] = None
 
     def model_of(self, adapter: "Adapter") -> Any:
         """Return the base of an adapter, None if the options name none."""
         return None if self.backbone is None else self.of(adapter).model
 
 
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Columns of the data.
-
-    Data:
-        input_column: column of images or texts, where it is not found.
-        label_column: column of labels, where it is not found.
-    """
-
-    input_column: str | None = None
-    label_column: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows(Columns):
-    """Which rows of the data train.
-
-    Data:
-        labels_fraction: share of the training rows to use.
-        validation_fraction: share of the training rows held out. Default: 0.1; 0 without labels.
-    """
-
-    labels_fraction: float = 1.0
-    validation_fraction: float | None = None
-
-    def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
-        """Read data; an objective without labels holds no rows out."""
-        from maskpack.training import load_data
-
-        held_out = self.validation_fraction
-        options["validation_fraction"] = (0.1 if supervised else 0.0) if held_out is None else held_out
-        return load_data(data, **{**vars(self), **options})
-
-
-@dataclass(frozen=True, kw_only=True)
+@group("Backbone")
 class TrainedBackbone(Weights):
-    """The backbone that a mask is trained on.
+    """The backbone that a mask is trained on."""
 
-    Backbone:
-        backbone: timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION.
-        head: module that gives the logits, where it is not found.
-        image_size: pixels. Default: the backbone's.
-        mean: three numbers joined by commas. Default: the backbone's.
-        std: three numbers joined by commas. Default: the backbone's.
-    """
-
-    backbone: str
-    head: str | None = None
-    image_size: int | None = None
-    mean: Channels | None = None
-    std: Channels | None = None
+    backbone: Annotated[str, "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION."]
+    head: Annotated[str | None, "Module that gives the logits, where it is not found."] = None
+    image_size: Annotated[int | None, "Pixels. Default: the backbone's."] = None
+    mean: Annotated[Channels | None, "Three numbers joined by commas. Default: the backbone's."] = None
+    std: Annotated[Channels | None, "Three numbers joined by commas. Default: the backbone's."] = None
 
     def arguments(self) -> dict[str, Any]:
         """Return what is given of these, as arguments of `load_backbone`."""
@@ -415,19 +405,42 @@ class TrainedBackbone(Weights):
         return {"reference": options.pop("backbone"), **options}
 
     def load(self) -> "Backbone":
-        from maskpack import load_backbone
+        """Load it."""
+        return maskpack.load_backbone(**self.arguments())
 
-        return load_backbone(**self.arguments())
+
+@group("Data")
+class Columns:
+    """Columns of the data."""
+
+    input_column: Annotated[str | None, "Column of images or texts, where it is not found."] = None
+    label_column: Annotated[str | None, "Column of labels, where it is not found."] = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Data")
+class Rows(Columns):
+    """Which rows of the data train."""
+
+    labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
+    validation_fraction: Annotated[
+        float | None, "Share of the training rows held out. Default: 0.1; 0 without labels."
+    ] = None
+
+    def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
+        """Read data; an objective without labels holds no rows out."""
+
+        held_out = self.validation_fraction
+        options["validation_fraction"] = (0.1 if supervised else 0.0) if held_out is None else held_out
+        return training.load_data(data, **{**vars(self), **options})
+
+
+@group("Run")
 class Folder:
-    """Where results go, and where settings come from.
+    """Where results go, and where settings come from."""
 
-    Run:
-        output: folder for the adapter, the checkpoint and the logs.
-        config: TOML file with these options as keys; the command line overrides it.
-    """
-
-    output: Path
-    config: Annotated[Path | None, typer.Option(callback=read_settings, is_eager=True)] = None
+    output: Annotated[Path, "Folder for the adapter, the checkpoint and the logs."]
+    config: Annotated[
+        Path | None,
+        "TOML file with these options as keys; the command line overrides it.",
+        typer.Option(callback=read_settings, is_eager=True),
+    ] = None

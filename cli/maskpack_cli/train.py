@@ -1,65 +1,58 @@
 """maskpack train | cascade | transfer | multitask."""
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import maskpack
+from maskpack import training
 from maskpack.errors import ConfigError
 from maskpack.preprocess import Augment
 from maskpack.training.config import JointConfig, Mode, Start, TrainConfig, check_types, read_config
 
-from .console import app, emit, hint, main_process, note, say, table, training_progress, warn
+from .console import Output, app, emit, hint, main_process, note, say, table, training_progress, warn
 from .options import (
+    POSITIVE,
     Base,
     BatchSize,
     Columns,
     DataRef,
     Folder,
-    Given,
     Packed,
     Ref,
-    Revision,
     Rows,
+    Source,
     TrainedBackbone,
-    Trust,
     Without,
-    read_tasks,
+    group,
+    read_settings,
     verb,
 )
 
 if TYPE_CHECKING:
+    from maskpack import Adapter
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
     from maskpack.training.joint import Task
-    from maskpack.training.run_folder import PartOptions, Report
 
 PANEL = "Training"
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 NOTHING_DONE = "Everything needed is there; nothing was trained or written."
+SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Run")
 class Run(Folder, Packed):
-    """How a training runs.
+    """How a training runs."""
 
-    Run:
-        checkpoint_every: a time or steps, as in 10min or 500steps. Default: every epoch.
-        resume: continue from the last checkpoint in --output.
-        dry_run: check everything, run one batch, write nothing.
-    """
-
-    checkpoint_every: str | None = None
-    resume: bool = False
-    dry_run: bool = False
-
-    def options(self, report: "Report") -> "PartOptions":
-        """Return what every training function takes of these."""
-        return {"resume": self.resume, "checkpoint_every": self.checkpoint_every, "report": report}
+    checkpoint_every: Annotated[str | None, "A time or steps, as in 10min or 500steps. Default: every epoch."] = None
+    resume: Annotated[bool, "Continue from the last checkpoint in --output."] = False
+    dry_run: Annotated[bool, "Check everything, run one batch, write nothing."] = False
 
     def check(self, settings: TrainConfig) -> None:
         """Refuse what is wrong before anything is loaded."""
@@ -71,83 +64,35 @@ class Run(Folder, Packed):
                 "--bytes-budget and --rate are kept in the profiles default and max, not in the profile fast"
             )
 
+    def train(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+        """Return what a training function gives; of several processes all but the one that writes end here."""
+        with training_progress() as report:
+            own = {"resume": self.resume, "checkpoint_every": self.checkpoint_every, "report": report}
+            result = function(*inputs, **options, **own)
+        if not main_process():
+            raise typer.Exit
+        return result
 
-@verb(
-    app,
-    "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask-flowers",
-    "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
-    "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
-    "maskpack train --config run.toml --resume",
-    panel=PANEL,
-)
-def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainConfig, run: Run, given: Given) -> None:
-    """Train a mask on a frozen backbone and write it as an adapter."""
-    from maskpack import inspect_adapter, save_adapter
-    from maskpack.training import train_mask
-    from maskpack.training.run_folder import check_untaken
-    from maskpack.training.trainer import plan_training
+    def save(self, result: Any, model: Any, **options: Any) -> "Adapter":
+        """Write what was trained as an adapter."""
 
-    run.check(settings)
-    folder = run.output / RUN_FOLDER
-    check_untaken(folder, run.resume)
-    loaded, read = load_inputs(backbone, data, rows, settings, given)
-    plan = plan_training(loaded, read, settings)
-    describe_plan(plan, read)
-    if run.dry_run:
-        return emit(plan, NOTHING_DONE)
-    with training_progress() as report:
-        result = train_mask(
-            loaded,
-            read,
-            settings,
-            output=folder,
-            **run.options(report),
-        )
-    if not main_process():
-        return None
-    about = result.about
-    adapter = save_adapter(run.output, result.parts, result.base, about, profile=run.profile, weights=loaded.model)
-    whole = inspect_adapter(adapter)["sets"]["default"]
-    unreadable = (about.training or {})["data"]["unreadable"]
-    if unreadable:
-        warn(f"{unreadable} examples could not be read and were left out.")
-    facts = {
-        "adapter": str(run.output),
-        **result.metrics,
-        "weights": whole["weights"],
-        "mask_bytes": whole["payload_bytes"],
-        "bits_per_weight": whole["bits_per_weight"],
-        "file_bytes": adapter.size,
-    }
-    emit(facts, f"✓ {run.output}")
-    if not read.class_names:
-        words = evaluated(run.output, data, backbone, rows)
-        hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
-    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+        content = (result.parts, result.base, result.about)
+        return maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
 
 
 def load_inputs(
-    backbone: TrainedBackbone,
-    data: str,
-    rows: Rows,
-    settings: TrainConfig,
-    given: Collection[str],
-    labelled: bool | None = None,
+    backbone: TrainedBackbone, data: str, rows: Rows, settings: TrainConfig, labelled: bool | None = None
 ) -> "tuple[Backbone, Data]":
     """Load a backbone and data; `labelled` as in `load_data`, None: if the objective needs labels."""
     note(f"Loading {backbone.backbone} and {data} …")
     loaded = backbone.load()
-    needed = needs_labels(settings.objective, loaded.task, given)
+    needed = needs_labels(settings.objective, loaded.task, Output.given)
     labelled = needed if labelled is None else labelled
     return loaded, rows.load(data, supervised=needed, labelled=labelled, seed=settings.seed)
 
 
 def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
-    """Return True if an objective learns from labels.
-
-    Raises:
-        ConfigError: if one of the options that are given, by name, means nothing to it.
-    """
+    """Return True if an objective learns from labels; refuse options given, by name, that mean nothing to it."""
     from maskpack.training.objectives.base import find_objective
 
     cls = find_objective(objective, task)
@@ -157,6 +102,23 @@ def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ConfigError(f"the objective {objective!r} does not use {names}; leave out what is for labels")
     return cls.needs_labels
+
+
+def planned(backbone: "Backbone", data: "Data", settings: TrainConfig) -> dict[str, Any]:
+    """Check a training, run one batch, say what is to be done, and return it."""
+    from maskpack.training.data.base import empty_classes
+    from maskpack.training.trainer import plan_training
+
+    plan = plan_training(backbone, data, settings)
+    note(
+        f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
+        f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
+        f"{plan['steps']:,} steps"
+    )
+    assert data.train is not None
+    if empty := empty_classes(data.train, data.class_names):
+        note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
+    return plan
 
 
 def reference(output: Path) -> str:
@@ -175,42 +137,57 @@ def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) ->
     return " ".join([reference(output), *words])
 
 
-def describe_plan(plan: Mapping[str, Any], data: "Data") -> None:
-    from maskpack.training.data.base import empty_classes
+@verb(
+    app,
+    "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask-flowers",
+    "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
+    "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
+    "maskpack train --config run.toml --resume",
+    panel=PANEL,
+)
+def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainConfig, run: Run) -> None:
+    """Train a mask on a frozen backbone and write it as an adapter."""
+    from maskpack.training.run_folder import check_untaken
 
-    note(
-        f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
-        f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
-        f"{plan['steps']:,} steps"
-    )
-    assert data.train is not None
-    empty = empty_classes(data.train, data.class_names)
-    if empty:
-        note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
+    run.check(settings)
+    check_untaken(run.output / RUN_FOLDER, run.resume)
+    loaded, read = load_inputs(backbone, data, rows, settings)
+    plan = planned(loaded, read, settings)
+    if run.dry_run:
+        return emit(plan, NOTHING_DONE)
+    result = run.train(training.train_mask, loaded, read, settings, output=run.output / RUN_FOLDER)
+    adapter = run.save(result, loaded.model)
+    if unreadable := result.about.training["data"]["unreadable"]:
+        warn(f"{unreadable} examples could not be read and were left out.")
+    whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
+    sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
+    facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
+    emit({**facts, "file_bytes": adapter.size}, f"✓ {run.output}")
+    if not read.class_names:
+        words = evaluated(run.output, data, backbone, rows)
+        hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
+    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
 
 
 # --- cascade ---------------------------------------------------------------------------------------------------------
 
 cascades = typer.Typer(help="Train a dispatcher and an expert for each cluster of the data, or evaluate them.")
 app.add_typer(cascades, name="cascade", no_args_is_help=True, rich_help_panel=PANEL)
-SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Cascade")
 class Experts:
-    """What is trained beside the dispatcher.
+    """What is trained beside the dispatcher."""
 
-    Cascade:
-        experts: experts, one for each cluster.
-        combine: conditional takes 2 forward passes for an input, unconditional one for each set.
-        reduce: numbers that combined embeddings are reduced to. Default: not reduced.
-        no_labels: the data have no labels: the cascade gets no head.
-    """
-
-    experts: int = 5
-    combine: Literal["conditional", "unconditional"] = "conditional"
-    reduce: Annotated[int | None, typer.Option(min=1)] = None
-    no_labels: Annotated[bool, typer.Option("--no-labels")] = False
+    experts: Annotated[int, "Experts, one for each cluster."] = 5
+    combine: Annotated[
+        Literal["conditional", "unconditional"],
+        "Conditional takes 2 forward passes for an input, unconditional one for each set.",
+    ] = "conditional"
+    reduce: Annotated[
+        int | None, "Numbers that combined embeddings are reduced to. Default: not reduced.", POSITIVE
+    ] = None
+    no_labels: Annotated[bool, "The data have no labels: the cascade gets no head."] = False
 
 
 @verb(
@@ -220,62 +197,34 @@ class Experts:
     name="train",
 )
 def train_experts(
-    backbone: TrainedBackbone,
-    data: DataRef,
-    rows: Rows,
-    settings: TrainConfig,
-    cascade: Experts,
-    run: Run,
-    given: Given,
+    backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainConfig, cascade: Experts, run: Run
 ) -> None:
     """Train a dispatcher, a router and experts on a frozen backbone, and write them as one adapter.
 
     The options of `maskpack train` hold for the dispatcher and for every expert.
     """
-    from maskpack import inspect_adapter, save_adapter
-    from maskpack.training import train_cascade
-    from maskpack.training.cascade import DISPATCHER, check_cascade, fit_cascade_head
-    from maskpack.training.run_folder import check_untaken
-    from maskpack.training.trainer import plan_training
+    from maskpack.training.cascade import check_cascade, fit_cascade_head
+    from maskpack.training.run_folder import check_parts
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_untaken(folder / DISPATCHER, run.resume)
-    loaded, read = load_inputs(backbone, data, rows, settings, given, labelled=not cascade.no_labels)
+    check_parts(folder, run.resume)
+    loaded, read = load_inputs(backbone, data, rows, settings, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
-    plan = plan_training(loaded, read, settings)
-    describe_plan(plan, read)
+    plan = planned(loaded, read, settings)
     steps = (cascade.experts + 1) * plan["steps"]
     note(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
     if run.dry_run:
         return emit({**plan, "experts": cascade.experts}, NOTHING_DONE)
-    with training_progress() as report:
-        result = train_cascade(
-            loaded,
-            read,
-            settings,
-            experts=cascade.experts,
-            output=folder,
-            **run.options(report),
-        )
-    if not main_process():
-        return None
+    result = run.train(training.train_cascade, loaded, read, settings, experts=cascade.experts, output=folder)
     result = fit_cascade_head(loaded, read, result, combine=cascade.combine, reduce=cascade.reduce)
-    adapter = save_adapter(
-        run.output,
-        result.parts,
-        result.base,
-        result.about,
-        cascade=result.cascade,
-        profile=run.profile,
-        weights=loaded.model,
-    )
-    about = inspect_adapter(adapter)
+    adapter = run.save(result, loaded.model, cascade=result.cascade)
+    about = maskpack.inspect_adapter(adapter)
     facts = {
         "adapter": str(run.output),
         **result.metrics,
         "combine": cascade.combine,
-        "cluster_rows": ", ".join(map(str, (result.about.training or {})["cascade"]["rows"])),
+        "cluster_rows": ", ".join(map(str, about["training"]["cascade"]["rows"])),
         "dispatcher_mask_bytes": about["sets"]["dispatcher"]["payload_bytes"],
         "expert_mask_bytes": sum(about["sets"][name]["payload_bytes"] for name in about["cascade"]["experts"]),
         **{f"{role}_bytes": size for role, size in about["cascade"]["bytes"].items()},
@@ -293,58 +242,47 @@ def evaluate_cascade(
     data: DataRef,
     columns: Columns,
     base: Base,
-    trust: Trust,
-    revision: Revision = None,
-    whiten: Annotated[
-        int | None, typer.Option(min=1, help="Numbers of a whitened embedding. Default: those of one set.")
-    ] = None,
-    labels_fraction: Annotated[float, typer.Option(help="Share of the training rows to use.")] = 1.0,
+    trust: Source,
+    whiten: Annotated[int | None, "Numbers of a whitened embedding. Default: those of one set.", POSITIVE] = None,
+    labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0,
     batch_size: BatchSize = 64,
 ) -> None:
     """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
-    from maskpack.training import load_data
-    from maskpack.training.cascade import cascade_table
     from maskpack.training.data.load import LABELS_SEED
+    from maskpack.training.evaluate import cascade_table
 
     from .use import on_gpu
 
-    adapter = trust.load(ref, revision)
+    adapter = trust.load(ref)
     backbone = on_gpu(base.of(adapter))
-    found = load_data(data, **vars(columns), labels_fraction=labels_fraction, seed=LABELS_SEED)
+    found = training.load_data(data, **vars(columns), labels_fraction=labels_fraction, seed=LABELS_SEED)
     note("Embedding the training and the test rows by every set …")
     result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
-    emit({"adapter": adapter.pinned, "data": found.id, **result}, shown={})
-    lines = [
-        {**row, "embedding": row["embedding"] + (", whitened" if row["whitened"] else "")} for row in result["rows"]
-    ]
-    names = [name for name in lines[0] if name != "whitened"]
-    table([n.replace("_bytes", "").replace("_", " ") for n in names], [[line[n] for n in names] for line in lines])
+    emit({"adapter": adapter.pinned, "data": found.id, **result})
+    rows = result["rows"]
+    for row in rows:
+        row["embedding"] += ", whitened" if row.pop("whitened") else ""
+    table(rows, rows[0], **{name: name.removesuffix("_bytes") for name in rows[0] if name.endswith("_bytes")})
     hint("knn, probe: accuracies on the test split. Columns behind steps: bytes.")
 
 
 # --- transfer --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@group("Transfer")
 class Carried:
-    """What learns the target, and from where.
+    """What learns the target, and from where."""
 
-    Transfer:
-        source: data that the network learns first, as for --data of train.
-        target: data that it is carried to.
-        start: of the weights that learn the target: their values before the source, after it, or drawn anew.
-            Default: source-start; source-end with --source-trained.
-        weight_lr: peak learning rate of weights. Default: 0.001 for adam, 0.05 for sgd.
-        source_trained: the backbone knows the source already.
-        baseline: fine-tune without a mask as well.
-    """
-
-    source: str
-    target: str
-    start: Start | None = None
-    weight_lr: float | None = None
-    source_trained: bool = False
-    baseline: bool = False
+    source: Annotated[str, "Data that the network learns first, as for --data of train."]
+    target: Annotated[str, "Data that it is carried to."]
+    start: Annotated[
+        Start | None,
+        "Of the weights that learn the target: their values before the source, after it, or drawn anew. Default: "
+        "source-start; source-end with --source-trained.",
+    ] = None
+    weight_lr: Annotated[float | None, "Peak learning rate of weights. Default: 0.001 for adam, 0.05 for sgd."] = None
+    source_trained: Annotated[bool, "The backbone knows the source already."] = False
+    baseline: Annotated[bool, "Fine-tune without a mask as well."] = False
 
 
 # the settings that a transfer decides itself, see `check_transfer`
@@ -364,61 +302,40 @@ Carrying = Annotated[
     "maskpack transfer --config run.toml --start source-end --resume",
     panel=PANEL,
 )
-def transfer(
-    backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried: Carried, run: Run, given: Given
-) -> None:
+def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried: Carried, run: Run) -> None:
     """Train on a source, find the weights that it does not need, and let these alone learn a target.
 
     The options of `maskpack train` hold for every run.
     """
-    from maskpack import save_adapter
-    from maskpack.training import train_transfer
     from maskpack.training.evaluate import markdown, transfer_table
-    from maskpack.training.run_folder import write_json
-    from maskpack.training.trainer import plan_training
-    from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
+    from maskpack.training.run_folder import check_parts, write_json
+    from maskpack.training.transfer import RUNS, SOURCE_FILE, check_transfer
 
     run.check(settings)
     output, trained = run.output, carried.source_trained
     start: Start = carried.start or ("source-end" if trained else "source-start")
-    check_output(output, run.resume)
-    loaded, source = load_inputs(backbone, carried.source, rows, settings, given)
+    check_parts(output / RUNS, run.resume)
+    loaded, source = load_inputs(backbone, carried.source, rows, settings)
     note(f"Loading {carried.target} …")
     target = rows.load(carried.target, seed=settings.seed)
     check_transfer(loaded, source, settings, start, trained, carried.weight_lr)
     plans = {}
     for name, data in (("source", source), ("target", target)):
-        plans[name] = plan_training(loaded, data, settings)
         note(f"The {name}, {data.id}:")
-        describe_plan(plans[name], data)
+        plans[name] = planned(loaded, data, settings)
     if run.dry_run:
         return emit(plans, NOTHING_DONE)
-    with training_progress() as report:
-        result = train_transfer(
-            loaded,
-            source,
-            target,
-            settings,
-            start=start,
-            weight_lr=carried.weight_lr,
-            source_trained=trained,
-            baseline=carried.baseline,
-            output=output,
-            **run.options(report),
-        )
-    if not main_process():
-        return None
-    lines = transfer_table(result, source, target, batch_size=settings.batch_size)
-    adapter = save_adapter(
-        output, result.parts, result.base, result.about, profile=run.profile, weights=result.backbone.model
-    )
+    options = {"weight_lr": carried.weight_lr, "source_trained": trained, "baseline": carried.baseline}
+    result = run.train(training.train_transfer, loaded, source, target, settings, start=start, output=output, **options)
+    rows_found = transfer_table(result, source, target, batch_size=settings.batch_size)
+    adapter = run.save(result, result.backbone.model)
     facts = {"adapter": str(output), "start": start, "density": result.metrics["density"], "file_bytes": adapter.size}
     if not trained:
         facts["source_weights"] = str(output / SOURCE_FILE)
         backbone = replace(backbone, weights=output / SOURCE_FILE, random_weights=None)
-    write_json(output / "transfer.json", {**facts, "rows": lines})
-    emit({**facts, "rows": lines}, f"✓ {output}")
-    say("", *markdown(lines).splitlines())
+    write_json(output / "transfer.json", {**facts, "rows": rows_found})
+    emit({**facts, "rows": rows_found}, f"✓ {output}")
+    say("", *markdown(rows_found).splitlines())
     return hint(f"Next: maskpack eval {evaluated(output, carried.source, backbone, rows)} --mode source")
 
 
@@ -434,17 +351,6 @@ class Entry(Rows):
     augment: Augment | None = None
 
 
-TasksFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="TASKS.toml",
-        callback=read_tasks,
-        is_eager=True,
-        help="A table `task` for each task, with name, data and its options; options for all as keys before them.",
-    ),
-]
-
-
 @verb(
     app,
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --output ./many",
@@ -452,14 +358,17 @@ TasksFile = Annotated[
     panel=PANEL,
 )
 def multitask(
-    config: TasksFile,
+    tasks: Annotated[
+        Path,
+        "A table `task` for each task, with name, data and its options; options for all as keys before them.",
+        typer.Argument(metavar="TASKS.toml", callback=read_settings, is_eager=True),
+    ],
     backbone: TrainedBackbone,
     rows: Rows,
     settings: TrainConfig,
     joint: JointConfig,
     run: Annotated[Run, Without("config")],
-    given: Given,
-    mode: Annotated[Mode, typer.Option(help="How the tasks are trained.", rich_help_panel="Many tasks")] = "sequential",
+    mode: Annotated[Mode, "How the tasks are trained.", typer.Option(rich_help_panel="Many tasks")] = "sequential",
 ) -> None:
     """Train a mask for each of several tasks on one backbone; tasks that are finished in --output are left alone.
 
@@ -467,65 +376,51 @@ def multitask(
     shared weights with soft masks, which are hardened at the end. shared and separate are for comparison: the same
     without masks, and a network for each task. The options of `maskpack train` hold for every task.
     """
-    from maskpack.training import train_tasks
     from maskpack.training.multitask import BASE, markdown, plan_tasks
 
-    entries = _entries(config)
+    entries = _entries(tasks)
     run.check(settings)
     note(f"Loading {backbone.backbone} and {len(entries)} tasks …")
     loaded = backbone.load()
-    tasks = {str(entry["name"]): _task(entry, rows, settings, loaded.task, given) for entry in entries}
-    plan = plan_tasks(loaded, tasks, run.output, mode=mode, config=settings, joint=joint)
+    read = {name: _task(entry, rows, settings, loaded.task) for name, entry in entries.items()}
+    options: dict[str, Any] = {"mode": mode, "config": settings, "joint": joint}
+    plan = plan_tasks(loaded, read, run.output, **options)
     finished = f"; finished before: {', '.join(plan['finished'])}" if plan["finished"] else ""
     note(f"To train: {', '.join(plan['missing']) or 'nothing'}, {plan['steps']:,} steps{finished}")
     if run.dry_run:
         return emit(plan, NOTHING_DONE)
-    with training_progress() as report:
-        result = train_tasks(
-            loaded,
-            tasks,
-            run.output,
-            mode=mode,
-            config=settings,
-            joint=joint,
-            profile=run.profile,
-            **run.options(report),
-        )
-    if not main_process():
-        return None
-    emit(result, shown={})
+    result = run.train(training.train_tasks, loaded, read, run.output, **options, profile=run.profile)
+    emit(result)
     say(*markdown(result).splitlines())
-    first = entries[0]
-    folder = run.output / first["name"]
-    weights = (folder if mode == "separate" else run.output) / BASE
+    name, first = next(iter(entries.items()))
+    weights = (run.output / name if mode == "separate" else run.output) / BASE
     backbone = replace(backbone, weights=weights, random_weights=None)
-    words = evaluated(folder, first["data"], backbone, _own_rows(rows, first))
-    return hint(f"Next: maskpack eval {words}{'' if tasks[first['name']].data.class_names else ' --knn --probe'}")
+    words = evaluated(run.output / name, first["data"], backbone, _own_rows(rows, first))
+    return hint(f"Next: maskpack eval {words}{'' if read[name].data.class_names else ' --knn --probe'}")
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
-    """Return the tables of the tasks, each with a name of its own and data."""
-    entries = read_config(file).get("task")
-    if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
+def _entries(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the tables of the tasks by name."""
+    tables = read_config(file).get("task")
+    if not isinstance(tables, list) or not tables or not all(isinstance(one, dict) for one in tables):
         raise ConfigError(f"{file} has no tasks; write a table [[task]] with name and data for each")
     known = [field.name for field in fields(Entry)]
-    found: list[dict[str, Any]] = []
-    for number, entry in enumerate(entries, 1):
+    found: dict[str, dict[str, Any]] = {}
+    for number, entry in enumerate(tables, 1):
         place = f"task {number} of {file}"
         own = {key.replace("-", "_"): value for key, value in entry.items()}
         for key in own.keys() - set(known):
             names = ", ".join(name.replace("_", "-") for name in known)
             raise ConfigError(f"{place} has the setting {key!r}, which cannot stand there; known: {names}")
-        missing = [key for key in ("name", "data") if key not in own]
-        if missing:
+        if missing := [key for key in ("name", "data") if key not in own]:
             raise ConfigError(f"{place} lacks {' and '.join(missing)}; give each task a name and data")
         try:
             check_types(Entry(**own))
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
-        if own["name"] in [earlier["name"] for earlier in found]:
+        if own["name"] in found:
             raise ConfigError(f"{file} has several tasks called {own['name']!r}; give each a name of its own")
-        found.append(own)
+        found[own["name"]] = own
     return found
 
 
@@ -533,10 +428,10 @@ def _own_rows(rows: Rows, entry: Mapping[str, Any]) -> Rows:
     return replace(rows, **{field.name: entry[field.name] for field in fields(Rows) if field.name in entry})
 
 
-def _task(entry: Mapping[str, Any], rows: Rows, settings: TrainConfig, kind: str, given: Given) -> "Task":
+def _task(entry: Mapping[str, Any], rows: Rows, settings: TrainConfig, kind: str) -> "Task":
     """Load a task's data."""
     from maskpack.training.joint import Task
 
-    labelled = needs_labels(settings.objective, kind, [*given, *entry])
+    labelled = needs_labels(settings.objective, kind, [*Output.given, *entry])
     data = _own_rows(rows, entry).load(entry["data"], supervised=labelled, labelled=labelled, seed=settings.seed)
     return Task(data, entry.get("augment"))

@@ -1,16 +1,16 @@
 """maskpack predict | export | eval: an adapter on its backbone."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
+import maskpack
+from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
 from .console import app, emit, hint, note, say, table
-from .options import Base, BatchSize, Columns, DataRef, Mode, Ref, Revision, Trust, verb
+from .options import ARGUMENT, AnyBase, Base, BatchSize, Columns, DataRef, Mode, Ref, Source, verb
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -34,60 +34,52 @@ def on_gpu(backbone: "Backbone") -> "Backbone":
 @verb(app, "maskpack predict user/mask-flowers a.jpg b.jpg", panel=PANEL)
 def predict(
     ref: Ref,
-    files: Annotated[
-        list[str], typer.Argument(help="Image files; for text adapters, text files with one text a line.")
-    ],
+    files: Annotated[tuple[str, ...], "Image files; for text adapters, text files with one text a line.", ARGUMENT],
     base: Base,
-    trust: Trust,
-    revision: Revision = None,
+    trust: Source,
     mode: Mode = "target",
 ) -> None:
     """Classify files with an adapter."""
-    from maskpack import load_cascade, load_mask
     from maskpack.training.evaluate import source_classes
 
-    adapter = trust.load(ref, revision)
+    adapter = trust.load(ref)
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
     backbone = on_gpu(base.of(adapter))
-    together = None if adapter.cascade is None else load_cascade(backbone.model, adapter)
+    together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
     if together is None:
-        load_mask(backbone.model, adapter, mode=mode)
-    inputs = files
-    if adapter.about.task == "text-classification":
-        inputs = []
-        for file in files:
-            try:
-                inputs += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"cannot read the text file {file!r}: {error}") from None
+        maskpack.load_mask(backbone.model, adapter, mode=mode)
+    inputs = list(files) if adapter.about.task != "text-classification" else _texts(files)
     hint(f"Adapter: {adapter.pinned}")
     if together is None:
         names = source_classes(adapter) if mode == "source" else None
         found = adapter.predict(backbone.model, inputs, class_names=names, tokenizer=backbone.tokenizer)
     else:
         found = together.predict(inputs, tokenizer=backbone.tokenizer)
-    columns = ["input", "label", "score"]
-    rows: list[list[Any]] = [[x, one.label, one.score] for x, one in zip(inputs, found, strict=True)]
-    emit({"predictions": [dict(zip(columns, row, strict=True)) for row in rows]}, shown={})
-    table(columns, rows)
+    rows = [{"input": x, "label": one.label, "score": one.score} for x, one in zip(inputs, found, strict=True)]
+    emit({"predictions": rows})
+    table(rows, ["input", "label", "score"])
+
+
+def _texts(files: tuple[str, ...]) -> list[str]:
+    """Return the lines of text files that are not empty."""
+    found: list[str] = []
+    for file in files:
+        try:
+            found += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read the text file {file!r}: {error}") from None
+    return found
 
 
 @verb(app, "maskpack export user/mask-flowers --output flowers.safetensors", panel=PANEL)
-def export(
-    ref: Ref,
-    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    base: Base,
-    trust: Trust,
-    revision: Revision = None,
-) -> None:
+def export(ref: Ref, output: Annotated[Path, "The .safetensors file to write."], base: Base, trust: Source) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
-    from maskpack import load_mask
     from maskpack.backbone.load import export_state
 
-    adapter = trust.load(ref, revision)
+    adapter = trust.load(ref)
     backbone = on_gpu(base.of(adapter))
-    load_mask(backbone.model, adapter)
+    maskpack.load_mask(backbone.model, adapter)
     count = export_state(output, backbone.model, {"maskpack_mask_id": adapter.mask_id})
     hint(f"Adapter: {adapter.pinned}")
     hint("The weights are in the file whole: it is as large as the backbone.")
@@ -105,57 +97,42 @@ def export(
 def evaluate(
     data: DataRef,
     columns: Columns,
-    base: Base,
-    trust: Trust,
-    ref: Annotated[
-        str | None,
-        typer.Argument(help="As for inspect. Default: none, --backbone alone."),
-    ] = None,
-    revision: Revision = None,
-    head: Annotated[
-        str | None, typer.Option(help="For --backbone alone: module before which features are read.")
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="For --backbone alone: pixels.")] = None,
-    knn: Annotated[bool, typer.Option("--knn", help="k-NN on the features: k 200, temperature 0.1, cosine.")] = False,
-    probe: Annotated[bool, typer.Option("--probe", help="Linear probe on the features.")] = False,
-    labels_fraction: Annotated[
-        list[float] | None,
-        typer.Option(help="Share of the training rows for k-NN and probe; may be repeated. Default: 1."),
-    ] = None,
+    base: AnyBase,
+    trust: Source,
+    ref: Annotated[str | None, "As for inspect. Default: none, --backbone alone.", ARGUMENT] = None,
+    knn: Annotated[bool, "k-NN on the features: k 200, temperature 0.1, cosine."] = False,
+    probe: Annotated[bool, "Linear probe on the features."] = False,
+    labels_fraction: Annotated[tuple[float, ...], "Share of the training rows for k-NN and probe. Default: 1."] = (),
     mode: Mode = "target",
-    split: Annotated[Literal["test", "train"], typer.Option(help="train is for the head.")] = "test",
+    split: Annotated[Literal["test", "train"], "train is for the head."] = "test",
     batch_size: BatchSize = 64,
 ) -> None:
     """Measure an adapter's accuracy on a data set, and the features of an adapter or of a backbone alone."""
-    from maskpack import load_backbone, load_mask
-    from maskpack.training import load_data
     from maskpack.training.evaluate import adapter_accuracy, as_loaded, source_classes
     from maskpack.training.features import measure_features
 
     wanted: dict[Measure, bool] = {"knn": knn, "probe": probe}
     measures = [name for name, is_wanted in wanted.items() if is_wanted]
-    _check_features(bool(measures), split, labels_fraction)
-    adapter, names = None, None
+    if measures and split == "train":
+        raise ConfigError("--knn and --probe learn from the train split, so they are measured on the test split only")
+    if any(not 0 < share <= 1 for share in labels_fraction):
+        given = ", ".join(map(str, labels_fraction))
+        raise ConfigError(f"--labels-fraction must be above 0 and at most 1, got {given}")
+    if labels_fraction and not measures:
+        raise ConfigError("--labels-fraction is for --knn and --probe")
+    base.check(ref is None, "nothing to measure; give an adapter, or --backbone to measure its features without a mask")
     if ref is None:
-        if base.backbone is None:
-            raise ConfigError(
-                "nothing to measure; give an adapter, or --backbone to measure its features without a mask"
-            )
         if not measures:
             raise ConfigError("a backbone alone has no head for these data; give --knn, --probe or both")
         if mode != "target":
             raise ConfigError("--mode is for an adapter, a backbone alone has one network; leave it out")
-        options: dict[str, Any] = {"weights": base.weights, "random_weights": base.random_weights}
-        model = on_gpu(load_backbone(base.backbone, head=head, image_size=image_size, **options))
-    else:
-        if head is not None or image_size is not None:
-            raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
-        adapter = trust.load(ref, revision)
-        backbone = on_gpu(base.of(adapter))
-        load_mask(backbone.model, adapter, mode=mode)
-        model = as_loaded(backbone, adapter)
+    adapter, names = None if ref is None else trust.load(ref), None
+    model = on_gpu(base.of_any(adapter))
+    if adapter is not None:
+        maskpack.load_mask(model.model, adapter, mode=mode)
+        model = as_loaded(model, adapter)
         names = source_classes(adapter) if mode == "source" else adapter.about.class_names
-    read = load_data(data, class_names=names, **vars(columns))
+    read = training.load_data(data, class_names=names, **vars(columns))
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,
         "backbone": model.id,
@@ -170,21 +147,10 @@ def evaluate(
         result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
-        shares = labels_fraction or [1.0]
-        result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
+        result["features"] = measure_features(model, read, measures, labels_fraction or [1.0], batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     _tables(result)
-
-
-def _check_features(measures: bool, split: str, shares: Sequence[float] | None) -> None:
-    """Refuse options of k-NN and probe that contradict each other, before anything is loaded."""
-    if measures and split == "train":
-        raise ConfigError("--knn and --probe learn from the train split, so they are measured on the test split only")
-    if any(not 0 < share <= 1 for share in shares or ()):
-        raise ConfigError(f"--labels-fraction must be above 0 and at most 1, got {', '.join(map(str, shares or ()))}")
-    if shares and not measures:
-        raise ConfigError("--labels-fraction is for --knn and --probe")
 
 
 def _split(data: "Data", name: str) -> "Examples":
@@ -196,15 +162,17 @@ def _split(data: "Data", name: str) -> "Examples":
 
 def _tables(result: Mapping[str, Any]) -> None:
     """Print a line for each measure of features, and one for each class."""
-    features = result.get("features", [])
+    features = [{**one, "measure": TITLES[one["measure"]]} for one in result.get("features", [])]
     if features:
         say("")
-        rows = [[TITLES[r["measure"]], r["labels_fraction"], r["labels"], r["accuracy"]] for r in features]
-        table(["measure", "labels fraction", "labels", "accuracy"], rows)
-    columns = [(TITLES["head"], result)] if "per_class" in result else []
+        table(features, ["measure", "labels_fraction", "labels", "accuracy"])
+    columns = {TITLES["head"]: result} if "per_class" in result else {}
     several = len({one["labels_fraction"] for one in features}) > 1
-    columns += [(TITLES[r["measure"]] + (f" ({r['labels']:,})" if several else ""), r) for r in features]
-    counts = [sum(row) for row in columns[0][1]["confusion"]]
+    columns |= {one["measure"] + (f" ({one['labels']:,})" if several else ""): one for one in features}
+    counts = [sum(row) for row in next(iter(columns.values()))["confusion"]]
     say("")
-    by_class = zip(result["class_names"], counts, *(one["per_class"] for _, one in columns), strict=False)
-    table(["class", "examples", *(title for title, _ in columns)], [list(row) for row in by_class])
+    rows = [
+        {"class": name, "examples": count, **{title: one["per_class"][at] for title, one in columns.items()}}
+        for at, (name, count) in enumerate(zip(result["class_names"], counts, strict=False))
+    ]
+    table(rows, ["class", "examples", *columns])

@@ -68,7 +68,7 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
         "payload_bytes": payload_bytes,
         "bits_per_weight": 8 * payload_bytes / weights if weights else 0.0,
         "dense_bytes": _roles(adapter, name),
-        "head": None if one.head is None else one.head.to_json(),
+        "head": one.head,
         "payloads": [_row(payload) for payload in one.payloads],
     }
 
@@ -78,7 +78,7 @@ def _cascade(adapter: Adapter) -> dict[str, Any] | None:
         return None
     features, coordinates = adapter.spans[f"{CASCADE}router/components"].shape[::-1]
     return {
-        **adapter.header.cascade.to_json(),
+        **adapter.header.cascade,
         "features": features,
         "coordinates": coordinates,
         "bytes": _roles(adapter, CASCADE.rstrip("/")),

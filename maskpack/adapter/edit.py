@@ -1,6 +1,6 @@
 """Adapters made of adapters: converted and combined."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from ..backbone.fingerprint import check_fingerprint
 from ..codecs.base import Profile
 from ..errors import BackboneMismatchError, ConfigError, StateError
 from ..mask import MaskSet
+from ..safetensors_io import Blob
 from ..threads import Progress
 from .card import CARD_FILE
 from .content import FEATURES, About
-from .decode import check_id
+from .header import Header
 from .read import MODEL_FILE, Adapter, read_adapter
-from .write import save_adapter, write_adapter
+from .write import Spooled, encode, save_adapter, write_adapter
 
 
 def convert_adapter(
@@ -49,21 +50,16 @@ def convert_adapter(
     old = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if base is not None:
         check_fingerprint(base, old.base)
+    sets = {name: old.parts(name, base, stream=True) for name in old.sets}
+
+    def encoded(spool: Callable[[], Spooled]) -> tuple[Header, list[Blob]]:
+        made = encode(sets, old.base, old.about, old.cascade, base, profile, codec, progress, spool)
+        old.check_id(made[0].mask_id)
+        return made
+
     card = Path(old.path).with_name(CARD_FILE)
     has_card = Path(old.path).name == MODEL_FILE and card.is_file()
-    return write_adapter(
-        Path(path),
-        {name: old.parts(name, base, stream=True) for name in old.sets},
-        old.base,
-        old.about,
-        old.cascade,
-        weights=base,
-        profile=profile,
-        codec=codec,
-        progress=progress,
-        check=lambda header: check_id(old.path, old.header, header.mask_id),
-        owners=card if has_card else None,
-    )
+    return write_adapter(Path(path), encoded, card if has_card else None)
 
 
 RECORD = "combined"  # key in the training record

@@ -1,8 +1,10 @@
-"""Members of the header's JSON objects, taken out with type and range checked."""
+"""Checks of JSON that somebody else wrote. A check takes a value and its place in the file, and returns the value.
+
+Checks raise CorruptAdapterError, which says the place, the value and what was expected.
+"""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CorruptAdapterError
@@ -10,91 +12,92 @@ from ..errors import CorruptAdapterError
 # control characters, line and paragraph separators, halves of surrogate pairs: none belongs in a name
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 HEX = re.compile("[0-9a-f]{64}")
-SET_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 # what stands for a place on somebody's disk: /x, ./x, ../x, ~/x, C:..., anything with a backslash, file.py:function
 PATH = re.compile(r"(hf/)?[/.~]|[A-Za-z]:|.*\\|.*/(\.\.?|~|)(/|$)|.*\.py:")
 MAX_TEXT = 4096
+MISSING = object()
+
+Check = Callable[[Any, str], Any]
 
 
 def plain(value: object) -> bool:
-    """Tell whether a value is non-empty text without control characters, short enough for a name."""
+    """Return True for non-empty text without control characters that is short enough for a name."""
     return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and not UNPRINTABLE.search(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Fields:
-    """One JSON object of the header; `where` is its path in error messages. Unknown members are ignored.
+def refuse(where: str, value: object, expected: str) -> CorruptAdapterError:
+    """Return the error for a value that is missing or not as expected."""
+    shown = ascii(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    what = "missing" if value is MISSING else shown
+    return CorruptAdapterError(f"{where} is {what}, expected {expected}; fetch the file again")
 
-    A method returns the member `key`, of the type that it is named after. Each raises CorruptAdapterError that names
-    the member, its value and what was expected; `optional_…` return None if it is missing.
-    """
 
-    where: str
-    members: Mapping[str, Any]
+def check(fits: Callable[[Any], bool], expected: str) -> Check:
+    """Make a check of a single value."""
 
-    @classmethod
-    def of(cls, value: object, where: str) -> "Fields":
-        """Wrap a value that must be an object."""
-        if not isinstance(value, dict):
-            raise CorruptAdapterError(f"{where} is {_short(value)}, expected an object")
-        return cls(where, value)
+    def checked(value: Any, where: str) -> Any:
+        if not fits(value):
+            raise refuse(where, value, expected)
+        return value
 
-    def refuse(self, key: str, expected: str) -> CorruptAdapterError:
-        """Return the error for a member that is missing or not as expected."""
-        what = f"is {_short(self.members[key])}" if key in self.members else "is missing"
-        return CorruptAdapterError(f"{self.where}.{key} {what}, expected {expected}; fetch the file again")
+    return checked
 
-    def get(self, key: str) -> Any:
-        """Return a member of any type; None if it is missing."""
-        return self.members.get(key)
 
-    def _checked(self, key: str, fits: bool, expected: str) -> Any:
-        if not fits:
-            raise self.refuse(key, expected)
-        return self.members[key]
+def integer(least: int, most: int) -> Check:
+    """Make a check of an integer."""
+    return check(lambda value: type(value) is int and least <= value <= most, f"an integer from {least} to {most}")
 
-    def object(self, key: str) -> "Fields":
-        return Fields(f"{self.where}.{key}", self._checked(key, isinstance(self.get(key), dict), "an object"))
 
-    def optional_object(self, key: str) -> dict[str, Any] | None:
-        return dict(self.object(key).members) if key in self.members else None
+def integers(below: int, count: int | None = None) -> Check:
+    """Make a check of an array of integers from 0 to `below` - 1."""
 
-    def text(self, key: str) -> str:
-        return str(self._checked(key, plain(self.get(key)), "text without control characters"))
+    def fits(value: Any) -> bool:
+        counted = isinstance(value, list) and count in (None, len(value))
+        return counted and all(type(one) is int and 0 <= one < below for one in value)
 
-    def optional_text(self, key: str) -> str | None:
-        return None if self.get(key) is None else self.text(key)
+    number = "" if count is None else f"{count} "
+    return check(fits, f"an array of {number}integers from 0 to {below - 1}")
 
-    def one_of(self, key: str, allowed: tuple[str, ...]) -> str:
-        return str(self._checked(key, self.get(key) in allowed, f"one of {', '.join(allowed)}"))
 
-    def boolean(self, key: str) -> bool:
-        return bool(self._checked(key, type(self.get(key)) is bool, "true or false"))
+def one_of(*allowed: str) -> Check:
+    """Make a check of one of some texts."""
+    return check(lambda value: value in allowed, f"one of {', '.join(allowed)}")
 
-    def digest(self, key: str) -> str:
-        value = self.get(key)
-        fits = isinstance(value, str) and HEX.fullmatch(value) is not None
-        return str(self._checked(key, fits, "64 lower-case hexadecimal digits"))
 
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.get(key)
-        fits = isinstance(value, list) and all(plain(item) for item in value)
-        return tuple(self._checked(key, fits, "an array of non-empty texts without control characters"))
+TEXT = check(plain, "text without control characters")
+TEXT_OR_NULL = check(lambda value: value is None or plain(value), "text without control characters, or null")
+TEXTS = check(
+    lambda value: isinstance(value, list) and all(map(plain, value)),
+    "an array of non-empty texts without control characters",
+)
+STRING = check(lambda value: isinstance(value, str), "text")
+DIGEST = check(lambda value: isinstance(value, str) and bool(HEX.fullmatch(value)), "64 lower-case hexadecimal digits")
+BOOLEAN = check(lambda value: type(value) is bool, "true or false")
+OBJECT = check(lambda value: isinstance(value, dict), "an object")
+ARRAY = check(lambda value: isinstance(value, list), "an array")
 
-    def array(self, key: str, length: int | None = None) -> list[Any]:
-        """Return an array, of `length` items if given."""
-        value = self.get(key)
-        fits = isinstance(value, list) and (length is None or len(value) == length)
-        found: list[Any] = self._checked(key, fits, "an array" if length is None else f"an array of {length} items")
+
+def record(members: Mapping[str, Check]) -> Check:
+    """Make a check of an object, which returns these members alone; a name that ends in "?" may be missing."""
+
+    def checked(value: Any, where: str) -> dict[str, Any]:
+        OBJECT(value, where)
+        found = {}
+        for name, one in members.items():
+            key = name.removesuffix("?")
+            if key in value or key == name:
+                found[key] = one(value.get(key, MISSING), f"{where}.{key}")
         return found
 
-    def integers(self, key: str, below: int, length: int | None = None) -> list[int]:
-        """Return an array of integers from 0 to `below` - 1."""
-        fits = all(type(item) is int and 0 <= item < below for item in self.array(key, length))
-        found: list[int] = self._checked(key, fits, f"integers from 0 to {below - 1}")
-        return found
+    return checked
 
 
-def _short(value: object) -> str:
-    text = ascii(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def values(one: Check) -> Check:
+    """Make a check of an object with any names, whose members pass one check."""
+    return lambda value, where: {key: one(own, f"{where}.{key}") for key, own in OBJECT(value, where).items()}
+
+
+def items(one: Check) -> Check:
+    """Make a check of an array whose items pass one check."""
+    return lambda value, where: [one(own, f"{where}[{i}]") for i, own in enumerate(ARRAY(value, where))]

@@ -3,30 +3,108 @@
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint, Pooling
+from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint
 from ..backbone.random_weights import MAX_SEED
 from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
 from ..safetensors_io import strict_json
-from .content import COMBINES, About, Cascade, Combine
-from .fields import PATH, SET_NAME, Fields, plain
+from . import fields
+from .content import COMBINES, About
+from .fields import BOOLEAN, DIGEST, TEXT, TEXTS, Check, check, integers, one_of, record, refuse
 
 FORMAT_VERSION = 1
 MAX_WEIGHTS = 1 << 34  # of a parameter
 MAX_SET_WEIGHTS = 1 << 48
 MAX_DIMENSIONS = 16
+SET_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 OWN_KEYS = frozenset({"codec", "op", "reference", "table"})
 
 
 def canonical_json(value: Any) -> str:
     """Return JSON that is the same for equal values: sorted keys, no white space, ASCII, finite numbers."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+# what the header must hold
+
+
+def _are_shapes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(shape, list)
+        and len(shape) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size <= MAX_WEIGHTS for size in shape)
+        and math.prod(shape) <= MAX_WEIGHTS
+        for shape in value
+    )
+
+
+def _is_head_shape(value: Any) -> bool:
+    pair = isinstance(value, list) and len(value) == 2 and all(type(size) is int and size >= 1 for size in value)
+    return pair and math.prod(value) <= MAX_HEAD_WEIGHTS
+
+
+def _base_id(value: Any, where: str) -> str:
+    if fields.PATH.match(TEXT(value, where)):
+        raise refuse(where, value, "a name as in 'timm/resnet18.a1_in1k', never a local path")
+    return str(value)
+
+
+EMBEDDINGS: Mapping[str, Mapping[str, Check]] = {
+    "linear": {"kind": TEXT, "module": TEXT},
+    "pooled-linear": {"kind": TEXT, "normalize": BOOLEAN, "pooling": one_of(*POOLINGS)},
+}
+
+
+def _embedding(more: Mapping[str, Check]) -> Check:
+    """Make a check of where an embedding is taken, with more members beside it."""
+
+    def checked(value: Any, where: str) -> Any:
+        kind = record({"kind": one_of(*EMBEDDINGS)})(value, where)["kind"]
+        return record({**EMBEDDINGS[kind], **more})(value, where)
+
+    return checked
+
+
+RANDOM = {
+    "seed": fields.integer(0, MAX_SEED),
+    "shape": check(_is_head_shape, f"two sizes of at least 1, at most {MAX_HEAD_WEIGHTS} weights"),
+    "scale": BOOLEAN,
+}
+SET = {
+    "names": fields.STRING,
+    "shapes": check(_are_shapes, f"arrays of at most {MAX_DIMENSIONS} sizes, at most {MAX_WEIGHTS} weights each"),
+    "codings": fields.items(record({"codec": TEXT, "op": one_of(*OPS), "reference?": fields.TEXT_OR_NULL})),
+    "kept": fields.ARRAY,
+    "tables?": integers(MAX_SET_WEIGHTS),
+    "head?": _embedding({"random?": record(RANDOM)}),
+}
+BASE = {
+    "id": _base_id,
+    "revision?": fields.TEXT_OR_NULL,
+    "dtype": TEXT,
+    "head": TEXTS,
+    "digests": record(dict.fromkeys(CASTS, DIGEST)),
+}
+CASCADE = {"combine": one_of(*COMBINES), "dispatcher": TEXT, "embedding": _embedding({}), "experts": TEXTS}
+HEADER = {
+    "producer": TEXT,
+    "mask_id": DIGEST,
+    "data_blake3": DIGEST,
+    "base": record(BASE),
+    "sets": fields.OBJECT,
+    "task?": fields.TEXT_OR_NULL,
+    "class_names?": TEXTS,
+    "preprocess?": fields.OBJECT,
+    "training?": fields.OBJECT,
+    "cascade?": record(CASCADE),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +125,6 @@ class Coding:
         reference = {} if self.reference is None else {"reference": self.reference}
         return {"codec": self.codec, "op": self.op, **reference, **self.config}
 
-    @classmethod
-    def parse(cls, fields: Fields, tables: int) -> "Coding":
-        """Parse and check a coding of a set with so many tables."""
-        table = fields.get("table")
-        if table is not None and (type(table) is not int or not 0 <= table < tables):
-            raise fields.refuse("table", f"the index of one of the {tables} tables")
-        config = {key: member for key, member in fields.members.items() if key not in OWN_KEYS}
-        op = cast(Op, fields.one_of("op", OPS))
-        return cls(fields.text("codec"), op, config, fields.optional_text("reference"), table)
-
 
 @dataclass(frozen=True, slots=True)
 class Payload:
@@ -74,100 +142,18 @@ class Payload:
         return math.prod(self.shape)
 
 
-class RandomSpec(NamedTuple):
-    """A head's random weight without its mask: seed, (classes, features), whether kept weights are scaled."""
-
-    seed: int
-    shape: tuple[int, int]
-    scale: bool
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSpec:
-    """A head without its tensors: where it is, and the random weight that it is made of, if it is."""
-
-    embedding: Embedding
-    random: RandomSpec | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the head as JSON values."""
-        own = embedding_to_json(self.embedding)
-        return (
-            own if self.random is None else {**own, "random": {**self.random._asdict(), "shape": [*self.random.shape]}}
-        )
-
-    @classmethod
-    def parse(cls, fields: Fields) -> "HeadSpec":
-        """Parse and check the head in the header of a set."""
-        return cls(parse_embedding(fields), _random(fields.object("random")) if "random" in fields.members else None)
-
-
-def _random(fields: Fields) -> RandomSpec:
-    seed = fields.get("seed")
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise fields.refuse("seed", f"an integer from 0 to {MAX_SEED}")
-    classes, features = fields.integers("shape", MAX_HEAD_WEIGHTS + 1, 2)
-    if not 1 <= classes * features <= MAX_HEAD_WEIGHTS:
-        raise fields.refuse("shape", f"two sizes of at least 1, at most {MAX_HEAD_WEIGHTS} weights")
-    return RandomSpec(seed, (classes, features), fields.boolean("scale"))
-
-
-def embedding_to_json(one: Embedding) -> dict[str, Any]:
-    """Return where an embedding is taken, as JSON values."""
-    if one.module is not None:
-        return {"kind": "linear", "module": one.module}
-    return {"kind": "pooled-linear", "normalize": one.normalize, "pooling": one.pooling}
-
-
-def parse_embedding(fields: Fields) -> Embedding:
-    """Parse and check where an embedding is taken."""
-    if fields.one_of("kind", ("linear", "pooled-linear")) == "linear":
-        return Embedding(fields.text("module"))
-    return Embedding(None, cast(Pooling, fields.one_of("pooling", POOLINGS)), fields.boolean("normalize"))
-
-
-@dataclass(frozen=True, slots=True)
-class CascadeSpec:
-    """A cascade without its tensors; the attributes are those of `content.Cascade`."""
-
-    dispatcher: str
-    experts: tuple[str, ...]
-    embedding: Embedding
-    combine: Combine
-
-    @classmethod
-    def of(cls, cascade: Cascade) -> "CascadeSpec":
-        """Return what the header says of a cascade."""
-        return cls(cascade.dispatcher, cascade.experts, cascade.embedding, cascade.combine)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the cascade as JSON values."""
-        return {
-            "combine": self.combine,
-            "dispatcher": self.dispatcher,
-            "embedding": embedding_to_json(self.embedding),
-            "experts": list(self.experts),
-        }
-
-    @classmethod
-    def parse(cls, fields: Fields, sets: Collection[str]) -> "CascadeSpec":
-        """Parse and check a cascade; every set of the file has one place in it."""
-        dispatcher, experts = fields.text("dispatcher"), fields.texts("experts")
-        if not experts or sorted([dispatcher, *experts]) != sorted(sets):
-            known = ", ".join(sorted(sets)[:9])
-            raise fields.refuse(
-                "experts", f"to name, with the dispatcher {dispatcher!r}, each of the sets once: {known}"
-            )
-        embedding = parse_embedding(fields.object("embedding"))
-        return cls(dispatcher, experts, embedding, cast(Combine, fields.one_of("combine", COMBINES)))
-
-
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set: its payloads sorted by (name, op), its head, the sizes of shared tables (of older files)."""
+    """One mask set.
+
+    Attributes:
+        payloads: sorted by (name, op).
+        head: JSON object of where the head is, and of its random weight, if it has one.
+        tables: sizes of shared tables, in older files.
+    """
 
     payloads: tuple[Payload, ...]
-    head: HeadSpec | None = None
+    head: Mapping[str, Any] | None = None
     tables: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -184,68 +170,54 @@ class SetHeader:
             "kept": [payload.kept for payload in self.payloads],
             "size": [payload.size for payload in self.payloads],
         }
-        return value if self.head is None else {**value, "head": self.head.to_json()}
+        return value if self.head is None else {**value, "head": self.head}
 
     @classmethod
-    def parse(cls, fields: Fields) -> "SetHeader":
-        """Parse and check a set."""
-        count = len(fields.array("kept"))
-        joined = fields.get("names")
+    def parse(cls, value: Any, where: str) -> "SetHeader":
+        """Check a set and return it."""
+        one = record(SET)(value, where)
+        count, joined, tables = len(one["kept"]), one["names"], one.get("tables", [])
         # counted before they are split: a short file must not become millions of strings
-        if not isinstance(joined, str) or not count or joined.count("\n") != count - 1:
-            raise fields.refuse(
-                "names", f"as many names, separated by line ends, as there are `kept` ({count}), at least 1"
-            )
+        if not count or joined.count("\n") != count - 1:
+            expected = f"as many names, separated by line ends, as there are `kept` ({count}), at least 1"
+            raise refuse(f"{where}.names", joined, expected)
         names = joined.split("\n")
-        if not all(plain(one) for one in names):
-            raise fields.refuse("names", "non-empty names without control characters")
-        tables = fields.integers("tables", MAX_SET_WEIGHTS) if "tables" in fields.members else []
-        shapes = [_shape(shape, fields) for shape in fields.array("shapes")]
-        codings = [
-            Coding.parse(Fields.of(coding, f"{fields.where}.codings[{i}]"), len(tables))
-            for i, coding in enumerate(fields.array("codings"))
-        ]
-        payloads = tuple(
-            Payload(name, shapes[shape], codings[coding], kept, size)
-            for name, shape, coding, kept, size in zip(
-                names,
-                fields.integers("shape", len(shapes), count),
-                fields.integers("coding", len(codings), count),
-                fields.integers("kept", MAX_WEIGHTS + 1, count),
-                fields.integers("size", MAX_SET_WEIGHTS, count),
-                strict=True,
-            )
-        )
-        _check_payloads(payloads, fields)
-        head = HeadSpec.parse(fields.object("head")) if "head" in fields.members else None
-        return cls(payloads, head, tuple(tables))
+        if not all(map(fields.plain, names)):
+            raise refuse(f"{where}.names", joined, "non-empty names without control characters")
+        shapes = [tuple(shape) for shape in one["shapes"]]
+        codings = []
+        for i, (known, given) in enumerate(zip(one["codings"], value["codings"], strict=True)):
+            table, config = given.get("table"), {key: own for key, own in given.items() if key not in OWN_KEYS}
+            if table is not None and (type(table) is not int or not 0 <= table < len(tables)):
+                expected = f"the index of one of the {len(tables)} tables"
+                raise refuse(f"{where}.codings[{i}].table", table, expected)
+            codings.append(Coding(known["codec"], known["op"], config, known.get("reference"), table))
+        columns = {
+            "shape": integers(len(shapes), count),
+            "coding": integers(len(codings), count),
+            "kept": integers(MAX_WEIGHTS + 1, count),
+            "size": integers(MAX_SET_WEIGHTS, count),
+        }
+        rows = zip(names, *record(columns)(value, where).values(), strict=True)
+        payloads = tuple(Payload(name, shapes[i], codings[j], kept, size) for name, i, j, kept, size in rows)
+        _check_payloads(payloads, where)
+        return cls(payloads, one.get("head"), tuple(tables))
 
 
-def _shape(value: object, fields: Fields) -> tuple[int, ...]:
-    if (
-        not isinstance(value, list)
-        or len(value) > MAX_DIMENSIONS
-        or not all(type(size) is int and 0 <= size <= MAX_WEIGHTS for size in value)
-        or math.prod(value) > MAX_WEIGHTS
-    ):
-        raise fields.refuse("shapes", f"arrays of at most {MAX_DIMENSIONS} sizes, at most {MAX_WEIGHTS} weights each")
-    return tuple(value)
-
-
-def _check_payloads(payloads: tuple[Payload, ...], fields: Fields) -> None:
+def _check_payloads(payloads: tuple[Payload, ...], where: str) -> None:
     if sum(payload.weights for payload in payloads) > MAX_SET_WEIGHTS:
-        raise fields.refuse("shape", f"at most {MAX_SET_WEIGHTS} weights in all")
+        raise refuse(f"{where}.shape", [], f"at most {MAX_SET_WEIGHTS} weights in all")
     for payload in payloads:
         if payload.kept > payload.weights:
-            raise fields.refuse("kept", f"at most {payload.weights} for {payload.name!r}, not {payload.kept}")
+            raise refuse(f"{where}.kept", payload.kept, f"at most {payload.weights} for {payload.name!r}")
     for before, payload in itertools.pairwise(payloads):
         ops = before.coding.op, payload.coding.op
         if (before.name, ops[0]) >= (payload.name, ops[1]):
-            raise fields.refuse(
-                "names", f"names sorted and once for each op, not {payload.name!r} after {before.name!r}"
-            )
+            expected = f"names sorted and once for each op, not {payload.name!r} after {before.name!r}"
+            raise refuse(f"{where}.names", payload.name, expected)
         if before.name == payload.name and (ops != ("flip", "zero") or before.shape != payload.shape):
-            raise fields.refuse("coding", f"ops flip and zero of one shape where a name comes twice ({payload.name!r})")
+            expected = f"ops flip and zero of one shape where a name comes twice ({payload.name!r})"
+            raise refuse(f"{where}.coding", list(ops), expected)
 
 
 def _check_references(sets: Mapping[str, SetHeader]) -> None:
@@ -267,6 +239,18 @@ def _check_references(sets: Mapping[str, SetHeader]) -> None:
                 )
 
 
+def embedding_to_json(one: Embedding) -> dict[str, Any]:
+    """Return where an embedding is taken, as JSON values."""
+    if one.module is not None:
+        return {"kind": "linear", "module": one.module}
+    return {"kind": "pooled-linear", "normalize": one.normalize, "pooling": one.pooling}
+
+
+def embedding_of(value: Mapping[str, Any]) -> Embedding:
+    """Return the embedding of a checked JSON object."""
+    return Embedding(value.get("module"), value.get("pooling"), value.get("normalize", False))
+
+
 def base_to_json(base: Fingerprint) -> dict[str, Any]:
     """Return the base as the header keeps it, without the digests of single tensors."""
     return {
@@ -278,18 +262,14 @@ def base_to_json(base: Fingerprint) -> dict[str, Any]:
     }
 
 
-def _base(fields: Fields) -> Fingerprint:
-    id_ = fields.text("id")
-    if PATH.match(id_):
-        raise fields.refuse("id", "a name as in 'timm/resnet18.a1_in1k', never a local path")
-    digests = fields.object("digests")
-    revision, dtype, head = fields.optional_text("revision"), fields.text("dtype"), fields.texts("head")
-    return Fingerprint(id_, revision, dtype, head, {dtype: digests.digest(dtype) for dtype in CASTS}, {})
-
-
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says beside its tensors. `base.tensors` is empty here: it is stored as a tensor."""
+    """What the file says beside its tensors.
+
+    Attributes:
+        base: without `tensors`, which is stored as a tensor.
+        cascade: JSON object of the cascade without its tensors, or None.
+    """
 
     producer: str
     mask_id: str
@@ -297,14 +277,10 @@ class Header:
     base: Fingerprint
     sets: Mapping[str, SetHeader]
     about: About
-    cascade: CascadeSpec | None = None
+    cascade: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
-        """Return canonical JSON.
-
-        Raises:
-            AdapterError: if `preprocess` or `training` hold what JSON cannot, such as NaN or a tensor.
-        """
+        """Return canonical JSON, or raise AdapterError if `about` holds what JSON cannot, such as NaN or a tensor."""
         value: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "producer": self.producer,
@@ -314,7 +290,7 @@ class Header:
             "sets": {name: one.to_json() for name, one in self.sets.items()},
         }
         if self.cascade is not None:
-            value["cascade"] = self.cascade.to_json()
+            value["cascade"] = self.cascade
         for key in ("task", "class_names", "preprocess", "training"):
             if (member := getattr(self.about, key)) is not None:
                 try:
@@ -333,47 +309,42 @@ class Header:
             UnsupportedVersionError: if a newer format version wrote it.
             CorruptAdapterError: if anything in it is not what the format allows; the message says what and where.
         """
-        fields = Fields.of(strict_json(text, "the adapter header"), "$")
-        version = fields.get("format_version")
-        if type(version) is not int or version < 1:
-            raise fields.refuse("format_version", f"an integer from 1 to {FORMAT_VERSION}")
+        value = strict_json(text, "the adapter header")
+        is_version = check(lambda one: type(one) is int and one >= 1, f"an integer from 1 to {FORMAT_VERSION}")
+        version = record({"format_version": is_version})(value, "$")["format_version"]
         if version > FORMAT_VERSION:
             raise UnsupportedVersionError(
                 f"the adapter has format version {version}, this release reads up to {FORMAT_VERSION}; "
                 f"upgrade with: pip install --upgrade maskpack"
             )
-        named = fields.object("sets")
-        if not named.members:
-            raise CorruptAdapterError(f"{named.where} of the adapter header has no set, expected at least one")
-        for name in sorted(named.members):
+        found = record(HEADER)(value, "$")
+        for name in sorted(found["sets"]) or [""]:
             if not SET_NAME.fullmatch(name):
-                raise CorruptAdapterError(
-                    f"the adapter header has a set named {name[:80]!r}, expected {SET_NAME.pattern}"
-                )
-        about = _about(fields)
-        sets = {name: SetHeader.parse(named.object(name)) for name in sorted(named.members)}
+                raise refuse("the name of a mask set in the adapter header", name, SET_NAME.pattern)
+        sets = {name: SetHeader.parse(found["sets"][name], f"$.sets.{name}") for name in sorted(found["sets"])}
         _check_references(sets)
+        base = found["base"]
+        if (cascade := found.get("cascade")) is not None:
+            named = [cascade["dispatcher"], *cascade["experts"]]
+            if len(named) < 2 or sorted(named) != sorted(sets):
+                expected = f"to name, with the dispatcher {named[0]!r}, each of the sets once: {', '.join([*sets][:9])}"
+                raise refuse("$.cascade.experts", named[1:], expected)
         return cls(
-            producer=fields.text("producer"),
-            mask_id=fields.digest("mask_id"),
-            data_digest=fields.digest("data_blake3"),
-            base=_base(fields.object("base")),
-            sets=sets,
-            about=about,
-            cascade=CascadeSpec.parse(fields.object("cascade"), sets) if "cascade" in fields.members else None,
+            found["producer"],
+            found["mask_id"],
+            found["data_blake3"],
+            Fingerprint(base["id"], base.get("revision"), base["dtype"], tuple(base["head"]), base["digests"], {}),
+            sets,
+            _about(found),
+            cascade,
         )
 
 
-def _about(fields: Fields) -> About:
-    about = About(
-        fields.optional_text("task"),
-        fields.texts("class_names") if "class_names" in fields.members else None,
-        fields.optional_object("preprocess"),
-        fields.optional_object("training"),
-    )
-    if about.preprocess is not None and fields.object("preprocess").text("kind") in KINDS:
+def _about(found: Mapping[str, Any]) -> About:
+    names, preprocess = found.get("class_names"), found.get("preprocess")
+    if preprocess is not None and record({"kind": TEXT})(preprocess, "$.preprocess")["kind"] in KINDS:
         try:
-            preprocess_from_json(about.preprocess)
+            preprocess_from_json(preprocess)
         except ConfigError as error:
             raise CorruptAdapterError(f"$.{error}; fetch the file again") from None
-    return about
+    return About(found.get("task"), None if names is None else tuple(names), preprocess, found.get("training"))

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import CorruptAdapterError, MaskpackError, SignatureError, require
 from ..network import UnreachableError, library_calls, reach
 from ..safetensors_io import strict_json
-from .fields import Fields
+from .fields import STRING, one_of, record
 
 BUNDLE_FILE = "maskpack_model.sigstore.json"
 MAX_SIGNATURE = 64 << 10  # bytes of a signature file; two hundred signatures by keys fit
@@ -58,20 +58,25 @@ class Identity:
         return cls(name.value if isinstance(name.value, str) else name.value.decode(), issuer.decode())
 
 
-def bundle_payload(content: bytes) -> bytes:
-    """Return the statement in a bundle of sigstore; nothing is verified.
+ENVELOPE = {"payload": STRING, "payloadType": one_of(PAYLOAD_TYPE)}
 
-    Raises:
-        SignatureError: if there is none.
-    """
+
+def bundle_payload(content: bytes) -> bytes:
+    """Return the statement in a bundle of sigstore, unverified; SignatureError if there is none."""
+    with parsing(content, f"{BUNDLE_FILE} is no bundle of sigstore"):
+        bundle = record({"dsseEnvelope": record(ENVELOPE)})(strict_json(content, "it"), "$")
+        return base64.b64decode(bundle["dsseEnvelope"]["payload"], validate=True)
+
+
+@contextmanager
+def parsing(content: bytes, what: str) -> Iterator[None]:
+    """Raise SignatureError if a signature file is too large or what the block parses in it is wrong."""
     try:
         if len(content) > MAX_SIGNATURE:
             raise CorruptAdapterError(f"it has {len(content)} bytes, at most {MAX_SIGNATURE} are accepted")
-        envelope = Fields.of(strict_json(content, "it"), "$").object("dsseEnvelope")
-        envelope.one_of("payloadType", (PAYLOAD_TYPE,))
-        return base64.b64decode(str(envelope.get("payload")), validate=True)
+        yield
     except (CorruptAdapterError, ValueError) as error:
-        raise SignatureError(f"{BUNDLE_FILE} is no bundle of sigstore: {error}; fetch it again, or sign anew") from None
+        raise SignatureError(f"{what}: {error}; fetch it again, or sign anew") from None
 
 
 def verified_payload(content: bytes, trusted: Identity) -> bytes:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from blake3 import blake3
@@ -21,35 +21,34 @@ from ..mask import MaskSet
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, check_seal, parse_header, strict_json, tensor_of
 from ..threads import Progress
+from . import tensors
 from .content import About, Cascade, Parts
 from .decode import Decoder, Masks, Weights, by_name
-from .fields import Fields
+from .fields import DIGEST, integer, record
 from .header import Header, SetHeader
-from .tensors import (
-    BASE,
-    BASE_BYTES,
-    CASCADE,
-    DIGEST_BYTES,
-    DIGESTS,
-    beginning,
-    cascade_of,
-    check_cascade,
-    check_layout,
-    dense_names,
-    float_array,
-    head_mask,
-    head_of,
-    masked_names,
-)
+from .tensors import BASE, BASE_BYTES, CASCADE, DIGEST_BYTES, DIGESTS, beginning, dense_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .predict import Prediction
 
+MODEL_FILE = "maskpack_model.safetensors"
+CONFIG_FILE = "maskpack_config.json"
+MAX_MODEL = 16 << 30  # bytes; masks of 10^11 weights fit
+MAX_CONFIG = 1 << 20  # bytes; class names of 20,000 classes fit
+NO_ADAPTER = "it is no adapter: its metadata has no 'maskpack'; give the model file of an adapter, or its folder"
 
-T = TypeVar("T")
-P = ParamSpec("P")
+Files = Mapping[str, tuple[Path, bytes | memoryview]]  # path and bytes of each file, by the name that the format gives
+
+
+@contextmanager
+def located(name: str | Path) -> Iterator[None]:
+    """Put the name of the file before what errors about its content say."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 class Adapter:
@@ -85,7 +84,7 @@ class Adapter:
     def base(self) -> Fingerprint:
         """The fingerprint of the base; its `tensors` are those that are masked."""
         rows = bytes(self.bytes_of(BASE))
-        names = masked_names(self.header)
+        names = tensors.masked_names(self.header)
         each = {name: rows[i * BASE_BYTES : (i + 1) * BASE_BYTES] for i, name in enumerate(names)}
         return replace(self.header.base, tensors=each)
 
@@ -112,10 +111,9 @@ class Adapter:
     @cached_property
     def cascade(self) -> Cascade | None:
         """How the mask sets work together, or None; raises CorruptAdapterError if a value in it cannot be."""
-        if self.header.cascade is None:
-            return None
         self._check_cascade()
-        return cascade_of(self.header.cascade, self._tensors(CASCADE))
+        spec = self.header.cascade
+        return None if spec is None else tensors.cascade_of(spec, self._tensors(CASCADE))
 
     def parts(self, set: str = "default", base: Weights | None = None, *, stream: bool = False) -> Parts:
         """Return a mask set with all that travels beside it; the masks are decoded, in several threads.
@@ -134,21 +132,19 @@ class Adapter:
             CorruptAdapterError: if a payload does not decode to the mask that the header describes.
         """
         spec = self._set(set).head
-        head = None if spec is None else self._located(head_of, spec, self._tensors(f"{set}/head/"))
-        tensors = (self._tensors(f"{set}/{role}/") for role in ("statistics", "parameters", "values"))
-        if stream:
-            masks = self._decoder(base).streamed(set, self._alphas(set))
-        else:
-            masks = MaskSet(dict(self.iter_masks(set, base)))
-        return Parts(masks, head, *tensors)
+        with located(self.path):
+            head = None if spec is None else tensors.head_of(spec, self._tensors(f"{set}/head/"))
+        dense = (self._tensors(f"{set}/{role}/") for role in tensors.ROLES)
+        masks = self._decoder(base).streamed(set) if stream else MaskSet(dict(self.iter_masks(set, base)))
+        return Parts(masks, head, *dense)
 
     def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
-        """Yield name and mask of each parameter, by name, decoded in threads a bounded way ahead.
+        """Return name and mask of each parameter, by name, decoded in threads a bounded way ahead.
 
         Args:
             set, base: as of `parts`, whose errors are raised. zeros: with the positions of zero bits, where known.
         """
-        return self._decoder(base).masks(set, self._alphas(set), zeros)
+        return self._decoder(base).masks(set, zeros)
 
     def shapes(self, set: str = "default") -> dict[str, tuple[int, ...]]:
         """Return the shape of every mask of a set, by parameter name, without decoding."""
@@ -204,11 +200,20 @@ class Adapter:
 
     def check_values(self) -> None:
         """Raise CorruptAdapterError if a scale, the mask of a head or a number of the cascade cannot be."""
-        for name, one in self.header.sets.items():
-            self._alphas(name)
-            if one.head is not None and one.head.random is not None:
-                self._located(head_mask, one.head.random, self.bytes_of(f"{name}/head/mask"))
+        _ = self.alphas
+        with located(self.path):
+            for name, one in self.header.sets.items():
+                if one.head is not None and "random" in one.head:
+                    tensors.head_mask(one.head["random"], self.bytes_of(f"{name}/head/mask"))
         self._check_cascade()
+
+    def check_id(self, found: str) -> None:
+        """Raise CorruptAdapterError if the `mask_id` of the decoded masks is not the one that the header states."""
+        if found != self.mask_id:
+            raise CorruptAdapterError(
+                f"{self.path}: the decoded masks have the mask_id {found}, the header states {self.mask_id}; fetch the "
+                f"file again"
+            )
 
     def bytes_of(self, tensor: str) -> memoryview:
         """Return the bytes of a tensor, not copied."""
@@ -227,6 +232,21 @@ class Adapter:
             found[name] = pieces
         return found
 
+    @cached_property
+    def alphas(self) -> dict[str, list[float | None]]:
+        """For each set the scale of each payload, None where it is off."""
+        found = {}
+        for name, one in self.header.sets.items():
+            raw = self.bytes_of(f"{name}/scale") if f"{name}/scale" in self.spans else bytes(4 * len(one.payloads))
+            alphas = np.frombuffer(raw, "<f4").tolist()
+            for payload, alpha in zip(one.payloads, alphas, strict=True):
+                if not 0 <= alpha < float("inf"):
+                    raise CorruptAdapterError(
+                        f"{self.path}: the scale of {payload.name!r} is {alpha}, expected a positive number"
+                    )
+            found[name] = [alpha or None for alpha in alphas]
+        return found
+
     def _set(self, name: str) -> SetHeader:
         if name not in self.header.sets:
             together = "; it is a cascade, which load_cascade(model, ref) puts to use" if self.header.cascade else ""
@@ -239,34 +259,15 @@ class Adapter:
         names = beginning(self.names, prefix)
         return {n.removeprefix(prefix): tensor_of(self.bytes_of(n), *self.spans[n][:2]) for n in names}
 
-    def _alphas(self, set: str) -> list[float | None]:
-        """Return the scale of each payload of a set, None where it is off."""
-        payloads, name = self._set(set).payloads, f"{set}/scale"
-        alphas = np.frombuffer(self.bytes_of(name), "<f4").tolist() if name in self.spans else [0.0] * len(payloads)
-        for payload, alpha in zip(payloads, alphas, strict=True):
-            if not 0 <= alpha < float("inf"):
-                raise CorruptAdapterError(
-                    f"{self.path}: the scale of {payload.name!r} is {alpha}, expected a positive number"
-                )
-        return [alpha or None for alpha in alphas]
-
     def _check_cascade(self) -> None:
         names = beginning(self.names, CASCADE)
-        arrays = {name.removeprefix(CASCADE): float_array(self.bytes_of(name), self.spans[name]) for name in names}
-        if self.header.cascade is not None:
-            self._located(check_cascade, arrays)
+        if names:
+            with located(self.path):
+                arrays = {n: tensors.float_array(self.bytes_of(n), self.spans[n]) for n in names}
+                tensors.check_cascade({name.removeprefix(CASCADE): array for name, array in arrays.items()})
 
     def _decoder(self, base: Weights | None) -> Decoder:
-        return Decoder(self.path, self.header, self.base, self.pieces, None if base is None else by_name(base))
-
-    def _located(self, step: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-        return _located(self.path, step, *arguments, **named)
-
-
-MODEL_FILE = "maskpack_model.safetensors"
-CONFIG_FILE = "maskpack_config.json"
-MAX_MODEL = 16 << 30  # bytes; masks of 10^11 weights fit
-MAX_CONFIG = 1 << 20  # bytes; class names of 20,000 classes fit
+        return Decoder(self, None if base is None else by_name(base))
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -288,9 +289,6 @@ def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | m
 
     Args:
         look: as of `read_model`.
-
-    Returns:
-        Path and bytes of each file, by the name that the format gives it.
     """
     if not path.is_dir():
         return {MODEL_FILE: (path, read_model(path, path, look))}
@@ -304,7 +302,7 @@ def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | m
     return files
 
 
-def parse_files(files: Mapping[str, tuple[Path, bytes | memoryview]], digest: str | None = None) -> Adapter:
+def parse_files(files: Files, digest: str | None = None) -> Adapter:
     """Verify what `read_files` gives; `digest` is the model file's, if it is known. Raises as `read_adapter`."""
     path, content = files[MODEL_FILE]
     adapter = parse_adapter(memoryview(content), path)
@@ -316,32 +314,19 @@ def parse_files(files: Mapping[str, tuple[Path, bytes | memoryview]], digest: st
     return adapter
 
 
-def read_file(path: Path, name: Path) -> Adapter:
-    """Read and verify one model file; `name` is what messages call it."""
-    return parse_adapter(read_model(path, name), name)
-
-
 def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
     """Return the bytes of a model file; one that does not begin like an adapter's is refused before it is read whole.
 
     Args:
+        name: what messages call the file.
         look: False where a signature has to be verified before even the beginning is parsed.
-
-    Raises:
-        AdapterError, CorruptAdapterError: as `read_adapter`; `name` is what messages call the file.
     """
-    if not look:
-        return memoryview(read_bytes(path, name, MAX_MODEL))
     with _opened(path, name, MAX_MODEL) as (file, size):
-        start = file.read(8)
-        length = _header_length(start, size, name)
-        head = file.read(length)
-        if b'"maskpack"' not in head:
-            _parse_header(memoryview(head), size - 8 - length, name)  # says what is wrong
-        content = bytearray(size)
-        content[: 8 + len(head)] = start + head
-        read = 8 + len(head) + file.readinto(memoryview(content)[8 + len(head) :])
-    return memoryview(content)[:read].toreadonly()
+        if look:
+            if b'"maskpack"' not in file.read(_header_end(file.peek(8)[:8], size, name)):
+                raise AdapterError(f"{name}: {NO_ADAPTER}")
+            file.seek(0)
+        return memoryview(file.read(size))
 
 
 def read_bytes(path: Path, name: Path, limit: int) -> bytes:
@@ -356,32 +341,27 @@ def read_bytes(path: Path, name: Path, limit: int) -> bytes:
 
 def parse_adapter(content: memoryview, name: Path) -> Adapter:
     """Verify the bytes of a model file; `name` is what messages call it. Raises as `read_adapter`."""
-    start = 8 + _header_length(content[:8], len(content), name)
-    head, data = content[8:start], content[start:]
-    metadata, spans = _parse_header(head, len(data), name)
-    _located(name, check_seal, bytes(head), metadata)
-    header = _located(name, Header.from_json, metadata["maskpack"])
-    _located(name, check_layout, header, spans)
-    adapter = Adapter(str(name), header, spans, content, start)
-    _check_digests(adapter, data)
+    start = _header_end(content[:8], len(content), name)
+    with located(name):
+        metadata, spans = parse_header(content[8:start], len(content) - start)
+        if "maskpack" not in metadata:
+            raise AdapterError(NO_ADAPTER)
+        check_seal(bytes(content[8:start]), metadata)
+        header = Header.from_json(metadata["maskpack"])
+        tensors.check_layout(header, spans)
+        adapter = Adapter(str(name), header, spans, content, start)
+        _check_digests(adapter, content[start:])
     return adapter
 
 
-def _header_length(start: bytes | memoryview, size: int, name: Path) -> int:
+def _header_end(start: bytes | memoryview, size: int, name: Path) -> int:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
         raise CorruptAdapterError(
             f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
             f"within the file; it was cut off or is no safetensors file"
         )
-    return length
-
-
-def _parse_header(head: memoryview, data_size: int, name: Path) -> tuple[dict[str, str], dict[str, Span]]:
-    metadata, spans = _located(name, parse_header, head, data_size)
-    if "maskpack" not in metadata:
-        raise AdapterError(f"{name} is a safetensors file, but no adapter: its metadata has no 'maskpack'")
-    return metadata, spans
+    return 8 + length
 
 
 @contextmanager
@@ -393,7 +373,7 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise AdapterError(f"{name} is not a regular file; delete it, or fetch the adapter again")
+                raise IsADirectoryError
             if status.st_size > limit:
                 raise AdapterError(f"{name} has {status.st_size} bytes; at most {limit} are accepted; fetch it again")
             yield file, status.st_size
@@ -411,14 +391,6 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
         ) from error
 
 
-def _located(name: str | Path, step: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Run a step of reading; its errors get the file's name."""
-    try:
-        return step(*arguments, **named)
-    except AdapterError as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
     # tables and payloads of each set, then the dense tensors
     pieces = list[tuple[str, memoryview]]()
@@ -430,13 +402,11 @@ def _check_digests(adapter: Adapter, data: memoryview) -> None:
     stored = bytes(adapter.bytes_of(DIGESTS))
     for index, (what, piece) in enumerate(pieces):
         if blake3(piece).digest()[:DIGEST_BYTES] != stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
-            raise CorruptAdapterError(
-                f"{adapter.path}: {what} has not the digest that was stored; fetch the file again"
-            )
+            raise CorruptAdapterError(f"{what} has not the digest that was stored; fetch the file again")
     if (found := blake3(data).hexdigest()) != adapter.header.data_digest:
+        stated = adapter.header.data_digest
         raise CorruptAdapterError(
-            f"{adapter.path}: the digest of its data is {found}, the header states {adapter.header.data_digest}; fetch "
-            f"the file again"
+            f"the digest of its data is {found}, the header states {stated}; fetch the file again"
         )
 
 
@@ -446,11 +416,10 @@ def check_config(text: bytes, name: Path, adapter: Adapter) -> None:
     Raises:
         CorruptAdapterError: if the config is no such record, or records another file.
     """
-    fields = Fields.of(strict_json(text, str(name)), str(name))
-    digest, size = fields.digest("blake3"), fields.get("size")
-    if (digest, size) != (adapter.digest, adapter.size):
+    found = record({"blake3": DIGEST, "size": integer(0, MAX_MODEL)})(strict_json(text, str(name)), str(name))
+    if (found["blake3"], found["size"]) != (adapter.digest, adapter.size):
         raise CorruptAdapterError(
-            f"{name} names a model file of {size} bytes with digest {digest}, and {MODEL_FILE} has {adapter.size} "
-            f"bytes and {adapter.digest}: one of them was replaced; fetch both again, tell their "
+            f"{name} names a model file of {found['size']} bytes with digest {found['blake3']}, and {MODEL_FILE} has "
+            f"{adapter.size} bytes and {adapter.digest}: one of them was replaced; fetch both again, tell their "
             f"owner, or delete {CONFIG_FILE}"
         )

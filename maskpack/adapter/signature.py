@@ -20,18 +20,20 @@ from blake3 import blake3
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, SignatureError, require
 from ..network import hides_secrets
 from ..safetensors_io import replacing, strict_json
-from .fields import Fields
+from .fields import DIGEST, TEXT, TEXT_OR_NULL, integer, items, one_of, record, values
 from .header import canonical_json
 from .identity import (
     BUNDLE_FILE,
+    ENVELOPE,
     MAX_SIGNATURE,
     PAYLOAD_TYPE,
     Identity,
     IdentitySigner,
     bundle_payload,
+    parsing,
     verified_payload,
 )
-from .read import CONFIG_FILE, MODEL_FILE, Adapter, parse_files, read_bytes, read_files
+from .read import CONFIG_FILE, MODEL_FILE, Adapter, Files, located, parse_files, read_bytes, read_files
 
 SIGNATURE_FILE = "maskpack_model.sig"
 DIGESTS = {BUNDLE_FILE: "sha256", SIGNATURE_FILE: "blake3"}  # signature files, and how each names the signed files
@@ -169,6 +171,20 @@ def _algorithm(public: Any) -> tuple[Any, ...]:
     return (ECDSA(SHA256()),) if isinstance(public, EllipticCurvePublicKey) else ()
 
 
+SUBJECT = {
+    "annotations": record({"size": integer(0, MAX_COUNTER)}),
+    "digest": values(DIGEST),
+    "name": one_of(CONFIG_FILE, MODEL_FILE),
+}
+PREDICATE = {
+    "base": values(DIGEST),
+    "counter": integer(1, MAX_COUNTER),
+    "mask_id": DIGEST,
+    "repository": TEXT_OR_NULL,
+}
+STATEMENT = {"predicate": record(PREDICATE), "subject": items(record(SUBJECT))}
+
+
 @dataclass(frozen=True, slots=True)
 class Statement:
     """What a signature vouches for.
@@ -194,40 +210,27 @@ class Statement:
             {"annotations": {"size": size}, "digest": {self.algorithm: digest}, "name": name}
             for name, (size, digest) in sorted(self.files.items())
         ]
-        predicate = {
-            "base": dict(self.base),
-            "counter": self.counter,
-            "mask_id": self.mask_id,
-            "repository": self.repository,
-        }
+        predicate = {key: getattr(self, key) for key in PREDICATE}
         kinds = {"_type": STATEMENT_TYPE, "predicateType": PREDICATE_TYPE}
         return canonical_json({**kinds, "predicate": predicate, "subject": subject}).encode()
 
     @classmethod
     def from_bytes(cls, payload: bytes, algorithm: str = "blake3") -> "Statement":
-        """Parse a statement; one that this release would write in other bytes is refused.
-
-        Raises:
-            SignatureError: if anything in it is missing, unknown or not canonical.
-        """
+        """Parse a statement; SignatureError if this release would not write it in the same bytes."""
         try:
-            outer = Fields.of(strict_json(payload, "it"), "$")
-            predicate, files = outer.object("predicate"), {}
-            for one in (Fields.of(value, "$.subject") for value in outer.array("subject")):
-                size = _integer(one.object("annotations"), "size")
-                files[one.one_of("name", (CONFIG_FILE, MODEL_FILE))] = size, one.object("digest").digest(algorithm)
-            base = predicate.object("base")
-            counter, repository = _integer(predicate, "counter"), predicate.optional_text("repository")
-            digests = {dtype: base.digest(dtype) for dtype in base.members}
-            found = cls(files, predicate.digest("mask_id"), digests, repository, counter, algorithm)
-            if not counter or MODEL_FILE not in files or found.to_bytes() != payload:
+            value = record(STATEMENT)(strict_json(payload, "it"), "$")
+            sizes = {
+                one["name"]: (one["annotations"]["size"], one["digest"].get(algorithm)) for one in value["subject"]
+            }
+            found = cls(sizes, **value["predicate"], algorithm=algorithm)
+            if MODEL_FILE not in sizes or found.to_bytes() != payload:
                 raise CorruptAdapterError(f"it is not a canonical one of type {PREDICATE_TYPE}")
         except CorruptAdapterError as error:
             raise SignatureError(f"the signed statement cannot be read: {error}; sign anew") from None
         return found
 
     def covers(self, contents: Contents) -> bool:
-        """Tell whether these are the signed files, none more and none less; others of an adapter do not count."""
+        """Return True if these are the signed files, none more and none less; others of an adapter do not count."""
         return _digests(contents, self.algorithm) == self.files
 
 
@@ -235,13 +238,6 @@ def _digests(contents: Contents, algorithm: str) -> dict[str, tuple[int, str]]:
     hashed = blake3 if algorithm == "blake3" else hashlib.sha256
     signed = (CONFIG_FILE, MODEL_FILE)
     return {name: (len(one), hashed(one).hexdigest()) for name, one in contents.items() if name in signed}
-
-
-def _integer(fields: Fields, key: str) -> int:
-    value = fields.get(key)
-    if type(value) is not int or not 0 <= value <= MAX_COUNTER:
-        raise fields.refuse(key, f"an integer from 0 to {MAX_COUNTER}")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,24 +255,14 @@ class Envelope:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Envelope":
-        """Parse an envelope; nothing is verified. One in other bytes than `to_bytes` gives is refused.
-
-        Raises:
-            SignatureError: with what is wrong.
-        """
-        try:
-            if len(content) > MAX_SIGNATURE:
-                raise CorruptAdapterError(f"it has {len(content)} bytes, at most {MAX_SIGNATURE} are accepted")
-            outer = Fields.of(strict_json(content, "it"), "$")
-            outer.one_of("payloadType", (PAYLOAD_TYPE,))
-            given = [Fields.of(one, "$.signatures") for one in outer.array("signatures")]
-            signatures = {one.digest("keyid"): base64.b64decode(one.text("sig"), validate=True) for one in given}
-            # the text of a payload is longer than that of a name may be
-            found = cls(base64.b64decode(str(outer.get("payload")), validate=True), signatures)
-            if not signatures or found.to_bytes() != content:
+        """Parse an envelope, unverified; SignatureError if it is none, or in other bytes than `to_bytes` gives."""
+        with parsing(content, f"{SIGNATURE_FILE} is no signature"):
+            signatures = items(record({"keyid": DIGEST, "sig": TEXT}))
+            value = record({**ENVELOPE, "signatures": signatures})(strict_json(content, "it"), "$")
+            made = {one["keyid"]: base64.b64decode(one["sig"], validate=True) for one in value["signatures"]}
+            found = cls(base64.b64decode(value["payload"], validate=True), made)
+            if not made or found.to_bytes() != content:
                 raise CorruptAdapterError("it is not in canonical form: keys sorted, no spaces, base64 as RFC 4648")
-        except (CorruptAdapterError, ValueError) as error:
-            raise SignatureError(f"{SIGNATURE_FILE} is no signature: {error}; fetch it again, or sign anew") from None
         return found
 
 
@@ -358,7 +344,7 @@ def check_signature(contents: Contents, keys: Keys, repository: str | None = Non
 
 
 def parse_signed(
-    files: Mapping[str, tuple[Path, bytes | memoryview]], keys: Keys | None, repository: str | None, alone: bool = False
+    files: Files, keys: Keys | None, repository: str | None, alone: bool = False
 ) -> tuple[Adapter, Signed | None]:
     """Verify the signature of files, then what they hold; with `keys` None they need no signature.
 
@@ -370,14 +356,13 @@ def parse_signed(
     """
     if keys is None:
         return parse_files(files), None
-    try:
+    model = files[MODEL_FILE][0]
+    with located(model):
         signed = check_signature({name: one for name, (_, one) in files.items()}, keys, repository, alone)
-        one = signed.statement
-        adapter = parse_files(files, one.files[MODEL_FILE][1] if one.algorithm == "blake3" else None)
-        if (one.mask_id, dict(one.base)) != (adapter.mask_id, dict(adapter.header.base.digests)):
-            raise SignatureError("the signed statement has another mask_id or base than the adapter; sign it anew")
-    except SignatureError as error:
-        raise SignatureError(f"{files[MODEL_FILE][0]}: {error}") from None
+    one = signed.statement
+    adapter = parse_files(files, one.files[MODEL_FILE][1] if one.algorithm == "blake3" else None)
+    if (one.mask_id, dict(one.base)) != (adapter.mask_id, dict(adapter.header.base.digests)):
+        raise SignatureError(f"{model}: the signed statement has another mask_id or base than the adapter; sign anew")
     return adapter, signed
 
 

@@ -6,11 +6,11 @@ import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from bitarray import bitarray
@@ -21,91 +21,63 @@ from torch import Tensor
 from ..backbone.model import Fingerprint
 from ..codecs.base import Codec, Profile, Side
 from ..codecs.choose import rivals, smallest
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
-from ..safetensors_io import SEAL, UNSEALED, Blob, file_order, replacing, write_blobs
+from ..safetensors_io import SEAL, UNSEALED, Blob, file_order, replacing, write_blobs, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import About, Cascade, Parts
 from .decode import Weights, base_classes, by_name
 from .describe import config_text, inspect_adapter
-from .header import CascadeSpec, Coding, Header, Payload, SetHeader
-from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, read_file
+from .header import Coding, Header, Payload, SetHeader, embedding_to_json
+from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, parse_adapter, read_model
 from .signature import remove_signature
-from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, cascade_blobs, head_spec, scale_blob, set_blobs
+from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, dense_blobs, head_to_json
 
 WORTH = 1 << 14  # weights; coding is slow
 PIECE = 1 << 20  # bytes
 
 
-class Spool:
-    """A nameless temporary file in a folder, on whose disk its bytes will be needed; it goes with the process.
+class Spooled:
+    """Bytes put aside at the end of a temporary file, which come back in small pieces any number of times.
 
-    Raises:
-        StateError: if the folder cannot be written to, or the disk is full.
+    Several may share a file, if one is filled after another.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.size = folder, 0
-        with self._writing():
-            self._file = tempfile.TemporaryFile(dir=folder)
+    def __init__(self, file: IO[bytes], folder: Path):
+        self._file, self._folder = file, folder
+        self._start = self._end = file.seek(0, 2)
+
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self._end - self._start
 
     def append(self, data: bytes) -> None:
-        """Put bytes aside."""
-        with self._writing():
-            self._file.seek(self.size)
+        """Put bytes aside; StateError if the disk is full."""
+        with writing(self._folder):
+            self._file.seek(self._end)
             self._file.write(data)
             self._file.flush()
-        self.size += len(data)
-
-    def read(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield the bytes from `start` to `end` in small pieces."""
-        while start < end:
-            self._file.seek(start)
-            piece = self._file.read(min(PIECE, end - start))
-            assert piece, "the spool is shorter than what was put into it"
-            start += len(piece)
-            yield piece
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._file.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StateError(
-                f"cannot write in {self.folder}: {error.strerror or error}; nothing was changed there; free space, or "
-                f"choose a folder that exists and that you may write to"
-            ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Spooled:
-    """Bytes of a spool as small pieces, which can be read any number of times."""
-
-    spool: Spool
-    start: int
-    end: int
+        self._end += len(data)
 
     def __iter__(self) -> Iterator[bytes]:
-        return self.spool.read(self.start, self.end)
+        for start in range(self._start, self._end, PIECE):
+            self._file.seek(start)
+            yield self._file.read(min(PIECE, self._end - start))
 
 
 Reference = tuple[str, MaskSet, Mapping[tuple[str, Op], str]]  # a set that is coded: name, masks, digests of bits
-Base = Mapping[str, Tensor] | None  # weights by name, where a codec that competes uses them
 
 
 class _Job(NamedTuple):
-    """One payload to make, and the bits of the reference that it may be coded against."""
+    """One payload to make; `reference`: set, bits that it may be coded against, digest that they should have."""
 
     name: str
     mask: PackedMask
     op: Op
     bits: bitarray
-    other: bitarray | None
+    reference: tuple[str, bitarray, str] | None
 
 
 class _Coded(NamedTuple):
@@ -117,43 +89,18 @@ class _Coded(NamedTuple):
     alpha: float | None
 
 
-def encode_set(
-    parts: Parts,
-    spool: Spool,
-    codecs: Sequence[Codec],
-    weights: Base,
-    reference: Reference | None,
-    step: Callable[[int], None],
-) -> tuple[list[_Coded], Spooled]:
-    """Code the masks of one set into the spool; each payload is decoded again before it is kept.
-
-    Args:
-        codecs: that compete. reference: another set of the file, coded already.
-        step: called with the number of weights of each mask that is done.
-
-    Raises:
-        AdapterError: if a mask cannot be stored, or a codec does not give back what it coded.
-    """
-    start, coded = spool.size, list[_Coded]()
-    work = partial(_code, codecs=codecs, weights=weights, reference=reference)
-    for one, data, done in in_order(work, _jobs(parts, reference), lambda job: len(job.bits), WORTH):
-        spool.append(data)
-        coded.append(one)
-        if done:
-            step(one.payload.weights)
-    return coded, Spooled(spool, start, spool.size)
-
-
 def _jobs(parts: Parts, reference: Reference | None) -> Iterator[_Job]:
     for name, mask in parts.masks.items():
         _check(name, mask, parts)
         referenced = None if reference is None else reference[1].get(name)
-        others = {} if referenced is None or referenced.shape != mask.shape else dict(referenced.payloads())
+        alike = referenced is not None and referenced.shape == mask.shape
+        others = dict(referenced.payloads()) if referenced is not None and alike else {}
         for op, bits in mask.payloads():
-            yield _Job(name, mask, op, bits, others.get(op))
+            against = (reference[0], others[op], reference[2][name, op]) if reference and op in others else None
+            yield _Job(name, mask, op, bits, against)
 
 
-def _code(job: _Job, codecs: Sequence[Codec], weights: Base, reference: Reference | None) -> tuple[_Coded, bytes, bool]:
+def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
     """Code one payload in every way and decode the smallest; called in several threads.
 
     Returns:
@@ -162,15 +109,14 @@ def _code(job: _Job, codecs: Sequence[Codec], weights: Base, reference: Referenc
     bits, shape = packed_bits(job.bits), job.mask.shape
     classes = None if weights is None else base_classes(weights, job.name, shape)
     variants, against = [(bits, Side(shape, classes))], None
-    if job.other is not None and reference is not None:
-        against, _, digests = reference
-        if bits_digest(job.other) != digests[job.name, job.op]:
+    if job.reference is not None:
+        against, other, digest = job.reference
+        if bits_digest(other) != digest:
             raise AdapterError(
                 f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
                 f"must make the same mask each time"
             )
-        other = packed_bits(job.other)
-        variants.append((bits ^ other, Side(shape, classes, other)))
+        variants.append((bits ^ packed_bits(other), Side(shape, classes, packed_bits(other))))
     try:
         codec, data, variant = smallest(codecs, variants)
     except ConfigError as error:
@@ -241,13 +187,8 @@ def _rare(ones: int, count: int) -> int:
     return min(ones, count - ones)
 
 
-def check_names(sets: Mapping[str, Parts], base: Fingerprint) -> None:
-    """Refuse mask sets that cannot be stored, without asking for a mask.
-
-    Raises:
-        AdapterError: if there is none, or one is empty.
-        BackboneMismatchError: if a masked parameter is not in the fingerprint.
-    """
+def _check_names(sets: Mapping[str, Parts], base: Fingerprint) -> None:
+    """Refuse mask sets that cannot be stored, without asking for a mask."""
     if not sets:
         raise AdapterError("there is no mask set to save, expected at least one; train or make masks first")
     for set_name, parts in sets.items():
@@ -269,22 +210,24 @@ def encode(
     base: Fingerprint,
     about: About,
     cascade: Cascade | None,
-    weights: Mapping[str, Tensor] | None,
+    weights: Weights | None,
     profile: Profile,
     codec: str | None,
-    spool: Spool,
     progress: Progress | None,
+    spool: Callable[[], Spooled],
 ) -> tuple[Header, list[Blob]]:
-    """Code mask sets and return the header and the tensors of their file; the payloads' bytes are in the spool.
+    """Code mask sets and return the header and the tensors of their file, whose payloads are put aside.
+
+    Each payload is decoded again before it is kept.
 
     Raises:
-        AdapterError: if a tensor cannot be stored, or a codec does not give back what it coded.
+        AdapterError: if a tensor or a mask cannot be stored, or a codec does not give back what it coded.
     """
     sets = dict(sorted(sets.items()))
-    dense = [blob for name, parts in sets.items() for blob in set_blobs(name, parts)] + cascade_blobs(cascade)
+    dense = dense_blobs(sets, cascade)
     codecs = rivals(profile, codec, weights is not None)
-    if not any(one.needs_base for one in codecs):
-        weights = None  # classes cost time, and nobody asks for them
+    uses_base = any(one.needs_base for one in codecs)  # classes cost time
+    work = partial(_code, codecs=codecs, weights=by_name(weights) if uses_base and weights is not None else None)
     step = counted(progress, (parts.masks.total for parts in sets.values()))
     if cascade is not None and cascade.dispatcher in sets:
         first: str | None = cascade.dispatcher  # where the experts began
@@ -293,15 +236,23 @@ def encode(
     coded: dict[str, list[_Coded]] = {}
     payloads, reference = [], None
     for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
-        coded[name], data = encode_set(sets[name], spool, codecs, weights, reference, step)
-        payloads.append(Blob(f"{name}/payloads", "U8", (data.end - data.start,), data))
+        coded[name], pieces = [], spool()
+        for one, data, done in in_order(work, _jobs(sets[name], reference), lambda job: len(job.bits), WORTH):
+            pieces.append(data)
+            coded[name].append(one)
+            if done:
+                step(one.payload.weights)
+        payloads.append(Blob(f"{name}/payloads", "U8", (pieces.size,), pieces))
         if name == first:
             digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in coded[name]}
             reference = name, sets[name].masks, digests
-    scales = [scale_blob(name, [one.alpha for one in coded[name]]) for name in sets]
-    dense = sorted([*dense, *(blob for blob in scales if blob is not None)], key=lambda blob: blob.name)
-    stored = [one.digest for name in sets for one in coded[name]] + [_digest([blob]) for blob in dense]
-    masked = sorted({name for parts in sets.values() for name in parts.masks})
+    rows = [(name, one) for name in sets for one in coded[name]]
+    for name in sets:
+        if any(one.alpha is not None for one in coded[name]):
+            alphas = np.array([one.alpha or 0.0 for one in coded[name]], dtype="<f4")
+            dense.append(Blob(f"{name}/scale", "F32", alphas.shape, [alphas.tobytes()]))
+    stored = [one.digest for _, one in rows] + [_digest([blob]) for blob in sorted(dense, key=lambda blob: blob.name)]
+    masked = sorted({one.payload.name for _, one in rows})
     blobs = file_order(
         [
             *dense,
@@ -310,19 +261,26 @@ def encode(
             Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]),
         ]
     )
-    identity = rows_id(
-        (name, one.payload.name, one.payload.coding.op, one.payload.shape, one.bits_digest)
-        for name in sets
-        for one in coded[name]
+    header = Header(
+        f"maskpack/{importlib.metadata.version('maskpack')}",
+        rows_id((name, p.name, p.coding.op, p.shape, digest) for name, (p, digest, _, _) in rows),
+        _digest(blobs).hex(),
+        replace(base, tensors={}),
+        {
+            name: SetHeader(
+                tuple(one.payload for one in coded[name]), None if parts.head is None else head_to_json(parts.head)
+            )
+            for name, parts in sets.items()
+        },
+        about,
+        None if cascade is None else _cascade_to_json(cascade),
     )
-    headers = {
-        name: SetHeader(tuple(one.payload for one in coded[name]), head_spec(parts.head))
-        for name, parts in sets.items()
-    }
-    version = importlib.metadata.version("maskpack")
-    spec = None if cascade is None else CascadeSpec.of(cascade)
-    own = replace(base, tensors={})
-    return Header(f"maskpack/{version}", identity, _digest(blobs).hex(), own, headers, about, spec), blobs
+    return header, blobs
+
+
+def _cascade_to_json(cascade: Cascade) -> dict[str, Any]:
+    own = {"combine": cascade.combine, "dispatcher": cascade.dispatcher, "experts": list(cascade.experts)}
+    return {**own, "embedding": embedding_to_json(cascade.embedding)}
 
 
 def _digest(blobs: Iterable[Blob]) -> bytes:
@@ -383,84 +341,65 @@ def save_adapter(
     names = None if class_names is None else tuple(class_names)
     given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": preprocess, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
-    check_names(sets, base)
-    return write_adapter(
-        Path(path), sets, base, said, cascade, weights=weights, profile=profile, codec=codec, progress=progress
-    )
+    _check_names(sets, base)
+    return write_adapter(Path(path), partial(encode, sets, base, said, cascade, weights, profile, codec, progress))
 
 
 def write_adapter(
-    path: Path,
-    sets: Mapping[str, Parts],
-    base: Fingerprint,
-    about: About,
-    cascade: Cascade | None,
-    *,
-    weights: Weights | None,
-    profile: Profile,
-    codec: str | None,
-    progress: Progress | None,
-    check: Callable[[Header], None] = lambda header: None,
-    owners: Path | None = None,
+    path: Path, encoded: Callable[[Callable[[], Spooled]], tuple[Header, list[Blob]]], owners: Path | None = None
 ) -> Adapter:
     """Write the folder or file; see `save_adapter`.
 
     Args:
-        check: called before anything is replaced; what it raises ends the writing.
+        encoded: gives header and tensors; what it raises ends the writing before anything is replaced.
         owners: a card whose owner's words a new folder gets.
     """
     whole = path.suffix == ".safetensors"
-    named = None if weights is None else by_name(weights)
-    with nullcontext() if whole else _folder(path), closing(Spool(path.parent if whole else path)) as spool:
-        header, blobs = encode(sets, base, about, cascade, named, profile, codec, spool, progress)
-        check(header)
-        metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
-        if whole:
-            with replacing(path) as (temporary,):
-                write_blobs(temporary, blobs, metadata)
-                adapter = _read_back(temporary, path)
-                remove_signature(path)
-                return adapter
-        adapter = _write_model(path, blobs, metadata)
-    card = path / CARD_FILE
-    rendered = render_card(inspect_adapter(adapter))
-    earlier = card if card.exists() else owners
-    if earlier is not None:
-        rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
-    with replacing(card) as (temporary,):
-        temporary.write_bytes(rendered.encode("utf-8", "surrogateescape"))
+    model, config, card = (path, None, None) if whole else (path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE)
+    with nullcontext() if whole else _folder(path):
+        with writing(model.parent):
+            file = tempfile.TemporaryFile(dir=model.parent)  # nameless: it goes with the process
+        with file:
+            header, blobs = encoded(partial(Spooled, file, model.parent))
+            metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
+            with replacing(*(one for one in (model, config) if one is not None)) as temporary:
+                write_blobs(temporary[0], blobs, metadata)
+                try:  # what a reader would refuse must not replace an older file
+                    adapter = parse_adapter(read_model(temporary[0], model), model)
+                    adapter.check_values()
+                except CorruptAdapterError as error:
+                    raise AdapterError(f"this adapter cannot be saved, readers would refuse it: {error}") from None
+                if config is not None:
+                    temporary[1].write_bytes(_config_bytes(adapter))
+                    # between the two renames the folder has no config rather than one that contradicts the model file
+                    config.unlink(missing_ok=True)
+                remove_signature(model)
+    if card is not None:
+        rendered = render_card(inspect_adapter(adapter))
+        earlier = card if card.exists() else owners
+        if earlier is not None:
+            rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
+        with replacing(card) as temporary:
+            temporary[0].write_bytes(rendered.encode("utf-8", "surrogateescape"))
     return adapter
 
 
-def _write_model(path: Path, blobs: list[Blob], metadata: Mapping[str, str]) -> Adapter:
-    """Write model file and config of a folder."""
-    model, config = path / MODEL_FILE, path / CONFIG_FILE
-    with replacing(model, config) as (temporary, temporary_config):
-        write_blobs(temporary, blobs, metadata)
-        adapter = _read_back(temporary, model)
-        text = config_text(inspect_adapter(adapter), MODEL_FILE).encode()
-        if len(text) > MAX_CONFIG:
-            raise AdapterError(
-                f"{CONFIG_FILE} would have {len(text)} bytes, at most {MAX_CONFIG} are allowed; shorten the class "
-                f"names or the training record"
-            )
-        temporary_config.write_bytes(text)
-        # between the two renames the folder has no config rather than one that contradicts the model file
-        config.unlink(missing_ok=True)
-        remove_signature(model)
-    return adapter
+def _config_bytes(adapter: Adapter) -> bytes:
+    text = config_text(inspect_adapter(adapter), MODEL_FILE).encode()
+    if len(text) > MAX_CONFIG:
+        raise AdapterError(
+            f"{CONFIG_FILE} would have {len(text)} bytes, at most {MAX_CONFIG} are allowed; shorten the class names or "
+            f"the training record"
+        )
+    return text
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
     """Make a folder; if it is new and the block fails, it goes again."""
     new = not path.exists()
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StateError(
-            f"cannot make the folder {path}: {error.strerror}; choose a path where no file is and that you may write to"
-        ) from error
     try:
         yield
     except BaseException:
@@ -468,13 +407,3 @@ def _folder(path: Path) -> Iterator[None]:
             with suppress(OSError):
                 path.rmdir()
         raise
-
-
-def _read_back(temporary: Path, path: Path) -> Adapter:
-    """Read what was just written; what a reader would refuse must not replace an older file."""
-    try:
-        adapter = read_file(temporary, path)
-        adapter.check_values()
-        return adapter
-    except CorruptAdapterError as error:
-        raise AdapterError(f"this adapter cannot be saved, readers would refuse it: {error}") from None

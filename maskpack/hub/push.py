@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ..adapter.signature import (
 )
 from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
-from .cache import highest, remember
+from .cache import RepositoryCache, highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
 from .pull import OpenedAdapter, Snapshot, is_same, open_local
 from .reference import FILES, REVISION, Reference, holds, parse_reference, read_card, write_files
@@ -35,15 +36,10 @@ CONFLICTS = frozenset({409, 412})
 
 @dataclass(frozen=True)
 class PushedAdapter:
-    """Where an adapter went, or after a dry run would go.
+    """Where an adapter went, or after a dry run would go, with the bytes of each file that was written.
 
-    Attributes:
-        repo_id: the Hub repository; None for a local folder.
-        url: the page of the repository or pull request, or the folder.
-        commit: the commit that holds the adapter; None for a local folder, and after a dry run that found changes.
-        created: whether the repository or folder is new.
-        unchanged: whether everything was there already, so that nothing was written.
-        files: bytes of each file that was written, by name.
+    `url` is the page of the repository or pull request, or a folder, which has neither repository nor commit. After a
+    dry run that found changes there is no commit.
     """
 
     repo_id: str | None
@@ -56,13 +52,10 @@ class PushedAdapter:
 
 @dataclass
 class RepositoryPush:
-    """One push to a Hub repository.
+    """One push to a branch of a Hub repository. `build` returns what is to be there, given card and signatures there.
 
     Attributes:
-        reference: the repository and its branch.
-        build: returns what is to be there, given the model card and the signatures that are there.
-        private, message, create_pr, tag, dry_run, token: as of `push`.
-        head: of the branch, as it was last seen; None where there is no such branch. listed: its files of ours.
+        head, listed: the branch and its files of ours, as they were last seen; None where there is no such branch.
         contents: what is to be there. changed: what of it is not.
     """
 
@@ -77,57 +70,53 @@ class RepositoryPush:
 
     def __post_init__(self) -> None:
         self.session = Session(f"push to {self.reference}", self.token, self.reference)
-        self.repo_id, self.branch = str(self.reference.repo_id), self.reference.revision or "main"
-        self.page = f"{self.session.api.endpoint}/{self.repo_id}"
+        self.api, self.repo_id = self.session.api, str(self.reference.repo_id)
+        self.store = RepositoryCache(self.repo_id)
+        self.branch, self.page = self.reference.revision or "main", f"{self.api.endpoint}/{self.repo_id}"
         self.head: str | None = None
         self.listed: dict[str, RepoFile] = {}
 
     def run(self) -> PushedAdapter:
-        created = self._prepare_repository()
-        if not (created and self.dry_run):
-            self._prepare_branch()
+        created = self._prepare()
         self._look(self.head)
         changed = self.changed  # as it is now: after a fault there is another look
-        if self.tag and self.head:
-            self._check_tag(None if changed else self.head)
         commit, url = None if changed else self.head, None
+        if self.tag and self.head:
+            self._check_tag(commit)
         if changed and not self.dry_run:
             commit, url = self._commit()
         if self.tag and commit and not self.dry_run:
-            tag, done, api = self.tag, commit, self.session.api
-            self.session.call(lambda: api.create_tag(self.repo_id, tag=tag, revision=done, exist_ok=True))
-            self._check_tag(done)
+            create = partial(self.api.create_tag, self.repo_id, tag=self.tag, revision=commit, exist_ok=True)
+            self.session.call(create)
+            self._check_tag(commit)
         page = self.page if self.branch == "main" else f"{self.page}/tree/{self.branch}"
         files = {name: len(content) for name, content in changed.items()}
         return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
 
-    def _prepare_repository(self) -> bool:
-        """Make the repository where it is missing, and return whether it was."""
+    def _prepare(self) -> bool:
+        """Make repository and branch where they are missing, find the head; return whether the repository is new."""
         info = self._info(None, may_lack=not self.create_pr)  # a pull request needs somebody's repository
         created = info is None
         if created and not self.dry_run:
-            api, private = self.session.api, self.private
-            self.session.call(lambda: api.create_repo(self.repo_id, exist_ok=True, private=private))
-            info = self._info(None, may_lack=False) if private else None
+            self.session.call(partial(self.api.create_repo, self.repo_id, exist_ok=True, private=self.private))
+            info = self._info(None, may_lack=False) if self.private else None
         # asking for an existing repository to be private is silently ignored, so look before anything is sent
         if self.private and info is not None and not info.private:
             raise HubError(
-                f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent. "
-                "Make it private in its settings, or choose another name"
+                f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent, "
+                "change one of them"
             )
-        return created
-
-    def _prepare_branch(self) -> None:
-        """Find the branch's head, making the branch where it is missing."""
+        if created and self.dry_run:
+            return True
         self.head = self._find_head()
         if self.head is None and not self.dry_run:
-            api = self.session.api
-            self.session.call(lambda: api.create_branch(self.repo_id, branch=self.branch, exist_ok=True))
+            self.session.call(partial(self.api.create_branch, self.repo_id, branch=self.branch, exist_ok=True))
             self.head = self._find_head()
             if self.head is None:
                 raise HubError(
                     f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
                 )
+        return created
 
     def _find_head(self) -> str | None:
         """Return the branch's head, or None if there is no such branch; a pull request cannot be made by its name."""
@@ -163,7 +152,7 @@ class RepositoryPush:
         """Read what is at a commit, and build what is to be there."""
         self.head, there, self.listed = head, {}, {}
         if head is not None:
-            snapshot = Snapshot(self.session, self.repo_id, head)
+            snapshot = Snapshot(self.session, self.store, head)
             self.listed = snapshot.listed(*FILES)
             wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
@@ -180,7 +169,7 @@ class RepositoryPush:
             parent = self.head
             try:
                 with quietly("own"):
-                    done = self.session.api.create_commit(
+                    done = self.api.create_commit(
                         self.repo_id,
                         [CommitOperationAdd(name, bytes(content)) for name, content in self.changed.items()],
                         commit_message=self.message,
@@ -207,19 +196,14 @@ class RepositoryPush:
 
     def _find_request(self, before: Mapping[str, str]) -> tuple[str, str] | None:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
-        ours = [name for name in FILES if name in self.contents]
         for number, commit in self._requests().items():
-            there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
-            if all(_has(there, name, self.contents[name]) for name in ours):
+            there = Snapshot(self.session, self.store, commit).listed(*FILES) if number not in before else {}
+            if all(_has(there, name, content) for name, content in self.contents.items()):
                 return commit, f"{self.page}/discussions/{number}"
         return None
 
     def _find_commit(self, error: Exception) -> tuple[str, None] | None:
-        """Return the commit if it landed although the answer says otherwise or never came; else prepare for another.
-
-        Raises:
-            HubError: if somebody else changed the adapter meanwhile.
-        """
+        """Return the commit if it landed although the answer says otherwise or never came; else prepare for another."""
         head, listed = self.head, self.listed
         now = self._find_head()
         if now is None or now == head:
@@ -231,8 +215,7 @@ class RepositoryPush:
             if getattr(self.listed.get(name), "blob_id", None) != getattr(listed.get(name), "blob_id", None):
                 raise HubError(
                     f"cannot push to {self.reference}: somebody else changed {self.branch} meanwhile "
-                    f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push "
-                    "again"
+                    f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, push again"
                 ) from error
         return None
 
@@ -266,7 +249,6 @@ def push(
         ref: `user/name` on the Hub, or a local folder (`./registry/name`).
         private: True for a private repository; None for the account's default.
         revision: branch to push to, made where it is missing.
-        commit_message: None for one that names the adapter.
         create_pr: open a pull request instead of writing to the branch.
         license: identifier for the card, as in "apache-2.0"; None leaves what the card says.
         tag: give the commit this tag.
@@ -276,15 +258,11 @@ def push(
         token: as everywhere on the Hub: None for the login.
 
     Raises:
-        AdapterError: if the folder is not a whole adapter, or the reference cannot be read.
-        HubError: if the login or the permissions failed, the repository is public although `private` was asked for,
-            the tag is taken, or somebody else changed the adapter meanwhile.
-        HubUnreachableError: if the Hub did not answer, after several attempts.
-        SignatureError: if the folder's signature is not of its files, for this repository, and newer than the one
-            there; if the adapter there is signed and this one would not be; or if nobody of `sign` signed that one.
-        ConfigError: if the options contradict each other, or a key cannot be used.
-        DataError: if a model card that is there cannot be brought up to date.
-        StateError: if the local target holds something else.
+        HubError: if login or permissions failed, the repository is public although `private` was asked for, the tag is
+            taken, or somebody else changed the adapter meanwhile. HubUnreachableError: if the Hub did not answer.
+        SignatureError: if the folder's signature does not fit files, repository or the version there; if the adapter
+            there is signed and this one would not be; or if nobody of `sign` signed that one.
+        ConfigError: if the options contradict each other. StateError: if the local target holds something else.
     """
     source = Path(folder).expanduser()
     reference = parse_reference(ref, revision)
@@ -299,10 +277,7 @@ def push(
 
     if reference.path is not None:
         if private is not None or create_pr or commit_message is not None or tag is not None:
-            raise ConfigError(
-                f"private, create_pr, commit_message and tag mean nothing for the local folder {reference}; leave "
-                "them out"
-            )
+            raise ConfigError(f"leave out private, create_pr, commit_message and tag for the local folder {reference}")
         target = reference.path
         if target.suffix == ".safetensors":
             raise ConfigError(f"{target} is a file name; push to a folder")
@@ -361,8 +336,7 @@ def _signatures(
 ) -> dict[str, bytes]:
     """Return the signature files to publish: made with these keys, else the folder's.
 
-    Raises:
-        SignatureError: rather than that a signature is published, or stays, which readers would refuse.
+    None is published, or stays, that readers would refuse: that is a SignatureError.
     """
     repo_id = reference.repo_id
     least = highest(keys, reference.branch) if repo_id else 0
@@ -373,8 +347,7 @@ def _signatures(
         if name not in opened.contents:
             if replaces:
                 raise SignatureError(
-                    f"{reference} holds a signed adapter, and {opened.pulled.path} has no {name}; sign it with --sign, "
-                    f"or remove {name} there first"
+                    f"{reference} is signed, and {opened.pulled.path} has no {name}; sign it, or remove it there"
                 )
             continue
         content, wrong = bytes(opened.contents[name]), None

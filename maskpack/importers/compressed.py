@@ -31,8 +31,8 @@ class CompressedTensors:
         stems = {name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")}
         if not stems:
             raise DataError(
-                f"{path} has no tensor X.bitmask, expected the format sparse-bitmask or sparse-24-bitmask; it has "
-                f"{', '.join(list(tensors)[:3]) or 'none'}; import a checkpoint with plain zeros with --from zeros"
+                f"{path} has no tensor X.bitmask, it has {', '.join(list(tensors)[:3]) or 'none'}; expected the format "
+                "sparse-bitmask or sparse-24-bitmask; import a checkpoint with plain zeros with --from zeros"
             )
         parts = {f"{stem}.{member}" for stem in stems for member in MEMBERS}
         # X is the module of the weight; until version 0.5 it was the weight itself

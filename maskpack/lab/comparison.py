@@ -216,19 +216,6 @@ class Trials:
         return result
 
 
-COLUMNS = (
-    "baseline",
-    "labels",
-    "accuracy",
-    "trained",
-    "bytes",
-    "head",
-    "rate",
-    "steps",
-    "seconds",
-    "memory",
-    "forward",
-)
 NOTE = (
     "Accuracy: test split, in per cent, mean ± sample deviation over {seeds}. Trained: numbers that training changed. "
     "Bytes: all to store beside the backbone; head: of which the head's. Memory: growth of the process over the loaded "
@@ -266,28 +253,29 @@ def _summary(
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of a comparison as a Markdown table with a note."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- |" + " ---: |" * (len(COLUMNS) - 1)]
-    lines += [f"| {escape(row['method'], 'markdown')} | {' | '.join(cells(row)[1:])} |" for row in rows]
+    texts = [cells(row) for row in rows]
+    lines = ["| " + " | ".join(texts[0]) + " |", "| --- |" + " ---: |" * (len(texts[0]) - 1)]
+    for row in texts:
+        name, *others = row.values()
+        lines.append(f"| {escape(name, 'markdown')} | {' | '.join(others)} |")
     count = max(len(row["seeds"]) for row in rows)
     seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
     return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """Return a row's cells as text, one for each of `COLUMNS`."""
-    accuracy = f"{100 * row['accuracy']:.2f}"
-    if row["deviation"] is not None:
-        accuracy += f" ± {100 * row['deviation']:.2f}"
-    return [
-        str(row["method"]),
-        f"{100 * row['labels_fraction']:g} %",
-        accuracy,
-        f"{row['trained']:,.0f}",
-        f"{row['bytes']:,.0f}",
-        f"{row['sizes'].get('head', 0):,.0f}",
-        "-" if row["rate"] is None else f"{row['rate']:g}",
-        f"{row['steps']:,.0f}",
-        f"{row['seconds']:.1f}" if "seconds" in row else "-",
-        f"{row['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in row else "-",
-        f"{row['overhead']:.2f}x" if "overhead" in row else "-",
-    ]
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a row's cells as text, by the title of their column."""
+    deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
+    return {
+        "baseline": str(row["method"]),
+        "labels": f"{100 * row['labels_fraction']:g} %",
+        "accuracy": f"{100 * row['accuracy']:.2f}{deviation}",
+        "trained": f"{row['trained']:,.0f}",
+        "bytes": f"{row['bytes']:,.0f}",
+        "head": f"{row['sizes'].get('head', 0):,.0f}",
+        "rate": "-" if row["rate"] is None else f"{row['rate']:g}",
+        "steps": f"{row['steps']:,.0f}",
+        "seconds": f"{row['seconds']:.1f}" if "seconds" in row else "-",
+        "memory": f"{row['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in row else "-",
+        "forward": f"{row['overhead']:.2f}x" if "overhead" in row else "-",
+    }

@@ -16,9 +16,10 @@ from ...backbone.model import Fingerprint
 from ...backbone.select import select_parameters
 from ...runtime.cascade import load_cascade
 from ...runtime.load import load_mask
-from ...training.cascade import DISPATCHER, costs, fit_cascade_head, fit_whitening, train_cascade
+from ...training.cascade import DISPATCHER, fit_cascade_head, fit_whitening, train_cascade
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
+from ...training.evaluate import costs
 from ...training.features import fit_probe
 from ...training.methods.base import METHODS, build_method
 from ...training.objectives.base import SELF_SUPERVISED
