@@ -291,9 +291,9 @@ def orthonormal(columns: Floats) -> Floats:
     for k in range(made.shape[1]):
         own = _exact(made[:, k], EXACT)
         for before in made[:, :k].T:
-            own = _exact(own - before * float(np.dot(before, own)), EXACT)
-        made[:, k] = _exact(own / max(math.sqrt(float(np.dot(own, own))), 1e-3), EXACT)
-    return made
+            own = _exact(own - before * float(before @ own), EXACT)
+        made[:, k] = _exact(own / max(math.sqrt(float(own @ own)), 1e-3), EXACT)
+    return np.asarray(made, dtype=np.float64)
 
 
 def solved(matrices: Floats, vectors: Floats) -> Floats:
