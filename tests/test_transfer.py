@@ -223,7 +223,7 @@ def test_no_source_without_values(tmp_path: Path) -> None:
 
     adapter = save_adapter(tmp_path, masks, fingerprint(backbone.model, id="tests:tiny", head=["fc"]))
     before = bits(backbone.model)
-    with pytest.raises(AdapterError, match="replaces no weights; mode='source'; mode='source' is for"):
+    with pytest.raises(AdapterError, match="replaces no weights; mode='source' is for"):
         load_mask(backbone.model, adapter, mode="source")
     with pytest.raises(ConfigError, match="mode target or source; got .*both"):
         load_mask(backbone.model, adapter, mode="both")  # type: ignore[arg-type]
