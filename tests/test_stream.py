@@ -114,7 +114,7 @@ def test_a_cast_after_the_mask(tmp_path: Path, tiny: nn.Module, weights: Path) -
 def test_masks_packed_with_the_base(tmp_path: Path, tiny: nn.Module, weights: Path, reads: list[str]) -> None:
     masks = MaskSet.from_tensors({n: tiny.get_parameter(n).abs() > 0.05 for n in ("conv1.weight", "conv2.weight")})
     base = fingerprint(tiny, id="tests:tiny", head=["fc"])
-    adapter = save_adapter(tmp_path / "a", masks, base, codec="adaptive-base", weights=tiny)
+    adapter = save_adapter(tmp_path / "a", masks, base, codec="logit-base", weights=tiny)
     reads.clear()
     model = load_masked(empty(), weights, adapter, dtype=torch.float16)
     assert sorted(reads) == sorted(tiny.state_dict())  # each tensor once

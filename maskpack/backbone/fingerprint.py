@@ -175,8 +175,7 @@ def _body_with_data(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
-    """Return the BLAKE3 of a body by the digests of its tensors, which may be on the meta device."""
+def _body_digest(tensors: Mapping[str, Tensor], digests: Mapping[str, bytes]) -> str:
     whole = blake3()
     for name, tensor in tensors.items():
         shape = ",".join(str(size) for size in tensor.shape)
@@ -198,12 +197,9 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     """
     head = tuple(sorted(head))
     tensors = _body_with_data(model, head)
-    digests: dict[str, str] = {}
-    prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
-    for name in CASTS:
-        each = tensor_digests(tensors, getattr(torch, name))
-        digests[name] = body_digest(tensors, each)
-        prefixes = {tensor: prefix + each[tensor][:PREFIX] for tensor, prefix in prefixes.items()}
+    each = {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+    digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
+    prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
 
 
@@ -215,11 +211,14 @@ def same_digest(digest: bytes, expected: Fingerprint, name: str, dtype: torch.dt
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Digests of a model's body in the dtype in which it is compared: of all, and of each tensor by name."""
+    """A model's body, which may be on the meta device, and the digests of its tensors in its `compared_dtype`."""
 
-    dtype: torch.dtype
-    digest: str
-    tensors: Mapping[str, bytes]
+    body: Mapping[str, Tensor]
+    digests: Mapping[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        return _body_digest(self.body, self.digests)
 
 
 # of the last measurement, by model and tensor name: stamp, dtype of the cast, digest
@@ -241,8 +240,7 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    each = {name: digest for name, (_, _, digest) in found.items()}
-    return Measured(dtype, body_digest(tensors, each), each)
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()})
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -264,7 +262,7 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
 
 def check_measured(found: Measured, expected: Fingerprint) -> str:
     """As `check_fingerprint`, of a body that was measured with the same head."""
-    dtype, each = found.dtype, found.tensors
+    dtype, each = compared_dtype(found.body.values()), found.digests
     if found.digest == expected.digests[_name(dtype)]:
         return _name(dtype)
     masked = sorted(expected.tensors)

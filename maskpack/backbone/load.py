@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
-from ..preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LARGEST,
-    ImagePreprocess,
-    Interpolation,
-    Preprocess,
-    TextPreprocess,
-)
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
 from ..safetensors_io import read_tensors, write_tensors
 from .model import Embedding, Head, aliases, canonical, find_head, named_buffers, named_parameters, swap_module, unwrap
 from .random_weights import PREFIX, parse_random, random_values
@@ -182,7 +174,7 @@ def randomize(model: nn.Module, kind: str, seed: int) -> None:
 
 # CLIP-like models by type: the vision tower whose output has the image's embedding in the space of the texts'
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
-RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLING: dict[int, Any] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:

@@ -7,20 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter import signature
 from ..adapter.card import CARD_FILE, render_card, update_card
 from ..adapter.describe import config_text, inspect_adapter
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
-from ..adapter.signature import (
-    DIGESTS,
-    SIGSTORE,
-    Contents,
-    Keys,
-    files_by,
-    private_keys,
-    read_signatures,
-    renewed,
-    statement_in,
-)
 from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
 from .cache import RepositoryCache, highest, remember
@@ -154,7 +144,7 @@ class RepositoryPush:
         if head is not None:
             snapshot = Snapshot(self.session, self.store, head)
             self.listed = snapshot.listed(*FILES)
-            wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
+            wanted = [self.listed[name] for name in (CARD_FILE, *signature.DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
         self.contents = self.build(there)
         self.changed = {name: one for name, one in self.contents.items() if not _has(self.listed, name, one)}
@@ -211,7 +201,7 @@ class RepositoryPush:
         self._look(now)
         if not self.changed:
             return now, None
-        for name in (MODEL_FILE, CONFIG_FILE, *DIGESTS):
+        for name in (MODEL_FILE, CONFIG_FILE, *signature.DIGESTS):
             if getattr(self.listed.get(name), "blob_id", None) != getattr(listed.get(name), "blob_id", None):
                 raise HubError(
                     f"cannot push to {self.reference}: somebody else changed {self.branch} meanwhile "
@@ -267,9 +257,9 @@ def push(
     source = Path(folder).expanduser()
     reference = parse_reference(ref, revision)
     opened = open_local(source)
-    if dry_run and SIGSTORE in ([sign] if isinstance(sign, str | os.PathLike) else sign):
+    if dry_run and signature.SIGSTORE in ([sign] if isinstance(sign, str | os.PathLike) else sign):
         raise ConfigError("a dry run cannot sign with sigstore, which writes to a public log; leave out one of them")
-    keys = private_keys(sign) if sign else {}
+    keys = signature.private_keys(sign) if sign else {}
     description = inspect_adapter(opened.adapter)
 
     def build(there: Mapping[str, bytes]) -> dict[str, bytes | memoryview]:
@@ -281,7 +271,7 @@ def push(
         target = reference.path
         if target.suffix == ".safetensors":
             raise ConfigError(f"{target} is a file name; push to a folder")
-        card, there = read_card(target), read_signatures(target / MODEL_FILE)
+        card, there = read_card(target), signature.read_signatures(target / MODEL_FILE)
         contents = build(there | ({} if card is None else {CARD_FILE: card}))
         created, unchanged = not target.exists(), holds(target, contents)
         if not unchanged and not dry_run:
@@ -300,8 +290,8 @@ def push(
     task = RepositoryPush(reference, build, private, message, create_pr, tag, dry_run, token)
     pushed = task.run()
     if keys and not dry_run and not create_pr:
-        file = next(iter(files_by(keys)))  # where there are two, they have one counter
-        remember(keys, reference.branch, statement_in(file, bytes(task.contents[file])).counter)
+        file = next(iter(signature.files_by(keys)))  # where there are two, they have one counter
+        remember(keys, reference.branch, signature.statement_in(file, bytes(task.contents[file])).counter)
     return pushed
 
 
@@ -310,7 +300,7 @@ def _contents(
     description: dict[str, Any],
     reference: Reference,
     license: str | None,
-    keys: Keys,
+    keys: signature.Keys,
     there: Mapping[str, bytes],
 ) -> dict[str, bytes | memoryview]:
     """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
@@ -332,7 +322,11 @@ def _contents(
 
 
 def _signatures(
-    opened: OpenedAdapter, files: Contents, reference: Reference, keys: Keys, there: Contents
+    opened: OpenedAdapter,
+    files: signature.Contents,
+    reference: Reference,
+    keys: signature.Keys,
+    there: signature.Contents,
 ) -> dict[str, bytes]:
     """Return the signature files to publish: made with these keys, else the folder's.
 
@@ -340,9 +334,9 @@ def _signatures(
     """
     repo_id = reference.repo_id
     least = highest(keys, reference.branch) if repo_id else 0
-    made = renewed(there, files, opened.adapter, keys, repo_id, least=least) if keys else {}
-    for name in (name for name in DIGESTS if name not in made):
-        before = statement_in(name, bytes(there[name])) if name in there else None
+    made = signature.renewed(there, files, opened.adapter, keys, repo_id, least=least) if keys else {}
+    for name in (name for name in signature.DIGESTS if name not in made):
+        before = signature.statement_in(name, bytes(there[name])) if name in there else None
         replaces = before is not None and not before.covers(files)
         if name not in opened.contents:
             if replaces:
@@ -351,7 +345,7 @@ def _signatures(
                 )
             continue
         content, wrong = bytes(opened.contents[name]), None
-        own = statement_in(name, content)
+        own = signature.statement_in(name, content)
         if not own.covers(files):
             wrong = "is not of these files: they were changed since"
         elif repo_id is not None and own.repository not in (None, repo_id):

@@ -116,14 +116,10 @@ def known(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[
     return found
 
 
-def read_weights(tensors: TensorFile, stored: str, name: str, base: Mapping[str, Tensor]) -> Tensor:
-    """Read the weights of a parameter of the base, which the file calls `stored`, of the base's shape."""
-    check_shape(tensors, stored, tuple(base[name].shape))
-    return read_floats(tensors, stored)
-
-
-def read_floats(tensors: TensorFile, stored: str) -> Tensor:
-    """Read a tensor, or raise DataError if weights of its dtype cannot be compared with a base's."""
+def read_weights(tensors: TensorFile, stored: str, shape: Shape | None = None) -> Tensor:
+    """Read weights that can be compared with a base's: floats, and of this shape if one is given."""
+    if shape is not None:
+        check_shape(tensors, stored, shape)
     found = tensors[stored]
     if found.dtype not in FLOATS:
         raise DataError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..mask import Shape
 from ..safetensors_io import TensorFile, open_tensors
-from .base import IMPORTERS, Found, check_shape, match, pruned, read_floats, read_weights
+from .base import IMPORTERS, Found, check_shape, match, pruned, read_weights
 
 MEMBERS = ("bitmask", "compressed", "shape", "row_offsets")
 
@@ -45,7 +45,7 @@ class CompressedTensors:
 
         def read(name: str) -> Tensor:
             if stored[name] not in stem_of:
-                return read_weights(tensors, stored[name], name, base)
+                return read_weights(tensors, stored[name], tuple(base[name].shape))
             return _dense(tensors, stem_of[stored[name]], tuple(base[name].shape))
 
         return pruned(path, stored, read, base)
@@ -73,7 +73,7 @@ def _dense(tensors: TensorFile, stem: str, shape: Shape) -> Tensor:
     check(not beyond, f"has bits beyond the {shape[-1]} columns of a row, expected zeros there")
     values, count = math.prod(tensors.shapes[f"{stem}.compressed"]), int(kept.count_nonzero())
     check(values == count, f"has {values} values for {count} true bits")
-    compressed = read_floats(tensors, f"{stem}.compressed")
+    compressed = read_weights(tensors, f"{stem}.compressed")
     dense = torch.zeros(shape, dtype=compressed.dtype)
     dense[kept] = compressed.reshape(-1)
     return dense

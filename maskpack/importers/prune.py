@@ -50,11 +50,11 @@ class Prune:
             for name, stem in masked.items():
                 kept = make(name).tensor()
                 for stored in {f"{stem}_orig", stem} & tensors.keys():
-                    yield name, compare(read_weights(tensors, stored, name, base), base[name], kept)[0]
+                    yield name, compare(read_weights(tensors, stored, tuple(base[name].shape)), base[name], kept)[0]
             for stored, name in own.items():
                 if base[name].is_floating_point() and name not in masked:
                     every = torch.ones(base[name].shape, dtype=torch.bool)
-                    yield name, compare(read_weights(tensors, stored, name, base), base[name], every)[0]
+                    yield name, compare(read_weights(tensors, stored, tuple(base[name].shape)), base[name], every)[0]
 
         refuse_trained(path, rows())
         return {name: tuple(base[name].shape) for name in masked}, make

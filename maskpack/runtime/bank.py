@@ -19,24 +19,7 @@ from ..backbone.model import inside, unwrap
 from ..errors import ConfigError, DataError, StateError, UnknownNameError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
-from .apply import (
-    Applied,
-    Changed,
-    Written,
-    applied,
-    check_compiled,
-    check_dense,
-    check_masks,
-    check_unwritten,
-    head_tensors,
-    held_by,
-    hold,
-    put,
-    release,
-    tensors_of,
-    undo,
-    written,
-)
+from . import apply
 from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
 
 
@@ -87,7 +70,7 @@ class Resident:
     read: Callable[[], Adapter] | None = None
     digest: str | None = None
     pinned: bool = False
-    notes: dict[str, Changed] = field(default_factory=dict)
+    notes: dict[str, apply.Changed] = field(default_factory=dict)
     used: int = 0
 
     @property
@@ -137,14 +120,14 @@ class MaskBank:
         for name, limit in (("max_host_bytes", max_host_bytes), ("max_device_bytes", max_device_bytes)):
             if limit is not None and limit < 0:
                 raise ConfigError(f"{name} must be 0 or more, or None, got {limit}")
-        tensors = tensors_of(model)
+        tensors = apply.tensors_of(model)
         self.model, self._verify, self._host = model, verify, max_host_bytes
         self._device = sum(t.nbytes for t in tensors.values()) if max_device_bytes is None else max_device_bytes
-        self._base = written(tensors, tensors)  # as the bank last left the base's tensors
+        self._base = apply.written(tensors, tensors)  # as the bank last left the base's tensors
         self._lock, self._clock = threading.RLock(), 0
         self._residents: dict[str, Resident] = {}
         self._switches: Counter[str] = Counter()
-        hold(model, self._lock)  # not the bank itself, which would keep the model
+        apply.hold(model, self._lock)  # not the bank itself, which would keep the model
 
     def __enter__(self) -> "MaskBank":
         return self
@@ -189,7 +172,7 @@ class MaskBank:
         source = ref if isinstance(ref, MaskSet | Adapter) else load_adapter(ref, **options)
         name = name or _name_of(source)
         with self._lock:
-            if not held_by(self.model, self._lock):
+            if not apply.held_by(self.model, self._lock):
                 raise StateError("this bank is closed; make another one: MaskBank(model)")
             if name in self._residents:
                 raise ConfigError(f"this bank has an adapter called {name!r} already; give another name, or remove it")
@@ -253,10 +236,10 @@ class MaskBank:
         something else wrote these weights.
         """
         with self._lock:
-            if held_by(self.model, self._lock):
+            if apply.held_by(self.model, self._lock):
                 self._to(None, force)
                 self._residents.clear()
-                release(self.model)
+                apply.release(self.model)
 
     def __call__(self, inputs: Tensor | Mapping[str, Tensor], masks: Sequence[str | None]) -> list[Tensor]:
         """Compute a batch in which every example has an adapter, or None for the base; return each example's output.
@@ -310,31 +293,31 @@ class MaskBank:
 
     # Switching
 
-    def _applied(self) -> Applied | None:
-        return applied(self.model) if held_by(self.model, self._lock) else None
+    def _applied(self) -> apply.Applied | None:
+        return apply.applied(self.model) if apply.held_by(self.model, self._lock) else None
 
-    def _settled(self) -> Applied | None:
+    def _settled(self) -> apply.Applied | None:
         """Return what is applied, after a switch that was interrupted is undone."""
         record = self._applied()
         if record is not None and not record.complete:
-            undo(self.model, record)
+            apply.undo(self.model, record)
             return None
         return record
 
     def _to(self, name: str | None, force: bool = False) -> nn.Module:
         """Compute with an adapter, or as the base; `force`: also where something else wrote what the active changes."""
         with self._lock:
-            record, noted = self._settled(), dict[str, Written]()
+            record, noted = self._settled(), dict[str, apply.Written]()
             if name is not None:
                 resident = self._find(name)
                 self._clock += 1
                 resident.used = self._clock
             if name == (None if record is None else record.mask_id):
                 return self.model
-            check_compiled()
+            apply.check_compiled()
             if name is not None:
                 parts = self._loaded(resident)
-                record, names = self._applied(), {*parts.masks, *parts.parameters, *head_tensors(parts.head)}
+                record, names = self._applied(), {*parts.masks, *parts.parameters, *apply.head_tensors(parts.head)}
                 swapped = () if record is None or record.head is None else (record.head[0],)
                 noted = {n: self._base[n] for n in names & self._base.keys() if not inside(n, swapped)}
             if record is not None:
@@ -342,19 +325,19 @@ class MaskBank:
             self._check(noted, force)
             if record is not None:
                 try:
-                    undo(self.model, record)
+                    apply.undo(self.model, record)
                 except BaseException:
-                    undo(self.model, record)  # once more, so that one interruption leaves the base
+                    apply.undo(self.model, record)  # once more, so that one interruption leaves the base
                     raise
             if name is not None:
                 self._switches["places" if resident.notes else "bits"] += 1
-                put(self.model, Applied(name, base=self._base, notes=resident.notes), parts)
+                apply.put(self.model, apply.Applied(name, base=self._base, notes=resident.notes), parts)
             self._trim()
             return self.model
 
-    def _check(self, noted: Mapping[str, Written], force: bool) -> None:
+    def _check(self, noted: Mapping[str, apply.Written], force: bool) -> None:
         """Raise StateError if parameters were moved or cast, or, without `force`, written by something else."""
-        now = tensors_of(self.model)
+        now = apply.tensors_of(self.model)
         for name, was in sorted(noted.items()):
             tensor = now.get(name)
             if isinstance(tensor, nn.Parameter) and (tensor.dtype, tensor.device) != (was.dtype, was.device):
@@ -364,22 +347,22 @@ class MaskBank:
                 )
         if not force:
             way_out = "a bank's model must not be trained; bank.close(force=True) puts back what adapters changed"
-            check_unwritten(noted, now, way_out)
+            apply.check_unwritten(noted, now, way_out)
 
     # Reading adapters, and room for them
 
     def _admit(self, name: str, source: Adapter | MaskSet, options: PullOptions) -> Resident:
         """Check and decode an adapter, or masks alone, while the model is the base."""
         if isinstance(source, MaskSet):
-            check_masks(self.model, source.shapes)
+            apply.check_masks(self.model, source.shapes)
             masks = MaskSet(dict(source))
             return Resident(name, Parts(masks), mask_id({"default": masks}))
         check_one_set(source)
-        check_masks(self.model, source.shapes())
+        apply.check_masks(self.model, source.shapes())
         check_base(self.model, source, self._verify, stacklevel=5)
         base, pinned = unwrap(self.model), source.pinned
         parts = source.parts(base=base)
-        check_dense(base, parts, tensors_of(base))
+        apply.check_dense(base, parts, apply.tensors_of(base))
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
         return Resident(name, parts, source.mask_id, lambda: load_adapter(pinned, **later), source.digest)
@@ -404,7 +387,8 @@ class MaskBank:
         """Evict others, used longest ago first, until an adapter that was read fits; if none can be, evict that one."""
         active, residents = self.active, sorted(self._residents.values(), key=lambda one: one.used)
         sizes = {one.name: one.parts.nbytes for one in residents if one.parts is not None}
-        idle = [o for o in residents if o.name in sizes and o.read and not (o is new or o.name == active or o.pinned)]
+        idle = [one for one in residents if one.name in sizes and one.read is not None and not one.pinned]
+        idle = [one for one in idle if one.name not in (new.name, active)]
         while self._host is not None and sum(sizes.values()) > self._host:
             if not idle:
                 new.parts = None

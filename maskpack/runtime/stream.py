@@ -11,15 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
-from ..backbone.fingerprint import (
-    Measured,
-    body_digest,
-    check_measured,
-    compared_dtype,
-    mismatch,
-    same_digest,
-    tensor_digest,
-)
+from ..backbone import fingerprint
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
 from ..errors import StateError
@@ -74,7 +66,7 @@ def load_masked(
     empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
     check_masks(_module(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
-    compared, digests = compared_dtype(of_body.values()), dict[str, bytes]()
+    compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
     masks = adapter.parts(base=base, stream=True).masks
     try:
         base.clear()
@@ -82,11 +74,11 @@ def load_masked(
             # it may be masked, or be of the body, under any of its names
             masked, digested = (next((name for name in names if name in known), None) for known in (shapes, of_body))
             if digested is not None and verify != "off":
-                digests[digested] = tensor_digest(base[digested], compared)
+                digests[digested] = fingerprint.tensor_digest(base[digested], compared)
                 if verify == "strict" and masked is not None:
-                    if not same_digest(digests[digested], adapter.base, masked, compared):
+                    if not fingerprint.same_digest(digests[digested], adapter.base, masked, compared):
                         what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
-                        raise mismatch(adapter.base, what, compared)
+                        raise fingerprint.mismatch(adapter.base, what, compared)
             tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
             own = {} if masked is None else {masked: masks[masked]}
             base.let_go()
@@ -95,8 +87,8 @@ def load_masked(
                 apply_parts(_module({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
         if verify != "off":
-            found = Measured(compared, body_digest(of_body, digests), digests)
-            checked(verify, lambda: check_measured(found, adapter.base), stacklevel=3)
+            found = fingerprint.Measured(of_body, digests)
+            checked(verify, lambda: fingerprint.check_measured(found, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
         apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)

@@ -177,7 +177,7 @@ def _train(
     main = is_main_process()
     first = run(DISPATCHER, data, config, None)
     assert data.train is not None
-    with borrowed(backbone, config.train):  # as the finished run left the model
+    with borrowed(backbone, config.beside):  # as the finished run left the model
         trained = ObjectiveRun(backbone, data, config)
         trained.take_over(folder / DISPATCHER / FILE)
         x, _ = embeddings(backbone, readable(trained.objective.load(data.train)))
