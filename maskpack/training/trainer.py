@@ -38,10 +38,6 @@ class ObjectiveRun(Run):
     Args:
         learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
         start_from: folder of a finished run, with whose tensors this one starts.
-
-    Attributes:
-        whole: parameters that learn themselves beside scores, by name.
-        control: keeps the masks within a budget of bytes, or None.
     """
 
     def __init__(
@@ -61,11 +57,16 @@ class ObjectiveRun(Run):
                 f"leave it out"
             )
         self.start_from = None if start_from is None else Path(start_from) / FILE
-        self.begun = None if self.start_from is None else checkpoint_digest(self.start_from)
+        self.facts = {
+            "start": None if self.start_from is None else checkpoint_digest(self.start_from),
+            "config": config.to_json(),
+            "data": [data.digest, len(self.train_split), len(data.class_names)],
+            "processes": self.accelerator.num_processes,
+        }
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        self.whole: Mapping[str, nn.Parameter] = {}
+        self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
         if learn is learn_scores:
             masked = select_parameters(model, config.include, config.exclude, backbone.outside)
             self.whole = trained_themselves(model, config.train, masked, backbone.outside)
@@ -90,15 +91,6 @@ class ObjectiveRun(Run):
         self.models = scored_models(self.objective.module)
         for one in self.models:
             one.batch_size = config.batch_size * config.accumulate * self.accelerator.num_processes
-
-    def facts(self) -> dict[str, Any]:
-        data = self.data["data"]
-        return {
-            "start": self.begun,
-            "config": self.config.to_json(),
-            "data": [data.digest, len(self.train_split), len(data.class_names)],
-            "processes": self.accelerator.num_processes,
-        }
 
     def start(self) -> None:
         self.objective.start()
