@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
@@ -90,8 +90,8 @@ def locked(folder: Path | None) -> Iterator[None]:
 def _locked_file(path: Path) -> IO[str]:
     """Return the lock's file, locked, with the name of this process in it."""
     while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
+        with ExitStack() as closed:
+            file = closed.enter_context(path.open("a+", encoding="utf-8"))
             if lock(file.fileno()) is False:
                 file.seek(0)
                 holder = file.read(200).strip()
@@ -103,11 +103,8 @@ def _locked_file(path: Path) -> IO[str]:
                 file.truncate(0)
                 file.write(f"{os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
+                closed.pop_all()
                 return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
 
 
 def _let_go() -> None:
@@ -311,11 +308,7 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 @contextmanager
 def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
     """Answer the first SIGTERM or SIGUSR1; a second one does what it did before. Only in the main thread."""
-    earlier = {}
-    if threading.current_thread() is threading.main_thread():
-        # one that is ignored stays so, and one that was not installed by Python could not be put back
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        earlier = {number: one for number, one in handlers.items() if one not in (None, signal.SIG_IGN)}
+    earlier: dict[int, Any] = {}
 
     def put_back() -> None:
         for number, handler in earlier.items():
@@ -325,8 +318,11 @@ def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
         put_back()
         answer(number)
 
-    for number in earlier:
-        signal.signal(number, first)
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            # one that is ignored stays so, and one that was not installed by Python could not be put back
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                earlier[number] = signal.signal(number, first)
     try:
         yield
     finally:

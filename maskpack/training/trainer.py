@@ -113,7 +113,7 @@ class ObjectiveRun(Run):
             yield STREAM, [0, place], batch
 
     def loss(self, stream: str, batch: Batch, progress: float) -> Tensor:
-        self.progress(progress)
+        self._tell(progress)
         loss = self.objective.loss(cast("nn.Module", self._forward), batch)
         found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
         found += [] if self.control is None else [self.control.penalty()]
@@ -126,7 +126,7 @@ class ObjectiveRun(Run):
             return found
         return require("accelerate", "train", "training").utils.convert_to_fp32(found)
 
-    def progress(self, share: float) -> None:
+    def _tell(self, share: float) -> None:
         """Tell the scores which share of the steps is done."""
         for model in self.models:
             model.progress = share
@@ -182,7 +182,7 @@ class ObjectiveRun(Run):
 
     def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
-        self.progress(1.0)
+        self._tell(1.0)
         metrics = {**at.metrics, **self.held_out("test")}
         self.folder.write({"event": "end", "step": at.step, "steps": self.steps, **metrics})
         return metrics
@@ -309,7 +309,6 @@ def train_dense(
     Args:
         learn: gets the frozen backbone with its new head, and the settings; returns the parameters that learn. It may
             put modules into the model, as LoRA does.
-        options: as in `train_mask`.
 
     Returns:
         The run, whose `objective.module` is the network, in evaluation mode.
