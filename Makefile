@@ -182,7 +182,7 @@ sbom: $(RELEASE)/.installed ## a bill of materials of the core (CycloneDX)
 
 dist: $(RELEASE)/.installed ## what a release uploads
 	rm -rf dist
-	$(RELEASE)/bin/python -m build --quiet --no-isolation .
+	MASKPACK_PURE=1 $(RELEASE)/bin/python -m build --quiet --no-isolation .
 	$(RELEASE)/bin/check-wheel-contents dist
 	$(MAKE) sbom
 

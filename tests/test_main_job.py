@@ -13,8 +13,8 @@ from maskpack.backbone.load import load_backbone
 from maskpack.errors import BackboneMismatchError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
-from maskpack.runtime.apply import restore
-from maskpack.runtime.load import load_adapter, load_mask, unload_mask
+from maskpack.runtime.apply import unload_mask
+from maskpack.runtime.load import load_adapter, load_mask
 from maskpack.training.config import TrainConfig
 from maskpack.training.data.load import load_data
 from maskpack.training.trainer import train_mask
@@ -77,7 +77,7 @@ def test_real_weights_and_masks(shared_data: Path, tmp_path: Path) -> None:
     assert adapter.parts().masks == masks
     before = bits(backbone.model)
     load_mask(backbone.model, tmp_path)
-    restore(backbone.model)
+    unload_mask(backbone.model)
     assert same(bits(backbone.model), before)
     test = load_data(str(shared_data / "data/cifar10")).test
     assert test is not None
