@@ -129,9 +129,8 @@ class Objective(ABC):
 
     def load(self, examples: Examples, **options: Any) -> Any:
         """Return a loader with the backbone's preprocessing; `options` are those of `data.base.loader`."""
-        given, config = self.backbone, self.config
-        sizes = {"batch_size": config.batch_size, "workers": config.workers}
-        return loader(examples, given.preprocess, given.tokenizer, **sizes, **options)
+        own = {"batch_size": self.config.batch_size, "workers": self.config.workers, **options}
+        return loader(examples, self.backbone.preprocess, self.backbone.tokenizer, **own)
 
     def scores(self) -> list[nn.Parameter]:
         """Return scores outside of the body; they learn at the rate of the body's."""

@@ -191,7 +191,7 @@ class Swav(Objective):
         z, scores = z.reshape(count, each, -1), scores.reshape(count, each, -1)
         self.watch.add(seen, scores[0])
         log_p = (scores / self.options.temperature).log_softmax(-1)
-        total = scores.new_zeros(())
+        total: Tensor = scores.new_zeros(())
         for a in range(LARGE):
             q = self._targets(a, z[a].detach(), scores[a].detach())
             crossed = -(q * log_p).sum(-1).mean(-1)
