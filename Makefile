@@ -89,6 +89,10 @@ comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablati
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
 
+recipe: $(VENV)/.installed ## the search behind the default recipe: hours of one core
+	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.recipe --write docs/results.md
+
 methods: $(VENV)/.installed ## masking methods, selective training, budgets of bytes: five hours of one core
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --write docs/results.md

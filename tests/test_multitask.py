@@ -35,7 +35,7 @@ from maskpack.training.run_folder import RunFolder
 
 from .helpers_models import StopHere, bits, same, tiny_net
 
-QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
+QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0, bn="adapt")
 FAST = JointConfig(weight_lr=0.01, gate_start=0.5, r1=1e-5, r2=1e-5)
 FACTORY = f"{Path(__file__).parent.parent / 'cli/maskpack_cli/digits_backbone.py'}:digits_cnn"
 
