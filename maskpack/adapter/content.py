@@ -80,9 +80,7 @@ class Whitening:
     """Principal components over their standard deviations: of the rows that it was fitted to, all have variance 1.
 
     Attributes:
-        mean: (D,), which is subtracted first.
-        components: (F, D), the directions.
-        scale: (F,), standard deviations along them, above 0.
+        mean: (D,). components: (F, D), directions. scale: (F,), standard deviations along them, above 0.
     """
 
     mean: Tensor
@@ -100,8 +98,7 @@ class Router:
 
     Attributes:
         whitening: of embeddings divided by their Euclidean norm, D to q coordinates.
-        weights: (K,), shares of the components, which sum to 1.
-        means: (K, q).
+        weights: (K,), shares of the components, which sum to 1. means: (K, q).
         precisions: (K, q, q), upper triangular; P of a component with the inverse covariance P Pᵀ.
     """
 
@@ -145,12 +142,10 @@ class Cascade:
         dispatcher: name of the set whose embeddings are routed.
         experts: names of the other sets, one for each component of the router, in its order.
         embedding: what of the model an embedding is.
-        router: from embeddings of the dispatcher to components.
         combine: "conditional": blocks of experts other than the routed one are zero, so that an input takes two passes;
             "unconditional": every block is computed.
         reduction: of combined embeddings to fewer numbers, or None.
-        weight, bias: of a linear head on the combined (and, if so, reduced) embedding, (classes, …) and (classes,);
-            None where there is no head.
+        weight, bias: of a linear head on the combined (and, if so, reduced) embedding, or None.
     """
 
     dispatcher: str

@@ -44,9 +44,8 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
 def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Bits:
     """Return the magnitude classes and signs of one parameter of the base, one uint8 per weight, row-major.
 
-    Raises:
-        BackboneMismatchError: if the base has no such parameter, or it has another shape or was cast to a dtype that
-            no longer tells which classes its weights had.
+    A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
+    a BackboneMismatchError.
     """
     import torch
 
