@@ -150,9 +150,6 @@ def parse_header(text: memoryview, data_size: int) -> tuple[dict[str, str], dict
 
     Returns:
         The strings of `__metadata__`, and where each tensor lies, sorted by name.
-
-    Raises:
-        CorruptAdapterError: if tensors overlap, leave gaps, do not end with the file, or disagree with their shape.
     """
     if bytes(text[:1]) != b"{":
         raise CorruptAdapterError(f"the safetensors header begins with {bytes(text[:1])!r}, expected b'{{'")
@@ -304,9 +301,7 @@ class Blob:
 class TensorFile(Mapping[str, "Tensor"]):
     """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
 
-    Attributes:
-        path: the file, index or folder.
-        shapes: name -> shape, known without reading a tensor.
+    `shapes`, by name, are known without reading a tensor.
     """
 
     def __init__(self, path: Path):
@@ -335,11 +330,7 @@ def open_tensors(path: str | Path) -> TensorFile:
 
     Args:
         path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
-            of either.
-
-    Raises:
-        DataError: if it is not there or cannot be used: damaged, an index with shards that are missing or elsewhere,
-            a folder with several checkpoints. Reading a tensor raises it as well.
+            of either. What is missing, damaged or ambiguous is a DataError, also when a tensor is read.
     """
     return TensorFile(Path(path))
 
@@ -381,10 +372,7 @@ def write_tensors(
 
 
 def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
-    """Write the bytes of a safetensors file to `path`, without a temporary file of its own.
-
-    A metadata entry `SEAL` with the value `UNSEALED` becomes the header's own digest.
-    """
+    """Write the bytes of a safetensors file; a metadata entry `SEAL`: `UNSEALED` becomes the header's own digest."""
     blobs = file_order(blobs)
     with path.open("wb") as file:
         file.write(_header(blobs, metadata))
@@ -422,10 +410,7 @@ def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
 
 
 def lock(descriptor: int, wait: float = 0.0) -> bool | None:
-    """Lock an open file against other processes, for as long as this process has it open.
-
-    Args:
-        wait: seconds to wait for another holder.
+    """Lock an open file against other processes, for as long as this process has it open; wait so many seconds.
 
     Returns:
         True; False if another process holds it; None where there are no such locks (Windows, some network disks).

@@ -57,8 +57,7 @@ class About:
 
     Attributes:
         task: the Hub's name of what the network does, as in "image-classification".
-        class_names: one for each row of the head.
-        preprocess: how inputs are prepared, with a `kind`.
+        class_names: one for each row of the head. preprocess: how inputs are prepared, with a `kind`.
         training: the training record.
     """
 

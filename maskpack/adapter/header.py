@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
 from ..safetensors_io import strict_json
 from . import fields
-from .content import COMBINES, About
+from .content import COMBINES, About, Cascade
 from .fields import BOOLEAN, DIGEST, TEXT, TEXTS, Check, check, integers, one_of, record, refuse
 
 FORMAT_VERSION = 1
@@ -30,9 +30,6 @@ OWN_KEYS = frozenset({"codec", "op", "reference", "table"})
 def canonical_json(value: Any) -> str:
     """Return JSON that is the same for equal values: sorted keys, no white space, ASCII, finite numbers."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-# what the header must hold
 
 
 def _are_shapes(value: Any) -> bool:
@@ -144,13 +141,7 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set.
-
-    Attributes:
-        payloads: sorted by (name, op).
-        head: JSON object of where the head is, and of its random weight, if it has one.
-        tables: sizes of shared tables, in older files.
-    """
+    """One mask set: payloads sorted by (name, op), the head's JSON object, sizes of shared tables in older files."""
 
     payloads: tuple[Payload, ...]
     head: Mapping[str, Any] | None = None
@@ -178,12 +169,10 @@ class SetHeader:
         one = record(SET)(value, where)
         count, joined, tables = len(one["kept"]), one["names"], one.get("tables", [])
         # counted before they are split: a short file must not become millions of strings
-        if not count or joined.count("\n") != count - 1:
-            expected = f"as many names, separated by line ends, as there are `kept` ({count}), at least 1"
+        names = joined.split("\n") if joined.count("\n") == count - 1 else []
+        if not names or not all(map(fields.plain, names)):
+            expected = f"as many plain names, separated by line ends, as there are `kept` ({count}), at least 1"
             raise refuse(f"{where}.names", joined, expected)
-        names = joined.split("\n")
-        if not all(map(fields.plain, names)):
-            raise refuse(f"{where}.names", joined, "non-empty names without control characters")
         shapes = [tuple(shape) for shape in one["shapes"]]
         codings = []
         for i, (known, given) in enumerate(zip(one["codings"], value["codings"], strict=True)):
@@ -204,7 +193,7 @@ class SetHeader:
         return cls(payloads, one.get("head"), tuple(tables))
 
 
-def _check_payloads(payloads: tuple[Payload, ...], where: str) -> None:
+def _check_payloads(payloads: Sequence[Payload], where: str) -> None:
     if sum(payload.weights for payload in payloads) > MAX_SET_WEIGHTS:
         raise refuse(f"{where}.shape", [], f"at most {MAX_SET_WEIGHTS} weights in all")
     for payload in payloads:
@@ -246,6 +235,12 @@ def embedding_to_json(one: Embedding) -> dict[str, Any]:
     return {"kind": "pooled-linear", "normalize": one.normalize, "pooling": one.pooling}
 
 
+def cascade_to_json(cascade: Cascade) -> dict[str, Any]:
+    """Return a cascade without its tensors, as JSON values."""
+    own = {"combine": cascade.combine, "dispatcher": cascade.dispatcher, "experts": list(cascade.experts)}
+    return {**own, "embedding": embedding_to_json(cascade.embedding)}
+
+
 def embedding_of(value: Mapping[str, Any]) -> Embedding:
     """Return the embedding of a checked JSON object."""
     return Embedding(value.get("module"), value.get("pooling"), value.get("normalize", False))
@@ -264,12 +259,7 @@ def base_to_json(base: Fingerprint) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says beside its tensors.
-
-    Attributes:
-        base: without `tensors`, which is stored as a tensor.
-        cascade: JSON object of the cascade without its tensors, or None.
-    """
+    """What the file says beside its tensors; `cascade` is a JSON object. `base.tensors` is empty: it is a tensor."""
 
     producer: str
     mask_id: str
@@ -303,12 +293,7 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
-        """Parse and check a header.
-
-        Raises:
-            UnsupportedVersionError: if a newer format version wrote it.
-            CorruptAdapterError: if anything in it is not what the format allows; the message says what and where.
-        """
+        """Parse and check a header; UnsupportedVersionError if a newer format version wrote it."""
         value = strict_json(text, "the adapter header")
         is_version = check(lambda one: type(one) is int and one >= 1, f"an integer from 1 to {FORMAT_VERSION}")
         version = record({"format_version": is_version})(value, "$")["format_version"]
@@ -323,21 +308,14 @@ class Header:
                 raise refuse("the name of a mask set in the adapter header", name, SET_NAME.pattern)
         sets = {name: SetHeader.parse(found["sets"][name], f"$.sets.{name}") for name in sorted(found["sets"])}
         _check_references(sets)
-        base = found["base"]
         if (cascade := found.get("cascade")) is not None:
             named = [cascade["dispatcher"], *cascade["experts"]]
             if len(named) < 2 or sorted(named) != sorted(sets):
                 expected = f"to name, with the dispatcher {named[0]!r}, each of the sets once: {', '.join([*sets][:9])}"
                 raise refuse("$.cascade.experts", named[1:], expected)
-        return cls(
-            found["producer"],
-            found["mask_id"],
-            found["data_blake3"],
-            Fingerprint(base["id"], base.get("revision"), base["dtype"], tuple(base["head"]), base["digests"], {}),
-            sets,
-            _about(found),
-            cascade,
-        )
+        base = Fingerprint(**{"revision": None, **found["base"], "head": tuple(found["base"]["head"])}, tensors={})
+        digests = found["mask_id"], found["data_blake3"]
+        return cls(found["producer"], *digests, base, sets, _about(found), cascade)
 
 
 def _about(found: Mapping[str, Any]) -> About:

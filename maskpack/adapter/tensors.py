@@ -59,9 +59,6 @@ def beginning(names: Sequence[str], prefix: str) -> Sequence[str]:
     return names[bisect_left(names, prefix) : bisect_left(names, prefix[:-1] + chr(ord(prefix[-1]) + 1))]
 
 
-# writing
-
-
 def head_to_json(head: Head) -> dict[str, Any]:
     """Return what the header says about a head; AdapterError if readers would make another of its random weight."""
     own = embedding_to_json(head.embedding)
@@ -109,17 +106,11 @@ def cascade_tensors(cascade: Cascade) -> dict[str, Tensor]:
     return {CASCADE + name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-# reading
-
 Layout = tuple[tuple[str, ...], tuple[int, ...] | None]  # dtypes, shape (None for any)
 
 
 def check_layout(header: Header, spans: Mapping[str, Span]) -> None:
-    """Check that a file has the tensors that its header asks for and no others, with their dtypes and shapes.
-
-    Raises:
-        CorruptAdapterError: if it does not; the message names the first tensor that is wrong.
-    """
+    """Check that a file has the tensors that its header asks for and no others, with their dtypes and shapes."""
     expected = dict(_layout(header, spans))
     for name in sorted(expected.keys() | spans.keys()):
         if name not in spans:
@@ -164,10 +155,7 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
 
 
 def _cascade_layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, Layout]]:
-    """Yield what the tensors of a cascade must be, given which of them a file has.
-
-    Sizes that the header does not state are those of the first tensor that shows them; all others must agree.
-    """
+    """Yield what a cascade's tensors must be; sizes that the header does not state are those of the first with them."""
     assert header.cascade is not None
     shapes = {name: spans[CASCADE + name].shape if CASCADE + name in spans else () for name in CASCADE_SHAPES}
     parts = {"router", *(name.removeprefix(CASCADE).split("/")[0] for name in spans if name.startswith(CASCADE))}
@@ -216,11 +204,7 @@ def cascade_of(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cascad
 
 
 def check_cascade(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Check the values of a cascade's tensors, given without their prefix.
-
-    Raises:
-        CorruptAdapterError: if one cannot be: none computes, or two readers would not agree.
-    """
+    """Check that the values of a cascade's tensors, given without their prefix, compute the same for every reader."""
 
     def check(name: str, fits: bool, found: str, expected: str) -> None:
         if not fits:
