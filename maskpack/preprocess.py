@@ -119,7 +119,9 @@ def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
     if cls is None:
         raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(KINDS)}")
     given: dict[str, Any] = {one.name: config[one.name] for one in fields(cls) if one.name in config}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**given)
 
 
 def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> "Callable[[Sequence[str]], dict[str, Tensor]]":

@@ -28,7 +28,7 @@ class Parts:
         values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
 
     Example:
-        Parts(masks, head=Head("linear", weight, bias, module="fc"), statistics={"bn.running_mean": mean})
+        Parts(masks, Head(Embedding("fc"), weight, bias), statistics={"bn.running_mean": mean})
     """
 
     masks: MaskSet

@@ -226,6 +226,15 @@ class Adapter:
         return found
 
     @cached_property
+    def indices(self) -> dict[str, dict[str, list[int]]]:
+        """For each set the indices of the payloads of each parameter."""
+        found: dict[str, dict[str, list[int]]] = {name: {} for name in self.sets}
+        for name, one in self.header.sets.items():
+            for index, payload in enumerate(one.payloads):
+                found[name].setdefault(payload.name, []).append(index)
+        return found
+
+    @cached_property
     def alphas(self) -> dict[str, list[float | None]]:
         """For each set the scale of each payload, None where it is off."""
         found = {}

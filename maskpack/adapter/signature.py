@@ -214,11 +214,10 @@ class Statement:
         """Parse a statement; SignatureError if this release would not write it in the same bytes."""
         try:
             value = record(STATEMENT)(strict_json(payload, "it"), "$")
-            sizes = {
-                one["name"]: (one["annotations"]["size"], one["digest"].get(algorithm)) for one in value["subject"]
-            }
-            found = cls(sizes, **value["predicate"], algorithm=algorithm)
-            if MODEL_FILE not in sizes or found.to_bytes() != payload:
+            subject = value["subject"]
+            files = {one["name"]: (one["annotations"]["size"], one["digest"].get(algorithm)) for one in subject}
+            found = cls(files, **value["predicate"], algorithm=algorithm)
+            if MODEL_FILE not in files or found.to_bytes() != payload:
                 raise CorruptAdapterError(f"it is not a canonical one of type {PREDICATE_TYPE}")
         except CorruptAdapterError as error:
             raise SignatureError(f"the signed statement cannot be read: {error}; sign anew") from None
