@@ -27,18 +27,18 @@ DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
 ROLES = ("statistics", "parameters", "values")
 STATISTICS = ("running_mean", "running_var")
-# Shapes of a cascade's tensors: D values of an embedding, Q coordinates, K experts, W values of a combined embedding,
+# Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a combined embedding,
 # R of a reduced one, I into the head, C classes.
 CASCADE_SHAPES = {
     "router/mean": "D",
-    "router/components": "QD",
     "router/scale": "Q",
+    "router/components": "QD",
     "router/weights": "K",
     "router/means": "KQ",
     "router/precisions": "KQQ",
     "reduction/mean": "W",
-    "reduction/components": "RW",
     "reduction/scale": "R",
+    "reduction/components": "RW",
     "head/weight": "CI",
     "head/bias": "C",
 }
