@@ -89,6 +89,10 @@ comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablati
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
 
+recipe: $(VENV)/.installed ## the search behind the default recipe: hours of one core
+	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.recipe --write docs/results.md
+
 methods: $(VENV)/.installed ## masking methods, selective training, budgets of bytes: five hours of one core
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --write docs/results.md
@@ -182,7 +186,7 @@ sbom: $(RELEASE)/.installed ## a bill of materials of the core (CycloneDX)
 
 dist: $(RELEASE)/.installed ## what a release uploads
 	rm -rf dist
-	$(RELEASE)/bin/python -m build --quiet --no-isolation .
+	MASKPACK_PURE=1 $(RELEASE)/bin/python -m build --quiet --no-isolation .
 	$(RELEASE)/bin/check-wheel-contents dist
 	$(MAKE) sbom
 

@@ -31,8 +31,7 @@ from maskpack.lab import (
 from maskpack.lab.analysis.criticality import Noise, criticality, rewound
 from maskpack.lab.analysis.evaluation import Evaluations, some
 from maskpack.lab.analysis.network import Network, grouped, read_networks, state_of, write_network
-from maskpack.lab.analysis.pairs import barrier, distances, mistakes
-from maskpack.lab.analysis.similarity import similarities
+from maskpack.lab.analysis.pairs import barrier, distances, mistakes, similarities
 from maskpack.lab.analysis.starts import STARTS, feature_reuse, from_checkpoints
 from maskpack.lab.baselines.masks import stored
 from maskpack.mask import MaskSet

@@ -20,7 +20,7 @@ from maskpack.lab import compare, density_figure, label_figure, save_figure
 from maskpack.lab.baselines.base import find_baseline
 from maskpack.lab.comparison import markdown, summaries
 from maskpack.training import TrainConfig, load_data, train_cascade
-from maskpack.training.cascade import cascade_table
+from maskpack.training.evaluate import cascade_table
 
 from .measured import trial, trials
 from .report import NOTHING, command, percent, table, write_between

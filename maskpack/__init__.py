@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from .hub.push import push
     from .hub.search import search_adapters
     from .mask import MaskSet
+    from .runtime.apply import unload_mask
     from .runtime.bank import MaskBank
     from .runtime.cascade import load_cascade
     from .runtime.identify import identify
-    from .runtime.load import load_adapter, load_mask, unload_mask
+    from .runtime.load import load_adapter, load_mask
     from .runtime.stream import load_masked
 
 # imported when first used: `import maskpack` imports no torch
@@ -52,7 +53,7 @@ _WHERE = {
     "push": "hub.push",
     "save_adapter": "adapter.write",
     "search_adapters": "hub.search",
-    "unload_mask": "runtime.load",
+    "unload_mask": "runtime.apply",
 }
 
 __all__ = [

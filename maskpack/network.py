@@ -38,9 +38,7 @@ PATTERNS = (
 def redact(text: str, token: str | bool | None = None, error: BaseException | None = None) -> str:
     """Return a text without the secrets in force, in plain, percent-encoded, JSON or base64 form.
 
-    Args:
-        token: the one that a call was given, beside those of the environment and of the login.
-        error: what went wrong; what its request carried is a secret as well.
+    These are the token that a call was given, those of environment and login, and what the request of an error carried.
     """
     plain = unquote(text)
     seen = "\0".join((text, plain, plain.replace("-", "+").replace("_", "/")))  # base64 has two alphabets
@@ -71,27 +69,18 @@ def _secrets(token: str | bool | None, error: BaseException | None) -> set[str]:
     found.add(getattr(_auth, "_GOOGLE_COLAB_SECRET", None))
     found |= {info.access_token for info in [*getattr(_xet, "XET_CONNECTION_INFO_CACHE", {}).values()]}
     for one in chain(error):
-        found |= _sent(one)
+        with suppress(Exception):  # most are about no request
+            response = getattr(one, "response", None)
+            request = one.request if response is None else response.request  # type: ignore[attr-defined]
+            found.add(request.headers.get("authorization", "").partition(" ")[2])
+            for url in (str(request.url), "" if response is None else response.headers.get("location", "")):
+                found |= {value for _, value in parse_qsl(urlsplit(url).query) if len(value) >= 2 * SHORTEST}
     return {text.strip() for text in found if text and len(text.strip()) >= SHORTEST}
-
-
-def _sent(error: BaseException) -> set[str]:
-    """Return the credentials of the request that an error of an HTTP library is about, and of its answer's address."""
-    found: set[str] = set()
-    with suppress(Exception):  # it may be about none
-        response = getattr(error, "response", None)
-        request = response.request if response is not None else error.request  # type: ignore[attr-defined]
-        found.add(request.headers.get("authorization", "").partition(" ")[2])
-        location = response.headers.get("location", "") if response is not None else ""
-        for url in (str(request.url), location):
-            found |= {value for _, value in parse_qsl(urlsplit(url).query) if len(value) >= 2 * SHORTEST}
-    return found
 
 
 def _forms(secret: str) -> Iterator[tuple[str, bool]]:
     """Yield the ways in which a server may repeat a secret, and whether each is base64."""
-    for text in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]}:
-        yield text, False
+    yield from ((text, False) for text in {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]})
     for shift in range(3):  # in base64 a text looks different at each place modulo 3: behind "user:", for instance
         coded = b64encode(bytes(shift) + secret.encode()).decode()
         inner = coded[(0, 2, 3)[shift] : (shift + len(secret.encode())) * 8 // 6]
@@ -101,10 +90,8 @@ def _forms(secret: str) -> Iterator[tuple[str, bool]]:
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and all that it came from, whether a traceback would show them or not."""
-    seen: list[BaseException] = []
-    left = [error]
-    while left:
-        one = left.pop()
+    seen, left = list[BaseException](), [error]
+    for one in left:
         if one is not None and one not in seen:
             seen.append(one)
             left += [one.__cause__, one.__context__]
@@ -163,11 +150,8 @@ def reach(url: str, attempts: int = 3) -> None:
     Libraries wait much longer for a silent name server, and for one address after another. A server that could not be
     reached is not tried again for FORGET seconds, so that several calls wait no longer than one.
 
-    Args:
-        attempts: how many at most; fewer where they take long.
-
     Raises:
-        UnreachableError: with the reason.
+        UnreachableError: with the reason, after so many attempts, or fewer that took long.
     """
     address = _address(url)
     if address is None:  # not for us to judge
@@ -175,13 +159,14 @@ def reach(url: str, attempts: int = 3) -> None:
     at, why = _given_up.get(address, (-FORGET, ""))
     began = time.monotonic()
     if began - at >= FORGET:
-        for wait in (*range(1, attempts), None):
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(attempt)
             why = _connect(address)
             if not why:
                 return
-            if wait is None or time.monotonic() - began > CONNECT + 1:
+            if time.monotonic() - began > CONNECT + 1:
                 break
-            time.sleep(wait)
         _given_up[address] = time.monotonic(), why
     raise UnreachableError(why, address[0])
 
@@ -197,8 +182,7 @@ def _connect(address: tuple[str, int]) -> str:
         except OSError as error:
             why.append(error.strerror or str(error) or type(error).__name__)
 
-    # a thread, since looking up a name knows no time limit
-    thread = threading.Thread(target=connect, daemon=True)
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name knows no time limit
     thread.start()
     thread.join(CONNECT)
     return why[-1]
@@ -218,10 +202,7 @@ def _address(url: str) -> tuple[str, int] | None:
 
 @contextmanager
 def library_calls(url: str | None = None) -> Iterator[bool]:
-    """Let another library ask a server; where that cannot be reached, it has its cache only.
-
-    Args:
-        url: an address of the server; None for the Hub.
+    """Let another library ask a server, by default the Hub; where it cannot be reached, the library has its cache only.
 
     Yields:
         Whether the server may be asked and can be reached.
@@ -231,21 +212,18 @@ def library_calls(url: str | None = None) -> Iterator[bool]:
     """
     from huggingface_hub import constants
 
-    away: UnreachableError | None = None
-    before = constants.HF_HUB_OFFLINE
-    if not before:
-        try:
+    before, away = constants.HF_HUB_OFFLINE, None
+    try:
+        if not before:
             reach(url or constants.ENDPOINT, attempts=1)
-        except UnreachableError as error:
-            away = error
+    except UnreachableError as error:
+        away = error
     with quietly("library"):
         constants.HF_HUB_OFFLINE = before or away is not None
         try:
             yield not constants.HF_HUB_OFFLINE
-        except MaskpackError:
-            raise
         except Exception as error:
-            if away is None:
+            if away is None or isinstance(error, MaskpackError):
                 raise
             raise UnreachableError(str(away), away.host) from error
         finally:
@@ -256,9 +234,8 @@ def library_calls(url: str | None = None) -> Iterator[bool]:
 def quietly(caller: Literal["own", "library"]) -> Iterator[None]:
     """Call the Hub's client: no lines in the log, and at most a minute of silence, in the whole process meanwhile.
 
-    Args:
-        caller: "own" for calls that we repeat ourselves: the client tries everything once in this thread. "library"
-            for other libraries' calls, which are not repeated after a timeout.
+    "own" are calls that we repeat ourselves: the client tries everything once in this thread. "library" are those of
+    other libraries, which are not repeated after a timeout.
     """
     global _running
     _watch_retries()

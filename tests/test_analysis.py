@@ -37,11 +37,13 @@ from maskpack.lab.analysis.pairs import (
     common_mistakes,
     distances,
     interpolated,
+    layer_features,
+    linear_cka,
     mask_distance,
     mistakes,
     parameter_distance,
+    similarities,
 )
-from maskpack.lab.analysis.similarity import layer_features, linear_cka, similarities
 from maskpack.lab.analysis.starts import block_order, feature_reuse, from_checkpoints, shuffle_inputs
 from maskpack.preprocess import ImagePreprocess
 from maskpack.safetensors_io import write_tensors
@@ -400,7 +402,7 @@ def test_similarities(measured: Evaluations, backbone: Backbone, digits: Data, m
         with torch.no_grad():
             features.append(model.conv1(x).mean((2, 3)))
     assert found["pairs"][0]["cka"][0] == pytest.approx(linear_cka(*features), abs=1e-5)
-    monkeypatch.setattr("maskpack.lab.analysis.similarity.predictions", None)
+    monkeypatch.setattr("maskpack.lab.analysis.pairs.predictions", None)
     assert similarities(measured, networks, names) == found, "read back"
     with pytest.raises(ConfigError, match="give at least two, got 1"):
         similarities(measured, networks[:1], names)
@@ -715,12 +717,12 @@ def test_feature_reuse(reference_of: dict[str, Any], digits: Data, tmp_path: Pat
 def test_shuffling_is_all_that_differs(reference_of: dict[str, Any], digits: Data, tmp_path: Path) -> None:
     """A run on whole images is a plain run."""
     from maskpack.backbone.load import load_backbone
-    from maskpack.lab.analysis.starts import trained_accuracy
+    from maskpack.lab.analysis.starts import Trainings
 
     given = {**reference_of, "random_weights": 5}
     config = replace(QUICK, steps=6)
     found = feature_reuse(given, digits, tmp_path / "out", config=config, blocks=(8,))
-    plain = trained_accuracy("full", load_backbone(**given), digits, config, tmp_path, "plain", None)
+    plain = Trainings(tmp_path, "full", digits, config, (0,)).train("plain", load_backbone(**given), config)
     assert found["rows"][0]["accuracy"] == plain
 
 

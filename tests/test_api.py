@@ -105,7 +105,7 @@ GOLDEN = ROOT / "tests" / "golden" / "v1"
 
 
 @pytest.mark.parametrize("words", ["inspect", "inspect --parameters --json", "verify"])
-@pytest.mark.parametrize("name", ["heads", "cascade", "density"])
+@pytest.mark.parametrize("name", ["heads", "cascade", "logit"])
 def test_reading_needs_no_torch(words: str, name: str) -> None:
     loaded = modules_after(COMMAND, *words.split(), str(GOLDEN / f"{name}.safetensors"))
     assert "maskpack.adapter.read" in loaded

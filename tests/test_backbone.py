@@ -53,11 +53,11 @@ def test_include_and_exclude_are_globs_on_dotted_names(tiny: nn.Module) -> None:
 
 
 def test_no_match_shows_the_nearest_names(tiny: nn.Module) -> None:
-    with pytest.raises(SelectionError, match=r"include 'conv3\.\*' matches none of the model's 9 .* conv"):
+    with pytest.raises(SelectionError, match=r"include 'conv3\.\*' matches none of 9 .* conv"):
         select_parameters(tiny, ["conv3.*"])
     with pytest.raises(SelectionError, match=r"exclude 'layer9' matches none"):
         select_parameters(tiny, exclude=["layer9"])
-    with pytest.raises(SelectionError, match="has no parameters; a quantised one keeps its weights in a form that"):
+    with pytest.raises(SelectionError, match="has no parameters to mask; mask a quantised model"):
         select_parameters(nn.ReLU())
     with torch.device("meta"):
         empty = nn.Linear(2, 2)
@@ -69,7 +69,7 @@ def test_no_match_shows_the_nearest_names(tiny: nn.Module) -> None:
 
 def test_weights_without_float_data_are_refused(tiny: nn.Module) -> None:
     tiny.conv1.weight = nn.Parameter(torch.zeros(8, 3, 3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(SelectionError, match=r"'conv1.weight' holds torch.int8 values and cannot be masked"):
+    with pytest.raises(SelectionError, match=r"'conv1.weight' holds torch.int8 values, and masks need floats"):
         select_parameters(tiny)
     with pytest.raises(SelectionError, match="is on the meta device and has no data"):
         select_parameters(TinyNet().to("meta"))
@@ -88,11 +88,11 @@ def test_head_is_found_or_named(tiny: nn.Module) -> None:
 def test_head_errors(tiny: nn.Module) -> None:
     with pytest.raises(UnknownNameError, match="no module 'fd' to be its head; nearest: fc"):
         find_head(tiny, "fd")
-    with pytest.raises(BackboneError, match="'conv1' is a Conv2d without a linear layer"):
+    with pytest.raises(BackboneError, match="'conv1' is a Conv2d without linear layer"):
         find_head(tiny, "conv1")
     tiny.fc = nn.Identity()
     assert find_head(tiny) == "fc"
-    with pytest.raises(BackboneError, match="does not state num_features"):
+    with pytest.raises(BackboneError, match="num_features is not stated"):
         _ = Backbone(tiny, "x", embedding=Embedding("fc")).features
     tiny.pretrained_cfg = {"classifier": ("head", "head_dist")}
     with pytest.raises(BackboneError, match=r"has 2 heads \(head, head_dist\); choose one with head=NAME"):
@@ -192,7 +192,7 @@ def test_factory_errors(tmp_path: Path) -> None:
         load_backbone(f"{path}:nett")
     with pytest.raises(BackboneError, match="returned a int, expected a torch.nn.Module"):
         load_backbone(f"{path}:number")
-    with pytest.raises(BackboneError, match="cannot read the backbone 'resnet18'; expected timm/NAME"):
+    with pytest.raises(BackboneError, match="cannot read the backbone 'resnet18'; expected timm/"):
         load_backbone("resnet18")
 
 

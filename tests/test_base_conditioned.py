@@ -51,7 +51,7 @@ def by_magnitude(model: nn.Module, seed: int = 0) -> MaskSet:
 def packed(path: Path, model: nn.Module, masks: MaskSet) -> Adapter:
     adapter = save_adapter(path, masks, fingerprint(model, id="tests:net"), profile="max", weights=model)
     chosen = [payload.coding.codec for payload in adapter.header.sets["default"].payloads]
-    assert chosen == ["adaptive-base"] * len(MASKED)
+    assert chosen == ["logit-base"] * len(MASKED)
     return adapter
 
 
@@ -122,7 +122,7 @@ def test_many_names_are_cut_short(tmp_path: Path) -> None:
     model = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(4))
     masks = MaskSet.from_tensors({name: weight.detach() > 0.01 for name, weight in model.named_parameters()})
     base = fingerprint(model, id="tests:four")
-    save_adapter(tmp_path / "a", masks, base, codec="adaptive-base", weights=model)
+    save_adapter(tmp_path / "a", masks, base, codec="logit-base", weights=model)
     shown = CliRunner().invoke(app, ["verify", str(tmp_path / "a")]).stderr
     assert "default/2.weight, … (all: --json)" in shown
 

@@ -13,9 +13,10 @@ from maskpack.backbone.load import Backbone
 from maskpack.errors import AdapterError, DataError
 from maskpack.runtime.cascade import LoadedCascade
 from maskpack.training import load_data, train_cascade
-from maskpack.training.cascade import CascadeResult, cascade_table, embed_all, fit_cascade_head, fit_whitening, routed
+from maskpack.training.cascade import CascadeResult, fit_cascade_head, fit_whitening
 from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.features import fit_probe, knn_accuracy
+from maskpack.training.evaluate import cascade_table
+from maskpack.training.features import embed_all, fit_probe, measured, routed
 
 from .helpers_models import QUICK, bits, same, tiny_net
 
@@ -119,8 +120,8 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
         if whitened:
             whitening = fit_whitening(own, D)
             own, other = whitening(own), whitening(other)
-        assert row["knn"] == knn_accuracy(own, y, other, test_y, 5)
-        assert row["probe"] == fit_probe(own, y, 5).accuracy(other, test_y)
+        assert row["knn"] == measured("knn", own, y, other, test_y, 5)["accuracy"]
+        assert row["probe"] == measured("probe", own, y, other, test_y, 5)["accuracy"]
         width = D if kind == "dispatcher" else D * (EXPERTS + 1)
         names = ["dispatcher"] if kind == "dispatcher" else list(sets)
         assert row["passes"] == {"dispatcher": 1, "conditional": 2, "unconditional": EXPERTS + 1}[kind]

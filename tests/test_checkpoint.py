@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskpack.backbone.fingerprint import fingerprint
 from maskpack.errors import StateError
 from maskpack.safetensors_io import SEAL, UNSEALED, Blob, read_tensors, write_tensors
 from maskpack.training.checkpoint import (
@@ -25,9 +24,9 @@ from maskpack.training.checkpoint import (
 )
 from maskpack.training.data.load import load_data
 from maskpack.training.learn import borrowed
-from maskpack.training.loop import Position, Run
+from maskpack.training.loop import Position
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.trainer import ObjectiveSteps, train_mask
+from maskpack.training.trainer import ObjectiveRun, train_mask
 
 from .helpers_models import QUICK_CROPS as QUICK
 from .helpers_models import dropout_net as net
@@ -42,9 +41,9 @@ def resume(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     data = replace(load_data("digits:5-9", labels_fraction=0.2, validation_fraction=0.1), test=None)
     config = replace(CONFIG, optimizer=request.param, lr=0.2)
     train_mask(backbone, data, config, output=folder)
-    base = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
     with borrowed(backbone):
-        run = Run(ObjectiveSteps(backbone, data, config), base, RunFolder({"output": folder}))
+        run = ObjectiveRun(backbone, data, config)
+        run.folder = RunFolder({"output": folder})
 
         def go_on() -> None:
             run.resume()

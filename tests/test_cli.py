@@ -95,7 +95,7 @@ def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
     result = run(*TRAIN, "--output", tmp_path / "a", "--dry-run", "--include", "convolution*")
     assert result.exit_code == 1
-    assert "include 'convolution*' matches none of the model's" in result.stderr
+    assert "include 'convolution*' matches none of " in result.stderr
 
 
 def test_settings_file_under_the_command_line(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     assert "are not the base's" in wrong.stderr
     scaled = run("pack", dense, "--from", "zeros", "--scale", *BACKBONE, "--output", tmp_path / "other")
     assert scaled.exit_code == 2
-    assert "scale is for masks that were trained with it" in scaled.stderr
+    assert "scale is for masks trained with it" in scaled.stderr
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
     assert "unknown importer 'pickle'; known: compressed-tensors, maskllm-npz, masks, prune, zeros" in unknown.stderr
     assert not (tmp_path / "other").exists()

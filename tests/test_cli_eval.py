@@ -129,7 +129,7 @@ def test_a_backbone_alone(headless: Path) -> None:
     other = ok(*DATA, *BACKBONE, "--probe", "--image-size", "16")["features"][0]
     assert other["confusion"] != row["confusion"]
     assert ok(*DATA, *BACKBONE, "--probe", "--head", "15")["features"][0] == row
-    assert "the module '14' is a Flatten without a linear layer" in run(*DATA, *BACKBONE, "--knn", "--head", 14).stderr
+    assert "a head must be linear, and '14' is a Flatten" in run(*DATA, *BACKBONE, "--knn", "--head", 14).stderr
     assert run(*DATA, *BACKBONE, "--probe").stdout.splitlines()[0] == "✓ digits_backbone:digits_cnn"
 
 
@@ -165,7 +165,7 @@ def test_splits_that_are_not_there(adapter: Path, tmp_path: Path) -> None:
     for file in tmp_path.rglob("*.png"):
         file.write_bytes(b"")
     result = run(adapter, "--data", tmp_path, *BACKBONE, "--split", "train")
-    assert "there is no example that could be read, so there are no predictions" in result.stderr
+    assert "there is no example that could be read, so there are no outputs" in result.stderr
 
 
 def test_a_head_for_fewer_classes_than_the_data_have(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_overlap_of_masks_that_need_their_base(tmp_path: Path) -> None:
     for name in ("one", "two"):
         masks = MaskSet.from_tensors({key: w.abs() > w.abs().median() for key, w in weights.items()})
         base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-        saved = save_adapter(tmp_path / name, masks, base, codec="adaptive-base", weights=backbone.model)
+        saved = save_adapter(tmp_path / name, masks, base, codec="logit-base", weights=backbone.model)
         assert saved.size < masks.total // 8
     both = [tmp_path / "one", tmp_path / "two"]
     assert "base" in refused("overlap", *both, "--output", tmp_path / "x.svg")

@@ -99,7 +99,7 @@ def test_the_tower_alone_and_random_weights(clip: Path, tmp_path: Path) -> None:
     transformers.CLIPImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path / "tower")
     alone = load_backbone(f"hf/{tmp_path / 'tower'}")
     assert fingerprint(alone.model, id="x").digests == fingerprint(whole.model, id="x").digests
-    with pytest.raises(BackboneError, match="a text head needs the text tower, and hf/tower has a vision tower only"):
+    with pytest.raises(BackboneError, match="hf/tower has a vision tower only; a text head needs"):
         text_head(alone, LABELS, TEMPLATE)
     random = load_backbone(f"hf/{clip}", random_weights=1)
     assert (random.embedding.pooling, random.features) == ("projection", 12)
@@ -164,9 +164,7 @@ def test_more_classes_than_the_tower_gets_at_a_time(clip: Path) -> None:
 
 
 def test_what_cannot_have_a_text_head(clip: Path, tiny_backbone: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(
-        BackboneError, match=r"needs a CLIP-like backbone \(hf/ and a model of type clip, siglip\), and "
-    ):
+    with pytest.raises(BackboneError, match=r"needs a backbone of type clip, siglip, which "):
         text_head(tiny_backbone, LABELS, TEMPLATE)
     with pytest.raises(
         BackboneError, match="has its head behind the projection, not at 'visual_projection'; leave out"
@@ -176,7 +174,7 @@ def test_what_cannot_have_a_text_head(clip: Path, tiny_backbone: Backbone, tmp_p
     backbone.model.config._name_or_path = str(tmp_path / "gone")
     backbone.model.name_or_path = str(tmp_path / "gone")
     with pytest.raises(
-        BackboneError, match="cannot load the text tower of hf/tiny-clip from '.*gone': .*a folder needs"
+        BackboneError, match="cannot load the text tower of hf/tiny-clip from '.*gone', which needs the whole model"
     ):
         text_head(backbone, LABELS, TEMPLATE)
 

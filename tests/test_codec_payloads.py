@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from maskpack.adapter.write import save_adapter
-from maskpack.codecs.adaptive import MAX_SIZE, Adaptive
-from maskpack.codecs.adaptive_base import AdaptiveBase
-from maskpack.codecs.base import Bits, Codec, Profile, Reader, Side, pack_unary, to_frame, unpack_unary, varint
-from maskpack.codecs.density import Density
+from maskpack.codecs.base import Bits, Codec, Profile, Reader, Side, to_frame, varint
 from maskpack.codecs.gap import Gap
+from maskpack.codecs.logit import Logit, LogitBase
 from maskpack.codecs.nm import NM
 from maskpack.errors import ConfigError, CorruptAdapterError
 from maskpack.mask import MaskSet
@@ -62,33 +60,37 @@ class TestHowSmall:
         encoder = stream.queue.RangeEncoder()
         encoder.encode(mask.reshape(-1).astype(np.int32), stream.model.Bernoulli(float(mask.mean()), perfect=False))
         reference = 4 * len(encoder.get_compressed())
-        assert size(Adaptive(), mask) < 1.01 * reference
+        assert size(Logit(), mask) < 1.01 * reference + 16
         _, payload = encode_smallest(packed(mask), Side(mask.shape), "default")
         assert len(payload) < 1.02 * reference
 
     def test_rows_and_columns_help(self) -> None:
         mask = by_rows_and_columns()
-        assert size(Density(), mask) < 0.95 * entropy(mask)
-        assert size(Adaptive(), mask) < 0.98 * size(Density(), mask)
+        assert size(Logit(), mask) < 0.93 * entropy(mask)
 
     def test_magnitude_helps_where_scores_move_with_it(self) -> None:
         classes = RNG(0).integers(0, 256, (64, 288), dtype=np.uint8)
         mask = RNG(1).random(classes.shape) >= 0.4 * ((classes & 127) / 128) ** 2
         side = Side(mask.shape, classes.reshape(-1))
-        assert size(AdaptiveBase(), mask, side) < 0.9 * size(Adaptive(), mask)
+        assert size(LogitBase(), mask, side) < 0.93 * size(Logit(), mask)
 
     def test_signs_help_where_gradients_have_low_rank(self) -> None:
         rng = RNG(2)
         classes = rng.integers(0, 256, (300, 400), dtype=np.uint8)
         lean = np.sign(rng.normal(size=(300, 1)) * rng.normal(size=(1, 400))) * np.where(classes > 127, -1, 1)
         mask = rng.random(classes.shape) >= 0.06 * (1 + 0.9 * lean)
-        assert size(AdaptiveBase(), mask, Side(mask.shape, classes.reshape(-1))) < 0.93 * size(Adaptive(), mask)
+        assert size(LogitBase(), mask, Side(mask.shape, classes.reshape(-1))) < 0.93 * size(Logit(), mask)
+
+    def test_events_in_a_kernel_attract_each_other(self) -> None:
+        rate = np.where(RNG(3).random((64, 32, 1)) < 0.2, 0.4, 0.02)
+        mask = (RNG(4).random((64, 32, 9)) >= rate).reshape(64, 32, 3, 3)
+        assert size(Logit(), mask) < 0.9 * entropy(mask)
 
     def test_a_reference_is_context(self) -> None:
         reference = RNG(3).random((100, 200)) >= 0.2
         flipped = RNG(4).random(reference.shape) < np.where(reference, 0.01, 0.3)  # most of what changes comes back
         side = Side(reference.shape, None, packed(reference))
-        assert size(Adaptive(), flipped, side) < 0.75 * size(Adaptive(), flipped)
+        assert size(Logit(), flipped, side) < 0.75 * size(Logit(), flipped)
 
     def test_two_of_four_takes_at_most_066_bits(self) -> None:
         mask = RNG(5).random((64 * 1024, 4)).argsort(1) < 2
@@ -101,14 +103,12 @@ class TestHowSmall:
 
     def test_small_masks_cost_few_bytes(self) -> None:
         ones = np.ones((64, 64), dtype=bool)
-        assert size(Density(), ones) == size(Adaptive(), ones) == 1
+        assert size(Logit(), ones) == 1
+        ones[3, 4] = False
+        assert size(Logit(), ones) <= 12
 
 
 class TestDeclining:
-    def test_density_declines_even_bits(self) -> None:
-        mask = RNG(0).random((100, 100)) < 0.5
-        assert Density().encode(packed(mask), Side(mask.shape)) is None
-
     def test_nm_declines_other_masks(self) -> None:
         for mask in (
             RNG(0).random((100, 4)) < 0.5,
@@ -122,10 +122,6 @@ class TestDeclining:
         assert NM().encode(packed(late), Side(late.shape)) is None
         wide = RNG(5).random((10, 16)).argsort(1) < 8  # 12,870 patterns
         assert NM().encode(packed(wide), Side(wide.shape)) is None
-
-    def test_adaptive_declines_great_numbers_of_columns(self) -> None:
-        side = Side((2, MAX_SIZE + 1))
-        assert Adaptive().encode(np.zeros(side.size, dtype=np.uint8), side) is None
 
     def test_asked_for_by_name_it_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(
@@ -156,13 +152,6 @@ class TestStreams:
             with pytest.raises(CorruptAdapterError, match=match):
                 Reader(payload).varint()
 
-    def test_unary(self) -> None:
-        values = np.array([0, 3, 0, 0, 9, 1])
-        assert unpack_unary(np.frombuffer(pack_unary(values), np.uint8)).tolist() == values.tolist()
-        for spoiled in (b"\x00", b"\x01\x00"):
-            with pytest.raises(CorruptAdapterError, match="unary numbers of the payload end before their last byte"):
-                unpack_unary(np.frombuffer(spoiled, np.uint8))
-
 
 class TestGap:
     side = Side((1000,))
@@ -186,74 +175,3 @@ class TestNM:
         refused(NM(), b"\x04\x02" + to_frame(b"\x24" + bytes(4), 1), self.side, "bytes up to 36 for 6 patterns")
         refused(NM(), b"\x04\x02" + to_frame(b"\x24\x06", 1), Side((3, 4)), "bytes up to 36 for 6 patterns")
         refused(NM(), b"\x04\x02" + to_frame(b"\x01\x06", 1), Side((3, 4)), "bytes up to 6 for 6 patterns")
-
-
-class TestDensity:
-    """A mask of 4 x 4 with the events 1, 6 and 15, without classes: gaps 1, 4 and 8 in width 2."""
-
-    side = Side((4, 4))
-    unary = pack_unary(np.array([0, 1, 2]))
-    good = bytes([1, 2]) + varint(len(unary)) + unary + varint(3) + bytes([0b000001])
-
-    def test_is_read_as_the_format_says(self) -> None:
-        found = np.unpackbits(Density().decode(self.good, self.side), bitorder="little")
-        assert np.flatnonzero(found).tolist() == [1, 6, 15]
-
-    def test_refuses(self) -> None:
-        def spoiled(at: int, value: int) -> bytes:
-            return self.good[:at] + bytes([value]) + self.good[at + 1 :]
-
-        refused(Density(), spoiled(0, 9), self.side, "begins with 9, expected 0 to 7")
-        refused(Density(), spoiled(0, 3), self.side, "has 3 numbers for 4 rows, 4 columns")
-        refused(Density(), self.good, Side((2,)), "has 3 numbers for 1 rows, 2 columns")
-        refused(Density(), spoiled(1, 3), self.side, r"its counts \[3\] and widths \[3\] say otherwise")
-        refused(Density(), spoiled(4, 2), self.side, r"has 3 gaps and 1 bytes of fields; its counts \[2\]")
-        refused(Density(), spoiled(5, 0b11000001), self.side, "bits after its last field")
-        refused(Density(), spoiled(5, 0b00001001), self.side, "run past the end of octave 0")
-        wide = bytes([1, 41]) + self.good[2:5] + bytes(16)
-        refused(Density(), wide, self.side, r"widths \[41\] say otherwise")
-        far = bytes([1, 40]) + self.good[2:5] + bytes(15)
-        refused(Density(), far, self.side, "run past the end of octave 0")
-
-    def test_a_great_shape_takes_no_memory_that_its_mask_does_not(self) -> None:
-        side = Side((1, 1 << 27))
-        unary = pack_unary(np.array([3]))
-        payload = bytes([1, 10]) + varint(len(unary)) + unary + varint(1) + bytes(2)
-        found = Density().decode(payload, side)
-        assert np.flatnonzero(found).tolist() == [3 * 1024 // 8]
-
-
-class TestAdaptive:
-    mask = by_rows_and_columns()
-    side = Side(mask.shape)
-    good = Adaptive().encode(packed(mask), side) or b""
-
-    def test_refuses(self) -> None:
-        refused(Adaptive(), b"\x02" + self.good[1:], self.side, "states 1 sign channels, expected at most 0")
-        base_side = Side(self.side.shape, np.zeros(self.side.count, dtype=np.uint8))
-        refused(AdaptiveBase(), b"\x09" + self.good[1:], base_side, "states 4 sign channels, expected at most 3")
-        refused(
-            Adaptive(), self.good[:2] + varint(0) + self.good[4:], self.side, "states 0 events among 120000 weights"
-        )
-        refused(Adaptive(), self.good[:2] + varint(1 << 20) + self.good[4:], self.side, "states 1048576 events among")
-        refused(Adaptive(), self.good[:4] + self.good[5:], self.side, "expected 5 and pairs")
-        refused(Adaptive(), self.good[: len(self.good) // 4 * 2 + 1], self.side, "the coded gaps end too early")
-        refused(
-            Adaptive(), self.good + b"\0\0", self.side, "2 bytes of coded gaps are left, or the last state is wrong"
-        )
-        refused(
-            Adaptive(), self.good[:100], Side((1 << 10, 1 << 20)), r"\d+ bytes of coded gaps for 1024 rows and 1048576"
-        )
-        refused(Adaptive(), self.good, Side((1, MAX_SIZE + 1)), "expected at most 1048576 of either")
-
-    def test_table(self) -> None:
-        classes = np.zeros(self.side.count, dtype=np.uint8)
-        for table in (b"", bytes(32), bytes(31), b"\1\0" * 17):
-            side = Side(self.side.shape, classes, None, table)
-            refused(AdaptiveBase(), self.good, side, rf"a table of {len(table)} bytes, expected 16 factors over zero")
-
-    def test_a_short_payload_cannot_claim_many_weights(self) -> None:
-        side = Side((1 << 14, 1 << 20))
-        refused(
-            Adaptive(), b"\1\0" + varint(1) + bytes(1000), side, "1000 bytes of coded gaps for 16384 rows and 1048576"
-        )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from maskpack.codecs import base as streams
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side
 from maskpack.codecs.choose import rivals
-from maskpack.codecs.rates import weight_classes
+from maskpack.codecs.classes import weight_classes
 from maskpack.codecs.raw import Raw
 from maskpack.codecs.zstd import SAMPLED, Zstd
 from maskpack.errors import ConfigError, CorruptAdapterError, UnknownNameError

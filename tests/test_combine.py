@@ -207,7 +207,7 @@ def test_bases_must_be_one(folder: Path, tiny: nn.Module) -> None:
 
 def test_masks_packed_with_the_base_need_it(folder: Path, tiny: nn.Module) -> None:
     kept = MaskSet.from_tensors({name: tiny.get_parameter(name).abs() > 0.05 for name in SELECT})
-    save(folder / "m", tiny, kept, codec="adaptive-base", weights=tiny)
+    save(folder / "m", tiny, kept, codec="logit-base", weights=tiny)
     said = refused("combine", "and", "./a", "./m", "--output", "out", code=1)
     assert "is packed with the weights of tiny:tiny and cannot be decoded alone; pass that model: --backbone" in said
     assert "cannot be decoded alone" in refused("diff", "./a", "./m", code=1)

@@ -53,7 +53,15 @@ MASKED = 8 * 27 + 16 * 72
 DATA = {"reference": "digits:0-4"}
 VIEWS = {"prototypes": 8, "dimension": 8, "small_crops": 0, "queue": 0, "freeze_prototypes": 1, "large_least": 0.5}
 QUICK = TrainConfig(
-    optimizer="sgd", scale=True, steps=4, batch_size=16, warmup=0.0, augment="none", objective_options=VIEWS
+    optimizer="sgd",
+    scale=True,
+    train=(),
+    bn="adapt",
+    steps=4,
+    batch_size=16,
+    warmup=0.0,
+    augment="none",
+    objective_options=VIEWS,
 )
 
 
@@ -90,6 +98,7 @@ EXPECTED = {
     "probe": (HEAD, "head"),
     "full": (BODY + HEAD, "weights"),
     "bitfit": (8 + 8 + 16 + HEAD, "weights"),
+    "norms": (2 * 8 + 2 * 16 + HEAD, "weights"),
     "lora:2": (2 * (27 + 8) + 2 * (72 + 16) + HEAD, "weights"),
     "mask": (MASKED + HEAD, "masks"),
     "self-supervised": (MASKED + HEAD, "masks"),
@@ -101,7 +110,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     events: list[Mapping[str, Any]] = []
-    rate = 0.05 if name in ("full", "bitfit", "lora:2") else 40.0  # of scores: one that changes masks
+    rate = 0.05 if name in ("full", "bitfit", "norms", "lora:2") else 40.0  # of scores: one that changes masks
     found = run(job(tmp_path, backbone, name, settings={"lr": rate}), events.append)
     trained, part = EXPECTED[name]
     assert found["trained"] == trained
@@ -485,8 +494,9 @@ def test_wrong_rows(
 
 def test_a_backbone_without_biases(backbone: dict[str, Any], tmp_path: Path) -> None:
     bare = {**backbone, "reference": str(backbone["reference"]).replace(":tiny", ":bare")}
-    with pytest.raises(ConfigError, match="has no biases, so there is no baseline 'bitfit'; leave it out"):
-        compare(bare, DATA, tmp_path, baselines=["bitfit"])
+    for name, word in (("bitfit", "biases"), ("norms", "norms")):
+        with pytest.raises(ConfigError, match=f"has no {word}, so there is no baseline '{name}'; leave it out"):
+            compare(bare, DATA, tmp_path, baselines=[name])
 
 
 def test_memory() -> None:

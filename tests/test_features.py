@@ -95,7 +95,7 @@ def test_no_place_for_a_head(tiny_backbone: Backbone, digits: Data) -> None:
     with pytest.raises(BackboneError, match=r"the head 'bn1' of tests:tiny gets inputs of the shapes \[\(64, 8, 8, 8"):
         embed(replace(tiny_backbone, embedding=Embedding("bn1")), digits.test)
     tiny_backbone.model.aux = nn.Linear(16, 2)
-    with pytest.raises(BackboneError, match=r"the head 'aux' .* shapes \[\] for a batch of 64, expected one vector"):
+    with pytest.raises(BackboneError, match=r"the head 'aux' .* shapes \[\], expected one vector for each of 64"):
         embed(replace(tiny_backbone, embedding=Embedding("aux")), digits.test)
 
 
@@ -283,7 +283,7 @@ def test_rows_that_cannot_be_read_are_the_same_on_a_hit(tiny_backbone: Backbone,
     assert torch.equal(x, cached_x)
     for file in (tmp_path / "data").rglob("*.png"):
         file.write_bytes(b"")
-    with pytest.raises(DataError, match="there is no example that could be read, so there are no features"):
+    with pytest.raises(DataError, match="there is no example that could be read, so there are no outputs"):
         embed(tiny_backbone, load_data(str(tmp_path / "data")).train)  # type: ignore[arg-type]
 
 

@@ -31,7 +31,16 @@ from .helpers_models import clip as clip
 from .helpers_models import same as same_bits
 
 MASKED = TrainConfig(
-    head_kind="masked", optimizer="sgd", lr=20.0, epochs=4, batch_size=32, augment="none", scale=True, seed=3
+    head_kind="masked",
+    optimizer="sgd",
+    lr=20.0,
+    epochs=4,
+    batch_size=32,
+    augment="none",
+    scale=True,
+    bn="adapt",
+    train=(),
+    seed=3,
 )
 
 
@@ -82,10 +91,10 @@ def test_a_masked_head_learns_and_is_stored_as_seed_and_mask(
 def test_scores_of_the_head_learn_at_the_bodys_rate_and_the_method_is_the_bodys(
     tiny_backbone: Backbone, digits: Data
 ) -> None:
-    from maskpack.training.trainer import ObjectiveSteps
+    from maskpack.training.trainer import ObjectiveRun
 
     config = replace(MASKED, method_options={"init": "2"}, lr=7.0, scale=False)
-    run = ObjectiveSteps(tiny_backbone, digits, config)
+    run = ObjectiveRun(tiny_backbone, digits, config)
     (scores,) = run.objective.scores()
     assert scores.shape == (5, 16)
     assert scores.unique().tolist() == [2.0]
@@ -206,7 +215,7 @@ def test_masks_that_a_masked_head_cannot_be_stored_with(
 
 
 def test_something_has_to_learn(tiny_backbone: Backbone, digits: Data) -> None:
-    config = TrainConfig(method="naive", head_kind="own")
+    config = TrainConfig(method="naive", head_kind="own", train=())
     said = "nothing would learn: the method 'naive' follows from the weights, and no head is trained beside it; take"
     with pytest.raises(ConfigError, match=said):
         plan_training(tiny_backbone, digits, config)
@@ -234,7 +243,7 @@ def test_settings(tiny_backbone: Backbone, digits: Data) -> None:
         config_from({"head_kind": "random"})
     with pytest.raises(ConfigError, match=r"head_template must have \{label\} in it for the class, got 'a photo'"):
         config_from({"head_template": "a photo"})
-    with pytest.raises(BackboneError, match="a text head needs a CLIP-like backbone .*tests:tiny is none; take"):
+    with pytest.raises(BackboneError, match="a text head needs a backbone of type .*tests:tiny is not"):
         plan_training(tiny_backbone, digits, TrainConfig(head_kind="text"))
 
 

@@ -103,7 +103,7 @@ def test_options_that_contradict(hub: HubServer, adapter: Path) -> None:
         push(adapter, "alice/birds@" + "a" * 40)
     with pytest.raises(ConfigError, match="create_pr opens a pull request against main; leave out the revision 'dev'"):
         push(adapter, "alice/birds@dev", create_pr=True)
-    with pytest.raises(ConfigError, match="mean nothing for the local folder"):
+    with pytest.raises(ConfigError, match="for the local folder"):
         push(adapter, "./registry", private=True)
     with pytest.raises(ConfigError, match=r"x\.safetensors is a file name; push to a folder"):
         push(adapter, "./x.safetensors")
@@ -153,7 +153,7 @@ def test_output_that_holds_something_else(hub: HubServer, tmp_path: Path) -> Non
     (tmp_path / "work").mkdir()
     for name in "abcd":
         (tmp_path / "work" / name).touch()
-    with pytest.raises(StateError, match=r"work holds other files \(a, b, c, …\) and no adapter"):
+    with pytest.raises(StateError, match=r"work holds other files, first a, and no adapter"):
         pull("alice/birds", output=tmp_path / "work")
     with pytest.raises(StateError, match="a is a file; give a folder"):
         pull("alice/birds", output=tmp_path / "work/a")
@@ -251,7 +251,7 @@ def test_cached_adapters_with_a_config_that_is_none(hub: HubServer) -> None:
 
 def test_cache_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(StateError, match=r"cannot read the Hub's cache: .*; check what HF_HOME or HF_HUB_CACHE name"):
+    with pytest.raises(StateError, match=r"cannot read the Hub's cache: .*; check HF_HOME, HF_HUB_CACHE"):
         cached_adapters(tmp_path / "cache")
 
 

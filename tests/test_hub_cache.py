@@ -166,7 +166,7 @@ def test_leftovers_in_the_cache(birds: HubServer, tmp_path: Path) -> None:
         while not (birds.requests("GET", CONTENT) and [*blobs.glob("*.incomplete")]):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        RepositoryCache(BIRDS).clear_leftovers()
+        RepositoryCache(BIRDS).mend()
         assert len([*blobs.glob("*.incomplete")]) == 1  # its process lives
         process.kill()
         process.wait()

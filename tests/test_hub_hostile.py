@@ -177,5 +177,5 @@ def test_commit_that_is_none(birds: HubServer, sha: object) -> None:
 @pytest.mark.parametrize("commit", ["a" * 40, ""])
 def test_file_of_another_commit(birds: HubServer, commit: str) -> None:
     birds.fail("lie", "HEAD", "/resolve/", times=99, change=lies.headers(X_Repo_Commit=commit))
-    with pytest.raises(HubError, match="was answered as a file of commit|does not answer like a Hub"):
+    with pytest.raises(HubError, match="came as a file of commit|does not answer like a Hub"):
         pull(BIRDS)

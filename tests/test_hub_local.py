@@ -68,5 +68,5 @@ def test_folder_as_registry(tmp_path: Path, adapter: Path, monkeypatch: pytest.M
     assert read_folder(target)[MODEL] == contents(1)[MODEL]
     (tmp_path / "work").mkdir()
     (tmp_path / "work/thesis.tex").touch()
-    with pytest.raises(StateError, match=r"holds other files \(thesis\.tex\)"):
+    with pytest.raises(StateError, match=r"holds other files, first thesis\.tex"):
         push(adapter, "./work")

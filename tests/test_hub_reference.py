@@ -45,8 +45,8 @@ def test_forms(text: str | Path, expected: Reference) -> None:
         ("name@main", "'name@main' is not a reference"),
         ("a/b/c", "'a/b/c' has too many slashes"),
         ("https://huggingface.co/user/name", "too many slashes"),
-        ("user/", "'' in 'user/' cannot be a name on the Hub"),
-        ("user/na me", "'na me' in 'user/na me' cannot be a name on the Hub"),
+        ("user/", "'user/' has '', which cannot be a name on the Hub"),
+        ("user/na me", "'user/na me' has 'na me', which cannot be a name on the Hub"),
         ("user/näme", "cannot be a name on the Hub: letters, digits"),
         ("user/name\n", "cannot be a name on the Hub"),
         ("user/-name", "cannot be a name on the Hub"),
@@ -84,7 +84,7 @@ def test_local_adapter_makes_it_ambiguous(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "user/name").mkdir(parents=True)
     assert parse_reference("user/name") == Reference("user/name")
     write_adapter(tmp_path / "user/name")
-    words = r"is ambiguous.*write \./user/name for the folder, or user/name@main for the Hub"
+    words = r"is ambiguous.*write \./user/name for the folder here, or user/name@main for the Hub"
     with pytest.raises(AdapterError, match=words):
         parse_reference("user/name")
     assert parse_reference("user/name@main") == Reference("user/name", "main")

@@ -79,7 +79,7 @@ def test_older_version(hub: HubServer, adapter: Path, key: tuple[Path, Path], ca
     old = {name: hub.file(BIRDS, name, first) for name in (*NAMES, SIGNATURE)}
     assert pull(BIRDS, require_signature=public).commit == second
     again = hub.add(BIRDS, old)
-    with pytest.raises(SignatureError, match=f"version 1 now, and version 2 was seen .*{BIRDS}@{again}"):
+    with pytest.raises(SignatureError, match=f"version 1 now, and 2 was seen .*{BIRDS}@{again}"):
         pull(BIRDS, require_signature=public)
     assert pull(BIRDS).commit == again  # nobody asked for a signature
     # what a reference names itself may be old, and does not make the newer one forgotten
@@ -116,10 +116,10 @@ def test_older_version_by_another_trusted_key(
     assert counter(hub) == 3
     pull(BIRDS, require_signature=trusted)
     hub.add(BIRDS, {name: hub.file(BIRDS, name, first) for name in (*NAMES, SIGNATURE)})
-    with pytest.raises(SignatureError, match="version 3 was seen"):
+    with pytest.raises(SignatureError, match="and 3 was seen"):
         pull(BIRDS, require_signature=trusted)
     (trusted / "new.pem").unlink()  # what a key signed that is not trusted any more does not count
-    with pytest.raises(SignatureError, match="version 2 was seen"):
+    with pytest.raises(SignatureError, match="and 2 was seen"):
         pull(BIRDS, require_signature=trusted)
 
 
@@ -249,7 +249,7 @@ def test_signature_of_the_folder_goes_with_it(hub: HubServer, adapter: Path, key
     with pytest.raises(SignatureError, match="is no signature"):
         push(adapter, BIRDS, token=WRITE_TOKEN)
     (adapter / SIGNATURE).unlink()
-    with pytest.raises(SignatureError, match="holds a signed adapter"):
+    with pytest.raises(SignatureError, match="is signed, and "):
         push(adapter, BIRDS, token=WRITE_TOKEN)
     assert counter(hub) == 4
     assert [line.split()[0] for line in hub.requests("POST", "/commit/")] == ["POST"]

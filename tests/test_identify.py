@@ -166,9 +166,9 @@ def test_what_cannot_be_asked(bank: MaskBank, tiny: nn.Module) -> None:
     x = examples(0)[0]
     with pytest.raises(ConfigError, match="how must be one-shot, binary, each, or the Profiles of tasks; got 'guess'"):
         identify(bank, x, "guess")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="there must be two adapters at least to choose from, got 1"):
+    with pytest.raises(ConfigError, match="there must be two adapters at least .*, got 1"):
         identify(bank, x, names=["task0"])
-    with pytest.raises(ConfigError, match="there must be two adapters at least to combine, got 1"):
+    with pytest.raises(ConfigError, match="there must be two adapters at least .*, got 1"):
         mixture(bank, x, names=["task0"])
     with pytest.raises(UnknownNameError, match="no adapter 'x'"):
         identify(bank, x, names=["task0", "x"])

@@ -13,8 +13,8 @@ from maskpack.backbone.load import load_backbone
 from maskpack.errors import BackboneMismatchError
 from maskpack.hub.pull import pull
 from maskpack.hub.push import push
-from maskpack.runtime.apply import restore
-from maskpack.runtime.load import load_adapter, load_mask, unload_mask
+from maskpack.runtime.apply import unload_mask
+from maskpack.runtime.load import load_adapter, load_mask
 from maskpack.training.config import TrainConfig
 from maskpack.training.data.load import load_data
 from maskpack.training.trainer import train_mask
@@ -29,7 +29,17 @@ from .helpers_models import bits, same
 def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
     backbone = load_backbone(f"timm/{name}", random_weights=0, image_size=32)
     before = bits(backbone.model)
-    config = TrainConfig(steps=3, batch_size=8, optimizer="sgd", lr=500.0, scale=True, warmup=0.0, schedule="constant")
+    config = TrainConfig(
+        steps=3,
+        batch_size=8,
+        optimizer="sgd",
+        lr=500.0,
+        scale=True,
+        train=(),
+        bn="adapt",
+        warmup=0.0,
+        schedule="constant",
+    )
     result = train_mask(backbone, load_data("digits:5-9", labels_fraction=0.1), config)
     assert same(bits(backbone.model), before)
     assert 0.5 < result.parts.masks.density < 1
@@ -77,7 +87,7 @@ def test_real_weights_and_masks(shared_data: Path, tmp_path: Path) -> None:
     assert adapter.parts().masks == masks
     before = bits(backbone.model)
     load_mask(backbone.model, tmp_path)
-    restore(backbone.model)
+    unload_mask(backbone.model)
     assert same(bits(backbone.model), before)
     test = load_data(str(shared_data / "data/cifar10")).test
     assert test is not None

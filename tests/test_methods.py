@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from maskpack.adapter.content import Parts
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.mask import PackedMask
-from maskpack.runtime.apply import apply_parts, restore
+from maskpack.runtime.apply import apply_parts, unload_mask
 from maskpack.training import attach_scores, extract_masks
 from maskpack.training.methods.base import METHODS, Method, State, alpha, build_method
 from maskpack.training.methods.topk import greatest
@@ -104,7 +104,7 @@ def test_the_adapter_computes_what_evaluation_computed(cls: type[Method], scale:
     apply_parts(model, Parts(masks, values=values))
     with torch.no_grad():
         assert torch.equal(model(x), expected)
-    restore(model)
+    unload_mask(model)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
 
 

@@ -18,12 +18,10 @@ from typer.testing import CliRunner, Result
 
 from maskpack import MaskSet, load_adapter, load_mask
 from maskpack.backbone.classifier import predictions
-from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, load_weights
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.lab import gate_figure
-from maskpack.lab.plots.masks import users
-from maskpack.lab.plots.results import over_time
+from maskpack.lab.plots.pictures import over_time, users
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.batchnorm import recalibrate
@@ -31,14 +29,13 @@ from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
-from maskpack.training.joint import HISTOGRAMS, Task, TaskSteps, train_jointly
-from maskpack.training.loop import Run
+from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
 from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
 from maskpack.training.run_folder import RunFolder
 
 from .helpers_models import StopHere, bits, same, tiny_net
 
-QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0)
+QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0, bn="adapt")
 FAST = JointConfig(weight_lr=0.01, gate_start=0.5, r1=1e-5, r2=1e-5)
 FACTORY = f"{Path(__file__).parent.parent / 'cli/maskpack_cli/digits_backbone.py'}:digits_cnn"
 
@@ -91,9 +88,8 @@ def gated(tasks: dict[str, Task], tmp_path_factory: pytest.TempPathFactory) -> t
 def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Task]) -> None:
     folder, result = gated
     backbone = tiny_net()
-    base = fingerprint(backbone.model, id="x", head=("fc",))
-    run = TaskSteps(backbone, two(tasks), QUICK, FAST, gated=True)
-    Run(run, base, RunFolder({})).train()
+    run = JointRun(backbone, two(tasks), QUICK, FAST, gated=True)
+    run.train(RunFolder({}))
     assert run.gates is not None
     soft = run.accuracies("test")
     run.gates.hard = True

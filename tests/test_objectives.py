@@ -27,7 +27,7 @@ from maskpack.training.objectives.base import OBJECTIVES, CollapseWatch, Objecti
 from maskpack.training.objectives.simcse import Simcse
 from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn, stack_views
 from maskpack.training.scores import density, detach_scores
-from maskpack.training.trainer import ObjectiveSteps, plan_training, train_mask
+from maskpack.training.trainer import ObjectiveRun, plan_training, train_mask
 
 from .helpers_cli import BACKBONE
 
@@ -99,7 +99,7 @@ def test_the_loss_of_distribution_is_that_of_the_formula(tiny_backbone: Backbone
     for strength in (0.5, 0.0):
         options = {"strength": strength, "temperature": 2.0}
         config = TrainConfig(objective="distribution", bn="freeze", objective_options=options)
-        run = ObjectiveSteps(tiny_backbone, unlabelled, config)
+        run = ObjectiveRun(tiny_backbone, unlabelled, config)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for one in run.scored:
@@ -122,7 +122,7 @@ def test_distribution_compares_with_the_network_in_evaluation_mode(tiny_backbone
     backbone = replace(tiny_backbone, embedding=Embedding("fc.1"))
     images = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = backbone.model.eval()(images).detach()
-    run = ObjectiveSteps(backbone, unlabelled, TrainConfig(objective="distribution", bn="freeze"))
+    run = ObjectiveRun(backbone, unlabelled, TrainConfig(objective="distribution", bn="freeze"))
     set_train_mode(run.module, False)
     assert unlabelled.test is not None
     assert run.objective.evaluate(unlabelled.test) == pytest.approx({"divergence": 0, "agreement": 1}, abs=1e-6)
@@ -227,7 +227,7 @@ def test_the_queue_begins_late_is_used_when_full_and_holds_the_newest_first(
 
 
 def test_prototypes_are_frozen_first_and_unit_always(tiny_backbone: Backbone, unlabelled: Data) -> None:
-    run = ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(**QUICK))
+    run = ObjectiveRun(tiny_backbone, unlabelled, TrainConfig(**QUICK))
     assert isinstance(run.objective, Swav)
     weight = run.objective.module.prototypes.weight
     kept = []
@@ -267,12 +267,12 @@ def test_views_of_images_of_any_size_and_mode(mode: str, size: tuple[int, int]) 
 
 def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
     def run(**options: Any) -> None:
-        ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": options}))
+        ObjectiveRun(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": options}))
 
     with pytest.raises(ConfigError, match="the objective 'swav' has no option 'k'; it has: prototypes, dimension"):
         run(k=1)
     with pytest.raises(ConfigError, match="the objective 'distribution' has no option 'k'; it has: strength, temperat"):
-        ObjectiveSteps(tiny_backbone, unlabelled, TrainConfig(objective="distribution", objective_options={"k": 1}))
+        ObjectiveRun(tiny_backbone, unlabelled, TrainConfig(objective="distribution", objective_options={"k": 1}))
     with pytest.raises(ConfigError, match="option 'queue' of the objective 'swav' must be of type int, got 'long'"):
         run(queue="long")
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got 0.0"):
@@ -475,12 +475,12 @@ def test_a_text_mask_without_labels(minilm: Backbone, tmp_path: Path) -> None:
     assert result.metrics["feature_rank"] > 2
     assert result.metrics["density"] < 1
     with pytest.raises(ConfigError, match="temperature must be a finite number above 0, got inf"):
-        ObjectiveSteps(minilm, data, replace(config, objective_options={"temperature": "inf"}))
+        ObjectiveRun(minilm, data, replace(config, objective_options={"temperature": "inf"}))
     headed = replace(minilm, embedding=Embedding("pooler.dense"))
     with pytest.raises(ConfigError, match="'simcse' is for encoders with a pooled embedding; .* the head 'pooler.d"):
-        ObjectiveSteps(headed, data, config)
+        ObjectiveRun(headed, data, config)
     for module in minilm.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     with pytest.raises(ConfigError, match="'simcse' needs dropout, and .* has none"):
-        ObjectiveSteps(minilm, data, config)
+        ObjectiveRun(minilm, data, config)

@@ -127,6 +127,24 @@ def test_a_new_field_is_an_option_a_key_and_a_line_of_the_page(tmp_path: Path) -
     assert "--decay" in result.stderr
 
 
+def test_a_recipe_lies_below_the_file_and_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("lr = 20.0\nbatch-size = 8\n")
+    recipe, config = ["--recipe", "source"], ["--config", str(file)]
+    for words in ([*recipe, *config], [*config, *recipe]):
+        _, (settings, _), _ = try_more(*words, "--batch-size", "16")
+        own = (settings.optimizer, settings.scale, settings.head_kind, settings.epochs, settings.adapts, settings.share)
+        assert own == ("sgd", True, "masked", 150, True, None)
+        assert (settings.lr, settings.batch_size, settings.beside) == (20.0, 16, ("none",))
+    _, (settings, _), _ = try_more()
+    assert settings == More()
+    assert (settings.share, settings.beside, settings.adapts) == (0.1, ("norms",), False)
+    _, (settings, _), _ = try_more("--train", "none", "--train", "biases")
+    assert settings.train == ("none", "biases")
+    result, _, _ = try_more("--recipe", "other")
+    assert result.exit_code == 2
+
+
 def test_a_field_without_a_text_is_an_error() -> None:
     @dataclass
     class Silent:

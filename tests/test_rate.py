@@ -27,7 +27,7 @@ from maskpack.training.data.load import load_data
 from maskpack.training.scores import extract_masks, scored_weights
 from maskpack.training.trainer import train_mask
 
-QUICK = TrainConfig(optimizer="sgd", lr=60.0, epochs=4, batch_size=32, augment="none")
+QUICK = TrainConfig(optimizer="sgd", lr=60.0, epochs=4, batch_size=32, augment="none", top=1.0, train=(), bn="adapt")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from .helpers_adapter import base_of, join_file, split_file, with_header, write
 
 READER = Path(__file__).parent.parent / "docs" / "reader.py"
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*/*.safetensors"))
-NAMED = ["raw", "zstd", "gap", "nm", "density", "adaptive", "adaptive-base"]
+NAMED = ["raw", "zstd", "gap", "nm", "logit", "logit-base"]
 SHAPES = {"linear.weight": (300, 200), "conv.weight": (16, 8, 3, 3), "bias": (97,), "wide.weight": (2, 700)}
 
 
@@ -125,11 +125,11 @@ def test_reads_larger_masks(codec: str | None, halves: bool, reader: Any, tmp_pa
             assert np.array_equal(found[name][key, "zero"], decoded[key].tensor().numpy())
 
 
-def test_sign_channels_and_references_are_among_them(tmp_path: Path) -> None:
+def test_low_rank_and_references_are_among_them(tmp_path: Path) -> None:
     sets, weights = uneven(1, False)
     path = tmp_path / "adapter.safetensors"
     parts = {name: MaskSet.from_tensors(masks) for name, masks in sets.items()}
-    save_adapter(path, parts, base_of(weights, weights=weights), codec="adaptive-base", weights=weights, profile="max")
+    save_adapter(path, parts, base_of(weights, weights=weights), codec="logit-base", weights=weights, profile="max")
     outer, section = split_file(path.read_bytes())
     firsts, referenced = set(), 0
     for name, one in json.loads(outer["__metadata__"]["maskpack"])["sets"].items():
@@ -138,7 +138,7 @@ def test_sign_channels_and_references_are_among_them(tmp_path: Path) -> None:
             firsts.add(section[at] >> 1)
             referenced += "reference" in one["codings"][coding]
             at += size
-    assert firsts >= {0, 3}
+    assert max(firsts) > 0, firsts
     assert referenced
 
 
@@ -169,7 +169,7 @@ def test_reports_damaged_digests(reader: Any, tmp_path: Path) -> None:
 
 
 def test_prints() -> None:
-    path = next(path for path in GOLDEN if path.stem == "adaptive-base")
+    path = next(path for path in GOLDEN if path.stem == "logit-base")
     words = [sys.executable, str(READER), str(path), str(base_beside(path))]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()

@@ -98,7 +98,7 @@ def test_sharded_and_source_mode(tmp_path: Path, tiny: nn.Module, weights: Path)
     model = load_masked(empty(), folder, adapter, mode="source")
     assert same(bits(model), bits(expected(weights, adapter, mode="source")))
     zeros = make_adapter(tmp_path / "b", tiny)
-    with pytest.raises(AdapterError, match="replaces no weights, so it holds no source"):
+    with pytest.raises(AdapterError, match="replaces no weights; mode='source'"):
         load_masked(empty(), weights, zeros, mode="source")
     with pytest.raises(ConfigError, match="verify must be strict, warn or off"):
         load_masked(empty(), weights, zeros, verify="never")  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def test_a_cast_after_the_mask(tmp_path: Path, tiny: nn.Module, weights: Path) -
 def test_masks_packed_with_the_base(tmp_path: Path, tiny: nn.Module, weights: Path, reads: list[str]) -> None:
     masks = MaskSet.from_tensors({n: tiny.get_parameter(n).abs() > 0.05 for n in ("conv1.weight", "conv2.weight")})
     base = fingerprint(tiny, id="tests:tiny", head=["fc"])
-    adapter = save_adapter(tmp_path / "a", masks, base, codec="adaptive-base", weights=tiny)
+    adapter = save_adapter(tmp_path / "a", masks, base, codec="logit-base", weights=tiny)
     reads.clear()
     model = load_masked(empty(), weights, adapter, dtype=torch.float16)
     assert sorted(reads) == sorted(tiny.state_dict())  # each tensor once
@@ -244,7 +244,7 @@ def test_statistics_without_a_place_leave_no_weights(tmp_path: Path, tiny: nn.Mo
     parts = Parts(random_masks(tiny), statistics={"bn9.running_mean": torch.ones(3)})
     adapter = save_adapter(tmp_path / "a", parts, fingerprint(tiny, id="tests:tiny", head=["fc"]))
     model = empty()
-    with pytest.raises(BackboneMismatchError, match=r"a tensor for 'bn9\.running_mean' .* which the model lacks"):
+    with pytest.raises(BackboneMismatchError, match=r"the model has no 'bn9\.running_mean' of shape"):
         load_masked(model, weights, adapter)
     assert on_meta(model)
 
@@ -286,9 +286,7 @@ class Buffered(TinyNet):
 def test_buffers_that_no_file_holds(tmp_path: Path, tiny: nn.Module, weights: Path) -> None:
     adapter = make_adapter(tmp_path / "a", tiny)
     model = empty(Buffered)
-    said = (
-        r"1 buffers on the meta device that no file of weights holds, first 'positions'; give them their values before"
-    )
+    said = r"1 buffers on the meta device that no file of weights holds, first 'positions'; give them values before"
     with pytest.raises(StateError, match=said):
         load_masked(model, weights, adapter)
     model.positions = torch.arange(3.0)
@@ -317,7 +315,7 @@ def test_load_mask_refuses_what_has_no_weights(tmp_path: Path, tiny: nn.Module) 
         load_mask(empty(), adapter)
     model = copy.deepcopy(tiny)
     model.bn2 = empty().bn2
-    said = r"4 of the 11 tensors of the model's body are on the meta device and have no values, first 'bn2\.bias'; load"
+    said = r"4 of the 11 tensors of the model's body are on the meta device, first 'bn2\.bias'; load"
     with pytest.raises(BackboneMismatchError, match=said):
         load_mask(model, adapter)
     with pytest.raises(BackboneMismatchError, match=said):

@@ -343,7 +343,7 @@ def barrier(
 def similarity(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, per: Per = "block") -> None:
     """Compare every two networks: linear CKA layer by layer, distance of parameters, of masks also in bits."""
     evaluations, networks, initial = measured.open(refs, base, trust)
-    from maskpack.lab.analysis.similarity import LEAST
+    from maskpack.lab.analysis.pairs import LEAST
 
     groups = lab.grouped(evaluations.module, per)
     with progress_bar("comparing") as moved:
@@ -446,7 +446,7 @@ def overlap(refs: Refs, base: PackedBase, token: Token = None) -> "Figure":
 @picture("features ./many/flowers ./many/digits --output features.svg")
 def features(refs: Refs, base: PackedBase, token: Token = None) -> "Figure":
     """How many of several tasks use each weight, layer by layer: what is shared, and what is a task's own."""
-    from maskpack.lab.plots.masks import users
+    from maskpack.lab.plots.pictures import users
 
     return lab.feature_figure(users(_masks(refs, base, token)))
 

@@ -29,7 +29,7 @@ from typer.models import ParameterInfo
 import maskpack
 from maskpack import training
 from maskpack.errors import BackboneError, ConfigError
-from maskpack.training.config import Bytes, read_config
+from maskpack.training.config import RECIPES, Bytes, read_config
 
 from .console import Output, quiet_libraries
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # which may not stand in a settings file: they are of a call, not of a run
-OF_A_CALL = ("config", "tasks", "resume", "dry_run", "as_json", "quiet")
+OF_A_CALL = ("config", "recipe", "tasks", "resume", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
 
 
@@ -165,8 +165,8 @@ def _option(
         kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
     elif get_origin(kind) is Mapping:
         kind, info = list[str], typer.Option(flag, metavar="KEY=VALUE")
-    elif get_origin(kind) is tuple:
-        kind = list[get_args(kind)[0]]  # type: ignore[misc]
+    elif several := next((one for one in (kind, *get_args(kind)) if get_origin(one) is tuple), None):
+        kind = list[get_args(several)[0]]  # type: ignore[misc]
     if info is None:
         plus = kind is bool and negatable and name not in OF_A_CALL and not name.startswith("no_")
         info = typer.Option(f"{flag}/--no-{flag[2:]}" if plus else flag)
@@ -194,6 +194,8 @@ def _value(option: str, kind: Any, value: Any) -> Any:
     """Return what an option got as a value of its type."""
     if get_origin(kind) is tuple:
         return tuple(value or ())
+    if any(get_origin(one) is tuple for one in get_args(kind)):
+        return tuple(value) if value else None
     if get_origin(kind) is not Mapping:
         return value
     pairs = [one.partition("=") for one in value or ()]
@@ -208,21 +210,37 @@ def read_settings(ctx: typer.Context, parameter: typer.CallbackParam, file: Path
     A file of tasks has tables [[task]] too.
     """
     stored = {} if file is None or ctx.resilient_parsing else read_config(file)
-    known = {one.name: one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+    known = _storable(ctx)
     tables = ["task"] if parameter.name == "tasks" else []
-    ctx.default_map = {}
-    for key, value in stored.items():
-        if key in tables:
-            continue
-        if key not in known:
-            names = [*(f"the tables [[{one}]]" for one in tables), *(str(one).replace("_", "-") for one in known)]
+    for key in stored:
+        if key not in known and key not in tables:
+            names = [*(f"the tables [[{one}]]" for one in tables), *(one.replace("_", "-") for one in known)]
             raise ConfigError(f"{file} has the setting {key!r}, which cannot stand there; known: {', '.join(names)}")
-        values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
-        # as it would be written on the command line
-        texts = [str(one) for one in values] if isinstance(values, list) else [str(values)]
-        flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
-        ctx.default_map[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+    ctx.default_map = {**(ctx.default_map or {}), **_as_texts(stored, known)}
     return file
+
+
+def take_recipe(ctx: typer.Context, name: str) -> str:
+    """Callback of --recipe: let its settings stand for the options that file and command line leave open."""
+    ctx.default_map = {**_as_texts(RECIPES[name], _storable(ctx)), **(ctx.default_map or {})}
+    return name
+
+
+def _storable(ctx: typer.Context) -> dict[str, Any]:
+    """Return the parameters of a verb that may stand in a settings file, by name."""
+    return {str(one.name): one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+
+
+def _as_texts(stored: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings among known parameters, as they would be written on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in stored.items():
+        if key in known:
+            values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
+            texts = [str(one) for one in values] if isinstance(values, list | tuple) else [str(values)]
+            flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
+            found[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+    return found
 
 
 def read_size(text: Any) -> int:
@@ -444,3 +462,8 @@ class Folder:
         "TOML file with these options as keys; the command line overrides it.",
         typer.Option(callback=read_settings, is_eager=True),
     ] = None
+    recipe: Annotated[
+        Literal["default", "source"],
+        "default, or source: the settings of Self-Masking Networks as published; file and command line override them.",
+        typer.Option(callback=take_recipe, is_eager=True),
+    ] = "default"

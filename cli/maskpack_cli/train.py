@@ -162,7 +162,8 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
     facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
-    emit({**facts, "file_bytes": adapter.size}, f"✓ {run.output}")
+    warnings = (result.about.training or {}).get("warnings", [])
+    emit({**facts, "file_bytes": adapter.size, "warnings": warnings}, f"✓ {run.output}")
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
@@ -203,12 +204,12 @@ def train_experts(
 
     The options of `maskpack train` hold for the dispatcher and for every expert.
     """
-    from maskpack.training.cascade import DISPATCHER, check_cascade, fit_cascade_head
-    from maskpack.training.run_folder import check_untaken
+    from maskpack.training.cascade import check_cascade, fit_cascade_head
+    from maskpack.training.run_folder import check_parts
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_untaken(folder / DISPATCHER, run.resume)
+    check_parts(folder, run.resume)
     loaded, read = load_inputs(backbone, data, rows, settings, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
     plan = planned(loaded, read, settings)
@@ -248,8 +249,8 @@ def evaluate_cascade(
     batch_size: BatchSize = 64,
 ) -> None:
     """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
-    from maskpack.training.cascade import cascade_table
     from maskpack.training.data.load import LABELS_SEED
+    from maskpack.training.evaluate import cascade_table
 
     from .use import on_gpu
 
@@ -308,13 +309,13 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     The options of `maskpack train` hold for every run.
     """
     from maskpack.training.evaluate import markdown, transfer_table
-    from maskpack.training.run_folder import write_json
-    from maskpack.training.transfer import SOURCE_FILE, check_output, check_transfer
+    from maskpack.training.run_folder import check_parts, write_json
+    from maskpack.training.transfer import RUNS, SOURCE_FILE, check_transfer
 
     run.check(settings)
     output, trained = run.output, carried.source_trained
     start: Start = carried.start or ("source-end" if trained else "source-start")
-    check_output(output, run.resume)
+    check_parts(output / RUNS, run.resume)
     loaded, source = load_inputs(backbone, carried.source, rows, settings)
     note(f"Loading {carried.target} …")
     target = rows.load(carried.target, seed=settings.seed)

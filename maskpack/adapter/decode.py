@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
 from ..codecs.base import CODECS, Bits, Codec, Side, place, plausible
-from ..codecs.rates import weight_classes
+from ..codecs.classes import weight_classes
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order

@@ -1,6 +1,6 @@
 """From inputs to embeddings and logits: a model with a linear head in it or behind it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,20 +14,25 @@ Inputs = Tensor | dict[str, Tensor]  # images, or a tokenizer's tensors by name
 Batch = tuple[Inputs, Tensor]  # with the labels
 
 
+def batch_of(inputs: Tensor | Mapping[str, Tensor]) -> Inputs:
+    """Return a batch as models take it; what a tokenizer returns is a mapping, but no dictionary."""
+    if not isinstance(inputs, Tensor | Mapping):
+        raise DataError(f"expected a preprocessed batch, a tensor or tensors by name; got {type(inputs).__name__}")
+    return inputs if isinstance(inputs, Tensor) else dict(inputs)
+
+
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """Move inputs to a device."""
     if isinstance(inputs, dict):
         return {name: tensor.to(device) for name, tensor in inputs.items()}
     return inputs.to(device)
 
 
 def example_count(inputs: Inputs) -> int:
-    """Return the number of examples."""
     return len(inputs) if isinstance(inputs, Tensor) else len(next(iter(inputs.values()), ()))
 
 
 def taken(inputs: Inputs, rows: Tensor) -> Inputs:
-    """Return the given rows."""
+    """Return some rows of a batch."""
     if isinstance(inputs, dict):
         return {name: tensor[rows.to(tensor.device)] for name, tensor in inputs.items()}
     return inputs[rows.to(inputs.device)]
@@ -90,7 +95,6 @@ class Classifier(nn.Module):
 
 
 def linear_from(head: Head) -> nn.Linear:
-    """Return a layer with the head's tensors, float32 on the CPU."""
     linear = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=head.bias is not None)
     with torch.no_grad():
         linear.weight.copy_(head.weight)
@@ -110,71 +114,63 @@ def classifier_from(model: nn.Module, head: Head) -> Classifier:
     return Classifier(model, linear, head.embedding)
 
 
-@torch.no_grad()
 def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Return the embeddings, (N, D) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode.
 
     Masks that are loaded act. The head may be any module at its place, also an `nn.Identity`.
-
-    Raises:
-        BackboneError: if the backbone has no place for a head, or the head gets no vector for each example.
-        DataError: if there is no batch.
     """
-    model, head = backbone.model, backbone.head
+    model, head, seen = backbone.model, backbone.head, list[Tensor]()
     if backbone.embedding == Embedding():
         raise BackboneError(f"the backbone {backbone.id} has no head whose input could be read; name it with head=NAME")
-    example = next(model.parameters())
-    collected: list[Tensor] = []
-    labels: list[Tensor] = []
+    if head is None:
+        return _collected(model, batches, lambda inputs: encode(model, inputs, backbone.embedding))
+    dtype = next(model.parameters()).dtype
 
-    def collect(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        collected.append(args[0].float().cpu())
+    def embed(inputs: Inputs) -> Tensor:
+        seen.clear()
+        if isinstance(inputs, Tensor):
+            model(inputs.to(dtype))
+        else:
+            model(**inputs)
+        found = [tuple(x.shape) for x in seen]
+        if len(found) != 1 or len(found[0]) != 2 or found[0][0] != example_count(inputs):
+            raise BackboneError(
+                f"the head {head!r} of {backbone.id} gets inputs of the shapes {found}, expected one vector for each "
+                f"of {example_count(inputs)} examples; name another module as the head"
+            )
+        return seen[0]
 
-    hook = None if head is None else unwrap(model).get_submodule(head).register_forward_pre_hook(collect)
+    hook = unwrap(model).get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        with modes_kept(model):
-            model.eval()
-            for given, y in batches:
-                inputs = to_device(given, example.device)
-                if head is None:
-                    collected.append(encode(model, inputs, backbone.embedding).float().cpu())
-                elif isinstance(inputs, Tensor):
-                    model(inputs.to(example.dtype))
-                else:
-                    model(**inputs)
-                found = [tuple(x.shape) for x in collected[len(labels) :]]
-                labels.append(y)
-                if len(found) != 1 or len(found[0]) != 2 or found[0][0] != len(y):
-                    raise BackboneError(
-                        f"the head {head!r} of {backbone.id} gets inputs of the shapes {found} for a batch of "
-                        f"{len(y)}, expected one vector for each example; name another module as the head"
-                    )
+        return _collected(model, batches, embed)
     finally:
-        if hook is not None:
-            hook.remove()
-    if not labels:
-        raise DataError("there is no example that could be read, so there are no features")
-    return torch.cat(collected), torch.cat(labels)
+        hook.remove()
+
+
+def embed_batch(model: nn.Module, embedding: Embedding, inputs: Inputs) -> Tensor:
+    """Return the embeddings of one batch, (B, D) float32 on the CPU, in evaluation mode."""
+    backbone = Backbone(model, "the model", embedding=embedding)
+    return embeddings(backbone, [(inputs, torch.zeros(example_count(inputs)))])[0]
+
+
+def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Return the logits, (N, classes) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode."""
+    return _collected(classifier, batches, classifier)
 
 
 @torch.no_grad()
-def predictions(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Return the logits, (N, classes) float32 on the CPU, and the labels, (N,), of all batches, in evaluation mode.
-
-    Raises:
-        DataError: if there is no batch.
-    """
-    device = next(classifier.parameters()).device
-    logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    with modes_kept(classifier):
-        classifier.eval()
+def _collected(
+    module: nn.Module, batches: Iterable[Batch], compute: Callable[[Inputs], Tensor]
+) -> tuple[Tensor, Tensor]:
+    device, found, labels = next(module.parameters()).device, list[Tensor](), list[Tensor]()
+    with modes_kept(module):
+        module.eval()
         for inputs, y in batches:
-            logits.append(classifier(to_device(inputs, device)).float().cpu())
+            found.append(compute(to_device(inputs, device)).float().cpu())
             labels.append(y)
     if not labels:
-        raise DataError("there is no example that could be read, so there are no predictions")
-    return torch.cat(logits), torch.cat(labels)
+        raise DataError("there is no example that could be read, so there are no outputs")
+    return torch.cat(found), torch.cat(labels)
 
 
 def accuracy(classifier: nn.Module, batches: Iterable[Batch]) -> tuple[float, int]:

@@ -23,22 +23,20 @@ PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
 def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     """Return the BLAKE3 of a tensor's row-major little-endian bytes after a cast to `dtype`; devices do not matter."""
-    flat = tensor.detach().reshape(-1)
-    whole = blake3()
+    flat, whole = tensor.detach().reshape(-1), blake3()
+    pieces: Iterable[Tensor] = (_bytes(piece.cpu().to(dtype)) for piece in torch.split(flat, PIECE // dtype.itemsize))
     if flat.is_cuda:
-        for piece in _copied(flat, dtype):
-            whole.update(piece.numpy().data)
+        pieces = _copied(flat, dtype)
     elif flat.dtype == dtype:
-        whole.update(_bytes(flat.cpu()).numpy().data)
-    else:
-        for piece in _split(flat, PIECE // dtype.itemsize):
-            whole.update(_bytes(piece.cpu().to(dtype)).numpy().data)
+        pieces = [_bytes(flat.cpu())]
+    for piece in pieces:
+        whole.update(piece.numpy().data)
     return whole.digest()
 
 
 def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the bytes of a CUDA tensor in pieces, valid until the next; while one is hashed, the next is copied."""
-    pieces = _split(flat, PIECE // dtype.itemsize)
+    pieces = torch.split(flat, PIECE // dtype.itemsize)
     buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in pieces[:2]]
     stream = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(flat.device))
@@ -58,10 +56,6 @@ def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield target
 
 
-def _split(flat: Tensor, size: int) -> list[Tensor]:
-    return [flat[start : start + size] for start in range(0, len(flat), size)]
-
-
 def _bytes(flat: Tensor) -> Tensor:
     return flat.contiguous().view(torch.uint8)
 
@@ -72,7 +66,7 @@ class Stamp:
 
     Attributes:
         storage: its memory, by a weak reference, whose identity no other memory gets while it exists.
-        layout: dtype, shape, stride, offset. version: PyTorch's count of writes.
+        version: PyTorch's count of writes.
         total: sum of the bytes as 64-bit words, which shows writes that PyTorch does not count: through `.data`, or by
             a fused optimiser.
     """
@@ -87,8 +81,7 @@ def stamp(tensor: Tensor) -> Stamp | None:
     """Return a tensor's stamp, or None for an inference tensor, whose writes are not counted."""
     if tensor.is_inference():
         return None
-    layout = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-    version = tensor._version
+    layout, version = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()), tensor._version
     data = _bytes(tensor.detach().reshape(-1))
     if data.storage_offset() % 8:
         data = data.clone()
@@ -96,8 +89,7 @@ def stamp(tensor: Tensor) -> Stamp | None:
     words = data[:whole].view(torch.int64)
     # numpy sums in this thread; PyTorch would wake threads that are busy elsewhere
     total = int(words.numpy().sum() if words.is_cpu else words.sum()) + int(data[whole:].sum())
-    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    return Stamp(storage, layout, version, total)
+    return Stamp(StorageWeakRef(tensor.untyped_storage()), layout, version, total)  # type: ignore[no-untyped-call]
 
 
 def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
@@ -166,7 +158,6 @@ def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
 
 
 def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result]) -> dict[str, Result]:
-    """Return the result of `work` for each name and tensor, in threads on the CPU."""
     # the largest first, so that it is not waited for alone
     items = sorted(tensors.items(), key=lambda item: -item[1].numel())
     workers = None if all(tensor.is_cpu for tensor in tensors.values()) else 1
@@ -174,12 +165,12 @@ def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result
     return {name: one for (name, _), one in zip(items, found, strict=True)}
 
 
-def _with_data(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, or raise BackboneMismatchError if one is on the meta device."""
+def _body_with_data(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
+    tensors = body(model, head)
     if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise BackboneMismatchError(
-            f"{len(on_meta)} of the {len(tensors)} tensors of the model's body are on the meta device and have no "
-            f"values, first {on_meta[0]!r}; load the weights first, or use load_masked(model, weights, ref)"
+            f"{len(on_meta)} of the {len(tensors)} tensors of the model's body are on the meta device, first "
+            f"{on_meta[0]!r}; load the weights first, or use load_masked(model, weights, ref)"
         )
     return tensors
 
@@ -199,21 +190,16 @@ def compared_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head: Iterable[str] = ()) -> Fingerprint:
-    """Take the fingerprint of a model's body.
+    """Take the fingerprint of a model's body, without the modules of `head`.
 
-    Args:
-        id: where the weights come from, as in "timm/resnet18.a1_in1k"; never a path.
-        revision: Hub commit or torchvision weights enum, if known.
-        head: names of modules that do not belong to the body.
+    `id` says where the weights come from, as in "timm/resnet18.a1_in1k", never a path; `revision` is a Hub commit or a
+    weights enum of torchvision.
     """
     head = tuple(sorted(head))
-    tensors = _with_data(body(model, head))
-    digests: dict[str, str] = {}
-    prefixes: dict[str, bytes] = dict.fromkeys(tensors, b"")
-    for name in CASTS:
-        each = tensor_digests(tensors, getattr(torch, name))
-        digests[name] = _body_digest(tensors, each)
-        prefixes = {tensor: prefix + each[tensor][:PREFIX] for tensor, prefix in prefixes.items()}
+    tensors = _body_with_data(model, head)
+    each = {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+    digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
+    prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
 
 
@@ -225,11 +211,14 @@ def same_digest(digest: bytes, expected: Fingerprint, name: str, dtype: torch.dt
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Digests of a model's body in the dtype in which it is compared: of all, and of each tensor by name."""
+    """A model's body, which may be on the meta device, and the digests of its tensors in its `compared_dtype`."""
 
-    dtype: torch.dtype
-    digest: str
-    tensors: Mapping[str, bytes]
+    body: Mapping[str, Tensor]
+    digests: Mapping[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        return _body_digest(self.body, self.digests)
 
 
 # of the last measurement, by model and tensor name: stamp, dtype of the cast, digest
@@ -239,7 +228,7 @@ _MEASURED = weakref.WeakKeyDictionary()
 
 def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
     """Measure a model's body; a tensor with the stamp of the last measurement is not hashed again."""
-    tensors = _with_data(body(model, head))
+    tensors = _body_with_data(model, head)
     dtype = compared_dtype(tensors.values())
     known = _MEASURED.setdefault(unwrap(model), {})
 
@@ -251,8 +240,7 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    each = {name: digest for name, (_, _, digest) in found.items()}
-    return Measured(dtype, _body_digest(tensors, each), each)
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()})
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -267,25 +255,14 @@ def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
 def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
     """Compare a model's body with the fingerprint of an adapter's base, and return the dtype in which they agree.
 
-    Raises:
-        BackboneMismatchError: if they differ; the message says how many masked tensors differ and which is first.
+    If they differ, a BackboneMismatchError says how many masked tensors do, and which is first.
     """
     return check_measured(measure_body(model, expected.head), expected)
 
 
-def check_digests(tensors: Mapping[str, Tensor], each: Mapping[str, bytes], expected: Fingerprint) -> str:
-    """As `check_fingerprint`, by digests that were taken before.
-
-    Args:
-        tensors: the body, for names, dtypes and shapes; may be on the meta device.
-        each: `tensor_digest` in the dtype of `compared_dtype(tensors.values())` by name.
-    """
-    return check_measured(Measured(compared_dtype(tensors.values()), _body_digest(tensors, each), each), expected)
-
-
 def check_measured(found: Measured, expected: Fingerprint) -> str:
     """As `check_fingerprint`, of a body that was measured with the same head."""
-    dtype, each = found.dtype, found.tensors
+    dtype, each = compared_dtype(found.body.values()), found.digests
     if found.digest == expected.digests[_name(dtype)]:
         return _name(dtype)
     masked = sorted(expected.tensors)
@@ -298,7 +275,6 @@ def check_measured(found: Measured, expected: Fingerprint) -> str:
 
 
 def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMismatchError:
-    """Return the error for a body that is not an adapter's base."""
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "

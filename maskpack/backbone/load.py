@@ -14,27 +14,9 @@ from torch import Tensor, nn
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
-from ..preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LARGEST,
-    ImagePreprocess,
-    Interpolation,
-    Preprocess,
-    TextPreprocess,
-)
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
 from ..safetensors_io import read_tensors, write_tensors
-from .model import (
-    Embedding,
-    Head,
-    aliases,
-    canonical,
-    find_head,
-    named_buffers,
-    named_parameters,
-    swap_module,
-    unwrap,
-)
+from .model import Embedding, Head, aliases, canonical, find_head, named_buffers, named_parameters, swap_module, unwrap
 from .random_weights import PREFIX, parse_random, random_values
 
 Task = Literal["image-classification", "text-classification"]
@@ -49,8 +31,7 @@ class Backbone:
         id: where it comes from, as in "timm/resnet18.a1_in1k"; never a path.
         revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
         embedding: the input of its head, or an encoder's pooled output; `Embedding()` if it has no head.
-        preprocess: what the model expects of its inputs.
-        tokenizer: of a text backbone, else None.
+        preprocess: what the model expects of its inputs. tokenizer: of a text backbone, else None.
     """
 
     model: nn.Module
@@ -81,18 +62,14 @@ class Backbone:
 
     @property
     def features(self) -> int:
-        """Number of features that go into the head.
-
-        Raises:
-            BackboneError: if there is no head, or it was removed and the model does not state its `num_features`.
-        """
+        """Number of features that go into the head; BackboneError if it is not known."""
         if self.linear is not None:
             return self.linear.in_features
         if self.head is not None:
             stated = getattr(unwrap(self.model), "num_features", None)
             if not isinstance(stated, int):
                 raise BackboneError(
-                    f"the head {self.head!r} was removed and the model does not state num_features; load it whole"
+                    f"the head {self.head!r} was removed and num_features is not stated; load the whole model"
                 )
             return stated
         if self.embedding.pooling is None:
@@ -106,9 +83,6 @@ def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str]
     """Write a model's state dict as a safetensors file, and return the number of tensors.
 
     Tied tensors are written under each of their names, so that the file loads strictly.
-
-    Raises:
-        StateError: if the file cannot be written.
     """
     state = unwrap(model).state_dict()
     tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
@@ -120,15 +94,9 @@ COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is com
 
 
 def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
-    """Load a safetensors state dict into a model, strictly.
+    """Load a safetensors state dict into a model, strictly; its head may have other classes in the file.
 
-    Args:
-        path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
-        head: dotted name of the model's head, which may have other classes in the file.
-
-    Raises:
-        BackboneError: if names or shapes differ; the message shows the first of them.
-        DataError: if the file cannot be used.
+    `path` is a file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
     """
     load_tensors(model, read_tensors(path), path, head)
 
@@ -145,16 +113,10 @@ def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
 
 
 def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> dict[str, str]:
-    """Map each canonical name of a model's state dict to the tensor of a file that it is loaded from.
+    """Map each canonical name of a model's state dict to the tensor of a file, of these shapes, that it is loaded from.
 
     A tied tensor may have one of its names in the file, as Hugging Face writes it. The counters of BatchNorm may be
-    missing, as in files of old PyTorch; they stay.
-
-    Args:
-        shapes: of the tensors of the file. path: its name in messages.
-
-    Raises:
-        BackboneError: if names or shapes differ; the message shows the first of them.
+    missing, as in files of old PyTorch; they stay. Raises BackboneError if names or shapes differ.
     """
     own = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
     first = aliases(model)
@@ -172,8 +134,8 @@ def sources(model: nn.Module, shapes: Mapping[str, Shape], path: str | Path) -> 
     ]
     if missing or unexpected or other:
         raise BackboneError(
-            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, {len(other)} of another shape {other[:3]}"
+            f"the weights in {path} do not fit the model: {len(missing)} missing {missing[:3]}, {len(unexpected)} "
+            f"unexpected {unexpected[:3]}, {len(other)} of another shape {other[:3]}"
         )
     return found
 
@@ -212,7 +174,7 @@ def randomize(model: nn.Module, kind: str, seed: int) -> None:
 
 # CLIP-like models by type: the vision tower whose output has the image's embedding in the space of the texts'
 TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
-RESAMPLING: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+RESAMPLING: dict[int, Any] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
@@ -227,13 +189,11 @@ def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
         except TypeError:
             model = timm.create_model(name, pretrained=pretrained)
     config = timm.data.resolve_model_data_config(model)
-    size = image_size or config["input_size"][-1]
-    resize = size if image_size else round(size / config["crop_pct"])
-    stated = getattr(model, "pretrained_cfg", None) or {}
+    size, stated = config["input_size"][-1], getattr(model, "pretrained_cfg", None) or {}
     full = f"{stated.get('architecture', name)}.{stated['tag']}" if pretrained and stated.get("tag") else name
     interpolation: Any = config["interpolation"] if config["interpolation"] in ("nearest", "bicubic") else "bilinear"
-    preprocess = ImagePreprocess(size, resize, interpolation, tuple(config["mean"]), tuple(config["std"]))
-    return Backbone(model, f"timm/{full}", preprocess=preprocess)
+    resize, mean, std = round(size / config["crop_pct"]), tuple(config["mean"]), tuple(config["std"])
+    return Backbone(model, f"timm/{full}", preprocess=ImagePreprocess(size, resize, interpolation, mean, std))
 
 
 def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbone:
@@ -246,11 +206,11 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbon
         raise UnknownNameError(f"torchvision's {name} has no weights {enum!r}; known: {', '.join(known.__members__)}")
     weights = known[enum] if enum else known.DEFAULT
     stated = weights.transforms()
-    size, resize = (image_size, image_size) if image_size else (stated.crop_size[0], stated.resize_size[0])
-    preprocess = ImagePreprocess(size, resize, stated.interpolation.value, tuple(stated.mean), tuple(stated.std))
+    size, resize, mean, std = stated.crop_size[0], stated.resize_size[0], tuple(stated.mean), tuple(stated.std)
     if pretrained and not Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name).exists():
         reach(weights.url)  # torch would wait for minutes
     model = models.get_model(name, weights=weights if pretrained else None)
+    preprocess = ImagePreprocess(size, resize, stated.interpolation.value, mean, std)
     return Backbone(model, f"torchvision/{name}", weights.name if pretrained else None, preprocess=preprocess)
 
 
@@ -281,8 +241,9 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         if vision:
             processor = transformers.AutoImageProcessor.from_pretrained(repo, **options)
             embedding = Embedding(None, "projection", True) if tower else Embedding()
-            preprocess = _stated_preprocess(processor, image_size)
-            return Backbone(model, id_, commit, embedding=embedding, preprocess=preprocess)
+            return Backbone(
+                model, id_, commit, embedding=embedding, preprocess=_stated_preprocess(processor, image_size)
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
         tokens = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
         embedding = Embedding(None, "mean", True)
@@ -290,7 +251,6 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
 
 
 def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
-    """Return the preprocessing of a transformers image processor; `image_size` in pixels replaces its sizes."""
     resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
     crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
     mean, std = tuple(processor.image_mean or IMAGENET_MEAN), tuple(processor.image_std or IMAGENET_STD)
@@ -315,10 +275,7 @@ def _python_file(reference: str, pretrained: bool, image_size: int | None) -> Ba
     model = make()
     if not isinstance(model, nn.Module):
         raise BackboneError(f"{path.name}:{name} returned a {type(model).__name__}, expected a torch.nn.Module")
-    preprocess = ImagePreprocess(**getattr(module, "PREPROCESS", {}))
-    if image_size:
-        preprocess = replace(preprocess, size=image_size, resize=image_size)
-    return Backbone(model, f"{path.stem}:{name}", preprocess=preprocess)
+    return Backbone(model, f"{path.stem}:{name}", preprocess=ImagePreprocess(**getattr(module, "PREPROCESS", {})))
 
 
 Loader = Callable[[str, bool, int | None], Backbone]  # of name, pretrained, image size in pixels
@@ -332,8 +289,8 @@ def _loader(reference: str) -> tuple[Loader, str]:
         return _python_file, reference
     if kind not in LOADERS or not name:
         raise BackboneError(
-            f"cannot read the backbone {reference!r}; expected timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or "
-            f"PATH.py:FUNCTION"
+            f"cannot read the backbone {reference!r}; expected timm/, torchvision/ or hf/ and a name, or "
+            "PATH.py:FUNCTION"
         )
     return LOADERS[kind], name
 
@@ -349,7 +306,7 @@ def load_backbone(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Backbone:
-    """Load a backbone in evaluation mode.
+    """Load a backbone in evaluation mode; BackboneError if it cannot be loaded.
 
     Args:
         reference: `timm/NAME`, `torchvision/NAME[@WEIGHTS]`, `hf/REPO[@REVISION]`, `hf/FOLDER` or `PATH.py:FUNCTION`,
@@ -359,12 +316,7 @@ def load_backbone(
         random_weights: in place of the pretrained weights: a seed for the library's own initialisation, or
             "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
         head: dotted name of the head, if it cannot be found.
-        image_size: pixels, in place of the backbone's own.
-        mean, std: normalisation per channel, in place of the backbone's own.
-
-    Raises:
-        BackboneError: if it cannot be loaded. UnknownNameError: if there is no such model or module.
-        MissingDependencyError: if the library that has it is not installed.
+        image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
     """
     if image_size is not None and not 1 <= image_size <= LARGEST:
         raise ConfigError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
@@ -387,13 +339,16 @@ def load_backbone(
         except Exception as error:
             raise BackboneError(
                 f"cannot load the backbone {reference!r}: {type(error).__name__}: {' '.join(str(error).split())}; if "
-                f"its weights cannot be downloaded, give them with --weights FILE.safetensors"
+                "its weights cannot be downloaded, give them with --weights FILE.safetensors"
             ) from error
     if kind:
         randomize(backbone.model, kind, seed)
         backbone = replace(backbone, revision=f"{PREFIX}{kind}:{seed}")
     if isinstance(stated := backbone.preprocess, ImagePreprocess):
-        preprocess = replace(stated, mean=tuple(mean or stated.mean), std=tuple(std or stated.std))
+        size, resize = image_size or stated.size, image_size or stated.resize
+        preprocess = ImagePreprocess(
+            size, resize, stated.interpolation, tuple(mean or stated.mean), tuple(std or stated.std)
+        )
         backbone = replace(backbone, preprocess=preprocess)
     if backbone.embedding.pooling == "projection" and head is not None:
         raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
@@ -413,38 +368,26 @@ def text_head(backbone: Backbone, class_names: Sequence[str], template: str) -> 
     """Return the zero-shot head of a CLIP-like model (https://arxiv.org/abs/2103.00020, section 3.1).
 
     Its weight is the normalised text embedding of each class times exp(logit_scale). The text tower is loaded from
-    where the backbone's model came from, and not kept.
-
-    Args:
-        template: text in which `{label}` stands for the class name.
-
-    Raises:
-        BackboneError: if the backbone is not CLIP-like, or its text tower cannot be loaded.
+    where the backbone's model came from, and not kept. In `template`, `{label}` stands for the class name.
     """
     transformers = require("transformers", "train", "loading a text tower")
     if backbone.embedding.pooling != "projection":
-        raise BackboneError(
-            f"a text head needs a CLIP-like backbone (hf/ and a model of type {', '.join(TOWERS)}), and {backbone.id} "
-            f"is none; take a linear or a masked head"
-        )
+        raise BackboneError(f"a text head needs a backbone of type {', '.join(TOWERS)}, which {backbone.id} is not")
     source: Any = backbone.model.name_or_path
     options = {} if backbone.revision is None else {"revision": backbone.revision}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        if config.model_type not in TOWERS:
-            raise BackboneError(
-                f"a text head needs the text tower, and {backbone.id} has a vision tower only; name the repository or "
-                f"folder of the whole model, or take a linear or a masked head"
-            )
-        model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **options).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    except MaskpackError:
-        raise
+        whole = config.model_type in TOWERS
+        if whole:
+            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32, **options).eval()
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
         raise BackboneError(
-            f"cannot load the text tower of {backbone.id} from {source!r}: {type(error).__name__}: {error}; a folder "
-            f"needs the whole model and its tokenizer"
+            f"cannot load the text tower of {backbone.id} from {source!r}, which needs the whole model and its "
+            f"tokenizer: {type(error).__name__}: {error}"
         ) from error
+    if not whole:
+        raise BackboneError(f"{backbone.id} has a vision tower only; a text head needs the whole model")
     texts = [template.replace("{label}", name) for name in class_names]
     length = config.text_config.max_position_embeddings
     rows: list[Tensor] = []

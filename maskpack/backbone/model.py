@@ -40,12 +40,9 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """A linear head: in place of the module that `embedding` names, or behind an encoder.
+    """A linear head, (classes, features): in place of the module that `embedding` names, or behind an encoder.
 
-    Attributes:
-        embedding: its input.
-        weight: (classes, features). bias: (classes,) or None.
-        random: seed and mask of a masked random head, stored in place of `weight`; None stores the weight.
+    `random` is the seed and mask of a masked random head, stored in place of `weight`.
     """
 
     embedding: Embedding
@@ -58,15 +55,18 @@ class Head:
         """Dotted name of the module that the head replaces; None behind an encoder."""
         return self.embedding.module
 
+    def named_tensors(self, place: str) -> dict[str, Tensor]:
+        """Return weight and bias by dotted name; `place` is the name of a head that replaces no module."""
+        found = {f"{self.module or place}.weight": self.weight, f"{self.module or place}.bias": self.bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """Identity of a backbone's body.
+    """Identity of a backbone's body, which is all but the modules of `head`; id and revision as of `Backbone`.
 
     Attributes:
-        id, revision: as of `backbone.load.Backbone`.
         dtype: of the body when the fingerprint was taken, as in "float32".
-        head: names of modules outside the body.
         digests: hex BLAKE3 of the body by the dtype that it was cast to.
         tensors: 18 bytes by parameter name: 6 each of the digests of the tensor cast to float32, bfloat16, float16.
     """
@@ -119,7 +119,6 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return every buffer by its canonical name."""
     return {canonical(name): buffer for name, buffer in unwrap(model).named_buffers()}
 
 
@@ -160,7 +159,6 @@ def same_size_int(tensor: Tensor) -> Tensor:
 
 
 def _stated_classifier(model: nn.Module) -> str | None:
-    """Return the classifier that timm states, or a usual name of torchvision's."""
     stated: Any = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
     if isinstance(stated, tuple | list):
         raise BackboneError(f"the model has {len(stated)} heads ({', '.join(stated)}); choose one with head=NAME")
@@ -173,13 +171,7 @@ def _stated_classifier(model: nn.Module) -> str | None:
 def find_head(model: nn.Module, name: str | None = None) -> str | None:
     """Return the dotted name of the head, the linear layer that gives the logits; None if there is none.
 
-    Args:
-        name: module to find it in; default: timm's or torchvision's classifier, else the whole model. Of several
-            linear layers it is the last.
-
-    Raises:
-        UnknownNameError: if the model has no module `name`.
-        BackboneError: if that module holds no linear layer, or the model states several heads.
+    It is the last linear layer of the module `name`; default: of timm's or torchvision's classifier, else of all.
     """
     from torch import nn
 
@@ -196,7 +188,7 @@ def find_head(model: nn.Module, name: str | None = None) -> str | None:
         return start
     if name is not None:
         raise BackboneError(
-            f"the module {name!r} is a {type(modules[name]).__name__} without a linear layer; a head must be linear"
+            f"a head must be linear, and {name!r} is a {type(modules[name]).__name__} without linear layer"
         )
     return None
 

@@ -43,12 +43,7 @@ def random_weight(seed: int, classes: int, features: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RandomWeight:
-    """Stored form of a masked random head.
-
-    Attributes:
-        seed: 0 to 2**32 - 1.
-        mask: (classes, features), with alpha if it is scaled.
-    """
+    """Stored form of a masked random head: seed, and mask of shape (classes, features), with alpha if it is scaled."""
 
     seed: int
     mask: PackedMask
@@ -63,16 +58,11 @@ class RandomWeight:
 
 
 def parse_random(text: str) -> tuple[str, int]:
-    """Return kind and seed of "KIND:SEED", or "" and the seed of "SEED", which the model's library draws from.
-
-    Raises:
-        BackboneError: if it is neither.
-    """
+    """Return kind and seed of "KIND:SEED", or "" and the seed of "SEED", which the model's library draws from."""
     kind, _, seed = text.rpartition(":")
     if kind not in ("", *KINDS) or text.startswith(":") or not seed.isdecimal() or int(seed) > MAX_SEED:
         raise BackboneError(
-            f"random weights must be SEED or KIND:SEED, with a seed from 0 to {MAX_SEED} and a kind of "
-            f"{', '.join(KINDS)}; got {text!r}"
+            f"random weights must be SEED or KIND:SEED, from 0 to {MAX_SEED} and of {', '.join(KINDS)}; got {text!r}"
         )
     return kind, int(seed)
 

@@ -42,8 +42,7 @@ def _match(patterns: Iterable[str], names: Sequence[str], option: str) -> set[st
         if not found:
             near = difflib.get_close_matches(pattern.replace("*", ""), names, n=5, cutoff=0.3) or names[:5]
             raise SelectionError(
-                f"{option} {pattern!r} matches none of the model's {len(names)} parameters; "
-                f"the nearest are: {', '.join(near)}"
+                f"{option} {pattern!r} matches none of {len(names)} parameters; the nearest are: {', '.join(near)}"
             )
         matched.update(found)
     return matched
@@ -52,8 +51,7 @@ def _match(patterns: Iterable[str], names: Sequence[str], option: str) -> set[st
 def match_parameters(model: nn.Module, patterns: Iterable[str], option: str, head: Sequence[str] = ()) -> list[str]:
     """Return the names of the body's parameters that match globs, sorted; of tied ones the first.
 
-    Raises:
-        SelectionError: if a pattern matches nothing; the message calls the patterns `option`.
+    A pattern that matches nothing is a SelectionError, whose message calls the patterns `option`.
     """
     first = aliases(model)
     return sorted({first[name] for name in _match(patterns, [n for n in first if not inside(n, head)], option)})
@@ -65,35 +63,26 @@ def select_parameters(
     """Return the names of the parameters to mask, sorted; of tied ones the first.
 
     Args:
-        include: globs on dotted names (`*` also matches dots); default: every convolution and linear weight of the
-            body, without embeddings, pooler and head.
-        exclude: globs of names to leave out.
+        include, exclude: globs on dotted names (`*` also matches dots); default: every convolution and linear weight of
+            the body, without embeddings and pooler.
         head: modules that are not part of the body.
-
-    Raises:
-        SelectionError: if a pattern matches nothing, nothing is left, or a weight is not a floating-point tensor with
-            data.
     """
     parameters, first = named_parameters(model), aliases(model)
     names = list(parameters)
     if not names:
-        raise SelectionError(
-            "the model has no parameters; a quantised one keeps its weights in a form that cannot be masked: mask the "
-            "float model, then quantise"
-        )
+        raise SelectionError("the model has no parameters to mask; mask a quantised model before it is quantised")
     include, exclude = list(include), list(exclude)
     chosen = _match(include, names, "include") if include else set(_default_names(model, head))
     found = sorted({first[name] for name in chosen - _match(exclude, names, "exclude")})
     if not found:
         raise SelectionError(
-            f"no parameter is left to mask of {len(names)}: include {include or 'default'}, exclude {exclude}; "
-            f"the model's first parameters are: {', '.join(names[:5])}"
+            f"no parameter is left to mask of {len(names)}, first {', '.join(names[:5])}: include "
+            f"{include or 'default'}, exclude {exclude}"
         )
     for name in found:
         if not parameters[name].is_floating_point():
             raise SelectionError(
-                f"{name!r} holds {parameters[name].dtype} values and cannot be masked; masks need floating-point "
-                f"weights: apply them before quantising, or leave it out with exclude"
+                f"{name!r} holds {parameters[name].dtype} values, and masks need floats: leave it out with exclude"
             )
         if parameters[name].is_meta:
             raise SelectionError(f"{name!r} is on the meta device and has no data; load the weights first")

@@ -223,47 +223,12 @@ class Reader:
         return self.take(len(self.data) - self.at)
 
 
-def pack_unary(values: Numbers) -> bytes:
-    """Return numbers >= 0 as bits: as many zeros as the number says, then a one."""
-    if not values.size:
-        return b""
-    ends = values + 1
-    np.cumsum(ends, out=ends)
-    ends -= 1
-    bits = np.zeros(int(ends[-1]) + 1, dtype=np.bool_)
-    bits[ends] = True
-    return np.packbits(bits, bitorder="little").tobytes()
-
-
-def unpack_unary(packed: Bits) -> Numbers:
-    """Return the numbers that `pack_unary` packed; zeros after the last one are padding."""
-    ends = where_ones(packed)
-    if len(packed) and (not ends.size or ends[-1] < 8 * len(packed) - 8):
-        raise CorruptAdapterError("the unary numbers of the payload end before their last byte")
-    return distances(ends)
-
-
 def distances(positions: Numbers) -> Numbers:
     """Return how many places lie between each of rising positions and the one before, or the start."""
     found = positions.copy()
     found[1:] -= positions[:-1]
     found[1:] -= 1
     return found
-
-
-def planes(values: Numbers, width: int) -> list[NDArray[np.uint8]]:
-    """Return the lower `width` bits of numbers as planes: bit 0 of every number, then bit 1, and so on."""
-    return [(values >> bit & 1).astype(np.uint8) for bit in range(width)]
-
-
-def add_planes(values: Numbers, bits: NDArray[np.uint8], width: int) -> None:
-    """Shift numbers by `width` bits to the left and fill these from planes."""
-    for start in range(0, values.size, CHUNK):
-        part = values[start : start + CHUNK]
-        part <<= width
-        for bit in range(width):
-            first = bit * values.size + start
-            part |= np.left_shift(bits[first : first + part.size], bit, dtype=part.dtype)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..adapter.fields import OBJECT, PATH, TEXT, integer, record, values
+from ..adapter.fields import PATH, TEXT, Check, integer, record, values
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, read_bytes
 from ..adapter.signature import Keys, Signed
 from ..errors import AdapterError, MaskpackError, SignatureError, StateError
@@ -25,12 +26,9 @@ log = logging.getLogger("maskpack")
 
 @dataclass(frozen=True)
 class CachedAdapter:
-    """An adapter in the Hub's cache, once for each commit that is there.
+    """An adapter in the Hub's cache, once for each commit that is there, with the bytes of its files.
 
-    Attributes:
-        size: bytes of its files. path: the folder of that commit.
-        base, density, bits_per_weight: as the config file says, over all sets; None if it cannot be read. Nothing of
-            the masks is read or verified here.
+    Base, density and bits per weight are what the config file says, over all sets; None if it cannot be read.
     """
 
     repo_id: str
@@ -43,26 +41,22 @@ class CachedAdapter:
 
 
 def cached_adapters(cache_dir: str | Path | None = None) -> list[CachedAdapter]:
-    """Return the adapters in the Hub's cache, sorted by name and commit; none if there is no cache.
-
-    Raises:
-        StateError: if the cache cannot be read.
-    """
+    """Return the adapters in the Hub's cache, sorted by name and commit; StateError if it cannot be read."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        scanned = scan_cache_dir(cache_dir or constants.HF_HUB_CACHE)
+        repositories = scan_cache_dir(cache_dir or constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return []
     except (OSError, ValueError) as error:
         raise StateError(
-            f"cannot read the Hub's cache: {error}; check what HF_HOME or HF_HUB_CACHE name, and its permissions"
+            f"cannot read the Hub's cache: {error}; check HF_HOME, HF_HUB_CACHE and permissions"
         ) from error
     found = []
-    for repo in scanned.repos:
-        for revision in repo.revisions:
+    for repo in repositories:
+        for revision in repo.revisions if repo.repo_type == "model" else ():
             folder = Path(revision.snapshot_path)
-            if repo.repo_type == "model" and any(folder / MODEL_FILE == file.file_path for file in revision.files):
+            if any(file.file_path == folder / MODEL_FILE for file in revision.files):
                 about = _about(folder / CONFIG_FILE)
                 found.append(CachedAdapter(repo.repo_id, revision.commit_hash, revision.size_on_disk, folder, *about))
     return sorted(found, key=lambda one: (one.repo_id, one.commit))
@@ -72,9 +66,7 @@ def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
     """Return base, density and bits per weight from a config file, which a stranger may have written."""
     try:
         one = values(record(dict.fromkeys(("weights", "kept", "payload_bytes"), integer(0, MOST - 1))))
-        about = record({"base": record({"id": TEXT}), "sets": one})(
-            strict_json(read_bytes(config, config, MAX_CONFIG), CONFIG_FILE), CONFIG_FILE
-        )
+        about = _read(config, MAX_CONFIG, record({"base": record({"id": TEXT}), "sets": one}))
         base, sets = about["base"]["id"], about["sets"].values()
         weights, kept, coded = (sum(one[key] for one in sets) for key in ("weights", "kept", "payload_bytes"))
     except AdapterError:
@@ -84,11 +76,12 @@ def _about(config: Path) -> tuple[str, float, float] | tuple[None, None, None]:
     return base, kept / weights, 8 * coded / weights
 
 
-class RepositoryCache:
-    """The cache of one repository.
+def _read(path: Path, limit: int, check: Check) -> Any:
+    return check(strict_json(read_bytes(path, path, limit), str(path)), str(path))
 
-    Args:
-        root: another cache than the Hub's.
+
+class RepositoryCache:
+    """The cache of one repository, in another folder than the Hub's if `root` is given.
 
     Clearing never raises: where it is not allowed, the download after it says why. Nothing outside of the cache is
     ever removed, and nothing through a link.
@@ -98,7 +91,7 @@ class RepositoryCache:
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
-        self.root = Path(root or constants.HF_HUB_CACHE).expanduser().absolute()
+        self.repo_id, self.root = repo_id, Path(root or constants.HF_HUB_CACHE).expanduser().absolute()
         name = repo_folder_name(repo_id=repo_id, repo_type="model")
         self.folder, self.locks = self.root / name, self.root / ".locks" / name
         self.blobs, self.snapshots, self.refs = (self.folder / one for one in ("blobs", "snapshots", "refs"))
@@ -120,16 +113,14 @@ class RepositoryCache:
             temporary.write_text(commit)
 
     def mend(self, revision: str = "main") -> None:
-        """Remove what stands where the cache needs a folder and is none, and unfinished downloads."""
-        ref = self.refs / revision
-        ways = [one for one in reversed(ref.parents) if one.is_relative_to(self.folder)]
+        """Remove what stands where the cache needs a folder and is none, and unfinished downloads.
+
+        A living process holds the lock of its download.
+        """
+        ways = [one for one in reversed((self.refs / revision).parents) if one.is_relative_to(self.folder)]
         for path in (*ways, self.blobs, self.snapshots, *self.snapshots.glob("*"), self.locks.parent, self.locks):
             if os.path.lexists(path) and not path.is_dir():
                 _remove(path)
-        self.clear_leftovers()
-
-    def clear_leftovers(self) -> None:
-        """Remove unfinished downloads of processes that are gone: a living one holds the lock of its file."""
         with suppress(OSError):
             for path in self.blobs.glob("*.incomplete"):
                 self.locks.mkdir(parents=True, exist_ok=True)
@@ -139,16 +130,18 @@ class RepositoryCache:
 
     def discard(self, commit: str, name: str, blob: str) -> None:
         """Remove a file of a commit and its bytes, whatever became of them, so that they are fetched anew."""
-        path = self.snapshots / commit / name
-        found = [path, self.blobs / blob, self.locks / f"{blob}.lock", self.folder / f"trees/{commit}.json"]
-        stores = (self.blobs, self.root / "blobs")  # the second is shared by repositories
+        path, stores = (
+            self.snapshots / commit / name,
+            (self.blobs, self.root / "blobs"),
+        )  # repositories share the second
+        found = [path, self.blobs / blob, self.folder / f"trees/{commit}.json"]
         for _ in stores:
             if path.is_symlink():
                 path = Path(os.path.normpath(path.parent / path.readlink()))
                 found += [path] if any(path.is_relative_to(store) for store in stores) else []
-        for path in found:
-            if path.suffix != ".lock" or not path.is_file():
-                _remove(path)
+        lockfile = self.locks / f"{blob}.lock"
+        for path in found if lockfile.is_file() else (*found, lockfile):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -164,10 +157,6 @@ def check_newest(signed: Signed, keys: Keys, reference: Reference, commit: str) 
 
     A commit that the reference itself names may be of any age. What was signed by keys that are not trusted any more
     does not count. Where the counter cannot be written down, that is a warning.
-
-    Raises:
-        SignatureError: if an older version was put in the place of a newer one.
-        StateError: if the file of counters cannot be read.
     """
     if reference.is_pinned:
         return
@@ -175,9 +164,9 @@ def check_newest(signed: Signed, keys: Keys, reference: Reference, commit: str) 
     seen = highest(keys, name)
     if counter < seen:
         raise SignatureError(
-            f"{name} has the signed version {counter} now, and version {seen} was seen before: an older one was put in "
-            f"its place. To use it nevertheless name its commit, {reference.repo_id}@{commit}; to forget what was seen "
-            f"delete {_counters()}"
+            f"{name} has the signed version {counter} now, and {seen} was seen before: an older one was put in its "
+            f"place. To use it nevertheless name its commit, {reference.repo_id}@{commit}; to forget it delete "
+            f"{_counters()}"
         )
     if counter > seen:
         remember(signed.by, name, counter)
@@ -219,13 +208,7 @@ def _read_counters() -> dict[str, dict[str, int]]:
     if not path.exists():
         return {}
     try:
-        outer = strict_json(read_bytes(path, path, MAX_COUNTERS), str(path))
-        known: dict[str, dict[str, int]] = values(OBJECT)(outer, str(path))
-        if any(type(counter) is not int for names in known.values() for counter in names.values()):
-            raise AdapterError("a counter in it is no integer")
-        return known
+        found: dict[str, dict[str, int]] = _read(path, MAX_COUNTERS, values(values(integer(0, MOST - 1))))
+        return found
     except AdapterError as error:
-        raise StateError(
-            f"cannot read the versions of signed adapters that were seen, {path}: {error}. Mend it, or delete it: then "
-            f"the versions that are found next are the first"
-        ) from None
+        raise StateError(f"cannot read the signed versions seen so far, {path}: {error}; mend or delete it") from None

@@ -27,26 +27,16 @@ Files = dict[str, tuple[Path, bytes | memoryview]]  # path and bytes of each by 
 
 
 class Snapshot:
-    """A repository at one commit: on the Hub, and in the cache.
+    """A repository at one commit: on the Hub, and in a cache. `look`: as of `read_model`."""
 
-    Args:
-        cache: another cache than the Hub's.
-        look: whether the model file's beginning is looked at when it is read; see `read_model`.
-
-    Raises:
-        HubError: if what the Hub or the cache gave is no commit; it would become part of a path.
-    """
-
-    def __init__(
-        self, session: Session, repo_id: str, commit: str, cache: Path | None = None, look: bool = True
-    ) -> None:
+    def __init__(self, session: Session, store: RepositoryCache, commit: str, look: bool = True) -> None:
+        self.session, self.store, self.commit, self.look = session, store, commit, look
+        self.repo_id = store.repo_id
         if not COMMIT.fullmatch(commit):
             raise HubError(
-                f"{repo_id} is said to be at commit {commit!r}, expected 40 hexadecimal digits; check HF_ENDPOINT, "
-                "firewall and proxy, or who can write to the cache"
+                f"{self.repo_id} is said to be at commit {commit!r}, expected 40 hexadecimal digits; check HF_ENDPOINT "
+                "and the cache"
             )
-        self.session, self.repo_id, self.commit, self.cache, self.look = session, repo_id, commit, cache, look
-        self.store = RepositoryCache(repo_id, cache)
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]}"
@@ -63,44 +53,38 @@ class Snapshot:
         """Bring files into the cache; return path and bytes of each by name. The bytes are those that are listed.
 
         The client compares nothing but the length, and takes what it finds in the cache: a file that differs, or
-        cannot be read, is fetched a second time.
-
-        Raises:
-            AdapterError: if one is too large; then none is fetched. CorruptAdapterError: if one differs twice.
+        cannot be read, is fetched a second time. If one is too large, none is fetched.
         """
-        found = list(entries)
-        for entry in found:
-            size, limit = size_of(entry), LIMITS[entry.path]
+        found = {entry.path: entry for entry in entries}
+        for name, entry in found.items():
+            size, limit = entry.lfs.size if entry.lfs else entry.size, LIMITS[name]
             if size > limit:
-                raise AdapterError(f"{entry.path} of {self} has {size} bytes; at most {limit} are accepted")
+                raise AdapterError(f"{name} of {self} has {size} bytes; at most {limit} are accepted")
         self.store.mend()
-        return {entry.path: self._fetch(entry) for entry in found}
+        return {name: self._fetch(name, entry) for name, entry in found.items()}
 
-    def _fetch(self, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
-        name, blob = entry.path, entry.lfs.sha256 if entry.lfs else entry.blob_id
+    def _fetch(self, name: str, entry: "RepoFile") -> tuple[Path, bytes | memoryview]:
+        blob = entry.lfs.sha256 if entry.lfs else entry.blob_id
         cached = any(map(os.path.lexists, (self.store.snapshots / self.commit / name, self.store.blobs / blob)))
+        download = partial(
+            self.session.api.hf_hub_download, self.repo_id, name, revision=self.commit, cache_dir=self.store.root
+        )
         refused: MaskpackError | None = None
         for force in (False, True, True) if cached else (False, True):  # what the cache has already is no attempt
-            download = partial(
-                self.session.api.hf_hub_download, self.repo_id, name, revision=self.commit, cache_dir=self.cache
-            )
             path = Path(self.session.call(partial(download, force_download=force)))
             if path.parent.name != self.commit:  # where the client puts a file follows from what the server says
-                raise HubError(
-                    f"{name} of {self} was answered as a file of commit {path.parent.name!r}; check HF_ENDPOINT, "
-                    "firewall and proxy"
-                )
+                other = path.parent.name
+                raise HubError(f"{name} of {self} came as a file of commit {other!r}; check HF_ENDPOINT and proxy")
             try:
-                content = self._read(path)
+                content, refused = self._read(path), None
                 if is_same(entry, content):
                     return path, content
-                refused = None
             except (AdapterError, HubError) as error:  # no file, or not even the beginning of an adapter
                 refused = error
             self.store.discard(self.commit, name, blob)
         raise refused or CorruptAdapterError(
-            f"{name} of {self} arrived twice with other bytes than the repository lists; it is damaged on the way or "
-            "on the server: try another network, or tell the owner"
+            f"{name} of {self} arrived twice with other bytes than the repository lists; try another network, or tell "
+            "the owner"
         )
 
     def cached(self) -> Files:
@@ -118,31 +102,20 @@ class Snapshot:
         return read_bytes(path, path, LIMITS[path.name])
 
 
-def size_of(entry: "RepoFile") -> int:
-    """Return the size of a listed file's content."""
-    return entry.lfs.size if entry.lfs else entry.size
-
-
 def is_same(entry: "RepoFile", content: bytes | memoryview) -> bool:
-    """Tell whether a content is the one that the repository lists."""
-    if size_of(entry) != len(content):
-        return False
+    """Return True if a content is the one that the repository lists."""
     if entry.lfs:
-        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        return (entry.lfs.size, entry.lfs.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)  # git's id
     digest.update(content)
-    return entry.blob_id == digest.hexdigest()
+    return (entry.size, entry.blob_id) == (len(content), digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class PulledAdapter:
-    """Where an adapter lies and what it came from.
+    """Where an adapter lies, the folder or file that was referred to, and where on the Hub it came from, if it did.
 
-    Attributes:
-        path: the adapter folder, or the model file where a single file was referred to.
-        commit: the full commit id; None for a local adapter.
-        repo_id: the Hub repository; None for a local adapter.
-        signed_by: ids of the trusted keys that signed it; none where no signature was required.
+    `signed_by` are ids of the trusted keys that signed it; none where no signature was required.
     """
 
     path: Path
@@ -158,11 +131,7 @@ class PulledAdapter:
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """An adapter that was read and verified, and the bytes of its files by name.
-
-    Attributes:
-        signed: what was signed, and by whom; None where no signature was required.
-    """
+    """An adapter that was read and verified, the bytes of its files by name; `signed` if a signature was required."""
 
     pulled: PulledAdapter
     adapter: Adapter
@@ -193,32 +162,26 @@ def pull(
     Args:
         ref: `user/name`, `user/name@revision`, a local folder or a `.safetensors` file.
         output: folder to copy the adapter into, instead of using it from the cache.
-        revision: branch, tag or commit on the Hub.
         require_revision: refuse what moves: a reference without a revision, and branches.
         token: as everywhere on the Hub: None for the login, False for none.
-        cache_dir: another cache than the Hub's.
         local_files_only: never ask the Hub.
         require_signature: PEM file of a public key, folder of such files, or an identity NAME@https://ISSUER: one of
             these must have signed the adapter, for this repository, and none older than what was seen there before.
-            None for what the environment variable MASKPACK_REQUIRE_SIGNATURE names; where that is not set, signatures
-            are not looked at.
+            None for what the environment variable MASKPACK_REQUIRE_SIGNATURE names, if it is set.
 
     Raises:
         AdapterError: if there is no such adapter, it is larger than accepted, or it is not pinned and has to be.
-        CorruptAdapterError: if its bytes are not those that the repository and the config file record.
+        CorruptAdapterError: if its bytes are not those that repository and config record. SignatureError: if it is
+            not signed as required. StateError: if `output` holds something else.
         HubError: if the login or the permissions failed, or it is offline and not cached.
         HubUnreachableError: if the Hub did not answer, after several attempts.
-        SignatureError: if it is not signed as required.
-        StateError: if `output` holds something else.
     """
     opened = open_adapter(ref, **options)
-    found = opened.pulled
     if output is None:
-        return found
+        return opened.pulled
     target = Path(output).expanduser()
     write_files(opened.contents, target)
-    path = target / MODEL_FILE if found.path.suffix == ".safetensors" else target
-    return replace(found, path=path)
+    return replace(opened.pulled, path=target / MODEL_FILE if opened.pulled.path.suffix == ".safetensors" else target)
 
 
 @hides_secrets
@@ -237,24 +200,19 @@ def open_adapter(
     if reference.path is not None:
         return open_local(reference.path, keys)
     session = Session(f"pull {reference}", token, reference)
-    cache = None if cache_dir is None else Path(cache_dir)
+    store = RepositoryCache(str(reference.repo_id), None if cache_dir is None else Path(cache_dir))
     offline = local_files_only or session.offline
     if require_revision:
         _check_is_no_branch(session, reference, offline)
-    commit = _resolve(session, reference, cache, offline)
-    snapshot = Snapshot(session, str(reference.repo_id), commit, cache, look=keys is None)
-    found = _from_cache(snapshot, offline, keys) or _download(snapshot, keys)
+    snapshot = Snapshot(session, store, _resolve(session, reference, store, offline), look=keys is None)
+    found = _opened_at(snapshot, offline, keys)
     if keys is not None and found.signed is not None:
         check_newest(found.signed, keys, reference, snapshot.commit)
     return found
 
 
 def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:
-    """Read and verify an adapter on this disk: a folder, or a model file alone. Raises as `read_adapter`.
-
-    Args:
-        keys: one of which must have signed it; None if that is not required.
-    """
+    """Read and verify an adapter on this disk: a folder, or a model file alone; with `keys`, one of them signed it."""
     alone = path.suffix == ".safetensors" and not path.is_dir()  # a whole adapter, which carries its own digests
     if not (path.is_file() if alone else path.is_dir()):
         state = "is not a folder" if path.exists() and not alone else "does not exist"
@@ -288,18 +246,14 @@ def _check_is_no_branch(session: Session, reference: Reference, offline: bool) -
         refs = session.refs(str(reference.repo_id))
         if name in {tag.name for tag in refs.tags} and name not in {branch.name for branch in refs.branches}:
             return
-    raise AdapterError(
-        f"{reference} {why}; give a tag or a commit: {reference.repo_id}@COMMIT, as `maskpack pull "
-        f"{reference.repo_id}` prints it"
-    )
+    raise AdapterError(f"{reference} {why}; give a tag or commit, as `maskpack pull {reference.repo_id}` prints it")
 
 
-def _resolve(session: Session, reference: Reference, cache: Path | None, offline: bool) -> str:
+def _resolve(session: Session, reference: Reference, store: RepositoryCache, offline: bool) -> str:
     """Return the commit that a reference means now; if the Hub does not answer, the one that it meant last time."""
     if reference.is_pinned:
         return str(reference.revision)
-    repo_id, revision = str(reference.repo_id), reference.revision or "main"
-    store = RepositoryCache(repo_id, cache)
+    revision = reference.revision or "main"
     store.mend(revision)
     known = store.known(revision)
     if offline:
@@ -307,7 +261,7 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
             raise HubError(f"cannot pull {reference}: {OFFLINE}")
         return known
     try:
-        answer = session.call(lambda: session.info(repo_id, reference.revision), 2 if known else ATTEMPTS)
+        answer = session.call(lambda: session.info(store.repo_id, reference.revision), 2 if known else ATTEMPTS)
     except HubUnreachableError as error:
         if known is None:
             raise
@@ -323,8 +277,8 @@ def _resolve(session: Session, reference: Reference, cache: Path | None, offline
     return commit
 
 
-def _from_cache(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAdapter | None:
-    """Return the adapter if the cache has it whole; a damaged one is an error only where it cannot be repaired."""
+def _opened_at(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAdapter:
+    """Return the adapter from the cache if it is there whole; a damaged one is fetched, unless offline."""
     try:
         found = snapshot.cached()
         # the model is fetched last, so where it is cached, the others are too or do not exist
@@ -335,10 +289,6 @@ def _from_cache(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedA
             raise
     if offline:
         raise HubError(f"cannot {snapshot.session.task}: commit {snapshot.commit[:12]}: {OFFLINE}")
-    return None
-
-
-def _download(snapshot: Snapshot, keys: Keys | None) -> OpenedAdapter:
     listed = snapshot.listed(*FILES)
     missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in listed]
     if missing:

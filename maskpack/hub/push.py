@@ -3,26 +3,17 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter import signature
 from ..adapter.card import CARD_FILE, render_card, update_card
 from ..adapter.describe import config_text, inspect_adapter
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
-from ..adapter.signature import (
-    DIGESTS,
-    SIGSTORE,
-    Contents,
-    Keys,
-    files_by,
-    private_keys,
-    read_signatures,
-    renewed,
-    statement_in,
-)
 from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
-from .cache import highest, remember
+from .cache import RepositoryCache, highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
 from .pull import OpenedAdapter, Snapshot, is_same, open_local
 from .reference import FILES, REVISION, Reference, holds, parse_reference, read_card, write_files
@@ -35,15 +26,10 @@ CONFLICTS = frozenset({409, 412})
 
 @dataclass(frozen=True)
 class PushedAdapter:
-    """Where an adapter went, or after a dry run would go.
+    """Where an adapter went, or after a dry run would go, with the bytes of each file that was written.
 
-    Attributes:
-        repo_id: the Hub repository; None for a local folder.
-        url: the page of the repository or pull request, or the folder.
-        commit: the commit that holds the adapter; None for a local folder, and after a dry run that found changes.
-        created: whether the repository or folder is new.
-        unchanged: whether everything was there already, so that nothing was written.
-        files: bytes of each file that was written, by name.
+    `url` is the page of the repository or pull request, or a folder, which has neither repository nor commit. After a
+    dry run that found changes there is no commit.
     """
 
     repo_id: str | None
@@ -56,13 +42,10 @@ class PushedAdapter:
 
 @dataclass
 class RepositoryPush:
-    """One push to a Hub repository.
+    """One push to a branch of a Hub repository. `build` returns what is to be there, given card and signatures there.
 
     Attributes:
-        reference: the repository and its branch.
-        build: returns what is to be there, given the model card and the signatures that are there.
-        private, message, create_pr, tag, dry_run, token: as of `push`.
-        head: of the branch, as it was last seen; None where there is no such branch. listed: its files of ours.
+        head, listed: the branch and its files of ours, as they were last seen; None where there is no such branch.
         contents: what is to be there. changed: what of it is not.
     """
 
@@ -77,57 +60,53 @@ class RepositoryPush:
 
     def __post_init__(self) -> None:
         self.session = Session(f"push to {self.reference}", self.token, self.reference)
-        self.repo_id, self.branch = str(self.reference.repo_id), self.reference.revision or "main"
-        self.page = f"{self.session.api.endpoint}/{self.repo_id}"
+        self.api, self.repo_id = self.session.api, str(self.reference.repo_id)
+        self.store = RepositoryCache(self.repo_id)
+        self.branch, self.page = self.reference.revision or "main", f"{self.api.endpoint}/{self.repo_id}"
         self.head: str | None = None
         self.listed: dict[str, RepoFile] = {}
 
     def run(self) -> PushedAdapter:
-        created = self._prepare_repository()
-        if not (created and self.dry_run):
-            self._prepare_branch()
+        created = self._prepare()
         self._look(self.head)
         changed = self.changed  # as it is now: after a fault there is another look
-        if self.tag and self.head:
-            self._check_tag(None if changed else self.head)
         commit, url = None if changed else self.head, None
+        if self.tag and self.head:
+            self._check_tag(commit)
         if changed and not self.dry_run:
             commit, url = self._commit()
         if self.tag and commit and not self.dry_run:
-            tag, done, api = self.tag, commit, self.session.api
-            self.session.call(lambda: api.create_tag(self.repo_id, tag=tag, revision=done, exist_ok=True))
-            self._check_tag(done)
+            create = partial(self.api.create_tag, self.repo_id, tag=self.tag, revision=commit, exist_ok=True)
+            self.session.call(create)
+            self._check_tag(commit)
         page = self.page if self.branch == "main" else f"{self.page}/tree/{self.branch}"
         files = {name: len(content) for name, content in changed.items()}
         return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
 
-    def _prepare_repository(self) -> bool:
-        """Make the repository where it is missing, and return whether it was."""
+    def _prepare(self) -> bool:
+        """Make repository and branch where they are missing, find the head; return whether the repository is new."""
         info = self._info(None, may_lack=not self.create_pr)  # a pull request needs somebody's repository
         created = info is None
         if created and not self.dry_run:
-            api, private = self.session.api, self.private
-            self.session.call(lambda: api.create_repo(self.repo_id, exist_ok=True, private=private))
-            info = self._info(None, may_lack=False) if private else None
+            self.session.call(partial(self.api.create_repo, self.repo_id, exist_ok=True, private=self.private))
+            info = self._info(None, may_lack=False) if self.private else None
         # asking for an existing repository to be private is silently ignored, so look before anything is sent
         if self.private and info is not None and not info.private:
             raise HubError(
-                f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent. "
-                "Make it private in its settings, or choose another name"
+                f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent, "
+                "change one of them"
             )
-        return created
-
-    def _prepare_branch(self) -> None:
-        """Find the branch's head, making the branch where it is missing."""
+        if created and self.dry_run:
+            return True
         self.head = self._find_head()
         if self.head is None and not self.dry_run:
-            api = self.session.api
-            self.session.call(lambda: api.create_branch(self.repo_id, branch=self.branch, exist_ok=True))
+            self.session.call(partial(self.api.create_branch, self.repo_id, branch=self.branch, exist_ok=True))
             self.head = self._find_head()
             if self.head is None:
                 raise HubError(
                     f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
                 )
+        return created
 
     def _find_head(self) -> str | None:
         """Return the branch's head, or None if there is no such branch; a pull request cannot be made by its name."""
@@ -163,9 +142,9 @@ class RepositoryPush:
         """Read what is at a commit, and build what is to be there."""
         self.head, there, self.listed = head, {}, {}
         if head is not None:
-            snapshot = Snapshot(self.session, self.repo_id, head)
+            snapshot = Snapshot(self.session, self.store, head)
             self.listed = snapshot.listed(*FILES)
-            wanted = [self.listed[name] for name in (CARD_FILE, *DIGESTS) if name in self.listed]
+            wanted = [self.listed[name] for name in (CARD_FILE, *signature.DIGESTS) if name in self.listed]
             there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
         self.contents = self.build(there)
         self.changed = {name: one for name, one in self.contents.items() if not _has(self.listed, name, one)}
@@ -180,7 +159,7 @@ class RepositoryPush:
             parent = self.head
             try:
                 with quietly("own"):
-                    done = self.session.api.create_commit(
+                    done = self.api.create_commit(
                         self.repo_id,
                         [CommitOperationAdd(name, bytes(content)) for name, content in self.changed.items()],
                         commit_message=self.message,
@@ -207,19 +186,14 @@ class RepositoryPush:
 
     def _find_request(self, before: Mapping[str, str]) -> tuple[str, str] | None:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
-        ours = [name for name in FILES if name in self.contents]
         for number, commit in self._requests().items():
-            there = Snapshot(self.session, self.repo_id, commit).listed(*FILES) if number not in before else {}
-            if all(_has(there, name, self.contents[name]) for name in ours):
+            there = Snapshot(self.session, self.store, commit).listed(*FILES) if number not in before else {}
+            if all(_has(there, name, content) for name, content in self.contents.items()):
                 return commit, f"{self.page}/discussions/{number}"
         return None
 
     def _find_commit(self, error: Exception) -> tuple[str, None] | None:
-        """Return the commit if it landed although the answer says otherwise or never came; else prepare for another.
-
-        Raises:
-            HubError: if somebody else changed the adapter meanwhile.
-        """
+        """Return the commit if it landed although the answer says otherwise or never came; else prepare for another."""
         head, listed = self.head, self.listed
         now = self._find_head()
         if now is None or now == head:
@@ -227,12 +201,11 @@ class RepositoryPush:
         self._look(now)
         if not self.changed:
             return now, None
-        for name in (MODEL_FILE, CONFIG_FILE, *DIGESTS):
+        for name in (MODEL_FILE, CONFIG_FILE, *signature.DIGESTS):
             if getattr(self.listed.get(name), "blob_id", None) != getattr(listed.get(name), "blob_id", None):
                 raise HubError(
                     f"cannot push to {self.reference}: somebody else changed {self.branch} meanwhile "
-                    f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, and push "
-                    "again"
+                    f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, push again"
                 ) from error
         return None
 
@@ -266,7 +239,6 @@ def push(
         ref: `user/name` on the Hub, or a local folder (`./registry/name`).
         private: True for a private repository; None for the account's default.
         revision: branch to push to, made where it is missing.
-        commit_message: None for one that names the adapter.
         create_pr: open a pull request instead of writing to the branch.
         license: identifier for the card, as in "apache-2.0"; None leaves what the card says.
         tag: give the commit this tag.
@@ -276,22 +248,18 @@ def push(
         token: as everywhere on the Hub: None for the login.
 
     Raises:
-        AdapterError: if the folder is not a whole adapter, or the reference cannot be read.
-        HubError: if the login or the permissions failed, the repository is public although `private` was asked for,
-            the tag is taken, or somebody else changed the adapter meanwhile.
-        HubUnreachableError: if the Hub did not answer, after several attempts.
-        SignatureError: if the folder's signature is not of its files, for this repository, and newer than the one
-            there; if the adapter there is signed and this one would not be; or if nobody of `sign` signed that one.
-        ConfigError: if the options contradict each other, or a key cannot be used.
-        DataError: if a model card that is there cannot be brought up to date.
-        StateError: if the local target holds something else.
+        HubError: if login or permissions failed, the repository is public although `private` was asked for, the tag is
+            taken, or somebody else changed the adapter meanwhile. HubUnreachableError: if the Hub did not answer.
+        SignatureError: if the folder's signature does not fit files, repository or the version there; if the adapter
+            there is signed and this one would not be; or if nobody of `sign` signed that one.
+        ConfigError: if the options contradict each other. StateError: if the local target holds something else.
     """
     source = Path(folder).expanduser()
     reference = parse_reference(ref, revision)
     opened = open_local(source)
-    if dry_run and SIGSTORE in ([sign] if isinstance(sign, str | os.PathLike) else sign):
+    if dry_run and signature.SIGSTORE in ([sign] if isinstance(sign, str | os.PathLike) else sign):
         raise ConfigError("a dry run cannot sign with sigstore, which writes to a public log; leave out one of them")
-    keys = private_keys(sign) if sign else {}
+    keys = signature.private_keys(sign) if sign else {}
     description = inspect_adapter(opened.adapter)
 
     def build(there: Mapping[str, bytes]) -> dict[str, bytes | memoryview]:
@@ -299,14 +267,11 @@ def push(
 
     if reference.path is not None:
         if private is not None or create_pr or commit_message is not None or tag is not None:
-            raise ConfigError(
-                f"private, create_pr, commit_message and tag mean nothing for the local folder {reference}; leave "
-                "them out"
-            )
+            raise ConfigError(f"leave out private, create_pr, commit_message and tag for the local folder {reference}")
         target = reference.path
         if target.suffix == ".safetensors":
             raise ConfigError(f"{target} is a file name; push to a folder")
-        card, there = read_card(target), read_signatures(target / MODEL_FILE)
+        card, there = read_card(target), signature.read_signatures(target / MODEL_FILE)
         contents = build(there | ({} if card is None else {CARD_FILE: card}))
         created, unchanged = not target.exists(), holds(target, contents)
         if not unchanged and not dry_run:
@@ -325,8 +290,8 @@ def push(
     task = RepositoryPush(reference, build, private, message, create_pr, tag, dry_run, token)
     pushed = task.run()
     if keys and not dry_run and not create_pr:
-        file = next(iter(files_by(keys)))  # where there are two, they have one counter
-        remember(keys, reference.branch, statement_in(file, bytes(task.contents[file])).counter)
+        file = next(iter(signature.files_by(keys)))  # where there are two, they have one counter
+        remember(keys, reference.branch, signature.statement_in(file, bytes(task.contents[file])).counter)
     return pushed
 
 
@@ -335,7 +300,7 @@ def _contents(
     description: dict[str, Any],
     reference: Reference,
     license: str | None,
-    keys: Keys,
+    keys: signature.Keys,
     there: Mapping[str, bytes],
 ) -> dict[str, bytes | memoryview]:
     """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
@@ -357,28 +322,30 @@ def _contents(
 
 
 def _signatures(
-    opened: OpenedAdapter, files: Contents, reference: Reference, keys: Keys, there: Contents
+    opened: OpenedAdapter,
+    files: signature.Contents,
+    reference: Reference,
+    keys: signature.Keys,
+    there: signature.Contents,
 ) -> dict[str, bytes]:
     """Return the signature files to publish: made with these keys, else the folder's.
 
-    Raises:
-        SignatureError: rather than that a signature is published, or stays, which readers would refuse.
+    None is published, or stays, that readers would refuse: that is a SignatureError.
     """
     repo_id = reference.repo_id
     least = highest(keys, reference.branch) if repo_id else 0
-    made = renewed(there, files, opened.adapter, keys, repo_id, least=least) if keys else {}
-    for name in (name for name in DIGESTS if name not in made):
-        before = statement_in(name, bytes(there[name])) if name in there else None
+    made = signature.renewed(there, files, opened.adapter, keys, repo_id, least=least) if keys else {}
+    for name in (name for name in signature.DIGESTS if name not in made):
+        before = signature.statement_in(name, bytes(there[name])) if name in there else None
         replaces = before is not None and not before.covers(files)
         if name not in opened.contents:
             if replaces:
                 raise SignatureError(
-                    f"{reference} holds a signed adapter, and {opened.pulled.path} has no {name}; sign it with --sign, "
-                    f"or remove {name} there first"
+                    f"{reference} is signed, and {opened.pulled.path} has no {name}; sign it, or remove it there"
                 )
             continue
         content, wrong = bytes(opened.contents[name]), None
-        own = statement_in(name, content)
+        own = signature.statement_in(name, content)
         if not own.covers(files):
             wrong = "is not of these files: they were changed since"
         elif repo_id is not None and own.repository not in (None, repo_id):

@@ -45,23 +45,16 @@ class Reference:
 
 
 def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) -> Reference:
-    """Read a reference to an adapter.
+    """Read a reference to an adapter, with a revision where it names none itself.
 
-    Args:
-        ref: `user/name` or `user/name@revision` on the Hub; `./folder`, `../folder`, `/folder`, `~/folder`, a
-            path that ends in `.safetensors`, or any path object for a local adapter.
-        revision: branch, tag or commit, where the reference itself names none.
-
-    Raises:
-        AdapterError: if the text fits no form, or could be a Hub repository and a local adapter alike.
-        ConfigError: if a revision is given twice with different values, or for a local path.
+    It is `user/name` or `user/name@revision` on the Hub; `./folder`, `../folder`, `/folder`, `~/folder`, a path that
+    ends in `.safetensors`, or any path object for a local adapter. A text that could be both is refused.
     """
     text = os.fspath(ref)
-    if not isinstance(ref, str) or _looks_like_path(text):
+    named_as_path = text in (".", "..") or text.startswith(PATH_STARTS) or text.endswith(".safetensors")
+    if not isinstance(ref, str) or named_as_path or Path(text).is_absolute():
         if revision is not None:
-            raise ConfigError(
-                f"revision={revision!r} was given with the local path {text!r}, which has no revisions; leave it out"
-            )
+            raise ConfigError(f"revision={revision!r} was given with the local path {text!r}; leave it out")
         return Reference(path=Path(text).expanduser())
     repo_id, at, inner = text.partition("@")
     if at and revision is not None and inner != revision:
@@ -69,59 +62,45 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
             f"{text!r} names the revision {inner!r}, but revision={revision!r} was given; give one of them"
         )
     revision = inner if at else revision
-    _check_repo_id(repo_id, text)
+    if wrong := _wrong_id(repo_id):
+        hint = f"; for the local one write ./{repo_id}" if repo_id and Path(repo_id).exists() else ""
+        raise AdapterError(f"{text!r} {wrong}; expected {FORMS}{hint}")
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
         raise AdapterError(f"{revision!r} in {text!r} cannot be a revision; give a branch, tag or commit, as in main")
     if revision is None and (Path(repo_id) / MODEL_FILE).exists():
         raise AdapterError(
-            f"{repo_id!r} is ambiguous: it could be the repository on the Hub or the folder of that name here; "
-            f"write ./{repo_id} for the folder, or {repo_id}@main for the Hub"
+            f"{repo_id!r} is ambiguous: write ./{repo_id} for the folder here, or {repo_id}@main for the Hub"
         )
     return Reference(repo_id=repo_id, revision=revision)
 
 
-def _looks_like_path(text: str) -> bool:
+def _wrong_id(repo_id: str) -> str:
+    """Return what the Hub would refuse in the name of a repository; no text if it takes it."""
+    namespace, slash, name = repo_id.partition("/")
+    if not slash:
+        return "is not a reference to an adapter"
+    if "/" in name:
+        return "has too many slashes for a Hub repository"
+    for part in (namespace, name):
+        if not NAME.fullmatch(part) or "--" in part or ".." in part or part.endswith(".git"):
+            rules = "letters, digits, '-', '_' and '.', not first or last '-' or '.', no '--', '..' or final '.git'"
+            return f"has {part!r}, which cannot be a name on the Hub: {rules}"
     return (
-        text in (".", "..") or text.startswith(PATH_STARTS) or text.endswith(".safetensors") or Path(text).is_absolute()
+        f"has {len(repo_id)} characters; a Hub repository has at most {LONGEST_ID}" if len(repo_id) > LONGEST_ID else ""
     )
 
 
-def _check_repo_id(repo_id: str, text: str) -> None:
-    """Refuse what the Hub would refuse, with the forms that are expected."""
-    hint = f"; for the local one write ./{repo_id}" if repo_id and Path(repo_id).exists() else ""
-    namespace, slash, name = repo_id.partition("/")
-    if not slash:
-        raise AdapterError(f"{text!r} is not a reference to an adapter; expected {FORMS}{hint}")
-    if "/" in name:
-        raise AdapterError(f"{text!r} has too many slashes for a Hub repository; expected {FORMS}{hint}")
-    for part in (namespace, name):
-        if not NAME.fullmatch(part) or "--" in part or ".." in part or part.endswith(".git"):
-            raise AdapterError(
-                f"{part!r} in {text!r} cannot be a name on the Hub: letters, digits, '-', '_' and '.' only, not first "
-                f"or last '-' or '.', no '--', '..' or final '.git'; expected {FORMS}{hint}"
-            )
-    if len(repo_id) > LONGEST_ID:
-        raise AdapterError(f"{text!r} has {len(repo_id)} characters; a Hub repository has at most {LONGEST_ID}")
-
-
 FILES = (CARD_FILE, CONFIG_FILE, BUNDLE_FILE, SIGNATURE_FILE, MODEL_FILE)
-LIMITS = {
-    MODEL_FILE: MAX_MODEL,
-    CONFIG_FILE: MAX_CONFIG,
-    BUNDLE_FILE: MAX_SIGNATURE,
-    SIGNATURE_FILE: MAX_SIGNATURE,
-    CARD_FILE: 5 << 20,
-}
+LIMITS = {MODEL_FILE: MAX_MODEL, CONFIG_FILE: MAX_CONFIG, CARD_FILE: 5 << 20} | dict.fromkeys(DIGESTS, MAX_SIGNATURE)
 
 
 def read_card(folder: Path) -> bytes | None:
-    """Return the bytes of a folder's model card, or None if it has none."""
     card = folder / CARD_FILE
     return read_bytes(card, card, LIMITS[CARD_FILE]) if card.is_file() else None
 
 
 def holds(folder: Path, contents: Contents) -> bool:
-    """Tell whether a folder has just these contents under their names."""
+    """Return True if a folder has just these contents under their names."""
     return all(
         (folder / name).is_file() and (folder / name).read_bytes() == content for name, content in contents.items()
     )
@@ -132,9 +111,6 @@ def write_files(contents: Contents, target: Path) -> None:
 
     What another adapter there had besides, its card or config, goes. Nothing is replaced before everything is
     written. The model file comes last; whatever happens in between is found by the digest in the config file.
-
-    Raises:
-        StateError: if the target holds something else than an adapter, or cannot be written.
     """
     if target.exists() and not target.is_dir():
         raise StateError(f"{target} is a file; give a folder")
@@ -142,10 +118,7 @@ def write_files(contents: Contents, target: Path) -> None:
     there = target.iterdir() if target.exists() else ()
     others = sorted(path.name for path in there if not any(is_leftover(path, name) for name in FILES))
     if others and MODEL_FILE not in others:
-        raise StateError(
-            f"{target} holds other files ({', '.join(others[:3])}{', …' if len(others) > 3 else ''}) and no adapter; "
-            "give a new or empty folder, or one with an adapter to replace"
-        )
+        raise StateError(f"{target} holds other files, first {others[0]}, and no adapter; give a new or empty folder")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:

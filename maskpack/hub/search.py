@@ -23,16 +23,12 @@ DIGEST_TAG = re.compile(rf"maskpack:base:([0-9a-f]{{{DIGEST}}})")
 
 @dataclass(frozen=True)
 class FoundAdapter:
-    """An adapter on the Hub, as its repository describes it; `pull` verifies it.
+    """An adapter on the Hub, as its repository describes it; `pull` verifies it. None is what it does not say.
 
     Attributes:
-        repo_id: the repository.
-        base: Hub id of its base, or torchvision/NAME; None if the repository does not say.
-        task: as in "image-classification", or None.
-        downloads: in the last 30 days, as far as the Hub counts them. likes: of the repository. None if not told.
-        updated: date of the last commit, as in "2025-01-31", or None.
-        private: whether others may not see it.
-        fits: first 12 digits of the float32 digest of its base, for another search, or None.
+        base: Hub id of its base, or torchvision/NAME. task: as in "image-classification".
+        downloads: in the last 30 days. updated: date of the last commit, as in "2025-01-31".
+        fits: first 12 digits of the float32 digest of its base, for another search.
     """
 
     repo_id: str
@@ -58,17 +54,10 @@ def search_adapters(
     """Find adapters on the Hub, in the Hub's order; none is not an error.
 
     Args:
-        query: text in the name of the repository.
+        query: text in the name of the repository. author: user or organisation. limit: 1 to 1000.
         base: what they were made for: `timm/NAME`, `hf/USER/NAME`, the Hub id itself, or `torchvision/NAME`.
         fits: digest of the base's weights, 12 to 64 digits of `fingerprint(model, …).digests["float32"]`.
-        author: user or organisation.
-        limit: how many at most, 1 to 1000.
         token: as everywhere on the Hub: None for the login, which also finds private ones; False for none.
-
-    Raises:
-        ConfigError: if an argument cannot be searched for.
-        HubError: if the login failed, or the Hub may not be asked.
-        HubUnreachableError: if the Hub did not answer, after several attempts.
     """
     if not 1 <= limit <= MOST:
         raise ConfigError(f"limit must be from 1 to {MOST}, got {limit}")
@@ -78,15 +67,12 @@ def search_adapters(
     if fits is not None:
         if not HEX.fullmatch(fits):
             raise ConfigError(
-                f"fits must be {DIGEST} to 64 lower-case hexadecimal digits of a base's float32 digest, got {fits!r}"
+                f"fits must be {DIGEST} to 64 lower-case hexadecimal digits of a float32 digest, got {fits!r}"
             )
         tags.append(digest_tag(fits))
     session = Session("search the Hub", token)
     if session.offline:
-        raise HubError(
-            "cannot search the Hub: it may not be asked (HF_HUB_OFFLINE is set); unset it, or look at what is cached "
-            "with: maskpack list"
-        )
+        raise HubError("cannot search the Hub offline; unset HF_HUB_OFFLINE, or see what is cached: maskpack list")
 
     def ask() -> "list[ModelInfo]":
         # the tags, and not the list of each repository's files
@@ -100,14 +86,13 @@ def search_adapters(
 
 
 def _base_tag(base: str) -> str:
-    """Return the tag of the adapters of a base."""
     if (own := base_id_tag(base)) is not None:
         return own
     hub = base_model(base) or base
     if not HUB_ID.fullmatch(hub):
         raise ConfigError(
-            f"cannot search for adapters of {base!r}; expected a base that others can get, such as "
-            "timm/resnet50.a1_in1k, hf/USER/NAME or torchvision/resnet18; for other weights search by what fits them"
+            f"cannot search for adapters of {base!r}; expected timm/NAME, hf/USER/NAME or torchvision/NAME, else "
+            "search by fits"
         )
     return f"base_model:adapter:{hub}"
 

@@ -53,14 +53,9 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
     """Return the masks of a file, named as the model's parameters; each is read whenever it is asked for.
 
     Weights beside the masks are compared here, all of them; what is wrong with a mask itself may be raised when it is
-    asked for.
-
-    Args:
-        path: the file; it must stay while masks are asked for. model: the frozen backbone that the masks belong to.
-        format: id of an importer. scale: set alpha; only for the format "masks".
+    asked for. `scale` sets alpha, only for the format "masks".
 
     Raises:
-        UnknownNameError: if there is no such importer. ConfigError: if the scale does not go with the format.
         DataError: if the file cannot be read, or is not in that format.
         BackboneMismatchError: if the masks, or the weights beside them, are not of this model.
     """
@@ -71,8 +66,8 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
         other = sources.setdefault(first.get(name, name), name)
         if other != name and make(other) != make(name):
             raise DataError(
-                f"{path}: {other!r} and {name!r} are one tensor in the backbone and have different masks here; "
-                f"expected equal ones, leave one of them out"
+                f"{path}: {other!r} and {name!r} are one tensor in the backbone and have different masks; leave one of "
+                "them out"
             )
 
     def own(name: str) -> PackedMask:
@@ -83,19 +78,15 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
 
 
 def check_format(format: str, scale: bool) -> None:
-    """Refuse a format that is not known, or cannot have a scale; see `import_masks`."""
     if IMPORTERS[format].id != "masks" and scale:
-        raise ConfigError(f"scale is for masks that were trained with it, and {format!r} files hold none; leave it out")
+        raise ConfigError(f"scale is for masks trained with it, and {format!r} files hold none; leave it out")
 
 
 def match(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map names of a file to the backbone's, for those that it has.
+    """Map names of a file to the backbone's, for those that it has; DataError if two of them stand for one.
 
     The `_orig_mod.` of compiled modules does not count. If no name is the backbone's as it stands, a prefix such as
     `module.` or `model.`, of one or two parts and the same for all, does not count either.
-
-    Raises:
-        DataError: if two names of the file stand for one of the backbone's.
     """
     plain = {name: canonical(name) for name in names}
     for parts in range(MOST_PREFIX_PARTS + 1):
@@ -107,48 +98,33 @@ def match(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[
             cut = {full: one.removeprefix(prefix) for full, one in plain.items() if one.startswith(prefix)}
             for full, one in cut.items():
                 if one in base and (other := seen.setdefault(one, full)) != full:
-                    raise DataError(
-                        f"{path}: {other!r} and {full!r} both stand for {one!r}, expected one of them; leave the other "
-                        f"out"
-                    )
+                    raise DataError(f"{path}: {other!r} and {full!r} both stand for {one!r}; leave one of them out")
             return {full: one for one, full in seen.items()}
     return {}
 
 
 def known(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map names of masks to the backbone's parameters.
-
-    Raises:
-        BackboneMismatchError: if the backbone lacks one. DataError: as `match`.
-    """
+    """Map names of masks to the backbone's parameters; BackboneMismatchError if it lacks one."""
     names = sorted(names)
     found = match(path, names, base)
     missing = [name for name in names if name not in found]
     if missing:
         raise BackboneMismatchError(
-            f"{path} has masks for {len(names)} parameters, and the backbone lacks {len(missing)} of them, first "
-            f"{missing[0]!r}; it has {', '.join(list(base)[:3])}, …; give the backbone that the masks were made for"
+            f"{path} has masks for {len(names)} parameters, and the backbone, with {', '.join(list(base)[:3])}, …, "
+            f"lacks {len(missing)} of them, first {missing[0]!r}; give the backbone that the masks were made for"
         )
     return found
 
 
-def read_weights(tensors: TensorFile, stored: str, name: str, base: Mapping[str, Tensor]) -> Tensor:
-    """Read the weights of a parameter of the base, which the file calls `stored`.
-
-    Raises:
-        BackboneMismatchError: if they have another shape. DataError: if they are no floating-point numbers.
-    """
-    check_shape(tensors, stored, tuple(base[name].shape))
-    return read_floats(tensors, stored)
-
-
-def read_floats(tensors: TensorFile, stored: str) -> Tensor:
-    """Read a tensor, or raise DataError if weights of its dtype cannot be compared with a base's."""
+def read_weights(tensors: TensorFile, stored: str, shape: Shape | None = None) -> Tensor:
+    """Read weights that can be compared with a base's: floats, and of this shape if one is given."""
+    if shape is not None:
+        check_shape(tensors, stored, shape)
     found = tensors[stored]
     if found.dtype not in FLOATS:
         raise DataError(
-            f"{tensors.path}: {stored!r} is {found.dtype}, expected one of {', '.join(map(str, FLOATS))}; import the "
-            f"masks before the weights are quantised"
+            f"{tensors.path}: {stored!r} is {found.dtype}, expected float weights; import the masks before they are "
+            "quantised"
         )
     return found
 
@@ -157,16 +133,15 @@ def check_shape(tensors: TensorFile, stored: str, expected: Shape) -> None:
     """Raise BackboneMismatchError if a tensor of the file has not the expected shape; nothing is read for it."""
     if tensors.shapes[stored] != expected:
         raise BackboneMismatchError(
-            f"{tensors.path}: {stored!r} has shape {tensors.shapes[stored]}, the backbone's parameter asks for "
-            f"{expected}; give the backbone that was pruned"
+            f"{tensors.path}: {stored!r} has shape {tensors.shapes[stored]}, expected {expected}; give the backbone "
+            "pruned"
         )
 
 
 def compare(found: Tensor, base: Tensor, kept: Tensor) -> tuple[int, int]:
     """Compare weights with the base's, cast to their dtype, bit by bit.
 
-    Returns:
-        How many kept weights differ, and how many of those that are not kept the base has other than zero.
+    Returns how many kept weights differ, and how many of those that are not kept the base has other than zero.
     """
     differing = removed = 0
     flat, own, chosen = found.reshape(-1), base.detach().reshape(-1), kept.reshape(-1)
@@ -181,8 +156,7 @@ def compare(found: Tensor, base: Tensor, kept: Tensor) -> tuple[int, int]:
 def refuse_trained(path: Path, rows: Iterable[tuple[str, int]]) -> None:
     """Raise BackboneMismatchError if weights are not the base's.
 
-    Args:
-        rows: name of each tensor that was compared, and how many of its kept weights differ.
+    `rows`: name of each tensor that was compared, and how many of its kept weights differ.
     """
     counts = Counter[str]()
     for name, count in rows:
@@ -192,27 +166,20 @@ def refuse_trained(path: Path, rows: Iterable[tuple[str, int]]) -> None:
         first = min(differing)
         raise BackboneMismatchError(
             f"{path}: {sum(differing.values())} kept weights in {len(differing)} of {len(counts)} tensors are not the "
-            f"base's, first {first!r} ({differing[first]} weights); give the backbone that was pruned, or, if it was "
-            f"trained after that, train a mask instead: a mask selects weights and cannot hold new ones"
+            f"base's, first {first!r} ({differing[first]} weights); give the backbone that was pruned. If it was "
+            "trained after that, train a mask instead, which cannot hold new weights"
         )
 
 
 def pruned(path: Path, names: Iterable[str], read: Callable[[str], Tensor], base: Mapping[str, Tensor]) -> Found:
     """Return the masks of a pruned network: bit 0 where a weight is 0 (or -0).
 
-    Masked is every parameter with a zero where the base has none; all other weights are compared.
-
-    Args:
-        names: tensors of the base that the network has. read: gives the network's, of the base's shape.
-
-    Raises:
-        BackboneMismatchError: if a weight is neither 0 nor the base's, or there is no name.
-        DataError: if no parameter has a zero that the base has not.
+    Masked is every parameter with a zero where the base has none; all other weights are compared. `read` gives the
+    network's tensor of the base's name and shape.
     """
     if not (names := sorted(names)):
         raise BackboneMismatchError(
-            f"{path} has no tensor of the backbone's, which has {', '.join(list(base)[:3])}, …; give the backbone that "
-            f"was pruned"
+            f"{path} has no tensor of the backbone's, {', '.join(list(base)[:3])}, …; give the backbone that was pruned"
         )
     masked = []
 
@@ -229,7 +196,7 @@ def pruned(path: Path, names: Iterable[str], read: Callable[[str], Tensor], base
     refuse_trained(path, rows())
     if not masked:
         raise DataError(
-            f"{path}: no parameter has a zero where the backbone has none, expected a pruned network; give the file "
-            f"after pruning, and the backbone before it"
+            f"{path}: no parameter has a zero where the backbone has none; give the file after pruning, and the base "
+            "before it"
         )
     return {name: tuple(base[name].shape) for name in masked}, lambda name: PackedMask.from_tensor(read(name) != 0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..mask import Shape
 from ..safetensors_io import TensorFile, open_tensors
-from .base import IMPORTERS, Found, check_shape, match, pruned, read_floats, read_weights
+from .base import IMPORTERS, Found, check_shape, match, pruned, read_weights
 
 MEMBERS = ("bitmask", "compressed", "shape", "row_offsets")
 
@@ -31,8 +31,8 @@ class CompressedTensors:
         stems = {name.removesuffix(".bitmask") for name in tensors if name.endswith(".bitmask")}
         if not stems:
             raise DataError(
-                f"{path} has no tensor X.bitmask, expected the format sparse-bitmask or sparse-24-bitmask; it has "
-                f"{', '.join(list(tensors)[:3]) or 'none'}; import a checkpoint with plain zeros with --from zeros"
+                f"{path} has no tensor X.bitmask, it has {', '.join(list(tensors)[:3]) or 'none'}; expected the format "
+                "sparse-bitmask or sparse-24-bitmask; import a checkpoint with plain zeros with --from zeros"
             )
         parts = {f"{stem}.{member}" for stem in stems for member in MEMBERS}
         # X is the module of the weight; until version 0.5 it was the weight itself
@@ -45,7 +45,7 @@ class CompressedTensors:
 
         def read(name: str) -> Tensor:
             if stored[name] not in stem_of:
-                return read_weights(tensors, stored[name], name, base)
+                return read_weights(tensors, stored[name], tuple(base[name].shape))
             return _dense(tensors, stem_of[stored[name]], tuple(base[name].shape))
 
         return pruned(path, stored, read, base)
@@ -73,7 +73,7 @@ def _dense(tensors: TensorFile, stem: str, shape: Shape) -> Tensor:
     check(not beyond, f"has bits beyond the {shape[-1]} columns of a row, expected zeros there")
     values, count = math.prod(tensors.shapes[f"{stem}.compressed"]), int(kept.count_nonzero())
     check(values == count, f"has {values} values for {count} true bits")
-    compressed = read_floats(tensors, f"{stem}.compressed")
+    compressed = read_weights(tensors, f"{stem}.compressed")
     dense = torch.zeros(shape, dtype=compressed.dtype)
     dense[kept] = compressed.reshape(-1)
     return dense

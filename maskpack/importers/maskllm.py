@@ -42,12 +42,12 @@ class MaskllmNpz:
             if not size < entry.file_size <= size + LONGEST_HEADER:
                 raise BackboneMismatchError(
                     f"{path}: the mask of {name!r} has {entry.file_size} bytes, expected {size} and a short header for "
-                    f"the backbone's shape {shape}; give the backbone that the masks were made for"
+                    f"the shape {shape}; give the backbone that the masks were made for"
                 )
             if entry.compress_type not in COMPRESSIONS:
                 raise DataError(
-                    f"{path}: {entry.filename!r} has the compression {entry.compress_type}, expected what "
-                    f"numpy.savez and numpy.savez_compressed write; save it with these"
+                    f"{path}: {entry.filename!r} has the compression {entry.compress_type}; save it with "
+                    "numpy.savez_compressed"
                 )
         return shapes, lambda name: _read(path, name, masked[name], shapes[name])
 

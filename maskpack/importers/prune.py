@@ -29,8 +29,8 @@ class Prune:
         stems = {name.removesuffix("_mask"): name for name in tensors if name.endswith("_mask") and name not in own}
         if not stems:
             raise DataError(
-                f"{path} has no tensor X_mask, expected the state dict of a module under torch.nn.utils.prune; it has "
-                f"{', '.join(list(tensors)[:3]) or 'none'}; after prune.remove, import it with --from zeros"
+                f"{path} has no tensor X_mask, it has {', '.join(list(tensors)[:3]) or 'none'}; expected the state "
+                "dict of a module under torch.nn.utils.prune; after prune.remove, import it with --from zeros"
             )
         masked = {parameter: stem for stem, parameter in known(path, stems, base).items()}
 
@@ -42,7 +42,7 @@ class Prune:
             if bool((other := ~kept & (mask != 0)).any()):
                 raise DataError(
                     f"{path}: {stored!r} holds {mask[other][0].item()}, expected zeros and ones; save the state dict "
-                    f"of the pruned module as it is"
+                    "as it is"
                 )
             return PackedMask.from_tensor(kept)
 
@@ -50,11 +50,11 @@ class Prune:
             for name, stem in masked.items():
                 kept = make(name).tensor()
                 for stored in {f"{stem}_orig", stem} & tensors.keys():
-                    yield name, compare(read_weights(tensors, stored, name, base), base[name], kept)[0]
+                    yield name, compare(read_weights(tensors, stored, tuple(base[name].shape)), base[name], kept)[0]
             for stored, name in own.items():
                 if base[name].is_floating_point() and name not in masked:
                     every = torch.ones(base[name].shape, dtype=torch.bool)
-                    yield name, compare(read_weights(tensors, stored, name, base), base[name], every)[0]
+                    yield name, compare(read_weights(tensors, stored, tuple(base[name].shape)), base[name], every)[0]
 
         refuse_trained(path, rows())
         return {name: tuple(base[name].shape) for name in masked}, make

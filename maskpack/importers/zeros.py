@@ -21,4 +21,4 @@ class Zeros:
     def open(path: Path, base: Mapping[str, Tensor]) -> Found:
         tensors = open_tensors(path)
         stored = {own: name for name, own in match(path, tensors, base).items() if base[own].is_floating_point()}
-        return pruned(path, stored, lambda name: read_weights(tensors, stored[name], name, base), base)
+        return pruned(path, stored, lambda name: read_weights(tensors, stored[name], tuple(base[name].shape)), base)

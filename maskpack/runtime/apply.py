@@ -6,9 +6,9 @@ Whatever is overwritten is noted first, in the model's `Applied` record, so that
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 class Written(NamedTuple):
     """State of a tensor after its last known write; `version` is PyTorch's count of in-place writes."""
@@ -33,28 +35,25 @@ class Written(NamedTuple):
     device: torch.device
 
     def same(self, tensor: Tensor) -> bool:
-        """Return True if this is the tensor, and nothing wrote it since."""
+        """Return True if nothing wrote this tensor since."""
         return tensor is self.tensor() and tensor._version == self.version
 
 
 class Changed(NamedTuple):
-    """What a mask changed in a parameter.
+    """The earlier bits of a tensor, which had this dtype then.
 
     Attributes:
-        dtype: of the parameter then.
-        saved: the base's bits at the zeros of the mask, in pieces; or the whole weight where a scale or signs change
-            all of it.
+        saved: in pieces, those at the zeros of `mask`; the whole tensor where there is no mask.
         at: flat positions of the zeros, kept by a bank; None: they are found again from the mask.
     """
 
-    mask: PackedMask
     dtype: torch.dtype
     saved: list[Tensor]
+    mask: PackedMask | None = None
     at: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Memory of positions and bits."""
         return sum(tensor.nbytes for tensor in self.saved) + (0 if self.at is None else self.at.nbytes)
 
 
@@ -64,9 +63,7 @@ class Applied:
 
     Attributes:
         mask_id: of the adapter; in a bank the adapter's name there.
-        masked: what masks changed, by name of the parameter, in order of application.
-        tensors: names and earlier values of buffers and parameters that were copied over, in order.
-        head: (dotted name, earlier module), if the head was swapped.
+        changed: names and earlier bits of tensors, in order. head: (dotted name, earlier module), if it was swapped.
         restorable: False if nothing is kept once the mask is on.
         complete: the whole mask is on the model. False while it is applied or undone, and after one of these was
             interrupted: then the model has a part of it.
@@ -76,8 +73,7 @@ class Applied:
     """
 
     mask_id: str
-    masked: dict[str, Changed] = field(default_factory=dict)
-    tensors: list[tuple[str, Tensor]] = field(default_factory=list)
+    changed: list[tuple[str, Changed]] = field(default_factory=list)
     head: tuple[str, nn.Module] | None = None
     restorable: bool = True
     complete: bool = False
@@ -98,33 +94,25 @@ def applied(model: nn.Module) -> Applied | None:
 
 
 def forget(model: nn.Module) -> None:
-    """Drop the model's record."""
     _APPLIED.pop(unwrap(model), None)
 
 
 def hold(model: nn.Module, holder: object) -> None:
-    """Reserve a model for a bank: nothing else puts masks on it.
-
-    Raises:
-        StateError: if it has a mask, belongs to a bank, or is compiled with frozen weights.
-    """
+    """Reserve a model without a mask for a bank: nothing else puts masks on it."""
     check_compiled()
     check_free(model)
     _HOLDERS[unwrap(model)] = holder
 
 
 def held_by(model: nn.Module, holder: object) -> bool:
-    """Return True if a model is reserved for this bank."""
     return _HOLDERS.get(unwrap(model)) is holder
 
 
 def release(model: nn.Module) -> None:
-    """Undo `hold`."""
     del _HOLDERS[unwrap(model)]
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return all buffers and parameters of a model by canonical name."""
     return {**named_buffers(model), **named_parameters(model)}
 
 
@@ -151,10 +139,11 @@ def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor],
     if others:
         raise StateError(
             f"{len(others)} of the {len(noted)} parameters that the mask changes were written by something else since, "
-            f"first {others[0]!r}, for instance by an optimizer step or load_state_dict; {way_out}"
+            f"as an optimizer step or load_state_dict does, first {others[0]!r}; {way_out}"
         )
 
 
+OTHER_BASE = "load the backbone that the adapter was made for"
 FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
 WORTH = 1 << 22  # bytes of places
 FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are still in the core's cache
@@ -163,8 +152,7 @@ FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are
 def places(bits: bitarray, device: torch.device) -> Tensor:
     """Return where zero bits are, as flat row-major positions in order, int64.
 
-    Places are what everything else works on: reading and writing a few weights by place takes a tenth of the time that
-    going through all of them with a tensor of bool takes.
+    Reading and writing a few weights by place takes a tenth of the time of going through all with a tensor of bool.
     """
     packed = ~packed_bits(bits)
     if device.type == "cpu":
@@ -179,13 +167,12 @@ def places(bits: bitarray, device: torch.device) -> Tensor:
     return zeros_there.nonzero()[:, 0]
 
 
-def at_places(mask: PackedMask) -> bool:
-    """Whether a mask changes only the weights at its zero bits: neither scale nor signs change the others."""
-    return mask.alpha is None and mask.signs is None
+def at_places(mask: PackedMask | None) -> bool:
+    """Return True if a mask changes only the weights at its zero bits: neither scale nor signs change the others."""
+    return mask is not None and mask.alpha is None and mask.signs is None
 
 
 def read(weight: Tensor, at: Tensor) -> Tensor:
-    """Return the bits at flat positions (int64) of a weight."""
     whole = same_size_int(weight.detach())
     if whole.is_cpu and whole.is_contiguous():  # one thread of numpy does it as fast as all of torch's
         # a mask has the weight's shape, so that numpy need not look for positions outside
@@ -201,22 +188,20 @@ def write(weight: Tensor, at: Tensor, bits: Tensor | None) -> None:
         whole.view(-1).numpy()[at.numpy()] = 0 if bits is None else bits.numpy()
         if not whole.is_inference():  # those have no version
             increment_version(whole)  # numpy does not, and a backward pass is to see that a weight is another one
-    elif whole.is_inference():
-        with torch.inference_mode():
-            whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
-    elif whole.is_contiguous():  # takes half to two thirds of the time of put_
+    elif whole.is_contiguous() and not whole.is_inference():  # takes half to two thirds of the time of put_
         whole.view(-1).scatter_(0, at, 0 if bits is None else bits)
     else:
-        whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
+        with _writable(whole):
+            whole.put_(at, whole.new_zeros(()).expand(len(at)) if bits is None else bits)
 
 
 def copy_bits(target: Tensor, source: Tensor) -> None:
-    """Copy bits, whatever they stand for."""
-    if target.is_inference():
-        with torch.inference_mode():
-            same_size_int(target).copy_(same_size_int(source))
-    else:
+    with _writable(target):
         same_size_int(target.detach()).copy_(same_size_int(source))
+
+
+def _writable(tensor: Tensor) -> AbstractContextManager[object]:
+    return torch.inference_mode() if tensor.is_inference() else nullcontext()
 
 
 def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
@@ -261,9 +246,12 @@ def changed_bits(weight: Tensor, mask: PackedMask, old: Tensor, values: Tensor |
     return None
 
 
+Located = tuple[str, PackedMask | None, Tensor | None]
+
+
 def located(
-    masks: Iterable[tuple[str, PackedMask]], weights: Mapping[str, Tensor], known: Mapping[str, Changed]
-) -> Iterator[tuple[str, PackedMask, Tensor | None]]:
+    masks: Iterable[tuple[str, PackedMask | None]], weights: Mapping[str, Tensor], known: Mapping[str, Changed]
+) -> Iterator[Located]:
     """Yield names and masks with the places of their zeros; None for masks that change every weight.
 
     Places that are not in the mask or in `known` are found by threads, ahead of the consumer.
@@ -273,18 +261,19 @@ def located(
         at = known[name].at if name in known else None
         return at if at is not None and at.device == weights[name].device else None
 
-    def find(item: tuple[str, PackedMask]) -> tuple[str, PackedMask, Tensor | None]:
-        (name, mask), at = item, None
-        if at_places(mask):
-            at, device = kept(name), weights[name].device
-            if at is None:
-                at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
+    def find(item: tuple[str, PackedMask | None]) -> Located:
+        name, mask = item
+        if mask is None or not at_places(mask):
+            return name, mask, None
+        at, device = kept(name), weights[name].device
+        if at is None:
+            at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
         return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
-    def size(item: tuple[str, PackedMask]) -> int:
+    def size(item: tuple[str, PackedMask | None]) -> int:
         name, mask = item
-        found = not at_places(mask) or mask.zeros is not None or kept(name) is not None
-        return 0 if found else 8 * mask.bits.count(0)
+        searched = mask is not None and at_places(mask) and mask.zeros is None and kept(name) is None
+        return 8 * mask.bits.count(0) if mask is not None and searched else 0
 
     return in_order(find, masks, size, WORTH)
 
@@ -302,10 +291,7 @@ def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
 
 def head_tensors(head: Head | None) -> dict[str, Tensor]:
     """Return the tensors of a head that is a module of the model, by dotted name; else nothing."""
-    if head is None or head.module is None:
-        return {}
-    found = {f"{head.module}.weight": head.weight}
-    return found if head.bias is None else {**found, f"{head.module}.bias": head.bias}
+    return {} if head is None or head.module is None else head.named_tensors(head.module)
 
 
 def check_free(model: nn.Module) -> None:
@@ -319,7 +305,6 @@ def check_free(model: nn.Module) -> None:
 
 
 def check_not_held(model: nn.Module) -> None:
-    """Raise StateError if a model belongs to a bank."""
     if unwrap(model) in _HOLDERS:
         raise StateError("this model belongs to a MaskBank; use the bank, or close it first: bank.close()")
 
@@ -329,23 +314,19 @@ def check_compiled() -> None:
     config = sys.modules.get("torch._inductor.config")
     if config is not None and config.freezing:
         raise StateError(
-            "torch._inductor.config.freezing is on: compiled code has copies of the weights in it and would go on with "
-            "the old ones; set it to False, call torch.compiler.reset(), and compile anew"
+            "torch._inductor.config.freezing is on: compiled code would go on with its copies of the weights; set it "
+            "to False, call torch.compiler.reset(), and compile anew"
         )
 
 
 def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
-    """Return the parameters that masks of these shapes are for, by name.
-
-    Raises:
-        BackboneMismatchError: if one is missing, has another shape, is not floating point, or has no data.
-    """
+    """Return the parameters that masks of these shapes are for, by name; BackboneMismatchError if they do not fit."""
     parameters = named_parameters(model)
     missing = [name for name in shapes if name not in parameters]
     if missing:
         raise BackboneMismatchError(
             f"the model lacks {len(missing)} of the {len(shapes)} masked parameters, first {missing[0]!r}; it has "
-            f"{', '.join(list(parameters)[:3])}, …; load the backbone that the adapter was made for"
+            f"{', '.join(list(parameters)[:3])}, …; {OTHER_BASE}"
         )
     for name, shape in shapes.items():
         parameter = parameters[name]
@@ -356,8 +337,7 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
             )
         if tuple(parameter.shape) != shape:
             raise BackboneMismatchError(
-                f"the mask of {name!r} has shape {shape}, the model's parameter {tuple(parameter.shape)}; load the "
-                f"backbone that the adapter was made for"
+                f"the mask of {name!r} has shape {shape}, the model's parameter {tuple(parameter.shape)}; {OTHER_BASE}"
             )
     return {name: parameters[name] for name in shapes}
 
@@ -367,16 +347,13 @@ def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> 
     for name, tensor in parts.dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
-                f"the adapter has a tensor for {name!r} of shape {tuple(tensor.shape)}, which the model lacks or "
-                f"has in another shape; load the backbone that the adapter was made for"
+                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}"
             )
     module = None if parts.head is None else parts.head.module
     try:
         model.get_submodule(module or "")
     except AttributeError:
-        raise BackboneMismatchError(
-            f"the model has no module {module!r} for the adapter's head; pass head='keep' to leave the head alone"
-        ) from None
+        raise BackboneMismatchError(f"the model has no {module!r} for the adapter's head; pass head='keep'") from None
 
 
 def apply_parts(
@@ -389,17 +366,12 @@ def apply_parts(
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
 
-    If anything fails midway, the model is put back before the error goes on. If that is interrupted as well, `restore`
-    finishes it, and so does whatever puts a mask on the model next.
+    If anything fails midway, the model is put back before the error goes on. If that is interrupted as well,
+    `unload_mask` finishes it, and so does whatever puts a mask on the model next. A head behind an encoder is left out.
 
     Args:
-        parts: its head replaces a module of the model; one that lies behind an encoder is left out.
         masks: name and mask, in the place of those of `parts`, whose names and shapes are checked before the first.
-        restorable: keep what `restore` needs.
-
-    Raises:
-        BackboneMismatchError: if a tensor is missing or has another shape.
-        StateError: if something is applied already.
+        restorable: keep what `unload_mask` needs.
     """
     check_compiled()
     check_free(model)
@@ -417,14 +389,15 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
     try:
         _APPLIED[model] = record
         for name, mask, at in located(parts.masks.items() if masks is None else masks, parameters, record.notes or {}):
+            assert mask is not None
             _apply(record, name, parameters[name].detach(), mask, at, parts.values.get(name))
         for name, tensor in dense.items():
-            _copy(record, state, name, tensor)
+            _overwrite(record, name, state[name].detach(), tensor)
         if parts.head is not None and parts.head.module is not None:
             _apply_head(model, parts.head, record)
         record.after = written(state if record.head is None else tensors_of(model), names)
         if record.notes is not None:
-            record.notes.update({name: one for name, one in record.masked.items() if one.at is not None})
+            record.notes.update({name: one for name, one in record.changed if one.at is not None})
         record.complete = True
     except BaseException:
         undo(model, record)
@@ -433,15 +406,24 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
         _APPLIED[model] = Applied(record.mask_id, restorable=False, complete=True)
 
 
-def restore(model: nn.Module, *, force: bool = False) -> None:
-    """Undo what is applied, to the bit. If it fails or is interrupted, the next call finishes it.
+def unload_mask(model: Model, *, force: bool = False) -> Model:
+    """Undo `load_mask`: weights, statistics and head get back, to the bit, what they had; return the same model.
+
+    If it is interrupted or fails, the next call finishes it. That also holds for a `load_mask` that was interrupted
+    twice, so that it could not undo itself.
+
+    Parameters that something else wrote meanwhile (an optimizer step, `load_state_dict`) are noticed by PyTorch's count
+    of in-place writes. Only those that the mask changes are looked at, and no buffers: a forward pass in training mode
+    writes the statistics of BatchNorm. `model.to` and `model.half` leave the count as it is, and what is put back is
+    moved or cast alike. Not counted, and so not noticed: writes through `.data` or numpy, fused optimizers
+    (`fused=True`), and tensors made in inference mode.
 
     Args:
-        force: also where something else wrote the weights since.
+        force: undo although parameters were written: what the mask changed gets its earlier values, the rest stays as
+            it was written.
 
     Raises:
-        StateError: if nothing is applied, it was applied with restorable=False, or something else wrote parameters that
-            the mask changes.
+        StateError: if no mask is loaded, it was loaded with restorable=False, or parameters were written meanwhile.
     """
     check_not_held(model)
     record = applied(model)
@@ -453,6 +435,7 @@ def restore(model: nn.Module, *, force: bool = False) -> None:
         way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
         check_unwritten(record.after, tensors_of(model), way_out)
     undo(model, record)
+    return model
 
 
 @contextmanager
@@ -464,25 +447,29 @@ def masked(model: nn.Module, parts: Parts, mask_id: str = "") -> Iterator[None]:
         yield
     finally:
         if applied(model) is not None:
-            restore(model)
+            unload_mask(model)
 
 
 def _apply(
     record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None
 ) -> None:
-    """Apply one mask; what it takes to undo it is noted before."""
     known = None if record.notes is None else record.notes.get(name)
     if at is None:
-        record.masked[name] = Changed(mask, weight.dtype, [weight.clone()])
-        copy_bits(weight, rewritten(weight, mask))
+        _overwrite(record, name, weight, rewritten(weight, mask))
     elif known is not None and known.at is at and known.dtype == weight.dtype:
-        record.masked[name] = known
+        record.changed.append((name, known))
         for old in known.saved:  # of the whole parameter, if there is any
             write(weight, at, changed_bits(weight, mask, old, values))
     else:
         kept = None if record.notes is None else at.to(torch.int32) if weight.numel() < 2**31 else at
-        changed = record.masked[name] = Changed(mask, weight.dtype, [], kept)
+        changed = Changed(weight.dtype, [], mask, kept)
+        record.changed.append((name, changed))
         exchange(weight, mask, at.long(), values, changed.saved)
+
+
+def _overwrite(record: Applied, name: str, target: Tensor, tensor: Tensor) -> None:
+    record.changed.append((name, Changed(target.dtype, [target.clone()])))
+    copy_bits(target, tensor.to(target))
 
 
 def undo(model: nn.Module, record: Applied) -> None:
@@ -500,11 +487,10 @@ def undo(model: nn.Module, record: Applied) -> None:
                 head.to(own.device, own.dtype)  # as the model was meanwhile
             swap_module(model, name, head)
             state = tensors_of(model)
-        for name, tensor in reversed(record.tensors):
-            copy_bits(state[name].detach(), tensor.to(state[name]))
-        masks = ((name, changed.mask) for name, changed in reversed(record.masked.items()))
-        for name, _, at in located(masks, state, record.masked):
-            weight, changed = state[name].detach(), record.masked[name]
+        changes = record.changed[::-1]
+        found = located(((name, changed.mask) for name, changed in changes), state, dict(record.changed))
+        for (name, changed), (_, _, at) in zip(changes, found, strict=True):
+            weight = state[name].detach()
             if at is not None:
                 put_back(weight, at, changed.saved, changed.dtype)
             else:
@@ -531,21 +517,15 @@ def _note_undone(model: nn.Module, record: Applied, now: Mapping[str, Written], 
                 other.after.update(written({name: tensor}, [name]))
 
 
-def _copy(record: Applied, state: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
-    target = state[name].detach()
-    record.tensors.append((name, target.clone()))
-    copy_bits(target, tensor.to(target))
-
-
 def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
     """Copy a head into one of the same shape, so that compiled code stays valid; else put a new module in its place."""
     assert head.module is not None
     old = model.get_submodule(head.module)
     same = isinstance(old, nn.Linear) and old.weight.shape == head.weight.shape
     if same and (old.bias is None) == (head.bias is None):
-        state = {f"{head.module}.{name}": p for name, p in old.named_parameters()}
+        state = {f"{head.module}.{name}": p.detach() for name, p in old.named_parameters()}
         for name, tensor in head_tensors(head).items():
-            _copy(record, state, name, tensor)
+            _overwrite(record, name, state[name], tensor)
         return
     example = next(old.parameters(), next(model.parameters()))
     classes, features = head.weight.shape

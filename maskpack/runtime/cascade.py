@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..adapter.content import About, Cascade, Parts
 from ..adapter.predict import Prediction, inputs_to_batches, model_tokenizer
 from ..adapter.read import Adapter
-from ..backbone.classifier import Inputs, embeddings, example_count, taken
-from ..backbone.load import Backbone
+from ..backbone.classifier import Inputs, batch_of, embed_batch, example_count, taken
 from ..backbone.model import unwrap
-from ..errors import AdapterError, BackboneMismatchError, DataError
+from ..errors import AdapterError, BackboneMismatchError
 from ..hub.pull import PullOptions
 from ..preprocess import TextPreprocess, preprocess_from_json
 from .apply import masked
@@ -24,13 +23,9 @@ from .load import Reference, Verify, check_base, check_choices, clear, load_adap
 
 @dataclass(slots=True)
 class Cost:
-    """What a cascade's calls took so far.
+    """What a cascade's calls took so far: inputs, forward passes of an input, switches of masks, seconds of both.
 
-    Attributes:
-        inputs: that were embedded or routed. passes: forward passes, each input of a pass counted.
-        switches: how often a set's masks were put on the model and taken off.
-        seconds: of masks and passes together.
-        mask_bytes: memory that the masks take (one bit a weight), with what is switched beside them.
+    `mask_bytes` is the memory of masks (one bit a weight) and of what is switched beside them.
     """
 
     inputs: int = 0
@@ -49,8 +44,7 @@ class LoadedCascade:
     """A model with a dispatcher and experts as masks: one network in memory, and one bit a weight for each of the sets.
 
     A call puts masks on the model and takes them off again: between calls, and after one that failed, the model is
-    what it was, to the bit. While a call runs, nothing else may use the model, in no thread: neither another call nor
-    a forward pass of its own.
+    what it was, to the bit. While a call runs, nothing else may use the model, in any thread.
 
     Attributes:
         model: the base. parts: dispatcher, experts, router, and how embeddings are combined.
@@ -58,17 +52,10 @@ class LoadedCascade:
         cost: what the calls so far took; set it to `Cost(mask_bytes=cascade.cost.mask_bytes)` to count anew.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sets: Mapping[str, Parts],
-        parts: Cascade,
-        about: About | None = None,
-    ):
+    def __init__(self, model: nn.Module, sets: Mapping[str, Parts], parts: Cascade, about: About | None = None):
         about = about or About()
         self.model, self.parts, self.class_names = model, parts, about.class_names
         self._sets, self._preprocess = sets, about.preprocess
-        self._backbone = Backbone(model, "the model", embedding=parts.embedding)
         self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
     @property
@@ -77,20 +64,12 @@ class LoadedCascade:
         return len(self.parts.router.whitening.mean)
 
     def embed(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
-        """Return the combined embeddings of a batch, float32 on the CPU.
+        """Return the combined embeddings of a preprocessed batch, float32 on the CPU.
 
-        Args:
-            inputs: preprocessed: (B, C, H, W), or a tokenizer's tensors by name, (B, T) each.
-
-        Returns:
-            (B, D (K + 1)): [D, E1, …, EK] with K experts, where blocks of experts that a conditional cascade does not
-            ask are zero; (B, F) where the cascade has a reduction. Each expert's masks are put on once at most.
-
-        Raises:
-            StateError: if the model has a mask loaded. BackboneMismatchError: if it has other features.
-            DataError: if the inputs are not preprocessed.
+        They are (B, D (K + 1)): [D, E1, …, EK] with K experts, where blocks of experts that a conditional cascade does
+        not ask are zero; (B, F) where the cascade has a reduction. Each expert's masks are put on once at most.
         """
-        inputs = _preprocessed(inputs)
+        inputs = batch_of(inputs)
         first = self._embed(self.parts.dispatcher, inputs)
         chosen = self.parts.router.route(first)
         blocks = [first]
@@ -108,7 +87,7 @@ class LoadedCascade:
 
     def route(self, inputs: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return which expert each input of a batch is for, (B,), and the probability of every expert, (B, K)."""
-        posterior = self.parts.router.posterior(self._embed(self.parts.dispatcher, _preprocessed(inputs)))
+        posterior = self.parts.router.posterior(self._embed(self.parts.dispatcher, batch_of(inputs)))
         self.cost.inputs += len(posterior)
         return posterior.argmax(1), posterior
 
@@ -120,16 +99,10 @@ class LoadedCascade:
         Args:
             inputs: image paths or PIL images; a tensor (B, C, H, W) that is preprocessed already; or texts.
             tokenizer: of a text model; default: the one that the model was loaded with.
-
-        Raises:
-            AdapterError: if the cascade has no head, class names or preprocessing. DataError: if one cannot be read.
         """
         weight, bias = self.parts.weight, self.parts.bias
         if weight is None or bias is None or self.class_names is None or self._preprocess is None:
-            raise AdapterError(
-                "this cascade has no head, class names or preprocessing, so it cannot predict by itself; embed(x) "
-                "gives its embeddings"
-            )
+            raise AdapterError("this cascade has no head, class names or preprocessing to predict with; take embed(x)")
         how = preprocess_from_json(self._preprocess)
         if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):
             tokenizer = model_tokenizer(self.model)
@@ -142,27 +115,22 @@ class LoadedCascade:
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[None]:
-        """Give the model with the masks of one set on it; afterwards it is as before, to the bit.
-
-        Raises:
-            StateError: if the model has a mask loaded. BackboneMismatchError: if it is another one.
-        """
+        """Give the model with the masks of one set on it; afterwards it is as before, to the bit."""
         with masked(self.model, self._sets[name], name):
             self.cost.switches += 1
             yield
 
     def _embed(self, name: str, inputs: Inputs) -> Tensor:
         """Return the embeddings of a batch by one set, (B, D) float32 on the CPU."""
-        count = example_count(inputs)
-        if count == 0:
+        if example_count(inputs) == 0:
             return torch.zeros(0, self.features)
         started = time.perf_counter()
         with self.loaded(name):
-            x, _ = embeddings(self._backbone, [(inputs, torch.zeros(count, dtype=torch.long))])
+            x = embed_batch(self.model, self.parts.embedding, inputs)
         if x.shape[1] != self.features:
             raise BackboneMismatchError(
-                f"the model gives embeddings of {x.shape[1]} features, the cascade's router expects {self.features}; "
-                f"load the backbone that it was made for, with the same head"
+                f"the model gives embeddings of {x.shape[1]} features, the router expects {self.features}; load the "
+                "cascade's base"
             )
         self.cost.passes += len(x)
         self.cost.seconds += time.perf_counter() - started
@@ -170,23 +138,12 @@ class LoadedCascade:
 
 
 def load_cascade(
-    model: nn.Module,
-    ref: Reference | Adapter,
-    *,
-    verify: Verify = "strict",
-    **options: Unpack[PullOptions],
+    model: nn.Module, ref: Reference | Adapter, *, verify: Verify = "strict", **options: Unpack[PullOptions]
 ) -> LoadedCascade:
     """Decode the masks of a cascade for a model; what is loaded on the model is unloaded, and nothing else changed.
 
-    Args:
-        model: the base. It stays the only network in memory; masks are kept as one bit a weight.
-        ref, verify: as in `load_mask`.
-        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
-
-    Raises:
-        AdapterError: if the adapter is not there, not valid, or no cascade.
-        BackboneMismatchError: if the model is not the base that the adapter was made for.
-        HubError: if the download failed.
+    The model stays the only network in memory; masks are kept as one bit a weight. Arguments and errors as of
+    `load_mask`.
     """
     check_choices(verify)
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
@@ -199,17 +156,7 @@ def load_cascade(
     module = parts.embedding.module
     if module is not None and module not in dict(unwrap(model).named_modules()):
         raise BackboneMismatchError(
-            f"the model has no module {module!r}, whose input is the cascade's embedding; load it with its head"
+            f"the model has no {module!r}, whose input the cascade takes; load it with its head"
         )
     sets = {name: replace(adapter.parts(name, unwrap(model)), head=None) for name in adapter.sets}
     return LoadedCascade(model, sets, parts, adapter.about)
-
-
-def _preprocessed(inputs: Any) -> Inputs:
-    """Return a batch as the model takes it; what a tokenizer returns is a mapping, but no dictionary."""
-    if not isinstance(inputs, Tensor | Mapping):
-        raise DataError(
-            f"embed and route take a preprocessed batch, a tensor or a tokenizer's tensors by name; got "
-            f"{type(inputs).__name__}, which predict may take"
-        )
-    return inputs if isinstance(inputs, Tensor) else dict(inputs)

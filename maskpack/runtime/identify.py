@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.content import Parts
-from ..backbone.classifier import Classifier, Inputs, classifier_from, embeddings, example_count, modes_kept
-from ..backbone.load import Backbone
-from ..backbone.model import Embedding, Head, find_head, unwrap
+from ..backbone.classifier import Classifier, Inputs, batch_of, classifier_from, embed_batch, example_count, modes_kept
+from ..backbone.model import Embedding, find_head, unwrap
 from ..errors import ConfigError
 from ..mask import PackedMask
-from .apply import at_places, exchange, head_tensors, places, rewritten, tensors_of
+from .apply import at_places, exchange, places, rewritten, tensors_of
 from .bank import MaskBank
 
 OWN = 0.99  # share of a task's own examples that lie within its limit
@@ -23,12 +22,10 @@ OWN = 0.99  # share of a task's own examples that lie within its limit
 
 @dataclass(frozen=True, slots=True)
 class Identified:
-    """Which adapter a batch is for.
+    """Which adapter a batch is for, by name; None: none of them. `likeliest` is the best one in any case.
 
-    Attributes:
-        name: of the adapter; None: none of them. likeliest: of the best one in any case.
-        confidence: 0 to 1. scores: of each adapter, greater is likelier; their unit depends on how they were found.
-        passes: forward passes of the batch, a backward pass counted as two.
+    The confidence is from 0 to 1. Scores are greater where likelier; their unit depends on how they were found. A
+    backward pass counts as two forward passes.
     """
 
     name: str | None
@@ -40,12 +37,9 @@ class Identified:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Profiles:
-    """Means and spread of the base's features on examples of each task.
+    """Features of the base on examples of k tasks: means (k, D), deviation within a task (D,), limits (k,).
 
-    Attributes:
-        names: of the tasks. means: (k, D). deviation: of features within a task, (D,). limits: distance within which
-            OWN of a task's own examples lie, (k,).
-        embedding: where the features are taken.
+    A limit is the distance within which OWN of a task's own examples lie.
     """
 
     names: tuple[str, ...]
@@ -56,7 +50,7 @@ class Profiles:
 
     def nearest(self, inputs: Inputs, model: nn.Module, least: float) -> Identified:
         """Return the task that most of a batch is nearest to; none if the batch lies outside of its limit."""
-        features = _features(model, self.embedding, inputs)
+        features = embed_batch(model, self.embedding, inputs)
         distances = _distances(features, self.means, self.deviation)
         votes = torch.bincount(distances.argmin(1), minlength=len(self.names)) / len(features)
         best = int(votes.argmax())
@@ -68,39 +62,21 @@ class Profiles:
 
 
 def profiles(bank: MaskBank, examples: Mapping[str, Tensor | Mapping[str, Tensor]]) -> Profiles:
-    """Return the profiles of tasks, by features of the base on some examples of each, for `identify`.
-
-    Args:
-        examples: by the name of a task's adapter, preprocessed, two or more of each.
-
-    Raises:
-        UnknownNameError: if the bank has no adapter of a name. ConfigError: if a task has less than two examples.
-    """
+    """Return the profiles of tasks for `identify`, by two or more preprocessed examples for each adapter's name."""
     if not examples:
         raise ConfigError("there are no examples of any task; give some by the names of adapters")
-    head = bank.parts(next(iter(examples))).head
-    embedding = Embedding(find_head(bank.model)) if head is None else head.embedding
-    found = {}
-    for name, inputs in examples.items():
-        bank.parts(name)
-        batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
-        with bank.disabled():
-            found[name] = _features(bank.model, embedding, batch)
-        if len(found[name]) < 2:
-            raise ConfigError(f"a profile needs two examples at least, and {name!r} has {len(found[name])}")
-    means = torch.stack([one.mean(0) for one in found.values()])
-    within = torch.cat([one - mean for one, mean in zip(found.values(), means, strict=True)])
-    deviation = within.std(0).clamp(min=1e-6)
-    limits = [
-        _distances(one, mean[None], deviation)[:, 0].quantile(OWN)
-        for one, mean in zip(found.values(), means, strict=True)
-    ]
+    heads = [bank.parts(name).head for name in examples]
+    embedding = Embedding(find_head(bank.model)) if heads[0] is None else heads[0].embedding
+    with bank.disabled():
+        found = {name: embed_batch(bank.model, embedding, batch_of(inputs)) for name, inputs in examples.items()}
+    for name, features in found.items():
+        if len(features) < 2:
+            raise ConfigError(f"a profile needs two examples at least, and {name!r} has {len(features)}")
+    means = torch.stack([features.mean(0) for features in found.values()])
+    tasks = list(zip(found.values(), means, strict=True))
+    deviation = torch.cat([features - mean for features, mean in tasks]).std(0).clamp(min=1e-6)
+    limits = [_distances(features, mean[None], deviation)[:, 0].quantile(OWN) for features, mean in tasks]
     return Profiles(tuple(found), means, deviation, torch.stack(limits), embedding)
-
-
-def _features(model: nn.Module, embedding: Embedding, inputs: Inputs) -> Tensor:
-    backbone = Backbone(model, "the model", embedding=embedding)
-    return embeddings(backbone, [(inputs, torch.zeros(example_count(inputs), dtype=torch.long))])[0]
 
 
 def _distances(features: Tensor, means: Tensor, deviation: Tensor) -> Tensor:
@@ -167,7 +143,6 @@ class Superposition:
         return float(value.detach()), found
 
     def logits(self, inputs: Inputs, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the outputs with these tensors, (B, classes)."""
         named = isinstance(inputs, dict) and not isinstance(self.module, Classifier)
         arguments: tuple[Any, ...] = () if named else (inputs,)
         output = functional_call(self.module, dict(tensors), arguments, dict(inputs) if named else None)
@@ -176,36 +151,25 @@ class Superposition:
 
 
 def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition:
-    """Return the superposition of some adapters on a model that has its base's bits.
-
-    Raises:
-        ConfigError: if their heads have not one shape, so that they cannot be added up.
-    """
-    heads = {name: _head(own.head) for name, own in parts.items()}
-    if len({tuple((key, tensor.shape) for key, tensor in head.items()) for head in heads.values()}) != 1:
-        raise ConfigError(
-            f"masks are added up with their heads, and those of {', '.join(map(repr, parts))} have not one shape; "
-            f"choose others, or how='each', which asks one mask after the other"
-        )
-    first, module, prefix = next(iter(parts.values())).head, unwrap(model), ""
+    """Return the superposition of adapters, whose heads have one shape, on a model that has its base's bits."""
+    module, prefix = unwrap(model), ""
+    first = next(iter(parts.values())).head
     if first is not None and first.module is None:  # behind an encoder
         module, prefix = classifier_from(module, first).eval(), "model."
-    changes, values = [], []
-    for name, own in parts.items():
+    shapes, changes, values = set(), list[dict[str, PackedMask | Tensor]](), []
+    for own in parts.values():
+        head = {} if own.head is None else own.head.named_tensors("linear")
+        shapes.add(tuple((name, tensor.shape) for name, tensor in head.items()))
         body: dict[str, PackedMask | Tensor] = {**own.masks, **own.dense}
-        changes.append({**{prefix + key: change for key, change in body.items()}, **heads[name]})
-        values.append({prefix + key: tensor for key, tensor in own.values.items()})
+        changes.append({**{prefix + name: change for name, change in body.items()}, **head})
+        values.append({prefix + name: tensor for name, tensor in own.values.items()})
+    if len(shapes) != 1:
+        raise ConfigError(
+            f"masks are added up with their heads, and those of {', '.join(map(repr, parts))} have not one shape; "
+            "choose others, or how='each', which asks one mask after the other"
+        )
     state = tensors_of(module)
-    base = {name: state[name] for name in sorted({name for own in changes for name in own})}
-    return Superposition(module, base, changes, values)
-
-
-def _head(head: Head | None) -> dict[str, Tensor]:
-    """Return the tensors of a head by their names in what computes."""
-    if head is None or head.module is not None:
-        return head_tensors(head)
-    named = {"linear.weight": head.weight, "linear.bias": head.bias}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    return Superposition(module, {name: state[name] for name in sorted(set().union(*changes))}, changes, values)
 
 
 def entropies(logits: Tensor) -> Tensor:
@@ -238,40 +202,36 @@ def identify(
     - `Profiles`: the nearest task by features of the base, one forward pass.
 
     By entropy, the confidence is 1 - mean entropy / log(classes) of the adapter's own outputs; by profiles, the share
-    of the examples that are nearest to the task.
-
-    Args:
-        inputs: preprocessed: (B, …), or a tokenizer's tensors by name.
-        names: of the adapters in question; default: all.
-        least: confidence below which the answer is that it is none of them.
-
-    Raises:
-        ConfigError: if there are not two adapters, `how` is unknown, or heads cannot be added up.
-        UnknownNameError: if the bank has no adapter of a name.
+    of the examples that are nearest to the task. With less than `least` it is none of them.
     """
-    batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    batch = batch_of(inputs)
     if isinstance(how, Profiles):
         with bank.disabled():
             return how.nearest(batch, bank.model, least)
     if how not in HOWS:
         raise ConfigError(f"how must be {', '.join(HOWS)}, or the Profiles of tasks; got {how!r}")
-    known = list(bank.names if names is None else names)
-    if len(known) < 2:
-        raise ConfigError(f"there must be two adapters at least to choose from, got {len(known)}")
+    known = _candidates(bank, names)
     with torch.no_grad(), modes_kept(bank.model):
         bank.model.eval()
         if how == "each":
             found = {name: _entropy(bank, name, batch) for name in known}
             scores, passes = {name: -entropy for name, (entropy, _) in found.items()}, len(known)
+            best = max(known, key=lambda name: scores[name])
+            confidence = found[best][1]
         else:
             with bank.disabled():
                 one = superposition(bank.model, {name: bank.parts(name) for name in known})
                 scores, passes = _slopes(one, known, batch, how)
-        best = max(known, key=lambda name: scores[name])
-        if how != "each":
-            found, passes = {best: _entropy(bank, best, batch)}, passes + 1
-        confidence = found[best][1]
-        return Identified(best if confidence >= least else None, best, confidence, scores, passes)
+            best, passes = max(known, key=lambda name: scores[name]), passes + 1
+            _, confidence = _entropy(bank, best, batch)
+    return Identified(best if confidence >= least else None, best, confidence, scores, passes)
+
+
+def _candidates(bank: MaskBank, names: Sequence[str] | None) -> list[str]:
+    known = list(bank.names if names is None else names)
+    if len(known) < 2:
+        raise ConfigError(f"there must be two adapters at least to choose from or to combine, got {len(known)}")
+    return known
 
 
 def mixture(
@@ -285,22 +245,13 @@ def mixture(
 ) -> tuple[dict[str, float], Callable[[Tensor | Mapping[str, Tensor]], Tensor]]:
     """Combine adapters for a task that none of them was made for: a point of their simplex, fitted to a batch.
 
-    The mean entropy of the outputs is minimised, or their cross-entropy where labels are given, by gradient descent on
-    the logits of the shares, from equal shares.
-
-    Args:
-        labels: (B,). names: of the adapters in question; default: all. steps, lr: of the descent.
+    The mean entropy of the outputs is minimised, or their cross-entropy where labels, (B,), are given, by gradient
+    descent on the logits of the shares, from equal shares.
 
     Returns:
         The shares by name, which add up to 1, and a function from a batch to its logits by the combined network.
-
-    Raises:
-        ConfigError: as `identify`.
     """
-    known = list(bank.names if names is None else names)
-    if len(known) < 2:
-        raise ConfigError(f"there must be two adapters at least to combine, got {len(known)}")
-    batch: Inputs = inputs if isinstance(inputs, Tensor) else dict(inputs)
+    known, batch = _candidates(bank, names), batch_of(inputs)
     with bank.disabled(), torch.no_grad(), modes_kept(bank.model):
         bank.model.eval()
         one = superposition(bank.model, {name: bank.parts(name) for name in known})
@@ -314,7 +265,7 @@ def mixture(
 
     def outputs(inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
         with bank.disabled():
-            return one.logits(inputs if isinstance(inputs, Tensor) else dict(inputs), tensors)
+            return one.logits(batch_of(inputs), tensors)
 
     return dict(zip(known, shares.tolist(), strict=True)), outputs
 

@@ -1,10 +1,10 @@
-"""load_mask and unload_mask: an adapter by reference, onto a model."""
+"""load_mask: an adapter by reference, onto a model."""
 
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal, TypeVar, Unpack
+from typing import Literal, Unpack, get_args
 
 from torch import nn
 
@@ -17,15 +17,12 @@ from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateErro
 from ..hub.pull import PullOptions, open_adapter
 from ..mask import PackedMask
 from ..threads import in_thread
-from .apply import applied, apply_parts, check_masks, restore
+from .apply import Model, applied, apply_parts, check_masks, unload_mask
 
-Model = TypeVar("Model", bound=nn.Module)
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
-VERIFY = ("strict", "warn", "off")
 HeadChoice = Literal["replace", "keep"]
 Mode = Literal["target", "source"]
-MODES: tuple[Mode, ...] = ("target", "source")
 
 
 class MaskpackWarning(UserWarning):
@@ -35,15 +32,7 @@ class MaskpackWarning(UserWarning):
 def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
     """Read and verify an adapter from the Hub, a folder or a single file; nothing is decoded or applied yet.
 
-    Args:
-        ref: `user/name`, `user/name@revision`, `./folder`, `/folder` or `file.safetensors`.
-        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
-
-    Returns:
-        The adapter; its `pinned` is the reference that always means these bytes.
-
-    Raises:
-        AdapterError: if it is not there or not valid. HubError: if the download failed.
+    Arguments and errors as of `pull`. The adapter's `pinned` is the reference that always means these bytes.
     """
     return open_adapter(ref, **options).adapter
 
@@ -91,16 +80,14 @@ def load_mask(
 
 
 def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:
-    """Raise ConfigError if one of these arguments of `load_mask` is not one of its values."""
-    if verify not in VERIFY or head not in ("replace", "keep") or mode not in MODES:
+    if verify not in get_args(Verify) or head not in get_args(HeadChoice) or mode not in get_args(Mode):
         raise ConfigError(
-            f"verify must be strict, warn or off, head replace or keep, and mode target or source; got "
-            f"verify={verify!r}, head={head!r}, mode={mode!r}"
+            f"verify must be strict, warn or off, head replace or keep, mode target or source; got {verify}, {head}, "
+            f"{mode}"
         )
 
 
 def check_one_set(adapter: Adapter) -> None:
-    """Raise StateError if an adapter holds more than one mask set."""
     if len(adapter.sets) > 1:
         how = "masks are loaded from adapters of one"
         if adapter.cascade is not None:
@@ -109,24 +96,14 @@ def check_one_set(adapter: Adapter) -> None:
 
 
 def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode, base: Weights | None = None) -> Parts:
-    """Return what an adapter of one mask set puts onto a model, with masks that are decoded when they are asked for.
-
-    Args:
-        head, mode: as of `load_mask`. base: as of `Adapter.parts`.
-
-    Raises:
-        StateError: if it has several sets. AdapterError: if `mode` is "source" and it has none.
-    """
+    """Return what an adapter of one mask set puts onto a model, with masks that are decoded when they are asked for."""
     check_one_set(adapter)
     parts = adapter.parts(base=base, stream=True)
     if mode == "target":
         replaces = parts.head is not None and parts.head.module is not None and head == "replace"
         return parts if replaces else replace(parts, head=None)
     if not parts.values:
-        raise AdapterError(
-            f"{adapter.path} replaces no weights, so it holds no source; mode='source' is for adapters of "
-            f"`maskpack transfer`: leave it out"
-        )
+        raise AdapterError(f"{adapter.path} replaces no weights; mode='source' is for adapters of `maskpack transfer`")
     return Parts(parts.masks)
 
 
@@ -139,7 +116,7 @@ def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, Pac
 def clear(model: nn.Module, adapter: Adapter) -> None:
     """Unload what a model has loaded, and check that it has the parameters that an adapter's masks are for."""
     if applied(model) is not None:
-        restore(model)
+        unload_mask(model)
     for name in adapter.sets:  # before the digests, since quantised weights have none
         check_masks(model, adapter.shapes(name))
 
@@ -158,7 +135,6 @@ def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tu
 
 
 def check_base(model: nn.Module, adapter: Adapter, verify: Verify, stacklevel: int) -> None:
-    """Compare a model with an adapter's base, as `load_mask` does."""
     checked(verify, lambda: check_measured(measure_body(model, adapter.base.head), adapter.base), stacklevel)
 
 
@@ -172,26 +148,3 @@ def checked(verify: Verify, compare: Callable[[], object], stacklevel: int) -> N
         if verify == "strict":
             raise
         warnings.warn(str(error), MaskpackWarning, stacklevel=stacklevel)
-
-
-def unload_mask(model: Model, *, force: bool = False) -> Model:
-    """Undo `load_mask`: weights, statistics and head get back, to the bit, what they had; return the same model.
-
-    If it is interrupted or fails, the next call finishes it. That also holds for a `load_mask` that was interrupted
-    twice, so that it could not undo itself.
-
-    Parameters that something else wrote meanwhile (an optimizer step, `load_state_dict`) are noticed by PyTorch's count
-    of in-place writes. Only those that the mask changes are looked at, and no buffers: a forward pass in training mode
-    writes the statistics of BatchNorm. `model.to` and `model.half` leave the count as it is, and what is put back is
-    moved or cast alike. Not counted, and so not noticed: writes through `.data` or numpy, fused optimizers
-    (`fused=True`), and tensors made in inference mode.
-
-    Args:
-        force: undo although parameters were written: what the mask changed gets its earlier values, the rest stays as
-            it was written.
-
-    Raises:
-        StateError: if no mask is loaded, it was loaded with restorable=False, or parameters were written meanwhile.
-    """
-    restore(model, force=force)
-    return model

@@ -11,26 +11,15 @@ from torch import Tensor, nn
 
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
-from ..backbone.fingerprint import check_digests, compared_dtype, mismatch, same_digest, tensor_digest
+from ..backbone import fingerprint
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
 from ..errors import StateError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet
 from ..safetensors_io import open_tensors
-from .apply import applied, apply_parts, check_masks, forget
-from .load import (
-    HeadChoice,
-    Mode,
-    Model,
-    Reference,
-    Verify,
-    check_choices,
-    checked,
-    load_adapter,
-    loaded_parts,
-    removing,
-)
+from .apply import Model, applied, apply_parts, check_masks, forget
+from .load import HeadChoice, Mode, Reference, Verify, check_choices, checked, load_adapter, loaded_parts, removing
 
 
 def load_masked(
@@ -60,18 +49,11 @@ def load_masked(
         model: may be on the meta device, as made under `with torch.device("meta")`; its parameters become new ones.
         weights: of the base, which must fit the model strictly: a safetensors file, the index of one in several files,
             or a folder of either.
-        ref: as of `load_mask`.
         device: where tensors go; default: where the model has them, the CPU for those on the meta device.
         dtype: of floating-point tensors in the end; default: the model's. Digests are compared and masks applied in
             the model's dtype, before that cast.
-        verify, head, mode: as of `load_mask`; with "strict" the first masked tensor that is not the base's is the end.
-        revision, require_revision, token, cache_dir, local_files_only, require_signature: as of `pull`.
-
-    Raises:
-        StateError: if the model has a mask loaded, or a buffer on the meta device that files do not hold.
-        BackboneError: if the weights do not fit the model. DataError: if they cannot be read.
-        BackboneMismatchError: if they are not those of the adapter's base.
-        AdapterError, HubError: as of `load_mask`.
+        ref, verify, head, mode and others: as of `load_mask`; with "strict" the first masked tensor that is not the
+            base's is the end.
     """
     check_choices(verify, head, mode)
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
@@ -84,7 +66,7 @@ def load_masked(
     empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
     check_masks(_module(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
-    compared, digests = compared_dtype(of_body.values()), dict[str, bytes]()
+    compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
     masks = adapter.parts(base=base, stream=True).masks
     try:
         base.clear()
@@ -92,11 +74,11 @@ def load_masked(
             # it may be masked, or be of the body, under any of its names
             masked, digested = (next((name for name in names if name in known), None) for known in (shapes, of_body))
             if digested is not None and verify != "off":
-                digests[digested] = tensor_digest(base[digested], compared)
+                digests[digested] = fingerprint.tensor_digest(base[digested], compared)
                 if verify == "strict" and masked is not None:
-                    if not same_digest(digests[digested], adapter.base, masked, compared):
+                    if not fingerprint.same_digest(digests[digested], adapter.base, masked, compared):
                         what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
-                        raise mismatch(adapter.base, what, compared)
+                        raise fingerprint.mismatch(adapter.base, what, compared)
             tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
             own = {} if masked is None else {masked: masks[masked]}
             base.let_go()
@@ -104,7 +86,9 @@ def load_masked(
                 kept = MaskSet(own if mode == "target" else dict(removing(own.items())))
                 apply_parts(_module({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
-        checked(verify, lambda: check_digests(of_body, digests, adapter.base), stacklevel=3)
+        if verify != "off":
+            found = fingerprint.Measured(of_body, digests)
+            checked(verify, lambda: fingerprint.check_measured(found, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
         apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)
@@ -147,8 +131,8 @@ class _Base(Mapping[str, Tensor]):
         if lost := [name for name, buffer in self.unsaved.items() if buffer.is_meta]:
             raise StateError(
                 f"the model has {len(lost)} buffers on the meta device that no file of weights holds, first "
-                f"{lost[0]!r}; give them their values before, or make the model with its parameters alone on the meta "
-                f"device, as accelerate.init_empty_weights() does"
+                f"{lost[0]!r}; give them values before, or put parameters alone there, as "
+                "accelerate.init_empty_weights() does"
             )
         self._last: tuple[str, Tensor] | None = None
 
@@ -171,7 +155,6 @@ class _Base(Mapping[str, Tensor]):
             self.put([name], buffer)
 
     def let_go(self) -> None:
-        """Forget the last tensor that was read."""
         self._last = None
 
     def __getitem__(self, name: str) -> Tensor:

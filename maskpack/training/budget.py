@@ -159,16 +159,17 @@ class RateControl:
 
     @torch.no_grad()
     def _fits_coded(self, shift: float) -> bool:
-        masks = (one.method.packed(one.scores + shift, False, one.state()) for one in self.scored)
+        masks = (PackedMask.from_tensor(one.binary(shift)) for one in self.scored)
         return coded_bytes(masks) <= self.budget
 
     @torch.no_grad()
     def _estimate(self, shift: float) -> float:
         """Bytes by `coded_bits`, of scores that are raised."""
-        bits = (coded_bits(one.method.binarize(one.scores + shift, one.state()).float()) for one in self.scored)
+        bits = (coded_bits(one.binary(shift).float()) for one in self.scored)
         return sum(float(one) for one in bits) / 8
 
 
 def _straight(one: ScoredWeight) -> Tensor:
     """The mask as floats, with the gradient straight through to the scores."""
-    return one.binary().float() + one.scores - one.scores.detach()
+    kept = one.method.binarize(one.scores.detach(), one.state()).float()
+    return one.whole(kept + one.scores - one.scores.detach())

@@ -13,20 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.content import MIXTURE, WHITENING, About, Cascade, Combine, Parts, Router, Whitening
-from ..adapter.describe import inspect_adapter
-from ..adapter.read import Adapter
 from ..backbone.classifier import embeddings
 from ..backbone.load import Backbone
 from ..backbone.model import Fingerprint
 from ..errors import ConfigError, DataError, StateError, TrainingError, require
-from ..runtime.cascade import LoadedCascade, load_cascade
+from ..runtime.cascade import LoadedCascade
 from .checkpoint import FILE, checkpoint_digest, damaged, read_sealed, write_sealed
 from .config import TrainConfig
-from .data.base import Data, Examples, readable
-from .features import disjoint, embed, fit_probe, knn_accuracy
+from .data.base import Data, readable
+from .features import embed_all, fit_probe, routed
 from .learn import borrowed
-from .run_folder import RunOptions, is_main_process, locked, part_options, write_json
-from .trainer import ObjectiveSteps, TrainResult, as_backbone, train_mask
+from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
+from .trainer import ObjectiveRun, TrainResult, as_backbone, train_mask
 
 COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
@@ -151,11 +149,8 @@ def train_cascade(
     """
     config, backbone = config or TrainConfig(), as_backbone(model)
     check_cascade(data, config, experts)
-    output, resume = options.get("output"), options.get("resume", False)
-    if resume and (output is None or not (Path(output) / DISPATCHER).exists()):
-        raise StateError(
-            f"resume needs the folder of an earlier run as `output`, got {output}; without resume a new one starts"
-        )
+    output = options.get("output")
+    check_parts(None if output is None else Path(output), options.get("resume", False))
     with nullcontext(output) if output is not None else tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         folder = Path(place)
         with locked(folder):
@@ -163,11 +158,7 @@ def train_cascade(
 
 
 def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
-    """Check that there can be so many experts.
-
-    Raises:
-        ConfigError: if there are too few experts or rows.
-    """
+    """Raise ConfigError if there are too few experts or rows."""
     rows = 0 if data.train is None else len(data.train)
     if experts < 2 or (data.train is not None and rows < experts * config.batch_size):
         raise ConfigError(
@@ -180,13 +171,16 @@ def _train(
     backbone: Backbone, data: Data, config: TrainConfig, experts: int, folder: Path, options: RunOptions
 ) -> CascadeResult:
     def run(name: str, own: Data, settings: TrainConfig, start: Path | None) -> TrainResult:
-        parts = part_options(options, name, folder / name)
+        parts = part_options(options, folder, name)
         return train_mask(backbone, own, settings, start_from=start, longer=False, **parts)
 
     main = is_main_process()
     first = run(DISPATCHER, data, config, None)
     assert data.train is not None
-    x = _embeddings(backbone, data, config, folder / DISPATCHER, first.base)
+    with borrowed(backbone, config.beside):  # as the finished run left the model
+        trained = ObjectiveRun(backbone, data, config)
+        trained.take_over(folder / DISPATCHER / FILE)
+        x, _ = embeddings(backbone, readable(trained.objective.load(data.train)))
     rows = [row for row in data.train.indices if row not in data.train.unreadable]
     facts = {"dispatcher": checkpoint_digest(folder / DISPATCHER / FILE), "experts": experts}
     path = folder / ROUTER
@@ -230,14 +224,6 @@ def _train(
     )
 
 
-def _embeddings(backbone: Backbone, data: Data, config: TrainConfig, folder: Path, base: Fingerprint) -> Tensor:
-    """Embed the training rows that can be read as a finished run left the model, (N, D) float32."""
-    with borrowed(backbone, config.train):
-        steps = ObjectiveSteps(backbone, data, config)
-        steps.take_over(folder / FILE, base.digests[base.dtype])
-        return embeddings(backbone, readable(steps.objective.load(steps.train_split)))[0]
-
-
 def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     tensors = {name: getattr(router.whitening, name) for name in WHITENING}
     tensors |= {name: getattr(router, name) for name in MIXTURE}
@@ -251,39 +237,14 @@ def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str
     missing = {*WHITENING, *MIXTURE} - found.keys() | {"run", "about"} - stored.keys()
     if missing:
         raise damaged(path, f"{min(missing)!r} is missing", remedy)
-    differing = [key for key in facts if stored["run"].get(key) != facts[key]]
-    if differing:
+    other = differing(facts, stored["run"])
+    if other:
         raise StateError(
-            f"the router in {path.parent} belongs to another run: {', '.join(differing)} differ; resume with the same "
+            f"the router in {path.parent} belongs to another run: {', '.join(other)} differ; resume with the same "
             f"settings, or choose another folder"
         )
     whitening = Whitening(*(found[name] for name in WHITENING))
     return Router(whitening, *(found[name] for name in MIXTURE)), stored["about"]
-
-
-def embed_all(
-    backbone: Backbone, cascade: LoadedCascade, examples: Examples, batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Return the embeddings by every set side by side, (N, D (K + 1)), dispatcher first, and the labels, (N,).
-
-    Args:
-        backbone: of the cascade's model, with its preprocessing.
-    """
-    backbone = replace(backbone, embedding=cascade.parts.embedding)
-    blocks, labels = [], torch.empty(0)
-    for name in (cascade.parts.dispatcher, *cascade.parts.experts):
-        with cascade.loaded(name):
-            x, labels = embed(backbone, examples, batch_size=batch_size)
-        blocks.append(x)
-    return torch.cat(blocks, dim=1), labels
-
-
-def routed(x: Tensor, parts: Cascade) -> Tensor:
-    """Return embeddings by every set with those by experts other than the routed one as zeros: the conditional ones."""
-    blocks = x.reshape(len(x), len(parts.experts) + 1, -1)
-    chosen = parts.router.route(blocks[:, 0])
-    kept = torch.nn.functional.pad(torch.nn.functional.one_hot(chosen, len(parts.experts)), (1, 0), value=1)
-    return torch.where(kept.bool()[:, :, None], blocks, 0).reshape(x.shape)
 
 
 def fit_cascade_head(
@@ -321,79 +282,3 @@ def fit_cascade_head(
         weight, bias = probe.weight, probe.bias
     whole = replace(parts, combine=combine, reduction=reduction, weight=weight, bias=bias)
     return replace(result, about=about, cascade=whole)
-
-
-def cascade_table(
-    backbone: Backbone, adapter: Adapter, data: Data, *, whiten: int | None = None, batch_size: int = 64
-) -> dict[str, Any]:
-    """Compare a cascade with its dispatcher alone, by nearest neighbours and linear probes.
-
-    Rows are the dispatcher's embeddings, the conditional and the unconditional ones, each as they are and whitened:
-    reduced to principal components of the training rows, divided by their standard deviations. Whitening alone changes
-    what neighbours and probes see, so that a whitened cascade is to be compared with the whitened dispatcher. The
-    variance of whitened coordinates is 1, so that the probes' penalty of 0.01 / n is for them what it is for others.
-
-    Args:
-        backbone: the base of the adapter.
-        whiten: most whitened numbers; default: as many as an embedding by one set has.
-
-    Returns:
-        {"rows": [{"embedding", "whitened", "dimensions", "knn", "probe", "passes", "steps", "mask_bytes",
-        "statistics_bytes", "router_bytes", "reduction_bytes", "head_bytes", "bytes"}], "train", "test", "classes"}.
-        "steps" are of all training that the row needs, None if the adapter does not tell. Heads and whitening matrices
-        are those of the row, whether the adapter stores them or not.
-
-    Raises:
-        DataError: as `disjoint`. Others: as `load_cascade`.
-    """
-    train_split, test_split = disjoint(data)
-    cascade = load_cascade(backbone.model, adapter)
-    parts, classes = cascade.parts, len(data.class_names)
-    x, y = embed_all(backbone, cascade, train_split, batch_size)
-    test_x, test_y = embed_all(backbone, cascade, test_split, batch_size)
-    kinds: dict[str, tuple[Tensor, Tensor, int]] = {
-        "dispatcher": (x[:, : cascade.features], test_x[:, : cascade.features], 1),
-        "conditional": (routed(x, parts), routed(test_x, parts), 2),
-        "unconditional": (x, test_x, len(parts.experts) + 1),
-    }
-    rows = []
-    for kind, (train, test, passes) in kinds.items():
-        for whitened in (False, True):
-            whitening = fit_whitening(train, whiten or cascade.features) if whitened else None
-            one, other = (train, test) if whitening is None else (whitening(train), whitening(test))
-            probe = fit_probe(one, y, classes)
-            rows.append(
-                {
-                    "embedding": kind,
-                    "whitened": whitened,
-                    "dimensions": one.shape[1],
-                    "knn": knn_accuracy(one, y, other, test_y, classes),
-                    "probe": probe.accuracy(other, test_y),
-                    "passes": passes,
-                    **costs(adapter, kind, train.shape[1], one.shape[1] if whitened else 0, classes),
-                }
-            )
-    return {"rows": rows, "train": len(y), "test": len(test_y), "classes": classes}
-
-
-def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
-    """Return the training steps and bytes that embeddings of a kind need, with a head.
-
-    Args:
-        kind: "dispatcher", "conditional" or "unconditional".
-        width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
-    """
-    about = inspect_adapter(adapter)
-    names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
-    sets = [about["sets"][name] for name in names]
-    record = (adapter.about.training or {}).get("cascade")
-    steps: Any = record.get("steps") if isinstance(record, dict) else None
-    known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
-    sizes = {
-        "mask_bytes": sum(one["payload_bytes"] for one in sets),
-        "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),
-        "router_bytes": about["cascade"]["bytes"]["router"] if kind == "conditional" else 0,
-        "reduction_bytes": 4 * (width + reduced * width + reduced) if reduced else 0,
-        "head_bytes": 4 * classes * ((reduced or width) + 1),
-    }
-    return {"steps": sum(steps[name] for name in names) if known else None, **sizes, "bytes": sum(sizes.values())}

@@ -89,12 +89,7 @@ def damaged(path: Path, what: str, remedy: str = REMEDY) -> StateError:
 def save_checkpoint(
     path: Path, tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
 ) -> None:
-    """Write what a run goes on from; atomic.
-
-    Args:
-        tensors: all that the run changes; names begin with `MODEL` or `OBJECTIVE`.
-        facts: JSON values.
-    """
+    """Write what a run goes on from: all tensors that it changes, the optimiser's state, and JSON values; atomic."""
     state = optimizer.state_dict()["state"]
     moments = {
         f"{OPTIMIZER}{index}/{key}": one
@@ -106,11 +101,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint: (tensors, facts).
-
-    Raises:
-        StateError: if there is none, or it is damaged.
-    """
+    """Read a checkpoint: (tensors, facts); StateError if there is none, or it is damaged."""
     if not path.is_file():
         raise StateError(f"there is no checkpoint to resume from at {path}; train without --resume")
     return read_sealed(path, REMEDY)
@@ -129,9 +120,6 @@ def restore(
 
     Args:
         found: the checkpoint's. indices: parameters of which the optimiser had a state.
-
-    Raises:
-        StateError: if one is missing, not expected, or of another dtype or shape.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     keys = ("momentum_buffer",) if "momentum" in optimizer.param_groups[0] else ("step", "exp_avg", "exp_avg_sq")
@@ -143,39 +131,36 @@ def restore(
             expected[f"{OPTIMIZER}{index}/{key}"] = torch.tensor(0.0) if key == "step" else parameters[index]
     for name, what in _differences(found, expected):
         raise damaged(path, f"the tensor {name!r} is {what}")
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            if not name.startswith(OBJECTIVE):
-                tensor.copy_(found[name])
+    _copy(found, {name: tensor for name, tensor in ours.items() if name.startswith(MODEL)})
     whole = optimizer.state_dict()
     whole["state"] = {index: {key: found[f"{OPTIMIZER}{index}/{key}"] for key in keys} for index in indices}
     optimizer.load_state_dict(whole)
 
 
+@torch.no_grad()
+def _copy(found: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> None:
+    for name, tensor in ours.items():
+        tensor.copy_(found[name])
+
+
 def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Yield (name, what is wrong) of tensors that are missing, not expected, or of another dtype or shape."""
     for name in sorted(found.keys() | expected.keys()):
-        own = name.removeprefix(MODEL)
-        if name not in found or name not in expected:
-            yield own, "missing" if name in expected else "not expected"
+        own, one, other = name.removeprefix(MODEL), found.get(name), expected.get(name)
+        if one is None or other is None:
+            yield own, "missing" if one is None else "not expected"
             continue
-        one, other = found[name], expected[name]
         same = one.ndim == other.ndim if name.startswith(OBJECTIVE) else one.shape == other.shape
         if not same or one.dtype != other.dtype:
-            yield (
-                own,
-                f"{one.dtype} of shape {tuple(one.shape)}, expected {other.dtype} of shape {tuple(other.shape)}",
-            )
+            kinds = [f"{each.dtype} of shape {tuple(each.shape)}" for each in (one, other)]
+            yield own, ", expected ".join(kinds)
 
 
 def check_like(path: Path, name: str, value: Any, example: Any) -> None:
-    """Check that a fact has the types of an example.
+    """Raise StateError unless a fact has the types of an example.
 
     Args:
         example: the key "" stands for any keys, a list of one element for any number of such elements.
-
-    Raises:
-        StateError: if it has others.
     """
     kinds = (float, int) if type(example) is float else (type(example),)
     if type(value) not in kinds:
@@ -195,14 +180,11 @@ def check_like(path: Path, name: str, value: Any, example: Any) -> None:
             check_like(path, name, one, other)
 
 
-def take_over(ours: Mapping[str, Tensor], path: Path, base: str, fresh: Collection[str]) -> None:
+def take_over(ours: Mapping[str, Tensor], path: Path, base: str, fresh: Collection[str] = ()) -> None:
     """Copy what another run ended with into a new run, to start from, except the tensors called `fresh`.
 
     Args:
         base: digest of the new run's backbone.
-
-    Raises:
-        StateError: if there is no checkpoint, or it is of another backbone or of other tensors.
     """
     tensors, facts = load_checkpoint(path)
     if facts.get("run", {}).get("base") != base:
@@ -218,17 +200,11 @@ def take_over(ours: Mapping[str, Tensor], path: Path, base: str, fresh: Collecti
             f"the run in {path.parent} ended with other tensors: {len(differing)} differ, first {differing[0][0]!r}; "
             f"start from a run with the same selection, objective and BatchNorm setting"
         )
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(there[name])
+    _copy(there, mine)
 
 
 def checkpoint_digest(path: Path) -> str:
-    """Return the BLAKE3 of a checkpoint's file, in hexadecimal.
-
-    Raises:
-        StateError: if there is none.
-    """
+    """Return the BLAKE3 of a checkpoint's file, in hexadecimal."""
     if not path.is_file():
         raise StateError(f"there is no checkpoint to start from at {path}; train that run first")
     return blake3().update_mmap(path).hexdigest()

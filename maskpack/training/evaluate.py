@@ -1,4 +1,4 @@
-"""Accuracy, in all and by class, and what a transfer kept of its source."""
+"""Accuracy in all and by class, what a transfer kept of its source, and what the experts of a cascade are worth."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapter.content import Parts
+from ..adapter.describe import inspect_adapter
 from ..adapter.read import Adapter
 from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
 from ..backbone.load import Backbone
@@ -16,28 +17,14 @@ from ..errors import AdapterError, DataError, escape
 from ..mask import MaskSet
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
+from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
+from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
+from .features import MEASURES, by_class, disjoint, embed_all, measured, routed
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
-
-
-def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
-
-    Returns:
-        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
-        [true][predicted]}.
-    """
-    classes = logits.shape[1]
-    counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
-    correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
-    return {
-        "accuracy": sum(correct) / sum(rows),
-        "per_class": [right / of if of else None for right, of in zip(correct, rows, strict=True)],
-        "confusion": counts.tolist(),
-    }
 
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
@@ -79,29 +66,6 @@ def adapter_accuracy(
     return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
 
 
-def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_size: int = 64) -> list[dict[str, Any]]:
-    """Return accuracies of the networks of a transfer on the source, with its head, and on the target.
-
-    Returns:
-        {"network", "source", "target"} for the source network, the source through its mask, the transferred network
-        and, if there is one, plain fine-tuning. None where there is nothing to measure; see `held_out_accuracy`.
-    """
-    backbone = result.backbone
-
-    def on(data: Data, parts: Parts, mode: Mode = "target", head: Head | None = None) -> float | None:
-        with applied_parts(backbone.model, parts, mode, head):
-            return held_out_accuracy(backbone, data, batch_size)
-
-    rows: list[tuple[str, float | None, float | None]] = [
-        ("source", held_out_accuracy(backbone, source, batch_size), None)
-    ]
-    rows.append(("source through its mask", on(source, result.parts, "source"), None))
-    for network, parts in (("transferred", result.parts), ("plain fine-tuning", result.baseline)):
-        if parts is not None:
-            rows.append((network, on(source, parts), on(target, parts, head=parts.head)))
-    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
-
-
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
     """Return the accuracy of a model as it is, with the head that it has, on the test split.
 
@@ -124,6 +88,29 @@ def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None 
         yield
 
 
+def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_size: int = 64) -> list[dict[str, Any]]:
+    """Return accuracies of the networks of a transfer on the source, with its head, and on the target.
+
+    Returns:
+        {"network", "source", "target"} for the source network, the source through its mask, the transferred network
+        and, if there is one, plain fine-tuning. None where there is nothing to measure; see `held_out_accuracy`.
+    """
+    backbone, parts = result.backbone, result.parts
+
+    def on(data: Data, parts: Parts, mode: Mode = "target", head: Head | None = None) -> float | None:
+        with applied_parts(backbone.model, parts, mode, head):
+            return held_out_accuracy(backbone, data, batch_size)
+
+    rows = [
+        ("source", held_out_accuracy(backbone, source, batch_size), None),
+        ("source through its mask", on(source, parts, "source"), None),
+        ("transferred", on(source, parts), on(target, parts, head=parts.head)),
+    ]
+    if (plain := result.baseline) is not None:
+        rows.append(("plain fine-tuning", on(source, plain), on(target, plain, head=plain.head)))
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+
+
 def source_classes(adapter: Adapter) -> tuple[str, ...] | None:
     """Return the class names of the source of a transfer, as its training record has them, or None."""
     found: Any = adapter.about.training
@@ -135,8 +122,81 @@ def source_classes(adapter: Adapter) -> tuple[str, ...] | None:
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of `transfer_table` as a Markdown table, in per cent."""
-    lines = [f"| {' | '.join(COLUMNS)} |", "| --- | ---: | ---: |"]
-    for row in rows:
-        cells = ["-" if row[name] is None else f"{100 * row[name]:.2f}" for name in COLUMNS[1:]]
-        lines.append(f"| {escape(row['network'], 'markdown')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return table(COLUMNS, [[row["network"], *(percent(row[name]) for name in COLUMNS[1:])] for row in rows])
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of names, which are escaped, and figures."""
+    lines = [columns, ["---", *(["---:"] * (len(columns) - 1))]]
+    lines += [[escape(name, "markdown"), *cells] for name, *cells in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cascade_table(
+    backbone: Backbone, adapter: Adapter, data: Data, *, whiten: int | None = None, batch_size: int = 64
+) -> dict[str, Any]:
+    """Compare a cascade with its dispatcher alone, by nearest neighbours and linear probes.
+
+    Rows are the dispatcher's embeddings, the conditional and the unconditional ones, each as they are and whitened:
+    reduced to principal components of the training rows, divided by their standard deviations. Whitening alone changes
+    what neighbours and probes see, so that a whitened cascade is to be compared with the whitened dispatcher. The
+    variance of whitened coordinates is 1, so that the probes' penalty of 0.01 / n is for them what it is for others.
+
+    Args:
+        backbone: the base of the adapter.
+        whiten: most whitened numbers; default: as many as an embedding by one set has.
+
+    Returns:
+        {"rows": [{"embedding", "whitened", "dimensions", "knn", "probe", "passes", "steps", "mask_bytes",
+        "statistics_bytes", "router_bytes", "reduction_bytes", "head_bytes", "bytes"}], "train", "test", "classes"}.
+        "steps" are of all training that the row needs, None if the adapter does not tell. Heads and whitening matrices
+        are those of the row, whether the adapter stores them or not.
+    """
+    train_split, test_split = disjoint(data)
+    cascade = load_cascade(backbone.model, adapter)
+    parts, classes = cascade.parts, len(data.class_names)
+    x, y = embed_all(backbone, cascade, train_split, batch_size)
+    test_x, test_y = embed_all(backbone, cascade, test_split, batch_size)
+    kinds: dict[str, tuple[Tensor, Tensor, int]] = {
+        "dispatcher": (x[:, : cascade.features], test_x[:, : cascade.features], 1),
+        "conditional": (routed(x, parts), routed(test_x, parts), 2),
+        "unconditional": (x, test_x, len(parts.experts) + 1),
+    }
+    rows = []
+    for kind, (train, test, passes) in kinds.items():
+        for whitened in (False, True):
+            whitening = fit_whitening(train, whiten or cascade.features) if whitened else None
+            one, other = (train, test) if whitening is None else (whitening(train), whitening(test))
+            row: dict[str, Any] = {"embedding": kind, "whitened": whitened, "dimensions": one.shape[1]}
+            for measure in MEASURES:
+                row[measure] = measured(measure, one, y, other, test_y, classes)["accuracy"]
+            reduced = one.shape[1] if whitened else 0
+            rows.append({**row, "passes": passes, **costs(adapter, kind, train.shape[1], reduced, classes)})
+    return {"rows": rows, "train": len(y), "test": len(test_y), "classes": classes}
+
+
+def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
+    """Return the training steps and bytes that embeddings of a kind need, with a head.
+
+    Args:
+        kind: "dispatcher", "conditional" or "unconditional".
+        width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
+    """
+    about = inspect_adapter(adapter)
+    names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
+    sets = [about["sets"][name] for name in names]
+    record = (adapter.about.training or {}).get("cascade")
+    steps: Any = record.get("steps") if isinstance(record, dict) else None
+    known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
+    sizes = {
+        "mask_bytes": sum(one["payload_bytes"] for one in sets),
+        "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),
+        "router_bytes": about["cascade"]["bytes"]["router"] if kind == "conditional" else 0,
+        "reduction_bytes": 4 * (width + reduced * width + reduced) if reduced else 0,
+        "head_bytes": 4 * classes * ((reduced or width) + 1),
+    }
+    return {"steps": sum(steps[name] for name in names) if known else None, **sizes, "bytes": sum(sizes.values())}

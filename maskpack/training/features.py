@@ -6,30 +6,32 @@ import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from ..adapter.content import Cascade
 from ..backbone.classifier import embeddings
 from ..backbone.fingerprint import model_digest
 from ..backbone.load import Backbone
 from ..errors import ConfigError, DataError, MaskpackError, escape
 from ..preprocess import preprocess_to_json
-from ..safetensors_io import read_tensors, write_tensors
+from ..runtime.cascade import LoadedCascade
+from .checkpoint import read_sealed, write_sealed
 from .data.base import Data, Examples, loader, readable
 from .data.load import few_labels
-from .evaluate import by_class
 
 Measure = Literal["knn", "probe"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 CHUNK = 1 << 24  # similarities in memory at one time
 PENALTY = 0.01  # times 1 / n: see docs/methods.md, evaluation
 ABSENT = -1e30  # the logit of a class without a training row: below all others, and finite
 STEPS = 2000  # at most; some hundred are enough
-VERSION = 1  # of the key and of the files; raise it when the same inputs are to give other features
+VERSION = 2  # of the key and of the files; raise it when the same inputs are to give other features
 LIMIT = 5_000_000_000  # bytes that the folder may have
 OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]+\.tmp)?")
 
@@ -71,6 +73,34 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
     x, rows = found
     examples.unreadable.update(set(examples.indices) - set(rows))
     return x, torch.tensor([examples.labels[row] for row in rows])
+
+
+def embed_all(
+    backbone: Backbone, cascade: LoadedCascade, examples: Examples, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Return the embeddings by every set of a cascade side by side, (N, D (K + 1)), dispatcher first, and the labels.
+
+    Args:
+        backbone: of the cascade's model, with its preprocessing.
+    """
+    backbone = replace(backbone, embedding=cascade.parts.embedding)
+    blocks, labels = [], torch.empty(0)
+    for name in (cascade.parts.dispatcher, *cascade.parts.experts):
+        with cascade.loaded(name):
+            x, labels = embed(backbone, examples, batch_size=batch_size)
+        blocks.append(x)
+    return torch.cat(blocks, dim=1), labels
+
+
+def routed(x: Tensor, parts: Cascade) -> Tensor:
+    """Return embeddings by every set with those by experts other than the routed one as zeros: the conditional ones."""
+    blocks = x.reshape(len(x), len(parts.experts) + 1, -1)
+    chosen = parts.router.route(blocks[:, 0])
+    kept = nn.functional.pad(nn.functional.one_hot(chosen, len(parts.experts)), (1, 0), value=1)
+    return torch.where(kept.bool()[:, :, None], blocks, 0).reshape(x.shape)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def _key(backbone: Backbone, examples: Examples) -> str | None:
@@ -120,57 +150,52 @@ def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
     if not path.exists():
         return None
     try:
-        found = read_tensors(path)
-        features, rows, digest = found["features"], found["rows"], found["digest"]
-        if not torch.equal(digest, _digest(features, rows)) or len(features) != len(rows) or len(rows) > most:
-            raise DataError("digest mismatch")
-    except (MaskpackError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        found, about = read_sealed(path, "")
+        features, rows = found["features"], list(about["rows"])
+        if len(features) != len(rows) or len(rows) > most:
+            raise DataError(f"{len(rows)} rows and {len(features)} features, of at most {most}")
+    except (MaskpackError, KeyError, TypeError) as error:
         if path.exists():  # another process may have removed it meanwhile
             _warn(f"the cached features in {path} cannot be used and are computed anew: {error}")
         return None
     with suppress(OSError):
         os.utime(path)  # the files that nobody asks for are the oldest
-    return features, rows.tolist()
+    return features, rows
 
 
 def keep_features(key: str, features: Tensor, examples: Examples) -> None:
     """Cache the features of the examples that could be read under a digest of all that they follow from."""
     path = cache_folder() / f"{key}.safetensors"
-    rows = torch.tensor([row for row in examples.indices if row not in examples.unreadable])
+    rows = [row for row in examples.indices if row not in examples.unreadable]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {"features": features, "rows": rows, "digest": _digest(features, rows)}, {})
-        _shrink(path, features.nbytes)
+        write_sealed(path, {"features": features}, {"rows": rows})
+        _shrink(path)
     except (MaskpackError, OSError) as error:
         _warn(f"the features are not cached: {error}; another folder can be named with the variable MASKPACK_CACHE")
 
 
-def _digest(features: Tensor, rows: Tensor) -> Tensor:
-    whole = blake3(repr((tuple(features.shape), tuple(rows.shape))).encode())
-    for tensor in (features, rows):
-        whole.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return torch.tensor(list(whole.digest()), dtype=torch.uint8)
-
-
-def _shrink(newest: Path, size: int) -> None:
+def _shrink(newest: Path) -> None:
     """Remove the files that were used longest ago until the folder keeps its limit; never the newest, never others'."""
     files = []
     for file in newest.parent.iterdir():
-        if OWN_FILE.fullmatch(file.name) and file != newest:
+        if OWN_FILE.fullmatch(file.name):
             with suppress(OSError):
                 about = file.stat()
                 files.append((about.st_mtime_ns, about.st_size, file))
-    size += sum(size for _, size, _ in files)
+    size = sum(size for _, size, _ in files)
     for _, freed, file in sorted(files):
-        if size <= LIMIT:
-            break
-        with suppress(OSError):
-            file.unlink()
-            size -= freed
+        if size > LIMIT and file != newest:
+            with suppress(OSError):
+                file.unlink()
+                size -= freed
 
 
 def _warn(text: str) -> None:
     warnings.warn(escape(text), FeatureCacheWarning, stacklevel=4)
+
+
+# --- what features are worth -----------------------------------------------------------------------------------------
 
 
 def knn_scores(
@@ -193,23 +218,14 @@ def knn_scores(
         )
     # divided out of the products: a bank of many gigabytes is not copied
     lengths = bank.norm(dim=1).clamp(min=torch.finfo(bank.dtype).tiny)
-    scores = torch.zeros(len(x), classes)
-    rows = max(1, CHUNK // len(bank))
-    for start in range(0, len(x), rows):
-        queries = nn.functional.normalize(x[start : start + rows], dim=1)
-        cosines, neighbours = (queries @ bank.T / lengths).topk(min(k, len(bank)))
+    scores = []
+    for rows in torch.split(x, max(1, CHUNK // len(bank))):
+        cosines, neighbours = (nn.functional.normalize(rows, dim=1) @ bank.T / lengths).topk(min(k, len(bank)))
         # relative to the greatest: a low temperature overflows otherwise, and shares are the same
         weights = ((cosines - cosines[:, :1]) / temperature).exp()
-        scores[start : start + rows].scatter_add_(1, bank_labels[neighbours], weights)
-    return scores / scores.sum(1, keepdim=True)
-
-
-def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, x: Tensor, y: Tensor, classes: int, k: int = 200, temperature: float = 0.1
-) -> float:
-    """Return the share of rows of `x` whose label has the greatest vote; of equal votes the first class counts."""
-    predicted = knn_scores(bank, bank_labels, x, classes, k, temperature).argmax(1)
-    return float((predicted == y).double().mean())
+        votes = torch.zeros(len(rows), classes).scatter_add_(1, bank_labels[neighbours], weights)
+        scores.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,10 +238,6 @@ class Probe:
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of features (N, D), (N, classes)."""
         return x @ self.weight.T + self.bias
-
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Return the share of features (N, D) that get their label (N,)."""
-        return float((self.logits(x).argmax(1) == y).double().mean())
 
 
 def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
@@ -282,6 +294,29 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
     return Probe(weight, bias)
 
 
+def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
+    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
+
+    Returns:
+        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
+        [true][predicted]}.
+    """
+    classes = logits.shape[1]
+    counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
+    correct, rows = counts.diagonal().tolist(), counts.sum(1).tolist()
+    return {
+        "accuracy": sum(correct) / sum(rows),
+        "per_class": [right / of if of else None for right, of in zip(correct, rows, strict=True)],
+        "confusion": counts.tolist(),
+    }
+
+
+def measured(measure: Measure, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, classes: int) -> dict[str, Any]:
+    """Return what `by_class` gives for test features by a measure that learns from training features."""
+    found = knn_scores(x, y, test_x, classes) if measure == "knn" else fit_probe(x, y, classes).logits(test_x)
+    return by_class(found, test_y)
+
+
 def measure_features(
     backbone: Backbone,
     data: Data,
@@ -308,9 +343,8 @@ def measure_features(
     for fraction, examples in zip(fractions, few, strict=True):
         x, y = embed(backbone, examples, batch_size=batch_size, cache=cache)
         for measure in measures:
-            scores = knn_scores(x, y, test_x, classes) if measure == "knn" else fit_probe(x, y, classes).logits(test_x)
             about = {"measure": measure, "labels_fraction": fraction, "labels": len(y), "examples": len(test_y)}
-            rows.append({**about, **by_class(scores, test_y)})
+            rows.append({**about, **measured(measure, x, y, test_x, test_y, classes)})
     return rows
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..adapter.content import Parts
 from ..backbone.classifier import Batch, to_device
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.model import swap_module
 from ..backbone.select import select_parameters
@@ -24,8 +23,8 @@ from .checkpoint import MODEL
 from .config import JointConfig, TrainConfig
 from .data.base import Data, EpochSampler, draw_seed, epoch_seed, numbered
 from .gates import GateHistory, Gates, attach_gates
-from .learn import body_parameters, borrowed
-from .loop import Position, Run, Steps
+from .learn import base_of, body_parameters, borrowed
+from .loop import Position, Run
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
 from .run_folder import RunFolder, RunOptions, write_json
@@ -37,12 +36,7 @@ HISTOGRAMS = "histograms.json"  # in the run's folder
 
 @dataclass(frozen=True)
 class Task:
-    """One of several tasks.
-
-    Attributes:
-        data: its examples.
-        augment: of its training images, in place of the settings'.
-    """
+    """One of several tasks: its data, and the augmentation of its training images in place of the settings'."""
 
     data: Data
     augment: Augment | None = None
@@ -52,12 +46,10 @@ class Task:
         return config if self.augment is None else replace(config, augment=self.augment)
 
 
-class TaskSteps(Steps):
-    """Steps of several tasks in turn. The backbone is changed; `close` puts everything back but its weights.
+class JointRun(Run):
+    """A run of several tasks in turn. The backbone is changed; `close` puts everything back but its weights.
 
     A task has modules and buffers of its own, which are exchanged and not copied.
-
-    Args: as `train_jointly`.
     """
 
     def __init__(
@@ -65,14 +57,14 @@ class TaskSteps(Steps):
     ):
         _check(config)
         splits = {name: check_data(task.data, backbone, Supervised) for name, task in tasks.items()}
-        super().__init__(config, {name: task.data for name, task in tasks.items()})
+        super().__init__(backbone, {name: task.data for name, task in tasks.items()}, config)
         if self.accelerator.num_processes > 1:
             raise ConfigError(
                 f"tasks learn together in one process, got {self.accelerator.num_processes}; start one, or train them "
                 f"in a row (sequential)"
             )
         self.module = model = backbone.model.to(self.device)
-        self.backbone, self.tasks, self.names, self.joint = backbone, tasks, list(tasks), joint
+        self.tasks, self.joint = tasks, joint
         self.own_head = None if backbone.head is None else model.get_submodule(backbone.head)
         self.selected = select_parameters(model, config.include, config.exclude, backbone.outside)
         self.objectives = {n: Supervised(backbone, task.data, task.settings(config)) for n, task in tasks.items()}
@@ -92,13 +84,8 @@ class TaskSteps(Steps):
         steps_per_epoch = sum(math.ceil(len(one) / config.accumulate) for one in self.loaders.values())
         steps = config.steps * len(tasks) if config.steps else None
         self.prepare({**groups, "head": (heads, config.linear_lr)}, steps_per_epoch, steps)
-        self.slots = [
-            (layer, leaf)
-            for layer in model.modules()
-            if isinstance(layer, BATCH_NORMS)
-            for leaf, buffer in layer._buffers.items()
-            if buffer is not None
-        ]
+        norms = [layer for layer in model.modules() if isinstance(layer, BATCH_NORMS)]
+        self.slots = [(one, leaf) for one in norms for leaf, buffer in one._buffers.items() if buffer is not None]
         self.own_buffers = [layer._buffers[leaf] for layer, leaf in self.slots]
         self.buffers = {n: [b.clone() for b in self.own_buffers if b is not None] for n in tasks}
 
@@ -128,33 +115,29 @@ class TaskSteps(Steps):
             "tasks": {n: [t.data.digest, len(self.loaders[n].dataset), t.augment] for n, t in self.tasks.items()},
         }
 
-    def start(self, base: str) -> None:
-        for name in self.names:
+    def start(self) -> None:
+        for name in self.tasks:
             self.use(name).start()
         if self.history is not None:
             self.history.add(0)
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         """Yield the batches of an epoch, a task drawn anew for each step."""
-        seed, accumulate = self.config.seed, self.config.accumulate
+        seed, accumulate, names = self.config.seed, self.config.accumulate, list(self.tasks)
         order = torch.Generator().manual_seed(epoch_seed(seed, at.epoch))
-        drawn = torch.randint(len(self.names), (self.steps_per_epoch,), generator=order).tolist()
-        streams = {name: self.stream(name, at) for name in self.names}
+        drawn = torch.randint(len(names), (self.steps_per_epoch,), generator=order).tolist()
+        streams = {name: self.stream(name, at) for name in names}
         for objective in self.objectives.values():
-            set_train_mode(objective.module, self.config.bn == "adapt")
+            set_train_mode(objective.module, self.config.bn != "freeze")
         for step in range(at.count // accumulate, self.steps_per_epoch):
-            name = self.names[drawn[step]]
+            name = names[drawn[step]]
             for part in range(accumulate):
                 place, batch = next(streams[name])
                 torch.manual_seed(draw_seed(seed, at.epoch, step, part))
                 yield name, place, batch
 
     def stream(self, name: str, at: Position) -> Iterator[tuple[list[int], Batch]]:
-        """Yield a task's batches from a position on and without an end, in another order in each pass.
-
-        Raises:
-            TrainingError: if no example can be read.
-        """
+        """Yield a task's batches from a position on and without an end, in another order in each pass."""
         first, read = at.batches.get(name, [0, 0])
         for again in itertools.count(first):
             self.samplers[name].epoch = at.epoch * PASSES + again
@@ -181,8 +164,8 @@ class TaskSteps(Steps):
         """Return the accuracies of the tasks that have a split, and their mean, by name."""
         found = dict[str, float]()
         for split in splits:
-            examples = {name: getattr(task.data, split) for name, task in self.tasks.items()}
-            own = {n: self.use(n).evaluate(one)["accuracy"] for n, one in examples.items() if one is not None}
+            examples = {name: one.splits[split] for name, one in self.data.items() if split in one.splits}
+            own = {name: self.use(name).evaluate(one)["accuracy"] for name, one in examples.items()}
             if own:
                 found[f"{split}_accuracy"] = sum(own.values()) / len(own)
                 found |= {f"{split}_accuracy_{name}": value for name, value in own.items()}
@@ -210,35 +193,22 @@ class TaskSteps(Steps):
         else:
             whole = {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in self.selected}
             masks = MaskSet.from_tensors(whole)
-        return Parts(masks, objective.head(), batchnorm_statistics(model) if self.config.bn == "adapt" else {})
+        return Parts(masks, objective.head(), batchnorm_statistics(model) if self.config.bn != "freeze" else {})
 
 
 def _check(config: TrainConfig) -> None:
-    """Raise ConfigError for settings that are not for a joint run."""
     if config.objective != Supervised.id or config.head_kind != "linear":
         raise ConfigError(
             f"tasks learn together with the objective {Supervised.id!r} and linear heads, got {config.objective!r} and "
             f"{config.head_kind!r}; train them in a row (sequential) for others"
         )
     usual = TrainConfig()
-    for setting in ("train", "selective", "scale", "bytes_budget", "rate"):
+    for setting in ("train", "top", "selective", "scale", "bytes_budget", "rate"):
         if getattr(config, setting) != getattr(usual, setting):
             raise ConfigError(
                 f"{setting} is for masks on frozen weights, and here all weights learn; leave it out, got "
                 f"{getattr(config, setting)!r}"
             )
-
-
-@contextmanager
-def _closing(
-    backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
-) -> Iterator[TaskSteps]:
-    with borrowed(backbone):
-        steps = TaskSteps(backbone, tasks, config, joint, gated)
-        try:
-            yield steps
-        finally:
-            steps.close()
 
 
 def train_jointly(
@@ -258,7 +228,6 @@ def train_jointly(
     backbone become the means of the tasks', for masks that are trained on it later.
 
     Args:
-        tasks: by name.
         config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
         joint: rates of weights and gates, and regularisers.
         gated: without gates the weights are shared as they are, and every mask keeps all.
@@ -268,48 +237,40 @@ def train_jointly(
     Returns:
         The results by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Metrics are
         those after hardening; "soft_…" are before.
-
-    Raises:
-        ConfigError: if the objective or the heads are others than linear ones trained on labels, or there are several
-            processes. Others: as `train_mask`.
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), RunFolder(options)
-    before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with folder.opened(), _closing(backbone, tasks, config, joint, gated) as steps:
-        last = Run(steps, before, folder).train().metrics
-        if folder.path is not None and steps.history is not None:
-            write_json(folder.path / HISTOGRAMS, steps.history.content, None)
-        measured = steps.accuracies("validation", "test")
-        if steps.gates is not None:
+    with folder.opened(), borrowed(backbone), closing(JointRun(backbone, tasks, config, joint, gated)) as run:
+        last = run.train(folder).metrics
+        if folder.path is not None and run.history is not None:
+            write_json(folder.path / HISTOGRAMS, run.history.content, None)
+        measured = run.accuracies("validation", "test")
+        if run.gates is not None:
             soft = {f"soft_{name}": value for name, value in measured.items()}
-            steps.gates.hard = True
-            for name in tasks if config.bn == "adapt" else ():
-                steps.use(name).recalibrate()
-            measured = {**steps.accuracies("validation", "test"), **soft}
-        parts = {name: steps.parts(name) for name in tasks}
-        made = {"step": steps.steps, "steps": steps.steps}
+            run.gates.hard = True
+            for name in tasks if config.bn != "freeze" else ():
+                run.use(name).recalibrate()
+            measured = {**run.accuracies("validation", "test"), **soft}
+        parts = {name: run.parts(name) for name in tasks}
+        end = {"step": run.steps, "steps": run.steps}
         whole = [name for name in tasks if gated and parts[name].masks.density == 1]
         if whole:
             warning = (
                 f"no gate of {', '.join(whole)} has closed, so that the masks keep everything; take more steps, a "
                 f"greater gate_factor, or a gate_start nearer to 0"
             )
-            folder.write({"event": "warning", **made, "warning": warning})
-        folder.write({"event": "end", **made, **last, **measured})
+            folder.write({"event": "warning", **end, "warning": warning})
+        folder.write({"event": "end", **end, **last, **measured})
     with torch.no_grad():
         for name in next(iter(parts.values())).statistics:
             every = torch.stack([one.statistics[name] for one in parts.values()])
             backbone.model.get_buffer(name).copy_(every.mean(0))
-    backbone = trained_backbone(backbone)
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    results = {}
+    base, results = base_of(trained_backbone(backbone)), {}
+    more = {"joint": {**run.settings, "gated": gated, "tasks": list(tasks)}}
     for name, task in tasks.items():
+        kinds = ("validation_accuracy", "test_accuracy", "soft_validation_accuracy", "soft_test_accuracy")
         metrics = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
-        for kind in ("validation_accuracy", "test_accuracy", "soft_validation_accuracy", "soft_test_accuracy"):
-            if f"{kind}_{name}" in measured:
-                metrics[kind] = measured[f"{kind}_{name}"]
-        record = {"steps": steps.steps, "joint": {**steps.settings, "gated": gated, "tasks": list(tasks)}}
-        results[name] = result_of(backbone, task.data, task.settings(config), parts[name], base, metrics, record)
+        metrics |= {kind: measured[f"{kind}_{name}"] for kind in kinds if f"{kind}_{name}" in measured}
+        results[name] = result_of(run, task.data, task.settings(config), parts[name], base, metrics, more)
     return results
 
 
@@ -321,15 +282,11 @@ def trained_backbone(backbone: Backbone) -> Backbone:
 def plan_jointly(
     backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
 ) -> dict[str, Any]:
-    """Check a joint run without training: build everything, run a batch of each task; return its plan.
-
-    Raises:
-        What `train_jointly` raises before its first step.
-    """
-    with _closing(backbone, tasks, config, joint, gated) as steps:
+    """Check a joint run without training: build everything, run a batch of each task; return its plan."""
+    with borrowed(backbone), closing(JointRun(backbone, tasks, config, joint, gated)) as run:
         for name in tasks:
-            _, batch = next(steps.stream(name, Position(steps.steps)))
-            steps.loss(name, batch, 0.0).backward()  # type: ignore[no-untyped-call]
-        shared = dict(backbone.model.named_parameters()) if steps.gates is None else steps.gates.weights()
-        weights = sum(shared[name].numel() for name in steps.selected)
-        return {"parameters": len(steps.selected), "weights": weights, "epochs": steps.epochs, "steps": steps.steps}
+            _, batch = next(run.stream(name, Position(run.steps)))
+            run.loss(name, batch, 0.0).backward()  # type: ignore[no-untyped-call]
+        shared = dict(backbone.model.named_parameters()) if run.gates is None else run.gates.weights()
+        weights = sum(shared[name].numel() for name in run.selected)
+        return {"parameters": len(run.selected), "weights": weights, "epochs": run.epochs, "steps": run.steps}

@@ -2,22 +2,34 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..backbone.classifier import modes_kept
+from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import inside, named_parameters, swap_module
-from ..backbone.select import match_parameters, select_parameters
+from ..backbone.model import Fingerprint, inside, named_parameters, swap_module
+from ..backbone.select import select_parameters
 from ..errors import ConfigError
 from .config import ALL, TrainConfig, parse_rule
 from .methods.base import build_method
 from .methods.topk import greatest
-from .scores import attach, detach_scores, scored_weights
+from .scores import attach, detach_scores, learning_names, scored_weights
 
 Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
 MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
+
+
+def base_of(backbone: Backbone) -> Fingerprint:
+    """Return the fingerprint of a backbone as it is now."""
+    return fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
+
+
+def body_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
+    """Return the parameters of the body by name."""
+    return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}
 
 
 @contextmanager
@@ -25,11 +37,11 @@ def borrowed(backbone: Backbone, train: Iterable[str] = ()) -> Iterator[None]:
     """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before.
 
     Args:
-        train: globs of parameters that may change meanwhile.
+        train: what may change meanwhile, as of `learning_names`.
     """
     model = backbone.model
     parameters, flags = named_parameters(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    changing = {name: parameters[name] for name in match_parameters(model, train, "train", backbone.outside)}
+    changing = {name: parameters[name] for name in learning_names(model, train, backbone.outside)}
     before = {name: tensor.detach().clone() for name, tensor in {**changing, **dict(model.named_buffers())}.items()}
     device = next(model.parameters()).device
     head = model.get_submodule(backbone.head) if backbone.head is not None else None
@@ -50,17 +62,12 @@ def borrowed(backbone: Backbone, train: Iterable[str] = ()) -> Iterator[None]:
 
 
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Attach scores to the weights that the settings select; return the scores by name.
-
-    Raises:
-        SelectionError: if the settings select nothing, or what cannot be masked.
-        ConfigError: if `config.selective` is not for the method, or there are fewer stages than it says.
-    """
+    """Attach scores to the weights that the settings select; return the scores by name."""
     model = backbone.model
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
-    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale)
+    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, config.share)
     scored = scored_weights(model)
     for name, learns in learning.items():
         if scores[name].shape != learns.shape or not scored[name].binary().all():
@@ -69,17 +76,12 @@ def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Par
                 f"{config.method!r} do not begin with every weight kept; take the method threshold, gumbel or flip"
             )
         # no optimiser here moves a score whose gradient is zero
-        scores[name].register_hook(_only(learns.to(scores[name].device)))  # type: ignore[no-untyped-call]
+        scores[name].register_hook(partial(_only, learns.to(scores[name].device)))  # type: ignore[no-untyped-call]
     return scores
 
 
-def _only(learns: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: torch.where(learns, gradient, 0.0)
-
-
-def body_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
-    """Return the parameters of the body by name."""
-    return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}
+def _only(learns: Tensor, gradient: Tensor) -> Tensor:
+    return torch.where(learns, gradient, 0.0)
 
 
 def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -89,9 +91,6 @@ def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dic
         rule: as of `parse_rule`. "first": the weights of the first stages; "random": each with this probability, drawn
             from the seed; "largest": the share of every parameter that has the greatest absolute values.
         weights: in the order in which the model has them.
-
-    Raises:
-        ConfigError: if there are fewer stages.
     """
     kind, number = parse_rule(rule)
     if kind == "first":
@@ -123,13 +122,15 @@ def model_stages(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """
     stages = _children(list(sizes), "")
     while True:
-        great = [s for s, names in stages.items() if sum(sizes[n] for n in names) > MOST * sum(sizes.values())]
-        inner = _children(stages[great[0]], f"{great[0]}.") if great else {}
-        if not great or stages[great[0]] == great:
+        totals = {stage: sum(sizes[name] for name in members) for stage, members in stages.items()}
+        great = max(totals, key=lambda stage: totals[stage])
+        if totals[great] <= MOST * sum(sizes.values()) or stages[great] == [great]:
             return stages
-        at = list(stages).index(great[0])
-        parts = list(stages.items())
-        stages = dict([*parts[:at], *inner.items(), *parts[at + 1 :]])
+        stages = {
+            name: own
+            for stage, members in stages.items()
+            for name, own in (_children(members, f"{stage}.") if stage == great else {stage: members}).items()
+        }
 
 
 def _children(names: Sequence[str], prefix: str) -> dict[str, list[str]]:

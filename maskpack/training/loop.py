@@ -1,10 +1,10 @@
-"""The loop of every run, seeded and resumable, on Accelerate: where steps come from, optimiser, checkpoints."""
+"""The loop of every run, seeded and resumable, on Accelerate: optimiser, learning rates, checkpoints, stop."""
 
 import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.classifier import Batch
-from ..backbone.model import Fingerprint
+from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, StoppedError, TrainingError, require
-from .checkpoint import FILE, check_like, damaged, load_checkpoint, restore, save_checkpoint
+from .checkpoint import check_like, damaged, load_checkpoint, restore, save_checkpoint
 from .config import TrainConfig, learning_rate
 from .data.base import Data, Examples
-from .run_folder import RunFolder, on_signal
+from .learn import base_of
+from .run_folder import RunFolder, differing, on_signal
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 LENGTH = ("epochs", "steps")  # settings that may be greater when a run goes on
@@ -53,20 +54,23 @@ class Position:
         return {"event": kind, "epoch": self.epoch + 1, "step": self.step, "steps": self.steps, **numbers}
 
 
-class Steps(ABC):
-    """Where the steps of a run come from: what learns, batches, and their losses.
+class Run(ABC):
+    """A run: what learns and where its steps come from, which a subclass says, the loop over them, and checkpoints.
 
     Attributes:
         data: data sets by name.
+        base: fingerprint of the backbone before the run.
         module: what is computed with, as Accelerate prepared it.
         groups: (what learns, its peak learning rate), by the name of the group.
         steps, epochs: optimiser steps and epochs to make.
+        folder: opened; without a path nothing is kept, and signals are left alone.
     """
 
     module: nn.Module
 
-    def __init__(self, config: TrainConfig, data: Mapping[str, Data]):
-        self.config, self.data = config, data
+    def __init__(self, backbone: Backbone, data: Mapping[str, Data], config: TrainConfig):
+        self.backbone, self.data, self.config, self.base = backbone, data, config, base_of(backbone)
+        self.folder, self.asked = RunFolder({}), list[int]()
         accelerate = require("accelerate", "train", "training")
         # precision is ours: Accelerate's is the same for all runs of a process
         self.accelerator: Any = accelerate.Accelerator(
@@ -98,18 +102,13 @@ class Steps(ABC):
         self.steps = steps or self.config.epochs * steps_per_epoch
         self.epochs = math.ceil(self.steps / steps_per_epoch)
 
-    def autocast(self) -> Any:
-        """Return the context of a forward pass in the precision of the settings."""
-        dtype = DTYPES[self.config.precision]
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """Return what must be equal for a run to go on, as JSON values, with "config", the settings."""
 
     @abstractmethod
-    def start(self, base: str) -> None:
-        """Prepare for the first step of a new run; `base` is the digest of the backbone."""
+    def start(self) -> None:
+        """Prepare for the first step of a new run."""
 
     @abstractmethod
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
@@ -125,7 +124,7 @@ class Steps(ABC):
     def after_backward(self, step: int) -> None:  # noqa: B027
         """Look at the gradients of a step before it is made."""
 
-    def after_step(self) -> None:  # noqa: B027
+    def follow(self) -> None:  # noqa: B027
         """Follow a step of the optimiser."""
 
     def step_metrics(self) -> dict[str, float]:
@@ -142,10 +141,10 @@ class Steps(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors that a run changes, by their names in a checkpoint."""
+        """Return all tensors that the run changes, by their names in a checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """Return what else there is to a run's state, as JSON values."""
+        """Return what else there is to the run's state, as JSON values."""
         return {"unreadable": {name: sorted(examples.unreadable) for name, examples in self._splits()}}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -157,176 +156,156 @@ class Steps(ABC):
 
     def _splits(self) -> Iterator[tuple[str, Examples]]:
         for name, one in self.data.items():
-            for split in ("train", "validation", "test"):
-                if (examples := getattr(one, split)) is not None:
-                    yield f"{name}/{split}", examples
+            for split, examples in one.splits.items():
+                yield f"{name}/{split}", examples
 
+    def autocast(self) -> Any:
+        """Return the context of a forward pass in the precision of the settings."""
+        dtype = DTYPES[self.config.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
-class Run:
-    """A run: the loop over its steps, and its checkpoints.
-
-    Args:
-        base: of the backbone before it.
-        folder: opened; without a path nothing is kept, and signals are left alone.
-    """
-
-    def __init__(self, steps: Steps, base: Fingerprint, folder: RunFolder):
-        self.steps, self.folder = steps, folder
-        self.base = base.digests[base.dtype]
-        self.facts = {**steps.facts(), "base": self.base}
-        self.path = None if folder.path is None else folder.path / FILE
-        self.written = time.monotonic()
-        self.asked: int | None = None
-
-    def train(self, longer: bool = False) -> Position:
+    def train(self, folder: RunFolder, longer: bool = False) -> Position:
         """Make the steps that are left; return where the run ended.
 
         Args:
-            longer: a run that goes on may have more steps than before.
+            folder: opened. longer: a run that goes on may have more steps than before.
         """
-        steps = self.steps
-        if self.folder.resume:
+        self.folder, self.written = folder, time.monotonic()
+        if folder.resume:
             at = self.resume(longer)
         else:
-            at = Position(steps.steps)
-            steps.start(self.base)
-
-        def ask(number: int) -> None:
-            self.asked = number
-
-        with nullcontext() if self.path is None else on_signal(ask):
+            at = Position(self.steps)
+            self.start()
+        with nullcontext() if folder.path is None else on_signal(self.asked.append):
             while not at.done:
                 over = self._epoch(at)
-                at.done = not over or at.epoch + 1 == steps.epochs
-                at.metrics = {"train_loss": at.loss / at.count, **steps.end_epoch(at)}
-                self.folder.write(at.event("epoch", **at.metrics))
-                warning = steps.warning(at.metrics)
+                at.done = not over or at.epoch + 1 == self.epochs
+                at.metrics = {"train_loss": at.loss / at.count, **self.end_epoch(at)}
+                folder.write(at.event("epoch", **at.metrics))
+                warning = self.warning(at.metrics)
                 if warning is not None:
-                    self.folder.write(at.event("warning", warning=warning))
+                    folder.write(at.event("warning", warning=warning))
                 if over:  # one that the last step cut short goes on where a longer run does
                     at.epoch, at.batches, at.loss, at.count = at.epoch + 1, {}, 0.0, 0
-                self._checkpoint(at, at.done or (self.folder.seconds is None and self.folder.steps is None))
+                self._checkpoint(at, at.done or (folder.seconds is None and folder.steps is None))
         return at
 
     def _epoch(self, at: Position) -> bool:
         """Make the steps of an epoch that are left; return False if the last step of the run cut it short."""
-        steps, config, accelerator = self.steps, self.steps.config, self.steps.accelerator
+        accelerator, optimizer, config = self.accelerator, self.optimizer, self.config
         accelerator.step = 0  # of a batch that was left over nothing is kept
-        for parameter in steps.trained:
+        for parameter in self.trained:
             parameter.grad = None
         started, before = time.monotonic(), at.step
-        for stream, place, batch in steps.batches(at):
-            if at.step == steps.steps:
+        for stream, place, batch in self.batches(at):
+            if at.step == self.steps:
                 return False
-            for group, (_, peak) in zip(steps.optimizer.param_groups, steps.groups.values(), strict=True):
-                group["lr"] = peak * learning_rate(config, at.step, steps.steps)
-            with accelerator.accumulate(steps.module):
-                with steps.autocast():
-                    loss = steps.loss(stream, batch, at.step / max(steps.steps - 1, 1))
+            for group, (_, peak) in zip(optimizer.param_groups, self.groups.values(), strict=True):
+                group["lr"] = peak * learning_rate(config, at.step, self.steps)
+            with accelerator.accumulate(self.module):
+                with self.autocast():
+                    loss = self.loss(stream, batch, at.step / max(self.steps - 1, 1))
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    rates = ", ".join(f"{name} {rate}" for name, (_, rate) in steps.groups.items())
+                    rates = ", ".join(f"{name} {rate}" for name, (_, rate) in self.groups.items())
                     raise TrainingError(
-                        f"the loss{f' of {stream!r}' if len(steps.data) > 1 else ''} is {value} at step {at.step + 1} "
-                        f"of {steps.steps}; lower the learning rates ({rates}), or clip gradients; the last checkpoint "
+                        f"the loss{f' of {stream!r}' if len(self.data) > 1 else ''} is {value} at step {at.step + 1} "
+                        f"of {self.steps}; lower the learning rates ({rates}), or clip gradients; the last checkpoint "
                         f"is kept"
                     )
                 accelerator.backward(loss)  # divides by `accumulate`
-                steps.after_backward(at.step)
+                self.after_backward(at.step)
                 if config.clip is not None and accelerator.sync_gradients:
                     if accelerator.scaler is not None:
-                        accelerator.scaler.unscale_(steps.optimizer.optimizer)
-                    accelerator.clip_grad_norm_(steps.trained, config.clip)
-                steps.optimizer.step()
-                steps.optimizer.zero_grad()
+                        accelerator.scaler.unscale_(optimizer.optimizer)
+                    accelerator.clip_grad_norm_(self.trained, config.clip)
+                optimizer.step()
+                optimizer.zero_grad()
             at.loss, at.count, at.batches[stream] = at.loss + value, at.count + 1, place
             if accelerator.sync_gradients:
                 at.step += 1
-                steps.after_step()
-                if at.step % LOG_EVERY == 0 or at.step == steps.steps:
-                    left = (time.monotonic() - started) / (at.step - before) * (steps.steps - at.step)
-                    rate = float(steps.optimizer.param_groups[0]["lr"])
-                    self.folder.write(at.event("step", loss=value, lr=rate, **steps.step_metrics(), seconds_left=left))
+                self.follow()
+                if at.step % LOG_EVERY == 0 or at.step == self.steps:
+                    left = (time.monotonic() - started) / (at.step - before) * (self.steps - at.step)
+                    rate = float(optimizer.param_groups[0]["lr"])
+                    self.folder.write(at.event("step", loss=value, lr=rate, **self.step_metrics(), seconds_left=left))
                 self.after_step(at)
         if at.count == 0:
             raise TrainingError(f"no example of the training split could be read in epoch {at.epoch + 1}")
         return True
 
     def after_step(self, at: Position) -> None:
-        """Write a checkpoint if one is due.
-
-        Raises:
-            StoppedError: after that, if a signal asked for it.
-        """
+        """Write a checkpoint if one is due."""
         seconds, every = self.folder.seconds, self.folder.steps
         due = every is not None and at.step % every == 0
         self._checkpoint(at, due or (seconds is not None and time.monotonic() - self.written >= seconds))
 
     def _checkpoint(self, at: Position, due: bool) -> None:
-        stop, accelerator = self.asked is not None, self.steps.accelerator
+        """Write a checkpoint if it is due, or a signal asked for the end; in that case raise StoppedError."""
+        stop, accelerator, path = bool(self.asked), self.accelerator, self.folder.checkpoint
         if accelerator.num_processes > 1:  # all stop at the same step
             if stop:
                 accelerator.set_trigger()
             stop = accelerator.check_trigger()
-        if (due or stop) and self.path is not None and accelerator.is_main_process:
-            save_checkpoint(self.path, self.steps.tensors(), self.steps.optimizer, self._facts(at))
+        if (due or stop) and path is not None and accelerator.is_main_process:
+            save_checkpoint(path, self.tensors(), self.optimizer, self._facts(at))
             self.written = time.monotonic()
         if stop:
             accelerator.wait_for_everyone()  # nobody ends the others while one writes
-            number = self.asked or signal.SIGTERM
+            number = self.asked[0] if self.asked else signal.SIGTERM
             raise StoppedError(
                 f"{signal.Signals(number).name} stopped the training at step {at.step} of {at.steps}; train again with "
                 f"resume (--resume) to go on from the checkpoint in {self.folder.path}",
                 number,
             )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for the run to go on."""
+        return {**self.facts(), "base": self.base.digests[self.base.dtype]}
+
     def _facts(self, at: Position) -> dict[str, Any]:
         """Return what a checkpoint has beside tensors."""
-        scaler = self.steps.accelerator.scaler
+        scaler = self.accelerator.scaler
         scaled = None if scaler is None else scaler.state_dict()
-        own = {"run": self.facts, "more": self.steps.state(), "scaler": scaled, "log": self.folder.size()}
+        own = {"run": self.identity, "more": self.state(), "scaler": scaled, "log": self.folder.size()}
         return {**asdict(at), **own}
 
     def resume(self, longer: bool = False) -> Position:
-        """Put the run where its checkpoint left off; all of that is compared with what the run would write itself.
-
-        Raises:
-            StateError: if there is no checkpoint, it is damaged, or it is of another run.
-        """
-        assert self.path is not None
-        steps, path = self.steps, self.path
+        """Put the run where its checkpoint left off; all of that is compared with what the run would write itself."""
+        path = self.folder.checkpoint
+        assert path is not None
         tensors, facts = load_checkpoint(path)
         example = self._facts(Position(0, batches={"": [0, 0]}, metrics={"": 0.0}, extended=[""]))
         check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
         self._check_same(facts["run"], LENGTH if longer else ())
         at = Position(**{one.name: facts[one.name] for one in fields(Position)})
-        if steps.steps < at.steps:
+        if self.steps < at.steps:
             raise StateError(
-                f"the run in {path.parent} has made {at.step} of {at.steps} steps, and {steps.steps} are asked for "
+                f"the run in {path.parent} has made {at.step} of {at.steps} steps, and {self.steps} are asked for "
                 f"now; give at least as many, or choose another folder"
             )
-        restore(path, tensors, steps.tensors(), steps.optimizer, facts["optimizer"])
+        restore(path, tensors, self.tensors(), self.optimizer, facts["optimizer"])
         try:
-            steps.restore(facts["more"], tensors)
+            self.restore(facts["more"], tensors)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise damaged(path, f"its budget, objective or unreadable rows do not fit: {error}") from None
-        if steps.accelerator.scaler is not None:
-            steps.accelerator.scaler.load_state_dict(facts["scaler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.folder.rewind(facts["log"], at.step)
-        if steps.steps > at.steps:
-            said = f"resumed at step {at.step} of {at.steps} with {steps.steps} steps"
-            at.extended, at.steps, at.done = [*at.extended, said], steps.steps, False
+        if self.steps > at.steps:
+            said = f"resumed at step {at.step} of {at.steps} with {self.steps} steps"
+            at.extended, at.steps, at.done = [*at.extended, said], self.steps, False
             self.folder.write(at.event("resumed", resumed=said))
         return at
 
-    def _check_same(self, there: Any, apart: Sequence[str]) -> None:
-        """Compare what must be equal, but the settings `apart`; raise StateError with the names of what differs."""
-        whole = there if isinstance(there, dict) and isinstance(there.get("config"), dict) else {"config": {}}
-        differing = [name for name, value in self.facts.items() if name != "config" and whole.get(name) != value]
-        settings = {name: value for name, value in self.facts["config"].items() if name not in apart}
-        differing += [name for name, value in settings.items() if whole["config"].get(name) != value]
-        if differing:
+    def _check_same(self, there: Any, apart: tuple[str, ...]) -> None:
+        """Compare what must be equal, but the settings `apart`."""
+        whole = {name: one for name, one in self.identity.items() if name != "config"}
+        settings = {name: one for name, one in self.identity["config"].items() if name not in apart}
+        other = differing(whole, there) + differing(settings, there.get("config") if isinstance(there, dict) else None)
+        if other:
             raise StateError(
-                f"the checkpoint in {self.folder.path} belongs to another run: {', '.join(differing)} differ; resume "
+                f"the checkpoint in {self.folder.path} belongs to another run: {', '.join(other)} differ; resume "
                 f"with the same settings, data and backbone, or choose another folder"
             )

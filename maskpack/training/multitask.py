@@ -10,14 +10,15 @@ from ..adapter.card import member, metrics
 from ..adapter.describe import inspect_adapter
 from ..adapter.read import MODEL_FILE, Adapter, read_adapter
 from ..adapter.write import save_adapter
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone, export_state, load_weights
 from ..codecs.base import Profile
-from ..errors import ConfigError, StateError, escape
+from ..errors import ConfigError, StateError
 from .config import JointConfig, Mode, TrainConfig
+from .evaluate import percent, table
 from .joint import Task, plan_jointly, train_jointly, trained_backbone
-from .run_folder import PartOptions, RunOptions, check_claim, claim, is_main_process, locked, part_options, write_json
-from .trainer import TrainResult, plan_training, train_mask
+from .learn import base_of
+from .run_folder import PartOptions, claim, differing, is_main_process, locked, part_options, write_json
+from .trainer import plan_training, train_mask
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")
@@ -60,42 +61,32 @@ def train_tasks(
             backbone, or a finished task with other settings or data. Others: as the runs raise.
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
-    about = about_folder(backbone, mode)
-
-    def run(name: str) -> RunOptions:
-        return part_options(options, name, folder / RUNS / name)
-
-    def save(name: str, result: TrainResult) -> None:
-        if is_main_process():
-            said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
-            own = folder / name
-            done[name] = save_adapter(own, result.parts, result.base, said, profile=profile, weights=backbone.model)
-
     with locked(folder):
-        done = survey(backbone, tasks, folder, mode, config, joint)
-        missing = [name for name in tasks if name not in done]
+        start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+        about, done, left = survey(backbone, tasks, folder, mode, config, joint)
+        main, masks_only = is_main_process(), mode != "separate" and JOINT not in left
         claim(folder / CLAIM, about)
-        if mode == "separate":
-            start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-            for name in missing:
+        if masks_only and main and not (folder / BASE).exists():
+            export_state(folder / BASE, backbone.model)
+        base = trained_backbone(backbone) if mode in TOGETHER else backbone
+        for run, own in left.items():
+            parts = part_options(options, folder / RUNS, run)
+            if mode == "separate":
                 backbone.model.load_state_dict(start)
-                alone = train_jointly(backbone, {name: tasks[name]}, config, joint, gated=False, **run(name))
-                (folder / name).mkdir(exist_ok=True)
-                export_state(folder / name / BASE, backbone.model)
-                save(name, alone[name])
-        elif mode in TOGETHER and not (folder / BASE).exists():
-            together = train_jointly(backbone, tasks, config, joint, gated=mode == "gated", **run(JOINT))
-            for name, result in together.items():
-                save(name, result)
-            export_state(folder / BASE, backbone.model)  # last: from now on every further task is a mask on it
-        else:
-            if is_main_process() and not (folder / BASE).exists():
-                export_state(folder / BASE, backbone.model)
-            base = trained_backbone(backbone) if mode in TOGETHER else backbone
-            for name in missing:
-                data, settings = tasks[name].data, tasks[name].settings(config)
-                save(name, train_mask(base, data, settings, longer=False, **run(name)))
-        if not is_main_process():
+            if masks_only:
+                settings = own[run].settings(config)
+                results = {run: train_mask(base, own[run].data, settings, longer=False, **parts)}
+            else:
+                results = train_jointly(backbone, own, config, joint, gated=mode == "gated", **parts)
+            for name, result in results.items() if main else ():
+                said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
+                parts_of = result.parts
+                done[name] = save_adapter(
+                    folder / name, parts_of, result.base, said, profile=profile, weights=backbone.model
+                )
+            if not masks_only:  # last: a base that is there says that its tasks are finished
+                export_state(base_file(folder, run, mode), backbone.model)
+        if not main:
             return about
         found = {**about, "rows": [row_of(name, done[name]) for name in tasks]}
         write_json(folder / RESULT, found)
@@ -113,56 +104,55 @@ def plan_tasks(
     """Check everything without training or writing, with a batch of every task that is not finished.
 
     Returns:
-        {"finished": names, "missing": names, "steps": of all runs that are left}.
-
-    Raises:
-        What `train_tasks` raises before its first step.
+        {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
     """
-    folder, start = Path(output), {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     try:
-        done = survey(backbone, tasks, folder, mode, config, joint)
-        missing = [name for name in tasks if name not in done]
-        if mode == "separate":
-            plans = [plan_jointly(backbone, {name: tasks[name]}, config, joint, gated=False) for name in missing]
-        elif mode in TOGETHER and not (folder / BASE).exists():
-            plans = [plan_jointly(backbone, tasks, config, joint, gated=mode == "gated")]
+        _, done, left = survey(backbone, tasks, Path(output), mode, config, joint)
+        if mode == "separate" or JOINT in left:
+            plans = [plan_jointly(backbone, own, config, joint, gated=mode == "gated") for own in left.values()]
         else:
-            plans = [plan_training(backbone, tasks[name].data, tasks[name].settings(config)) for name in missing]
+            plans = [plan_training(backbone, own[n].data, own[n].settings(config)) for n, own in left.items()]
     finally:
         backbone.model.load_state_dict(start)
-    return {
-        "mode": mode,
-        "finished": list(done),
-        "missing": missing,
-        "steps": sum(plan["steps"] for plan in plans),
-    }
+    missing, steps = [name for name in tasks if name not in done], sum(plan["steps"] for plan in plans)
+    return {"mode": mode, "finished": list(done), "missing": missing, "steps": steps}
+
+
+def base_file(folder: Path, task: str, mode: Mode) -> Path:
+    """Return the file of the weights that a task's mask is for."""
+    return (folder / task if mode == "separate" else folder) / BASE
 
 
 def survey(
     backbone: Backbone, tasks: Mapping[str, Task], folder: Path, mode: Mode, config: TrainConfig, joint: JointConfig
-) -> dict[str, Adapter]:
-    """Return the adapters of the finished tasks; load the base that tasks learned together, if it is there.
+) -> tuple[dict[str, Any], dict[str, Adapter], dict[str, Mapping[str, Task]]]:
+    """Return what the folder is for, the adapters of finished tasks, and the tasks of each run that is left, by name.
 
-    Raises:
-        ConfigError, StateError: as `train_tasks`.
+    Loads the base that tasks learned together, if it is there.
     """
     _check(tasks, mode, joint)
-    check_claim(folder / CLAIM, about_folder(backbone, mode))
-    together = mode in TOGETHER
-    if together and not (folder / BASE).exists():
-        return {}  # what an interrupted run may have written is written again
-    if together:
+    weights = base_of(backbone)
+    about = {"mode": mode, "backbone": backbone.id, "weights": weights.digests[weights.dtype]}
+    claim(folder / CLAIM, about, write=False)
+    if mode in TOGETHER:
+        if not (folder / BASE).exists():
+            return about, {}, {JOINT: tasks}  # what an interrupted run may have written is written again
         load_weights(backbone.model, folder / BASE)
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    found = {name: read_adapter(folder / name) for name in tasks if (folder / name / MODEL_FILE).exists()}
-    for name, adapter in found.items():
-        _check_finished(adapter, name, tasks[name], folder, config, joint)
-        if mode != "separate" and adapter.base.digests != base.digests:
+    base, done = base_of(backbone), dict[str, Adapter]()
+    for name, task in tasks.items():
+        if not (folder / name / MODEL_FILE).exists() or (
+            mode == "separate" and not base_file(folder, name, mode).exists()
+        ):
+            continue
+        done[name] = read_adapter(folder / name)
+        _check_finished(done[name], name, task, folder, config, joint)
+        if mode != "separate" and done[name].base.digests != base.digests:
             raise StateError(
                 f"{folder / BASE} is not the base of the task {name!r}: one of them was changed; put the files back, "
                 f"or take another output folder"
             )
-    return found
+    return about, done, {name: {name: task} for name, task in tasks.items() if name not in done}
 
 
 def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
@@ -189,41 +179,32 @@ def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
         seen.add(name.casefold())
 
 
-def about_folder(backbone: Backbone, mode: str) -> dict[str, Any]:
-    """Return what must stay the same in a folder."""
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    return {"mode": mode, "backbone": backbone.id, "weights": base.digests[base.dtype]}
-
-
 def _check_finished(
     adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig
 ) -> None:
     """Compare what a finished task was trained with and what it would be trained with now."""
     record = adapter.about.training
     there, data, jointly = dict(member(record, "settings")), member(record, "data"), member(record, "joint")
-    ours = task.settings(config).to_json()
-    splits = {"train": task.data.train, "validation": task.data.validation, "test": task.data.test}
-    rows = {key: len(split) for key, split in splits.items() if split is not None}
-    ours |= {"data": task.data.digest, "rows": rows, "classes": list(task.data.class_names)}
     there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.about.class_names or ())}
+    rows = {split: len(examples) for split, examples in task.data.splits.items()}
+    ours = {**task.settings(config).to_json(), "data": task.data.digest, "rows": rows, "classes": task.data.class_names}
     if isinstance(tasks := jointly.get("tasks"), list):
         ours |= joint.to_json(config.optimizer, len(tasks))
         there |= jointly
-    # through JSON, as the record has been
-    ours = json.loads(json.dumps(ours))
-    differing = [
-        key if key in ("data", "rows", "classes") else f"{key} {there.get(key)}, now {value}"
-        for key, value in ours.items()
-        if there.get(key) != value
-    ]
-    if differing:
+    ours = json.loads(json.dumps(ours))  # as the record has been
+    other = differing(ours, there)
+    if other:
+        said = [
+            key if key in ("data", "rows", "classes") else f"{key} {there.get(key)}, now {ours[key]}" for key in other
+        ]
         raise StateError(
             f"the task {name!r} in {folder} is finished, and was trained with other settings or data: "
-            f"{'; '.join(differing)}; take the earlier ones, another name, or another output folder"
+            f"{'; '.join(said)}; take the earlier ones, another name, or another output folder"
         )
 
 
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
+    """Return what the table says of a finished task."""
     record: Mapping[str, Any] = adapter.about.training or {}
     found = metrics(record)
     whole = inspect_adapter(adapter)["sets"]["default"]
@@ -240,16 +221,11 @@ def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the rows of `train_tasks` as a Markdown table."""
-
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.2f}"
-
     soft = any(row["soft_accuracy"] is not None for row in result["rows"])
-    lines = ["| task | accuracy |" + (" before hardening |" if soft else "") + " density | mask bytes | file bytes |"]
-    lines.append("| --- |" + " ---: |" * (lines[0].count("|") - 2))
+    columns = ["task", "accuracy", *(["before hardening"] if soft else []), "density", "mask bytes", "file bytes"]
+    lines = []
     for row in result["rows"]:
-        name = escape(row["task"], "markdown")
-        cells = [name, share(row["accuracy"]), *([share(row["soft_accuracy"])] if soft else [])]
+        cells = [percent(row["accuracy"]), *([percent(row["soft_accuracy"])] if soft else [])]
         cells += [f"{row['density']:.4f}", f"{row['mask_bytes']:,}", f"{row['file_bytes']:,}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["task"], *cells])
+    return table(columns, lines)

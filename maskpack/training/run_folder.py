@@ -44,16 +44,6 @@ class RunOptions(PartOptions, total=False):
     output: str | Path | None
 
 
-def part_options(options: PartOptions, name: str, folder: Path | None) -> RunOptions:
-    """Return the options of one of several runs; it goes on in `folder` if it was begun there."""
-    return {
-        "output": folder,
-        "resume": options.get("resume", False) and folder is not None and (folder / FILE).exists(),
-        "checkpoint_every": options.get("checkpoint_every"),
-        "report": tagged(options.get("report"), name),
-    }
-
-
 def tagged(report: Report | None, part: str) -> Report | None:
     """Return a report whose events have also "part", the name of the run that they are of."""
     return None if report is None else lambda event: report({**event, "part": part})
@@ -66,8 +56,6 @@ def is_main_process() -> bool:
     return bool(accelerate.PartialState(accelerate.utils.parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process)
 
 
-# --- folders -------------------------------------------------------------------------------------------------------
-
 LOCK = ".lock"  # names its holder; without one that lives it means nothing
 _held: set[IO[str]] = set()
 
@@ -77,10 +65,7 @@ def locked(folder: Path | None) -> Iterator[None]:
     """Lock a folder, made if it is not there, against other processes and threads that lock it; None locks nothing.
 
     The system lets go of the lock when this process ends, however it ends. Folders in it have locks of their own. Of
-    processes that train together the main one has the lock.
-
-    Raises:
-        StateError: if it is locked; the message names the holder.
+    processes that train together the main one has the lock. StateError, which names the holder: if it is locked.
     """
     if folder is None or not is_main_process():
         yield
@@ -93,6 +78,7 @@ def locked(folder: Path | None) -> Iterator[None]:
         raise StateError(
             f"cannot write into {folder}: {error.strerror or error}; choose a folder that you may write to"
         ) from error
+    _held.add(file)
     try:
         yield
     finally:
@@ -117,7 +103,6 @@ def _locked_file(path: Path) -> IO[str]:
                 file.truncate(0)
                 file.write(f"{os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
-                _held.add(file)
                 return file
         except BaseException:
             file.close()
@@ -137,11 +122,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def check_untaken(folder: Path, resume: bool) -> None:
-    """Check that a run may begin in a folder, or go on.
-
-    Raises:
-        StateError: if another process writes into it, or it has a checkpoint and its run is not to be resumed.
-    """
+    """Raise StateError if another process writes into a folder, or it has a checkpoint that is not to be resumed."""
     if (folder / LOCK).exists():
         with locked(folder):
             pass
@@ -155,42 +136,58 @@ def _check_new(folder: Path, resume: bool) -> None:
         )
 
 
-def check_claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-    """Check that a folder is free, or is for this.
+def check_parts(folder: Path | None, resume: bool) -> None:
+    """Raise StateError if several runs cannot begin in the subfolders of a folder, or go on there."""
+    if resume and (folder is None or not folder.is_dir()):
+        raise StateError(
+            f"resume needs the folder of an earlier run as `output`, got {folder}; without resume a new one starts"
+        )
+    for path in [] if folder is None else sorted(folder.glob(f"*/{FILE}")):
+        check_untaken(path.parent, resume)
+
+
+def part_options(options: PartOptions, folder: Path | None, name: str) -> RunOptions:
+    """Return the options of one of several runs; it goes on if it was begun in its subfolder."""
+    own = None if folder is None else folder / name
+    return {
+        "output": own,
+        "resume": options.get("resume", False) and own is not None and (own / FILE).exists(),
+        "checkpoint_every": options.get("checkpoint_every"),
+        "report": tagged(options.get("report"), name),
+    }
+
+
+def differing(here: Mapping[str, Any], there: Any) -> list[str]:
+    """Return the names under which `there` has another value than `here`, or none."""
+    return [name for name, one in here.items() if not isinstance(there, dict) or there.get(name) != one]
+
+
+def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, write: bool = True) -> None:
+    """Write down what a folder is for, in a JSON file in it; StateError if it is for something else already.
 
     Args:
-        path: the file that says what the folder is for.
         about: JSON values by name.
         defaults: of `about["settings"]`, for those that the file of an earlier release lacks.
-
-    Raises:
-        StateError: if it is for something else.
+        write: False only compares.
     """
     if not path.exists():
+        if write and is_main_process():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, about)
         return
     there, here = read_json(path, frozenset(about), "choose another folder"), json.loads(json.dumps(about))
-    if defaults is not None:
-        there["settings"] = {**defaults, **there["settings"]}
-    differing = []
-    for part, value in here.items():
-        if isinstance(value, dict) and there[part] != value:
-            changed = sorted(key for key in value if there[part].get(key) != value[key])
-            differing += [f"{part} ({', '.join(changed)})"] if changed else []
-        elif there[part] != value:
-            differing.append(part)
-    if differing:
+    there["settings"] = {**(defaults or {}), **there.get("settings", {})}
+    found = []
+    for part in differing(here, there):
+        if not isinstance(here[part], dict):
+            found.append(part)
+        elif own := sorted(differing(here[part], there[part])):
+            found.append(f"{part} ({', '.join(own)})")
+    if found:
         raise StateError(
-            f"{path.parent} holds results of other settings: {', '.join(differing)}; choose another folder, or give "
+            f"{path.parent} holds results of other settings: {', '.join(found)}; choose another folder, or give "
             f"the settings that it was begun with"
         )
-
-
-def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-    """Write down what a folder is for, in a JSON file in it, or check it: see `check_claim`."""
-    check_claim(path, about, defaults)
-    if is_main_process() and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, about)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
@@ -215,8 +212,6 @@ def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:
     return value
 
 
-# --- one run -------------------------------------------------------------------------------------------------------
-
 LOG = "log.jsonl"
 SECONDS = {"s": 1, "min": 60, "h": 3600}
 
@@ -226,9 +221,6 @@ def parse_every(text: str | None) -> tuple[float | None, int | None]:
 
     Args:
         text: as in "90s", "10min", "2h" or "500steps"; None for neither.
-
-    Raises:
-        ConfigError: if it is something else.
     """
     if text is None:
         return None, None
@@ -246,7 +238,7 @@ class RunFolder:
     """The folder of a run, with its log; see `RunOptions`.
 
     Attributes:
-        path: None if nothing is kept.
+        path: None if nothing is kept. checkpoint: of the file.
         resume: the run goes on from the checkpoint that is there.
         seconds, steps: between two checkpoints; both None: every epoch.
     """
@@ -254,6 +246,7 @@ class RunFolder:
     def __init__(self, options: RunOptions):
         output = options.get("output")
         self.path = None if output is None else Path(output)
+        self.checkpoint = None if self.path is None else self.path / FILE
         self.resume = options.get("resume", False)
         self.seconds, self.steps = parse_every(options.get("checkpoint_every"))
         self.report = options.get("report") if is_main_process() else None
@@ -265,12 +258,8 @@ class RunFolder:
 
     @contextmanager
     def opened(self) -> Iterator["RunFolder"]:
-        """Lock the folder, made if it is not there, and open its log, as long as this lasts.
-
-        Raises:
-            StateError: as `check_untaken`, or if the log cannot be written.
-        """
-        if self.path is None:
+        """Lock the folder, made if it is not there, and open its log, as long as this lasts."""
+        if self.path is None or self.checkpoint is None:
             yield self
             return
         with locked(self.path):
@@ -282,7 +271,7 @@ class RunFolder:
             try:
                 yield self
             except KeyboardInterrupt as error:
-                if (self.path / FILE).exists():
+                if self.checkpoint.exists():
                     error.add_note(f"Train again with resume (--resume) to go on from the checkpoint in {self.path}")
                 raise
             finally:
@@ -326,8 +315,6 @@ class RunFolder:
             raise StateError(f"cannot write the logs in {self.path}: {error.strerror or error}; {remedy}") from error
 
 
-# --- signals -------------------------------------------------------------------------------------------------------
-
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -361,11 +348,7 @@ def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
 
 @contextmanager
 def stopping(remedy: str) -> Iterator[None]:
-    """Raise StoppedError at SIGTERM and SIGUSR1, as at once as an interrupt.
-
-    Args:
-        remedy: how to go on.
-    """
+    """Raise StoppedError at SIGTERM and SIGUSR1, as at once as an interrupt; `remedy` says how to go on."""
 
     def stop(number: int) -> None:
         raise StoppedError(f"stopped by {signal.Signals(number).name}; {remedy}", number)

@@ -1,8 +1,8 @@
-"""A run on one data set: its steps, train_mask, and train_dense."""
+"""A run on one data set, train_mask, and train_dense."""
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..adapter.content import FEATURES, About, Parts
 from ..backbone.classifier import Batch
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
 from ..backbone.select import select_parameters
@@ -24,17 +23,26 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, borrowed, learn_scores
-from .loop import Position, Run, Steps
+from .learn import Learn, base_of, borrowed, learn_scores
+from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .run_folder import RunFolder, RunOptions
-from .scores import density, extract_masks, replaced_values, scored_models, scored_weights, trained_themselves
+from .scores import (
+    density,
+    extract_masks,
+    replaced_values,
+    scored_models,
+    scored_weights,
+    trained_themselves,
+    without_scores,
+)
+from .worth import probe_metrics, worth_warnings
 
 STREAM = "train"  # of batches
 
 
-class ObjectiveSteps(Steps):
-    """Steps of an objective on one data set.
+class ObjectiveRun(Run):
+    """A run of an objective on one data set.
 
     Args:
         learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
@@ -53,7 +61,7 @@ class ObjectiveSteps(Steps):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
-        super().__init__(config, {"data": data})
+        super().__init__(backbone, {"data": data}, config)
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
         if config.head_kind != "linear" and not objective.needs_labels:
@@ -61,32 +69,35 @@ class ObjectiveSteps(Steps):
                 f"head_kind {config.head_kind!r} is for a head, and the objective {config.objective!r} trains none; "
                 f"leave it out"
             )
-        self.backbone, self.start_from = backbone, None if start_from is None else Path(start_from) / FILE
+        self.start_from = None if start_from is None else Path(start_from) / FILE
+        self.begun = None if self.start_from is None else checkpoint_digest(self.start_from)
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
         self.whole: Mapping[str, nn.Parameter] = {}
         if learn is learn_scores:
             masked = select_parameters(model, config.include, config.exclude, backbone.outside)
-            self.whole = trained_themselves(model, config.train, masked, backbone.outside)
+            self.whole = trained_themselves(model, config.beside, masked, backbone.outside)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
         learned = self.scores.values() if all(one.method.learns for one in self.scored) else ()
         scores = [*learned, *self.objective.scores()]
-        beside = [*self.objective.trained(), *self.whole.values()]
-        if not scores and not beside:
+        head, beside = self.objective.trained(), list(self.whole.values())
+        if not scores and not head and not beside:
             raise ConfigError(
                 f"nothing would learn: the method {config.method!r} follows from the weights, and no head is trained "
                 f"beside it; take another method, or head_kind 'linear' with labels"
             )
         self.sampler = EpochSampler(len(self.train_split), config.seed)
         batches = self.objective.batches(self.train_split, self.sampler)
-        for parameter in (*scores, *beside):
+        for parameter in (*scores, *head, *beside):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
-        rates = {"scores": (scores, config.score_lr), "head": (beside, config.linear_lr)}
-        self.prepare(rates, math.ceil(len(self.loader) / config.accumulate), config.steps)
+        per_epoch = math.ceil(len(self.loader) / config.accumulate)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch)
+        rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
+        self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
         for one in self.models:
             one.batch_size = config.batch_size * config.accumulate * self.accelerator.num_processes
@@ -94,24 +105,24 @@ class ObjectiveSteps(Steps):
     def facts(self) -> dict[str, Any]:
         data = self.data["data"]
         return {
-            "start": None if self.start_from is None else checkpoint_digest(self.start_from),
+            "start": self.begun,
             "config": self.config.to_json(),
             "data": [data.digest, len(self.train_split), len(data.class_names)],
             "processes": self.accelerator.num_processes,
         }
 
-    def start(self, base: str) -> None:
+    def start(self) -> None:
         self.objective.start()
         if self.start_from is not None:
-            self.take_over(self.start_from, base, self.objective.fresh)
+            self.take_over(self.start_from, self.objective.fresh)
 
-    def take_over(self, checkpoint: Path, base: str, fresh: Sequence[str] = ()) -> None:
+    def take_over(self, checkpoint: Path, fresh: tuple[str, ...] = ()) -> None:
         """Go on as another run ended, but for the tensors called `fresh`."""
-        take_over(self.tensors(), checkpoint, base, fresh)
+        take_over(self.tensors(), checkpoint, self.base.digests[self.base.dtype], fresh)
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
-        set_train_mode(self.module, self.config.bn == "adapt")
+        set_train_mode(self.module, self.config.adapts)
         self.objective.begin_epoch(at.epoch, self.epochs)
         read = at.batches.get(STREAM, [0, 0])[1]
         loader = self.accelerator.skip_first_batches(self.loader, read) if read else self.loader
@@ -142,7 +153,7 @@ class ObjectiveSteps(Steps):
     def after_backward(self, step: int) -> None:
         self.objective.after_backward(step)
 
-    def after_step(self) -> None:
+    def follow(self) -> None:
         if self.control is not None:
             self.control.follow()
 
@@ -154,7 +165,7 @@ class ObjectiveSteps(Steps):
         if self.control is not None:  # the last epoch ends within the budget
             size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
-        if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
+        if at.done and self.config.adapts and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
             with self.autocast():
                 self.objective.recalibrate()
@@ -162,7 +173,7 @@ class ObjectiveSteps(Steps):
 
     def held_out(self, split: str) -> dict[str, float]:
         """Return what the objective measures of a split, if there is one."""
-        examples = getattr(self.data["data"], split)
+        examples = self.data["data"].splits.get(split)
         if examples is None:
             return {}
         with self.autocast():
@@ -188,16 +199,20 @@ class ObjectiveSteps(Steps):
         kept = {name.removeprefix(OBJECTIVE): one for name, one in tensors.items() if name.startswith(OBJECTIVE)}
         self.objective.restore(kept)
 
-    def finish(self, at: Position, folder: RunFolder) -> dict[str, float]:
+    def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
         self.progress(1.0)
         metrics = {**at.metrics, **self.held_out("test")}
-        folder.write({"event": "end", "step": at.step, "steps": self.steps, **metrics})
+        if self.scored:
+            with without_scores(self.module):
+                test = self.held_out("test")
+            metrics |= {f"{name}_without_masks": value for name, value in test.items()}
+        self.folder.write({"event": "end", "step": at.step, "steps": self.steps, **metrics})
         return metrics
 
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
-        statistics = batchnorm_statistics(self.backbone.model) if self.config.bn == "adapt" else {}
+        statistics = batchnorm_statistics(self.backbone.model) if self.config.adapts else {}
         head, values = self.objective.head(), replaced_values(self.backbone.model)
         whole = {name: parameter.detach().cpu().clone() for name, parameter in self.whole.items()}
         return Parts(extract_masks(self.backbone.model), head, statistics, whole, values)
@@ -211,7 +226,8 @@ class TrainResult:
         parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
         base: fingerprint of the backbone.
         about: task, class names, preprocessing and training record.
-        metrics: train_loss, density, and what the objective measures of the splits that exist.
+        metrics: train_loss, density, and what the objective measures of the splits that exist; of the test split also
+            without the masks; and with a linear head the accuracy of the linear probe of the raw backbone.
     """
 
     parts: Parts
@@ -221,7 +237,7 @@ class TrainResult:
 
 
 def result_of(
-    backbone: Backbone,
+    run: Run,
     data: Data,
     config: TrainConfig,
     parts: Parts,
@@ -229,20 +245,19 @@ def result_of(
     metrics: Mapping[str, float],
     more: Mapping[str, Any],
 ) -> TrainResult:
-    """Return the result of a run; `base` is the fingerprint of the whole body, `more` is for the training record."""
+    """Return the result of a run on these data; `base` is of the whole body, `more` is for the training record."""
     assert data.train is not None
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    found = {name: split for name, split in splits.items() if split is not None}
     record = {
         "settings": config.to_json(),
-        "processes": 1,
+        "processes": run.accelerator.num_processes,
+        "steps": run.steps,
         **more,
         "data": {
             "id": data.id,
             "source": data.source,
             "digest": data.digest,
-            "rows": {name: len(split) for name, split in found.items()},
-            "unreadable": sum(len(split.unreadable) for split in found.values()),
+            "rows": {name: len(split) for name, split in data.splits.items()},
+            "unreadable": sum(len(split.unreadable) for split in data.splits.values()),
             "empty_classes": empty_classes(data.train, data.class_names),
         },
         "versions": {
@@ -253,7 +268,7 @@ def result_of(
         "metrics": dict(metrics),
     }
     task, class_names = (data.task, data.class_names) if parts.head is not None else (FEATURES[data.task], None)
-    about = About(task, class_names, preprocess_to_json(backbone.preprocess), record)
+    about = About(task, class_names, preprocess_to_json(run.backbone.preprocess), record)
     masked = Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
     return TrainResult(parts, masked, about, dict(metrics))
 
@@ -296,26 +311,31 @@ def train_mask(
         SelectionError, DataError: if patterns or data do not fit the backbone.
     """
     config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
-    before = fingerprint(backbone.model, id=backbone.id, revision=backbone.revision, head=backbone.outside)
-    with folder.opened(), borrowed(backbone, config.train):
-        steps = ObjectiveSteps(backbone, data, config, learn, start_from)
-        at = Run(steps, before, folder).train(longer)
-        metrics = steps.finish(at, folder)
-        parts = steps.parts()
-    after = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    if after.digests != before.digests:
+    with folder.opened():
+        with borrowed(backbone, config.beside):
+            run = ObjectiveRun(backbone, data, config, learn, start_from)
+            at = run.train(folder, longer)
+            metrics = run.finish(at)
+            parts = run.parts()
+        if parts.head is not None and config.head_kind == "linear" and (data.validation or data.test):
+            metrics |= probe_metrics(backbone, data, config.batch_size)
+        warnings = worth_warnings(metrics)
+        for one in warnings:
+            folder.write(at.event("warning", warning=one))
+    if base_of(backbone).digests != run.base.digests:
         raise TrainingError(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    more = {"steps": steps.steps, "processes": steps.accelerator.num_processes}
+    more: dict[str, Any] = {"rates": {name: lr for name, (learning, lr) in run.groups.items() if learning}}
     more |= {"extended": at.extended} if at.extended else {}
-    return result_of(backbone, data, config, parts, before, metrics, more)
+    more |= {"warnings": warnings} if warnings else {}
+    return result_of(run, data, config, parts, run.base, metrics, more)
 
 
 def train_dense(
     backbone: Backbone, data: Data, config: TrainConfig, learn: Learn, **options: Unpack[RunOptions]
-) -> ObjectiveSteps:
+) -> ObjectiveRun:
     """Train a head and what `learn` names of a backbone, at the rate of scores. The backbone is changed.
 
     Args:
@@ -324,42 +344,32 @@ def train_dense(
         options: as in `train_mask`.
 
     Returns:
-        The run's steps, whose `objective.module` is the network, in evaluation mode.
-
-    Raises:
-        What `train_mask` raises.
+        The run, whose `objective.module` is the network, in evaluation mode.
     """
     folder = RunFolder(options)
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
     with folder.opened():
-        steps = ObjectiveSteps(backbone, data, config, learn)
-        steps.finish(Run(steps, base, folder).train(), folder)
-    steps.objective.module.eval()
-    return steps
+        run = ObjectiveRun(backbone, data, config, learn)
+        run.finish(run.train(folder))
+    run.objective.module.eval()
+    return run
 
 
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:
-    """Check a run without training: build everything, run one batch forward and backward; return its plan.
-
-    Raises:
-        What `train_mask` raises before its first step.
-    """
+    """Check a run without training: build everything, run one batch forward and backward; return its plan."""
     with borrowed(backbone):
-        steps = ObjectiveSteps(backbone, data, config)
-        batch = next(readable(steps.loader), None)
+        run = ObjectiveRun(backbone, data, config)
+        batch = next(readable(run.loader), None)
         if batch is None:
             raise TrainingError("no example of the training split can be read")
-        loss = steps.objective.loss(steps.module, batch)
+        loss = run.objective.loss(run.module, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return {
             "backbone": backbone.id,
-            "parameters": len(steps.scores),
-            "weights": sum(math.prod(one.shape) for one in steps.scored),
+            "parameters": len(run.scores),
+            "weights": sum(math.prod(one.shape) for one in run.scored),
             "classes": len(data.class_names),
-            "train": len(steps.train_split),
-            "validation": len(data.validation) if data.validation else 0,
-            "test": len(data.test) if data.test else 0,
-            "epochs": steps.epochs,
-            "steps": steps.steps,
+            **{split: len(data.splits.get(split, ())) for split in ("train", "validation", "test")},
+            "epochs": run.epochs,
+            "steps": run.steps,
             "loss": float(loss.detach()),
         }

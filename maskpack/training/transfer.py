@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Unpack, get_args
 
@@ -13,14 +14,13 @@ from ..adapter.content import Parts
 from ..backbone.load import Backbone, export_state
 from ..backbone.model import named_parameters
 from ..backbone.select import select_parameters
-from ..errors import ConfigError, StateError, TrainingError
+from ..errors import ConfigError, TrainingError
 from ..mask import MaskSet, Op, PackedMask, mask_id
-from .checkpoint import FILE
 from .config import WEIGHT_LR, Start, TrainConfig
 from .data.base import Data
 from .learn import body_parameters, borrowed, learn_scores
 from .methods.base import FINISHED, Method, State, build_method
-from .run_folder import RunOptions, check_untaken, is_main_process, locked, part_options
+from .run_folder import RunOptions, check_parts, is_main_process, locked, part_options
 from .scores import attach, extract_masks, scored_weights
 from .trainer import TrainResult, train_dense, train_mask
 
@@ -121,11 +121,9 @@ def train_transfer(
     weights = of_weights(config, weight_lr)
     output = options.get("output")
     folder = None if output is None else Path(output)
-    check_output(folder, options.get("resume", False))
-
-    def run(name: str) -> RunOptions:
-        return part_options(options, name, None if folder is None else folder / RUNS / name)
-
+    runs = None if folder is None else folder / RUNS
+    check_parts(runs, options.get("resume", False))
+    run = partial(part_options, options, runs)
     with locked(folder):
         names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
         before = current_values(backbone, names)
@@ -145,28 +143,13 @@ def train_transfer(
             plain = train_reused(backbone, all_free, after, target, weights, **run(BASELINE)).parts
     facts = {
         "method": {"id": config.method, **config.method_options},
-        "lr": config.score_lr,
+        "lr": config.lr,
         "start": start,
         "source": {"id": source.id, "digest": source.digest, "class_names": list(source.class_names)},
         "source_trained": source_trained,
     }
     about = replace(result.about, training={**(result.about.training or {}), "transfer": facts})
     return TransferResult(result.parts, result.base, about, result.metrics, backbone, plain)
-
-
-def check_output(folder: Path | None, resume: bool) -> None:
-    """Check that a transfer can begin in a folder, or go on.
-
-    Raises:
-        StateError: if it cannot.
-    """
-    if resume and (folder is None or not (folder / RUNS).exists()):
-        raise StateError(
-            f"resume needs the folder of an earlier transfer as `output`, got {folder}; without resume a new one starts"
-        )
-    if not resume and folder is not None:
-        for path in sorted((folder / RUNS).glob(f"*/{FILE}")):
-            check_untaken(path.parent, resume)
 
 
 def check_transfer(
@@ -181,7 +164,6 @@ def check_transfer(
 
     Raises:
         ConfigError: if the backbone has no head, or the settings do not tell what to keep, or contradict each other.
-        SelectionError: if there is nothing to mask.
     """
     if start not in STARTS or (source_trained and start == "source-start"):
         known = STARTS[1:] if source_trained else STARTS
@@ -218,11 +200,7 @@ def check_transfer(
 
 
 def of_weights(config: TrainConfig, weight_lr: float | None) -> TrainConfig:
-    """Return settings whose `lr`, which is the scores', is the peak rate of weights; None: `WEIGHT_LR`.
-
-    Raises:
-        ConfigError: if it is not above 0.
-    """
+    """Return settings whose `lr`, which is the scores', is the peak rate of weights; None: `WEIGHT_LR`."""
     lr = WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr
     if not 0 < lr < math.inf:
         raise ConfigError(f"weight_lr must be a finite number above 0, got {weight_lr}")
@@ -233,15 +211,15 @@ def train_source(backbone: Backbone, source: Data, config: TrainConfig, **option
     """Train the body and a linear head on the source, BatchNorm statistics too; the backbone is changed.
 
     Args:
-        config: with the rate of weights; what it says of masks does not matter.
-        options: as in `train_mask`.
+        config: with the rate of weights; what it says of masks does not matter: one source network serves any mask.
 
     Returns:
         The network as a backbone of another name.
     """
     usual, device = TrainConfig(), next(backbone.model.parameters()).device
     # one source network serves several masks
-    masks = {name: getattr(usual, name) for name in ("method", "method_options", "include", "exclude", "selective")}
+    names = ("method", "method_options", "include", "exclude", "top", "selective")
+    masks = {name: getattr(usual, name) for name in names}
     settings = replace(config, **masks, head_kind="linear", bn="adapt")
     train_dense(backbone, source, settings, lambda own, _: body_parameters(own), **options)
     backbone.model.to(device).eval()
@@ -255,16 +233,9 @@ def current_values(backbone: Backbone, names: Iterable[str]) -> dict[str, Tensor
 
 
 def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> MaskSet:
-    """Learn a mask of a source network on the source, with its own head; op "replace", False where it can be reused.
-
-    Args:
-        options: as in `train_mask`.
-
-    Raises:
-        TrainingError: if the mask keeps every weight.
-    """
+    """Learn a mask of a source network on the source, with its own head; op "replace", False where it can be reused."""
     if build_method(config.method, dict(config.method_options)).learns:
-        settings = replace(config, head_kind="own", bn="freeze")
+        settings = replace(config, head_kind="own", bn="freeze", train=(), top=config.top or 1.0)
         masks = train_mask(backbone, source, settings, longer=False, **options).parts.masks
     else:
         with borrowed(backbone):
@@ -281,12 +252,7 @@ def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options:
 def start_values(
     start: Start, before: Mapping[str, Tensor], after: Mapping[str, Tensor], seed: int
 ) -> Mapping[str, Tensor]:
-    """Return the values that weights start the target from, by name.
-
-    Args:
-        before, after: the weights before and after the source was learned.
-        seed: of what is drawn.
-    """
+    """Return the values that weights start the target from, by name, of those before and after the source."""
     if start != "random":
         return before if start == "source-start" else after
     generator = torch.Generator().manual_seed(seed)
@@ -310,7 +276,6 @@ def train_reused(
     Args:
         values: to start from, of the shapes of the masks, by parameter name.
         config: with the rate of weights; `head_kind` "own" keeps the source's head, "linear" trains another.
-        options: as in `train_mask`.
     """
 
     def learn(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
@@ -323,5 +288,6 @@ def train_reused(
         return scores
 
     # in the record, and what a checkpoint of another mask differs in
-    config = replace(config, method=Reuse.id, method_options={"mask_id": mask_id({"default": masks})})
+    options_of_mask = {"mask_id": mask_id({"default": masks})}
+    config = replace(config, method=Reuse.id, method_options=options_of_mask, top=1.0, train=())
     return train_mask(backbone, target, config, learn=learn, longer=False, **options)

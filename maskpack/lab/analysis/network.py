@@ -1,5 +1,6 @@
 """Networks of an analysis: their tensors by name, their modules, and how they are read."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +14,11 @@ from ...adapter.read import Adapter
 from ...adapter.tensors import BASE
 from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone, load_tensors
-from ...backbone.model import Head, aliases, canonical, inside, swap_module, unwrap
+from ...backbone.model import aliases, canonical, inside, swap_module, unwrap
 from ...errors import AdapterError, ConfigError, StateError
 from ...mask import MaskSet
-from ...runtime.apply import applied
-from ...runtime.load import load_adapter, load_mask, unload_mask
+from ...runtime.apply import applied, unload_mask
+from ...runtime.load import load_adapter, load_mask
 from ...safetensors_io import open_tensors, read_tensors, write_tensors
 from ...training.evaluate import as_loaded
 
@@ -44,17 +45,12 @@ def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None 
     known = set(tensors_of(module)) if names is None else set(names)
     found: dict[str, list[str]] = {}
     for owner, parameters in _owners(module).items():
-        key = owner if per == "module" else _block(owner)
+        block = re.match(r"(.*?\.)??\d+(?=\.|$)", owner)
+        key = block[0] if block and per == "block" else owner
         own = [name for name in parameters if name in known]
         if own:
             found.setdefault(key, []).extend(own)
     return found
-
-
-def _block(name: str) -> str:
-    parts = name.split(".")
-    end = next((at + 1 for at, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[:end])
 
 
 def _owners(module: nn.Module) -> dict[str, list[str]]:
@@ -163,7 +159,7 @@ def is_adapter(reference: str) -> bool:
 def read_networks(
     backbone: Backbone, named: Sequence[tuple[str, str | Adapter]]
 ) -> tuple[Backbone, Classifier, list[Network]]:
-    """Read fine-tuned weights and adapters of one backbone.
+    """Read fine-tuned weights and adapters of one backbone, which afterwards has the weights that it had.
 
     Args:
         backbone: with the weights that training started from.
@@ -173,10 +169,6 @@ def read_networks(
 
     Returns:
         The backbone as the adapters use it (preprocessing, head), a classifier that states are put into, the networks.
-        The model has the weights that it had.
-
-    Raises:
-        ConfigError: if heads or preprocessing are not those of one task. What `load_adapter` and `load_tensors` raise.
     """
     if applied(backbone.model) is not None:
         raise StateError("the model has a mask loaded, and networks start from the base; call unload_mask(model) first")
@@ -188,27 +180,32 @@ def read_networks(
     kinds = [name for name, _ in named]
     for index, (kind, given) in enumerate(named):
         name = kind if kinds.count(kind) == 1 else f"{kind} {kinds[: index + 1].count(kind)}"
-        if isinstance(given, Adapter) or is_adapter(given):
-            adapter = given if isinstance(given, Adapter) else load_adapter(given)
-            parts = adapter.parts(adapter.sets[0], stream=True)
-            if len(adapter.sets) > 1 or parts.head is None:
-                raise AdapterError(
-                    f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify"
-                )
-            used = as_loaded(backbone, adapter)
-            if index and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
-                raise ConfigError(
-                    f"{name} expects other inputs than the networks before it: {used.preprocess} and "
-                    f"{backbone.preprocess}; compare networks of one task"
-                )
-            backbone, masks = used, adapter.parts(base=backbone.model).masks
-            state = _masked(backbone, adapter, parts.head)
-            found.append(Network(name, kind, state, {one: base[one] for one in masks}, masks))
-        else:
+        if isinstance(given, str) and not is_adapter(given):
             found.append(Network(name, kind, _weights(backbone, given), parameters))
+            continue
+        adapter = given if isinstance(given, Adapter) else load_adapter(given)
+        own = adapter.parts(adapter.sets[0], stream=True).head
+        if len(adapter.sets) > 1 or own is None:
+            raise AdapterError(
+                f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify"
+            )
+        used = as_loaded(backbone, adapter)
+        if index and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
+            raise ConfigError(
+                f"{name} expects other inputs than the networks before it: {used.preprocess} and "
+                f"{backbone.preprocess}; compare networks of one task"
+            )
+        backbone, masks = used, adapter.parts(base=backbone.model).masks
+        load_mask(backbone.model, adapter, head="keep")
+        try:
+            state = _headed(backbone, own.weight, own.bias)
+        finally:
+            unload_mask(backbone.model)
+        found.append(Network(name, kind, state, {one: base[one] for one in masks}, masks))
     place = backbone.head or HEAD
-    shape, *others = [one.state[f"{place}.weight"].shape for one in found]
-    for one, other in zip(found[1:], others, strict=True):
+    shape = found[0].state[f"{place}.weight"].shape
+    for one in found[1:]:
+        other = one.state[f"{place}.weight"].shape
         if other != shape:
             raise ConfigError(
                 f"{one.name} has a head of shape {tuple(other)}, {found[0].name} one of {tuple(shape)}; compare "
@@ -218,15 +215,6 @@ def read_networks(
     linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
     classifier = Classifier(backbone.model, linear, backbone.embedding).eval()
     return backbone, classifier, found
-
-
-def _masked(backbone: Backbone, adapter: Adapter, head: Head) -> dict[str, Tensor]:
-    """Return the state that an adapter makes of the backbone."""
-    load_mask(backbone.model, adapter, head="keep")
-    try:
-        return _headed(backbone, head.weight, head.bias)
-    finally:
-        unload_mask(backbone.model)
 
 
 def _weights(backbone: Backbone, path: str) -> dict[str, Tensor]:

@@ -1,20 +1,23 @@
-"""Pairs of networks: performance barriers, common mistakes, distances (arXiv 2008.11687)."""
+"""Pairs of networks: barriers, common mistakes, distances (arXiv 2008.11687), CKA of layers (arXiv 1905.00414)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, count
 from statistics import stdev
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...backbone.classifier import Classifier, Inputs, predictions
+from ...backbone.model import canonical
 from ...errors import ConfigError
 from ...mask import MaskSet, PackedMask
-from .evaluation import Evaluations, Progress, counted
-from .network import Network, State, kept
+from ...training.features import digest_of, keep_features, kept_features
+from .evaluation import Evaluations, Progress, T, counted
+from .network import Network, State, body_of, kept
 
-T = TypeVar("T")
+LEAST = 512  # examples, below which a note on CKA is due
 
 
 def each_pair(
@@ -23,15 +26,14 @@ def each_pair(
     """Return {"first", "second", "kinds", …} of every pair of networks, with what `compare` gives for their values."""
     if len(networks) < 2:
         raise ConfigError(f"networks are compared in pairs; give at least two, got {len(networks)}")
-    return [
-        {
-            "first": one.name,
-            "second": other.name,
-            "kinds": " - ".join(sorted((one.kind, other.kind))),
-            **compare(first, second),
-        }
-        for (one, first), (other, second) in combinations(zip(networks, values, strict=True), 2)
-    ]
+    pairs = []
+    for (one, first), (other, second) in combinations(zip(networks, values, strict=True), 2):
+        kinds = " - ".join(sorted((one.kind, other.kind)))
+        pairs.append({"first": one.name, "second": other.name, "kinds": kinds, **compare(first, second)})
+    return pairs
+
+
+# --- barriers and mistakes -------------------------------------------------------------------------------------------
 
 
 def interpolated(first: State, second: State, t: float) -> dict[str, Tensor]:
@@ -58,8 +60,9 @@ def barrier(
     found: list[dict[str, float]] = []
     with kept(evaluations.module):
         for at in counted(range(points), report):
-            one = evaluations.of(interpolated(first, second, at / (points - 1)))
-            found.append({"t": at / (points - 1), "accuracy": one["accuracy"], "loss": one["loss"]})
+            t = at / (points - 1)
+            one = evaluations.of(interpolated(first, second, t))
+            found.append({"t": t, "accuracy": one["accuracy"], "loss": one["loss"]})
 
     def height(key: str, sign: int) -> float:
         first, last = found[0][key], found[-1][key]
@@ -77,24 +80,21 @@ def barriers(
         {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": {"first", "second", "kinds", …} with what
         `barrier` gives, "deviations": sample deviation of the accuracies of each kind with several networks}.
     """
-    done, of = 0, math.comb(len(networks), 2) * points
+    done, of = count(1), math.comb(len(networks), 2) * points
 
     def step(*_: int) -> None:
-        nonlocal done
-        done += 1
         if report is not None:
-            report(done, of)
+            report(next(done), of)
 
     states = [one.state for one in networks]
     pairs = each_pair(networks, states, lambda first, second: barrier(evaluations, first, second, points, step))
     ends = {pair["second"]: pair["points"][-1] for pair in pairs} | {pair["first"]: pair["points"][0] for pair in pairs}
-    rows: list[dict[str, Any]] = [
-        {"network": one.name, "kind": one.kind, "accuracy": ends[one.name]["accuracy"], "loss": ends[one.name]["loss"]}
-        for one in networks
-    ]
+    rows: list[dict[str, Any]] = []
     kinds: dict[str, list[float]] = {}
-    for row in rows:
-        kinds.setdefault(row["kind"], []).append(row["accuracy"])
+    for one in networks:
+        measured = {key: ends[one.name][key] for key in ("accuracy", "loss")}
+        rows.append({"network": one.name, "kind": one.kind, **measured})
+        kinds.setdefault(one.kind, []).append(measured["accuracy"])
     deviations = {kind: stdev(values) for kind, values in kinds.items() if len(values) > 1}
     return {"networks": rows, "pairs": pairs, "deviations": deviations, "examples": len(evaluations.examples)}
 
@@ -109,8 +109,8 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     if first.shape != second.shape or not len(first):
         raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
     a, b = ~first.bool(), ~second.bool()
-    both, either, count = int((a & b).sum()), int((a | b).sum()), len(a)
-    p, q = int(a.sum()) / count, int(b.sum()) / count
+    both, either, rows = int((a & b).sum()), int((a | b).sum()), len(a)
+    p, q = int(a.sum()) / rows, int(b.sum()) / rows
     chance, agreed = p * q + (1 - p) * (1 - q), float((a == b).double().mean())
     return {
         "both": both,
@@ -139,6 +139,9 @@ def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Prog
     return {"networks": rows, "pairs": pairs, "examples": found[0]["examples"]}
 
 
+# --- distances -------------------------------------------------------------------------------------------------------
+
+
 def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], base: State) -> list[dict[str, Any]]:
     """Return for every pair of networks {"first", "second", "kinds", "parameters": as `parameter_distance`} and, if
     both are masks, "masks": as `mask_distance`. `base`: parameters of the backbone.
@@ -161,19 +164,17 @@ def parameter_distance(
     Returns:
         {"distance", "relative": to the norm of the initial parameters (None without any), "modules": {name: the same}}.
     """
-    every = {name for names in groups.values() for name in names}
+    every = [name for names in groups.values() for name in names]
     square = {name: float((first[name].double() - second[name].double()).square().sum()) for name in every}
     size = {name: float(initial[name].double().square().sum()) for name in every if name in initial}
 
-    def of(names: Iterable[str]) -> dict[str, float | None]:
-        names = list(names)
+    def of(names: Sequence[str]) -> dict[str, Any]:
         known = [name for name in names if name in size]
         whole = sum(size[name] for name in known)
         relative = math.sqrt(sum(square[name] for name in known) / whole) if whole else None
         return {"distance": math.sqrt(sum(square[name] for name in names)), "relative": relative}
 
-    modules = {group: of(names) for group, names in groups.items()}
-    return {**of(name for names in groups.values() for name in names), "modules": modules}
+    return {**of(every), "modules": {group: of(names) for group, names in groups.items()}}
 
 
 def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, Any]:
@@ -200,9 +201,9 @@ def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, 
     if not sums:
         raise ConfigError("there is no mask to compare; give adapters that have masks")
 
-    def of(differ: float, square: float, whole: float, count: float) -> dict[str, float | None]:
+    def of(differ: float, square: float, whole: float, weights: float) -> dict[str, Any]:
         relative = math.sqrt(square / whole) if whole else None
-        return {"hamming": differ / max(count, 1), "weighted": math.sqrt(square), "relative": relative}
+        return {"hamming": differ / max(weights, 1), "weighted": math.sqrt(square), "relative": relative}
 
     parameters = {name: of(*found) for name, found in sums.items()}
     return {**of(*map(sum, zip(*sums.values(), strict=True))), "parameters": parameters}
@@ -218,3 +219,97 @@ def _multiplier(mask: PackedMask | None, shape: tuple[int, ...]) -> Tensor:
     if mask.signs is not None:
         bits *= 2 * PackedMask(mask.signs, mask.shape).tensor().double() - 1
     return bits
+
+
+# --- similarity of layers --------------------------------------------------------------------------------------------
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float | None:
+    """Return ||Yc'Xc||² / (||Xc'Xc|| ||Yc'Yc||) of features of the same examples, (examples, features), centred.
+
+    From 0 to 1; 1 if they are equal up to a rotation, a shift and one scale. None where one has no variance.
+    """
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise ConfigError(
+            f"CKA compares rows of the same examples, got features of {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    x, y = (one.double() - one.double().mean(0) for one in (x, y))
+    if max(x.shape[1], y.shape[1]) > len(x):
+        # the same numbers by products of examples, where those are fewer than features
+        x, y = x @ x.T, y @ y.T
+        shared, own = (x * y).sum(), x.norm() * y.norm()
+    else:
+        shared, own = (y.T @ x).square().sum(), (x.T @ x).norm() * (y.T @ y).norm()
+    return float((shared / own).clamp(0, 1)) if own > 0 else None
+
+
+def similarities(
+    evaluations: Evaluations, networks: Sequence[Network], names: Iterable[str], report: Progress | None = None
+) -> dict[str, Any]:
+    """Measure linear CKA between the same layer of every pair of networks.
+
+    Args:
+        names: of modules or blocks, as of `grouped`; those that put nothing out, and the head, are left out.
+
+    Returns:
+        {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
+    """
+    module = evaluations.module
+    head = module.embedding.module if isinstance(module, Classifier) else None
+    known = {canonical(name) for name, _ in body_of(module).named_modules()} - {"", head}
+    layers = [name for name in names if name in known]
+    with kept(module):
+        features = [layer_features(evaluations, one.state, layers) for one in counted(networks, report)]
+    pairs = each_pair(networks, features, lambda x, y: {"cka": [linear_cka(x[name], y[name]) for name in layers]})
+    return {"layers": layers, "pairs": pairs, "examples": len(evaluations.examples)}
+
+
+def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return what these modules of a state put out, (examples, features) float32 for each, cached as features are.
+
+    Maps are averaged over their positions, tokens over those that are no padding.
+    """
+    content = evaluations.content(state)
+    keys = {} if content is None else {name: digest_of(["layer", name, content]) for name in layers}
+    there = {name: kept_features(key, len(evaluations.examples)) for name, key in keys.items()}
+    found = {name: one[0] for name, one in there.items() if one is not None}
+    if len(found) < len(layers):
+        found = _computed(evaluations, state, layers)
+        for name, key in keys.items():
+            keep_features(key, found[name], evaluations.examples)
+    return found
+
+
+def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
+    module = evaluations.module
+    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
+    attention: list[Tensor | None] = [None]
+
+    def entering(_: nn.Module, inputs: tuple[Inputs]) -> None:
+        attention[0] = inputs[0].get("attention_mask") if isinstance(inputs[0], dict) else None
+
+    def seen(name: str) -> Any:
+        return lambda _, __, output: collected[name].append(_pooled(output, attention[0]).float().cpu())
+
+    evaluations.put(state)
+    named = {canonical(name): one for name, one in body_of(module).named_modules()}
+    hooks = [named[name].register_forward_hook(seen(name)) for name in layers]
+    hooks.append(module.register_forward_pre_hook(entering))
+    try:
+        predictions(module, evaluations.batches)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def _pooled(output: Any, attention: Tensor | None) -> Tensor:
+    """One vector for each example of what a module puts out: a tensor, or what starts with one."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if output.ndim == 4:
+        return output.mean((2, 3))
+    if output.ndim == 3 and attention is not None and attention.shape == output.shape[:2]:
+        weights = attention.unsqueeze(-1).to(output)
+        return (output * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return output.mean(1) if output.ndim == 3 else output.flatten(1)

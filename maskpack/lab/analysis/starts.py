@@ -1,7 +1,7 @@
 """What a pretrained start contributes: by checkpoint, and with shuffled image blocks (arXiv 2008.11687)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -23,8 +23,72 @@ from ..baselines.base import Trial, find_baseline
 from ..store import measured, shared_settings
 from ..trial import measure, splits
 
-SETTINGS, RESULT = "settings.json", "result.json"
 STARTS = ("pretrained", "random")
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Trainings of one baseline from several starts, each in a folder of its own; what is finished is read back.
+
+    Attributes:
+        config: its `lr` is the peak rate; None: the middle one of the baseline's rates.
+        folder: of all; it must hold trainings with these settings only.
+    """
+
+    folder: Path
+    baseline: str
+    data: Data
+    config: TrainConfig
+    seeds: Sequence[int]
+    report: Report | None = None
+
+    @property
+    def lr(self) -> float | None:
+        """Peak learning rate."""
+        rates = find_baseline(self.baseline).rates.get(self.config.optimizer, ())
+        return self.config.lr if self.config.lr is not None or not rates else rates[len(rates) // 2]
+
+    def begin(self, backbone: Backbone, **about: Any) -> None:
+        """Check that the baseline is possible, and that the folder is of these settings and what else is to be said."""
+        find_baseline(self.baseline).check(backbone, self.config)
+        same = {"data": self.data.digest, "baseline": self.baseline, "settings": shared_settings(self.config)}
+        known = {**same, "backbone": backbone.id, **about}
+        claim(self.folder / "settings.json", known, shared_settings(TrainConfig()))
+
+    def accuracy(self, name: str, load: Callable[[int], Backbone], lr: float | None) -> dict[str, Any]:
+        """Return mean and deviation of the test accuracy over the seeds; `load` gives the start for a seed."""
+        found = [
+            self.train(f"{name}-{seed}", load(seed), replace(self.config, lr=lr, seed=seed)) for seed in self.seeds
+        ]
+        spread = stdev(found) if len(found) > 1 else None
+        return {"accuracy": mean(found), "deviation": spread, "accuracies": found, "seeds": list(self.seeds)}
+
+    def train(self, part: str, backbone: Backbone, config: TrainConfig) -> float:
+        """Return the test accuracy of one training. It goes on if it was interrupted. The backbone is used up."""
+        folder, start = self.folder / part, _digest(backbone)
+
+        def fit() -> dict[str, Any]:
+            folder.mkdir(parents=True, exist_ok=True)
+            known, unlabelled, test = splits(self.data, 1.0, config.seed, False)
+            report = tagged(self.report, part) or (lambda event: None)
+            fitted = find_baseline(self.baseline).fit(Trial(backbone, known, unlabelled, config, folder, report))
+            accuracy, _ = measure(fitted.predict, backbone, test, config.batch_size)
+            return {"accuracy": accuracy, "steps": fitted.steps, "start": start}
+
+        result = measured(folder / "result.json", frozenset(("accuracy", "start")), fit)
+        if result["start"] != start:
+            raise StateError(
+                f"{folder / 'result.json'} is of a training that started from other weights than {backbone.id} has "
+                f"now; choose another folder, or delete it"
+            )
+        if self.report is not None:
+            self.report({"event": "trial", "part": part, "accuracy": result["accuracy"]})
+        return float(result["accuracy"])
+
+
+def _digest(backbone: Backbone) -> str:
+    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
+    return base.digests[base.dtype]
 
 
 def feature_reuse(
@@ -59,7 +123,7 @@ def feature_reuse(
         ConfigError: if the backbone reads no images, a block does not tile them, or there is no seed.
         StateError: if `output` holds trials with other settings. Others: as the baselines raise.
     """
-    first, folder = load_backbone(**backbone), Path(output)
+    first, trainings = load_backbone(**backbone), Trainings(Path(output), baseline, data, config, seeds, report)
     if not isinstance(first.preprocess, ImagePreprocess):
         raise ConfigError(f"{first.id} reads {first.preprocess.kind}; only images have blocks to shuffle")
     size = first.preprocess.size
@@ -68,11 +132,8 @@ def feature_reuse(
         block_order(size, block)
     if not seeds or len(set(seeds)) < len(seeds) or len(set(blocks)) < len(blocks):
         raise ConfigError(f"blocks and seeds must be given, each once; got {list(blocks)} and {list(seeds)}")
-    find_baseline(baseline).check(first, config)
-    rate = _peak_rate(baseline, config)
-    rates = {"pretrained": rate, "random": rate if random_lr is None else random_lr}
-    about = {"backbone": first.id, "rates": rates, "size": size}
-    claim(folder / SETTINGS, {**_about(data, config, baseline), **about}, shared_settings(TrainConfig()))
+    rates = {"pretrained": trainings.lr, "random": trainings.lr if random_lr is None else random_lr}
+    trainings.begin(first, rates=rates, size=size)
 
     def begin(start: str, block: int, seed: int) -> Backbone:
         random = {"weights": None, "random_weights": seed} if start == "random" else {}
@@ -83,9 +144,7 @@ def feature_reuse(
     rows = []
     for block in blocks:
         for start in STARTS:
-            settings = replace(config, lr=rates[start])
-            load = partial(begin, start, block)
-            found = _repeated(f"{start}-{block}", load, baseline, data, settings, folder, seeds, report)
+            found = trainings.accuracy(f"{start}-{block}", partial(begin, start, block), rates[start])
             rows.append({"start": start, "block": block, **found})
     means: dict[tuple[Any, Any], float] = {(one["start"], one["block"]): one["accuracy"] for one in rows}
     gains = [{"block": block, "gain": means["pretrained", block] - means["random", block]} for block in blocks]
@@ -151,31 +210,27 @@ def from_checkpoints(
         {"rows": {"checkpoint": file name, "pretraining": accuracy or None, "accuracy": mean on the target, "deviation",
         "accuracies", "seeds"}} in the order of the checkpoints.
     """
-    names, folder = [Path(one).name.removesuffix(".safetensors") for one in checkpoints], Path(output)
+    names = [Path(one).name.removesuffix(".safetensors") for one in checkpoints]
     if not names or len(set(names)) < len(names):
         raise ConfigError(
             f"checkpoints must be at least one, each with a name of its own; got {', '.join(names) or 'none'}"
         )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be given, each once; got {list(seeds)}")
-    config = replace(config, lr=_peak_rate(baseline, config))
-
-    def begin(path: str | Path, seed: int) -> Backbone:
-        return load_backbone(**{**backbone, "weights": path})
-
+    trainings = Trainings(Path(output), baseline, data, config, seeds, report)
     rows = []
     for name, path in zip(names, checkpoints, strict=True):
-        first = begin(path, seeds[0])
-        find_baseline(baseline).check(first, config)
-        claim(
-            folder / SETTINGS,
-            {**_about(data, config, baseline), "lr": config.lr, "backbone": first.id},
-            shared_settings(TrainConfig()),
-        )
-        before = None if pretraining is None else _accuracy_before(name, first, pretraining, folder / "pretraining")
-        found = _repeated(name, partial(begin, path), baseline, data, config, folder, seeds, report)
+        options = {**backbone, "weights": path}
+        first = load_backbone(**options)
+        trainings.begin(first, lr=trainings.lr)
+        before = None if pretraining is None else _accuracy_before(name, first, pretraining, trainings.folder)
+        found = trainings.accuracy(name, partial(_loaded, options), trainings.lr)
         rows.append({"checkpoint": name, "pretraining": before, **found})
     return {"rows": rows}
+
+
+def _loaded(options: Mapping[str, Any], seed: int) -> Backbone:
+    return load_backbone(**options)
 
 
 def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) -> float:
@@ -194,69 +249,5 @@ def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) ->
             raise DataError(f"the data of pretraining {data.id} have no test split; leave them out, or give them one")
         return {"checkpoint": name, "accuracy": found}
 
-    path = folder / f"{digest_of([_digest(backbone), data.digest])}.json"
+    path = folder / "pretraining" / f"{digest_of([_digest(backbone), data.digest])}.json"
     return float(measured(path, frozenset(("accuracy",)), accuracy)["accuracy"])
-
-
-def _peak_rate(baseline: str, config: TrainConfig) -> float | None:
-    """Return the learning rate of the settings, else the middle one of those that the baseline would choose from."""
-    rates = find_baseline(baseline).rates.get(config.optimizer, ())
-    return config.lr if config.lr is not None or not rates else rates[len(rates) // 2]
-
-
-def _about(data: Data, config: TrainConfig, baseline: str) -> dict[str, Any]:
-    return {"data": data.digest, "baseline": baseline, "settings": shared_settings(config)}
-
-
-def _digest(backbone: Backbone) -> str:
-    base = fingerprint(backbone.model, id=backbone.id, head=backbone.outside)
-    return base.digests[base.dtype]
-
-
-def _repeated(
-    name: str,
-    load: Callable[[int], Backbone],
-    baseline: str,
-    data: Data,
-    config: TrainConfig,
-    folder: Path,
-    seeds: Sequence[int],
-    report: Report | None,
-) -> dict[str, Any]:
-    """Return mean and deviation of the accuracy of a baseline over seeds; `load` gives the start for a seed."""
-    accuracies = [
-        trained_accuracy(baseline, load(seed), data, replace(config, seed=seed), folder, f"{name}-{seed}", report)
-        for seed in seeds
-    ]
-    spread = stdev(accuracies) if len(accuracies) > 1 else None
-    return {"accuracy": mean(accuracies), "deviation": spread, "accuracies": accuracies, "seeds": list(seeds)}
-
-
-def trained_accuracy(
-    baseline: str, backbone: Backbone, data: Data, config: TrainConfig, folder: Path, part: str, report: Report | None
-) -> float:
-    """Train a baseline and return its accuracy on the test split. The backbone is used up.
-
-    What is finished in `folder` is read back, and a training that was interrupted goes on. `part` names the training
-    in events, and its folder.
-    """
-    path, start = folder / part / RESULT, _digest(backbone)
-
-    def fit() -> dict[str, Any]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        known, unlabelled, test = splits(data, 1.0, config.seed, False)
-        own = tagged(report, part) or (lambda event: None)
-        fitted = find_baseline(baseline).fit(Trial(backbone, known, unlabelled, config, path.parent, own))
-        accuracy, _ = measure(fitted.predict, backbone, test, config.batch_size)
-        return {"accuracy": accuracy, "steps": fitted.steps, "start": start}
-
-    result = measured(path, frozenset(("accuracy", "start")), fit)
-    if result["start"] != start:
-        raise StateError(
-            f"{path} is of a training that started from other weights than {backbone.id} has now; choose another "
-            f"folder, or delete it"
-        )
-    found: float = result["accuracy"]
-    if report is not None:
-        report({"event": "trial", "part": part, "accuracy": found})
-    return found

@@ -1,4 +1,4 @@
-"""The kinds of pictures (rows by layer, matrices, curves), and files whose bytes follow from the figure."""
+"""What pictures have in common: the style, rows by layer, matrices, curves, and files whose bytes follow from them."""
 
 import io
 import math
@@ -30,9 +30,8 @@ SMALL = 8.0  # points, of names and numbers
 POINTS = 72  # of an inch
 MARGIN = 0.08  # inches
 LONGEST = 48  # characters of a label
-SIDE = 0.55  # inches of a square with a number in it
-NUMBERED = 20  # names of a matrix; of more, the squares are small and without numbers
 SHADES: Mapping[str, Any] = {"aspect": "auto", "cmap": "Blues", "interpolation": "nearest"}  # of `imshow`
+LEGEND: Mapping[str, Any] = {"frameon": False, "fontsize": "small"}
 # by suffix, as matplotlib's `savefig` takes it: neither a program nor a date is written
 KINDS: Mapping[str, Mapping[str, Any]] = {
     ".png": {"format": "png", "dpi": 150, "metadata": {"Software": None}},
@@ -179,25 +178,11 @@ def draw_matrix(
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     middle = ends[0] + 0.55 ** (1 / power) * (ends[1] - ends[0])
-    for (i, j), shade in np.ndenumerate(shades):
-        if texts is not None:
-            colour = "white" if shade > middle else "black"
-            axes.text(j, i, texts[i][j], ha="center", va="center", fontsize=size, color=colour)
+    for i, row in enumerate(texts or ()):
+        for j, text in enumerate(row):
+            colour = "white" if shades[i, j] > middle else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
     return image
-
-
-def draw_pairs(names: Sequence[str], panels: Mapping[str, tuple[Matrix, float]], digits: int) -> "Figure":
-    """Draw matrices of values up to 1 beside each other, by title with the value of the lightest shade; NaN is "-"."""
-    numbered = len(names) <= NUMBERED
-    side = SIDE if numbered else SIDE / 2
-    figure = new_figure(len(panels) * (side * len(names) + 2.2), side * len(names) + 2.6)
-    for axes, (title, (values, low)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        texts = [["-" if np.isnan(value) else f"{value:.{digits}f}" for value in row] for row in values]
-        image = draw_matrix(axes, values, names, side, (low, 1.0), texts if numbered else None)
-        axes.set_title(title, fontsize="medium")
-        if not numbered:
-            figure.colorbar(image, ax=axes, shrink=0.6)
-    return figure
 
 
 def draw_curves(curves: Sequence[tuple[str, Curve, Mapping[str, Any]]]) -> "tuple[Figure, Axes]":
@@ -216,5 +201,5 @@ def draw_curves(curves: Sequence[tuple[str, Curve, Mapping[str, Any]]]) -> "tupl
     axes.set_ylim(up_to_one(*axes.get_ylim()))
     axes.set_ylabel("accuracy")
     plain_axes(axes, grid="both")
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(loc="outside right upper", **LEGEND)
     return figure, axes

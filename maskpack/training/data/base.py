@@ -1,4 +1,4 @@
-"""Contract of a data source; examples and batches for training and evaluation.
+"""Contract of a data source, and the examples and batches that training and evaluation read.
 
 A data source is a class in a file of this folder that reads references of one form. Columns, class names, validation
 split and label fractions are handled in `load.py`, for all sources.
@@ -8,6 +8,7 @@ import io
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -26,7 +27,7 @@ TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Output of a source: split name -> `datasets.Dataset`, an id without a path, and the BLAKE3 of the data."""
+    """What a source reads: a `datasets.Dataset` by split, an id without a path, and the BLAKE3 of the data."""
 
     splits: Mapping[str, Any]
     id: str
@@ -110,6 +111,12 @@ class Data:
     digest: str
     source: str = ""
 
+    @property
+    def splits(self) -> dict[str, Examples]:
+        """The splits that exist, by name."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: examples for name, examples in found.items() if examples is not None}
+
 
 def digest_files(files: Iterable[Path], root: Path) -> str:
     """Return the BLAKE3 over the names (relative to `root`) and bytes of files, in sorted order."""
@@ -127,10 +134,7 @@ def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
 
 
 class _Transformed(Dataset[Any]):
-    """Transformed examples; of an unreadable one the row number.
-
-    The seed of a transform's random draws follows from the sampler's epoch and the example, in whichever process.
-    """
+    """Transformed examples; of an unreadable one the row number."""
 
     def __init__(self, examples: Examples, transform: Callable[[Any], Any], sampler: "EpochSampler | None"):
         self.examples, self.transform, self.sampler = examples, transform, sampler
@@ -140,7 +144,7 @@ class _Transformed(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         item = self.examples[index]
-        if self.sampler is not None:
+        if self.sampler is not None:  # what is drawn follows from epoch and example, in whichever process
             torch.default_generator.manual_seed(draw_seed(self.sampler.seed, self.sampler.epoch, "example", index))
         return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
 
@@ -176,20 +180,13 @@ def _ignore_signals(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(images))
-
-
-def _collate(to_inputs: Callable[[Sequence[Any]], Any]) -> Callable[[list[Any]], Any]:
-    def collate(items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
-        unreadable = [item for item in items if isinstance(item, int)]
-        pairs = [item for item in items if not isinstance(item, int)]
-        if not pairs:
-            return None, None, unreadable
-        inputs, labels = zip(*pairs, strict=True)
-        return to_inputs(inputs), torch.tensor(labels), unreadable
-
-    return collate
+def _collate(stack: Callable[[tuple[Any, ...]], Any], items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
+    unreadable = [item for item in items if isinstance(item, int)]
+    pairs = [item for item in items if not isinstance(item, int)]
+    if not pairs:
+        return None, None, unreadable
+    inputs, labels = zip(*pairs, strict=True)
+    return stack(inputs), torch.tensor(labels), unreadable
 
 
 def loader(
@@ -202,7 +199,7 @@ def loader(
     sampler: EpochSampler | None = None,
     workers: int = 0,
     transform: Callable[[Any], Any] | None = None,
-    stack: Callable[[Sequence[Any]], Any] = _stack,
+    stack: Callable[[tuple[Any, ...]], Any] = torch.stack,
 ) -> DataLoader[Any]:
     """Return batches of (inputs, labels, unreadable rows), to be read by `readable`.
 
@@ -230,7 +227,7 @@ def loader(
         sampler=sampler,
         drop_last=sampler is not None and len(examples) >= batch_size,
         num_workers=workers,
-        collate_fn=_collate(stack),
+        collate_fn=partial(_collate, stack),
         worker_init_fn=_ignore_signals if workers else None,
     )
 
@@ -242,9 +239,8 @@ def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
 
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
     """Yield what `readable` does, each with its number from 1 among all batches."""
+    examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
     for number, (inputs, labels, unreadable) in enumerate(batches, 1):
-        examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
-        # here, since rows may be read in another process
-        examples.unreadable.update(unreadable)
+        examples.unreadable.update(unreadable)  # here, since rows may be read in another process
         if inputs is not None:
             yield number, (inputs, labels)

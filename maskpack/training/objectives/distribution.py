@@ -74,12 +74,12 @@ class Distribution(Objective):
                 f"the objective 'distribution' lowers all scores to remove weights, and higher scores of the method "
                 f"{config.method!r} do not keep more weights; take {rising_methods()}, or the option strength=0"
             )
-        if config.train:
+        if config.beside:
             raise ConfigError(
                 f"the objective 'distribution' compares with the unchanged network, and train would change "
-                f"{', '.join(config.train)}; leave out train"
+                f"{', '.join(config.beside)}; leave out train"
             )
-        if config.bn == "adapt" and batchnorm_statistics(backbone.model):
+        if config.adapts and batchnorm_statistics(backbone.model):
             raise ConfigError(
                 "the objective 'distribution' compares with the unchanged network, and bn 'adapt' would change its "
                 "BatchNorm statistics; take bn 'freeze'"

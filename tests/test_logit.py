@@ -1,0 +1,195 @@
+"""The codec logit: its compiled loops and numpy give the same bits, and refuse the same payloads."""
+
+import ctypes
+import logging
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskpack.codecs import logit, native
+from maskpack.codecs.base import Bits, Side, varint
+from maskpack.codecs.lanes import NEVER, ONE, UNIT, WINDOW, tables
+from maskpack.codecs.logit_model import CLASSES, Grid
+from maskpack.codecs.native.build import COMPILERS, build
+from maskpack.errors import CorruptAdapterError
+
+PAGE = Path(__file__).parent.parent / "docs" / "format.md"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library, built from the source that is here."""
+    path = build(tmp_path_factory.mktemp("native"), "-Wall", "-Wextra", "-Werror")
+    if path is None:
+        assert not any(map(shutil.which, COMPILERS)), "there is a compiler, and it does not take the source"
+        pytest.skip("there is no C compiler")
+    library = ctypes.CDLL(str(path))
+    library.maskpack_words.restype = ctypes.c_int64
+    return library
+
+
+def with_library(library: ctypes.CDLL | None, act: Callable[[], Any]) -> Any:
+    """Return what a call gives with the library, or without any; of CorruptAdapterError its words."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: library)
+        try:
+            return act()
+        except CorruptAdapterError as error:
+            return str(error)
+
+
+def agreed(compiled: ctypes.CDLL, payload: bytes, side: Side, base: bool) -> Any:
+    """Return what both ways of decoding give."""
+    first, second = (with_library(one, lambda: logit.decode(payload, side, base)) for one in (compiled, None))
+    assert type(first) is type(second)
+    assert np.array_equal(first, second)
+    return first
+
+
+def made(shape: tuple[int, ...], density: float, seed: int, base: bool, referenced: bool) -> tuple[Bits, Side]:
+    """Return bits that follow rows, columns, classes and signs, and what is known of them."""
+    rng, count = np.random.default_rng(seed), math.prod(shape)
+    rows = shape[0] if len(shape) > 1 else 1
+    classes = rng.integers(0, 256, count, dtype=np.uint8)
+    odds = rng.normal(0, 1, (rows, 1)) + rng.normal(0, 1, (1, count // max(rows, 1)))
+    odds = odds.reshape(-1) + ((classes & 127) / 64 if base else 0) * np.where(classes > 127, 1, -1)
+    reference = rng.random(count) < 0.5
+    odds += 3 * reference if referenced else 0
+    events = rng.random(count) < 1 / (1 + np.exp(-odds - math.log((1 - density + 1e-9) / (density + 1e-9))))
+    known = np.packbits(reference, bitorder="little") if referenced else None
+    return np.packbits(~events, bitorder="little"), Side(shape, classes if base else None, known)
+
+
+SHAPES = st.one_of(
+    st.lists(st.integers(0, 9), max_size=5).map(tuple),
+    st.tuples(st.integers(16, 60), st.integers(16, 60)),
+    st.tuples(st.integers(1, 40), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)),
+    st.tuples(st.integers(1, 5000)),
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(SHAPES, st.floats(0, 1), st.integers(0, 99), st.booleans(), st.booleans(), st.data())
+def test_both_ways_agree(
+    compiled: ctypes.CDLL, shape: Any, density: float, seed: int, base: bool, referenced: bool, data: st.DataObject
+) -> None:
+    bits, side = made(shape, density, seed, base, referenced)
+    payloads = [with_library(one, lambda: logit.encode(bits, side, base)) for one in (compiled, None)]
+    assert payloads[0] == payloads[1]
+    assert np.array_equal(agreed(compiled, payloads[0], side, base), bits)
+    place = data.draw(st.integers(0, 8 * len(payloads[0]) - 1))
+    spoiled = bytearray(payloads[0])
+    spoiled[place // 8] ^= 1 << place % 8
+    agreed(compiled, bytes(spoiled), side, base)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SHAPES, st.binary(max_size=200), st.booleans(), st.booleans())
+def test_both_ways_agree_on_any_bytes(
+    compiled: ctypes.CDLL, shape: Any, payload: bytes, base: bool, referenced: bool
+) -> None:
+    _, side = made(shape, 0.5, 0, base, referenced)
+    agreed(compiled, payload, side, base)
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (64, 1, 7, 7), (96, 48, 3, 3), (3000,), (40_000, 8)])
+@pytest.mark.parametrize("base", [False, True])
+def test_many_lanes(compiled: ctypes.CDLL, shape: tuple[int, ...], base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit, "LANE_BYTES", 50)
+    monkeypatch.setattr(logit, "BATCH", 1 << 12)
+    bits, side = made(shape, 0.9, 1, base, False)
+    payload = logit.encode(bits, side, base)
+    assert np.array_equal(agreed(compiled, payload, side, base), bits)
+    with monkeypatch.context() as patch:
+        patch.setattr(logit, "BATCH", 1 << 30)
+        assert logit.encode(bits, side, base) == payload
+
+
+def test_tables_are_those_of_the_page() -> None:
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines if line.count("|") == 10]
+    halves = np.diff(tables().first, axis=1)[:, 7:]
+    assert [[int(cell) for cell in row[1:]] for row in rows[-len(halves) :]] == halves.tolist()
+    assert (tables().first[:, -1] == ONE).all()
+
+
+def test_no_entry_of_a_table_depends_on_the_rounding_of_logarithms() -> None:
+    odds = 4096 * np.log2(1 + np.exp((np.arange(1024) - 512) / 16))
+    assert np.abs(odds - np.floor(odds) - 0.5).min() > 1e-7
+    survival = ONE * np.exp2(-np.arange(10 * UNIT) / UNIT)
+    assert np.abs(survival - np.floor(survival) - 0.5).min() > 1e-7
+
+
+def test_every_symbol_has_a_slot() -> None:
+    """Whatever a payload says: an event and the end of a window always have one, and hazards stay in the table."""
+    fixed = tables()
+    assert fixed.hazard.min() >= 1
+    assert WINDOW - 1 + int(fixed.hazard.max()) < fixed.survival.size
+    assert fixed.survival.min() >= 1
+    assert (np.diff(fixed.survival[: WINDOW + 1].astype(int)) <= -1).all()
+    assert (fixed.reach[: fixed.survival[-1]] == NEVER).all()
+    assert fixed.first.min() >= 0
+    assert (np.diff(fixed.first, axis=1) > 0).all()
+
+
+class TestRefuses:
+    bits, side = made((40, 30), 0.8, 0, False, False)
+    good = logit.encode(bits, side, False)
+
+    def refused(self, payload: bytes, words: str, side: Side | None = None, base: bool = False) -> None:
+        with pytest.raises(CorruptAdapterError, match=words):
+            logit.decode(payload, side or self.side, base)
+
+    def test_what_does_not_add_up(self) -> None:
+        lanes = 1 + 2 + 2  # where their number stands: behind the first byte, the offset, two arrays
+        self.refused(b"\x04" + self.good[1:], r"of shape \(40, 30\) states a model of rank 2")
+        classes = np.zeros(self.side.count, dtype=np.uint8)
+        self.refused(b"\x13" + self.good[1:], "states a model of rank 9", Side((40, 30), classes), True)
+        self.refused(b"\x03" + self.good[1:], "states a model of rank 1", Side((10, 120), classes), True)
+        self.refused(self.good[:lanes] + b"\x00" + self.good[lanes + 1 :], "1200 units states 0 lanes")
+        self.refused(self.good[:lanes] + varint(1 << 40), "1200 units states 1099511627776 lanes")
+        self.refused(self.good[:lanes] + varint(1) + varint(1), "do not add up to its 0 bytes of words")
+        self.refused(self.good[:lanes] + varint(1) + varint(2 << 50) + bytes(9), "do not add up to its 9 bytes")
+        self.refused(self.good + b"\0", "do not add up")
+        self.refused(self.good[:-2] + b"\xff\xff", "say more, or less, than its weights")
+
+    def test_few_lanes_for_many_weights(self) -> None:
+        side = Side((1 << 13, 1 << 13))
+        self.refused(b"\x01" + bytes(4) + varint(1) + varint(0), "67108864 units states 1 lanes", side)
+
+
+def test_says_once_what_is_lost_without_the_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "LARGE", 100)
+    native.say_what_is_lost.cache_clear()
+    bits, side = made((40, 30), 0.8, 0, False, False)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            logit.decode(logit.encode(bits, side, False), side, False)
+    native.say_what_is_lost.cache_clear()
+    assert [record.message for record in caplog.records if "compiled loops" in record.message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def test_builds_nothing_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert build(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_grids() -> None:
+    assert Grid.of((8, 4, 3, 3)) == (8, 4, 9)
+    assert Grid.of((8, 1, 5)) == (8, 1, 5)
+    assert Grid.of((8, 4)) == (8, 4, 1)
+    assert Grid.of((7,)) == (1, 7, 1)
+    assert Grid.of(()) == (1, 1, 1)
+    assert CLASSES == 16
