@@ -27,8 +27,8 @@ DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
 ROLES = ("statistics", "parameters", "values")
 STATISTICS = ("running_mean", "running_var")
-# Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a combined embedding,
-# R of a reduced one, I into the head, C classes.
+# Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a
+# combined embedding, R of a reduced one, I into the head, C classes.
 CASCADE_SHAPES = {
     "router/mean": "D",
     "router/scale": "Q",
