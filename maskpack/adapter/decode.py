@@ -95,10 +95,9 @@ class Decoder:
         Returns:
             The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
         """
-        path, one = self.adapter.path, self.adapter.header.sets[set]
-        payload = one.payloads[index]
+        path, payload = self.adapter.path, self.adapter.header.sets[set].payloads[index]
         name, coding, codec = payload.name, payload.coding, self.codec(payload)
-        data = self.adapter.pieces[set][len(one.tables) + index]
+        data = self.adapter.pieces[set][index]
         if not plausible(data, payload.weights):
             raise CorruptAdapterError(
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
@@ -108,8 +107,7 @@ class Decoder:
         reference = None
         if coding.reference is not None:
             reference = packed_bits(self.decode(coding.reference, self._index_in(coding.reference, payload))[0])
-        table = None if coding.table is None else bytes(self.adapter.pieces[set][coding.table])
-        side = Side(payload.shape, classes, reference, table)
+        side = Side(payload.shape, classes, reference)
         try:
             events = codec.events(data, side)
             packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))

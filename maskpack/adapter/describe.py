@@ -58,7 +58,7 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
     # the signs of a ternary mask come right before its zeros, under the same name
     bases = {payload.name: payload for payload in one.payloads}.values()
     weights, kept = sum(payload.weights for payload in bases), sum(payload.kept for payload in bases)
-    payload_bytes = sum(one.tables) + sum(payload.size for payload in one.payloads)
+    payload_bytes = sum(payload.size for payload in one.payloads)
     return {
         "parameters": len(bases),
         "weights": weights,

@@ -24,7 +24,7 @@ MAX_WEIGHTS = 1 << 34  # of a parameter
 MAX_SET_WEIGHTS = 1 << 48
 MAX_DIMENSIONS = 16
 SET_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
-OWN_KEYS = frozenset({"codec", "op", "reference", "table"})
+OWN_KEYS = frozenset({"codec", "op", "reference"})
 
 
 def canonical_json(value: Any) -> str:
@@ -79,7 +79,6 @@ SET = {
     "shapes": check(_are_shapes, f"arrays of at most {MAX_DIMENSIONS} sizes, at most {MAX_WEIGHTS} weights each"),
     "codings": fields.items(record({"codec": TEXT, "op": one_of(*OPS), "reference?": fields.TEXT_OR_NULL})),
     "kept": fields.ARRAY,
-    "tables?": integers(MAX_SET_WEIGHTS),
     "head?": _embedding({"random?": record(RANDOM)}),
 }
 BASE = {
@@ -106,16 +105,12 @@ HEADER = {
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How payloads are coded: codec id, what a zero bit does, the codec's settings, reference set.
-
-    `table` is the index of a table that payloads share; such files are read and no longer written.
-    """
+    """How payloads are coded: codec id, what a zero bit does, the codec's settings, reference set."""
 
     codec: str
     op: Op
     config: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
-    table: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the coding as JSON values."""
@@ -141,11 +136,10 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set: payloads sorted by (name, op), the head's JSON object, sizes of shared tables in older files."""
+    """One mask set: payloads sorted by (name, op), the head's JSON object."""
 
     payloads: tuple[Payload, ...]
     head: Mapping[str, Any] | None = None
-    tables: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the set as JSON values."""
@@ -167,7 +161,7 @@ class SetHeader:
     def parse(cls, value: Any, where: str) -> "SetHeader":
         """Check a set and return it."""
         one = record(SET)(value, where)
-        count, joined, tables = len(one["kept"]), one["names"], one.get("tables", [])
+        count, joined = len(one["kept"]), one["names"]
         # counted before they are split: a short file must not become millions of strings
         names = joined.split("\n") if joined.count("\n") == count - 1 else []
         if not names or not all(map(fields.plain, names)):
@@ -175,12 +169,9 @@ class SetHeader:
             raise refuse(f"{where}.names", joined, expected)
         shapes = [tuple(shape) for shape in one["shapes"]]
         codings = []
-        for i, (known, given) in enumerate(zip(one["codings"], value["codings"], strict=True)):
-            table, config = given.get("table"), {key: own for key, own in given.items() if key not in OWN_KEYS}
-            if table is not None and (type(table) is not int or not 0 <= table < len(tables)):
-                expected = f"the index of one of the {len(tables)} tables"
-                raise refuse(f"{where}.codings[{i}].table", table, expected)
-            codings.append(Coding(known["codec"], known["op"], config, known.get("reference"), table))
+        for coding in value["codings"]:  # checked; what is not ours belongs to the codec
+            config = {key: own for key, own in coding.items() if key not in OWN_KEYS}
+            codings.append(Coding(coding["codec"], coding["op"], config, coding.get("reference")))
         columns = {
             "shape": integers(len(shapes), count),
             "coding": integers(len(codings), count),
@@ -190,7 +181,7 @@ class SetHeader:
         rows = zip(names, *record(columns)(value, where).values(), strict=True)
         payloads = tuple(Payload(name, shapes[i], codings[j], kept, size) for name, i, j, kept, size in rows)
         _check_payloads(payloads, where)
-        return cls(payloads, one.get("head"), tuple(tables))
+        return cls(payloads, one.get("head"))
 
 
 def _check_payloads(payloads: Sequence[Payload], where: str) -> None:

@@ -215,13 +215,13 @@ class Adapter:
 
     @cached_property
     def pieces(self) -> dict[str, list[memoryview]]:
-        """For each set the bytes of its tables, then of its payloads, not copied."""
+        """For each set the bytes of its payloads, not copied."""
         found = {}
         for name, one in self.header.sets.items():
             data, at, pieces = self.bytes_of(f"{name}/payloads"), 0, []
-            for size in (*one.tables, *(payload.size for payload in one.payloads)):
-                pieces.append(data[at : at + size])
-                at += size
+            for payload in one.payloads:
+                pieces.append(data[at : at + payload.size])
+                at += payload.size
             found[name] = pieces
         return found
 
@@ -385,11 +385,10 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
 
 
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
-    # tables and payloads of each set, then the dense tensors
+    # payloads of each set, then the dense tensors
     pieces = list[tuple[str, memoryview]]()
     for name, one in adapter.header.sets.items():
-        labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
-        labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
+        labels = [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
         pieces += zip(labels, adapter.pieces[name], strict=True)
     pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]
     stored = bytes(adapter.bytes_of(DIGESTS))

@@ -129,11 +129,11 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
     if header.cascade is not None:
         yield from _cascade_layout(header, spans)
     yield BASE, (("U8",), (len(masked_names(header)), BASE_BYTES))
-    pieces = sum(len(one.tables) + len(one.payloads) for one in header.sets.values())
+    pieces = sum(len(one.payloads) for one in header.sets.values())
     yield DIGESTS, (("U8",), (pieces + len(dense_names(spans)), DIGEST_BYTES))
     names = sorted(spans)
     for set_name, one in header.sets.items():
-        yield f"{set_name}/payloads", (("U8",), (sum(one.tables) + sum(payload.size for payload in one.payloads),))
+        yield f"{set_name}/payloads", (("U8",), (sum(payload.size for payload in one.payloads),))
         for payload in one.payloads:
             if payload.coding.op == "replace":
                 yield f"{set_name}/values/{payload.name}", (FLOATS, (payload.weights - payload.kept,))
