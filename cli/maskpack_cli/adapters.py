@@ -26,7 +26,7 @@ PLUGINS = {
     "baselines": "maskpack.lab.baselines",
 }
 Missing = Annotated[
-    Literal["error", "keep"], "Parameters that not all adapters mask: an error, or kept whole by those that do not."
+    Literal["error", "keep"], "Parameters that some adapters do not mask: an error, or kept whole there."
 ]
 COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second_only", "neither")
 
@@ -211,7 +211,7 @@ def pack(
     output: OutputRef,
     packing: Packing,
     source: Annotated[
-        str, "What wrote the file: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
+        str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
     ] = "masks",
     scale: Annotated[bool, "The masks were trained with weights / sqrt(density)."] = False,
 ) -> None:

@@ -292,9 +292,7 @@ def criticality(
     trust: Trust,
     per: Per = "module",
     points: Annotated[int, "Steps of the direct path from start to trained.", POSITIVE] = 1,
-    noise: Annotated[
-        int, "Draws of noise, for noise radii and the formal measure; 0: neither.", typer.Option(min=0)
-    ] = 0,
+    noise: Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)] = 0,
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)

@@ -182,9 +182,7 @@ class Experts:
         Literal["conditional", "unconditional"],
         "Conditional takes 2 forward passes for an input, unconditional one for each set.",
     ] = "conditional"
-    reduce: Annotated[
-        int | None, "Numbers that combined embeddings are reduced to. Default: not reduced.", POSITIVE
-    ] = None
+    reduce: Annotated[int | None, "Numbers that combined embeddings are reduced to. Default: all.", POSITIVE] = None
     no_labels: Annotated[bool, "The data have no labels: the cascade gets no head."] = False
 
 
