@@ -300,7 +300,6 @@ class Trust:
 
     def load(self, ref: str) -> "maskpack.Adapter":
         """Read an adapter."""
-
         return maskpack.load_adapter(ref, **vars(self))
 
 
@@ -331,7 +330,6 @@ class Base(Weights):
 
     def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-
         reference, random = self.backbone, self.random_weights
         base, revision = adapter.base.id, adapter.base.revision or ""
         drawn = revision.startswith("random:")
@@ -418,7 +416,6 @@ class Rows(Columns):
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
         """Read data; an objective without labels holds no rows out."""
-
         held_out = self.validation_fraction
         options["validation_fraction"] = (0.1 if supervised else 0.0) if held_out is None else held_out
         return training.load_data(data, **{**vars(self), **options})

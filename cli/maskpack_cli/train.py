@@ -73,7 +73,6 @@ class Run(Folder, Packed):
 
     def save(self, result: Any, model: Any, **options: Any) -> "maskpack.Adapter":
         """Write what was trained as an adapter."""
-
         content = (result.parts, result.base, result.about)
         return maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
 
