@@ -89,6 +89,10 @@ comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablati
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
 
+recipe: $(VENV)/.installed ## the search behind the default recipe: hours of one core
+	$(BIN)/python -m benchmarks.recipe
+	$(BIN)/python -m benchmarks.recipe --write docs/results.md
+
 methods: $(VENV)/.installed ## masking methods, selective training, budgets of bytes: five hours of one core
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --write docs/results.md
@@ -129,8 +133,8 @@ bench-bits: $(VENV)/.installed ## every flipped bit of a base is noticed: ten mi
 bench-faults: $(VENV)/.installed ## every request of pushes and pulls fails in every way: twenty minutes
 	$(RUN) benchmarks.faults --write docs/reliability.md --json $(MEASURED)/faults.jsonl
 
-bench-interruptions: $(VENV)/.installed ## loads, undos and switches fail at every place: half an hour
-	$(RUN) benchmarks.interruptions --write docs/reliability.md --json $(MEASURED)/interruptions.jsonl
+bench-interruptions: $(VENV)/.installed ## loads, undos and switches fail at every second place, real signals: one hour
+	$(RUN) benchmarks.interruptions --step 2 --write docs/reliability.md --json $(MEASURED)/interruptions.jsonl
 
 bench-signatures: $(VENV)/.installed ## random attacks on signed adapters: ten minutes
 	$(RUN) benchmarks.signature_attacks --write docs/reliability.md --json $(MEASURED)/signatures.jsonl

@@ -44,7 +44,7 @@ class Task:
         return load_data(str(DATA / self.data), labels_fraction=self.labels, seed=seed)
 
 
-SGD = {"scale": True, "optimizer": "sgd", "head_lr": 0.1, "warmup": 0.2}
+SGD = {"scale": True, "train": (), "bn": "adapt", "optimizer": "sgd", "head_lr": 0.1, "warmup": 0.2}
 TASKS = {
     "sketch": Task(partial(resnet, 20), "data/pacs/sketch", {**SGD, "lr": 50.0, "epochs": 25, "augment": "flip"}),
     "photo": Task(partial(resnet, 32), "data/pacs/photo", {**SGD, "lr": 10.0, "epochs": 25, "augment": "flip"}),
@@ -53,7 +53,7 @@ TASKS = {
     "banking77": Task(
         partial(minilm, tokens=None),
         "data/banking77",
-        {"optimizer": "adam", "lr": 0.02, "head_lr": 0.01, "epochs": 4, "warmup": 0.1, "label_smoothing": 0.05},
+        {"top": 1.0, "train": (), "lr": 0.02, "head_lr": 0.01, "epochs": 4, "label_smoothing": 0.05},
     ),
 }
 

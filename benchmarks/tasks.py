@@ -19,6 +19,9 @@ MNIST_ROWS = {"train": 10_000, "test": 2_000}
 VIEWS = {"prototypes": 60, "epsilon": 0.02, "queue": 0, "small_crops": 0, "large_least": 0.4, "freeze_prototypes": 24}
 IMAGES = TrainConfig(
     optimizer="sgd",
+    top=1.0,
+    train=(),
+    bn="adapt",
     head_lr=0.2,
     scale=True,
     steps=240,
@@ -27,7 +30,9 @@ IMAGES = TrainConfig(
     augment="flip",
     objective_options=VIEWS,
 )
-TEXTS = TrainConfig(optimizer="adam", head_lr=0.01, steps=200, batch_size=64, warmup=0.1, label_smoothing=0.05)
+TEXTS = TrainConfig(
+    optimizer="adam", top=1.0, train=(), head_lr=0.01, steps=200, batch_size=64, warmup=0.1, label_smoothing=0.05
+)
 
 
 def resnet(depth: int, random_start: bool = False) -> dict[str, Any]:

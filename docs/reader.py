@@ -117,10 +117,10 @@ def read(path, base=None, show=lambda *_, **__: None):
     weights, seal = dict(deserialize(np.fromfile(base, np.uint8).tobytes())) if base else {}, about["header_blake3"]
     header, masks, entries, hashed, rows = loads(about["maskpack"]), {}, [], [], []
     for name, one in sorted(header["sets"].items()):
-        ends = np.cumsum([*one.get("tables", []), *one["size"]])
+        ends = np.cumsum(one["size"])
         pieces = [x.tobytes() for x in np.split(np.frombuffer(tensors[f"{name}/payloads"], np.uint8), ends[:-1])]
         codings, shapes = [one["codings"][k] for k in one["coding"]], [one["shapes"][k] for k in one["shape"]]
-        columns = one["names"].split("\n"), codings, shapes, one["kept"], pieces[-len(codings) :]
+        columns = one["names"].split("\n"), codings, shapes, one["kept"], pieces
         hashed, entries = hashed + pieces, entries + [(name, *x) for x in zip(*columns, strict=True)]
     for name, key, coding, shape, kept, payload in sorted(entries, key=lambda entry: "reference" in entry[3]):
         reference = masks[coding["reference"]][key, coding["op"]].ravel() if "reference" in coding else False

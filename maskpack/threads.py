@@ -29,8 +29,7 @@ def in_order(
     is raised where its result would come. A consumer that stops early, or Ctrl-C, ends the threads.
 
     Args:
-        weights: size of an item. worth: size from which an item gets a thread, which costs some 50 microseconds, and
-            more where the work is short calls that wait for the interpreter.
+        weights: size of an item. worth: size from which an item gets a thread, which costs some 50 microseconds.
         workers: number of threads; None stands for `WORKERS`.
     """
     workers = workers or WORKERS

@@ -91,7 +91,7 @@ def adapter_of(path: Path, model: nn.Module, kind: str, seed: int, head: int | N
     return path
 
 
-QUICK = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", lr=20.0, scale=True, augment="none")
+QUICK = TrainConfig(epochs=2, batch_size=16, optimizer="sgd", lr=20.0, scale=True, augment="none", train=(), bn="adapt")
 
 
 def tiny_net() -> Backbone:

@@ -53,7 +53,15 @@ MASKED = 8 * 27 + 16 * 72
 DATA = {"reference": "digits:0-4"}
 VIEWS = {"prototypes": 8, "dimension": 8, "small_crops": 0, "queue": 0, "freeze_prototypes": 1, "large_least": 0.5}
 QUICK = TrainConfig(
-    optimizer="sgd", scale=True, steps=4, batch_size=16, warmup=0.0, augment="none", objective_options=VIEWS
+    optimizer="sgd",
+    scale=True,
+    train=(),
+    bn="adapt",
+    steps=4,
+    batch_size=16,
+    warmup=0.0,
+    augment="none",
+    objective_options=VIEWS,
 )
 
 
@@ -90,6 +98,7 @@ EXPECTED = {
     "probe": (HEAD, "head"),
     "full": (BODY + HEAD, "weights"),
     "bitfit": (8 + 8 + 16 + HEAD, "weights"),
+    "norms": (2 * 8 + 2 * 16 + HEAD, "weights"),
     "lora:2": (2 * (27 + 8) + 2 * (72 + 16) + HEAD, "weights"),
     "mask": (MASKED + HEAD, "masks"),
     "self-supervised": (MASKED + HEAD, "masks"),
@@ -101,7 +110,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     events: list[Mapping[str, Any]] = []
-    rate = 0.05 if name in ("full", "bitfit", "lora:2") else 40.0  # of scores: one that changes masks
+    rate = 0.05 if name in ("full", "bitfit", "norms", "lora:2") else 40.0  # of scores: one that changes masks
     found = run(job(tmp_path, backbone, name, settings={"lr": rate}), events.append)
     trained, part = EXPECTED[name]
     assert found["trained"] == trained
@@ -218,13 +227,13 @@ def test_splits() -> None:
     other, _, _ = splits(data, 0.1, 1, False)
     assert other.train is not None
     assert set(other.train.indices) != set(known.train.indices)
-    with pytest.raises(DataError, match="1 rows with labels are too few to choose a learning rate on; give one with"):
+    with pytest.raises(DataError, match="1 rows with labels are too few to choose a learning rate on; give one"):
         splits(data, 0.002, 0, True)
-    with pytest.raises(DataError, match="needs a training and a test split with labels; 'digits:0-4' has no test spl"):
+    with pytest.raises(DataError, match="'digits:0-4' have no test split; a comparison needs a training and"):
         splits(replace(data, test=None), 1.0, 0, False)
-    with pytest.raises(DataError, match="'digits:0-4' has no labels"):
+    with pytest.raises(DataError, match="'digits:0-4' have no labels"):
         splits(replace(data, class_names=()), 1.0, 0, False)
-    with pytest.raises(DataError, match="'digits:0-4' has no training split"):
+    with pytest.raises(DataError, match="'digits:0-4' have no training split"):
         splits(replace(data, train=None), 1.0, 0, False)
 
 
@@ -283,7 +292,7 @@ def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
     assert chosen(tmp_path / "below", "full", [2.0, 1.0], below)[0] == pytest.approx(0.25)  # two more at most
     assert chosen(tmp_path, "full", [7.0], {}) == (7.0, [])
     assert chosen(tmp_path, "probe", None, {}) == (None, [])
-    with pytest.raises(TrainingError, match=r"baseline 'full': with none of the rates .*1, 2 training came to an end"):
+    with pytest.raises(TrainingError, match=r"baseline 'full': training failed with all of the rates .*1, 2"):
         chosen(tmp_path / "none", "full", [1.0, 2.0], {1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1})
 
 
@@ -485,8 +494,9 @@ def test_wrong_rows(
 
 def test_a_backbone_without_biases(backbone: dict[str, Any], tmp_path: Path) -> None:
     bare = {**backbone, "reference": str(backbone["reference"]).replace(":tiny", ":bare")}
-    with pytest.raises(ConfigError, match="has no biases, so there is no baseline 'bitfit'; leave it out"):
-        compare(bare, DATA, tmp_path, baselines=["bitfit"])
+    for name, word in (("bitfit", "biases"), ("norms", "norms")):
+        with pytest.raises(ConfigError, match=f"has no {word}, so there is no baseline '{name}'; leave it out"):
+            compare(bare, DATA, tmp_path, baselines=[name])
 
 
 def test_memory() -> None:

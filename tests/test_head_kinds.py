@@ -31,7 +31,16 @@ from .helpers_models import clip as clip
 from .helpers_models import same as same_bits
 
 MASKED = TrainConfig(
-    head_kind="masked", optimizer="sgd", lr=20.0, epochs=4, batch_size=32, augment="none", scale=True, seed=3
+    head_kind="masked",
+    optimizer="sgd",
+    lr=20.0,
+    epochs=4,
+    batch_size=32,
+    augment="none",
+    scale=True,
+    bn="adapt",
+    train=(),
+    seed=3,
 )
 
 
@@ -206,7 +215,7 @@ def test_masks_that_a_masked_head_cannot_be_stored_with(
 
 
 def test_something_has_to_learn(tiny_backbone: Backbone, digits: Data) -> None:
-    config = TrainConfig(method="naive", head_kind="own")
+    config = TrainConfig(method="naive", head_kind="own", train=())
     said = "nothing would learn: the method 'naive' follows from the weights, and no head is trained beside it; take"
     with pytest.raises(ConfigError, match=said):
         plan_training(tiny_backbone, digits, config)

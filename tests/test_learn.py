@@ -4,6 +4,7 @@ import math
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,15 +18,18 @@ from maskpack.errors import ConfigError, SelectionError
 from maskpack.mask import PackedMask
 from maskpack.preprocess import ImagePreprocess
 from maskpack.runtime.load import load_mask, unload_mask
-from maskpack.training.config import TrainConfig
+from maskpack.training import attach_scores, extract_masks
+from maskpack.training.config import TrainConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
+from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import learn_scores, learning_weights, model_stages
+from maskpack.training.scores import learning_names
 from maskpack.training.trainer import train_mask
 
 from .conftest import TinyNet
 
-QUICK = TrainConfig(optimizer="sgd", lr=20.0, steps=8, batch_size=32, augment="none")
+QUICK = TrainConfig(optimizer="sgd", lr=20.0, steps=8, batch_size=32, augment="none", top=1.0, train=(), bn="adapt")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +106,49 @@ def test_a_parameter_is_masked_or_learns(tiny: nn.Module, digits: Data) -> None:
         train_mask(backbone, digits, config)
 
 
+def test_norms_and_biases_by_word(tiny: nn.Module) -> None:
+    norms = ["bn1.bias", "bn1.weight", "bn2.bias", "bn2.weight"]
+    assert learning_names(tiny, ["norms"]) == norms
+    assert learning_names(tiny, ["norms"], ["bn1"]) == norms[2:]
+    assert learning_names(tiny, ["biases", "conv1.*"], ["fc"]) == ["bn1.bias", "bn2.bias", "conv1.weight", "conv2.bias"]
+    encoder = nn.TransformerEncoderLayer(8, 2, 16)
+    names = ["norm1.bias", "norm1.weight", "norm2.bias", "norm2.weight"]
+    assert learning_names(encoder, ["norms"]) == names
+    assert learning_names(nn.Linear(2, 2), ["norms"]) == [], "a backbone may have none"
+
+
+def test_rates_of_scores_head_and_norms(tiny: nn.Module, digits: Data) -> None:
+    config = TrainConfig(steps=2, batch_size=32, distance=3.0, head_lr=0.25, train=("norms",), train_lr=0.125)
+    record = train_mask(backbone_of(tiny), digits, config).about.training
+    assert record is not None
+    assert record["rates"] == {"scores": config.score_lr(2), "head": 0.25, "train": 0.125}
+    assert replace(config, train_lr=None).beside_lr == 0.25
+
+
+@pytest.mark.parametrize("steps", [1, 7, 200, 10_000])
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_score_can_move_as_far_in_any_number_of_steps(steps: int, schedule: Literal["cosine", "constant"]) -> None:
+    config = TrainConfig(distance=3.0, schedule=schedule)
+    moved = [config.score_lr(steps) * learning_rate(config, step, steps) for step in range(steps)]
+    assert sum(moved) == pytest.approx(3.0)
+    assert replace(config, lr=0.5).score_lr(steps) == 0.5
+
+
+def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
+    config = replace(QUICK, head_start="probe", steps=1, lr=1e-9, head_lr=1e-9, bn="freeze")
+    backbone = backbone_of(tiny.eval())
+    assert digits.train is not None
+    assert digits.test is not None
+    x, y = embed(backbone, digits.train, cache=False)
+    probe = fit_probe(x, y, 5)
+    result = train_mask(backbone, digits, config)
+    assert result.parts.head is not None
+    assert torch.allclose(result.parts.head.weight, probe.weight, atol=1e-5)
+    x, y = embed(backbone, digits.test, cache=False)
+    right = float((probe.logits(x).argmax(1) == y).double().mean())
+    assert result.metrics["test_accuracy"] == result.metrics["test_probe_accuracy"] == pytest.approx(right)
+
+
 # --- what methods are told -------------------------------------------------------------------------------------------
 
 
@@ -145,6 +192,75 @@ def test_weights_whose_scores_do_not_learn_are_kept(tiny: nn.Module, digits: Dat
         removed = {name: one | inverted[name] for name, one in removed.items()}
     assert not any((removed[name] & ~learning[name]).any() for name in masks)
     assert any(one.any() for one in removed.values())
+
+
+@pytest.mark.parametrize("method", ["threshold", "flip", "gumbel"])
+def test_scores_of_the_largest_weights_take_no_more_memory_than_these(tiny: nn.Module, method: str) -> None:
+    scores = attach_scores(tiny, method, ["conv*.weight"], top=0.25)
+    assert {name: tuple(one.shape) for name, one in scores.items()} == {"conv1.weight": (54,), "conv2.weight": (288,)}
+    torch.optim.Adam(scores.values(), lr=1.0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for one in scores.values():
+            one.sub_(10.0 * torch.rand(one.shape))
+    inputs = torch.randn(2, 3, 8, 8)
+    masked = tiny.eval()(inputs)
+    masked.square().sum().backward()
+    assert all(one.grad is not None and one.grad.any() for one in scores.values())
+    masks = extract_masks(tiny)
+    for name, mask in masks.items():
+        size = tiny.get_parameter(name).detach().abs()
+        off = ~mask.tensor()
+        assert 0 < off.sum() <= scores[name].numel()
+        assert size[off].min() >= size.flatten().kthvalue(size.numel() - scores[name].numel() + 1).values
+        with torch.no_grad():
+            weight = tiny.get_parameter(name)
+            weight[off] = -weight[off] if method == "flip" else 0.0
+    assert torch.equal(tiny(inputs), masked)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_top_is_selective_largest_without_the_memory(
+    tiny: nn.Module, digits: Data, optimizer: Literal["sgd", "adam"]
+) -> None:
+    config = replace(QUICK, optimizer=optimizer, lr={"sgd": 500.0, "adam": 0.5}[optimizer])
+    found = [
+        train_mask(backbone_of(tiny), digits, replace(config, **chosen)).parts.masks
+        for chosen in ({"top": 0.3}, {"selective": "largest:0.3"})
+    ]
+    assert found[0].density < 1
+    assert all(found[0][name].bits == found[1][name].bits for name in found[0])
+
+
+def test_a_run_with_scores_of_some_weights_goes_on(tiny: nn.Module, digits: Data, tmp_path: Path) -> None:
+    config = replace(QUICK, top=0.3, lr=500.0, bytes_budget=80, steps=None, epochs=3)
+    whole = train_mask(backbone_of(tiny), digits, config)
+
+    def stop(event: object) -> None:
+        if event["event"] == "epoch" and event["epoch"] == 2:  # type: ignore[index]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_mask(backbone_of(tiny), digits, config, output=tmp_path, report=stop)
+    again = train_mask(backbone_of(tiny), digits, config, output=tmp_path, resume=True)
+    assert again.parts.masks == whole.parts.masks
+    assert whole.metrics["mask_bytes"] <= 80
+    assert whole.parts.masks.density < 1
+
+
+def test_top_is_for_one_score_a_weight(tiny: nn.Module) -> None:
+    for method in ("topk", "nm", "ternary", "edit", "naive"):
+        with pytest.raises(ConfigError, match=rf"top 0\.1 .* flip, gumbel or threshold without scale; got '{method}'"):
+            attach_scores(tiny, method, ["conv2.weight"], top=0.1)
+    with pytest.raises(ConfigError, match="got 'threshold' with scale"):
+        attach_scores(tiny, "threshold", top=0.1, scale=True)
+    for wrong in ({"scale": True}, {"selective": "random:0.5"}):
+        with pytest.raises(ConfigError, match=r"top 0\.1 gives scores to some weights only; leave out"):
+            TrainConfig(top=0.1, **wrong)
+    with pytest.raises(ConfigError, match=r"top must be a share of at most 1, got 1\.5"):
+        TrainConfig(top=1.5)
+    with pytest.raises(ConfigError, match="top must be .*0"):
+        TrainConfig(top=0.0)
 
 
 def test_which_scores_learn(tiny: nn.Module) -> None:

@@ -29,7 +29,17 @@ from .helpers_models import bits, same
 def test_there_and_back(name: str, hub: HubServer, tmp_path: Path) -> None:
     backbone = load_backbone(f"timm/{name}", random_weights=0, image_size=32)
     before = bits(backbone.model)
-    config = TrainConfig(steps=3, batch_size=8, optimizer="sgd", lr=500.0, scale=True, warmup=0.0, schedule="constant")
+    config = TrainConfig(
+        steps=3,
+        batch_size=8,
+        optimizer="sgd",
+        lr=500.0,
+        scale=True,
+        train=(),
+        bn="adapt",
+        warmup=0.0,
+        schedule="constant",
+    )
     result = train_mask(backbone, load_data("digits:5-9", labels_fraction=0.1), config)
     assert same(bits(backbone.model), before)
     assert 0.5 < result.parts.masks.density < 1

@@ -405,7 +405,7 @@ def test_a_network_that_knows_the_source(trained: Any, source: Data, shifted: Da
     ("changes", "said"),
     [
         ({"scale": True}, "scale is False in a transfer, got True: it is supervised, with the head of the source"),
-        ({"train": ("bn1.*",)}, r"train is \(\) in a transfer, got \('bn1.*',\): .* all that the source needs"),
+        ({"train": ("bn1.*",)}, r"train is None in a transfer, got \('bn1.*',\): .* all that the source needs"),
         (
             {"bytes_budget": 500},
             "bytes_budget is None in a transfer, got 500: .* and values are most of what is stored",

@@ -151,11 +151,7 @@ class Adapter:
         return {payload.name: payload.shape for payload in self._set(set).payloads}
 
     def preprocess(self) -> Callable[[Any], Tensor] | None:
-        """Return the function from a PIL image to float32 (3, size, size); None for texts, or if none is stored.
-
-        Raises:
-            MissingDependencyError: if torchvision is not installed.
-        """
+        """Return the function from a PIL image to float32 (3, size, size); None for texts, or if none is stored."""
         stored = None if self.about.preprocess is None else preprocess_from_json(self.about.preprocess)
         return stored.transform() if isinstance(stored, ImagePreprocess) else None
 
@@ -186,14 +182,11 @@ class Adapter:
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
 
-        After each payload, `progress` gets the number of weights done and of those in all.
+        After each payload, `progress` gets the number of weights done and of those in all. Errors are as for `parts`.
 
         Returns:
             `payloads` and `decoded` (counts), `needs_base` (set and parameter names that were left out) and
             `mask_id`, True if it was compared and agrees, None if some masks were left out.
-
-        Raises:
-            UnknownCodecError, BackboneMismatchError, CorruptAdapterError: as for `parts`, or if `mask_id` differs.
         """
         self.check_values()
         return self._decoder(base).verify(progress)
@@ -222,14 +215,23 @@ class Adapter:
 
     @cached_property
     def pieces(self) -> dict[str, list[memoryview]]:
-        """For each set the bytes of its tables, then of its payloads, not copied."""
+        """For each set the bytes of its payloads, not copied."""
         found = {}
         for name, one in self.header.sets.items():
             data, at, pieces = self.bytes_of(f"{name}/payloads"), 0, []
-            for size in (*one.tables, *(payload.size for payload in one.payloads)):
-                pieces.append(data[at : at + size])
-                at += size
+            for payload in one.payloads:
+                pieces.append(data[at : at + payload.size])
+                at += payload.size
             found[name] = pieces
+        return found
+
+    @cached_property
+    def indices(self) -> dict[str, dict[str, list[int]]]:
+        """For each set the indices of the payloads of each parameter."""
+        found: dict[str, dict[str, list[int]]] = {name: {} for name in self.sets}
+        for name, one in self.header.sets.items():
+            for index, payload in enumerate(one.payloads):
+                found[name].setdefault(payload.name, []).append(index)
         return found
 
     @cached_property
@@ -285,11 +287,7 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | memoryview]]:
-    """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified.
-
-    Args:
-        look: as of `read_model`.
-    """
+    """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified."""
     if not path.is_dir():
         return {MODEL_FILE: (path, read_model(path, path, look))}
     model, config = path / MODEL_FILE, path / CONFIG_FILE
@@ -315,11 +313,10 @@ def parse_files(files: Files, digest: str | None = None) -> Adapter:
 
 
 def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
-    """Return the bytes of a model file; one that does not begin like an adapter's is refused before it is read whole.
+    """Return the bytes of a model file, called `name` in messages.
 
-    Args:
-        name: what messages call the file.
-        look: False where a signature has to be verified before even the beginning is parsed.
+    One that does not begin like an adapter's is refused before it is read whole; with `look` False, where a signature
+    has to be verified before anything is parsed, it is not looked at.
     """
     with _opened(path, name, MAX_MODEL) as (file, size):
         if look:
@@ -330,11 +327,7 @@ def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
 
 
 def read_bytes(path: Path, name: Path, limit: int) -> bytes:
-    """Return all bytes of a file of at most `limit`; `name` is what messages call it.
-
-    Raises:
-        AdapterError: if it is missing, no regular file, too large or unreadable.
-    """
+    """Return all bytes of a file, called `name` in messages; AdapterError if it is unreadable or over `limit` bytes."""
     with _opened(path, name, limit) as (file, size):
         return file.read(size)
 
@@ -392,11 +385,10 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
 
 
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
-    # tables and payloads of each set, then the dense tensors
+    # payloads of each set, then the dense tensors
     pieces = list[tuple[str, memoryview]]()
     for name, one in adapter.header.sets.items():
-        labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
-        labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
+        labels = [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
         pieces += zip(labels, adapter.pieces[name], strict=True)
     pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]
     stored = bytes(adapter.bytes_of(DIGESTS))
@@ -411,11 +403,7 @@ def _check_digests(adapter: Adapter, data: memoryview) -> None:
 
 
 def check_config(text: bytes, name: Path, adapter: Adapter) -> None:
-    """Compare size and digest in the text of a config file with the model file.
-
-    Raises:
-        CorruptAdapterError: if the config is no such record, or records another file.
-    """
+    """Compare size and digest in the text of a config file with the model file."""
     found = record({"blake3": DIGEST, "size": integer(0, MAX_MODEL)})(strict_json(text, str(name)), str(name))
     if (found["blake3"], found["size"]) != (adapter.digest, adapter.size):
         raise CorruptAdapterError(

@@ -13,9 +13,26 @@ from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
 
+TOP = 0.1  # of the weights of a parameter have scores by default
 ALL = "all"  # of the scores learn
 GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
+# settings that differ from the defaults, by the name of the recipe
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    # Self-Masking Networks (https://arxiv.org/abs/2409.07577), section 4.1: masks of ResNets with labels
+    "source": {
+        "top": 1.0,
+        "train": ("none",),
+        "scale": True,
+        "bn": "adapt",
+        "head_kind": "masked",
+        "epochs": 150,
+        "optimizer": "sgd",
+        "lr": 50.0,
+        "warmup": 40 / 150,
+    },
+}
 Bytes = Annotated[int, "bytes"]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]
 Start = Literal["source-start", "source-end", "random"]
@@ -32,16 +49,22 @@ class TrainConfig:
         objective_options: options of the objective.
         include: globs of the parameters to mask. Default: every convolution and linear weight of the body.
         exclude: globs of parameters that get no mask.
+        top: share of each masked parameter's weights that have scores, those with the greatest absolute values; the
+            others are kept, and take no memory. Default: 0.1 with labels, where the method allows it; else 1.
         selective: which scores learn: all, first:STAGES, random:SHARE or largest:SHARE.
-        train: globs of norms, biases or other parameters of the body that learn themselves, at the rate of heads.
+        train: what learns itself beside the scores: norms, biases, none, or globs of parameters of the body. Default:
+            norms with labels, else none.
         scale: divide kept weights by sqrt(density), per parameter.
         bytes_budget: most bytes of the masks, as in 200kB, in the profiles default and max. Default: no limit.
         rate: the same in bits per weight.
-        bn: BatchNorm statistics: adapt to the new data, and store them, or freeze.
+        bn: BatchNorm statistics: adapt to the new data, and store them, or freeze. Default: freeze with labels, else
+            adapt.
 
     Head:
         head_kind: linear: trained and stored whole. masked: random, with scores of its own, stored as seed and mask.
             text: text embeddings of a CLIP-like backbone, frozen. own: the model's, frozen.
+        head_start: first values of a linear head. plain: random, or class centroids behind a text encoder. probe: the
+            linear probe of the raw backbone.
         head_template: text in which {label} stands for the name of a class, for a text head.
 
     Training:
@@ -50,8 +73,11 @@ class TrainConfig:
         batch_size: examples per forward pass and process.
         accumulate: forward passes per optimiser step.
         optimizer: optimiser of scores and head; sgd has momentum 0.9.
-        lr: peak learning rate of the scores. Default: 0.02 for adam, 50 for sgd.
+        lr: peak learning rate of the scores. Default: for adam that of distance, 50 for sgd.
+        distance: sum of the learning rates of all steps, which is how far a score can move under adam; it begins 1
+            above the threshold.
         head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
+        train_lr: peak learning rate of `train`. Default: that of a linear head.
         schedule: learning rate after the warmup: cosine falls to zero.
         warmup: share of the steps in which the learning rate rises from zero.
         clip: largest gradient norm per step, over all that is trained. Default: no limit.
@@ -68,21 +94,25 @@ class TrainConfig:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    top: float | None = None
     selective: str = ALL
-    train: tuple[str, ...] = ()
+    train: tuple[str, ...] | None = None
     bytes_budget: Bytes | None = None
     rate: float | None = None
     scale: bool = False
     head_kind: Literal["linear", "masked", "text", "own"] = "linear"
+    head_start: Literal["plain", "probe"] = "plain"
     head_template: str = "This is a photo of a {label}"
-    bn: Literal["adapt", "freeze"] = "adapt"
+    bn: Literal["adapt", "freeze"] | None = None
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 64
     accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "adam"
     lr: float | None = None
+    distance: float = 5.0
     head_lr: float | None = None
+    train_lr: float | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.1
     clip: float | None = None
@@ -99,12 +129,14 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        positive = ("lr", "head_lr", "clip", "bytes_budget", "rate")
+        positive = ("top", "lr", "distance", "head_lr", "train_lr", "clip", "bytes_budget", "rate")
         check_above_zero(self, *(name for name in positive if getattr(self, name) is not None))
         if self.bytes_budget is not None and self.rate is not None:
             raise ConfigError(
                 f"bytes_budget {self.bytes_budget} and rate {self.rate} both limit the size of the masks; give one"
             )
+        if self.top is not None:
+            self._check_top(self.top)
         for name in ("warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -115,27 +147,71 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be from 0 to 4294967295, got {self.seed}")
 
+    def _check_top(self, top: float) -> None:
+        if top > 1:
+            raise ConfigError(f"top must be a share of at most 1, got {top}")
+        if top < 1 and (self.selective != ALL or self.scale):
+            raise ConfigError(
+                f"top {top} gives scores to some weights only; leave out selective and scale, which are for scores of "
+                f"all weights"
+            )
+
     @property
-    def score_lr(self) -> float:
-        """Peak learning rate of the scores."""
-        return self.lr if self.lr is not None else {"sgd": 50.0, "adam": 0.02}[self.optimizer]
+    def labels(self) -> bool:
+        """Whether the scores are trained on labels."""
+        return self.objective == "supervised"
+
+    @property
+    def share(self) -> float | None:
+        """Share of each parameter's weights that have scores, the largest; None: all."""
+        if self.top is not None:
+            return self.top if self.top < 1 else None
+        from .methods.base import METHODS  # imports torch, which the command line's help does without
+
+        usual = self.labels and self.selective == ALL and not self.scale
+        return TOP if usual and METHODS[self.method].rising else None
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What learns itself beside the scores, as in `train`."""
+        return (("norms",) if self.labels else ()) if self.train is None else self.train
+
+    @property
+    def adapts(self) -> bool:
+        """Whether BatchNorm statistics follow the new data."""
+        return self.bn == "adapt" or (self.bn is None and not self.labels)
+
+    def score_lr(self, steps: int) -> float:
+        """Return the peak learning rate of the scores in a run of so many steps."""
+        if self.lr is not None:
+            return self.lr
+        if self.optimizer == "sgd":
+            return 50.0
+        return self.distance / sum(learning_rate(self, step, steps) for step in range(steps))
 
     @property
     def linear_lr(self) -> float:
         """Peak learning rate of a trained head."""
         return self.head_lr if self.head_lr is not None else {"sgd": 0.1, "adam": 0.01}[self.optimizer]
 
+    @property
+    def beside_lr(self) -> float:
+        """Peak learning rate of what learns itself beside the scores."""
+        return self.train_lr if self.train_lr is not None else self.linear_lr
+
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, defaults resolved."""
+        """Return the settings as JSON values, defaults resolved; the rate of scores may follow from the steps."""
         return {
             **asdict(self),
             "method_options": dict(self.method_options),
             "objective_options": dict(self.objective_options),
             "include": list(self.include),
             "exclude": list(self.exclude),
-            "train": list(self.train),
-            "lr": self.score_lr,
+            "top": self.share or 1.0,
+            "train": list(self.beside),
+            "bn": "adapt" if self.adapts else "freeze",
             "head_lr": self.linear_lr,
+            "train_lr": self.beside_lr,
         }
 
 
@@ -258,7 +334,7 @@ def config_from(values: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {', '.join(known)}")
     settings = dict(values)
     for name in known.keys() & settings.keys():
-        if known[name].default == ():
+        if name in ("include", "exclude", "train"):
             value = settings[name]
             settings[name] = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
     return TrainConfig(**settings)

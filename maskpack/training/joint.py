@@ -76,6 +76,10 @@ class JointRun(Run):
         self.gates: Gates | None = attach_gates(model, tasks, self.selected, start=joint.gate_start) if gated else None
         self.history = None if self.gates is None else GateHistory(self.gates)
         self.settings = joint.to_json(config.optimizer, len(tasks))
+        self.facts = {
+            "config": {**config.to_json(), **self.settings, "gated": gated},
+            "tasks": {n: [task.data.digest, len(splits[n]), task.augment] for n, task in tasks.items()},
+        }
         lr, factor = self.settings["weight_lr"], self.settings["gate_factor"]
         body = [p for p in model.parameters() if p.requires_grad]
         own = [{"params": body, "lr": lr}] if self.gates is None else self.gates.parameter_groups(lr, factor)
@@ -109,12 +113,6 @@ class JointRun(Run):
             self.gates.detach()
         self._exchange(self.own_head, self.own_buffers)
 
-    def facts(self) -> dict[str, Any]:
-        return {
-            "config": {**self.config.to_json(), **self.settings, "gated": self.gates is not None},
-            "tasks": {n: [t.data.digest, len(self.loaders[n].dataset), t.augment] for n, t in self.tasks.items()},
-        }
-
     def start(self) -> None:
         for name in self.tasks:
             self.use(name).start()
@@ -128,7 +126,7 @@ class JointRun(Run):
         drawn = torch.randint(len(names), (self.steps_per_epoch,), generator=order).tolist()
         streams = {name: self.stream(name, at) for name in names}
         for objective in self.objectives.values():
-            set_train_mode(objective.module, self.config.bn == "adapt")
+            set_train_mode(objective.module, self.config.bn != "freeze")
         for step in range(at.count // accumulate, self.steps_per_epoch):
             name = names[drawn[step]]
             for part in range(accumulate):
@@ -193,7 +191,7 @@ class JointRun(Run):
         else:
             whole = {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in self.selected}
             masks = MaskSet.from_tensors(whole)
-        return Parts(masks, objective.head(), batchnorm_statistics(model) if self.config.bn == "adapt" else {})
+        return Parts(masks, objective.head(), batchnorm_statistics(model) if self.config.bn != "freeze" else {})
 
 
 def _check(config: TrainConfig) -> None:
@@ -203,7 +201,7 @@ def _check(config: TrainConfig) -> None:
             f"{config.head_kind!r}; train them in a row (sequential) for others"
         )
     usual = TrainConfig()
-    for setting in ("train", "selective", "scale", "bytes_budget", "rate"):
+    for setting in ("train", "top", "selective", "scale", "bytes_budget", "rate"):
         if getattr(config, setting) != getattr(usual, setting):
             raise ConfigError(
                 f"{setting} is for masks on frozen weights, and here all weights learn; leave it out, got "
@@ -247,7 +245,7 @@ def train_jointly(
         if run.gates is not None:
             soft = {f"soft_{name}": value for name, value in measured.items()}
             run.gates.hard = True
-            for name in tasks if config.bn == "adapt" else ():
+            for name in tasks if config.bn != "freeze" else ():
                 run.use(name).recalibrate()
             measured = {**run.accuracies("validation", "test"), **soft}
         parts = {name: run.parts(name) for name in tasks}

@@ -11,12 +11,12 @@ from ..backbone.classifier import modes_kept
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
 from ..backbone.model import Fingerprint, inside, named_parameters, swap_module
-from ..backbone.select import match_parameters, select_parameters
+from ..backbone.select import select_parameters
 from ..errors import ConfigError
 from .config import ALL, TrainConfig, parse_rule
 from .methods.base import build_method
 from .methods.topk import greatest
-from .scores import attach, detach_scores, scored_weights
+from .scores import attach, detach_scores, learning_names, scored_weights
 
 Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
 MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
@@ -37,11 +37,11 @@ def borrowed(backbone: Backbone, train: Iterable[str] = ()) -> Iterator[None]:
     """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before.
 
     Args:
-        train: globs of parameters that may change meanwhile.
+        train: what may change meanwhile, as of `learning_names`.
     """
     model = backbone.model
     parameters, flags = named_parameters(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    changing = {name: parameters[name] for name in match_parameters(model, train, "train", backbone.outside)}
+    changing = {name: parameters[name] for name in learning_names(model, train, backbone.outside)}
     before = {name: tensor.detach().clone() for name, tensor in {**changing, **dict(model.named_buffers())}.items()}
     device = next(model.parameters()).device
     head = model.get_submodule(backbone.head) if backbone.head is not None else None
@@ -67,7 +67,7 @@ def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Par
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
-    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale)
+    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, config.share)
     scored = scored_weights(model)
     for name, learns in learning.items():
         if scores[name].shape != learns.shape or not scored[name].binary().all():

@@ -1,5 +1,6 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError, StateError, TrainingError
 from ..mask import MaskSet, PackedMask
 from .batchnorm import batchnorm_statistics
-from .methods.base import Method, State, build_method
+from .methods.base import Method, State, build_method, rising_methods
+from .methods.topk import greatest
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,38 +165,63 @@ class ScoredWeight(nn.Module):
 
     Attributes:
         scores: float32, of a shape that the method chose.
+        shape: of the weight.
+        places: flat positions of the weights that have scores, ascending; None: all have. The others are kept.
         model: what the scores of one model share.
     """
 
-    def __init__(self, weight: Tensor, scale: bool, model: "ScoredModel"):
+    places: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: bool, model: "ScoredModel", top: float | None = None):
         super().__init__()
         self.method, self.scale, self.model = model.method, scale, model
         self.shape = tuple(weight.shape)
-        self.scores = nn.Parameter(self.method.init_scores(weight.detach()), requires_grad=self.method.learns)
+        scored = weight.detach()
+        self.register_buffer("places", None)
+        if top is not None:
+            flat = scored.flatten()
+            self.places = greatest(flat.abs(), max(1, round(top * flat.numel()))).nonzero().flatten()
+            scored = flat[self.places]
+        self.scores = nn.Parameter(self.method.init_scores(scored), requires_grad=self.method.learns)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.model.off:
             return weight
         state = self.state(self.training)
-        result = self.method.effective(weight, self.scores, self.scale, state)
+        result = self.effective(weight, self.scores, state)
         if not (self.method.draws and state.training):
             scores = self.scores
-            self.model.recompute.note(
-                result, lambda: self.method.effective(weight, scores, self.scale, state), weight, scores
-            )
+            self.model.recompute.note(result, lambda: self.effective(weight, scores, state), weight, scores)
         return result
+
+    def effective(self, weight: Tensor, scores: Tensor, state: State) -> Tensor:
+        """Return the weight to compute with, differentiable in the scores."""
+        if self.places is None:
+            return self.method.effective(weight, scores, self.scale, state)
+        flat = weight.flatten()
+        some = self.method.effective(flat[self.places], scores, self.scale, state)
+        return flat.index_copy(0, self.places, some).reshape(self.shape)
+
+    def whole(self, kept: Tensor) -> Tensor:
+        """Return a mask of the whole weight, of any dtype, from that of the weights that have scores."""
+        if self.places is None:
+            return kept
+        ones = torch.ones(math.prod(self.shape), dtype=kept.dtype, device=kept.device)
+        return ones.index_copy(0, self.places, kept).reshape(self.shape)
 
     def state(self, training: bool = False) -> State:
         """Return what the method is told beside the scores."""
-        model = self.model
-        return State(model.progress, training, model.shared(self), self.shape, model.batch_size)
+        model, shape = self.model, self.shape if self.places is None else tuple(self.places.shape)
+        return State(model.progress, training, model.shared(self), shape, model.batch_size)
 
-    def binary(self) -> Tensor:
-        """Return the mask that the scores stand for, bool."""
-        return self.method.binarize(self.scores.detach(), self.state())
+    def binary(self, shift: float = 0.0) -> Tensor:
+        """Return the mask that the scores stand for, bool; `shift` is added to them."""
+        return self.whole(self.method.binarize(self.scores.detach() + shift, self.state()))
 
     def mask(self) -> PackedMask:
         """Return the mask that the scores stand for, packed."""
+        if self.places is not None:
+            return PackedMask.from_tensor(self.binary(), self.method.op, self.scale)
         return self.method.packed(self.scores.detach(), self.scale, self.state())
 
     def penalty(self) -> Tensor | None:
@@ -238,6 +265,7 @@ class ScoredModel:
         return self._made[1][one]
 
 
+WORDS = frozenset(("norms", "biases", "none"))  # that stand for parameters that learn themselves
 SCORES = ".0.scores"  # how a checkpoint's names of scores end
 
 
@@ -246,6 +274,7 @@ def attach_scores(
     method: Method | str = "threshold",
     select: Iterable[str] | None = None,
     *,
+    top: float | None = None,
     train: Iterable[str] = (),
     scale: bool = False,
 ) -> dict[str, nn.Parameter]:
@@ -257,7 +286,8 @@ def attach_scores(
     Args:
         method: a method or its name (`maskpack list methods`).
         select: globs on dotted parameter names; default: every convolution and linear weight.
-        train: globs of parameters that learn themselves, as norms and biases.
+        top: share of each parameter's weights that have scores, those with the greatest absolute values; default: all.
+        train: what learns itself: "norms", "biases", or globs of parameters.
         scale: divide the kept weights by sqrt(density).
 
     Returns:
@@ -266,7 +296,7 @@ def attach_scores(
     Raises:
         StateError: if scores are attached already.
         SelectionError: if nothing matches, or a match cannot be masked.
-        ConfigError: if the method is not for such weights, or has no scale.
+        ConfigError: if the method is not for such weights, or has no scale or no `top`.
     """
     if isinstance(method, str):
         method = build_method(method)
@@ -275,10 +305,10 @@ def attach_scores(
         raise StateError("this model has scores already; call extract_masks(model) first")
     names = select_parameters(model, select or ())
     learning = trained_themselves(model, train, names)
-    scores = attach(model, method, names, scale)
+    before = {**learning, **dict(model.named_buffers())}
+    scores = attach(model, method, names, scale, top)
     for parameter in learning.values():
         parameter.requires_grad_(True)
-    before = {**learning, **dict(model.named_buffers())}
     scored_models(model)[0].before = {name: tensor.detach().clone() for name, tensor in before.items()}
     return scores
 
@@ -289,23 +319,52 @@ def trained_themselves(
     """Return the parameters that learn themselves beside scores, by name; to be asked before scores are attached.
 
     Args:
-        train: globs. masked: names of parameters with a mask. head: modules that are not part of the body.
+        train: as of `learning_names`; words leave masked parameters out. masked: names of parameters with a mask.
+        head: modules that are not part of the body.
 
     Raises:
         SelectionError: if a pattern matches nothing. ConfigError: if a parameter would be masked as well.
     """
-    parameters, names = named_parameters(model), match_parameters(model, train, "train", head)
-    both = [name for name in names if name in masked]
+    globs = [one for one in train if one not in WORDS]
+    both = [name for name in match_parameters(model, globs, "train", head) if name in masked]
     if both:
         raise ConfigError(
             f"train would train {len(both)} parameters that are masked, first {both[0]!r}; a mask needs frozen "
             f"weights: leave them out of train, or out of the mask"
         )
-    return {name: parameters[name] for name in names}
+    parameters = named_parameters(model)
+    return {name: parameters[name] for name in learning_names(model, train, head) if name not in masked}
 
 
-def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) -> dict[str, nn.Parameter]:
+def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] = ()) -> list[str]:
+    """Return the names of the body's parameters that `train` means, sorted.
+
+    Args:
+        train: globs, or words: "norms" (scales and shifts of all normalisation layers) and "biases" (of all layers),
+            of which a model may have none, and "none".
+
+    Raises:
+        SelectionError: if a glob matches nothing.
+    """
+    words = set(train)
+    found = set(match_parameters(model, sorted(words - WORDS), "train", head))
+    norms = [n for n, module in unwrap(model).named_modules() if "norm" in type(module).__name__.lower()]
+    for name in match_parameters(model, ["*"], "train", head):
+        place, _, leaf = name.rpartition(".")
+        if ("norms" in words and place in norms) or ("biases" in words and leaf.endswith("bias")):
+            found.add(name)
+    return sorted(found)
+
+
+def attach(
+    model: nn.Module, method: Method, names: Sequence[str], scale: bool, top: float | None = None
+) -> dict[str, nn.Parameter]:
     """Freeze a model and attach scores to exactly these parameters."""
+    if top is not None and (scale or not method.rising):
+        raise ConfigError(
+            f"top {top} gives scores to some weights only, which goes with the methods {rising_methods()} without "
+            f"scale; got {method.id!r}{' with scale' if scale else ''}"
+        )
     if scale and method.op != "zero":
         raise ConfigError(f"the method {method.id!r} removes no weights, so that there is no scale; leave it out")
     together = ScoredModel(method)
@@ -316,7 +375,7 @@ def attach(model: nn.Module, method: Method, names: Sequence[str], scale: bool) 
         place, leaf = owner(model, name)
         # one ScoredWeight for all names of a tied weight: it has one set of scores
         try:
-            scored = ScoredWeight(getattr(place, leaf), scale, together)
+            scored = ScoredWeight(getattr(place, leaf), scale, together, top)
         except ConfigError as error:
             detach_scores(model)
             raise ConfigError(f"{name}: {error}") from None

@@ -27,7 +27,16 @@ from .learn import Learn, base_of, borrowed, learn_scores
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .run_folder import RunFolder, RunOptions
-from .scores import density, extract_masks, replaced_values, scored_models, scored_weights, trained_themselves
+from .scores import (
+    density,
+    extract_masks,
+    replaced_values,
+    scored_models,
+    scored_weights,
+    trained_themselves,
+    without_scores,
+)
+from .worth import probe_metrics, worth_warnings
 
 STREAM = "train"  # of batches
 
@@ -38,10 +47,6 @@ class ObjectiveRun(Run):
     Args:
         learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
         start_from: folder of a finished run, with whose tensors this one starts.
-
-    Attributes:
-        whole: parameters that learn themselves beside scores, by name.
-        control: keeps the masks within a budget of bytes, or None.
     """
 
     def __init__(
@@ -61,44 +66,42 @@ class ObjectiveRun(Run):
                 f"leave it out"
             )
         self.start_from = None if start_from is None else Path(start_from) / FILE
-        self.begun = None if self.start_from is None else checkpoint_digest(self.start_from)
+        self.facts = {
+            "start": None if self.start_from is None else checkpoint_digest(self.start_from),
+            "config": config.to_json(),
+            "data": [data.digest, len(self.train_split), len(data.class_names)],
+            "processes": self.accelerator.num_processes,
+        }
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        self.whole: Mapping[str, nn.Parameter] = {}
+        self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
         if learn is learn_scores:
             masked = select_parameters(model, config.include, config.exclude, backbone.outside)
-            self.whole = trained_themselves(model, config.train, masked, backbone.outside)
+            self.whole = trained_themselves(model, config.beside, masked, backbone.outside)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
         learned = self.scores.values() if all(one.method.learns for one in self.scored) else ()
         scores = [*learned, *self.objective.scores()]
-        beside = [*self.objective.trained(), *self.whole.values()]
-        if not scores and not beside:
+        head, beside = self.objective.trained(), list(self.whole.values())
+        if not scores and not head and not beside:
             raise ConfigError(
                 f"nothing would learn: the method {config.method!r} follows from the weights, and no head is trained "
                 f"beside it; take another method, or head_kind 'linear' with labels"
             )
         self.sampler = EpochSampler(len(self.train_split), config.seed)
         batches = self.objective.batches(self.train_split, self.sampler)
-        for parameter in (*scores, *beside):
+        for parameter in (*scores, *head, *beside):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
-        rates = {"scores": (scores, config.score_lr), "head": (beside, config.linear_lr)}
-        self.prepare(rates, math.ceil(len(self.loader) / config.accumulate), config.steps)
+        per_epoch = math.ceil(len(self.loader) / config.accumulate)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch)
+        rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
+        self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
         for one in self.models:
             one.batch_size = config.batch_size * config.accumulate * self.accelerator.num_processes
-
-    def facts(self) -> dict[str, Any]:
-        data = self.data["data"]
-        return {
-            "start": self.begun,
-            "config": self.config.to_json(),
-            "data": [data.digest, len(self.train_split), len(data.class_names)],
-            "processes": self.accelerator.num_processes,
-        }
 
     def start(self) -> None:
         self.objective.start()
@@ -111,7 +114,7 @@ class ObjectiveRun(Run):
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
-        set_train_mode(self.module, self.config.bn == "adapt")
+        set_train_mode(self.module, self.config.adapts)
         self.objective.begin_epoch(at.epoch, self.epochs)
         read = at.batches.get(STREAM, [0, 0])[1]
         loader = self.accelerator.skip_first_batches(self.loader, read) if read else self.loader
@@ -121,7 +124,7 @@ class ObjectiveRun(Run):
             yield STREAM, [0, place], batch
 
     def loss(self, stream: str, batch: Batch, progress: float) -> Tensor:
-        self.progress(progress)
+        self._tell(progress)
         loss = self.objective.loss(cast("nn.Module", self._forward), batch)
         found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
         found += [] if self.control is None else [self.control.penalty()]
@@ -134,7 +137,7 @@ class ObjectiveRun(Run):
             return found
         return require("accelerate", "train", "training").utils.convert_to_fp32(found)
 
-    def progress(self, share: float) -> None:
+    def _tell(self, share: float) -> None:
         """Tell the scores which share of the steps is done."""
         for model in self.models:
             model.progress = share
@@ -154,7 +157,7 @@ class ObjectiveRun(Run):
         if self.control is not None:  # the last epoch ends within the budget
             size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
-        if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
+        if at.done and self.config.adapts and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
             with self.autocast():
                 self.objective.recalibrate()
@@ -190,14 +193,18 @@ class ObjectiveRun(Run):
 
     def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
-        self.progress(1.0)
+        self._tell(1.0)
         metrics = {**at.metrics, **self.held_out("test")}
+        if self.scored:
+            with without_scores(self.module):
+                test = self.held_out("test")
+            metrics |= {f"{name}_without_masks": value for name, value in test.items()}
         self.folder.write({"event": "end", "step": at.step, "steps": self.steps, **metrics})
         return metrics
 
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
-        statistics = batchnorm_statistics(self.backbone.model) if self.config.bn == "adapt" else {}
+        statistics = batchnorm_statistics(self.backbone.model) if self.config.adapts else {}
         head, values = self.objective.head(), replaced_values(self.backbone.model)
         whole = {name: parameter.detach().cpu().clone() for name, parameter in self.whole.items()}
         return Parts(extract_masks(self.backbone.model), head, statistics, whole, values)
@@ -211,7 +218,8 @@ class TrainResult:
         parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
         base: fingerprint of the backbone.
         about: task, class names, preprocessing and training record.
-        metrics: train_loss, density, and what the objective measures of the splits that exist.
+        metrics: train_loss, density, and what the objective measures of the splits that exist; of the test split also
+            without the masks; and with a linear head the accuracy of the linear probe of the raw backbone.
     """
 
     parts: Parts
@@ -295,17 +303,25 @@ def train_mask(
         SelectionError, DataError: if patterns or data do not fit the backbone.
     """
     config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
-    with folder.opened(), borrowed(backbone, config.train):
-        run = ObjectiveRun(backbone, data, config, learn, start_from)
-        at = run.train(folder, longer)
-        metrics = run.finish(at)
-        parts = run.parts()
+    with folder.opened():
+        with borrowed(backbone, config.beside):
+            run = ObjectiveRun(backbone, data, config, learn, start_from)
+            at = run.train(folder, longer)
+            metrics = run.finish(at)
+            parts = run.parts()
+        if parts.head is not None and config.head_kind == "linear" and (data.validation or data.test):
+            metrics |= probe_metrics(backbone, data, config.batch_size)
+        warnings = worth_warnings(metrics)
+        for one in warnings:
+            folder.write(at.event("warning", warning=one))
     if base_of(backbone).digests != run.base.digests:
         raise TrainingError(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    more = {"extended": at.extended} if at.extended else {}
+    more: dict[str, Any] = {"rates": {name: lr for name, (learning, lr) in run.groups.items() if learning}}
+    more |= {"extended": at.extended} if at.extended else {}
+    more |= {"warnings": warnings} if warnings else {}
     return result_of(run, data, config, parts, run.base, metrics, more)
 
 
@@ -317,7 +333,6 @@ def train_dense(
     Args:
         learn: gets the frozen backbone with its new head, and the settings; returns the parameters that learn. It may
             put modules into the model, as LoRA does.
-        options: as in `train_mask`.
 
     Returns:
         The run, whose `objective.module` is the network, in evaluation mode.

@@ -143,7 +143,7 @@ def train_transfer(
             plain = train_reused(backbone, all_free, after, target, weights, **run(BASELINE)).parts
     facts = {
         "method": {"id": config.method, **config.method_options},
-        "lr": config.score_lr,
+        "lr": config.lr,
         "start": start,
         "source": {"id": source.id, "digest": source.digest, "class_names": list(source.class_names)},
         "source_trained": source_trained,
@@ -217,7 +217,9 @@ def train_source(backbone: Backbone, source: Data, config: TrainConfig, **option
         The network as a backbone of another name.
     """
     usual, device = TrainConfig(), next(backbone.model.parameters()).device
-    masks = {name: getattr(usual, name) for name in ("method", "method_options", "include", "exclude", "selective")}
+    # one source network serves several masks
+    names = ("method", "method_options", "include", "exclude", "top", "selective")
+    masks = {name: getattr(usual, name) for name in names}
     settings = replace(config, **masks, head_kind="linear", bn="adapt")
     train_dense(backbone, source, settings, lambda own, _: body_parameters(own), **options)
     backbone.model.to(device).eval()
@@ -233,7 +235,7 @@ def current_values(backbone: Backbone, names: Iterable[str]) -> dict[str, Tensor
 def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> MaskSet:
     """Learn a mask of a source network on the source, with its own head; op "replace", False where it can be reused."""
     if build_method(config.method, dict(config.method_options)).learns:
-        settings = replace(config, head_kind="own", bn="freeze")
+        settings = replace(config, head_kind="own", bn="freeze", train=(), top=config.top or 1.0)
         masks = train_mask(backbone, source, settings, longer=False, **options).parts.masks
     else:
         with borrowed(backbone):
@@ -286,5 +288,6 @@ def train_reused(
         return scores
 
     # in the record, and what a checkpoint of another mask differs in
-    config = replace(config, method=Reuse.id, method_options={"mask_id": mask_id({"default": masks})})
+    options_of_mask = {"mask_id": mask_id({"default": masks})}
+    config = replace(config, method=Reuse.id, method_options=options_of_mask, top=1.0, train=())
     return train_mask(backbone, target, config, learn=learn, longer=False, **options)

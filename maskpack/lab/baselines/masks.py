@@ -1,5 +1,6 @@
 """Masks themselves: trained with labels, without, and as a cascade."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -49,7 +50,7 @@ class SupervisedMask(Baseline):
         head = result.parts.head
         assert head is not None
         predict = classified(classifier_from(trial.backbone.model, head).eval())
-        trained = _learned(result.parts) + parameters(head.weight, head.bias)
+        trained = _learned(result) + parameters(head.weight, head.bias)
         return Fitted(predict, trained, stored(adapter), (result.about.training or {})["steps"])
 
     def _settings(self, config: TrainConfig) -> TrainConfig:
@@ -73,7 +74,7 @@ class SelfSupervisedMask(Baseline):
         probe = fit_probe(*trial.embed(), trial.classes)
         head = parameters(probe.weight, probe.bias)
         sizes = {**stored(adapter), "head": 4 * head}
-        return Fitted(trial.probed(probe), _learned(result.parts) + head, sizes, (result.about.training or {})["steps"])
+        return Fitted(trial.probed(probe), _learned(result) + head, sizes, (result.about.training or {})["steps"])
 
 
 @BASELINES.register
@@ -155,9 +156,11 @@ def _write(
     return save_adapter(path, parts, base, about, cascade=cascade, weights=trial.backbone.model)
 
 
-def _learned(parts: Parts) -> int:
-    """Return how many numbers were trained for a mask set: a score of every weight, and parameters themselves."""
-    return parts.masks.total + parameters(*parts.parameters.values())
+def _learned(result: TrainResult) -> int:
+    """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
+    share = float((result.about.training or {})["settings"]["top"])
+    scores = sum(max(1, round(share * math.prod(mask.shape))) for mask in result.parts.masks.values())
+    return scores + parameters(*result.parts.parameters.values())
 
 
 def stored(adapter: Adapter) -> dict[str, int]:

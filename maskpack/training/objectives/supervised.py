@@ -10,10 +10,12 @@ from ...backbone.load import Backbone
 from ...backbone.model import Head
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
+from ..features import Probe, embed, fit_probe
 from ..heads import finished_head, new_classifier
 from ..scores import scored_weights
 from .base import OBJECTIVES, Objective
 
+LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
 CENTROID_SCALE = 10.0  # logits of unit embeddings against unit centroids, as sharp as a trained head's
 
 
@@ -32,11 +34,20 @@ class Supervised(Objective):
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
+        self.probe: Probe | None = None
+        if config.head_kind == "linear" and config.head_start == "probe":
+            assert data.train is not None
+            self.probe = fit_probe(*embed(backbone, data.train, batch_size=config.batch_size), len(data.class_names))
         self.module = new_classifier(backbone, data.class_names, config)
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
     def start(self) -> None:
-        """Initialise the linear head of an encoder by the class centroids of the frozen embeddings."""
+        """Give a linear head its first values: the probe, or class centroids of an encoder's frozen embeddings."""
+        if self.probe is not None:
+            with torch.no_grad():
+                self.module.linear.weight.copy_(self.probe.weight)
+                self.module.linear.bias.copy_(self.probe.bias.clamp(min=LEAST_BIAS))
+            return
         if self.config.head_kind != "linear" or not self.backbone.embedding.normalize:
             return
         assert self.data.train is not None
