@@ -43,7 +43,7 @@ def _train_backbone(backbone: "Backbone", data: "Data") -> None:
     model.eval().requires_grad_(False)
 
 
-@verb(app, "maskpack demo", "maskpack demo --output /tmp/demo --json", panel="Use")
+@verb(app, "Use", "maskpack demo", "maskpack demo --output /tmp/demo --json")
 def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is replaced."] = Path("demo-output")) -> None:
     """Train, pack, push, pull, load, evaluate and unload a mask on digits, offline, in about a minute."""
     import torch

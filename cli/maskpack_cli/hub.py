@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from maskpack.errors import ConfigError, MaskpackError
 from .console import Output, app, complain, emit, hint, note, say, table
 from .options import ARGUMENT, POSITIVE, Source, Token, Weights, group, verb
 
-PANEL = "Hub"
+hub_verb = partial(verb, app, "Hub")
 AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUMENT]
 
 
@@ -34,14 +35,12 @@ class Pushed:
     token: Token = None
 
 
-@verb(
-    app,
+@hub_verb(
     "maskpack push ./my-mask user/my-mask --private",
     "maskpack push ./my-mask user/my-mask --tag v1 --dry-run",
     "maskpack push ./my-mask user/my-mask --create-pr -m 'Trained longer'",
     "maskpack push ./my-mask user/my-mask --sign key.pem",
     "maskpack push ./my-mask ./registry/my-mask",
-    panel=PANEL,
 )
 def push(
     folder: AdapterPath,
@@ -57,14 +56,12 @@ def push(
         hint(f"  {'would send' if how.dry_run else 'sent'} {name}, {size:,} bytes")
 
 
-@verb(
-    app,
+@hub_verb(
     "maskpack pull user/my-mask",
     "maskpack pull user/my-mask@v1 --output ./my-mask",
     "maskpack pull user/one user/two@v1 --output ./masks",
     "maskpack pull user/my-mask --require-signature public.pem",
     "maskpack pull user/my-mask -q",
-    panel=PANEL,
 )
 def pull(
     refs: Annotated[
@@ -127,23 +124,19 @@ def _targets(refs: tuple[str, ...], output: Path | None) -> dict[str, Path | Non
             folder = reference.path.resolve().name.removesuffix(".safetensors")
         key = folder.casefold()  # some file systems do not tell A from a
         if key in taken:
-            raise ConfigError(
-                f"{taken[key]} and {ref} would both be copied to {output / folder}; nothing was fetched: pull them one "
-                "at a time, each with its own --output"
-            )
+            both = f"{taken[key]} and {ref} would both be copied to {output / folder}"
+            raise ConfigError(f"{both}; nothing was fetched: pull them one at a time, each with its own --output")
         taken[key], targets[ref] = ref, output / folder
     return targets
 
 
-@verb(
-    app,
+@hub_verb(
     "openssl genpkey -algorithm ed25519 -out key.pem",
     "openssl pkey -in key.pem -pubout -out public.pem",
     "maskpack sign ./my-mask --key key.pem --repository user/my-mask",
     "maskpack verify ./my-mask --key public.pem",
     "maskpack sign ./my-mask --key sigstore",
     "maskpack verify ./my-mask --require-signature me@example.org@https://accounts.google.com",
-    panel=PANEL,
 )
 def sign(
     adapter: AdapterPath,
@@ -168,12 +161,10 @@ def sign(
     emit(facts, f"✓ {adapter} is signed", facts | {"keys": ", ".join(signed.by)})
 
 
-@verb(
-    app,
+@hub_verb(
     "maskpack search flowers",
     "maskpack search --base timm/resnet50.a1_in1k",
     "maskpack search --fits torchvision/resnet18 --json",
-    panel=PANEL,
 )
 def search(
     weights: Weights,

@@ -24,7 +24,7 @@ from typing import (
 )
 
 import typer
-from typer.models import ParameterInfo
+from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
@@ -34,7 +34,6 @@ from maskpack.training.config import RECIPES, Bytes, read_config
 from .console import Output, quiet_libraries
 
 if TYPE_CHECKING:
-    from maskpack import Adapter
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
 
@@ -62,8 +61,8 @@ def group(panel: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None) -> Callable[..., Any]:
-    """Decorator: add a function to an app as a verb with the options --json and --quiet."""
+def verb(app: typer.Typer, panel: str | None, *examples: str, name: str | None = None) -> Callable[..., Any]:
+    """Decorator: add a function to a panel of an app as a verb with the options --json and --quiet."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(function).parameters.values()
@@ -86,9 +85,11 @@ def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str |
             )
             Output.json, Output.quiet = values.pop("as_json"), values.pop("quiet")
             quiet_libraries()
-            taken = {name: _made(kind, extras, values) for name, (kind, extras) in groups.items()}
-            own = {name: _value(name, kinds[name][0], value) for name, value in values.items()}
-            function(**own, **taken)
+            for name, (cls, extras) in groups.items():
+                hints, left_out = get_type_hints(cls), _without(extras).names
+                own = {one: _value(one, hints[one], values.pop(one)) for one in hints if one not in left_out}
+                values[name] = cls(**{key: value for key, value in own.items() if value is not None})
+            function(**{name: _value(name, kinds[name][0], value) for name, value in values.items()})
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         options.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
@@ -137,17 +138,20 @@ def described(cls: type[Any]) -> dict[str, tuple[str, str]]:
 
 def options_of(cls: type[Any], extras: tuple[Any, ...] = (), negatable: bool = False) -> list[inspect.Parameter]:
     """Return the options that the fields of a dataclass are, as parameters for typer."""
-    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _first(Without, extras)
-    without = without or Without()
-    known = {field.name: field for field in fields(cls)}
-    if known.keys() != texts.keys():
-        raise TypeError(f"{cls.__name__} must say what its fields are, and others not: {known.keys() ^ texts.keys()}")
-    found = []
-    for name, (panel, text) in texts.items():
-        if name not in without.names:
-            default = without.defaults.get(name, known[name].default)
-            found.append(_option(name, kinds[name], default, text, panel, negatable))
-    return found
+    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _without(extras)
+    defaults = {field.name: field.default for field in fields(cls)}
+    if defaults.keys() != texts.keys():
+        raise TypeError(f"{cls.__name__} must say what its fields are: {defaults.keys() ^ texts.keys()}")
+    defaults |= without.defaults
+    return [
+        _option(name, kinds[name], defaults[name], text, panel, negatable)
+        for name, (panel, text) in texts.items()
+        if name not in without.names
+    ]
+
+
+def _without(extras: tuple[Any, ...]) -> Without:
+    return _first(Without, extras) or Without()
 
 
 def _option(
@@ -155,22 +159,19 @@ def _option(
 ) -> inspect.Parameter:
     """Return the option for a field or a parameter, as a parameter for typer."""
     kind, extras = _taken_apart(annotation)
-    text = text or _first(str, extras) or ""
-    info: Any = copy(_first(ParameterInfo, extras))
+    text, info = text or _first(str, extras) or "", copy(_first(ParameterInfo, extras))
     alone = next((one for one in (annotation, *get_args(annotation), *get_args(kind)) if one in PARSERS), None)
-    if get_origin(kind) is Mapping:
-        name = name.removesuffix("s")
     flag = f"--{name.replace('_', '-')}"
     if alone is not None:
         kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
     elif get_origin(kind) is Mapping:
-        kind, info = list[str], typer.Option(flag, metavar="KEY=VALUE")
+        kind, info = list[str], typer.Option(flag.removesuffix("s"), metavar="KEY=VALUE")
     elif several := next((one for one in (kind, *get_args(kind)) if get_origin(one) is tuple), None):
-        kind = list[get_args(several)[0]]  # type: ignore[misc]
-    if info is None:
+        kind, info = list[get_args(several)[0]], info or typer.Option(flag)  # type: ignore[misc]
+    elif info is None:
         plus = kind is bool and negatable and name not in OF_A_CALL and not name.startswith("no_")
         info = typer.Option(f"{flag}/--no-{flag[2:]}" if plus else flag)
-    if get_origin(kind) is list and isinstance(info, typer.models.OptionInfo):
+    if get_origin(kind) is list and isinstance(info, OptionInfo):
         text = f"{text} May be repeated."
         default = None if default == () or default is MISSING else default
     info.help, info.rich_help_panel = text, info.rich_help_panel or panel
@@ -178,20 +179,8 @@ def _option(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _made(cls: type[Any], extras: tuple[Any, ...], values: dict[str, Any]) -> Any:
-    """Make an object of a dataclass of what its options got; those are taken out of the values."""
-    kinds, without, made = get_type_hints(cls), _first(Without, extras) or Without(), {}
-    for field in (one for one in fields(cls) if one.name not in without.names):
-        kind = kinds[field.name]
-        option = field.name.removesuffix("s") if get_origin(kind) is Mapping else field.name
-        value = _value(option, kind, values.pop(option, None))
-        if value is not None:
-            made[field.name] = value
-    return cls(**made)
-
-
-def _value(option: str, kind: Any, value: Any) -> Any:
-    """Return what an option got as a value of its type."""
+def _value(name: str, kind: Any, value: Any) -> Any:
+    """Return what an option got as a value of the field's type."""
     if get_origin(kind) is tuple:
         return tuple(value or ())
     if any(get_origin(one) is tuple for one in get_args(kind)):
@@ -200,7 +189,7 @@ def _value(option: str, kind: Any, value: Any) -> Any:
         return value
     pairs = [one.partition("=") for one in value or ()]
     if not all(mark for _, mark, _ in pairs):
-        raise ConfigError(f"--{option.replace('_', '-')} must be KEY=VALUE, got {value}")
+        raise ConfigError(f"--{name.removesuffix('s').replace('_', '-')} must be KEY=VALUE, got {value}")
     return {key: text for key, _, text in pairs}
 
 
@@ -227,19 +216,20 @@ def take_recipe(ctx: typer.Context, name: str) -> str:
 
 
 def _storable(ctx: typer.Context) -> dict[str, Any]:
-    """Return the parameters of a verb that may stand in a settings file, by name."""
-    return {str(one.name): one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+    """Return the parameters of a verb that may stand in a settings file, by the name that they have there."""
+    options = [one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")]
+    return {one.opts[0].removeprefix("--").replace("-", "_"): one for one in options}
 
 
 def _as_texts(stored: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings among known parameters, as they would be written on the command line."""
+    """Return the settings among known parameters, by parameter, as they would be written on the command line."""
     found: dict[str, Any] = {}
     for key, value in stored.items():
         if key in known:
             values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
             texts = [str(one) for one in values] if isinstance(values, list | tuple) else [str(values)]
             flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
-            found[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+            found[known[key].name] = value if flag else texts if known[key].multiple else ",".join(texts)
     return found
 
 
@@ -319,7 +309,7 @@ class Trust:
     ] = None
     token: Token = None
 
-    def load(self, ref: str) -> "Adapter":
+    def load(self, ref: str) -> "maskpack.Adapter":
         """Read an adapter."""
 
         return maskpack.load_adapter(ref, **vars(self))
@@ -353,7 +343,7 @@ class Base(Weights):
         "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base.",
     ] = None
 
-    def of(self, adapter: "Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
 
         reference, random = self.backbone, self.random_weights
@@ -384,11 +374,9 @@ class AnyBase(Base):
         if alone and self.backbone is None:
             raise ConfigError(missing)
         if not alone and (self.head is not None or self.image_size is not None):
-            raise ConfigError(
-                "--head and --image-size are for a backbone alone; an adapter has its own: leave them out"
-            )
+            raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
-    def of_any(self, adapter: "Adapter | None") -> "Backbone":
+    def of_any(self, adapter: "maskpack.Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""
         if adapter is not None:
             return self.of(adapter)
@@ -402,7 +390,7 @@ class PackedBase(Base):
 
     backbone: Annotated[str | None, "The adapters' base, where masks are packed with its weights, or are to be."] = None
 
-    def model_of(self, adapter: "Adapter") -> Any:
+    def model_of(self, adapter: "maskpack.Adapter") -> Any:
         """Return the base of an adapter, None if the options name none."""
         return None if self.backbone is None else self.of(adapter).model
 
