@@ -20,8 +20,6 @@ AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUME
 
 @group("Options")
 class Pushed:
-    """How an adapter is pushed: what `maskpack.push` takes."""
-
     private: Annotated[bool | None, "Repository. Default: the account's.", typer.Option("--private/--public")] = None
     revision: Annotated[str | None, "Branch to push to; made if missing."] = None
     commit_message: Annotated[str | None, "Of the one commit.", typer.Option("--commit-message", "-m")] = None

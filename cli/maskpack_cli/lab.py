@@ -66,15 +66,11 @@ def draw(figure: "Callable[..., Figure]", path: Path | None, *values: Any) -> No
 
 @group("Research")
 class Trials(Folder):
-    """Trainings that are compared."""
-
     seeds: Annotated[int, "How many seeds: 0, 1, …", POSITIVE] = 3
 
 
 @group("Research")
 class Comparison(Trials):
-    """What a mask is compared with."""
-
     baseline: Annotated[tuple[str, ...], "ID or ID:ARGUMENT: `maskpack list baselines`. Default: all."] = ()
     labels_fraction: Annotated[tuple[float, ...], "Share of the labels. Default: 1."] = ()
     lr: Annotated[tuple[str, ...], "BASELINE=RATE,RATE,… to choose from; one is taken as it is."] = ()
@@ -138,8 +134,6 @@ app.add_typer(research, name="lab", rich_help_panel=PANEL)
 
 @group("Research")
 class Drawn(Trials):
-    """Trainings of one baseline, and their picture."""
-
     baseline: Annotated[str, "What is trained: `maskpack list baselines`."] = "full"
     plot: Picture = None
 
@@ -156,16 +150,12 @@ class Drawn(Trials):
 
 @group("Research")
 class Shuffled(Drawn):
-    """Trainings on shuffled images."""
-
     block: Annotated[tuple[int, ...], "Side of the blocks in pixels. Default: image, half, …, 1."] = ()
     random_lr: Annotated[float | None, "Peak learning rate of random starts. Default: --lr."] = None
 
 
 @group("Research")
 class Checkpoints(Drawn):
-    """Trainings from checkpoints."""
-
     checkpoints: Annotated[str, "Glob of the checkpoints: safetensors state dicts, in the order of names."]
     pretraining: Annotated[str | None, "Data of pretraining, to measure the checkpoints on, as --data."] = None
 
@@ -228,8 +218,6 @@ Per = Annotated[Literal["module", "block"], "A row for each module, or for each 
 
 @group("Data")
 class Measured(Columns):
-    """What networks are measured on, and where results go."""
-
     data: DataRef
     split: Annotated[Literal["test", "train"], "Rows to measure on."] = "test"
     limit: Annotated[int | None, "At most so many of them, drawn by a seed. Default: all."] = None

@@ -174,8 +174,6 @@ app.add_typer(cascades, name="cascade", no_args_is_help=True, rich_help_panel="T
 
 @group("Cascade")
 class Experts:
-    """What is trained beside the dispatcher."""
-
     experts: Annotated[int, "Experts, one for each cluster."] = 5
     combine: Annotated[
         Literal["conditional", "unconditional"],
@@ -265,8 +263,6 @@ def evaluate_cascade(
 
 @group("Transfer")
 class Carried:
-    """What learns the target, and from where."""
-
     source: Annotated[str, "Data that the network learns first, as for --data of train."]
     target: Annotated[str, "Data that it is carried to."]
     start: Annotated[
