@@ -43,6 +43,8 @@ plot = typer.Typer(help="Draw pictures: PNG or SVG, by the ending of --output.",
 SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 # what a comparison decides itself, or has for every baseline
 DECIDED = ("seed", "objective", "head_kind", "head_template")
+Trained = Annotated[TrainConfig, Without(*DECIDED)]
+Compared = Annotated[TrainConfig, Without("lr", *DECIDED)]
 Picture = Annotated[Path | None, "Picture to write: .png or .svg."]
 
 
@@ -87,13 +89,7 @@ class Comparison(Trials):
         return found
 
 
-def compare(
-    backbone: TrainedBackbone,
-    data: DataRef,
-    columns: Columns,
-    settings: Annotated[TrainConfig, Without("lr", *DECIDED)],
-    trials: Comparison,
-) -> None:
+def compare(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings: Compared, trials: Comparison) -> None:
     """Compare a mask with every alternative: same backbone, data, splits and budget; each in a process of its own.
 
     Learning rates are chosen on a validation split. Called again, it does what is not done yet.
@@ -160,9 +156,6 @@ class Checkpoints(Drawn):
     pretraining: Annotated[str | None, "Data of pretraining, to measure the checkpoints on, as --data."] = None
 
 
-Trained = Annotated[TrainConfig, Without(*DECIDED)]
-
-
 @verb(analyze, None, f"maskpack analyze shuffle {SHARED} --block 224 --block 8 --output ./shuffled")
 def shuffle(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings: Trained, trials: Shuffled) -> None:
     """Train a pretrained and a random start on images whose blocks are shuffled, from whole images to pixels.
@@ -213,6 +206,9 @@ NetworkRefs = Annotated[
     f"Each REF or NAME=REF of an {NETWORK}; those of one NAME are of a kind.",
     typer.Argument(metavar="NETWORK"),
 ]
+Steps = Annotated[int, "Steps of the direct path from start to trained.", POSITIVE]
+Draws = Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)]
+Points = Annotated[int, "Networks on a line, its ends included.", typer.Option(min=3)]
 Per = Annotated[Literal["module", "block"], "A row for each module, or for each block."]
 
 
@@ -277,8 +273,8 @@ def criticality(
     measured: Measured,
     trust: Trust,
     per: Per = "module",
-    points: Annotated[int, "Steps of the direct path from start to trained.", POSITIVE] = 1,
-    noise: Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)] = 0,
+    points: Steps = 1,
+    noise: Draws = 0,
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)
@@ -297,13 +293,7 @@ def criticality(
 
 
 @verb(analyze, None, f"maskpack analyze barrier mask=./a mask=./b tuned=c.safetensors {SHARED}")
-def barrier(
-    refs: NetworkRefs,
-    base: AnyBase,
-    measured: Measured,
-    trust: Trust,
-    points: Annotated[int, "Networks on a line, its ends included.", typer.Option(min=3)] = 11,
-) -> None:
+def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, points: Points = 11) -> None:
     """Measure what is lost on the straight line between every two networks; BatchNorm statistics are taken anew."""
     evaluations, networks, _ = measured.open(refs, base, trust)
 

@@ -339,16 +339,19 @@ class Entry(Rows):
     augment: Augment | None = None
 
 
+TaskFile = Annotated[
+    Path,
+    "A table `task` for each task, with name, data and its options; options for all as keys before them.",
+    typer.Argument(metavar="TASKS.toml", callback=read_settings, is_eager=True),
+]
+
+
 @training_verb(
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --output ./many",
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --mode gated --output ./together",
 )
 def multitask(
-    tasks: Annotated[
-        Path,
-        "A table `task` for each task, with name, data and its options; options for all as keys before them.",
-        typer.Argument(metavar="TASKS.toml", callback=read_settings, is_eager=True),
-    ],
+    tasks: TaskFile,
     backbone: TrainedBackbone,
     rows: Rows,
     settings: TrainConfig,
