@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from maskpack import Adapter
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
-    from maskpack.training.joint import Task
+    from maskpack.training.multitask import Task
 
 PANEL = "Training"
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
@@ -431,7 +431,7 @@ def _own_rows(rows: Rows, entry: Mapping[str, Any]) -> Rows:
 
 def _task(entry: Mapping[str, Any], rows: Rows, settings: TrainConfig, kind: str) -> "Task":
     """Load a task's data."""
-    from maskpack.training.joint import Task
+    from maskpack.training.multitask import Task
 
     labelled = needs_labels(settings.objective, kind, [*Output.given, *entry])
     data = _own_rows(rows, entry).load(entry["data"], supervised=labelled, labelled=labelled, seed=settings.seed)

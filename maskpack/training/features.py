@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -78,11 +78,7 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
 def embed_all(
     backbone: Backbone, cascade: LoadedCascade, examples: Examples, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Return the embeddings by every set of a cascade side by side, (N, D (K + 1)), dispatcher first, and the labels.
-
-    Args:
-        backbone: of the cascade's model, with its preprocessing.
-    """
+    """Return the embeddings by every set of a cascade side by side, (N, D (K + 1)), dispatcher first, and labels."""
     backbone = replace(backbone, embedding=cascade.parts.embedding)
     blocks, labels = [], torch.empty(0)
     for name in (cascade.parts.dispatcher, *cascade.parts.experts):
@@ -141,11 +137,7 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
-    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
-
-    Args:
-        most: rows that there can be.
-    """
+    """Return the features cached under a digest, and their rows, `most` at most; None if there are none undamaged."""
     path = cache_folder() / f"{key}.safetensors"
     if not path.exists():
         return None
@@ -203,11 +195,8 @@ def knn_scores(
 ) -> Tensor:
     """Return each class's share of the vote of the k bank rows with the greatest cosine, (N, classes) float32.
 
-    A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank has fewer than k rows, all
-    vote. Of bank rows with equal cosines at the edge of the k, which of them vote is not defined.
-
-    Args:
-        bank: (M, D). bank_labels: (M,). x: (N, D), rows that are not in the bank.
+    A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank, (M, D), has fewer than k
+    rows, all vote. Of rows with equal cosines at the edge of the k, which of them vote is not defined.
     """
     if k < 1 or temperature <= 0:
         raise ConfigError(f"k must be at least 1 and the temperature above 0; got k={k}, temperature={temperature}")
@@ -297,9 +286,7 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
 def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
     """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
 
-    Returns:
-        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
-        [true][predicted]}.
+    {"accuracy", "per_class": of each class, None where it has no row, "confusion": rows of counts, [true][predicted]}
     """
     classes = logits.shape[1]
     counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
@@ -346,6 +333,31 @@ def measure_features(
             about = {"measure": measure, "labels_fraction": fraction, "labels": len(y), "examples": len(test_y)}
             rows.append({**about, **measured(measure, x, y, test_x, test_y, classes)})
     return rows
+
+
+def probe_metrics(backbone: Backbone, data: Data, batch_size: int) -> dict[str, float]:
+    """Return the accuracy of the linear probe on the validation and test splits that there are; features are cached."""
+    found = {name: embed(backbone, examples, batch_size=batch_size) for name, examples in data.splits.items()}
+    probe = fit_probe(*found.pop("train"), len(data.class_names))
+    return {f"{name}_probe_accuracy": by_class(probe.logits(x), y)["accuracy"] for name, (x, y) in found.items()}
+
+
+def worth_warnings(metrics: Mapping[str, float]) -> list[str]:
+    """Return what to warn of at the end of a training: masks without a zero, or no better than `probe_metrics`."""
+    found = []
+    if metrics.get("density") == 1.0:
+        found.append(
+            "the masks keep every weight, so the adapter is a head and what else was trained; raise distance or lr, or "
+            "take more steps"
+        )
+    name = "test" if "test_probe_accuracy" in metrics else "validation"
+    accuracy, probe = metrics.get(f"{name}_accuracy"), metrics.get(f"{name}_probe_accuracy")
+    if accuracy is not None and probe is not None and accuracy <= probe:
+        found.append(
+            f"{name} accuracy is {accuracy:.4f}, and a linear probe of the raw backbone has {probe:.4f}: the "
+            f"mask was not worth it; take more steps, train norms, or keep the probe"
+        )
+    return found
 
 
 def disjoint(data: Data) -> tuple[Examples, Examples]:
