@@ -170,6 +170,20 @@ def mixed(*candidates: Settings) -> list[Settings]:
 
 STAGES: dict[str, list[tuple[str, Settings]]] = {
     "probe": stage(tuple(PAIRS), {"kind": "probe"}),
+    "small": stage(
+        ("resnet20-cartoon",),
+        {"kind": "probe"},
+        NORMS,
+        MASK,
+        {**MASK, "bn": "adapt"},
+        {**NORMS, "bn": "adapt"},
+        {**MASK, "head_start": "probe"},
+        {**MASK, "top": 1.0},
+        {"kind": "full", "lr": 0.001},
+        {"kind": "full", "lr": 0.001, "bn": "adapt"},
+        {**MASK, "lr": 0.02},
+        {**MASK, "train_lr": 0.003},
+    ),
     "text": stage(
         ("minilm-trec6",),
         {"kind": "probe"},

@@ -162,8 +162,10 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
     facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
-    warnings = (result.about.training or {}).get("warnings", [])
-    emit({**facts, "file_bytes": adapter.size, "warnings": warnings}, f"✓ {run.output}")
+    record = result.about.training or {}
+    beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
+    facts |= {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
+    emit(facts, f"✓ {run.output}")
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
