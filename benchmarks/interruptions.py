@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("failures", "storm"), help="one of the two; the other as it was")
     parser.add_argument("--step", type=int, default=1, help="every how many places, from another one in each setting")
-    parser.add_argument("--storm", type=int, default=5000, help="how many real signals")
+    parser.add_argument("--storm", type=int, default=5004, help="how many real signals, a multiple of 6")
     parser.add_argument("--write", type=Path, help="Markdown file that gets the table between its markers")
     parser.add_argument("--json", type=Path, default=Path("runs/interruptions.jsonl"))
     options = parser.parse_args()

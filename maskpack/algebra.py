@@ -21,13 +21,7 @@ MOST_VOTES = 1 << 64
 
 
 def whole_votes(weights: Sequence[float], count: int) -> list[int]:
-    """Return the weights of `count` votes as whole numbers in the same ratios, as small as can be.
-
-    A weight counts as the decimal number that it is printed as.
-
-    Raises:
-        ConfigError: if they are not as many, not finite, negative, all 0, or would need more than 64 binary digits.
-    """
+    """Return the weights of `count` votes, decimal numbers, as whole numbers in the same ratios, as small as can be."""
     try:
         exact = [Fraction(str(weight)) for weight in weights]
     except (ValueError, ZeroDivisionError):
@@ -48,11 +42,7 @@ def whole_votes(weights: Sequence[float], count: int) -> list[int]:
 
 
 def count_votes(votes: Sequence[int], least: int, bits: list[bitarray]) -> bitarray:
-    """Return where the votes of the true bits sum up to `least` or more.
-
-    Args:
-        votes: whole numbers, one for each of `bits`. least: from 1 to their sum.
-    """
+    """Return where the votes of the true bits sum up to `least`, from 1 to the sum of all, or more."""
     columns = [packed_bits(one) for one in bits]
     kept = np.empty_like(columns[0])
     for start in range(0, len(kept), CHUNK):
@@ -131,9 +121,7 @@ def combine(
     shapes = common_shapes(masks, missing)
 
     def make(name: str) -> PackedMask:
-        found = [one.get(name) for one in masks]
-        own = [mask for mask in found if mask is not None]
-        check_alike(name, own)
+        found, own = _masks_of(name, masks)
         if len({None if mask is None else mask.alpha for mask in found}) > 1:
             raise ConfigError(
                 f"the masks of {name!r} scale the kept weights differently, by the alphas "
@@ -173,11 +161,7 @@ def operation(how: str, count: int, weights: Sequence[float] | None = None, k: i
 
 
 def common_shapes(masks: Sequence[MaskSet], missing: Missing) -> dict[str, Shape]:
-    """Return the shapes of all parameters of mask sets; see `combine` for `missing`.
-
-    Raises:
-        ConfigError: if a shape differs, or parameters do and `missing` is "error".
-    """
+    """Return the shapes of all parameters of mask sets; see `combine` for `missing` and the errors."""
     if missing not in MISSING:
         raise ConfigError(f"missing must be one of {', '.join(MISSING)}, got {missing!r}")
     every = [one.shapes for one in masks]
@@ -197,12 +181,15 @@ def common_shapes(masks: Sequence[MaskSet], missing: Missing) -> dict[str, Shape
     return dict(sorted(shapes.items()))
 
 
-def check_alike(name: str, masks: Sequence[PackedMask]) -> None:
-    """Raise ConfigError if a bit of one of these masks of a parameter does not mean what it means in the others."""
-    ops = sorted({mask.op for mask in masks})
-    if len(ops) > 1 or any(mask.signs is not None for mask in masks):
+def _masks_of(name: str, sets: Sequence[MaskSet]) -> tuple[list[PackedMask | None], list[PackedMask]]:
+    """Return the masks of a parameter by set, and those that there are, whose bits must all mean the same."""
+    found = [one.get(name) for one in sets]
+    own = [mask for mask in found if mask is not None]
+    ops = sorted({mask.op for mask in own})
+    if len(ops) > 1 or any(mask.signs is not None for mask in own):
         what = f"the ops {' and '.join(ops)}" if len(ops) > 1 else "signs, as ternary masks do"
         raise ConfigError(f"the masks of {name!r} have {what}; give masks whose bits mean the same, without signs")
+    return found, own
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,17 +243,11 @@ class Overlap:
 def overlaps(first: MaskSet, second: MaskSet, *, missing: Missing = "error") -> Iterator[tuple[str, Overlap]]:
     """Yield what two mask sets have in common, by parameter name; `sum(…, Overlap())` of them is that of the sets.
 
-    Args:
-        missing: as of `combine`.
-
-    Raises:
-        ConfigError: if the sets differ in parameters, shapes or op, or have signs.
+    `missing` and errors are those of `combine`, but alphas may differ.
     """
     for name, shape in common_shapes([first, second], missing).items():
-        own = [mask for one in (first, second) if (mask := one.get(name)) is not None]
-        check_alike(name, own)
         every = PackedMask(ones(math.prod(shape), endian="little"), shape)
-        a, b = (one.get(name) or every for one in (first, second))
+        a, b = (mask or every for mask in _masks_of(name, [first, second])[0])
         both, removed = count_and(a.bits, b.bits), (len(a.bits) - a.kept) * (len(b.bits) - b.kept)
         expected, rescaled = removed / max(len(a.bits), 1), int(a.alpha != b.alpha)
         yield name, Overlap(len(a.bits), both, a.kept - both, b.kept - both, expected, rescaled)

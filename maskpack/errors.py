@@ -1,24 +1,5 @@
 """Every error that maskpack raises on purpose.
 
-MaskpackError
-├── ConfigError              a setting is impossible (also a ValueError)
-├── UnknownNameError         no such method, codec, data source, backbone, parameter or mask set (LookupError)
-├── MissingDependencyError   an optional library is not installed (ImportError)
-├── SelectionError           the patterns match no parameter, or one that cannot be masked (ValueError)
-├── BackboneError            the backbone or its weights cannot be loaded (ValueError)
-├── DataError                the data cannot be read or do not fit (ValueError)
-├── TrainingError            training cannot go on (RuntimeError)
-├── StoppedError             a signal stopped the work, which can be taken up again
-├── AdapterError             something is wrong with an adapter file (ValueError)
-│   ├── CorruptAdapterError      its bytes are not what the format or the digests say
-│   ├── UnsupportedVersionError  written by a newer format version
-│   ├── UnknownCodecError        packed with a codec that is not installed
-│   └── SignatureError           its signature is missing, wrong, untrusted or too old
-├── BackboneMismatchError    the adapter was made for other weights (ValueError)
-├── StateError               the model or folder is not in the state that the call needs (RuntimeError)
-└── HubError                 push, pull or their network failed (OSError)
-    └── HubUnreachableError      the Hub is unreachable or overloaded; retry later
-
 A message says what was wrong (with the value), what was expected, and what to do.
 """
 
@@ -98,11 +79,7 @@ class TrainingError(MaskpackError, RuntimeError):
 
 
 class StoppedError(MaskpackError):
-    """Raised when SIGTERM or SIGUSR1 stopped the work, after its checkpoint was written.
-
-    Attributes:
-        signal: its number.
-    """
+    """Raised when SIGTERM or SIGUSR1 (`signal` is its number) stopped the work, after its checkpoint was written."""
 
     def __init__(self, message: str, signal: int = 15):
         super().__init__(message)
@@ -149,12 +126,8 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional library, or raise with the pip line that installs it.
 
     Args:
-        module: name to import, dotted if need be.
-        extra: the maskpack extra that brings it.
+        module: name to import, dotted if need be. extra: the maskpack extra that brings it.
         purpose: what needs it, as in "loading timm backbones".
-
-    Raises:
-        MissingDependencyError: if it is not installed.
     """
     try:
         return importlib.import_module(module)

@@ -136,37 +136,18 @@ def unpack(bits: bitarray) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Streamed(Mapping[str, PackedMask]):
-    """Masks that are made whenever they are asked for, and not kept."""
-
-    shapes: Mapping[str, Shape | None]
-    make: Callable[[str], PackedMask]
-
-    def __getitem__(self, name: str) -> PackedMask:
-        mask = self.make(name)
-        if self.shapes[name] not in (None, mask.shape):
-            raise ConfigError(f"the mask made for {name!r} has shape {mask.shape}, expected {self.shapes[name]}")
-        return mask
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-@dataclass(frozen=True, slots=True, eq=True)
 class MaskSet(Mapping[str, PackedMask]):
-    """Masks by dotted parameter name, sorted by name. Immutable."""
+    """Masks by dotted parameter name, sorted by name. Immutable.
 
-    masks: Mapping[str, PackedMask]
+    Attributes:
+        masks: by name; of a streamed set the shapes that are known, or None. make: see `streamed`.
+    """
+
+    masks: Mapping[str, Any]
+    make: Callable[[str], PackedMask] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.masks, _Streamed):
-            object.__setattr__(self, "masks", {name: self.masks[name] for name in sorted(self.masks)})
+        object.__setattr__(self, "masks", {name: self.masks[name] for name in sorted(self.masks)})
 
     @classmethod
     def streamed(
@@ -179,7 +160,7 @@ class MaskSet(Mapping[str, PackedMask]):
             shapes: of the masks by name, if known: then `shapes` and `total` need no mask, and a mask that is made
                 with another shape is a ConfigError.
         """
-        return cls(_Streamed({name: (shapes or {}).get(name) for name in sorted(set(names))}, make))
+        return cls({name: (shapes or {}).get(name) for name in names}, make)
 
     @classmethod
     def from_tensors(cls, masks: Mapping[str, Tensor], *, op: Op = "zero", scale: bool = False) -> MaskSet:
@@ -197,13 +178,16 @@ class MaskSet(Mapping[str, PackedMask]):
         return cls(packed)
 
     def __getitem__(self, name: str) -> PackedMask:
-        if name in self.masks:
-            return self.masks[name]
-        raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters")
+        if name not in self.masks:
+            raise UnknownNameError(f"no mask for {name!r}; the set has {len(self.masks)} parameters")
+        mask: PackedMask = self.masks[name] if self.make is None else self.make(name)
+        if self.make is not None and self.masks[name] not in (None, mask.shape):
+            raise ConfigError(f"the mask made for {name!r} has shape {mask.shape}, expected {self.masks[name]}")
+        return mask
 
     def get(self, name: str, default: PackedMask | None = None) -> PackedMask | None:  # type: ignore[override]
         """Return the mask of a parameter, or `default` if the set has none."""
-        return self.masks[name] if name in self.masks else default
+        return self[name] if name in self.masks else default
 
     def __contains__(self, name: object) -> bool:
         return name in self.masks
@@ -217,13 +201,13 @@ class MaskSet(Mapping[str, PackedMask]):
     @property
     def is_streamed(self) -> bool:
         """Whether masks are made when they are asked for."""
-        return isinstance(self.masks, _Streamed)
+        return self.make is not None
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """Shapes by name; a mask is made for those only that a streamed set was not told."""
-        known = self.masks.shapes if isinstance(self.masks, _Streamed) else {}
-        return {name: s if (s := known.get(name)) is not None else self.masks[name].shape for name in self.masks}
+        known = {} if self.make is None else self.masks
+        return {name: self[name].shape if known.get(name) is None else known[name] for name in self.masks}
 
     @property
     def total(self) -> int:
@@ -233,12 +217,12 @@ class MaskSet(Mapping[str, PackedMask]):
     @property
     def kept(self) -> int:
         """Number of weights kept."""
-        return sum(mask.kept for mask in self.masks.values())
+        return sum(mask.kept for mask in self.values())
 
     @property
     def density(self) -> float:
         """Share of weights kept, over all parameters."""
-        sizes = [(mask.kept, len(mask.bits)) for mask in self.masks.values()]
+        sizes = [(mask.kept, len(mask.bits)) for mask in self.values()]
         total = sum(size for _, size in sizes)
         return sum(kept for kept, _ in sizes) / total if total else 1.0
 

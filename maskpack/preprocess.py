@@ -23,8 +23,9 @@ def _check(name: str, value: object, valid: bool, expected: str) -> None:
         raise ConfigError(f"preprocess.{name} is {value!r:.80}, expected {expected}")
 
 
-def _is_size(value: object, largest: int) -> bool:
-    return type(value) is int and 1 <= value <= largest
+def _check_size(name: str, value: object, least: int, most: int) -> None:
+    valid = type(value) is int and least <= value <= most
+    _check(name, value, valid, f"an integer from {least} to {most}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,8 @@ class ImagePreprocess:
     kind: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
-        for name in ("size", "resize"):
-            value = getattr(self, name)
-            _check(name, value, _is_size(value, LARGEST), f"an integer from 1 to {LARGEST}")
-        _check("resize", self.resize, self.resize >= self.size, f"at least the size, {self.size}")
+        _check_size("size", self.size, 1, LARGEST)
+        _check_size("resize", self.resize, self.size, LARGEST)  # the crop is no larger
         known = get_args(Interpolation)
         _check("interpolation", self.interpolation, self.interpolation in known, f"one of {', '.join(known)}")
         for name, above in (("mean", -math.inf), ("std", 0.0)):
@@ -90,11 +89,11 @@ class TextPreprocess:
     kind: ClassVar[str] = "text"
 
     def __post_init__(self) -> None:
-        _check("max_length", self.max_length, _is_size(self.max_length, 1 << 31), "an integer from 1 to 2**31")
+        _check_size("max_length", self.max_length, 1, 1 << 31)
 
 
 Preprocess = ImagePreprocess | TextPreprocess
-KINDS: Mapping[str, type[ImagePreprocess] | type[TextPreprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
+KINDS: Mapping[str, type[Preprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO) -> Any:
@@ -119,22 +118,15 @@ def preprocess_from_json(config: Mapping[str, Any]) -> Preprocess:
     cls = KINDS.get(str(config.get("kind")))
     if cls is None:
         raise ConfigError(f"unknown kind of preprocessing {config.get('kind')!r}; known: {', '.join(KINDS)}")
-    values: dict[str, Any] = {}
-    for field in fields(cls):
-        if field.name in config:
-            value = config[field.name]
-            values[field.name] = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    return cls(**values)
+    given: dict[str, Any] = {one.name: config[one.name] for one in fields(cls) if one.name in config}
+    for name, value in given.items():
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**given)
 
 
 def collate_text(tokenizer: Any, preprocess: TextPreprocess) -> "Callable[[Sequence[str]], dict[str, Tensor]]":
     """Return a function from texts to the tokenizer's tensors, padded to the longest text of the batch."""
     if tokenizer is None:
         raise DataError("texts need the backbone's tokenizer, and none was found; pass the tokenizer")
-
-    def apply(texts: Sequence[str]) -> "dict[str, Tensor]":
-        return dict(
-            tokenizer(list(texts), padding=True, truncation=True, max_length=preprocess.max_length, return_tensors="pt")
-        )
-
-    return apply
+    options = {"padding": True, "truncation": True, "max_length": preprocess.max_length, "return_tensors": "pt"}
+    return lambda texts: dict(tokenizer(list(texts), **options))

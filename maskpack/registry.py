@@ -32,12 +32,7 @@ T = TypeVar("T", bound=Plugin)
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by id, discovered on the first look-up.
-
-    Args:
-        kind: the word for one of them in messages, as in "codec".
-        package: where they are searched, as in "maskpack.codecs".
-    """
+    """Classes of one kind, as in "codec", by id; those of a package are discovered on the first look-up."""
 
     def __init__(self, kind: str, package: str):
         self.kind = kind
@@ -168,11 +163,7 @@ def check_above_zero(options: Any, *names: str) -> None:
 def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:
     """Make a dataclass whose fields all have defaults, from options of the command line or a file.
 
-    Args:
-        what: whose options they are, for messages, as in "the method 'threshold'".
-
-    Raises:
-        ConfigError: if there is no such option, its type is not that of the default, or its value is refused.
+    Errors are ConfigError; `what` says in them whose options they are, as in "the method 'threshold'".
     """
     known = {field.name: field for field in fields(cls)}
     values = {}

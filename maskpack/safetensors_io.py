@@ -12,11 +12,11 @@ import re
 import secrets
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,8 @@ from .errors import ConfigError, CorruptAdapterError, DataError, MaskpackError, 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 MAX_HEADER = 8 << 20  # bytes; a header of this size already names 100,000 tensors
 MAX_DIMENSION = 1 << 48
@@ -78,8 +80,7 @@ class Span(NamedTuple):
 def strict_json(text: str | bytes | memoryview, what: str) -> Any:
     """Parse JSON, refusing what parsers disagree about: duplicate keys, NaN, infinities, deep nesting.
 
-    Raises:
-        CorruptAdapterError: if the text is not such JSON; `what` names it in the message.
+    What is refused is a CorruptAdapterError, which calls it `what`.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -149,9 +150,6 @@ def parse_header(text: memoryview, data_size: int) -> tuple[dict[str, str], dict
 
     Returns:
         The strings of `__metadata__`, and where each tensor lies, sorted by name.
-
-    Raises:
-        CorruptAdapterError: if tensors overlap, leave gaps, do not end with the file, or disagree with their shape.
     """
     if bytes(text[:1]) != b"{":
         raise CorruptAdapterError(f"the safetensors header begins with {bytes(text[:1])!r}, expected b'{{'")
@@ -178,23 +176,23 @@ def parse_header(text: memoryview, data_size: int) -> tuple[dict[str, str], dict
 
 def _span(name: str, entry: Any) -> Span:
     def refuse(what: str) -> CorruptAdapterError:
-        return CorruptAdapterError(f"tensor {name!r} of the safetensors header: {what}")
+        return CorruptAdapterError(f"tensor {name!r} of the safetensors header: {what}; got {str(entry)[:120]}")
+
+    def are_sizes(value: Any, most: int) -> bool:
+        return isinstance(value, list) and len(value) <= most and all(type(n) is int and n >= 0 for n in value)
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise refuse(f"expected dtype, shape and data_offsets, got {str(entry)[:80]}")
+        raise refuse("expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(f"unknown dtype {str(dtype)[:80]!r}; known: {', '.join(DTYPES)}")
-    for key, value in (("shape", shape), ("data_offsets", offsets)):
-        if not isinstance(value, list) or len(value) > 16 or any(type(n) is not int or n < 0 for n in value):
-            raise refuse(f"{key} must be a list of at most 16 integers >= 0, got {str(value)[:80]}")
-    if any(size > MAX_DIMENSION for size in shape) or len(offsets) != 2:
-        raise refuse(f"a dimension is over {MAX_DIMENSION} or data_offsets are not two: {str(entry)[:120]}")
+    if not are_sizes(shape, 16) or max(shape, default=0) > MAX_DIMENSION:
+        raise refuse(f"shape must be a list of at most 16 integers from 0 to {MAX_DIMENSION}")
+    if not are_sizes(offsets, 2) or len(offsets) != 2:
+        raise refuse("data_offsets must be two integers from 0")
     size = math.prod(shape) * DTYPES[dtype][1]
     if offsets[1] - offsets[0] != size:
-        raise refuse(
-            f"{dtype} of shape {shape} needs {size} bytes, its offsets {offsets} span {offsets[1] - offsets[0]}"
-        )
+        raise refuse(f"{dtype} of shape {shape} needs {size} bytes, its offsets span {offsets[1] - offsets[0]}")
     return Span(dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -204,10 +202,7 @@ MAX_INDEX = 64 << 20  # bytes; names of 500,000 tensors
 
 
 def _checkpoint_files(path: Path) -> dict[Path, set[str] | None]:
-    """Return the safetensors files that a path stands for, with the tensors that each must have (None: any).
-
-    The path may be a safetensors file, an index (`*.safetensors.index.json`), or a folder of either; see `TensorFile`.
-    """
+    """Return the safetensors files that a path stands for, with the tensors that each must have (None: any)."""
     if path.is_dir():
         indexes, files = sorted(path.glob(f"*{INDEX}")), sorted(path.glob(f"*{SUFFIX}"))
         # beside an index, its shards do not count, but a whole file of the same name does
@@ -222,17 +217,16 @@ def _checkpoint_files(path: Path) -> dict[Path, set[str] | None]:
         path = found[0]
     if not path.name.endswith(INDEX):
         return {path: None}
-    shards: dict[Path, set[str] | None] = {}
-    weight_map = _weight_map(path)
-    for shard in sorted(set(weight_map.values())):
-        shards[path.parent / shard] = {tensor for tensor, own in weight_map.items() if own == shard}
+    shards: dict[Path, set[str]] = {}
+    for tensor, shard in sorted(_weight_map(path).items(), key=lambda item: item[1]):
+        shards.setdefault(path.parent / shard, set()).add(tensor)
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise DataError(
             f"{path} names {len(shards)} files, of which {len(missing)} are missing, first {missing[0]!r}; fetch the "
             f"checkpoint again, all of it"
         )
-    return shards
+    return dict(shards)
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -258,16 +252,21 @@ def _weight_map(path: Path) -> dict[str, str]:
     return found
 
 
-def _check_shard(path: Path, found: Iterable[str], expected: set[str] | None) -> None:
-    """Raise DataError if a shard has not exactly the tensors that the index says."""
-    differing = sorted(expected.symmetric_difference(found)) if expected is not None else []
-    if expected is not None and differing:
-        own = differing[0] in expected
-        what = "has no such tensor" if own else "has that tensor, which the index does not place there"
-        raise DataError(
-            f"{path} and the index of its checkpoint disagree on {len(differing)} tensors, first {differing[0]!r}: the "
-            f"file {what}; fetch the checkpoint again, all of it"
-        )
+def _walk(path: Path, read: Callable[[Any, str], T]) -> Iterator[tuple[Path, str, T]]:
+    """Yield file, name and what `read` makes of each tensor of a checkpoint, which has those that its index says."""
+    for shard, expected in _checkpoint_files(path).items():
+        with _opened(shard) as file:
+            found = {name: read(file, name) for name in file.keys()}
+        differing = sorted(expected ^ found.keys()) if expected is not None else []
+        if expected is not None and differing:
+            own = differing[0] in expected
+            what = "has no such tensor" if own else "has that tensor, which the index does not place there"
+            raise DataError(
+                f"{shard} and the index of its checkpoint disagree on {len(differing)} tensors, first "
+                f"{differing[0]!r}: the file {what}; fetch the checkpoint again, all of it"
+            )
+        for name, tensor in found.items():
+            yield shard, name, tensor
 
 
 Buffer = bytes | bytearray | memoryview
@@ -284,11 +283,7 @@ class Blob:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Blob:
-        """Make the blob of a tensor; a contiguous tensor in main memory is not copied.
-
-        Raises:
-            ConfigError: if safetensors files here have no such dtype.
-        """
+        """Make the blob of a tensor; a contiguous tensor in main memory is not copied."""
         import torch
 
         if str(tensor.dtype) not in NAMES:
@@ -306,22 +301,16 @@ class Blob:
 class TensorFile(Mapping[str, "Tensor"]):
     """The tensors of a checkpoint by name, each read when it is asked for and not kept; see `open_tensors`.
 
-    Attributes:
-        path: the file, index or folder.
-        shapes: name -> shape, known without reading a tensor.
+    `shapes`, by name, are known without reading a tensor.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self._files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for shard, names in _checkpoint_files(path).items():
-            with _opened(shard) as file:
-                found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            _check_shard(shard, found, names)
-            shapes |= found
-            self._files |= dict.fromkeys(found, shard)
-        self.shapes = dict(sorted(shapes.items()))
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for shard, name, shape in _walk(path, lambda file, name: tuple(file.get_slice(name).get_shape())):
+            self._files[name], self.shapes[name] = shard, shape
+        self.shapes = dict(sorted(self.shapes.items()))
 
     def __getitem__(self, name: str) -> Tensor:
         # opened anew each time: what is read stays mapped, and so resident, until the file is closed
@@ -341,24 +330,14 @@ def open_tensors(path: str | Path) -> TensorFile:
 
     Args:
         path: a safetensors file, the index of one in several files (`*.safetensors.index.json`), or a folder with one
-            of either.
-
-    Raises:
-        DataError: if it is not there or cannot be used: damaged, an index with shards that are missing or elsewhere,
-            a folder with several checkpoints. Reading a tensor raises it as well.
+            of either. What is missing, damaged or ambiguous is a DataError, also when a tensor is read.
     """
     return TensorFile(Path(path))
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint of weights, masks or scores that the user names, all of it. As `open_tensors`."""
-    tensors: dict[str, Tensor] = {}
-    for shard, names in _checkpoint_files(Path(path)).items():
-        with _opened(shard) as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}
-        _check_shard(shard, found, names)
-        tensors |= found
-    return tensors
+    return {name: tensor for _, name, tensor in _walk(Path(path), lambda file, name: file.get_tensor(name))}
 
 
 @contextmanager
@@ -381,14 +360,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
 
-    Args:
-        path: the file; its folder must exist. It is replaced as a whole or not at all.
-        tensors: tensors by name, or blobs (whose bytes are not joined in memory).
-        metadata: strings for `__metadata__`.
-
-    Raises:
-        StateError: if the file cannot be written, for instance because the disk is full.
-        ConfigError: if a name comes twice, or bytes and shape disagree.
+    It is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory.
     """
     blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else list(tensors)
     with replacing(path) as (temporary,):
@@ -396,10 +368,7 @@ def write_tensors(
 
 
 def write_blobs(path: Path, blobs: Iterable[Blob], metadata: Mapping[str, str]) -> None:
-    """Write the bytes of a safetensors file to `path`, without a temporary file of its own.
-
-    A metadata entry `SEAL` with the value `UNSEALED` becomes the header's own digest.
-    """
+    """Write the bytes of a safetensors file; a metadata entry `SEAL`: `UNSEALED` becomes the header's own digest."""
     blobs = file_order(blobs)
     with path.open("wb") as file:
         file.write(_header(blobs, metadata))
@@ -437,10 +406,7 @@ def _header(blobs: Sequence[Blob], metadata: Mapping[str, str]) -> bytes:
 
 
 def lock(descriptor: int, wait: float = 0.0) -> bool | None:
-    """Lock an open file against other processes, for as long as this process has it open.
-
-    Args:
-        wait: seconds to wait for another holder.
+    """Lock an open file against other processes, for as long as this process has it open; wait so many seconds.
 
     Returns:
         True; False if another process holds it; None where there are no such locks (Windows, some network disks).
@@ -463,7 +429,7 @@ def lock(descriptor: int, wait: float = 0.0) -> bool | None:
 
 
 def is_leftover(path: Path, name: str) -> bool:
-    """Return True for a temporary file of a file of that name: `.NAME.<12 hex digits>.tmp`."""
+    """Return True for a temporary file of a file of that name."""
     return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{12}}\.tmp", path.name) is not None
 
 

@@ -159,17 +159,3 @@ def test_what_tests_share_is_in_helpers(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and node.level:
             names = [node.module] if node.module else [alias.name for alias in node.names]
             assert not [name for name in names if name.rpartition(".")[2].startswith("test_")], f"{path.name}: {names}"
-
-
-def test_error_tree() -> None:
-    tree = tree_of(PACKAGE / "errors.py")
-    drawn: dict[str, str] = {}
-    levels = ["MaskpackError"]
-    for line in (ast.get_docstring(tree) or "").splitlines():
-        if branch := re.match(r"([│ ]*)[├└]── (\w+)", line):
-            depth = len(branch[1]) // 4 + 1
-            levels = [*levels[:depth], branch[2]]
-            drawn[branch[2]] = levels[depth - 1]
-    classes = {n.name: ast.unparse(n.bases[0]) for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
-    assert classes.pop("MaskpackError") == "Exception"
-    assert classes == drawn

@@ -19,7 +19,7 @@ from maskpack.errors import MissingDependencyError
 from maskpack.lab.baselines.base import find_baseline
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
-from maskpack.training.cascade import fit_mixture, fit_whitening
+from maskpack.training.cascade import fit_router, fit_whitening
 from maskpack.training.data.base import Data
 from maskpack.training.data.folder import ImageFolder
 from maskpack.training.objectives.swav import multi_crop
@@ -214,8 +214,7 @@ def log(folder: Path) -> None:
         ("accelerate", "training", lambda: train_dense(Backbone(nn.Linear(2, 2), "x"), EMPTY, TrainConfig(), None)),
         ("accelerate", "training", lambda: train_cascade(nn.Linear(2, 2), EMPTY)),
         ("sklearn.decomposition", "principal components", lambda: fit_whitening(torch.rand(5, 3), 2)),
-        ("sklearn.mixture", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
-        ("sklearn.exceptions", "the router of a cascade", lambda: fit_mixture(torch.rand(5, 3), 2, 0)),
+        ("sklearn.mixture", "the router of a cascade", lambda: fit_router(torch.rand(5, 3), 2, 0)),
         ("torchvision.transforms.v2", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
         ("PIL.ImageFilter", "reading images", lambda: multi_crop(ImagePreprocess(8, 8), [])),
         ("tensorboard", "writing TensorBoard logs", lambda: log(Path())),

@@ -274,7 +274,7 @@ def test_preprocessing_survives_json() -> None:
         assert preprocess_from_json({**preprocess_to_json(one), "later": 1}) == one
     with pytest.raises(ConfigError, match="unknown kind of preprocessing 'sound'; known: image, text"):
         preprocess_from_json({"kind": "sound"})
-    with pytest.raises(ConfigError, match=r"preprocess\.resize is 8, expected at least the size, 9"):
+    with pytest.raises(ConfigError, match=r"preprocess\.resize is 8, expected an integer from 9 to 8192"):
         ImagePreprocess(9, 8)
     with pytest.raises(ConfigError, match=r"preprocess\.mean is"):
         ImagePreprocess(8, 8, mean=(1.0,))

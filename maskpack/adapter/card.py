@@ -5,7 +5,7 @@ Anybody may have written a training record, and places on a disk are not told.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError, escape
@@ -57,24 +57,17 @@ def member(record: Any, key: str) -> dict[str, Any]:
 
 def metrics(record: Any) -> dict[str, float]:
     """Return the numbers among the metrics of a training record, sorted by name."""
-    found = without_paths(member(record, "metrics"))
-    numbers = {key: value for key, value in found.items() if type(value) in (int, float)}
-    return {key: value for key, value in sorted(numbers.items()) if abs(value) < HUGE}
+    found = sorted(without_paths(member(record, "metrics")).items())
+    return {key: value for key, value in found if type(value) in (int, float) and abs(value) < HUGE}
 
 
-def dataset_name(record: Any) -> str | None:
-    """Return the name of the data in a training record, or None."""
-    found = record.get("data") if isinstance(record, dict) else None
-    name = found.get("id") if isinstance(found, dict) else found
-    return without_paths(name) if isinstance(name, str) and name else None
-
-
-def hub_dataset(record: Any) -> str | None:
-    """Return the id of the data if they are a data set of the Hub, as the training record says, or None."""
+def _data(record: Any) -> tuple[str | None, str | None]:
+    """Return the name of the data in a training record, and their id if they are a data set of the Hub, or None."""
     found = member(record, "data")
-    if found.get("source") != "hub":
-        return None
-    return name if isinstance(name := found.get("id"), str) and DATASET.fullmatch(name) else None
+    name = found.get("id") if found else record.get("data") if isinstance(record, dict) else None
+    if not isinstance(name, str) or not name:
+        return None, None
+    return without_paths(name), name if found.get("source") == "hub" and DATASET.fullmatch(name) else None
 
 
 def base_model(id_: str) -> str | None:
@@ -95,25 +88,36 @@ def digest_tag(digest: str) -> str:
     return f"maskpack:base:{digest[:DIGEST]}"
 
 
-def front_matter(description: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
-    """Return our keys of the front matter, in their order; see `render_card`.
+def render_card(description: Mapping[str, Any], repo_id: str | None = None, *, license: str | None = None) -> str:
+    """Return the model card of an adapter as Markdown with YAML front matter.
+
+    Args:
+        description: from `inspect_adapter`.
+        repo_id: the Hub repository, for the title and the usage lines; else a placeholder.
+        license: identifier of the licence, as in "apache-2.0"; None says nothing of one.
 
     Raises:
-        ConfigError: if `license` cannot be the identifier of a licence.
+        ConfigError: if `license` cannot be an identifier of the Hub's.
     """
     if license is not None and not LICENSE.fullmatch(license):
         raise ConfigError(
             f"license must be an identifier as the Hub writes them, such as apache-2.0, mit or other, got {license!r}"
         )
+    front = _to_yaml(_front_matter(description, repo_id, license))
+    return f"---\n{front}---\n\n{BEGIN}\n{chr(10).join(_body(description, repo_id))}{END}\n"
+
+
+def _front_matter(description: Mapping[str, Any], repo_id: str | None, license: str | None) -> dict[str, Any]:
+    """Return our keys of the front matter, in their order."""
     base, task, record = description["base"], description["task"], description["training"]
     # a network of random weights shares nothing with the pretrained one but its shape
     hub = None if str(base["revision"]).startswith("random:") else base_model(base["id"])
-    dataset, results = hub_dataset(record), None
+    (name, dataset), results = _data(record), None
     accuracies = {key: value for key, value in metrics(record).items() if "accuracy" in key}
     if accuracies and task is not None:
         result = {
             "task": {"type": _plain(task)},
-            "dataset": {"name": _plain(dataset_name(record) or "unknown"), "type": dataset or "unknown"},
+            "dataset": {"name": _plain(name or "unknown"), "type": dataset or "unknown"},
             "metrics": [{"type": "accuracy", "name": _plain(key), "value": value} for key, value in accuracies.items()],
         }
         results = [{"name": repo_id or "maskpack adapter", "results": [result]}]
@@ -133,21 +137,6 @@ def front_matter(description: Mapping[str, Any], repo_id: str | None, license: s
 
 def _plain(text: str) -> str:
     return escape(text).replace("<!--", "<!- -")  # no begin or end of our block
-
-
-def render_card(description: Mapping[str, Any], repo_id: str | None = None, *, license: str | None = None) -> str:
-    """Return the model card of an adapter as Markdown with YAML front matter.
-
-    Args:
-        description: from `inspect_adapter`.
-        repo_id: the Hub repository, for the title and the usage lines; else a placeholder.
-        license: identifier of the licence, as in "apache-2.0"; None says nothing of one.
-
-    Raises:
-        ConfigError: if `license` cannot be an identifier of the Hub's.
-    """
-    front = _to_yaml(front_matter(description, repo_id, license))
-    return f"---\n{front}---\n\n{BEGIN}\n{chr(10).join(_body(description, repo_id))}{END}\n"
 
 
 def update_card(existing: str, new: str) -> str:
@@ -213,8 +202,9 @@ def parameter_densities(one: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
-    """Yield the paragraphs of our block."""
+    """Yield the paragraphs of our block, each with the line end after it."""
     base, sets, record = description["base"], description["sets"], description["training"]
+    cascade, classes = description["cascade"], description["class_names"] or ()
     revision = f" at revision {_code(base['revision'])}" if base["revision"] else ""
     yield f"# {escape(repo_id or 'maskpack adapter', 'markdown')}\n"
     yield f"Binary weight masks for {_code(base['id'])}{revision}: one bit for each weight of the frozen network.\n"
@@ -226,72 +216,21 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
         )
     if str(description["task"]).endswith("feature-extraction"):
         yield "It has no head: what it gives is features, for nearest neighbours or a linear probe.\n"
-    yield from _usage(base, repo_id or "USER/NAME", description["cascade"], bool(description["class_names"]))
+    yield _usage(base, repo_id or "USER/NAME", cascade is not None, bool(classes))
     yield "## Masks\n"
-    yield "| mask set | parameters | weights | density | bytes | bits per weight |"
-    yield "| --- | --- | --- | --- | --- | --- |"
-    for name, one in sets.items():
+    columns = ("mask set", "parameters", "weights", "density", "bytes", "bits per weight")
+    figures = "{parameters}", "{weights:,}", "{density:.4f}", "{payload_bytes:,}", "{bits_per_weight:.4f}"
+    yield _table(columns, [[name, *(figure.format(**one) for figure in figures)] for name, one in sets.items()])
+    if cascade is not None:
+        sizes = ", ".join(f"{role} {size:,} bytes" for role, size in sorted(cascade["bytes"].items()))
+        alone = cascade["combine"] == "conditional"
+        how = "its block alone joins the dispatcher's" if alone else "every expert joins it"
         yield (
-            f"| {name} | {one['parameters']} | {one['weights']:,} | {one['density']:.4f} | "
-            f"{one['payload_bytes']:,} | {one['bits_per_weight']:.4f} |"
+            f"A cascade: the embedding by {_code(cascade['dispatcher'])} says which of {len(cascade['experts'])} "
+            f"experts an input is for ({cascade['combine']}: {how}). Beside the masks: {sizes}.\n"
         )
-    if (cascade := description["cascade"]) is not None:
-        yield f"\n{_together(cascade)}"
     smaller = f"{description['times_smaller_than_float32']:.1f} times fewer than the masked weights in float32"
-    yield f"\nThe file has {description['size']:,} bytes, {smaller}.\n"
-    yield from _densities(sets)
-    if results := metrics(record):
-        yield "## Results\n\n| result | value |\n| --- | --- |"
-        yield "".join(f"| {escape(key, 'markdown')} | {value:.4g} |\n" for key, value in results.items())
-    yield from _combined(record)
-    if record or description["class_names"]:
-        yield "## Training\n"
-    yield from _data(record)
-    if names := description["class_names"]:
-        more = f", … ({len(names)} in all)" if len(names) > MOST_CLASSES else ""
-        yield f"Classes: {', '.join(escape(name, 'markdown') for name in names[:MOST_CLASSES])}{more}\n"
-    if record:
-        yield f"Training record:\n\n{_fenced(json.dumps(without_paths(record), indent=2, sort_keys=True))}\n"
-    digest = base["digests"]["float32"]
-    yield f"mask_id {_code(description['mask_id'])}, base digest (float32) {_code(digest)}.\n"
-
-
-def _usage(base: Mapping[str, Any], name: str, cascade: Mapping[str, Any] | None, classifies: bool) -> Iterator[str]:
-    id_, revision = base["id"], base["revision"]
-    known = base_model(id_) is not None or OTHER_ID.fullmatch(id_) is not None
-    drawn = re.fullmatch(r"random:([\w:-]+)", revision or "")
-    if known and revision and not id_.startswith("timm/") and re.fullmatch(r"[\w.-]+", revision):
-        id_ = f"{id_}@{revision}"
-    options = f', random_weights="{drawn[1]}"' if drawn else ""
-    model = f'load_backbone("{id_}"{options}).model' if known else "...  # the base named above, with the same weights"
-    yield "```python"
-    load = "load_mask" if cascade is None else "load_cascade"
-    yield f"from maskpack import {'load_backbone, ' if known else ''}{load}\n"
-    yield f"model = {model}"
-    reference = json.dumps(name)
-    if cascade is None:
-        yield f"load_mask(model, {reference})  # in place; unload_mask(model) gives the base back, to the bit\n```\n"
-    else:
-        yield f"cascade = load_cascade(model, {reference})"
-        yield "x = cascade.embed(inputs)  # by the dispatcher and experts; the model is as before, to the bit"
-        if classifies:
-            yield "print(cascade.predict(examples))  # images or their paths, or texts"
-        yield "```\n"
-    yield f"```bash\nmaskpack pull {name}  # fetches and verifies every byte\n```\n"
-
-
-def _together(cascade: Mapping[str, Any]) -> str:
-    """Return what the sets of a cascade do together, and what it stores beside them."""
-    sizes = ", ".join(f"{role} {size:,} bytes" for role, size in sorted(cascade["bytes"].items()))
-    how = "its block alone joins the dispatcher's" if cascade["combine"] == "conditional" else "every expert joins it"
-    return (
-        f"A cascade: the embedding by {_code(cascade['dispatcher'])} says which of {len(cascade['experts'])} experts "
-        f"an input is for ({cascade['combine']}: {how}). Beside the masks: {sizes}."
-    )
-
-
-def _densities(sets: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lowest and the highest density of each set."""
+    yield f"The file has {description['size']:,} bytes, {smaller}.\n"
     for name, one in list(sets.items())[:MOST_SETS]:
         layers = parameter_densities(one)
         low, high = min(layers, key=lambda layer: layer[1]), max(layers, key=lambda layer: layer[1])
@@ -300,38 +239,72 @@ def _densities(sets: Mapping[str, Any]) -> Iterator[str]:
         if low[1] == high[1]:
             span = f"{low[1]:.4f} in every one"
         yield f"{where}ensity of the {len(layers)} masked parameters: {span}.\n"
+    if results := metrics(record):
+        rows = [[escape(key, "markdown"), f"{value:.4g}"] for key, value in results.items()]
+        yield f"## Results\n\n{_table(('result', 'value'), rows)}"
+    yield from _combined(member(record, "combined"))
+    if record or classes:
+        yield "## Training\n"
+    name, dataset = _data(record)
+    if name is not None:
+        rows = without_paths(member(member(record, "data"), "rows"))
+        counts = ", ".join(f"{escape(key, 'markdown')} {count:,}" for key, count in rows.items() if type(count) is int)
+        where = " of the Hugging Face Hub" if dataset else ""
+        yield f"Data: {_code(name)}{where}{f' (examples: {counts})' if counts else ''}.\n"
+    if classes:
+        more = f", … ({len(classes)} in all)" if len(classes) > MOST_CLASSES else ""
+        yield f"Classes: {', '.join(escape(name, 'markdown') for name in classes[:MOST_CLASSES])}{more}\n"
+    if record:
+        text = json.dumps(without_paths(record), indent=2, sort_keys=True)
+        # written as JSON escapes them, so that the text cannot close our fence
+        fenced = text.replace("<", "\\u003c").replace("`", "\\u0060")
+        yield f"Training record:\n\n```json\n{fenced}\n```\n"
+    digest = base["digests"]["float32"]
+    yield f"mask_id {_code(description['mask_id'])}, base digest (float32) {_code(digest)}.\n"
 
 
-def _combined(record: Any) -> Iterator[str]:
+def _usage(base: Mapping[str, Any], name: str, is_cascade: bool, classifies: bool) -> str:
+    id_, revision, reference = base["id"], base["revision"], json.dumps(name)
+    known = base_model(id_) is not None or OTHER_ID.fullmatch(id_) is not None
+    drawn = re.fullmatch(r"random:([\w:-]+)", revision or "")
+    if known and revision and not id_.startswith("timm/") and re.fullmatch(r"[\w.-]+", revision):
+        id_ = f"{id_}@{revision}"
+    options = f', random_weights="{drawn[1]}"' if drawn else ""
+    model = f'load_backbone("{id_}"{options}).model' if known else "...  # the base named above, with the same weights"
+    use = [f"load_mask(model, {reference})  # in place; unload_mask(model) gives the base back, to the bit"]
+    if is_cascade:
+        use = [
+            f"cascade = load_cascade(model, {reference})",
+            "x = cascade.embed(inputs)  # by the dispatcher and experts; the model is as before, to the bit",
+            *["print(cascade.predict(examples))  # images or their paths, or texts"] * classifies,
+        ]
+    names = ["load_backbone"] * known + ["load_cascade" if is_cascade else "load_mask"]
+    code = "\n".join([f"from maskpack import {', '.join(names)}", "", f"model = {model}", *use])
+    return f"```python\n{code}\n```\n\n```bash\nmaskpack pull {name}  # fetches and verifies every byte\n```\n"
+
+
+def _combined(found: Mapping[str, Any]) -> Iterator[str]:
     """Yield which adapters' masks were combined, and how."""
-    found = member(record, "combined")
     if not isinstance(parents := found.get("parents"), list):
         return
     parents = [without_paths(one) for one in parents if isinstance(one, dict)]
     extra = "".join(f", {key} = {found[key]}" for key in ("k", "weights") if key in found)
     how = _code(without_paths(f"{found.get('operation')}{extra}"))
     yield f"## Combined\n\nThe masks are those of {len(parents)} adapters, combined by {how}, in this order:\n"
-    yield "| mask_id | adapter |\n| --- | --- |"
-    for one in parents[:MOST_PARENTS]:
-        yield f"| {_code(one.get('mask_id', ''))} | {_code(one['reference']) if one.get('reference') else '-'} |"
-    yield f"\n… and {len(parents) - MOST_PARENTS} more.\n" if len(parents) > MOST_PARENTS else ""
+    rows = [
+        [_code(one.get("mask_id", "")), _code(one["reference"]) if one.get("reference") else "-"]
+        for one in parents[:MOST_PARENTS]
+    ]
+    yield _table(("mask_id", "adapter"), rows)
+    if len(parents) > MOST_PARENTS:
+        yield f"… and {len(parents) - MOST_PARENTS} more.\n"
 
 
-def _data(record: Any) -> Iterator[str]:
-    """Yield what the masks were trained on."""
-    if (name := dataset_name(record)) is None:
-        return
-    where = " of the Hugging Face Hub" if hub_dataset(record) else ""
-    rows = without_paths(member(member(record, "data"), "rows"))
-    counts = ", ".join(f"{escape(key, 'markdown')} {count:,}" for key, count in rows.items() if type(count) is int)
-    yield f"Data: {_code(name)}{where}{f' (examples: {counts})' if counts else ''}.\n"
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def _code(text: object) -> str:
     text = str(text)
     return escape(text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…", "code")
-
-
-def _fenced(text: str) -> str:
-    """Return a code block; `<` is written as JSON escapes it, so that the text cannot close our fence."""
-    return "```json\n" + text.replace("<", "\\u003c").replace("`", "\\u0060") + "\n```"

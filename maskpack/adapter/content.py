@@ -28,7 +28,7 @@ class Parts:
         values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
 
     Example:
-        Parts(masks, head=Head("linear", weight, bias, module="fc"), statistics={"bn.running_mean": mean})
+        Parts(masks, Head(Embedding("fc"), weight, bias), statistics={"bn.running_mean": mean})
     """
 
     masks: MaskSet
@@ -57,8 +57,7 @@ class About:
 
     Attributes:
         task: the Hub's name of what the network does, as in "image-classification".
-        class_names: one for each row of the head.
-        preprocess: how inputs are prepared, with a `kind`.
+        class_names: one for each row of the head. preprocess: how inputs are prepared, with a `kind`.
         training: the training record.
     """
 
@@ -77,13 +76,7 @@ COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whitening:
-    """Principal components over their standard deviations: of the rows that it was fitted to, all have variance 1.
-
-    Attributes:
-        mean: (D,), which is subtracted first.
-        components: (F, D), the directions.
-        scale: (F,), standard deviations along them, above 0.
-    """
+    """Principal components: mean (D,), directions (F, D), and standard deviations along them (F,), above 0."""
 
     mean: Tensor
     components: Tensor
@@ -100,8 +93,7 @@ class Router:
 
     Attributes:
         whitening: of embeddings divided by their Euclidean norm, D to q coordinates.
-        weights: (K,), shares of the components, which sum to 1.
-        means: (K, q).
+        weights: (K,), shares of the components, which sum to 1. means: (K, q).
         precisions: (K, q, q), upper triangular; P of a component with the inverse covariance P Pᵀ.
     """
 
@@ -145,12 +137,10 @@ class Cascade:
         dispatcher: name of the set whose embeddings are routed.
         experts: names of the other sets, one for each component of the router, in its order.
         embedding: what of the model an embedding is.
-        router: from embeddings of the dispatcher to components.
         combine: "conditional": blocks of experts other than the routed one are zero, so that an input takes two passes;
             "unconditional": every block is computed.
         reduction: of combined embeddings to fewer numbers, or None.
-        weight, bias: of a linear head on the combined (and, if so, reduced) embedding, (classes, …) and (classes,);
-            None where there is no head.
+        weight, bias: of a linear head on the combined (and, if so, reduced) embedding, or None.
     """
 
     dispatcher: str

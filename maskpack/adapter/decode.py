@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Union
 
@@ -44,9 +44,8 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
 def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Bits:
     """Return the magnitude classes and signs of one parameter of the base, one uint8 per weight, row-major.
 
-    Raises:
-        BackboneMismatchError: if the base has no such parameter, or it has another shape or was cast to a dtype that
-            no longer tells which classes its weights had.
+    A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
+    a BackboneMismatchError.
     """
     import torch
 
@@ -68,17 +67,10 @@ def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
-    """Decodes the payloads of one file; see `Adapter.parts` for the errors.
-
-    Attributes:
-        weights: of the base by name, or None.
-        indices: of the payloads of each parameter of a set, in order: two for a ternary mask, signs first. Filled when
-            needed.
-    """
+    """Decodes the payloads of one file, with the base's weights by name, if need be; see `Adapter.parts`."""
 
     adapter: Adapter
     weights: Mapping[str, Tensor] | None
-    indices: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def codec(self, payload: Payload) -> Codec:
         """Return the codec of a payload with its settings."""
@@ -103,10 +95,9 @@ class Decoder:
         Returns:
             The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
         """
-        path, one = self.adapter.path, self.adapter.header.sets[set]
-        payload = one.payloads[index]
+        path, payload = self.adapter.path, self.adapter.header.sets[set].payloads[index]
         name, coding, codec = payload.name, payload.coding, self.codec(payload)
-        data = self.adapter.pieces[set][len(one.tables) + index]
+        data = self.adapter.piece(set, payload)
         if not plausible(data, payload.weights):
             raise CorruptAdapterError(
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
@@ -116,8 +107,7 @@ class Decoder:
         reference = None
         if coding.reference is not None:
             reference = packed_bits(self.decode(coding.reference, self._index_in(coding.reference, payload))[0])
-        table = None if coding.table is None else bytes(self.adapter.pieces[set][coding.table])
-        side = Side(payload.shape, classes, reference, table)
+        side = Side(payload.shape, classes, reference)
         try:
             events = codec.events(data, side)
             packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
@@ -162,18 +152,9 @@ class Decoder:
             )
         return classes
 
-    def names(self, set: str) -> dict[str, list[int]]:
-        """Return the indices of the payloads of each parameter of a set."""
-        if set not in self.indices:
-            found: dict[str, list[int]] = {}
-            for index, payload in enumerate(self.adapter.header.sets[set].payloads):
-                found.setdefault(payload.name, []).append(index)
-            self.indices[set] = found
-        return self.indices[set]
-
     def mask(self, set: str, name: str, zeros: bool = False) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""
-        *first, index = self.names(set)[name]
+        *first, index = self.adapter.indices[set][name]  # the signs of a ternary mask come before its zeros
         signs = self.decode(set, first[0])[0] if first else None
         bits, where = self.decode(set, index, zeros)
         payload, alpha = self.adapter.header.sets[set].payloads[index], self.adapter.alphas[set][index]
@@ -188,7 +169,8 @@ class Decoder:
 
     def streamed(self, set: str) -> MaskSet:
         """Return the masks of a set, each decoded when it is asked for."""
-        return MaskSet.streamed(self.names(set), partial(self.mask, set), self.adapter.shapes(set))
+        shapes = self.adapter.shapes(set)
+        return MaskSet.streamed(shapes, partial(self.mask, set), shapes)
 
     def verify(self, progress: Progress | None) -> dict[str, Any]:
         """Decode what can be decoded and compare `mask_id` if that is all; see `Adapter.verify`."""
@@ -219,4 +201,4 @@ class Decoder:
     def _index_in(self, other: str, payload: Payload) -> int:
         """Return the index of the payload of another set for the same parameter and op; the header's check found it."""
         payloads, op = self.adapter.header.sets[other].payloads, payload.coding.op
-        return next(index for index in self.names(other)[payload.name] if payloads[index].coding.op == op)
+        return next(index for index in self.adapter.indices[other][payload.name] if payloads[index].coding.op == op)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import escape
-from .header import FORMAT_VERSION, Payload, SetHeader, base_to_json
+from .header import FORMAT_VERSION, SetHeader, base_to_json
 from .read import Adapter, read_adapter
 from .tensors import CASCADE, beginning, dense_names
 
@@ -22,7 +22,7 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
     sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] for one in sets.values())
-    dense = sum(adapter.spans[name].end - adapter.spans[name].start for name in dense_names(adapter.spans))
+    dense = sum(len(adapter.bytes_of(name)) for name in dense_names(adapter.spans))
     return {
         "format_version": FORMAT_VERSION,
         "producer": header.producer,
@@ -46,10 +46,9 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
 
 def config_text(description: dict[str, Any], model_file: str) -> str:
     """Return the text of the config file: the description without its rows per parameter."""
-    sets = {
-        name: {key: value for key, value in one.items() if key != "payloads"}
-        for name, one in description["sets"].items()
-    }
+    sets = {name: dict(one) for name, one in description["sets"].items()}
+    for one in sets.values():
+        del one["payloads"]
     config = {**description, "sets": sets, "model_file": model_file}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return escape(text, "json") + "\n"
@@ -57,9 +56,9 @@ def config_text(description: dict[str, Any], model_file: str) -> str:
 
 def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
     # the signs of a ternary mask come right before its zeros, under the same name
-    bases = list({payload.name: payload for payload in one.payloads}.values())
-    weights, kept = sum(p.weights for p in bases), sum(p.kept for p in bases)
-    payload_bytes = sum(one.tables) + sum(p.size for p in one.payloads)
+    bases = {payload.name: payload for payload in one.payloads}.values()
+    weights, kept = sum(payload.weights for payload in bases), sum(payload.kept for payload in bases)
+    payload_bytes = sum(payload.size for payload in one.payloads)
     return {
         "parameters": len(bases),
         "weights": weights,
@@ -69,39 +68,34 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
         "bits_per_weight": 8 * payload_bytes / weights if weights else 0.0,
         "dense_bytes": _roles(adapter, name),
         "head": one.head,
-        "payloads": [_row(payload) for payload in one.payloads],
+        "payloads": [
+            {
+                "name": payload.name,
+                "shape": list(payload.shape),
+                "op": payload.coding.op,
+                "codec": payload.coding.codec,
+                "density": payload.kept / payload.weights if payload.weights else 1.0,
+                "bytes": payload.size,
+                "bits_per_weight": 8 * payload.size / payload.weights if payload.weights else 0.0,
+            }
+            for payload in one.payloads
+        ],
     }
 
 
 def _cascade(adapter: Adapter) -> dict[str, Any] | None:
     if adapter.header.cascade is None:
         return None
-    features, coordinates = adapter.spans[f"{CASCADE}router/components"].shape[::-1]
-    return {
-        **adapter.header.cascade,
-        "features": features,
-        "coordinates": coordinates,
-        "bytes": _roles(adapter, CASCADE.rstrip("/")),
-    }
-
-
-def _row(payload: Payload) -> dict[str, Any]:
-    return {
-        "name": payload.name,
-        "shape": list(payload.shape),
-        "op": payload.coding.op,
-        "codec": payload.coding.codec,
-        "density": payload.kept / payload.weights if payload.weights else 1.0,
-        "bytes": payload.size,
-        "bits_per_weight": 8 * payload.size / payload.weights if payload.weights else 0.0,
-    }
+    coordinates, features = adapter.spans[f"{CASCADE}router/components"].shape
+    sizes = {"features": features, "coordinates": coordinates, "bytes": _roles(adapter, CASCADE.rstrip("/"))}
+    return {**adapter.header.cascade, **sizes}
 
 
 def _roles(adapter: Adapter, of: str) -> dict[str, int]:
     """Return bytes of the dense tensors of a set (head, parameters, scale, …), or of the cascade, by role."""
     found: dict[str, int] = {}
     for name in beginning(adapter.names, f"{of}/"):
-        role, span = name.split("/", 2)[1], adapter.spans[name]
+        role = name.split("/", 2)[1]
         if name != f"{of}/payloads":
-            found[role] = found.get(role, 0) + span.end - span.start
+            found[role] = found.get(role, 0) + len(adapter.bytes_of(name))
     return found

@@ -37,15 +37,12 @@ def convert_adapter(
     Args:
         adapter: opened, or its folder or file.
         path: folder or `.safetensors` file; may be the adapter's own. A new folder gets the owner's words of the card.
-        profile, codec: as in `save_adapter`.
+        profile, codec, progress: as in `save_adapter`.
         base: the adapter's frozen base; needed where masks were packed with its weights, or are to be.
-        progress: as in `save_adapter`.
 
     Raises:
         AdapterError: if masks were packed with the base's weights and it is not given.
         BackboneMismatchError: if the base given is not the adapter's.
-        CorruptAdapterError: if the masks are not those that the adapter states.
-        Others: as `read_adapter` and `save_adapter`.
     """
     old = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if base is not None:
@@ -85,14 +82,11 @@ def combine_adapters(
     reference of each adapter. Masks are decoded one parameter at a time.
 
     Args:
-        how, weights, k, missing: as of `maskpack.combine`.
-        path, profile, codec, progress: as of `save_adapter`.
+        how, weights, k, missing: as of `maskpack.combine`. path, profile, codec, progress: as of `save_adapter`.
         base: the frozen base; needed where masks were packed with its weights, or are to be.
 
     Raises:
-        ConfigError, UnknownNameError: as `maskpack.combine`, or if an adapter replaces weights: values of several
-            adapters cannot be combined.
-        Others: as `mask_sets` and `save_adapter`.
+        ConfigError: as `maskpack.combine`, or if an adapter replaces weights: values cannot be combined.
     """
     combined = combine(how, mask_sets(adapters, base), weights=weights, k=k, missing=missing)
     for one in adapters:
@@ -130,7 +124,6 @@ def mask_sets(adapters: Sequence[Adapter], base: nn.Module | None = None) -> lis
     Raises:
         StateError: if an adapter has several mask sets.
         BackboneMismatchError: if the adapters were made for other weights than the first, or than those of `base`.
-        AdapterError: if masks were packed with the base's weights, `base` is None, and they are asked for.
     """
     for one in adapters:
         if len(one.sets) != 1:

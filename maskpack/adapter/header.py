@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
 from ..safetensors_io import strict_json
 from . import fields
-from .content import COMBINES, About
+from .content import COMBINES, About, Cascade
 from .fields import BOOLEAN, DIGEST, TEXT, TEXTS, Check, check, integers, one_of, record, refuse
 
 FORMAT_VERSION = 1
@@ -24,15 +24,12 @@ MAX_WEIGHTS = 1 << 34  # of a parameter
 MAX_SET_WEIGHTS = 1 << 48
 MAX_DIMENSIONS = 16
 SET_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
-OWN_KEYS = frozenset({"codec", "op", "reference", "table"})
+OWN_KEYS = frozenset({"codec", "op", "reference"})
 
 
 def canonical_json(value: Any) -> str:
     """Return JSON that is the same for equal values: sorted keys, no white space, ASCII, finite numbers."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-# what the header must hold
 
 
 def _are_shapes(value: Any) -> bool:
@@ -82,7 +79,6 @@ SET = {
     "shapes": check(_are_shapes, f"arrays of at most {MAX_DIMENSIONS} sizes, at most {MAX_WEIGHTS} weights each"),
     "codings": fields.items(record({"codec": TEXT, "op": one_of(*OPS), "reference?": fields.TEXT_OR_NULL})),
     "kept": fields.ARRAY,
-    "tables?": integers(MAX_SET_WEIGHTS),
     "head?": _embedding({"random?": record(RANDOM)}),
 }
 BASE = {
@@ -109,16 +105,12 @@ HEADER = {
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How payloads are coded: codec id, what a zero bit does, the codec's settings, reference set.
-
-    `table` is the index of a table that payloads share; such files are read and no longer written.
-    """
+    """How payloads are coded: codec id, what a zero bit does, the codec's settings, reference set."""
 
     codec: str
     op: Op
     config: Mapping[str, Any] = field(default_factory=dict)
     reference: str | None = None
-    table: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the coding as JSON values."""
@@ -128,13 +120,14 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """One payload: parameter name and shape, coding, number of true bits, bytes."""
+    """One payload: parameter name and shape, coding, number of true bits, bytes, where they start among the set's."""
 
     name: str
     shape: tuple[int, ...]
     coding: Coding
     kept: int
     size: int
+    start: int = 0
 
     @property
     def weights(self) -> int:
@@ -144,17 +137,10 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set.
-
-    Attributes:
-        payloads: sorted by (name, op).
-        head: JSON object of where the head is, and of its random weight, if it has one.
-        tables: sizes of shared tables, in older files.
-    """
+    """One mask set: payloads sorted by (name, op), the head's JSON object."""
 
     payloads: tuple[Payload, ...]
     head: Mapping[str, Any] | None = None
-    tables: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the set as JSON values."""
@@ -176,35 +162,31 @@ class SetHeader:
     def parse(cls, value: Any, where: str) -> "SetHeader":
         """Check a set and return it."""
         one = record(SET)(value, where)
-        count, joined, tables = len(one["kept"]), one["names"], one.get("tables", [])
+        count, joined = len(one["kept"]), one["names"]
         # counted before they are split: a short file must not become millions of strings
-        if not count or joined.count("\n") != count - 1:
-            expected = f"as many names, separated by line ends, as there are `kept` ({count}), at least 1"
+        names = joined.split("\n") if joined.count("\n") == count - 1 else []
+        if not names or not all(map(fields.plain, names)):
+            expected = f"as many plain names, separated by line ends, as there are `kept` ({count}), at least 1"
             raise refuse(f"{where}.names", joined, expected)
-        names = joined.split("\n")
-        if not all(map(fields.plain, names)):
-            raise refuse(f"{where}.names", joined, "non-empty names without control characters")
         shapes = [tuple(shape) for shape in one["shapes"]]
         codings = []
-        for i, (known, given) in enumerate(zip(one["codings"], value["codings"], strict=True)):
-            table, config = given.get("table"), {key: own for key, own in given.items() if key not in OWN_KEYS}
-            if table is not None and (type(table) is not int or not 0 <= table < len(tables)):
-                expected = f"the index of one of the {len(tables)} tables"
-                raise refuse(f"{where}.codings[{i}].table", table, expected)
-            codings.append(Coding(known["codec"], known["op"], config, known.get("reference"), table))
+        for coding in value["codings"]:  # checked; what is not ours belongs to the codec
+            config = {key: own for key, own in coding.items() if key not in OWN_KEYS}
+            codings.append(Coding(coding["codec"], coding["op"], config, coding.get("reference")))
         columns = {
             "shape": integers(len(shapes), count),
             "coding": integers(len(codings), count),
             "kept": integers(MAX_WEIGHTS + 1, count),
             "size": integers(MAX_SET_WEIGHTS, count),
         }
-        rows = zip(names, *record(columns)(value, where).values(), strict=True)
-        payloads = tuple(Payload(name, shapes[i], codings[j], kept, size) for name, i, j, kept, size in rows)
+        found = record(columns)(value, where)
+        rows = zip(names, *found.values(), itertools.accumulate(found["size"], initial=0), strict=False)
+        payloads = tuple(Payload(name, shapes[i], codings[j], *rest) for name, i, j, *rest in rows)
         _check_payloads(payloads, where)
-        return cls(payloads, one.get("head"), tuple(tables))
+        return cls(payloads, one.get("head"))
 
 
-def _check_payloads(payloads: tuple[Payload, ...], where: str) -> None:
+def _check_payloads(payloads: Sequence[Payload], where: str) -> None:
     if sum(payload.weights for payload in payloads) > MAX_SET_WEIGHTS:
         raise refuse(f"{where}.shape", [], f"at most {MAX_SET_WEIGHTS} weights in all")
     for payload in payloads:
@@ -246,6 +228,12 @@ def embedding_to_json(one: Embedding) -> dict[str, Any]:
     return {"kind": "pooled-linear", "normalize": one.normalize, "pooling": one.pooling}
 
 
+def cascade_to_json(cascade: Cascade) -> dict[str, Any]:
+    """Return a cascade without its tensors, as JSON values."""
+    own = {"combine": cascade.combine, "dispatcher": cascade.dispatcher, "experts": list(cascade.experts)}
+    return {**own, "embedding": embedding_to_json(cascade.embedding)}
+
+
 def embedding_of(value: Mapping[str, Any]) -> Embedding:
     """Return the embedding of a checked JSON object."""
     return Embedding(value.get("module"), value.get("pooling"), value.get("normalize", False))
@@ -264,12 +252,7 @@ def base_to_json(base: Fingerprint) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says beside its tensors.
-
-    Attributes:
-        base: without `tensors`, which is stored as a tensor.
-        cascade: JSON object of the cascade without its tensors, or None.
-    """
+    """What the file says beside its tensors; `cascade` is a JSON object. `base.tensors` is empty: it is a tensor."""
 
     producer: str
     mask_id: str
@@ -303,12 +286,7 @@ class Header:
 
     @classmethod
     def from_json(cls, text: str) -> "Header":
-        """Parse and check a header.
-
-        Raises:
-            UnsupportedVersionError: if a newer format version wrote it.
-            CorruptAdapterError: if anything in it is not what the format allows; the message says what and where.
-        """
+        """Parse and check a header; UnsupportedVersionError if a newer format version wrote it."""
         value = strict_json(text, "the adapter header")
         is_version = check(lambda one: type(one) is int and one >= 1, f"an integer from 1 to {FORMAT_VERSION}")
         version = record({"format_version": is_version})(value, "$")["format_version"]
@@ -323,21 +301,14 @@ class Header:
                 raise refuse("the name of a mask set in the adapter header", name, SET_NAME.pattern)
         sets = {name: SetHeader.parse(found["sets"][name], f"$.sets.{name}") for name in sorted(found["sets"])}
         _check_references(sets)
-        base = found["base"]
         if (cascade := found.get("cascade")) is not None:
             named = [cascade["dispatcher"], *cascade["experts"]]
             if len(named) < 2 or sorted(named) != sorted(sets):
                 expected = f"to name, with the dispatcher {named[0]!r}, each of the sets once: {', '.join([*sets][:9])}"
                 raise refuse("$.cascade.experts", named[1:], expected)
-        return cls(
-            found["producer"],
-            found["mask_id"],
-            found["data_blake3"],
-            Fingerprint(base["id"], base.get("revision"), base["dtype"], tuple(base["head"]), base["digests"], {}),
-            sets,
-            _about(found),
-            cascade,
-        )
+        base = Fingerprint(**{"revision": None, **found["base"], "head": tuple(found["base"]["head"])}, tensors={})
+        digests = found["mask_id"], found["data_blake3"]
+        return cls(found["producer"], *digests, base, sets, _about(found), cascade)
 
 
 def _about(found: Mapping[str, Any]) -> About:

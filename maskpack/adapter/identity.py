@@ -29,12 +29,7 @@ log = logging.getLogger("maskpack")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A signer as an OpenID Connect issuer knows them.
-
-    Attributes:
-        name: an e-mail address, or the address of a workflow that signs.
-        issuer: its address, as in https://accounts.google.com.
-    """
+    """A signer: e-mail address, or address of a workflow, as an OpenID Connect issuer (https://…) knows them."""
 
     name: str
     issuer: str
@@ -80,12 +75,7 @@ def parsing(content: bytes, what: str) -> Iterator[None]:
 
 
 def verified_payload(content: bytes, trusted: Identity) -> bytes:
-    """Return the statement in a bundle of sigstore that a trusted identity signed.
-
-    Raises:
-        SignatureError: if another one signed it, or certificate, log entry or signature do not verify.
-        MissingDependencyError: if sigstore is not installed.
-    """
+    """Return the statement in a bundle of sigstore; SignatureError unless all verifies, by a trusted identity."""
     require("sigstore", "sigstore", "signatures by an identity")
     from sigstore.models import Bundle
     from sigstore.verify.policy import Identity as Policy
@@ -122,12 +112,7 @@ def _verifier() -> Any:
 
 
 class IdentitySigner:
-    """Signs with the identity of a CI job, of a token in SIGSTORE_IDENTITY_TOKEN, or of a login in the browser.
-
-    Raises:
-        SignatureError: if there is none, or sigstore cannot be reached or refuses it.
-        MissingDependencyError: if sigstore is not installed.
-    """
+    """Signs with the identity of a CI job, of a token in SIGSTORE_IDENTITY_TOKEN, or of a login in the browser."""
 
     def __init__(self) -> None:
         require("sigstore", "sigstore", "signing with an identity")

@@ -17,11 +17,7 @@ from .content import About
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The class that an input most likely has.
-
-    Attributes:
-        label: its name. score: its probability (softmax), 0 to 1.
-    """
+    """The name of the class that an input most likely has, and its probability (softmax), 0 to 1."""
 
     label: str
     score: float

@@ -22,10 +22,10 @@ from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, check_seal, parse_header, strict_json, tensor_of
 from ..threads import Progress
 from . import tensors
-from .content import About, Cascade, Parts
+from .content import Cascade, Parts
 from .decode import Decoder, Masks, Weights, by_name
 from .fields import DIGEST, integer, record
-from .header import Header, SetHeader
+from .header import Header, Payload, SetHeader
 from .tensors import BASE, BASE_BYTES, CASCADE, DIGEST_BYTES, DIGESTS, beginning, dense_names
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Adapter:
     Attributes:
         path: the file that it was read from, for messages.
         header: what the file says beside its tensors.
+        sets: names of the mask sets, sorted. about: task, class names, preprocessing and training record.
+        mask_id: digest of the decoded masks as the header states it; `verify` compares it.
         spans: where each tensor lies in the data section. names: those of the tensors, sorted.
         content: the bytes of the file. size: their number.
         pinned: the reference that always means these bytes, `user/name@commit`; the path of a local adapter.
@@ -71,6 +73,7 @@ class Adapter:
     def __init__(self, path: str, header: Header, spans: Mapping[str, Span], content: memoryview, start: int):
         self.path = self.pinned = path
         self.header = header
+        self.sets, self.mask_id, self.about = tuple(header.sets), header.mask_id, header.about
         self.spans = spans
         self.names = sorted(spans)
         self.content = content
@@ -92,21 +95,6 @@ class Adapter:
     def digest(self) -> str:
         """Hex BLAKE3 of the whole file."""
         return blake3(self.content).hexdigest()
-
-    @property
-    def sets(self) -> tuple[str, ...]:
-        """Names of the mask sets, sorted."""
-        return tuple(self.header.sets)
-
-    @property
-    def mask_id(self) -> str:
-        """Digest of the decoded masks as the header states it; `verify` compares it."""
-        return self.header.mask_id
-
-    @property
-    def about(self) -> About:
-        """Task, class names, preprocessing and training record."""
-        return self.header.about
 
     @cached_property
     def cascade(self) -> Cascade | None:
@@ -139,10 +127,9 @@ class Adapter:
         return Parts(masks, head, *dense)
 
     def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
-        """Return name and mask of each parameter, by name, decoded in threads a bounded way ahead.
+        """Return name and mask of each parameter, decoded in threads a bounded way ahead; see `parts`.
 
-        Args:
-            set, base: as of `parts`, whose errors are raised. zeros: with the positions of zero bits, where known.
+        With `zeros` masks have the positions of their zero bits, where decoding came by them.
         """
         return self._decoder(base).masks(set, zeros)
 
@@ -151,11 +138,7 @@ class Adapter:
         return {payload.name: payload.shape for payload in self._set(set).payloads}
 
     def preprocess(self) -> Callable[[Any], Tensor] | None:
-        """Return the function from a PIL image to float32 (3, size, size); None for texts, or if none is stored.
-
-        Raises:
-            MissingDependencyError: if torchvision is not installed.
-        """
+        """Return the function from a PIL image to float32 (3, size, size); None for texts, or if none is stored."""
         stored = None if self.about.preprocess is None else preprocess_from_json(self.about.preprocess)
         return stored.transform() if isinstance(stored, ImagePreprocess) else None
 
@@ -176,7 +159,7 @@ class Adapter:
 
         Raises:
             AdapterError: if the adapter has no head, class names or preprocessing.
-            StateError: if the model's head is not the adapter's. DataError: if an input cannot be read.
+            StateError: if the model's head is not the adapter's.
         """
         from .predict import predict
 
@@ -186,14 +169,11 @@ class Adapter:
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
 
-        After each payload, `progress` gets the number of weights done and of those in all.
+        After each payload, `progress` gets the number of weights done and of those in all. Errors are as for `parts`.
 
         Returns:
             `payloads` and `decoded` (counts), `needs_base` (set and parameter names that were left out) and
             `mask_id`, True if it was compared and agrees, None if some masks were left out.
-
-        Raises:
-            UnknownCodecError, BackboneMismatchError, CorruptAdapterError: as for `parts`, or if `mask_id` differs.
         """
         self.check_values()
         return self._decoder(base).verify(progress)
@@ -220,16 +200,17 @@ class Adapter:
         span = self.spans[tensor]
         return self._data[span.start : span.end]
 
+    def piece(self, set: str, payload: Payload) -> memoryview:
+        """Return the bytes of a payload of a set, not copied."""
+        return self.bytes_of(f"{set}/payloads")[payload.start : payload.start + payload.size]
+
     @cached_property
-    def pieces(self) -> dict[str, list[memoryview]]:
-        """For each set the bytes of its tables, then of its payloads, not copied."""
-        found = {}
+    def indices(self) -> dict[str, dict[str, list[int]]]:
+        """For each set the indices of the payloads of each parameter."""
+        found: dict[str, dict[str, list[int]]] = {name: {} for name in self.sets}
         for name, one in self.header.sets.items():
-            data, at, pieces = self.bytes_of(f"{name}/payloads"), 0, []
-            for size in (*one.tables, *(payload.size for payload in one.payloads)):
-                pieces.append(data[at : at + size])
-                at += size
-            found[name] = pieces
+            for index, payload in enumerate(one.payloads):
+                found[name].setdefault(payload.name, []).append(index)
         return found
 
     @cached_property
@@ -274,22 +255,13 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read and verify an adapter: a folder, or a `.safetensors` file alone. Masks are decoded when asked for.
 
     Each file is opened and read once; what is verified are the bytes that are used. A config beside the model file
-    must name its digest.
-
-    Raises:
-        AdapterError: if there is no adapter; the message lists what is there.
-        UnsupportedVersionError: if a newer format version wrote it.
-        CorruptAdapterError: if its bytes are not what format, digests or config say.
+    must name its digest. What is wrong is an AdapterError, of a kind of its own where a program may care.
     """
     return parse_files(read_files(Path(path)))
 
 
 def read_files(path: Path, look: bool = True) -> dict[str, tuple[Path, bytes | memoryview]]:
-    """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified.
-
-    Args:
-        look: as of `read_model`.
-    """
+    """Read an adapter folder's model file and config, if it has one, or a model file alone; nothing is verified."""
     if not path.is_dir():
         return {MODEL_FILE: (path, read_model(path, path, look))}
     model, config = path / MODEL_FILE, path / CONFIG_FILE
@@ -315,11 +287,10 @@ def parse_files(files: Files, digest: str | None = None) -> Adapter:
 
 
 def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
-    """Return the bytes of a model file; one that does not begin like an adapter's is refused before it is read whole.
+    """Return the bytes of a model file, called `name` in messages.
 
-    Args:
-        name: what messages call the file.
-        look: False where a signature has to be verified before even the beginning is parsed.
+    One that does not begin like an adapter's is refused before it is read whole; with `look` False, where a signature
+    has to be verified before anything is parsed, it is not looked at.
     """
     with _opened(path, name, MAX_MODEL) as (file, size):
         if look:
@@ -330,11 +301,7 @@ def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
 
 
 def read_bytes(path: Path, name: Path, limit: int) -> bytes:
-    """Return all bytes of a file of at most `limit`; `name` is what messages call it.
-
-    Raises:
-        AdapterError: if it is missing, no regular file, too large or unreadable.
-    """
+    """Return all bytes of a file, called `name` in messages; AdapterError if it is unreadable or over `limit` bytes."""
     with _opened(path, name, limit) as (file, size):
         return file.read(size)
 
@@ -392,12 +359,11 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
 
 
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
-    # tables and payloads of each set, then the dense tensors
-    pieces = list[tuple[str, memoryview]]()
-    for name, one in adapter.header.sets.items():
-        labels = [f"table {i} of set {name!r}" for i in range(len(one.tables))]
-        labels += [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
-        pieces += zip(labels, adapter.pieces[name], strict=True)
+    pieces = [
+        (f"the mask of {payload.name!r} in set {name!r}", adapter.piece(name, payload))
+        for name, one in adapter.header.sets.items()
+        for payload in one.payloads
+    ]
     pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]
     stored = bytes(adapter.bytes_of(DIGESTS))
     for index, (what, piece) in enumerate(pieces):
@@ -411,11 +377,7 @@ def _check_digests(adapter: Adapter, data: memoryview) -> None:
 
 
 def check_config(text: bytes, name: Path, adapter: Adapter) -> None:
-    """Compare size and digest in the text of a config file with the model file.
-
-    Raises:
-        CorruptAdapterError: if the config is no such record, or records another file.
-    """
+    """Compare size and digest in the text of a config file with the model file."""
     found = record({"blake3": DIGEST, "size": integer(0, MAX_MODEL)})(strict_json(text, str(name)), str(name))
     if (found["blake3"], found["size"]) != (adapter.digest, adapter.size):
         raise CorruptAdapterError(

@@ -54,11 +54,7 @@ Keys = Mapping[str, Any]
 def trusted_keys(given: str | os.PathLike[str] | None) -> Keys | None:
     """Return who is trusted: the public keys of a PEM file or folder, or an identity NAME@https://ISSUER.
 
-    Args:
-        given: None for what MASKPACK_REQUIRE_SIGNATURE names; if it names nothing, None is returned.
-
-    Raises:
-        ConfigError: if there is no key, or one of the files is no public key of a kind that is known.
+    None stands for what MASKPACK_REQUIRE_SIGNATURE names; if it names nothing, None is returned.
     """
     place = os.environ.get(TRUSTED) if given is None else given
     if place is None:
@@ -71,7 +67,7 @@ def trusted_keys(given: str | os.PathLike[str] | None) -> Keys | None:
 
 
 def public_keys(path: str | os.PathLike[str]) -> Keys:
-    """Read the public key of a PEM file, or those of all `.pem` files of a folder. Raises as `trusted_keys`."""
+    """Read the public key of a PEM file, or those of all `.pem` files of a folder; ConfigError if there is none."""
     place = Path(path).expanduser()
     files = sorted(place.glob("*.pem")) if place.is_dir() else [place]
     if not files:
@@ -83,10 +79,6 @@ def private_keys(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     """Read the private keys to sign with, PEM files (PKCS #8) of one each; the word "sigstore" means an identity.
 
     The passphrase of an encrypted key is that of the environment variable MASKPACK_KEY_PASSPHRASE, or asked for.
-
-    Raises:
-        ConfigError: if one cannot be read or is of no kind that is known, or the passphrase is missing or wrong.
-        SignatureError: if there is no identity to sign with.
     """
     keys: dict[str, Any] = {}
     for one in [given] if isinstance(given, str | os.PathLike) else given:
@@ -148,8 +140,7 @@ def key_id(public: Any) -> str:
 
 def signature_of(message: bytes, private: Any) -> bytes:
     """Return the signature of a message: 64 bytes by an Ed25519 key, DER by a P-256 key."""
-    made: bytes = private.sign(message, *_algorithm(private.public_key()))
-    return made
+    return bytes(private.sign(message, *_algorithm(private.public_key())))
 
 
 def is_signature_of(message: bytes, signature: bytes, public: Any) -> bool:
@@ -219,11 +210,10 @@ class Statement:
         """Parse a statement; SignatureError if this release would not write it in the same bytes."""
         try:
             value = record(STATEMENT)(strict_json(payload, "it"), "$")
-            sizes = {
-                one["name"]: (one["annotations"]["size"], one["digest"].get(algorithm)) for one in value["subject"]
-            }
-            found = cls(sizes, **value["predicate"], algorithm=algorithm)
-            if MODEL_FILE not in sizes or found.to_bytes() != payload:
+            subject = value["subject"]
+            files = {one["name"]: (one["annotations"]["size"], one["digest"].get(algorithm)) for one in subject}
+            found = cls(files, **value["predicate"], algorithm=algorithm)
+            if MODEL_FILE not in files or found.to_bytes() != payload:
                 raise CorruptAdapterError(f"it is not a canonical one of type {PREDICATE_TYPE}")
         except CorruptAdapterError as error:
             raise SignatureError(f"the signed statement cannot be read: {error}; sign anew") from None
@@ -275,10 +265,6 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _short(ids: Iterable[str]) -> str:
-    return ", ".join(id_[:16] for id_ in sorted(ids)[:5])
-
-
 @dataclass(frozen=True, slots=True)
 class Signed:
     """A statement, and the ids of the trusted keys, or the identity, whose signatures of it were verified."""
@@ -294,20 +280,16 @@ def statement_in(file: str, content: bytes) -> Statement:
 
 
 def verified(file: str, content: bytes, keys: Keys) -> Signed:
-    """Verify the signatures by trusted keys in a signature file of a name; the statement is parsed after that.
-
-    Raises:
-        SignatureError: if there is none by a trusted key, or one that names a trusted key is not by it.
-    """
+    """Verify the signatures by trusted keys in a signature file of a name; the statement is parsed after that."""
     if file == BUNDLE_FILE:
         ((id_, identity),) = keys.items()
         return Signed(Statement.from_bytes(verified_payload(content, identity), DIGESTS[file]), (id_,))
     envelope = Envelope.from_bytes(content)
     by = tuple(id_ for id_ in sorted(envelope.signatures) if id_ in keys)
     if not by:
+        signers, trusted = (", ".join(id_[:16] for id_ in sorted(ids)[:5]) for ids in (envelope.signatures, keys))
         raise SignatureError(
-            f"it is signed by {_short(envelope.signatures)} and by none of the trusted keys, {_short(keys)}; ask its "
-            "owner, or trust that key"
+            f"it is signed by {signers} and by none of the trusted keys, {trusted}; ask its owner, or trust that key"
         )
     for id_ in by:
         if not is_signature_of(pae(envelope.payload), envelope.signatures[id_], keys[id_]):
@@ -322,13 +304,9 @@ def check_signature(contents: Contents, keys: Keys, repository: str | None = Non
     """Verify the bytes of an adapter's files, before anything of them is decoded.
 
     Args:
-        contents: what the files are, by name, the signature's among them.
-        keys: trusted public keys, or one identity.
+        contents: the files, the signature's among them. keys: trusted public keys, or one identity.
         repository: that they come from; None for those on a disk, which may be signed for any.
         alone: only the model file was read, so that a config file need not be there.
-
-    Raises:
-        SignatureError: if they are not just the files that were signed, by a trusted key, for this repository.
     """
     file = BUNDLE_FILE if any(isinstance(key, Identity) for key in keys.values()) else SIGNATURE_FILE
     if file not in contents:
@@ -346,14 +324,7 @@ def check_signature(contents: Contents, keys: Keys, repository: str | None = Non
 def parse_signed(
     files: Files, keys: Keys | None, repository: str | None, alone: bool = False
 ) -> tuple[Adapter, Signed | None]:
-    """Verify the signature of files, then what they hold; with `keys` None they need no signature.
-
-    Args:
-        files: path and bytes of each by name. Others: as of `check_signature`.
-
-    Raises:
-        SignatureError: as `check_signature`, or if the statement is not true. Others: as `read_adapter`.
-    """
+    """Verify the signature of files, as `check_signature`, then what they hold; with `keys` None they need none."""
     if keys is None:
         return parse_files(files), None
     model = files[MODEL_FILE][0]
@@ -374,23 +345,17 @@ def describe_signature(contents: Contents, signed: Signed | None) -> dict[str, A
     file = next((file for file in (SIGNATURE_FILE, BUNDLE_FILE) if file in contents), None)
     if file is None:
         return None
-    keys: list[str] = []
+    found: dict[str, Any] = {"keys": [], "repository": None, "counter": None, "verified": signed is not None}
     try:
         statement = signed.statement if signed else statement_in(file, bytes(contents[file]))
-        if signed:
-            keys = list(signed.by)
-        elif file == SIGNATURE_FILE:
-            keys = sorted(Envelope.from_bytes(bytes(contents[file])).signatures)
+        by = signed.by if signed else ()
+        if not signed and file == SIGNATURE_FILE:
+            by = tuple(sorted(Envelope.from_bytes(bytes(contents[file])).signatures))
     except SignatureError as error:
-        return {"keys": [], "repository": None, "counter": None, "verified": False, "state": str(error)}
-    fits = signed is not None or statement.covers(contents)
-    return {
-        "keys": keys,
-        "repository": statement.repository,
-        "counter": statement.counter,
-        "verified": signed is not None,
-        "state": "verified" if signed else "not verified: no key was given" if fits else "of other files than these",
-    }
+        return {**found, "state": str(error)}
+    fits = "not verified: no key was given" if statement.covers(contents) else "of other files than these"
+    found |= {"keys": list(by), "repository": statement.repository, "counter": statement.counter}
+    return {**found, "state": "verified" if signed else fits}
 
 
 def files_by(keys: Keys) -> dict[str, Keys]:
@@ -416,12 +381,9 @@ def renewed(
 
     Args:
         there: the signature files that are there, by name. contents: the adapter's files.
-        counter: None for one more than that of the version before, which one of the keys must have signed.
+        counter: None for one more than that of the version before, which one of the keys must have signed: else its
+            counter cannot be believed, which is a SignatureError.
         least: a counter that was seen elsewhere; with `counter` None it is exceeded as well.
-
-    Raises:
-        ConfigError: if the counter is out of range.
-        SignatureError: if the version before is signed by others only, so that its counter cannot be believed.
     """
     makers = files_by(keys)
 
@@ -475,15 +437,9 @@ def sign_adapter(
     repository: str | None = None,
     counter: int | None = None,
 ) -> Signed:
-    """Sign an adapter on this disk, and write the signature beside its model file.
+    """Sign an adapter on this disk, a folder or a model file alone, and write the signature beside its model file.
 
-    Args:
-        path: its folder, or a model file alone. keys: as of `private_keys`.
-        repository, counter: as of `Statement` and `renewed`.
-
-    Raises:
-        AdapterError: if it is not a whole adapter. ConfigError: if a key cannot be used.
-        SignatureError: as `renewed`. StateError: if the file cannot be written.
+    See `private_keys` for keys, `Statement` and `renewed` for repository and counter.
     """
     files = read_files(Path(path).expanduser())
     model, contents = files[MODEL_FILE][0], {name: content for name, (_, content) in files.items()}

@@ -27,18 +27,18 @@ DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
 ROLES = ("statistics", "parameters", "values")
 STATISTICS = ("running_mean", "running_var")
-# Shapes of a cascade's tensors: D values of an embedding, Q coordinates, K experts, W values of a combined embedding,
-# R of a reduced one, I into the head, C classes.
+# Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a
+# combined embedding, R of a reduced one, I into the head, C classes.
 CASCADE_SHAPES = {
     "router/mean": "D",
-    "router/components": "QD",
     "router/scale": "Q",
+    "router/components": "QD",
     "router/weights": "K",
     "router/means": "KQ",
     "router/precisions": "KQQ",
     "reduction/mean": "W",
-    "reduction/components": "RW",
     "reduction/scale": "R",
+    "reduction/components": "RW",
     "head/weight": "CI",
     "head/bias": "C",
 }
@@ -57,9 +57,6 @@ def dense_names(spans: Mapping[str, Span]) -> list[str]:
 def beginning(names: Sequence[str], prefix: str) -> Sequence[str]:
     """Return those of some sorted names that begin with a prefix, without looking at the others."""
     return names[bisect_left(names, prefix) : bisect_left(names, prefix[:-1] + chr(ord(prefix[-1]) + 1))]
-
-
-# writing
 
 
 def head_to_json(head: Head) -> dict[str, Any]:
@@ -109,17 +106,11 @@ def cascade_tensors(cascade: Cascade) -> dict[str, Tensor]:
     return {CASCADE + name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-# reading
-
 Layout = tuple[tuple[str, ...], tuple[int, ...] | None]  # dtypes, shape (None for any)
 
 
 def check_layout(header: Header, spans: Mapping[str, Span]) -> None:
-    """Check that a file has the tensors that its header asks for and no others, with their dtypes and shapes.
-
-    Raises:
-        CorruptAdapterError: if it does not; the message names the first tensor that is wrong.
-    """
+    """Check that a file has the tensors that its header asks for and no others, with their dtypes and shapes."""
     expected = dict(_layout(header, spans))
     for name in sorted(expected.keys() | spans.keys()):
         if name not in spans:
@@ -138,11 +129,11 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
     if header.cascade is not None:
         yield from _cascade_layout(header, spans)
     yield BASE, (("U8",), (len(masked_names(header)), BASE_BYTES))
-    pieces = sum(len(one.tables) + len(one.payloads) for one in header.sets.values())
+    pieces = sum(len(one.payloads) for one in header.sets.values())
     yield DIGESTS, (("U8",), (pieces + len(dense_names(spans)), DIGEST_BYTES))
     names = sorted(spans)
     for set_name, one in header.sets.items():
-        yield f"{set_name}/payloads", (("U8",), (sum(one.tables) + sum(payload.size for payload in one.payloads),))
+        yield f"{set_name}/payloads", (("U8",), (sum(payload.size for payload in one.payloads),))
         for payload in one.payloads:
             if payload.coding.op == "replace":
                 yield f"{set_name}/values/{payload.name}", (FLOATS, (payload.weights - payload.kept,))
@@ -164,10 +155,7 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
 
 
 def _cascade_layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, Layout]]:
-    """Yield what the tensors of a cascade must be, given which of them a file has.
-
-    Sizes that the header does not state are those of the first tensor that shows them; all others must agree.
-    """
+    """Yield what a cascade's tensors must be; sizes that the header does not state are those of the first with them."""
     assert header.cascade is not None
     shapes = {name: spans[CASCADE + name].shape if CASCADE + name in spans else () for name in CASCADE_SHAPES}
     parts = {"router", *(name.removeprefix(CASCADE).split("/")[0] for name in spans if name.startswith(CASCADE))}
@@ -216,11 +204,7 @@ def cascade_of(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Cascad
 
 
 def check_cascade(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Check the values of a cascade's tensors, given without their prefix.
-
-    Raises:
-        CorruptAdapterError: if one cannot be: none computes, or two readers would not agree.
-    """
+    """Check that the values of a cascade's tensors, given without their prefix, compute the same for every reader."""
 
     def check(name: str, fits: bool, found: str, expected: str) -> None:
         if not fits:

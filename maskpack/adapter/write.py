@@ -29,7 +29,7 @@ from .card import CARD_FILE, render_card, update_card
 from .content import About, Cascade, Parts
 from .decode import Weights, base_classes, by_name
 from .describe import config_text, inspect_adapter
-from .header import Coding, Header, Payload, SetHeader, embedding_to_json
+from .header import Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, parse_adapter, read_model
 from .signature import remove_signature
 from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, dense_blobs, head_to_json
@@ -39,10 +39,7 @@ PIECE = 1 << 20  # bytes
 
 
 class Spooled:
-    """Bytes put aside at the end of a temporary file, which come back in small pieces any number of times.
-
-    Several may share a file, if one is filled after another.
-    """
+    """Bytes put aside at the end of a file, perhaps after others; they come back in pieces any number of times."""
 
     def __init__(self, file: IO[bytes], folder: Path):
         self._file, self._folder = file, folder
@@ -93,19 +90,14 @@ def _jobs(parts: Parts, reference: Reference | None) -> Iterator[_Job]:
     for name, mask in parts.masks.items():
         _check(name, mask, parts)
         referenced = None if reference is None else reference[1].get(name)
-        alike = referenced is not None and referenced.shape == mask.shape
-        others = dict(referenced.payloads()) if referenced is not None and alike else {}
+        others = {} if referenced is None or referenced.shape != mask.shape else dict(referenced.payloads())
         for op, bits in mask.payloads():
             against = (reference[0], others[op], reference[2][name, op]) if reference and op in others else None
             yield _Job(name, mask, op, bits, against)
 
 
 def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
-    """Code one payload in every way and decode the smallest; called in several threads.
-
-    Returns:
-        What was made, its bytes, and whether the mask is done: the signs of a ternary mask come before its zeros.
-    """
+    """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done."""
     bits, shape = packed_bits(job.bits), job.mask.shape
     classes = None if weights is None else base_classes(weights, job.name, shape)
     variants, against = [(bits, Side(shape, classes))], None
@@ -155,10 +147,7 @@ def choose_reference(sets: Mapping[str, MaskSet]) -> str | None:
 
     A set gains, for each mask of the same parameter, op and shape, what its difference from the reference has fewer
     rare bits than itself. The middle part of large masks stands for the whole, the more sets the shorter. Of more than
-    64 sets some stand for all.
-
-    Args:
-        sets: by name. Where there are several, those of one parameter are in memory at one time.
+    64 sets some stand for all. The masks of one parameter are in memory at one time.
     """
     gains = dict.fromkeys(sorted(sets)[:: math.ceil(len(sets) / CANDIDATES)], 0)
     for name in sorted({name for key in gains for name in sets[key]}):
@@ -216,14 +205,9 @@ def encode(
     progress: Progress | None,
     spool: Callable[[], Spooled],
 ) -> tuple[Header, list[Blob]]:
-    """Code mask sets and return the header and the tensors of their file, whose payloads are put aside.
-
-    Each payload is decoded again before it is kept.
-
-    Raises:
-        AdapterError: if a tensor or a mask cannot be stored, or a codec does not give back what it coded.
-    """
+    """Code mask sets and return the header and the tensors of their file, whose payloads are put aside."""
     sets = dict(sorted(sets.items()))
+    heads = {name: None if parts.head is None else head_to_json(parts.head) for name, parts in sets.items()}
     dense = dense_blobs(sets, cascade)
     codecs = rivals(profile, codec, weights is not None)
     uses_base = any(one.needs_base for one in codecs)  # classes cost time
@@ -253,34 +237,19 @@ def encode(
             dense.append(Blob(f"{name}/scale", "F32", alphas.shape, [alphas.tobytes()]))
     stored = [one.digest for _, one in rows] + [_digest([blob]) for blob in sorted(dense, key=lambda blob: blob.name)]
     masked = sorted({one.payload.name for _, one in rows})
-    blobs = file_order(
-        [
-            *dense,
-            *payloads,
-            Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]),
-            Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]),
-        ]
-    )
+    payloads.append(Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]))
+    payloads.append(Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]))
+    blobs = file_order([*dense, *payloads])
     header = Header(
         f"maskpack/{importlib.metadata.version('maskpack')}",
         rows_id((name, p.name, p.coding.op, p.shape, digest) for name, (p, digest, _, _) in rows),
         _digest(blobs).hex(),
         replace(base, tensors={}),
-        {
-            name: SetHeader(
-                tuple(one.payload for one in coded[name]), None if parts.head is None else head_to_json(parts.head)
-            )
-            for name, parts in sets.items()
-        },
+        {name: SetHeader(tuple(one.payload for one in coded[name]), head) for name, head in heads.items()},
         about,
-        None if cascade is None else _cascade_to_json(cascade),
+        None if cascade is None else cascade_to_json(cascade),
     )
     return header, blobs
-
-
-def _cascade_to_json(cascade: Cascade) -> dict[str, Any]:
-    own = {"combine": cascade.combine, "dispatcher": cascade.dispatcher, "experts": list(cascade.experts)}
-    return {**own, "embedding": embedding_to_json(cascade.embedding)}
 
 
 def _digest(blobs: Iterable[Blob]) -> bytes:
@@ -350,9 +319,8 @@ def write_adapter(
 ) -> Adapter:
     """Write the folder or file; see `save_adapter`.
 
-    Args:
-        encoded: gives header and tensors; what it raises ends the writing before anything is replaced.
-        owners: a card whose owner's words a new folder gets.
+    `encoded` gives header and tensors; what it raises ends the writing before anything is replaced. A new folder gets
+    the owner's words of the card `owners`.
     """
     whole = path.suffix == ".safetensors"
     model, config, card = (path, None, None) if whole else (path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE)

@@ -119,7 +119,7 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
 
     Masks that are loaded act. The head may be any module at its place, also an `nn.Identity`.
     """
-    model, head, taken_in = backbone.model, backbone.head, list[Tensor]()
+    model, head, seen = backbone.model, backbone.head, list[Tensor]()
     if backbone.embedding == Embedding():
         raise BackboneError(f"the backbone {backbone.id} has no head whose input could be read; name it with head=NAME")
     if head is None:
@@ -127,20 +127,20 @@ def embeddings(backbone: Backbone, batches: Iterable[Batch]) -> tuple[Tensor, Te
     dtype = next(model.parameters()).dtype
 
     def embed(inputs: Inputs) -> Tensor:
-        taken_in.clear()
+        seen.clear()
         if isinstance(inputs, Tensor):
             model(inputs.to(dtype))
         else:
             model(**inputs)
-        found = [tuple(x.shape) for x in taken_in]
+        found = [tuple(x.shape) for x in seen]
         if len(found) != 1 or len(found[0]) != 2 or found[0][0] != example_count(inputs):
             raise BackboneError(
                 f"the head {head!r} of {backbone.id} gets inputs of the shapes {found}, expected one vector for each "
                 f"of {example_count(inputs)} examples; name another module as the head"
             )
-        return taken_in[0]
+        return seen[0]
 
-    hook = unwrap(model).get_submodule(head).register_forward_pre_hook(lambda _, args: taken_in.append(args[0]))
+    hook = unwrap(model).get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         return _collected(model, batches, embed)
     finally:

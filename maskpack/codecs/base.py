@@ -12,7 +12,7 @@ too short for its number of weights (`plausible`) is neither stored nor decoded.
 bits on every machine: use integers, or floats whose sums are exact. Several threads use one instance.
 
 **Settings** are the fields of an instance. `config` returns those that decoding needs, as JSON values under names other
-than codec, op, reference, table; `type(codec)(**codec.config())` must decode what `codec` encoded, and raise
+than codec, op, reference; `type(codec)(**codec.config())` must decode what `codec` encoded, and raise
 ConfigError or TypeError on impossible settings. Ids are unique and permanent: what an id decodes today it always does.
 
 **Profiles.** The codecs that `candidates` names for a profile compete, and the smallest payload of each parameter wins:
@@ -50,13 +50,11 @@ class Side:
             sign.
         reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
             bits that the codec gets and gives back are then mask XOR reference already.
-        table: the shared table that the payload names, in files of earlier versions; else None.
     """
 
     shape: tuple[int, ...]
     classes: Bits | None = None
     reference: Bits | None = None
-    table: bytes | None = None
 
     @property
     def count(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
@@ -77,12 +76,10 @@ FAILED = {  # without a status
     "ProxyError": Fault(AWAY),
     "UnreachableError": Fault(AWAY, 1, HubUnreachableError),
     "UnsupportedProtocol": Fault(AWAY),
-    "LocalProtocolError": BROKE._replace(attempts=1),
-    "TimeoutError": SILENT,
-    "TimeoutException": SILENT,
-    "TransportError": BROKE,
-    "HTTPError": BROKE._replace(attempts=1),
-    **dict.fromkeys(("BrokenPipeError", "ConnectionAbortedError", "ConnectionResetError"), BROKE),
+    **dict.fromkeys(("HTTPError", "LocalProtocolError", "StreamError"), BROKE._replace(attempts=1)),
+    **dict.fromkeys(("TimeoutError", "TimeoutException"), SILENT),
+    **dict.fromkeys(("TransportError", "BrokenPipeError", "ConnectionAbortedError"), BROKE),
+    **dict.fromkeys(("ConnectionRefusedError", "ConnectionResetError"), BROKE),
     **dict.fromkeys(("ConnectionError", "RuntimeError"), XET),  # it raises these, whatever happened to it
     **dict.fromkeys(("TypeError", "LookupError", "AttributeError"), NOT_A_HUB),
     "Exception": Fault("the client failed with {named}; if it stays, update huggingface_hub and hf-xet"),
@@ -170,7 +167,8 @@ class Session:
 
         This is the one layer of retries: within it the client tries everything once.
         """
-        for attempt in count(1):
+        attempt = 1
+        while True:
             try:
                 if not (self.offline or self.reached):
                     reach(self.api.endpoint)
@@ -180,7 +178,7 @@ class Session:
             except Exception as error:
                 failed = error
             self.wait_or_fail(failed, attempt, attempts)
-        raise AssertionError("the last attempt returns or raises")
+            attempt += 1
 
     def wait_or_fail(self, error: Exception, attempt: int, attempts: int = ATTEMPTS) -> None:
         """Wait before the next attempt, or raise if the fault will not pass, or has not for long enough."""

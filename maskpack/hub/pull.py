@@ -3,9 +3,8 @@
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -41,21 +40,34 @@ class Snapshot:
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit[:12]}"
 
-    def listed(self, *names: str) -> dict[str, "RepoFile"]:
-        """Return those of some files that are there, with sizes and digests; other names are never looked at."""
+    @cached_property
+    def listed(self) -> "dict[str, RepoFile]":
+        """Those of an adapter's files that are there, with sizes and digests, the model last."""
         from huggingface_hub.hf_api import RepoFile
 
         api = self.session.api
-        found = self.session.call(lambda: api.get_paths_info(self.repo_id, list(names), revision=self.commit))
-        return {entry.path: entry for entry in found if isinstance(entry, RepoFile) and entry.path in names}
+        entries = self.session.call(lambda: api.get_paths_info(self.repo_id, list(FILES), revision=self.commit))
+        found = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        return {name: found[name] for name in FILES if name in found}
 
-    def fetch(self, entries: "Iterable[RepoFile]") -> Files:
-        """Bring files into the cache; return path and bytes of each by name. The bytes are those that are listed.
+    def has(self, name: str, content: bytes | memoryview) -> bool:
+        """Return True if a file is there and has this content."""
+        entry = self.listed.get(name)
+        if entry is None:
+            return False
+        if entry.lfs:
+            return (entry.lfs.size, entry.lfs.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+        digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)  # git's id
+        digest.update(content)
+        return (entry.size, entry.blob_id) == (len(content), digest.hexdigest())
+
+    def fetch(self, *names: str) -> Files:
+        """Bring those of some files that are there into the cache; return path and bytes of each, as they are listed.
 
         The client compares nothing but the length, and takes what it finds in the cache: a file that differs, or
         cannot be read, is fetched a second time. If one is too large, none is fetched.
         """
-        found = {entry.path: entry for entry in entries}
+        found = {name: self.listed[name] for name in names if name in self.listed}
         for name, entry in found.items():
             size, limit = entry.lfs.size if entry.lfs else entry.size, LIMITS[name]
             if size > limit:
@@ -77,7 +89,7 @@ class Snapshot:
                 raise HubError(f"{name} of {self} came as a file of commit {other!r}; check HF_ENDPOINT and proxy")
             try:
                 content, refused = self._read(path), None
-                if is_same(entry, content):
+                if self.has(name, content):
                     return path, content
             except (AdapterError, HubError) as error:  # no file, or not even the beginning of an adapter
                 refused = error
@@ -100,15 +112,6 @@ class Snapshot:
         if path.name == MODEL_FILE:
             return read_model(path, path, self.look)
         return read_bytes(path, path, LIMITS[path.name])
-
-
-def is_same(entry: "RepoFile", content: bytes | memoryview) -> bool:
-    """Return True if a content is the one that the repository lists."""
-    if entry.lfs:
-        return (entry.lfs.size, entry.lfs.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    digest = hashlib.sha1(f"blob {len(content)}\0".encode(), usedforsecurity=False)  # git's id
-    digest.update(content)
-    return (entry.size, entry.blob_id) == (len(content), digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -289,13 +292,12 @@ def _opened_at(snapshot: Snapshot, offline: bool, keys: Keys | None) -> OpenedAd
             raise
     if offline:
         raise HubError(f"cannot {snapshot.session.task}: commit {snapshot.commit[:12]}: {OFFLINE}")
-    listed = snapshot.listed(*FILES)
-    missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in listed]
+    missing = [name for name in (MODEL_FILE, CONFIG_FILE) if name not in snapshot.listed]
     if missing:
         raise AdapterError(
             f"{snapshot} is no maskpack adapter: it lacks {' and '.join(missing)}; check the name and revision"
         )
-    return _opened(snapshot, snapshot.fetch(listed[name] for name in FILES if name in listed), keys)
+    return _opened(snapshot, snapshot.fetch(*snapshot.listed), keys)
 
 
 def _opened(snapshot: Snapshot, files: Files, keys: Keys | None) -> OpenedAdapter:

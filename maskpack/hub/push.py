@@ -15,11 +15,11 @@ from ..errors import AdapterError, ConfigError, HubError, SignatureError
 from ..network import hides_secrets, quietly
 from .cache import RepositoryCache, highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
-from .pull import OpenedAdapter, Snapshot, is_same, open_local
-from .reference import FILES, REVISION, Reference, holds, parse_reference, read_card, write_files
+from .pull import OpenedAdapter, Snapshot, open_local
+from .reference import REVISION, Reference, holds, parse_reference, read_card, write_files
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo, RepoFile
+    from huggingface_hub.hf_api import ModelInfo
 
 CONFLICTS = frozenset({409, 412})
 
@@ -45,7 +45,7 @@ class RepositoryPush:
     """One push to a branch of a Hub repository. `build` returns what is to be there, given card and signatures there.
 
     Attributes:
-        head, listed: the branch and its files of ours, as they were last seen; None where there is no such branch.
+        there: the branch, as it was last seen; None where there is no such branch.
         contents: what is to be there. changed: what of it is not.
     """
 
@@ -63,12 +63,15 @@ class RepositoryPush:
         self.api, self.repo_id = self.session.api, str(self.reference.repo_id)
         self.store = RepositoryCache(self.repo_id)
         self.branch, self.page = self.reference.revision or "main", f"{self.api.endpoint}/{self.repo_id}"
-        self.head: str | None = None
-        self.listed: dict[str, RepoFile] = {}
+        self.there: Snapshot | None = None
+
+    @property
+    def head(self) -> str | None:
+        return None if self.there is None else self.there.commit
 
     def run(self) -> PushedAdapter:
-        created = self._prepare()
-        self._look(self.head)
+        created, head = self._prepare()
+        self._look(head)
         changed = self.changed  # as it is now: after a fault there is another look
         commit, url = None if changed else self.head, None
         if self.tag and self.head:
@@ -83,8 +86,8 @@ class RepositoryPush:
         files = {name: len(content) for name, content in changed.items()}
         return PushedAdapter(self.repo_id, url or page, commit, created, not changed, files)
 
-    def _prepare(self) -> bool:
-        """Make repository and branch where they are missing, find the head; return whether the repository is new."""
+    def _prepare(self) -> tuple[bool, str | None]:
+        """Make repository and branch where they are missing; return whether the repository is new, and the head."""
         info = self._info(None, may_lack=not self.create_pr)  # a pull request needs somebody's repository
         created = info is None
         if created and not self.dry_run:
@@ -96,17 +99,15 @@ class RepositoryPush:
                 f"cannot push to {self.repo_id}: it is public and private=True was asked for; nothing was sent, "
                 "change one of them"
             )
-        if created and self.dry_run:
-            return True
-        self.head = self._find_head()
-        if self.head is None and not self.dry_run:
+        head = None if created and self.dry_run else self._find_head()
+        if head is None and not self.dry_run:
             self.session.call(partial(self.api.create_branch, self.repo_id, branch=self.branch, exist_ok=True))
-            self.head = self._find_head()
-            if self.head is None:
+            head = self._find_head()
+            if head is None:
                 raise HubError(
                     f"cannot push to {self.repo_id}: the Hub does not say what {self.branch} points to; try again"
                 )
-        return created
+        return created, head
 
     def _find_head(self) -> str | None:
         """Return the branch's head, or None if there is no such branch; a pull request cannot be made by its name."""
@@ -140,14 +141,11 @@ class RepositoryPush:
 
     def _look(self, head: str | None) -> None:
         """Read what is at a commit, and build what is to be there."""
-        self.head, there, self.listed = head, {}, {}
-        if head is not None:
-            snapshot = Snapshot(self.session, self.store, head)
-            self.listed = snapshot.listed(*FILES)
-            wanted = [self.listed[name] for name in (CARD_FILE, *signature.DIGESTS) if name in self.listed]
-            there = {name: bytes(content) for name, (_, content) in snapshot.fetch(wanted).items()}
-        self.contents = self.build(there)
-        self.changed = {name: one for name, one in self.contents.items() if not _has(self.listed, name, one)}
+        self.there = None if head is None else Snapshot(self.session, self.store, head)
+        found = {} if self.there is None else self.there.fetch(CARD_FILE, *signature.DIGESTS)
+        self.contents = self.build({name: bytes(content) for name, (_, content) in found.items()})
+        kept = [name for name, one in self.contents.items() if self.there and self.there.has(name, one)]
+        self.changed = {name: one for name, one in self.contents.items() if name not in kept}
 
     def _commit(self) -> tuple[str, str | None]:
         """Send one commit and return it, with the page of its pull request; after a fault look before the next."""
@@ -187,31 +185,27 @@ class RepositoryPush:
     def _find_request(self, before: Mapping[str, str]) -> tuple[str, str] | None:
         """Return our pull request if it was opened although the answer says otherwise or never came."""
         for number, commit in self._requests().items():
-            there = Snapshot(self.session, self.store, commit).listed(*FILES) if number not in before else {}
-            if all(_has(there, name, content) for name, content in self.contents.items()):
+            there = Snapshot(self.session, self.store, commit)
+            if number not in before and all(there.has(name, one) for name, one in self.contents.items()):
                 return commit, f"{self.page}/discussions/{number}"
         return None
 
     def _find_commit(self, error: Exception) -> tuple[str, None] | None:
         """Return the commit if it landed although the answer says otherwise or never came; else prepare for another."""
-        head, listed = self.head, self.listed
-        now = self._find_head()
-        if now is None or now == head:
+        before, now = self.there, self._find_head()
+        if before is None or now is None or now == before.commit:
             return None
         self._look(now)
         if not self.changed:
             return now, None
         for name in (MODEL_FILE, CONFIG_FILE, *signature.DIGESTS):
-            if getattr(self.listed.get(name), "blob_id", None) != getattr(listed.get(name), "blob_id", None):
+            earlier, later = (getattr(at.listed.get(name), "blob_id", None) for at in (before, self.there) if at)
+            if earlier != later:
                 raise HubError(
                     f"cannot push to {self.reference}: somebody else changed {self.branch} meanwhile "
-                    f"({str(head)[:12]} became {now[:12]}), and nothing of yours was written; pull, look, push again"
+                    f"({before.commit[:12]} became {now[:12]}), and nothing of yours was written; pull and push again"
                 ) from error
         return None
-
-
-def _has(listed: "Mapping[str, RepoFile]", name: str, content: bytes | memoryview) -> bool:
-    return name in listed and is_same(listed[name], content)
 
 
 @hides_secrets

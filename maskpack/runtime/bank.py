@@ -387,7 +387,8 @@ class MaskBank:
         """Evict others, used longest ago first, until an adapter that was read fits; if none can be, evict that one."""
         active, residents = self.active, sorted(self._residents.values(), key=lambda one: one.used)
         sizes = {one.name: one.parts.nbytes for one in residents if one.parts is not None}
-        idle = [o for o in residents if o.name in sizes and o.read and not (o is new or o.name == active or o.pinned)]
+        idle = [one for one in residents if one.name in sizes and one.read is not None and not one.pinned]
+        idle = [one for one in idle if one.name not in (new.name, active)]
         while self._host is not None and sum(sizes.values()) > self._host:
             if not idle:
                 new.parts = None

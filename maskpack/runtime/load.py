@@ -9,7 +9,6 @@ from typing import Literal, Unpack, get_args
 from torch import nn
 
 from ..adapter.content import Parts
-from ..adapter.decode import Weights
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_measured, measure_body
 from ..backbone.model import unwrap
@@ -95,10 +94,10 @@ def check_one_set(adapter: Adapter) -> None:
         raise StateError(f"{adapter.path} holds {len(adapter.sets)} mask sets; {how}")
 
 
-def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode, base: Weights | None = None) -> Parts:
+def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode) -> Parts:
     """Return what an adapter of one mask set puts onto a model, with masks that are decoded when they are asked for."""
     check_one_set(adapter)
-    parts = adapter.parts(base=base, stream=True)
+    parts = adapter.parts(stream=True)
     if mode == "target":
         replaces = parts.head is not None and parts.head.module is not None and head == "replace"
         return parts if replaces else replace(parts, head=None)

@@ -23,15 +23,12 @@ STATE = ("pressure", "trend", "before", "ratio")  # of a `RateControl`, beside t
 
 
 def coded_bits(mask: Tensor) -> Tensor:
-    """Return what a mask takes when it is coded with the densities of its rows and columns, in bits, a scalar.
+    """Return what a mask (float, 1 = kept) takes when it is coded with the densities of its rows and columns, in bits.
 
     With removed shares r_i of R rows, c_j of C columns and e of all, and the binary entropy H, this is
     C sum H(r_i) + R sum H(c_j) - R C H(e): the entropy under independent bits whose odds are the product of a row's and
     a column's, up to second order. It is differentiable in the mask. A weight of more dimensions is a matrix with its
     first one as rows; of one dimension, R C H(e).
-
-    Args:
-        mask: float, 1 = kept.
     """
     removed = 1 - mask
     whole = mask.numel() * _entropy(removed.mean(), mask.numel())
@@ -68,11 +65,7 @@ def coded_bytes(masks: Iterable[PackedMask]) -> int:
 
 
 def rate_control(config: TrainConfig, scored: Sequence[ScoredWeight]) -> "RateControl | None":
-    """Return what keeps these masks within the budget of the settings, or None where there is none.
-
-    Raises:
-        ConfigError: if the method's masks do not become smaller by higher scores, or the budget is too small.
-    """
+    """Return what keeps these masks within the budget of the settings, or None where there is none."""
     weights = sum(math.prod(one.shape) for one in scored)
     budget = config.bytes_budget if config.rate is None else config.rate * weights / 8
     return None if budget is None or not scored else RateControl(scored, budget)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,7 +25,7 @@ from .data.base import Data, readable
 from .features import embed_all, fit_probe, routed
 from .learn import borrowed
 from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
-from .trainer import ObjectiveRun, TrainResult, as_backbone, train_mask
+from .trainer import ObjectiveRun, as_backbone, train_mask
 
 COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
@@ -35,12 +36,8 @@ WIDEST = 4096  # features up to which components are computed exactly
 def fit_whitening(x: Tensor, most: int, seed: int = 0) -> Whitening:
     """Return the principal components of embeddings (N, D) with unit variance along each, at most `most` of them.
 
-    Fewer where N or the rank of the embeddings are less. The variance is 1 and not 1 / N, as it is where singular
-    vectors themselves are taken for coordinates, so that constants of other methods (the covariance that a mixture
-    adds, the penalty of a probe) mean what they mean for raw features.
-
-    Raises:
-        TrainingError: if all embeddings are alike.
+    Fewer where N or the rank of the embeddings are less. The variance is 1 and not 1 / N, so that constants of other
+    methods (the covariance that a mixture adds, the penalty of a probe) mean what they mean for raw features.
     """
     decomposition = require("sklearn.decomposition", "train", "principal components")
     size, spread = float(x.double().square().mean().sqrt()), float(x.double().var(0).mean().sqrt())
@@ -59,42 +56,26 @@ def fit_whitening(x: Tensor, most: int, seed: int = 0) -> Whitening:
     return Whitening(mean.float(), components[kept].float(), scale[kept].float())
 
 
-def fit_mixture(z: Tensor, experts: int, seed: int) -> Any:
-    """Return scikit-learn's Gaussian mixture with full covariances of coordinates (N, q)."""
-    mixture = require("sklearn.mixture", "train", "the router of a cascade")
-    exceptions = require("sklearn.exceptions", "train", "the router of a cascade")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # `converged_` says it
-        return mixture.GaussianMixture(experts, n_init=STARTS, max_iter=500, random_state=seed).fit(z.numpy())
-
-
-def router_of(whitening: Whitening, mixture: Any) -> Router:
-    """Return a fitted mixture as a router, without scikit-learn."""
-    values = (mixture.weights_, mixture.means_, mixture.precisions_cholesky_)
-    weights, means, precisions = (torch.from_numpy(value).float() for value in values)
-    return Router(whitening, weights, means, precisions.triu())
-
-
 def fit_router(x: Tensor, experts: int, seed: int) -> tuple[Router, dict[str, Any]]:
-    """Fit the router of a cascade to embeddings (N, D); return it with what the fit shows.
+    """Fit the router of a cascade to embeddings (N, D), a Gaussian mixture; return it with what the fit shows.
 
     There are at most sqrt(N / experts) coordinates: a covariance has about q² / 2 numbers, which a cluster must tell.
-
-    Raises:
-        TrainingError: if all embeddings are alike.
     """
-    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    sklearn = require("sklearn.mixture", "train", "the router of a cascade")
+    unit = nn.functional.normalize(x.double(), dim=1)
     whitening = fit_whitening(unit, max(1, min(COORDINATES, math.isqrt(len(x) // experts))), seed)
     z = whitening(unit)
-    mixture = fit_mixture(z, experts, seed)
-    explained = min(1.0, float(whitening.scale.double().square().sum() / unit.var(0).sum()))
-    about = {
+    mixture = sklearn.GaussianMixture(experts, n_init=STARTS, max_iter=500, random_state=seed)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # `converged_` says it
+        mixture.fit(z.numpy())
+    values = (mixture.weights_, mixture.means_, mixture.precisions_cholesky_)
+    weights, means, precisions = (torch.from_numpy(value).float() for value in values)
+    return Router(whitening, weights, means, precisions.triu()), {
         "coordinates": z.shape[1],
-        "explained_variance": explained,
+        "explained_variance": min(1.0, float(whitening.scale.double().square().sum() / unit.var(0).sum())),
         "log_likelihood": float(mixture.score(z.numpy())),
         "converged": bool(mixture.converged_),
     }
-    return router_of(whitening, mixture), about
 
 
 DISPATCHER = "dispatcher"
@@ -135,7 +116,6 @@ def train_cascade(
     of each cluster. An expert of n_k of n rows trains round(n / n_k * epochs) epochs: as many steps as the dispatcher.
 
     Args:
-        model, data: as in `train_mask`.
         config: of the dispatcher and of every expert.
         experts: number of clusters, at least 2.
         options: as in `train_mask`. `output` gets the folders `dispatcher` and `expert-0`, … of the runs,
@@ -170,12 +150,8 @@ def check_cascade(data: Data, config: TrainConfig, experts: int) -> None:
 def _train(
     backbone: Backbone, data: Data, config: TrainConfig, experts: int, folder: Path, options: RunOptions
 ) -> CascadeResult:
-    def run(name: str, own: Data, settings: TrainConfig, start: Path | None) -> TrainResult:
-        parts = part_options(options, folder, name)
-        return train_mask(backbone, own, settings, start_from=start, longer=False, **parts)
-
-    main = is_main_process()
-    first = run(DISPATCHER, data, config, None)
+    main, run = is_main_process(), partial(part_options, options, folder)
+    first = train_mask(backbone, data, config, longer=False, **run(DISPATCHER))
     assert data.train is not None
     with borrowed(backbone, config.beside):  # as the finished run left the model
         trained = ObjectiveRun(backbone, data, config)
@@ -183,14 +159,13 @@ def _train(
         x, _ = embeddings(backbone, readable(trained.objective.load(data.train)))
     rows = [row for row in data.train.indices if row not in data.train.unreadable]
     facts = {"dispatcher": checkpoint_digest(folder / DISPATCHER / FILE), "experts": experts}
-    path = folder / ROUTER
-    again = options.get("resume", False) and path.exists()
-    router, fit = _read_router(path, facts) if again else fit_router(x, experts, config.seed)
+    again = options.get("resume", False) and (folder / ROUTER).exists()
+    router, fit = _read_router(folder / ROUTER, facts) if again else fit_router(x, experts, config.seed)
     chosen = router.route(x)
     sizes = torch.bincount(chosen, minlength=experts).tolist()
     if main:
         # where every training row lies, in its first two coordinates, and its expert
-        flat = torch.nn.functional.pad(router.coordinates(x), (0, 2))[:, :2]
+        flat = nn.functional.pad(router.coordinates(x), (0, 2))[:, :2]
         points = [[round(x, 4), round(y, 4)] for x, y in flat.tolist()]
         write_json(folder / CLUSTERS, {"expert": chosen.tolist(), "points": points}, None)
     if min(sizes) < config.batch_size:
@@ -199,35 +174,25 @@ def _train(
             f"resume with fewer experts than {experts}, or take a smaller batch size or another seed in another folder"
         )
     if main:
-        _write_router(path, router, fit, facts)
-    names = [f"expert-{k}" for k in range(experts)]
-    results = {DISPATCHER: first}
+        tensors = {name: getattr(router.whitening, name) for name in WHITENING}
+        tensors |= {name: getattr(router, name) for name in MIXTURE}
+        write_sealed(folder / ROUTER, tensors, {"run": facts, "about": fit})
+    results, names = {DISPATCHER: first}, tuple(f"expert-{k}" for k in range(experts))
     for k, name in enumerate(names):
         mine = [row for row, expert in zip(rows, chosen.tolist(), strict=True) if expert == k]
         own = replace(data, train=replace(data.train, indices=mine), validation=None, test=None)
         settings = replace(config, epochs=max(1, round(len(rows) / sizes[k] * config.epochs)))
-        results[name] = run(name, own, settings, folder / DISPATCHER)
+        start = folder / DISPATCHER
+        results[name] = train_mask(backbone, own, settings, start_from=start, longer=False, **run(name))
     fit |= {"rows": sizes, "steps": {name: (one.about.training or {})["steps"] for name, one in results.items()}}
     # not of the cascade: the dispatcher's accuracy, for one, is that of a head which is not in it
     metrics = {f"{DISPATCHER}_{name}": value for name, value in first.metrics.items()}
     metrics["expert_density"] = sum(results[name].metrics["density"] for name in names) / experts
-    return CascadeResult(
-        {name: replace(one.parts, head=None) for name, one in results.items()},
-        first.base,
-        replace(
-            first.about,
-            class_names=None,
-            training={**(first.about.training or {}), "metrics": metrics, "cascade": fit},
-        ),
-        Cascade(DISPATCHER, tuple(names), backbone.embedding, router),
-        metrics,
-    )
-
-
-def _write_router(path: Path, router: Router, about: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    tensors = {name: getattr(router.whitening, name) for name in WHITENING}
-    tensors |= {name: getattr(router, name) for name in MIXTURE}
-    write_sealed(path, tensors, {"run": facts, "about": about})
+    record = {**(first.about.training or {}), "metrics": metrics, "cascade": fit}
+    about = replace(first.about, class_names=None, training=record)
+    parts = {name: replace(one.parts, head=None) for name, one in results.items()}
+    cascade = Cascade(DISPATCHER, names, backbone.embedding, router)
+    return CascadeResult(parts, first.base, about, cascade, metrics)
 
 
 def _read_router(path: Path, facts: Mapping[str, Any]) -> tuple[Router, dict[str, Any]]:
@@ -263,9 +228,6 @@ def fit_cascade_head(
         combine: "conditional" (two passes for each input) or "unconditional" (one more than there are experts).
         reduce: most numbers that a combined embedding is reduced to, by principal components divided by their standard
             deviation; the matrix is stored, in 4 bytes for each of D (K + 1) times `reduce` numbers.
-
-    Raises:
-        DataError: if the data have no training split. TrainingError: if all embeddings are alike.
     """
     if data.train is None:
         raise DataError(f"the data {data.id!r} have no training split, which the head of a cascade is fitted to")

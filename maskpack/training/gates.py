@@ -15,16 +15,12 @@ from .scores import Orders, all_names, original, owner, put_on, take_off
 
 
 class GatedWeight(nn.Module):
-    """Parametrization that multiplies a weight by the gates of the task in use.
-
-    Attributes:
-        logits: float32, one tensor of the weight's shape for each task. A step of one task leaves those of the others
-            without a gradient, so that no optimiser moves them.
-    """
+    """Parametrization that multiplies a weight by the gates of the task in use, from float32 logits for each task."""
 
     def __init__(self, weight: Tensor, gates: "Gates", start: float):
         super().__init__()
         self.gates = gates
+        # apart, so that a step of one task leaves the others without a gradient, and no optimiser moves them
         self.logits = nn.ParameterList(torch.full_like(weight, start, dtype=torch.float32) for _ in gates.tasks)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -44,17 +40,12 @@ class Gates:
 
     def __init__(self, model: nn.Module, tasks: Sequence[str]):
         self.model, self.tasks = model, tuple(tasks)
-        self.index = 0
-        self.hard = False
+        self.index, self.hard = 0, False
         self.members: dict[str, GatedWeight] = {}
         self.orders: Orders = {}
 
     def use(self, task: str) -> None:
-        """Compute with the gates of this task from now on.
-
-        Raises:
-            UnknownNameError: if there is no such task.
-        """
+        """Compute with the gates of this task from now on."""
         self.index = self._index(task)
 
     def logits(self, task: str) -> dict[str, nn.Parameter]:
@@ -112,11 +103,7 @@ class Gates:
         return [{"params": others, "lr": lr}, {"params": gates, "lr": rate if most is None else min(rate, most)}]
 
     def harden(self) -> dict[str, MaskSet]:
-        """Return the mask of each task and take the gates off; the model has the shared weights as they are.
-
-        Raises:
-            StateError: if the gates were taken off already.
-        """
+        """Return the mask of each task and take the gates off; the model has the shared weights as they are."""
         found = {task: self.masks(task) for task in self.tasks}
         self.detach()
         return found
@@ -147,9 +134,6 @@ def attach_gates(
         select: globs on dotted parameter names; default: every parameter of the model, biases included.
         start: of every logit. Above 0, since hardening a gate that never moved would remove its weight otherwise.
 
-    Returns:
-        The gates, with those of the first task in use.
-
     Raises:
         StateError: if the model has gates already. ConfigError: if there is no task, or one comes twice.
         SelectionError: if nothing matches, or a match cannot be masked.
@@ -176,12 +160,9 @@ INNER = 0.999  # share of the first weights that lies within 2/3 of the axis; wh
 
 
 class GateHistory:
-    """Histograms over time, by task and parameter.
+    """Histograms of gates, from 0 to 1, and of effective weights, from -weight_end to it, at several steps.
 
-    Attributes:
-        content: JSON values: `bins`; `weight_end`, the histograms of effective weights go from -weight_end to it, those
-            of gates from 0 to 1; `rows`, one for each time: {"step", "gates": {task: {parameter: counts}},
-            "weights": the same}.
+    `content`, JSON values: {"bins", "weight_end", "rows": [{"step", "gates": {task: {parameter: counts}}, "weights"}]}.
     """
 
     def __init__(self, gates: Gates):

@@ -17,13 +17,7 @@ from .scores import attach, extract_masks, scored_weights
 
 
 def new_classifier(backbone: Backbone, class_names: Sequence[str], config: TrainConfig) -> Classifier:
-    """Return a backbone with the head that `config.head_kind` asks for; a masked one has scores attached.
-
-    Raises:
-        BackboneError: if there can be no text head.
-        ConfigError: if a masked head would have too many weights or another kind of mask, or the model's own head is
-            none for these classes.
-    """
+    """Return a backbone with the head that `config.head_kind` asks for; a masked one has scores attached."""
     masked, classes, features = config.head_kind == "masked", len(class_names), backbone.features
     if masked and classes * features > MAX_WEIGHTS:
         raise ConfigError(
@@ -31,7 +25,14 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
             f"allowed; take a linear head"
         )
     if config.head_kind == "own":
-        return Classifier(backbone.model, _own(backbone, class_names), backbone.embedding)
+        own = backbone.linear
+        if own is None or own.out_features != classes:
+            found = "no linear head" if own is None else f"a head for {own.out_features} classes"
+            raise ConfigError(
+                f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {classes} "
+                f"classes; take a linear head"
+            )
+        return Classifier(backbone.model, own, backbone.embedding)
     if config.head_kind == "text":
         linear = linear_from(text_head(backbone, class_names, config.head_template))
     else:
@@ -56,18 +57,6 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
     # random weights give embeddings of length 1 nearly equal logits
     embedding = replace(backbone.embedding, normalize=backbone.embedding.normalize and not masked)
     return Classifier(backbone.model, linear, embedding)
-
-
-def _own(backbone: Backbone, class_names: Sequence[str]) -> nn.Linear:
-    """The head that the model has, for as many classes as the data have."""
-    own = backbone.linear
-    if own is None or own.out_features != len(class_names):
-        found = "no linear head" if own is None else f"a head for {own.out_features} classes"
-        raise ConfigError(
-            f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {len(class_names)} "
-            f"classes; take a linear head"
-        )
-    return own
 
 
 def finished_head(classifier: Classifier, config: TrainConfig) -> Head:

@@ -76,6 +76,10 @@ class JointRun(Run):
         self.gates: Gates | None = attach_gates(model, tasks, self.selected, start=joint.gate_start) if gated else None
         self.history = None if self.gates is None else GateHistory(self.gates)
         self.settings = joint.to_json(config.optimizer, len(tasks))
+        self.facts = {
+            "config": {**config.to_json(), **self.settings, "gated": gated},
+            "tasks": {n: [task.data.digest, len(splits[n]), task.augment] for n, task in tasks.items()},
+        }
         lr, factor = self.settings["weight_lr"], self.settings["gate_factor"]
         body = [p for p in model.parameters() if p.requires_grad]
         own = [{"params": body, "lr": lr}] if self.gates is None else self.gates.parameter_groups(lr, factor)
@@ -108,12 +112,6 @@ class JointRun(Run):
         if self.gates is not None:
             self.gates.detach()
         self._exchange(self.own_head, self.own_buffers)
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "config": {**self.config.to_json(), **self.settings, "gated": self.gates is not None},
-            "tasks": {n: [t.data.digest, len(self.loaders[n].dataset), t.augment] for n, t in self.tasks.items()},
-        }
 
     def start(self) -> None:
         for name in self.tasks:

@@ -28,26 +28,19 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Position:
-    """Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        steps: optimiser steps to make. step: made so far. epoch: epochs that are over.
-        batches: how many were read of each stream in the epoch that is not over, after the number of its pass.
-        loss, count: sum and number of the losses in this epoch.
-        done: masks and statistics are those that are stored.
-        metrics: of the last epoch that was over.
-        extended: what is to be said of steps that were added when the run went on.
-    """
-
-    steps: int
-    step: int = 0
-    epoch: int = 0
-    batches: dict[str, list[int]] = field(default_factory=dict)
-    loss: float = 0.0
-    count: int = 0
-    done: bool = False
-    metrics: dict[str, float] = field(default_factory=dict)
-    extended: list[str] = field(default_factory=list)
+    steps: int  # of the optimiser, to make
+    step: int = 0  # made so far
+    epoch: int = 0  # epochs that are over
+    batches: dict[str, list[int]] = field(
+        default_factory=dict
+    )  # of each stream: its pass, and batches read in this epoch
+    loss: float = 0.0  # sum of the losses in this epoch
+    count: int = 0  # and their number
+    done: bool = False  # masks and statistics are those that are stored
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last epoch that was over
+    extended: list[str] = field(default_factory=list)  # what is to be said of steps that were added
 
     def event(self, kind: str, **numbers: Any) -> dict[str, Any]:
         """Return an event of this moment."""
@@ -58,14 +51,13 @@ class Run(ABC):
     """A run: what learns and where its steps come from, which a subclass says, the loop over them, and checkpoints.
 
     Attributes:
-        data: data sets by name.
-        base: fingerprint of the backbone before the run.
+        facts: what must be equal for a run to go on, JSON values, with "config", the settings.
         module: what is computed with, as Accelerate prepared it.
-        groups: (what learns, its peak learning rate), by the name of the group.
+        base: fingerprint of the backbone before the run.
         steps, epochs: optimiser steps and epochs to make.
-        folder: opened; without a path nothing is kept, and signals are left alone.
     """
 
+    facts: dict[str, Any]
     module: nn.Module
 
     def __init__(self, backbone: Backbone, data: Mapping[str, Data], config: TrainConfig):
@@ -89,7 +81,7 @@ class Run(ABC):
     def prepare(
         self, groups: Mapping[str, tuple[list[nn.Parameter], float]], steps_per_epoch: int, steps: int | None
     ) -> None:
-        """Make the optimiser, and count the steps: `steps`, or those of the settings' epochs."""
+        """Make the optimiser of groups (what learns, its peak rate), and count the steps: `steps`, or the epochs'."""
         self.groups = groups
         self.trained = [parameter for parameters, _ in groups.values() for parameter in parameters]
         for parameter in self.trained:
@@ -101,10 +93,6 @@ class Run(ABC):
         self.steps_per_epoch = steps_per_epoch
         self.steps = steps or self.config.epochs * steps_per_epoch
         self.epochs = math.ceil(self.steps / steps_per_epoch)
-
-    @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """Return what must be equal for a run to go on, as JSON values, with "config", the settings."""
 
     @abstractmethod
     def start(self) -> None:
@@ -168,7 +156,8 @@ class Run(ABC):
         """Make the steps that are left; return where the run ended.
 
         Args:
-            folder: opened. longer: a run that goes on may have more steps than before.
+            folder: opened; without a path nothing is kept, and signals are left alone.
+            longer: a run that goes on may have more steps than before.
         """
         self.folder, self.written = folder, time.monotonic()
         if folder.resume:
@@ -259,17 +248,12 @@ class Run(ABC):
                 number,
             )
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for the run to go on."""
-        return {**self.facts(), "base": self.base.digests[self.base.dtype]}
-
     def _facts(self, at: Position) -> dict[str, Any]:
         """Return what a checkpoint has beside tensors."""
         scaler = self.accelerator.scaler
-        scaled = None if scaler is None else scaler.state_dict()
-        own = {"run": self.identity, "more": self.state(), "scaler": scaled, "log": self.folder.size()}
-        return {**asdict(at), **own}
+        run = {**self.facts, "base": self.base.digests[self.base.dtype]}
+        own = {"run": run, "more": self.state(), "scaler": None if scaler is None else scaler.state_dict()}
+        return {**asdict(at), **own, "log": self.folder.size()}
 
     def resume(self, longer: bool = False) -> Position:
         """Put the run where its checkpoint left off; all of that is compared with what the run would write itself."""
@@ -278,7 +262,14 @@ class Run(ABC):
         tensors, facts = load_checkpoint(path)
         example = self._facts(Position(0, batches={"": [0, 0]}, metrics={"": 0.0}, extended=[""]))
         check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
-        self._check_same(facts["run"], LENGTH if longer else ())
+        ours, there = example["run"], facts["run"]
+        settings = {name: one for name, one in ours.pop("config").items() if not longer or name not in LENGTH}
+        other = differing(ours, there) + differing(settings, there.get("config") if isinstance(there, dict) else None)
+        if other:
+            raise StateError(
+                f"the checkpoint in {path.parent} belongs to another run: {', '.join(other)} differ; resume with the "
+                f"same settings, data and backbone, or choose another folder"
+            )
         at = Position(**{one.name: facts[one.name] for one in fields(Position)})
         if self.steps < at.steps:
             raise StateError(
@@ -298,14 +289,3 @@ class Run(ABC):
             at.extended, at.steps, at.done = [*at.extended, said], self.steps, False
             self.folder.write(at.event("resumed", resumed=said))
         return at
-
-    def _check_same(self, there: Any, apart: tuple[str, ...]) -> None:
-        """Compare what must be equal, but the settings `apart`."""
-        whole = {name: one for name, one in self.identity.items() if name != "config"}
-        settings = {name: one for name, one in self.identity["config"].items() if name not in apart}
-        other = differing(whole, there) + differing(settings, there.get("config") if isinstance(there, dict) else None)
-        if other:
-            raise StateError(
-                f"the checkpoint in {self.folder.path} belongs to another run: {', '.join(other)} differ; resume "
-                f"with the same settings, data and backbone, or choose another folder"
-            )

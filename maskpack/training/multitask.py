@@ -62,7 +62,7 @@ def train_tasks(
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
     with locked(folder):
-        start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+        start = _state(backbone) if mode == "separate" else {}
         about, done, left = survey(backbone, tasks, folder, mode, config, joint)
         main, masks_only = is_main_process(), mode != "separate" and JOINT not in left
         claim(folder / CLAIM, about)
@@ -78,14 +78,11 @@ def train_tasks(
                 results = {run: train_mask(base, own[run].data, settings, longer=False, **parts)}
             else:
                 results = train_jointly(backbone, own, config, joint, gated=mode == "gated", **parts)
-            for name, result in results.items() if main else ():
-                said = replace(result.about, training={**(result.about.training or {}), "mode": mode})
-                parts_of = result.parts
-                done[name] = save_adapter(
-                    folder / name, parts_of, result.base, said, profile=profile, weights=backbone.model
-                )
+            for name, one in results.items() if main else ():
+                said, saved = replace(one.about, training={**(one.about.training or {}), "mode": mode}), folder / name
+                done[name] = save_adapter(saved, one.parts, one.base, said, profile=profile, weights=backbone.model)
             if not masks_only:  # last: a base that is there says that its tasks are finished
-                export_state(base_file(folder, run, mode), backbone.model)
+                export_state((folder / run if mode == "separate" else folder) / BASE, backbone.model)
         if not main:
             return about
         found = {**about, "rows": [row_of(name, done[name]) for name in tasks]}
@@ -106,7 +103,7 @@ def plan_tasks(
     Returns:
         {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
     """
-    start = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    start = _state(backbone)
     try:
         _, done, left = survey(backbone, tasks, Path(output), mode, config, joint)
         if mode == "separate" or JOINT in left:
@@ -119,9 +116,8 @@ def plan_tasks(
     return {"mode": mode, "finished": list(done), "missing": missing, "steps": steps}
 
 
-def base_file(folder: Path, task: str, mode: Mode) -> Path:
-    """Return the file of the weights that a task's mask is for."""
-    return (folder / task if mode == "separate" else folder) / BASE
+def _state(backbone: Backbone) -> dict[str, Any]:
+    return {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
 
 
 def survey(
@@ -141,9 +137,7 @@ def survey(
         load_weights(backbone.model, folder / BASE)
     base, done = base_of(backbone), dict[str, Adapter]()
     for name, task in tasks.items():
-        if not (folder / name / MODEL_FILE).exists() or (
-            mode == "separate" and not base_file(folder, name, mode).exists()
-        ):
+        if not (folder / name / (BASE if mode == "separate" else MODEL_FILE)).exists():  # what is written last
             continue
         done[name] = read_adapter(folder / name)
         _check_finished(done[name], name, task, folder, config, joint)

@@ -7,9 +7,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TextIO, TypedDict
+from typing import IO, Any, TypedDict
 
 from ..errors import ConfigError, StateError, StoppedError, require
 from ..safetensors_io import lock, replacing
@@ -90,8 +90,8 @@ def locked(folder: Path | None) -> Iterator[None]:
 def _locked_file(path: Path) -> IO[str]:
     """Return the lock's file, locked, with the name of this process in it."""
     while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
+        with ExitStack() as closed:
+            file = closed.enter_context(path.open("a+", encoding="utf-8"))
             if lock(file.fileno()) is False:
                 file.seek(0)
                 holder = file.read(200).strip()
@@ -103,11 +103,8 @@ def _locked_file(path: Path) -> IO[str]:
                 file.truncate(0)
                 file.write(f"{os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
+                closed.pop_all()
                 return file
-        except BaseException:
-            file.close()
-            raise
-        file.close()
 
 
 def _let_go() -> None:
@@ -197,11 +194,7 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 
 def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        StateError: if there is none, or it lacks one of the keys; `remedy` says what to do then.
-    """
+    """Return the object in a JSON file; StateError with the remedy if there is none, or it lacks one of the keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -217,11 +210,7 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 def parse_every(text: str | None) -> tuple[float | None, int | None]:
-    """Return (seconds, steps) between checkpoints, of which at most one is given.
-
-    Args:
-        text: as in "90s", "10min", "2h" or "500steps"; None for neither.
-    """
+    """Return (seconds, steps) between checkpoints, of which at most one is given, of "90s", "10min" or "500steps"."""
     if text is None:
         return None, None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|steps?)", text)
@@ -238,68 +227,66 @@ class RunFolder:
     """The folder of a run, with its log; see `RunOptions`.
 
     Attributes:
-        path: None if nothing is kept. checkpoint: of the file.
+        path: None if nothing is kept. checkpoint, log: files in it, None as well.
         resume: the run goes on from the checkpoint that is there.
         seconds, steps: between two checkpoints; both None: every epoch.
     """
 
     def __init__(self, options: RunOptions):
-        output = options.get("output")
+        output, main = options.get("output"), is_main_process()
         self.path = None if output is None else Path(output)
         self.checkpoint = None if self.path is None else self.path / FILE
+        self.log = None if self.path is None or not main else self.path / LOG
         self.resume = options.get("resume", False)
         self.seconds, self.steps = parse_every(options.get("checkpoint_every"))
-        self.report = options.get("report") if is_main_process() else None
-        self.file: TextIO | None = None
+        self.report = options.get("report") if main else None
         self.board: Any = None
         self.purged: int | None = None  # first step that TensorBoard is to forget
         if self.resume and self.path is None:
             raise StateError("resume needs the folder of the run in `output`")
 
     @contextmanager
-    def opened(self) -> Iterator["RunFolder"]:
-        """Lock the folder, made if it is not there, and open its log, as long as this lasts."""
+    def opened(self) -> Iterator[None]:
+        """Lock the folder, made if it is not there, and begin its log, or go on with it."""
         if self.path is None or self.checkpoint is None:
-            yield self
+            yield
             return
         with locked(self.path):
             _check_new(self.path, self.resume)
-            if is_main_process():
+            if self.log is not None:
                 require("tensorboard", "train", "writing TensorBoard logs")
                 with self._writing("make room, or choose a folder that you may write to"):
-                    self.file = (self.path / LOG).open("a" if self.resume else "w", encoding="utf-8")
+                    self.log.open("a" if self.resume else "w").close()
             try:
-                yield self
+                yield
             except KeyboardInterrupt as error:
                 if self.checkpoint.exists():
                     error.add_note(f"Train again with resume (--resume) to go on from the checkpoint in {self.path}")
                 raise
             finally:
-                with suppress(OSError):  # lines were flushed one by one; curves are not worth a run
-                    for one in (self.file, self.board):
-                        if one is not None:
-                            one.close()
+                if self.board is not None:
+                    with suppress(OSError):  # curves are not worth a run
+                        self.board.close()
 
     def size(self) -> int:
         """Return the bytes written to the log so far, also by the runs that this one continues."""
-        return 0 if self.file is None else self.file.tell()
+        return 0 if self.log is None else self.log.stat().st_size
 
     def rewind(self, size: int, step: int) -> None:
         """Forget what was logged after `size` bytes and after a step: it happens again."""
-        if self.file is not None and size < self.size():
-            self.file.truncate(size)
-            self.file.seek(0, os.SEEK_END)
+        if self.log is not None and size < self.size():
+            os.truncate(self.log, size)
         self.purged = step + 1
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Report and log one event: "event" says which kind, "step" when, and the rest are its numbers."""
         if self.report is not None:
             self.report(event)
-        if self.file is None:
+        if self.log is None:
             return
         with self._writing("make room and resume from the last checkpoint"):
-            self.file.write(json.dumps(event, sort_keys=True) + "\n")
-            self.file.flush()
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event, sort_keys=True) + "\n")
             if self.board is None:
                 writer = require("torch.utils.tensorboard", "train", "writing TensorBoard logs").SummaryWriter
                 self.board = writer(f"{self.path}/tensorboard", purge_step=self.purged)
@@ -320,15 +307,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 @contextmanager
 def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
-    """Answer the first SIGTERM or SIGUSR1; a second one does what it did before.
-
-    In another than the main thread, where none arrives, nothing changes.
-    """
-    earlier = {}
-    if threading.current_thread() is threading.main_thread():
-        # one that is ignored stays so, and one that was not installed by Python could not be put back
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
-        earlier = {number: one for number, one in handlers.items() if one not in (None, signal.SIG_IGN)}
+    """Answer the first SIGTERM or SIGUSR1; a second one does what it did before. Only in the main thread."""
+    earlier: dict[int, Any] = {}
 
     def put_back() -> None:
         for number, handler in earlier.items():
@@ -338,8 +318,11 @@ def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
         put_back()
         answer(number)
 
-    for number in earlier:
-        signal.signal(number, first)
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            # one that is ignored stays so, and one that was not installed by Python could not be put back
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                earlier[number] = signal.signal(number, first)
     try:
         yield
     finally:

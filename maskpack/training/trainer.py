@@ -47,10 +47,6 @@ class ObjectiveRun(Run):
     Args:
         learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
         start_from: folder of a finished run, with whose tensors this one starts.
-
-    Attributes:
-        whole: parameters that learn themselves beside scores, by name.
-        control: keeps the masks within a budget of bytes, or None.
     """
 
     def __init__(
@@ -70,11 +66,16 @@ class ObjectiveRun(Run):
                 f"leave it out"
             )
         self.start_from = None if start_from is None else Path(start_from) / FILE
-        self.begun = None if self.start_from is None else checkpoint_digest(self.start_from)
+        self.facts = {
+            "start": None if self.start_from is None else checkpoint_digest(self.start_from),
+            "config": config.to_json(),
+            "data": [data.digest, len(self.train_split), len(data.class_names)],
+            "processes": self.accelerator.num_processes,
+        }
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        self.whole: Mapping[str, nn.Parameter] = {}
+        self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
         if learn is learn_scores:
             masked = select_parameters(model, config.include, config.exclude, backbone.outside)
             self.whole = trained_themselves(model, config.beside, masked, backbone.outside)
@@ -102,15 +103,6 @@ class ObjectiveRun(Run):
         for one in self.models:
             one.batch_size = config.batch_size * config.accumulate * self.accelerator.num_processes
 
-    def facts(self) -> dict[str, Any]:
-        data = self.data["data"]
-        return {
-            "start": self.begun,
-            "config": self.config.to_json(),
-            "data": [data.digest, len(self.train_split), len(data.class_names)],
-            "processes": self.accelerator.num_processes,
-        }
-
     def start(self) -> None:
         self.objective.start()
         if self.start_from is not None:
@@ -132,7 +124,7 @@ class ObjectiveRun(Run):
             yield STREAM, [0, place], batch
 
     def loss(self, stream: str, batch: Batch, progress: float) -> Tensor:
-        self.progress(progress)
+        self._tell(progress)
         loss = self.objective.loss(cast("nn.Module", self._forward), batch)
         found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
         found += [] if self.control is None else [self.control.penalty()]
@@ -145,7 +137,7 @@ class ObjectiveRun(Run):
             return found
         return require("accelerate", "train", "training").utils.convert_to_fp32(found)
 
-    def progress(self, share: float) -> None:
+    def _tell(self, share: float) -> None:
         """Tell the scores which share of the steps is done."""
         for model in self.models:
             model.progress = share
@@ -201,7 +193,7 @@ class ObjectiveRun(Run):
 
     def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
-        self.progress(1.0)
+        self._tell(1.0)
         metrics = {**at.metrics, **self.held_out("test")}
         if self.scored:
             with without_scores(self.module):
@@ -345,7 +337,6 @@ def train_dense(
     Args:
         learn: gets the frozen backbone with its new head, and the settings; returns the parameters that learn. It may
             put modules into the model, as LoRA does.
-        options: as in `train_mask`.
 
     Returns:
         The run, whose `objective.module` is the network, in evaluation mode.

@@ -33,7 +33,7 @@ class File:
         found = []
         for name, one in sorted(self.inner["sets"].items()):
             joined, at = self.data[f"{name}/payloads"], 0
-            for size in [*one.get("tables", []), *one["size"]]:
+            for size in one["size"]:
                 found.append(joined[at : at + size])
                 at += size
         own = ("maskpack.base", "maskpack.digests")

@@ -52,36 +52,36 @@ ROOM = 1 << 30  # address space beyond that of the start: three copies of those,
 MOST = 1 << 20  # weights of a mask whose payload is decoded
 ALLOWED, ALLOWED_EACH = 8 << 20, 64  # bytes of memory for one payload, and for each of its weights
 RAW, SEALED, PAYLOAD = range(3)
-# codec, change of its settings, number of dimensions, dimensions, seed of classes and reference, length of the table
-FIELDS = struct.Struct("<BBB5HBH")
+# codec, change of its settings, number of dimensions, dimensions, seed of classes and reference
+FIELDS = struct.Struct("<BBB5HB")
 INSTANCES = [codec for cls in CODECS.all() for codec in rivals("max", cls.id, True)]
 SHAPES = ((), (0,), (1,), (9,), (4, 0, 3), (40, 33), (16, 4, 3, 3), (2, 3, 2, 3, 5))
 
 
-def side_of(codec: Codec, shape: tuple[int, ...], seed: int, table: bytes | None) -> Side:
+def side_of(codec: Codec, shape: tuple[int, ...], seed: int) -> Side:
     """Return side data that follow from the seed; an odd one has a reference."""
     rng = np.random.default_rng(seed)
     count = math.prod(shape)
     classes = rng.integers(0, 256, count, dtype=np.uint8) if codec.needs_base else None
-    return Side(shape, classes, random_bits(count, 0.8, seed) if seed % 2 else None, table)
+    return Side(shape, classes, random_bits(count, 0.8, seed) if seed % 2 else None)
 
 
-def packed_input(index: int, shape: tuple[int, ...], seed: int, table: bytes | None, payload: bytes) -> bytes:
+def packed_input(index: int, shape: tuple[int, ...], seed: int, payload: bytes) -> bytes:
     """Return the input that `decode` reads back."""
-    head = FIELDS.pack(index, 0, len(shape), *shape, *(0,) * (5 - len(shape)), seed, len(table or b""))
-    return bytes([PAYLOAD]) + head + (table or b"") + payload
+    head = FIELDS.pack(index, 0, len(shape), *shape, *(0,) * (5 - len(shape)), seed)
+    return bytes([PAYLOAD]) + head + payload
 
 
 def decode(data: bytes) -> None:
     """Decode one payload as `packed_input` lays it out."""
     if len(data) < FIELDS.size:
         return
-    index, change, dimensions, *shape, seed, length = FIELDS.unpack_from(data)
+    index, change, dimensions, *shape, seed = FIELDS.unpack_from(data)
     shape = tuple(shape[: dimensions % 6])
     if math.prod(shape) > MOST:
         return
     codec = INSTANCES[index % len(INSTANCES)]
-    table, payload = data[FIELDS.size : FIELDS.size + length], data[FIELDS.size + length :]
+    payload = data[FIELDS.size :]
     config = dict(codec.config())
     if config and change:
         key = sorted(config)[change % len(config)]
@@ -90,7 +90,7 @@ def decode(data: bytes) -> None:
         codec = type(codec)(**config)
     except (TypeError, ValueError):  # what a codec may say to settings that make no sense
         return
-    side = side_of(codec, shape, seed, table or None)
+    side = side_of(codec, shape, seed)
     tracemalloc.start()
     try:
         side.checked(codec.decode(memoryview(payload), side))
@@ -144,10 +144,10 @@ def corpus(folder: Path) -> list[bytes]:
         for seed, shape in enumerate(SHAPES):
             for density in (0.0, 0.5, 0.95, 1.0):
                 bits: Bits = random_bits(math.prod(shape), density, seed)
-                payload = codec.encode(bits, side_of(codec, shape, seed, None))
+                payload = codec.encode(bits, side_of(codec, shape, seed))
                 if payload is None:  # not every codec takes every mask
                     continue
-                made.append(packed_input(index, shape, seed, None, payload))
+                made.append(packed_input(index, shape, seed, payload))
     return made
 
 

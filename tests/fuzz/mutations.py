@@ -63,7 +63,7 @@ ACTING = (
 ODD = (None, True, False, 0.5, -0.0, 1e308, [], {}, [[]], [0], [0, 0], {"a": 1}, [1 << 17, 1 << 17])
 VALUES = (*INTEGERS, *TEXTS, *ACTING, *ODD)
 KEYS = (
-    "reference table tables level self cls id op codec head training preprocess kind metrics accuracy data task "
+    "reference level self cls id op codec head training preprocess kind metrics accuracy data task "
     "class_names more default other revision cascade dispatcher experts combine embedding"
 ).split()
 SHAPES = ([], [0, 1 << 48], [0] + [1 << 48] * 15, [1] * 17, [-1], [3])
@@ -137,7 +137,7 @@ def forge_payload(file: File, rng: random.Random) -> None:
     for size in one["shapes"][one["shape"][index]]:
         total *= size
     need = (total + 7) // 8
-    at = sum(one.get("tables", [])) + sum(one["size"][:index])
+    at = sum(one["size"][:index])
     joined = file.data[f"{name}/payloads"]
     made = payload(joined[at : at + one["size"][index]], need, rng)
     file.data[f"{name}/payloads"] = joined[:at] + made + joined[at + one["size"][index] :]
@@ -146,17 +146,10 @@ def forge_payload(file: File, rng: random.Random) -> None:
         one["kept"][index] = min(total, rng.choice((0, 1, total, one["kept"][index])))
 
 
-def forge_table(file: File, rng: random.Random) -> None:
-    """Put a table before the payloads of a set and let codings use it, or let codings refer to another set."""
-    name = rng.choice(sorted(file.inner["sets"]))
-    one = file.inner["sets"][name]
-    if rng.random() < 0.5:
-        rng.choice(one["codings"])["reference"] = rng.choice([*file.inner["sets"], "nobody"])
-        return
-    table = rng.randbytes(rng.randrange(300))
-    one["tables"] = [len(table), *one.get("tables", [])]
-    file.data[f"{name}/payloads"] = table + file.data[f"{name}/payloads"]
-    rng.choice(one["codings"])["table"] = rng.randrange(len(one["tables"]))
+def forge_reference(file: File, rng: random.Random) -> None:
+    """Let codings of a set refer to another set."""
+    one = file.inner["sets"][rng.choice(sorted(file.inner["sets"]))]
+    rng.choice(one["codings"])["reference"] = rng.choice([*file.inner["sets"], "nobody"])
 
 
 def forge_tensor(file: File, rng: random.Random) -> None:
@@ -185,7 +178,7 @@ def forge_tensor(file: File, rng: random.Random) -> None:
 
 FORGERIES: tuple[Callable[[File, random.Random], None], ...] = (
     lambda file, rng: edit(file.inner, rng), lambda file, rng: edit(file.inner["sets"], rng),
-    lambda file, rng: edit(file.entries, rng), forge_payload, forge_payload, forge_table, forge_tensor,
+    lambda file, rng: edit(file.entries, rng), forge_payload, forge_payload, forge_reference, forge_tensor,
 )  # fmt: skip
 
 

@@ -133,22 +133,6 @@ def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
     return [name for i, name in enumerate(class_names) if i not in present]
 
 
-class _Transformed(Dataset[Any]):
-    """Transformed examples; of an unreadable one the row number."""
-
-    def __init__(self, examples: Examples, transform: Callable[[Any], Any], sampler: "EpochSampler | None"):
-        self.examples, self.transform, self.sampler = examples, transform, sampler
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Any:
-        item = self.examples[index]
-        if self.sampler is not None:  # what is drawn follows from epoch and example, in whichever process
-            torch.default_generator.manual_seed(draw_seed(self.sampler.seed, self.sampler.epoch, "example", index))
-        return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
-
-
 class EpochSampler(Sampler[int]):
     """Permutation that depends on seed and epoch alone, so that a resumed run sees the same order."""
 
@@ -171,6 +155,24 @@ def epoch_seed(seed: int, epoch: int) -> int:
 def draw_seed(seed: int, epoch: int, *place: str | int) -> int:
     """Return the seed of random draws at a place in an epoch, such as a batch."""
     return int.from_bytes(blake3(repr((seed, epoch, *place)).encode()).digest(7), "little")
+
+
+@dataclass
+class _Transformed(Dataset[Any]):
+    """Transformed examples; of an unreadable one the row number."""
+
+    examples: Examples
+    transform: Callable[[Any], Any]
+    sampler: EpochSampler | None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.examples[index]
+        if self.sampler is not None:  # what is drawn follows from epoch and example, in whichever process
+            torch.default_generator.manual_seed(draw_seed(self.sampler.seed, self.sampler.epoch, "example", index))
+        return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
 
 
 def _ignore_signals(_: int) -> None:

@@ -78,7 +78,6 @@ class ImageFolder:
         named = {p.name: p for p in root.iterdir() if p.is_dir() and p.name.lower() in SPLITS}
         folders = named or {"train": root}
         classes = sorted({p.name for folder in folders.values() for p in folder.iterdir() if p.is_dir()})
-        index = {name: i for i, name in enumerate(classes)}
         label = {"label": datasets.ClassLabel(names=classes)} if classes else {}
         features = datasets.Features({"image": datasets.Image(), **label})
         splits, files = {}, []
@@ -86,7 +85,7 @@ class ImageFolder:
             images = [file for file in _images(folder) if file.parent != folder or not classes]
             rows: dict[str, list[object]] = {"image": [str(file) for file in images]}
             if classes:
-                rows["label"] = [index[file.relative_to(folder).parts[0]] for file in images]
+                rows["label"] = [classes.index(file.relative_to(folder).parts[0]) for file in images]
             splits[split.lower()] = datasets.Dataset.from_dict(rows, features=features)
             files += images
         return Splits(splits, root.resolve().name, digest_files(files, root))

@@ -14,6 +14,73 @@ LABELS_SEED = 42  # draws the rows that keep their labels, in every evaluation
 TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
 
 
+def load_data(
+    reference: str,
+    *,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    class_names: Sequence[str] | None = None,
+    validation_fraction: float = 0.0,
+    labels_fraction: float = 1.0,
+    labelled: bool = True,
+    seed: int = 0,
+) -> Data:
+    """Load a data set for classification.
+
+    Args:
+        reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), or
+            `digits:0-9` (the images that scikit-learn ships).
+        input_column, label_column: names, if they cannot be found.
+        class_names: of an adapter, whose numbering labels follow; default: the data's own.
+        validation_fraction: share of the training rows, chosen by `seed`, that becomes the validation split.
+        labels_fraction: share of the remaining training rows, chosen by `seed`, that is kept.
+        labelled: False reads no labels and leaves `class_names` empty.
+
+    Raises:
+        DataError: if it cannot be read, a column cannot be found, or labels do not fit the class names.
+    """
+    if not 0 <= validation_fraction < 1 or not 0 < labels_fraction <= 1:
+        raise ConfigError(
+            f"validation_fraction must be in [0, 1) and labels_fraction in (0, 1]; got {validation_fraction} and "
+            f"{labels_fraction}"
+        )
+    source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
+    if source is None:
+        raise DataError(
+            f"cannot read the data {reference!r}; expected a Hub data set id, a folder with parquet or csv files or "
+            f"one folder of images per class, or digits:0-9"
+        )
+    loaded, splits = source.load(reference), dict[str, Any]()
+    for kind, known in (("train", TRAIN_NAMES), ("test", TEST_NAMES)):
+        rows = next((loaded.splits[name] for name in known if name in loaded.splits), None)
+        if rows is not None:
+            splits[kind] = rows
+    if not splits:
+        raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
+    features = next(iter(splits.values())).features
+    for given in (input_column, label_column if labelled else None):
+        if given is not None and given not in features:
+            raise DataError(f"the data have no column {given!r}; they have: {', '.join(features)}")
+    label = (label_column or _label_column(features)) if labelled else None
+    column = input_column or _input_column(features, label)
+    images = _is_image(features[column])
+    found: dict[str, Examples] = {}
+    names: Sequence[str] = ()
+    for kind, rows in splits.items():
+        labels, names = _labels(rows, label, names if found else class_names, kind)
+        if not labels:
+            raise DataError(f"the {kind} split of {reference!r} has no rows")
+        rows = rows.select_columns([column])
+        if images:  # as bytes, so that one broken image costs only itself
+            rows = rows.cast_column(column, type(features[column])(decode=False))
+        found[kind] = Examples(rows, column, labels, range(len(rows)), digest=f"{loaded.digest} {kind}")
+    train, validation = found.get("train"), None
+    if train is not None:
+        train, validation = hold_out(train, validation_fraction, seed, labels_fraction)
+    task = "image-classification" if images else "text-classification"
+    return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
+
+
 def _is_image(feature: Any) -> bool:
     import datasets
 
@@ -51,21 +118,16 @@ def _labels(
     """Return the class index of each row, and the class names: `names`, or those of this split."""
     if column is None:
         return [0] * len(rows), ()
-    feature = rows.features[column]
     values = rows[column][:]
-    own = tuple(str(name) for name in getattr(feature, "names", ()))
+    own = tuple(str(name) for name in getattr(rows.features[column], "names", ()))
     # -1 stands for no label where the schema names the classes
     if any(value is None or (own and value < 0) for value in values):
         raise DataError(f"the {split} split has rows without a label in column {column!r}; remove them")
-    if own:
-        if names is None or tuple(names) == own:
-            return list(values), own
-        values = [own[value] for value in values]
-    texts = [str(value) for value in values]
+    texts = [own[value] if own else str(value) for value in values]
     if names is None:
         # numbers by value, everything else alphabetically
         numbers = all(isinstance(value, int) for value in values)
-        names = sorted(set(texts), key=int) if numbers else sorted(set(texts))
+        names = own or sorted(set(texts), key=int if numbers else str)
     index = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(texts) - index.keys())
     if unknown:
@@ -76,79 +138,15 @@ def _labels(
     return [index[text] for text in texts], tuple(names)
 
 
-def load_data(
-    reference: str,
-    *,
-    input_column: str | None = None,
-    label_column: str | None = None,
-    class_names: Sequence[str] | None = None,
-    validation_fraction: float = 0.0,
-    labels_fraction: float = 1.0,
-    labelled: bool = True,
-    seed: int = 0,
-) -> Data:
-    """Load a data set for classification.
-
-    Args:
-        reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), or
-            `digits:0-9` (the images that scikit-learn ships).
-        input_column, label_column: names, if they cannot be found.
-        class_names: of an adapter, whose numbering labels follow; default: the data's own.
-        validation_fraction: share of the training rows, chosen by `seed`, that becomes the validation split.
-        labels_fraction: share of the remaining training rows, chosen by `seed`, that is kept.
-        labelled: False reads no labels and leaves `class_names` empty.
-
-    Raises:
-        DataError: if it cannot be read, a column cannot be found, or labels do not fit the class names.
-    """
-    if not 0 <= validation_fraction < 1 or not 0 < labels_fraction <= 1:
-        raise ConfigError(
-            f"validation_fraction must be in [0, 1) and labels_fraction in (0, 1]; got {validation_fraction} and "
-            f"{labels_fraction}"
-        )
-    source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
-    if source is None:
-        raise DataError(
-            f"cannot read the data {reference!r}; expected a Hub data set id, a folder with parquet or csv files or "
-            f"one folder of images per class, or digits:0-9"
-        )
-    loaded = source.load(reference)
-    named = {
-        kind: next((loaded.splits[name] for name in names if name in loaded.splits), None)
-        for kind, names in (("train", TRAIN_NAMES), ("test", TEST_NAMES))
-    }
-    some = named["train"] if named["train"] is not None else named["test"]
-    if some is None:
-        raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
-    for given in (input_column, label_column if labelled else None):
-        if given is not None and given not in some.features:
-            raise DataError(f"the data have no column {given!r}; they have: {', '.join(some.features)}")
-    label = (label_column or _label_column(some.features)) if labelled else None
-    column = input_column or _input_column(some.features, label)
-    task = "image-classification" if _is_image(some.features[column]) else "text-classification"
-    found: dict[str, Examples] = {}
-    names: Sequence[str] | None = class_names
-    for kind, rows in named.items():
-        if rows is not None:
-            labels, names = _labels(rows, label, names, kind)
-            digest = f"{loaded.digest} {kind}"
-            found[kind] = Examples(_undecoded(rows, column, task), column, labels, range(len(rows)), digest=digest)
-            if not labels:
-                raise DataError(f"the {kind} split of {reference!r} has no rows")
-    train, validation = found.get("train"), None
-    if train is not None:
-        train, validation = hold_out(train, validation_fraction, seed, labels_fraction)
-    assert names is not None
-    return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
-
-
 def hold_out(
     examples: Examples, fraction: float, seed: int, labels_fraction: float = 1.0
 ) -> tuple[Examples, Examples | None]:
     """Split a share of the examples off, drawn by `seed`; return the share `labels_fraction` of the rest, and it."""
-    order = _shuffled(examples.indices, seed)
+    drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = [examples.indices[i] for i in drawn]
     held = round(len(order) * fraction)
-    rest = replace(examples, indices=_share(order[held:], labels_fraction), unreadable=set())
+    kept = max(1, int((len(order) - held) * labels_fraction))
+    rest = replace(examples, indices=sorted(order[held:][:kept]), unreadable=set())
     return rest, replace(examples, indices=sorted(order[:held]), unreadable=set()) if held else None
 
 
@@ -156,28 +154,7 @@ def few_labels(examples: Examples, fraction: float, seed: int = LABELS_SEED) -> 
     """Return a share of the examples, drawn by `seed` regardless of class: int(n * fraction), at least one.
 
     Of a whole training split these are the rows of `load_data(…, labels_fraction=fraction, seed=seed)`.
-
-    Raises:
-        ConfigError: if the share is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"the share of labels must be in (0, 1], got {fraction}")
-    return replace(examples, indices=_share(_shuffled(examples.indices, seed), fraction), unreadable=set())
-
-
-def _shuffled(indices: Sequence[int], seed: int) -> list[int]:
-    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(seed))
-    return [indices[i] for i in order.tolist()]
-
-
-def _share(order: Sequence[int], fraction: float) -> list[int]:
-    """Return the first rows of a drawn order, in the order of the data."""
-    return sorted(order[: max(1, int(len(order) * fraction))])
-
-
-def _undecoded(rows: Any, column: str, task: str) -> Any:
-    """Return the input column alone, images as bytes, so that one broken image costs only itself."""
-    import datasets
-
-    rows = rows.select_columns([column])
-    return rows.cast_column(column, datasets.Image(decode=False)) if task == "image-classification" else rows
+    return hold_out(examples, 0.0, seed, fraction)[0]

@@ -21,16 +21,13 @@ from ..batchnorm import recalibrate
 from ..config import TrainConfig
 from ..data.base import Data, EpochSampler, Examples, loader, readable
 
+SELF_SUPERVISED = "self-supervised"  # stands for the objective without labels for the backbone's task
 KEPT = 1024  # newest rows of features that the rank is measured on
 LEAST_USAGE, LEAST_RANK = 0.5, 2.0
 
 
 class CollapseWatch:
-    """Measures of collapse, over the batches of an epoch.
-
-    Args:
-        prototypes: their number; 0 if the objective has none.
-    """
+    """Measures of collapse, over the batches of an epoch; `prototypes`: their number, 0 if the objective has none."""
 
     def __init__(self, prototypes: int = 0):
         self.used = torch.zeros(prototypes, dtype=torch.int64)  # how often each prototype was the nearest
@@ -91,9 +88,6 @@ def collapse_warning(metrics: Mapping[str, float]) -> str | None:
     )
 
 
-SELF_SUPERVISED = "self-supervised"  # stands for the objective without labels for the backbone's task
-
-
 class Objective(ABC):
     """What the scores are trained on.
 
@@ -135,14 +129,8 @@ class Objective(ABC):
 
     def load(self, examples: Examples, **options: Any) -> Any:
         """Return a loader with the backbone's preprocessing; `options` are those of `data.base.loader`."""
-        return loader(
-            examples,
-            self.backbone.preprocess,
-            self.backbone.tokenizer,
-            batch_size=self.config.batch_size,
-            workers=self.config.workers,
-            **options,
-        )
+        own = {"batch_size": self.config.batch_size, "workers": self.config.workers, **options}
+        return loader(examples, self.backbone.preprocess, self.backbone.tokenizer, **own)
 
     def scores(self) -> list[nn.Parameter]:
         """Return scores outside of the body; they learn at the rate of the body's."""
@@ -202,11 +190,7 @@ OBJECTIVES: Registry[Objective] = Registry("objective", "maskpack.training.objec
 
 
 def find_objective(name: str, task: str) -> type[Objective]:
-    """Return the objective with this id, or for "self-supervised" the one without labels for this task.
-
-    Raises:
-        UnknownNameError: if there is no such objective. ConfigError: if it is not for this task.
-    """
+    """Return the objective with this id, or for "self-supervised" the one without labels for this task."""
     if name == SELF_SUPERVISED:
         return next(cls for cls in OBJECTIVES.all() if cls.self_supervised and task in cls.tasks)
     try:

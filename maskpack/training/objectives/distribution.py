@@ -22,12 +22,7 @@ from .base import OBJECTIVES, Objective
 
 @dataclass(frozen=True)
 class DistributionOptions(Options):
-    """Options of the objective.
-
-    Attributes:
-        strength: of the density penalty.
-        temperature: of both softmaxes.
-    """
+    """Options of the objective: strength of the density penalty, temperature of both softmaxes."""
 
     strength: NonNegative = 1.0
     temperature: Positive = 1.0
@@ -74,22 +69,16 @@ class Distribution(Objective):
                 f"the objective 'distribution' lowers all scores to remove weights, and higher scores of the method "
                 f"{config.method!r} do not keep more weights; take {rising_methods()}, or the option strength=0"
             )
-        if config.beside:
-            raise ConfigError(
-                f"the objective 'distribution' compares with the unchanged network, and train would change "
-                f"{', '.join(config.beside)}; leave out train"
-            )
+        changed = f"train would change {', '.join(config.beside)}; leave out train" if config.beside else None
         if config.adapts and batchnorm_statistics(backbone.model):
-            raise ConfigError(
-                "the objective 'distribution' compares with the unchanged network, and bn 'adapt' would change its "
-                "BatchNorm statistics; take bn 'freeze'"
-            )
+            changed = changed or "bn 'adapt' would change its BatchNorm statistics; take bn 'freeze'"
+        if changed is not None:
+            raise ConfigError(f"the objective 'distribution' compares with the unchanged network, and {changed}")
         self.module = MaskedAndWhole(Classifier(backbone.model, backbone.linear, backbone.embedding))
         self.sums = torch.zeros(3, dtype=torch.float64)  # divergence, equal classes, examples
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
-        inputs, _ = batch
-        return self._divergence(*module(inputs)) + self.options.strength * self._density()
+        return self._divergence(*module(batch[0])) + self.options.strength * self._density()
 
     def state(self) -> dict[str, Tensor]:
         return {"sums": self.sums.clone()}

@@ -20,11 +20,7 @@ VIEWS = 2
 
 @dataclass(frozen=True)
 class SimcseOptions(Options):
-    """Options of the objective; the default is the paper's.
-
-    Attributes:
-        temperature: divisor of the cosine similarities.
-    """
+    """Options of the objective: divisor of the cosine similarities; the default is the paper's."""
 
     temperature: Positive = 0.05
 

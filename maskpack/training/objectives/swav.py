@@ -57,7 +57,7 @@ class SwavOptions(Options):
 
 @dataclass(frozen=True)
 class Crops:
-    """Number of views of each image, their height and width in pixels, least and greatest share of the image's area."""
+    """Views of each image: number, height and width in pixels, least and greatest share of the image's area."""
 
     count: int
     size: int
@@ -65,7 +65,7 @@ class Crops:
 
 
 def multi_crop(preprocess: ImagePreprocess, kinds: Sequence[Crops]) -> Callable[[Any], list[Tensor]]:
-    """Return a function from a PIL image of any size and mode to its views, one tensor (count, 3, size, size) per kind.
+    """Return a function from a PIL image to its views, one tensor (count, 3, size, size) per kind.
 
     Each view: a crop of random place, size and aspect, randomly mirrored, with jittered colours (8 of 10), in grey
     (2 of 10), blurred (5 of 10), normalised as the backbone expects.
@@ -77,28 +77,21 @@ def multi_crop(preprocess: ImagePreprocess, kinds: Sequence[Crops]) -> Callable[
         # Pillow's, as in the reference: torchvision's takes thirty times as long
         return image.filter(pillow.GaussianBlur(float(torch.empty(()).uniform_(*BLUR))))
 
-    def augmented(kind: Crops) -> Any:
-        return v2.Compose(
-            [
-                v2.RandomResizedCrop(kind.size, scale=kind.scale, antialias=True),
-                v2.RandomHorizontalFlip(),
-                v2.RandomApply([v2.ColorJitter(*JITTER)], p=0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomApply([v2.Lambda(blur)], p=0.5),
-                v2.ToImage(),
-            ]
-        )
-
-    pipelines = [(kind.count, augmented(kind)) for kind in kinds if kind.count]
+    changes = [
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(*JITTER)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.Lambda(blur)], p=0.5),
+        v2.ToImage(),
+    ]
+    crops = [(k.count, v2.RandomResizedCrop(k.size, scale=k.scale, antialias=True)) for k in kinds if k.count]
+    pipelines = [(count, v2.Compose([crop, *changes])) for count, crop in crops]
     finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess.mean, preprocess.std)])
 
     def views(image: Any) -> list[Tensor]:
         image = image.convert("RGB")
-        stacks = (
-            torch.stack([torch.Tensor.as_subclass(one(image), Tensor) for _ in range(count)])
-            for count, one in pipelines
-        )
-        return [finish(stack) for stack in stacks]
+        drawn = ([one(image).as_subclass(Tensor) for _ in range(count)] for count, one in pipelines)
+        return [finish(torch.stack(stack)) for stack in drawn]
 
     return views
 
@@ -109,21 +102,16 @@ def stack_views(images: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 class SwavNetwork(nn.Module):
-    """Backbone -> linear projection -> unit sphere -> similarity to the prototypes, of several views.
+    """Backbone -> linear projection -> unit sphere -> similarity to the prototypes, of several views."""
 
-    Attributes:
-        queue: (2, N, dimension), earlier features of each large view, the newest first; rows of zeros are unfilled.
-        seen: (N, D), features of the last backbone pass.
-    """
-
-    queue: Tensor
+    queue: Tensor  # (2, N, dimension), earlier features of each large view, the newest first; zeros are unfilled
 
     def __init__(self, classifier: Classifier, options: SwavOptions):
         super().__init__()
         self.classifier = classifier
         self.prototypes = nn.Linear(options.dimension, options.prototypes, bias=False)
         self.register_buffer("queue", torch.zeros(LARGE, options.queue, options.dimension))
-        self.seen: Tensor | None = None
+        self.seen: Tensor | None = None  # features of the last backbone pass
         classifier.linear.register_forward_pre_hook(self._note)
 
     def _note(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -166,17 +154,14 @@ class Swav(Objective):
         super().__init__(backbone, data, config)
         assert isinstance(backbone.preprocess, ImagePreprocess)
         options, size = self.options, backbone.preprocess.size
+        least, most = options.small_least, options.small_most
         if options.small_size > size:
             raise ConfigError(f"small_size must be at most {size}, the size of large crops, got {options.small_size}")
-        if options.small_least > options.small_most:
-            raise ConfigError(
-                f"small_least must be at most small_most, got {options.small_least} and {options.small_most}"
-            )
+        if least > most:
+            raise ConfigError(f"small_least must be at most small_most, got {least} and {most}")
         small = options.small_size or max(1, round(size * 3 / 7))
-        self.kinds = (
-            Crops(LARGE, size, (options.large_least, 1.0)),
-            Crops(options.small_crops, small, (options.small_least, options.small_most)),
-        )
+        large = Crops(LARGE, size, (options.large_least, 1.0))
+        self.kinds = (large, Crops(options.small_crops, small, (least, most)))
         example = next(backbone.model.parameters())
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
@@ -206,13 +191,12 @@ class Swav(Objective):
         z, scores = z.reshape(count, each, -1), scores.reshape(count, each, -1)
         self.watch.add(seen, scores[0])
         log_p = (scores / self.options.temperature).log_softmax(-1)
-        total = scores.new_zeros(())
+        total: Tensor = scores.new_zeros(())
         for a in range(LARGE):
             q = self._targets(a, z[a].detach(), scores[a].detach())
             crossed = -(q * log_p).sum(-1).mean(-1)
             total = total + (crossed.sum() - crossed[a]) / (count - 1)
-        loss: Tensor = total / LARGE
-        return loss
+        return total / LARGE
 
     @torch.no_grad()
     def _targets(self, view: int, z: Tensor, scores: Tensor) -> Tensor:
