@@ -72,26 +72,26 @@ class Lane:  # section 6.2
 def logit(event, data, shape, classes, reference):  # section 6.1; sets what is true in `event`
     rows, inputs = (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
     inputs = shape[1] if len(shape) > 2 and rows * shape[1] <= 1 << 24 else inputs
-    positions, units, stream = event.size // (rows * inputs), rows * inputs, iter(data[3:])
+    positions, units, stream = event.size // (rows * inputs), rows * inputs, iter(data[1:])
     sign = np.ones(event.size, int) if classes is None else np.where(classes > 127, -1, 1)
-    sizes = {"A": rows * (rows > 1), "B": inputs * (inputs > 1 and rows * positions > 1), "D": positions}
-    sizes |= {"X": 5 if classes is None else 15, "M": 16 * (classes is not None), "F": int(reference is not None)}
-    sizes |= {f"{side}{k}": size for k in range(data[0] // 2) for side, size in (("U", rows), ("V", inputs))}
-    sizes = {name: size for name, size in sizes.items() if size and (positions > 1 or name not in "DX")}
+    sizes = dict(zip("ABDXMF", (rows, inputs, positions, 5 if classes is None else 15, 16, 1), strict=True))
+    sizes, offset = {name: sizes[name] for k, name in enumerate(sizes) if data[0] >> k + 1 & 1}, 32 - varint(stream)
+    ranks = range(next(stream) if classes is not None and positions == 1 and min(rows, inputs) >= 16 else 0)
+    sizes |= {f"{side}{k}": size for k in ranks for side, size in (("U", rows), ("V", inputs))}
     codes, count = {name: next(stream) for name in sizes}, varint(stream)
-    lengths = np.cumsum([v // 2 if v % 2 == 0 else -(v + 1) // 2 for v in (varint(stream) for _ in range(count))])
-    words = np.split(np.frombuffer(bytes(stream), "<u2"), np.cumsum(lengths)[:-1])
-    lanes, coded = [Lane(x.tolist()) for x in words], [name for name in sizes if codes[name] % 16]
-    tables = [SLOTS[codes[name] % 16 - 1] for name in coded for _ in range(sizes[name])]
+    lengths = [v // 2 if v % 2 == 0 else -(v + 1) // 2 for v in (varint(stream) for _ in range(count - 1))]
+    words = np.split(np.frombuffer(bytes(stream), "<u2"), np.cumsum(np.cumsum(lengths)).astype(int))
+    lanes = [Lane(x.tolist()) for x in words]
+    tables = [SLOTS[codes[name] % 16 - 1] for name in sizes for _ in range(sizes[name])]
     edges = [len(tables) * k // count for k in range(count + 1)]
     found = [x.coefficient(t) for x, a, b in zip(lanes, edges, edges[1:], strict=False) for t in tables[a:b]]
-    arrays = {name: np.zeros(size, int) for name, size in sizes.items()}
-    for name, own in zip(coded, np.split(found, np.cumsum([sizes[name] for name in coded])[:-1]), strict=False):
+    arrays = {name: np.zeros(16, int) for name in "MF"}
+    for name, own in zip(sizes, np.split(found, np.cumsum([*sizes.values()])[:-1]), strict=False):
         arrays[name] = (np.cumsum(own) if name == "M" else own) * STEPS[codes[name] // 16]
     (unit, p), zero = np.divmod(np.arange(event.size), positions), np.zeros(1 << 24, int)
     r, i = np.divmod(unit, inputs)
-    lean = sum(arrays[f"U{k}"][r] * arrays[f"V{k}"][i] for k in range(data[0] // 2))
-    level = 512 + int.from_bytes(data[1:3], "little", signed=True) + (sign * lean >> 4)
+    lean = sum(arrays[f"U{k}"][r] * arrays[f"V{k}"][i] for k in ranks)
+    level = 512 + offset + (sign * lean >> 4)
     level = level + arrays.get("A", zero)[r] + arrays.get("B", zero)[i] + arrays.get("D", zero)[p]
     level = level + (0 if classes is None else arrays["M"][classes % 128 // 8])
     level = level + (0 if reference is None else arrays["F"][0] * reference)
@@ -102,7 +102,7 @@ def logit(event, data, shape, classes, reference):  # section 6.1; sets what is 
             before = slice(weight - weight % positions, weight)
             same = int((event[before] & (sign[before] == sign[weight])).sum())
             x = min(same, 4) + 5 * min(int(event[before].sum()) - same, 2)
-            q = level[weight] + (arrays["X"][x] if positions > 1 else 0)
+            q = level[weight] + (arrays["X"][x] if "X" in arrays else 0)
             slot, u = lane.state % 32768, v + HAZARD[min(max(q, 0), 1023)]
             event[weight] = slot >= SURVIVAL[u]
             if event[weight] or u >= 8192:

@@ -200,7 +200,7 @@ def test_pictures_of_nothing() -> None:
         criticality_figure([])
     with pytest.raises(ConfigError, match="no pair of networks to draw; give what a barrier analysis measured"):
         barrier_figure([])
-    with pytest.raises(ConfigError, match="no layers or no pairs of networks to draw"):
+    with pytest.raises(ConfigError, match="no layer or no pair of networks to draw"):
         similarity_figure([], [])
     with pytest.raises(ConfigError, match="no pair of networks to draw; give what an analysis of mistakes measured"):
         mistakes_figure([], [])

@@ -186,8 +186,8 @@ def test_no_run(tmp_path: Path) -> None:
         ("{", "as JSON: Expecting property name"),
         ("[" * 100_000, "as JSON: "),
         ("\xff", "as JSON: 'utf-8' codec"),
-        ("[1]", "has no list 'points', it has: a list; expected an object with points and expert"),
-        ('{"points": [], "size": 3}', "has no list 'expert', it has: points, size; expected an object"),
+        ("[1]", "must have expert, points, it has a list; expected an object with the lists points and expert"),
+        ('{"points": [], "size": 3}', "must have expert, points, it has points, size; expected an object"),
         ('{"points": 5, "expert": []}', "has no list 'points'"),
     ],
 )
@@ -199,8 +199,8 @@ def test_file_that_is_not_as_needed(tmp_path: Path, text: str, words: str) -> No
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
     said = refused("confusion", tmp_path / "nowhere.json", "--output", tmp_path / "x.svg")
-    assert "nowhere.json as JSON: " in said
-    assert "expected an object with confusion and class_names" in said
+    assert "there is no file" in said
+    assert "nowhere.json; expected an object with the lists confusion and class_names" in said
 
 
 @pytest.mark.parametrize(

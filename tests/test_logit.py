@@ -140,6 +140,8 @@ def test_every_symbol_has_a_slot() -> None:
 
 
 class TestRefuses:
+    """A payload of one lane: the first byte says that rows and columns have coefficients."""
+
     bits, side = made((40, 30), 0.8, 0, False, False)
     good = logit.encode(bits, side, False)
 
@@ -147,22 +149,31 @@ class TestRefuses:
         with pytest.raises(CorruptAdapterError, match=words):
             logit.decode(payload, side or self.side, base)
 
-    def test_what_does_not_add_up(self) -> None:
-        lanes = 1 + 2 + 2  # where their number stands: behind the first byte, the offset, two arrays
-        self.refused(b"\x04" + self.good[1:], r"of shape \(40, 30\) states a model of rank 2")
+    def test_what_does_not_go_together(self) -> None:
+        assert self.good[0] == 0b110, "zeros are the events"
+        self.refused(bytes([0b1110]) + self.good[1:], r"of shape \(40, 30\) states the arrays 000111, a low rank of 0")
+        self.refused(b"\x86" + self.good[1:], r"states the arrays 1000011, a low rank of 0")
+        self.refused(self.good[:1] + varint(1 << 20) + self.good[2:], "an offset of -1048544, which do not")
         classes = np.zeros(self.side.count, dtype=np.uint8)
-        self.refused(b"\x13" + self.good[1:], "states a model of rank 9", Side((40, 30), classes), True)
-        self.refused(b"\x03" + self.good[1:], "states a model of rank 1", Side((10, 120), classes), True)
+        self.refused(self.good[:2] + b"\x09" + self.good[2:], "a low rank of 9", Side((40, 30), classes), True)
+        self.refused(self.good[:2] + b"\x00" + self.good[3:], "states table 0 for an array")
+
+    def test_what_does_not_add_up(self) -> None:
+        lanes = 1 + 1 + 2  # where their number stands: behind the first byte, the offset, two arrays
         self.refused(self.good[:lanes] + b"\x00" + self.good[lanes + 1 :], "1200 units states 0 lanes")
         self.refused(self.good[:lanes] + varint(1 << 40), "1200 units states 1099511627776 lanes")
-        self.refused(self.good[:lanes] + varint(1) + varint(1), "do not add up to its 0 bytes of words")
-        self.refused(self.good[:lanes] + varint(1) + varint(2 << 50) + bytes(9), "do not add up to its 9 bytes")
+        self.refused(self.good[:lanes] + varint(2) + varint(2), "do not add up to its 0 bytes of words")
+        self.refused(self.good[:lanes] + varint(2) + varint(1), "do not add up to its 0 bytes of words")
+        self.refused(self.good[:lanes] + varint(2) + varint(2 << 50) + bytes(8), "do not add up to its 8 bytes")
         self.refused(self.good + b"\0", "do not add up")
-        self.refused(self.good[:-2] + b"\xff\xff", "say more, or less, than its weights")
+        self.refused(self.good + b"\0\1", "say more, or less, than its weights")
 
     def test_few_lanes_for_many_weights(self) -> None:
         side = Side((1 << 13, 1 << 13))
-        self.refused(b"\x01" + bytes(4) + varint(1) + varint(0), "67108864 units states 1 lanes", side)
+        self.refused(b"\x01" + varint(32) + varint(1), "67108864 units states 1 lanes", side)
+
+    def test_no_weights(self) -> None:
+        self.refused(b"\0" + varint(32) + varint(1) + b"\1\0", "0 units states 1 lanes", Side((40, 0)))
 
 
 def test_says_once_what_is_lost_without_the_library(

@@ -73,8 +73,8 @@ def test_tables_of_the_page(words: str) -> None:
 def test_every_setting_is_an_option() -> None:
     for cls, words in ((TrainConfig, "train"), (TrainConfig, "multitask"), (JointConfig, "multitask")):
         names = {option.name for option in command(words).params}
-        assert {field.name for field in fields(cls)} - names <= {"method_options", "objective_options"}
-    assert {"method_option", "objective_option"} <= {option.name for option in command("train").params}
+        assert {field.name for field in fields(cls)} <= names
+    assert {"--method-option", "--objective-option"} <= {option.opts[0] for option in command("train").params}
 
 
 def test_choices_are_those_of_the_library() -> None:
@@ -98,11 +98,11 @@ def try_more(*words: str) -> tuple[Result, list[Any], Any]:
     """Run a verb whose settings are these, in an app of its own."""
     own, seen = typer.Typer(cls=Verbs), list[Any]()
 
-    @verb(own, "example")
+    @verb(own, None, "example")
     def train(settings: More, folder: Folder) -> None:
         seen.extend((settings, Output.given))
 
-    @verb(own, "example")
+    @verb(own, None, "example")
     def other(settings: Annotated[More, Without("seed", decay=0.1)]) -> None:
         pass
 
@@ -118,7 +118,7 @@ def test_a_new_field_is_an_option_a_key_and_a_line_of_the_page(tmp_path: Path) -
     file.write_text("decay = 0.7\nscale = true\n[method-option]\ninit = 2\n")
     _, (settings, given), _ = try_more("--config", str(file), "--no-scale")
     assert (settings.decay, settings.scale, settings.method_options) == (0.7, False, {"init": "2"})
-    assert given == {"output", "config", "decay", "scale", "method_option"}
+    assert given == {"output", "config", "decay", "scale", "method_options"}
     text = "Decay of a running mean of the scores, which goes on in a second line."
     assert f"| `--decay` | `0.5` | {text} |" in table(made)
     file.write_text('decay = "fast"')
@@ -154,7 +154,7 @@ def test_a_field_without_a_text_is_an_error() -> None:
 
     with pytest.raises(TypeError, match="width"):
 
-        @verb(typer.Typer(), "example")
+        @verb(typer.Typer(), None, "example")
         def train(settings: Silent) -> None:
             pass
 

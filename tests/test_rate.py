@@ -263,7 +263,7 @@ def test_sizes_on_the_command_line(tmp_path: Path) -> None:
     for more in (["--bytes-budget", "200"], ["--rate", "0.1"]):
         done = CliRunner().invoke(app, [*given, *more, "--profile", "fast"])
         assert done.exit_code == 2
-        assert "--bytes-budget and --rate are kept in the profiles default and max" in " ".join(done.stderr.split())
+        assert "--bytes-budget and --rate are for the profiles default and max" in " ".join(done.stderr.split())
     sizes = {"200kB": 200_000, "1.5MB": 1_500_000, "1234": 1234, "12 B": 12, 300: 300}
     assert {text: read_size(text) for text in sizes} == sizes
     assert json.dumps(TrainConfig(bytes_budget=300).to_json())

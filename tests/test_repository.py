@@ -88,21 +88,24 @@ def test_lock_names_every_dependency() -> None:
     assert names <= set(locked()), f"make lock: {sorted(names - set(locked()))} are missing"
 
 
-def test_the_same_tree_gives_the_same_wheel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pure", ["0", "1"])
+def test_the_same_tree_gives_the_same_wheel(tmp_path: Path, pure: str) -> None:
     wheels = []
     for number, umask in enumerate((0o022, 0o077)):
         copy, out = tmp_path / f"copy{number}", tmp_path / f"out{number}"
         for name in ("maskpack", "cli"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-        for name in ("pyproject.toml", "README.md", "LICENSE"):
+        for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, copy / name)
         for path in copy.rglob("*"):
             os.utime(path, (1_600_000_000 + number, 1_600_000_000 + number))
             path.chmod(path.stat().st_mode & ~umask)
         command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
         environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
+        environment["MASKPACK_PURE"] = pure
         subprocess.run(command, cwd=copy, check=True, capture_output=True, umask=umask, env=environment)
         (wheel,) = out.glob("*.whl")
+        assert pure == "0" or wheel.name.endswith("-py3-none-any.whl")
         wheels.append((wheel.name, wheel.read_bytes()))
     assert wheels[0] == wheels[1]
 

@@ -1,6 +1,7 @@
 """maskpack inspect | verify | list | combine | diff | pack | convert."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,10 +14,9 @@ from .console import Output, app, emit, lines, note, progress_bar, say, table
 from .options import ARGUMENT, OutputRef, PackedBase, Packing, Ref, Source, TrainedBackbone, Trust, Without, verb
 
 if TYPE_CHECKING:
-    from maskpack import Adapter
     from maskpack.algebra import Overlap
 
-PANEL = "Adapters"
+adapter_verb = partial(verb, app, "Adapters")
 PLUGINS = {
     "methods": "maskpack.training.methods",
     "objectives": "maskpack.training.objectives",
@@ -26,20 +26,19 @@ PLUGINS = {
     "baselines": "maskpack.lab.baselines",
 }
 Missing = Annotated[
-    Literal["error", "keep"], "Parameters that not all adapters mask: an error, or kept whole by those that do not."
+    Literal["error", "keep"], "Parameters that some adapters do not mask: an error, or kept whole there."
 ]
 COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second_only", "neither")
 
 
-def packed(adapter: "Adapter", output: Path, **more: Any) -> dict[str, Any]:
+def packed(adapter: "maskpack.Adapter", output: Path, **more: Any) -> dict[str, Any]:
     """Return what there is to say of an adapter with one mask set that was written, with more behind its path."""
-
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     totals = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
     return {"adapter": str(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}
 
 
-@verb(app, "maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json", panel=PANEL)
+@adapter_verb("maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json")
 def inspect(ref: Ref, trust: Source, parameters: Annotated[bool, "A line for every parameter."] = False) -> None:
     """Show what an adapter holds. Never needs the backbone, never runs anything from the file."""
     from maskpack.adapter.card import member
@@ -79,7 +78,7 @@ def inspect(ref: Ref, trust: Source, parameters: Annotated[bool, "A line for eve
             table(one["payloads"], columns, name="parameter")
 
 
-@verb(app, "maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k", panel=PANEL)
+@adapter_verb("maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k")
 def verify(
     ref: Ref,
     base: PackedBase,
@@ -115,7 +114,7 @@ def verify(
         note(f"Not decoded, since they need the weights of {adapter.base.id} (--backbone): {shown}")
 
 
-@verb(app, "maskpack list", "maskpack list methods", name="list", panel=PANEL)
+@adapter_verb("maskpack list", "maskpack list methods", name="list")
 def listing(
     what: Annotated[str, f"adapters (cached from the Hub), or plug-ins: {', '.join(PLUGINS)}.", ARGUMENT] = "adapters",
 ) -> None:
@@ -142,12 +141,10 @@ def listing(
     return table(rows, columns)
 
 
-@verb(
-    app,
+@adapter_verb(
     "maskpack combine majority ./a ./b user/mask-c@v1 --output ./voted",
     "maskpack combine k-of-n ./a ./b ./c -k 2 --output ./twice",
     "maskpack combine weighted ./a ./b --weight 0.7 --weight 0.3 --output ./voted",
-    panel=PANEL,
 )
 def combine(
     how: Annotated[
@@ -181,7 +178,7 @@ def combine(
     say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
 
 
-@verb(app, "maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json", panel=PANEL)
+@adapter_verb("maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json")
 def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missing = "error") -> None:
     """Compare the masks of two adapters of one base: how many bits differ, in all and by parameter.
 
@@ -203,11 +200,9 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
     table(rows, ["name", *COUNTS], name="parameter")
 
 
-@verb(
-    app,
+@adapter_verb(
     "maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask",
     "maskpack pack pruned.safetensors --from zeros --backbone timm/resnet18.a1_in1k --output ./my-mask",
-    panel=PANEL,
 )
 def pack(
     masks: Annotated[Path, "File with the masks, named as the parameters.", ARGUMENT],
@@ -215,7 +210,7 @@ def pack(
     output: OutputRef,
     packing: Packing,
     source: Annotated[
-        str, "What wrote the file: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
+        str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
     ] = "masks",
     scale: Annotated[bool, "The masks were trained with weights / sqrt(density)."] = False,
 ) -> None:
@@ -240,11 +235,9 @@ def pack(
     emit(packed(adapter, output), f"✓ {output}")
 
 
-@verb(
-    app,
+@adapter_verb(
     "maskpack convert ./my-mask ./smaller --profile max --backbone timm/resnet18.a1_in1k",
     "maskpack convert ./my-mask ./my-mask --codec raw",
-    panel=PANEL,
 )
 def convert(
     ref: Ref,

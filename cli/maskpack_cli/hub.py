@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from maskpack.errors import ConfigError, MaskpackError
 from .console import Output, app, complain, emit, hint, note, say, table
 from .options import ARGUMENT, POSITIVE, Source, Token, Weights, group, verb
 
-PANEL = "Hub"
+hub_verb = partial(verb, app, "Hub")
 AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUMENT]
 
 
@@ -21,9 +22,7 @@ AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUME
 class Pushed:
     """How an adapter is pushed: what `maskpack.push` takes."""
 
-    private: Annotated[
-        bool | None, "Of the repository. Default: the account's.", typer.Option("--private/--public")
-    ] = None
+    private: Annotated[bool | None, "Repository. Default: the account's.", typer.Option("--private/--public")] = None
     revision: Annotated[str | None, "Branch to push to; made if missing."] = None
     commit_message: Annotated[str | None, "Of the one commit.", typer.Option("--commit-message", "-m")] = None
     create_pr: Annotated[bool, "Open a pull request in place of a commit."] = False
@@ -34,14 +33,12 @@ class Pushed:
     token: Token = None
 
 
-@verb(
-    app,
+@hub_verb(
     "maskpack push ./my-mask user/my-mask --private",
     "maskpack push ./my-mask user/my-mask --tag v1 --dry-run",
     "maskpack push ./my-mask user/my-mask --create-pr -m 'Trained longer'",
     "maskpack push ./my-mask user/my-mask --sign key.pem",
     "maskpack push ./my-mask ./registry/my-mask",
-    panel=PANEL,
 )
 def push(
     folder: AdapterPath,
@@ -57,14 +54,12 @@ def push(
         hint(f"  {'would send' if how.dry_run else 'sent'} {name}, {size:,} bytes")
 
 
-@verb(
-    app,
+@hub_verb(
     "maskpack pull user/my-mask",
     "maskpack pull user/my-mask@v1 --output ./my-mask",
     "maskpack pull user/one user/two@v1 --output ./masks",
     "maskpack pull user/my-mask --require-signature public.pem",
     "maskpack pull user/my-mask -q",
-    panel=PANEL,
 )
 def pull(
     refs: Annotated[
@@ -73,9 +68,7 @@ def pull(
         typer.Argument(metavar="REF"),
     ],
     trust: Source,
-    output: Annotated[
-        Path | None, "Folder to copy the files to; for several, a folder each inside. Default: only the cache."
-    ] = None,
+    output: Annotated[Path | None, "Folder for copies; of several, one each inside. Default: only the cache."] = None,
 ) -> None:
     """Download adapters and verify every byte of them; prints their folders and commits.
 
@@ -127,35 +120,25 @@ def _targets(refs: tuple[str, ...], output: Path | None) -> dict[str, Path | Non
             folder = reference.path.resolve().name.removesuffix(".safetensors")
         key = folder.casefold()  # some file systems do not tell A from a
         if key in taken:
-            raise ConfigError(
-                f"{taken[key]} and {ref} would both be copied to {output / folder}; nothing was fetched: pull them one "
-                "at a time, each with its own --output"
-            )
+            both = f"{taken[key]} and {ref} would both be copied to {output / folder}"
+            raise ConfigError(f"{both}; nothing was fetched: pull them one at a time, each with its own --output")
         taken[key], targets[ref] = ref, output / folder
     return targets
 
 
-@verb(
-    app,
+@hub_verb(
     "openssl genpkey -algorithm ed25519 -out key.pem",
     "openssl pkey -in key.pem -pubout -out public.pem",
     "maskpack sign ./my-mask --key key.pem --repository user/my-mask",
     "maskpack verify ./my-mask --key public.pem",
     "maskpack sign ./my-mask --key sigstore",
     "maskpack verify ./my-mask --require-signature me@example.org@https://accounts.google.com",
-    panel=PANEL,
 )
 def sign(
     adapter: AdapterPath,
-    key: Annotated[
-        tuple[str, ...], "Private key (PEM): Ed25519 or P-256; or sigstore: an identity of a login or CI job."
-    ],
-    repository: Annotated[
-        str | None, "user/name on the Hub that it is for. Default: any; push --sign states it."
-    ] = None,
-    counter: Annotated[
-        int | None, "Number of this version. Default: one more than in the signature there.", POSITIVE
-    ] = None,
+    key: Annotated[tuple[str, ...], "Private key (PEM): Ed25519 or P-256; or sigstore: identity of a login or CI job."],
+    repository: Annotated[str | None, "user/name on the Hub that it is for. Default: any; push --sign says it."] = None,
+    counter: Annotated[int | None, "Number of this version. Default: one above the signature there.", POSITIVE] = None,
 ) -> None:
     """Sign an adapter on this disk: writes maskpack_model.sig, or maskpack_model.sigstore.json, beside its model."""
     from maskpack.adapter.signature import sign_adapter
@@ -168,12 +151,10 @@ def sign(
     emit(facts, f"✓ {adapter} is signed", facts | {"keys": ", ".join(signed.by)})
 
 
-@verb(
-    app,
+@hub_verb(
     "maskpack search flowers",
     "maskpack search --base timm/resnet50.a1_in1k",
     "maskpack search --fits torchvision/resnet18 --json",
-    panel=PANEL,
 )
 def search(
     weights: Weights,

@@ -2,8 +2,7 @@
 
 import glob
 import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +33,6 @@ from .options import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from maskpack import Adapter, MaskSet
     from maskpack.lab.analysis.evaluation import Evaluations
     from maskpack.lab.analysis.network import Network
 
@@ -58,7 +56,6 @@ def check_picture(path: Path | None) -> None:
 
 def draw(figure: "Callable[..., Figure]", path: Path | None, *values: Any) -> None:
     """Write the picture of what an analysis found, if there is to be one."""
-
     if path is not None:
         lab.save_figure(figure(*values), path)
         note(f"The picture is in {path}")
@@ -129,10 +126,10 @@ def compare(
 for parent, panel in ((app, PANEL), (research, None)):
     verb(
         parent,
+        panel,
         f"maskpack compare {SHARED} --baseline full --baseline lora:8 --baseline mask --output ./comparison",
         f"maskpack compare {SHARED} --labels-fraction 1 --labels-fraction 0.1 --seeds 3 --output ./comparison",
         "maskpack compare --config run.toml --lr mask=0.02 --lr full=0.0003 --json",
-        panel=panel,
     )(compare)
     parent.add_typer(analyze, name="analyze", rich_help_panel=panel)
     parent.add_typer(plot, name="plot", rich_help_panel=panel)
@@ -176,13 +173,12 @@ class Checkpoints(Drawn):
 Trained = Annotated[TrainConfig, Without(*DECIDED)]
 
 
-@verb(analyze, f"maskpack analyze shuffle {SHARED} --block 224 --block 8 --output ./shuffled")
+@verb(analyze, None, f"maskpack analyze shuffle {SHARED} --block 224 --block 8 --output ./shuffled")
 def shuffle(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings: Trained, trials: Shuffled) -> None:
     """Train a pretrained and a random start on images whose blocks are shuffled, from whole images to pixels.
 
     Called again with the same folder, it does what is not done yet.
     """
-
     check_picture(trials.plot)
     if backbone.random_weights is not None:
         raise ConfigError("--random-weights is the random start, which is there always; leave it out")
@@ -195,7 +191,7 @@ def shuffle(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings
     table(result["gains"], ["block", "gain"], gain="gain of the pretrained start")
 
 
-@verb(analyze, f"maskpack analyze checkpoints {SHARED} --checkpoints 'run/epoch-*.safetensors' --output ./curve")
+@verb(analyze, None, f"maskpack analyze checkpoints {SHARED} --checkpoints 'run/epoch-*.safetensors' --output ./curve")
 def checkpoints(
     backbone: TrainedBackbone, data: DataRef, columns: Columns, settings: Trained, trials: Checkpoints
 ) -> None:
@@ -286,7 +282,7 @@ def print_whole(result: Mapping[str, Any]) -> None:
     say("")
 
 
-@verb(analyze, f"maskpack analyze criticality ./mask {SHARED} --points 4 --plot criticality.svg")
+@verb(analyze, None, f"maskpack analyze criticality ./mask {SHARED} --points 4 --plot criticality.svg")
 def criticality(
     ref: NetworkRef,
     base: AnyBase,
@@ -294,9 +290,7 @@ def criticality(
     trust: Trust,
     per: Per = "module",
     points: Annotated[int, "Steps of the direct path from start to trained.", POSITIVE] = 1,
-    noise: Annotated[
-        int, "Draws of noise, for noise radii and the formal measure; 0: neither.", typer.Option(min=0)
-    ] = 0,
+    noise: Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)] = 0,
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)
@@ -314,7 +308,7 @@ def criticality(
     table(result["rows"], columns, accuracy="rewound")
 
 
-@verb(analyze, f"maskpack analyze barrier mask=./a mask=./b tuned=c.safetensors {SHARED}")
+@verb(analyze, None, f"maskpack analyze barrier mask=./a mask=./b tuned=c.safetensors {SHARED}")
 def barrier(
     refs: NetworkRefs,
     base: AnyBase,
@@ -339,7 +333,7 @@ def barrier(
         say(f"  deviation of the accuracies of {kind}: {deviation:.4f}")
 
 
-@verb(analyze, f"maskpack analyze similarity ./a ./b c.safetensors {SHARED} --limit 1024")
+@verb(analyze, None, f"maskpack analyze similarity ./a ./b c.safetensors {SHARED} --limit 1024")
 def similarity(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, per: Per = "block") -> None:
     """Compare every two networks: linear CKA layer by layer, distance of parameters, of masks also in bits."""
     evaluations, networks, initial = measured.open(refs, base, trust)
@@ -366,7 +360,7 @@ def similarity(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trus
     table(rows, ["networks", "distance", "relative", "hamming", "weighted"], **titles)
 
 
-@verb(analyze, f"maskpack analyze mistakes ./a ./b {SHARED} --json")
+@verb(analyze, None, f"maskpack analyze mistakes ./a ./b {SHARED} --json")
 def mistakes(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust) -> None:
     """Compare what every two networks get wrong: overlap of errors, and Cohen's kappa."""
     evaluations, networks, _ = measured.open(refs, base, trust)
@@ -402,7 +396,7 @@ def picture(example: str, name: str | None = None) -> Callable[..., Any]:
         own = [one.replace(kind=one.KEYWORD_ONLY) for one in inspect.signature(function).parameters.values()]
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         run.__signature__ = inspect.Signature([*own, output])  # type: ignore[attr-defined]
-        verb(plot, f"maskpack plot {example}", name=name)(run)
+        verb(plot, None, f"maskpack plot {example}", name=name)(run)
         return function
 
     return decorate
@@ -439,7 +433,6 @@ def scores(run: Annotated[Path, "Folder of a training run, or of the adapter tha
 @picture("overlap ./a ./b ./c --output overlap.svg")
 def overlap(refs: Refs, base: PackedBase, token: Token = None) -> "Figure":
     """How much masks agree, pair by pair: as a share of the weights, and beyond chance."""
-
     return lab.overlap_figure(_masks(refs, base, token))
 
 
@@ -456,9 +449,8 @@ def gates(
     run: Annotated[Path, "Folder of `maskpack multitask --mode gated`, or histograms.json in it.", ARGUMENT],
 ) -> "Figure":
     """Histograms of the gates and the effective weights of each task over time."""
-
     file = run if run.suffix == ".json" else run / "training" / "jointly" / "histograms.json"
-    return lab.gate_figure(_content(file, "the histograms.json of a gated run; give its output folder"))
+    return lab.gate_figure(_read(file, ["rows"], "expected the histograms.json of a gated run; give its output folder"))
 
 
 @picture("bytes results.json --output bytes.svg", name="bytes")
@@ -467,21 +459,18 @@ def accuracy_bytes(results: Results) -> "Figure":
 
     Of a method with several `labels_fraction` the greatest is drawn.
     """
-
     return lab.bytes_figure(_curves(results, "bytes", most_labels=True))
 
 
 @picture("labels results.json --output labels.svg")
 def labels(results: Results) -> "Figure":
     """Few-label curves, from rows with `method`, `labels_fraction`, `accuracy` and perhaps `deviation`."""
-
     return lab.label_figure(_curves(results, "labels_fraction"))
 
 
 @picture("clusters clusters.json --output clusters.png")
 def clusters(file: Annotated[Path, "JSON file with `points`, pairs of numbers, and `expert`.", ARGUMENT]) -> "Figure":
     """Which expert a cascade's router gives each sample to."""
-
     return lab.cluster_figure(*_members(file, "points", "expert"))
 
 
@@ -490,15 +479,13 @@ def confusion(
     file: Annotated[Path, "JSON file with `confusion`, rows of counts, and `class_names`.", ARGUMENT],
 ) -> "Figure":
     """Which classes are taken for which; `maskpack eval --json` prints the file."""
-
     return lab.confusion_figure(*_members(file, "confusion", "class_names"))
 
 
 def _sets(
     refs: tuple[str, ...], token: str | None, unnamed: Callable[[str], str]
-) -> "Iterator[tuple[str, Adapter, str]]":
+) -> "Iterator[tuple[str, maskpack.Adapter, str]]":
     """Give (name, adapter, mask set) of every mask set of adapters given as REF or NAME=REF."""
-
     for given in refs:
         name, ref = named(given, unnamed(given))
         adapter = maskpack.load_adapter(ref, token=token)
@@ -506,10 +493,10 @@ def _sets(
             yield name if len(adapter.sets) == 1 else f"{name} {one}".strip(), adapter, one
 
 
-def _masks(refs: tuple[str, ...], base: PackedBase, token: str | None) -> "dict[str, MaskSet]":
+def _masks(refs: tuple[str, ...], base: PackedBase, token: str | None) -> "dict[str, maskpack.MaskSet]":
     """Return the mask sets of adapters by name, decoded."""
     model: Any = None
-    masks: dict[str, MaskSet] = {}
+    masks: dict[str, maskpack.MaskSet] = {}
     for name, adapter, one in _sets(refs, token, file_name):
         if name in masks:
             raise ConfigError(f"two masks would be called {name!r}; name the adapters, as in first=REF second=REF")
@@ -518,27 +505,28 @@ def _masks(refs: tuple[str, ...], base: PackedBase, token: str | None) -> "dict[
     return masks
 
 
-def _content(file: Path, expected: str) -> Any:
-    """Return what is in a JSON file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"cannot read {file} as JSON: {error}; expected {expected}") from None
+def _read(file: Path, keys: Iterable[str], expected: str) -> dict[str, Any]:
+    """Return the object in a JSON file, which must have these keys."""
+    from maskpack.training.run_folder import read_json
+
+    if not file.is_file():
+        raise DataError(f"there is no file {file}; {expected}")
+    return read_json(file, frozenset(keys), expected)
 
 
 def _members(file: Path, *keys: str) -> list[Any]:
     """Return these members, all of them lists, of the JSON object in a file."""
-    found = _content(file, f"an object with {' and '.join(keys)}")
-    if isinstance(found, dict) and "confusion" in keys and "confusion" not in found:
+    expected = f"expected an object with the lists {' and '.join(keys)}"
+    found = _read(file, {*keys} - {"confusion"}, expected)
+    if "confusion" in keys and "confusion" not in found:
         match found.get("features"):  # of `maskpack eval --json` with k-NN or a probe
             case [{"confusion": counts}]:
                 found["confusion"] = counts
             case [_, _, *_]:
                 raise DataError(f"{file} has several measures; print it with --knn or --probe alone, of one share")
     for key in keys:
-        if not isinstance(found, dict) or not isinstance(found.get(key), list):
-            has = ", ".join(sorted(found)[:10]) if isinstance(found, dict) else f"a {type(found).__name__}"
-            raise DataError(f"{file} has no list {key!r}, it has: {has}; expected an object with {' and '.join(keys)}")
+        if not isinstance(found.get(key), list):
+            raise DataError(f"{file} has no list {key!r}; {expected}")
     return [found[key] for key in keys]
 
 

@@ -11,20 +11,10 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    TypeVar,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform, get_args, get_origin, get_type_hints
 
 import typer
-from typer.models import ParameterInfo
+from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
@@ -34,11 +24,9 @@ from maskpack.training.config import RECIPES, Bytes, read_config
 from .console import Output, quiet_libraries
 
 if TYPE_CHECKING:
-    from maskpack import Adapter
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
 
-T = TypeVar("T")
 # which may not stand in a settings file: they are of a call, not of a run
 OF_A_CALL = ("config", "recipe", "tasks", "resume", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
@@ -52,18 +40,18 @@ class Without:
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def group(panel: str) -> Callable[[type[T]], type[T]]:
+def group(panel: str) -> Callable[[type[Any]], type[Any]]:
     """Class decorator: make a dataclass whose fields are options, shown in this panel of the help."""
 
-    def decorate(cls: type[T]) -> type[T]:
-        cls.panel = panel  # type: ignore[attr-defined]
+    def decorate(cls: type[Any]) -> type[Any]:
+        cls.panel = panel
         return dataclass(frozen=True, kw_only=True)(cls)
 
     return decorate
 
 
-def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str | None = None) -> Callable[..., Any]:
-    """Decorator: add a function to an app as a verb with the options --json and --quiet."""
+def verb(app: typer.Typer, panel: str | None, *examples: str, name: str | None = None) -> Callable[..., Any]:
+    """Decorator: add a function to a panel of an app as a verb with the options --json and --quiet."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(function).parameters.values()
@@ -86,9 +74,11 @@ def verb(app: typer.Typer, *examples: str, name: str | None = None, panel: str |
             )
             Output.json, Output.quiet = values.pop("as_json"), values.pop("quiet")
             quiet_libraries()
-            taken = {name: _made(kind, extras, values) for name, (kind, extras) in groups.items()}
-            own = {name: _value(name, kinds[name][0], value) for name, value in values.items()}
-            function(**own, **taken)
+            for name, (cls, extras) in groups.items():
+                hints, left_out = get_type_hints(cls), _without(extras).names
+                own = {one: _value(one, hints[one], values.pop(one)) for one in hints if one not in left_out}
+                values[name] = cls(**{key: value for key, value in own.items() if value is not None})
+            function(**{name: _value(name, kinds[name][0], value) for name, value in values.items()})
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         options.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
@@ -106,7 +96,7 @@ def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     return found[0], found[1:]
 
 
-def _first(kind: type[T], among: tuple[Any, ...]) -> T | None:
+def _first(kind: type[Any], among: tuple[Any, ...]) -> Any:
     return next((one for one in among if isinstance(one, kind)), None)
 
 
@@ -137,17 +127,20 @@ def described(cls: type[Any]) -> dict[str, tuple[str, str]]:
 
 def options_of(cls: type[Any], extras: tuple[Any, ...] = (), negatable: bool = False) -> list[inspect.Parameter]:
     """Return the options that the fields of a dataclass are, as parameters for typer."""
-    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _first(Without, extras)
-    without = without or Without()
-    known = {field.name: field for field in fields(cls)}
-    if known.keys() != texts.keys():
-        raise TypeError(f"{cls.__name__} must say what its fields are, and others not: {known.keys() ^ texts.keys()}")
-    found = []
-    for name, (panel, text) in texts.items():
-        if name not in without.names:
-            default = without.defaults.get(name, known[name].default)
-            found.append(_option(name, kinds[name], default, text, panel, negatable))
-    return found
+    kinds, texts, without = get_type_hints(cls, include_extras=True), described(cls), _without(extras)
+    defaults = {field.name: field.default for field in fields(cls)}
+    if defaults.keys() != texts.keys():
+        raise TypeError(f"{cls.__name__} must say what its fields are: {defaults.keys() ^ texts.keys()}")
+    defaults |= without.defaults
+    return [
+        _option(name, kinds[name], defaults[name], text, panel, negatable)
+        for name, (panel, text) in texts.items()
+        if name not in without.names
+    ]
+
+
+def _without(extras: tuple[Any, ...]) -> Without:
+    return _first(Without, extras) or Without()
 
 
 def _option(
@@ -155,22 +148,19 @@ def _option(
 ) -> inspect.Parameter:
     """Return the option for a field or a parameter, as a parameter for typer."""
     kind, extras = _taken_apart(annotation)
-    text = text or _first(str, extras) or ""
-    info: Any = copy(_first(ParameterInfo, extras))
+    text, info = text or _first(str, extras) or "", copy(_first(ParameterInfo, extras))
     alone = next((one for one in (annotation, *get_args(annotation), *get_args(kind)) if one in PARSERS), None)
-    if get_origin(kind) is Mapping:
-        name = name.removesuffix("s")
     flag = f"--{name.replace('_', '-')}"
     if alone is not None:
         kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
     elif get_origin(kind) is Mapping:
-        kind, info = list[str], typer.Option(flag, metavar="KEY=VALUE")
+        kind, info = list[str], typer.Option(flag.removesuffix("s"), metavar="KEY=VALUE")
     elif several := next((one for one in (kind, *get_args(kind)) if get_origin(one) is tuple), None):
-        kind = list[get_args(several)[0]]  # type: ignore[misc]
-    if info is None:
+        kind, info = list[get_args(several)[0]], info or typer.Option(flag)  # type: ignore[misc]
+    elif info is None:
         plus = kind is bool and negatable and name not in OF_A_CALL and not name.startswith("no_")
         info = typer.Option(f"{flag}/--no-{flag[2:]}" if plus else flag)
-    if get_origin(kind) is list and isinstance(info, typer.models.OptionInfo):
+    if get_origin(kind) is list and isinstance(info, OptionInfo):
         text = f"{text} May be repeated."
         default = None if default == () or default is MISSING else default
     info.help, info.rich_help_panel = text, info.rich_help_panel or panel
@@ -178,20 +168,8 @@ def _option(
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _made(cls: type[Any], extras: tuple[Any, ...], values: dict[str, Any]) -> Any:
-    """Make an object of a dataclass of what its options got; those are taken out of the values."""
-    kinds, without, made = get_type_hints(cls), _first(Without, extras) or Without(), {}
-    for field in (one for one in fields(cls) if one.name not in without.names):
-        kind = kinds[field.name]
-        option = field.name.removesuffix("s") if get_origin(kind) is Mapping else field.name
-        value = _value(option, kind, values.pop(option, None))
-        if value is not None:
-            made[field.name] = value
-    return cls(**made)
-
-
-def _value(option: str, kind: Any, value: Any) -> Any:
-    """Return what an option got as a value of its type."""
+def _value(name: str, kind: Any, value: Any) -> Any:
+    """Return what an option got as a value of the field's type."""
     if get_origin(kind) is tuple:
         return tuple(value or ())
     if any(get_origin(one) is tuple for one in get_args(kind)):
@@ -200,7 +178,7 @@ def _value(option: str, kind: Any, value: Any) -> Any:
         return value
     pairs = [one.partition("=") for one in value or ()]
     if not all(mark for _, mark, _ in pairs):
-        raise ConfigError(f"--{option.replace('_', '-')} must be KEY=VALUE, got {value}")
+        raise ConfigError(f"--{name.removesuffix('s').replace('_', '-')} must be KEY=VALUE, got {value}")
     return {key: text for key, _, text in pairs}
 
 
@@ -227,19 +205,20 @@ def take_recipe(ctx: typer.Context, name: str) -> str:
 
 
 def _storable(ctx: typer.Context) -> dict[str, Any]:
-    """Return the parameters of a verb that may stand in a settings file, by name."""
-    return {str(one.name): one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")}
+    """Return the parameters of a verb that may stand in a settings file, by the name that they have there."""
+    options = [one for one in ctx.command.params if one.name not in (*OF_A_CALL, "help", "ctx")]
+    return {one.opts[0].removeprefix("--").replace("-", "_"): one for one in options}
 
 
 def _as_texts(stored: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings among known parameters, as they would be written on the command line."""
+    """Return the settings among known parameters, by parameter, as they would be written on the command line."""
     found: dict[str, Any] = {}
     for key, value in stored.items():
         if key in known:
             values = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
             texts = [str(one) for one in values] if isinstance(values, list | tuple) else [str(values)]
             flag = isinstance(value, bool) and getattr(known[key], "is_flag", False)
-            found[key] = value if flag else texts if known[key].multiple else ",".join(texts)
+            found[known[key].name] = value if flag else texts if known[key].multiple else ",".join(texts)
     return found
 
 
@@ -319,9 +298,8 @@ class Trust:
     ] = None
     token: Token = None
 
-    def load(self, ref: str) -> "Adapter":
+    def load(self, ref: str) -> "maskpack.Adapter":
         """Read an adapter."""
-
         return maskpack.load_adapter(ref, **vars(self))
 
 
@@ -336,12 +314,10 @@ class Source(Trust):
 class Weights:
     """Weights in place of a backbone's pretrained ones."""
 
-    weights: Annotated[
-        Path | None, "Safetensors state dict in place of the pretrained weights: file, index or folder."
-    ] = None
-    random_weights: Annotated[
-        str | None, "Random weights in their place: SEED, kaiming:SEED or signed-constant:SEED."
-    ] = None
+    weights: Annotated[Path | None, "Safetensors state dict in place of pretrained weights: file, index, folder."] = (
+        None
+    )
+    random_weights: Annotated[str | None, "Random weights instead: SEED, kaiming:SEED or signed-constant:SEED."] = None
 
 
 @group("Backbone")
@@ -349,13 +325,11 @@ class Base(Weights):
     """The backbone that an adapter is for."""
 
     backbone: Annotated[
-        str | None,
-        "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base.",
+        str | None, "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base."
     ] = None
 
-    def of(self, adapter: "Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-
         reference, random = self.backbone, self.random_weights
         base, revision = adapter.base.id, adapter.base.revision or ""
         drawn = revision.startswith("random:")
@@ -384,11 +358,9 @@ class AnyBase(Base):
         if alone and self.backbone is None:
             raise ConfigError(missing)
         if not alone and (self.head is not None or self.image_size is not None):
-            raise ConfigError(
-                "--head and --image-size are for a backbone alone; an adapter has its own: leave them out"
-            )
+            raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
-    def of_any(self, adapter: "Adapter | None") -> "Backbone":
+    def of_any(self, adapter: "maskpack.Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""
         if adapter is not None:
             return self.of(adapter)
@@ -402,7 +374,7 @@ class PackedBase(Base):
 
     backbone: Annotated[str | None, "The adapters' base, where masks are packed with its weights, or are to be."] = None
 
-    def model_of(self, adapter: "Adapter") -> Any:
+    def model_of(self, adapter: "maskpack.Adapter") -> Any:
         """Return the base of an adapter, None if the options name none."""
         return None if self.backbone is None else self.of(adapter).model
 
@@ -440,13 +412,10 @@ class Rows(Columns):
     """Which rows of the data train."""
 
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
-    validation_fraction: Annotated[
-        float | None, "Share of the training rows held out. Default: 0.1; 0 without labels."
-    ] = None
+    validation_fraction: Annotated[float | None, "Share of the rows held out. Default: 0.1; 0 without labels."] = None
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
         """Read data; an objective without labels holds no rows out."""
-
         held_out = self.validation_fraction
         options["validation_fraction"] = (0.1 if supervised else 0.0) if held_out is None else held_out
         return training.load_data(data, **{**vars(self), **options})

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,12 +35,11 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from maskpack import Adapter
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
     from maskpack.training.multitask import Task
 
-PANEL = "Training"
+training_verb = partial(verb, app, "Training")
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
 RUN_FOLDER = "training"  # inside the output folder: checkpoint and logs, never pushed
 NOTHING_DONE = "Everything needed is there; nothing was trained or written."
@@ -60,9 +60,7 @@ class Run(Folder, Packed):
 
         parse_every(self.checkpoint_every)
         if self.profile == "fast" and (settings.bytes_budget is not None or settings.rate is not None):
-            raise ConfigError(
-                "--bytes-budget and --rate are kept in the profiles default and max, not in the profile fast"
-            )
+            raise ConfigError("--bytes-budget and --rate are for the profiles default and max, not for fast")
 
     def train(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """Return what a training function gives; of several processes all but the one that writes end here."""
@@ -73,9 +71,8 @@ class Run(Folder, Packed):
             raise typer.Exit
         return result
 
-    def save(self, result: Any, model: Any, **options: Any) -> "Adapter":
+    def save(self, result: Any, model: Any, **options: Any) -> "maskpack.Adapter":
         """Write what was trained as an adapter."""
-
         content = (result.parts, result.base, result.about)
         return maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
 
@@ -137,13 +134,11 @@ def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) ->
     return " ".join([reference(output), *words])
 
 
-@verb(
-    app,
+@training_verb(
     "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask-flowers",
     "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
     "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
     "maskpack train --config run.toml --resume",
-    panel=PANEL,
 )
 def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainConfig, run: Run) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
@@ -162,8 +157,10 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
     facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
-    warnings = (result.about.training or {}).get("warnings", [])
-    emit({**facts, "file_bytes": adapter.size, "warnings": warnings}, f"✓ {run.output}")
+    record = result.about.training or {}
+    beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
+    facts |= {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
+    emit(facts, f"✓ {run.output}")
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
@@ -173,7 +170,8 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
 # --- cascade ---------------------------------------------------------------------------------------------------------
 
 cascades = typer.Typer(help="Train a dispatcher and an expert for each cluster of the data, or evaluate them.")
-app.add_typer(cascades, name="cascade", no_args_is_help=True, rich_help_panel=PANEL)
+cascade_verb = partial(verb, cascades, None)
+app.add_typer(cascades, name="cascade", no_args_is_help=True, rich_help_panel="Training")
 
 
 @group("Cascade")
@@ -185,14 +183,11 @@ class Experts:
         Literal["conditional", "unconditional"],
         "Conditional takes 2 forward passes for an input, unconditional one for each set.",
     ] = "conditional"
-    reduce: Annotated[
-        int | None, "Numbers that combined embeddings are reduced to. Default: not reduced.", POSITIVE
-    ] = None
+    reduce: Annotated[int | None, "Numbers that combined embeddings are reduced to. Default: all.", POSITIVE] = None
     no_labels: Annotated[bool, "The data have no labels: the cascade gets no head."] = False
 
 
-@verb(
-    cascades,
+@cascade_verb(
     f"maskpack cascade train {SHARED} --objective self-supervised --experts 4 --output ./cascade",
     "maskpack cascade train --config run.toml --combine unconditional --resume",
     name="train",
@@ -237,7 +232,7 @@ def train_experts(
     return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
 
 
-@verb(cascades, "maskpack cascade eval ./cascade --data ./flowers --json", name="eval")
+@cascade_verb("maskpack cascade eval ./cascade --data ./flowers --json", name="eval")
 def evaluate_cascade(
     ref: Ref,
     data: DataRef,
@@ -296,12 +291,10 @@ Carrying = Annotated[
 ]
 
 
-@verb(
-    app,
+@training_verb(
     "maskpack transfer --backbone timm/resnet18.a1_in1k --source ./photos --target ./sketches --method naive "
     "--output ./sketches-of-photos",
     "maskpack transfer --config run.toml --start source-end --resume",
-    panel=PANEL,
 )
 def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried: Carried, run: Run) -> None:
     """Train on a source, find the weights that it does not need, and let these alone learn a target.
@@ -352,11 +345,9 @@ class Entry(Rows):
     augment: Augment | None = None
 
 
-@verb(
-    app,
+@training_verb(
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --output ./many",
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --mode gated --output ./together",
-    panel=PANEL,
 )
 def multitask(
     tasks: Annotated[

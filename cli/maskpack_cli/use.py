@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from maskpack.training.data.base import Data, Examples
     from maskpack.training.features import Measure
 
-PANEL = "Use"
+use_verb = partial(verb, app, "Use")
 TITLES = {"head": "head", "knn": "k-NN", "probe": "probe"}
 
 
@@ -31,7 +32,7 @@ def on_gpu(backbone: "Backbone") -> "Backbone":
     return backbone
 
 
-@verb(app, "maskpack predict user/mask-flowers a.jpg b.jpg", panel=PANEL)
+@use_verb("maskpack predict user/mask-flowers a.jpg b.jpg")
 def predict(
     ref: Ref,
     files: Annotated[tuple[str, ...], "Image files; for text adapters, text files with one text a line.", ARGUMENT],
@@ -72,7 +73,7 @@ def _texts(files: tuple[str, ...]) -> list[str]:
     return found
 
 
-@verb(app, "maskpack export user/mask-flowers --output flowers.safetensors", panel=PANEL)
+@use_verb("maskpack export user/mask-flowers --output flowers.safetensors")
 def export(ref: Ref, output: Annotated[Path, "The .safetensors file to write."], base: Base, trust: Source) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
     from maskpack.backbone.load import export_state
@@ -86,13 +87,11 @@ def export(ref: Ref, output: Annotated[Path, "The .safetensors file to write."],
     emit({"file": str(output), "tensors": count, "bytes": output.stat().st_size}, f"✓ {output}")
 
 
-@verb(
-    app,
+@use_verb(
     "maskpack eval user/mask-flowers --data ./flowers",
     "maskpack eval ./mask --data ./flowers --knn --probe --labels-fraction 1 --labels-fraction 0.01",
     "maskpack eval --backbone timm/resnet18.a1_in1k --data ./flowers --probe --json",
     name="eval",
-    panel=PANEL,
 )
 def evaluate(
     data: DataRef,

@@ -14,12 +14,25 @@ from numpy.typing import NDArray
 from ..errors import CorruptAdapterError
 from . import native
 from .base import CODECS, NO_EVENTS, Bits, Bytes, Codec, Numbers, Profile, Reader, Side, flipped, place, rarer, varint
-from .lanes import Lanes, Symbols, joined, tables
+from .lanes import LEVELS, Lanes, Symbols, joined, tables
 from .logit_fit import fitted
-from .logit_model import GROUP, LEAST_SIDE, MAX_LANE, MAX_RANK, Before, Grid, Known, Model, Scaled, by_position, sizes
+from .logit_model import (
+    GROUP,
+    HIGHEST,
+    MAX_LANE,
+    MAX_RANK,
+    Before,
+    Grid,
+    Known,
+    Model,
+    Scaled,
+    by_position,
+    may_lean,
+    sizes,
+)
 
 BATCH = 1 << 20  # units that are worked on at once
-LANE_BYTES = 800  # of a mask's entropy, for which a lane is worth its three bytes
+LANE_BYTES = 1200  # of a mask's entropy, for which a lane is worth its three bytes
 T = TypeVar("T", bound=np.generic)
 
 
@@ -79,31 +92,47 @@ def encode(bits: Bits, side: Side, base: bool) -> bytes:
 
 def read(data: Bytes, side: Side, known: Known) -> tuple[int, Model, Lanes] | int:
     """Take a payload apart: the symbol of its events, its model, its lanes; the symbol alone if there are no events."""
-    reader = Reader(data)
+    reader, grid = Reader(data), Grid.of(side.shape)
     first = reader.byte()
-    symbol, rank = first & 1, first >> 1
     if first & ~1 == NO_EVENTS and len(data) == 1:
-        return symbol
-    grid = Grid.of(side.shape)
-    if rank > (MAX_RANK if known.classes is not None and grid.positions == 1 and min(grid[:2]) >= LEAST_SIDE else 0):
-        raise CorruptAdapterError(f"a logit payload of shape {side.shape} states a model of rank {rank}")
-    offset = int(reader.take(2).view("<i2")[0])
-    shapes = sizes(grid, known, rank)
+        return first & 1
+    flags, counts = first >> 1, sizes(grid, known)
+    shapes = {name: size for number, (name, size) in enumerate(counts.items()) if flags >> number & 1}
+    offset = HIGHEST - reader.varint()
+    rank = reader.byte() if may_lean(grid, known) else 0
+    if flags >> len(counts) or not all(shapes.values()) or rank > MAX_RANK or offset < -LEVELS:
+        raise CorruptAdapterError(
+            f"a logit payload of shape {side.shape} states the arrays {flags:06b}, a low rank of {rank} and an offset "
+            f"of {offset}, which do not go together"
+        )
+    for number in range(rank):
+        shapes |= {f"left {number}": grid.rows, f"right {number}": grid.inputs}
     codes = dict(zip(shapes, reader.take(len(shapes)).tolist(), strict=True))
-    count, groups = reader.varint(), -(-grid.units // GROUP)
-    if not -(-grid.units // MAX_LANE) <= count <= min(groups, len(data)):
+    count = reader.varint()
+    if not max(1, -(-grid.units // MAX_LANE)) <= count <= min(-(-grid.units // GROUP), 1 + len(data)):
         raise CorruptAdapterError(f"a logit payload of {len(data)} bytes and {grid.units} units states {count} lanes")
-    lengths = np.array([reader.varint() for _ in range(count)], dtype=np.int64)
+    lengths = np.array([reader.varint() for _ in range(count - 1)], dtype=np.int64)
     lengths = np.cumsum((lengths >> 1) ^ -(lengths & 1))
     words = reader.rest()
-    if (lengths < 0).any() or (lengths > len(words)).any() or 2 * int(lengths.sum()) != len(words):
+    last = len(words) // 2 - int(lengths.sum())
+    if len(words) % 2 or last < 0 or not len(words) or ((lengths < 0) | (lengths > len(words))).any():
         raise CorruptAdapterError(f"the lanes of a logit payload do not add up to its {len(words)} bytes of words")
-    lanes = Lanes(words.view("<u2").astype(np.uint16), np.cumsum(lengths))
-    steps, used = ({name: code >> 4 for name, code in codes.items()}, {name: code & 15 for name, code in codes.items()})
-    coded = [name for name in shapes if used[name]]
-    table = np.repeat(np.array([used[name] - 1 for name in coded], dtype=np.int64), [shapes[name] for name in coded])
-    found = np.split(lanes.coefficients(table), np.cumsum([shapes[name] for name in coded])[:-1])
-    return symbol, Model(grid, known, rank, offset, steps, used, dict(zip(coded, found, strict=False))), lanes
+    lanes = Lanes(words.view("<u2").astype(np.uint16), np.cumsum(np.append(lengths, last)))
+    kinds = {name: code & 15 for name, code in codes.items()}
+    if not all(kinds.values()):
+        raise CorruptAdapterError(f"a logit payload states table 0 for an array, expected 1 to 15: {kinds}")
+    found = np.split(lanes.coefficients(kinds_of(kinds, shapes)), np.cumsum([*shapes.values()])[:-1])
+    values = dict(zip(shapes, found, strict=False))
+    return (
+        first & 1,
+        Model(grid, known, rank, offset, {n: code >> 4 for n, code in codes.items()}, kinds, values),
+        lanes,
+    )
+
+
+def kinds_of(kinds: dict[str, int], shapes: dict[str, int]) -> Numbers:
+    """Return the table of each coefficient, counted from 0."""
+    return np.repeat(np.array([*kinds.values()], dtype=np.int64) - 1, [*shapes.values()])
 
 
 def decode(data: Bytes, side: Side, base: bool) -> Bits:
@@ -159,10 +188,9 @@ def _events(scaled: Scaled, lanes: Lanes, bounds: Numbers) -> Bits:
 def write(model: Model, symbol: int, events: NDArray[np.bool_]) -> bytes:
     """Return the payload of events, in the order of coding, by a model."""
     scaled, grid, flat = model.scaled(), model.grid, events.reshape(model.grid.positions, -1)
-    shapes = sizes(grid, model.known, model.rank)
-    coded = [name for name in shapes if model.tables[name]]
-    values = np.concatenate([np.zeros(0, dtype=np.int32), *(model.values[name] for name in coded)])
-    table = np.repeat(np.array([model.tables[name] - 1 for name in coded], dtype=np.int64), [shapes[n] for n in coded])
+    shapes = {name: array.size for name, array in model.values.items()}
+    values = np.concatenate([np.zeros(0, dtype=np.int32), *model.values.values()])
+    table = kinds_of(model.tables, shapes)
     count = lane_count(grid, int(np.count_nonzero(events)))
     bounds = grid.lanes(count)
     made = list[tuple[NDArray[np.uint16], Numbers]]()
@@ -174,9 +202,11 @@ def write(model: Model, symbol: int, events: NDArray[np.bool_]) -> bytes:
         own = Symbols.of_events(by_lane(hazards, cuts), by_lane(seen, cuts), cuts * grid.positions)
         made.append(joined(coefficients.part(lane, stop), own).words())
     words, lengths = (np.concatenate(parts) for parts in zip(*made, strict=True))
-    head = bytes([symbol | model.rank << 1]) + model.offset.to_bytes(2, "little", signed=True)
+    flags = sum(1 << number for number, name in enumerate(sizes(grid, model.known)) if name in shapes)
+    head = bytes([symbol | flags << 1]) + varint(HIGHEST - model.offset)
+    head += bytes([model.rank]) if may_lean(grid, model.known) else b""
     head += bytes(model.steps[name] << 4 | model.tables[name] for name in shapes) + varint(count)
-    head += b"".join(varint(int(one << 1 ^ one >> 63)) for one in np.diff(lengths, prepend=0))
+    head += b"".join(varint(int(one << 1 ^ one >> 63)) for one in np.diff(lengths[:-1], prepend=0))
     return head + words.astype("<u2").tobytes()
 
 

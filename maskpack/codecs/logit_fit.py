@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .lanes import ONE, RANGE, tables
-from .logit_model import LEAST_SIDE, MAX_RANK, STEPS, Before, Grid, Known, Model, sizes
+from .lanes import LEVELS, ONE, RANGE, tables
+from .logit_model import HIGHEST, MAX_RANK, STEPS, Before, Grid, Known, Model, may_lean, sizes
 
 Floats = NDArray[np.float64]
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
@@ -20,12 +20,26 @@ EXACT = 1 << 15  # probabilities are multiples of 1/EXACT
 BLOCK = 1 << 15  # weights that are worked on at once
 SMALL = 1 << 20  # weights up to which many rounds are made
 ROUNDS, FEW = (8, 14), (3, 5)  # of all coefficients, and of the search for directions
-PRIORS = {"row": 2.8, "input": 2.8, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
-LEAN_PRIOR = 0.5
+PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
+LEAN_PRIOR = 0.8
 BOLDEST = 1.0  # nats that a coefficient moves at once
-EDGE = 1.08  # of the greatest singular value of noise, from which a direction is worth its bytes
-TRIED = (1, 2, 3, 5, 7, 9, 11)  # numbers of steps
-LEAN_STEPS = (11,)
+EDGE = 1.15  # of the greatest singular value of noise, from which a direction is worth its bytes
+TRIED = (1, 2, 3, 5, 7, 9, 11, 12, 13)  # numbers of steps
+LEAN_STEPS = (7, 9, 11, 12, 13)
+
+
+class Rounded(NamedTuple):
+    """Integers that stand for coefficients: their table (0: all are 0), the number of their step, what they cost."""
+
+    integers: NDArray[np.int32]
+    table: int
+    step: int
+    cost: float
+
+    def nats(self, differences: bool = False) -> Floats:
+        """Return the coefficients that they stand for."""
+        whole = np.cumsum(self.integers) if differences else self.integers
+        return np.asarray(whole * (STEPS[self.step] / 16), dtype=np.float64)
 
 
 class Fit:
@@ -37,7 +51,7 @@ class Fit:
 
     def __init__(self, grid: Grid, known: Known, events: NDArray[np.bool_]):
         self.grid, self.known, self.events = grid, known, events
-        self.values = {name: np.zeros(size) for name, size in sizes(grid, known, 0).items()}
+        self.values = {name: np.zeros(size) for name, size in sizes(grid, known).items() if size}
         self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((grid.inputs, 0))
         share = np.count_nonzero(events) / events.size
         self.offset = _moved(0.0, math.log(share / (1 - share)), EXTREME)
@@ -183,27 +197,25 @@ def fitted(grid: Grid, known: Known, events: NDArray[np.bool_]) -> Model:
         _round(fit)
     if not fit.values:
         fit.better_offset()
-    if known.classes is not None and grid.positions == 1 and min(grid[:2]) >= LEAST_SIDE:
+    if may_lean(grid, known):
         fit.search()
-    rank = fit.left.shape[1]
-    model = Model(grid, known, rank, 0, {}, {}, {})
+    rank, chosen = fit.left.shape[1], dict[str, Rounded]()
     if rank:
         fit.balance()
         for _ in range(fit.rounds):
             fit.better_lean()
             _round(fit)
             fit.balance()
-        _round_lean(fit, model)
+        chosen |= _rounded_lean(fit)
         _round(fit)
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
             curvature = fit.better(name, 0.3)
-            chosen = rounded(fit.values[name], curvature, TRIED, name == "magnitude")
-            fit.values[name] = keep(model, name, chosen)
+            chosen[name] = rounded(fit.values[name], curvature, TRIED, name == "magnitude")
+            fit.values[name] = chosen[name].nats(name == "magnitude")
     for _ in range(2):
         fit.better_offset()
-    model.offset = round(16 * fit.offset)
-    return model
+    return assembled(fit, chosen, rank)
 
 
 def _round(fit: Fit) -> None:
@@ -211,9 +223,9 @@ def _round(fit: Fit) -> None:
         fit.better(name, PRIORS[name])
 
 
-def _round_lean(fit: Fit, model: Model) -> None:
+def _rounded_lean(fit: Fit) -> dict[str, Rounded]:
     """Round the rows' part of the low rank, fit the inputs' part to that, and round it too."""
-    variance = [np.square(one) for one in (fit.left, fit.right)]
+    variance, chosen = [np.square(one) for one in (fit.left, fit.right)], dict[str, Rounded]()
     for turn in (0, 1):
         own = (fit.left, fit.right)[turn]
         curvature = np.zeros_like(own)
@@ -229,18 +241,10 @@ def _round_lean(fit: Fit, model: Model) -> None:
                 curvature += weights.T @ variance[0][rows]
             else:
                 curvature[rows] = weights @ variance[1]
-        for k in range(model.rank):
-            chosen = rounded(own[:, k], curvature[:, k], LEAN_STEPS, False)
-            own[:, k] = keep(model, f"{('left', 'right')[turn]} {k}", chosen)
-
-
-class Rounded(NamedTuple):
-    """Integers that stand for coefficients: their table (0: all are 0), the number of their step, what they cost."""
-
-    integers: NDArray[np.int32]
-    table: int
-    step: int
-    cost: float
+        for k in range(own.shape[1]):
+            one = rounded(own[:, k], curvature[:, k], LEAN_STEPS, False)
+            own[:, k], chosen[f"{('left', 'right')[turn]} {k}"] = one.nats(), one
+    return chosen
 
 
 def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
@@ -267,11 +271,17 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
     return best
 
 
-def keep(model: Model, name: str, chosen: Rounded) -> Floats:
-    """Put rounded coefficients into a model and return them in nats."""
-    model.values[name], model.tables[name], model.steps[name] = chosen.integers, chosen.table, chosen.step
-    own = model.array(name)
-    return np.zeros(chosen.integers.size) if own is None else np.asarray(own / 16, dtype=np.float64)
+def assembled(fit: Fit, chosen: dict[str, Rounded], rank: int) -> Model:
+    """Return the model of rounded coefficients, without the arrays that are all zero, in the order of the payload."""
+    names = {name: name for name in sizes(fit.grid, fit.known) if name in chosen and chosen[name].table}
+    lean = [k for k in range(rank) if chosen[f"left {k}"].table and chosen[f"right {k}"].table]
+    for number, k in enumerate(lean):
+        names |= {f"{side} {number}": f"{side} {k}" for side in ("left", "right")}
+    own = {name: chosen[old] for name, old in names.items()}
+    steps, kinds = {name: one.step for name, one in own.items()}, {name: one.table for name, one in own.items()}
+    offset = max(-LEVELS, min(HIGHEST, round(16 * fit.offset)))
+    values = {name: one.integers for name, one in own.items()}
+    return Model(fit.grid, fit.known, len(lean), offset, steps, kinds, values)
 
 
 def contexts(grid: Grid, known: Known, events: NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -13,6 +13,7 @@ STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # of a coeffic
 CLASSES = 16  # of magnitude
 SAME, OTHER = 5, 3  # contexts: events before in the kernel, of the same sign and of the other, at most 4 and 2
 MAX_RANK, LEAST_SIDE = 8, 16  # of the low rank, and the rows and columns that it needs
+HIGHEST = 32  # offset; even odds are 0
 MAX_KERNELS = 1 << 24
 GROUP = 8  # units whose bits no two lanes share
 MAX_LANE = 1 << 18  # units
@@ -66,19 +67,21 @@ def by_position(flat: Bits, grid: Grid) -> Bits:
     return np.ascontiguousarray(flat.reshape(grid.rows, grid.inputs, grid.positions).transpose(2, 0, 1))
 
 
-def sizes(grid: Grid, known: Known, rank: int) -> dict[str, int]:
-    """Return the arrays of coefficients, in the order of the payload, and how many each has."""
-    found = {
-        "row": grid.rows if 1 < grid.rows else 0,
-        "input": grid.inputs if 1 < grid.inputs and grid.rows * grid.positions > 1 else 0,
+def sizes(grid: Grid, known: Known) -> dict[str, int]:
+    """Return the arrays of coefficients that there may be, in the order of the payload, and how many each has."""
+    return {
+        "row": grid.rows if grid.rows > 1 else 0,
+        "input": grid.inputs if grid.inputs > 1 and grid.rows * grid.positions > 1 else 0,
         "position": grid.positions if grid.positions > 1 else 0,
         "before": 0 if grid.positions == 1 else SAME if known.classes is None else SAME * OTHER,
         "magnitude": 0 if known.classes is None else CLASSES,
         "reference": 0 if known.reference is None else 1,
     }
-    for number in range(rank):
-        found |= {f"left {number}": grid.rows, f"right {number}": grid.inputs}
-    return {name: size for name, size in found.items() if size}
+
+
+def may_lean(grid: Grid, known: Known) -> bool:
+    """Return True if a model may have a low rank: signs of the base, no kernels, and rows and inputs that are many."""
+    return known.classes is not None and grid.positions == 1 and min(grid[:2]) >= LEAST_SIDE
 
 
 @dataclass(slots=True)
@@ -86,7 +89,8 @@ class Model:
     """Coefficients in 1/16 nat, each its integer times its array's step; an array that is not there is zero.
 
     Attributes:
-        offset: of all weights. steps, tables: for each array its step's and its table's number; a table 0: all zero.
+        offset: of all weights. steps, tables, values: for each array that is not all zero, in the order of the payload,
+            its step's and its table's number, and its integers.
     """
 
     grid: Grid
@@ -97,16 +101,14 @@ class Model:
     tables: dict[str, int]
     values: dict[str, Ints]
 
-    def array(self, name: str) -> Ints | None:
-        """Return the coefficients of an array, in 1/16 nat, or None if all are 0."""
-        if not self.tables.get(name):
-            return None
+    def array(self, name: str) -> Ints:
+        """Return the coefficients of an array, in 1/16 nat."""
         values = np.cumsum(self.values[name], dtype=np.int32) if name == "magnitude" else self.values[name]
         return values * np.int32(STEPS[self.steps[name]])
 
     def scaled(self) -> "Scaled":
         """Return what evaluates the model."""
-        arrays = {name: found for name in self.tables if (found := self.array(name)) is not None}
+        arrays = {name: self.array(name) for name in self.values}
         ranks = [n for n in range(self.rank) if f"left {n}" in arrays and f"right {n}" in arrays]
         left, right = (
             np.stack([arrays[f"{side} {n}"] for n in ranks], axis=1).astype(np.float32) if ranks else None

@@ -61,9 +61,8 @@ def compare(
         also in `results.json`, and as a table in `results.md`.
 
     Raises:
-        UnknownNameError, ConfigError: if a baseline, a seed, a share or a rate is impossible.
         StateError: if `output` holds a comparison with other settings, or another process writes into it.
-        StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: as the baselines raise.
+        StoppedError: after SIGTERM or SIGUSR1, in the main thread. Others: of wrong settings, and of the baselines.
     """
     config, folder, given = config or TrainConfig(), Path(output), dict(rates or {})
     backbone, data = _plain(backbone), _plain(data)
@@ -160,9 +159,9 @@ class Trials:
             accuracy[further] = tried(further)
         best = max(accuracy, key=lambda rate: accuracy[rate])
         if accuracy[best] < 0:
+            rates_tried = ", ".join(f"{rate:g}" for rate in sorted(accuracy))
             raise TrainingError(
-                f"baseline {name!r}: with none of the rates {', '.join(f'{rate:g}' for rate in sorted(accuracy))} "
-                f"training came to an end; give others for it"
+                f"baseline {name!r}: training failed with all of the rates {rates_tried}; give others for it"
             )
         return best, [{"rate": rate, "accuracy": max(0.0, accuracy[rate])} for rate in sorted(accuracy)]
 
@@ -209,9 +208,8 @@ class Trials:
             raise failed
         if code:
             raise StateError(
-                f"{part}: its process ended with the exit code {code}; what it printed stands above, and "
-                f"a trial that ran out of memory prints nothing. Free some and call it again to go on, or take a "
-                f"smaller batch size and another folder"
+                f"{part}: its process ended with the exit code {code}, perhaps for lack of memory; free some and "
+                f"call it again to go on, or take a smaller batch size and another folder"
             )
         return result
 
@@ -227,28 +225,23 @@ def summaries(
     name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Return the means of a baseline's trials, one for each seed, and of its controls, under the keys of pictures."""
-    rows = [_summary(name, share, rate, seeds, trials)]
+    own = {name: trials}
     for control in trials[0]["controls"]:
-        own = [trial["controls"][control] for trial in trials]
-        rows.append(_summary(f"{name}: {control}", share, rate, seeds, own))
+        own[f"{name}: {control}"] = [trial["controls"][control] for trial in trials]
+    rows = []
+    for method, found in own.items():
+        values = {key: [one[key] for one in found] for key in found[0] if key not in ("sizes", "controls")}
+        row = {
+            "method": method,
+            "labels_fraction": share,
+            "rate": rate,
+            "seeds": list(seeds),
+            "accuracies": values["accuracy"],
+            "deviation": stdev(values["accuracy"]) if len(found) > 1 else None,
+            "sizes": {what: mean(one["sizes"][what] for one in found) for what in found[0]["sizes"]},
+        }
+        rows.append({**row, **{key: mean(one) for key, one in values.items()}})
     return rows
-
-
-def _summary(
-    name: str, share: float, rate: float | None, seeds: Sequence[int], trials: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    values = {key: [trial[key] for trial in trials] for key in trials[0] if key not in ("sizes", "controls")}
-    sizes = {what: mean(trial["sizes"][what] for trial in trials) for what in trials[0]["sizes"]}
-    return {
-        "method": name,
-        "labels_fraction": share,
-        "rate": rate,
-        "seeds": list(seeds),
-        "accuracies": values["accuracy"],
-        "deviation": stdev(values["accuracy"]) if len(trials) > 1 else None,
-        "sizes": sizes,
-        **{key: mean(one) for key, one in values.items()},
-    }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

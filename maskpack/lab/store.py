@@ -9,11 +9,7 @@ from ..training.run_folder import read_json, write_json
 
 
 def measured(path: Path, keys: frozenset[str], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the result in a file; if there is none, measure it first.
-
-    Raises:
-        StateError: if the file cannot be read, or lacks one of the keys. What `measure` raises.
-    """
+    """Return the result in a file; if there is none, measure it first."""
     if not path.exists():
         found = measure()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,11 +93,7 @@ class Worker:
         if self._process is None or self._process.poll() is not None:
             # in a group of its own: the interrupt key reaches this process alone, which then ends the others
             self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                encoding="utf-8",
-                process_group=0,
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", process_group=0
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -158,23 +154,17 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
     """Return (rows whose labels are known, rows without labels, rows to measure on).
 
     Rows that are measured on are in neither of the others.
-
-    Raises:
-        DataError: if the training or the test split is missing, or there is no class.
     """
     if data.train is None or data.test is None or not data.class_names:
+        lacking = "training split" if data.train is None else "test split" if data.test is None else "labels"
         raise DataError(
-            f"a comparison needs a training and a test split with labels; {data.id!r} has "
-            f"{'no training split' if data.train is None else 'no test split' if data.test is None else 'no labels'}"
+            f"the data {data.id!r} have no {lacking}; a comparison needs a training and a test split with labels"
         )
     test, train, known = data.test, data.train, few_labels(data.train, share, LABELS_SEED + seed)
     if validate:
         known, held = hold_out(known, VALIDATION, seed)
         if held is None:
-            raise DataError(
-                f"{len(known)} rows with labels are too few to choose a learning rate on; give one with "
-                f"--lr BASELINE=RATE"
-            )
+            raise DataError(f"{len(known)} rows with labels are too few to choose a learning rate on; give one (--lr)")
         test, without = held, set(held.indices)
         train = replace(train, indices=[row for row in train.indices if row not in without])
     only = replace(data, validation=None, test=None)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -333,31 +333,6 @@ def measure_features(
             about = {"measure": measure, "labels_fraction": fraction, "labels": len(y), "examples": len(test_y)}
             rows.append({**about, **measured(measure, x, y, test_x, test_y, classes)})
     return rows
-
-
-def probe_metrics(backbone: Backbone, data: Data, batch_size: int) -> dict[str, float]:
-    """Return the accuracy of the linear probe on the validation and test splits that there are; features are cached."""
-    found = {name: embed(backbone, examples, batch_size=batch_size) for name, examples in data.splits.items()}
-    probe = fit_probe(*found.pop("train"), len(data.class_names))
-    return {f"{name}_probe_accuracy": by_class(probe.logits(x), y)["accuracy"] for name, (x, y) in found.items()}
-
-
-def worth_warnings(metrics: Mapping[str, float]) -> list[str]:
-    """Return what to warn of at the end of a training: masks without a zero, or no better than `probe_metrics`."""
-    found = []
-    if metrics.get("density") == 1.0:
-        found.append(
-            "the masks keep every weight, so the adapter is a head and what else was trained; raise distance or lr, or "
-            "take more steps"
-        )
-    name = "test" if "test_probe_accuracy" in metrics else "validation"
-    accuracy, probe = metrics.get(f"{name}_accuracy"), metrics.get(f"{name}_probe_accuracy")
-    if accuracy is not None and probe is not None and accuracy <= probe:
-        found.append(
-            f"{name} accuracy is {accuracy:.4f}, and a linear probe of the raw backbone has {probe:.4f}: the "
-            f"mask was not worth it; take more steps, train norms, or keep the probe"
-        )
-    return found
 
 
 def disjoint(data: Data) -> tuple[Examples, Examples]:

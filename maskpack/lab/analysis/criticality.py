@@ -29,10 +29,7 @@ class Noise:
 
     def __post_init__(self) -> None:
         if self.draws < 1 or self.excess <= 0 or not self.scales or not all(one > 0 for one in self.scales):
-            raise ConfigError(
-                f"noise needs at least one draw, an excess above 0 and scales above 0; got {self.draws} draws, the "
-                f"excess {self.excess} and the scales {', '.join(map(str, self.scales)) or 'none'}"
-            )
+            raise ConfigError(f"noise needs at least one draw, an excess above 0 and scales above 0; got {self}")
 
     def borne(
         self, evaluations: Evaluations, state: State, names: Sequence[str], unit: float, limit: float

@@ -135,10 +135,8 @@ class Evaluations:
         self.put(state)
         logits, y = predictions(self.module, self.batches)
         if int(y.max()) >= logits.shape[1]:
-            raise DataError(
-                f"the network has {logits.shape[1]} classes, and the data have a class {int(y.max())} (counted from "
-                f"0); give the data that it was trained for"
-            )
+            classes = f"the network has {logits.shape[1]} classes, and the data have a class {int(y.max())} (from 0)"
+            raise DataError(f"{classes}; give the data that it was trained for")
         right = logits.argmax(1) == y
         loss = float(nn.functional.cross_entropy(logits.double(), y))
         loss = loss if loss < 1e30 else 1e30  # of a network that gives no numbers; JSON has no infinity
@@ -149,8 +147,6 @@ class Evaluations:
 def _split(data: Data, name: str) -> Examples:
     found = data.test if name == "test" else data.train
     if found is None or not data.class_names:
-        raise DataError(
-            f"the data {data.id!r} have no {'labels' if found is not None else name + ' split'}; networks are measured "
-            f"on rows with labels, and BatchNorm statistics are taken from the training split"
-        )
+        lacking = "labels" if found is not None else f"{name} split"
+        raise DataError(f"the data {data.id!r} have no {lacking}; give rows with labels to measure on, and to train on")
     return found

@@ -186,15 +186,10 @@ def read_networks(
         adapter = given if isinstance(given, Adapter) else load_adapter(given)
         own = adapter.parts(adapter.sets[0], stream=True).head
         if len(adapter.sets) > 1 or own is None:
-            raise AdapterError(
-                f"{adapter.path} has {len(adapter.sets)} mask sets, or no head; give adapters that classify"
-            )
+            raise AdapterError(f"{adapter.path} has no head, or several mask sets; give adapters that classify")
         used = as_loaded(backbone, adapter)
         if index and (used.preprocess, used.embedding) != (backbone.preprocess, backbone.embedding):
-            raise ConfigError(
-                f"{name} expects other inputs than the networks before it: {used.preprocess} and "
-                f"{backbone.preprocess}; compare networks of one task"
-            )
+            raise ConfigError(f"{name} expects other inputs than the networks before it; compare networks of one task")
         backbone, masks = used, adapter.parts(base=backbone.model).masks
         load_mask(backbone.model, adapter, head="keep")
         try:
@@ -207,10 +202,8 @@ def read_networks(
     for one in found[1:]:
         other = one.state[f"{place}.weight"].shape
         if other != shape:
-            raise ConfigError(
-                f"{one.name} has a head of shape {tuple(other)}, {found[0].name} one of {tuple(shape)}; compare "
-                f"networks of one task"
-            )
+            heads = f"{one.name} has a head of shape {tuple(other)}, {found[0].name} one of {tuple(shape)}"
+            raise ConfigError(f"{heads}; compare networks of one task")
     example = next(backbone.model.parameters())
     linear = nn.Linear(shape[1], shape[0]).to(example.device, example.dtype)
     classifier = Classifier(backbone.model, linear, backbone.embedding).eval()

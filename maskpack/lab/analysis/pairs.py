@@ -191,9 +191,7 @@ def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, 
     for name in sorted(first.keys() | second.keys()):
         known = [one[name] for one in (first, second) if name in one]
         if name not in weights or any(one.shape != tuple(weights[name].shape) for one in known):
-            raise ConfigError(
-                f"the masks of {name!r} are not for the weights given; give masks of one base, and that base"
-            )
+            raise ConfigError(f"the masks of {name!r} are not for the weights given; give masks of one base, and it")
         difference = _multiplier(first.get(name), known[0].shape) - _multiplier(second.get(name), known[0].shape)
         weight = weights[name].double()
         differ, square = (difference != 0).sum(), (weight * difference).square().sum()
@@ -230,9 +228,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
     From 0 to 1; 1 if they are equal up to a rotation, a shift and one scale. None where one has no variance.
     """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise ConfigError(
-            f"CKA compares rows of the same examples, got features of {tuple(x.shape)} and {tuple(y.shape)}"
-        )
+        raise ConfigError(f"CKA compares rows of the same examples, got shapes {tuple(x.shape)}, {tuple(y.shape)}")
     x, y = (one.double() - one.double().mean(0) for one in (x, y))
     if max(x.shape[1], y.shape[1]) > len(x):
         # the same numbers by products of examples, where those are fewer than features

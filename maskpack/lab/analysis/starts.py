@@ -77,9 +77,9 @@ class Trainings:
 
         result = measured(folder / "result.json", frozenset(("accuracy", "start")), fit)
         if result["start"] != start:
+            place = folder / "result.json"
             raise StateError(
-                f"{folder / 'result.json'} is of a training that started from other weights than {backbone.id} has "
-                f"now; choose another folder, or delete it"
+                f"{place} is of a training from other weights than {backbone.id} has now; choose another folder"
             )
         if self.report is not None:
             self.report({"event": "trial", "part": part, "accuracy": result["accuracy"]})
@@ -118,10 +118,6 @@ def feature_reuse(
     Returns:
         {"size", "rows": {"start", "block", "accuracy": mean, "deviation", "accuracies", "seeds"}, "gains": {"block",
         "gain": mean accuracy of pretrained starts less that of random ones}}.
-
-    Raises:
-        ConfigError: if the backbone reads no images, a block does not tile them, or there is no seed.
-        StateError: if `output` holds trials with other settings. Others: as the baselines raise.
     """
     first, trainings = load_backbone(**backbone), Trainings(Path(output), baseline, data, config, seeds, report)
     if not isinstance(first.preprocess, ImagePreprocess):
@@ -212,9 +208,7 @@ def from_checkpoints(
     """
     names = [Path(one).name.removesuffix(".safetensors") for one in checkpoints]
     if not names or len(set(names)) < len(names):
-        raise ConfigError(
-            f"checkpoints must be at least one, each with a name of its own; got {', '.join(names) or 'none'}"
-        )
+        raise ConfigError(f"checkpoints must be at least one, each with its own name; got {', '.join(names) or 'none'}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be given, each once; got {list(seeds)}")
     trainings = Trainings(Path(output), baseline, data, config, seeds, report)

@@ -154,9 +154,8 @@ def agreement(masks: Mapping[str, MaskSet]) -> tuple[Matrix, Matrix]:
         differing = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
         if differing:
             raise ConfigError(
-                f"{first} and {name} mask other parameters: {len(differing)} differ, first {differing[0]!r} "
-                f"({shapes.get(differing[0], 'absent')} and {found.get(differing[0], 'absent')}); compare masks of one "
-                "backbone with the same selection"
+                f"{first} and {name} mask other parameters: {len(differing)} differ, first {differing[0]!r}; compare "
+                f"masks of one backbone with the same selection"
             )
     total = sum(math.prod(shape) for shape in shapes.values())
     if not total:
@@ -211,9 +210,7 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
     for name in names:
         own = [one[name] for one in masks.values() if name in one]
         if len({one.shape for one in own}) > 1:
-            raise ConfigError(
-                f"the masks of {name!r} have different shapes, {own[0].shape} and others; give masks of one backbone"
-            )
+            raise ConfigError(f"the masks of {name!r} have different shapes; give masks of one backbone")
         used = np.full(len(own[0].bits), len(masks) - len(own))
         for one in own:
             used += np.unpackbits(packed_bits(one.bits), count=len(one.bits), bitorder="little")
@@ -255,9 +252,7 @@ def gate_figure(history: Mapping[str, Any]) -> "Figure":
         tasks, steps = list(rows[0]["gates"]), [int(row["step"]) for row in rows]
         shares = {(kind, task): over_time(rows, kind, task) for kind in kinds for task in tasks}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        raise ConfigError(
-            "there are no histograms of gates to draw; give the histograms.json of a gated run, as it was written"
-        ) from None
+        raise ConfigError("there are no histograms of gates to draw; give the histograms.json of a gated run") from None
     figure = new_figure(9, 0.8 + 1.6 * len(tasks))
     grid = figure.subplots(len(tasks), 2, squeeze=False, sharex=True)
     for at, task in enumerate(tasks):
