@@ -58,15 +58,14 @@ def seconds(act: Callable[[], object], least: int = 3, most: int = 15, enough: f
 
 def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, Side]]:
     """Yield codec, bytes and side of every payload of the adapter's one set."""
-    one, pieces = adapter.header.sets["default"], adapter.pieces["default"]
     weights = None if case.weights is None else by_name(case.weights)
-    for payload, data in zip(one.payloads, pieces, strict=True):
+    for payload in adapter.header.sets["default"].payloads:
         codec = CODECS[payload.coding.codec](**payload.coding.config)
         classes = None
         if codec.needs_base:
             assert weights is not None
             classes = base_classes(weights, payload.name, payload.shape)
-        yield codec, data, Side(payload.shape, classes)
+        yield codec, adapter.piece("default", payload), Side(payload.shape, classes)
 
 
 def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:

@@ -360,11 +360,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file in canonical bytes: the same tensors and metadata give the same file.
 
-    The file is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory.
-
-    Raises:
-        StateError: if the file cannot be written, for instance because the disk is full.
-        ConfigError: if a name comes twice, bytes and shape disagree, or there is no such dtype.
+    It is replaced as a whole or not at all, and its folder must exist. Bytes of blobs are not joined in memory.
     """
     blobs = [Blob.of(*item) for item in tensors.items()] if isinstance(tensors, Mapping) else list(tensors)
     with replacing(path) as (temporary,):

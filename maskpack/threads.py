@@ -87,8 +87,7 @@ def in_thread(work: Callable[[], Result]) -> Callable[[], Result]:
 def _task(work: Callable[[Item], Result], item: Item) -> tuple[Callable[[], None], Callable[[], Result]]:
     """Return a function that does work on an item, and one that waits for the result.
 
-    Queues and threads are implemented in C, here and above: the locks of `threading` and `concurrent.futures` are in
-    Python, and Ctrl-C at the wrong moment leaves them locked for ever.
+    Queues and threads here are implemented in C: Ctrl-C at the wrong moment locks those in Python for ever.
     """
     answer: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
 

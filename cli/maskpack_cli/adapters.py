@@ -26,14 +26,13 @@ PLUGINS = {
     "baselines": "maskpack.lab.baselines",
 }
 Missing = Annotated[
-    Literal["error", "keep"], "Parameters that not all adapters mask: an error, or kept whole by those that do not."
+    Literal["error", "keep"], "Parameters that some adapters do not mask: an error, or kept whole there."
 ]
 COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second_only", "neither")
 
 
 def packed(adapter: "maskpack.Adapter", output: Path, **more: Any) -> dict[str, Any]:
     """Return what there is to say of an adapter with one mask set that was written, with more behind its path."""
-
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     totals = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
     return {"adapter": str(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}
@@ -211,7 +210,7 @@ def pack(
     output: OutputRef,
     packing: Packing,
     source: Annotated[
-        str, "What wrote the file: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
+        str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
     ] = "masks",
     scale: Annotated[bool, "The masks were trained with weights / sqrt(density)."] = False,
 ) -> None:

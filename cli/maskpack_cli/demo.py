@@ -79,14 +79,7 @@ def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is repl
         (probe,) = measure_features(backbone, new_task, ["probe"], cache=False)
     with step("train the mask for digits 5-9"):
         config = TrainConfig(
-            epochs=MASK_EPOCHS,
-            optimizer="sgd",
-            lr=20.0,
-            scale=True,
-            train=(),
-            bn="adapt",
-            warmup=0.2,
-            augment="crop",
+            epochs=MASK_EPOCHS, optimizer="sgd", lr=20.0, scale=True, train=(), bn="adapt", warmup=0.2, augment="crop"
         )
         result = training.train_mask(backbone, new_task, config)
     with step("pack"):

@@ -22,9 +22,7 @@ AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUME
 class Pushed:
     """How an adapter is pushed: what `maskpack.push` takes."""
 
-    private: Annotated[
-        bool | None, "Of the repository. Default: the account's.", typer.Option("--private/--public")
-    ] = None
+    private: Annotated[bool | None, "Repository. Default: the account's.", typer.Option("--private/--public")] = None
     revision: Annotated[str | None, "Branch to push to; made if missing."] = None
     commit_message: Annotated[str | None, "Of the one commit.", typer.Option("--commit-message", "-m")] = None
     create_pr: Annotated[bool, "Open a pull request in place of a commit."] = False
@@ -70,9 +68,7 @@ def pull(
         typer.Argument(metavar="REF"),
     ],
     trust: Source,
-    output: Annotated[
-        Path | None, "Folder to copy the files to; for several, a folder each inside. Default: only the cache."
-    ] = None,
+    output: Annotated[Path | None, "Folder for copies; of several, one each inside. Default: only the cache."] = None,
 ) -> None:
     """Download adapters and verify every byte of them; prints their folders and commits.
 
@@ -140,15 +136,9 @@ def _targets(refs: tuple[str, ...], output: Path | None) -> dict[str, Path | Non
 )
 def sign(
     adapter: AdapterPath,
-    key: Annotated[
-        tuple[str, ...], "Private key (PEM): Ed25519 or P-256; or sigstore: an identity of a login or CI job."
-    ],
-    repository: Annotated[
-        str | None, "user/name on the Hub that it is for. Default: any; push --sign states it."
-    ] = None,
-    counter: Annotated[
-        int | None, "Number of this version. Default: one more than in the signature there.", POSITIVE
-    ] = None,
+    key: Annotated[tuple[str, ...], "Private key (PEM): Ed25519 or P-256; or sigstore: identity of a login or CI job."],
+    repository: Annotated[str | None, "user/name on the Hub that it is for. Default: any; push --sign says it."] = None,
+    counter: Annotated[int | None, "Number of this version. Default: one above the signature there.", POSITIVE] = None,
 ) -> None:
     """Sign an adapter on this disk: writes maskpack_model.sig, or maskpack_model.sigstore.json, beside its model."""
     from maskpack.adapter.signature import sign_adapter

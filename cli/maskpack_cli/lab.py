@@ -56,7 +56,6 @@ def check_picture(path: Path | None) -> None:
 
 def draw(figure: "Callable[..., Figure]", path: Path | None, *values: Any) -> None:
     """Write the picture of what an analysis found, if there is to be one."""
-
     if path is not None:
         lab.save_figure(figure(*values), path)
         note(f"The picture is in {path}")
@@ -180,7 +179,6 @@ def shuffle(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings
 
     Called again with the same folder, it does what is not done yet.
     """
-
     check_picture(trials.plot)
     if backbone.random_weights is not None:
         raise ConfigError("--random-weights is the random start, which is there always; leave it out")
@@ -292,9 +290,7 @@ def criticality(
     trust: Trust,
     per: Per = "module",
     points: Annotated[int, "Steps of the direct path from start to trained.", POSITIVE] = 1,
-    noise: Annotated[
-        int, "Draws of noise, for noise radii and the formal measure; 0: neither.", typer.Option(min=0)
-    ] = 0,
+    noise: Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)] = 0,
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)
@@ -437,7 +433,6 @@ def scores(run: Annotated[Path, "Folder of a training run, or of the adapter tha
 @picture("overlap ./a ./b ./c --output overlap.svg")
 def overlap(refs: Refs, base: PackedBase, token: Token = None) -> "Figure":
     """How much masks agree, pair by pair: as a share of the weights, and beyond chance."""
-
     return lab.overlap_figure(_masks(refs, base, token))
 
 
@@ -454,7 +449,6 @@ def gates(
     run: Annotated[Path, "Folder of `maskpack multitask --mode gated`, or histograms.json in it.", ARGUMENT],
 ) -> "Figure":
     """Histograms of the gates and the effective weights of each task over time."""
-
     file = run if run.suffix == ".json" else run / "training" / "jointly" / "histograms.json"
     return lab.gate_figure(_read(file, ["rows"], "expected the histograms.json of a gated run; give its output folder"))
 
@@ -465,21 +459,18 @@ def accuracy_bytes(results: Results) -> "Figure":
 
     Of a method with several `labels_fraction` the greatest is drawn.
     """
-
     return lab.bytes_figure(_curves(results, "bytes", most_labels=True))
 
 
 @picture("labels results.json --output labels.svg")
 def labels(results: Results) -> "Figure":
     """Few-label curves, from rows with `method`, `labels_fraction`, `accuracy` and perhaps `deviation`."""
-
     return lab.label_figure(_curves(results, "labels_fraction"))
 
 
 @picture("clusters clusters.json --output clusters.png")
 def clusters(file: Annotated[Path, "JSON file with `points`, pairs of numbers, and `expert`.", ARGUMENT]) -> "Figure":
     """Which expert a cascade's router gives each sample to."""
-
     return lab.cluster_figure(*_members(file, "points", "expert"))
 
 
@@ -488,7 +479,6 @@ def confusion(
     file: Annotated[Path, "JSON file with `confusion`, rows of counts, and `class_names`.", ARGUMENT],
 ) -> "Figure":
     """Which classes are taken for which; `maskpack eval --json` prints the file."""
-
     return lab.confusion_figure(*_members(file, "confusion", "class_names"))
 
 
@@ -496,7 +486,6 @@ def _sets(
     refs: tuple[str, ...], token: str | None, unnamed: Callable[[str], str]
 ) -> "Iterator[tuple[str, maskpack.Adapter, str]]":
     """Give (name, adapter, mask set) of every mask set of adapters given as REF or NAME=REF."""
-
     for given in refs:
         name, ref = named(given, unnamed(given))
         adapter = maskpack.load_adapter(ref, token=token)

@@ -11,17 +11,7 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    TypeVar,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform, get_args, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo, ParameterInfo
@@ -37,7 +27,6 @@ if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
 
-T = TypeVar("T")
 # which may not stand in a settings file: they are of a call, not of a run
 OF_A_CALL = ("config", "recipe", "tasks", "resume", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
@@ -51,11 +40,11 @@ class Without:
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
-def group(panel: str) -> Callable[[type[T]], type[T]]:
+def group(panel: str) -> Callable[[type[Any]], type[Any]]:
     """Class decorator: make a dataclass whose fields are options, shown in this panel of the help."""
 
-    def decorate(cls: type[T]) -> type[T]:
-        cls.panel = panel  # type: ignore[attr-defined]
+    def decorate(cls: type[Any]) -> type[Any]:
+        cls.panel = panel
         return dataclass(frozen=True, kw_only=True)(cls)
 
     return decorate
@@ -107,7 +96,7 @@ def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
     return found[0], found[1:]
 
 
-def _first(kind: type[T], among: tuple[Any, ...]) -> T | None:
+def _first(kind: type[Any], among: tuple[Any, ...]) -> Any:
     return next((one for one in among if isinstance(one, kind)), None)
 
 
@@ -311,7 +300,6 @@ class Trust:
 
     def load(self, ref: str) -> "maskpack.Adapter":
         """Read an adapter."""
-
         return maskpack.load_adapter(ref, **vars(self))
 
 
@@ -326,12 +314,10 @@ class Source(Trust):
 class Weights:
     """Weights in place of a backbone's pretrained ones."""
 
-    weights: Annotated[
-        Path | None, "Safetensors state dict in place of the pretrained weights: file, index or folder."
-    ] = None
-    random_weights: Annotated[
-        str | None, "Random weights in their place: SEED, kaiming:SEED or signed-constant:SEED."
-    ] = None
+    weights: Annotated[Path | None, "Safetensors state dict in place of pretrained weights: file, index, folder."] = (
+        None
+    )
+    random_weights: Annotated[str | None, "Random weights instead: SEED, kaiming:SEED or signed-constant:SEED."] = None
 
 
 @group("Backbone")
@@ -339,13 +325,11 @@ class Base(Weights):
     """The backbone that an adapter is for."""
 
     backbone: Annotated[
-        str | None,
-        "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base.",
+        str | None, "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base."
     ] = None
 
     def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-
         reference, random = self.backbone, self.random_weights
         base, revision = adapter.base.id, adapter.base.revision or ""
         drawn = revision.startswith("random:")
@@ -428,13 +412,10 @@ class Rows(Columns):
     """Which rows of the data train."""
 
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
-    validation_fraction: Annotated[
-        float | None, "Share of the training rows held out. Default: 0.1; 0 without labels."
-    ] = None
+    validation_fraction: Annotated[float | None, "Share of the rows held out. Default: 0.1; 0 without labels."] = None
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
         """Read data; an objective without labels holds no rows out."""
-
         held_out = self.validation_fraction
         options["validation_fraction"] = (0.1 if supervised else 0.0) if held_out is None else held_out
         return training.load_data(data, **{**vars(self), **options})

@@ -73,7 +73,6 @@ class Run(Folder, Packed):
 
     def save(self, result: Any, model: Any, **options: Any) -> "maskpack.Adapter":
         """Write what was trained as an adapter."""
-
         content = (result.parts, result.base, result.about)
         return maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
 
@@ -158,8 +157,10 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
     facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
-    warnings = (result.about.training or {}).get("warnings", [])
-    emit({**facts, "file_bytes": adapter.size, "warnings": warnings}, f"✓ {run.output}")
+    record = result.about.training or {}
+    beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
+    facts |= {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
+    emit(facts, f"✓ {run.output}")
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
@@ -182,9 +183,7 @@ class Experts:
         Literal["conditional", "unconditional"],
         "Conditional takes 2 forward passes for an input, unconditional one for each set.",
     ] = "conditional"
-    reduce: Annotated[
-        int | None, "Numbers that combined embeddings are reduced to. Default: not reduced.", POSITIVE
-    ] = None
+    reduce: Annotated[int | None, "Numbers that combined embeddings are reduced to. Default: all.", POSITIVE] = None
     no_labels: Annotated[bool, "The data have no labels: the cascade gets no head."] = False
 
 

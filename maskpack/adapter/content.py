@@ -76,11 +76,7 @@ COMBINES: tuple[Combine, ...] = ("conditional", "unconditional")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Whitening:
-    """Principal components over their standard deviations: of the rows that it was fitted to, all have variance 1.
-
-    Attributes:
-        mean: (D,). components: (F, D), directions. scale: (F,), standard deviations along them, above 0.
-    """
+    """Principal components: mean (D,), directions (F, D), and standard deviations along them (F,), above 0."""
 
     mean: Tensor
     components: Tensor

@@ -97,7 +97,7 @@ class Decoder:
         """
         path, payload = self.adapter.path, self.adapter.header.sets[set].payloads[index]
         name, coding, codec = payload.name, payload.coding, self.codec(payload)
-        data = self.adapter.pieces[set][index]
+        data = self.adapter.piece(set, payload)
         if not plausible(data, payload.weights):
             raise CorruptAdapterError(
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "

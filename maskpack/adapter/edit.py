@@ -43,7 +43,6 @@ def convert_adapter(
     Raises:
         AdapterError: if masks were packed with the base's weights and it is not given.
         BackboneMismatchError: if the base given is not the adapter's.
-        CorruptAdapterError: if the masks are not those that the adapter states.
     """
     old = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if base is not None:
@@ -88,7 +87,6 @@ def combine_adapters(
 
     Raises:
         ConfigError: as `maskpack.combine`, or if an adapter replaces weights: values cannot be combined.
-        Others: as `mask_sets`.
     """
     combined = combine(how, mask_sets(adapters, base), weights=weights, k=k, missing=missing)
     for one in adapters:
@@ -126,7 +124,6 @@ def mask_sets(adapters: Sequence[Adapter], base: nn.Module | None = None) -> lis
     Raises:
         StateError: if an adapter has several mask sets.
         BackboneMismatchError: if the adapters were made for other weights than the first, or than those of `base`.
-        AdapterError: if masks were packed with the base's weights, `base` is None, and they are asked for.
     """
     for one in adapters:
         if len(one.sets) != 1:

@@ -120,13 +120,14 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """One payload: parameter name and shape, coding, number of true bits, bytes."""
+    """One payload: parameter name and shape, coding, number of true bits, bytes, where they start among the set's."""
 
     name: str
     shape: tuple[int, ...]
     coding: Coding
     kept: int
     size: int
+    start: int = 0
 
     @property
     def weights(self) -> int:
@@ -178,8 +179,9 @@ class SetHeader:
             "kept": integers(MAX_WEIGHTS + 1, count),
             "size": integers(MAX_SET_WEIGHTS, count),
         }
-        rows = zip(names, *record(columns)(value, where).values(), strict=True)
-        payloads = tuple(Payload(name, shapes[i], codings[j], kept, size) for name, i, j, kept, size in rows)
+        found = record(columns)(value, where)
+        rows = zip(names, *found.values(), itertools.accumulate(found["size"], initial=0), strict=False)
+        payloads = tuple(Payload(name, shapes[i], codings[j], *rest) for name, i, j, *rest in rows)
         _check_payloads(payloads, where)
         return cls(payloads, one.get("head"))
 

@@ -22,10 +22,10 @@ from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, check_seal, parse_header, strict_json, tensor_of
 from ..threads import Progress
 from . import tensors
-from .content import About, Cascade, Parts
+from .content import Cascade, Parts
 from .decode import Decoder, Masks, Weights, by_name
 from .fields import DIGEST, integer, record
-from .header import Header, SetHeader
+from .header import Header, Payload, SetHeader
 from .tensors import BASE, BASE_BYTES, CASCADE, DIGEST_BYTES, DIGESTS, beginning, dense_names
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class Adapter:
     Attributes:
         path: the file that it was read from, for messages.
         header: what the file says beside its tensors.
+        sets: names of the mask sets, sorted. about: task, class names, preprocessing and training record.
+        mask_id: digest of the decoded masks as the header states it; `verify` compares it.
         spans: where each tensor lies in the data section. names: those of the tensors, sorted.
         content: the bytes of the file. size: their number.
         pinned: the reference that always means these bytes, `user/name@commit`; the path of a local adapter.
@@ -71,6 +73,7 @@ class Adapter:
     def __init__(self, path: str, header: Header, spans: Mapping[str, Span], content: memoryview, start: int):
         self.path = self.pinned = path
         self.header = header
+        self.sets, self.mask_id, self.about = tuple(header.sets), header.mask_id, header.about
         self.spans = spans
         self.names = sorted(spans)
         self.content = content
@@ -92,21 +95,6 @@ class Adapter:
     def digest(self) -> str:
         """Hex BLAKE3 of the whole file."""
         return blake3(self.content).hexdigest()
-
-    @property
-    def sets(self) -> tuple[str, ...]:
-        """Names of the mask sets, sorted."""
-        return tuple(self.header.sets)
-
-    @property
-    def mask_id(self) -> str:
-        """Digest of the decoded masks as the header states it; `verify` compares it."""
-        return self.header.mask_id
-
-    @property
-    def about(self) -> About:
-        """Task, class names, preprocessing and training record."""
-        return self.header.about
 
     @cached_property
     def cascade(self) -> Cascade | None:
@@ -139,10 +127,9 @@ class Adapter:
         return Parts(masks, head, *dense)
 
     def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
-        """Return name and mask of each parameter, by name, decoded in threads a bounded way ahead.
+        """Return name and mask of each parameter, decoded in threads a bounded way ahead; see `parts`.
 
-        Args:
-            set, base: as of `parts`, whose errors are raised. zeros: with the positions of zero bits, where known.
+        With `zeros` masks have the positions of their zero bits, where decoding came by them.
         """
         return self._decoder(base).masks(set, zeros)
 
@@ -172,7 +159,7 @@ class Adapter:
 
         Raises:
             AdapterError: if the adapter has no head, class names or preprocessing.
-            StateError: if the model's head is not the adapter's. DataError: if an input cannot be read.
+            StateError: if the model's head is not the adapter's.
         """
         from .predict import predict
 
@@ -213,17 +200,9 @@ class Adapter:
         span = self.spans[tensor]
         return self._data[span.start : span.end]
 
-    @cached_property
-    def pieces(self) -> dict[str, list[memoryview]]:
-        """For each set the bytes of its payloads, not copied."""
-        found = {}
-        for name, one in self.header.sets.items():
-            data, at, pieces = self.bytes_of(f"{name}/payloads"), 0, []
-            for payload in one.payloads:
-                pieces.append(data[at : at + payload.size])
-                at += payload.size
-            found[name] = pieces
-        return found
+    def piece(self, set: str, payload: Payload) -> memoryview:
+        """Return the bytes of a payload of a set, not copied."""
+        return self.bytes_of(f"{set}/payloads")[payload.start : payload.start + payload.size]
 
     @cached_property
     def indices(self) -> dict[str, dict[str, list[int]]]:
@@ -276,12 +255,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read and verify an adapter: a folder, or a `.safetensors` file alone. Masks are decoded when asked for.
 
     Each file is opened and read once; what is verified are the bytes that are used. A config beside the model file
-    must name its digest.
-
-    Raises:
-        AdapterError: if there is no adapter; the message lists what is there.
-        UnsupportedVersionError: if a newer format version wrote it.
-        CorruptAdapterError: if its bytes are not what format, digests or config say.
+    must name its digest. What is wrong is an AdapterError, of a kind of its own where a program may care.
     """
     return parse_files(read_files(Path(path)))
 
@@ -385,11 +359,11 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
 
 
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
-    # payloads of each set, then the dense tensors
-    pieces = list[tuple[str, memoryview]]()
-    for name, one in adapter.header.sets.items():
-        labels = [f"the mask of {payload.name!r} in set {name!r}" for payload in one.payloads]
-        pieces += zip(labels, adapter.pieces[name], strict=True)
+    pieces = [
+        (f"the mask of {payload.name!r} in set {name!r}", adapter.piece(name, payload))
+        for name, one in adapter.header.sets.items()
+        for payload in one.payloads
+    ]
     pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]
     stored = bytes(adapter.bytes_of(DIGESTS))
     for index, (what, piece) in enumerate(pieces):

@@ -79,10 +79,6 @@ def private_keys(given: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     """Read the private keys to sign with, PEM files (PKCS #8) of one each; the word "sigstore" means an identity.
 
     The passphrase of an encrypted key is that of the environment variable MASKPACK_KEY_PASSPHRASE, or asked for.
-
-    Raises:
-        ConfigError: if one cannot be read or is of no kind that is known, or the passphrase is missing or wrong.
-        SignatureError: if there is no identity to sign with.
     """
     keys: dict[str, Any] = {}
     for one in [given] if isinstance(given, str | os.PathLike) else given:
@@ -269,10 +265,6 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _short(ids: Iterable[str]) -> str:
-    return ", ".join(id_[:16] for id_ in sorted(ids)[:5])
-
-
 @dataclass(frozen=True, slots=True)
 class Signed:
     """A statement, and the ids of the trusted keys, or the identity, whose signatures of it were verified."""
@@ -295,9 +287,9 @@ def verified(file: str, content: bytes, keys: Keys) -> Signed:
     envelope = Envelope.from_bytes(content)
     by = tuple(id_ for id_ in sorted(envelope.signatures) if id_ in keys)
     if not by:
+        signers, trusted = (", ".join(id_[:16] for id_ in sorted(ids)[:5]) for ids in (envelope.signatures, keys))
         raise SignatureError(
-            f"it is signed by {_short(envelope.signatures)} and by none of the trusted keys, {_short(keys)}; ask its "
-            "owner, or trust that key"
+            f"it is signed by {signers} and by none of the trusted keys, {trusted}; ask its owner, or trust that key"
         )
     for id_ in by:
         if not is_signature_of(pae(envelope.payload), envelope.signatures[id_], keys[id_]):
@@ -315,9 +307,6 @@ def check_signature(contents: Contents, keys: Keys, repository: str | None = Non
         contents: the files, the signature's among them. keys: trusted public keys, or one identity.
         repository: that they come from; None for those on a disk, which may be signed for any.
         alone: only the model file was read, so that a config file need not be there.
-
-    Raises:
-        SignatureError: if they are not just the files that were signed, by a trusted key, for this repository.
     """
     file = BUNDLE_FILE if any(isinstance(key, Identity) for key in keys.values()) else SIGNATURE_FILE
     if file not in contents:
@@ -448,11 +437,9 @@ def sign_adapter(
     repository: str | None = None,
     counter: int | None = None,
 ) -> Signed:
-    """Sign an adapter on this disk, and write the signature beside its model file.
+    """Sign an adapter on this disk, a folder or a model file alone, and write the signature beside its model file.
 
-    Args:
-        path: its folder, or a model file alone. keys: as of `private_keys`.
-        repository, counter: as of `Statement` and `renewed`, whose errors are raised.
+    See `private_keys` for keys, `Statement` and `renewed` for repository and counter.
     """
     files = read_files(Path(path).expanduser())
     model, contents = files[MODEL_FILE][0], {name: content for name, (_, content) in files.items()}

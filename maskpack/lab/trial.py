@@ -93,11 +93,7 @@ class Worker:
         if self._process is None or self._process.poll() is not None:
             # in a group of its own: the interrupt key reaches this process alone, which then ends the others
             self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                encoding="utf-8",
-                process_group=0,
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", process_group=0
             )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -36,7 +36,7 @@ from .scores import (
     trained_themselves,
     without_scores,
 )
-from .worth import probe_metrics, worth_warnings
+from .worth import lora_bytes, probe_metrics, worth_warnings
 
 STREAM = "train"  # of batches
 
@@ -310,7 +310,7 @@ def train_mask(
             metrics = run.finish(at)
             parts = run.parts()
         if parts.head is not None and config.head_kind == "linear" and (data.validation or data.test):
-            metrics |= probe_metrics(backbone, data, config.batch_size)
+            metrics |= probe_metrics(backbone, data, metrics, config.batch_size)
         warnings = worth_warnings(metrics)
         for one in warnings:
             folder.write(at.event("warning", warning=one))
@@ -319,7 +319,11 @@ def train_mask(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    more: dict[str, Any] = {"rates": {name: lr for name, (learning, lr) in run.groups.items() if learning}}
+    shapes = [mask.shape for mask in parts.masks.values()]
+    more: dict[str, Any] = {
+        "rates": {name: lr for name, (learning, lr) in run.groups.items() if learning},
+        "lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)},
+    }
     more |= {"extended": at.extended} if at.extended else {}
     more |= {"warnings": warnings} if warnings else {}
     return result_of(run, data, config, parts, run.base, metrics, more)
