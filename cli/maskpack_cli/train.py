@@ -37,7 +37,7 @@ from .options import (
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
-    from maskpack.training.joint import Task
+    from maskpack.training.multitask import Task
 
 training_verb = partial(verb, app, "Training")
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
@@ -157,8 +157,10 @@ def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainC
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
     facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
-    warnings = (result.about.training or {}).get("warnings", [])
-    emit({**facts, "file_bytes": adapter.size, "warnings": warnings}, f"✓ {run.output}")
+    record = result.about.training or {}
+    beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
+    facts |= {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
+    emit(facts, f"✓ {run.output}")
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
@@ -419,7 +421,7 @@ def _own_rows(rows: Rows, entry: Mapping[str, Any]) -> Rows:
 
 def _task(entry: Mapping[str, Any], rows: Rows, settings: TrainConfig, kind: str) -> "Task":
     """Load a task's data."""
-    from maskpack.training.joint import Task
+    from maskpack.training.multitask import Task
 
     labelled = needs_labels(settings.objective, kind, [*Output.given, *entry])
     data = _own_rows(rows, entry).load(entry["data"], supervised=labelled, labelled=labelled, seed=settings.seed)
