@@ -170,6 +170,44 @@ def mixed(*candidates: Settings) -> list[Settings]:
 
 STAGES: dict[str, list[tuple[str, Settings]]] = {
     "probe": stage(tuple(PAIRS), {"kind": "probe"}),
+    "small": stage(
+        ("resnet20-cartoon",),
+        {"kind": "probe"},
+        NORMS,
+        MASK,
+        {**MASK, "bn": "adapt"},
+        {**NORMS, "bn": "adapt"},
+        {**MASK, "head_start": "probe"},
+        {**MASK, "top": 1.0},
+        {"kind": "full", "lr": 0.001},
+        {"kind": "full", "lr": 0.001, "bn": "adapt"},
+        {**MASK, "lr": 0.02},
+        {**MASK, "train_lr": 0.003},
+    ),
+    # a budget that is never reached: statistics are taken anew at the end
+    "statistics": stage(
+        ("lite0-64-eurosat", "resnet20-cartoon"),
+        {**MASK, "bn": "adapt", "bytes_budget": 10_000_000},
+        {**MASK, "bn": "adapt"},
+        {**MASK, "top": 1.0, "bn": "adapt"},
+    ),
+    # the rates of a run of another length: of scores by their distance, of norms and head as they are or not
+    "steps": stage(
+        ("resnet20-cartoon",),
+        *[
+            {**one, "steps": steps}
+            for steps, one in (
+                (100, NORMS),
+                (100, {**MASK, "lr": 0.1}),
+                (100, {**MASK, "lr": 0.05}),
+                (1000, NORMS),
+                (1000, {**MASK, "lr": 0.01}),
+                (1000, {**MASK, "lr": 0.05}),
+                (1000, {**MASK, "lr": 0.01, "train_lr": 0.003, "head_lr": 0.003}),
+                (1000, {"kind": "full", "lr": 0.001}),
+            )
+        ],
+    ),
     "text": stage(
         ("minilm-trec6",),
         {"kind": "probe"},

@@ -26,6 +26,7 @@ from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import learn_scores, learning_weights, model_stages
 from maskpack.training.scores import learning_names
 from maskpack.training.trainer import train_mask
+from maskpack.training.worth import worth_warnings
 
 from .conftest import TinyNet
 
@@ -147,6 +148,29 @@ def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
     x, y = embed(backbone, digits.test, cache=False)
     right = float((probe.logits(x).argmax(1) == y).double().mean())
     assert result.metrics["test_accuracy"] == result.metrics["test_probe_accuracy"] == pytest.approx(right)
+
+
+def test_the_end_says_what_it_was_worth(tiny: nn.Module, digits: Data) -> None:
+    backbone, events = backbone_of(tiny), list[dict[str, object]]()
+    config = replace(QUICK, steps=1, lr=1e-9, head_lr=1e-9, bn="freeze")
+    result = train_mask(backbone, digits, config, report=lambda event: events.append(dict(event)))
+    found = result.metrics
+    for split in ("test", "validation"):
+        over = found[f"{split}_accuracy"] - found[f"{split}_probe_accuracy"]
+        assert found[f"{split}_over_probe"] == over < 0
+    assert found["test_accuracy_without_masks"] == found["test_accuracy"]
+    warnings = [event["warning"] for event in events if event["event"] == "warning"]
+    assert result.about.training is not None
+    assert result.about.training["warnings"] == warnings
+    assert [str(one).split(",")[0] for one in warnings] == [
+        "the masks keep every weight",
+        f"the test accuracy is {found['test_accuracy']:.4f}",
+    ]
+    # 4 bits: (8 + 27) + (16 + 72) numbers a rank
+    assert result.about.training["lora_bytes"] == {"rank_1_4bit": 17 + 44, "rank_8_4bit": 8 * 123 // 2}
+    assert worth_warnings({"density": 0.9, "test_over_probe": 0.1, "validation_over_probe": -0.1}) == []
+    longer = train_mask(backbone, digits, replace(QUICK, lr=60.0, head_lr=0.5, steps=60))
+    assert longer.metrics["test_accuracy_without_masks"] < longer.metrics["test_accuracy"]
 
 
 # --- what methods are told -------------------------------------------------------------------------------------------
