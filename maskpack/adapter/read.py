@@ -161,10 +161,14 @@ class Adapter:
             AdapterError: if the adapter has no head, class names or preprocessing.
             StateError: if the model's head is not the adapter's.
         """
+        from ..backbone.classifier import classifier_from, predictions
         from .predict import predict
 
         about = replace(self.about, class_names=tuple(class_names)) if class_names else self.about
-        return predict(model, inputs, self.parts(stream=True).head, about, tokenizer, batch_size)
+        head = self.parts(stream=True).head
+        classifier = None if head is None else classifier_from(model, head)
+        run = None if classifier is None else lambda batches: [predictions(classifier, batches)[0]]
+        return predict(model, inputs, about, tokenizer, batch_size, run)
 
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
