@@ -1,5 +1,7 @@
 """Events at known odds <-> 16-bit words: rANS in independent lanes, a step an event (docs/format.md section 6.2)."""
 
+import itertools
+from bisect import bisect_left, bisect_right
 from ctypes import byref, c_int64
 from functools import cache
 from typing import NamedTuple
@@ -18,6 +20,7 @@ UNIT = 4096  # the hazard of an event with probability one half
 WINDOW = 2 * UNIT  # hazard after which a step without an event ends
 NEVER = 65535  # more hazard than any window has
 LEVELS = 1024  # of log-odds, 1/16 apart; those of the middle are even
+FEW, STRIDE = 24, 64  # lanes that are walked one by one, weights that are skipped on the way
 RANGE = 7  # a coefficient is an integer within ±RANGE
 _FREQUENCIES = """
 32420 126 8 8 8 8 8 8
@@ -107,6 +110,10 @@ class Lanes:
             compiled.maskpack_coefficients(byref(self.pointers()), c_int64(lanes), c_int64(table.size), *arrays)
             return found
         at, stop = spread(table.size, lanes)
+        if lanes < FEW:
+            for lane, (first, last) in enumerate(zip(at.tolist(), stop.tolist(), strict=True)):
+                found[first:last] = self._walk_coefficients(lane, table[first:last].tolist())
+            return found
         cumulative = tables().first
         for _ in range(int((stop - at).max())):
             which = np.flatnonzero(at < stop)
@@ -129,6 +136,11 @@ class Lanes:
         fixed, found = tables(), np.zeros(hazards.size, dtype=np.bool_)
         total = np.zeros(hazards.size + 1, dtype=np.int64)
         np.cumsum(hazards, out=total[1:])
+        if spent.size < FEW:
+            for lane, (begin, stop) in enumerate(itertools.pairwise(starts.tolist())):
+                hits, spent[lane] = self._walk_events(first + lane, total.data, begin, stop, int(spent[lane]))
+                found[hits] = True
+            return found
         begin, stop = total[starts[:-1]] - spent, total[starts[1:]]
         which = np.arange(stop.size)
         while which.size:
@@ -148,10 +160,70 @@ class Lanes:
         spent[:] = stop - begin
         return found
 
+    def _walk_coefficients(self, lane: int, table: list[int]) -> list[int]:
+        """Return the coefficients of one lane; where there are few, this is quicker than a step of all together."""
+        cumulative, found, ahead = tables().first.tolist(), list[int](), _Ahead(self, lane)
+        for number in table:
+            slot, of = ahead.state & ONE - 1, cumulative[number]
+            symbol = bisect_right(of, slot) - 1
+            ahead.take(slot, of[symbol], of[symbol + 1] - of[symbol])
+            found.append(symbol - RANGE)
+        ahead.close(self, lane)
+        return found
+
+    def _walk_events(self, lane: int, total: memoryview, here: int, stop: int, spent: int) -> tuple[list[int], int]:
+        """Return the events of one lane among weights `here` to `stop`, and the hazard of the window left open."""
+        reaches, survival = _listed()
+        ahead, begin, end, found = _Ahead(self, lane), total[here] - spent, total[stop], list[int]()
+        while True:
+            slot = ahead.state & ONE - 1
+            reach = reaches[slot]
+            target = begin + (reach if reach < WINDOW else WINDOW)
+            if target > end:
+                break
+            top = here + STRIDE
+            while top < stop and total[top] < target:
+                here, top = top, top + STRIDE
+            before, here = begin, bisect_left(total, target, here + 1, min(top, stop) + 1)
+            begin = total[here]
+            low = survival[begin - before]
+            if begin - before >= reach:
+                found.append(here - 1)
+                ahead.take(slot, low, survival[total[here - 1] - before] - low)
+            else:
+                ahead.take(slot, 0, low)
+        ahead.close(self, lane)
+        return found, end - begin
+
     def check_end(self) -> None:
         """Raise CorruptAdapterError unless all words were read and no state holds anything more."""
         if self.state.any() or (self.at != self.end).any():
             raise CorruptAdapterError("the words of a lane say more, or less, than its weights and coefficients")
+
+
+class _Ahead:
+    """One lane's state and the words ahead of it, as Python's own integers."""
+
+    __slots__ = ("state", "words")
+
+    def __init__(self, lanes: Lanes, lane: int):
+        self.state = int(lanes.state[lane])
+        self.words = lanes.words[lanes.at[lane] : lanes.end[lane]].tolist()[::-1]
+
+    def take(self, slot: int, first: int, size: int) -> None:
+        """Take a symbol off the state; see `Lanes.step`."""
+        self.state = state = size * (self.state >> BITS) + slot - first
+        if state < LOW and self.words:
+            self.state = state << 16 | self.words.pop()
+
+    def close(self, lanes: Lanes, lane: int) -> None:
+        """Give back to the lanes what is left."""
+        lanes.state[lane], lanes.at[lane] = self.state, lanes.end[lane] - len(self.words)
+
+
+@cache
+def _listed() -> tuple[list[int], list[int]]:
+    return tables().reach.tolist(), tables().survival.tolist()
 
 
 class Symbols(NamedTuple):

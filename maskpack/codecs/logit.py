@@ -39,7 +39,7 @@ T = TypeVar("T", bound=np.generic)
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Logit(Codec):
-    """Odds of rows, columns and kernels, stored as integers; small and quick."""
+    """Odds of rows, columns and kernels, as integers; small, quick."""
 
     id = "logit"
     reference = "https://arxiv.org/abs/1311.2540"
@@ -58,7 +58,7 @@ class Logit(Codec):
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class LogitBase(Codec):
-    """As logit, also by the sign and the magnitude of the base's weights, which it needs; the smallest.
+    """As logit, and by the base's weights, which it needs; smallest.
 
     Scores trained with SGD move in proportion to the weight, so that its magnitude tells much. Scores trained with Adam
     move with the sign of weight times gradient, and gradients are nearly of low rank, so that signs tell much.
@@ -157,7 +157,7 @@ def _compiled_events(compiled: ctypes.CDLL, model: Scaled, lanes: Lanes, bounds:
     rank = 0 if left is None else left.shape[1]
     own = native.Model(*grid, rank, model.offset, *map(native.pointer, held))
     constants = native.Tables(*map(native.pointer, (fixed.hazard, fixed.survival, fixed.reach)))
-    counts = np.empty(2 * int(np.diff(bounds).max()) if "before" in arrays else 1, dtype=np.uint8)
+    counts = np.empty(int(np.diff(bounds).max()) if "before" in arrays else 1, dtype=np.uint8)
     bits = np.zeros(-(-grid.units * grid.positions // 8), dtype=np.uint8)
     given = (native.pointer(array) for array in (bounds, counts, bits))
     compiled.maskpack_events(byref(constants), byref(own), byref(lanes.pointers()), c_int64(bounds.size - 1), *given)
