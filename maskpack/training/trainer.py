@@ -306,6 +306,7 @@ def train_mask(
         )
     shapes = [mask.shape for mask in parts.masks.values()]
     more: dict[str, Any] = {
+        "scores": sum(one.numel() for one in run.scores.values()),
         "rates": {name: lr for name, (learning, lr) in run.groups.items() if learning},
         "lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)},
     }
