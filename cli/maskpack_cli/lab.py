@@ -45,7 +45,8 @@ SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 DECIDED = ("seed", "objective", "head_kind", "head_template")
 Trained = Annotated[TrainConfig, Without(*DECIDED)]
 Compared = Annotated[TrainConfig, Without("lr", *DECIDED)]
-Picture = Annotated[Path | None, "Picture to write: .png or .svg."]
+RESULTS = typer.Option(rich_help_panel="Results")
+Picture = Annotated[Path | None, "Picture to write: .png or .svg.", RESULTS]
 
 
 def check_picture(path: Path | None) -> None:
@@ -218,7 +219,7 @@ class Measured(Columns):
     split: Annotated[Literal["test", "train"], "Rows to measure on."] = "test"
     limit: Annotated[int | None, "At most so many of them, drawn by a seed. Default: all."] = None
     batch_size: Annotated[int, "Examples per forward pass.", POSITIVE] = 64
-    output: Annotated[Path | None, "Folder for evaluations. Default: in the cache."] = None
+    output: Annotated[Path | None, "Folder for evaluations. Default: in the cache.", RESULTS] = None
     plot: Picture = None
 
     def open(
@@ -296,7 +297,6 @@ def criticality(
 def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, points: Points = 11) -> None:
     """Measure what is lost on the straight line between every two networks; BatchNorm statistics are taken anew."""
     evaluations, networks, _ = measured.open(refs, base, trust)
-
     with progress_bar("interpolating") as moved:
         result = lab.barriers(evaluations, networks, points, moved)
     draw(lab.barrier_figure, measured.plot, result["pairs"])
@@ -342,7 +342,6 @@ def similarity(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trus
 def mistakes(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust) -> None:
     """Compare what every two networks get wrong: overlap of errors, and Cohen's kappa."""
     evaluations, networks, _ = measured.open(refs, base, trust)
-
     with progress_bar("measuring") as moved:
         result = lab.mistakes(evaluations, networks, moved)
     draw(lab.mistakes_figure, measured.plot, [one.name for one in networks], result["pairs"])
