@@ -65,7 +65,7 @@ def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, 
         if codec.needs_base:
             assert weights is not None
             classes = base_classes(weights, payload.name, payload.shape)
-        yield codec, adapter.piece("default", payload), Side(payload.shape, classes)
+        yield codec, adapter.piece(payload), Side(payload.shape, classes)
 
 
 def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:

@@ -272,6 +272,18 @@ def test_a_run_with_scores_of_some_weights_goes_on(tiny: nn.Module, digits: Data
     assert whole.parts.masks.density < 1
 
 
+def test_how_many_weights_have_scores_by_default() -> None:
+    shares = {
+        (method, weights): TrainConfig(method=method).share(weights)
+        for method in ("threshold", "flip", "topk")
+        for weights in (1_000_000, 1_000_001)
+    }
+    assert {key for key, share in shares.items() if share == 0.1} == {("threshold", 1_000_001), ("flip", 1_000_001)}
+    for config in (TrainConfig(scale=True), TrainConfig(objective="self-supervised"), TrainConfig(top=1.0)):
+        assert config.share(2_000_000) is None
+    assert TrainConfig(top=0.5).share(7) == 0.5
+
+
 def test_top_is_for_one_score_a_weight(tiny: nn.Module) -> None:
     for method in ("topk", "nm", "ternary", "edit", "naive"):
         with pytest.raises(ConfigError, match=rf"top 0\.1 .* flip, gumbel or threshold without scale; got '{method}'"):
