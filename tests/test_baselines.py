@@ -178,7 +178,7 @@ def test_training_helps(name: str, nets: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=40, bn="freeze", head_lr=1e-6)
     found = find_baseline(name).fit(Trial(backbone_of(nets), data, data, config, tmp_path, events.append))
     losses = [event["train_loss"] for event in events if event["event"] == "epoch"]
-    assert losses[-1] < losses[0] - 0.02
+    assert losses[-1] < losses[0] - 0.01
     assert found.sizes["statistics"] == 0
 
 

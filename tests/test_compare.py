@@ -378,7 +378,7 @@ def test_a_comparison(
 ) -> None:
     monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: nullcontext(worker))
     events: list[Mapping[str, Any]] = []
-    options: dict[str, Any] = {"config": replace(QUICK, objective_options={})}
+    options: dict[str, Any] = {"config": replace(QUICK, objective_options={}, train=("none",))}
     first = compare(
         backbone,
         DATA,
