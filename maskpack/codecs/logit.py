@@ -170,13 +170,12 @@ def _events(scaled: Scaled, lanes: Lanes, bounds: Numbers) -> Bits:
     if grid.units * grid.positions > native.LARGE:
         native.say_what_is_lost()
     bits = np.empty(-(-grid.units * grid.positions // 8), dtype=np.uint8)
-    for lane, stop in batches(bounds):
-        first, last = int(bounds[lane]), int(bounds[stop])
-        starts, spent = bounds[lane : stop + 1] - first, np.zeros(stop - lane, dtype=np.int64)
-        before = Before.of(scaled, first, last)
+    for lane, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
+        before, spent = Before.of(scaled, first, last), 0
         events = np.zeros((last - first, grid.positions), dtype=np.bool_)
         for position in range(grid.positions):
-            events[:, position] = lanes.events(scaled.hazards(position, first, last, before), starts, lane, spent)
+            hits, spent = lanes.events(lane, scaled.hazards(position, first, last, before), spent)
+            events[hits, position] = True
             if before is not None:
                 before.add(events[:, position])
         at = first * grid.positions // 8

@@ -67,7 +67,8 @@ def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Par
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
-    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, config.share)
+    share = config.share(sum(weight.numel() for weight in weights.values()))
+    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, share)
     scored = scored_weights(model)
     for name, learns in learning.items():
         if scores[name].shape != learns.shape or not scored[name].binary().all():

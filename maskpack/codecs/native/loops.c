@@ -1,4 +1,5 @@
-/* Inner loops of the codec logit (docs/format.md section 6.1). The same bits as lanes.py and logit_model.py, tested.
+/* Inner loops of the codec logit (docs/format.md section 6.1) and of classes (section 5). The same bits as lanes.py,
+   logit_model.py, logit_fit.py and classes.py, tested.
 
    Nothing is allocated here. All sizes come from the caller, who got them from shapes; what comes from a payload (states,
    words, coefficients) is only used as a value, or as an index that is limited first. */
@@ -187,4 +188,20 @@ API int64_t maskpack_words(int64_t lane_count, const int64_t *ends, const int64_
         lengths[lane] = made - begin;
     }
     return made;
+}
+
+/* Classes of `count` < 2^32 bfloat16 weights. `have`: 2^15 zeros. `table`: 2^16 bytes. */
+API void maskpack_classes(int64_t count, const uint16_t *weights, uint32_t *have, uint8_t *table, uint8_t *classes) {
+    enum { INFINITE = 0x7F80, NAN_ = INFINITE + 1, NEGATIVE = 0x8000 };
+    int64_t below = 0;
+    for (int64_t i = 0; i < count; i++) have[weights[i] & (NEGATIVE - 1)]++;
+    for (int v = NAN_ + 1; v < NEGATIVE; v++) have[NAN_] += have[v]; /* all NaN are one magnitude */
+    for (int v = 0; v <= NAN_; v++)
+        if (have[v]) {
+            table[v] = (uint8_t)(128 * (2 * below + have[v]) / (2 * count));
+            table[NEGATIVE | v] = (uint8_t)(table[v] + (v <= INFINITE ? 128 : 0));
+            below += have[v];
+        }
+    for (int v = NAN_; have[NAN_] && v < NEGATIVE; v++) table[v] = table[NEGATIVE | v] = table[NAN_];
+    for (int64_t i = 0; i < count; i++) classes[i] = table[weights[i]];
 }
