@@ -39,8 +39,8 @@ from maskpack.safetensors_io import read_tensors
 from maskpack.training import load_data, train_mask
 from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import Data
-from maskpack.training.heads import new_classifier
 from maskpack.training.learn import body_parameters
+from maskpack.training.objectives.supervised import new_classifier
 from maskpack.training.run_folder import read_json
 from maskpack.training.trainer import train_dense
 

@@ -63,6 +63,7 @@ KEPT = ("tf_flowers", "sst2")
 BASE = TrainConfig(batch_size=32, steps=200, lr=0.05, head_lr=0.01, top=1.0, train=(), bn="freeze")
 NORMS: Settings = {"kind": "norms", "lr": 0.01}
 MASK: Settings = {"kind": "mask", "top": 0.1, "train": ["norms"]}
+ALL: Settings = {**MASK, "top": 1.0}
 
 
 @dataclass
@@ -184,6 +185,9 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {**MASK, "lr": 0.02},
         {**MASK, "train_lr": 0.003},
     ),
+    "distances": stage(
+        ("lite0-64-eurosat",), {**MASK, "lr": 0.02}, {**MASK, "lr": 0.02, "head_start": "probe"}, {**MASK, "top": 1.0}
+    ),
     # a budget that is never reached: statistics are taken anew at the end
     "statistics": stage(
         ("lite0-64-eurosat", "resnet20-cartoon"),
@@ -198,12 +202,15 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
             {**one, "steps": steps}
             for steps, one in (
                 (100, NORMS),
-                (100, {**MASK, "lr": 0.1}),
-                (100, {**MASK, "lr": 0.05}),
+                (100, {**ALL, "lr": 0.1}),
+                (100, {**ALL, "lr": 0.1, "head_start": "probe"}),
+                (100, {**NORMS, "head_start": "probe"}),
+                (200, {**ALL, "head_start": "probe"}),
+                (100, {**ALL, "lr": 0.05}),
+                (1000, {**ALL, "lr": 0.01}),
+                (1000, {**ALL, "lr": 0.05}),
                 (1000, NORMS),
-                (1000, {**MASK, "lr": 0.01}),
-                (1000, {**MASK, "lr": 0.05}),
-                (1000, {**MASK, "lr": 0.01, "train_lr": 0.003, "head_lr": 0.003}),
+                (1000, {**ALL, "lr": 0.01, "train_lr": 0.003, "head_lr": 0.003}),
                 (1000, {"kind": "full", "lr": 0.001}),
             )
         ],

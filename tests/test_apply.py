@@ -17,7 +17,7 @@ from maskpack.adapter.predict import predict
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import export_state
-from maskpack.backbone.model import Embedding, Head, same_size_int
+from maskpack.backbone.model import same_size_int
 from maskpack.codecs.gap import Gap
 from maskpack.errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, DataError, StateError
 from maskpack.mask import MaskSet, PackedMask
@@ -278,7 +278,7 @@ def test_a_model_that_does_not_know_its_tokenizer() -> None:
     text = {"kind": "text", "max_length": 8}
     words = r"the model does not say where its tokenizer is; pass it: predict\(model, texts, tokenizer=…\)"
     with pytest.raises(DataError, match=words):
-        predict(TinyNet(), ["x"], Head(Embedding("fc"), torch.zeros(2, 16)), About(None, ("a", "b"), text), None, 1)
+        predict(TinyNet(), ["x"], About(None, ("a", "b"), text), None, 1, lambda batches: [])
 
 
 def test_predict(tmp_path: Path, tiny: nn.Module) -> None:

@@ -80,7 +80,7 @@ def test_train_prints_the_result_on_stdout_and_the_rest_on_stderr(tmp_path: Path
         "README.md", "maskpack_config.json", "maskpack_model.safetensors", "training",
     ]  # fmt: skip
     quiet = run(*TRAIN, "--output", tmp_path / "b", "--quiet")
-    assert quiet.stderr == ""
+    assert all(line.startswith("Warning: ") for line in quiet.stderr.splitlines()), "of a run this short"
 
 
 def test_same_command_same_bytes(adapter: Path, tmp_path: Path) -> None:
@@ -230,8 +230,8 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     ok("export", adapter, "--output", dense, *BACKBONE)
     result = run("pack", dense, "--from", "zeros", *BACKBONE, "--output", tmp_path / "out")
     assert result.exit_code == 1
-    # a trained head and adapted statistics are more than a mask
-    assert "kept weights in 10 of 22 tensors are not the base's, first '1.running_mean'" in result.stderr
+    # a trained head and trained norms are more than a mask
+    assert "kept weights in 10 of 22 tensors are not the base's, first '1.bias'" in result.stderr
     state = load_backbone(f"{FACTORY}:digits_cnn", random_weights=0).model.state_dict()
     masks = {name: state[name] > 0 for name in ("0.weight", "3.weight", "7.weight", "10.weight")}
     save_file({name: value * masks.get(name, 1) for name, value in state.items()}, dense)
@@ -499,7 +499,7 @@ def test_wrong_intervals_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = [*TRAIN, "--bn", "freeze", "--lr", "5000", "--augment", "none"]
+    options = [*TRAIN, "--top", "1", "--lr", "5000", "--augment", "none"]
     command = [*launch, "-m", "maskpack_cli.main", *options, "--batch-size", "8"]
     command += ["--output", str(tmp_path / "out"), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

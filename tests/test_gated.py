@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_formula() -> None:
     weights, logits = gates.weights(), gates.logits("b")
     for name in ("weight", "bias"):
         w, gate = weights[name].detach().double(), torch.sigmoid(logits[name].detach().double())
-        theta = gates.effective("b")
+        theta = {name: one.detach() * gates.values("b")[name] for name, one in weights.items()}
         residual = 2 * (x @ theta["weight"].T + theta["bias"] - y).double() / y.numel()
         of_theta = residual.T @ x.double() if name == "weight" else residual.sum(0)
         for found, expected in (

@@ -23,7 +23,7 @@ from maskpack.training.config import TrainConfig, config_from
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
 from maskpack.training.evaluate import adapter_accuracy
-from maskpack.training.heads import new_classifier
+from maskpack.training.objectives.supervised import new_classifier
 from maskpack.training.trainer import plan_training, train_mask
 
 from .helpers_models import bits

@@ -25,7 +25,7 @@ from maskpack.training.data.load import load_data
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import learn_scores, learning_weights, model_stages
 from maskpack.training.scores import learning_names
-from maskpack.training.trainer import train_mask
+from maskpack.training.trainer import plan_training, train_mask
 from maskpack.training.worth import worth_warnings
 
 from .conftest import TinyNet
@@ -150,6 +150,11 @@ def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
     assert result.metrics["test_accuracy"] == result.metrics["test_probe_accuracy"] == pytest.approx(right)
 
 
+def test_a_plan_fits_no_probe(tiny: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskpack.training.objectives.supervised.fit_probe", lambda *_: pytest.fail("fitted"))
+    assert plan_training(backbone_of(tiny), digits, replace(QUICK, head_start="probe"))["steps"] == 8
+
+
 def test_the_end_says_what_it_was_worth(tiny: nn.Module, digits: Data) -> None:
     backbone, events = backbone_of(tiny), list[dict[str, object]]()
     config = replace(QUICK, steps=1, lr=1e-9, head_lr=1e-9, bn="freeze")
@@ -270,6 +275,18 @@ def test_a_run_with_scores_of_some_weights_goes_on(tiny: nn.Module, digits: Data
     assert again.parts.masks == whole.parts.masks
     assert whole.metrics["mask_bytes"] <= 80
     assert whole.parts.masks.density < 1
+
+
+def test_how_many_weights_have_scores_by_default() -> None:
+    shares = {
+        (method, weights): TrainConfig(method=method).share(weights)
+        for method in ("threshold", "flip", "topk")
+        for weights in (1_000_000, 1_000_001)
+    }
+    assert {key for key, share in shares.items() if share == 0.1} == {("threshold", 1_000_001), ("flip", 1_000_001)}
+    for config in (TrainConfig(scale=True), TrainConfig(objective="self-supervised"), TrainConfig(top=1.0)):
+        assert config.share(2_000_000) is None
+    assert TrainConfig(top=0.5).share(7) == 0.5
 
 
 def test_top_is_for_one_score_a_weight(tiny: nn.Module) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from maskpack.codecs import logit, native
 from maskpack.codecs.base import Bits, Side, varint
+from maskpack.codecs.classes import weight_classes
 from maskpack.codecs.lanes import NEVER, ONE, UNIT, WINDOW, tables
 from maskpack.codecs.logit_model import CLASSES, Grid
 from maskpack.codecs.native.build import COMPILERS, build
@@ -110,6 +111,18 @@ def test_many_lanes(compiled: ctypes.CDLL, shape: tuple[int, ...], base: bool, m
     with monkeypatch.context() as patch:
         patch.setattr(logit, "BATCH", 1 << 30)
         assert logit.encode(bits, side, base) == payload
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1000, 50_000])
+@pytest.mark.parametrize("spread", [0, 3, 1 << 15])
+def test_both_ways_give_the_same_classes(compiled: ctypes.CDLL, count: int, spread: int) -> None:
+    """Also of infinities and of NaN with any payload and sign."""
+    rng = np.random.default_rng(count)
+    weights = rng.integers(0, 1 << 16, count, dtype=np.uint16)
+    near = rng.choice(np.array([0, 0x3F80, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF], dtype=np.uint16), count)
+    weights = np.where(rng.integers(0, 1 << 15, count) < spread, weights, near | weights & 0x8000)
+    first, second = (with_library(one, lambda: weight_classes(weights)) for one in (compiled, None))
+    assert np.array_equal(first, second)
 
 
 def test_tables_are_those_of_the_page() -> None:

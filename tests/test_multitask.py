@@ -29,8 +29,7 @@ from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
-from maskpack.training.joint import HISTOGRAMS, JointRun, Task, train_jointly
-from maskpack.training.multitask import BASE, CLAIM, RESULT, plan_tasks
+from maskpack.training.multitask import BASE, CLAIM, HISTOGRAMS, RESULT, JointRun, Task, plan_tasks, train_jointly
 from maskpack.training.run_folder import RunFolder
 
 from .helpers_models import StopHere, bits, same, tiny_net

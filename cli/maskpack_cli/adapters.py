@@ -11,7 +11,7 @@ import maskpack
 from maskpack.errors import UnknownNameError
 
 from .console import Output, app, emit, lines, note, progress_bar, say, table
-from .options import ARGUMENT, OutputRef, PackedBase, Packing, Ref, Source, TrainedBackbone, Trust, Without, verb
+from .options import ARGUMENT, OutputRef, PackedBase, Packing, Ref, Source, TrainedBackbone, Trust, Without, group, verb
 
 if TYPE_CHECKING:
     from maskpack.algebra import Overlap
@@ -28,6 +28,22 @@ PLUGINS = {
 Missing = Annotated[
     Literal["error", "keep"], "Parameters that some adapters do not mask: an error, or kept whole there."
 ]
+TrustedKey = Annotated[
+    str | None,
+    "Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
+    typer.Option("--key", "--require-signature"),
+]
+Operation = Annotated[
+    Literal["and", "or", "xor", "not", "majority", "weighted", "k-of-n", "difference"],
+    "and, or, xor, not, majority, weighted, k-of-n or difference (kept by the first, not by the second).",
+    typer.Argument(metavar="HOW"),
+]
+Several = Annotated[tuple[str, ...], "Adapters of one base: as for inspect.", typer.Argument(metavar="REF")]
+MaskFile = Annotated[Path, "File with the masks, named as the parameters.", ARGUMENT]
+Format = Annotated[str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")]
+Scaled = Annotated[bool, "The masks were trained with weights / sqrt(density)."]
+PackedBackbone = Annotated[TrainedBackbone, Without("image_size", "mean", "std")]
+Target = Annotated[Path, "Folder to write, or a .safetensors file; may be the same.", ARGUMENT]
 COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second_only", "neither")
 
 
@@ -80,14 +96,7 @@ def inspect(ref: Ref, trust: Source, parameters: Annotated[bool, "A line for eve
 
 @adapter_verb("maskpack verify ./my-mask --backbone timm/resnet18.a1_in1k")
 def verify(
-    ref: Ref,
-    base: PackedBase,
-    trust: Annotated[Source, Without("require_signature")],
-    key: Annotated[
-        str | None,
-        "Also check who signed it: a public key (PEM), a folder of keys, or an identity NAME@https://ISSUER.",
-        typer.Option("--key", "--require-signature"),
-    ] = None,
+    ref: Ref, base: PackedBase, trust: Annotated[Source, Without("require_signature")], key: TrustedKey = None
 ) -> None:
     """Check every byte, digest and mask of an adapter, its signature by --key, and its base: some masks need it."""
     from maskpack.adapter.signature import describe_signature
@@ -141,37 +150,32 @@ def listing(
     return table(rows, columns)
 
 
+@group("Options")
+class Votes:
+    weight: Annotated[tuple[float, ...], "Vote of an adapter, for weighted: one for each, in their order."] = ()
+    k: Annotated[int | None, "For k-of-n: how many adapters must keep a weight.", typer.Option("-k")] = None
+    missing: Missing = "error"
+
+
 @adapter_verb(
     "maskpack combine majority ./a ./b user/mask-c@v1 --output ./voted",
     "maskpack combine k-of-n ./a ./b ./c -k 2 --output ./twice",
     "maskpack combine weighted ./a ./b --weight 0.7 --weight 0.3 --output ./voted",
 )
 def combine(
-    how: Annotated[
-        Literal["and", "or", "xor", "not", "majority", "weighted", "k-of-n", "difference"],
-        "and, or, xor, not, majority, weighted, k-of-n or difference (kept by the first, not by the second).",
-        typer.Argument(metavar="HOW"),
-    ],
-    refs: Annotated[tuple[str, ...], "Adapters of one base: as for inspect.", typer.Argument(metavar="REF")],
-    output: OutputRef,
-    base: PackedBase,
-    packing: Packing,
-    trust: Trust,
-    weight: Annotated[tuple[float, ...], "Vote of an adapter, for weighted: one for each, in their order."] = (),
-    k: Annotated[int | None, "For k-of-n: how many adapters must keep a weight.", typer.Option("-k")] = None,
-    missing: Missing = "error",
+    how: Operation, refs: Several, output: OutputRef, base: PackedBase, packing: Packing, trust: Trust, votes: Votes
 ) -> None:
     """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
     from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
 
-    votes = weight or None
-    operation(how, len(refs), votes, k)
+    weights = votes.weight or None
+    operation(how, len(refs), weights, votes.k)
     adapters = [trust.load(ref) for ref in refs]
-    options = {"weights": votes, "k": k, "missing": missing, "base": base.model_of(adapters[0]), **vars(packing)}
+    options = {**vars(packing), "k": votes.k, "missing": votes.missing, "base": base.model_of(adapters[0])}
     note(f"Combining {len(adapters)} adapters …")
     with progress_bar("Combining") as step:
-        combined = combine_adapters(how, adapters, output, progress=step, **options)
+        combined = combine_adapters(how, adapters, output, weights=weights, progress=step, **options)
     left = left_out(adapters)
     facts = packed(combined, output, operation=how, mask_id=combined.mask_id)
     emit(facts | {"left_out": left}, f"✓ {output}")
@@ -205,14 +209,12 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
     "maskpack pack pruned.safetensors --from zeros --backbone timm/resnet18.a1_in1k --output ./my-mask",
 )
 def pack(
-    masks: Annotated[Path, "File with the masks, named as the parameters.", ARGUMENT],
-    backbone: Annotated[TrainedBackbone, Without("image_size", "mean", "std")],
+    masks: MaskFile,
+    backbone: PackedBackbone,
     output: OutputRef,
     packing: Packing,
-    source: Annotated[
-        str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")
-    ] = "masks",
-    scale: Annotated[bool, "The masks were trained with weights / sqrt(density)."] = False,
+    source: Format = "masks",
+    scale: Scaled = False,
 ) -> None:
     """Make an adapter from masks trained elsewhere, or from a pruned network."""
     from maskpack.backbone.model import body, inside
@@ -239,13 +241,7 @@ def pack(
     "maskpack convert ./my-mask ./smaller --profile max --backbone timm/resnet18.a1_in1k",
     "maskpack convert ./my-mask ./my-mask --codec raw",
 )
-def convert(
-    ref: Ref,
-    output: Annotated[Path, "Folder to write, or a .safetensors file; may be the same.", ARGUMENT],
-    base: PackedBase,
-    packing: Packing,
-    trust: Source,
-) -> None:
+def convert(ref: Ref, output: Target, base: PackedBase, packing: Packing, trust: Source) -> None:
     """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
     from maskpack.adapter.edit import convert_adapter
 

@@ -16,12 +16,15 @@ from .options import ARGUMENT, POSITIVE, Source, Token, Weights, group, verb
 
 hub_verb = partial(verb, app, "Hub")
 AdapterPath = Annotated[Path, "The adapter's folder, or its model file.", ARGUMENT]
+Target = Annotated[str, "user/name on the Hub, or a folder as registry: ./registry/name.", ARGUMENT]
+Refs = Annotated[
+    tuple[str, ...], "user/name or user/name@revision, a folder, or a .safetensors file.", typer.Argument(metavar="REF")
+]
+Copies = Annotated[Path | None, "Folder for copies; of several, one each inside. Default: only the cache."]
 
 
 @group("Options")
 class Pushed:
-    """How an adapter is pushed: what `maskpack.push` takes."""
-
     private: Annotated[bool | None, "Repository. Default: the account's.", typer.Option("--private/--public")] = None
     revision: Annotated[str | None, "Branch to push to; made if missing."] = None
     commit_message: Annotated[str | None, "Of the one commit.", typer.Option("--commit-message", "-m")] = None
@@ -40,11 +43,7 @@ class Pushed:
     "maskpack push ./my-mask user/my-mask --sign key.pem",
     "maskpack push ./my-mask ./registry/my-mask",
 )
-def push(
-    folder: AdapterPath,
-    ref: Annotated[str, "user/name on the Hub, or a folder as registry: ./registry/name.", ARGUMENT],
-    how: Pushed,
-) -> None:
+def push(folder: AdapterPath, ref: Target, how: Pushed) -> None:
     """Upload an adapter, in one commit of exactly its files."""
     note(f"Comparing {folder} with {ref} …" if how.dry_run else f"Pushing {folder} to {ref} …")
     done = maskpack.push(folder, ref, **vars(how))
@@ -61,15 +60,7 @@ def push(
     "maskpack pull user/my-mask --require-signature public.pem",
     "maskpack pull user/my-mask -q",
 )
-def pull(
-    refs: Annotated[
-        tuple[str, ...],
-        "user/name or user/name@revision, a folder, or a .safetensors file.",
-        typer.Argument(metavar="REF"),
-    ],
-    trust: Source,
-    output: Annotated[Path | None, "Folder for copies; of several, one each inside. Default: only the cache."] = None,
-) -> None:
+def pull(refs: Refs, trust: Source, output: Copies = None) -> None:
     """Download adapters and verify every byte of them; prints their folders and commits.
 
     Of several, one that fails does not stop the others; the errors come last, and the exit code is 1.

@@ -43,7 +43,10 @@ plot = typer.Typer(help="Draw pictures: PNG or SVG, by the ending of --output.",
 SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 # what a comparison decides itself, or has for every baseline
 DECIDED = ("seed", "objective", "head_kind", "head_template")
-Picture = Annotated[Path | None, "Picture to write: .png or .svg."]
+Trained = Annotated[TrainConfig, Without(*DECIDED)]
+Compared = Annotated[TrainConfig, Without("lr", *DECIDED)]
+RESULTS = typer.Option(rich_help_panel="Results")
+Picture = Annotated[Path | None, "Picture to write: .png or .svg.", RESULTS]
 
 
 def check_picture(path: Path | None) -> None:
@@ -66,15 +69,11 @@ def draw(figure: "Callable[..., Figure]", path: Path | None, *values: Any) -> No
 
 @group("Research")
 class Trials(Folder):
-    """Trainings that are compared."""
-
     seeds: Annotated[int, "How many seeds: 0, 1, …", POSITIVE] = 3
 
 
 @group("Research")
 class Comparison(Trials):
-    """What a mask is compared with."""
-
     baseline: Annotated[tuple[str, ...], "ID or ID:ARGUMENT: `maskpack list baselines`. Default: all."] = ()
     labels_fraction: Annotated[tuple[float, ...], "Share of the labels. Default: 1."] = ()
     lr: Annotated[tuple[str, ...], "BASELINE=RATE,RATE,… to choose from; one is taken as it is."] = ()
@@ -91,13 +90,7 @@ class Comparison(Trials):
         return found
 
 
-def compare(
-    backbone: TrainedBackbone,
-    data: DataRef,
-    columns: Columns,
-    settings: Annotated[TrainConfig, Without("lr", *DECIDED)],
-    trials: Comparison,
-) -> None:
+def compare(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings: Compared, trials: Comparison) -> None:
     """Compare a mask with every alternative: same backbone, data, splits and budget; each in a process of its own.
 
     Learning rates are chosen on a validation split. Called again, it does what is not done yet.
@@ -138,8 +131,6 @@ app.add_typer(research, name="lab", rich_help_panel=PANEL)
 
 @group("Research")
 class Drawn(Trials):
-    """Trainings of one baseline, and their picture."""
-
     baseline: Annotated[str, "What is trained: `maskpack list baselines`."] = "full"
     plot: Picture = None
 
@@ -156,21 +147,14 @@ class Drawn(Trials):
 
 @group("Research")
 class Shuffled(Drawn):
-    """Trainings on shuffled images."""
-
     block: Annotated[tuple[int, ...], "Side of the blocks in pixels. Default: image, half, …, 1."] = ()
     random_lr: Annotated[float | None, "Peak learning rate of random starts. Default: --lr."] = None
 
 
 @group("Research")
 class Checkpoints(Drawn):
-    """Trainings from checkpoints."""
-
     checkpoints: Annotated[str, "Glob of the checkpoints: safetensors state dicts, in the order of names."]
     pretraining: Annotated[str | None, "Data of pretraining, to measure the checkpoints on, as --data."] = None
-
-
-Trained = Annotated[TrainConfig, Without(*DECIDED)]
 
 
 @verb(analyze, None, f"maskpack analyze shuffle {SHARED} --block 224 --block 8 --output ./shuffled")
@@ -223,18 +207,19 @@ NetworkRefs = Annotated[
     f"Each REF or NAME=REF of an {NETWORK}; those of one NAME are of a kind.",
     typer.Argument(metavar="NETWORK"),
 ]
+Steps = Annotated[int, "Steps of the direct path from start to trained.", POSITIVE]
+Draws = Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)]
+Points = Annotated[int, "Networks on a line, its ends included.", typer.Option(min=3)]
 Per = Annotated[Literal["module", "block"], "A row for each module, or for each block."]
 
 
 @group("Data")
 class Measured(Columns):
-    """What networks are measured on, and where results go."""
-
     data: DataRef
     split: Annotated[Literal["test", "train"], "Rows to measure on."] = "test"
     limit: Annotated[int | None, "At most so many of them, drawn by a seed. Default: all."] = None
     batch_size: Annotated[int, "Examples per forward pass.", POSITIVE] = 64
-    output: Annotated[Path | None, "Folder for evaluations. Default: in the cache."] = None
+    output: Annotated[Path | None, "Folder for evaluations. Default: in the cache.", RESULTS] = None
     plot: Picture = None
 
     def open(
@@ -289,8 +274,8 @@ def criticality(
     measured: Measured,
     trust: Trust,
     per: Per = "module",
-    points: Annotated[int, "Steps of the direct path from start to trained.", POSITIVE] = 1,
-    noise: Annotated[int, "Draws of noise, for noise radii and formal measure; 0: neither.", typer.Option(min=0)] = 0,
+    points: Steps = 1,
+    noise: Draws = 0,
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)
@@ -309,16 +294,9 @@ def criticality(
 
 
 @verb(analyze, None, f"maskpack analyze barrier mask=./a mask=./b tuned=c.safetensors {SHARED}")
-def barrier(
-    refs: NetworkRefs,
-    base: AnyBase,
-    measured: Measured,
-    trust: Trust,
-    points: Annotated[int, "Networks on a line, its ends included.", typer.Option(min=3)] = 11,
-) -> None:
+def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, points: Points = 11) -> None:
     """Measure what is lost on the straight line between every two networks; BatchNorm statistics are taken anew."""
     evaluations, networks, _ = measured.open(refs, base, trust)
-
     with progress_bar("interpolating") as moved:
         result = lab.barriers(evaluations, networks, points, moved)
     draw(lab.barrier_figure, measured.plot, result["pairs"])
@@ -364,7 +342,6 @@ def similarity(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trus
 def mistakes(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust) -> None:
     """Compare what every two networks get wrong: overlap of errors, and Cohen's kappa."""
     evaluations, networks, _ = measured.open(refs, base, trust)
-
     with progress_bar("measuring") as moved:
         result = lab.mistakes(evaluations, networks, moved)
     draw(lab.mistakes_figure, measured.plot, [one.name for one in networks], result["pairs"])

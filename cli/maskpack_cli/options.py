@@ -2,7 +2,8 @@
 
 A parameter of a verb whose type is a dataclass stands for an option of each field. The text of an option is in the
 annotation, `Annotated[int, "Examples per forward pass."]`; of the library's settings, such as `TrainConfig`, it is in
-the docstring of the class. What else typer knows of an option stands behind the text.
+the docstring of the class. What else typer knows of an option stands behind the text. Groups of options say what they
+are by their fields.
 """
 
 import inspect
@@ -262,16 +263,12 @@ Token = Annotated[str | None, "Hub token; better: `hf auth login` or the variabl
 
 @group("Options")
 class Printed:
-    """What is printed."""
-
     as_json: Annotated[bool, "Print the result as JSON.", typer.Option("--json")] = False
     quiet: Annotated[bool, "Print the result only: no notes, no progress.", typer.Option("--quiet", "-q")] = False
 
 
 @group("Packing")
 class Packed:
-    """How hard masks are packed."""
-
     profile: Annotated[
         Profile,
         "fast is quick; default is small and decodes quickly; max is smallest and slow, and may need the backbone to "
@@ -281,8 +278,6 @@ class Packed:
 
 @group("Packing")
 class Packing(Packed):
-    """How masks are packed."""
-
     codec: Annotated[str | None, "Only this codec: `maskpack list codecs`."] = None
 
 
@@ -312,8 +307,6 @@ class Source(Trust):
 
 @group("Backbone")
 class Weights:
-    """Weights in place of a backbone's pretrained ones."""
-
     weights: Annotated[Path | None, "Safetensors state dict in place of pretrained weights: file, index, folder."] = (
         None
     )
@@ -381,8 +374,6 @@ class PackedBase(Base):
 
 @group("Backbone")
 class TrainedBackbone(Weights):
-    """The backbone that a mask is trained on."""
-
     backbone: Annotated[str, "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION."]
     head: Annotated[str | None, "Module that gives the logits, where it is not found."] = None
     image_size: Annotated[int | None, "Pixels. Default: the backbone's."] = None
@@ -401,16 +392,12 @@ class TrainedBackbone(Weights):
 
 @group("Data")
 class Columns:
-    """Columns of the data."""
-
     input_column: Annotated[str | None, "Column of images or texts, where it is not found."] = None
     label_column: Annotated[str | None, "Column of labels, where it is not found."] = None
 
 
 @group("Data")
 class Rows(Columns):
-    """Which rows of the data train."""
-
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
     validation_fraction: Annotated[float | None, "Share of the rows held out. Default: 0.1; 0 without labels."] = None
 

@@ -37,7 +37,7 @@ from .options import (
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data
-    from maskpack.training.joint import Task
+    from maskpack.training.multitask import Task
 
 training_verb = partial(verb, app, "Training")
 OF_LABELS = ("head_kind", "head_template", "label_smoothing")  # settings without meaning without labels
@@ -176,8 +176,6 @@ app.add_typer(cascades, name="cascade", no_args_is_help=True, rich_help_panel="T
 
 @group("Cascade")
 class Experts:
-    """What is trained beside the dispatcher."""
-
     experts: Annotated[int, "Experts, one for each cluster."] = 5
     combine: Annotated[
         Literal["conditional", "unconditional"],
@@ -267,8 +265,6 @@ def evaluate_cascade(
 
 @group("Transfer")
 class Carried:
-    """What learns the target, and from where."""
-
     source: Annotated[str, "Data that the network learns first, as for --data of train."]
     target: Annotated[str, "Data that it is carried to."]
     start: Annotated[
@@ -345,16 +341,19 @@ class Entry(Rows):
     augment: Augment | None = None
 
 
+TaskFile = Annotated[
+    Path,
+    "A table `task` for each task, with name, data and its options; options for all as keys before them.",
+    typer.Argument(metavar="TASKS.toml", callback=read_settings, is_eager=True),
+]
+
+
 @training_verb(
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --output ./many",
     "maskpack multitask tasks.toml --backbone timm/resnet18.a1_in1k --mode gated --output ./together",
 )
 def multitask(
-    tasks: Annotated[
-        Path,
-        "A table `task` for each task, with name, data and its options; options for all as keys before them.",
-        typer.Argument(metavar="TASKS.toml", callback=read_settings, is_eager=True),
-    ],
+    tasks: TaskFile,
     backbone: TrainedBackbone,
     rows: Rows,
     settings: TrainConfig,
@@ -422,7 +421,7 @@ def _own_rows(rows: Rows, entry: Mapping[str, Any]) -> Rows:
 
 def _task(entry: Mapping[str, Any], rows: Rows, settings: TrainConfig, kind: str) -> "Task":
     """Load a task's data."""
-    from maskpack.training.joint import Task
+    from maskpack.training.multitask import Task
 
     labelled = needs_labels(settings.objective, kind, [*Output.given, *entry])
     data = _own_rows(rows, entry).load(entry["data"], supervised=labelled, labelled=labelled, seed=settings.seed)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from maskpack.training.features import Measure
 
 use_verb = partial(verb, app, "Use")
+Files = Annotated[tuple[str, ...], "Image files; for text adapters, text files with one text a line.", ARGUMENT]
 TITLES = {"head": "head", "knn": "k-NN", "probe": "probe"}
 
 
@@ -33,13 +34,7 @@ def on_gpu(backbone: "Backbone") -> "Backbone":
 
 
 @use_verb("maskpack predict user/mask-flowers a.jpg b.jpg")
-def predict(
-    ref: Ref,
-    files: Annotated[tuple[str, ...], "Image files; for text adapters, text files with one text a line.", ARGUMENT],
-    base: Base,
-    trust: Source,
-    mode: Mode = "target",
-) -> None:
+def predict(ref: Ref, files: Files, base: Base, trust: Source, mode: Mode = "target") -> None:
     """Classify files with an adapter."""
     from maskpack.training.evaluate import source_classes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +18,11 @@ from ..codecs.classes import weight_classes
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
+from .header import Payload
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .header import Payload
     from .read import Adapter
 
 Weights = Union["nn.Module", Mapping[str, "Tensor"]]
@@ -89,24 +90,21 @@ class Decoder:
                 f"{id_!r} refuses: {error}; upgrade maskpack or fetch the file again"
             ) from None
 
-    def decode(self, set: str, index: int, rising: bool = False) -> tuple[bitarray, NDArray[Any] | None]:
+    def decode(self, payload: Payload, rising: bool = False) -> tuple[bitarray, NDArray[Any] | None]:
         """Decode one payload to exactly its weights, and check the number of true bits.
 
         Returns:
             The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
         """
-        path, payload = self.adapter.path, self.adapter.header.sets[set].payloads[index]
-        name, coding, codec = payload.name, payload.coding, self.codec(payload)
-        data = self.adapter.piece(set, payload)
+        path, name, codec, data = self.adapter.path, payload.name, self.codec(payload), self.adapter.piece(payload)
         if not plausible(data, payload.weights):
             raise CorruptAdapterError(
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
                 f"which is too few for so many; fetch the file again"
             )
         classes = self._classes(payload) if codec.needs_base else None
-        reference = None
-        if coding.reference is not None:
-            reference = packed_bits(self.decode(coding.reference, self._index_in(coding.reference, payload))[0])
+        referenced = self._referenced(payload)
+        reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
         side = Side(payload.shape, classes, reference)
         try:
             events = codec.events(data, side)
@@ -124,7 +122,7 @@ class Decoder:
             raise
         except Exception as error:  # a codec from elsewhere may fail in any way on bytes that a stranger wrote
             raise CorruptAdapterError(
-                f"{path}: the mask of {name!r} in set {set!r} does not decode: {error}; fetch the file again"
+                f"{path}: the mask of {name!r} in set {payload.set!r} does not decode: {error}; fetch the file again"
             ) from error
         if rising and zeros is not None and (zeros[1:] < zeros[:-1]).any():
             zeros = np.sort(zeros)
@@ -154,18 +152,17 @@ class Decoder:
 
     def mask(self, set: str, name: str, zeros: bool = False) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""
-        *first, index = self.adapter.indices[set][name]  # the signs of a ternary mask come before its zeros
-        signs = self.decode(set, first[0])[0] if first else None
-        bits, where = self.decode(set, index, zeros)
-        payload, alpha = self.adapter.header.sets[set].payloads[index], self.adapter.alphas[set][index]
+        *first, payload = self.adapter.payloads[set][name]
+        signs = self.decode(first[0])[0] if first else None
+        bits, where = self.decode(payload, zeros)
+        alpha = self.adapter.alphas[set][name]
         return PackedMask(bits, payload.shape, payload.coding.op, alpha, signs, where if zeros else None)
 
     def masks(self, set: str, zeros: bool = False) -> Masks:
         """Decode the masks of a set in order, in threads; see `Adapter.iter_masks`."""
         shapes = self.adapter.shapes(set)
         work = partial(self.mask, set, zeros=zeros)
-        weights = {payload.name: payload.weights for payload in self.adapter.header.sets[set].payloads}
-        return zip(shapes, in_order(work, shapes, weights.__getitem__, WORTH), strict=True)
+        return zip(shapes, in_order(work, shapes, lambda name: math.prod(shapes[name]), WORTH), strict=True)
 
     def streamed(self, set: str) -> MaskSet:
         """Return the masks of a set, each decoded when it is asked for."""
@@ -174,31 +171,30 @@ class Decoder:
 
     def verify(self, progress: Progress | None) -> dict[str, Any]:
         """Decode what can be decoded and compare `mask_id` if that is all; see `Adapter.verify`."""
-        header = self.adapter.header
-        every = [(name, i, payload) for name, one in header.sets.items() for i, payload in enumerate(one.payloads)]
-        left = [self.weights is None and self._needs_base(payload) for _, _, payload in every]
-        found = [one for one, is_left in zip(every, left, strict=True) if not is_left]
-        step, rows = counted(progress, (payload.weights for _, _, payload in found)), []
-        digests = in_order(
-            lambda one: bits_digest(self.decode(one[0], one[1])[0]), found, lambda one: one[2].weights, WORTH
-        )
-        for (name, _, payload), own in zip(found, digests, strict=True):
-            rows.append((name, payload.name, payload.coding.op, payload.shape, own))
+        found, needing, rows = list[Payload](), list[str](), []
+        for payload in (payload for one in self.adapter.header.sets.values() for payload in one.payloads):
+            if self.weights is None and self._needs_base(payload):
+                needing.append(f"{payload.set}/{payload.name}")
+            else:
+                found.append(payload)
+        step = counted(progress, (payload.weights for payload in found))
+        digests = in_order(lambda one: bits_digest(self.decode(one)[0]), found, lambda one: one.weights, WORTH)
+        for payload, own in zip(found, digests, strict=True):
+            rows.append((payload.set, payload.name, payload.coding.op, payload.shape, own))
             step(payload.weights)
-        needing = [f"{name}/{payload.name}" for (name, _, payload), is_left in zip(every, left, strict=True) if is_left]
         if not needing:
             self.adapter.check_id(rows_id(rows))
-        compared = None if needing else True
-        return {"payloads": len(every), "decoded": len(found), "needs_base": needing, "mask_id": compared}
+        counts = {"payloads": len(found) + len(needing), "decoded": len(found)}
+        return {**counts, "needs_base": needing, "mask_id": None if needing else True}
 
     def _needs_base(self, payload: Payload) -> bool:
         """Return True if a payload, or the one it refers to, is packed with the base's weights."""
-        other = payload.coding.reference
-        if self.codec(payload).needs_base or other is None:
-            return self.codec(payload).needs_base
-        return self.codec(self.adapter.header.sets[other].payloads[self._index_in(other, payload)]).needs_base
+        referenced = self._referenced(payload)
+        return self.codec(payload).needs_base or (referenced is not None and self.codec(referenced).needs_base)
 
-    def _index_in(self, other: str, payload: Payload) -> int:
-        """Return the index of the payload of another set for the same parameter and op; the header's check found it."""
-        payloads, op = self.adapter.header.sets[other].payloads, payload.coding.op
-        return next(index for index in self.adapter.indices[other][payload.name] if payloads[index].coding.op == op)
+    def _referenced(self, payload: Payload) -> Payload | None:
+        """Return the payload that another is coded against, of the same parameter and op, if it is against one."""
+        if payload.coding.reference is None:
+            return None
+        payloads = self.adapter.payloads[payload.coding.reference][payload.name]
+        return next(one for one in payloads if one.coding.op == payload.coding.op)

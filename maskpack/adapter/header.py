@@ -120,8 +120,9 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """One payload: parameter name and shape, coding, number of true bits, bytes, where they start among the set's."""
+    """One payload: set, parameter, shape, coding, number of true bits, bytes, where they start among the set's."""
 
+    set: str
     name: str
     shape: tuple[int, ...]
     coding: Coding
@@ -159,8 +160,9 @@ class SetHeader:
         return value if self.head is None else {**value, "head": self.head}
 
     @classmethod
-    def parse(cls, value: Any, where: str) -> "SetHeader":
-        """Check a set and return it."""
+    def parse(cls, name: str, value: Any) -> "SetHeader":
+        """Check the set of a name and return it."""
+        where = f"$.sets.{name}"
         one = record(SET)(value, where)
         count, joined = len(one["kept"]), one["names"]
         # counted before they are split: a short file must not become millions of strings
@@ -181,7 +183,7 @@ class SetHeader:
         }
         found = record(columns)(value, where)
         rows = zip(names, *found.values(), itertools.accumulate(found["size"], initial=0), strict=False)
-        payloads = tuple(Payload(name, shapes[i], codings[j], *rest) for name, i, j, *rest in rows)
+        payloads = tuple(Payload(name, key, shapes[i], codings[j], *rest) for key, i, j, *rest in rows)
         _check_payloads(payloads, where)
         return cls(payloads, one.get("head"))
 
@@ -204,21 +206,15 @@ def _check_payloads(payloads: Sequence[Payload], where: str) -> None:
 
 def _check_references(sets: Mapping[str, SetHeader]) -> None:
     # one set for the whole file: many sets that refer to many others must not take the product of their sizes
-    referenced = {payload.coding.reference for one in sets.values() for payload in one.payloads}
-    known = {
-        (name, payload.name, payload.coding.op, payload.shape)
-        for name in sets.keys() & referenced
-        for payload in sets[name].payloads
-        if payload.coding.reference is None
-    }
-    for name, one in sets.items():
-        for payload in one.payloads:
-            reference = payload.coding.reference
-            if reference is not None and (reference, payload.name, payload.coding.op, payload.shape) not in known:
-                raise CorruptAdapterError(
-                    f"$.sets.{name} of the adapter header codes {payload.name!r} against the set {reference!r}, which "
-                    f"has no such mask coded on its own; fetch the file again"
-                )
+    payloads = [payload for one in sets.values() for payload in one.payloads]
+    alone = {(one.set, one.name, one.coding.op, one.shape) for one in payloads if one.coding.reference is None}
+    for one in payloads:
+        reference = one.coding.reference
+        if reference is not None and (reference, one.name, one.coding.op, one.shape) not in alone:
+            raise CorruptAdapterError(
+                f"$.sets.{one.set} of the adapter header codes {one.name!r} against the set {reference!r}, which "
+                f"has no such mask coded on its own; fetch the file again"
+            )
 
 
 def embedding_to_json(one: Embedding) -> dict[str, Any]:
@@ -299,7 +295,7 @@ class Header:
         for name in sorted(found["sets"]) or [""]:
             if not SET_NAME.fullmatch(name):
                 raise refuse("the name of a mask set in the adapter header", name, SET_NAME.pattern)
-        sets = {name: SetHeader.parse(found["sets"][name], f"$.sets.{name}") for name in sorted(found["sets"])}
+        sets = {name: SetHeader.parse(name, found["sets"][name]) for name in sorted(found["sets"])}
         _check_references(sets)
         if (cascade := found.get("cascade")) is not None:
             named = [cascade["dispatcher"], *cascade["experts"]]

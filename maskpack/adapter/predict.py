@@ -1,18 +1,18 @@
 """Predictions with an adapter: its preprocessing, the model, its head and class names."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.classifier import classifier_from, predictions
-from ..backbone.model import Head
 from ..errors import AdapterError, DataError, StateError, require
-from ..preprocess import ImagePreprocess, TextPreprocess, collate_text, open_image, preprocess_from_json
+from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess, collate_text, open_image, preprocess_from_json
 from .content import About
+
+Batches = Iterable[tuple[Any, Tensor]]  # model inputs and labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,7 @@ def model_tokenizer(model: nn.Module) -> Any:
     return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def inputs_to_batches(
-    inputs: Sequence[Any] | Tensor, preprocess: ImagePreprocess | TextPreprocess, tokenizer: Any, batch_size: int
-) -> Iterable[tuple[Any, Tensor]]:
+def _batches(inputs: Sequence[Any] | Tensor, preprocess: Preprocess, tokenizer: Any, batch_size: int) -> Batches:
     """Yield batches of model inputs, with dummy labels, from image paths, PIL images, a tensor, or texts."""
     if isinstance(inputs, str):
         raise DataError(f"inputs must be a list, got the text {inputs!r:.200} alone; put it into one")
@@ -51,23 +49,27 @@ def inputs_to_batches(
 
 
 def predict(
-    model: nn.Module, inputs: Sequence[Any] | Tensor, head: Head | None, about: About, tokenizer: Any, batch_size: int
+    model: nn.Module,
+    inputs: Sequence[Any] | Tensor,
+    about: About,
+    tokenizer: Any,
+    batch_size: int,
+    run: Callable[[Batches], Iterable[Tensor]] | None,
 ) -> list[Prediction]:
-    """Return the most likely class of every input; see `Adapter.predict`."""
-    class_names = about.class_names
-    if head is None or class_names is None or about.preprocess is None:
+    """Return the most likely class of every input; `run` makes logits of batches, None where there is no head."""
+    names = about.class_names
+    if run is None or names is None or about.preprocess is None:
         raise AdapterError("this adapter has no head, class names or preprocessing, so it cannot predict by itself")
     how = preprocess_from_json(about.preprocess)
     if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):
         tokenizer = model_tokenizer(model)
-    if len(inputs) == 0:
-        return []
-    classifier = classifier_from(model, head)
-    logits, _ = predictions(classifier, inputs_to_batches(inputs, how, tokenizer, batch_size))
-    if logits.shape[1] != len(class_names):
-        raise StateError(
-            f"the model gives {logits.shape[1]} logits, the adapter has {len(class_names)} classes; load the adapter "
-            f"with load_mask(model, ref) first, with head='replace'"
-        )
-    scores, best = logits.softmax(-1).max(-1)
-    return [Prediction(class_names[int(i)], float(s)) for i, s in zip(best, scores, strict=True)]
+    found: list[Prediction] = []
+    for logits in run(_batches(inputs, how, tokenizer, batch_size)) if len(inputs) else ():
+        if logits.shape[1] != len(names):
+            raise StateError(
+                f"the model gives {logits.shape[1]} logits, the adapter has {len(names)} classes; load the adapter "
+                f"with load_mask(model, ref) first, with head='replace'"
+            )
+        scores, best = logits.softmax(-1).max(-1)
+        found += [Prediction(names[int(i)], float(s)) for i, s in zip(best, scores, strict=True)]
+    return found

@@ -161,10 +161,14 @@ class Adapter:
             AdapterError: if the adapter has no head, class names or preprocessing.
             StateError: if the model's head is not the adapter's.
         """
+        from ..backbone.classifier import classifier_from, predictions
         from .predict import predict
 
         about = replace(self.about, class_names=tuple(class_names)) if class_names else self.about
-        return predict(model, inputs, self.parts(stream=True).head, about, tokenizer, batch_size)
+        head = self.parts(stream=True).head
+        classifier = None if head is None else classifier_from(model, head)
+        run = None if classifier is None else lambda batches: [predictions(classifier, batches)[0]]
+        return predict(model, inputs, about, tokenizer, batch_size, run)
 
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
@@ -200,22 +204,22 @@ class Adapter:
         span = self.spans[tensor]
         return self._data[span.start : span.end]
 
-    def piece(self, set: str, payload: Payload) -> memoryview:
-        """Return the bytes of a payload of a set, not copied."""
-        return self.bytes_of(f"{set}/payloads")[payload.start : payload.start + payload.size]
+    def piece(self, payload: Payload) -> memoryview:
+        """Return the bytes of a payload, not copied."""
+        return self.bytes_of(f"{payload.set}/payloads")[payload.start : payload.start + payload.size]
 
     @cached_property
-    def indices(self) -> dict[str, dict[str, list[int]]]:
-        """For each set the indices of the payloads of each parameter."""
-        found: dict[str, dict[str, list[int]]] = {name: {} for name in self.sets}
+    def payloads(self) -> dict[str, dict[str, list[Payload]]]:
+        """By set and parameter the payloads: of a ternary mask the signs, then the zeros."""
+        found: dict[str, dict[str, list[Payload]]] = {name: {} for name in self.sets}
         for name, one in self.header.sets.items():
-            for index, payload in enumerate(one.payloads):
-                found[name].setdefault(payload.name, []).append(index)
+            for payload in one.payloads:
+                found[name].setdefault(payload.name, []).append(payload)
         return found
 
     @cached_property
-    def alphas(self) -> dict[str, list[float | None]]:
-        """For each set the scale of each payload, None where it is off."""
+    def alphas(self) -> dict[str, dict[str, float | None]]:
+        """By set and parameter the scale of a mask, None where it is off."""
         found = {}
         for name, one in self.header.sets.items():
             raw = self.bytes_of(f"{name}/scale") if f"{name}/scale" in self.spans else bytes(4 * len(one.payloads))
@@ -225,7 +229,7 @@ class Adapter:
                     raise CorruptAdapterError(
                         f"{self.path}: the scale of {payload.name!r} is {alpha}, expected a positive number"
                     )
-            found[name] = [alpha or None for alpha in alphas]
+            found[name] = {payload.name: alpha or None for payload, alpha in zip(one.payloads, alphas, strict=True)}
         return found
 
     def _set(self, name: str) -> SetHeader:
@@ -360,8 +364,8 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
 
 def _check_digests(adapter: Adapter, data: memoryview) -> None:
     pieces = [
-        (f"the mask of {payload.name!r} in set {name!r}", adapter.piece(name, payload))
-        for name, one in adapter.header.sets.items()
+        (f"the mask of {payload.name!r} in set {payload.set!r}", adapter.piece(payload))
+        for one in adapter.header.sets.values()
         for payload in one.payloads
     ]
     pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]

@@ -70,6 +70,7 @@ Reference = tuple[str, MaskSet, Mapping[tuple[str, Op], str]]  # a set that is c
 class _Job(NamedTuple):
     """One payload to make; `reference`: set, bits that it may be coded against, digest that they should have."""
 
+    set: str
     name: str
     mask: PackedMask
     op: Op
@@ -86,14 +87,14 @@ class _Coded(NamedTuple):
     alpha: float | None
 
 
-def _jobs(parts: Parts, reference: Reference | None) -> Iterator[_Job]:
+def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[_Job]:
     for name, mask in parts.masks.items():
         _check(name, mask, parts)
         referenced = None if reference is None else reference[1].get(name)
         others = {} if referenced is None or referenced.shape != mask.shape else dict(referenced.payloads())
         for op, bits in mask.payloads():
             against = (reference[0], others[op], reference[2][name, op]) if reference and op in others else None
-            yield _Job(name, mask, op, bits, against)
+            yield _Job(set_name, name, mask, op, bits, against)
 
 
 def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
@@ -119,7 +120,7 @@ def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | No
     if not np.array_equal(type(codec)(**codec.config()).decode(data, side), given):
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)
-    payload = Payload(job.name, shape, coding, job.bits.count(), len(data))
+    payload = Payload(job.set, job.name, shape, coding, job.bits.count(), len(data))
     made = _Coded(payload, bits_digest(job.bits), blake3(data).digest(), job.mask.alpha)
     return made, data, job.op == job.mask.op
 
@@ -221,7 +222,7 @@ def encode(
     payloads, reference = [], None
     for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
         coded[name], pieces = [], spool()
-        for one, data, done in in_order(work, _jobs(sets[name], reference), lambda job: len(job.bits), WORTH):
+        for one, data, done in in_order(work, _jobs(name, sets[name], reference), lambda job: len(job.bits), WORTH):
             pieces.append(data)
             coded[name].append(one)
             if done:
@@ -230,19 +231,19 @@ def encode(
         if name == first:
             digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in coded[name]}
             reference = name, sets[name].masks, digests
-    rows = [(name, one) for name in sets for one in coded[name]]
+    rows = [one for name in sets for one in coded[name]]
     for name in sets:
         if any(one.alpha is not None for one in coded[name]):
             alphas = np.array([one.alpha or 0.0 for one in coded[name]], dtype="<f4")
             dense.append(Blob(f"{name}/scale", "F32", alphas.shape, [alphas.tobytes()]))
-    stored = [one.digest for _, one in rows] + [_digest([blob]) for blob in sorted(dense, key=lambda blob: blob.name)]
-    masked = sorted({one.payload.name for _, one in rows})
+    stored = [one.digest for one in rows] + [_digest([blob]) for blob in sorted(dense, key=lambda blob: blob.name)]
+    masked = sorted({one.payload.name for one in rows})
     payloads.append(Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]))
     payloads.append(Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]))
     blobs = file_order([*dense, *payloads])
     header = Header(
         f"maskpack/{importlib.metadata.version('maskpack')}",
-        rows_id((name, p.name, p.coding.op, p.shape, digest) for name, (p, digest, _, _) in rows),
+        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _, _ in rows),
         _digest(blobs).hex(),
         replace(base, tensors={}),
         {name: SetHeader(tuple(one.payload for one in coded[name]), head) for name, head in heads.items()},

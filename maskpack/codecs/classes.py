@@ -1,8 +1,11 @@
 """Classes of the base's weights, which a codec may be conditioned on (docs/format.md section 5)."""
 
+from ctypes import c_int64
+
 import numpy as np
 from numpy.typing import NDArray
 
+from . import native
 from .base import CHUNK, Bits
 
 MAGNITUDES = 128
@@ -26,6 +29,13 @@ def weight_classes(bf16_bits: NDArray[np.uint16]) -> Bits:
     flat = bf16_bits.reshape(-1)
     classes = np.empty(flat.size, dtype=np.uint8)
     if not flat.size:
+        return classes
+    compiled = native.library()
+    if compiled is not None and flat.size < 1 << 32:
+        weights, have = np.ascontiguousarray(flat), np.zeros(1 << 15, dtype=np.uint32)
+        table = np.empty(1 << 16, dtype=np.uint8)
+        given = (native.pointer(array) for array in (weights, have, table, classes))
+        compiled.maskpack_classes(c_int64(flat.size), *given)
         return classes
     histogram = np.zeros(1 << 15, dtype=np.int64)
     for start in range(0, flat.size, CHUNK):

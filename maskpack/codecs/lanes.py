@@ -1,5 +1,7 @@
 """Events at known odds <-> 16-bit words: rANS in independent lanes, a step an event (docs/format.md section 6.2)."""
 
+import itertools
+from bisect import bisect_left, bisect_right
 from ctypes import byref, c_int64
 from functools import cache
 from typing import NamedTuple
@@ -18,6 +20,7 @@ UNIT = 4096  # the hazard of an event with probability one half
 WINDOW = 2 * UNIT  # hazard after which a step without an event ends
 NEVER = 65535  # more hazard than any window has
 LEVELS = 1024  # of log-odds, 1/16 apart; those of the middle are even
+STRIDE = 64  # weights that are skipped at once in search of an event
 RANGE = 7  # a coefficient is an integer within ±RANGE
 _FREQUENCIES = """
 32420 126 8 8 8 8 8 8
@@ -69,34 +72,24 @@ def tables() -> Tables:
 
 
 class Lanes:
-    """The states of lanes that are decoded together, and their words.
+    """The states of the lanes of a payload, and their words.
 
     Attributes:
         state, at, end: of each lane: its state, its next word, the end of its words.
     """
 
     def __init__(self, words: NDArray[np.uint16], ends: Numbers):
-        self.words = np.append(words, np.uint16(0))  # read in vain where a lane has no word left
+        self.words = np.append(words, np.uint16(0))  # read in vain where a lane has no word
         self.end = np.asarray(ends, dtype=np.int64)
-        self.at = np.append(0, self.end[:-1])
-        self.state = np.zeros(self.end.size, dtype=np.int64)
+        self.at, self.state = np.append(0, self.end[:-1]), np.zeros(self.end.size, dtype=np.int64)
         for _ in range(2):
-            self._refill(slice(None))
-
-    def _refill(self, which: slice | Numbers) -> None:
-        at, state = self.at[which], self.state[which]
-        take = (state < LOW) & (at < self.end[which])
-        self.state[which] = np.where(take, state << 16 | self.words[at], state)
-        self.at[which] = at + take
+            take = (self.state < LOW) & (self.at < self.end)
+            self.state[take] = self.state[take] << 16 | self.words[self.at[take]]
+            self.at += take
 
     def pointers(self) -> native.Lanes:
         """Return what compiled loops take; they change the states in place."""
         return native.Lanes(*(native.pointer(array) for array in (self.state, self.at, self.end, self.words)))
-
-    def step(self, which: Numbers, slot: Numbers, first: Numbers, size: Numbers) -> None:
-        """Take a symbol that was found off the states of some lanes."""
-        self.state[which] = size * (self.state[which] >> BITS) + slot - first
-        self._refill(which)
 
     def coefficients(self, table: Numbers) -> NDArray[np.int32]:
         """Return coefficients, each coded with the table of that number; every lane has an equal part of them."""
@@ -106,52 +99,78 @@ class Lanes:
             arrays = [native.pointer(array) for array in (kinds, first, found)]
             compiled.maskpack_coefficients(byref(self.pointers()), c_int64(lanes), c_int64(table.size), *arrays)
             return found
-        at, stop = spread(table.size, lanes)
-        cumulative = tables().first
-        for _ in range(int((stop - at).max())):
-            which = np.flatnonzero(at < stop)
-            of, slot = cumulative[table[at[which]]], self.state[which] & ONE - 1
-            symbol = (of[:, 1:-1] <= slot[:, None]).sum(1)
-            low, high = (of[np.arange(which.size), symbol + one] for one in (0, 1))
-            self.step(which, slot, low, high - low)
-            found[at[which]] = symbol - RANGE
-            at[which] += 1
+        cumulative, kind = tables().first.tolist(), table.tolist()
+        edges = [table.size * lane // lanes for lane in range(lanes + 1)]
+        for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+            lane = _Lane(self, number)
+            for at in range(start, stop):
+                of = cumulative[kind[at]]
+                symbol = bisect_right(of, lane.state & ONE - 1) - 1
+                found[at] = symbol - RANGE
+                lane.take(of[symbol], of[symbol + 1] - of[symbol])
+            lane.close()
         return found
 
-    def events(self, hazards: NDArray[np.uint16], starts: Numbers, first: int, spent: Numbers) -> NDArray[np.bool_]:
-        """Return which of some weights are events.
+    def events(self, number: int, hazards: NDArray[np.uint16], spent: int) -> tuple[list[int], int]:
+        """Return which of a lane's next weights are events, and the hazard of the window that is open behind them.
 
         Args:
-            hazards: of the weights of a run of lanes, one lane after another.
-            starts: where each lane begins among them, and their end. first: the first of the lanes.
-            spent: for each lane the hazard of its open window up to here; changed in place.
+            number: of the lane. hazards: of these weights. spent: hazard of the window that is open before them.
         """
-        fixed, found = tables(), np.zeros(hazards.size, dtype=np.bool_)
-        total = np.zeros(hazards.size + 1, dtype=np.int64)
-        np.cumsum(hazards, out=total[1:])
-        begin, stop = total[starts[:-1]] - spent, total[starts[1:]]
-        which = np.arange(stop.size)
-        while which.size:
-            slot = self.state[first + which] & ONE - 1
-            reach = fixed.reach[slot].astype(np.int64)
-            target = begin[which] + np.minimum(reach, WINDOW)
-            inside = target <= stop[which]
-            which, slot, reach, target = which[inside], slot[inside], reach[inside], target[inside]
-            last = np.searchsorted(total, target)
-            after, before = (total[at] - begin[which] for at in (last, last - 1))
-            is_event = after >= reach
-            low = fixed.survival[after].astype(np.int64)
-            size = np.where(is_event, fixed.survival[before] - low, low)
-            self.step(first + which, slot, np.where(is_event, low, 0), size)
-            found[last[is_event] - 1] = True
-            begin[which] = total[last]
-        spent[:] = stop - begin
-        return found
+        reaches, survival = _listed()
+        sums = np.zeros(hazards.size + 1, dtype=np.int64)
+        np.cumsum(hazards, out=sums[1:])
+        lane, total, found = _Lane(self, number), sums.data, list[int]()
+        begin, here, stop = -spent, 0, hazards.size
+        while True:
+            reach = reaches[lane.state & ONE - 1]
+            target = begin + (reach if reach < WINDOW else WINDOW)
+            if target > total[stop]:
+                break
+            top = here + STRIDE
+            while top < stop and total[top] < target:
+                here, top = top, top + STRIDE
+            before, here = begin, bisect_left(total, target, here + 1, min(top, stop) + 1)
+            begin = total[here]
+            low = survival[begin - before]
+            if begin - before >= reach:
+                found.append(here - 1)
+                lane.take(low, survival[total[here - 1] - before] - low)
+            else:
+                lane.take(0, low)
+        lane.close()
+        return found, total[stop] - begin
 
     def check_end(self) -> None:
         """Raise CorruptAdapterError unless all words were read and no state holds anything more."""
         if self.state.any() or (self.at != self.end).any():
             raise CorruptAdapterError("the words of a lane say more, or less, than its weights and coefficients")
+
+
+class _Lane:
+    """One lane's state and the words ahead of it, as Python's own integers, which are quicker one by one."""
+
+    __slots__ = ("lanes", "number", "state", "words")
+
+    def __init__(self, lanes: Lanes, number: int):
+        self.lanes, self.number, self.state = lanes, number, int(lanes.state[number])
+        self.words = lanes.words[lanes.at[number] : lanes.end[number]].tolist()[::-1]
+
+    def take(self, first: int, size: int) -> None:
+        """Take a symbol off the state."""
+        self.state = state = size * (self.state >> BITS) + (self.state & ONE - 1) - first
+        if state < LOW and self.words:
+            self.state = state << 16 | self.words.pop()
+
+    def close(self) -> None:
+        """Give back to the lanes what is left."""
+        self.lanes.state[self.number] = self.state
+        self.lanes.at[self.number] = self.lanes.end[self.number] - len(self.words)
+
+
+@cache
+def _listed() -> tuple[list[int], list[int]]:
+    return tables().reach.tolist(), tables().survival.tolist()
 
 
 class Symbols(NamedTuple):
@@ -165,7 +184,7 @@ class Symbols(NamedTuple):
     def of_coefficients(cls, values: Numbers, table: Numbers, lanes: int) -> "Symbols":
         """Return the symbols of coefficients, each with its table."""
         low, high = (tables().first[table, values + RANGE + one] for one in (0, 1))
-        return cls(low, high - low, spread(values.size, lanes)[1])
+        return cls(low, high - low, values.size * np.arange(1, lanes + 1) // lanes)
 
     @classmethod
     def of_events(cls, hazards: NDArray[np.uint16], events: NDArray[np.bool_], starts: Numbers) -> "Symbols":
@@ -222,12 +241,6 @@ class Symbols(NamedTuple):
             start, lengths[lane] = end, len(own)
         words[: len(made)] = made
         return words[: len(made)], lengths
-
-
-def spread(count: int, lanes: int) -> tuple[Numbers, Numbers]:
-    """Return where each lane's part of `count` things begins and ends."""
-    edges = count * np.arange(lanes + 1, dtype=np.int64) // lanes
-    return edges[:-1].copy(), edges[1:]
 
 
 def joined(one: Symbols, other: Symbols) -> Symbols:

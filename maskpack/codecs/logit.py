@@ -39,7 +39,7 @@ T = TypeVar("T", bound=np.generic)
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class Logit(Codec):
-    """Odds of rows, columns and kernels, stored as integers; small and quick."""
+    """Odds of rows, columns and kernels, as integers; small, quick."""
 
     id = "logit"
     reference = "https://arxiv.org/abs/1311.2540"
@@ -58,7 +58,7 @@ class Logit(Codec):
 @CODECS.register
 @dataclass(frozen=True, slots=True)
 class LogitBase(Codec):
-    """As logit, also by the sign and the magnitude of the base's weights, which it needs; the smallest.
+    """As logit, and by the base's weights, which it needs; smallest.
 
     Scores trained with SGD move in proportion to the weight, so that its magnitude tells much. Scores trained with Adam
     move with the sign of weight times gradient, and gradients are nearly of low rank, so that signs tell much.
@@ -157,7 +157,7 @@ def _compiled_events(compiled: ctypes.CDLL, model: Scaled, lanes: Lanes, bounds:
     rank = 0 if left is None else left.shape[1]
     own = native.Model(*grid, rank, model.offset, *map(native.pointer, held))
     constants = native.Tables(*map(native.pointer, (fixed.hazard, fixed.survival, fixed.reach)))
-    counts = np.empty(2 * int(np.diff(bounds).max()) if "before" in arrays else 1, dtype=np.uint8)
+    counts = np.empty(int(np.diff(bounds).max()) if "before" in arrays else 1, dtype=np.uint8)
     bits = np.zeros(-(-grid.units * grid.positions // 8), dtype=np.uint8)
     given = (native.pointer(array) for array in (bounds, counts, bits))
     compiled.maskpack_events(byref(constants), byref(own), byref(lanes.pointers()), c_int64(bounds.size - 1), *given)
@@ -170,13 +170,12 @@ def _events(scaled: Scaled, lanes: Lanes, bounds: Numbers) -> Bits:
     if grid.units * grid.positions > native.LARGE:
         native.say_what_is_lost()
     bits = np.empty(-(-grid.units * grid.positions // 8), dtype=np.uint8)
-    for lane, stop in batches(bounds):
-        first, last = int(bounds[lane]), int(bounds[stop])
-        starts, spent = bounds[lane : stop + 1] - first, np.zeros(stop - lane, dtype=np.int64)
-        before = Before.of(scaled, first, last)
+    for lane, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
+        before, spent = Before.of(scaled, first, last), 0
         events = np.zeros((last - first, grid.positions), dtype=np.bool_)
         for position in range(grid.positions):
-            events[:, position] = lanes.events(scaled.hazards(position, first, last, before), starts, lane, spent)
+            hits, spent = lanes.events(lane, scaled.hazards(position, first, last, before), spent)
+            events[hits, position] = True
             if before is not None:
                 before.add(events[:, position])
         at = first * grid.positions // 8

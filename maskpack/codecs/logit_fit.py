@@ -5,12 +5,15 @@ machine, whatever its libraries and threads.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from ctypes import c_int64
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import native
 from .lanes import LEVELS, ONE, RANGE, tables
 from .logit_model import HIGHEST, MAX_RANK, STEPS, Before, Grid, Known, Model, may_lean, sizes
 
@@ -21,6 +24,8 @@ BLOCK = 1 << 15  # weights that are worked on at once
 SMALL = 1 << 20  # weights up to which many rounds are made
 ROUNDS, FEW = (8, 14), (3, 5)  # of all coefficients, and of the search for directions
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
+LAST_PRIOR = 0.3  # before coefficients are rounded
+LEAST_WORTH = 12.0  # bits
 LEAN_PRIOR = 0.8
 BOLDEST = 1.0  # nats that a coefficient moves at once
 EDGE = 1.15  # of the greatest singular value of noise, from which a direction is worth its bytes
@@ -51,6 +56,7 @@ class Fit:
 
     def __init__(self, grid: Grid, known: Known, events: NDArray[np.bool_]):
         self.grid, self.known, self.events = grid, known, events
+        self.worth: dict[str, float] = {}  # about how many bits each array saves
         self.values = {name: np.zeros(size) for name, size in sizes(grid, known).items() if size}
         self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((grid.inputs, 0))
         share = np.count_nonzero(events) / events.size
@@ -86,38 +92,66 @@ class Fit:
             lean = (self.left[rows] * PARTS) @ self.right.T
             lean *= self.sign[rows]
             at[0] += lean
+        (p, variances), compiled = _curve(), native.library()
+        if compiled is not None:
+            events, variance = np.ascontiguousarray(self.events[:, rows]), np.empty_like(at)
+            arrays = [native.pointer(array) for array in (p, variances, variance)]
+            given = (native.pointer(at), native.pointer(events), c_int64(p.size), *arrays)
+            compiled.maskpack_residuals(c_int64(at.size), *given)
+            return at, variance
         found = np.rint(at, out=at).astype(np.intp)
-        p, variance = _curve()
         residual = np.take(p, found, mode="clip", out=at)
-        return np.subtract(self.events[:, rows], residual, out=residual), np.take(variance, found, mode="clip")
+        return np.subtract(self.events[:, rows], residual, out=residual), np.take(variances, found, mode="clip")
 
-    def _sums(self, name: str) -> tuple[Floats, Floats]:
-        """Return the slope and the curvature of the likelihood along each coefficient of an array."""
-        sums = np.zeros((2, self.values[name].size))
+    def _sums(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Return the slope and the curvature of the likelihood along each coefficient of some arrays."""
+        sums = {name: np.zeros((2, self.values[name].size)) for name in names}
         for rows in self.blocks:
-            for total, weights in zip(sums, self.residuals(rows), strict=True):
-                if name == "row":
-                    total[rows] = weights.sum((0, 2))
-                elif name == "input":
-                    total += weights.sum((0, 1))
-                elif name == "position":
-                    total += weights.sum((1, 2))
-                elif name == "reference":
-                    total += (weights * self.index[name][:, rows]).sum()
-                else:
-                    total += np.bincount(self.index[name][:, rows].reshape(-1), weights.reshape(-1), total.size)
-        return sums[0], sums[1]
+            for turn, weights in enumerate(self.residuals(rows)):
+                for name in names:
+                    total = sums[name][turn]
+                    if name == "row":
+                        total[rows] = weights.sum((0, 2))
+                    elif name == "input":
+                        total += weights.sum((0, 1))
+                    elif name == "position":
+                        total += weights.sum((1, 2))
+                    elif name == "reference":
+                        total += (weights * self.index[name][:, rows]).sum()
+                    else:
+                        total += np.bincount(self.index[name][:, rows].reshape(-1), weights.reshape(-1), total.size)
+        return sums
 
-    def better(self, name: str, prior: float) -> Floats:
-        """Improve an array's coefficients by a step of Newton's, and return the curvature along each."""
-        slope, curvature = self._sums(name)
-        if name != "reference":  # all weights are in the sums, and the offset comes first
-            step = float(slope.sum() / curvature.sum())
+    def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Floats:
+        """Improve the coefficients of arrays that hardly depend on each other by a step of Newton's.
+
+        Returns:
+            The curvature along each coefficient of the last array.
+        """
+        sums = self._sums(names)
+        if names[0] != "reference":  # all weights are in the sums, and the offset comes first
+            slope, curvature = sums[names[0]].sum(1)
+            step = float(slope / curvature)
             self.offset = _moved(self.offset, step)
-            slope -= step * curvature
-        moved = (slope - prior * self.values[name]) / (curvature + prior)
-        self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
-        return curvature
+            for own in sums.values():
+                own[0] -= step * own[1]
+        for name, (slopes, curvatures) in sums.items():
+            prior = priors[name]
+            moved = (slopes - prior * self.values[name]) / (curvatures + prior)
+            self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
+            self.worth[name] = float((curvatures * np.square(self.values[name])).sum()) / (2 * math.log(2))
+        return np.asarray(sums[names[-1]][1], dtype=np.float64)
+
+    def better_all(self) -> None:
+        """Improve all coefficients but those of the low rank, a step each."""
+        for names in (("magnitude",), ("before",), ("position",), ("reference",), ("row", "input")):
+            if own := [name for name in names if name in self.values]:
+                self.better(own)
+
+    def forget(self) -> None:
+        """Set arrays that are worth less than their bits to 0, for good: most of what is known tells nothing."""
+        for name in [name for name in self.values if self.worth[name] < LEAST_WORTH]:
+            del self.values[name]
 
     def better_offset(self) -> None:
         """Let the model expect as many events as there are."""
@@ -158,20 +192,23 @@ class Fit:
             sums[0][own] = variance.sum(1)
             sums[1][:] += variance.sum(0)
         scales = [np.maximum(np.sqrt(one / math.sqrt(sums[0].sum())), 1e-3) for one in sums]
-        numbers = (
-            np.arange(inputs, dtype=np.uint64)[:, None]
-            * 2654435761
-            * (2 * np.arange(MAX_RANK + 2, dtype=np.uint64) + 3)
-        )
-        right = np.where(numbers >> 13 & 1, 1.0, -1.0)
+
+        def noise(own: slice) -> Floats:
+            left = self.residuals(own)[0][0]
+            left *= self.sign[own]
+            left /= scales[0][own, None] * scales[1]
+            return _exact(np.clip(left, -1000, 1000, out=left), 1024)
+
+        kept = [noise(own) for own in self.blocks] if self.events.size <= SMALL else None
+        odd = 2654435761 * (2 * np.arange(MAX_RANK + 2, dtype=np.uint64) + 3)
+        right = np.where(np.arange(inputs, dtype=np.uint64)[:, None] * odd >> 13 & 1, 1.0, -1.0)  # whatever differs
         for _ in range(self.searches):
             right, left = orthonormal(right), list[Floats]()
             image = np.zeros_like(right)
-            for own in self.blocks:
-                noise = self.residuals(own)[0][0] * self.sign[own] / (scales[0][own, None] * scales[1])
-                noise = _exact(np.clip(noise, -1000, 1000), 1024)
-                left.append(_exact(noise @ right, 1024))
-                image += noise.T @ left[-1]
+            for number, own in enumerate(self.blocks):
+                part = noise(own) if kept is None else kept[number]
+                left.append(_exact(part @ right, 1024))
+                image += part.T @ left[-1]
             along, right = right, image
         images = np.concatenate(left)
         strength = np.sqrt(np.square(images).sum(0))
@@ -193,10 +230,11 @@ class Fit:
 def fitted(grid: Grid, known: Known, events: NDArray[np.bool_]) -> Model:
     """Return the model of events (positions, rows, inputs), of which there is one or more."""
     fit = Fit(grid, known, events)
-    for _ in range(fit.rounds):
-        _round(fit)
-    if not fit.values:
-        fit.better_offset()
+    for number in range(fit.rounds):
+        fit.better_all()
+        if number == 1:
+            fit.forget()
+    fit.better_offset()
     if may_lean(grid, known):
         fit.search()
     rank, chosen = fit.left.shape[1], dict[str, Rounded]()
@@ -204,23 +242,18 @@ def fitted(grid: Grid, known: Known, events: NDArray[np.bool_]) -> Model:
         fit.balance()
         for _ in range(fit.rounds):
             fit.better_lean()
-            _round(fit)
+            fit.better_all()
             fit.balance()
         chosen |= _rounded_lean(fit)
-        _round(fit)
+        fit.better_all()
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
-            curvature = fit.better(name, 0.3)
+            curvature = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR))
             chosen[name] = rounded(fit.values[name], curvature, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
     for _ in range(2):
         fit.better_offset()
     return assembled(fit, chosen, rank)
-
-
-def _round(fit: Fit) -> None:
-    for name in fit.values:
-        fit.better(name, PRIORS[name])
 
 
 def _rounded_lean(fit: Fit) -> dict[str, Rounded]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.content import About, Cascade, Parts
-from ..adapter.predict import Prediction, inputs_to_batches, model_tokenizer
+from ..adapter.predict import Batches, Prediction, predict
 from ..adapter.read import Adapter
 from ..backbone.classifier import Inputs, batch_of, embed_batch, example_count, taken
 from ..backbone.model import unwrap
 from ..errors import AdapterError, BackboneMismatchError
 from ..hub.pull import PullOptions
-from ..preprocess import TextPreprocess, preprocess_from_json
 from .apply import masked
 from .load import Reference, Verify, check_base, check_choices, clear, load_adapter
 
@@ -53,9 +52,8 @@ class LoadedCascade:
     """
 
     def __init__(self, model: nn.Module, sets: Mapping[str, Parts], parts: Cascade, about: About | None = None):
-        about = about or About()
-        self.model, self.parts, self.class_names = model, parts, about.class_names
-        self._sets, self._preprocess = sets, about.preprocess
+        self._about, self._sets = about or About(), sets
+        self.model, self.parts, self.class_names = model, parts, self._about.class_names
         self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
     @property
@@ -100,18 +98,13 @@ class LoadedCascade:
             inputs: image paths or PIL images; a tensor (B, C, H, W) that is preprocessed already; or texts.
             tokenizer: of a text model; default: the one that the model was loaded with.
         """
-        weight, bias = self.parts.weight, self.parts.bias
-        if weight is None or bias is None or self.class_names is None or self._preprocess is None:
-            raise AdapterError("this cascade has no head, class names or preprocessing to predict with; take embed(x)")
-        how = preprocess_from_json(self._preprocess)
-        if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):
-            tokenizer = model_tokenizer(self.model)
-        found = []
-        for batch, _ in inputs_to_batches(inputs, how, tokenizer, batch_size):
-            logits = nn.functional.linear(self.embed(batch), weight.float(), bias.float())
-            scores, best = logits.softmax(-1).max(-1)
-            found += [Prediction(self.class_names[int(i)], float(s)) for i, s in zip(best, scores, strict=True)]
-        return found
+        head = [one.float() for one in (self.parts.weight, self.parts.bias) if one is not None]
+
+        def run(batches: Batches) -> Iterator[Tensor]:
+            for batch, _ in batches:
+                yield nn.functional.linear(self.embed(batch), *head)
+
+        return predict(self.model, inputs, self._about, tokenizer, batch_size, run if head else None)
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[None]:

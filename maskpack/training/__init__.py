@@ -4,14 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cascade import train_cascade
-    from .config import TrainConfig
-    from .data.load import load_data
-    from .gates import attach_gates
-    from .multitask import train_tasks
-    from .scores import attach_scores, extract_masks, extract_parts
-    from .trainer import train_mask
-    from .transfer import train_transfer
+    from .cascade import train_cascade as train_cascade
+    from .config import TrainConfig as TrainConfig
+    from .data.load import load_data as load_data
+    from .gates import attach_gates as attach_gates
+    from .multitask import train_tasks as train_tasks
+    from .scores import attach_scores as attach_scores
+    from .scores import extract_masks as extract_masks
+    from .scores import extract_parts as extract_parts
+    from .trainer import train_mask as train_mask
+    from .transfer import train_transfer as train_transfer
 
 # imported when first used: a plug-in's file imports this package
 _WHERE = {
@@ -27,18 +29,7 @@ _WHERE = {
     "train_transfer": "transfer",
 }
 
-__all__ = [
-    "TrainConfig",
-    "attach_gates",
-    "attach_scores",
-    "extract_masks",
-    "extract_parts",
-    "load_data",
-    "train_cascade",
-    "train_mask",
-    "train_tasks",
-    "train_transfer",
-]
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

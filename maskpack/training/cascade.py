@@ -84,21 +84,13 @@ ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CascadeResult:
-    """What a cascade learned, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`.
+    """What a cascade learned, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`."""
 
-    Attributes:
-        parts: masks and BatchNorm statistics by set name: "dispatcher", "expert-0", "expert-1", …
-        base: fingerprint of the backbone.
-        about: task, preprocessing and training record, and class names where there is a head.
-        cascade: how the sets work together.
-        metrics: of the dispatcher, named so, and the mean density of the experts.
-    """
-
-    parts: dict[str, Parts]
+    parts: dict[str, Parts]  # without heads, by set name: "dispatcher", "expert-0", "expert-1", …
     base: Fingerprint
     about: About
     cascade: Cascade
-    metrics: dict[str, float]
+    metrics: dict[str, float]  # of the dispatcher, named so, and the mean density of the experts
 
 
 def train_cascade(

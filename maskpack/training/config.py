@@ -13,7 +13,8 @@ from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
 
-TOP = 0.1  # of the weights of a parameter have scores by default
+TOP = 0.1  # of the weights of a parameter have scores by default,
+SMALL = 1_000_000  # unless there are at most so many in all
 ALL = "all"  # of the scores learn
 GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
@@ -50,7 +51,8 @@ class TrainConfig:
         include: globs of the parameters to mask. Default: every convolution and linear weight of the body.
         exclude: globs of parameters that get no mask.
         top: share of each masked parameter's weights that have scores, those with the greatest absolute values; the
-            others are kept, and take no memory. Default: 0.1 with labels, where the method allows it; else 1.
+            others are kept, and take no memory. Default: 0.1 with labels and over a million weights, where the method
+            allows it; else 1.
         selective: which scores learn: all, first:STAGES, random:SHARE or largest:SHARE.
         train: what learns itself beside the scores: norms, biases, none, or globs of parameters of the body. Default:
             norms with labels, else none.
@@ -161,11 +163,12 @@ class TrainConfig:
         """Whether the scores are trained on labels."""
         return self.objective == "supervised"
 
-    @property
-    def share(self) -> float | None:
-        """Share of each parameter's weights that have scores, the largest; None: all."""
+    def share(self, weights: int) -> float | None:
+        """Return the share of each parameter's weights that have scores, of so many weights in all; None: all."""
         if self.top is not None:
             return self.top if self.top < 1 else None
+        if weights <= SMALL:
+            return None
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
         usual = self.labels and self.selective == ALL and not self.scale
@@ -200,14 +203,13 @@ class TrainConfig:
         return self.train_lr if self.train_lr is not None else self.linear_lr
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, defaults resolved; the rate of scores may follow from the steps."""
+        """Return the settings as JSON values, defaults resolved but those that follow from steps or backbone."""
         return {
             **asdict(self),
             "method_options": dict(self.method_options),
             "objective_options": dict(self.objective_options),
             "include": list(self.include),
             "exclude": list(self.exclude),
-            "top": self.share or 1.0,
             "train": list(self.beside),
             "bn": "adapt" if self.adapts else "freeze",
             "head_lr": self.linear_lr,

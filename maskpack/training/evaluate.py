@@ -143,11 +143,9 @@ def cascade_table(
 
     Rows are the dispatcher's embeddings, the conditional and the unconditional ones, each as they are and whitened:
     reduced to principal components of the training rows, divided by their standard deviations. Whitening alone changes
-    what neighbours and probes see, so that a whitened cascade is to be compared with the whitened dispatcher. The
-    variance of whitened coordinates is 1, so that the probes' penalty of 0.01 / n is for them what it is for others.
+    what neighbours and probes see, so that a whitened cascade is to be compared with the whitened dispatcher.
 
     Args:
-        backbone: the base of the adapter.
         whiten: most whitened numbers; default: as many as an embedding by one set has.
 
     Returns:
@@ -180,10 +178,9 @@ def cascade_table(
 
 
 def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
-    """Return the training steps and bytes that embeddings of a kind need, with a head.
+    """Return the training steps and bytes that embeddings of a kind of `cascade_table` need, with a head.
 
     Args:
-        kind: "dispatcher", "conditional" or "unconditional".
         width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
     """
     about = inspect_adapter(adapter)

@@ -78,11 +78,7 @@ def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache
 def embed_all(
     backbone: Backbone, cascade: LoadedCascade, examples: Examples, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Return the embeddings by every set of a cascade side by side, (N, D (K + 1)), dispatcher first, and the labels.
-
-    Args:
-        backbone: of the cascade's model, with its preprocessing.
-    """
+    """Return the embeddings by every set of a cascade side by side, (N, D (K + 1)), dispatcher first, and labels."""
     backbone = replace(backbone, embedding=cascade.parts.embedding)
     blocks, labels = [], torch.empty(0)
     for name in (cascade.parts.dispatcher, *cascade.parts.experts):
@@ -141,11 +137,7 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
-    """Return the features that are cached under a digest, and their rows; None, and a warning, if they are damaged.
-
-    Args:
-        most: rows that there can be.
-    """
+    """Return the features cached under a digest, and their rows, `most` at most; None if there are none undamaged."""
     path = cache_folder() / f"{key}.safetensors"
     if not path.exists():
         return None
@@ -203,11 +195,8 @@ def knn_scores(
 ) -> Tensor:
     """Return each class's share of the vote of the k bank rows with the greatest cosine, (N, classes) float32.
 
-    A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank has fewer than k rows, all
-    vote. Of bank rows with equal cosines at the edge of the k, which of them vote is not defined.
-
-    Args:
-        bank: (M, D). bank_labels: (M,). x: (N, D), rows that are not in the bank.
+    A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank, (M, D), has fewer than k
+    rows, all vote. Of rows with equal cosines at the edge of the k, which of them vote is not defined.
     """
     if k < 1 or temperature <= 0:
         raise ConfigError(f"k must be at least 1 and the temperature above 0; got k={k}, temperature={temperature}")
@@ -297,9 +286,7 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
 def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
     """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
 
-    Returns:
-        {"accuracy", "per_class": accuracy of each class, None where it has no row, "confusion": rows of counts,
-        [true][predicted]}.
+    {"accuracy", "per_class": of each class, None where it has no row, "confusion": rows of counts, [true][predicted]}
     """
     classes = logits.shape[1]
     counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
@@ -331,9 +318,8 @@ def measure_features(
     The bank of k-NN and the rows of the probe are the training split, or the share of it that `few_labels` draws;
     what they are measured on is the test split, always. `cache` is that of `embed`.
 
-    Returns:
-        For each fraction and measure what `by_class` gives, and {"measure", "labels_fraction", "labels": training rows
-        that could be read, "examples": test rows that could}.
+    For each fraction and measure there is what `by_class` gives, and {"measure", "labels_fraction", "labels": training
+    rows that could be read, "examples": test rows that could}.
     """
     train, test = disjoint(data)
     few = [few_labels(train, fraction) for fraction in fractions]

@@ -61,11 +61,6 @@ class Gates:
         """Return the gates of a task, from 0 to 1, by parameter name."""
         return {name: torch.sigmoid(logits.detach()) for name, logits in self.logits(task).items()}
 
-    def effective(self, task: str) -> dict[str, Tensor]:
-        """Return the weights that a task computes with, gates as they are, by parameter name."""
-        weights = self.weights()
-        return {name: weights[name].detach() * gate for name, gate in self.values(task).items()}
-
     def masks(self, task: str) -> MaskSet:
         """Return the hardened gates of a task: True where the logit is above 0."""
         return MaskSet.from_tensors({name: logits.detach() > 0 for name, logits in self.logits(task).items()})
@@ -130,7 +125,6 @@ def attach_gates(
     `parameter_groups(lr)`, at the end call `harden()`. Where each task has a head of its own, leave it out by `select`.
 
     Args:
-        tasks: their names, at least one.
         select: globs on dotted parameter names; default: every parameter of the model, biases included.
         start: of every logit. Above 0, since hardening a gate that never moved would remove its weight otherwise.
 
@@ -173,12 +167,12 @@ class GateHistory:
 
     def add(self, step: int) -> None:
         """Note the gates and weights as they are after this step."""
-        end = self.content["weight_end"]
+        end, weights = self.content["weight_end"], self.gates.weights()
         row: dict[str, Any] = {"step": step, "gates": {}, "weights": {}}
         for task in self.gates.tasks:
-            gates, weights = self.gates.values(task), self.gates.effective(task)
-            row["gates"][task] = {name: counts(values, 0.0, 1.0) for name, values in gates.items()}
-            row["weights"][task] = {name: counts(values, -end, end) for name, values in weights.items()}
+            gates = self.gates.values(task)
+            row["gates"][task] = {name: counts(gate, 0.0, 1.0) for name, gate in gates.items()}
+            row["weights"][task] = {n: counts(weights[n].detach() * gate, -end, end) for n, gate in gates.items()}
         self.content["rows"].append(row)
 
 

@@ -67,7 +67,8 @@ def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Par
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
-    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, config.share)
+    share = config.share(sum(weight.numel() for weight in weights.values()))
+    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, share)
     scored = scored_weights(model)
     for name, learns in learning.items():
         if scores[name].shape != learns.shape or not scored[name].binary().all():
@@ -87,10 +88,8 @@ def _only(learns: Tensor, gradient: Tensor) -> Tensor:
 def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
 
-    Args:
-        rule: as of `parse_rule`. "first": the weights of the first stages; "random": each with this probability, drawn
-            from the seed; "largest": the share of every parameter that has the greatest absolute values.
-        weights: in the order in which the model has them.
+    "first": the weights of the first stages, in the order in which the model has them; "random": each with this
+    probability; "largest": the share of every parameter that has the greatest absolute values.
     """
     kind, number = parse_rule(rule)
     if kind == "first":
@@ -115,10 +114,7 @@ def model_stages(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """Return the names of parameters by stage, in their order.
 
     Stages are the model's modules of the highest level, as `layer1`, … of a ResNet. A module with more than nine tenths
-    of all weights is taken apart, as `blocks` of a vision transformer.
-
-    Args:
-        sizes: number of weights by dotted name, in the order in which the model has them.
+    of all weights (`sizes`) is taken apart, as `blocks` of a vision transformer.
     """
     stages = _children(list(sizes), "")
     while True:

@@ -163,7 +163,6 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
     """Write down what a folder is for, in a JSON file in it; StateError if it is for something else already.
 
     Args:
-        about: JSON values by name.
         defaults: of `about["settings"]`, for those that the file of an earlier release lacks.
         write: False only compares.
     """
@@ -213,14 +212,13 @@ def parse_every(text: str | None) -> tuple[float | None, int | None]:
     """Return (seconds, steps) between checkpoints, of which at most one is given, of "90s", "10min" or "500steps"."""
     if text is None:
         return None, None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h|steps?)", text)
-    steps = found is not None and found[2].startswith("step")
-    if found is None or not float(found[1]) > 0 or (steps and not found[1].isdecimal()):
+    found = re.fullmatch(r"(\d+) ?steps?|(\d+(?:\.\d+)?) ?(s|min|h)", text)
+    if found is None or not float(found[1] or found[2]) > 0:
         raise ConfigError(
             f"checkpoint_every must be a time above 0 as in 90s, 10min or 2h, or a number of steps as in 500steps; got "
             f"{text!r}"
         )
-    return (None, int(found[1])) if steps else (float(found[1]) * SECONDS[found[2]], None)
+    return (None, int(found[1])) if found[1] else (float(found[2]) * SECONDS[found[3]], None)
 
 
 class RunFolder:

@@ -3,10 +3,10 @@
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
 from ..backbone.select import select_parameters
-from ..errors import ConfigError, TrainingError, require
+from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
 from .batchnorm import batchnorm_statistics, set_train_mode
 from .budget import rate_control
@@ -125,17 +125,10 @@ class ObjectiveRun(Run):
 
     def loss(self, stream: str, batch: Batch, progress: float) -> Tensor:
         self._tell(progress)
-        loss = self.objective.loss(cast("nn.Module", self._forward), batch)
+        loss = self.objective.loss(self.module, batch)
         found = [penalty for model in self.models for one in model.members if (penalty := one.penalty()) is not None]
         found += [] if self.control is None else [self.control.penalty()]
         return loss + torch.stack(found).sum() if found else loss
-
-    def _forward(self, *inputs: Any) -> Any:
-        """What the module gives, in float32 whatever the precision."""
-        found = self.module(*inputs)
-        if self.config.precision == "no":
-            return found
-        return require("accelerate", "train", "training").utils.convert_to_fp32(found)
 
     def _tell(self, share: float) -> None:
         """Tell the scores which share of the steps is done."""
@@ -214,12 +207,8 @@ class ObjectiveRun(Run):
 class TrainResult:
     """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
-    Attributes:
-        parts: masks, head (None without labels), BatchNorm statistics, parameters that learned themselves.
-        base: fingerprint of the backbone.
-        about: task, class names, preprocessing and training record.
-        metrics: train_loss, density, and what the objective measures of the splits that exist; of the test split also
-            without the masks; and with a linear head the accuracy of the linear probe of the raw backbone.
+    `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
+    without the masks; and with a linear head the accuracy of the linear probe of the raw backbone.
     """
 
     parts: Parts
@@ -252,11 +241,7 @@ def result_of(
             "unreadable": sum(len(split.unreadable) for split in data.splits.values()),
             "empty_classes": empty_classes(data.train, data.class_names),
         },
-        "versions": {
-            "maskpack": version("maskpack"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {"maskpack": version("maskpack"), "torch": torch.__version__, "python": platform.python_version()},
         "metrics": dict(metrics),
     }
     task, class_names = (data.task, data.class_names) if parts.head is not None else (FEATURES[data.task], None)
@@ -321,6 +306,7 @@ def train_mask(
         )
     shapes = [mask.shape for mask in parts.masks.values()]
     more: dict[str, Any] = {
+        "scores": sum(one.numel() for one in run.scores.values()),
         "rates": {name: lr for name, (learning, lr) in run.groups.items() if learning},
         "lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)},
     }
@@ -352,7 +338,7 @@ def train_dense(
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:
     """Check a run without training: build everything, run one batch forward and backward; return its plan."""
     with borrowed(backbone):
-        run = ObjectiveRun(backbone, data, config)
+        run = ObjectiveRun(backbone, data, replace(config, head_start="plain"))  # no pass over all rows
         batch = next(readable(run.loader), None)
         if batch is None:
             raise TrainingError("no example of the training split can be read")

@@ -34,16 +34,13 @@ class Reuse(Method):
     """Scores are values; the mask is given, and they are computed with where it does not keep the weight.
 
     No plug-in: it cannot be named, because it needs masks.
-
-    Attributes:
-        keep: a mask for each parameter, bool, in the order of their names.
     """
 
     id: ClassVar[str] = "reuse"
     reference: ClassVar[str] = "https://arxiv.org/abs/2308.13957"
     op: ClassVar[Op] = "replace"
 
-    keep: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]  # a mask for each parameter, in the order of their names
 
     def init_scores(self, weight: Tensor) -> Tensor:
         return weight.detach().to(torch.float32, copy=True)
@@ -68,16 +65,11 @@ class Reuse(Method):
 class TransferResult(TrainResult):
     """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
-    Its masks have op "replace": True where the source needs the weight, with values for the others. `base` is the
-    fingerprint of the source network, and the density in `metrics` the share of weights kept.
-
-    Attributes:
-        backbone: the source network, in place of the one that was given: what the adapter goes onto.
-        baseline: the same for plain fine-tuning, which keeps none of these weights; None if it was not asked for.
+    Its masks have op "replace": True where the source needs the weight, with values for the others.
     """
 
-    backbone: Backbone
-    baseline: Parts | None
+    backbone: Backbone  # the source network, in place of the one that was given: what the adapter goes onto
+    baseline: Parts | None  # of plain fine-tuning, which keeps none of these weights, if it was asked for
 
 
 def train_transfer(
@@ -160,11 +152,7 @@ def check_transfer(
     source_trained: bool,
     weight_lr: float | None = None,
 ) -> None:
-    """Check what can be checked before anything is trained.
-
-    Raises:
-        ConfigError: if the backbone has no head, or the settings do not tell what to keep, or contradict each other.
-    """
+    """Raise ConfigError if the backbone has no head, or the settings do not tell what to keep, or contradict."""
     if start not in STARTS or (source_trained and start == "source-start"):
         known = STARTS[1:] if source_trained else STARTS
         why = " where the source was trained before" if source_trained else ""
@@ -208,13 +196,9 @@ def of_weights(config: TrainConfig, weight_lr: float | None) -> TrainConfig:
 
 
 def train_source(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> Backbone:
-    """Train the body and a linear head on the source, BatchNorm statistics too; the backbone is changed.
+    """Train the body and a linear head on the source, BatchNorm statistics too; return it under another name.
 
-    Args:
-        config: with the rate of weights; what it says of masks does not matter: one source network serves any mask.
-
-    Returns:
-        The network as a backbone of another name.
+    The backbone is changed. `config` has the rate of weights; what it says of masks does not matter.
     """
     usual, device = TrainConfig(), next(backbone.model.parameters()).device
     # one source network serves several masks
@@ -271,11 +255,9 @@ def train_reused(
     config: TrainConfig,
     **options: Unpack[RunOptions],
 ) -> TrainResult:
-    """Train values in the place of the weights that masks do not keep on the target, with a new optimiser.
+    """Train values in the place of the weights that masks do not keep on the target, from `values` on.
 
-    Args:
-        values: to start from, of the shapes of the masks, by parameter name.
-        config: with the rate of weights; `head_kind` "own" keeps the source's head, "linear" trains another.
+    `config` has the rate of weights; its `head_kind` "own" keeps the source's head, "linear" trains another.
     """
 
     def learn(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:

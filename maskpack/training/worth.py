@@ -5,31 +5,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..backbone.load import Backbone
 from .data.base import Data
-from .features import embed, fit_probe
+from .features import by_class, embed, fit_probe
 
 BITS = 4  # of a number of LoRA's matrices
 SPLITS = ("test", "validation")
 
 
 def probe_metrics(backbone: Backbone, data: Data, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
-    """Return the accuracy of the linear probe of a raw backbone, and how much more a run has; features are cached.
+    """Return the accuracy of the linear probe of a raw backbone, "SPLIT_probe_accuracy", and "SPLIT_over_probe".
 
-    Args:
-        metrics: of the run.
-
-    Returns:
-        For the validation and test splits that there are "SPLIT_probe_accuracy" and "SPLIT_over_probe".
+    The latter is how much more a run with these metrics has, on the validation and test splits that there are.
     """
-    assert data.train is not None
-    probe = fit_probe(*embed(backbone, data.train, batch_size=batch_size), len(data.class_names))
+    features = {name: embed(backbone, examples, batch_size=batch_size) for name, examples in data.splits.items()}
+    probe = fit_probe(*features.pop("train"), len(data.class_names))
     found = {}
-    for name in SPLITS:
-        examples = getattr(data, name)
-        if examples is not None:
-            x, y = embed(backbone, examples, batch_size=batch_size)
-            accuracy = float((probe.logits(x).argmax(1) == y).double().mean())
-            found[f"{name}_probe_accuracy"] = accuracy
-            found[f"{name}_over_probe"] = metrics[f"{name}_accuracy"] - accuracy
+    for name, (x, y) in features.items():
+        found[f"{name}_probe_accuracy"] = by_class(probe.logits(x), y)["accuracy"]
+        found[f"{name}_over_probe"] = metrics[f"{name}_accuracy"] - found[f"{name}_probe_accuracy"]
     return found
 
 
@@ -39,11 +31,7 @@ def lora_bytes(shapes: Iterable[Sequence[int]], rank: int) -> int:
 
 
 def worth_warnings(metrics: Mapping[str, float]) -> list[str]:
-    """Return what to warn of at the end of a training: masks without a zero, or no better than the probe.
-
-    Args:
-        metrics: of the run, with those of `probe_metrics`.
-    """
+    """Return what to warn of at the end of a training: masks without a zero, or no better than the probe."""
     found = []
     if metrics.get("density") == 1.0:
         found.append(

@@ -2,7 +2,7 @@
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_uint8, c_uint16
+from ctypes import Structure, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,36 +12,31 @@ from numpy.typing import NDArray
 from .build import SUFFIX
 
 LARGE = 1 << 24  # weights from which it is worth a word that there is no library
-KINDS: dict[str, Any] = {"i4": c_int32, "i8": c_int64, "f4": c_float, "u1": c_uint8, "u2": c_uint16}
 
 
-def _pointers(names: str, kind: Any) -> list[tuple[str, Any]]:
-    return [(name, POINTER(kind)) for name in names.split()]
+def _pointers(names: str) -> list[tuple[str, Any]]:
+    return [(name, c_void_p) for name in names.split()]
 
 
 class Tables(Structure):
-    _fields_ = _pointers("hazard survival reach", c_uint16)
+    _fields_ = _pointers("hazard survival reach")
 
 
 class Model(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
-        *_pointers("row input position before magnitude reference", c_int32),
-        *_pointers("left right", c_float),
-        *_pointers("classes referenced", c_uint8),
+        *_pointers("row input position before magnitude reference left right classes referenced"),
     ]
 
 
 class Lanes(Structure):
-    _fields_ = [*_pointers("state at end", c_int64), *_pointers("words", c_uint16)]
+    _fields_ = _pointers("state at end words")
 
 
-def pointer(array: NDArray[Any] | None) -> Any:
+def pointer(array: NDArray[Any] | None) -> c_void_p:
     """Return a pointer to the elements of a contiguous array, which must outlive it; a null pointer for None."""
-    if array is None:
-        return None
-    assert array.flags.c_contiguous
-    return array.ctypes.data_as(POINTER(KINDS[array.dtype.str[1:]]))
+    assert array is None or array.flags.c_contiguous
+    return c_void_p(None if array is None else array.__array_interface__["data"][0])
 
 
 @cache

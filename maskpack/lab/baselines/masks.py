@@ -1,6 +1,5 @@
 """Masks themselves: trained with labels, without, and as a cascade."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
@@ -159,8 +158,7 @@ def _write(
 
 def _learned(result: TrainResult) -> int:
     """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
-    share = float((result.about.training or {})["settings"]["top"])
-    scores = sum(max(1, round(share * math.prod(mask.shape))) for mask in result.parts.masks.values())
+    scores = int((result.about.training or {})["scores"])
     return scores + parameters(*result.parts.parameters.values())
 
 

@@ -55,22 +55,14 @@ SOURCES: Registry[DataSource] = Registry("data source", "maskpack.training.data"
 
 @dataclass
 class Examples(Sequence[tuple[Any, int]]):
-    """Rows of one split as (PIL image or text, label); None for a row that cannot be read.
+    """Rows of one split as (PIL image or text, label); None for a row that cannot be read."""
 
-    Attributes:
-        rows: a `datasets.Dataset`, images as undecoded bytes.
-        labels: class index of each row.
-        indices: rows of this split, in order.
-        unreadable: rows that could not be decoded so far; readers of batches add them.
-        digest: of the data, with the split's name; "" if unknown.
-    """
-
-    rows: Any
+    rows: Any  # a `datasets.Dataset`, images as undecoded bytes
     column: str
-    labels: Sequence[int]
-    indices: Sequence[int]
-    unreadable: set[int] = field(default_factory=set)
-    digest: str = ""
+    labels: Sequence[int]  # class index of each row
+    indices: Sequence[int]  # rows of this split, in order
+    unreadable: set[int] = field(default_factory=set)  # could not be decoded so far; readers of batches add them
+    digest: str = ""  # of the data, with the split's name; "" if unknown
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -208,9 +200,6 @@ def loader(
     Args:
         sampler: order for training, without an incomplete last batch; None: all examples in order.
         transform: from a PIL image, in place of the preprocessing. stack: from its results to the inputs of a batch.
-
-    Raises:
-        DataError: if the backbone expects images and the column holds texts, or the reverse.
     """
     images = isinstance(preprocess, ImagePreprocess)
     feature = examples.rows.features[examples.column]

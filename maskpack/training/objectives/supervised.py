@@ -1,18 +1,22 @@
-"""The supervised objective."""
+"""The supervised objective, and the heads that it trains: whole, random under a mask, or made of text embeddings."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, accuracy, embeddings
-from ...backbone.load import Backbone
+from ...backbone.classifier import Classifier, accuracy, embeddings, linear_from
+from ...backbone.load import Backbone, text_head
 from ...backbone.model import Head
+from ...backbone.random_weights import MAX_WEIGHTS, RandomWeight, random_weight
+from ...errors import ConfigError
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
 from ..features import Probe, embed, fit_probe
-from ..heads import finished_head, new_classifier
-from ..scores import scored_weights
+from ..methods.base import build_method
+from ..scores import attach, extract_masks, scored_weights
 from .base import OBJECTIVES, Objective
 
 LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
@@ -43,19 +47,17 @@ class Supervised(Objective):
 
     def start(self) -> None:
         """Give a linear head its first values: the probe, or class centroids of an encoder's frozen embeddings."""
-        if self.probe is not None:
-            with torch.no_grad():
-                self.module.linear.weight.copy_(self.probe.weight)
-                self.module.linear.bias.copy_(self.probe.bias.clamp(min=LEAST_BIAS))
-            return
-        if self.config.head_kind != "linear" or not self.backbone.embedding.normalize:
-            return
-        assert self.data.train is not None
-        x, y = embeddings(self.backbone, readable(self.batches(self.data.train)))
+        linear = self.module.linear
         with torch.no_grad():
-            centroids = torch.zeros(self.module.linear.weight.shape).index_add_(0, y, x)
-            self.module.linear.weight.copy_(nn.functional.normalize(centroids, dim=-1) * CENTROID_SCALE)
-            self.module.linear.bias.zero_()
+            if self.probe is not None:
+                linear.weight.copy_(self.probe.weight)
+                linear.bias.copy_(self.probe.bias.clamp(min=LEAST_BIAS))
+            elif self.config.head_kind == "linear" and self.backbone.embedding.normalize:
+                assert self.data.train is not None
+                x, y = embeddings(self.backbone, readable(self.batches(self.data.train)))
+                centroids = torch.zeros(linear.weight.shape).index_add_(0, y, x)
+                linear.weight.copy_(nn.functional.normalize(centroids, dim=-1) * CENTROID_SCALE)
+                linear.bias.zero_()
 
     def trained(self) -> list[nn.Parameter]:
         return list(self.module.linear.parameters()) if self.config.head_kind == "linear" else []
@@ -73,4 +75,53 @@ class Supervised(Objective):
         return {"accuracy": accuracy(self.module, readable(self.batches(examples)))[0]}
 
     def head(self) -> Head:
-        return finished_head(self.module, self.config)
+        """Return the head to store; scores that it has are detached."""
+        head = self.module.head()
+        if self.config.head_kind != "masked":
+            return head
+        random = RandomWeight(self.config.seed, extract_masks(self.module.linear)["weight"])
+        # not the layer's own values: those may be in another dtype than float32
+        return replace(head, weight=random.dense(), random=random)
+
+
+def new_classifier(backbone: Backbone, class_names: Sequence[str], config: TrainConfig) -> Classifier:
+    """Return a backbone with the head that `config.head_kind` asks for; a masked one has scores attached."""
+    masked, classes, features = config.head_kind == "masked", len(class_names), backbone.features
+    if masked and classes * features > MAX_WEIGHTS:
+        raise ConfigError(
+            f"a masked head for {classes} classes would have {classes * features} weights, at most {MAX_WEIGHTS} are "
+            f"allowed; take a linear head"
+        )
+    if config.head_kind == "own":
+        own = backbone.linear
+        if own is None or own.out_features != classes:
+            found = "no linear head" if own is None else f"a head for {own.out_features} classes"
+            raise ConfigError(
+                f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {classes} "
+                f"classes; take a linear head"
+            )
+        return Classifier(backbone.model, own, backbone.embedding)
+    if config.head_kind == "text":
+        linear = linear_from(text_head(backbone, class_names, config.head_template))
+    else:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(config.seed)
+            linear = nn.Linear(features, classes, bias=not masked)
+            if masked:
+                linear.weight.copy_(random_weight(config.seed, classes, features))
+    example = next(backbone.model.parameters())
+    linear.to(example.device, example.dtype)
+    if masked:
+        method = build_method(config.method, dict(config.method_options))
+        try:
+            attach(linear, method, ["weight"], config.scale)
+        except ConfigError as error:
+            raise ConfigError(f"the masked head's {error}, or take a linear head") from None
+        if method.op != "zero" or scored_weights(linear)["weight"].mask().signs is not None:
+            raise ConfigError(
+                f"head_kind 'masked' stores a mask whose zeros remove weights, and the method {config.method!r} makes "
+                f"others; take another method or a linear head"
+            )
+    # random weights give embeddings of length 1 nearly equal logits
+    embedding = replace(backbone.embedding, normalize=backbone.embedding.normalize and not masked)
+    return Classifier(backbone.model, linear, embedding)

@@ -27,30 +27,19 @@ Area = Annotated[float, Range(above=0, most=1)]
 
 @dataclass(frozen=True)
 class SwavOptions(Options):
-    """Options of the objective; the defaults are those of Self-Masking Networks at 224 pixels.
+    """Options of the objective; the defaults are those of Self-Masking Networks at 224 pixels."""
 
-    Attributes:
-        prototypes: number of clusters. A few per class; too few collapse.
-        dimension: of the projected features.
-        temperature: of the predictions. epsilon, iterations: of the Sinkhorn algorithm, which makes the targets.
-        queue: number of features of earlier batches, per large view, that targets are balanced over.
-        queue_start: share of the epochs before the queue is filled.
-        freeze_prototypes: number of first optimiser steps that leave the prototypes as they are.
-        small_crops: number of small views of each image. small_size: their pixels; 0: 3/7 of the large ones.
-        large_least: least share of the image's area in a large view. small_least, small_most: of a small one.
-    """
-
-    prototypes: Annotated[int, Range(least=2)] = 500
-    dimension: Annotated[int, Range(least=1)] = 128
-    temperature: Positive = 0.1
-    epsilon: Annotated[float, Range(least=0.005)] = 0.05  # below, exponentials of float64 vanish
-    iterations: Annotated[int, Range(least=1)] = 3
-    queue: Count = 512
-    queue_start: Share = 0.2
-    freeze_prototypes: Count = 313
-    small_crops: Count = 6
-    small_size: Count = 0
-    large_least: Area = 0.14
+    prototypes: Annotated[int, Range(least=2)] = 500  # clusters: a few per class; too few collapse
+    dimension: Annotated[int, Range(least=1)] = 128  # of the projected features
+    temperature: Positive = 0.1  # of the predictions
+    epsilon: Annotated[float, Range(least=0.005)] = 0.05  # of Sinkhorn's targets; below, float64 exponentials vanish
+    iterations: Annotated[int, Range(least=1)] = 3  # of the Sinkhorn algorithm
+    queue: Count = 512  # features of earlier batches, per large view, that targets are balanced over
+    queue_start: Share = 0.2  # of the epochs, before the queue is filled
+    freeze_prototypes: Count = 313  # first optimiser steps that leave the prototypes as they are
+    small_crops: Count = 6  # views of each image
+    small_size: Count = 0  # pixels; 0: 3/7 of the large ones
+    large_least: Area = 0.14  # share of the image's area in a large view
     small_least: Area = 0.05
     small_most: Area = 0.14
 
@@ -127,7 +116,7 @@ class SwavNetwork(nn.Module):
         projected = torch.cat([self.classifier(one).float() for one in views])
         z = nn.functional.normalize(projected, dim=1)
         assert self.seen is not None
-        return z, nn.functional.linear(z, self.prototypes.weight), self.seen
+        return z, nn.functional.linear(z, self.prototypes.weight).float(), self.seen
 
 
 @OBJECTIVES.register
