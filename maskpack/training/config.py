@@ -75,9 +75,9 @@ class TrainConfig:
         batch_size: examples per forward pass and process.
         accumulate: forward passes per optimiser step.
         optimizer: optimiser of scores and head; sgd has momentum 0.9.
-        lr: peak learning rate of the scores. Default: for adam that of distance, 50 for sgd.
-        distance: sum of the learning rates of all steps, which is how far a score can move under adam; it begins 1
-            above the threshold.
+        lr: peak learning rate of the scores. Default: 0.05 for adam, or more where distance needs it; 50 for sgd.
+        distance: least sum of the learning rates of all steps, which is how far a score can move under adam; it begins
+            1 above the threshold.
         head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
         train_lr: peak learning rate of `train`. Default: that of a linear head.
         schedule: learning rate after the warmup: cosine falls to zero.
@@ -112,7 +112,7 @@ class TrainConfig:
     accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "adam"
     lr: float | None = None
-    distance: float = 5.0
+    distance: float = 2.0
     head_lr: float | None = None
     train_lr: float | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -190,7 +190,7 @@ class TrainConfig:
             return self.lr
         if self.optimizer == "sgd":
             return 50.0
-        return self.distance / sum(learning_rate(self, step, steps) for step in range(steps))
+        return max(0.05, self.distance / sum(learning_rate(self, step, steps) for step in range(steps)))
 
     @property
     def linear_lr(self) -> float:
