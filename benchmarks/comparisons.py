@@ -110,16 +110,18 @@ def rows_of(
     rows = []
     for baseline in baselines:
         own = trials(experiment, comparison=name, baseline=baseline)
-        tried = {one["rate"]: one["result"]["accuracy"] for one in own if one["search"]}
+        tried = {(one["rate"], one.get("bn", "")): one["result"]["accuracy"] for one in own if one["search"]}
         if tried:
-            best = max(sorted(tried), key=lambda rate: tried[rate])
-            own = [one for one in own if one["rate"] == best]
+            best = max(sorted(tried), key=lambda settings: tried[settings])
+            own = [one for one in own if (one["rate"], one.get("bn", "")) == best]
         for share in shares:
             wanted = own_seeds(baseline, share, seeds)
             found = {one["seed"]: one for one in own if not one["search"] and one["labels_fraction"] == share}
             if all(seed in found for seed in wanted):
                 results = [found[seed]["result"] for seed in wanted]
-                rows += summaries(baseline, share, found[wanted[0]]["rate"], wanted, results)
+                first = found[wanted[0]]
+                named = summaries(baseline, share, first["rate"], wanted, results)
+                rows += [{**row, "bn": first.get("bn")} for row in named]
     return rows
 
 

@@ -175,7 +175,7 @@ def markdown(groups: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
     lines += ["| what is spoiled | files | refused by reading | refused later | used whole | with which error |"
               " longest, seconds | most memory, MB | the same over the file's size |"]  # fmt: skip
     lines += ["| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
-    for way in WAYS:
+    for way in dict.fromkeys(one["way"] for one in groups):
         own = [one for one in groups if one["way"] == way]
         errors = Counter[str]()
         for one in own:

@@ -185,6 +185,9 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {**MASK, "lr": 0.02},
         {**MASK, "train_lr": 0.003},
     ),
+    "distances": stage(
+        ("lite0-64-eurosat",), {**MASK, "lr": 0.02}, {**MASK, "lr": 0.02, "head_start": "probe"}, {**MASK, "top": 1.0}
+    ),
     # a budget that is never reached: statistics are taken anew at the end
     "statistics": stage(
         ("lite0-64-eurosat", "resnet20-cartoon"),
@@ -200,6 +203,9 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
             for steps, one in (
                 (100, NORMS),
                 (100, {**ALL, "lr": 0.1}),
+                (100, {**ALL, "lr": 0.1, "head_start": "probe"}),
+                (100, {**NORMS, "head_start": "probe"}),
+                (200, {**ALL, "head_start": "probe"}),
                 (100, {**ALL, "lr": 0.05}),
                 (1000, {**ALL, "lr": 0.01}),
                 (1000, {**ALL, "lr": 0.05}),
@@ -233,6 +239,15 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {"kind": "full", "lr": 0.001},
         {**MASK, "lr": 0.02},
         {**MASK, "train_lr": 0.003},
+    ),
+    "more": stage(("lite0-eurosat", "lite0-sign_digits", "lite0-cartoon", "minilm-banking77"), NORMS, MASK, ALL),
+    # when everything is chosen, once
+    "check": stage(
+        tuple(pair for pair in PAIRS if pair.endswith(KEPT) and "64" not in pair),
+        NORMS,
+        MASK,
+        {"kind": "full", "lr": 0.001},
+        {"kind": "full", "lr": 0.0001},
     ),
 }
 

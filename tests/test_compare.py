@@ -99,7 +99,10 @@ EXPECTED = {
     "full": (BODY + HEAD, "weights"),
     "bitfit": (8 + 8 + 16 + HEAD, "weights"),
     "norms": (2 * 8 + 2 * 16 + HEAD, "weights"),
+    "ia3": (8 + 16 + HEAD, "weights"),
     "lora:2": (2 * (27 + 8) + 2 * (72 + 16) + HEAD, "weights"),
+    "lora-xs:2": (2 * 2 * 2 + HEAD, "weights"),
+    "vera:4": (8 + 16 + 2 * 4 + HEAD, "weights"),
     "mask": (MASKED + HEAD, "masks"),
     "self-supervised": (MASKED + HEAD, "masks"),
     "cascade:2": (3 * MASKED + CLASSES * (3 * FEATURES + 1), "masks"),
@@ -110,7 +113,7 @@ EXPECTED = {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     events: list[Mapping[str, Any]] = []
-    rate = 0.05 if name in ("full", "bitfit", "norms", "lora:2") else 40.0  # of scores: one that changes masks
+    rate = 0.05 if EXPECTED[name][1] == "weights" else 40.0  # of scores: one that changes masks
     found = run(job(tmp_path, backbone, name, settings={"lr": rate}), events.append)
     trained, part = EXPECTED[name]
     assert found["trained"] == trained
@@ -134,7 +137,8 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
         ]  # fmt: skip
         assert lines[1].endswith("| - | - | - |")
     else:
-        assert found["controls"] == {}
+        bits = {"full": [], "lora:2": ["8 bits", "4 bits", "2 bits", "1 bit"]}
+        assert [*found["controls"]] == bits.get(name, ["4 bits"] if part == "weights" else [])
     if name in ("mask", "self-supervised", "cascade:2"):
         assert found["accuracy"] == of_the_file(tmp_path / "mask.safetensors", backbone), "of what is stored"
     if not find_baseline(name).needs_labels:
@@ -150,7 +154,7 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
         (tmp_path / "spent.json").write_text("{")
         with pytest.raises(StateError, match=r"cannot read .*spent.json as JSON: .*; delete it and run again"):
             run(job(tmp_path, backbone, name, settings={"lr": rate}, share=0.1), events.append)
-    if name in ("full", "lora:2"):
+    if part == "weights":
         assert found["sizes"]["weights"] == 2 * (trained - HEAD)
         assert found["sizes"]["statistics"] == 4 * 2 * (8 + 16)
 
@@ -273,12 +277,13 @@ class Told:
 def chosen(
     folder: Path, name: str, rates: Sequence[float] | None, accuracy: Mapping[float, float]
 ) -> tuple[float | None, list[dict[str, Any]]]:
-    """The rate that is chosen where validation accuracies follow from it."""
+    """The rate that is chosen where validation accuracies follow from it, and what was tried."""
     told = Told(lambda job: accuracy[round(job.settings["lr"], 6)])
     trials = Trials(folder, {}, {}, QUICK, None, told)  # type: ignore[arg-type]
-    found = trials.choose(name, find_baseline(name), rates, 0, 1.0)
+    rate, bn, tried = trials.choose(name, find_baseline(name), rates, 0, 1.0)
     assert all(job.validate for job in told.jobs), "rates are never chosen on the test split"
-    return found
+    assert bn is None, "statistics are as the settings say"
+    return rate, tried
 
 
 def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
@@ -294,6 +299,22 @@ def test_rates_are_chosen_and_searched_past_an_edge(tmp_path: Path) -> None:
     assert chosen(tmp_path, "probe", None, {}) == (None, [])
     with pytest.raises(TrainingError, match=r"baseline 'full': training failed with all of the rates .*1, 2"):
         chosen(tmp_path / "none", "full", [1.0, 2.0], {1: -1, 2: -1, 0.5: -1, 0.25: -1, 4: -1, 8: -1})
+
+
+def test_the_better_of_frozen_and_adapted_statistics(backbone: dict[str, Any], tmp_path: Path) -> None:
+    best = {("freeze", 2): 0.5, ("adapt", 1): 0.7}
+    told = Told(lambda job: best.get((job.settings["bn"], job.settings["lr"]), 0.1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskpack.lab.comparison.Worker", lambda: told)
+        given = {"norms": [0.5, 1.0, 2.0, 4.0], "self-supervised": [1.0, 2.0, 4.0], "probe": [1.0]}
+        found = compare(backbone, DATA, tmp_path, baselines=[*given], rates=given, config=replace(QUICK, bn=None))
+    norms, without_labels, probe = found["rows"]
+    assert (norms["rate"], norms["bn"]) == (1.0, "adapt")
+    assert len(norms["search"]) == 8
+    assert len({job.folder for job in told.jobs if job.baseline == "norms"}) == 9
+    assert {job.settings["bn"] for job in told.jobs if job.baseline != "norms"} == {None}, "their own defaults hold"
+    assert without_labels["bn"] is probe["bn"] is None
+    assert "| norms (statistics adapted) | 100 % | 70.00 |" in (tmp_path / "results.md").read_text()
 
 
 def test_searches_with_other_shares_share_no_training(tmp_path: Path) -> None:
@@ -357,7 +378,7 @@ def test_a_comparison(
 ) -> None:
     monkeypatch.setattr("maskpack.lab.comparison.Worker", lambda: nullcontext(worker))
     events: list[Mapping[str, Any]] = []
-    options: dict[str, Any] = {"config": replace(QUICK, objective_options={})}
+    options: dict[str, Any] = {"config": replace(QUICK, objective_options={}, train=("none",))}
     first = compare(
         backbone,
         DATA,
@@ -389,7 +410,7 @@ def test_a_comparison(
     assert again["rows"] == first["rows"][::-1]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result-*.json")} == stamps
     about = json.loads((tmp_path / "comparison.json").read_text())  # as of a release that had fewer settings
-    del about["settings"]["selective"], about["settings"]["train"]
+    del about["settings"]["selective"], about["settings"]["clip"]
     (tmp_path / "comparison.json").write_text(json.dumps(about))
     assert compare(backbone, DATA, tmp_path, baselines=["probe"], seeds=(0, 1), **options)["rows"] == first["rows"][:1]
     other = TrainConfig(**{**{name: getattr(QUICK, name) for name in ("optimizer", "scale")}, "steps": 5})
@@ -399,6 +420,7 @@ def test_a_comparison(
         compare(backbone, {"reference": "digits:5-8"}, tmp_path, baselines=["probe"], config=QUICK)
 
     settings = "--optimizer sgd --scale --steps 4 --batch-size 16 --warmup 0 --augment none".split()
+    settings += "--train none --bn adapt".split()
     more = "--baseline probe --baseline mask --lr mask=20 --seeds 2".split()
     done = CliRunner().invoke(app, words(backbone, tmp_path, *settings, *more))
     assert done.exit_code == 0, done.output
@@ -480,7 +502,7 @@ def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatc
         (
             {"baselines": ["lora"], "config": TrainConfig(include=("0.1.weight",))},
             ConfigError,
-            "LoRA is for weights of linear and convolution layers, and 1 of the 1 chosen are others, first '0.1.w",
+            "'lora' is for weights of linear and convolution layers, and 1 of the 1 chosen are others, first '0.1.w",
         ),
     ],
 )

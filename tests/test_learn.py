@@ -25,7 +25,7 @@ from maskpack.training.data.load import load_data
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import learn_scores, learning_weights, model_stages
 from maskpack.training.scores import learning_names
-from maskpack.training.trainer import train_mask
+from maskpack.training.trainer import plan_training, train_mask
 from maskpack.training.worth import worth_warnings
 
 from .conftest import TinyNet
@@ -148,6 +148,11 @@ def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
     x, y = embed(backbone, digits.test, cache=False)
     right = float((probe.logits(x).argmax(1) == y).double().mean())
     assert result.metrics["test_accuracy"] == result.metrics["test_probe_accuracy"] == pytest.approx(right)
+
+
+def test_a_plan_fits_no_probe(tiny: nn.Module, digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskpack.training.objectives.supervised.fit_probe", lambda *_: pytest.fail("fitted"))
+    assert plan_training(backbone_of(tiny), digits, replace(QUICK, head_start="probe"))["steps"] == 8
 
 
 def test_the_end_says_what_it_was_worth(tiny: nn.Module, digits: Data) -> None:

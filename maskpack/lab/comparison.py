@@ -12,6 +12,7 @@ from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError, escape
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
+from ..training.batchnorm import batchnorm_statistics
 from ..training.config import TrainConfig
 from ..training.data.load import load_data
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
@@ -22,6 +23,7 @@ from .store import measured, shared_settings
 from .trial import MEASURED, Job, Worker, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
+STATISTICS = {"freeze": "frozen", "adapt": "adapted"}  # settings of BatchNorm, in words
 FURTHER = 2  # more rates that are tried where the best is the least or the greatest
 
 
@@ -40,9 +42,10 @@ def compare(
     """Compare ways to solve a task, each in a process of its own; what is finished in `output` is not done again.
 
     Learning rates are chosen with the first seed and the greatest share of the labels, on a fifth of these labels;
-    where the least or the greatest rate is the best, the search goes on in that direction. Then every baseline is
-    trained on all labels of a share, once for each seed, and measured once on the test split. Baselines that train
-    without labels do it once for all shares.
+    where the least or the greatest rate is the best, the search goes on in that direction. Where the backbone has
+    BatchNorm statistics and the settings do not say what becomes of them, each baseline with labels and rates to choose
+    from gets the better of frozen and adapted ones. Then every baseline is trained on all labels of a share, once for
+    each seed, and measured once on the test split. Baselines that train without labels do it once for all shares.
 
     Args:
         backbone, data: arguments of `load_backbone` and `load_data`, as {"reference": …}.
@@ -85,16 +88,19 @@ def compare(
         "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
         "settings": shared_settings(config),
     }
+    chosen = config.bn is None and batchnorm_statistics(model.model)
+    statistics = tuple(STATISTICS) if chosen else (None,)
     results: list[dict[str, Any]] = []
     with locked(folder), stopping("call compare again to go on"), Worker() as worker:
         claim(folder / COMPARISON, about, shared_settings(TrainConfig()))
         trials = Trials(folder, backbone, data, config, report, worker)
         for name, one in found.items():
-            rate, tried = trials.choose(name, one, given.get(name), seeds[0], max(fractions))
+            rate, bn, tried = trials.choose(name, one, given.get(name), seeds[0], max(fractions), statistics)
             for share in fractions:
                 own = seeds if one.seeded or share < 1 else seeds[:1]
-                done = [trials.run(name, one, seed, share, rate) for seed in own]
-                results += [{**row, "search": tried} for row in summaries(name, share, rate, own, done)]
+                done = [trials.run(name, one, seed, share, rate, bn) for seed in own]
+                rows = summaries(name, share, rate, own, done)
+                results += [{**row, "bn": bn, "search": tried} for row in rows]
                 whole = {**about, "rows": results}
                 write_json(folder / RESULT, whole)
                 with replacing(folder / TABLE) as (temporary,):
@@ -136,51 +142,79 @@ class Trials:
     worker: Worker
 
     def choose(
-        self, name: str, baseline: Baseline, given: Sequence[float] | None, seed: int, share: float
-    ) -> tuple[float | None, list[dict[str, Any]]]:
-        """Return the best rate on the validation split, and what was tried; None if the baseline has no rate."""
+        self,
+        name: str,
+        baseline: Baseline,
+        given: Sequence[float] | None,
+        seed: int,
+        share: float,
+        statistics: Sequence[str | None] = (None,),
+    ) -> tuple[float | None, str | None, list[dict[str, Any]]]:
+        """Return the best rate and setting of BatchNorm statistics on the validation split, and what was tried.
+
+        Args:
+            statistics: settings to choose from where a baseline trains with labels and has rates to choose from; None
+                is the one of the configuration.
+        """
         rates = sorted(given or baseline.rates.get(self.config.optimizer, ()))
         if len(rates) < 2:
-            return (rates[0] if rates else None), []
+            return (rates[0] if rates else None), None, []
 
-        def tried(rate: float) -> float:  # -1 where training broke off
-            try:
-                return float(self.run(name, baseline, seed, share, rate, validate=True)["accuracy"])
-            except TrainingError:
-                return -1.0
+        def searched(bn: str | None) -> dict[float, float]:
+            def tried(rate: float) -> float:  # -1 where training broke off
+                try:
+                    return float(self.run(name, baseline, seed, share, rate, bn, validate=True)["accuracy"])
+                except TrainingError:
+                    return -1.0
 
-        accuracy = {rate: tried(rate) for rate in rates}
-        for _ in range(FURTHER):
-            ends = sorted(accuracy)
-            best = max(ends, key=lambda rate: accuracy[rate])
-            if best not in (ends[0], ends[-1]):
-                break
-            further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
-            accuracy[further] = tried(further)
-        best = max(accuracy, key=lambda rate: accuracy[rate])
-        if accuracy[best] < 0:
-            rates_tried = ", ".join(f"{rate:g}" for rate in sorted(accuracy))
+            accuracy = {rate: tried(rate) for rate in rates}
+            for _ in range(FURTHER):
+                ends = sorted(accuracy)
+                best = max(ends, key=lambda rate: accuracy[rate])
+                if best not in (ends[0], ends[-1]):
+                    break
+                further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
+                accuracy[further] = tried(further)
+            return accuracy
+
+        found = {bn: searched(bn) for bn in (statistics if baseline.needs_labels else (None,))}
+        accuracy = {(rate, bn): own[rate] for bn, own in found.items() for rate in sorted(own)}
+        rate, bn = max(accuracy, key=lambda one: accuracy[one])
+        if accuracy[rate, bn] < 0:
+            rates_tried = ", ".join(f"{rate:g}" for rate in sorted({rate for rate, _ in accuracy}))
             raise TrainingError(
                 f"baseline {name!r}: training failed with all of the rates {rates_tried}; give others for it"
             )
-        return best, [{"rate": rate, "accuracy": max(0.0, accuracy[rate])} for rate in sorted(accuracy)]
+        tried = [{"rate": one[0], "bn": one[1], "accuracy": max(0.0, accuracy[one])} for one in accuracy]
+        return rate, bn, tried
 
     def run(
-        self, name: str, baseline: Baseline, seed: int, share: float, rate: float | None, validate: bool = False
+        self,
+        name: str,
+        baseline: Baseline,
+        seed: int,
+        share: float,
+        rate: float | None,
+        bn: str | None = None,
+        validate: bool = False,
     ) -> dict[str, Any]:
         """Return what one trial measured; run it if it is not there."""
         parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
+        parts += [] if bn is None else [bn]
         if baseline.needs_labels or validate:
             parts.append(f"labels-{share:g}")
         folder = self.folder / name.replace(":", "-") / "-".join(parts)
         part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
+        part += f", statistics {STATISTICS[bn]}" if bn else ""
         if share < 1:
             part += f", {share:.2%} of the labels"
-        settings = replace(self.config, seed=seed, lr=rate).to_json()
+        # not resolved: some defaults follow from the objective, which is the baseline's
+        settings = {**asdict(self.config), "seed": seed, "lr": rate, "bn": bn or self.config.bn}
         job = Job(name, share, validate, settings, self.backbone, self.data, str(folder))
         found = measured(folder / f"result-{share:g}.json", MEASURED, lambda: self._in_process(job, part))
         if self.report is not None:
             about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
+            about |= {"bn": bn} if bn else {}
             event = {"event": "trial", "part": part, "accuracy": found["accuracy"]}
             self.report({**event, "settings": about, "result": found, "folder": str(folder)})
         return found
@@ -230,7 +264,7 @@ def summaries(
         own[f"{name}: {control}"] = [trial["controls"][control] for trial in trials]
     rows = []
     for method, found in own.items():
-        values = {key: [one[key] for one in found] for key in found[0] if key not in ("sizes", "controls")}
+        values = {key: [one[key] for one in found] for key in found[0] if key not in ("sizes", "controls", "note")}
         row = {
             "method": method,
             "labels_fraction": share,
@@ -238,6 +272,7 @@ def summaries(
             "seeds": list(seeds),
             "accuracies": values["accuracy"],
             "deviation": stdev(values["accuracy"]) if len(found) > 1 else None,
+            "note": found[0].get("note", ""),
             "sizes": {what: mean(one["sizes"][what] for one in found) for what in found[0]["sizes"]},
         }
         rows.append({**row, **{key: mean(one) for key, one in values.items()}})
@@ -258,9 +293,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a row's cells as text, by the title of their column."""
+    notes = [row.get("note"), f"statistics {STATISTICS[row['bn']]}" if row.get("bn") else None]
+    said = ", ".join(note for note in notes if note)
     deviation = "" if row["deviation"] is None else f" ± {100 * row['deviation']:.2f}"
     return {
-        "baseline": str(row["method"]),
+        "baseline": f"{row['method']} ({said})" if said else str(row["method"]),
         "labels": f"{100 * row['labels_fraction']:g} %",
         "accuracy": f"{100 * row['accuracy']:.2f}{deviation}",
         "trained": f"{row['trained']:,.0f}",

@@ -210,7 +210,7 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
     def measured(one: Fitted) -> dict[str, Any]:
         accuracy, rows = measure(one.predict, backbone, test, config.batch_size)
         sizes = dict(one.sizes)
-        about = {"accuracy": accuracy, "examples": rows, "trained": one.trained, "steps": one.steps}
+        about = {"accuracy": accuracy, "examples": rows, "trained": one.trained, "steps": one.steps, "note": one.note}
         return {**about, "sizes": sizes, "bytes": sum(sizes.values())}
 
     fitted = find_baseline(job.baseline).fit(Trial(backbone, known, unlabelled, config, folder, passed_on))
@@ -219,7 +219,7 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
         **measured(fitted),
         "labels": len(known.train or ()),
         **total,
-        "controls": {name: measured(one) for name, one in fitted.controls.items()},
+        "controls": {} if job.validate else {name: measured(one) for name, one in fitted.controls.items()},
     }
     if not job.validate:
         result["overhead"] = overhead(fitted, load_backbone(**job.backbone), test, len(known.class_names), config)

@@ -77,10 +77,8 @@ class RateControl:
     The loss of a step gets pressure * coded bits / weights. The pressure rises where the masks will be too large in
     HORIZON steps and falls where they will not: its logarithm by REACTION times the logarithm of that size / budget, at
     most 1, each step. Without looking ahead it rises as long as the size is too great, and is far too strong then.
-
-    Attributes:
-        pressure: now. trend: the logarithm by which the size grows in a step, smoothed.
-        ratio: bytes of the codecs, relative to those of `coded_bits`, when they were last compared.
+    `trend` is the logarithm by which the size grows in a step, smoothed; `ratio` that of the codecs' bytes to those of
+    `coded_bits`, when they were last compared.
     """
 
     def __init__(self, scored: Sequence[ScoredWeight], budget: float):

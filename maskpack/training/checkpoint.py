@@ -38,11 +38,7 @@ def write_sealed(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
 
 
 def read_sealed(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_sealed` wrote, every bit of it verified: (tensors, JSON values).
-
-    Raises:
-        StateError: if it is damaged; `remedy` says what to do then.
-    """
+    """Read what `write_sealed` wrote, every bit of it verified: (tensors, JSON values); StateError with the remedy."""
     try:
         data = bytearray(path.read_bytes())
         start = 8 + int.from_bytes(data[:8], "little")
@@ -116,10 +112,8 @@ def restore(
 ) -> None:
     """Copy a checkpoint's tensors into a run's own, and its state into the optimiser; all are compared first.
 
-    Tensors of an objective are compared alone, and may have other lengths.
-
-    Args:
-        found: the checkpoint's. indices: parameters of which the optimiser had a state.
+    Tensors of an objective are compared alone, and may have other lengths. `indices` are of the parameters of which the
+    optimiser had a state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     keys = ("momentum_buffer",) if "momentum" in optimizer.param_groups[0] else ("step", "exp_avg", "exp_avg_sq")
@@ -181,11 +175,7 @@ def check_like(path: Path, name: str, value: Any, example: Any) -> None:
 
 
 def take_over(ours: Mapping[str, Tensor], path: Path, base: str, fresh: Collection[str] = ()) -> None:
-    """Copy what another run ended with into a new run, to start from, except the tensors called `fresh`.
-
-    Args:
-        base: digest of the new run's backbone.
-    """
+    """Copy what another run on the backbone with this digest ended with into a new run, but for tensors in `fresh`."""
     tensors, facts = load_checkpoint(path)
     if facts.get("run", {}).get("base") != base:
         raise StateError(f"the run in {path.parent} is of another backbone; start from one of the same")

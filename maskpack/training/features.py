@@ -318,9 +318,8 @@ def measure_features(
     The bank of k-NN and the rows of the probe are the training split, or the share of it that `few_labels` draws;
     what they are measured on is the test split, always. `cache` is that of `embed`.
 
-    Returns:
-        For each fraction and measure what `by_class` gives, and {"measure", "labels_fraction", "labels": training rows
-        that could be read, "examples": test rows that could}.
+    For each fraction and measure there is what `by_class` gives, and {"measure", "labels_fraction", "labels": training
+    rows that could be read, "examples": test rows that could}.
     """
     train, test = disjoint(data)
     few = [few_labels(train, fraction) for fraction in fractions]

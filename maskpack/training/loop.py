@@ -252,8 +252,8 @@ class Run(ABC):
         """Return what a checkpoint has beside tensors."""
         scaler = self.accelerator.scaler
         run = {**self.facts, "base": self.base.digests[self.base.dtype]}
-        own = {"run": run, "more": self.state(), "scaler": None if scaler is None else scaler.state_dict()}
-        return {**asdict(at), **own, "log": self.folder.size()}
+        scaled = None if scaler is None else scaler.state_dict()
+        return {**asdict(at), "run": run, "more": self.state(), "scaler": scaled, "log": self.folder.size()}
 
     def resume(self, longer: bool = False) -> Position:
         """Put the run where its checkpoint left off; all of that is compared with what the run would write itself."""

@@ -98,10 +98,8 @@ class JointRun(Run):
         self.gates: Gates | None = attach_gates(model, tasks, self.selected, start=joint.gate_start) if gated else None
         self.history = None if self.gates is None else GateHistory(self.gates)
         self.settings = joint.to_json(config.optimizer, len(tasks))
-        self.facts = {
-            "config": {**config.to_json(), **self.settings, "gated": gated},
-            "tasks": {n: [task.data.digest, len(splits[n]), task.augment] for n, task in tasks.items()},
-        }
+        facts = {name: [task.data.digest, len(splits[name]), task.augment] for name, task in tasks.items()}
+        self.facts = {"config": {**config.to_json(), **self.settings, "gated": gated}, "tasks": facts}
         lr, factor = self.settings["weight_lr"], self.settings["gate_factor"]
         body = [p for p in model.parameters() if p.requires_grad]
         own = [{"params": body, "lr": lr}] if self.gates is None else self.gates.parameter_groups(lr, factor)
@@ -299,19 +297,6 @@ def trained_backbone(backbone: Backbone) -> Backbone:
     return replace(backbone, id=f"trained:{backbone.id}", revision=None)
 
 
-def plan_jointly(
-    backbone: Backbone, tasks: Mapping[str, Task], config: TrainConfig, joint: JointConfig, gated: bool
-) -> dict[str, Any]:
-    """Check a joint run without training: build everything, run a batch of each task; return its plan."""
-    with borrowed(backbone), closing(JointRun(backbone, tasks, config, joint, gated)) as run:
-        for name in tasks:
-            _, batch = next(run.stream(name, Position(run.steps)))
-            run.loss(name, batch, 0.0).backward()  # type: ignore[no-untyped-call]
-        shared = dict(backbone.model.named_parameters()) if run.gates is None else run.gates.weights()
-        weights = sum(shared[name].numel() for name in run.selected)
-        return {"parameters": len(run.selected), "weights": weights, "epochs": run.epochs, "steps": run.steps}
-
-
 def train_tasks(
     backbone: Backbone,
     tasks: Mapping[str, Task],
@@ -389,16 +374,21 @@ def plan_tasks(
     Returns:
         {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
     """
-    start = _state(backbone)
+    start, steps = _state(backbone), 0
     try:
         _, done, left = survey(backbone, tasks, Path(output), mode, config, joint)
-        if mode == "separate" or JOINT in left:
-            plans = [plan_jointly(backbone, own, config, joint, gated=mode == "gated") for own in left.values()]
-        else:
-            plans = [plan_training(backbone, own[n].data, own[n].settings(config)) for n, own in left.items()]
+        for name, own in left.items():
+            if mode != "separate" and name != JOINT:
+                steps += plan_training(backbone, own[name].data, own[name].settings(config))["steps"]
+                continue
+            with borrowed(backbone), closing(JointRun(backbone, own, config, joint, mode == "gated")) as run:
+                for task in own:
+                    _, batch = next(run.stream(task, Position(run.steps)))
+                    run.loss(task, batch, 0.0).backward()  # type: ignore[no-untyped-call]
+                steps += run.steps
     finally:
         backbone.model.load_state_dict(start)
-    missing, steps = [name for name in tasks if name not in done], sum(plan["steps"] for plan in plans)
+    missing = [name for name in tasks if name not in done]
     return {"mode": mode, "finished": list(done), "missing": missing, "steps": steps}
 
 

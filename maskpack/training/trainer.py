@@ -3,7 +3,7 @@
 import math
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Unpack
@@ -338,7 +338,7 @@ def train_dense(
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:
     """Check a run without training: build everything, run one batch forward and backward; return its plan."""
     with borrowed(backbone):
-        run = ObjectiveRun(backbone, data, config)
+        run = ObjectiveRun(backbone, data, replace(config, head_start="plain"))  # no pass over all rows
         batch = next(readable(run.loader), None)
         if batch is None:
             raise TrainingError("no example of the training split can be read")

@@ -83,6 +83,7 @@ class Fitted:
         sizes: bytes to store beside the backbone, by what they are; those of the head under "head".
         steps: optimiser steps.
         controls: by name, what the baseline is to be compared with, made from the same training.
+        note: what is said beside the name of the baseline.
     """
 
     predict: Predict
@@ -90,6 +91,7 @@ class Fitted:
     sizes: Mapping[str, int]
     steps: int = 0
     controls: Mapping[str, "Fitted"] = field(default_factory=dict)
+    note: str = ""
 
 
 class Baseline(ABC):

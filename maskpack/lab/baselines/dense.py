@@ -1,55 +1,112 @@
-"""Baselines that change weights: full fine-tuning, BitFit, norms, LoRA."""
+"""Baselines that train some numbers and a head: full fine-tuning, BitFit, norms."""
 
-import re
-import warnings
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier
+from ...backbone.classifier import Classifier, Inputs
 from ...backbone.load import Backbone
-from ...backbone.select import select_parameters
-from ...errors import ConfigError, require
+from ...errors import ConfigError
 from ...training.batchnorm import batchnorm_statistics
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.learn import body_parameters
 from ...training.scores import learning_names
 from ...training.trainer import train_dense
+from ..quantize import quantized
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
-
-RANK = 8
 
 
 class Dense(Baseline):
-    """Trains some parameters and a head, by the loop that masks are trained by."""
+    """Trains some numbers and a head, by the loop that masks are trained by.
+
+    Attributes:
+        bits: of a number; with each, what was trained is a control.
+        relative: whether the difference from the start is what is rounded to these bits.
+    """
+
+    bits: ClassVar[tuple[int, ...]] = (4,)
+    relative: ClassVar[bool] = True
 
     @abstractmethod
     def learn(self, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
         """Return the parameters that learn; may put modules into the model."""
 
+    def rows(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a view of a parameter, (R, N); each row has a step of its own where it is rounded to few bits."""
+        return tensor.view(1, -1)
+
+    def note(self, backbone: Backbone, config: TrainConfig) -> str:
+        """Return what is said beside the name of the baseline."""
+        return ""
+
     def fit(self, trial: Trial) -> Fitted:
-        folder = trial.folder / "training"
+        folder, start = trial.folder / "training", dict[str, Tensor]()
+        settings, note = trial.settings("supervised"), self.note(trial.backbone, trial.config)
+
+        def learn(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
+            learned = self.learn(backbone, config)
+            if self.bits:
+                start.update({name: one.detach().clone() for name, one in learned.items()})
+            return learned
+
         steps = train_dense(
             trial.backbone,
             trial.data,
-            trial.settings("supervised"),
-            self.learn,
+            settings,
+            learn,
             output=folder,
             resume=(folder / FILE).exists(),
             report=trial.report,
         )
-        for parameter in steps.scores.values():
-            parameter.data.copy_(parameter.data.half())  # measured as stored, with 2 bytes a number
         classifier = steps.objective.module
         assert isinstance(classifier, Classifier)
+        stored = {16: {name: one.detach().half() for name, one in steps.scores.items()}}
         learned, head = parameters(*steps.scores.values()), parameters(*classifier.linear.parameters())
-        statistics = batchnorm_statistics(trial.backbone.model) if trial.config.adapts else {}
+        weights = {16: 2 * learned}
+        for bits in self.bits:
+            stored[bits], weights[bits] = self._rounded(steps.scores, start, bits)
+        statistics = batchnorm_statistics(trial.backbone.model) if settings.adapts else {}
         # statistics and head keep 4 bytes a number, as beside a mask
-        sizes = {"weights": 2 * learned, "statistics": 4 * parameters(*statistics.values()), "head": 4 * head}
-        return Fitted(classified(classifier), learned + head, sizes, steps.steps)
+        others = {"statistics": 4 * parameters(*statistics.values()), "head": 4 * head}
+        predict, inside = classified(classifier), [0]  # of how many bits the numbers in the network are
+
+        def put_in(bits: int) -> None:
+            if inside[0] != bits:
+                for name, one in steps.scores.items():
+                    one.data.copy_(stored[bits][name])
+                inside[0] = bits
+
+        def fitted(bits: int) -> Fitted:
+            def by_the_stored(inputs: Inputs) -> Tensor:
+                put_in(bits)
+                return predict(inputs)
+
+            return Fitted(by_the_stored, learned + head, {"weights": weights[bits], **others}, steps.steps, note=note)
+
+        put_in(16)
+        return replace(
+            fitted(16), controls={"1 bit" if bits == 1 else f"{bits} bits": fitted(bits) for bits in self.bits}
+        )
+
+    def _rounded(
+        self, learned: Mapping[str, Tensor], start: Mapping[str, Tensor], bits: int
+    ) -> tuple[dict[str, Tensor], int]:
+        """Return the values that numbers of so many bits stand for, and the bytes of these numbers."""
+        values, size = {}, 0.0
+        for name, one in learned.items():
+            origin = start[name].float() if self.relative else torch.zeros(one.shape, device=one.device)
+            change = one.detach().float() - origin
+            rows = self.rows(name, change)
+            rounded, taken = quantized(rows, bits)
+            rows.copy_(rounded)
+            values[name], size = origin + change, size + taken
+        return values, math.ceil(size / 8)
 
 
 @BASELINES.register
@@ -59,6 +116,7 @@ class Full(Dense):
     id = "full"
     reference = ""
     rates: ClassVar[Rates] = {"adam": (1e-4, 3e-4, 1e-3), "sgd": (0.003, 0.01, 0.03)}
+    bits = ()
 
     def learn(self, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
         return body_parameters(backbone)
@@ -102,55 +160,3 @@ class Norms(Named):
     reference = "https://arxiv.org/abs/2003.00152"
     rates: ClassVar[Rates] = {"adam": (3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1)}
     word = "norms"
-
-
-@BASELINES.register
-class Lora(Dense):
-    """LoRA of a rank on the layers that masks are for, alpha twice the rank, not merged; and a head.
-
-    Convolutions in groups that do not divide the rank, as depthwise ones, are left out.
-    """
-
-    id = "lora"
-    reference = "https://arxiv.org/abs/2106.09685"
-    argument = "rank"
-    rates: ClassVar[Rates] = {"adam": (3e-4, 1e-3, 3e-3), "sgd": (0.01, 0.03, 0.1)}
-
-    def check(self, backbone: Backbone, config: TrainConfig) -> None:
-        require("peft", "lab", "the baseline 'lora'")
-        _layers(backbone, config, self.number(RANK, least=1))
-
-    def learn(self, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-        rank, peft = self.number(RANK, least=1), require("peft", "lab", "the baseline 'lora'")
-        layers = "|".join(re.escape(name) for name in _layers(backbone, config, rank))
-        # a pattern that is matched as a whole: as a list, names would match the ends of others
-        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"(?:{layers})")
-        peft.inject_adapter_in_model(settings, backbone.model)
-        return {name: one for name, one in backbone.model.named_parameters() if ".lora_" in name}
-
-
-def _layers(backbone: Backbone, config: TrainConfig, rank: int) -> list[str]:
-    """Return the modules whose weights a mask would be for, without those that PEFT has no LoRA of this rank for."""
-    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-    known = dict(backbone.model.named_modules())
-    layers = {name: name.rpartition(".")[0] for name in names}
-
-    def possible(name: str) -> bool:
-        layer = known[layers[name]]
-        linear = isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) or type(layer).__name__ == "Conv1D"
-        return linear and name.endswith(".weight")
-
-    foreign = [name for name in names if not possible(name)]
-    if foreign:
-        raise ConfigError(
-            f"LoRA is for weights of linear and convolution layers, and {len(foreign)} of the {len(names)} chosen are "
-            f"others, first {foreign[0]!r}; leave them out with exclude, or the baseline 'lora'"
-        )
-    apart = [layer for layer in layers.values() if rank % getattr(known[layer], "groups", 1)]
-    if apart:
-        warnings.warn(
-            f"LoRA of rank {rank} leaves out {len(apart)} of {len(layers)} layers, because their groups do not divide "
-            f"the rank; the first is {apart[0]!r}",
-            stacklevel=2,
-        )
-    return [layer for layer in layers.values() if layer not in apart]

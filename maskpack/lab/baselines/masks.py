@@ -143,7 +143,8 @@ def _train(trial: Trial, config: TrainConfig) -> tuple[TrainResult, Adapter]:
         longer=False,
         report=trial.report,
     )
-    adapter = _write(trial, result.parts, result.base, result.about)
+    norms = {name: one.half() for name, one in result.parts.parameters.items()}  # as those of other baselines
+    adapter = _write(trial, replace(result.parts, parameters=norms), result.base, result.about)
     load_mask(trial.backbone.model, adapter)
     return result, adapter
 

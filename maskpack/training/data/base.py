@@ -200,9 +200,6 @@ def loader(
     Args:
         sampler: order for training, without an incomplete last batch; None: all examples in order.
         transform: from a PIL image, in place of the preprocessing. stack: from its results to the inputs of a batch.
-
-    Raises:
-        DataError: if the backbone expects images and the column holds texts, or the reverse.
     """
     images = isinstance(preprocess, ImagePreprocess)
     feature = examples.rows.features[examples.column]
