@@ -160,7 +160,7 @@ def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in rows:
         groups.setdefault((one["way"], one["outcome"], one["stage"]), []).append(one)
     found = []
-    for (way, outcome, stage), own in sorted(groups.items()):
+    for (way, outcome, stage), own in groups.items():
         longest = max(sum(one["seconds"].values()) for one in own)
         most = max(own, key=lambda one: one["memory"])
         numbers = {"files": len(own), "longest": longest, "memory": most["memory"], "bytes": most["bytes"]}
@@ -175,7 +175,7 @@ def markdown(groups: list[dict[str, Any]], larger: list[dict[str, Any]]) -> str:
     lines += ["| what is spoiled | files | refused by reading | refused later | used whole | with which error |"
               " longest, seconds | most memory, MB | the same over the file's size |"]  # fmt: skip
     lines += ["| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]
-    for way in WAYS:
+    for way in dict.fromkeys(one["way"] for one in groups):
         own = [one for one in groups if one["way"] == way]
         errors = Counter[str]()
         for one in own:

@@ -240,6 +240,15 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {**MASK, "lr": 0.02},
         {**MASK, "train_lr": 0.003},
     ),
+    "more": stage(("lite0-eurosat", "lite0-sign_digits", "lite0-cartoon", "minilm-banking77"), NORMS, MASK, ALL),
+    # when everything is chosen, once
+    "check": stage(
+        tuple(pair for pair in PAIRS if pair.endswith(KEPT) and "64" not in pair),
+        NORMS,
+        MASK,
+        {"kind": "full", "lr": 0.001},
+        {"kind": "full", "lr": 0.0001},
+    ),
 }
 
 

@@ -47,5 +47,7 @@ def test_a_process_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "executable", "false")
     [row] = hostile.rows_of("bytes", 1, 0)
     assert row["outcome"].startswith("WRONG: the process ended with 1")
-    table = hostile.markdown([row], [{"way": "9 sets", "bytes": len(many()), "seconds": {}, "memory": 0}])
+    table = hostile.markdown(
+        hostile.grouped([row]), [{"way": "9 sets", "bytes": len(many()), "seconds": {}, "memory": 0}]
+    )
     assert "1 spoiled files; wrong: 1." in table
