@@ -472,6 +472,7 @@ def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatc
     ("options", "error", "match"),
     [
         ({"baselines": ["lorra"]}, UnknownNameError, "unknown baseline 'lorra'; known: .*; did you mean 'lora'"),
+        ({"baselines": ["vera:0"]}, ConfigError, "a rank of at least 1 behind the colon, as in vera:256; got '0'"),
         ({"baselines": ["lora:x"]}, ConfigError, "a rank of at least 1 behind the colon, as in lora:8; got 'x'"),
         (
             {"baselines": ["cascade:1"]},
