@@ -133,8 +133,8 @@ bench-bits: $(VENV)/.installed ## every flipped bit of a base is noticed: ten mi
 bench-faults: $(VENV)/.installed ## every request of pushes and pulls fails in every way: twenty minutes
 	$(RUN) benchmarks.faults --write docs/reliability.md --json $(MEASURED)/faults.jsonl
 
-bench-interruptions: $(VENV)/.installed ## loads, undos and switches fail at every second place, real signals: one hour
-	$(RUN) benchmarks.interruptions --step 2 --write docs/reliability.md --json $(MEASURED)/interruptions.jsonl
+bench-interruptions: $(VENV)/.installed ## loads, undos and switches fail at every fourth place, real signals: half an hour
+	$(RUN) benchmarks.interruptions --step 4 --write docs/reliability.md --json $(MEASURED)/interruptions.jsonl
 
 bench-signatures: $(VENV)/.installed ## random attacks on signed adapters: ten minutes
 	$(RUN) benchmarks.signature_attacks --write docs/reliability.md --json $(MEASURED)/signatures.jsonl

@@ -160,7 +160,7 @@ def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for one in rows:
         groups.setdefault((one["way"], one["outcome"], one["stage"]), []).append(one)
     found = []
-    for (way, outcome, stage), own in sorted(groups.items()):
+    for (way, outcome, stage), own in groups.items():
         longest = max(sum(one["seconds"].values()) for one in own)
         most = max(own, key=lambda one: one["memory"])
         numbers = {"files": len(own), "longest": longest, "memory": most["memory"], "bytes": most["bytes"]}

@@ -472,6 +472,7 @@ def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatc
     ("options", "error", "match"),
     [
         ({"baselines": ["lorra"]}, UnknownNameError, "unknown baseline 'lorra'; known: .*; did you mean 'lora'"),
+        ({"baselines": ["vera:0"]}, ConfigError, "a rank of at least 1 behind the colon, as in vera:256; got '0'"),
         ({"baselines": ["lora:x"]}, ConfigError, "a rank of at least 1 behind the colon, as in lora:8; got 'x'"),
         (
             {"baselines": ["cascade:1"]},
@@ -657,8 +658,10 @@ with Worker() as worker:
     assert none_left(group)
 
 
-def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> None:
-    one = job(tmp_path, backbone, "full", settings={"lr": 0.01, "steps": None, "epochs": 3})
+@pytest.mark.parametrize("name", ["full", "lora-xs:2"])
+def test_interrupted_and_continued(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
+    one = job(tmp_path / "one", backbone, name, settings={"lr": 0.01, "steps": None, "epochs": 3})
+    folder = Path(one.folder)
     events: list[Mapping[str, Any]] = []
 
     def interrupt(event: Mapping[str, Any]) -> None:
@@ -668,7 +671,12 @@ def test_interrupted_and_continued(backbone: dict[str, Any], tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt):
         run(one, interrupt)
-    spent = json.loads((tmp_path / "spent.json").read_text())["seconds"]
+    spent = json.loads((folder / "spent.json").read_text())["seconds"]
     events.clear()
-    assert run(one, events.append)["seconds"] > spent
+    found = run(one, events.append)
+    assert found["seconds"] > spent
     assert next(event["epoch"] for event in events if event["event"] == "epoch") > 1
+    whole = run(replace(one, folder=str(tmp_path / "whole")), events.append)
+    for few, other in zip(found["controls"].values(), whole["controls"].values(), strict=True):
+        assert few["sizes"] == other["sizes"]
+    assert found["accuracy"] == whole["accuracy"]

@@ -31,8 +31,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if path is None:
         assert not any(map(shutil.which, COMPILERS)), "there is a compiler, and it does not take the source"
         pytest.skip("there is no C compiler")
-    library = ctypes.CDLL(str(path))
-    library.maskpack_words.restype = ctypes.c_int64
+    library = native.opened(path)
+    assert library is not None
     return library
 
 
@@ -202,6 +202,18 @@ def test_says_once_what_is_lost_without_the_library(
     native.say_what_is_lost.cache_clear()
     assert [record.message for record in caplog.records if "compiled loops" in record.message] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build(tmp_path)
+    if path is None:
+        pytest.skip("there is no C compiler")
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    assert native.opened(path) is None
+    assert native.opened(tmp_path / "none.so") is None
+    other = tmp_path / "other.so"
+    other.write_bytes(b"no library")
+    assert native.opened(other) is None
 
 
 def test_builds_nothing_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

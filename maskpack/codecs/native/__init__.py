@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-LARGE = 1 << 24  # weights from which it is worth a word that there is no library
+VERSION = 1  # of the loops
+LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 
 
 def _pointers(names: str) -> list[tuple[str, Any]]:
@@ -41,19 +42,24 @@ def pointer(array: NDArray[Any] | None) -> c_void_p:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Return the library, or None where it was not built or does not load."""
+    """Return the library, or None where it was not built, does not load, or was built from another source."""
+    return opened(Path(__file__).with_name(f"loops{SUFFIX}"))
+
+
+def opened(path: Path) -> ctypes.CDLL | None:
+    """Return the library at a path, or None."""
     try:
-        found = ctypes.CDLL(str(Path(__file__).with_name(f"loops{SUFFIX}")))
-    except OSError:
+        found = ctypes.CDLL(str(path))
+        found.maskpack_loops.restype = found.maskpack_words.restype = c_int64
+        return found if found.maskpack_loops() == VERSION else None
+    except (OSError, AttributeError):
         return None
-    found.maskpack_words.restype = c_int64
-    return found
 
 
 @cache
 def say_what_is_lost() -> None:
     """Say, once, that decoding would be many times as fast with the library."""
     logging.getLogger("maskpack").warning(
-        "maskpack was installed without its compiled loops, so that masks decode ten to a hundred times more slowly; "
+        "the compiled loops of maskpack are missing, so that masks decode ten to a hundred times more slowly; "
         "install a wheel, or install again where there is a C compiler"
     )

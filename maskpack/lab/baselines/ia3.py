@@ -15,6 +15,7 @@ class IA3(Reweighted):
 
     id = "ia3"
     reference = "https://arxiv.org/abs/2205.05638"
+    grouped = True
     rates: ClassVar[Rates] = {"adam": (3e-3, 1e-2, 3e-2), "sgd": (0.1, 0.3, 1.0)}
 
     def change(self, rows: Tensor) -> tuple[dict[str, Tensor], Effect]:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,22 @@ Effect = Callable[..., Tensor]
 
 
 class Layers(Dense):
-    """Changes linear layers and convolutions, but for those in groups, as depthwise ones, whose matrices are small."""
+    """Changes linear layers and convolutions.
+
+    Attributes:
+        grouped: whether convolutions in groups, as depthwise ones, change too; a low rank is of no use for them.
+        usual: rank without an argument.
+    """
+
+    grouped: ClassVar[bool] = False
+    usual: ClassVar[int] = 8
+
+    def rank(self) -> int:
+        """Return the rank that the argument asks for."""
+        return self.number(self.usual, least=1)
 
     def check(self, backbone: Backbone, config: TrainConfig) -> None:
+        self.rank()  # a wrong one is seen here
         if not self.weights(backbone, config)[0]:
             raise ConfigError(
                 f"all layers chosen of the backbone {backbone.id} are convolutions in groups, so there is no baseline "
@@ -42,7 +56,7 @@ class Layers(Dense):
                 f"the baseline {self.id!r} is for weights of linear and convolution layers, and {len(foreign)} of the "
                 f"{len(names)} chosen are others, first {foreign[0]!r}; leave them out with exclude, or the baseline"
             )
-        apart = [name for name, (layer, _) in places.items() if getattr(layer, "groups", 1) > 1]
+        apart = [] if self.grouped else [name for name in names if getattr(places[name][0], "groups", 1) > 1]
         return [name for name in names if name not in apart], apart
 
 

@@ -12,8 +12,6 @@ from ...training.config import TrainConfig
 from .base import BASELINES, Rates
 from .layers import Layers
 
-RANK = 8
-
 
 @BASELINES.register
 class Lora(Layers):
@@ -28,11 +26,10 @@ class Lora(Layers):
 
     def check(self, backbone: Backbone, config: TrainConfig) -> None:
         require("peft", "lab", "the baseline 'lora'")
-        self.number(RANK, least=1)
         super().check(backbone, config)
 
     def learn(self, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-        rank, peft = self.number(RANK, least=1), require("peft", "lab", "the baseline 'lora'")
+        rank, peft = self.rank(), require("peft", "lab", "the baseline 'lora'")
         names, _ = self.weights(backbone, config)
         layers = "|".join(re.escape(name.removesuffix(".weight")) for name in names)
         # a pattern that is matched as a whole: as a list, names would match the ends of others

@@ -8,8 +8,6 @@ from torch import Tensor
 from .base import BASELINES, Rates
 from .layers import Effect, Reweighted
 
-RANK = 8
-
 
 @BASELINES.register
 class LoraXs(Reweighted):
@@ -24,7 +22,7 @@ class LoraXs(Reweighted):
     rates: ClassVar[Rates] = {"adam": (1e-3, 3e-3, 1e-2), "sgd": (0.03, 0.1, 0.3)}
 
     def change(self, rows: Tensor) -> tuple[dict[str, Tensor], Effect]:
-        rank = min(self.number(RANK, least=1), *rows.shape)
+        rank = min(self.rank(), *rows.shape)
         left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
         left, right = (left * sizes)[:, :rank], right[:rank]
         square = torch.zeros(rank, rank, device=rows.device)

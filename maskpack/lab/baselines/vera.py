@@ -9,7 +9,6 @@ from torch import Tensor
 from .base import BASELINES, Rates
 from .layers import Effect, Reweighted
 
-RANK = 256
 START = 0.1  # of the factors between the matrices; those of the outputs start at 0
 
 
@@ -23,10 +22,11 @@ class Vera(Reweighted):
     id = "vera"
     reference = "https://arxiv.org/abs/2310.11454"
     argument = "rank"
+    usual = 256
     rates: ClassVar[Rates] = {"adam": (3e-3, 1e-2, 3e-2), "sgd": (0.1, 0.3, 1.0)}
 
     def change(self, rows: Tensor) -> tuple[dict[str, Tensor], Effect]:
-        rank, (outputs, inputs) = self.number(RANK, least=1), rows.shape
+        rank, (outputs, inputs) = self.rank(), rows.shape
         random = torch.Generator().manual_seed(0)
         left, right = (_uniform(shape, random).to(rows.device) for shape in ((outputs, rank), (rank, inputs)))
         first = {
