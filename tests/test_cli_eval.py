@@ -37,8 +37,8 @@ def ok(*arguments: object) -> Any:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eval") / "digits"
-    words = [*DATA, "--optimizer", "sgd", "--epochs", "1", "--labels-fraction", "0.3", "--output", str(folder)]
-    assert CliRunner().invoke(app, ["train", *BACKBONE, *words]).exit_code == 0
+    words = [*DATA, "--optimizer", "sgd", "--bn", "adapt", "--epochs", "1", "--labels-fraction", "0.3"]
+    assert CliRunner().invoke(app, ["train", *BACKBONE, *words, "--output", str(folder)]).exit_code == 0
     return folder
 
 
