@@ -45,10 +45,10 @@ class Logit(Codec):
     reference = "https://arxiv.org/abs/1311.2540"
 
     def encode(self, bits: Bits, side: Side) -> bytes | None:
-        return encode(bits, side, False)
+        return encode(bits, side, self.needs_base)
 
     def decode(self, data: Bytes, side: Side) -> Bits:
-        return decode(data, side, False)
+        return decode(data, side, self.needs_base)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
@@ -57,7 +57,7 @@ class Logit(Codec):
 
 @CODECS.register
 @dataclass(frozen=True, slots=True)
-class LogitBase(Codec):
+class LogitBase(Logit):
     """As logit, and by the base's weights, which it needs; smallest.
 
     Scores trained with SGD move in proportion to the weight, so that its magnitude tells much. Scores trained with Adam
@@ -65,14 +65,7 @@ class LogitBase(Codec):
     """
 
     id = "logit-base"
-    reference = "https://arxiv.org/abs/1311.2540"
     needs_base = True
-
-    def encode(self, bits: Bits, side: Side) -> bytes | None:
-        return encode(bits, side, True)
-
-    def decode(self, data: Bytes, side: Side) -> Bits:
-        return decode(data, side, True)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
