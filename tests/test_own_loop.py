@@ -282,7 +282,7 @@ def test_errors_of_own_loops(tiny: nn.Module, tmp_path: Path) -> None:
         attach_scores(tiny, head="head")
     with pytest.raises(ConfigError, match=r"float32 or bfloat16, got torch\.float16"):
         attach_scores(tiny, dtype=torch.float16)
-    with pytest.raises(ConfigError, match=r"top must be a share above 0 and at most 1, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"top must be a share from 0 to 1, got 1\.5"):
         attach_scores(tiny, top=1.5)
     with pytest.raises(SelectionError, match="nothing is left to mask beside the head fc"):
         attach_scores(tiny, select=["fc.weight"], head="fc")

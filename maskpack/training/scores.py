@@ -114,13 +114,15 @@ class ScoredWeight(nn.Module):
         self.register_buffer("places", None)
         if top is not None:
             flat = scored.flatten()
-            places = greatest(flat.abs(), max(1, round(top * flat.numel()))).nonzero().flatten()
+            count = max(1, round(top * flat.numel())) if top else 0
+            places = greatest(flat.abs(), count).nonzero().flatten()
             self.places = places.int() if flat.numel() < 2**31 else places
             scored = flat[places]
-        self.scores = nn.Parameter(self.method.init_scores(scored).to(dtype), requires_grad=self.method.learns)
+        learns = self.method.learns and scored.numel() > 0
+        self.scores = nn.Parameter(self.method.init_scores(scored).to(dtype), requires_grad=learns)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.model.off:
+        if self.model.off or not self.scores.numel():
             return weight
         state = self.state(self.training)
         result = self.effective(weight, self.scores, state)
@@ -227,8 +229,8 @@ def attach(
     beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, nn.Parameter]:
     """Freeze a model and attach scores to exactly these parameters; `beside` are other parameters that will learn."""
-    if top is not None and not 0 < top <= 1:
-        raise ConfigError(f"top must be a share above 0 and at most 1, got {top}")
+    if top is not None and not 0 <= top <= 1:
+        raise ConfigError(f"top must be a share from 0 to 1, got {top}")
     if top is not None and (scale or not method.rising):
         raise ConfigError(
             f"top {top} gives scores to some weights only, which goes with the methods {rising_methods()} without "
