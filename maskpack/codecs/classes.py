@@ -16,8 +16,8 @@ def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
     """Sort weights into classes of equal population by |weight|; those of negative weights are 128 higher.
 
     Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
-    weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(parts (2 B[v] + H[v]) / (2 n)).
-    All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros; NaN have none, because casts
+    weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(parts (2 B[v] + H[v]) /
+    (2 n)). All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros; NaN have none, because casts
     change theirs.
 
     Args:

@@ -58,7 +58,7 @@ class Tables(NamedTuple):
 
     def pointers(self) -> native.Tables:
         """Return what compiled loops take."""
-        return native.Tables(*map(native.address, self[:4]))
+        return native.Tables(*map(native.address, (self.hazard, self.survival, self.reach, self.first)))
 
 
 @cache

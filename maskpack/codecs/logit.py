@@ -99,7 +99,12 @@ class Head(NamedTuple):
         changes = np.array([reader.varint() for _ in range(count - 1)], dtype=np.int64)
         lengths = np.cumsum((changes >> 1) ^ -(changes & 1))
         rest = reader.rest()
-        if len(rest) % 2 or not len(rest) or ((lengths < 0) | (lengths > len(rest))).any() or 2 * lengths.sum() > len(rest):
+        if (
+            len(rest) % 2
+            or not len(rest)
+            or ((lengths < 0) | (lengths > len(rest))).any()
+            or 2 * lengths.sum() > len(rest)
+        ):
             raise CorruptAdapterError(f"the lanes of a logit payload do not add up to its {len(rest)} bytes of words")
         return cls(first & 1, grid, offset, codes, shapes, np.split(rest.view("<u2"), np.cumsum(lengths)))
 
@@ -145,7 +150,9 @@ def _decoded(head: Head, side: Side, base: bool) -> Bits:
     kinds = [code - 1 & 15 for name, code in head.codes.items() for _ in range(head.sizes[name])]
     lanes = [Lane(own) for own in head.lanes]
     parts = [kinds[len(kinds) * n // count : len(kinds) * (n + 1) // count] for n in range(count)]
-    found = np.concatenate([np.array(lane.coefficients(part), np.int32) for lane, part in zip(lanes, parts, strict=True)])
+    found = np.concatenate(
+        [np.array(lane.coefficients(part), np.int32) for lane, part in zip(lanes, parts, strict=True)]
+    )
     values = dict(zip(head.sizes, np.split(found, np.cumsum([*head.sizes.values()])[:-1]), strict=False))
     model = Model.of(grid, Known.of(side, base, "magnitude" in values), head.offset, head.codes, values)
     bits = np.empty(side.size, dtype=np.uint8)
@@ -198,7 +205,9 @@ def _compiled(
     if not where:
         raise MemoryError
     try:
-        return np.frombuffer(ctypes.string_at(where, 2 * int(lengths.sum())), np.uint16).astype("<u2").tobytes(), lengths
+        return np.frombuffer(ctypes.string_at(where, 2 * int(lengths.sum())), np.uint16).astype(
+            "<u2"
+        ).tobytes(), lengths
     finally:
         compiled.maskpack_free(ctypes.c_void_p(where))
 
@@ -219,7 +228,9 @@ def _coded(model: Model, found: Fitted, events: Bits, count: int) -> tuple[bytes
         slots = [(int(edges[kinds[c], values[c] + 7]), int(edges[kinds[c], values[c] + 8])) for c in part]
         coefficients = [(begin, end - begin) for begin, end in slots]
         made.append(words(coefficients + symbols(hazards.reshape(-1), np.flatnonzero(own).tolist())))
-    return np.array(sum(made, []), dtype="<u2").tobytes(), np.array([len(one) for one in made], dtype=np.int64)
+    return np.array([*itertools.chain(*made)], dtype="<u2").tobytes(), np.array(
+        [len(one) for one in made], dtype=np.int64
+    )
 
 
 def lane_count(grid: Grid, events: int) -> int:

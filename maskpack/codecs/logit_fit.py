@@ -24,7 +24,11 @@ NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
 BLOCK = 1 << 18  # weights that numpy works on at once
 ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
-TOGETHER = (("magnitude", "position", "reference"), ("before",), ("row", "input"))  # arrays that hardly depend on each other
+TOGETHER = (
+    ("magnitude", "position", "reference"),
+    ("before",),
+    ("row", "input"),
+)  # arrays that hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
 LEAST_WORTH = 12.0  # bits
@@ -69,17 +73,47 @@ class Rounded(NamedTuple):
         return np.asarray(whole * (STEPS[self.step] / 16), dtype=np.float64)
 
 
-class Sums(NamedTuple):
-    """Slopes and curvatures of the likelihood: along all coefficients, and along each of some arrays.
+class Probes(NamedTuple):
+    """What weights' residuals or variances are multiplied by, and the sums of that over inputs and over rows.
 
     Attributes:
-        images, others: (rows, probes) and (probes, inputs); see `Fit.sums`.
+        along, across: (probes, inputs), (rows, probes). images, others: (rows, probes), (probes, inputs).
     """
+
+    along: Ints | None
+    across: Ints | None
+    images: Longs
+    others: Longs
+
+    @classmethod
+    def of(cls, grid: Grid, along: Ints | None = None, across: Ints | None = None) -> "Probes":
+        """Return probes whose sums are 0 so far."""
+        count = len(along) if along is not None else 0 if across is None else across.shape[1]
+        return cls(
+            along, across, *(np.zeros(shape, dtype=np.int64) for shape in ((grid.rows, count), (count, grid.inputs)))
+        )
+
+    def native(self, others: bool) -> native.Probes:
+        """Return what compiled loops take."""
+        wanted = self.images if self.along is not None else None, self.others if others else None
+        return native.Probes(len(self.others), *map(native.address, (self.along, self.across, *wanted)))
+
+    def add(self, own: slice, weights: Longs, factors: Floats | None = None) -> None:
+        """Add some rows' weights, by numpy."""
+        part = None if self.across is None else self.across[own]
+        if self.along is not None:
+            self.images[own] = _product(weights, self.along.T)
+        if factors is not None:
+            part = np.rint(np.clip(self.images[own] * factors[own, None], -BIG, BIG))
+        if part is not None:
+            self.others[:] += _product(part.T, weights)
+
+
+class Sums(NamedTuple):
+    """Slopes and curvatures of the likelihood: along all coefficients, and along each of some arrays."""
 
     total: Floats
     arrays: dict[str, Floats]
-    images: Longs
-    others: Longs
 
 
 class Fit:
@@ -101,52 +135,52 @@ class Fit:
         if "before" in self.values:
             self.index["before"] = contexts(grid, known, events)
         if known.classes is not None:
-            self.index["magnitude"] = known.classes & 127
+            self.index["magnitude"] = np.bitwise_and(known.classes, np.uint8(127))
         if known.reference is not None:
             self.index["reference"] = known.reference
         self.signs = known.classes
 
     def sums(
-        self, names: Sequence[str], along: Ints | None = None, across: Ints | None = None, factors: Floats | None = None
-    ) -> Sums:
+        self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None,
+        factors: Floats | None = None,
+    ) -> Sums:  # fmt: skip
         """Return what a step of Newton's asks for, summed up over all weights.
 
         Args:
-            names: arrays. along: probes (probes, inputs), whose images are the sums over inputs of (event - p) times
-                sign times probe. across: the same over rows (rows, probes), for `others`. factors: one for each row, by
-                which images are multiplied, and rounded, to be `across`.
+            names: arrays. residuals: probes of (event - p) times sign. variances: of p (1 - p). factors: one for each
+                row, by which the residuals' images are multiplied, and rounded, to be `across`.
         """
-        probes = len(along) if along is not None else across.shape[1] if across is not None else 0
-        rows, inputs, _ = self.grid
         found = {name: np.zeros((2, BINS.get(name, self.sizes[name])), dtype=np.int64) for name in names}
-        total, images = np.zeros(2, dtype=np.int64), np.zeros((rows, probes), dtype=np.int64)
-        others = np.zeros((probes, inputs), dtype=np.int64)
-        whole = {name: _parts(own) for name, own in self.values.items()}
+        whole, total = {name: _parts(own) for name, own in self.values.items()}, np.zeros(2, dtype=np.int64)
         if "reference" in whole:
             whole["reference"] = np.append(np.int32(0), whole["reference"])
         left, right = _parts(self.left), _parts(self.right)
+        residuals, variances = residuals or Probes.of(self.grid), variances or Probes.of(self.grid)
         compiled = native.library()
         if compiled is None:
-            self._numpy_sums(whole, left, right, total, found, along, across, factors, images, others)
+            self._numpy_sums(whole, left, right, total, found, residuals, variances, factors)
         else:
             indices, arrays, sums = (
                 (c_void_p * len(ARRAYS))(*(native.address(one.get(name)) for name in ARRAYS))
                 for one in (self.index, whole, found)
             )
-            rest = (self.signs, _curve(), along, across, factors)
-            fit = native.Fit(*self.grid, left.shape[1], probes, round(NAT * self.offset), native.address(self.events),
-                             indices, arrays, native.address(left), native.address(right), *map(native.address, rest))  # fmt: skip
-            given = [native.pointer(one) for one in (images, None if across is None and factors is None else others)]
-            held = native.pointer(room := np.empty(inputs, dtype=np.int32))
-            compiled.maskpack_sums(byref(fit), native.pointer(total), sums, *given, held)
-            del room
+            rest = map(native.address, (left, right, self.signs, _curve(), factors))
+            probes = (
+                residuals.native(residuals.across is not None or factors is not None),
+                variances.native(variances.across is not None),
+            )
+            offset, held = round(NAT * self.offset), np.empty(2 * self.grid.inputs, dtype=np.int32)
+            fit = native.Fit(
+                *self.grid, left.shape[1], offset, native.address(self.events), indices, arrays, *rest, *probes
+            )
+            compiled.maskpack_sums(byref(fit), native.pointer(total), sums, native.pointer(held))
         if "reference" in found:
             found["reference"] = found["reference"][:, 1:]
-        return Sums(total / ONE, {name: own[:, : self.sizes[name]] / ONE for name, own in found.items()}, images, others)
+        return Sums(total / ONE, {name: own[:, : self.sizes[name]] / ONE for name, own in found.items()})
 
     def _numpy_sums(
         self, whole: Mapping[str, Ints], left: Ints, right: Ints, total: Longs, found: Mapping[str, Longs],
-        along: Ints | None, across: Ints | None, factors: Floats | None, images: Longs, others: Longs,
+        residuals: Probes, variances: Probes, factors: Floats | None,
     ) -> None:  # fmt: skip
         """Add up, by numpy, what `sums` asks for."""
         rows, inputs, positions = self.grid
@@ -177,50 +211,51 @@ class Fit:
                     else:
                         flat = self.index[name][:, own].reshape(-1)
                         sums[turn] += np.bincount(flat, weights.reshape(-1), sums.shape[1]).astype(np.int64)
-            if signs is not None and images.shape[1]:
-                signed = residual[0] * signs
-                if along is not None:
-                    images[own] = _product(signed, along.T)
-                part = None if across is None else across[own]
-                if factors is not None:
-                    part = np.rint(np.clip(images[own] * factors[own, None], -BIG, BIG))
-                if part is not None:
-                    others += _product(part.T, signed)
+            if signs is not None:
+                residuals.add(own, residual[0] * signs, factors)
+                variances.add(own, variance[0])
 
-    def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS, turn: int | None = None) -> Sums:
-        """Improve the offset, and the coefficients of arrays that hardly depend on each other, by a step of Newton's.
+    def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Sums:
+        """Improve the offset, and the coefficients of arrays that hardly depend on each other, by Newton's step."""
+        return self._stepped(self.sums(names), priors)
 
-        Args:
-            turn: 0 for the rows' part of the low rank as well, 1 for the inputs' part. `names` has both then.
-        """
-        along, across = _parts(self.right) if turn == 0 else None, _parts(self.left) if turn == 1 else None
-        found = self.sums(names, along, across)
+    def _stepped(self, found: Sums, priors: Mapping[str, float] = PRIORS) -> Sums:
         step = float(found.total[0] / found.total[1])
         self.offset = _moved(self.offset, step)
-        for name in [name for name in names if name in self.values]:
-            slopes, curvatures = found.arrays[name]
+        for name, (slopes, curvatures) in found.arrays.items():
+            if name not in self.values:
+                continue
             if name != "reference":  # all weights are in the sums, and the offset comes first
                 slopes = slopes - step * curvatures
             prior = priors[name]
             moved = (slopes - prior * self.values[name]) / (curvatures + prior)
             self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
             self.worth[name] = float(_exact(curvatures * np.square(self.values[name])).sum()) / (2 * math.log(2))
-        if turn is not None:
-            own = (self.left, self.right.T)[turn]
-            slopes = (found.images, found.others.T)[turn] / (ONE * NAT) - LEAN_PRIOR * own
-            curvatures = self.lean_curvature(found, turn)
-            curvatures[:, np.arange(own.shape[1]), np.arange(own.shape[1])] += LEAN_PRIOR
-            own[:] = _exact(np.clip(own + np.clip(solved(curvatures, slopes), -BOLDEST, BOLDEST), -7, 7))
         return found
 
-    def lean_curvature(self, found: Sums, turn: int) -> Floats:
-        """Return the curvature along the rows' or the inputs' part of the low rank, of each a matrix.
+    def better_lean(self, turn: int, move: bool = True) -> Floats:
+        """Improve the rows' part of the low rank (0) or the inputs' part (1) by a step, with rows and inputs.
 
-        That of a weight is taken for the product of its row's and its input's over that of all.
+        Returns:
+            The curvatures along them.
         """
-        weights, other = [found.arrays[name][1] for name in ARRAYS[:2]], (self.right.T, self.left)[turn]
-        gram = (other * _exact(weights[1 - turn])[:, None]).T @ other / found.total[1]
-        return np.asarray(weights[turn][:, None, None] * gram, dtype=np.float64)
+        own, other = (self.left, self.right.T) if turn == 0 else (self.right.T, self.left)
+        rank = own.shape[1]
+        upper = np.triu_indices(rank)
+        given, pairs = _parts(other), _parts(other[:, upper[0]] * other[:, upper[1]])
+        way = (lambda one: {"along": np.ascontiguousarray(one.T)}) if turn == 0 else (lambda one: {"across": one})
+        residuals, variances = Probes.of(self.grid, **way(given)), Probes.of(self.grid, **way(pairs))
+        found = self.sums(ARRAYS[:2], residuals, variances)
+        slopes, curved = (one.images if turn == 0 else one.others.T for one in (residuals, variances))
+        curvatures = np.empty((len(own), rank, rank))
+        curvatures[:, upper[0], upper[1]] = curvatures[:, upper[1], upper[0]] = curved / (ONE * NAT)
+        if move:
+            diagonal = curvatures.copy()
+            diagonal[:, np.arange(rank), np.arange(rank)] += LEAN_PRIOR
+            step = solved(diagonal, slopes / (ONE * NAT) - LEAN_PRIOR * own)
+            own[:] = _exact(np.clip(own + np.clip(step, -BOLDEST, BOLDEST), -7, 7))
+            self._stepped(found)
+        return curvatures
 
     def better_all(self, groups: Sequence[Sequence[str]] = TOGETHER) -> None:
         """Improve all coefficients but those of the low rank, a step each."""
@@ -244,9 +279,10 @@ class Fit:
             right = orthonormal(right)
             probes = right / scales[1][:, None]
             unit = FINE * 2.0 ** -math.ceil(math.log2(float(np.abs(probes).max())))
-            found = self.sums((), _integers(probes.T * unit), factors=1024 * middle / (unit * ONE * np.square(scales[0])))
-            along, right = right, _exact(found.others.T / (1024 * middle * ONE) / scales[1][:, None])
-        images = _exact(found.images / (unit * ONE) / scales[0][:, None], 1024)
+            sums = Probes.of(self.grid, _integers(probes.T * unit))
+            self.sums((), sums, factors=1024 * middle / (unit * ONE * np.square(scales[0])))
+            along, right = right, _exact(sums.others.T / (1024 * middle * ONE) / scales[1][:, None])
+        images = _exact(sums.images / (unit * ONE) / scales[0][:, None], 1024)
         strength = np.sqrt(np.square(images).sum(0))
         edge = math.sqrt(rows) + math.sqrt(inputs)
         best = [k for k in np.argsort(-strength, kind="stable")[:MAX_RANK] if strength[k] > EDGE * edge]
@@ -267,8 +303,8 @@ class Fit:
         chosen = dict[str, Rounded]()
         for turn, (side, own) in enumerate((("left", self.left), ("right", self.right.T))):
             for _ in range(2 * turn):
-                self.better(ARRAYS[:2], turn=1)
-            curvatures = self.lean_curvature(self.sums(ARRAYS[:2]), turn)
+                self.better_lean(1)
+            curvatures = self.better_lean(turn, move=False)
             for k in range(own.shape[1]):
                 chosen[f"{side} {k}"] = one = rounded(own[:, k], curvatures[:, k, k], LEAN_STEPS, False)
                 own[:, k] = one.nats()
@@ -289,7 +325,7 @@ def fitted(grid: Grid, known: Known, events: Bits) -> Fitted:
             fit.balance()
             fit.better_all(TOGETHER[:-1])
             for turn in (0, 1):
-                fit.better(ARRAYS[:2], turn=turn)
+                fit.better_lean(turn)
         fit.balance()
         chosen |= fit.round_lean()
         fit.better_all()

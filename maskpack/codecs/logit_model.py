@@ -1,6 +1,6 @@
 """The odds of each weight of a parameter, as integers in 1/16 nat: what the codec `logit` knows and evaluates."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,9 @@ class Known(NamedTuple):
         grid, bits = Grid.of(side.shape), side.reference
         if base and side.weights is None:
             raise ValueError("the codec needs the weights of the base")
-        classes = weight_classes(side.weights, CLASSES if magnitudes else 1) if base and side.weights is not None else None
+        classes = (
+            weight_classes(side.weights, CLASSES if magnitudes else 1) if base and side.weights is not None else None
+        )
         unpacked = None if bits is None else np.unpackbits(bits, count=side.count, bitorder="little")
         return cls(*(None if own is None else by_position(own, grid) for own in (classes, unpacked)))
 
@@ -153,7 +155,7 @@ class Before:
         found: Bits = np.minimum(same, SAME - 1) + SAME * np.minimum(other, OTHER - 1)
         return found
 
-    def add(self, events: NDArray[np.bool_]) -> None:
+    def add(self, events: NDArray[Any]) -> None:
         """Count the events of the present position, as far as a context tells, and go to the next."""
         sign = 0 if self.signs is None else self.signs[self.position]
         self.counts[sign, self.every] = np.minimum(self.counts[sign, self.every] + events, SAME)

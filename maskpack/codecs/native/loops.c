@@ -455,14 +455,21 @@ API void maskpack_free(void *words) { free(words); }
 
 /* --- the fit -------------------------------------------------------------------------------------------------------- */
 
+/* What rows are multiplied by, and what comes of it; each pointer may be NULL. */
 typedef struct {
-    int64_t rows, inputs, positions, rank, probes, offset; /* coefficients in 1/256 nat */
-    const uint8_t *events, *index[ARRAYS];                 /* positions, rows, inputs; of those arrays that go by what is known */
-    const int32_t *array[ARRAYS], *left, *right;           /* NULL where all is 0; (rows, rank), (rank, inputs) */
-    const uint8_t *signs;                                  /* 128 set where the base is negative */
-    const int32_t *curve;                                  /* for log-odds from -EXTREME to EXTREME: 2^16 p + p (1 - p), in 2^-15 */
-    const int32_t *along, *across;                         /* (probes, inputs), (rows, probes), or NULL */
-    const double *factors;                                 /* of each row: what makes `across` of `images`, or NULL */
+    int64_t count;
+    const int32_t *along, *across; /* (count, inputs), (rows, count) */
+    int64_t *images, *others;      /* sums over inputs (rows, count), and over rows (count, inputs) */
+} Probes;
+
+typedef struct {
+    int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
+    const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
+    const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
+    const uint8_t *signs;                          /* 128 set where the base is negative */
+    const int32_t *curve;                          /* for log-odds from -EXTREME to EXTREME: 2^16 p + p (1 - p), in 2^-15 */
+    const double *factors;                         /* of each row: what makes `across` of the residuals' images, or NULL */
+    Probes residuals, variances;                   /* of event - p times the sign, and of p (1 - p), where positions are 1 */
 } Fit;
 
 /* event - p and p (1 - p) of `count` weights of a row from the input `first` on. */
@@ -504,7 +511,6 @@ WIDE static void residuals_of(const Fit *fit, int64_t position, int64_t row, int
     }
 }
 
-/* What the images of a row take: its residuals times signs, summed up with each probe. */
 WIDE static int64_t summed(int64_t count, const int32_t *one, const int32_t *other) {
     int64_t sum = 0;
     for (int64_t i = 0; i < count; i++) sum += (int64_t)one[i] * other[i];
@@ -522,18 +528,32 @@ WIDE static void totals(int64_t count, const int32_t *residual, const int32_t *v
     *curvature += sums[1];
 }
 
-/* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
-   whose `sums` are not NULL: first all slopes, then all curvatures. With `along`, `images` (rows, probes) are sums over inputs
-   of residual times sign times probe; with `across`, or the factors that give it, `others` (probes, inputs) are sums over rows.
-   `held`: room for a row. */
-API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int64_t *images, int64_t *others, int32_t *held) {
+static void project(const Probes *probes, int64_t row, int64_t inputs, const int32_t *held, const double *factors) {
     static const int32_t big = 1 << 20;
-    int32_t variance[PIECE], probe[64];
+    for (int64_t k = 0; k < probes->count; k++) {
+        int64_t image = probes->along ? summed(inputs, held, probes->along + k * inputs) : 0;
+        int32_t across = probes->across ? probes->across[row * probes->count + k] : 0;
+        if (probes->images) probes->images[row * probes->count + k] = image;
+        if (factors) { /* rounded to the nearest, ties to even */
+            double own = (double)image * factors[row];
+            own = (own < -big ? -big : own > big ? big : own) + 6755399441055744.0; /* 1.5 * 2^52 */
+            int64_t whole;
+            memcpy(&whole, &own, sizeof whole);
+            across = (int32_t)whole;
+        }
+        if (probes->others) added(inputs, held, across, probes->others + k * inputs);
+    }
+}
+
+/* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
+   whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for two rows. */
+API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
+    int32_t *variances = held + fit->inputs;
     for (int64_t position = 0; position < fit->positions; position++)
         for (int64_t row = 0; row < fit->rows; row++) {
             int64_t slope = 0, curvature = 0, count;
             for (int64_t first = 0; first < fit->inputs; first += count) {
-                int32_t *residual = held + first;
+                int32_t *residual = held + first, *variance = variances + first;
                 int64_t place = (position * fit->rows + row) * fit->inputs + first;
                 count = least(fit->inputs - first, PIECE);
                 residuals_of(fit, position, row, first, count, residual, variance);
@@ -556,20 +576,10 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
             total[1] += curvature;
             if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
             if (sums[POSITION]) sums[POSITION][position] += slope, sums[POSITION][fit->positions + position] += curvature;
-            if (!fit->probes) continue;
+            project(&fit->variances, row, fit->inputs, variances, NULL);
+            if (!fit->residuals.count) continue;
             const uint8_t *signs = fit->signs + row * fit->inputs;
             for (int64_t i = 0; i < fit->inputs; i++) held[i] = signs[i] >> 7 ? -held[i] : held[i];
-            for (int64_t k = 0; k < fit->probes; k++) {
-                if (fit->along) images[row * fit->probes + k] = summed(fit->inputs, held, fit->along + k * fit->inputs);
-                if (fit->across) probe[k] = fit->across[row * fit->probes + k];
-                if (fit->factors) { /* rounded to the nearest, ties to even */
-                    double own = (double)images[row * fit->probes + k] * fit->factors[row];
-                    own = (own < -big ? -big : own > big ? big : own) + 6755399441055744.0; /* 1.5 * 2^52 */
-                    int64_t whole;
-                    memcpy(&whole, &own, sizeof whole);
-                    probe[k] = (int32_t)whole;
-                }
-                if (others) added(fit->inputs, held, probe[k], others + k * fit->inputs);
-            }
+            project(&fit->residuals, row, fit->inputs, held, fit->factors);
         }
 }
