@@ -17,8 +17,8 @@ def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
 
     Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
     weights of magnitude v among n, and B[v] of smaller magnitude, the class of v is floor(parts (2 B[v] + H[v]) /
-    (2 n)). All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros; NaN have none, because casts
-    change theirs.
+    (2 n)). All NaN count as one magnitude above infinity. The sign is the sign bit, also of zeros; NaN have none,
+    because casts change theirs.
 
     Args:
         words: the weights, flat, as their 32-bit (float32) or 16-bit (bfloat16) patterns. parts: at most 128.

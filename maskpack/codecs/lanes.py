@@ -3,7 +3,7 @@
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +58,8 @@ class Tables(NamedTuple):
 
     def pointers(self) -> native.Tables:
         """Return what compiled loops take."""
-        return native.Tables(*map(native.address, (self.hazard, self.survival, self.reach, self.first)))
+        arrays: list[NDArray[Any]] = [self.hazard, self.survival, self.reach, self.first]
+        return native.Tables(*map(native.address, arrays))
 
 
 @cache
