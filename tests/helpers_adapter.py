@@ -19,6 +19,7 @@ from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.model import Embedding, Fingerprint, Head
 from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
 from maskpack.codecs.choose import rivals, smallest
+from maskpack.codecs.classes import weight_classes
 from maskpack.mask import MaskSet, PackedMask, bits_digest, rows_id
 
 from .fuzz.damage import File, sealed, taken
@@ -135,7 +136,7 @@ def write(folder: Path, data: bytes) -> Path:
 
 def encode_smallest(bits: Bits, side: Side, profile: Profile, codec: str | None = None) -> tuple[Codec, bytes]:
     """Code packed bits with every candidate of a profile and return the codec of the smallest payload, and that."""
-    best = smallest(rivals(profile, codec, side.classes is not None), [(bits, side)])
+    best = smallest(rivals(profile, codec, side.weights is not None), [(bits, side)])
     return best.codec, best.payload
 
 
@@ -190,8 +191,8 @@ class Mixed(Codec):
     salt: int = 3
 
     def _mask(self, side: Side) -> Bits:
-        assert side.classes is not None
-        mask = np.packbits(side.classes >= 128, bitorder="little")
+        assert side.weights is not None
+        mask = np.packbits(weight_classes(side.weights) >= 128, bitorder="little")
         whole = np.full(side.size, self.salt, np.uint8)
         if side.count % 8:
             whole[-1] &= (1 << side.count % 8) - 1

@@ -28,7 +28,7 @@ from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import About, Cascade, Parts
-from .decode import Weights, base_classes, by_name
+from .decode import Weights, base_words, by_name
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
@@ -101,8 +101,8 @@ def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[
 def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
     """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done."""
     bits, shape = packed_bits(job.bits), job.mask.shape
-    classes = None if weights is None else base_classes(weights, job.name, shape)
-    variants, against = [(bits, Side(shape, classes))], None
+    words = None if weights is None else base_words(weights, job.name, shape)
+    variants, against = [(bits, Side(shape, words))], None
     if job.reference is not None:
         against, other, digest = job.reference
         if bits_digest(other) != digest:
@@ -110,14 +110,14 @@ def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | No
                 f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
                 f"must make the same mask each time"
             )
-        variants.append((bits ^ packed_bits(other), Side(shape, classes, packed_bits(other))))
+        variants.append((bits ^ packed_bits(other), Side(shape, words, packed_bits(other))))
     try:
         codec, data, variant = smallest(codecs, variants)
     except ConfigError as error:
         raise ConfigError(f"the mask of {job.name!r}: {error}") from None
     # a mask that does not decode is lost for good, and decoding is far cheaper than coding
     given, side = variants[variant]
-    side = replace(side, classes=side.classes if codec.needs_base else None)
+    side = replace(side, weights=side.weights if codec.needs_base else None)
     if not np.array_equal(type(codec)(**codec.config()).decode(data, side), given):
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)
@@ -211,7 +211,7 @@ def encode(
     heads = {name: None if parts.head is None else head_to_json(parts.head) for name, parts in sets.items()}
     dense = dense_blobs(sets, cascade)
     codecs = rivals(profile, codec, weights is not None)
-    uses_base = any(one.needs_base for one in codecs)  # classes cost time
+    uses_base = any(one.needs_base for one in codecs)  # they cost time
     work = partial(_code, codecs=codecs, weights=by_name(weights) if uses_base and weights is not None else None)
     step = counted(progress, (parts.masks.total for parts in sets.values()))
     if cascade is not None and cascade.dispatcher in sets:

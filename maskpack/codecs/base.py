@@ -34,6 +34,7 @@ from ..registry import Registry
 
 Bits = NDArray[np.uint8]
 Bytes = bytes | bytearray | memoryview
+Words = NDArray[np.uint16] | NDArray[np.uint32]  # of bfloat16 or float32
 Profile = Literal["fast", "default", "max"]
 FREE, EACH = 1 << 28, 1 << 21  # weights that a payload may stand for at all, and for each of its bytes
 PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
@@ -45,15 +46,15 @@ class Side:
 
     Attributes:
         shape: of the parameter.
-        classes: for a codec with `needs_base`: one uint8 per weight of the base, row-major. The lower seven bits are
-            its rank among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its
-            sign.
+        weights: for a codec with `needs_base`: the weights of the base as patterns of bits, row-major, flat. What a
+            codec makes of them must be the same for float32 and for the same rounded to bfloat16
+            (`classes.weight_classes`).
         reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
             bits that the codec gets and gives back are then mask XOR reference already.
     """
 
     shape: tuple[int, ...]
-    classes: Bits | None = None
+    weights: Words | None = None
     reference: Bits | None = None
 
     @property
@@ -88,12 +89,14 @@ class Codec(ABC):
 
     Attributes:
         id: the name that files carry. reference: paper or specification, or "".
-        needs_base: whether it needs `Side.classes`.
+        needs_base: whether it needs `Side.weights`.
+        supersedes: id of a codec that need not compete where this one does, or "".
     """
 
     id: ClassVar[str]
     reference: ClassVar[str] = ""
     needs_base: bool = False
+    supersedes: ClassVar[str] = ""
 
     @abstractmethod
     def encode(self, bits: Bits, side: Side) -> bytes | None:
