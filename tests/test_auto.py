@@ -113,7 +113,7 @@ def test_what_is_given_is_not_searched(tiny_backbone: Backbone) -> None:
     given = replace(CONFIG, top=0.2, lr=0.1, train_lr=0.1, bn="freeze", head_start="probe")
     assert of(given) == [{}]
     assert "head_start" not in {name for one in of(CONFIG, probe=False) for name in one}
-    assert all("top" not in one for one in of(replace(CONFIG, method="topk")))
+    assert all("top" not in one for one in of(replace(CONFIG, method="nm")))
 
 
 def test_finalists() -> None:

@@ -257,7 +257,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
             it takes trials nearly as long as the training to tell.
     """
     method = METHODS[config.method]
-    some = method.rising and not config.scale and config.selective == ALL
+    some = method.partial and not config.scale and config.selective == ALL
     found, lr = [DEFAULT], config.score_lr(steps)
     open_top = config.top is None and some
     if open_top and config.beside:

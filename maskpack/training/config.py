@@ -172,7 +172,8 @@ class TrainConfig:
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
         usual = self.labels and self.selective == ALL and not self.scale
-        return TOP if usual and METHODS[self.method].rising else None
+        method = METHODS[self.method]
+        return TOP if usual and method.rising and method.partial else None
 
     @property
     def beside(self) -> tuple[str, ...]:
