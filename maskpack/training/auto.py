@@ -209,7 +209,7 @@ def check_search(folder: Path | None, resume: bool) -> None:
         raise StateError(
             f"{folder.parent} holds the search of an earlier run; continue it with resume, or choose another folder"
         )
-    check_parts(folder, resume)
+    check_parts(folder if folder.is_dir() else folder.parent, resume)
 
 
 def plan_search(

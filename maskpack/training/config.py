@@ -161,7 +161,11 @@ class TrainConfig:
     @property
     def labels(self) -> bool:
         """Whether the scores are trained on labels."""
-        return self.objective == "supervised"
+        if self.objective == "supervised":
+            return True
+        from .objectives.base import OBJECTIVES  # imports torch, which the command line's help does without
+
+        return self.objective in OBJECTIVES and OBJECTIVES[self.objective].needs_labels
 
     def share(self, weights: int) -> float | None:
         """Return the share of each parameter's weights that have scores, of so many weights in all; None: all."""
