@@ -59,5 +59,6 @@ def _magnitudes(words: Words) -> NDArray[np.uint16]:
     if words.itemsize == 4:
         words = words & np.uint32(0x7FFFFFFF)
         nan = words > INFINITY << 16
-        words = np.where(nan, INFINITY + 1, words + (0x7FFF + (words >> 16 & 1)) >> 16)
-    return np.minimum(words & 0x7FFF, INFINITY + 1).astype(np.uint16)
+        words = np.where(nan, np.uint32(INFINITY + 1), words + (0x7FFF + (words >> 16 & 1)) >> 16)
+    found: NDArray[np.uint16] = np.minimum(words & 0x7FFF, INFINITY + 1).astype(np.uint16)
+    return found
