@@ -82,7 +82,7 @@ fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command
 
 # spoiled payloads, classes and random masks, in a library that stops at every wrong access, overflow or undefined shift
 sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SECONDS
-	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 \
+	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
 
 ## Results (docs/results.md); most need MASKPACK_DATA, all go on where they were stopped
