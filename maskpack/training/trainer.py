@@ -23,7 +23,7 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, base_of, borrowed, learn_scores
+from .learn import Learn, base_of, borrowed, learn_scores, masked_sizes, settled
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .run_folder import RunFolder, RunOptions
@@ -57,6 +57,7 @@ class ObjectiveRun(Run):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
+        config = settled(config, backbone)
         super().__init__(backbone, {"data": data}, config)
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
@@ -75,6 +76,7 @@ class ObjectiveRun(Run):
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
+        weights = sum(masked_sizes(config, backbone).values())
         self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
         if learn is learn_scores:
             masked = select_parameters(model, config.include, config.exclude, backbone.outside)
@@ -96,7 +98,7 @@ class ObjectiveRun(Run):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
         per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        lr = config.score_lr(config.steps or config.epochs * per_epoch)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch, weights)
         rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
         self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
@@ -114,7 +116,7 @@ class ObjectiveRun(Run):
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
-        set_train_mode(self.module, self.config.adapts)
+        set_train_mode(self.module, self.config.bn == "adapt")
         self.objective.begin_epoch(at.epoch, self.epochs)
         read = at.batches.get(STREAM, [0, 0])[1]
         loader = self.accelerator.skip_first_batches(self.loader, read) if read else self.loader
@@ -150,7 +152,7 @@ class ObjectiveRun(Run):
         if self.control is not None:  # the last epoch ends within the budget
             size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
-        if at.done and self.config.adapts and (self.objective.other_inputs or hardens or self.control):
+        if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
             with self.autocast():
                 self.objective.recalibrate()
@@ -197,7 +199,7 @@ class ObjectiveRun(Run):
 
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
-        statistics = batchnorm_statistics(self.backbone.model) if self.config.adapts else {}
+        statistics = batchnorm_statistics(self.backbone.model) if self.config.bn == "adapt" else {}
         head, values = self.objective.head(), replaced_values(self.backbone.model)
         whole = {name: parameter.detach().cpu().clone() for name, parameter in self.whole.items()}
         return Parts(extract_masks(self.backbone.model), head, statistics, whole, values)
@@ -312,7 +314,7 @@ def train_mask(
     }
     more |= {"extended": at.extended} if at.extended else {}
     more |= {"warnings": warnings} if warnings else {}
-    return result_of(run, data, config, parts, run.base, metrics, more)
+    return result_of(run, data, run.config, parts, run.base, metrics, more)
 
 
 def train_dense(
