@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskpack.adapter.decode import base_classes, by_name
+from maskpack.adapter.decode import base_words, by_name
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
@@ -61,11 +61,11 @@ def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, 
     weights = None if case.weights is None else by_name(case.weights)
     for payload in adapter.header.sets["default"].payloads:
         codec = CODECS[payload.coding.codec](**payload.coding.config)
-        classes = None
+        words = None
         if codec.needs_base:
             assert weights is not None
-            classes = base_classes(weights, payload.name, payload.shape)
-        yield codec, adapter.piece(payload), Side(payload.shape, classes)
+            words = base_words(weights, payload.name, payload.shape)
+        yield codec, adapter.piece(payload), Side(payload.shape, words)
 
 
 def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
@@ -84,7 +84,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     start = time.perf_counter()
     for competing in rivals(profile, codec, weights is not None) if codec else []:
         for bits, side in masks:
-            competing.encode(bits, Side(side.shape, side.classes))
+            competing.encode(bits, Side(side.shape, side.weights))
     encoded = time.perf_counter() - start
     allowed = INDEX_BYTES + sum(INDEX_BYTES_EACH + len(name.encode()) for name in case.masks)
     chosen: dict[str, int] = {}

@@ -435,3 +435,26 @@ def test_update_refuses_what_it_cannot_understand(tmp_path: Path, card: str, mat
         save_adapter(tmp_path, random_masks(SHAPES), base_of(SHAPES))
     assert (tmp_path / "README.md").read_text() == card
     assert (tmp_path / "maskpack_config.json").exists()
+
+
+def test_card_says_what_the_masks_are_worth(tmp_path: Path) -> None:
+    found = {"test_accuracy": 0.8, "test_probe_accuracy": 0.85, "test_over_probe": -0.05}
+    record = {
+        "metrics": {**found, "test_accuracy_without_masks": 0.7},
+        "lora_bytes": {"rank_1_4bit": 1234, "rank_8_4bit": 9872},
+        "warnings": ["the mask was <b> _not_ worth it", 5],
+    }
+    what = described(tmp_path, training=record)
+    card = render_card(what)
+    size = what["sets"]["default"]["payload_bytes"]
+    for said in (
+        "On the test split a linear probe of the raw backbone has the accuracy 0.8500. This adapter has 0.8000 "
+        "(-0.0500), and 0.7000 with the masks alone taken out.",
+        f"The masks take {size:,} bytes; LoRA for the same weights, at 4 bits a number, takes 9,872 at rank 8 and "
+        f"1,234 at rank 1.",
+        f"Training warned: {escape('the mask was <b> _not_ worth it', 'markdown')}.",
+    ):
+        assert said in card
+    for wrong in ({"lora_bytes": {"rank_1_4bit": "1", "rank_8_4bit": 9}}, {"lora_bytes": 5}, {"warnings": "x"}):
+        shown = render_card(described(tmp_path, training={"metrics": {"accuracy": 1.0}, **wrong}))
+        assert not any(said in shown for said in ("LoRA", "warned", "raw backbone"))

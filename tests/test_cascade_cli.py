@@ -51,6 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = ok(*TRAIN, "--output", folder)
     assert found["adapter"] == str(folder)
     assert found["file_bytes"] == (folder / "maskpack_model.safetensors").stat().st_size
+    assert found["test_over_probe"] == found["test_accuracy"] - found["test_probe_accuracy"]
+    assert found["test_accuracy_without_masks"] <= 1
+    assert found["lora_rank_8_4bit_bytes"] > found["lora_rank_1_4bit_bytes"] > 0
+    assert any("was not worth it" in one for one in found["warnings"]) == (found["test_over_probe"] <= 0)
+    assert "On the test split a linear probe of the raw backbone has" in (folder / "README.md").read_text()
     assert {"expert_density", "dispatcher_mask_bytes", "expert_mask_bytes", "router_bytes", "head_bytes"} <= set(found)
     return folder
 

@@ -22,12 +22,13 @@ from maskpack.training.cascade import (
     COORDINATES,
     ROUTER,
     CascadeResult,
+    fit_cascade_head,
     fit_router,
     fit_whitening,
 )
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.features import embed
+from maskpack.training.features import by_class, embed, fit_probe
 
 from .helpers_models import QUICK, StopHere, bits, same, tiny_net
 
@@ -264,3 +265,34 @@ def test_whitening_leaves_out_what_is_not_there() -> None:
     assert fit_whitening(wide, 4).components.shape == (4, 5000)
     with pytest.raises(TrainingError, match="of 40 training rows are all alike .* masks have collapsed; lower the"):
         fit_whitening(torch.randn(12, generator=generator).expand(40, 12), 20)
+
+
+def test_the_head_says_what_the_cascade_is_worth(trained: Any, digits: Data) -> None:
+    _, result, _ = trained
+    backbone = tiny_net()
+    whole = fit_cascade_head(backbone, digits, result, combine="unconditional")
+    found = whole.metrics
+    assert digits.test is not None
+    assert digits.train is not None
+    # with the masks by the runtime, and without them by a model of our own
+    cascade = LoadedCascade(backbone.model, whole.parts, whole.cascade, whole.about)
+    x, y = (torch.cat(list(one)) for one in zip(*readable(loader(digits.test, backbone.preprocess)), strict=True))
+    weight, bias = whole.cascade.weight, whole.cascade.bias
+    assert weight is not None
+
+    def accuracy(features: torch.Tensor) -> float:
+        return float((nn.functional.linear(features, weight, bias).argmax(1) == y).double().mean())
+
+    assert found["test_accuracy"] == pytest.approx(accuracy(cascade.embed(x)), abs=0.01)
+    blocks = []
+    for name in SETS:
+        bare = tiny_net()
+        bare.model.load_state_dict({**result.parts[name].statistics, **result.parts[name].parameters}, strict=False)
+        blocks.append(embed(bare, digits.test, cache=False)[0])
+    assert found["test_accuracy_without_masks"] == pytest.approx(accuracy(torch.cat(blocks, 1)), abs=0.01)
+    assert found["test_accuracy_without_masks"] != found["test_accuracy"]
+    probe = fit_probe(*embed(backbone, digits.train, cache=False), 5)
+    right = by_class(probe.logits(embed(backbone, digits.test, cache=False)[0]), y)["accuracy"]
+    assert found["test_probe_accuracy"] == pytest.approx(right)
+    assert whole.about.training["metrics"] == found
+    assert whole.about.training["lora_bytes"]["rank_1_4bit"] == 17 + 44

@@ -543,3 +543,21 @@ def test_help_has_examples_for_every_verb() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout.startswith("maskpack 0.1.0")
+
+
+def test_auto_searches_first_and_says_what_it_chose(tmp_path: Path) -> None:
+    words = [*TRAIN, "--steps", 8, "--output", tmp_path / "a", "--auto"]
+    planned = run(*words, 200, "--dry-run")
+    assert planned.exit_code == 0, planned.stderr
+    assert "Searching for settings first:" in planned.stderr
+    assert not (tmp_path / "a").exists()
+    said = run(*words, 20)
+    assert said.exit_code == 2
+    assert "a search of 20 steps is too short for" in said.stderr
+    result = run(*words, 200)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"^  chosen: \w", result.stdout, re.MULTILINE)
+    found = ok(*words, 200, "--resume")
+    assert found["auto"] == ok("inspect", tmp_path / "a")["training"]["auto"]
+    assert found["auto"]["steps"] == 200
+    assert "holds the checkpoint of an earlier run" in run(*words, 200, "--dry-run").stderr

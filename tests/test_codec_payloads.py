@@ -69,17 +69,19 @@ class TestHowSmall:
         assert size(Logit(), mask) < 0.93 * entropy(mask)
 
     def test_magnitude_helps_where_scores_move_with_it(self) -> None:
-        classes = RNG(0).integers(0, 256, (64, 288), dtype=np.uint8)
-        mask = RNG(1).random(classes.shape) >= 0.4 * ((classes & 127) / 128) ** 2
-        side = Side(mask.shape, classes.reshape(-1))
+        weights = RNG(0).normal(size=(64, 288)).astype(np.float32)
+        mask = RNG(1).random(weights.shape) >= 0.4 * (np.abs(weights) / 2) ** 2
+        side = Side(mask.shape, weights.reshape(-1).view(np.uint32))
         assert size(LogitBase(), mask, side) < 0.93 * size(Logit(), mask)
 
     def test_signs_help_where_gradients_have_low_rank(self) -> None:
         rng = RNG(2)
-        classes = rng.integers(0, 256, (300, 400), dtype=np.uint8)
-        lean = np.sign(rng.normal(size=(300, 1)) * rng.normal(size=(1, 400))) * np.where(classes > 127, -1, 1)
-        mask = rng.random(classes.shape) >= 0.06 * (1 + 0.9 * lean)
-        assert size(LogitBase(), mask, Side(mask.shape, classes.reshape(-1))) < 0.93 * size(Logit(), mask)
+        weights = rng.normal(size=(300, 400)).astype(np.float32)
+        lean = np.sign(rng.normal(size=(300, 1)) * rng.normal(size=(1, 400))) * np.sign(weights)
+        mask = rng.random(weights.shape) >= 0.06 * (1 + 0.9 * lean)
+        assert size(LogitBase(), mask, Side(mask.shape, weights.reshape(-1).view(np.uint32))) < 0.93 * size(
+            Logit(), mask
+        )
 
     def test_events_in_a_kernel_attract_each_other(self) -> None:
         rate = np.where(RNG(3).random((64, 32, 1)) < 0.2, 0.4, 0.02)

@@ -28,8 +28,8 @@ INSTANCES = [codec for cls in CODECS.all() for codec in rivals("max", cls.id, Tr
 
 
 def side_of(count: int, codec: Codec, seed: int = 0) -> Side:
-    classes = np.random.default_rng(seed).integers(0, 256, count, dtype=np.uint8) if codec.needs_base else None
-    return Side((count,), classes)
+    words = np.random.default_rng(seed).integers(0, 1 << 16, count, dtype=np.uint16) if codec.needs_base else None
+    return Side((count,), words)
 
 
 def round_trip(codec: Codec, bits: Bits, side: Side) -> bytes:
@@ -59,7 +59,7 @@ def test_gives_back_its_bits(codec: Codec, density: float) -> None:
 def test_gives_back_structured_bits(codec: Codec) -> None:
     rows = np.random.default_rng(1).random((300, 1)) < 0.5
     bits = np.packbits(np.broadcast_to(rows, (300, 77)), bitorder="little")
-    side = Side((300, 77), side_of(300 * 77, codec).classes)
+    side = Side((300, 77), side_of(300 * 77, codec).weights)
     round_trip(codec, bits, side)
 
 
@@ -89,8 +89,8 @@ def test_gives_back_any_shape_and_density(codec: Codec, shape: list[int], densit
 
 def round_trip_shaped(codec: Codec, shape: tuple[int, ...], density: float, seed: int) -> None:
     count = math.prod(shape)
-    bits, classes = random_bits(count, density, seed), side_of(count, codec, seed).classes
-    round_trip(codec, bits, Side(shape, classes))
+    bits, words = random_bits(count, density, seed), side_of(count, codec, seed).weights
+    round_trip(codec, bits, Side(shape, words))
 
 
 def test_same_bits_give_the_same_payload(codec: Codec) -> None:

@@ -312,10 +312,10 @@ def test_top_is_for_one_score_a_weight(tiny: nn.Module) -> None:
     for wrong in ({"scale": True}, {"selective": "random:0.5"}):
         with pytest.raises(ConfigError, match=r"top 0\.1 gives scores to some weights only; leave out"):
             TrainConfig(top=0.1, **wrong)
-    with pytest.raises(ConfigError, match=r"top must be a share of at most 1, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"top must be a share from 0 to 1, got 1\.5"):
         TrainConfig(top=1.5)
-    with pytest.raises(ConfigError, match="top must be .*0"):
-        TrainConfig(top=0.0)
+    with pytest.raises(ConfigError, match=r"top must be a share from 0 to 1, got -0\.1"):
+        TrainConfig(top=-0.1)
 
 
 def test_which_scores_learn(tiny: nn.Module) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,14 +59,15 @@ def made(shape: tuple[int, ...], density: float, seed: int, base: bool, referenc
     """Return bits that follow rows, columns, classes and signs, and what is known of them."""
     rng, count = np.random.default_rng(seed), math.prod(shape)
     rows = shape[0] if len(shape) > 1 else 1
-    classes = rng.integers(0, 256, count, dtype=np.uint8)
+    weights = rng.normal(size=count).astype(np.float32)
     odds = rng.normal(0, 1, (rows, 1)) + rng.normal(0, 1, (1, count // max(rows, 1)))
-    odds = odds.reshape(-1) + ((classes & 127) / 64 if base else 0) * np.where(classes > 127, 1, -1)
+    odds = odds.reshape(-1) + (-weights if base else 0)
     reference = rng.random(count) < 0.5
     odds += 3 * reference if referenced else 0
     events = rng.random(count) < 1 / (1 + np.exp(-odds - math.log((1 - density + 1e-9) / (density + 1e-9))))
     known = np.packbits(reference, bitorder="little") if referenced else None
-    return np.packbits(~events, bitorder="little"), Side(shape, classes if base else None, known)
+    words = weights.view(np.uint32) if seed % 2 else (weights.view(np.uint32) >> 16).astype(np.uint16)
+    return np.packbits(~events, bitorder="little"), Side(shape, words if base else None, known)
 
 
 SHAPES = st.one_of(
@@ -104,25 +106,32 @@ def test_both_ways_agree_on_any_bytes(
 @pytest.mark.parametrize("base", [False, True])
 def test_many_lanes(compiled: ctypes.CDLL, shape: tuple[int, ...], base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logit, "LANE_BYTES", 50)
-    monkeypatch.setattr(logit, "BATCH", 1 << 12)
     bits, side = made(shape, 0.9, 1, base, False)
     payload = logit.encode(bits, side, base)
     assert np.array_equal(agreed(compiled, payload, side, base), bits)
-    with monkeypatch.context() as patch:
-        patch.setattr(logit, "BATCH", 1 << 30)
-        assert logit.encode(bits, side, base) == payload
+    assert with_library(None, lambda: logit.encode(bits, side, base)) == payload
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 50_000])
 @pytest.mark.parametrize("spread", [0, 3, 1 << 15])
-def test_both_ways_give_the_same_classes(compiled: ctypes.CDLL, count: int, spread: int) -> None:
-    """Also of infinities and of NaN with any payload and sign."""
+@pytest.mark.parametrize("parts", [16, 128])
+def test_both_ways_give_the_same_classes(compiled: ctypes.CDLL, count: int, spread: int, parts: int) -> None:
+    """Also of infinities and of NaN with any payload and sign, and of float32 that is rounded to the same."""
     rng = np.random.default_rng(count)
     weights = rng.integers(0, 1 << 16, count, dtype=np.uint16)
     near = rng.choice(np.array([0, 0x3F80, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF], dtype=np.uint16), count)
     weights = np.where(rng.integers(0, 1 << 15, count) < spread, weights, near | weights & 0x8000)
-    first, second = (with_library(one, lambda: weight_classes(weights)) for one in (compiled, None))
-    assert np.array_equal(first, second)
+    below = rng.choice(np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=np.uint32), count)
+    exact = weights.astype(np.uint32) << 16
+    for words in (weights, exact, exact + below):
+        first, second = (
+            with_library(one, lambda words=words: weight_classes(words, parts)) for one in (compiled, None)
+        )
+        assert np.array_equal(first, second)
+        rounded = torch.from_numpy(words.astype(np.uint32).view(np.float32)).bfloat16() if words.itemsize == 4 else None
+        if rounded is not None:
+            assert np.array_equal(first, weight_classes(rounded.view(torch.int16).numpy().view(np.uint16), parts))
+    assert np.array_equal(weight_classes(weights, parts), weight_classes(exact, parts))
 
 
 def test_tables_are_those_of_the_page() -> None:
@@ -167,8 +176,8 @@ class TestRefuses:
         self.refused(bytes([0b1110]) + self.good[1:], r"of shape \(40, 30\) states the arrays 000111, a low rank of 0")
         self.refused(b"\x86" + self.good[1:], r"states the arrays 1000011, a low rank of 0")
         self.refused(self.good[:1] + varint(1 << 20) + self.good[2:], "an offset of -1048544, which do not")
-        classes = np.zeros(self.side.count, dtype=np.uint8)
-        self.refused(self.good[:2] + b"\x09" + self.good[2:], "a low rank of 9", Side((40, 30), classes), True)
+        words = np.zeros(self.side.count, dtype=np.uint16)
+        self.refused(self.good[:2] + b"\x09" + self.good[2:], "a low rank of 9", Side((40, 30), words), True)
         self.refused(self.good[:2] + b"\x00" + self.good[3:], "states table 0 for an array")
 
     def test_what_does_not_add_up(self) -> None:

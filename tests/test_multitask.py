@@ -31,6 +31,7 @@ from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.gates import GatedWeight
 from maskpack.training.multitask import BASE, CLAIM, HISTOGRAMS, RESULT, JointRun, Task, plan_tasks, train_jointly
 from maskpack.training.run_folder import RunFolder
+from maskpack.training.worth import probe_accuracies
 
 from .helpers_models import StopHere, bits, same, tiny_net
 
@@ -304,10 +305,28 @@ def test_the_backbone_comes_back_whole(tasks: dict[str, Task]) -> None:
 def test_masks_that_keep_everything_are_said(tasks: dict[str, Task]) -> None:
     events = list[Mapping[str, Any]]()
     train_jointly(tiny_net(), two(tasks), replace(QUICK, steps=1), report=events.append)
-    [warning] = [event["warning"] for event in events if event["event"] == "warning"]
-    assert warning.startswith(
-        "no gate of low, high has closed, so that the masks keep everything; take more steps, a g"
-    )
+    warnings = [event["warning"] for event in events if event["event"] == "warning"]
+    said = "no gate has closed, so that the mask keeps everything; take more steps, a g"
+    assert [one.partition(": ")[0] for one in warnings if said in one] == ["low", "high"]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_joint_training_says_what_it_was_worth(tasks: dict[str, Task], gated: bool) -> None:
+    backbone = tiny_net()
+    probes = {name: probe_accuracies(backbone, task.data, 16) for name, task in two(tasks).items()}
+    # gates that close by themselves, so that the network without them is another one
+    config, joint = replace(QUICK, steps=20), replace(FAST, gate_start=0.05)
+    found = train_jointly(backbone, two(tasks), config, joint if gated else None, gated=gated)
+    for name, one in found.items():
+        assert one.metrics["test_probe_accuracy"] == probes[name]["test_probe_accuracy"]
+        assert one.metrics["test_over_probe"] == one.metrics["test_accuracy"] - one.metrics["test_probe_accuracy"]
+        assert ("test_accuracy_without_masks" in one.metrics) == gated
+        assert one.about.training is not None
+        assert one.about.training["lora_bytes"] == {"rank_1_4bit": 17 + 44, "rank_8_4bit": 8 * 123 // 2}
+        low = one.metrics["test_over_probe"] <= 0
+        assert any("was not worth it" in text for text in one.about.training.get("warnings", [])) == low
+    if gated:
+        assert any(one.metrics["test_accuracy_without_masks"] != one.metrics["test_accuracy"] for one in found.values())
 
 
 def test_accumulated_batches_are_one_step(tasks: dict[str, Task]) -> None:
@@ -407,7 +426,8 @@ def test_verb(tmp_path: Path) -> None:
     done = cli(tmp_path, first)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "| task | accuracy | before hardening | density | mask bytes | file bytes |"
+    shares = "accuracy | before hardening | without the masks | linear probe"
+    assert lines[0] == f"| task | {shares} | density | mask bytes | file bytes |"
     assert [line.split()[1] for line in lines[2:]] == ["low", "high"]
     # what it names as the next command can be typed as it stands
     (following,) = re.findall("Next: maskpack (eval .*)", done.stderr)

@@ -509,6 +509,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {*names, "transfer.json"}
     assert json.loads((folder / "transfer.json").read_text()) == found
     source, through, transferred, plain = found["rows"]
+    assert found["test_accuracy"] == transferred["target"]
+    assert found["test_over_probe"] == found["test_accuracy"] - found["test_probe_accuracy"]
+    assert {"test_accuracy_without_masks", "lora_rank_8_4bit_bytes", "warnings"} <= found.keys()
     assert plain["network"] == "plain fine-tuning"
     assert found["file_bytes"] == (folder / "maskpack_model.safetensors").stat().st_size
     weights = ["--backbone", BACKBONE[1], "--weights", folder / "source.safetensors"]

@@ -118,6 +118,13 @@ def planned(backbone: "Backbone", data: "Data", settings: TrainConfig) -> dict[s
     return plan
 
 
+def worth_of(adapter: "maskpack.Adapter") -> dict[str, Any]:
+    """Return what a result says of an adapter's bytes beside those of LoRA, and what its training warned of."""
+    record = adapter.about.training or {}
+    beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
+    return {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
+
+
 def reference(output: Path) -> str:
     """Return what verbs take for the adapter in a folder."""
     return shlex.quote(str(output) if output.is_absolute() else f"./{output}")
@@ -138,28 +145,49 @@ def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) ->
     "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask-flowers",
     "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
     "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
+    "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --auto 1000 --output ./mask-flowers",
     "maskpack train --config run.toml --resume",
 )
-def train(backbone: TrainedBackbone, data: DataRef, rows: Rows, settings: TrainConfig, run: Run) -> None:
+def train(
+    backbone: TrainedBackbone,
+    data: DataRef,
+    rows: Rows,
+    settings: TrainConfig,
+    run: Run,
+    auto: Annotated[
+        int | None,
+        "Optimiser steps of a search before the training, which chooses the settings that are left open by short runs "
+        "on a fifth of the training rows.",
+        typer.Option(min=1, rich_help_panel="Training"),
+    ] = None,
+) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
+    from maskpack.training.auto import SEARCH, check_search, in_words, plan_search
     from maskpack.training.run_folder import check_untaken
 
     run.check(settings)
-    check_untaken(run.output / RUN_FOLDER, run.resume)
+    folder = run.output / RUN_FOLDER
+    check_untaken(folder, run.resume) if auto is None else check_search(folder / SEARCH, run.resume)
     loaded, read = load_inputs(backbone, data, rows, settings)
     plan = planned(loaded, read, settings)
+    options: dict[str, Any] = {}
+    if auto is not None:
+        search, options = plan_search(loaded, read, settings, auto), {"search_steps": auto}
+        plan |= {"search_steps": search.steps, "candidates": len(search.candidates)}
+        note(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
     if run.dry_run:
         return emit(plan, NOTHING_DONE)
-    result = run.train(training.train_mask, loaded, read, settings, output=run.output / RUN_FOLDER)
+    function = training.train_mask if auto is None else training.train_auto
+    result = run.train(function, loaded, read, settings, output=folder, **options)
     adapter = run.save(result, loaded.model)
     if unreadable := result.about.training["data"]["unreadable"]:
         warn(f"{unreadable} examples could not be read and were left out.")
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
-    facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes}
-    record = result.about.training or {}
-    beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
-    facts |= {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
+    facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes, **worth_of(adapter)}
+    if auto is not None:
+        searched = result.about.training["auto"]
+        facts |= {"chosen": in_words(searched["chosen"]), "auto": searched}
     emit(facts, f"✓ {run.output}")
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
@@ -222,8 +250,10 @@ def train_experts(
         "dispatcher_mask_bytes": about["sets"]["dispatcher"]["payload_bytes"],
         "expert_mask_bytes": sum(about["sets"][name]["payload_bytes"] for name in about["cascade"]["experts"]),
         **{f"{role}_bytes": size for role, size in about["cascade"]["bytes"].items()},
-        "file_bytes": adapter.size,
+        **worth_of(adapter),
     }
+    for warning in () if cascade.no_labels else facts["warnings"]:  # those of a head, which is fitted last
+        warn(warning)
     emit(facts, f"✓ {run.output}")
     if not cascade.no_labels:
         hint(f"Next: maskpack cascade eval {evaluated(run.output, data, backbone, rows)}")
@@ -319,7 +349,7 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     result = run.train(training.train_transfer, loaded, source, target, settings, start=start, output=output, **options)
     rows_found = transfer_table(result, source, target, batch_size=settings.batch_size)
     adapter = run.save(result, result.backbone.model)
-    facts = {"adapter": str(output), "start": start, "density": result.metrics["density"], "file_bytes": adapter.size}
+    facts = {"adapter": str(output), "start": start, **result.metrics, **worth_of(adapter)}
     if not trained:
         facts["source_weights"] = str(output / SOURCE_FILE)
         backbone = replace(backbone, weights=output / SOURCE_FILE, random_weights=None)

@@ -242,6 +242,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
     if results := metrics(record):
         rows = [[escape(key, "markdown"), f"{value:.4g}"] for key, value in results.items()]
         yield f"## Results\n\n{_table(('result', 'value'), rows)}"
+        yield from _worth(results, record, sum(one["payload_bytes"] for one in sets.values()))
     yield from _combined(member(record, "combined"))
     if record or classes:
         yield "## Training\n"
@@ -261,6 +262,29 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
         yield f"Training record:\n\n```json\n{fenced}\n```\n"
     digest = base["digests"]["float32"]
     yield f"mask_id {_code(description['mask_id'])}, base digest (float32) {_code(digest)}.\n"
+
+
+def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: int) -> Iterator[str]:
+    """Yield what the masks are worth beside a linear probe, the network without them, and LoRA; and warnings."""
+    split = next((name for name in ("test", "validation") if f"{name}_probe_accuracy" in results), "")
+    if f"{split}_accuracy" in results:
+        own, probe = results[f"{split}_accuracy"], results[f"{split}_probe_accuracy"]
+        without = results.get(f"{split}_accuracy_without_masks")
+        alone = "" if without is None else f", and {without:.4f} with the masks alone taken out"
+        yield (
+            f"On the {split} split a linear probe of the raw backbone has the accuracy {probe:.4f}. This adapter has "
+            f"{own:.4f} ({own - probe:+.4f}){alone}.\n"
+        )
+    lora = {rank: member(record, "lora_bytes").get(f"rank_{rank}_4bit") for rank in (8, 1)}
+    if all(type(size) is int and 0 <= size < HUGE for size in lora.values()):
+        yield (
+            f"The masks take {mask_bytes:,} bytes; LoRA for the same weights, at 4 bits a number, takes {lora[8]:,} at "
+            f"rank 8 and {lora[1]:,} at rank 1.\n"
+        )
+    warnings = record.get("warnings")
+    for warning in warnings[:MOST_SETS] if isinstance(warnings, list) else ():
+        if isinstance(warning, str):
+            yield f"Training warned: {escape(without_paths(warning), 'markdown')}.\n"
 
 
 def _usage(base: Mapping[str, Any], name: str, is_cascade: bool, classifies: bool) -> str:

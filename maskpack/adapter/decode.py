@@ -13,8 +13,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
-from ..codecs.base import CODECS, Bits, Codec, Side, place, plausible
-from ..codecs.classes import weight_classes
+from ..codecs.base import CODECS, Codec, Side, Words, place, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
@@ -42,8 +41,8 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
-def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Bits:
-    """Return the magnitude classes and signs of one parameter of the base, one uint8 per weight, row-major.
+def base_words(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Words:
+    """Return the weights of one parameter of the base as patterns of bits, row-major, flat.
 
     A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
     a BackboneMismatchError.
@@ -62,8 +61,10 @@ def base_classes(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
-    rounded = tensor.detach().cpu().to(torch.bfloat16).contiguous()
-    return weight_classes(rounded.view(torch.int16).numpy().view(np.uint16))
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if tensor.dtype == torch.float32:
+        return flat.numpy().view(np.uint32)
+    return flat.view(torch.int16).numpy().view(np.uint16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,10 +103,10 @@ class Decoder:
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
                 f"which is too few for so many; fetch the file again"
             )
-        classes = self._classes(payload) if codec.needs_base else None
+        weights = self._base(payload) if codec.needs_base else None
         referenced = self._referenced(payload)
         reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
-        side = Side(payload.shape, classes, reference)
+        side = Side(payload.shape, weights, reference)
         try:
             events = codec.events(data, side)
             packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
@@ -128,10 +129,10 @@ class Decoder:
             zeros = np.sort(zeros)
         return bits, zeros
 
-    def _classes(self, payload: Payload) -> Bits:
-        """Return the classes of the weights that a payload is packed with, which must be the base's.
+    def _base(self, payload: Payload) -> Words:
+        """Return the weights that a payload is packed with, which must be the base's.
 
-        They are compared before decoding: few other classes may leave a payload that decodes, to another mask.
+        They are compared before decoding: few other weights may leave a payload that decodes, to another mask.
         """
         from ..backbone.fingerprint import same_digest, tensor_digest
 
@@ -141,14 +142,14 @@ class Decoder:
                 f"{self.adapter.path}: the mask of {name!r} is packed with the weights of {base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
-        classes = base_classes(self.weights, name, payload.shape)
+        words = base_words(self.weights, name, payload.shape)
         weight = self.weights[name]
         if not same_digest(tensor_digest(weight, weight.dtype), base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load {base.id}, "
                 f"which the adapter was made for"
             )
-        return classes
+        return words
 
     def mask(self, set: str, name: str, zeros: bool = False) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""

@@ -4,6 +4,7 @@ import difflib
 import importlib.metadata
 import itertools
 import math
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,23 +20,24 @@ from blake3 import blake3
 from torch import Tensor
 
 from ..backbone.model import Fingerprint
-from ..codecs.base import Codec, Profile, Side
+from ..codecs.base import Codec, Profile, Side, to_frame
 from ..codecs.choose import rivals, smallest
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
-from ..safetensors_io import SEAL, UNSEALED, Blob, file_order, replacing, write_blobs, writing
+from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import About, Cascade, Parts
-from .decode import Weights, base_classes, by_name
+from .decode import Weights, base_words, by_name
 from .describe import config_text, inspect_adapter
-from .header import Coding, Header, Payload, SetHeader, cascade_to_json
-from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, parse_adapter, read_model
+from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
+from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
 from .signature import remove_signature
-from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, dense_blobs, head_to_json
+from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json
 
 WORTH = 1 << 14  # weights; coding is slow
 PIECE = 1 << 20  # bytes
+LEVEL = 19  # of the index's frame
 
 
 class Spooled:
@@ -79,11 +81,10 @@ class _Job(NamedTuple):
 
 
 class _Coded(NamedTuple):
-    """A payload without its bytes: hex BLAKE3 of its packed bits, BLAKE3 of its bytes, scale of its mask."""
+    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask."""
 
     payload: Payload
     bits_digest: str
-    digest: bytes
     alpha: float | None
 
 
@@ -100,8 +101,8 @@ def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[
 def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
     """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done."""
     bits, shape = packed_bits(job.bits), job.mask.shape
-    classes = None if weights is None else base_classes(weights, job.name, shape)
-    variants, against = [(bits, Side(shape, classes))], None
+    words = None if weights is None else base_words(weights, job.name, shape)
+    variants, against = [(bits, Side(shape, words))], None
     if job.reference is not None:
         against, other, digest = job.reference
         if bits_digest(other) != digest:
@@ -109,20 +110,19 @@ def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | No
                 f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
                 f"must make the same mask each time"
             )
-        variants.append((bits ^ packed_bits(other), Side(shape, classes, packed_bits(other))))
+        variants.append((bits ^ packed_bits(other), Side(shape, words, packed_bits(other))))
     try:
         codec, data, variant = smallest(codecs, variants)
     except ConfigError as error:
         raise ConfigError(f"the mask of {job.name!r}: {error}") from None
     # a mask that does not decode is lost for good, and decoding is far cheaper than coding
     given, side = variants[variant]
-    side = replace(side, classes=side.classes if codec.needs_base else None)
+    side = replace(side, weights=side.weights if codec.needs_base else None)
     if not np.array_equal(type(codec)(**codec.config()).decode(data, side), given):
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)
     payload = Payload(job.set, job.name, shape, coding, job.bits.count(), len(data))
-    made = _Coded(payload, bits_digest(job.bits), blake3(data).digest(), job.mask.alpha)
-    return made, data, job.op == job.mask.op
+    return _Coded(payload, bits_digest(job.bits), job.mask.alpha), data, job.op == job.mask.op
 
 
 def _check(name: str, mask: PackedMask, parts: Parts) -> None:
@@ -206,12 +206,12 @@ def encode(
     progress: Progress | None,
     spool: Callable[[], Spooled],
 ) -> tuple[Header, list[Blob]]:
-    """Code mask sets and return the header and the tensors of their file, whose payloads are put aside."""
+    """Code mask sets and return the header and the tensors of their file in order; payloads are put aside."""
     sets = dict(sorted(sets.items()))
     heads = {name: None if parts.head is None else head_to_json(parts.head) for name, parts in sets.items()}
     dense = dense_blobs(sets, cascade)
     codecs = rivals(profile, codec, weights is not None)
-    uses_base = any(one.needs_base for one in codecs)  # classes cost time
+    uses_base = any(one.needs_base for one in codecs)  # they cost time
     work = partial(_code, codecs=codecs, weights=by_name(weights) if uses_base and weights is not None else None)
     step = counted(progress, (parts.masks.total for parts in sets.values()))
     if cascade is not None and cascade.dispatcher in sets:
@@ -219,7 +219,7 @@ def encode(
     else:
         first = choose_reference({name: parts.masks for name, parts in sets.items()})
     coded: dict[str, list[_Coded]] = {}
-    payloads, reference = [], None
+    payloads, reference = dict[str, Blob](), None
     for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
         coded[name], pieces = [], spool()
         for one, data, done in in_order(work, _jobs(name, sets[name], reference), lambda job: len(job.bits), WORTH):
@@ -227,7 +227,7 @@ def encode(
             coded[name].append(one)
             if done:
                 step(one.payload.weights)
-        payloads.append(Blob(f"{name}/payloads", "U8", (pieces.size,), pieces))
+        payloads[name] = Blob(f"{name}/payloads", "U8", (pieces.size,), pieces)
         if name == first:
             digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in coded[name]}
             reference = name, sets[name].masks, digests
@@ -236,29 +236,37 @@ def encode(
         if any(one.alpha is not None for one in coded[name]):
             alphas = np.array([one.alpha or 0.0 for one in coded[name]], dtype="<f4")
             dense.append(Blob(f"{name}/scale", "F32", alphas.shape, [alphas.tobytes()]))
-    stored = [one.digest for one in rows] + [_digest([blob]) for blob in sorted(dense, key=lambda blob: blob.name)]
     masked = sorted({one.payload.name for one in rows})
-    payloads.append(Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]))
-    payloads.append(Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]))
-    blobs = file_order([*dense, *payloads])
+    dense.sort(key=lambda blob: blob.name)
+    first_blob = Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked])
     header = Header(
         f"maskpack/{importlib.metadata.version('maskpack')}",
-        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _, _ in rows),
-        _digest(blobs).hex(),
+        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _ in rows),
         replace(base, tensors={}),
         {name: SetHeader(tuple(one.payload for one in coded[name]), head) for name, head in heads.items()},
         about,
         None if cascade is None else cascade_to_json(cascade),
+        {blob.name: (blob.dtype, blob.shape) for blob in dense},
     )
-    return header, blobs
+    return header, [first_blob, *(payloads[name] for name in sets), *dense]
 
 
-def _digest(blobs: Iterable[Blob]) -> bytes:
-    whole = blake3()
-    for blob in blobs:
-        for piece in blob.data:
-            whole.update(piece)
-    return whole.digest()
+def _write(path: Path, header: Header, blobs: Sequence[Blob]) -> None:
+    """Write the bytes of a model file."""
+    text = header.to_json().encode()
+    if len(text) > MAX_HEADER:
+        raise AdapterError(
+            f"its index would have {len(text)} bytes, at most {MAX_HEADER} are allowed; store less in it"
+        )
+    index, whole = to_frame(text, LEVEL, DICTIONARY), blake3()
+    pieces = [struct.pack("<I", len(index)), index]
+    size = DIGEST_BYTES + sum(map(len, pieces)) + sum(blob.size for blob in blobs)
+    for piece in itertools.chain(pieces, *(blob.data for blob in blobs)):
+        whole.update(piece)
+    with path.open("wb") as file:
+        file.write(opening(size) + whole.digest()[:DIGEST_BYTES])
+        for piece in itertools.chain(pieces, *(blob.data for blob in blobs)):
+            file.write(piece)
 
 
 def save_adapter(
@@ -330,9 +338,8 @@ def write_adapter(
             file = tempfile.TemporaryFile(dir=model.parent)  # nameless: it goes with the process
         with file:
             header, blobs = encoded(partial(Spooled, file, model.parent))
-            metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
             with replacing(*(one for one in (model, config) if one is not None)) as temporary:
-                write_blobs(temporary[0], blobs, metadata)
+                _write(temporary[0], header, blobs)
                 try:  # what a reader would refuse must not replace an older file
                     adapter = parse_adapter(read_model(temporary[0], model), model)
                     adapter.check_values()

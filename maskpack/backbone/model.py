@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
-PREFIX = 6  # bytes of a tensor's digest that are stored, for each cast
+PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
 Pooling = Literal["mean", "cls", "projection"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
@@ -68,7 +68,7 @@ class Fingerprint:
     Attributes:
         dtype: of the body when the fingerprint was taken, as in "float32".
         digests: hex BLAKE3 of the body by the dtype that it was cast to.
-        tensors: 18 bytes by parameter name: 6 each of the digests of the tensor cast to float32, bfloat16, float16.
+        tensors: 6 bytes by parameter name: 2 each of the digests of the tensor cast to float32, bfloat16, float16.
     """
 
     id: str

@@ -34,6 +34,7 @@ from ..registry import Registry
 
 Bits = NDArray[np.uint8]
 Bytes = bytes | bytearray | memoryview
+Words = NDArray[np.uint16] | NDArray[np.uint32]  # of bfloat16 or float32
 Profile = Literal["fast", "default", "max"]
 FREE, EACH = 1 << 28, 1 << 21  # weights that a payload may stand for at all, and for each of its bytes
 PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
@@ -45,15 +46,15 @@ class Side:
 
     Attributes:
         shape: of the parameter.
-        classes: for a codec with `needs_base`: one uint8 per weight of the base, row-major. The lower seven bits are
-            its rank among the parameter's magnitudes, from 0 (smallest) to 127, equally populated; the top bit is its
-            sign.
+        weights: for a codec with `needs_base`: the weights of the base as patterns of bits, row-major, flat. What a
+            codec makes of them must be the same for float32 and for the same rounded to bfloat16
+            (`classes.weight_classes`).
         reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
             bits that the codec gets and gives back are then mask XOR reference already.
     """
 
     shape: tuple[int, ...]
-    classes: Bits | None = None
+    weights: Words | None = None
     reference: Bits | None = None
 
     @property
@@ -88,12 +89,14 @@ class Codec(ABC):
 
     Attributes:
         id: the name that files carry. reference: paper or specification, or "".
-        needs_base: whether it needs `Side.classes`.
+        needs_base: whether it needs `Side.weights`.
+        supersedes: id of a codec that need not compete where this one does, or "".
     """
 
     id: ClassVar[str]
     reference: ClassVar[str] = ""
     needs_base: bool = False
+    supersedes: ClassVar[str] = ""
 
     @abstractmethod
     def encode(self, bits: Bits, side: Side) -> bytes | None:
@@ -128,12 +131,13 @@ WINDOW = 8 << 20  # bytes
 BLOCK, BLOCK_CONTENT = 4, 128 << 10  # a block has at least 4 bytes and gives at most 128 KiB
 
 
-def to_frame(data: bytes, level: int) -> bytes:
-    """Return a zstandard frame with its content's size, without checksum or dictionary."""
-    return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
+def to_frame(data: bytes, level: int, dictionary: bytes = b"") -> bytes:
+    """Return a zstandard frame with its content's size, without checksum; `dictionary` is what comes before it."""
+    words = zstandard.ZstdCompressionDict(dictionary, zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
+    return zstandard.ZstdCompressor(level, words, write_checksum=False, write_content_size=True).compress(data)
 
 
-def from_frame(data: Bytes | Bits, least: int, most: int | None = None) -> bytes:
+def from_frame(data: Bytes | Bits, least: int, most: int | None = None, dictionary: bytes = b"") -> bytes:
     """Return the content of a frame, which must have `least` to `most` bytes (default: exactly `least`).
 
     Raises:
@@ -159,7 +163,8 @@ def from_frame(data: Bytes | Bits, least: int, most: int | None = None) -> bytes
                 f"a zstd payload has a window of {stated.window_size} bytes, dictionary {stated.dict_id}, checksum "
                 f"{stated.has_checksum}; expected a window of at most {WINDOW}, no dictionary and no checksum"
             )
-        return zstandard.ZstdDecompressor(max_window_size=WINDOW).decompress(frame, allow_extra_data=False)
+        words = zstandard.ZstdCompressionDict(dictionary, zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
+        return zstandard.ZstdDecompressor(words, max_window_size=WINDOW).decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptAdapterError(f"a zstd payload cannot be decoded: {error}") from None
 

@@ -55,7 +55,9 @@ def rivals(profile: Profile, codec: str | None, base: bool) -> list[Codec]:
     if profile not in PROFILES:
         raise ConfigError(f"unknown profile {profile!r}; known: {', '.join(PROFILES)}")
     if codec is None:
-        return [rival for cls in CODECS.all() if base or not cls.needs_base for rival in cls.candidates(profile)]
+        found = [rival for cls in CODECS.all() if base or not cls.needs_base for rival in cls.candidates(profile)]
+        superseded = {rival.supersedes for rival in found}
+        return [rival for rival in found if rival.id not in superseded]
     cls = CODECS[codec]
     if cls.needs_base and not base:
         raise ConfigError(f"the codec {codec!r} needs the weights of the base; pass weights=")

@@ -1,12 +1,12 @@
 """The model of a mask's events that takes the fewest bytes: penalised logistic regression, then rounding by cost.
 
-All sums are of multiples of powers of two and so exact in any order: the same mask gives the same bytes on every
-machine, whatever its libraries and threads.
+What is summed up are integers, or multiples of powers of two that are exact in any order: the same mask gives the same
+bytes on every machine, whatever its libraries and threads.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from ctypes import c_int64
+from ctypes import byref, c_void_p
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,15 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import native
-from .lanes import LEVELS, ONE, RANGE, tables
-from .logit_model import HIGHEST, MAX_RANK, STEPS, Before, Grid, Known, Model, may_lean, sizes
+from .base import Bits
+from .lanes import BITS, LEVELS, ONE, RANGE, tables
+from .logit_model import CLASSES, HIGHEST, MAX_RANK, OTHER, SAME, STEPS, Before, Grid, Ints, Known, may_lean, sizes
 
 Floats = NDArray[np.float64]
+Longs = NDArray[np.int64]
+NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
-EXACT = 1 << 15  # probabilities are multiples of 1/EXACT
-BLOCK = 1 << 15  # weights that are worked on at once
-SMALL = 1 << 20  # weights up to which many rounds are made
-ROUNDS, FEW = (8, 14), (3, 5)  # of all coefficients, and of the search for directions
+BLOCK = 1 << 18  # weights that numpy works on at once
+ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
+TOGETHER = (
+    ("magnitude", "position", "reference"),
+    ("before",),
+    ("row", "input"),
+)  # arrays that hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
 LEAST_WORTH = 12.0  # bits
@@ -31,12 +37,32 @@ BOLDEST = 1.0  # nats that a coefficient moves at once
 EDGE = 1.15  # of the greatest singular value of noise, from which a direction is worth its bytes
 TRIED = (1, 2, 3, 5, 7, 9, 11, 12, 13)  # numbers of steps
 LEAN_STEPS = (7, 9, 11, 12, 13)
+ARRAYS = ("row", "input", "position", "before", "magnitude", "reference")
+BINS = {"before": SAME * OTHER, "magnitude": CLASSES, "reference": 2}
+FINE, BIG = 1 << 15, 1 << 20  # probes, and what is made of images, are integers of about and at most this size
+
+
+class Fitted(NamedTuple):
+    """A model as its payload has it: of each array that is not all zero, in order, its step and table, its integers."""
+
+    offset: int
+    codes: dict[str, int]
+    values: dict[str, Ints]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions of the low rank."""
+        return sum(name.startswith("left") for name in self.codes)
+
+    def coefficients(self) -> Ints:
+        """Return the integers of all arrays, one after another."""
+        return np.concatenate([np.zeros(0, dtype=np.int32), *self.values.values()])
 
 
 class Rounded(NamedTuple):
     """Integers that stand for coefficients: their table (0: all are 0), the number of their step, what they cost."""
 
-    integers: NDArray[np.int32]
+    integers: Ints
     table: int
     step: int
     cost: float
@@ -47,252 +73,285 @@ class Rounded(NamedTuple):
         return np.asarray(whole * (STEPS[self.step] / 16), dtype=np.float64)
 
 
+class Probes(NamedTuple):
+    """What weights' residuals or variances are multiplied by, and the sums of that over inputs and over rows.
+
+    Attributes:
+        along, across: (probes, inputs), (rows, probes). images, others: (rows, probes), (probes, inputs).
+    """
+
+    along: Ints | None
+    across: Ints | None
+    images: Longs
+    others: Longs
+
+    @classmethod
+    def of(cls, grid: Grid, along: Ints | None = None, across: Ints | None = None) -> "Probes":
+        """Return probes whose sums are 0 so far."""
+        count = len(along) if along is not None else 0 if across is None else across.shape[1]
+        return cls(
+            along, across, *(np.zeros(shape, dtype=np.int64) for shape in ((grid.rows, count), (count, grid.inputs)))
+        )
+
+    def native(self, others: bool) -> native.Probes:
+        """Return what compiled loops take."""
+        wanted = self.images if self.along is not None else None, self.others if others else None
+        return native.Probes(len(self.others), *map(native.address, (self.along, self.across, *wanted)))
+
+    def add(self, own: slice, weights: Longs, factors: Floats | None = None) -> None:
+        """Add some rows' weights, by numpy."""
+        part = None if self.across is None else self.across[own]
+        if self.along is not None:
+            self.images[own] = _product(weights, self.along.T)
+        if factors is not None:
+            part = np.rint(np.clip(self.images[own] * factors[own, None], -BIG, BIG))
+        if part is not None:
+            self.others[:] += _product(part.T, weights)
+
+
+class Sums(NamedTuple):
+    """Slopes and curvatures of the likelihood: along all coefficients, and along each of some arrays."""
+
+    total: Floats
+    arrays: dict[str, Floats]
+
+
 class Fit:
     """Coefficients that are no integers yet, and the events that they are fitted to.
 
     Attributes:
-        values: of each array, in nats. left, right: (rows, rank) and (inputs, rank).
+        values: of each array, in nats. left, right: (rows, rank) and (rank, inputs).
     """
 
-    def __init__(self, grid: Grid, known: Known, events: NDArray[np.bool_]):
-        self.grid, self.known, self.events = grid, known, events
+    def __init__(self, grid: Grid, known: Known, events: Bits):
+        self.grid, self.events = grid, events
         self.worth: dict[str, float] = {}  # about how many bits each array saves
-        self.values = {name: np.zeros(size) for name, size in sizes(grid, known).items() if size}
-        self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((grid.inputs, 0))
+        self.sizes = sizes(grid, known.classes is not None, known.reference is not None)
+        self.values = {name: np.zeros(size) for name, size in self.sizes.items() if size}
+        self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((0, grid.inputs))
         share = np.count_nonzero(events) / events.size
         self.offset = _moved(0.0, math.log(share / (1 - share)), EXTREME)
-        self.index: dict[str, NDArray[Any]] = {}
+        self.index: dict[str, Bits] = {}
         if "before" in self.values:
             self.index["before"] = contexts(grid, known, events)
         if known.classes is not None:
-            self.index["magnitude"] = known.classes >> 3 & 15
-            self.sign = np.where(known.classes[0] > 127, np.int8(-1), np.int8(1))
+            self.index["magnitude"] = np.bitwise_and(known.classes, np.uint8(127))
         if known.reference is not None:
             self.index["reference"] = known.reference
-        width = max(1, BLOCK // (grid.inputs * grid.positions))
-        self.blocks = [slice(start, min(start + width, grid.rows)) for start in range(0, grid.rows, width)]
-        self.rounds, self.searches = ROUNDS if events.size <= SMALL else FEW
+        self.signs = known.classes
 
-    def residuals(self, rows: slice) -> tuple[Floats, Floats]:
-        """Return event - p and p (1 - p) of some rows' weights (positions, rows, inputs)."""
-        at = np.full((self.grid.positions, rows.stop - rows.start, self.grid.inputs), PARTS * (self.offset + EXTREME))
-        for name, own in self.values.items():
-            scaled = own * PARTS
-            if name == "row":
-                at += scaled[rows, None]
-            elif name == "input":
-                at += scaled
-            elif name == "position":
-                at += scaled[:, None, None]
-            elif name == "reference":
-                at += scaled * self.index[name][:, rows]
-            else:
-                at += np.take(scaled, self.index[name][:, rows])
-        if self.left.shape[1]:
-            lean = (self.left[rows] * PARTS) @ self.right.T
-            lean *= self.sign[rows]
-            at[0] += lean
-        (p, variances), compiled = _curve(), native.library()
-        if compiled is not None:
-            events, variance = np.ascontiguousarray(self.events[:, rows]), np.empty_like(at)
-            arrays = [native.pointer(array) for array in (p, variances, variance)]
-            given = (native.pointer(at), native.pointer(events), c_int64(p.size), *arrays)
-            compiled.maskpack_residuals(c_int64(at.size), *given)
-            return at, variance
-        found = np.rint(at, out=at).astype(np.intp)
-        residual = np.take(p, found, mode="clip", out=at)
-        return np.subtract(self.events[:, rows], residual, out=residual), np.take(variances, found, mode="clip")
+    def sums(
+        self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None,
+        factors: Floats | None = None,
+    ) -> Sums:  # fmt: skip
+        """Return what a step of Newton's asks for, summed up over all weights.
 
-    def _sums(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return the slope and the curvature of the likelihood along each coefficient of some arrays."""
-        sums = {name: np.zeros((2, self.values[name].size)) for name in names}
-        for rows in self.blocks:
-            for turn, weights in enumerate(self.residuals(rows)):
-                for name in names:
-                    total = sums[name][turn]
-                    if name == "row":
-                        total[rows] = weights.sum((0, 2))
-                    elif name == "input":
-                        total += weights.sum((0, 1))
-                    elif name == "position":
-                        total += weights.sum((1, 2))
-                    elif name == "reference":
-                        total += (weights * self.index[name][:, rows]).sum()
-                    else:
-                        total += np.bincount(self.index[name][:, rows].reshape(-1), weights.reshape(-1), total.size)
-        return sums
-
-    def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Floats:
-        """Improve the coefficients of arrays that hardly depend on each other by a step of Newton's.
-
-        Returns:
-            The curvature along each coefficient of the last array.
+        Args:
+            names: arrays. residuals: probes of (event - p) times sign. variances: of p (1 - p). factors: one for each
+                row, by which the residuals' images are multiplied, and rounded, to be `across`.
         """
-        sums = self._sums(names)
-        if names[0] != "reference":  # all weights are in the sums, and the offset comes first
-            slope, curvature = sums[names[0]].sum(1)
-            step = float(slope / curvature)
-            self.offset = _moved(self.offset, step)
-            for own in sums.values():
-                own[0] -= step * own[1]
-        for name, (slopes, curvatures) in sums.items():
+        found = {name: np.zeros((2, BINS.get(name, self.sizes[name])), dtype=np.int64) for name in names}
+        whole, total = {name: _parts(own) for name, own in self.values.items()}, np.zeros(2, dtype=np.int64)
+        if "reference" in whole:
+            whole["reference"] = np.append(np.int32(0), whole["reference"])
+        left, right = _parts(self.left), _parts(self.right)
+        residuals, variances = residuals or Probes.of(self.grid), variances or Probes.of(self.grid)
+        compiled = native.library()
+        if compiled is None:
+            self._numpy_sums(whole, left, right, total, found, residuals, variances, factors)
+        else:
+            indices, arrays, sums = (
+                (c_void_p * len(ARRAYS))(*(native.address(one.get(name)) for name in ARRAYS))
+                for one in (self.index, whole, found)
+            )
+            rest = map(native.address, (left, right, self.signs, _curve(), factors))
+            probes = (
+                residuals.native(residuals.across is not None or factors is not None),
+                variances.native(variances.across is not None),
+            )
+            offset, held = round(NAT * self.offset), np.empty(2 * self.grid.inputs, dtype=np.int32)
+            fit = native.Fit(
+                *self.grid, left.shape[1], offset, native.address(self.events), indices, arrays, *rest, *probes
+            )
+            compiled.maskpack_sums(byref(fit), native.pointer(total), sums, native.pointer(held))
+        if "reference" in found:
+            found["reference"] = found["reference"][:, 1:]
+        return Sums(total / ONE, {name: own[:, : self.sizes[name]] / ONE for name, own in found.items()})
+
+    def _numpy_sums(
+        self, whole: Mapping[str, Ints], left: Ints, right: Ints, total: Longs, found: Mapping[str, Longs],
+        residuals: Probes, variances: Probes, factors: Floats | None,
+    ) -> None:  # fmt: skip
+        """Add up, by numpy, what `sums` asks for."""
+        rows, inputs, positions = self.grid
+        shapes = {"row": (1, -1, 1), "input": (1, 1, -1), "position": (-1, 1, 1)}
+        axes = {"row": (0, 2), "input": (0, 1), "position": (1, 2)}
+        width = max(1, BLOCK // (inputs * positions))
+        for own in (slice(start, start + width) for start in range(0, rows, width)):
+            events = self.events[:, own]
+            at = np.full(events.shape, round(NAT * self.offset), dtype=np.int64)
+            for name, array in whole.items():
+                if name in self.index:
+                    at += array[self.index[name][:, own]]
+                else:
+                    at += (array[own] if name == "row" else array).reshape(shapes[name])
+            at *= 1 << 8
+            signs = None if self.signs is None else 1 - (self.signs[0, own] >> 6 & 2).astype(np.int64)
+            if left.shape[1] and signs is not None:
+                at[0] += signs * _product(left[own], right)
+            both = _curve()[np.clip((at + 1024 >> 11) + EXTREME * PARTS, 0, 2 * EXTREME * PARTS)].astype(np.int64)
+            residual, variance = (events.astype(np.int64) << BITS) - (both >> 16), both & 0xFFFF
+            for turn, weights in enumerate((residual, variance)):
+                total[turn] += weights.sum()
+                for name, sums in found.items():
+                    if name == "row":
+                        sums[turn, own] += weights.sum((0, 2))
+                    elif name in axes:
+                        sums[turn] += weights.sum(axes[name])
+                    else:
+                        flat = self.index[name][:, own].reshape(-1)
+                        sums[turn] += np.bincount(flat, weights.reshape(-1), sums.shape[1]).astype(np.int64)
+            if signs is not None:
+                residuals.add(own, residual[0] * signs, factors)
+                variances.add(own, variance[0])
+
+    def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Sums:
+        """Improve the offset, and the coefficients of arrays that hardly depend on each other, by Newton's step."""
+        return self._stepped(self.sums(names), priors)
+
+    def _stepped(self, found: Sums, priors: Mapping[str, float] = PRIORS) -> Sums:
+        step = float(found.total[0] / found.total[1])
+        self.offset = _moved(self.offset, step)
+        for name, (slopes, curvatures) in found.arrays.items():
+            if name not in self.values:
+                continue
+            if name != "reference":  # all weights are in the sums, and the offset comes first
+                slopes = slopes - step * curvatures
             prior = priors[name]
             moved = (slopes - prior * self.values[name]) / (curvatures + prior)
             self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
-            self.worth[name] = float((curvatures * np.square(self.values[name])).sum()) / (2 * math.log(2))
-        return np.asarray(sums[names[-1]][1], dtype=np.float64)
+            self.worth[name] = float(_exact(curvatures * np.square(self.values[name])).sum()) / (2 * math.log(2))
+        return found
 
-    def better_all(self) -> None:
+    def better_lean(self, turn: int, move: bool = True) -> Floats:
+        """Improve the rows' part of the low rank (0) or the inputs' part (1) by a step, with rows and inputs.
+
+        Returns:
+            The curvatures along them.
+        """
+        own, other = (self.left, self.right.T) if turn == 0 else (self.right.T, self.left)
+        rank = own.shape[1]
+        upper = np.triu_indices(rank)
+        given, pairs = _parts(other), _parts(other[:, upper[0]] * other[:, upper[1]])
+        way = (lambda one: {"along": np.ascontiguousarray(one.T)}) if turn == 0 else (lambda one: {"across": one})
+        residuals, variances = Probes.of(self.grid, **way(given)), Probes.of(self.grid, **way(pairs))
+        found = self.sums(ARRAYS[:2], residuals, variances)
+        slopes, curved = (one.images if turn == 0 else one.others.T for one in (residuals, variances))
+        curvatures = np.empty((len(own), rank, rank))
+        curvatures[:, upper[0], upper[1]] = curvatures[:, upper[1], upper[0]] = curved / (ONE * NAT)
+        if move:
+            diagonal = curvatures.copy()
+            diagonal[:, np.arange(rank), np.arange(rank)] += LEAN_PRIOR
+            step = solved(diagonal, slopes / (ONE * NAT) - LEAN_PRIOR * own)
+            own[:] = _exact(np.clip(own + np.clip(step, -BOLDEST, BOLDEST), -7, 7))
+            self._stepped(found)
+        return curvatures
+
+    def better_all(self, groups: Sequence[Sequence[str]] = TOGETHER) -> None:
         """Improve all coefficients but those of the low rank, a step each."""
-        for names in (("magnitude",), ("before",), ("position",), ("reference",), ("row", "input")):
-            if own := [name for name in names if name in self.values]:
-                self.better(own)
+        for group in groups:
+            if names := [name for name in group if name in self.values]:
+                self.better(names)
 
     def forget(self) -> None:
         """Set arrays that are worth less than their bits to 0, for good: most of what is known tells nothing."""
         for name in [name for name in self.values if self.worth[name] < LEAST_WORTH]:
             del self.values[name]
 
-    def better_offset(self) -> None:
-        """Let the model expect as many events as there are."""
-        slope, curvature = 0.0, 0.0
-        for rows in self.blocks:
-            residual, variance = self.residuals(rows)
-            slope += float(residual.sum())
-            curvature += float(variance.sum())
-        self.offset = _moved(self.offset, slope / curvature)
-
-    def better_lean(self) -> None:
-        """Improve the rows' part of the low rank by a step of Newton's, then the inputs' part."""
-        rank = self.left.shape[1]
-        upper = np.triu_indices(rank)
-        for turn in (0, 1):
-            own, other = (self.left, self.right)[:: 1 - 2 * turn]
-            slope, curvature = -LEAN_PRIOR * own, np.zeros((len(own), rank, rank))
-            pairs = other[:, upper[0]] * other[:, upper[1]]
-            for rows in self.blocks:
-                residual, variance = (part[0] for part in self.residuals(rows))
-                residual *= self.sign[rows]
-                if turn:
-                    slope += residual.T @ other[rows]
-                    curvature[:, upper[0], upper[1]] += variance.T @ pairs[rows]
-                else:
-                    slope[rows] += residual @ other
-                    curvature[rows, upper[0], upper[1]] += variance @ pairs
-            curvature[:, upper[1], upper[0]] = curvature[:, upper[0], upper[1]]
-            curvature[:, np.arange(rank), np.arange(rank)] += LEAN_PRIOR
-            own[:] = _exact(np.clip(own + np.clip(solved(curvature, slope), -BOLDEST, BOLDEST), -7, 7))
-
     def search(self) -> None:
         """Find the directions of the low rank: what is left of the events, times signs, is nearly noise without."""
-        rows, inputs, _ = self.grid
-        sums = np.zeros(rows), np.zeros(inputs)
-        for own in self.blocks:
-            variance = self.residuals(own)[1][0]
-            sums[0][own] = variance.sum(1)
-            sums[1][:] += variance.sum(0)
-        scales = [np.maximum(np.sqrt(one / math.sqrt(sums[0].sum())), 1e-3) for one in sums]
-
-        def noise(own: slice) -> Floats:
-            left = self.residuals(own)[0][0]
-            left *= self.sign[own]
-            left /= scales[0][own, None] * scales[1]
-            return _exact(np.clip(left, -1000, 1000, out=left), 1024)
-
-        kept = [noise(own) for own in self.blocks] if self.events.size <= SMALL else None
+        (rows, inputs, _), found = self.grid, self.sums(ARRAYS[:2])
+        scales = [np.maximum(np.sqrt(found.arrays[name][1] / math.sqrt(found.total[1])), 1e-3) for name in ARRAYS[:2]]
         odd = 2654435761 * (2 * np.arange(MAX_RANK + 2, dtype=np.uint64) + 3)
         right = np.where(np.arange(inputs, dtype=np.uint64)[:, None] * odd >> 13 & 1, 1.0, -1.0)  # whatever differs
-        for _ in range(self.searches):
-            right, left = orthonormal(right), list[Floats]()
-            image = np.zeros_like(right)
-            for number, own in enumerate(self.blocks):
-                part = noise(own) if kept is None else kept[number]
-                left.append(_exact(part @ right, 1024))
-                image += part.T @ left[-1]
-            along, right = right, image
-        images = np.concatenate(left)
+        middle = float(np.median(scales[0]))
+        for _ in range(SEARCHES):
+            right = orthonormal(right)
+            probes = right / scales[1][:, None]
+            unit = FINE * 2.0 ** -math.ceil(math.log2(float(np.abs(probes).max())))
+            sums = Probes.of(self.grid, _integers(probes.T * unit))
+            self.sums((), sums, factors=1024 * middle / (unit * ONE * np.square(scales[0])))
+            along, right = right, _exact(sums.others.T / (1024 * middle * ONE) / scales[1][:, None])
+        images = _exact(sums.images / (unit * ONE) / scales[0][:, None], 1024)
         strength = np.sqrt(np.square(images).sum(0))
         edge = math.sqrt(rows) + math.sqrt(inputs)
         best = [k for k in np.argsort(-strength, kind="stable")[:MAX_RANK] if strength[k] > EDGE * edge]
         strong = strength[best]
         clean = np.sqrt(np.sqrt((strong**2 - rows - inputs) ** 2 - 4 * rows * inputs) / strong)
         self.left = _exact(np.clip(images[:, best] / strong / scales[0][:, None] * clean, -3, 3))
-        self.right = _exact(np.clip(along[:, best] / scales[1][:, None] * clean, -3, 3))
+        self.right = _exact(np.clip(along[:, best] / scales[1][:, None] * clean, -3, 3)).T
 
     def balance(self) -> None:
         """Give both parts of the low rank the same size."""
-        for k in range(self.left.shape[1]):
-            own, other = self.left[:, k], self.right[:, k]
+        for k in range(len(self.right)):
+            own, other = self.left[:, k], self.right[k]
             ratio = math.sqrt(math.sqrt((np.square(other).mean() + 1e-6) / (np.square(own).mean() + 1e-6)))
             own[:], other[:] = _exact(own * ratio), _exact(other / ratio)
 
+    def round_lean(self) -> dict[str, Rounded]:
+        """Round the rows' part of the low rank, fit the inputs' part to that, and round it too."""
+        chosen = dict[str, Rounded]()
+        for turn, (side, own) in enumerate((("left", self.left), ("right", self.right.T))):
+            for _ in range(2 * turn):
+                self.better_lean(1)
+            curvatures = self.better_lean(turn, move=False)
+            for k in range(own.shape[1]):
+                chosen[f"{side} {k}"] = one = rounded(own[:, k], curvatures[:, k, k], LEAN_STEPS, False)
+                own[:, k] = one.nats()
+        return chosen
 
-def fitted(grid: Grid, known: Known, events: NDArray[np.bool_]) -> Model:
+
+def fitted(grid: Grid, known: Known, events: Bits) -> Fitted:
     """Return the model of events (positions, rows, inputs), of which there is one or more."""
-    fit = Fit(grid, known, events)
-    for number in range(fit.rounds):
+    fit, chosen = Fit(grid, known, events), dict[str, Rounded]()
+    for number in range(ROUNDS):
         fit.better_all()
         if number == 1:
             fit.forget()
-    fit.better_offset()
-    if may_lean(grid, known):
+    if may_lean(grid, known.classes is not None):
         fit.search()
-    rank, chosen = fit.left.shape[1], dict[str, Rounded]()
-    if rank:
-        fit.balance()
-        for _ in range(fit.rounds):
-            fit.better_lean()
-            fit.better_all()
+    if len(fit.right):
+        for _ in range(LEAN_ROUNDS):
             fit.balance()
-        chosen |= _rounded_lean(fit)
+            fit.better_all(TOGETHER[:-1])
+            for turn in (0, 1):
+                fit.better_lean(turn)
+        fit.balance()
+        chosen |= fit.round_lean()
         fit.better_all()
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
-            curvature = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR))
-            chosen[name] = rounded(fit.values[name], curvature, TRIED, name == "magnitude")
+            (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
+            chosen[name] = rounded(fit.values[name], curvatures, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
     for _ in range(2):
-        fit.better_offset()
-    return assembled(fit, chosen, rank)
-
-
-def _rounded_lean(fit: Fit) -> dict[str, Rounded]:
-    """Round the rows' part of the low rank, fit the inputs' part to that, and round it too."""
-    variance, chosen = [np.square(one) for one in (fit.left, fit.right)], dict[str, Rounded]()
-    for turn in (0, 1):
-        own = (fit.left, fit.right)[turn]
-        curvature = np.zeros_like(own)
-        if turn:
-            kept = fit.left.copy()
-            for _ in range(2):
-                fit.better_lean()
-                fit.left[:] = kept
-            variance[0] = np.square(kept)
-        for rows in fit.blocks:
-            weights = fit.residuals(rows)[1][0]
-            if turn:
-                curvature += weights.T @ variance[0][rows]
-            else:
-                curvature[rows] = weights @ variance[1]
-        for k in range(own.shape[1]):
-            one = rounded(own[:, k], curvature[:, k], LEAN_STEPS, False)
-            own[:, k], chosen[f"{('left', 'right')[turn]} {k}"] = one.nats(), one
-    return chosen
+        fit.better(())
+    return assembled(fit, chosen)
 
 
 def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
     """Return the integers, step and table of the least cost: bits of the coefficients, and of the events by them."""
     lost = curvature / (2 * math.log(2))
-    best = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float((lost * values * values).sum()))
+    best = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
     candidates, prices = np.arange(-RANGE, RANGE + 1), _prices()
     for number in steps:
         step = STEPS[number] / 16
         if differences:
             integers = np.rint(values / step).astype(np.int32)
-            integers = np.clip(np.diff(integers, prepend=0), -RANGE, RANGE)
-            loss = float((lost * np.square(values - np.cumsum(integers) * step)).sum())
+            integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
+            loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
         else:
-            error = lost[:, None] * np.square(values[:, None] - candidates * step)
+            error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
             integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
             for _ in range(3):
                 table = _cheapest(integers)[0]
@@ -304,20 +363,19 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
     return best
 
 
-def assembled(fit: Fit, chosen: dict[str, Rounded], rank: int) -> Model:
-    """Return the model of rounded coefficients, without the arrays that are all zero, in the order of the payload."""
-    names = {name: name for name in sizes(fit.grid, fit.known) if name in chosen and chosen[name].table}
-    lean = [k for k in range(rank) if chosen[f"left {k}"].table and chosen[f"right {k}"].table]
+def assembled(fit: Fit, chosen: dict[str, Rounded]) -> Fitted:
+    """Return the model of rounded coefficients, without the arrays that are all zero."""
+    names = {name: name for name in ARRAYS if name in chosen and chosen[name].table}
+    lean = [k for k in range(len(fit.right)) if chosen[f"left {k}"].table and chosen[f"right {k}"].table]
     for number, k in enumerate(lean):
         names |= {f"{side} {number}": f"{side} {k}" for side in ("left", "right")}
     own = {name: chosen[old] for name, old in names.items()}
-    steps, kinds = {name: one.step for name, one in own.items()}, {name: one.table for name, one in own.items()}
+    codes = {name: one.step << 4 | one.table for name, one in own.items()}
     offset = max(-LEVELS, min(HIGHEST, round(16 * fit.offset)))
-    values = {name: one.integers for name, one in own.items()}
-    return Model(fit.grid, fit.known, len(lean), offset, steps, kinds, values)
+    return Fitted(offset, codes, {name: one.integers for name, one in own.items()})
 
 
-def contexts(grid: Grid, known: Known, events: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def contexts(grid: Grid, known: Known, events: Bits) -> Bits:
     """Return the context of every weight inside its kernel."""
     flat = events.reshape(grid.positions, -1)
     signs = None if known.classes is None else known.classes.reshape(flat.shape) >> 7
@@ -332,10 +390,10 @@ def orthonormal(columns: Floats) -> Floats:
     """Return columns that span the same and are nearly orthonormal."""
     made = columns / np.maximum(np.abs(columns).max(0), 1e-9)
     for k in range(made.shape[1]):
-        own = _exact(made[:, k], EXACT)
+        own = _exact(made[:, k], ONE)
         for before in made[:, :k].T:
-            own = _exact(own - before * float(before @ own), EXACT)
-        made[:, k] = _exact(own / max(math.sqrt(float(own @ own)), 1e-3), EXACT)
+            own = _exact(own - before * float(before @ own), ONE)
+        made[:, k] = _exact(own / max(math.sqrt(float(own @ own)), 1e-3), ONE)
     return np.asarray(made, dtype=np.float64)
 
 
@@ -355,19 +413,32 @@ def solved(matrices: Floats, vectors: Floats) -> Floats:
 
 
 def _moved(value: float, step: float, most: float = BOLDEST) -> float:
-    return round(256 * (value + max(-most, min(most, step)))) / 256
+    return round(NAT * (value + max(-most, min(most, step)))) / NAT
 
 
-def _exact(values: Floats, parts: int = 256) -> Floats:
+def _exact(values: Floats, parts: int = NAT) -> Floats:
     return np.asarray(np.rint(values * parts) / parts, dtype=np.float64)
 
 
+def _integers(values: Floats) -> Ints:
+    return np.ascontiguousarray(np.rint(values).astype(np.int32))
+
+
+def _parts(values: Floats) -> Ints:
+    return _integers(values * NAT)
+
+
+def _product(one: NDArray[Any], other: NDArray[Any]) -> Longs:
+    """Return the matrix product of integers, exact below 2^53."""
+    return np.asarray(one.astype(np.float64) @ other.astype(np.float64), dtype=np.float64).astype(np.int64)
+
+
 @cache
-def _curve() -> tuple[Floats, Floats]:
-    """Return p and p (1 - p) of log-odds."""
+def _curve() -> Ints:
+    """Return p and p (1 - p) of log-odds, in 1/ONE: 2^16 times the one plus the other."""
     odds = np.arange(-EXTREME * PARTS, EXTREME * PARTS + 1) / PARTS
-    p = np.clip(_exact(1 / (1 + np.exp(-odds)), EXACT), 1 / EXACT, 1 - 1 / EXACT)
-    return p, _exact(p * (1 - p), EXACT)
+    p = np.clip(np.rint(ONE / (1 + np.exp(-odds))), 1, ONE - 1)
+    return _integers(65536 * p + np.rint(p * (ONE - p) / ONE))
 
 
 @cache
@@ -376,7 +447,7 @@ def _prices() -> Floats:
     return _exact(-np.log2(np.diff(tables().first, axis=1) / ONE))
 
 
-def _cheapest(integers: NDArray[np.int32]) -> tuple[int, float]:
+def _cheapest(integers: Ints) -> tuple[int, float]:
     """Return the table that takes the fewest bits for coefficients, and those bits."""
     bits = _prices() @ np.bincount(integers + RANGE, minlength=2 * RANGE + 1)
     return int(bits.argmin()), float(bits.min())

@@ -1,12 +1,12 @@
 """The odds of each weight of a parameter, as integers in 1/16 nat: what the codec `logit` knows and evaluates."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .base import Bits, Numbers, Side, matrix_shape
+from .classes import weight_classes
 from .lanes import LEVELS, tables
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # of a coefficient, in 1/16 nat
@@ -45,21 +45,22 @@ class Grid(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What both sides know of each weight: its class and sign in the base, its bit in the reference."""
+    """What both sides know of each weight, in the order of coding: its class in the base, its bit in the reference."""
 
     classes: Bits | None
     reference: Bits | None
 
     @classmethod
-    def of(cls, side: Side, base: bool) -> "Known":
-        """Return it row-major and flat."""
-        bits = side.reference
+    def of(cls, side: Side, base: bool, magnitudes: bool = True) -> "Known":
+        """Return what is known; without `base` not the weights, without `magnitudes` only their signs."""
+        grid, bits = Grid.of(side.shape), side.reference
+        if base and side.weights is None:
+            raise ValueError("the codec needs the weights of the base")
+        classes = (
+            weight_classes(side.weights, CLASSES if magnitudes else 1) if base and side.weights is not None else None
+        )
         unpacked = None if bits is None else np.unpackbits(bits, count=side.count, bitorder="little")
-        return cls(side.classes if base else None, unpacked)
-
-    def ordered(self, grid: Grid) -> "Known":
-        """Return the same in the order of coding: positions, rows, inputs."""
-        return Known(*(None if own is None else by_position(own, grid) for own in self))
+        return cls(*(None if own is None else by_position(own, grid) for own in (classes, unpacked)))
 
 
 def by_position(flat: Bits, grid: Grid) -> Bits:
@@ -67,65 +68,45 @@ def by_position(flat: Bits, grid: Grid) -> Bits:
     return np.ascontiguousarray(flat.reshape(grid.rows, grid.inputs, grid.positions).transpose(2, 0, 1))
 
 
-def sizes(grid: Grid, known: Known) -> dict[str, int]:
+def sizes(grid: Grid, base: bool, reference: bool) -> dict[str, int]:
     """Return the arrays of coefficients that there may be, in the order of the payload, and how many each has."""
     return {
         "row": grid.rows if grid.rows > 1 else 0,
         "input": grid.inputs if grid.inputs > 1 and grid.rows * grid.positions > 1 else 0,
         "position": grid.positions if grid.positions > 1 else 0,
-        "before": 0 if grid.positions == 1 else SAME if known.classes is None else SAME * OTHER,
-        "magnitude": 0 if known.classes is None else CLASSES,
-        "reference": 0 if known.reference is None else 1,
+        "before": 0 if grid.positions == 1 else SAME * OTHER if base else SAME,
+        "magnitude": CLASSES if base else 0,
+        "reference": 1 if reference else 0,
     }
 
 
-def may_lean(grid: Grid, known: Known) -> bool:
+def may_lean(grid: Grid, base: bool) -> bool:
     """Return True if a model may have a low rank: signs of the base, no kernels, and rows and inputs that are many."""
-    return known.classes is not None and grid.positions == 1 and min(grid[:2]) >= LEAST_SIDE
+    return base and grid.positions == 1 and min(grid[:2]) >= LEAST_SIDE
 
 
-@dataclass(slots=True)
-class Model:
-    """Coefficients in 1/16 nat, each its integer times its array's step; an array that is not there is zero.
-
-    Attributes:
-        offset: of all weights. steps, tables, values: for each array that is not all zero, in the order of the payload,
-            its step's and its table's number, and its integers.
-    """
-
-    grid: Grid
-    known: Known
-    rank: int
-    offset: int
-    steps: dict[str, int]
-    tables: dict[str, int]
-    values: dict[str, Ints]
-
-    def array(self, name: str) -> Ints:
-        """Return the coefficients of an array, in 1/16 nat."""
-        values = np.cumsum(self.values[name], dtype=np.int32) if name == "magnitude" else self.values[name]
-        return values * np.int32(STEPS[self.steps[name]])
-
-    def scaled(self) -> "Scaled":
-        """Return what evaluates the model."""
-        arrays = {name: self.array(name) for name in self.values}
-        ranks = [n for n in range(self.rank) if f"left {n}" in arrays and f"right {n}" in arrays]
-        left, right = (
-            np.stack([arrays[f"{side} {n}"] for n in ranks], axis=1).astype(np.float32) if ranks else None
-            for side in ("left", "right")
-        )
-        return Scaled(self.grid, self.known, self.offset, arrays, left, right)
-
-
-class Scaled(NamedTuple):
-    """A model whose coefficients are multiplied out."""
+class Model(NamedTuple):
+    """A model whose coefficients are multiplied out, in 1/16 nat; an array that is not there is zero."""
 
     grid: Grid
     known: Known
     offset: int
     arrays: dict[str, Ints]
-    left: NDArray[np.float32] | None
-    right: NDArray[np.float32] | None
+    left: NDArray[np.float32]  # (rows, rank)
+    right: NDArray[np.float32]  # (inputs, rank)
+
+    @classmethod
+    def of(cls, grid: Grid, known: Known, offset: int, codes: dict[str, int], values: dict[str, Ints]) -> "Model":
+        """Return the model of integers; `codes` has the step of each array in the upper four bits."""
+        arrays = {
+            name: np.asarray((np.cumsum(own) if name == "magnitude" else own) * STEPS[codes[name] >> 4], dtype=np.int32)
+            for name, own in values.items()
+        }
+        left, right = (
+            np.array([own for name, own in arrays.items() if name.startswith(side)], dtype=np.float32).reshape(-1, n).T
+            for side, n in (("left", grid.rows), ("right", grid.inputs))
+        )
+        return cls(grid, known, offset, arrays, left, right)
 
     def hazards(self, position: int, first: int, last: int, before: "Before | None") -> NDArray[np.uint16]:
         """Return the hazards of the weights at one position of the kernels of the units `first` to `last`."""
@@ -139,10 +120,10 @@ class Scaled(NamedTuple):
         if "input" in arrays:
             level += arrays["input"]
         if "magnitude" in arrays and classes is not None:
-            level += arrays["magnitude"][classes[position, rows] >> 3 & 15]
+            level += arrays["magnitude"][classes[position, rows] & 127]
         if "reference" in arrays and reference is not None:
             level += arrays["reference"] * reference[position, rows]
-        if self.left is not None and self.right is not None and classes is not None:
+        if self.left.shape[1] and classes is not None:
             lean = (self.left[rows] @ self.right.T).astype(np.int32)  # sums below 2^24: exact
             level += np.where(classes[position, rows] > 127, -lean, lean) >> 4
         own = level.reshape(-1)[first - rows.start * inputs : last - rows.start * inputs]
@@ -159,7 +140,7 @@ class Before:
         self.signs, self.position, self.every = signs, 0, np.arange(count)
 
     @classmethod
-    def of(cls, model: Scaled, first: int, last: int) -> "Before | None":
+    def of(cls, model: Model, first: int, last: int) -> "Before | None":
         """Return the counts, or None if the model has no use for them."""
         if "before" not in model.arrays:
             return None
@@ -174,7 +155,7 @@ class Before:
         found: Bits = np.minimum(same, SAME - 1) + SAME * np.minimum(other, OTHER - 1)
         return found
 
-    def add(self, events: NDArray[np.bool_]) -> None:
+    def add(self, events: NDArray[Any]) -> None:
         """Count the events of the present position, as far as a context tells, and go to the next."""
         sign = 0 if self.signs is None else self.signs[self.position]
         self.counts[sign, self.every] = np.minimum(self.counts[sign, self.every] + events, SAME)

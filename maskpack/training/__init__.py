@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .auto import train_auto as train_auto
     from .cascade import train_cascade as train_cascade
     from .config import TrainConfig as TrainConfig
     from .data.load import load_data as load_data
@@ -23,6 +24,7 @@ _WHERE = {
     "extract_masks": "scores",
     "extract_parts": "scores",
     "load_data": "data.load",
+    "train_auto": "auto",
     "train_cascade": "cascade",
     "train_mask": "trainer",
     "train_tasks": "multitask",

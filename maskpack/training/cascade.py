@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, Unpack
 
 import torch
@@ -18,14 +19,16 @@ from ..backbone.classifier import embeddings
 from ..backbone.load import Backbone
 from ..backbone.model import Fingerprint
 from ..errors import ConfigError, DataError, StateError, TrainingError, require
+from ..mask import MaskSet
 from ..runtime.cascade import LoadedCascade
 from .checkpoint import FILE, checkpoint_digest, damaged, read_sealed, write_sealed
 from .config import TrainConfig
-from .data.base import Data, readable
-from .features import embed_all, fit_probe, routed
+from .data.base import Data, Examples, readable
+from .features import by_class, embed_all, fit_probe, routed
 from .learn import borrowed
 from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
 from .trainer import ObjectiveRun, as_backbone, train_mask
+from .worth import beside_probe, probe_accuracies, worth
 
 COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
@@ -90,7 +93,7 @@ class CascadeResult:
     base: Fingerprint
     about: About
     cascade: Cascade
-    metrics: dict[str, float]  # of the dispatcher, named so, and the mean density of the experts
+    metrics: dict[str, float]  # of the dispatcher, named so; the mean density of the experts; with a head, of the whole
 
 
 def train_cascade(
@@ -215,6 +218,9 @@ def fit_cascade_head(
 ) -> CascadeResult:
     """Return a cascade with how its embeddings are combined and, if the data have labels, a linear probe on them.
 
+    With labels the metrics have its accuracy on the splits held out, on the test split also that of the same head
+    without the masks, and the accuracy of the linear probe of the raw backbone.
+
     Args:
         backbone: that the cascade was trained on, with no mask loaded.
         combine: "conditional" (two passes for each input) or "unconditional" (one more than there are experts).
@@ -226,13 +232,38 @@ def fit_cascade_head(
     parts = result.cascade
     if not data.class_names and reduce is None:
         return replace(result, cascade=replace(parts, combine=combine))
-    x, y = embed_all(backbone, LoadedCascade(backbone.model, result.parts, parts), data.train, batch_size)
-    x = routed(x, parts) if combine == "conditional" else x
-    reduction = None if reduce is None else fit_whitening(x, reduce)
-    about, weight, bias = result.about, None, None
-    if data.class_names:
-        probe = fit_probe(x if reduction is None else reduction(x), y, len(data.class_names))
-        about = replace(about, task=data.task, class_names=tuple(data.class_names))
-        weight, bias = probe.weight, probe.bias
-    whole = replace(parts, combine=combine, reduction=reduction, weight=weight, bias=bias)
-    return replace(result, about=about, cascade=whole)
+    reduction: Whitening | None = None
+
+    def combined(sets: Mapping[str, Parts], examples: Examples) -> tuple[Tensor, Tensor]:
+        x, y = embed_all(backbone, LoadedCascade(backbone.model, sets, parts), examples, batch_size)
+        x = routed(x, parts) if combine == "conditional" else x
+        return x if reduction is None else reduction(x), y
+
+    x, y = combined(result.parts, data.train)
+    if reduce is not None:
+        reduction = fit_whitening(x, reduce)
+        x = reduction(x)
+    whole = replace(parts, combine=combine, reduction=reduction)
+    if not data.class_names:
+        return replace(result, cascade=whole)
+    probe = fit_probe(x, y, len(data.class_names))
+    held = {f"{name}_accuracy": (result.parts, split) for name, split in data.splits.items() if name != "train"}
+    if data.test is not None:
+        held["test_accuracy_without_masks"] = {name: unmasked(one) for name, one in result.parts.items()}, data.test
+    found = {"density": mean(one.masks.density for one in result.parts.values())}
+    for name, where in held.items():
+        x, y = combined(*where)
+        found[name] = by_class(probe.logits(x), y)["accuracy"]
+    found = beside_probe(found, probe_accuracies(backbone, data, batch_size))
+    shapes = [mask.shape for mask in result.parts[parts.dispatcher].masks.values()]
+    record = {name: value for name, value in (result.about.training or {}).items() if name != "warnings"}
+    record |= {"metrics": {**result.metrics, **found}, **worth(found, shapes)}
+    about = replace(result.about, task=data.task, class_names=tuple(data.class_names), training=record)
+    whole = replace(whole, weight=probe.weight, bias=probe.bias)
+    return replace(result, about=about, cascade=whole, metrics=record["metrics"])
+
+
+def unmasked(parts: Parts) -> Parts:
+    """Return parts whose masks keep every weight."""
+    ones = {name: torch.ones(mask.shape, dtype=torch.bool) for name, mask in parts.masks.items()}
+    return replace(parts, masks=MaskSet.from_tensors(ones), values={})

@@ -53,8 +53,8 @@ class TrainConfig:
         include: globs of the parameters to mask. Default: every convolution and linear weight of the body.
         exclude: globs of parameters that get no mask.
         top: share of each masked parameter's weights that have scores, those with the greatest absolute values; the
-            others are kept, and take no memory. Default: 0.1 with labels, over a million masked weights, most of them
-            not of convolutions, and a method that allows it; else 1.
+            others are kept, and take no memory; 0: none, so that norms and head learn alone. Default: 0.1 with labels,
+            over a million masked weights, most of them not of convolutions, and a method that allows it; else 1.
         selective: which scores learn: all, first:STAGES, random:SHARE or largest:SHARE.
         train: what learns itself beside the scores: norms, biases, none, or globs of parameters of the body. Default:
             norms with labels, else none.
@@ -134,7 +134,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        positive = ("top", "lr", "distance", "head_lr", "train_lr", "clip", "bytes_budget", "rate")
+        positive = ("lr", "distance", "head_lr", "train_lr", "clip", "bytes_budget", "rate")
         check_above_zero(self, *(name for name in positive if getattr(self, name) is not None))
         if self.bytes_budget is not None and self.rate is not None:
             raise ConfigError(
@@ -153,8 +153,8 @@ class TrainConfig:
             raise ConfigError(f"seed must be from 0 to 4294967295, got {self.seed}")
 
     def _check_top(self, top: float) -> None:
-        if top > 1:
-            raise ConfigError(f"top must be a share of at most 1, got {top}")
+        if not 0 <= top <= 1:
+            raise ConfigError(f"top must be a share from 0 to 1, got {top}")
         if top < 1 and (self.selective != ALL or self.scale):
             raise ConfigError(
                 f"top {top} gives scores to some weights only; leave out selective and scale, which are for scores of "

@@ -25,6 +25,8 @@ class GatedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         logits = self.logits[self.gates.index]
+        if self.gates.off:
+            return weight
         if self.gates.hard:
             return masked_weight(weight, logits > 0, None)  # as a loaded adapter computes it
         return weight * torch.sigmoid(logits).to(weight.dtype)
@@ -36,11 +38,12 @@ class Gates:
     Attributes:
         tasks: their names.
         hard: compute with hardened gates: a weight is kept where its logit is above 0, and is 0 elsewhere.
+        off: compute with the weights as they are.
     """
 
     def __init__(self, model: nn.Module, tasks: Sequence[str]):
         self.model, self.tasks = model, tuple(tasks)
-        self.index, self.hard = 0, False
+        self.index, self.hard, self.off = 0, False, False
         self.members: dict[str, GatedWeight] = {}
         self.orders: Orders = {}
 

@@ -47,6 +47,7 @@ from .run_folder import (
     write_json,
 )
 from .trainer import TrainResult, plan_training, result_of, train_mask
+from .worth import beside_probe, probe_accuracies, worth
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")
@@ -54,6 +55,18 @@ BASE, CLAIM, RESULT, RUNS = "backbone.safetensors", "multitask.json", "results.j
 JOINT = "jointly"  # the joint run's folder inside RUNS
 PASSES = 2**20  # more than a task's data are read in an epoch: orders of different epochs differ
 HISTOGRAMS = "histograms.json"  # in the run's folder
+# metrics of a task by what is measured of all
+KINDS = {
+    "validation_accuracy": "validation_accuracy",
+    "test_accuracy": "test_accuracy",
+    "soft_validation_accuracy": "soft_validation_accuracy",
+    "soft_test_accuracy": "soft_test_accuracy",
+    "whole_test_accuracy": "test_accuracy_without_masks",
+}
+NOT_CLOSED = (
+    "no gate has closed, so that the mask keeps everything; take more steps, a greater gate_factor, or a gate_start "
+    "nearer to 0"
+)
 
 
 @dataclass(frozen=True)
@@ -257,6 +270,7 @@ def train_jointly(
         those after hardening; "soft_…" are before.
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), RunFolder(options)
+    probes = {name: probe_accuracies(backbone, task.data, config.batch_size) for name, task in tasks.items()}
     with folder.opened(), borrowed(backbone), closing(JointRun(backbone, tasks, config, joint, gated)) as run:
         last = run.train(folder).metrics
         if folder.path is not None and run.history is not None:
@@ -267,16 +281,22 @@ def train_jointly(
             run.gates.hard = True
             for name in tasks if config.bn != "freeze" else ():
                 run.use(name).recalibrate()
-            measured = {**run.accuracies("validation", "test"), **soft}
+            hard = run.accuracies("validation", "test")
+            run.gates.off = True
+            whole = {f"whole_{name}": value for name, value in run.accuracies("test").items()}
+            measured = {**hard, **soft, **whole}
         parts = {name: run.parts(name) for name in tasks}
         end = {"step": run.steps, "steps": run.steps}
-        whole = [name for name in tasks if gated and parts[name].masks.density == 1]
-        if whole:
-            warning = (
-                f"no gate of {', '.join(whole)} has closed, so that the masks keep everything; take more steps, a "
-                f"greater gate_factor, or a gate_start nearer to 0"
-            )
-            folder.write({"event": "warning", **end, "warning": warning})
+        found, records = dict[str, dict[str, float]](), dict[str, dict[str, Any]]()
+        for name in tasks:
+            own = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
+            own |= {kind: measured[f"{key}_{name}"] for key, kind in KINDS.items() if f"{key}_{name}" in measured}
+            found[name] = beside_probe(own, probes[name])
+            records[name] = worth(found[name], [mask.shape for mask in parts[name].masks.values()], masks=False)
+            if gated and own["density"] == 1:
+                records[name]["warnings"] = [NOT_CLOSED, *records[name].get("warnings", [])]
+            for one in records[name].get("warnings", []):
+                folder.write({"event": "warning", **end, "warning": f"{name}: {one}"})
         folder.write({"event": "end", **end, **last, **measured})
     with torch.no_grad():
         for name in next(iter(parts.values())).statistics:
@@ -285,10 +305,8 @@ def train_jointly(
     base, results = base_of(trained_backbone(backbone)), {}
     more = {"joint": {**run.settings, "gated": gated, "tasks": list(tasks)}}
     for name, task in tasks.items():
-        kinds = ("validation_accuracy", "test_accuracy", "soft_validation_accuracy", "soft_test_accuracy")
-        found = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
-        found |= {kind: measured[f"{kind}_{name}"] for kind in kinds if f"{kind}_{name}" in measured}
-        results[name] = result_of(run, task.data, task.settings(config), parts[name], base, found, more)
+        record = {**more, **records[name]}
+        results[name] = result_of(run, task.data, task.settings(config), parts[name], base, found[name], record)
     return results
 
 
@@ -483,19 +501,33 @@ def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
         "jointly": "joint" in record,
         "accuracy": found.get("test_accuracy"),
         "soft_accuracy": found.get("soft_test_accuracy"),
+        "probe_accuracy": found.get("test_probe_accuracy"),
+        "accuracy_without_masks": found.get("test_accuracy_without_masks"),
         "density": whole["density"],
         "mask_bytes": whole["payload_bytes"],
         "file_bytes": adapter.size,
+        **{f"lora_{name}_bytes": size for name, size in member(record, "lora_bytes").items()},
+        "warnings": record.get("warnings", []),
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the rows of `train_tasks` as a Markdown table."""
-    soft = any(row["soft_accuracy"] is not None for row in result["rows"])
-    columns = ["task", "accuracy", *(["before hardening"] if soft else []), "density", "mask bytes", "file bytes"]
-    lines = []
-    for row in result["rows"]:
-        cells = [percent(row["accuracy"]), *([percent(row["soft_accuracy"])] if soft else [])]
-        cells += [f"{row['density']:.4f}", f"{row['mask_bytes']:,}", f"{row['file_bytes']:,}"]
-        lines.append([row["task"], *cells])
-    return table(columns, lines)
+    shares = {
+        "accuracy": "accuracy",
+        "before hardening": "soft_accuracy",
+        "without the masks": "accuracy_without_masks",
+        "linear probe": "probe_accuracy",
+    }
+    shares = {n: key for n, key in shares.items() if key == "accuracy" or any(row[key] for row in result["rows"])}
+    rows = [
+        [
+            row["task"],
+            *(percent(row[key]) for key in shares.values()),
+            f"{row['density']:.4f}",
+            f"{row['mask_bytes']:,}",
+            f"{row['file_bytes']:,}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(["task", *shares, "density", "mask bytes", "file bytes"], rows)

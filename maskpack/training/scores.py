@@ -180,12 +180,14 @@ class ScoredWeight(nn.Module):
         self.register_buffer("places", None)
         if top is not None:
             flat = scored.flatten()
-            self.places = greatest(flat.abs(), max(1, round(top * flat.numel()))).nonzero().flatten()
+            count = max(1, round(top * flat.numel())) if top else 0
+            self.places = greatest(flat.abs(), count).nonzero().flatten()
             scored = flat[self.places]
-        self.scores = nn.Parameter(self.method.init_scores(scored), requires_grad=self.method.learns)
+        learns = self.method.learns and scored.numel() > 0
+        self.scores = nn.Parameter(self.method.init_scores(scored), requires_grad=learns)
 
     def forward(self, weight: Tensor) -> Tensor:
-        if self.model.off:
+        if self.model.off or not self.scores.numel():
             return weight
         state = self.state(self.training)
         result = self.effective(weight, self.scores, state)

@@ -36,7 +36,7 @@ from .scores import (
     trained_themselves,
     without_scores,
 )
-from .worth import lora_bytes, probe_metrics, worth_warnings
+from .worth import beside_probe, probe_accuracies, worth
 
 STREAM = "train"  # of batches
 
@@ -84,7 +84,8 @@ class ObjectiveRun(Run):
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
-        learned = self.scores.values() if all(one.method.learns for one in self.scored) else ()
+        learns = all(one.method.learns for one in self.scored)
+        learned = [one for one in self.scores.values() if learns and one.numel()]
         scores = [*learned, *self.objective.scores()]
         head, beside = self.objective.trained(), list(self.whole.values())
         if not scores and not head and not beside:
@@ -210,7 +211,7 @@ class TrainResult:
     """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
-    without the masks; and with a linear head the accuracy of the linear probe of the raw backbone.
+    without the masks; and with a head the accuracy of the linear probe of the raw backbone.
     """
 
     parts: Parts
@@ -296,24 +297,19 @@ def train_mask(
             at = run.train(folder, longer)
             metrics = run.finish(at)
             parts = run.parts()
-        if parts.head is not None and config.head_kind == "linear" and (data.validation or data.test):
-            metrics |= probe_metrics(backbone, data, metrics, config.batch_size)
-        warnings = worth_warnings(metrics)
-        for one in warnings:
+        if parts.head is not None:
+            metrics = beside_probe(metrics, probe_accuracies(backbone, data, config.batch_size))
+        scores = sum(one.numel() for one in run.scores.values())
+        record = worth(metrics, [mask.shape for mask in parts.masks.values()], scores > 0)
+        for one in record.get("warnings", ()):
             folder.write(at.event("warning", warning=one))
     if base_of(backbone).digests != run.base.digests:
         raise TrainingError(
             "the backbone's tensors changed during training: its forward pass changes them, or this is a defect of "
             "maskpack; report it"
         )
-    shapes = [mask.shape for mask in parts.masks.values()]
-    more: dict[str, Any] = {
-        "scores": sum(one.numel() for one in run.scores.values()),
-        "rates": {name: lr for name, (learning, lr) in run.groups.items() if learning},
-        "lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)},
-    }
-    more |= {"extended": at.extended} if at.extended else {}
-    more |= {"warnings": warnings} if warnings else {}
+    rates = {name: lr for name, (learning, lr) in run.groups.items() if learning}
+    more = {"scores": scores, "rates": rates, **record, **({"extended": at.extended} if at.extended else {})}
     return result_of(run, data, run.config, parts, run.base, metrics, more)
 
 

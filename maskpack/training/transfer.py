@@ -219,8 +219,12 @@ def current_values(backbone: Backbone, names: Iterable[str]) -> dict[str, Tensor
 def find_reuse(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> MaskSet:
     """Learn a mask of a source network on the source, with its own head; op "replace", False where it can be reused."""
     if build_method(config.method, dict(config.method_options)).learns:
-        settings = replace(config, head_kind="own", bn="freeze", train=(), top=config.top or 1.0)
-        masks = train_mask(backbone, source, settings, longer=False, **options).parts.masks
+        settings = replace(
+            config, head_kind="own", bn="freeze", train=(), top=1.0 if config.top is None else config.top
+        )
+        # what the mask is worth on the source is not asked
+        rows = replace(source, validation=None, test=None)
+        masks = train_mask(backbone, rows, settings, longer=False, **options).parts.masks
     else:
         with borrowed(backbone):
             learn_scores(backbone, config)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ..backbone.load import Backbone
 from .data.base import Data
@@ -11,18 +12,32 @@ BITS = 4  # of a number of LoRA's matrices
 SPLITS = ("test", "validation")
 
 
-def probe_metrics(backbone: Backbone, data: Data, metrics: Mapping[str, float], batch_size: int) -> dict[str, float]:
-    """Return the accuracy of the linear probe of a raw backbone, "SPLIT_probe_accuracy", and "SPLIT_over_probe".
-
-    The latter is how much more a run with these metrics has, on the validation and test splits that there are.
-    """
+def probe_accuracies(backbone: Backbone, data: Data, batch_size: int) -> dict[str, float]:
+    """Return the accuracy of the linear probe of a raw backbone, "SPLIT_probe_accuracy", of the splits held out."""
+    if data.train is None or not data.class_names or len(data.splits) < 2:
+        return {}
     features = {name: embed(backbone, examples, batch_size=batch_size) for name, examples in data.splits.items()}
     probe = fit_probe(*features.pop("train"), len(data.class_names))
-    found = {}
-    for name, (x, y) in features.items():
-        found[f"{name}_probe_accuracy"] = by_class(probe.logits(x), y)["accuracy"]
-        found[f"{name}_over_probe"] = metrics[f"{name}_accuracy"] - found[f"{name}_probe_accuracy"]
-    return found
+    return {f"{name}_probe_accuracy": by_class(probe.logits(x), y)["accuracy"] for name, (x, y) in features.items()}
+
+
+def beside_probe(metrics: Mapping[str, float], probe: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with the accuracies of the probe, and how much more the mask has, "SPLIT_over_probe"."""
+    found = {**metrics, **probe}
+    both = [name for name in SPLITS if f"{name}_accuracy" in metrics and f"{name}_probe_accuracy" in probe]
+    return {**found, **{f"{one}_over_probe": found[f"{one}_accuracy"] - found[f"{one}_probe_accuracy"] for one in both}}
+
+
+def worth(metrics: Mapping[str, float], shapes: Iterable[Sequence[int]], masks: bool = True) -> dict[str, Any]:
+    """Return what the training record says beside the metrics: the bytes of LoRA, and warnings if there are any.
+
+    Args:
+        shapes: of the masked weights. masks: whether masks were to learn.
+    """
+    shapes = list(shapes)
+    found: dict[str, Any] = {"lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)}}
+    warnings = worth_warnings(metrics, masks)
+    return {**found, "warnings": warnings} if warnings else found
 
 
 def lora_bytes(shapes: Iterable[Sequence[int]], rank: int) -> int:
@@ -30,10 +45,10 @@ def lora_bytes(shapes: Iterable[Sequence[int]], rank: int) -> int:
     return sum(rank * (shape[0] + math.prod(shape[1:])) * BITS // 8 for shape in shapes if len(shape) > 1)
 
 
-def worth_warnings(metrics: Mapping[str, float]) -> list[str]:
+def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str]:
     """Return what to warn of at the end of a training: masks without a zero, or no better than the probe."""
     found = []
-    if metrics.get("density") == 1.0:
+    if masks and metrics.get("density") == 1.0:
         found.append(
             "the masks keep every weight, so the adapter is a head and what else was trained; raise distance or lr, or "
             "take more steps"

@@ -112,8 +112,8 @@ def taken(parts: Parts, codec: Codec) -> Parts:
     """Return the parts with those masks only that a codec does not decline."""
     kept = {}
     for name, mask in parts.masks.items():
-        classes = np.zeros(len(mask.bits), dtype=np.uint8) if codec.needs_base else None
-        sides = [(packed_bits(bits), Side(mask.shape, classes)) for _, bits in mask.payloads()]
+        words = np.zeros(len(mask.bits), dtype=np.uint16) if codec.needs_base else None
+        sides = [(packed_bits(bits), Side(mask.shape, words)) for _, bits in mask.payloads()]
         if all(codec.encode(*one) is not None for one in sides):
             kept[name] = mask
     return replace(parts, masks=MaskSet(kept), values={k: v for k, v in parts.values.items() if k in kept})

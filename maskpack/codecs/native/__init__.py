@@ -2,7 +2,7 @@
 
 import ctypes
 import logging
-from ctypes import Structure, c_int64, c_void_p
+from ctypes import Structure, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,33 +11,44 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 1  # of the loops
+VERSION = 2  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
-
-
-def _pointers(names: str) -> list[tuple[str, Any]]:
-    return [(name, c_void_p) for name in names.split()]
+ARRAYS = 6
 
 
 class Tables(Structure):
-    _fields_ = _pointers("hazard survival reach")
+    _fields_ = [(name, c_void_p) for name in ("hazard", "survival", "reach", "first")]
 
 
-class Model(Structure):
+class Given(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
-        *_pointers("row input position before magnitude reference left right classes referenced"),
+        *((name, c_int64) for name in ("rows", "inputs", "positions", "width")),
+        *((name, c_void_p) for name in ("weights", "reference")),
     ]
 
 
-class Lanes(Structure):
-    _fields_ = _pointers("state at end words")
+class Probes(Structure):
+    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("along", "across", "images", "others"))]
+
+
+class Fit(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
+        *(("events", c_void_p), ("index", c_void_p * ARRAYS), ("array", c_void_p * ARRAYS)),
+        *((name, c_void_p) for name in ("left", "right", "signs", "curve", "factors")),
+        *(("residuals", Probes), ("variances", Probes)),
+    ]
+
+
+def address(array: NDArray[Any] | None) -> int | None:
+    """Return where the elements of a contiguous array lie, which must outlive its use; None for None."""
+    assert array is None or array.flags.c_contiguous
+    return None if array is None else int(array.ctypes.data)
 
 
 def pointer(array: NDArray[Any] | None) -> c_void_p:
     """Return a pointer to the elements of a contiguous array, which must outlive it; a null pointer for None."""
-    assert array is None or array.flags.c_contiguous
-    return c_void_p(None if array is None else array.__array_interface__["data"][0])
+    return c_void_p(address(array))
 
 
 @cache
@@ -50,7 +61,8 @@ def opened(path: Path) -> ctypes.CDLL | None:
     """Return the library at a path, or None."""
     try:
         found = ctypes.CDLL(str(path))
-        found.maskpack_loops.restype = found.maskpack_words.restype = c_int64
+        found.maskpack_loops.restype, found.maskpack_encode.restype = c_int64, c_void_p
+        found.maskpack_decode.restype = found.maskpack_classes.restype = c_int32
         return found if found.maskpack_loops() == VERSION else None
     except (OSError, AttributeError):
         return None

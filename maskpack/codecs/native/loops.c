@@ -1,10 +1,11 @@
-/* Inner loops of the codec logit (docs/format.md section 6.1) and of classes (section 5). The same bits as lanes.py,
-   logit_model.py, logit_fit.py and classes.py, tested.
+/* The codec logit (docs/format.md sections 5 and 6) and the sums that its fit asks for: the same bits as logit.py, lanes.py,
+   logit_model.py and logit_fit.py, tested.
 
-   Nothing is allocated here. All sizes come from the caller, who got them from shapes; what comes from a payload (states,
-   words, coefficients) is only used as a value, or as an index that is limited first. */
+   A payload is hostile: every size in it is compared with those of the shape, which the caller vouches for, before it is
+   used; states, words and coefficients are values, or indices that are limited first. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(_WIN32)
@@ -20,191 +21,565 @@
 #endif
 
 enum { BITS = 15, ONE = 1 << BITS, LOW = 1 << 16, WINDOW = 8192, LEVELS = 1024, SAME = 5, OTHER = 3, PIECE = 512 };
-enum { KINDS = SAME * SAME }; /* what is counted in a kernel: SAME * positive events + negative ones, each at most 4 */
+enum { ROW, INPUT, POSITION, BEFORE, MAGNITUDE, REFERENCE, ARRAYS, MAX_RANK = 8, KINDS = SAME * SAME, CLASSES = 16 };
+enum { GROUP = 8, MAX_LANE = 1 << 18, HIGHEST = 32, LEAST_SIDE = 16 };
+enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2 }; /* in bfloat16; all NaN are the last */
+enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 1; }
+API int64_t maskpack_loops(void) { return 2; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
     const uint16_t *survival; /* WINDOW + 8 UNIT entries */
     const uint16_t *reach;    /* ONE entries */
+    const int32_t *first;     /* 15 tables of 16 entries: where the slots of each coefficient begin */
 } Tables;
 
 typedef struct {
-    int64_t rows, inputs, positions, rank, offset;
-    const int32_t *row, *input, *position, *before, *magnitude, *reference; /* NULL where an array is all 0 */
-    const float *left, *right;                                             /* (rows, rank), (rank, inputs) */
-    const uint8_t *classes, *referenced; /* of each weight, row-major, or NULL */
-} Model;
+    int64_t rows, inputs, positions, width; /* bytes of a weight of the base, 2 or 4; 0 if it is not known */
+    const void *weights;                    /* row-major */
+    const uint8_t *reference;               /* packed bits, row-major, or NULL */
+} Given;
 
-typedef struct {
-    int64_t *state, *at;
-    const int64_t *end;
-    const uint16_t *words;
-} Lanes;
+/* --- weights of the base -------------------------------------------------------------------------------------------- */
 
-static inline uint32_t taken(uint32_t state, uint32_t slot, uint32_t first, uint32_t size, int64_t *at, int64_t end,
-                             const uint16_t *words) {
-    state = size * (state >> BITS) + slot - first;
-    if (state < LOW && *at < end) state = state << 16 | words[(*at)++];
-    return state;
+static inline uint32_t word_of(const Given *given, int64_t at) {
+    return given->width == 4 ? ((const uint32_t *)given->weights)[at] : (uint32_t)((const uint16_t *)given->weights)[at] << 16;
 }
 
-/* Coefficients: every lane has an equal part of `count`; `table` says of each which of the tables in `first` it has. */
-API void maskpack_coefficients(const Lanes *lanes, int64_t lane_count, int64_t count, const uint8_t *table,
-                               const int32_t *first, int32_t *values) {
-    for (int64_t lane = 0; lane < lane_count; lane++) {
-        uint32_t state = (uint32_t)lanes->state[lane];
-        int64_t at = lanes->at[lane];
-        for (int64_t c = count * lane / lane_count; c < count * (lane + 1) / lane_count; c++) {
-            const int32_t *own = first + 16 * table[c];
-            int32_t slot = (int32_t)(state & (ONE - 1)), symbol = 0;
-            while (symbol < 14 && own[symbol + 1] <= slot) symbol++;
-            values[c] = symbol - 7;
-            state = taken(state, (uint32_t)slot, (uint32_t)own[symbol], (uint32_t)(own[symbol + 1] - own[symbol]), &at,
-                          lanes->end[lane], lanes->words);
+static inline int32_t negative(uint32_t word) { return word >> 31 && word <= 0xFF800000u; } /* a NaN has no sign */
+
+static inline uint32_t magnitude(uint32_t word) {
+    uint32_t own = word & 0x7FFFFFFF;
+    return own > 0x7F800000u ? INFINITE + 1 : (own + 0x7FFF + (own >> 16 & 1)) >> 16;
+}
+
+/* For each magnitude that occurs, how many of `parts` equal parts of the weights lie below its middle. */
+static void ranks(const Given *given, int64_t count, int parts, uint32_t *have, uint8_t *rank) {
+    int64_t below = 0;
+    for (int64_t i = 0; i < count; i++) have[magnitude(word_of(given, i))]++;
+    for (int v = 0; v < MAGNITUDES; v++)
+        if (have[v]) {
+            rank[v] = (uint8_t)((uint64_t)parts * (2 * (uint64_t)below + have[v]) / (2 * (uint64_t)count));
+            below += have[v];
         }
-        lanes->state[lane] = state;
-        lanes->at[lane] = at;
+}
+
+/* Classes of `count` < 2^32 weights, of which there are `parts` for each sign; a negative weight has the bit 128. */
+API int32_t maskpack_classes(const Given *given, int64_t count, int32_t parts, uint8_t *classes) {
+    uint32_t *have = calloc(MAGNITUDES, sizeof *have);
+    uint8_t *rank = malloc(MAGNITUDES);
+    int32_t done = have && rank;
+    if (done) {
+        ranks(given, count, parts, have, rank);
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t word = word_of(given, i);
+            classes[i] = (uint8_t)(rank[magnitude(word)] | negative(word) << 7);
+        }
     }
+    free(have);
+    free(rank);
+    return done;
+}
+
+/* --- payloads ------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const uint8_t *data;
+    int64_t size, at;
+    int bad;
+} Reader;
+
+static int64_t byte(Reader *reader) {
+    if (reader->at < reader->size) return reader->data[reader->at++];
+    reader->bad = 1;
+    return 0;
+}
+
+static int64_t varint(Reader *reader) {
+    int64_t value = 0;
+    for (int shift = 0; shift < 63; shift += 7) {
+        int64_t group = byte(reader);
+        value |= (group & 127) << shift;
+        if (group < 128) return value;
+    }
+    reader->bad = 1;
+    return 0;
+}
+
+/* What a payload says before its lanes, and all that a model takes. */
+typedef struct {
+    int64_t offset, lanes, coefficients;
+    int arrays, rank, name[ARRAYS + 2 * MAX_RANK];         /* of each array in the payload: its number, or ARRAYS and more */
+    int64_t size[ARRAYS + 2 * MAX_RANK];                   /* those of U_1, V_1, ... */
+    uint8_t code[ARRAYS + 2 * MAX_RANK];
+    int32_t *values;                                       /* of all arrays, one after another */
+    int32_t *array[ARRAYS];                                /* within them, or NULL where all is 0 */
+    float *lean;                                           /* U (rows, rank) and V (rank, inputs) */
+    int16_t *magnitudes;                                   /* what each magnitude adds */
+    int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
+    const int32_t *steps;
+} Model;
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Returns whether the head of a payload, up to the number of lanes, is one for this shape. */
+static int head(Model *model, Reader *reader, const Given *given) {
+    static const int32_t steps[16] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32};
+    int64_t rows = given->rows, inputs = given->inputs, positions = given->positions, units = rows * inputs;
+    int64_t sizes[ARRAYS] = {rows > 1 ? rows : 0, inputs > 1 && rows * positions > 1 ? inputs : 0,
+                             positions > 1 ? positions : 0, positions == 1 ? 0 : given->width ? SAME * OTHER : SAME,
+                             given->width ? CLASSES : 0, given->reference ? 1 : 0};
+    int flags = (int)byte(reader) >> 1;
+    memset(model, 0, sizeof *model);
+    model->steps = steps;
+    model->offset = HIGHEST - varint(reader);
+    if (given->width && positions == 1 && rows >= LEAST_SIDE && inputs >= LEAST_SIDE) model->rank = (int)byte(reader);
+    if (reader->bad || flags >> ARRAYS || model->rank > MAX_RANK || model->offset < -LEVELS) return 0;
+    for (int n = 0; n < ARRAYS; n++)
+        if (flags >> n & 1) {
+            if (!sizes[n]) return 0;
+            model->name[model->arrays] = n;
+            model->size[model->arrays++] = sizes[n];
+        }
+    for (int k = 0; k < 2 * model->rank; k++) {
+        model->name[model->arrays] = ARRAYS + k;
+        model->size[model->arrays++] = k % 2 ? inputs : rows;
+    }
+    for (int n = 0; n < model->arrays; n++) {
+        model->code[n] = (uint8_t)byte(reader);
+        model->coefficients += model->size[n];
+        if (!(model->code[n] & 15)) return 0;
+    }
+    model->lanes = varint(reader);
+    return !reader->bad && model->lanes >= 1 && model->lanes >= (units + MAX_LANE - 1) / MAX_LANE &&
+           model->lanes <= (units + GROUP - 1) / GROUP;
+}
+
+static void forget(Model *model) {
+    free(model->values);
+    free(model->lean);
+    free(model->magnitudes);
+}
+
+/* Multiplies out the coefficients in `values`, which are allocated; returns whether there was memory. */
+static int scale(Model *model, const Given *given) {
+    int32_t *at = model->values;
+    int64_t rows = given->rows, inputs = given->inputs, rank = model->rank;
+    if (rank && !(model->lean = malloc((size_t)(rank * (rows + inputs)) * sizeof(float)))) return 0;
+    for (int n = 0; n < model->arrays; n++) {
+        int32_t step = model->steps[model->code[n] >> 4], k = model->name[n] - ARRAYS;
+        for (int64_t i = 1; model->name[n] == MAGNITUDE && i < CLASSES; i++) at[i] += at[i - 1];
+        for (int64_t i = 0; i < model->size[n]; i++) at[i] *= step;
+        if (k < 0) model->array[model->name[n]] = at;
+        for (int64_t i = 0; k >= 0 && i < model->size[n]; i++)
+            model->lean[k % 2 ? rank * rows + k / 2 * inputs + i : i * rank + k / 2] = (float)at[i];
+        at += model->size[n];
+    }
+    for (int i = 0; model->array[BEFORE] && i < 2 * KINDS; i++) {
+        int positive = i % KINDS / SAME, minus = i % SAME;
+        int same = i < KINDS ? positive : minus, other = i < KINDS ? minus : positive;
+        model->contexts[i] = model->array[BEFORE][same + SAME * (!given->width ? 0 : other < OTHER ? other : OTHER - 1)];
+    }
+    if (model->array[MAGNITUDE]) {
+        uint32_t *have = calloc(MAGNITUDES, sizeof *have);
+        uint8_t *rank_of = calloc(MAGNITUDES, 1);
+        int done = have && rank_of && (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t)));
+        if (done) {
+            ranks(given, rows * inputs * given->positions, CLASSES, have, rank_of);
+            for (int v = 0; v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
+        }
+        free(have);
+        free(rank_of);
+        return done;
+    }
+    return 1;
 }
 
 /* Levels, limited to those that there are, of `count` weights of a row at one position, from the input `first` on.
-   `seen` has what was counted in the kernel of each, `contexts` what that adds for either sign. */
-WIDE static void levels_of(const Model *model, int64_t position, int64_t row, int64_t first, int64_t count,
-                           const uint8_t *seen, const int32_t *contexts, int32_t *level) {
+   `seen` has what was counted in the kernel of each: SAME * positive events + negative ones, each at most 4. */
+WIDE static void levels_of(const Model *model, const Given *given, int64_t position, int64_t row, int64_t first,
+                           int64_t count, const uint8_t *seen, int32_t *level) {
     int32_t base = (int32_t)(LEVELS / 2 + model->offset);
-    int64_t step = model->positions, place = (row * model->inputs + first) * step + position;
-    const uint8_t *classes = model->classes ? model->classes + place : 0;
-    if (model->row) base += model->row[row];
-    if (model->position) base += model->position[position];
-    for (int64_t i = 0; i < count; i++) level[i] = base;
-    if (model->input)
-        for (int64_t i = 0; i < count; i++) level[i] += model->input[first + i];
-    if (model->magnitude)
-        for (int64_t i = 0; i < count; i++) level[i] += model->magnitude[classes[i * step] >> 3 & 15];
-    if (model->reference)
-        for (int64_t i = 0; i < count; i++) level[i] += model->referenced[place + i * step] ? *model->reference : 0;
-    if (model->before)
-        for (int64_t i = 0; i < count; i++) level[i] += contexts[seen[i] + (classes ? classes[i * step] >> 7 : 0) * KINDS];
+    int64_t step = given->positions, place = (row * given->inputs + first) * step + position;
+    if (model->array[ROW]) base += model->array[ROW][row];
+    if (model->array[POSITION]) base += model->array[POSITION][position];
+    if (model->array[INPUT]) {
+        const int32_t *input = model->array[INPUT] + first;
+        for (int64_t i = 0; i < count; i++) level[i] = base + input[i];
+    } else
+        for (int64_t i = 0; i < count; i++) level[i] = base;
+    if (model->array[MAGNITUDE])
+        for (int64_t i = 0; i < count; i++) level[i] += model->magnitudes[magnitude(word_of(given, place + i * step))];
+    if (model->array[REFERENCE])
+        for (int64_t i = 0; i < count; i++) {
+            int64_t at = place + i * step;
+            level[i] += (given->reference[at >> 3] >> (at & 7) & 1) * *model->array[REFERENCE];
+        }
+    if (model->array[BEFORE] && given->width)
+        for (int64_t i = 0; i < count; i++)
+            level[i] += model->contexts[seen[i] + (negative(word_of(given, place + i * step)) ? KINDS : 0)];
+    else if (model->array[BEFORE])
+        for (int64_t i = 0; i < count; i++) level[i] += model->contexts[seen[i]];
     if (model->rank) { /* only where there is one position */
+        const float *left = model->lean + row * model->rank, *right = model->lean + model->rank * given->rows + first;
         float lean[PIECE];
-        for (int64_t i = 0; i < count; i++) lean[i] = 0;
-        for (int64_t k = 0; k < model->rank; k++) {
-            const float own = model->left[row * model->rank + k], *other = model->right + k * model->inputs + first;
+        for (int64_t i = 0; i < count; i++) lean[i] = left[0] * right[i];
+        for (int64_t k = 1; k < model->rank; k++) {
+            const float own = left[k], *other = right + k * given->inputs;
             for (int64_t i = 0; i < count; i++) lean[i] += own * other[i]; /* integers below 2^24: exact */
         }
-        for (int64_t i = 0; i < count; i++) {
-            int32_t whole = (int32_t)lean[i];
-            level[i] += (classes[i] > 127 ? -whole : whole) >> 4;
+        if (given->width == 4) {
+            const uint32_t *words = (const uint32_t *)given->weights + place;
+            for (int64_t i = 0; i < count; i++) {
+                int32_t whole = (int32_t)lean[i], sign = -negative(words[i]);
+                level[i] += ((whole ^ sign) - sign) >> 4;
+            }
+        } else {
+            const uint16_t *words = (const uint16_t *)given->weights + place;
+            for (int64_t i = 0; i < count; i++) {
+                int32_t whole = (int32_t)lean[i], sign = -negative((uint32_t)words[i] << 16);
+                level[i] += ((whole ^ sign) - sign) >> 4;
+            }
         }
     }
     for (int64_t i = 0; i < count; i++) level[i] = level[i] < 0 ? 0 : level[i] >= LEVELS ? LEVELS - 1 : level[i];
 }
 
-/* Events of lanes, as bits that are set. `counts`: a byte for each unit of the longest lane. */
-API void maskpack_events(const Tables *tables, const Model *model, const Lanes *lanes, int64_t lane_count,
-                         const int64_t *bounds, uint8_t *counts, uint8_t *bits) {
-    int32_t contexts[2 * KINDS], level[PIECE];
-    for (int i = 0; model->before && i < 2 * KINDS; i++) {
-        int positive = i % KINDS / SAME, negative = i % SAME;
-        int same = i < KINDS ? positive : negative, other = i < KINDS ? negative : positive;
-        contexts[i] = model->before[same + SAME * (!model->classes ? 0 : other < OTHER ? other : OTHER - 1)];
+static inline void counted(uint8_t *seen, int minus) {
+    int own = minus ? *seen % SAME : *seen / SAME;
+    *seen = (uint8_t)(*seen + (own == SAME - 1 ? 0 : minus ? 1 : SAME));
+}
+
+static int64_t lane_start(int64_t units, int64_t lane, int64_t lanes) {
+    int64_t groups = (units + GROUP - 1) / GROUP; /* below 2^60 / lanes: units are at most 2^40, lanes 2^31 */
+    return least(GROUP * (groups / lanes * lane + groups % lanes * lane / lanes), units);
+}
+
+static int64_t share(int64_t count, int64_t lane, int64_t lanes) {
+    return count / lanes * lane + count % lanes * lane / lanes;
+}
+
+typedef struct {
+    uint32_t state;
+    const uint8_t *word, *end; /* of two bytes each, little-endian */
+} Lane;
+
+static inline void fill(Lane *lane) {
+    if (lane->state < LOW && lane->word < lane->end) {
+        lane->state = lane->state << 16 | lane->word[0] | (uint32_t)lane->word[1] << 8;
+        lane->word += 2;
     }
-    for (int64_t lane = 0; lane < lane_count; lane++) {
-        uint32_t state = (uint32_t)lanes->state[lane], slot = state & (ONE - 1), used = 0, reach = tables->reach[slot];
-        uint32_t limit = reach < WINDOW ? reach : WINDOW;
-        int64_t at = lanes->at[lane], end = lanes->end[lane], begin = bounds[lane], stop = bounds[lane + 1], count;
-        if (model->before) memset(counts, 0, (size_t)(stop - begin));
-        for (int64_t position = 0; position < model->positions; position++)
-            for (int64_t unit = begin; unit < stop; unit += count) {
-                int64_t row = unit / model->inputs, input = unit % model->inputs;
-                uint8_t *seen = counts + (unit - begin);
-                count = model->inputs - input < stop - unit ? model->inputs - input : stop - unit;
-                if (count > PIECE) count = PIECE;
-                levels_of(model, position, row, input, count, seen, contexts, level);
-                for (int64_t i = 0; i < count; i++) {
-                    uint32_t hazard = tables->hazard[level[i]];
-                    used += hazard;
-                    if (used < limit) continue;
-                    uint32_t low = tables->survival[used], size = low, first = 0;
-                    if (used >= reach) { /* an event; else the window ends without one */
-                        int64_t weight = (unit + i) * model->positions + position;
-                        size = tables->survival[used - hazard] - low;
-                        first = low;
-                        bits[weight >> 3] |= (uint8_t)(1 << (weight & 7));
-                        if (model->before) {
-                            int negative = model->classes && model->classes[weight] > 127;
-                            int own = negative ? seen[i] % SAME : seen[i] / SAME;
-                            seen[i] += own == SAME - 1 ? 0 : negative ? 1 : SAME;
-                        }
+}
+
+static inline void take(Lane *lane, uint32_t slot, uint32_t first, uint32_t size) {
+    lane->state = size * (lane->state >> BITS) + slot - first;
+    fill(lane);
+}
+
+/* Coefficients of a lane's part. */
+static void coefficients(const Tables *tables, const Model *model, Lane *lane, int64_t from, int64_t to) {
+    int n = 0;
+    int64_t end = model->arrays ? model->size[0] : 0;
+    for (int64_t c = from; c < to; c++) {
+        while (c >= end) end += model->size[++n];
+        const int32_t *own = tables->first + 16 * ((model->code[n] & 15) - 1);
+        int32_t slot = (int32_t)(lane->state & (ONE - 1)), symbol = 0;
+        while (symbol < 14 && own[symbol + 1] <= slot) symbol++;
+        model->values[c] = symbol - 7;
+        take(lane, (uint32_t)slot, (uint32_t)own[symbol], (uint32_t)(own[symbol + 1] - own[symbol]));
+    }
+}
+
+/* Events of the units of a lane, as bits that are set. `seen`: a byte for each of its units, 0. */
+static void events_of(const Tables *tables, const Model *model, const Given *given, Lane *lane, int64_t begin, int64_t stop,
+                      uint8_t *seen, uint8_t *bits) {
+    Lane own = *lane;
+    uint32_t slot = own.state & (ONE - 1), used = 0, reach = tables->reach[slot], limit = reach < WINDOW ? reach : WINDOW;
+    int32_t level[PIECE];
+    for (int64_t position = 0; position < given->positions; position++)
+        for (int64_t unit = begin, count; unit < stop; unit += count) {
+            int64_t row = unit / given->inputs, input = unit % given->inputs;
+            count = least(least(given->inputs - input, stop - unit), PIECE);
+            levels_of(model, given, position, row, input, count, seen + (unit - begin), level);
+            for (int64_t i = 0; i < count; i++) {
+                uint32_t hazard = tables->hazard[level[i]];
+                used += hazard;
+                if (used < limit) continue;
+                uint32_t low = tables->survival[used], size = low, first = 0;
+                if (used >= reach) { /* an event; else the window ends without one */
+                    int64_t weight = (unit + i) * given->positions + position;
+                    size = tables->survival[used - hazard] - low;
+                    first = low;
+                    bits[weight >> 3] |= (uint8_t)(1 << (weight & 7));
+                    if (model->array[BEFORE])
+                        counted(seen + (unit - begin) + i, given->width && negative(word_of(given, weight)));
+                }
+                take(&own, slot, first, size);
+                slot = own.state & (ONE - 1);
+                reach = tables->reach[slot];
+                limit = reach < WINDOW ? reach : WINDOW;
+                used = 0;
+            }
+        }
+    *lane = own;
+}
+
+/* Sets the events of a payload in `bits`, which are zero. Returns 1; 0 if the payload is refused, -1 without memory. */
+API int32_t maskpack_decode(const Tables *tables, const Given *given, const uint8_t *payload, int64_t size, uint8_t *bits) {
+    Reader reader = {payload, size, 0, 0};
+    Model model;
+    int64_t units = given->rows * given->inputs, longest = 0, length = 0, total = 0;
+    if (!head(&model, &reader, given) || model.lanes > size + 1) return 0;
+    Lane *lanes = malloc((size_t)model.lanes * sizeof *lanes);
+    uint8_t *seen = NULL;
+    int32_t result = -1;
+    if (!lanes || !(model.values = malloc((size_t)(model.coefficients + 1) * sizeof(int32_t)))) goto end;
+    result = 0;
+    for (int64_t l = 0; l < model.lanes - 1; l++) { /* ends for now, in words */
+        int64_t change = varint(&reader);
+        length += (change >> 1) ^ -(change & 1);
+        if (reader.bad || length < 0 || length > size || (total += length) > size) goto end;
+        lanes[l].state = (uint32_t)length; /* at most 2^32 words: larger payloads are refused below */
+    }
+    int64_t words = size - reader.at;
+    if (words % 2 || words / 2 < total || !words || size >= (int64_t)1 << 32) goto end;
+    const uint8_t *word = payload + reader.at;
+    for (int64_t l = 0; l < model.lanes; l++) {
+        const uint8_t *stop = l < model.lanes - 1 ? word + 2 * (int64_t)lanes[l].state : payload + size;
+        lanes[l] = (Lane){0, word, stop};
+        word = stop;
+        fill(lanes + l);
+        fill(lanes + l);
+        coefficients(tables, &model, lanes + l, share(model.coefficients, l, model.lanes), share(model.coefficients, l + 1, model.lanes));
+        longest = lane_start(units, l + 1, model.lanes) - lane_start(units, l, model.lanes) > longest
+                      ? lane_start(units, l + 1, model.lanes) - lane_start(units, l, model.lanes) : longest;
+    }
+    result = -1;
+    if (!scale(&model, given) || (model.array[BEFORE] && !(seen = malloc((size_t)longest)))) goto end;
+    result = 1;
+    for (int64_t l = 0; l < model.lanes && result == 1; l++) {
+        int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes);
+        if (seen) memset(seen, 0, (size_t)(stop - begin));
+        events_of(tables, &model, given, lanes + l, begin, stop, seen, bits);
+        if (lanes[l].state || lanes[l].word != lanes[l].end) result = 0; /* they say more, or less */
+    }
+end:
+    free(seen);
+    free(lanes);
+    forget(&model);
+    return result;
+}
+
+typedef struct {
+    uint16_t first, size; /* slots */
+} Symbol;
+
+/* Returns the words of all lanes of a payload with this head, coefficients and events (packed bits), and each lane's in
+   `lengths`; to be given back by maskpack_free. NULL without memory. */
+API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const uint8_t *bytes, int64_t size,
+                              const int32_t *values, const uint8_t *bits, int64_t *lengths) {
+    Reader reader = {bytes, size, 0, 0};
+    Model model;
+    int64_t units = given->rows * given->inputs, made = 0, room = 0;
+    if (!head(&model, &reader, given)) return NULL;
+    uint16_t *words = NULL;
+    uint8_t *seen = NULL;
+    Symbol *symbols = NULL;
+    int64_t longest = GROUP * ((units + GROUP - 1) / GROUP / model.lanes + 1), part = 1 + model.coefficients / model.lanes;
+    if (!(model.values = malloc((size_t)(model.coefficients + 1) * sizeof(int32_t)))) return NULL;
+    if (model.coefficients) memcpy(model.values, values, (size_t)model.coefficients * sizeof(int32_t));
+    int done = scale(&model, given) && (seen = malloc((size_t)longest)) &&
+               (symbols = malloc((size_t)(longest * given->positions + part) * sizeof *symbols));
+    for (int64_t l = 0; l < model.lanes && done; l++) {
+        int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes), end, count = 0;
+        int32_t level[PIECE], n = 0;
+        uint32_t used = 0, state = 0;
+        memset(seen, 0, (size_t)(stop - begin));
+        end = model.arrays ? model.size[0] : 0;
+        for (int64_t c = share(model.coefficients, l, model.lanes); c < share(model.coefficients, l + 1, model.lanes); c++) {
+            while (c >= end) end += model.size[++n];
+            const int32_t *own = tables->first + 16 * ((model.code[n] & 15) - 1) + 7 + values[c];
+            symbols[count++] = (Symbol){(uint16_t)own[0], (uint16_t)(own[1] - own[0])};
+        }
+        for (int64_t position = 0; position < given->positions; position++)
+            for (int64_t unit = begin, some; unit < stop; unit += some) {
+                int64_t row = unit / given->inputs, input = unit % given->inputs;
+                some = least(least(given->inputs - input, stop - unit), PIECE);
+                levels_of(&model, given, position, row, input, some, seen + (unit - begin), level);
+                for (int64_t i = 0; i < some; i++) {
+                    int64_t weight = (unit + i) * given->positions + position;
+                    uint32_t hazard = tables->hazard[level[i]], low = tables->survival[used += hazard];
+                    if (bits[weight >> 3] >> (weight & 7) & 1) {
+                        symbols[count++] = (Symbol){(uint16_t)low, (uint16_t)(tables->survival[used - hazard] - low)};
+                        if (model.array[BEFORE])
+                            counted(seen + (unit - begin) + i, given->width && negative(word_of(given, weight)));
+                        used = 0;
+                    } else if (used >= WINDOW) {
+                        symbols[count++] = (Symbol){0, (uint16_t)low};
+                        used = 0;
                     }
-                    state = taken(state, slot, first, size, &at, end, lanes->words);
-                    slot = state & (ONE - 1);
-                    reach = tables->reach[slot];
-                    limit = reach < WINDOW ? reach : WINDOW;
-                    used = 0;
                 }
             }
-        lanes->state[lane] = state;
-        lanes->at[lane] = at;
-    }
-}
-
-/* What a fit asks of `count` weights whose log-odds lie at `at` in tables of `size` entries, rounded to the nearest, ties
-   to even: event - p, which comes in the place of `at`, and p (1 - p). */
-API void maskpack_residuals(int64_t count, double *at, const uint8_t *events, int64_t size, const double *p,
-                            const double *variances, double *variance) {
-    for (int64_t i = 0; i < count; i++) {
-        double shifted = at[i] + 6755399441055744.0; /* 1.5 * 2^52: the integer is in the lower bits */
-        int64_t place;
-        memcpy(&place, &shifted, sizeof place);
-        place = (int32_t)place;
-        place = place < 0 ? 0 : place >= size ? size - 1 : place;
-        at[i] = events[i] - p[place];
-        variance[i] = variances[place];
-    }
-}
-
-/* Words of lanes whose symbols begin at `first` and have `size` slots; returns how many, and each lane's in `lengths`. */
-API int64_t maskpack_words(int64_t lane_count, const int64_t *ends, const int64_t *first, const int64_t *size,
-                           uint16_t *words, int64_t *lengths) {
-    int64_t made = 0;
-    for (int64_t lane = 0; lane < lane_count; lane++) {
-        int64_t begin = made, stop = lane ? ends[lane - 1] : 0;
-        uint32_t state = 0;
-        for (int64_t i = ends[lane]; i-- > stop;) {
-            uint32_t own = (uint32_t)size[i];
+        if (made + count + 2 > room) {
+            uint16_t *more = realloc(words, (size_t)(room = 2 * (made + count + 2)) * sizeof *words);
+            if (!(done = more != NULL)) break;
+            words = more;
+        }
+        int64_t from = made;
+        while (count-- > 0) {
+            uint32_t own = symbols[count].size;
             if (state >> 17 >= own) {
                 words[made++] = (uint16_t)state;
                 state >>= 16;
             }
-            state = (state / own << BITS) + state % own + (uint32_t)first[i];
+            state = (state / own << BITS) + state % own + symbols[count].first;
         }
         for (; state; state >>= 16) words[made++] = (uint16_t)state;
-        for (int64_t a = begin, b = made - 1; a < b; a++, b--) {
+        for (int64_t a = from, b = made - 1; a < b; a++, b--) {
             uint16_t kept = words[a];
             words[a] = words[b];
             words[b] = kept;
         }
-        lengths[lane] = made - begin;
+        lengths[l] = made - from;
     }
-    return made;
+    free(seen);
+    free(symbols);
+    forget(&model);
+    if (!done) free(words);
+    return done ? words : NULL;
 }
 
-/* Classes of `count` < 2^32 bfloat16 weights. `have`: 2^15 zeros. `table`: 2^16 bytes. */
-API void maskpack_classes(int64_t count, const uint16_t *weights, uint32_t *have, uint8_t *table, uint8_t *classes) {
-    enum { INFINITE = 0x7F80, NAN_ = INFINITE + 1, NEGATIVE = 0x8000 };
-    int64_t below = 0;
-    for (int64_t i = 0; i < count; i++) have[weights[i] & (NEGATIVE - 1)]++;
-    for (int v = NAN_ + 1; v < NEGATIVE; v++) have[NAN_] += have[v]; /* all NaN are one magnitude */
-    for (int v = 0; v <= NAN_; v++)
-        if (have[v]) {
-            table[v] = (uint8_t)(128 * (2 * below + have[v]) / (2 * count));
-            table[NEGATIVE | v] = (uint8_t)(table[v] + (v <= INFINITE ? 128 : 0));
-            below += have[v];
+API void maskpack_free(void *words) { free(words); }
+
+/* --- the fit -------------------------------------------------------------------------------------------------------- */
+
+/* What rows are multiplied by, and what comes of it; each pointer may be NULL. */
+typedef struct {
+    int64_t count;
+    const int32_t *along, *across; /* (count, inputs), (rows, count) */
+    int64_t *images, *others;      /* sums over inputs (rows, count), and over rows (count, inputs) */
+} Probes;
+
+typedef struct {
+    int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
+    const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
+    const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
+    const uint8_t *signs;                          /* 128 set where the base is negative */
+    const int32_t *curve;                          /* for log-odds from -EXTREME to EXTREME: 2^16 p + p (1 - p), in 2^-15 */
+    const double *factors;                         /* of each row: what makes `across` of the residuals' images, or NULL */
+    Probes residuals, variances;                   /* of event - p times the sign, and of p (1 - p), where positions are 1 */
+} Fit;
+
+/* event - p and p (1 - p) of `count` weights of a row from the input `first` on. */
+WIDE static void residuals_of(const Fit *fit, int64_t position, int64_t row, int64_t first, int64_t count, int32_t *residual,
+                              int32_t *variance) {
+    int64_t place = (position * fit->rows + row) * fit->inputs + first;
+    int32_t at[PIECE], base = (int32_t)fit->offset;
+    if (fit->array[ROW]) base += fit->array[ROW][row];
+    if (fit->array[POSITION]) base += fit->array[POSITION][position];
+    if (fit->array[INPUT]) {
+        const int32_t *input = fit->array[INPUT] + first;
+        for (int64_t i = 0; i < count; i++) at[i] = base + input[i];
+    } else
+        for (int64_t i = 0; i < count; i++) at[i] = base;
+    for (int n = BEFORE; n < ARRAYS; n++)
+        if (fit->array[n]) {
+            const int32_t *array = fit->array[n];
+            const uint8_t *index = fit->index[n] + place;
+            for (int64_t i = 0; i < count; i++) at[i] += array[index[i]];
         }
-    for (int v = NAN_; have[NAN_] && v < NEGATIVE; v++) table[v] = table[NEGATIVE | v] = table[NAN_];
-    for (int64_t i = 0; i < count; i++) classes[i] = table[weights[i]];
+    if (fit->rank) {
+        const uint8_t *signs = fit->signs + place;
+        int32_t lean[PIECE];
+        for (int64_t i = 0; i < count; i++) lean[i] = 0;
+        for (int64_t k = 0; k < fit->rank; k++) {
+            const int32_t own = fit->left[row * fit->rank + k], *other = fit->right + k * fit->inputs + first;
+            for (int64_t i = 0; i < count; i++) lean[i] += own * other[i];
+        }
+        for (int64_t i = 0; i < count; i++) {
+            int32_t sign = -(signs[i] >> 7);
+            at[i] = (at[i] * 256 + ((lean[i] ^ sign) - sign) + 1024) >> 11;
+        }
+    } else
+        for (int64_t i = 0; i < count; i++) at[i] = (at[i] + 4) >> 3;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t own = at[i] < -EXTREME ? 0 : at[i] > EXTREME ? 2 * EXTREME : at[i] + EXTREME, both = fit->curve[own];
+        residual[i] = (fit->events[place + i] << BITS) - (both >> 16);
+        variance[i] = both & 0xFFFF;
+    }
+}
+
+WIDE static int64_t summed(int64_t count, const int32_t *one, const int32_t *other) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; i++) sum += (int64_t)one[i] * other[i];
+    return sum;
+}
+
+WIDE static void added(int64_t count, const int32_t *one, int32_t factor, int64_t *to) {
+    for (int64_t i = 0; i < count; i++) to[i] += (int64_t)one[i] * factor;
+}
+
+WIDE static void totals(int64_t count, const int32_t *residual, const int32_t *variance, int64_t *slope, int64_t *curvature) {
+    int32_t sums[2] = {0, 0};
+    for (int64_t i = 0; i < count; i++) sums[0] += residual[i], sums[1] += variance[i];
+    *slope += sums[0];
+    *curvature += sums[1];
+}
+
+static void project(const Probes *probes, int64_t row, int64_t inputs, const int32_t *held, const double *factors) {
+    static const int32_t big = 1 << 20;
+    for (int64_t k = 0; k < probes->count; k++) {
+        int64_t image = probes->along ? summed(inputs, held, probes->along + k * inputs) : 0;
+        int32_t across = probes->across ? probes->across[row * probes->count + k] : 0;
+        if (probes->images) probes->images[row * probes->count + k] = image;
+        if (factors) { /* rounded to the nearest, ties to even */
+            double own = (double)image * factors[row];
+            own = (own < -big ? -big : own > big ? big : own) + 6755399441055744.0; /* 1.5 * 2^52 */
+            int64_t whole;
+            memcpy(&whole, &own, sizeof whole);
+            across = (int32_t)whole;
+        }
+        if (probes->others) added(inputs, held, across, probes->others + k * inputs);
+    }
+}
+
+/* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
+   whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for two rows. */
+API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
+    int32_t *variances = held + fit->inputs;
+    for (int64_t position = 0; position < fit->positions; position++)
+        for (int64_t row = 0; row < fit->rows; row++) {
+            int64_t slope = 0, curvature = 0, count;
+            for (int64_t first = 0; first < fit->inputs; first += count) {
+                int32_t *residual = held + first, *variance = variances + first;
+                int64_t place = (position * fit->rows + row) * fit->inputs + first;
+                count = least(fit->inputs - first, PIECE);
+                residuals_of(fit, position, row, first, count, residual, variance);
+                totals(count, residual, variance, &slope, &curvature);
+                if (sums[INPUT]) {
+                    added(count, residual, 1, sums[INPUT] + first);
+                    added(count, variance, 1, sums[INPUT] + fit->inputs + first);
+                }
+                for (int n = BEFORE; n < ARRAYS; n++)
+                    if (sums[n]) {
+                        static const int size[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
+                        const uint8_t *index = fit->index[n] + place;
+                        for (int64_t i = 0; i < count; i++) {
+                            sums[n][index[i]] += residual[i];
+                            sums[n][size[n] + index[i]] += variance[i];
+                        }
+                    }
+            }
+            total[0] += slope;
+            total[1] += curvature;
+            if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
+            if (sums[POSITION]) sums[POSITION][position] += slope, sums[POSITION][fit->positions + position] += curvature;
+            project(&fit->variances, row, fit->inputs, variances, NULL);
+            if (!fit->residuals.count) continue;
+            const uint8_t *signs = fit->signs + row * fit->inputs;
+            for (int64_t i = 0; i < fit->inputs; i++) held[i] = signs[i] >> 7 ? -held[i] : held[i];
+            project(&fit->residuals, row, fit->inputs, held, fit->factors);
+        }
 }

@@ -1,0 +1,325 @@
+"""train_auto: settings chosen by short runs on training rows that are held out, and the training with them."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import nn
+
+from ..backbone.load import Backbone
+from ..errors import ConfigError, StateError, TrainingError
+from .batchnorm import batchnorm_statistics
+from .budget import coded_bytes
+from .checkpoint import FILE
+from .config import ALL, TOP, TrainConfig, config_from
+from .data.base import Data
+from .data.load import hold_out
+from .learn import base_of, borrowed, settled
+from .methods.base import METHODS
+from .run_folder import (
+    Report,
+    RunFolder,
+    RunOptions,
+    check_parts,
+    check_untaken,
+    claim,
+    is_main_process,
+    locked,
+    part_options,
+)
+from .trainer import ObjectiveRun, TrainResult, as_backbone, plan_training, train_mask
+
+SEARCH, CLAIM, TRIALS = "search", "search.json", "trials.jsonl"  # a folder in the run's, and files in it
+HELD = 0.2  # of the training rows
+FINALISTS = 4  # candidates of the second round
+LEAST = 10  # steps of a trial
+SLOWER, FASTER, GENTLER = 0.4, 2.0, 0.3  # times the usual rate of scores, and of norms
+
+Changes = Mapping[str, Any]  # settings that differ from those given, JSON values
+DEFAULT: Changes = {}
+NORMS: Changes = {"top": 0.0}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one short run measured.
+
+    Attributes:
+        changes: of the settings given. steps: of the run.
+        accuracy: on the rows held out; 0 where training failed. density, mask_bytes: of the masks.
+    """
+
+    changes: Changes
+    steps: int
+    accuracy: float
+    density: float = 1.0
+    mask_bytes: int = 0
+
+
+@dataclass
+class Search:
+    """A search: its trials so far, and where they are kept.
+
+    Attributes:
+        first, last: steps of a trial of the first and of the second round. candidates: of the first round.
+        folder: None keeps nothing.
+    """
+
+    backbone: Backbone
+    data: Data
+    config: TrainConfig
+    first: int
+    last: int
+    candidates: Sequence[Changes]
+    folder: Path | None
+    options: RunOptions
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Most steps of all trials together."""
+        return self.first * len(self.candidates) + self.last * FINALISTS
+
+    def run(self) -> Changes:
+        """Make the trials that are left; return the changes that were best in the second round.
+
+        Of equal ones the settings given win, then norms alone.
+        """
+        first = [self.tried(changes, self.first) for changes in self.candidates]
+        last = [self.tried(changes, self.last) for changes in finalists(first)]
+        return max(last, key=lambda trial: trial.accuracy).changes
+
+    def tried(self, changes: Changes, steps: int) -> Trial:
+        """Return a trial; run it if it was not made before."""
+        for one in self.trials:
+            if (one.changes, one.steps) == (changes, steps):
+                return one
+        own = part_options(self.options, self.folder, str(len(self.trials)))
+        trial = self.measured(changes, steps, own)
+        self.trials.append(trial)
+        if self.folder is not None and is_main_process():
+            with (self.folder / TRIALS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(trial)) + "\n")
+            shutil.rmtree(str(own["output"]))
+        report = self.options.get("report")
+        if report is not None and is_main_process():
+            report({"event": "trial", "part": self._part(changes, steps), "accuracy": trial.accuracy})
+        return trial
+
+    def _part(self, changes: Changes, steps: int) -> str:
+        return f"search, {steps} steps, {in_words(changes)}"
+
+    def measured(self, changes: Changes, steps: int, options: RunOptions) -> Trial:
+        """Run a trial, or go on with it."""
+        done = sum(one.steps for one in self.trials)
+        moved = _moved(self.options.get("report"), self._part(changes, steps), done, max(self.steps, done + steps))
+        folder = RunFolder(RunOptions(**{**options, "report": moved}))
+        config = replace(changed(self.config, changes), steps=steps)
+        with folder.opened(), borrowed(self.backbone, config.beside):
+            if folder.report is not None:
+                folder.report({"event": "step", "step": 0, "steps": steps})  # something is seen at once
+            run = ObjectiveRun(self.backbone, self.data, config)
+            try:
+                at = run.train(folder, longer=False)
+            except TrainingError:  # a rate that is too great
+                return Trial(changes, steps, 0.0)
+            size = coded_bytes(one.mask() for one in run.scored)
+        return Trial(changes, steps, at.metrics["validation_accuracy"], at.metrics.get("density", 1.0), size)
+
+
+def _moved(report: Report | None, part: str, done: int, steps: int) -> Report | None:
+    """Return a report of a trial's steps as those of the whole search, of which so many are done."""
+    if report is None:
+        return None
+
+    def moved(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step":
+            report({**event, "part": part, "step": done + event["step"], "steps": steps})
+
+    return moved
+
+
+def train_auto(
+    model: Backbone | nn.Module,
+    data: Data,
+    config: TrainConfig | None = None,
+    *,
+    search_steps: int,
+    **options: Unpack[RunOptions],
+) -> TrainResult:
+    """Choose settings by short runs, and train a mask with them: see docs/methods.md, `--auto`.
+
+    A fifth of the training rows is held out and measures every trial; the validation and test splits are not read.
+    Settings that are given stay. The training afterwards has all training rows.
+
+    Args:
+        search_steps: most optimiser steps of all trials together.
+        options: as in `train_mask`. `output` gets a folder `search` with a line of JSON for each trial; on resume
+            trials that are there are not made again.
+
+    Returns:
+        What `train_mask` gives; `about.training["auto"]` has the trials and what was chosen.
+
+    Raises:
+        ConfigError: if the objective has no labels, or the steps are too few for the candidates. Others: as
+            `train_mask`.
+    """
+    config, backbone = config or TrainConfig(), as_backbone(model)
+    output, resume = options.get("output"), options.get("resume", False)
+    folder = None if output is None else Path(output) / SEARCH
+    check_search(folder, resume)
+    search = plan_search(backbone, data, config, search_steps, folder, options)
+    with locked(folder):
+        if folder is not None:
+            base, train = base_of(backbone), search.data.train
+            about = {
+                "settings": config.to_json(),
+                "search_steps": search_steps,
+                "backbone": base.digests[base.dtype],
+                "data": [data.digest, len(train or ()), len(data.class_names)],
+            }
+            claim(folder / CLAIM, about, TrainConfig().to_json())
+            search.trials += kept_trials(folder / TRIALS)
+        chosen = search.run()
+    resume = resume and output is not None and (Path(output) / FILE).exists()
+    settings, own = changed(config, chosen), RunOptions(**{**options, "resume": resume})
+    result = train_mask(backbone, data, settings, longer=False, **own)
+    trials = [asdict(one) for one in search.trials]
+    record = {
+        **(result.about.training or {}),
+        "auto": {"steps": search_steps, "trials": trials, "chosen": dict(chosen)},
+    }
+    if chosen.get("top") == 0:
+        said = "the search found no masks that are better than norms and head alone, so that none were trained"
+        record["warnings"] = [*record.get("warnings", []), said]
+        if (report := options.get("report")) is not None and is_main_process():
+            report({"event": "warning", "warning": said})
+    return replace(result, about=replace(result.about, training=record))
+
+
+def check_search(folder: Path | None, resume: bool) -> None:
+    """Raise StateError if a search and its training cannot begin, or go on; the search's folder is in the run's."""
+    if folder is None:
+        return
+    check_untaken(folder.parent, resume)
+    if (folder / CLAIM).exists() and not resume:
+        raise StateError(
+            f"{folder.parent} holds the search of an earlier run; continue it with resume, or choose another folder"
+        )
+    check_parts(folder, resume)
+
+
+def plan_search(
+    backbone: Backbone,
+    data: Data,
+    config: TrainConfig,
+    search_steps: int,
+    folder: Path | None = None,
+    options: RunOptions | None = None,
+) -> Search:
+    """Return a search that takes at most so many steps, without a trial yet.
+
+    Half of the steps are for the first round, in which every candidate has one run, and half for the finalists; no
+    trial is longer than the training.
+    """
+    if not config.labels or data.train is None:
+        raise ConfigError(
+            f"a search for settings compares accuracies, and the objective {config.objective!r} has no labels; leave "
+            f"auto out"
+        )
+    whole = plan_training(backbone, data, config)
+    last = min(whole["steps"], search_steps // 2 // FINALISTS)
+    found = candidates(backbone, config, whole["weights"], whole["steps"], probe=2 * last >= whole["steps"])
+    first = min(last, search_steps // 2 // len(found))
+    shortest = min(LEAST, whole["steps"])
+    if first < shortest:
+        least = 2 * shortest * max(len(found), FINALISTS)
+        raise ConfigError(
+            f"a search of {search_steps} steps is too short for {len(found)} candidates; give at least {least} steps, "
+            f"or fix some settings"
+        )
+    train, held = hold_out(data.train, HELD, config.seed)
+    if held is None:
+        raise ConfigError(f"{len(data.train)} training rows are too few to hold some out for a search; leave auto out")
+    rows = replace(data, train=train, validation=held, test=None)
+    return Search(backbone, rows, config, first, last, found, folder, options or {})
+
+
+def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int, probe: bool) -> list[Changes]:
+    """Return what a search tries: the settings as they are, norms alone, and one change or two of what is left open.
+
+    Args:
+        weights: that are masked. steps: of the training.
+        probe: whether a head that starts as the probe is tried. It wins in short runs and not in longer ones, so that
+            it takes trials nearly as long as the training to tell.
+    """
+    method = METHODS[config.method]
+    some = method.rising and not config.scale and config.selective == ALL
+    usual, found, lr = settled(config, backbone), [DEFAULT], config.score_lr(steps, weights)
+    open_top = config.top is None and some
+    if open_top and config.beside:
+        found.append(NORMS)
+    if open_top:
+        found.append({"top": TOP if usual.top == 1 else 1.0})
+    if open_top and config.train is None:
+        found.append({"top": 1.0, "train": ["none"]})
+    if config.lr is None and method.learns:
+        found += [{"lr": lr * FASTER}, {"lr": lr * SLOWER}]
+    if config.train_lr is None and config.beside:
+        found.append({"train_lr": config.beside_lr * GENTLER})
+    if config.bn is None and batchnorm_statistics(backbone.model):
+        found.append({"bn": "adapt" if usual.bn == "freeze" else "freeze"})
+    if config.head_start == "plain" and config.head_kind == "linear" and probe:
+        found.append({"head_start": "probe"})
+    return found
+
+
+def finalists(trials: Sequence[Trial]) -> list[Changes]:
+    """Return the changes of the second round: none, norms alone, all that helped together, and the best others.
+
+    Args:
+        trials: of the first round, the one without changes first.
+    """
+    ranked = sorted(trials, key=lambda one: -one.accuracy)
+    together: dict[str, Any] = {}
+    for one in reversed(ranked):  # of two values of a setting the better one stays
+        if one.accuracy > trials[0].accuracy:
+            together |= one.changes
+    if together.get("top") == 0:  # without scores these mean nothing, or leave nothing that learns
+        together = {name: value for name, value in together.items() if name not in ("train", "lr")}
+    norms = [NORMS] if any(one.changes == NORMS for one in trials) else []
+    order = [DEFAULT, *norms, together, *(one.changes for one in ranked)]
+    return [one for i, one in enumerate(order) if one not in order[:i]][:FINALISTS]
+
+
+def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
+    """Return the settings with these changes."""
+    return config_from({**vars(config), **changes})
+
+
+def in_words(changes: Changes) -> str:
+    """Return changes as people read them."""
+    if changes == NORMS:
+        return "norms alone"
+    texts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in changes.items()}
+    words = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in texts.items()]
+    return ", ".join(words) or "settings as given"
+
+
+def kept_trials(path: Path) -> list[Trial]:
+    """Return the trials in a file, without a last line that a killed process did not end."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text and is_main_process():
+        path.write_text(whole, encoding="utf-8")
+    try:
+        return [Trial(**json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise StateError(
+            f"cannot read the trials in {path}: {error}; delete it and resume: they are made again"
+        ) from None
