@@ -29,9 +29,9 @@ from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import Data, Examples, loader, readable
 from maskpack.training.data.load import hold_out, load_data
 from maskpack.training.features import embed, fit_probe
-from maskpack.training.learn import body_parameters, borrowed, learn_scores
+from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.scores import density, learning_names, without_scores
+from maskpack.training.scores import density, without_scores
 from maskpack.training.trainer import ObjectiveRun
 
 from .measured import Trial, trial, trials
@@ -130,7 +130,7 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     learn = learn_scores if kind == "mask" else partial(learned, kind)
     try:
-        with borrowed(backbone, config.beside):
+        with borrowed(backbone):
             run = ObjectiveRun(backbone, data, config, learn)
             at = run.train(RunFolder({}))
             module = run.objective.module

@@ -118,7 +118,7 @@ class Search:
         moved = _moved(self.options.get("report"), self._part(changes, steps), done, max(self.steps, done + steps))
         folder = RunFolder(RunOptions(**{**options, "report": moved}))
         config = replace(changed(self.config, changes), steps=steps)
-        with folder.opened(), borrowed(self.backbone, config.beside):
+        with folder.opened(), borrowed(self.backbone):
             if folder.report is not None:
                 folder.report({"event": "step", "step": 0, "steps": steps})  # something is seen at once
             run = ObjectiveRun(self.backbone, self.data, config)

@@ -15,10 +15,9 @@ from ..adapter.content import FEATURES, About, Parts
 from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
-from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
-from .batchnorm import batchnorm_statistics, set_train_mode
+from .batchnorm import set_train_mode
 from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
@@ -26,16 +25,9 @@ from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, n
 from .learn import Learn, base_of, borrowed, learn_scores, masked_sizes, settled
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
+from .own_loop import extract_parts
 from .run_folder import RunFolder, RunOptions
-from .scores import (
-    density,
-    extract_masks,
-    replaced_values,
-    scored_models,
-    scored_weights,
-    trained_themselves,
-    without_scores,
-)
+from .scores import beside_scores, density, scored_models, scored_weights, without_scores
 from .worth import beside_probe, probe_accuracies, worth
 
 STREAM = "train"  # of batches
@@ -77,17 +69,13 @@ class ObjectiveRun(Run):
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
         weights = sum(masked_sizes(config, backbone).values())
-        self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
-        if learn is learn_scores:
-            masked = select_parameters(model, config.include, config.exclude, backbone.outside)
-            self.whole = trained_themselves(model, config.beside, masked, backbone.outside)
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
         learns = all(one.method.learns for one in self.scored)
         learned = [one for one in self.scores.values() if learns and one.numel()]
         scores = [*learned, *self.objective.scores()]
-        head, beside = self.objective.trained(), list(self.whole.values())
+        head, beside = self.objective.trained(), list(beside_scores(model).values())
         if not scores and not head and not beside:
             raise ConfigError(
                 f"nothing would learn: the method {config.method!r} follows from the weights, and no head is trained "
@@ -200,10 +188,8 @@ class ObjectiveRun(Run):
 
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
-        statistics = batchnorm_statistics(self.backbone.model) if self.config.bn == "adapt" else {}
-        head, values = self.objective.head(), replaced_values(self.backbone.model)
-        whole = {name: parameter.detach().cpu().clone() for name, parameter in self.whole.items()}
-        return Parts(extract_masks(self.backbone.model), head, statistics, whole, values)
+        head = self.objective.head()
+        return replace(extract_parts(self.backbone.model), head=head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -292,7 +278,7 @@ def train_mask(
     """
     config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
     with folder.opened():
-        with borrowed(backbone, config.beside):
+        with borrowed(backbone):
             run = ObjectiveRun(backbone, data, config, learn, start_from)
             at = run.train(folder, longer)
             metrics = run.finish(at)

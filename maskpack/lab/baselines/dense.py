@@ -15,8 +15,7 @@ from ...errors import ConfigError
 from ...training.batchnorm import batchnorm_statistics
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
-from ...training.learn import body_parameters
-from ...training.scores import learning_names
+from ...training.learn import body_parameters, learning_names
 from ...training.trainer import train_dense
 from ..quantize import quantized
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
