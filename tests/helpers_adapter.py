@@ -1,7 +1,6 @@
 """Small adapters for tests, and ways to spoil their files."""
 
 import json
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from maskpack.codecs.base import CODECS, Bits, Bytes, Codec, Profile, Side
 from maskpack.codecs.choose import rivals, smallest
 from maskpack.codecs.classes import weight_classes
 from maskpack.mask import MaskSet, PackedMask, bits_digest, rows_id
-from maskpack.safetensors_io import SEAL, UNSEALED, seal
+
+from .fuzz.damage import File, sealed, taken
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,7 +31,7 @@ def base_of(
     names: Iterable[str], id: str = "timm/resnet18.a1_in1k", weights: Mapping[str, Tensor] | None = None
 ) -> Fingerprint:
     """Return a fingerprint that has these tensors, with the digests of the weights, if there are any."""
-    tensors = {name: blake3(name.encode()).digest()[:18] for name in names}
+    tensors = {name: blake3(name.encode()).digest()[:6] for name in names}
     for name, weight in (weights or {}).items():
         module = nn.ParameterDict({"x": nn.Parameter(weight, requires_grad=False)})
         tensors[name] = fingerprint(module, id=id).tensors["x"]
@@ -69,72 +69,46 @@ def resnet50_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def split_file(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Return the safetensors header and the data section of a file."""
-    length = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
+    """Return the header and the data of a file."""
+    text, section = taken(data)
+    return json.loads(text), section
 
 
-def join_file(header: dict[str, Any] | bytes, data: bytes) -> bytes:
-    """Return a file of a safetensors header and a data section; the digest of a header that has one is made good."""
-    if isinstance(header, dict):
-        if SEAL in header.get("__metadata__", {}):
-            header["__metadata__"][SEAL] = UNSEALED
-        text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-        text = seal(text + b" " * (-len(text) % 8))
-    else:
-        text = header + b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(text)) + text + data
+def join_file(header: Any, data: bytes) -> bytes:
+    """Return a file of a header, or of its text, and data, with a good digest."""
+    text = header if isinstance(header, bytes) else json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    return sealed(text, data)
 
 
 def with_header(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
-    """Return a file whose adapter header was changed in place."""
-    outer, section = split_file(data)
-    inner = json.loads(outer["__metadata__"]["maskpack"])
-    change(inner)
-    outer["__metadata__"]["maskpack"] = json.dumps(inner)
-    return join_file(outer, section)
+    """Return a file whose header was changed in place."""
+    header, section = split_file(data)
+    change(header)
+    return join_file(header, section)
 
 
 def with_payload(data: bytes, payload: bytes, index: int = 0) -> bytes:
-    """Return a file of one set with another payload in place of one and every digest corrected, as a forger would."""
-    outer, section = split_file(data)
-    inner = json.loads(outer["__metadata__"]["maskpack"])
-    one = inner["sets"]["default"]
-    tensors = {name: entry for name, entry in outer.items() if name != "__metadata__"}
-    bytes_of = {name: section[slice(*entry["data_offsets"])] for name, entry in tensors.items()}
-    at = sum(one["size"][:index])
-    old = bytes_of["default/payloads"]
-    bytes_of["default/payloads"] = old[:at] + payload + old[at + one["size"][index] :]
+    """Return a file of one set with another payload in place of one and a good digest, as a forger would."""
+    file = File.of(data)
+    one = file.inner["sets"]["default"]
+    at, old = sum(one["size"][:index]), file.data["default/payloads"]
+    file.data["default/payloads"] = old[:at] + payload + old[at + one["size"][index] :]
     one["size"][index] = len(payload)
-    digests = bytearray(bytes_of["maskpack.digests"])
-    digests[16 * index : 16 * index + 16] = blake3(payload).digest()[:16]
-    bytes_of["maskpack.digests"] = bytes(digests)
-    tensors["default/payloads"]["shape"] = [len(bytes_of["default/payloads"])]
-    start, section = 0, b""
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
-        section += bytes_of[name]
-        entry["data_offsets"] = [start, len(section)]
-        start = len(section)
-    inner["data_blake3"] = blake3(section).hexdigest()
-    outer["__metadata__"]["maskpack"] = json.dumps(inner)
-    return join_file(outer, section)
+    return file.joined()
 
 
 def many(sets: int = 1, parameters: int = 1, tensors: int = 0, classes: int = 0) -> bytes:
     """Return a file of so many mask sets, with so many masks of 8 weights and stored parameters each, and classes."""
-    from .fuzz.damage import File  # which imports nothing of ours
-
     names = [f"layer{i:07}.weight" for i in range(parameters)]
     counts = {key: [value] * parameters for key, value in (("shape", 0), ("kept", 7), ("size", 1))}
     coding = {"codec": "raw", "op": "zero"}
     one = {"names": "\n".join(names), "shapes": [[8]], **counts}
     one |= {"codings": [coding] * parameters, "coding": list(range(parameters))}
-    data = {"maskpack.digests": b"", "maskpack.base": bytes(18 * parameters)}
-    dtypes = {name: ("U8", [parameters, 18]) for name in data}
+    data, entries = {"maskpack.base": bytes(6 * parameters)}, {}
     for set_name in (each := [f"s{i:07}" for i in range(sets)]):
-        data[f"{set_name}/payloads"], dtypes[f"{set_name}/payloads"] = b"\xfd" * parameters, ("U8", [parameters])
+        data[f"{set_name}/payloads"] = b"\xfd" * parameters
         for name in (f"{set_name}/parameters/n{i:07}" for i in range(tensors)):
-            data[name], dtypes[name] = bytes(4), ("F32", [1])
+            data[name], entries[name] = bytes(4), {"dtype": "F32", "shape": [1]}
     digest = bits_digest(bitarray("10111111", endian="little"))
     header = {
         "format_version": 1,
@@ -150,8 +124,7 @@ def many(sets: int = 1, parameters: int = 1, tensors: int = 0, classes: int = 0)
         "sets": dict.fromkeys(each, one),
         **({"class_names": [f"class {i}" for i in range(classes)]} if classes else {}),
     }
-    entries = {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in dtypes.items()}
-    return File({"format": "pt"}, header, entries, data).joined()
+    return File(header, entries, data).joined()
 
 
 def write(folder: Path, data: bytes) -> Path:

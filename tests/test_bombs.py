@@ -1,7 +1,6 @@
 """Files that claim much: found out before memory is spent; and payloads forged with all digests right."""
 
 import gc
-import json
 import math
 import struct
 import time
@@ -13,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
+from blake3 import blake3
 
 from maskpack.adapter.card import render_card
 from maskpack.adapter.describe import config_text, inspect_adapter
-from maskpack.adapter.read import Adapter, read_adapter
+from maskpack.adapter.read import Adapter, opening, read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.codecs.base import Side, plausible
 from maskpack.errors import CorruptAdapterError
-from maskpack.safetensors_io import SEAL
 
+from .fuzz.damage import sealed, taken
 from .helpers_adapter import (
     base_of,
     encode_smallest,
@@ -105,11 +105,28 @@ def test_writers_leave_out_what_readers_would_refuse() -> None:
 
 
 def test_huge_headers_take_bounded_memory(tmp_path: Path) -> None:
-    outer, _ = split_file(many())
-    header = json.loads(outer["__metadata__"]["maskpack"])
-    inner = json.dumps({**header, "sets": {"default": {"kept": [[]] * 500_000}}}, separators=(",", ":"))
-    data = join_file({"__metadata__": {SEAL: "", "maskpack": inner}}, b"")
+    header, _ = split_file(many())
+    data = join_file({**header, "sets": {"default": {"kept": [[]] * 500_000}}}, b"")
     assert peak_of(lambda: refuse(tmp_path, data, "names is missing, expected text")) < 150 << 20
+
+
+def test_the_index_is_bounded_before_it_is_unpacked(valid: bytes, tmp_path: Path) -> None:
+    for text, match in (
+        (b" " * (9 << 20), "declares 9437184 as its size, expected 2 to 8388608 bytes"),
+        (b"{" + b" " * (8 << 20), "declares 8388609 as its size"),
+    ):
+        data = join_file(text, b"")
+        assert len(data) < 4096
+        assert peak_of(lambda data=data, match=match: refuse(tmp_path, data, match)) < 1 << 20  # type: ignore[misc]
+    frame = zstandard.ZstdCompressor(write_checksum=False, write_content_size=False).compress(b"{}")
+    refuse(tmp_path, sealed(b"", b"", frame), "declares nothing as its size")
+    text, section = taken(valid)
+    plain = zstandard.ZstdCompressor(write_checksum=False).compress(text)  # as with the dictionary, but for its bytes
+    assert read_adapter(write(tmp_path, sealed(b"", section, plain))).parts().masks == MASKS
+    refuse(tmp_path, sealed(b"", section, plain + b"\0"), "a zstd payload cannot be decoded")
+    rest = b"\xff\xff\xff\xff" + plain
+    claim = opening(8 + len(rest)) + blake3(rest).digest()[:8] + rest
+    refuse(tmp_path, claim, "its index has 4294967295 bytes, which are not there")
 
 
 ACTIONS: dict[str, Callable[[Adapter], object]] = {

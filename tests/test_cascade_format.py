@@ -262,17 +262,6 @@ def test_every_field_and_tensor_is_checked(
     assert "spoiled.safetensors" in str(caught.value), "the message must name the file"
 
 
-def test_every_byte_of_the_tensors_is_covered(valid: bytes, tmp_path: Path) -> None:
-    file = File.of(valid)
-    start = len(valid) - sum(len(data) for data in file.data.values())
-    for name in sorted(file.data):
-        if name.startswith(PREFIX):
-            spoiled = bytearray(valid)
-            spoiled[start + file.entries[name]["data_offsets"][0]] ^= 1
-            with pytest.raises(CorruptAdapterError, match=f"tensor '{name}' has not the digest that was stored"):
-                read_adapter(write(tmp_path, bytes(spoiled)))
-
-
 def test_unknown_keys_are_ignored(valid: bytes, tmp_path: Path) -> None:
     file = File.of(valid)
     cascade(file)["later"] = {"x": 1}

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,7 +28,8 @@ from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.load import load_mask, unload_mask
 
-from .helpers_adapter import base_of, join_file, random_masks, split_file, with_header, write
+from .fuzz.damage import File
+from .helpers_adapter import base_of, random_masks, with_header, write
 
 SHAPES = {"a.weight": (40, 3)}
 MASKS = random_masks(SHAPES)
@@ -224,28 +224,23 @@ def test_every_tensor_is_checked(valid: bytes, tmp_path: Path) -> None:
         (("dtype", "I8"), "'default/head/mask' is I8 .*expected U8"),
         (("shape", [1, 2]), r"'default/head/mask' is U8 of shape \(1, 2\), expected U8"),
     ):
-        outer, section = split_file(valid)
-        outer["default/head/mask"].update([change])
+        file = File.of(valid)
+        file.entries["default/head/mask"].update([change])
         with pytest.raises(CorruptAdapterError, match=match):
-            read_adapter(write(tmp_path, join_file(outer, section)))
+            read_adapter(write(tmp_path, file.joined()))
     for name in ("default/head/weight", "default/head/bias", "default/head/more"):
-        outer, section = split_file(valid)
-        outer[name] = outer.pop("default/head/mask")
+        file = File.of(valid)
+        for held in (file.entries, file.data):
+            held[name] = held.pop("default/head/mask")  # type: ignore[attr-defined]
         with pytest.raises(CorruptAdapterError, match="expected no such tensor|has no tensor 'default/head/mask'"):
-            read_adapter(write(tmp_path, join_file(outer, section)))
+            read_adapter(write(tmp_path, file.joined()))
 
 
 def test_set_bits_in_the_padding_are_refused(valid: bytes, tmp_path: Path) -> None:
-    outer, section = split_file(valid)
-    first, last = outer["default/head/mask"]["data_offsets"]
-    forged = section[:first] + bytes([section[first], section[first + 1] | 0x80]) + section[last:]
-    digests = outer["maskpack.digests"]["data_offsets"]  # of the payload, then of the head's mask
-    digest = blake3(forged[first:last]).digest()[:16]
-    forged = forged[: digests[0] + 16] + digest + forged[digests[0] + 32 :]
-    inner = json.loads(outer["__metadata__"]["maskpack"])
-    inner["data_blake3"] = blake3(forged).hexdigest()
-    outer["__metadata__"]["maskpack"] = json.dumps(inner)
-    adapter = read_adapter(write(tmp_path, join_file(outer, forged)))
+    file = File.of(valid)
+    first, last = file.data["default/head/mask"]
+    file.data["default/head/mask"] = bytes([first, last | 0x80])
+    adapter = read_adapter(write(tmp_path, file.joined()))
     for use in (adapter.parts, adapter.verify):
         with pytest.raises(
             CorruptAdapterError, match=r"spoiled\.safetensors: the mask of the head has set bits behind"

@@ -102,7 +102,7 @@ def test_nothing_is_parsed_before(adapter: Path, key: tuple[Path, Path], monkeyp
     def fail(*_: object) -> None:
         raise AssertionError("parsed")
 
-    for name in ("parse_header", "parse_adapter", "check_config"):
+    for name in ("from_frame", "parse_adapter", "check_config"):
         monkeypatch.setattr(read, name, fail)
     with pytest.raises(AssertionError):
         load_adapter(adapter, require_signature=key[1])

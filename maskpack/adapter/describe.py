@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import escape
 from .header import FORMAT_VERSION, SetHeader, base_to_json
 from .read import Adapter, read_adapter
-from .tensors import CASCADE, beginning, dense_names
+from .tensors import CASCADE, beginning
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
@@ -22,14 +22,13 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
     sets = {name: _set(adapter, name, one) for name, one in header.sets.items()}
     weights = sum(one["weights"] for one in sets.values())
     coded = sum(one["payload_bytes"] for one in sets.values())
-    dense = sum(len(adapter.bytes_of(name)) for name in dense_names(adapter.spans))
+    dense = sum(len(adapter.bytes_of(name)) for name in header.tensors)
     return {
         "format_version": FORMAT_VERSION,
         "producer": header.producer,
         "mask_id": header.mask_id,
         "size": adapter.size,
         "blake3": adapter.digest,
-        "data_blake3": header.data_digest,
         "index_bytes": adapter.size - coded - dense,
         "base": base_to_json(header.base),
         "task": about.task,

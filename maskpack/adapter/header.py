@@ -14,7 +14,7 @@ from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
-from ..safetensors_io import strict_json
+from ..safetensors_io import DTYPES, MAX_DIMENSION, strict_json
 from . import fields
 from .content import COMBINES, About, Cascade
 from .fields import BOOLEAN, DIGEST, TEXT, TEXTS, Check, check, integers, one_of, record, refuse
@@ -25,6 +25,30 @@ MAX_SET_WEIGHTS = 1 << 48
 MAX_DIMENSIONS = 16
 SET_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 OWN_KEYS = frozenset({"codec", "op", "reference"})
+# the index is compressed as if it stood behind this text, a part of the format; line ends are none of it
+DICTIONARY = rb"""
+encoder.layer.0.attention.output.dense.weight\nintermediate.dense.weight\nself.query.weight\nlayers.1.mlp.down_proj.we
+ight\nblocks.3.0.conv_pwl.weight\nlayer2.1.conv1.weight\ndownsample.0.weight\nbn2\n"reference":"default","pooled-linea
+r","normalize":true,"pooling":"mean"text-classificationfeature-extraction{"kind":"text","max_length":128}"warnings":["
+the test accuracy is 0., and a linear probe of the raw backbone has 0.: the mask was not worth it; take more steps, o
+r keep the probe"]0,1,1,2,2,3,3,4,4,5,5,0,0,0,0,0,0,0,0,{"base":{"digests":{"bfloat16":"","float16":"","float32":""},"
+dtype":"float32","head":["fc"],"id":"timm/tf_","revision":null},"class_names":["],"format_version":1,"mask_id":"","pre
+process":{"interpolation":"bicubic","kind":"image","mean":[0.485,0.456,0.406],"resize":256,"size":224,"std":[0.229,0.2
+24,0.225]},"producer":"maskpack/0.1.0","sets":{"default":{"coding":[],"codings":[{"codec":"logit-base","op":"zero"}],"
+head":{"kind":"linear","module":"classifier"},"kept":[],"names":"","norms":{"channels":[],"names":""},"shape":[],"shap
+es":[],"size":[]}},"task":"image-classification","tensors":{"default/head/bias":["F16",10],"default/head/integers":["U
+8",],"default/head/steps":["F32",10],"default/norms":["U8",],"default/parameters/":["F32",]},"training":{"data":{"dige
+st":"","empty_classes":[],"id":"","rows":{"test":1000,"train":2700,"validation":300},"source":"parquet","unreadable":0
+},"lora_bytes":{"rank_1_4bit":,"rank_8_4bit":},"metrics":{"density":0.99,"test_accuracy":0.9,"test_accuracy_without_ma
+sks":0.,"test_over_probe":-0.0,"test_probe_accuracy":0.9,"train_loss":0.,"validation_accuracy":0.9,"validation_over_pr
+obe":0.0,"validation_probe_accuracy":0.9},"processes":1,"rates":{"head":0.01,"scores":0.05,"train":0.01},"scores":,"se
+ttings":{"accumulate":1,"augment":"crop-flip","batch_size":64,"bn":"freeze","bytes_budget":null,"clip":null,"distance"
+:2.0,"epochs":10,"exclude":[],"head_kind":"linear","head_lr":0.01,"head_start":"plain","head_template":"This is a phot
+o of a {label}","include":[],"label_smoothing":0.0,"lr":null,"method":"threshold","method_options":{},"objective":"sup
+ervised","objective_options":{},"optimizer":"adam","precision":"no","rate":null,"scale":false,"schedule":"cosine","see
+d":0,"selective":"all","steps":null,"store":"coded","top":null,"train":["norms"],"train_lr":0.01,"warmup":0.1,"workers
+":0},"steps":200,"versions":{"maskpack":"0.1.0","python":"3.11.7","torch":"2.14.1+cu130"}}}
+""".replace(b"\n", b"")
 
 
 def canonical_json(value: Any) -> str:
@@ -45,6 +69,16 @@ def _are_shapes(value: Any) -> bool:
 def _is_head_shape(value: Any) -> bool:
     pair = isinstance(value, list) and len(value) == 2 and all(type(size) is int and size >= 1 for size in value)
     return pair and math.prod(value) <= MAX_HEAD_WEIGHTS
+
+
+def _is_tensor(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= MAX_DIMENSIONS + 1
+        and isinstance(value[0], str)
+        and value[0] in DTYPES
+        and all(type(size) is int and 0 <= size <= MAX_DIMENSION for size in value[1:])
+    )
 
 
 def _base_id(value: Any, where: str) -> str:
@@ -92,9 +126,9 @@ CASCADE = {"combine": one_of(*COMBINES), "dispatcher": TEXT, "embedding": _embed
 HEADER = {
     "producer": TEXT,
     "mask_id": DIGEST,
-    "data_blake3": DIGEST,
     "base": record(BASE),
     "sets": fields.OBJECT,
+    "tensors?": fields.values(check(_is_tensor, f"a dtype and at most {MAX_DIMENSIONS} sizes")),
     "task?": fields.TEXT_OR_NULL,
     "class_names?": TEXTS,
     "preprocess?": fields.OBJECT,
@@ -248,15 +282,18 @@ def base_to_json(base: Fingerprint) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the file says beside its tensors; `cascade` is a JSON object. `base.tensors` is empty: it is a tensor."""
+    """What the file says beside its tensors; `cascade` is a JSON object. `base.tensors` is empty: it is a tensor.
+
+    `tensors` has dtype and shape, by name, of those that do not follow from the masks.
+    """
 
     producer: str
     mask_id: str
-    data_digest: str
     base: Fingerprint
     sets: Mapping[str, SetHeader]
     about: About
     cascade: Mapping[str, Any] | None = None
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return canonical JSON, or raise AdapterError if `about` holds what JSON cannot, such as NaN or a tensor."""
@@ -264,12 +301,13 @@ class Header:
             "format_version": FORMAT_VERSION,
             "producer": self.producer,
             "mask_id": self.mask_id,
-            "data_blake3": self.data_digest,
             "base": base_to_json(self.base),
             "sets": {name: one.to_json() for name, one in self.sets.items()},
         }
         if self.cascade is not None:
             value["cascade"] = self.cascade
+        if self.tensors:
+            value["tensors"] = {name: [dtype, *shape] for name, (dtype, shape) in self.tensors.items()}
         for key in ("task", "class_names", "preprocess", "training"):
             if (member := getattr(self.about, key)) is not None:
                 try:
@@ -281,7 +319,7 @@ class Header:
         return canonical_json(value)
 
     @classmethod
-    def from_json(cls, text: str) -> "Header":
+    def from_json(cls, text: str | bytes) -> "Header":
         """Parse and check a header; UnsupportedVersionError if a newer format version wrote it."""
         value = strict_json(text, "the adapter header")
         is_version = check(lambda one: type(one) is int and one >= 1, f"an integer from 1 to {FORMAT_VERSION}")
@@ -303,8 +341,8 @@ class Header:
                 expected = f"to name, with the dispatcher {named[0]!r}, each of the sets once: {', '.join([*sets][:9])}"
                 raise refuse("$.cascade.experts", named[1:], expected)
         base = Fingerprint(**{"revision": None, **found["base"], "head": tuple(found["base"]["head"])}, tensors={})
-        digests = found["mask_id"], found["data_blake3"]
-        return cls(found["producer"], *digests, base, sets, _about(found), cascade)
+        tensors = {name: (one[0], tuple(one[1:])) for name, one in sorted(found.get("tensors", {}).items())}
+        return cls(found["producer"], found["mask_id"], base, sets, _about(found), cascade, tensors)
 
 
 def _about(found: Mapping[str, Any]) -> About:

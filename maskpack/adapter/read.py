@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,17 +18,18 @@ import numpy as np
 from blake3 import blake3
 
 from ..backbone.model import Fingerprint
+from ..codecs.base import from_frame
 from ..errors import AdapterError, CorruptAdapterError, UnknownNameError
 from ..mask import MaskSet
 from ..preprocess import ImagePreprocess, preprocess_from_json
-from ..safetensors_io import MAX_HEADER, Span, check_seal, parse_header, strict_json, tensor_of
+from ..safetensors_io import MAX_HEADER, Span, strict_json, tensor_of
 from ..threads import Progress
 from . import tensors
 from .content import Cascade, Parts
 from .decode import Decoder, Masks, Weights, by_name
 from .fields import DIGEST, integer, record
-from .header import Header, Payload, SetHeader
-from .tensors import BASE, BASE_BYTES, CASCADE, DIGEST_BYTES, DIGESTS, beginning, dense_names
+from .header import DICTIONARY, Header, Payload, SetHeader
+from .tensors import BASE, BASE_BYTES, CASCADE, beginning
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,9 +40,20 @@ MODEL_FILE = "maskpack_model.safetensors"
 CONFIG_FILE = "maskpack_config.json"
 MAX_MODEL = 16 << 30  # bytes; masks of 10^11 weights fit
 MAX_CONFIG = 1 << 20  # bytes; class names of 20,000 classes fit
-NO_ADAPTER = "it is no adapter: its metadata has no 'maskpack'; give the model file of an adapter, or its folder"
+TENSOR = "maskpack"  # the one tensor of the file
+OPENING = re.compile(rb'\{"maskpack":\{"dtype":"U8","shape":\[(\d{1,18})\],"data_offsets":\[0,\1\]\}\} *')
+MAX_OPENING = 128  # bytes
+DIGEST_BYTES, SIZE_BYTES = 8, 4
+NO_ADAPTER = "it is no adapter: it has not the one tensor 'maskpack'; give the model file of an adapter, or its folder"
 
 Files = Mapping[str, tuple[Path, bytes | memoryview]]  # path and bytes of each file, by the name that the format gives
+
+
+def opening(size: int) -> bytes:
+    """Return the safetensors header, with its length before it, of a file whose one tensor has so many bytes."""
+    text = b'{"%s":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (TENSOR.encode(), size, size)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 @contextmanager
@@ -298,8 +312,7 @@ def read_model(path: Path, name: Path, look: bool = True) -> memoryview:
     """
     with _opened(path, name, MAX_MODEL) as (file, size):
         if look:
-            if b'"maskpack"' not in file.read(_header_end(file.peek(8)[:8], size, name)):
-                raise AdapterError(f"{name}: {NO_ADAPTER}")
+            _opened_end(file.read(8 + MAX_OPENING), size, name)
             file.seek(0)
         return memoryview(file.read(size))
 
@@ -312,25 +325,42 @@ def read_bytes(path: Path, name: Path, limit: int) -> bytes:
 
 def parse_adapter(content: memoryview, name: Path) -> Adapter:
     """Verify the bytes of a model file; `name` is what messages call it. Raises as `read_adapter`."""
-    start = _header_end(content[:8], len(content), name)
+    start = _opened_end(content[: 8 + MAX_OPENING], len(content), name)
     with located(name):
-        metadata, spans = parse_header(content[8:start], len(content) - start)
-        if "maskpack" not in metadata:
-            raise AdapterError(NO_ADAPTER)
-        check_seal(bytes(content[8:start]), metadata)
-        header = Header.from_json(metadata["maskpack"])
+        digest, rest = bytes(content[start : start + DIGEST_BYTES]), content[start + DIGEST_BYTES :]
+        if (found := blake3(rest).digest()[:DIGEST_BYTES]) != digest:
+            raise CorruptAdapterError(
+                f"its bytes have the digest {found.hex()}, and it states {digest.hex()}: it is damaged, fetch it again"
+            )
+        size = int.from_bytes(rest[:SIZE_BYTES], "little")
+        if len(rest) < SIZE_BYTES + size:
+            raise CorruptAdapterError(f"its index has {size} bytes, which are not there; fetch the file again")
+        index, data = rest[SIZE_BYTES : SIZE_BYTES + size], rest[SIZE_BYTES + size :]
+        header = Header.from_json(from_frame(index, 2, MAX_HEADER, DICTIONARY))
+        spans = tensors.spans_of(header)
+        if (stated := max(span.end for span in spans.values())) != len(data):
+            raise CorruptAdapterError(
+                f"it has {len(data)} bytes of data, and its index describes {stated}; fetch the file again"
+            )
         tensors.check_layout(header, spans)
-        adapter = Adapter(str(name), header, spans, content, start)
-        _check_digests(adapter, content[start:])
-    return adapter
+    return Adapter(str(name), header, spans, content, len(content) - len(data))
 
 
-def _header_end(start: bytes | memoryview, size: int, name: Path) -> int:
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+def _opened_end(start: bytes | memoryview, size: int, name: Path) -> int:
+    """Return how long the opening of a file of `size` bytes is, which begins with `start`."""
+    length = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or not 2 <= length <= size - 8:
         raise CorruptAdapterError(
-            f"{name} has {size} bytes and states a header of {length}, expected 2 to {MAX_HEADER} "
-            f"within the file; it was cut off or is no safetensors file"
+            f"{name} has {size} bytes and states a header of {length}, expected 2 or more within the file; it was cut "
+            f"off or is no safetensors file"
+        )
+    found = OPENING.fullmatch(bytes(start[8 : 8 + length])) if length <= MAX_OPENING else None
+    if found is None or opening(int(found[1])) != bytes(start[: 8 + length]):
+        raise AdapterError(f"{name}: {NO_ADAPTER}")
+    if 8 + length + int(found[1]) != size:
+        raise CorruptAdapterError(
+            f"{name} has {size} bytes, its header describes {8 + length + int(found[1])}; it was cut off or added to, "
+            f"fetch it again"
         )
     return 8 + length
 
@@ -360,24 +390,6 @@ def _opened(path: Path, name: Path, limit: int) -> Iterator[tuple[BufferedReader
         raise AdapterError(
             f"cannot read {name}: {error.strerror or error}; check the path and its permissions"
         ) from error
-
-
-def _check_digests(adapter: Adapter, data: memoryview) -> None:
-    pieces = [
-        (f"the mask of {payload.name!r} in set {payload.set!r}", adapter.piece(payload))
-        for one in adapter.header.sets.values()
-        for payload in one.payloads
-    ]
-    pieces += [(f"tensor {name!r}", adapter.bytes_of(name)) for name in dense_names(adapter.spans)]
-    stored = bytes(adapter.bytes_of(DIGESTS))
-    for index, (what, piece) in enumerate(pieces):
-        if blake3(piece).digest()[:DIGEST_BYTES] != stored[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]:
-            raise CorruptAdapterError(f"{what} has not the digest that was stored; fetch the file again")
-    if (found := blake3(data).hexdigest()) != adapter.header.data_digest:
-        stated = adapter.header.data_digest
-        raise CorruptAdapterError(
-            f"the digest of its data is {found}, the header states {stated}; fetch the file again"
-        )
 
 
 def check_config(text: bytes, name: Path, adapter: Adapter) -> None:

@@ -14,16 +14,16 @@ from ..backbone.model import CASTS, PREFIX, Head
 from ..backbone.random_weights import RandomWeight
 from ..errors import AdapterError, CorruptAdapterError
 from ..mask import PackedMask, packed_bits
-from ..safetensors_io import NAMES, Blob, Span
+from ..safetensors_io import DTYPES, NAMES, Blob, Span
 from .content import MIXTURE, WHITENING, Cascade, Parts, Router, Whitening
 from .header import Header, embedding_of, embedding_to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DIGESTS, BASE = "maskpack.digests", "maskpack.base"
+BASE = "maskpack.base"
 CASCADE = "maskpack.cascade/"  # a set's name has no dot
-DIGEST_BYTES, BASE_BYTES = 16, PREFIX * len(CASTS)
+BASE_BYTES = PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
 ROLES = ("statistics", "parameters", "values")
 STATISTICS = ("running_mean", "running_var")
@@ -49,9 +49,18 @@ def masked_names(header: Header) -> list[str]:
     return sorted({payload.name for one in header.sets.values() for payload in one.payloads})
 
 
-def dense_names(spans: Mapping[str, Span]) -> list[str]:
-    """Return the tensors that are neither payloads nor the format's own, sorted."""
-    return sorted(n for n in spans if n not in (DIGESTS, BASE) and not (n.endswith("/payloads") and n.count("/") == 1))
+def spans_of(header: Header) -> dict[str, Span]:
+    """Return where each tensor lies in the data, in order: digests of the base, payloads, those that are listed."""
+    found, at = dict[str, Span](), 0
+    listed: dict[str, tuple[str, tuple[int, ...]]] = {BASE: ("U8", (len(masked_names(header)), BASE_BYTES))}
+    for name, one in header.sets.items():
+        listed[f"{name}/payloads"] = "U8", (sum(payload.size for payload in one.payloads),)
+    for name, (dtype, shape) in (*listed.items(), *header.tensors.items()):
+        if name in found:
+            raise CorruptAdapterError(f"$.tensors lists {name[:200]!r}, which follows from the masks; fetch it again")
+        found[name] = Span(dtype, shape, at, at + math.prod(shape) * DTYPES[dtype][1])
+        at = found[name].end
+    return found
 
 
 def beginning(names: Sequence[str], prefix: str) -> Sequence[str]:
@@ -128,12 +137,10 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
     """Yield what each tensor must be that a file must have, or has and may have."""
     if header.cascade is not None:
         yield from _cascade_layout(header, spans)
-    yield BASE, (("U8",), (len(masked_names(header)), BASE_BYTES))
-    pieces = sum(len(one.payloads) for one in header.sets.values())
-    yield DIGESTS, (("U8",), (pieces + len(dense_names(spans)), DIGEST_BYTES))
+    yield BASE, (("U8",), None)
     names = sorted(spans)
     for set_name, one in header.sets.items():
-        yield f"{set_name}/payloads", (("U8",), (sum(payload.size for payload in one.payloads),))
+        yield f"{set_name}/payloads", (("U8",), None)
         for payload in one.payloads:
             if payload.coding.op == "replace":
                 yield f"{set_name}/values/{payload.name}", (FLOATS, (payload.weights - payload.kept,))

@@ -4,6 +4,7 @@ import difflib
 import importlib.metadata
 import itertools
 import math
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,26 +17,28 @@ import numpy as np
 from bitarray import bitarray
 from bitarray.util import count_xor
 from blake3 import blake3
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..backbone.model import Fingerprint
-from ..codecs.base import Codec, Profile, Side
+from ..backbone.model import Fingerprint, unwrap
+from ..codecs.base import Codec, Profile, Side, to_frame
 from ..codecs.choose import rivals, smallest
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
-from ..safetensors_io import SEAL, UNSEALED, Blob, file_order, replacing, write_blobs, writing
+from ..preprocess import Preprocess, preprocess_to_json
+from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
-from .content import About, Cascade, Parts
+from .content import LEARNING, About, Cascade, Learned, Parts
 from .decode import Weights, base_words, by_name
 from .describe import config_text, inspect_adapter
-from .header import Coding, Header, Payload, SetHeader, cascade_to_json
-from .read import CONFIG_FILE, MAX_CONFIG, MODEL_FILE, Adapter, parse_adapter, read_model
+from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
+from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
 from .signature import remove_signature
-from .tensors import BASE, BASE_BYTES, DIGEST_BYTES, DIGESTS, dense_blobs, head_to_json
+from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json
 
 WORTH = 1 << 14  # weights; coding is slow
 PIECE = 1 << 20  # bytes
+LEVEL = 19  # of the index's frame
 
 
 class Spooled:
@@ -79,11 +82,10 @@ class _Job(NamedTuple):
 
 
 class _Coded(NamedTuple):
-    """A payload without its bytes: hex BLAKE3 of its packed bits, BLAKE3 of its bytes, scale of its mask."""
+    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask."""
 
     payload: Payload
     bits_digest: str
-    digest: bytes
     alpha: float | None
 
 
@@ -121,8 +123,7 @@ def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | No
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)
     payload = Payload(job.set, job.name, shape, coding, job.bits.count(), len(data))
-    made = _Coded(payload, bits_digest(job.bits), blake3(data).digest(), job.mask.alpha)
-    return made, data, job.op == job.mask.op
+    return _Coded(payload, bits_digest(job.bits), job.mask.alpha), data, job.op == job.mask.op
 
 
 def _check(name: str, mask: PackedMask, parts: Parts) -> None:
@@ -206,7 +207,7 @@ def encode(
     progress: Progress | None,
     spool: Callable[[], Spooled],
 ) -> tuple[Header, list[Blob]]:
-    """Code mask sets and return the header and the tensors of their file, whose payloads are put aside."""
+    """Code mask sets and return the header and the tensors of their file in order; payloads are put aside."""
     sets = dict(sorted(sets.items()))
     heads = {name: None if parts.head is None else head_to_json(parts.head) for name, parts in sets.items()}
     dense = dense_blobs(sets, cascade)
@@ -219,7 +220,7 @@ def encode(
     else:
         first = choose_reference({name: parts.masks for name, parts in sets.items()})
     coded: dict[str, list[_Coded]] = {}
-    payloads, reference = [], None
+    payloads, reference = dict[str, Blob](), None
     for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
         coded[name], pieces = [], spool()
         for one, data, done in in_order(work, _jobs(name, sets[name], reference), lambda job: len(job.bits), WORTH):
@@ -227,7 +228,7 @@ def encode(
             coded[name].append(one)
             if done:
                 step(one.payload.weights)
-        payloads.append(Blob(f"{name}/payloads", "U8", (pieces.size,), pieces))
+        payloads[name] = Blob(f"{name}/payloads", "U8", (pieces.size,), pieces)
         if name == first:
             digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in coded[name]}
             reference = name, sets[name].masks, digests
@@ -236,40 +237,58 @@ def encode(
         if any(one.alpha is not None for one in coded[name]):
             alphas = np.array([one.alpha or 0.0 for one in coded[name]], dtype="<f4")
             dense.append(Blob(f"{name}/scale", "F32", alphas.shape, [alphas.tobytes()]))
-    stored = [one.digest for one in rows] + [_digest([blob]) for blob in sorted(dense, key=lambda blob: blob.name)]
     masked = sorted({one.payload.name for one in rows})
-    payloads.append(Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked]))
-    payloads.append(Blob(DIGESTS, "U8", (len(stored), DIGEST_BYTES), [digest[:DIGEST_BYTES] for digest in stored]))
-    blobs = file_order([*dense, *payloads])
+    dense.sort(key=lambda blob: blob.name)
+    first_blob = Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked])
     header = Header(
         f"maskpack/{importlib.metadata.version('maskpack')}",
-        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _, _ in rows),
-        _digest(blobs).hex(),
+        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _ in rows),
         replace(base, tensors={}),
         {name: SetHeader(tuple(one.payload for one in coded[name]), head) for name, head in heads.items()},
         about,
         None if cascade is None else cascade_to_json(cascade),
+        {blob.name: (blob.dtype, blob.shape) for blob in dense},
     )
-    return header, blobs
+    return header, [first_blob, *(payloads[name] for name in sets), *dense]
 
 
-def _digest(blobs: Iterable[Blob]) -> bytes:
-    whole = blake3()
-    for blob in blobs:
-        for piece in blob.data:
-            whole.update(piece)
-    return whole.digest()
+def _write(path: Path, header: Header, blobs: Sequence[Blob]) -> None:
+    """Write the bytes of a model file."""
+    text = header.to_json().encode()
+    if len(text) > MAX_HEADER:
+        raise AdapterError(
+            f"its index would have {len(text)} bytes, at most {MAX_HEADER} are allowed; store less in it"
+        )
+    index, whole = to_frame(text, LEVEL, DICTIONARY), blake3()
+    pieces = [struct.pack("<I", len(index)), index]
+    size = DIGEST_BYTES + sum(map(len, pieces)) + sum(blob.size for blob in blobs)
+    for piece in itertools.chain(pieces, *(blob.data for blob in blobs)):
+        whole.update(piece)
+    with path.open("wb") as file:
+        file.write(opening(size) + whole.digest()[:DIGEST_BYTES])
+        for piece in itertools.chain(pieces, *(blob.data for blob in blobs)):
+            file.write(piece)
+
+
+def learned(model: nn.Module, base: Fingerprint | str | None) -> Learned:
+    """Return what a model with scores learned; `base` is the id of its weights, or None where the model says it."""
+    take = LEARNING.get(unwrap(model))
+    if take is None:
+        raise StateError("this model has no scores; call attach_scores(model) first, and train what it returns")
+    if isinstance(base, Fingerprint):
+        raise ConfigError("a model with scores takes its base's fingerprint itself; leave base out, or give its id")
+    return take(unwrap(model), base)
 
 
 def save_adapter(
     path: str | Path,
-    parts: MaskSet | Parts | Mapping[str, MaskSet | Parts],
-    base: Fingerprint,
+    parts: MaskSet | Parts | Mapping[str, MaskSet | Parts] | nn.Module,
+    base: Fingerprint | str | None = None,
     about: About | None = None,
     *,
     task: str | None = None,
     class_names: Iterable[str] | None = None,
-    preprocess: Mapping[str, Any] | None = None,
+    preprocess: Mapping[str, Any] | Preprocess | None = None,
     training: Mapping[str, Any] | None = None,
     cascade: Cascade | None = None,
     profile: Profile = "default",
@@ -285,8 +304,10 @@ def save_adapter(
 
     Args:
         path: the folder (made if need be) or file.
-        parts: masks, alone or with what travels beside them; or several named sets of these.
-        base: fingerprint of the frozen model that the masks belong to.
+        parts: masks, alone or with what travels beside them; or several named sets of these. Or a model with scores:
+            all that it learned so far; it goes on learning.
+        base: fingerprint of the frozen model that the masks belong to. With a model, where its weights come from, as in
+            "timm/resnet18.a1_in1k"; default: what the model says.
         about: what training gives as `result.about`; the next four say the same one by one, and take its place.
         task: as in "image-classification". class_names: one for each row of the head.
         preprocess: how inputs are prepared, with a `kind`. training: the training record.
@@ -306,10 +327,17 @@ def save_adapter(
     Example:
         save_adapter("./my-mask", masks, fingerprint(model, id="timm/resnet18.a1_in1k"), task="image-classification")
     """
+    if isinstance(parts, nn.Module):
+        found = learned(parts, base)
+        weights = found.weights if weights is parts else weights
+        parts, base = found.parts, found.base
+    if not isinstance(base, Fingerprint):
+        raise AdapterError(f"masks need the fingerprint of their base, got {base!r}; give fingerprint(model, id=…)")
     named = {"default": parts} if isinstance(parts, MaskSet | Parts) else parts
     sets = {name: Parts(one) if isinstance(one, MaskSet) else one for name, one in named.items()}
     names = None if class_names is None else tuple(class_names)
-    given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": preprocess, "training": training}
+    prepared = preprocess_to_json(preprocess) if isinstance(preprocess, Preprocess) else preprocess
+    given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": prepared, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     _check_names(sets, base)
     return write_adapter(Path(path), partial(encode, sets, base, said, cascade, weights, profile, codec, progress))
@@ -330,9 +358,8 @@ def write_adapter(
             file = tempfile.TemporaryFile(dir=model.parent)  # nameless: it goes with the process
         with file:
             header, blobs = encoded(partial(Spooled, file, model.parent))
-            metadata = {"format": "pt", SEAL: UNSEALED, "maskpack": header.to_json()}
             with replacing(*(one for one in (model, config) if one is not None)) as temporary:
-                write_blobs(temporary[0], blobs, metadata)
+                _write(temporary[0], header, blobs)
                 try:  # what a reader would refuse must not replace an older file
                     adapter = parse_adapter(read_model(temporary[0], model), model)
                     adapter.check_values()

@@ -82,8 +82,8 @@ class Classifier(nn.Module):
         if self.embedding.module is None:
             logits: Tensor = self.linear(encode(self.model, inputs, self.embedding))
         else:
-            assert isinstance(inputs, Tensor)
-            output = self.model(inputs.to(self.linear.weight.dtype))
+            given = inputs.to(self.linear.weight.dtype) if isinstance(inputs, Tensor) else inputs
+            output = self.model(**given) if isinstance(given, dict) else self.model(given)
             logits = output if isinstance(output, Tensor) else output.logits
         return logits
 

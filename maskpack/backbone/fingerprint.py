@@ -196,7 +196,11 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
     weights enum of torchvision.
     """
     head = tuple(sorted(head))
-    tensors = _body_with_data(model, head)
+    return fingerprint_of(_body_with_data(model, head), id, revision, head)
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor], id: str, revision: str | None, head: tuple[str, ...]) -> Fingerprint:
+    """As `fingerprint`, of the tensors of a body."""
     each = {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
     digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
     prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}

@@ -138,12 +138,13 @@ WINDOW = 8 << 20  # bytes
 BLOCK, BLOCK_CONTENT = 4, 128 << 10  # a block has at least 4 bytes and gives at most 128 KiB
 
 
-def to_frame(data: bytes, level: int) -> bytes:
-    """Return a zstandard frame with its content's size, without checksum or dictionary."""
-    return zstandard.ZstdCompressor(level=level, write_checksum=False, write_content_size=True).compress(data)
+def to_frame(data: bytes, level: int, dictionary: bytes = b"") -> bytes:
+    """Return a zstandard frame with its content's size, without checksum; `dictionary` is what comes before it."""
+    words = zstandard.ZstdCompressionDict(dictionary, zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
+    return zstandard.ZstdCompressor(level, words, write_checksum=False, write_content_size=True).compress(data)
 
 
-def from_frame(data: Bytes | Bits, least: int, most: int | None = None) -> bytes:
+def from_frame(data: Bytes | Bits, least: int, most: int | None = None, dictionary: bytes = b"") -> bytes:
     """Return the content of a frame, which must have `least` to `most` bytes (default: exactly `least`).
 
     Raises:
@@ -169,7 +170,8 @@ def from_frame(data: Bytes | Bits, least: int, most: int | None = None) -> bytes
                 f"a zstd payload has a window of {stated.window_size} bytes, dictionary {stated.dict_id}, checksum "
                 f"{stated.has_checksum}; expected a window of at most {WINDOW}, no dictionary and no checksum"
             )
-        return zstandard.ZstdDecompressor(max_window_size=WINDOW).decompress(frame, allow_extra_data=False)
+        words = zstandard.ZstdCompressionDict(dictionary, zstandard.DICT_TYPE_RAWCONTENT) if dictionary else None
+        return zstandard.ZstdDecompressor(words, max_window_size=WINDOW).decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptAdapterError(f"a zstd payload cannot be decoded: {error}") from None
 

@@ -16,7 +16,7 @@ from bitarray import bitarray
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ..adapter.content import Parts
+from ..adapter.content import LEARNING, Parts
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unwrap
 from ..errors import BackboneMismatchError, StateError
@@ -295,8 +295,13 @@ def head_tensors(head: Head | None) -> dict[str, Tensor]:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raise StateError if a model has a mask or belongs to a bank; a load or undo that was interrupted is undone."""
+    """Raise StateError if a model has a mask or scores, or belongs to a bank; what was interrupted is undone."""
     check_not_held(model)
+    if LEARNING and any(one in LEARNING for one in model.modules()):
+        raise StateError(
+            "this model has scores that learn; save_adapter(path, model) saves what they learned, and "
+            "extract_parts(model) takes them off, so that a mask can be loaded"
+        )
     record = applied(model)
     if record is not None and record.complete:
         raise StateError("this model has a mask already; call unload_mask(model) first")

@@ -16,7 +16,7 @@ from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateErro
 from ..hub.pull import PullOptions, open_adapter
 from ..mask import PackedMask
 from ..threads import in_thread
-from .apply import Model, applied, apply_parts, check_masks, unload_mask
+from .apply import Model, applied, apply_parts, check_free, check_masks, unload_mask
 
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
@@ -116,6 +116,7 @@ def clear(model: nn.Module, adapter: Adapter) -> None:
     """Unload what a model has loaded, and check that it has the parameters that an adapter's masks are for."""
     if applied(model) is not None:
         unload_mask(model)
+    check_free(model)
     for name in adapter.sets:  # before the digests, since quantised weights have none
         check_masks(model, adapter.shapes(name))
 

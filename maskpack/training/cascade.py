@@ -148,7 +148,7 @@ def _train(
     main, run = is_main_process(), partial(part_options, options, folder)
     first = train_mask(backbone, data, config, longer=False, **run(DISPATCHER))
     assert data.train is not None
-    with borrowed(backbone, config.beside):  # as the finished run left the model
+    with borrowed(backbone):  # as the finished run left the model
         trained = ObjectiveRun(backbone, data, config)
         trained.take_over(folder / DISPATCHER / FILE)
         x, _ = embeddings(backbone, readable(trained.objective.load(data.train)))

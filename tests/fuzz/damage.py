@@ -1,81 +1,78 @@
 """Adapter files taken apart and put together with good digests, and bytes spoiled without regard to their meaning."""
 
 import json
+import math
 import random
 import struct
 from dataclasses import dataclass
 from typing import Any
 
+import zstandard
 from blake3 import blake3
 
-from maskpack.safetensors_io import DTYPES, SEAL, UNSEALED, seal
+from maskpack.adapter.header import DICTIONARY
+from maskpack.adapter.read import DIGEST_BYTES, opening
+from maskpack.codecs.base import to_frame
+from maskpack.safetensors_io import DTYPES
+
+
+def taken(raw: bytes) -> tuple[bytes, bytes]:
+    """Return the text of a file's header, and its data."""
+    start = 8 + struct.unpack("<Q", raw[:8])[0] + DIGEST_BYTES
+    size = struct.unpack("<I", raw[start : start + 4])[0]
+    frame = raw[start + 4 : start + 4 + size]
+    words = zstandard.ZstdCompressionDict(DICTIONARY, zstandard.DICT_TYPE_RAWCONTENT)
+    return zstandard.ZstdDecompressor(words).decompress(frame), raw[start + 4 + size :]
+
+
+def sealed(text: bytes, section: bytes, frame: bytes | None = None) -> bytes:
+    """Return a file of a header's text, or of the frame that holds it, and data, with a good digest."""
+    index = to_frame(text, 1, DICTIONARY) if frame is None else frame
+    rest = struct.pack("<I", len(index)) + index + section
+    return opening(DIGEST_BYTES + len(rest)) + blake3(rest).digest()[:DIGEST_BYTES] + rest
 
 
 @dataclass
 class File:
-    """An adapter file taken apart."""
+    """An adapter file taken apart: its header without `tensors`, these, and the bytes of all tensors by name."""
 
-    metadata: dict[str, Any]
     inner: dict[str, Any]
-    entries: dict[str, dict[str, Any]]
+    entries: dict[str, Any]
     data: dict[str, bytes]
 
     @classmethod
     def of(cls, raw: bytes) -> "File":
-        length = struct.unpack("<Q", raw[:8])[0]
-        entries, section = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-        metadata = entries.pop("__metadata__")
-        data = {name: section[slice(*entry["data_offsets"])] for name, entry in entries.items()}
-        return cls(metadata, json.loads(metadata["maskpack"]), entries, data)
+        text, section = taken(raw)
+        inner = json.loads(text)
+        listed = inner.pop("tensors", {})
+        entries = {name: {"dtype": dtype, "shape": shape} for name, (dtype, *shape) in listed.items()}
+        names = {name for one in inner["sets"].values() for name in one["names"].split("\n")}
+        sizes = {"maskpack.base": 6 * len(names)}
+        sizes |= {f"{name}/payloads": sum(one["size"]) for name, one in sorted(inner["sets"].items())}
+        sizes |= {name: DTYPES[one["dtype"]][1] * math.prod(one["shape"]) for name, one in sorted(entries.items())}
+        data, at = {}, 0
+        for name, size in sizes.items():
+            data[name], at = section[at : at + size], at + size
+        return cls(inner, entries, data)
 
-    def pieces(self) -> list[bytes]:
-        """Return what the digests are of, as far as the header still says it."""
-        found = []
-        for name, one in sorted(self.inner["sets"].items()):
-            joined, at = self.data[f"{name}/payloads"], 0
-            for size in one["size"]:
-                found.append(joined[at : at + size])
-                at += size
-        own = ("maskpack.base", "maskpack.digests")
-        dense = [n for n in sorted(self.data) if n not in own and not n.endswith("/payloads")]
-        return found + [self.data[name] for name in dense]
-
-    def joined(self, offsets: bool = True) -> bytes:
-        """Return the file with shapes of our own tensors, offsets, digests and the seal made good where possible."""
-        try:
-            made = b"".join(blake3(piece).digest()[:16] for piece in self.pieces())
-            if len(made) == len(self.data["maskpack.digests"]) or offsets:
-                self.data["maskpack.digests"] = made
-                self.entries["maskpack.digests"]["shape"] = [len(made) // 16, 16]
-        except (KeyError, TypeError, ValueError, AttributeError):
-            pass  # the header no longer says where the pieces are
-        section = b""
-        for name, entry in sorted(self.entries.items(), key=lambda item: (-width(item[1]), item[0])):
-            data = self.data.get(name, b"")
-            if isinstance(entry, dict) and name.endswith("/payloads"):
-                entry["shape"] = [len(data)]
-            if isinstance(entry, dict) and offsets:
-                entry["data_offsets"] = [len(section), len(section) + len(data)]
-            section += data
-        if isinstance(self.inner, dict):
-            self.inner["data_blake3"] = blake3(section).hexdigest()
-        text = json.dumps(self.inner, sort_keys=True, separators=(",", ":"))
-        metadata = {**self.metadata, "maskpack": text, SEAL: UNSEALED}
-        return sealed(
-            json.dumps({"__metadata__": metadata, **self.entries}, sort_keys=True, separators=(",", ":")), section
-        )
+    def joined(self) -> bytes:
+        """Return the file with a good digest."""
+        inner = self.inner
+        if self.entries and isinstance(inner, dict):
+            listed = {name: stated(entry) for name, entry in self.entries.items()}
+            inner = {**inner, "tensors": listed}
+        own = sorted(name for name in self.data if name.endswith("/payloads") and name not in self.entries)
+        rest = (self.data.get(name, b"") for name in sorted(self.entries))
+        section = b"".join([self.data.get("maskpack.base", b""), *(self.data[name] for name in own), *rest])
+        return sealed(json.dumps(inner, sort_keys=True, separators=(",", ":")).encode(), section)
 
 
-def width(entry: Any) -> int:
-    dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    return DTYPES[dtype][1] if isinstance(dtype, str) and dtype in DTYPES else 1
-
-
-def sealed(header: str, section: bytes) -> bytes:
-    """Return a file of an unsealed header and a data section."""
-    text = header.encode()
-    text = seal(text + b" " * (-len(text) % 8))
-    return struct.pack("<Q", len(text)) + text + section
+def stated(entry: Any) -> Any:
+    """Return what the header says of a tensor, whatever was made of it."""
+    if not isinstance(entry, dict):
+        return entry
+    shape = entry.get("shape")
+    return [entry.get("dtype"), *(shape if isinstance(shape, list) else [shape])]
 
 
 def damaged(raw: bytes, rng: random.Random, others: list[bytes]) -> bytes:
@@ -104,10 +101,8 @@ def damaged(raw: bytes, rng: random.Random, others: list[bytes]) -> bytes:
 
 
 def edited_header(raw: bytes, rng: random.Random, others: list[bytes]) -> bytes:
-    """Return a file whose header text is damaged, with its length and seal made good."""
-    length = struct.unpack("<Q", raw[:8])[0]
-    text = raw[8 : 8 + length]
-    at = text.find(f'"{SEAL}":"'.encode()) + len(SEAL) + 4
-    text = text[:at] + UNSEALED.encode() + text[at + 64 :]
-    others = [one[8 : 8 + struct.unpack("<Q", one[:8])[0]] for one in others]
-    return sealed(damaged(text, rng, others).decode("utf-8", "replace"), raw[8 + length :])
+    """Return a file whose header, or the frame that holds it, is damaged, with a good digest."""
+    text, section = taken(raw)
+    if rng.random() < 0.3:
+        return sealed(b"", section, damaged(to_frame(text, 1, DICTIONARY), rng, others))
+    return sealed(damaged(text, rng, [taken(one)[0] for one in others]), section)

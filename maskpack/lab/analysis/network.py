@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...adapter.read import Adapter
-from ...adapter.tensors import BASE
+from ...adapter.read import TENSOR, Adapter
 from ...backbone.classifier import Classifier
 from ...backbone.load import Backbone, load_tensors
 from ...backbone.model import aliases, canonical, inside, swap_module, unwrap
@@ -153,7 +152,7 @@ def write_network(path: str | Path, state: State) -> None:
 
 def is_adapter(reference: str) -> bool:
     """Return True if a reference is to an adapter, False if it is to a safetensors file of weights."""
-    return not reference.endswith(".safetensors") or BASE in open_tensors(reference)
+    return not reference.endswith(".safetensors") or TENSOR in open_tensors(reference)
 
 
 def read_networks(

@@ -16,7 +16,8 @@ from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
 from ..features import Probe, embed, fit_probe
 from ..methods.base import build_method
-from ..scores import attach, extract_masks, scored_weights
+from ..own_loop import extract_masks
+from ..scores import attach, scored_weights
 from .base import OBJECTIVES, Objective
 
 LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
