@@ -16,10 +16,11 @@ from ..errors import ConfigError
 from .config import ALL, TrainConfig, parse_rule
 from .methods.base import build_method
 from .methods.topk import greatest
-from .scores import attach, detach_scores, scored_weights
+from .scores import attach, detach_scores, owner, scored_weights
 
 Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
 WORDS = frozenset(("norms", "biases", "none"))  # that stand for parameters that learn themselves
+CONVOLUTIONS = nn.modules.conv._ConvNd
 MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
 
 
@@ -100,13 +101,29 @@ def borrowed(backbone: Backbone) -> Iterator[None]:
             p.grad = None
 
 
+def settled(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+    """Return settings with the defaults that follow from a backbone."""
+    sizes = masked_sizes(config, backbone)
+    convolutional = sum(
+        size for name, size in sizes.items() if isinstance(owner(backbone.model, name)[0], CONVOLUTIONS)
+    )
+    return config.settled(sum(sizes.values()), convolutional)
+
+
+def masked_sizes(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
+    """Return how many weights the parameters have that the settings select, by name."""
+    parameters = named_parameters(backbone.model)
+    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+    return {name: parameters[name].numel() for name in names}
+
+
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
     """Attach scores to the weights that the settings select, beside `config.beside`; return the scores by name."""
-    model = backbone.model
+    config, model = settled(config, backbone), backbone.model
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
-    share = config.share(sum(weight.numel() for weight in weights.values()))
+    share = None if config.top == 1 else config.top
     method = build_method(config.method, dict(config.method_options))
     beside = trained_themselves(model, config.beside, names, backbone.outside)
     scores = attach(model, method, names, config.scale, share, beside=beside)

@@ -22,7 +22,7 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, base_of, borrowed, learn_scores
+from .learn import Learn, base_of, borrowed, learn_scores, masked_sizes, settled
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import extract_parts
@@ -49,6 +49,7 @@ class ObjectiveRun(Run):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
+        config = settled(config, backbone)
         super().__init__(backbone, {"data": data}, config)
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
@@ -67,6 +68,7 @@ class ObjectiveRun(Run):
         model = backbone.model.to(self.device)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
+        weights = sum(masked_sizes(config, backbone).values())
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
@@ -85,7 +87,7 @@ class ObjectiveRun(Run):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
         per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        lr = config.score_lr(config.steps or config.epochs * per_epoch)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch, weights)
         rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
         self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
@@ -103,7 +105,7 @@ class ObjectiveRun(Run):
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
-        set_train_mode(self.module, self.config.adapts)
+        set_train_mode(self.module, self.config.bn == "adapt")
         self.objective.begin_epoch(at.epoch, self.epochs)
         read = at.batches.get(STREAM, [0, 0])[1]
         loader = self.accelerator.skip_first_batches(self.loader, read) if read else self.loader
@@ -139,7 +141,7 @@ class ObjectiveRun(Run):
         if self.control is not None:  # the last epoch ends within the budget
             size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
-        if at.done and self.config.adapts and (self.objective.other_inputs or hardens or self.control):
+        if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
             with self.autocast():
                 self.objective.recalibrate()
@@ -294,7 +296,7 @@ def train_mask(
         )
     rates = {name: lr for name, (learning, lr) in run.groups.items() if learning}
     more = {"scores": scores, "rates": rates, **record, **({"extended": at.extended} if at.extended else {})}
-    return result_of(run, data, config, parts, run.base, metrics, more)
+    return result_of(run, data, run.config, parts, run.base, metrics, more)
 
 
 def train_dense(
