@@ -18,7 +18,7 @@ from ..backbone.model import Embedding, Fingerprint, find_head
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
-from .batchnorm import batchnorm_statistics, set_train_mode
+from .batchnorm import set_train_mode
 from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
@@ -36,6 +36,7 @@ from .scores import (
     trained_themselves,
     without_scores,
 )
+from .stored import SETTLED, beside_masks, kept, settle
 from .worth import beside_probe, probe_accuracies, worth
 
 STREAM = "train"  # of batches
@@ -73,6 +74,7 @@ class ObjectiveRun(Run):
             "processes": self.accelerator.num_processes,
         }
         model = backbone.model.to(self.device)
+        self.before = beside_masks(model)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
         self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
@@ -185,6 +187,15 @@ class ObjectiveRun(Run):
         kept = {name.removeprefix(OBJECTIVE): one for name, one in tensors.items() if name.startswith(OBJECTIVE)}
         self.objective.restore(kept)
 
+    def settle(self) -> bool:
+        """Put the values that will be stored into the network; return True if that changed any.
+
+        That comes behind the last checkpoint: a longer run goes on from what was learned.
+        """
+        self._tell(1.0)
+        changed = settle(self.backbone.model, self.before, self.whole, self.config.store)
+        return self.objective.settle() or changed
+
     def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
         self._tell(1.0)
@@ -198,10 +209,9 @@ class ObjectiveRun(Run):
 
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
-        statistics = batchnorm_statistics(self.backbone.model) if self.config.adapts else {}
-        head, values = self.objective.head(), replaced_values(self.backbone.model)
-        whole = {name: parameter.detach().cpu().clone() for name, parameter in self.whole.items()}
-        return Parts(extract_masks(self.backbone.model), head, statistics, whole, values)
+        model = self.backbone.model
+        head, values = self.objective.head(), replaced_values(model)
+        return replace(kept(model, self.before, self.whole, extract_masks(model)), head=head, values=values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,9 +300,11 @@ def train_mask(
     """
     config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
     with folder.opened():
-        with borrowed(backbone, config.beside):
+        with borrowed(backbone, (*config.beside, *SETTLED)):
             run = ObjectiveRun(backbone, data, config, learn, start_from)
             at = run.train(folder, longer)
+            if run.settle():
+                at.metrics = {**at.metrics, **run.held_out("validation")}
             metrics = run.finish(at)
             parts = run.parts()
         if parts.head is not None:
