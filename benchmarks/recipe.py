@@ -29,9 +29,9 @@ from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import Data, Examples, loader, readable
 from maskpack.training.data.load import hold_out, load_data
 from maskpack.training.features import embed, fit_probe
-from maskpack.training.learn import body_parameters, borrowed, learn_scores
+from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.scores import density, learning_names, without_scores
+from maskpack.training.scores import density, without_scores
 from maskpack.training.trainer import ObjectiveRun
 
 from .measured import Trial, trial, trials
@@ -51,11 +51,12 @@ def lite0(pixels: int) -> Settings:
 
 
 IMAGE_SETS = ("eurosat", "sign_digits", "cartoon", "tf_flowers")
+SMALL_SETS = ("cartoon", "sketch", "photo", "eurosat", "sign_digits")  # shrunk to 32 pixels
 TEXT_SETS = ("trec6", "banking77", "sst2")
 PAIRS: dict[str, tuple[Callable[[], Settings], str]] = {
     **{f"lite0-{name}": (partial(lite0, 96), name) for name in IMAGE_SETS},
     **{f"lite0-64-{name}": (partial(lite0, 64), name) for name in IMAGE_SETS},  # less than half the time of 96 pixels
-    "resnet20-cartoon": (partial(resnet, 20), "cartoon"),
+    **{f"resnet20-{name}": (partial(resnet, 20), name) for name in SMALL_SETS},
     **{f"minilm-{name}": (minilm, name) for name in TEXT_SETS},
 }
 KEPT = ("tf_flowers", "sst2")
@@ -129,7 +130,7 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     learn = learn_scores if kind == "mask" else partial(learned, kind)
     try:
-        with borrowed(backbone, config.beside):
+        with borrowed(backbone):
             run = ObjectiveRun(backbone, data, config, learn)
             at = run.train(RunFolder({}))
             module = run.objective.module
@@ -240,7 +241,53 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {**MASK, "lr": 0.02},
         {**MASK, "train_lr": 0.003},
     ),
-    "more": stage(("lite0-eurosat", "lite0-sign_digits", "lite0-cartoon", "minilm-banking77"), NORMS, MASK, ALL),
+    "adapted": stage(
+        ("resnet20-cartoon",),
+        *[
+            {**one, "bn": "adapt", "steps": steps}
+            for steps, one in (
+                (100, {**ALL, "lr": 0.1}),
+                (100, {**ALL, "lr": 0.2}),
+                (100, {**ALL, "lr": 0.1, "head_start": "probe"}),
+                (100, {"kind": "full", "lr": 0.001}),
+                (200, {**ALL, "lr": 0.2}),
+                (1000, ALL),
+                (1000, {**ALL, "lr": 0.1}),
+                (1000, {"kind": "full", "lr": 0.001}),
+            )
+        ],
+    ),
+    # a small network, on many data sets
+    "wide": stage(
+        tuple(f"resnet20-{name}" for name in SMALL_SETS),
+        {"kind": "probe"},
+        NORMS,
+        {**NORMS, "bn": "adapt"},
+        ALL,
+        {**ALL, "bn": "adapt"},
+        {**ALL, "bn": "adapt", "head_start": "probe"},
+        {**ALL, "lr": 0.1},
+        {"kind": "full", "lr": 0.001},
+        {"kind": "full", "lr": 0.001, "bn": "adapt"},
+        {**ALL, "bn": "adapt", "lr": 0.1},
+    ),
+    "more": stage(("lite0-eurosat", "lite0-sign_digits", "lite0-cartoon"), NORMS, MASK, ALL)
+    + stage(("minilm-banking77",), *mixed(NORMS, MASK, ALL)),
+    "large": stage(
+        ("lite0-sign_digits", "lite0-cartoon"),
+        {**ALL, "head_start": "probe"},
+        {**ALL, "steps": 100},
+        {**ALL, "steps": 100, "head_start": "probe"},
+        {**ALL, "steps": 100, "lr": 0.1},
+        {**NORMS, "steps": 100},
+        {**ALL, "lr": 0.1},
+        {**ALL, "bn": "adapt"},
+        {"kind": "full", "lr": 0.001},
+        {"kind": "full", "lr": 0.0003},
+        {"kind": "full", "lr": 0.001, "steps": 100},
+        {**ALL, "lr": 0.03},
+        {**ALL, "top": 0.3},
+    ),
     # when everything is chosen, once
     "check": stage(
         tuple(pair for pair in PAIRS if pair.endswith(KEPT) and "64" not in pair),

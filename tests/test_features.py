@@ -19,11 +19,10 @@ from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import Embedding, swap_module
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
-from maskpack.training import features
+from maskpack.training import attach_scores, extract_masks, features
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.data.load import few_labels, load_data
 from maskpack.training.features import FeatureCacheWarning, cache_folder, embed
-from maskpack.training.scores import attach_scores, extract_masks
 
 from .conftest import TinyNet
 

@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,8 +23,7 @@ from maskpack.training.config import TrainConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
 from maskpack.training.features import embed, fit_probe
-from maskpack.training.learn import learn_scores, learning_weights, model_stages
-from maskpack.training.scores import learning_names
+from maskpack.training.learn import learn_scores, learning_names, learning_weights, model_stages, settled
 from maskpack.training.trainer import plan_training, train_mask
 from maskpack.training.worth import worth_warnings
 
@@ -122,7 +121,7 @@ def test_rates_of_scores_head_and_norms(tiny: nn.Module, digits: Data) -> None:
     config = TrainConfig(steps=2, batch_size=32, distance=3.0, head_lr=0.25, train=("norms",), train_lr=0.125)
     record = train_mask(backbone_of(tiny), digits, config).about.training
     assert record is not None
-    assert record["rates"] == {"scores": config.score_lr(2), "head": 0.25, "train": 0.125}
+    assert record["rates"] == {"scores": config.score_lr(2, 0), "head": 0.25, "train": 0.125}
     assert replace(config, train_lr=None).beside_lr == 0.25
 
 
@@ -132,10 +131,12 @@ def test_a_score_can_move_far_enough_in_any_number_of_steps(
     steps: int, schedule: Literal["cosine", "constant"]
 ) -> None:
     config = TrainConfig(distance=3.0, schedule=schedule)
-    moved = sum(config.score_lr(steps) * learning_rate(config, step, steps) for step in range(steps))
+    rate, small = config.score_lr(steps, 1_000_001), config.score_lr(steps, 1_000_000)
+    moved = sum(rate * learning_rate(config, step, steps) for step in range(steps))
     assert moved == pytest.approx(3.0) if steps <= 7 else moved >= 3.0
-    assert (config.score_lr(steps) == 0.05) == (steps > 7), "a longer run has no lower rate"
-    assert replace(config, lr=0.5).score_lr(steps) == 0.5
+    assert (rate, small) == ((0.05, 0.1) if steps > 7 else (rate, rate)), "a longer run has no lower rate"
+    assert rate >= 0.05
+    assert replace(config, lr=0.5).score_lr(steps, 0) == 0.5
 
 
 def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
@@ -280,16 +281,25 @@ def test_a_run_with_scores_of_some_weights_goes_on(tiny: nn.Module, digits: Data
     assert whole.parts.masks.density < 1
 
 
-def test_how_many_weights_have_scores_by_default() -> None:
-    shares = {
-        (method, weights): TrainConfig(method=method).share(weights)
-        for method in ("threshold", "flip", "topk")
-        for weights in (1_000_000, 1_000_001)
-    }
-    assert {key for key, share in shares.items() if share == 0.1} == {("threshold", 1_000_001), ("flip", 1_000_001)}
-    for config in (TrainConfig(scale=True), TrainConfig(objective="self-supervised"), TrainConfig(top=1.0)):
-        assert config.share(2_000_000) is None
-    assert TrainConfig(top=0.5).share(7) == 0.5
+def test_defaults_that_follow_from_the_backbone() -> None:
+    def settled(weights: int, convolutional: int, **given: Any) -> tuple[Any, ...]:
+        found = TrainConfig(**given).settled(weights, convolutional)
+        return found.top, found.bn
+
+    small, large = (1.0, "adapt"), (0.1, "freeze")
+    assert settled(1_000_000, 0) == settled(1_000_000, 1_000_000) == small
+    assert settled(1_000_001, 0) == settled(1_000_001, 500_000) == settled(1_000_001, 0, method="flip") == large
+    assert settled(1_000_001, 500_001) == (1.0, "freeze")
+    for given in ({"scale": True}, {"method": "topk"}, {"selective": "first:1"}):
+        assert settled(2_000_000, 0, **given) == (1.0, "freeze")
+    assert settled(2_000_000, 0, objective="self-supervised") == (1.0, "adapt")
+    assert settled(7, 7, top=0.5, bn="freeze") == (0.5, "freeze")
+
+
+def test_weights_of_convolutions_are_counted() -> None:
+    linear, convolution = nn.Linear(1000, 1100), nn.Conv2d(1000, 10, 11)
+    for layers, top in (([linear], 0.1), ([convolution], 1.0), ([convolution, nn.Linear(1000, 1300)], 0.1)):
+        assert settled(TrainConfig(), backbone_of(nn.Sequential(*layers))).top == top
 
 
 def test_top_is_for_one_score_a_weight(tiny: nn.Module) -> None:

@@ -133,12 +133,12 @@ def test_a_recipe_lies_below_the_file_and_the_command_line(tmp_path: Path) -> No
     recipe, config = ["--recipe", "source"], ["--config", str(file)]
     for words in ([*recipe, *config], [*config, *recipe]):
         _, (settings, _), _ = try_more(*words, "--batch-size", "16")
-        own = (settings.optimizer, settings.scale, settings.head_kind, settings.epochs, settings.adapts, settings.top)
-        assert own == ("sgd", True, "masked", 150, True, 1.0)
+        own = (settings.optimizer, settings.scale, settings.head_kind, settings.epochs, settings.bn, settings.top)
+        assert own == ("sgd", True, "masked", 150, "adapt", 1.0)
         assert (settings.lr, settings.batch_size, settings.beside) == (20.0, 16, ("none",))
     _, (settings, _), _ = try_more()
     assert settings == More()
-    assert (settings.top, settings.beside, settings.adapts) == (None, ("norms",), False)
+    assert (settings.top, settings.beside, settings.bn) == (None, ("norms",), None)
     _, (settings, _), _ = try_more("--train", "none", "--train", "biases")
     assert settings.train == ("none", "biases")
     result, _, _ = try_more("--recipe", "other")

@@ -19,12 +19,12 @@ from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError
 from maskpack.mask import MaskSet, PackedMask, mask_id
 from maskpack.preprocess import ImagePreprocess
-from maskpack.training import attach_scores
+from maskpack.training import attach_scores, extract_masks
 from maskpack.training.budget import RateControl, coded_bits, coded_bytes
 from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
-from maskpack.training.scores import extract_masks, scored_weights
+from maskpack.training.scores import scored_weights
 from maskpack.training.trainer import train_mask
 
 QUICK = TrainConfig(optimizer="sgd", lr=60.0, epochs=4, batch_size=32, augment="none", top=1.0, train=(), bn="adapt")

@@ -213,7 +213,7 @@ def test_a_schedule_goes_on_as_the_longer_one(digits: Data, tmp_path: Path) -> N
     steps = 4 * (load_checkpoint(tmp_path / FILE)[1]["steps"] // 4)
     lines = [line for line in logged(tmp_path) if line["event"] == "step"]
     rates = {line["step"]: line["lr"] for line in lines}
-    assert rates[20] == pytest.approx(QUICK_CROPS.score_lr(steps) * learning_rate(QUICK_CROPS, 19, steps))
+    assert rates[20] == pytest.approx(QUICK_CROPS.score_lr(steps, 0) * learning_rate(QUICK_CROPS, 19, steps))
     assert rates[20] > rates[16]
 
 

@@ -45,9 +45,10 @@ from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.runtime.stream import load_masked
 from maskpack.safetensors_io import write_tensors
 from maskpack.training import TrainConfig, load_data, train_mask
+from maskpack.training.batchnorm import batchnorm_statistics
 from maskpack.training.data.base import Data
 from maskpack.training.evaluate import adapter_accuracy
-from maskpack.training.stored import beside_masks, kept, settle
+from maskpack.training.stored import beside_masks, settle, shortened
 from maskpack.training.trainer import ObjectiveRun
 
 from .fuzz.damage import File
@@ -187,6 +188,12 @@ def learned(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if not name.startswith(("conv", "fc"))}
 
 
+def kept(model: nn.Module, before: dict[str, Tensor]) -> Parts:
+    """Return what is stored of a model, of which all norms and statistics may have changed."""
+    whole = {name: one.detach().clone() for name, one in learned(model).items()}
+    return shortened(Parts(MaskSet({}), None, batchnorm_statistics(model), whole), model, before)
+
+
 @pytest.mark.parametrize("store", ["coded", "float16", "float32"])
 def test_what_is_put_in_is_what_is_loaded(normed: nn.Module, tmp_path: Path, store: Any) -> None:
     base, x = {n: t.clone() for n, t in normed.state_dict().items()}, torch.randn(16, 3, 8, 8)
@@ -198,7 +205,7 @@ def test_what_is_put_in_is_what_is_loaded(normed: nn.Module, tmp_path: Path, sto
     error = float((stored - exact).abs().max() / exact.abs().max())
     assert error <= {"coded": 0.1, "float16": 0.005, "float32": 0.0}[store]
     assert not settle(normed, before, learned(normed), store), "settled values stay"
-    parts = kept(normed, before, learned(normed), random_masks({"conv.weight": (8, 3, 3, 3)}, 1.0))
+    parts = replace(kept(normed, before), masks=random_masks({"conv.weight": (8, 3, 3, 3)}, 1.0))
     normed.load_state_dict(base)
     mark = fingerprint(normed, id="tests:normed", head=["fc"])
     adapter = save_adapter(tmp_path / "a.safetensors", parts, mark)
@@ -232,12 +239,12 @@ def test_what_is_put_in_is_what_is_loaded(normed: nn.Module, tmp_path: Path, sto
 def test_nothing_is_stored_of_what_did_not_change(normed: nn.Module) -> None:
     before = beside_masks(normed)
     assert not settle(normed, before, {}, "coded")
-    parts = kept(normed, before, {}, MaskSet({}))
+    parts = kept(normed, before)
     assert [*parts.norms, *parts.parameters, *parts.statistics] == []
     with torch.no_grad():
         normed.layer.bias[3] += 1  # type: ignore[union-attr,operator]
     settle(normed, before, {}, "coded")
-    assert list(kept(normed, before, {}, MaskSet({})).norms) == ["layer"]
+    assert list(kept(normed, before).norms) == ["layer"]
 
 
 @pytest.mark.parametrize("value", [-0.5, 0.0, 1e30, float("nan")])
@@ -247,7 +254,7 @@ def test_what_steps_cannot_say_is_stored_as_it_is(normed: nn.Module, value: floa
     with torch.no_grad():
         normed.batch.weight[2] = value  # type: ignore[union-attr,operator]
     settle(normed, before, learned(normed), "coded")
-    parts = kept(normed, before, learned(normed), MaskSet({}))
+    parts = kept(normed, before)
     assert sorted(parts.norms) == ["group", "layer", "rms"]
     held = abs(value) < 60000
     assert ("batch.running_mean" in parts.statistics) == (not held)

@@ -5,17 +5,18 @@ torch is imported where something is computed, so that an adapter is described w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
-from ..backbone.model import Embedding, Head
+from ..backbone.model import Embedding, Fingerprint, Head
 from ..errors import BackboneMismatchError
 from ..mask import MaskSet
 from .steps import Norm
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +86,20 @@ class About:
     class_names: tuple[str, ...] | None = None
     preprocess: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """What a model learned, and the base that it learned on, whose tensors `weights` has by name."""
+
+    parts: Parts
+    base: Fingerprint
+    weights: Mapping[str, Tensor]
+
+
+# Models that learn, and what reads off them what they learned; given the id of the base, if that is known. Training
+# enters them, which is above this stage.
+LEARNING: WeakKeyDictionary[nn.Module, Callable[[nn.Module, str | None], Learned]] = WeakKeyDictionary()
 
 
 # the Hub's names for what a network of a task does without its head

@@ -17,17 +17,18 @@ import numpy as np
 from bitarray import bitarray
 from bitarray.util import count_xor
 from blake3 import blake3
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..backbone.model import Fingerprint
+from ..backbone.model import Fingerprint, unwrap
 from ..codecs.base import Codec, Profile, Side, to_frame
 from ..codecs.choose import rivals, smallest
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError
+from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
+from ..preprocess import Preprocess, preprocess_to_json
 from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
-from .content import About, Cascade, Parts
+from .content import LEARNING, About, Cascade, Learned, Parts
 from .decode import Weights, base_words, by_name
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
@@ -277,15 +278,25 @@ def _write(path: Path, header: Header, blobs: Sequence[Blob]) -> None:
             file.write(piece)
 
 
+def learned(model: nn.Module, base: Fingerprint | str | None) -> Learned:
+    """Return what a model with scores learned; `base` is the id of its weights, or None where the model says it."""
+    take = LEARNING.get(unwrap(model))
+    if take is None:
+        raise StateError("this model has no scores; call attach_scores(model) first, and train what it returns")
+    if isinstance(base, Fingerprint):
+        raise ConfigError("a model with scores takes its base's fingerprint itself; leave base out, or give its id")
+    return take(unwrap(model), base)
+
+
 def save_adapter(
     path: str | Path,
-    parts: MaskSet | Parts | Mapping[str, MaskSet | Parts],
-    base: Fingerprint,
+    parts: MaskSet | Parts | Mapping[str, MaskSet | Parts] | nn.Module,
+    base: Fingerprint | str | None = None,
     about: About | None = None,
     *,
     task: str | None = None,
     class_names: Iterable[str] | None = None,
-    preprocess: Mapping[str, Any] | None = None,
+    preprocess: Mapping[str, Any] | Preprocess | None = None,
     training: Mapping[str, Any] | None = None,
     cascade: Cascade | None = None,
     profile: Profile = "default",
@@ -301,8 +312,10 @@ def save_adapter(
 
     Args:
         path: the folder (made if need be) or file.
-        parts: masks, alone or with what travels beside them; or several named sets of these.
-        base: fingerprint of the frozen model that the masks belong to.
+        parts: masks, alone or with what travels beside them; or several named sets of these. Or a model with scores:
+            all that it learned so far; it goes on learning.
+        base: fingerprint of the frozen model that the masks belong to. With a model, where its weights come from, as in
+            "timm/resnet18.a1_in1k"; default: what the model says.
         about: what training gives as `result.about`; the next four say the same one by one, and take its place.
         task: as in "image-classification". class_names: one for each row of the head.
         preprocess: how inputs are prepared, with a `kind`. training: the training record.
@@ -322,10 +335,17 @@ def save_adapter(
     Example:
         save_adapter("./my-mask", masks, fingerprint(model, id="timm/resnet18.a1_in1k"), task="image-classification")
     """
+    if isinstance(parts, nn.Module):
+        found = learned(parts, base)
+        weights = found.weights if weights is parts else weights
+        parts, base = found.parts, found.base
+    if not isinstance(base, Fingerprint):
+        raise AdapterError(f"masks need the fingerprint of their base, got {base!r}; give fingerprint(model, id=…)")
     named = {"default": parts} if isinstance(parts, MaskSet | Parts) else parts
     sets = {name: Parts(one) if isinstance(one, MaskSet) else one for name, one in named.items()}
     names = None if class_names is None else tuple(class_names)
-    given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": preprocess, "training": training}
+    prepared = preprocess_to_json(preprocess) if isinstance(preprocess, Preprocess) else preprocess
+    given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": prepared, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     _check_names(sets, base)
     return write_adapter(Path(path), partial(encode, sets, base, said, cascade, weights, profile, codec, progress))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import BackboneError, UnknownNameError
@@ -141,10 +142,14 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
     """Return the floating-point parameters and persistent buffers outside `head`, sorted; of tied ones the first."""
+    return body_of({canonical(name): one for name, one in unwrap(model).state_dict(keep_vars=True).items()}, head)
+
+
+def body_of(state: Mapping[str, Any], head: Iterable[str] = ()) -> dict[str, Tensor]:
+    """As `body`, of a state dict with canonical names."""
     from torch import Tensor
 
     head = tuple(head)
-    state = {canonical(name): tensor for name, tensor in unwrap(model).state_dict(keep_vars=True).items()}
     found: dict[tuple[object, ...], tuple[str, Tensor]] = {}
     for name, tensor in sorted(state.items()):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not inside(name, head):
@@ -158,6 +163,24 @@ def same_size_int(tensor: Tensor) -> Tensor:
 
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()])
+
+
+def source_of(model: nn.Module) -> tuple[str, str | None]:
+    """Return where a model says that its weights come from, never a path, and the revision; its class if it does not.
+
+    Models of timm say so, and those of transformers and diffusers.
+    """
+    model = unwrap(model)
+    stated: Any = getattr(model, "pretrained_cfg", None) or {}
+    if stated.get("architecture"):
+        return f"timm/{'.'.join(filter(None, (stated['architecture'], stated.get('tag'))))}", None
+    config: Any = getattr(model, "config", None)
+    name = getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return type(model).__name__, None
+    if Path(name).exists():  # a folder is named by its own name
+        return f"hf/{Path(name).resolve().name}", None
+    return f"hf/{name}", getattr(config, "_commit_hash", None)
 
 
 def _stated_classifier(model: nn.Module) -> str | None:

@@ -12,8 +12,11 @@ from .model import aliases, canonical, inside, named_parameters, unwrap
 _LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 
 
-def _default_names(model: nn.Module, head: Sequence[str]) -> list[str]:
-    """Return weights of convolutions and linear layers, but for head, pooler and what is tied to an embedding."""
+def _default_names(model: nn.Module, head: Sequence[str], experts: bool) -> list[str]:
+    """Return weights of convolutions and linear layers, but for head, pooler and what is tied to an embedding.
+
+    With `experts` also those of experts that are one parameter of three dimensions.
+    """
     first = aliases(model)
     names, embeddings = [], set()
     for raw, module in unwrap(model).named_modules(remove_duplicate=False):
@@ -23,6 +26,8 @@ def _default_names(model: nn.Module, head: Sequence[str]) -> list[str]:
         # transformers' Conv1D is a linear layer with a transposed weight
         elif isinstance(module, _LINEAR) or type(module).__name__ == "Conv1D":
             names.append(prefix + "weight")
+        elif experts and ("Expert" in type(module).__name__ or raw.rpartition(".")[2] == "experts"):
+            names += [prefix + name for name, one in module._parameters.items() if one is not None and one.ndim == 3]
         elif isinstance(module, nn.MultiheadAttention):
             names += [prefix + n for n in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")]
     return [
@@ -58,7 +63,11 @@ def match_parameters(model: nn.Module, patterns: Iterable[str], option: str, hea
 
 
 def select_parameters(
-    model: nn.Module, include: Iterable[str] = (), exclude: Iterable[str] = (), head: Sequence[str] = ()
+    model: nn.Module,
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    head: Sequence[str] = (),
+    experts: bool = True,
 ) -> list[str]:
     """Return the names of the parameters to mask, sorted; of tied ones the first.
 
@@ -66,13 +75,14 @@ def select_parameters(
         include, exclude: globs on dotted names (`*` also matches dots); default: every convolution and linear weight of
             the body, without embeddings and pooler.
         head: modules that are not part of the body.
+        experts: weights of experts that are fused into one parameter are among the default.
     """
     parameters, first = named_parameters(model), aliases(model)
     names = list(parameters)
     if not names:
         raise SelectionError("the model has no parameters to mask; mask a quantised model before it is quantised")
     include, exclude = list(include), list(exclude)
-    chosen = _match(include, names, "include") if include else set(_default_names(model, head))
+    chosen = _match(include, names, "include") if include else set(_default_names(model, head, experts))
     found = sorted({first[name] for name in chosen - _match(exclude, names, "exclude")})
     if not found:
         raise SelectionError(

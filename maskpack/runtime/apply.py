@@ -16,12 +16,13 @@ from bitarray import bitarray
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ..adapter.content import Parts
+from ..adapter.content import LEARNING, Parts
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
+from .place import TOP, Place, view
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +69,7 @@ class Applied:
         complete: the whole mask is on the model. False while it is applied or undone, and after one of these was
             interrupted: then the model has a part of it.
         before, after: tensors that the adapter changes, by name, as they were found and as they were left.
+        place: where the adapter's names stand in the model; all names here are the adapter's.
         base: a bank's notes of all tensors of the base, which an undo updates.
         notes: a bank's notes of what masks change, by name: used where they are there, else made.
     """
@@ -77,6 +79,7 @@ class Applied:
     head: tuple[str, nn.Module] | None = None
     restorable: bool = True
     complete: bool = False
+    place: Place = TOP
     before: dict[str, Written] = field(default_factory=dict)
     after: dict[str, Written] = field(default_factory=dict)
     base: dict[str, Written] = field(default_factory=dict)
@@ -295,8 +298,13 @@ def head_tensors(head: Head | None) -> dict[str, Tensor]:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raise StateError if a model has a mask or belongs to a bank; a load or undo that was interrupted is undone."""
+    """Raise StateError if a model has a mask or scores, or belongs to a bank; what was interrupted is undone."""
     check_not_held(model)
+    if LEARNING and any(one in LEARNING for one in model.modules()):
+        raise StateError(
+            "this model has scores that learn; save_adapter(path, model) saves what they learned, and "
+            "extract_parts(model) takes them off, so that a mask can be loaded"
+        )
     record = applied(model)
     if record is not None and record.complete:
         raise StateError("this model has a mask already; call unload_mask(model) first")
@@ -347,7 +355,8 @@ def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> 
     for name, tensor in parts.resolved(state).dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
-                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}"
+                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}, or, if "
+                f"that is of its head, pass head='keep'"
             )
     module = None if parts.head is None else parts.head.module
     try:
@@ -363,6 +372,7 @@ def apply_parts(
     mask_id: str = "",
     masks: Iterable[tuple[str, PackedMask]] | None = None,
     restorable: bool = True,
+    place: Place = TOP,
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
 
@@ -371,16 +381,16 @@ def apply_parts(
 
     Args:
         masks: name and mask, in the place of those of `parts`, whose names and shapes are checked before the first.
-        restorable: keep what `unload_mask` needs.
+        restorable: keep what `unload_mask` needs. place: where the names of `parts` stand in the model.
     """
     check_compiled()
     check_free(model)
-    put(model, Applied(mask_id, restorable=restorable), parts, masks)
+    put(model, Applied(mask_id, restorable=restorable, place=place), parts, masks)
 
 
 def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
     """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
-    model = unwrap(model)
+    root, model = unwrap(model), view(model, record.place)
     state = tensors_of(model)
     parts = parts.resolved(state)
     shapes, dense = parts.masks.shapes, parts.dense
@@ -389,7 +399,7 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
     names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)
     try:
-        _APPLIED[model] = record
+        _APPLIED[root] = record
         for name, mask, at in located(parts.masks.items() if masks is None else masks, parameters, record.notes or {}):
             assert mask is not None
             _apply(record, name, parameters[name].detach(), mask, at, parts.values.get(name))
@@ -402,10 +412,10 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
             record.notes.update({name: one for name, one in record.changed if one.at is not None})
         record.complete = True
     except BaseException:
-        undo(model, record)
+        undo(root, record)
         raise
     if not record.restorable:
-        _APPLIED[model] = Applied(record.mask_id, restorable=False, complete=True)
+        _APPLIED[root] = Applied(record.mask_id, restorable=False, complete=True)
 
 
 def unload_mask(model: Model, *, force: bool = False) -> Model:
@@ -435,7 +445,7 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     if record.complete and not force:
         way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
-        check_unwritten(record.after, tensors_of(model), way_out)
+        check_unwritten(record.after, tensors_of(view(model, record.place)), way_out)
     undo(model, record)
     return model
 
@@ -476,7 +486,7 @@ def _overwrite(record: Applied, name: str, target: Tensor, tensor: Tensor) -> No
 
 def undo(model: nn.Module, record: Applied) -> None:
     """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
-    model, record.complete = unwrap(model), False
+    root, model, record.complete = unwrap(model), view(model, record.place), False
     state = tensors_of(model)
     unwritten = [name for name, left in record.after.items() if name in state and left.same(state[name])]
     try:
@@ -501,7 +511,7 @@ def undo(model: nn.Module, record: Applied) -> None:
     except BaseException as error:
         error.add_note("maskpack: the model still has a part of the mask; unload_mask (or its bank) removes it")
         raise
-    forget(model)
+    forget(root)
 
 
 def _note_undone(model: nn.Module, record: Applied, now: Mapping[str, Written], unwritten: Iterable[str]) -> None:

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from .data.load import load_data as load_data
     from .gates import attach_gates as attach_gates
     from .multitask import train_tasks as train_tasks
-    from .scores import attach_scores as attach_scores
-    from .scores import extract_masks as extract_masks
-    from .scores import extract_parts as extract_parts
+    from .own_loop import attach_scores as attach_scores
+    from .own_loop import count_trainable as count_trainable
+    from .own_loop import extract_masks as extract_masks
+    from .own_loop import extract_parts as extract_parts
     from .trainer import train_mask as train_mask
     from .transfer import train_transfer as train_transfer
 
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 _WHERE = {
     "TrainConfig": "config",
     "attach_gates": "gates",
-    "attach_scores": "scores",
-    "extract_masks": "scores",
-    "extract_parts": "scores",
+    "attach_scores": "own_loop",
+    "count_trainable": "own_loop",
+    "extract_masks": "own_loop",
+    "extract_parts": "own_loop",
     "load_data": "data.load",
     "train_auto": "auto",
     "train_cascade": "cascade",

@@ -17,7 +17,7 @@ from .checkpoint import FILE
 from .config import ALL, TOP, TrainConfig, config_from
 from .data.base import Data
 from .data.load import hold_out
-from .learn import base_of, borrowed
+from .learn import base_of, borrowed, settled
 from .methods.base import METHODS
 from .run_folder import (
     Report,
@@ -118,7 +118,7 @@ class Search:
         moved = _moved(self.options.get("report"), self._part(changes, steps), done, max(self.steps, done + steps))
         folder = RunFolder(RunOptions(**{**options, "report": moved}))
         config = replace(changed(self.config, changes), steps=steps)
-        with folder.opened(), borrowed(self.backbone, config.beside):
+        with folder.opened(), borrowed(self.backbone):
             if folder.report is not None:
                 folder.report({"event": "step", "step": 0, "steps": steps})  # something is seen at once
             run = ObjectiveRun(self.backbone, self.data, config)
@@ -258,12 +258,12 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
     """
     method = METHODS[config.method]
     some = method.rising and not config.scale and config.selective == ALL
-    found, lr = [DEFAULT], config.score_lr(steps)
+    usual, found, lr = settled(config, backbone), [DEFAULT], config.score_lr(steps, weights)
     open_top = config.top is None and some
     if open_top and config.beside:
         found.append(NORMS)
     if open_top:
-        found.append({"top": TOP if config.share(weights) is None else 1.0})
+        found.append({"top": TOP if usual.top == 1 else 1.0})
     if open_top and config.train is None:
         found.append({"top": 1.0, "train": ["none"]})
     if config.lr is None and method.learns:
@@ -271,7 +271,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
     if config.train_lr is None and config.beside:
         found.append({"train_lr": config.beside_lr * GENTLER})
     if config.bn is None and batchnorm_statistics(backbone.model):
-        found.append({"bn": "adapt"})
+        found.append({"bn": "adapt" if usual.bn == "freeze" else "freeze"})
     if config.head_start == "plain" and config.head_kind == "linear" and probe:
         found.append({"head_start": "probe"})
     return found

@@ -27,7 +27,6 @@ from .data.base import Data, Examples, readable
 from .features import by_class, embed_all, fit_probe, routed
 from .learn import borrowed
 from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
-from .stored import SETTLED
 from .trainer import ObjectiveRun, as_backbone, train_mask
 from .worth import beside_probe, probe_accuracies, worth
 
@@ -149,7 +148,7 @@ def _train(
     main, run = is_main_process(), partial(part_options, options, folder)
     first = train_mask(backbone, data, config, longer=False, **run(DISPATCHER))
     assert data.train is not None
-    with borrowed(backbone, (*config.beside, *SETTLED)):  # as the finished run left the model
+    with borrowed(backbone, norms=True):  # as the finished run left the model
         trained = ObjectiveRun(backbone, data, config)
         trained.take_over(folder / DISPATCHER / FILE)
         trained.settle()

@@ -3,7 +3,7 @@
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -13,8 +13,9 @@ from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
 
-TOP = 0.1  # of the weights of a parameter have scores by default,
-SMALL = 1_000_000  # unless there are at most so many in all
+SMALL = 1_000_000  # weights that a network with other defaults has at most; chosen in docs/results.md, as these are
+TOP = 0.1  # of the weights of a parameter have scores in a larger network, unless most weights are of convolutions
+SMALL_RATE, RATE = 0.1, 0.05  # of the scores, with adam
 ALL = "all"  # of the scores learn
 GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
@@ -36,6 +37,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 Bytes = Annotated[int, "bytes"]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]
+Statistics = Literal["adapt", "freeze"]
 Start = Literal["source-start", "source-end", "random"]
 Store = Literal["coded", "float16", "float32"]
 
@@ -52,16 +54,16 @@ class TrainConfig:
         include: globs of the parameters to mask. Default: every convolution and linear weight of the body.
         exclude: globs of parameters that get no mask.
         top: share of each masked parameter's weights that have scores, those with the greatest absolute values; the
-            others are kept, and take no memory; 0: none, so that norms and head learn alone. Default: 0.1 with labels
-            and over a million weights, where the method allows it; else 1.
+            others are kept, and take no memory; 0: none, so that norms and head learn alone. Default: 0.1 with labels,
+            over a million masked weights, most of them not of convolutions, and a method that allows it; else 1.
         selective: which scores learn: all, first:STAGES, random:SHARE or largest:SHARE.
         train: what learns itself beside the scores: norms, biases, none, or globs of parameters of the body. Default:
             norms with labels, else none.
         scale: divide kept weights by sqrt(density), per parameter.
         bytes_budget: most bytes of the masks, as in 200kB, in the profiles default and max. Default: no limit.
         rate: the same in bits per weight.
-        bn: BatchNorm statistics: adapt to the new data, and store them, or freeze. Default: freeze with labels, else
-            adapt.
+        bn: BatchNorm statistics: adapt to the new data, and store them, or freeze. Default: freeze with labels and
+            over a million masked weights, else adapt.
 
     Head:
         head_kind: linear: trained and stored whole. masked: random, with scores of its own, stored as seed and mask.
@@ -76,7 +78,8 @@ class TrainConfig:
         batch_size: examples per forward pass and process.
         accumulate: forward passes per optimiser step.
         optimizer: optimiser of scores and head; sgd has momentum 0.9.
-        lr: peak learning rate of the scores. Default: 0.05 for adam, or more where distance needs it; 50 for sgd.
+        lr: peak learning rate of the scores. Default: 0.05 for adam, or 0.1 with labels and up to a million masked
+            weights, or more where distance needs it; 50 for sgd.
         distance: least sum of the learning rates of all steps, which is how far a score can move under adam; it begins
             1 above the threshold.
         head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
@@ -108,7 +111,7 @@ class TrainConfig:
     head_kind: Literal["linear", "masked", "text", "own"] = "linear"
     head_start: Literal["plain", "probe"] = "plain"
     head_template: str = "This is a photo of a {label}"
-    bn: Literal["adapt", "freeze"] | None = None
+    bn: Statistics | None = None
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 64
@@ -167,34 +170,33 @@ class TrainConfig:
         """Whether the scores are trained on labels."""
         return self.objective == "supervised"
 
-    def share(self, weights: int) -> float | None:
-        """Return the share of each parameter's weights that have scores, of so many weights in all; None: all."""
-        if self.top is not None:
-            return self.top if self.top < 1 else None
-        if weights <= SMALL:
-            return None
+    def settled(self, weights: int, convolutional: int) -> "TrainConfig":
+        """Return the settings with the defaults that follow from a backbone.
+
+        Args:
+            weights: number of its masked weights. convolutional: how many of them are of convolutions.
+        """
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
-        usual = self.labels and self.selective == ALL and not self.scale
-        return TOP if usual and METHODS[self.method].rising else None
+        small = weights <= SMALL
+        some = self.labels and not small and 2 * convolutional < weights and self.selective == ALL and not self.scale
+        top = TOP if some and METHODS[self.method].rising else 1.0
+        bn: Statistics = "adapt" if small or not self.labels else "freeze"
+        return replace(self, top=top if self.top is None else self.top, bn=bn if self.bn is None else self.bn)
 
     @property
     def beside(self) -> tuple[str, ...]:
         """What learns itself beside the scores, as in `train`."""
         return (("norms",) if self.labels else ()) if self.train is None else self.train
 
-    @property
-    def adapts(self) -> bool:
-        """Whether BatchNorm statistics follow the new data."""
-        return self.bn == "adapt" or (self.bn is None and not self.labels)
-
-    def score_lr(self, steps: int) -> float:
-        """Return the peak learning rate of the scores in a run of so many steps."""
+    def score_lr(self, steps: int, weights: int) -> float:
+        """Return the peak learning rate of the scores in a run of so many steps, with so many masked weights."""
         if self.lr is not None:
             return self.lr
         if self.optimizer == "sgd":
             return 50.0
-        return max(0.05, self.distance / sum(learning_rate(self, step, steps) for step in range(steps)))
+        least = self.distance / sum(learning_rate(self, step, steps) for step in range(steps))
+        return max(least, SMALL_RATE if weights <= SMALL and self.labels else RATE)
 
     @property
     def linear_lr(self) -> float:
@@ -215,7 +217,6 @@ class TrainConfig:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "train": list(self.beside),
-            "bn": "adapt" if self.adapts else "freeze",
             "head_lr": self.linear_lr,
             "train_lr": self.beside_lr,
         }

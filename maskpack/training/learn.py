@@ -1,6 +1,6 @@
 """What learns in a backbone: scores of selected weights, and parameters themselves."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,15 +10,18 @@ from torch import Tensor, nn
 from ..backbone.classifier import modes_kept
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import Fingerprint, inside, named_parameters, swap_module
-from ..backbone.select import select_parameters
+from ..backbone.model import Fingerprint, inside, named_buffers, named_parameters, swap_module, unwrap
+from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError
 from .config import ALL, TrainConfig, parse_rule
 from .methods.base import build_method
 from .methods.topk import greatest
-from .scores import attach, detach_scores, learning_names, scored_weights
+from .scores import attach, detach_scores, owner, scored_weights
+from .stored import beside_masks
 
 Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
+WORDS = frozenset(("norms", "biases", "none"))  # that stand for parameters that learn themselves
+CONVOLUTIONS = nn.modules.conv._ConvNd
 MOST = 0.9  # of the weights: a module that holds more is no stage, its children are
 
 
@@ -32,17 +35,58 @@ def body_parameters(backbone: Backbone) -> dict[str, nn.Parameter]:
     return {name: one for name, one in backbone.model.named_parameters() if not inside(name, backbone.outside)}
 
 
-@contextmanager
-def borrowed(backbone: Backbone, train: Iterable[str] = ()) -> Iterator[None]:
-    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before.
+def trained_themselves(
+    model: nn.Module, train: Iterable[str], masked: Collection[str], head: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn themselves beside scores, by name; to be asked before scores are attached.
 
     Args:
-        train: what may change meanwhile, as of `learning_names`.
+        train: as of `learning_names`; words leave masked parameters out. masked: names of parameters with a mask.
+        head: modules that are not part of the body.
+
+    Raises:
+        SelectionError: if a pattern matches nothing. ConfigError: if a parameter would be masked as well.
+    """
+    globs = [one for one in train if one not in WORDS]
+    both = [name for name in match_parameters(model, globs, "train", head) if name in masked]
+    if both:
+        raise ConfigError(
+            f"train would train {len(both)} parameters that are masked, first {both[0]!r}; a mask needs frozen "
+            f"weights: leave them out of train, or out of the mask"
+        )
+    parameters = named_parameters(model)
+    return {name: parameters[name] for name in learning_names(model, train, head) if name not in masked}
+
+
+def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] = ()) -> list[str]:
+    """Return the names of the body's parameters that `train` means, sorted.
+
+    Args:
+        train: globs, or words: "norms" (scales and shifts of all normalisation layers) and "biases" (of all layers),
+            of which a model may have none, and "none".
+
+    Raises:
+        SelectionError: if a glob matches nothing.
+    """
+    words = set(train)
+    found = set(match_parameters(model, sorted(words - WORDS), "train", head))
+    norms = [n for n, module in unwrap(model).named_modules() if "norm" in type(module).__name__.lower()]
+    for name in match_parameters(model, ["*"], "train", head):
+        place, _, leaf = name.rpartition(".")
+        if ("norms" in words and place in norms) or ("biases" in words and leaf.endswith("bias")):
+            found.add(name)
+    return sorted(found)
+
+
+@contextmanager
+def borrowed(backbone: Backbone, norms: bool = False) -> Iterator[None]:
+    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before.
+
+    With `norms` the parameters of normalisation layers too, which `settle` writes.
     """
     model = backbone.model
-    parameters, flags = named_parameters(model), {name: p.requires_grad for name, p in model.named_parameters()}
-    changing = {name: parameters[name] for name in learning_names(model, train, backbone.outside)}
-    before = {name: tensor.detach().clone() for name, tensor in {**changing, **dict(model.named_buffers())}.items()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = beside_masks(model) if norms else {n: b.detach().clone() for n, b in named_buffers(model).items()}
     device = next(model.parameters()).device
     head = model.get_submodule(backbone.head) if backbone.head is not None else None
     try:
@@ -54,21 +98,40 @@ def borrowed(backbone: Backbone, train: Iterable[str] = ()) -> Iterator[None]:
             swap_module(model, backbone.head, head)
         model.to(device)
         with torch.no_grad():
-            for name, tensor in {**changing, **dict(model.named_buffers())}.items():
-                tensor.copy_(before[name])
+            tensors = {**named_parameters(model), **named_buffers(model)}
+            for name, tensor in before.items():
+                tensors[name].copy_(tensor)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
             p.grad = None
 
 
+def settled(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+    """Return settings with the defaults that follow from a backbone."""
+    sizes = masked_sizes(config, backbone)
+    convolutional = sum(
+        size for name, size in sizes.items() if isinstance(owner(backbone.model, name)[0], CONVOLUTIONS)
+    )
+    return config.settled(sum(sizes.values()), convolutional)
+
+
+def masked_sizes(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
+    """Return how many weights the parameters have that the settings select, by name."""
+    parameters = named_parameters(backbone.model)
+    names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
+    return {name: parameters[name].numel() for name in names}
+
+
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Attach scores to the weights that the settings select; return the scores by name."""
-    model = backbone.model
+    """Attach scores to the weights that the settings select, beside `config.beside`; return the scores by name."""
+    config, model = settled(config, backbone), backbone.model
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)
-    share = config.share(sum(weight.numel() for weight in weights.values()))
-    scores = attach(model, build_method(config.method, dict(config.method_options)), names, config.scale, share)
+    share = None if config.top == 1 else config.top
+    method = build_method(config.method, dict(config.method_options))
+    beside = trained_themselves(model, config.beside, names, backbone.outside)
+    scores = attach(model, method, names, config.scale, share, beside=beside)
     scored = scored_weights(model)
     for name, learns in learning.items():
         if scores[name].shape != learns.shape or not scored[name].binary().all():

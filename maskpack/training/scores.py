@@ -1,111 +1,24 @@
 """Scores on any module: attached as parametrizations, read off as masks."""
 
 import math
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from ..adapter.content import Parts
-from ..backbone.model import aliases, named_parameters, unwrap
-from ..backbone.select import match_parameters, select_parameters
-from ..errors import ConfigError, StateError, TrainingError
-from ..mask import MaskSet, PackedMask
-from .batchnorm import batchnorm_statistics
-from .methods.base import Method, State, build_method, rising_methods
+from ..adapter.content import LEARNING
+from ..backbone.model import aliases, named_buffers, named_parameters, unwrap
+from ..errors import ConfigError
+from ..mask import PackedMask
+from .methods.base import Method, State, rising_methods
 from .methods.topk import greatest
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How to make an effective weight again, in place of what an operation saved for its backward pass.
-
-    Attributes:
-        make: gives the weight, without gradients. sources: what it follows from; versions: theirs when it was made.
-        shape, stride: of what the operation saved.
-    """
-
-    make: Callable[[], Tensor]
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-
-
-@dataclass(eq=False)
-class Recompute:
-    """Replaces effective weights among what autograd saves in the forward passes of a model.
-
-    Compiled code decides for itself what it makes again.
-
-    Attributes:
-        made: in this forward pass, by address.
-    """
-
-    made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
-    _open: list[saved_tensors_hooks] = field(default_factory=list)
-    _handles: list[Any] = field(default_factory=list)
-
-    def watch(self, model: nn.Module) -> None:
-        """Begin: in every forward pass of the model from now on."""
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
-
-    def stop(self) -> None:
-        """End: the model has no hooks of ours any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
-        """Note an effective weight that is about to be used; outside of a forward pass nothing is noted."""
-        if self._open:
-            recipe = Recipe(make, sources, tuple(source._version for source in sources))
-            self.made[result.data_ptr()] = weakref.ref(result), recipe
-
-    def _begin(self, *_: object) -> None:
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            hooks = saved_tensors_hooks(self._pack, unpack)
-            hooks.__enter__()
-            self._open.append(hooks)
-
-    def _end(self, *_: object) -> None:
-        if self._open:
-            self._open.pop().__exit__()
-            self.made.clear()
-
-    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
-        noted = self.made.get(tensor.data_ptr())
-        # an address may be another tensor's by now
-        if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
-            return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
-        return replace(noted[1], shape=tuple(tensor.shape), stride=tensor.stride())
-
-
-def unpack(saved: Tensor | Recipe) -> Tensor:
-    """Return what was saved.
-
-    Raises:
-        TrainingError: if what a weight follows from was changed since.
-    """
-    if isinstance(saved, Tensor):
-        return saved
-    if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
-        raise TrainingError(
-            "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
-            "weight from them again; call backward() before optimizer.step()"
-        )
-    with torch.no_grad():
-        return saved.make().as_strided(saved.shape, saved.stride)
-
+from .recompute import Recompute
+from .rounding import Rounding
 
 Orders = dict[nn.Module, list[str]]  # names of the parameters of a module, in their order before one was parametrized
 
@@ -160,11 +73,25 @@ def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) 
             module._parameters = {name: module._parameters[name] for name in names}
 
 
+class Placed(torch.autograd.Function):
+    """A copy of a flat weight with other values at some places, which alone get a gradient; it keeps places only."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, flat: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return flat.clone().index_copy_(0, places.long(), values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return gradient.index_select(0, places), None, None
+
+
 class ScoredWeight(nn.Module):
     """Parametrization that computes the effective weight from the frozen weight and its scores.
 
     Attributes:
-        scores: float32, of a shape that the method chose.
+        scores: of a shape that the method chose.
         shape: of the weight.
         places: flat positions of the weights that have scores, ascending; None: all have. The others are kept.
         model: what the scores of one model share.
@@ -172,7 +99,14 @@ class ScoredWeight(nn.Module):
 
     places: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: bool, model: "ScoredModel", top: float | None = None):
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: bool,
+        model: "ScoredModel",
+        top: float | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         super().__init__()
         self.method, self.scale, self.model = model.method, scale, model
         self.shape = tuple(weight.shape)
@@ -181,10 +115,11 @@ class ScoredWeight(nn.Module):
         if top is not None:
             flat = scored.flatten()
             count = max(1, round(top * flat.numel())) if top else 0
-            self.places = greatest(flat.abs(), count).nonzero().flatten()
-            scored = flat[self.places]
+            places = greatest(flat.abs(), count).nonzero().flatten()
+            self.places = places.int() if flat.numel() < 2**31 else places
+            scored = flat[places]
         learns = self.method.learns and scored.numel() > 0
-        self.scores = nn.Parameter(self.method.init_scores(scored), requires_grad=learns)
+        self.scores = nn.Parameter(self.method.init_scores(scored).to(dtype), requires_grad=learns)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.model.off or not self.scores.numel():
@@ -201,19 +136,21 @@ class ScoredWeight(nn.Module):
         if self.places is None:
             return self.method.effective(weight, scores, self.scale, state)
         flat = weight.flatten()
-        some = self.method.effective(flat[self.places], scores, self.scale, state)
-        return flat.index_copy(0, self.places, some).reshape(self.shape)
+        some = self.method.effective(flat.index_select(0, self.places), scores, self.scale, state)
+        placed: Tensor = Placed.apply(some, flat, self.places)
+        return placed.reshape(self.shape)
 
     def whole(self, kept: Tensor) -> Tensor:
         """Return a mask of the whole weight, of any dtype, from that of the weights that have scores."""
         if self.places is None:
             return kept
         ones = torch.ones(math.prod(self.shape), dtype=kept.dtype, device=kept.device)
-        return ones.index_copy(0, self.places, kept).reshape(self.shape)
+        return ones.index_copy(0, self.places.long(), kept).reshape(self.shape)
 
     def state(self, training: bool = False) -> State:
         """Return what the method is told beside the scores."""
         model, shape = self.model, self.shape if self.places is None else tuple(self.places.shape)
+        model.rounding.settle()
         return State(model.progress, training, model.shared(self), shape, model.batch_size)
 
     def binary(self, shift: float = 0.0) -> Tensor:
@@ -231,6 +168,9 @@ class ScoredWeight(nn.Module):
         return self.method.penalty(self.scores, self.state(training=True))
 
 
+Plain = Callable[[ScoredWeight, Tensor], Tensor]
+
+
 @dataclass(eq=False)
 class ScoredModel:
     """What the scores of one model have in common.
@@ -239,18 +179,26 @@ class ScoredModel:
         members: in the order of their names.
         progress: share of the training steps that are done. batch_size: examples of an optimiser step.
         off: compute with the weights as they are.
-        orders: what taking the scores off needs. recompute: makes effective weights again for backward passes.
+        orders, hooks: what taking the scores off needs. recompute: makes effective weights again for backward passes.
+        rounding: of scores in bfloat16, in the steps of optimisers.
+        head: names of modules that learn themselves and do not belong to the body.
         before: buffers and parameters that learn themselves, as they were when the scores were attached, by name.
+        plain: makes what `state_dict` gives for a masked weight, under its own name and without scores, of this and
+            the frozen weight; None: `state_dict` gives weight and scores.
     """
 
     method: Method
     members: list[ScoredWeight] = field(default_factory=list)
     orders: Orders = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
     progress: float = 1.0
     batch_size: int = 1
     off: bool = False
     recompute: Recompute = field(default_factory=Recompute)
+    rounding: Rounding = field(default_factory=Rounding)
+    head: tuple[str, ...] = ()
     before: dict[str, Tensor] = field(default_factory=dict)
+    plain: Plain | None = None
     _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
@@ -267,101 +215,22 @@ class ScoredModel:
         return self._made[1][one]
 
 
-WORDS = frozenset(("norms", "biases", "none"))  # that stand for parameters that learn themselves
 SCORES = ".0.scores"  # how a checkpoint's names of scores end
 
 
-def attach_scores(
-    model: nn.Module,
-    method: Method | str = "threshold",
-    select: Iterable[str] | None = None,
-    *,
-    top: float | None = None,
-    train: Iterable[str] = (),
-    scale: bool = False,
-) -> dict[str, nn.Parameter]:
-    """Freeze a model and attach trainable scores to some of its weights.
-
-    For users who keep their own training loop: train every parameter that requires a gradient with any optimiser, then
-    call `extract_parts` or `extract_masks`, which leave the model as it was.
-
-    Args:
-        method: a method or its name (`maskpack list methods`).
-        select: globs on dotted parameter names; default: every convolution and linear weight.
-        top: share of each parameter's weights that have scores, those with the greatest absolute values; default: all.
-        train: what learns itself: "norms", "biases", or globs of parameters.
-        scale: divide the kept weights by sqrt(density).
-
-    Returns:
-        The scores by parameter name, float32. They and the parameters of `train` require a gradient, nothing else does.
-
-    Raises:
-        StateError: if scores are attached already.
-        SelectionError: if nothing matches, or a match cannot be masked.
-        ConfigError: if the method is not for such weights, or has no scale or no `top`.
-    """
-    if isinstance(method, str):
-        method = build_method(method)
-    model = unwrap(model)
-    if any(isinstance(m, ScoredWeight) for m in model.modules()):
-        raise StateError("this model has scores already; call extract_masks(model) first")
-    names = select_parameters(model, select or ())
-    learning = trained_themselves(model, train, names)
-    before = {**learning, **dict(model.named_buffers())}
-    scores = attach(model, method, names, scale, top)
-    for parameter in learning.values():
-        parameter.requires_grad_(True)
-    scored_models(model)[0].before = {name: tensor.detach().clone() for name, tensor in before.items()}
-    return scores
-
-
-def trained_themselves(
-    model: nn.Module, train: Iterable[str], masked: Collection[str], head: Sequence[str] = ()
-) -> dict[str, nn.Parameter]:
-    """Return the parameters that learn themselves beside scores, by name; to be asked before scores are attached.
-
-    Args:
-        train: as of `learning_names`; words leave masked parameters out. masked: names of parameters with a mask.
-        head: modules that are not part of the body.
-
-    Raises:
-        SelectionError: if a pattern matches nothing. ConfigError: if a parameter would be masked as well.
-    """
-    globs = [one for one in train if one not in WORDS]
-    both = [name for name in match_parameters(model, globs, "train", head) if name in masked]
-    if both:
-        raise ConfigError(
-            f"train would train {len(both)} parameters that are masked, first {both[0]!r}; a mask needs frozen "
-            f"weights: leave them out of train, or out of the mask"
-        )
-    parameters = named_parameters(model)
-    return {name: parameters[name] for name in learning_names(model, train, head) if name not in masked}
-
-
-def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] = ()) -> list[str]:
-    """Return the names of the body's parameters that `train` means, sorted.
-
-    Args:
-        train: globs, or words: "norms" (scales and shifts of all normalisation layers) and "biases" (of all layers),
-            of which a model may have none, and "none".
-
-    Raises:
-        SelectionError: if a glob matches nothing.
-    """
-    words = set(train)
-    found = set(match_parameters(model, sorted(words - WORDS), "train", head))
-    norms = [n for n, module in unwrap(model).named_modules() if "norm" in type(module).__name__.lower()]
-    for name in match_parameters(model, ["*"], "train", head):
-        place, _, leaf = name.rpartition(".")
-        if ("norms" in words and place in norms) or ("biases" in words and leaf.endswith("bias")):
-            found.add(name)
-    return sorted(found)
-
-
 def attach(
-    model: nn.Module, method: Method, names: Sequence[str], scale: bool, top: float | None = None
+    model: nn.Module,
+    method: Method,
+    names: Sequence[str],
+    scale: bool,
+    top: float | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, nn.Parameter]:
-    """Freeze a model and attach scores to exactly these parameters."""
+    """Freeze a model and attach scores to exactly these parameters; `beside` are other parameters that will learn."""
+    if top is not None and not 0 <= top <= 1:
+        raise ConfigError(f"top must be a share from 0 to 1, got {top}")
     if top is not None and (scale or not method.rising):
         raise ConfigError(
             f"top {top} gives scores to some weights only, which goes with the methods {rising_methods()} without "
@@ -369,7 +238,11 @@ def attach(
         )
     if scale and method.op != "zero":
         raise ConfigError(f"the method {method.id!r} removes no weights, so that there is no scale; leave it out")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"scores are float32 or bfloat16, got {dtype}; give one of these as dtype")
     together = ScoredModel(method)
+    for name, tensor in {**beside, **named_buffers(model)}.items():
+        together.before[name] = tensor.detach().clone()
     tied = all_names(model)
     model.requires_grad_(False)
     scores = {}
@@ -377,14 +250,20 @@ def attach(
         place, leaf = owner(model, name)
         # one ScoredWeight for all names of a tied weight: it has one set of scores
         try:
-            scored = ScoredWeight(getattr(place, leaf), scale, together, top)
+            scored = ScoredWeight(getattr(place, leaf), scale, together, top, dtype)
         except ConfigError as error:
             detach_scores(model)
             raise ConfigError(f"{name}: {error}") from None
         together.members.append(scored)
         put_on(model, tied[name], scored, together.orders)
+        for own in tied[name]:
+            hook = owner(model, own)[0].register_state_dict_post_hook(_plainly)  # type: ignore[no-untyped-call]
+            together.hooks.append(hook)
         scores[name] = scored.scores
     together.recompute.watch(model)
+    together.rounding.watch(list(scores.values()))
+    for parameter in beside.values():
+        parameter.requires_grad_(True)
     return scores
 
 
@@ -401,6 +280,12 @@ def scored_weights(model: nn.Module) -> dict[str, ScoredWeight]:
     return dict(sorted(found.items()))
 
 
+def beside_scores(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that learn themselves beside the scores of a model, by name."""
+    before, parameters = {name for one in scored_models(model) for name in one.before}, named_parameters(model)
+    return {name: parameter for name, parameter in parameters.items() if name in before}
+
+
 def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the scores among the tensors of a checkpoint, by parameter name."""
     found = {}
@@ -415,6 +300,29 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def scored_models(model: nn.Module) -> list[ScoredModel]:
     """Return what the scores of a model share: one for each time that some were attached, as to body and head."""
     return list(dict.fromkeys(one.model for one in scored_weights(model).values()))
+
+
+@contextmanager
+def plain_names(model: nn.Module, make: Plain) -> Iterator[None]:
+    """`state_dict` has the model's own names, and what `make` makes of masked weights, as long as this lasts."""
+    models = scored_models(model)
+    for one in models:
+        one.plain = make
+    try:
+        yield
+    finally:
+        for one in models:
+            one.plain = None
+
+
+def _plainly(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    for leaf, chain in module.parametrizations.items() if parametrize.is_parametrized(module) else ():  # type: ignore[operator, union-attr]
+        scored = chain[0]
+        own = f"{prefix}parametrizations.{leaf}."
+        if isinstance(scored, ScoredWeight) and scored.model.plain is not None and f"{own}original" in state:
+            state[prefix + leaf] = scored.model.plain(scored, state[f"{own}original"])
+            for name in [name for name in state if name.startswith(own)]:
+                del state[name]
 
 
 @contextmanager
@@ -461,48 +369,20 @@ def replaced_values(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def extract_masks(model: nn.Module) -> MaskSet:
-    """Read the masks off a model's scores and detach the scores: the model is as before `attach_scores`.
-
-    Its weights keep their bits, and stay frozen; the masks are not applied.
-
-    Raises:
-        StateError: if the model has no scores.
-    """
-    scored = scored_weights(model)
-    if not scored:
-        raise StateError("this model has no scores; call attach_scores(model) first")
-    masks = MaskSet({name: one.mask() for name, one in scored.items()})
-    detach_scores(model)
-    return masks
-
-
 @torch.no_grad()
-def extract_parts(model: nn.Module) -> Parts:
-    """Read all that a model learned since `attach_scores`, as parts of an adapter, and put the model back as it was.
-
-    Returns:
-        The masks, values of masks that replace weights, the parameters of `train`, and the BatchNorm statistics if any
-        of them changed. A head that learned is the caller's to add.
-
-    Raises:
-        StateError: if the model has no scores.
-    """
-    before = {name: tensor for one in scored_models(model) for name, tensor in one.before.items()}
-    values, masks = replaced_values(model), extract_masks(model)
-    now = {**dict(unwrap(model).named_parameters()), **dict(unwrap(model).named_buffers())}
-    parameters = {name: now[name].detach().cpu().clone() for name in before if isinstance(now[name], nn.Parameter)}
-    statistics = batchnorm_statistics(unwrap(model))
-    changed = any(not torch.equal(now[name], before[name]) for name in statistics if name in before)
-    for name, tensor in before.items():
-        now[name].copy_(tensor)
-        now[name].requires_grad_(False)
-    return Parts(masks, None, statistics if changed else {}, parameters, values)
-
-
 def detach_scores(model: nn.Module) -> None:
-    """Remove the scores from a model; its weights keep their bits."""
-    models = scored_models(model)
+    """Remove the scores from a model: weights, buffers, and what learned beside them have their earlier bits."""
+    models, tensors = scored_models(model), {**named_parameters(model), **named_buffers(model)}
     for one in models:
         one.recompute.stop()
+        one.rounding.stop()
+        for hook in one.hooks:
+            hook.remove()
+        for name, tensor in one.before.items():
+            tensors[name].copy_(tensor)
+            tensors[name].requires_grad_(False)
     take_off(model, ScoredWeight, [one.orders for one in models])
+    LEARNING.pop(unwrap(model), None)
+    for module in unwrap(model).modules():
+        if isinstance(own := vars(module).get("save_pretrained"), MethodType) and own.__self__ is module:
+            del module.save_pretrained

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.steps import Norm, rounded_rows, row_steps
 from ..backbone.model import Head, canonical, named_buffers, named_parameters, unwrap
-from ..mask import MaskSet
 from .batchnorm import BATCH_NORMS
 from .config import Store
 
 STATISTICS = ("running_mean", "running_var")
-SETTLED = ("norms",)  # what `settle` may change beside what learned, as of `learning_names`
 Tensors = Mapping[str, Tensor]
 
 
@@ -91,26 +89,27 @@ def _folded(layer: nn.Module, now: Tensors, old: Tensors) -> tuple[Tensor, Tenso
     return scale * (old["running_var"].double() + layer.eps).sqrt(), shift
 
 
-def kept(model: nn.Module, before: Tensors, learned: Tensors, masks: MaskSet) -> Parts:
-    """Return masks with all that differs from the base beside them, each as short as it comes back to the bit.
+def shortened(parts: Parts, model: nn.Module, before: Tensors) -> Parts:
+    """Return what a model learned, each tensor as short as it comes back to the bit; `settle` makes norms short.
 
-    Args: as of `settle`, which makes norms what is short.
+    Args:
+        parts: with parameters and statistics whole. before: as of `settle`.
     """
-    norms, statistics, parameters = dict[str, Norm](), dict[str, Tensor](), dict[str, Tensor]()
-    layers = dict(_layers(model))
-    for name, layer in layers.items():
+    norms, parameters = dict[str, Norm](), dict(parts.parameters)
+    for name, layer in _layers(model):
         now, old = _tensors(name, layer, before)
         differing = {leaf for leaf, tensor in now.items() if not torch.equal(tensor, old[leaf])}
+        for leaf in ("weight", "bias"):
+            parameters.pop(f"{name}.{leaf}", None)
         norm = None if not differing or differing & {*STATISTICS} else _exact(now, old)
         if norm is not None:
             norms[name] = norm
         else:
-            parameters |= {f"{name}.{leaf}": shortest(now[leaf]) for leaf in sorted(differing - {*STATISTICS})}
-    parameters |= {n: shortest(one) for n, one in learned.items() if n.rpartition(".")[0] not in layers}
-    for name, buffer in named_buffers(model).items():
-        if name.rpartition(".")[2] in STATISTICS and not torch.equal(buffer, before[name]):
-            statistics[name] = buffer.detach().to("cpu", torch.float32, copy=True)
-    return Parts(masks, None, statistics, parameters, {}, norms)
+            parameters |= {f"{name}.{leaf}": now[leaf] for leaf in sorted(differing - {*STATISTICS})}
+    buffers = named_buffers(model)
+    statistics = {n: one for n, one in parts.statistics.items() if not torch.equal(buffers[n], before[n])}
+    whole = {name: shortest(one) for name, one in parameters.items()}
+    return replace(parts, statistics=statistics, parameters=whole, norms=norms)
 
 
 def _exact(now: Tensors, old: Tensors) -> Norm | None:

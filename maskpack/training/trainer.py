@@ -15,7 +15,6 @@ from ..adapter.content import FEATURES, About, Parts
 from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
-from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..preprocess import preprocess_to_json
 from .batchnorm import set_train_mode
@@ -23,20 +22,13 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, base_of, borrowed, learn_scores
+from .learn import Learn, base_of, borrowed, learn_scores, masked_sizes, settled
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
+from .own_loop import learned_parts
 from .run_folder import RunFolder, RunOptions
-from .scores import (
-    density,
-    extract_masks,
-    replaced_values,
-    scored_models,
-    scored_weights,
-    trained_themselves,
-    without_scores,
-)
-from .stored import SETTLED, beside_masks, kept, settle
+from .scores import beside_scores, density, detach_scores, scored_models, scored_weights, without_scores
+from .stored import beside_masks, settle, shortened
 from .worth import beside_probe, probe_accuracies, worth
 
 STREAM = "train"  # of batches
@@ -58,6 +50,7 @@ class ObjectiveRun(Run):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
+        config = settled(config, backbone)
         super().__init__(backbone, {"data": data}, config)
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)
@@ -77,17 +70,14 @@ class ObjectiveRun(Run):
         self.before = beside_masks(model)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        self.whole: Mapping[str, nn.Parameter] = {}  # learn themselves beside scores
-        if learn is learn_scores:
-            masked = select_parameters(model, config.include, config.exclude, backbone.outside)
-            self.whole = trained_themselves(model, config.beside, masked, backbone.outside)
+        weights = sum(masked_sizes(config, backbone).values())
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
         learns = all(one.method.learns for one in self.scored)
         learned = [one for one in self.scores.values() if learns and one.numel()]
         scores = [*learned, *self.objective.scores()]
-        head, beside = self.objective.trained(), list(self.whole.values())
+        head, beside = self.objective.trained(), list(beside_scores(model).values())
         if not scores and not head and not beside:
             raise ConfigError(
                 f"nothing would learn: the method {config.method!r} follows from the weights, and no head is trained "
@@ -99,7 +89,7 @@ class ObjectiveRun(Run):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
         per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        lr = config.score_lr(config.steps or config.epochs * per_epoch)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch, weights)
         rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
         self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
@@ -117,7 +107,7 @@ class ObjectiveRun(Run):
 
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
         self.sampler.epoch = at.epoch
-        set_train_mode(self.module, self.config.adapts)
+        set_train_mode(self.module, self.config.bn == "adapt")
         self.objective.begin_epoch(at.epoch, self.epochs)
         read = at.batches.get(STREAM, [0, 0])[1]
         loader = self.accelerator.skip_first_batches(self.loader, read) if read else self.loader
@@ -153,7 +143,7 @@ class ObjectiveRun(Run):
         if self.control is not None:  # the last epoch ends within the budget
             size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
         hardens = any(one.method.hardens for one in self.scored)
-        if at.done and self.config.adapts and (self.objective.other_inputs or hardens or self.control):
+        if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
             with self.autocast():
                 self.objective.recalibrate()
@@ -193,7 +183,8 @@ class ObjectiveRun(Run):
         That comes behind the last checkpoint: a longer run goes on from what was learned.
         """
         self._tell(1.0)
-        changed = settle(self.backbone.model, self.before, self.whole, self.config.store)
+        model = self.backbone.model
+        changed = settle(model, self.before, beside_scores(model), self.config.store)
         return self.objective.settle() or changed
 
     def finish(self, at: Position) -> dict[str, float]:
@@ -210,8 +201,9 @@ class ObjectiveRun(Run):
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
         model = self.backbone.model
-        head, values = self.objective.head(), replaced_values(model)
-        return replace(kept(model, self.before, self.whole, extract_masks(model)), head=head, values=values)
+        head, parts = self.objective.head(), shortened(learned_parts(model), model, self.before)
+        detach_scores(model)
+        return replace(parts, head=head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -300,7 +292,7 @@ def train_mask(
     """
     config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
     with folder.opened():
-        with borrowed(backbone, (*config.beside, *SETTLED)):
+        with borrowed(backbone, norms=True):
             run = ObjectiveRun(backbone, data, config, learn, start_from)
             at = run.train(folder, longer)
             if run.settle():
@@ -320,7 +312,7 @@ def train_mask(
         )
     rates = {name: lr for name, (learning, lr) in run.groups.items() if learning}
     more = {"scores": scores, "rates": rates, **record, **({"extended": at.extended} if at.extended else {})}
-    return result_of(run, data, config, parts, run.base, metrics, more)
+    return result_of(run, data, run.config, parts, run.base, metrics, more)
 
 
 def train_dense(

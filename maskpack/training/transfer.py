@@ -20,8 +20,9 @@ from .config import WEIGHT_LR, Start, TrainConfig
 from .data.base import Data
 from .learn import body_parameters, borrowed, learn_scores
 from .methods.base import FINISHED, Method, State, build_method
+from .own_loop import extract_masks
 from .run_folder import RunOptions, check_parts, is_main_process, locked, part_options
-from .scores import attach, extract_masks, scored_weights
+from .scores import attach, scored_weights
 from .trainer import TrainResult, train_dense, train_mask
 
 STARTS: tuple[Start, ...] = get_args(Start)

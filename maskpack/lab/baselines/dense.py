@@ -15,8 +15,7 @@ from ...errors import ConfigError
 from ...training.batchnorm import batchnorm_statistics
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
-from ...training.learn import body_parameters
-from ...training.scores import learning_names
+from ...training.learn import body_parameters, learning_names
 from ...training.trainer import train_dense
 from ..quantize import quantized
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
@@ -71,7 +70,7 @@ class Dense(Baseline):
         weights = {16: 2 * learned}
         for bits in self.bits:
             stored[bits], weights[bits] = self._rounded(steps.scores, start, bits)
-        statistics = batchnorm_statistics(trial.backbone.model) if settings.adapts else {}
+        statistics = batchnorm_statistics(trial.backbone.model) if steps.config.bn == "adapt" else {}
         # statistics and head keep 4 bytes a number, as beside a mask
         others = {"statistics": 4 * parameters(*statistics.values()), "head": 4 * head}
         predict, inside = classified(classifier), [0]  # of how many bits the numbers in the network are

@@ -73,6 +73,7 @@ class NM(Method):
             return masked_weight(weight, self.binarize(scores.detach(), state), divisor)
         temperature = self.temperature + state.progress * (self.last_temperature - self.temperature)
         factor = self.factor + state.progress * (self.last_factor - self.factor)
+        scores = scores.float()
         noise = -torch.rand_like(scores).clamp(min=1e-10).log_().neg_().clamp(min=1e-10).log_()
         soft = ((scores * factor + noise) / temperature).softmax(1)
         masked = weight * self._weights(soft @ self._choices(scores.device), state)

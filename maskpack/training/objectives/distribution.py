@@ -70,7 +70,7 @@ class Distribution(Objective):
                 f"{config.method!r} do not keep more weights; take {rising_methods()}, or the option strength=0"
             )
         changed = f"train would change {', '.join(config.beside)}; leave out train" if config.beside else None
-        if config.adapts and batchnorm_statistics(backbone.model):
+        if config.bn == "adapt" and batchnorm_statistics(backbone.model):
             changed = changed or "bn 'adapt' would change its BatchNorm statistics; take bn 'freeze'"
         if changed is not None:
             raise ConfigError(f"the objective 'distribution' compares with the unchanged network, and {changed}")

@@ -16,7 +16,8 @@ from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
 from ..features import Probe, embed, fit_probe
 from ..methods.base import build_method
-from ..scores import attach, extract_masks, scored_weights
+from ..own_loop import extract_masks
+from ..scores import attach, scored_weights
 from ..stored import kept_head, settle_head
 from .base import OBJECTIVES, Objective
 

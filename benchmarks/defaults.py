@@ -1,0 +1,92 @@
+"""`maskpack train` without options beside the probe, norms, LoRA and full fine-tuning: tables of docs/results.md.
+
+    MASKPACK_DATA=… python -m benchmarks.defaults                       every pair; hours of one core, resumable
+    MASKPACK_DATA=… python -m benchmarks.defaults resnet20-cartoon-200  one pair of backbone and data, 200 steps
+    python -m benchmarks.defaults --write docs/results.md               the tables of what is recorded
+
+Baselines choose their rate, and frozen or adapted BatchNorm statistics, on a fifth of the training rows; the mask has
+the default settings. Every row is measured once on the test split, with three seeds.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from maskpack.training.config import TrainConfig
+
+from .comparisons import compared, rows_of
+from .recipe import lite0
+from .report import NOTHING, command, percent, table, write_between
+from .tasks import data_of, minilm, resnet
+
+NAME = "defaults"
+MARK = "python -m benchmarks.defaults --write docs/results.md"
+BATCH = 32
+PAIRS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "resnet20-cartoon": (partial(resnet, 20), "cartoon"),
+    **{f"lite0-{name}": (partial(lite0, 96), name) for name in ("eurosat", "sign_digits", "tf_flowers")},
+    "minilm-trec6": (minilm, "trec6"),
+    "minilm-sst2": (minilm, "sst2"),
+}
+STEPS = dict.fromkeys(PAIRS, (200, 100)) | dict.fromkeys(("resnet20-cartoon", "minilm-trec6"), (200, 100, 1000))
+BASELINES = {"probe": "probe", "norms": "norms", "lora:8": "LoRA r=8", "full": "full", "mask": "mask, defaults"}
+TEXT_RATES = {"full": (3e-5, 1e-4, 3e-4), "lora:8": (1e-3, 3e-3, 1e-2)}
+
+
+def run(pair: str, steps: int) -> None:
+    """Run the comparison of a pair that is not recorded."""
+    make, data = PAIRS[pair]
+    text, weights = make is minilm, 270_000 if pair.startswith("resnet20") else 3_000_000  # decides the default rate
+    config = TrainConfig(steps=steps, batch_size=BATCH, precision="bf16" if text else "no")
+    rates = {**(TEXT_RATES if text else {}), "mask": (config.score_lr(steps, weights),)}
+    compared(NAME, f"{pair}-{steps}", make(), data_of(data), BASELINES, rates, config)
+
+
+def write_pages(page: Path) -> None:
+    """Write the tables of the trials between the page's markers."""
+    found = {(pair, steps): by_method(pair, steps) for pair, several in STEPS.items() for steps in several}
+    found = {about: rows for about, rows in found.items() if rows}
+    write_between(page, MARK, f"{accuracies(found)}\n{sizes(found)}" if found else NOTHING)
+
+
+def by_method(pair: str, steps: int) -> dict[str, dict[str, Any]]:
+    """Return the rows of a comparison by their methods, controls among them."""
+    return {row["method"]: row for row in rows_of(NAME, f"{pair}-{steps}", BASELINES)}
+
+
+def accuracies(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
+    """Return test accuracies by pair and number of steps, and the means over the pairs where all are there."""
+    lines, whole = [], dict[int, list[list[float]]]()
+    for (pair, steps), rows in found.items():
+        own = [rows.get(name) for name in BASELINES]
+        lines.append([pair, steps, *("-" if row is None else percent(row["accuracies"]) for row in own)])
+        if None not in own:
+            whole.setdefault(steps, []).append([row["accuracy"] for row in own if row is not None])
+    for steps, several in whole.items():
+        lines.append(
+            [f"mean of {len(several)}", steps, *(percent([mean(column)]) for column in zip(*several, strict=True))]
+        )
+    return table(("pair", "steps", *BASELINES.values()), lines, 2)
+
+
+def sizes(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
+    """Return the bytes beside the backbone and the head, at 200 steps."""
+    shown = {"norms": "norms, 16 bits", "norms: 4 bits": "norms, 4 bits", "lora:8": "LoRA r=8, 16 bits"}
+    shown |= {"lora:8: 4 bits": "LoRA r=8, 4 bits", "mask": "mask, defaults"}
+    lines = []
+    for (pair, steps), rows in found.items():
+        own = [rows.get(name) for name in shown]
+        cells = ["-" if row is None else f"{row['bytes'] - row['sizes']['head']:,.0f}" for row in own]
+        lines.append([pair, steps, *cells])
+    return table(("pair", "steps", *shown.values()), lines, 2)
+
+
+def main() -> None:
+    jobs = {f"{pair}-{steps}": partial(run, pair, steps) for pair, several in STEPS.items() for steps in several}
+    command(__doc__, jobs, write_pages)
+
+
+if __name__ == "__main__":
+    main()

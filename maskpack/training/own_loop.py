@@ -1,0 +1,273 @@
+"""For training loops of one's own: scores on any model, and all that it learned as parts of an adapter."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter.content import LEARNING, Learned, Parts
+from ..backbone.fingerprint import fingerprint_of
+from ..backbone.model import (
+    Embedding,
+    Head,
+    aliases,
+    body_of,
+    canonical,
+    inside,
+    named_buffers,
+    named_parameters,
+    source_of,
+    unwrap,
+)
+from ..backbone.select import select_parameters
+from ..errors import SelectionError, StateError
+from ..mask import MaskSet
+from .batchnorm import batchnorm_statistics
+from .learn import trained_themselves
+from .methods.base import Method, build_method
+from .scores import (
+    SCORES,
+    ScoredWeight,
+    attach,
+    beside_scores,
+    detach_scores,
+    plain_names,
+    replaced_values,
+    scored_models,
+    scored_weights,
+)
+
+
+def attach_scores(
+    model: nn.Module,
+    method: Method | str = "threshold",
+    select: Iterable[str] | None = None,
+    *,
+    top: float | None = None,
+    dtype: torch.dtype | None = None,
+    train: Iterable[str] = (),
+    head: str | Iterable[str] | None = None,
+    experts: bool = True,
+    scale: bool = False,
+) -> dict[str, nn.Parameter]:
+    """Freeze a model and attach trainable scores to some of its weights.
+
+    For users who keep their own training loop: train every parameter that requires a gradient with any optimiser,
+    without weight decay for scores, then call `save_adapter(path, model)`, and `extract_parts(model)`, which leaves the
+    model as it was.
+
+    Args:
+        method: a method or its name (`maskpack list methods`).
+        select: globs on dotted parameter names; default: every convolution and linear weight of the body.
+        top: share of each parameter's weights that have scores, those with the greatest absolute values; default: all.
+            The others are kept, and take no memory.
+        dtype: of the scores: float32 (default), or bfloat16, to which every optimiser's steps are rounded at random.
+        train: what learns itself: "norms", "biases", or globs of parameters.
+        head: names of modules that learn themselves and do not belong to the base; default: those that transformers
+            made anew, because the checkpoint has none. `()`: none.
+        experts: weights of experts that are fused into one parameter are selected by default too.
+        scale: divide the kept weights by sqrt(density).
+
+    Returns:
+        The scores by parameter name. They, and what `train` and `head` name, require a gradient, nothing else does.
+
+    Raises:
+        StateError: if scores are attached already.
+        SelectionError: if nothing matches, or a match cannot be masked.
+        ConfigError: if the method is not for such weights, or has no scale or no `top`.
+
+    Example:
+        attach_scores(model, top=0.1, train=["norms"])
+    """
+    if isinstance(method, str):
+        method = build_method(method)
+    model = unwrap(model)
+    if any(isinstance(m, ScoredWeight) for m in model.modules()):
+        raise StateError("this model has scores already; call extract_parts(model) first")
+    heads = new_modules(model) if head is None else [head] if isinstance(head, str) else sorted(head)
+    if unknown := sorted(set(heads) - {canonical(name) for name, _ in model.named_modules()}):
+        raise SelectionError(f"the model has no module {unknown[0]!r} to be its head; name one of named_modules()")
+    first = aliases(model)
+    own = {first[name] for name in first if inside(name, heads)}
+    names = [n for n in select_parameters(model, select or (), head=heads, experts=experts) if n not in own]
+    if not names:
+        raise SelectionError(f"nothing is left to mask beside the head {', '.join(heads)}; select other parameters")
+    learning = trained_themselves(model, train, names)
+    learning |= {name: one for name, one in named_parameters(model).items() if name in own and one.is_floating_point()}
+    scores = attach(model, method, names, scale, top, dtype=dtype or torch.float32, beside=learning)
+    scored_models(model)[0].head = tuple(heads)
+    LEARNING[model] = learned
+    for module in model.modules():
+        if callable(getattr(module, "save_pretrained", None)):
+            module.save_pretrained = MethodType(save_pretrained, module)  # type: ignore[assignment]
+    return scores
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """Return the outermost modules whose parameters transformers made anew, since the checkpoint that it read had none.
+
+    It marks every parameter that was read.
+    """
+    parameters = named_parameters(model)
+    new = [name for name, one in parameters.items() if not getattr(one, "_is_hf_initialized", False)]
+    if len(new) == len(parameters):
+        return []  # nothing was read
+    old = {name for name in parameters if name not in new}
+    holding = ((name, next(module.parameters(), None)) for name, module in model.named_modules())
+    places = {canonical(name) for name, one in holding if name and one is not None}
+    whole = [place for place in places if not any(inside(name, [place]) for name in old)]
+    return sorted(one for one in whole if not any(inside(one, [other]) for other in whole if other != one))
+
+
+@torch.no_grad()
+def learned_parts(model: nn.Module) -> Parts:
+    """Return all that a model learned since scores were attached; it goes on learning.
+
+    A head that is one linear layer is the head; those of other kinds are parameters. Statistics are there if any
+    changed.
+    """
+    scored, models = scored_weights(model), scored_models(model)
+    if not scored:
+        raise StateError("this model has no scores; call attach_scores(model) first")
+    masks = MaskSet({name: one.mask() for name, one in scored.items()})
+    buffers = named_buffers(model)
+    heads = [name for one in models for name in one.head]
+    before = {name: tensor for one in models for name, tensor in one.before.items()}
+    dense: dict[str, Tensor] = {**beside_scores(model)}
+    statistics = {canonical(name): tensor for name, tensor in batchnorm_statistics(unwrap(model)).items()}
+    changed = {n for n, t in buffers.items() if n in before and t.is_floating_point() and not torch.equal(t, before[n])}
+    dense |= {name: buffers[name] for name in changed - statistics.keys()}
+    head = None
+    if len(heads) == 1 and isinstance(linear := unwrap(model).get_submodule(heads[0]), nn.Linear):
+        dense = {name: tensor for name, tensor in dense.items() if not inside(name, heads)}
+        head = Head(Embedding(heads[0]), *(None if p is None else _copy(p) for p in (linear.weight, linear.bias)))  # type: ignore[arg-type]
+    whole = {name: _copy(tensor) for name, tensor in dense.items()}
+    return Parts(masks, head, statistics if changed & statistics.keys() else {}, whole, replaced_values(model))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def learned(model: nn.Module, name: str | None) -> Learned:
+    """Return what a model learned, its base's fingerprint, and the tensors of that base; `name` is the base's id."""
+    parts, models = learned_parts(model), scored_models(model)
+    known = {**named_parameters(model), **named_buffers(model)}
+    was = {id(known[key]): tensor for one in models for key, tensor in one.before.items()}
+    with plain_names(model, lambda _, weight: weight):
+        now = unwrap(model).state_dict(keep_vars=True)
+    state = {canonical(key): was.get(id(tensor), tensor) for key, tensor in now.items()}
+    heads = {*(head for one in models for head in one.head), *tied_outputs(model, [*parts.masks, *parts.parameters])}
+    base, (stated, revision) = body_of(state, heads), source_of(model)
+    return Learned(parts, fingerprint_of(base, name or stated, revision, tuple(sorted(heads))), base)
+
+
+def tied_outputs(model: nn.Module, learning: Iterable[str]) -> list[str]:
+    """Return the linear layers whose tensors are all other modules' too, and an embedding's, as in language models.
+
+    They are left out of the body, which has their tensors under other names: those of the model without such a layer.
+    """
+    modules, names = dict(unwrap(model).named_modules(remove_duplicate=False)), dict[int, set[str]]()
+    for raw, module in modules.items():
+        for one in module._parameters.values():
+            names.setdefault(id(one), set()).add(raw)
+    found = []
+    for raw, module in modules.items():
+        own = [names[id(one)] for one in module._parameters.values() if one is not None]
+        embedded = any(isinstance(modules[other], nn.Embedding) for others in own for other in others)
+        if isinstance(module, nn.Linear) and embedded and all(len(others) > 1 for others in own):
+            found.append(canonical(raw))
+    return [one for one in found if not any(inside(name, [one]) for name in learning)]
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """`state_dict` is that of the model with its masks applied, under its own names, as long as this lasts."""
+    made: dict[ScoredWeight, Tensor] = {}  # of tied weights one
+
+    @torch.no_grad()
+    def effective(one: ScoredWeight, weight: Tensor) -> Tensor:
+        if one not in made:
+            made[one] = one.effective(weight, one.scores, one.state()).detach()
+        return made[one]
+
+    with plain_names(model, effective):
+        yield
+
+
+def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+    """Write the merged model: what `save_pretrained` of a model does that has scores.
+
+    Where a trainer gives a state dict, for a checkpoint, its scores are written beside that: it goes on from them.
+    """
+    with merged(self):
+        given = options.get("state_dict")
+        if given is not None:
+            scores = {name: tensor for name, tensor in given.items() if name.endswith(SCORES)}
+            options["state_dict"] = {**self.state_dict(), **scores}
+        return type(self).save_pretrained(self, *args, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """What learns in a model: how many scores, weights with a mask, parameters that learn themselves; and all."""
+
+    scores: int
+    masked: int
+    dense: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * (self.scores + self.dense) / max(self.total, 1)
+        return (
+            f"{self.scores:,} scores on {self.masked:,} masked weights, {self.dense:,} parameters learn themselves: "
+            f"{share:.2f} % of {self.total:,}"
+        )
+
+
+def count_trainable(model: nn.Module) -> Trainable:
+    """Return what learns in a model; as a text it is a line to print.
+
+    Example:
+        print(count_trainable(model))
+    """
+    scored = scored_weights(model).values()
+    known = {id(one.scores) for one in scored}
+    parameters = [one for one in unwrap(model).parameters() if id(one) not in known]
+    return Trainable(
+        sum(one.scores.numel() for one in scored if one.scores.requires_grad),
+        sum(math.prod(one.shape) for one in scored),
+        sum(one.numel() for one in parameters if one.requires_grad),
+        sum(one.numel() for one in parameters),
+    )
+
+
+def extract_masks(model: nn.Module) -> MaskSet:
+    """Read the masks off a model's scores and detach the scores: the model is as before `attach_scores`.
+
+    Its weights keep their bits, and stay frozen; the masks are not applied.
+
+    Raises:
+        StateError: if the model has no scores.
+    """
+    return extract_parts(model).masks
+
+
+def extract_parts(model: nn.Module) -> Parts:
+    """Read all that a model learned since `attach_scores`, as parts of an adapter, and put the model back as it was.
+
+    Returns:
+        The masks, values of masks that replace weights, the head, the parameters of `train`, and the BatchNorm
+        statistics if any of them changed.
+
+    Raises:
+        StateError: if the model has no scores.
+    """
+    parts = learned_parts(model)
+    detach_scores(model)
+    return parts
