@@ -141,7 +141,7 @@ def test_a_score_can_move_far_enough_in_any_number_of_steps(
 
 
 def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
-    config = replace(QUICK, head_start="probe", steps=1, lr=1e-9, head_lr=1e-9, bn="freeze")
+    config = replace(QUICK, head_start="probe", steps=1, lr=1e-9, head_lr=1e-9, bn="freeze", store="float32")
     backbone = backbone_of(tiny.eval())
     assert digits.train is not None
     assert digits.test is not None
