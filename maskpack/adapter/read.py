@@ -29,7 +29,7 @@ from .content import Cascade, Parts
 from .decode import Decoder, Masks, Weights, by_name
 from .fields import DIGEST, integer, record
 from .header import DICTIONARY, Header, Payload, SetHeader
-from .steps import norms_from_frame
+from .steps import Norm, norms_from_frame, rows_from_frame
 from .tensors import BASE, BASE_BYTES, CASCADE, beginning
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Adapter:
         one = self._set(set)
         with located(self.path):
             head = None if one.head is None else tensors.head_of(one.head, self._tensors(f"{set}/head/"))
-            norms = norms_from_frame(self.bytes_of(f"{set}/norms"), one.norms) if one.norms else {}
+            norms = self._norms(set)
         statistics, parameters, values = (self._tensors(f"{set}/{role}/") for role in tensors.ROLES)
         masks = self._decoder(base).streamed(set) if stream else MaskSet(dict(self.iter_masks(set, base)))
         return Parts(masks, head, statistics, parameters, values, norms)
@@ -201,9 +201,15 @@ class Adapter:
     def check_values(self) -> None:
         """Raise CorruptAdapterError if a scale, a norm, a head or a number of the cascade cannot be."""
         _ = self.alphas
-        for name, one in self.header.sets.items():
-            if one.norms or (one.head is not None and one.head.keys() & {"random", "features"}):
-                self.parts(name, stream=True)
+        with located(self.path):
+            for name, one in self.header.sets.items():
+                head = one.head or {}
+                if "random" in head:
+                    tensors.head_mask(head["random"], self.bytes_of(f"{name}/head/mask"))
+                elif "features" in head:
+                    steps = tensors.float_array(self.bytes_of(f"{name}/head/steps"), self.spans[f"{name}/head/steps"])
+                    rows_from_frame(self.bytes_of(f"{name}/head/integers"), steps, head["features"])
+                self._norms(name)
         self._check_cascade()
 
     def check_id(self, found: str) -> None:
@@ -246,6 +252,10 @@ class Adapter:
                     )
             found[name] = {payload.name: alpha or None for payload, alpha in zip(one.payloads, alphas, strict=True)}
         return found
+
+    def _norms(self, name: str) -> dict[str, Norm]:
+        layers = self.header.sets[name].norms
+        return norms_from_frame(self.bytes_of(f"{name}/norms"), layers) if layers else {}
 
     def _set(self, name: str) -> SetHeader:
         if name not in self.header.sets:

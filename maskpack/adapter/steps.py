@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backbone.random_weights import MAX_WEIGHTS
 from ..codecs.base import Bytes, from_frame, to_frame
 from ..errors import AdapterError, CorruptAdapterError
 
@@ -151,10 +152,13 @@ def rows_to_frame(weight: Tensor, steps: Tensor) -> bytes:
     return integers_to_frame([counts.flatten().numpy()])
 
 
-def rows_from_frame(data: Bytes, steps: Tensor, features: int) -> Tensor:
-    """Return the weight (C, features) of a head, float32."""
-    import torch
-
-    counts: Any = torch.from_numpy(integers_from_frame(data, len(steps) * features))
-    weight: Tensor = counts.reshape(len(steps), features).float() * steps.unsqueeze(1)
+def rows_from_frame(data: Bytes, steps: NDArray[Any], features: int) -> NDArray[np.float32]:
+    """Return the weight (C, features) of a head; CorruptAdapterError if steps or integers cannot be."""
+    if not 1 <= steps.size * features <= MAX_WEIGHTS or not (steps > 0).all():
+        raise CorruptAdapterError(
+            f"the head has {steps.size} steps for {features} features, expected numbers above 0, and at most "
+            f"{MAX_WEIGHTS} weights; fetch the file again"
+        )
+    counts = integers_from_frame(data, steps.size * features).reshape(steps.size, features)
+    weight: NDArray[np.float32] = counts.astype(np.float32) * steps.astype(np.float32)[:, None]
     return weight

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backbone.model import CASTS, PREFIX, Head
-from ..backbone.random_weights import MAX_WEIGHTS, RandomWeight
+from ..backbone.random_weights import RandomWeight
 from ..errors import AdapterError, CorruptAdapterError
 from ..mask import PackedMask, packed_bits
 from ..safetensors_io import DTYPES, NAMES, Blob, Span
@@ -214,13 +214,10 @@ def head_mask(random: Mapping[str, Any], raw: memoryview) -> PackedMask:
 def head_of(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     """Return a head from its JSON object and its tensors by role; a random weight is rebuilt. Raises as `head_mask`."""
     if "features" in spec and "random" not in spec:
-        steps, rows = tensors["steps"], tensors["integers"].numpy().data
-        if not 1 <= len(steps) * spec["features"] <= MAX_WEIGHTS or not (steps > 0).all():
-            raise CorruptAdapterError(
-                f"the head has {len(steps)} steps for {spec['features']} features, expected numbers above 0, and at "
-                f"most {MAX_WEIGHTS} weights; fetch the file again"
-            )
-        weight = rows_from_frame(rows, steps, spec["features"])
+        import torch
+
+        steps = tensors["steps"]
+        weight = torch.from_numpy(rows_from_frame(tensors["integers"].numpy().data, steps.numpy(), spec["features"]))
         return Head(embedding_of(spec), weight, tensors.get("bias"), None, steps)
     if "random" not in spec:
         return Head(embedding_of(spec), tensors["weight"], tensors.get("bias"))
