@@ -1,5 +1,6 @@
 """Masks in other libraries' training: what learns, what is written, and what is read back."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from maskpack.training import attach_scores, extract_parts
 from maskpack.training.scores import scored_weights
 
 from .helpers_loops import CASES, bare_bert, tokens
-from .helpers_models import bits, same
+from .helpers_models import bits, random_masks, same
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,3 +108,110 @@ def test_a_trainer_without_scores_is_an_error(folder: Path, tmp_path: Path) -> N
     model = CASES["classification"](folder).model
     with pytest.raises(StateError, match="the model of this trainer has no scores; call attach_scores"):
         trainer(model, tmp_path, [MaskCallback()]).train()
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def peft_of(folder: Path, kind: str = "language_model", **options: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model with a mask of PEFT's, and a batch."""
+    peft = pytest.importorskip("peft")
+    from maskpack.integrations.peft import MaskConfig
+
+    torch.manual_seed(0)
+    case = CASES[kind](folder)
+    return peft.get_peft_model(case.model, MaskConfig(**{"top": 0.5, **options})), case.inputs
+
+
+def trained_by_peft(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model.eval()(**batch).logits.clone()
+
+
+PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+CLASSIFIER = {"kind": "classification", "modules_to_save": ["classifier"], "target_modules": ["query", "dense"]}
+
+
+@PEFT
+@pytest.mark.parametrize("options", [{}, {"method": "flip", "top": None}, CLASSIFIER])
+def test_peft_trains_saves_and_reads_masks(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from maskpack.integrations.peft import read_peft
+
+    model, batch = peft_of(folder, **options)
+    learning = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert all(name.endswith(".scores") or ".modules_to_save." in name for name in learning)
+    torch.manual_seed(0)
+    base = CASES[options.get("kind", "language_model")](folder).model.eval()
+    expected = trained_by_peft(model, batch)
+    assert not torch.equal(expected, base(**batch).logits)
+    with model.disable_adapter():  # type: ignore[operator]
+        disabled = model(**batch).logits
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "saved").eval()
+    assert torch.equal(again(**batch).logits, expected)
+    merged = again.merge_and_unload()
+    assert torch.equal(merged(**batch).logits, expected)
+    if not options.get("modules_to_save"):
+        torch.manual_seed(0)
+        ours = CASES["language_model"](folder).model.eval()
+        assert torch.equal(disabled, ours(**batch).logits)
+        load_mask(ours, read_peft(tmp_path / "saved"))
+        assert torch.equal(ours(**batch).logits, expected)
+
+
+@PEFT
+def test_peft_merges_and_has_several_masks(folder: Path) -> None:
+    from maskpack.integrations.peft import MaskConfig
+
+    model, batch = peft_of(folder)
+    first = trained_by_peft(model, batch)
+    weights = {name: one.clone() for name, one in model.state_dict().items() if "base_layer" in name}
+    model.merge_adapter()  # type: ignore[operator]
+    assert torch.equal(model(**batch).logits, first)
+    model.unmerge_adapter()  # type: ignore[operator]
+    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items() if name in weights)
+    model.add_adapter("other", MaskConfig(top=None))  # type: ignore[operator]
+    model.set_adapter("other")  # type: ignore[operator]
+    second = trained_by_peft(model, batch)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")  # type: ignore[operator]
+    assert torch.equal(model(**batch).logits, first)
+
+
+@PEFT
+def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from maskpack.errors import BackboneMismatchError
+
+    model, batch = peft_of(folder)
+    trained_by_peft(model, batch)
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    torch.manual_seed(1)
+    with pytest.raises(BackboneMismatchError, match="this adapter was made for the weights of"):
+        peft.PeftModel.from_pretrained(CASES["language_model"](folder).model, tmp_path / "saved")
+
+
+@PEFT
+def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from maskpack import fingerprint, save_adapter
+    from maskpack.errors import AdapterError
+    from maskpack.integrations.peft import read_peft, write_peft
+
+    torch.manual_seed(0)
+    case = CASES["language_model"](folder)
+    adapter = save_adapter(tmp_path / "ours", random_masks(case.model), fingerprint(case.model, id="tests:llama"))
+    write_peft(tmp_path / "theirs", adapter)
+    assert read_peft(tmp_path / "theirs").mask_id == adapter.mask_id
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(case.model), tmp_path / "theirs").eval()
+    load_mask(case.model.eval(), adapter)
+    assert torch.equal(other(**case.inputs).logits, case.model(**case.inputs).logits)
+    model = model_with_scores(folder)
+    with pytest.raises(AdapterError, match="holds more than masks that remove weights or invert signs"):
+        write_peft(tmp_path / "more", save_adapter(tmp_path / "head", model))
