@@ -162,9 +162,8 @@ class MaskModel(BaseTuner):  # type: ignore[misc]
                 scored = layer.maskpack_scored[adapter_name]
                 assert isinstance(scored, ScoredWeight)
                 masks[f"{_plain(name)}.weight"] = scored.mask()
-        heads = tuple(
-            sorted({_plain(name) for name, one in model.named_modules() if isinstance(one, ModulesToSaveWrapper)})
-        )
+        trained = (name for name, one in model.named_modules() if isinstance(one, ModulesToSaveWrapper))
+        heads = tuple(sorted({_plain(name) for name in trained}))
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         base = fingerprint_of(_body(model, heads), *source_of(inner), heads)
         with tempfile.TemporaryDirectory() as folder:
