@@ -133,11 +133,9 @@ def trained_by_peft(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
         return model.eval()(**batch).logits.clone()
 
 
-PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 CLASSIFIER = {"kind": "classification", "modules_to_save": ["classifier"], "target_modules": ["query", "dense"]}
 
 
-@PEFT
 @pytest.mark.parametrize("options", [{}, {"method": "flip", "top": None}, CLASSIFIER])
 def test_peft_trains_saves_and_reads_masks(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -165,7 +163,6 @@ def test_peft_trains_saves_and_reads_masks(options: dict[str, Any], folder: Path
         assert torch.equal(ours(**batch).logits, expected)
 
 
-@PEFT
 def test_peft_merges_and_has_several_masks(folder: Path) -> None:
     from maskpack.integrations.peft import MaskConfig
 
@@ -184,7 +181,6 @@ def test_peft_merges_and_has_several_masks(folder: Path) -> None:
     assert torch.equal(model(**batch).logits, first)
 
 
-@PEFT
 def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from maskpack.errors import BackboneMismatchError
@@ -197,7 +193,6 @@ def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(CASES["language_model"](folder).model, tmp_path / "saved")
 
 
-@PEFT
 def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from maskpack import fingerprint, save_adapter
