@@ -95,6 +95,14 @@ comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablati
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
 
+defaults: $(VENV)/.installed ## train without options beside norms, LoRA and full fine-tuning: hours of one core
+	$(BIN)/python -m benchmarks.defaults
+	$(BIN)/python -m benchmarks.defaults --write docs/results.md
+
+frontier: $(VENV)/.installed ## accuracy over bytes, masks and everything small: hours of one core
+	$(BIN)/python -m benchmarks.frontier
+	$(BIN)/python -m benchmarks.frontier --write docs/results.md
+
 recipe: $(VENV)/.installed ## the search behind the default recipe: hours of one core
 	$(BIN)/python -m benchmarks.recipe
 	$(BIN)/python -m benchmarks.recipe --write docs/results.md
