@@ -13,7 +13,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
-from ..codecs.base import CODECS, Codec, Side, Words, place, plausible
+from ..codecs.base import CODECS, Bits, Codec, Side, Words, place, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
@@ -41,8 +41,8 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
-def base_words(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Words:
-    """Return the weights of one parameter of the base as patterns of bits, row-major, flat.
+def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the weights of one parameter of the base.
 
     A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
     a BackboneMismatchError.
@@ -61,10 +61,31 @@ def base_words(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...])
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if tensor.dtype == torch.float32:
+    return tensor
+
+
+def words_of(weight: Tensor) -> Words:
+    """Return float32 or bfloat16 weights as patterns of bits, row-major, flat."""
+    import torch
+
+    flat = weight.detach().cpu().contiguous().reshape(-1)
+    if weight.dtype == torch.float32:
         return flat.numpy().view(np.uint32)
     return flat.view(torch.int16).numpy().view(np.uint16)
+
+
+def _coded_bits(
+    codec: Codec, data: memoryview, shape: tuple[int, ...], weight: Tensor | None, reference: Bits | None
+) -> tuple[Bits, NDArray[Any] | Tensor | None]:
+    """Return the packed bits of a payload and the positions of the false ones, if the codec came by them."""
+    if weight is not None and reference is None and (there := codec.decode_on(data, shape, weight)) is not None:
+        return there
+    side = Side(shape, words_of(weight) if codec.needs_base and weight is not None else None, reference)
+    events = codec.events(data, side)
+    packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
+    if reference is not None:
+        return packed ^ reference, None
+    return packed, events[1] if events is not None and events[0] == 0 else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,11 +112,12 @@ class Decoder:
                 f"{id_!r} refuses: {error}; upgrade maskpack or fetch the file again"
             ) from None
 
-    def decode(self, payload: Payload, rising: bool = False) -> tuple[bitarray, NDArray[Any] | None]:
+    def decode(self, payload: Payload, rising: bool = False) -> tuple[bitarray, NDArray[Any] | Tensor | None]:
         """Decode one payload to exactly its weights, and check the number of true bits.
 
         Returns:
-            The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
+            The bits, and the positions of the false bits if the codec came by them, in order if `rising`: then on the
+            device of the parameter, if the codec decodes there.
         """
         path, name, codec, data = self.adapter.path, payload.name, self.codec(payload), self.adapter.piece(payload)
         if not plausible(data, payload.weights):
@@ -103,19 +125,15 @@ class Decoder:
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
                 f"which is too few for so many; fetch the file again"
             )
-        weights = self._base(payload) if codec.needs_base else None
+        weight = self.weights.get(name) if rising and self.weights is not None else None
+        weight = self._base(payload) if codec.needs_base else weight
         referenced = self._referenced(payload)
         reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
-        side = Side(payload.shape, weights, reference)
         try:
-            events = codec.events(data, side)
-            packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
-            if reference is not None:
-                packed = packed ^ reference
+            packed, zeros = _coded_bits(codec, data, payload.shape, weight, reference)
             bits = PackedMask.from_bytes(packed, payload.shape).bits
             if bits.count() != payload.kept:
                 raise CorruptAdapterError(f"it has {bits.count()} true bits, the header states {payload.kept}")
-            zeros = events[1] if events is not None and events[0] == 0 and reference is None else None
             # a position that comes twice carries into another bit, and there are fewer bits than positions
             if zeros is not None and len(zeros) != payload.weights - payload.kept:
                 raise CorruptAdapterError(f"{len(zeros)} positions give {payload.kept} true bits: some come twice")
@@ -129,7 +147,7 @@ class Decoder:
             zeros = np.sort(zeros)
         return bits, zeros
 
-    def _base(self, payload: Payload) -> Words:
+    def _base(self, payload: Payload) -> Tensor:
         """Return the weights that a payload is packed with, which must be the base's.
 
         They are compared before decoding: few other weights may leave a payload that decodes, to another mask.
@@ -142,14 +160,13 @@ class Decoder:
                 f"{self.adapter.path}: the mask of {name!r} is packed with the weights of {base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
-        words = base_words(self.weights, name, payload.shape)
-        weight = self.weights[name]
+        weight = base_weight(self.weights, name, payload.shape)
         if not same_digest(tensor_digest(weight, weight.dtype), base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load {base.id}, "
                 f"which the adapter was made for"
             )
-        return words
+        return weight
 
     def mask(self, set: str, name: str, zeros: bool = False) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""

@@ -23,7 +23,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import zstandard
@@ -31,6 +31,9 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
 from ..registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bits = NDArray[np.uint8]
 Bytes = bytes | bytearray | memoryview
@@ -117,6 +120,14 @@ class Codec(ABC):
         """Return a symbol and the distinct positions that have it, in any order; all others have the other symbol.
 
         Applying a mask needs positions, so a codec that decodes them gives them here; others return None.
+        """
+        return None
+
+    def decode_on(self, data: Bytes, shape: tuple[int, ...], weight: "Tensor") -> tuple[Bits, "Tensor"] | None:
+        """Decode where a parameter lies; None: this codec, or what is installed, does not decode on such a device.
+
+        Returns:
+            The packed bits, and the positions of the false ones, rising, on the device of `weight`.
         """
         return None
 

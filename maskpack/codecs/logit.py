@@ -3,9 +3,10 @@
 import ctypes
 import itertools
 import math
+import os
 from ctypes import byref, c_int64
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from .base import CODECS, NO_EVENTS, Bits, Bytes, Codec, Numbers, Profile, Reade
 from .lanes import LEVELS, Lane, symbols, tables, words
 from .logit_fit import Fitted, fitted
 from .logit_model import GROUP, HIGHEST, MAX_LANE, MAX_RANK, Before, Grid, Known, Model, by_position, may_lean, sizes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LANE_BYTES = 1200  # of a mask's entropy, for which a lane is worth its three bytes
 
@@ -33,6 +37,15 @@ class Logit(Codec):
 
     def decode(self, data: Bytes, side: Side) -> Bits:
         return decode(data, side, self.needs_base)
+
+    def decode_on(self, data: Bytes, shape: tuple[int, ...], weight: "Tensor") -> tuple[Bits, "Tensor"] | None:
+        if weight.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
+            return None
+        try:
+            from .native import gpu
+        except ImportError:  # Triton comes with PyTorch for CUDA
+            return None
+        return gpu.decode_on(data, shape, weight, self.needs_base)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
@@ -122,7 +135,7 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
             raise MemoryError
         if not done:
             Head.read(data, side, base)  # says what is wrong, if it is that
-            raise _unlike()
+            raise unlike()
     else:
         head = Head.read(data, side, base)
         bits, symbol = _decoded(head, side, base), head.symbol
@@ -136,7 +149,8 @@ def given_of(side: Side, base: bool) -> native.Given:
     return native.Given(*Grid.of(side.shape), width, native.address(weights), native.address(side.reference))
 
 
-def _unlike() -> CorruptAdapterError:
+def unlike() -> CorruptAdapterError:
+    """Return the error of a lane whose words and weights do not agree."""
     return CorruptAdapterError("the words of a lane say more, or less, than its weights and coefficients")
 
 
@@ -166,7 +180,7 @@ def _decoded(head: Head, side: Side, base: bool) -> Bits:
         packed = np.packbits(events.reshape(-1), bitorder="little")
         bits[at : at + packed.size] = packed
         if lane.state or lane.words:
-            raise _unlike()
+            raise unlike()
     return bits
 
 
