@@ -13,7 +13,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
-from ..codecs.base import CODECS, Bits, Codec, Side, Words, place, plausible
+from ..codecs.base import CODECS, Bits, Codec, Side, There, Words, place, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Weights = Union["nn.Module", Mapping[str, "Tensor"]]
 Masks = Iterator[tuple[str, PackedMask]]
+Positions = Union[NDArray[Any], "Tensor"]
+Decoded = tuple[Bits, Positions]
 WORTH = 1 << 22  # weights
 
 
@@ -74,20 +76,6 @@ def words_of(weight: Tensor) -> Words:
     return flat.view(torch.int16).numpy().view(np.uint16)
 
 
-def _coded_bits(
-    codec: Codec, data: memoryview, shape: tuple[int, ...], weight: Tensor | None, reference: Bits | None
-) -> tuple[Bits, NDArray[Any] | Tensor | None]:
-    """Return the packed bits of a payload and the positions of the false ones, if the codec came by them."""
-    if weight is not None and reference is None and (there := codec.decode_on(data, shape, weight)) is not None:
-        return there
-    side = Side(shape, words_of(weight) if codec.needs_base and weight is not None else None, reference)
-    events = codec.events(data, side)
-    packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
-    if reference is not None:
-        return packed ^ reference, None
-    return packed, events[1] if events is not None and events[0] == 0 else None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoder:
     """Decodes the payloads of one file, with the base's weights by name, if need be; see `Adapter.parts`."""
@@ -112,12 +100,16 @@ class Decoder:
                 f"{id_!r} refuses: {error}; upgrade maskpack or fetch the file again"
             ) from None
 
-    def decode(self, payload: Payload, rising: bool = False) -> tuple[bitarray, NDArray[Any] | Tensor | None]:
+    def decode(
+        self, payload: Payload, rising: bool = False, there: Decoded | None = None
+    ) -> tuple[bitarray, Positions | None]:
         """Decode one payload to exactly its weights, and check the number of true bits.
 
+        Args:
+            there: what came of it on another device.
+
         Returns:
-            The bits, and the positions of the false bits if the codec came by them, in order if `rising`: then on the
-            device of the parameter, if the codec decodes there.
+            The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
         """
         path, name, codec, data = self.adapter.path, payload.name, self.codec(payload), self.adapter.piece(payload)
         if not plausible(data, payload.weights):
@@ -125,12 +117,20 @@ class Decoder:
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
                 f"which is too few for so many; fetch the file again"
             )
-        weight = self.weights.get(name) if rising and self.weights is not None else None
-        weight = self._base(payload) if codec.needs_base else weight
-        referenced = self._referenced(payload)
-        reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
+        zeros: Positions | None
+        if there is None:
+            words = words_of(self._base(payload)) if codec.needs_base else None
+            referenced = self._referenced(payload)
+            reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
+            side = Side(payload.shape, words, reference)
         try:
-            packed, zeros = _coded_bits(codec, data, payload.shape, weight, reference)
+            if there is not None:
+                packed, zeros = there
+            else:
+                events = codec.events(data, side)
+                packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
+                zeros = events[1] if events is not None and events[0] == 0 and reference is None else None
+                packed = packed if reference is None else packed ^ reference
             bits = PackedMask.from_bytes(packed, payload.shape).bits
             if bits.count() != payload.kept:
                 raise CorruptAdapterError(f"it has {bits.count()} true bits, the header states {payload.kept}")
@@ -168,19 +168,35 @@ class Decoder:
             )
         return weight
 
-    def mask(self, set: str, name: str, zeros: bool = False) -> PackedMask:
+    def mask(
+        self, set: str, name: str, zeros: bool = False, there: Mapping[str, Decoded | None] | None = None
+    ) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""
         *first, payload = self.adapter.payloads[set][name]
         signs = self.decode(first[0])[0] if first else None
-        bits, where = self.decode(payload, zeros)
+        bits, where = self.decode(payload, zeros, there.get(name) if there is not None else None)
         alpha = self.adapter.alphas[set][name]
         return PackedMask(bits, payload.shape, payload.coding.op, alpha, signs, where if zeros else None)
 
     def masks(self, set: str, zeros: bool = False) -> Masks:
         """Decode the masks of a set in order, in threads; see `Adapter.iter_masks`."""
         shapes = self.adapter.shapes(set)
-        work = partial(self.mask, set, zeros=zeros)
+        work = partial(self.mask, set, zeros=zeros, there=self._there(set))
         return zip(shapes, in_order(work, shapes, lambda name: math.prod(shapes[name]), WORTH), strict=True)
+
+    def _there(self, set: str) -> dict[str, Decoded | None]:
+        """Decode those payloads of a set whose parameters lie on a device on which their codec decodes, by name."""
+        by_codec, found = dict[Codec, dict[str, There]](), dict[str, Decoded | None]()
+        for name, (*_, payload) in self.adapter.payloads[set].items():
+            codec, weight, data = self.codec(payload), (self.weights or {}).get(name), self.adapter.piece(payload)
+            if weight is None or not codec.decodes_on(weight.device.type) or not plausible(data, payload.weights):
+                continue
+            if self._referenced(payload) is None:
+                weight = self._base(payload) if codec.needs_base else weight
+                by_codec.setdefault(codec, {})[name] = data, payload.shape, weight
+        for codec, own in by_codec.items():
+            found |= zip(own, codec.decode_on([*own.values()]), strict=True)
+        return found
 
     def streamed(self, set: str) -> MaskSet:
         """Return the masks of a set, each decoded when it is asked for."""

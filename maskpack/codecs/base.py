@@ -21,7 +21,7 @@ ConfigError or TypeError on impossible settings. Ids are unique and permanent: w
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -94,6 +94,9 @@ def plausible(payload: Bytes, count: int) -> bool:
     return count <= FREE + EACH * len(payload)
 
 
+There = tuple[Bytes, tuple[int, ...], "Tensor"]  # a payload, its shape, the parameter
+
+
 class Codec(ABC):
     """One way to code packed bits; see the module's text.
 
@@ -123,13 +126,18 @@ class Codec(ABC):
         """
         return None
 
-    def decode_on(self, data: Bytes, shape: tuple[int, ...], weight: "Tensor") -> tuple[Bits, "Tensor"] | None:
-        """Decode where a parameter lies; None: this codec, or what is installed, does not decode on such a device.
+    def decodes_on(self, device: str) -> bool:
+        """Return True if `decode_on` may be asked for parameters on such a device ("cpu", "cuda", …)."""
+        return False
+
+    def decode_on(self, payloads: Sequence[There]) -> "Sequence[tuple[Bits, Tensor] | None]":
+        """Decode payloads, which refer to no others, on the device where their parameters lie.
 
         Returns:
-            The packed bits, and the positions of the false ones, rising, on the device of `weight`.
+            Of each the packed bits, and the positions of the false ones, rising, on the device. None stands for what
+            has to be decoded, or refused, by `decode`.
         """
-        return None
+        return [None] * len(payloads)
 
     @classmethod
     @abstractmethod

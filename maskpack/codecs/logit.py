@@ -4,8 +4,10 @@ import ctypes
 import itertools
 import math
 import os
+from collections.abc import Sequence
 from ctypes import byref, c_int64
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -13,7 +15,21 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
 from . import native
-from .base import CODECS, NO_EVENTS, Bits, Bytes, Codec, Numbers, Profile, Reader, Side, count_ones, flipped, varint
+from .base import (
+    CODECS,
+    NO_EVENTS,
+    Bits,
+    Bytes,
+    Codec,
+    Numbers,
+    Profile,
+    Reader,
+    Side,
+    There,
+    count_ones,
+    flipped,
+    varint,
+)
 from .lanes import LEVELS, Lane, symbols, tables, words
 from .logit_fit import Fitted, fitted
 from .logit_model import GROUP, HIGHEST, MAX_LANE, MAX_RANK, Before, Grid, Known, Model, by_position, may_lean, sizes
@@ -38,14 +54,14 @@ class Logit(Codec):
     def decode(self, data: Bytes, side: Side) -> Bits:
         return decode(data, side, self.needs_base)
 
-    def decode_on(self, data: Bytes, shape: tuple[int, ...], weight: "Tensor") -> tuple[Bits, "Tensor"] | None:
-        if weight.device.type == "cpu" and "TRITON_INTERPRET" not in os.environ:
-            return None
-        try:
-            from .native import gpu
-        except ImportError:  # Triton comes with PyTorch for CUDA
-            return None
-        return gpu.decode_on(data, shape, weight, self.needs_base)
+    def decodes_on(self, device: str) -> bool:
+        # Triton comes with PyTorch for CUDA; its interpreter is for tests
+        return (device == "cuda" or "TRITON_INTERPRET" in os.environ) and find_spec("triton") is not None
+
+    def decode_on(self, payloads: Sequence[There]) -> "Sequence[tuple[Bits, Tensor] | None]":
+        from .native import gpu
+
+        return gpu.decode_on(payloads, self.needs_base)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
