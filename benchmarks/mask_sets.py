@@ -41,7 +41,7 @@ SHARED = "masks/resnet20_cifar10_to_pacs_sketch.safetensors"
 SHORT = {"steps": 120, "batch_size": 32, "augment": "flip"}
 FOR_CODECS = {
     "eurosat-sgd": Task(partial(lite0, 64), "data/eurosat", {**SGD, **SHORT, "lr": 10.0}),
-    "eurosat-adam": Task(partial(lite0, 64), "data/eurosat", {"top": 1.0, "train": (), "lr": 0.02, **SHORT}),
+    "eurosat-adam": Task(partial(lite0, 64), "data/eurosat", {"top": 1.0, "train": (), "lr": 0.05, **SHORT}),
     "cartoon-flip": Task(
         partial(resnet, 20), "data/pacs/cartoon", {"method": "flip", "top": 1.0, "train": (), "lr": 0.1, **SHORT}
     ),
