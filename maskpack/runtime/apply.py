@@ -18,10 +18,11 @@ from torch.autograd.graph import increment_version
 
 from ..adapter.content import LEARNING, Parts
 from ..backbone.fingerprint import has_again
-from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unwrap
+from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
+from .place import TOP, Place, view
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +69,7 @@ class Applied:
         complete: the whole mask is on the model. False while it is applied or undone, and after one of these was
             interrupted: then the model has a part of it.
         before, after: tensors that the adapter changes, by name, as they were found and as they were left.
+        place: where the adapter's names stand in the model; all names here are the adapter's.
         base: a bank's notes of all tensors of the base, which an undo updates.
         notes: a bank's notes of what masks change, by name: used where they are there, else made.
     """
@@ -77,6 +79,7 @@ class Applied:
     head: tuple[str, nn.Module] | None = None
     restorable: bool = True
     complete: bool = False
+    place: Place = TOP
     before: dict[str, Written] = field(default_factory=dict)
     after: dict[str, Written] = field(default_factory=dict)
     base: dict[str, Written] = field(default_factory=dict)
@@ -143,7 +146,7 @@ def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor],
         )
 
 
-OTHER_BASE = "load the backbone that the adapter was made for"
+OTHER_BASE = "load the backbone that the adapter was made for, before it is quantised"
 FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
 WORTH = 1 << 22  # bytes of places
 FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are still in the core's cache
@@ -335,11 +338,8 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
         )
     for name, shape in shapes.items():
         parameter = parameters[name]
-        if not parameter.is_floating_point() or parameter.is_meta:
-            what = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
-            raise BackboneMismatchError(
-                f"{name!r} is {what} and cannot be masked; load float weights, apply the mask, then quantise"
-            )
+        if why := unusable(parameter):
+            raise BackboneMismatchError(f"{name!r} {why}")
         if tuple(parameter.shape) != shape:
             raise BackboneMismatchError(
                 f"the mask of {name!r} has shape {shape}, the model's parameter {tuple(parameter.shape)}; {OTHER_BASE}"
@@ -352,7 +352,8 @@ def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> 
     for name, tensor in parts.dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
-                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}"
+                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}, or, if "
+                f"that is of its head, pass head='keep'"
             )
     module = None if parts.head is None else parts.head.module
     try:
@@ -368,6 +369,7 @@ def apply_parts(
     mask_id: str = "",
     masks: Iterable[tuple[str, PackedMask]] | None = None,
     restorable: bool = True,
+    place: Place = TOP,
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
 
@@ -376,23 +378,23 @@ def apply_parts(
 
     Args:
         masks: name and mask, in the place of those of `parts`, whose names and shapes are checked before the first.
-        restorable: keep what `unload_mask` needs.
+        restorable: keep what `unload_mask` needs. place: where the names of `parts` stand in the model.
     """
     check_compiled()
     check_free(model)
-    put(model, Applied(mask_id, restorable=restorable), parts, masks)
+    put(model, Applied(mask_id, restorable=restorable, place=place), parts, masks)
 
 
 def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
     """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
-    model = unwrap(model)
+    root, model = unwrap(model), view(model, record.place)
     shapes, dense = parts.masks.shapes, parts.dense
     parameters, state = check_masks(model, shapes), tensors_of(model)
     check_dense(model, parts, state)
     names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)
     try:
-        _APPLIED[model] = record
+        _APPLIED[root] = record
         for name, mask, at in located(parts.masks.items() if masks is None else masks, parameters, record.notes or {}):
             assert mask is not None
             _apply(record, name, parameters[name].detach(), mask, at, parts.values.get(name))
@@ -405,10 +407,10 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
             record.notes.update({name: one for name, one in record.changed if one.at is not None})
         record.complete = True
     except BaseException:
-        undo(model, record)
+        undo(root, record)
         raise
     if not record.restorable:
-        _APPLIED[model] = Applied(record.mask_id, restorable=False, complete=True)
+        _APPLIED[root] = Applied(record.mask_id, restorable=False, complete=True)
 
 
 def unload_mask(model: Model, *, force: bool = False) -> Model:
@@ -436,9 +438,16 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
         raise StateError("this model has no mask to unload; load one with load_mask(model, ref)")
     if record.complete and not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
+    tensors = tensors_of(view(model, record.place))
+    for name, _ in record.changed:
+        if name in tensors and unusable(tensors[name]):
+            raise StateError(
+                f"{name!r} was quantised, sharded or offloaded since the mask was loaded, so that it cannot be undone; "
+                f"undo that first (accelerate.hooks.remove_hook_from_submodules(model)), or load the base again"
+            )
     if record.complete and not force:
         way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
-        check_unwritten(record.after, tensors_of(model), way_out)
+        check_unwritten(record.after, tensors, way_out)
     undo(model, record)
     return model
 
@@ -479,7 +488,7 @@ def _overwrite(record: Applied, name: str, target: Tensor, tensor: Tensor) -> No
 
 def undo(model: nn.Module, record: Applied) -> None:
     """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
-    model, record.complete = unwrap(model), False
+    root, model, record.complete = unwrap(model), view(model, record.place), False
     state = tensors_of(model)
     unwritten = [name for name, left in record.after.items() if name in state and left.same(state[name])]
     try:
@@ -504,7 +513,7 @@ def undo(model: nn.Module, record: Applied) -> None:
     except BaseException as error:
         error.add_note("maskpack: the model still has a part of the mask; unload_mask (or its bank) removes it")
         raise
-    forget(model)
+    forget(root)
 
 
 def _note_undone(model: nn.Module, record: Applied, now: Mapping[str, Written], unwritten: Iterable[str]) -> None:

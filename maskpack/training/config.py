@@ -164,7 +164,11 @@ class TrainConfig:
     @property
     def labels(self) -> bool:
         """Whether the scores are trained on labels."""
-        return self.objective == "supervised"
+        if self.objective == "supervised":
+            return True
+        from .objectives.base import OBJECTIVES  # imports torch, which the command line's help does without
+
+        return self.objective in OBJECTIVES and OBJECTIVES[self.objective].needs_labels
 
     def settled(self, weights: int, convolutional: int) -> "TrainConfig":
         """Return the settings with the defaults that follow from a backbone.
@@ -174,9 +178,9 @@ class TrainConfig:
         """
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
-        small = weights <= SMALL
+        small, method = weights <= SMALL, METHODS[self.method]
         some = self.labels and not small and 2 * convolutional < weights and self.selective == ALL and not self.scale
-        top = TOP if some and METHODS[self.method].rising else 1.0
+        top = TOP if some and method.rising and method.partial else 1.0
         bn: Statistics = "adapt" if small or not self.labels else "freeze"
         return replace(self, top=top if self.top is None else self.top, bn=bn if self.bn is None else self.bn)
 
