@@ -244,12 +244,20 @@ def encode(
         f"maskpack/{importlib.metadata.version('maskpack')}",
         rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _ in rows),
         replace(base, tensors={}),
-        {name: SetHeader(tuple(one.payload for one in coded[name]), head) for name, head in heads.items()},
+        {
+            name: SetHeader(tuple(one.payload for one in coded[name]), head, _layers(sets[name]))
+            for name, head in heads.items()
+        },
         about,
         None if cascade is None else cascade_to_json(cascade),
         {blob.name: (blob.dtype, blob.shape) for blob in dense},
     )
     return header, [first_blob, *(payloads[name] for name in sets), *dense]
+
+
+def _layers(parts: Parts) -> dict[str, tuple[int, bool]]:
+    """Return channels of each norm, and whether it has shifts, by name."""
+    return {name: (len(one.scale), one.shift is not None) for name, one in sorted(parts.norms.items())}
 
 
 def _write(path: Path, header: Header, blobs: Sequence[Blob]) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LANE_BYTES = 1200  # of a mask's entropy, for which a lane is worth its three bytes
+LARGE = 1 << 25  # bytes of packed bits, from which a payload is looked at before they are made room for
 
 
 @CODECS.register
@@ -143,6 +144,8 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
     if len(data) == 1 and data[0] & ~1 == NO_EVENTS:
         bits, symbol = np.zeros(side.size, dtype=np.uint8), data[0] & 1
     elif (compiled := native.library()) is not None:
+        if side.size > LARGE:
+            Head.read(data, side, base)  # a short payload must not fill the memory
         payload = np.frombuffer(data, dtype=np.uint8)
         bits, symbol = np.zeros(side.size, dtype=np.uint8), int(payload[0]) & 1 if payload.size else 0
         given, events = given_of(side, base), (native.pointer(payload), c_int64(payload.size), native.pointer(bits))
