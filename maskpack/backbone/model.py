@@ -43,13 +43,15 @@ class Embedding:
 class Head:
     """A linear head, (classes, features): in place of the module that `embedding` names, or behind an encoder.
 
-    `random` is the seed and mask of a masked random head, stored in place of `weight`.
+    `random` is the seed and mask of a masked random head, stored in place of `weight`; with `steps`, (classes,)
+    float32, each row of it is a multiple of its step, and stored as whole numbers.
     """
 
     embedding: Embedding
     weight: Tensor
     bias: Tensor | None = None
     random: RandomWeight | None = None
+    steps: Tensor | None = None
 
     @property
     def module(self) -> str | None:

@@ -270,7 +270,7 @@ def located(
             return name, mask, None
         at, device = kept(name), weights[name].device
         if at is None:
-            at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
+            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device).long()
         return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
     def size(item: tuple[str, PackedMask | None]) -> int:
@@ -349,7 +349,7 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
 
 def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> None:
     """Raise BackboneMismatchError if a model has no place for an adapter's dense tensors or head."""
-    for name, tensor in parts.dense.items():
+    for name, tensor in parts.resolved(state).dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
                 f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}, or, if "
@@ -388,8 +388,10 @@ def apply_parts(
 def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
     """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
     root, model = unwrap(model), view(model, record.place)
+    state = tensors_of(model)
+    parts = parts.resolved(state)
     shapes, dense = parts.masks.shapes, parts.dense
-    parameters, state = check_masks(model, shapes), tensors_of(model)
+    parameters = check_masks(model, shapes)
     check_dense(model, parts, state)
     names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)

@@ -318,7 +318,8 @@ class MaskBank:
             apply.check_compiled()
             if name is not None:
                 parts = self._loaded(resident)
-                record, names = self._applied(), {*parts.masks, *parts.parameters, *apply.head_tensors(parts.head)}
+                parameters = {*parts.parameters, *(f"{n}.{leaf}" for n in parts.norms for leaf in ("weight", "bias"))}
+                record, names = self._applied(), {*parts.masks, *parameters, *apply.head_tensors(parts.head)}
                 swapped = () if record is None or record.head is None else (record.head[0],)
                 noted = {n: self._base[n] for n in names & self._base.keys() if not inside(n, swapped)}
             if record is not None:

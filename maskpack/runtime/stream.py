@@ -94,7 +94,8 @@ def load_masked(
             checked(verify, lambda: fingerprint.check_measured(found, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
-        apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)
+        rest = replace(parts.resolved(base), masks=MaskSet({}))  # of norms before they were cast
+        apply_parts(model, rest, mask_id=adapter.mask_id, restorable=False)
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
