@@ -87,10 +87,6 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 
 ## Results (docs/results.md); most need MASKPACK_DATA, all go on where they were stopped
 
-results: $(VENV)/.installed ## accuracies of masks and probes: two hours on two cores
-	$(BIN)/python -m benchmarks.results sketch banking77
-	$(BIN)/python -m benchmarks.results mnist photo --seeds 0
-
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md

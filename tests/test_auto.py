@@ -164,7 +164,7 @@ def test_a_rate_that_is_too_great_ends_its_trial_alone(
 def test_norms_alone(tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = train_mask(tiny_backbone, digits, replace(CONFIG, top=0.0))
     assert alone.parts.masks.density == 1.0
-    assert sorted(alone.parts.parameters) == ["bn1.bias", "bn1.weight", "bn2.bias", "bn2.weight"]
+    assert (sorted(alone.parts.norms), dict(alone.parts.parameters)) == (["bn1", "bn2"], {})
     assert alone.about.training is not None
     assert (alone.about.training["scores"], "scores" in alone.about.training["rates"]) == (0, False)
     said = "the search found no masks that are better than norms and head alone"

@@ -183,6 +183,7 @@ class ScoredModel:
         rounding: of scores in bfloat16, in the steps of optimisers.
         head: names of modules that learn themselves and do not belong to the body.
         before: buffers and parameters that learn themselves, as they were when the scores were attached, by name.
+        sparse: the checkpoints of a Trainer hold what learns, and not the base.
         plain: makes what `state_dict` gives for a masked weight, under its own name and without scores, of this and
             the frozen weight; None: `state_dict` gives weight and scores.
     """
@@ -198,6 +199,7 @@ class ScoredModel:
     rounding: Rounding = field(default_factory=Rounding)
     head: tuple[str, ...] = ()
     before: dict[str, Tensor] = field(default_factory=dict)
+    sparse: bool = False
     plain: Plain | None = None
     _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
