@@ -107,6 +107,10 @@ methods: $(VENV)/.installed ## masking methods, selective training, budgets of b
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --write docs/results.md
 
+theorems: $(VENV)/.installed ## settings of scores that are one and the same, as curves: minutes of one core
+	$(BIN)/python -m benchmarks.theorems
+	$(BIN)/python -m benchmarks.theorems --write docs/results.md
+
 transfer: $(VENV)/.installed ## domain transfer between the domains of PACS: two hours of two cores
 	$(BIN)/python -m benchmarks.transfer cartoon photo & $(BIN)/python -m benchmarks.transfer art_painting sketch & wait
 	$(BIN)/python -m benchmarks.transfer --write docs/results.md
