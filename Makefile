@@ -132,6 +132,10 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
 
+stored: $(VENV)/.installed ## bytes beside masks and accuracy, for each way of --store: ten minutes of one core
+	$(RUN) benchmarks.stored
+	$(BIN)/python -m benchmarks.stored --write docs/results.md
+
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/codecs.png --write docs/results.md
 	$(RUN) benchmarks.scale --general runs/general-sizes.json
