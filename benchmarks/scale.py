@@ -5,8 +5,8 @@
     python -m benchmarks.scale --general runs/general-sizes.json      # extra `bench`; some minutes more
 
 Masks are made on the fly from a seed, with densities that vary by tensor, row and column; the time that this takes is
-reported beside (`making`) and is part of `seconds`, which are the processor's, of all threads. Packing and reading run in
-a fresh process each. Prints JSON.
+reported beside (`making`) and is part of `seconds`, which are the processor's, of all threads. Packing and reading run
+in a fresh process each. Prints JSON.
 With `--general` the masks of one layer (all are drawn alike) are compared with general-purpose compressors.
 """
 
