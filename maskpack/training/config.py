@@ -92,7 +92,7 @@ class TrainConfig:
         augment: changes of training images.
         workers: processes that read the data; 0 reads in the training process.
         store: how norms, statistics and head are stored; accuracies are those of what is stored. coded: norms as steps
-            of 3 % from the base's, the head in 129 values a row. float16, float32: as numbers of that kind.
+            of 2 % from the base's, the head in 129 values a row. float16, float32: as numbers of that kind.
         seed: seed of everything random.
     """
 
@@ -174,7 +174,7 @@ class TrainConfig:
 
         return self.objective in OBJECTIVES and OBJECTIVES[self.objective].needs_labels
 
-    def settled(self, weights: int, convolutional: int) -> "TrainConfig":
+    def resolved(self, weights: int, convolutional: int) -> "TrainConfig":
         """Return the settings with the defaults that follow from a backbone.
 
         Args:
