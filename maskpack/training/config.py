@@ -174,7 +174,7 @@ class TrainConfig:
 
         return self.objective in OBJECTIVES and OBJECTIVES[self.objective].needs_labels
 
-    def settled(self, weights: int, convolutional: int) -> "TrainConfig":
+    def resolved(self, weights: int, convolutional: int) -> "TrainConfig":
         """Return the settings with the defaults that follow from a backbone.
 
         Args:
