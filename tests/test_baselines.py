@@ -190,6 +190,24 @@ def test_adapted_statistics_are_one_scale_and_one_shift_a_channel(name: str, net
     assert found.sizes["head"] == frozen.sizes["head"] < 4 * (found.trained - 1)
 
 
+def test_a_search_that_was_interrupted_goes_on(nets: Path, tmp_path: Path) -> None:
+    backbone, config = backbone_of(nets), replace(CONFIG, bn="freeze", lr=None, train_lr=0.01, steps=10)
+    data = replace(load_data("digits:0-4", labels_fraction=0.3), test=None)
+    ended: list[Mapping[str, Any]] = []
+
+    def report(event: Mapping[str, Any]) -> None:
+        ended.append(event)
+        if sum(one["event"] == "trial" for one in ended) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_baseline("auto:200").fit(Trial(backbone, data, data, config, tmp_path, report))
+    found = find_baseline("auto:200").fit(Trial(backbone_of(nets), data, data, config, tmp_path, lambda _: None))
+    assert found.note == "200 more steps to choose settings"
+    assert (found.steps, found.sizes["masks"] > 0) == (10, True)
+    assert len((tmp_path / "training/search/trials.jsonl").read_text().splitlines()) > 4
+
+
 def inner_name(key: str) -> str:
     """Where a number that is learned of a weight is in the model."""
     place, _, own = key.rpartition(".")

@@ -1,7 +1,8 @@
 """Masks themselves: trained with labels, without, and as a cascade."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ...backbone.model import Fingerprint
 from ...backbone.select import select_parameters
 from ...runtime.cascade import load_cascade
 from ...runtime.load import load_mask
+from ...training.auto import CLAIM, SEARCH, train_auto
 from ...training.cascade import DISPATCHER, fit_cascade_head, fit_whitening, train_cascade
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
@@ -28,6 +30,7 @@ from .base import BASELINES, Baseline, Fitted, Predict, Rates, Trial, classified
 
 UNLABELLED_RATES: Rates = {"adam": (0.003, 0.01, 0.03), "sgd": (3.0, 10.0, 30.0)}
 EXPERTS = 5
+SEARCH_STEPS = 1000
 
 
 @BASELINES.register
@@ -45,18 +48,30 @@ class SupervisedMask(Baseline):
         select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
 
     def fit(self, trial: Trial) -> Fitted:
-        result, adapter = _train(trial, self._settings(trial.settings("supervised")))
-        head = result.parts.head
-        assert head is not None
-        predict = classified(classifier_from(trial.backbone.model, head).eval())
-        trained = _learned(result) + parameters(head.weight, head.bias)
-        return Fitted(predict, trained, stored(adapter), (result.about.training or {})["steps"])
+        return _with_head(trial, *_train(trial, self._settings(trial.settings("supervised"))))
 
     def _settings(self, config: TrainConfig) -> TrainConfig:
         """Return settings with this baseline's method; options are those of the settings' own method."""
         if self.given is None or self.given == config.method:
             return config
         return replace(config, method=METHODS[self.given].id, method_options={})
+
+
+@BASELINES.register
+class SearchedMask(Baseline):
+    """Mask with settings that a search chose, as `train --auto` does, and a head."""
+
+    id = "auto"
+    reference = "docs/methods.md"
+    argument = "number of steps"
+
+    def check(self, backbone: Backbone, config: TrainConfig) -> None:
+        self.number(SEARCH_STEPS, least=1)
+
+    def fit(self, trial: Trial) -> Fitted:
+        steps = self.number(SEARCH_STEPS, least=1)
+        found = _with_head(trial, *_train(trial, trial.settings("supervised"), partial(train_auto, search_steps=steps)))
+        return replace(found, note=f"{steps} more steps to choose settings")
 
 
 @BASELINES.register
@@ -131,16 +146,26 @@ class ConditionalCascade(Baseline):
         return Fitted(predict, trained, stored(adapter), steps, controls)
 
 
-def _train(trial: Trial, config: TrainConfig) -> tuple[TrainResult, Adapter]:
+def _with_head(trial: Trial, result: TrainResult, adapter: Adapter) -> Fitted:
+    """Return a loaded mask with its head."""
+    head = result.parts.head
+    assert head is not None
+    predict = classified(classifier_from(trial.backbone.model, head).eval())
+    trained = _learned(result) + parameters(head.weight, head.bias)
+    return Fitted(predict, trained, stored(adapter), (result.about.training or {})["steps"])
+
+
+def _train(
+    trial: Trial, config: TrainConfig, train: Callable[..., TrainResult] = train_mask
+) -> tuple[TrainResult, Adapter]:
     """Train a mask, write it as an adapter, and load it."""
     folder = trial.folder / "training"
-    result = train_mask(
+    result = train(
         trial.backbone,
         trial.data if config.objective == "supervised" else trial.unlabelled,
         config,
         output=folder,
-        resume=(folder / FILE).exists(),
-        longer=False,
+        resume=(folder / FILE).exists() or (folder / SEARCH / CLAIM).exists(),
         report=trial.report,
     )
     adapter = _write(trial, result.parts, result.base, result.about)
