@@ -104,6 +104,7 @@ EXPECTED = {
     "lora-xs:2": (2 * 2 * 2 + HEAD, "weights"),
     "vera:4": (8 + 16 + 2 * 4 + HEAD, "weights"),
     "mask": (MASKED + HEAD, "masks"),
+    "auto:200": (MASKED + HEAD, "masks"),
     "self-supervised": (MASKED + HEAD, "masks"),
     "cascade:2": (3 * MASKED + CLASSES * (3 * FEATURES + 1), "masks"),
 }
@@ -129,7 +130,7 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     assert found["overhead"] > 0
     assert found["seconds"] > 0
     assert bool(events) == (found["steps"] > 0)
-    if name in ("mask", "cascade:2"):
+    if name in ("mask", "auto:200", "cascade:2"):
         assert found["bytes"] == inspect_adapter(tmp_path / "mask.safetensors")["size"]
     if name == "cascade:2":
         raw, whitened = found["controls"]["dispatcher"], found["controls"]["dispatcher, whitened"]
@@ -144,7 +145,7 @@ def test_rows(name: str, backbone: dict[str, Any], tmp_path: Path) -> None:
     else:
         bits = {"full": [], "lora:2": ["8 bits", "4 bits", "2 bits", "1 bit"]}
         assert [*found["controls"]] == bits.get(name, ["4 bits"] if dense else [])
-    if name in ("mask", "self-supervised", "cascade:2"):
+    if name in ("mask", "auto:200", "self-supervised", "cascade:2"):
         assert found["accuracy"] == of_the_file(tmp_path / "mask.safetensors", backbone), "of what is stored"
     if not find_baseline(name).needs_labels:
         trained_once = [event for event in events if event["event"] == "epoch"]
