@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import fingerprint, load_backbone, load_mask, save_adapter, unload_mask
+from maskpack import MaskBank, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import embeddings
 from maskpack.errors import BackboneMismatchError
 from maskpack.runtime.load import MaskpackWarning
@@ -131,6 +131,16 @@ def test_a_head_has_no_place_in_an_encoder(folder: Path, tmp_path: Path) -> None
     with pytest.raises(BackboneMismatchError, match="no 'bbox_predictor.*or, if that is of its head, pass head='keep'"):
         load_mask(bare, ref)
     load_mask(bare, ref, head="keep")
+
+
+def test_a_bank_is_made_of_the_part(folder: Path, tmp_path: Path) -> None:
+    ref, model = trained(of_kind("BertModel", folder), tmp_path / "a"), of_kind("BertForSequenceClassification", folder)
+    expected = hidden(load_mask(of_kind("BertModel", folder), ref))
+    with MaskBank(model) as bank, pytest.raises(BackboneMismatchError, match=r"under 'bert'.*get_submodule\('bert'\)"):
+        bank.add(ref, "one")
+    with MaskBank(model.get_submodule("bert")) as bank:
+        bank.use(bank.add(ref, "one"))
+        assert torch.equal(hidden(model), expected)
 
 
 def test_of_two_places_the_digests_decide_and_nothing_is_guessed(

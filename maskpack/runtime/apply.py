@@ -270,7 +270,7 @@ def located(
             return name, mask, None
         at, device = kept(name), weights[name].device
         if at is None:
-            at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
+            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device).long()
         return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
     def size(item: tuple[str, PackedMask | None]) -> int:

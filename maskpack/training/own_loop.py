@@ -74,8 +74,8 @@ def attach_scores(
             The others are kept, and take no memory.
         dtype: of the scores: float32 (default), or bfloat16, to which every optimiser's steps are rounded at random.
         train: what learns itself: "norms", "biases", or globs of parameters.
-        head: names of modules that learn themselves and do not belong to the base; default: those that transformers
-            made anew, because the checkpoint has none. `()`: none.
+        head: names of modules that learn themselves and do not belong to the base; default: those beside weights that
+            transformers read from a checkpoint, which were not read themselves. `()`: none.
         experts: weights of experts that are fused into one parameter are selected by default too.
         scale: divide the kept weights by sqrt(density).
 
@@ -115,7 +115,7 @@ def attach_scores(
 
 
 def new_modules(model: nn.Module) -> list[str]:
-    """Return the outermost modules whose parameters transformers made anew, since the checkpoint that it read had none.
+    """Return the outermost modules that transformers did not read from a checkpoint, where it read others.
 
     It marks every parameter that was read. Embeddings and parameters without data lose the mark where they are made
     larger or put elsewhere, so they count as read.
