@@ -271,7 +271,7 @@ def test_pack_and_convert_make_each_mask_once_and_show_how_far_they_are(
         @staticmethod
         def open(path: Path, base: Mapping[str, Tensor]) -> Found:
             assert [tuple(base[name].shape) for name in shapes] == list(shapes.values())
-            return shapes, make
+            return Found(shapes, make)
 
     @contextmanager
     def bar(what: str) -> Iterator[Callable[[int, int], None]]:

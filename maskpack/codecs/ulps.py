@@ -1,8 +1,8 @@
 """Stored values as steps from the base's, in units in the last place: nearly all are one step (docs/format.md 6.3).
 
-How large a step is depends on the exponent of the weight that it starts from: an optimiser moves large and small weights
-alike. So there is a table of sizes for each of up to 16 exponents; the sign, and what is below the first bit of a size,
-is noise and stands in bits as it is.
+How large a step is depends on the exponent of the weight that it starts from: an optimiser moves large and small
+weights alike. So there is a table of sizes for each of up to 16 exponents; the sign, and what is below the first bit
+of a size, is noise and stands in bits as it is.
 """
 
 from collections.abc import Sequence
@@ -197,14 +197,13 @@ def decode(data: Bytes, base: Words) -> Words:
     bits, rest = reader.take(reader.varint()), reader.rest()
     if rest.size % 2 or rest.size < 4 * _lanes(base.size):
         raise CorruptAdapterError(f"{rest.size} bytes of words are too few, or odd, for {base.size} stored values")
-    words, entries = rest.view("<u2") if rest.size else rest, _entries(tables)
+    words, entries = np.frombuffer(rest.tobytes(), np.uint16), _entries(tables)  # aligned
     table = np.zeros((len(tables), SLOTS), np.uint32)
     for own, row in zip(table, entries, strict=True):
         own[:] = np.repeat(row, row >> 18)
     if library is None:
         return _decoded(kind, base, top, table, words, bits)
     values = np.empty(base.size, kind.words)
-    words = np.frombuffer(rest.tobytes(), np.uint16)  # aligned
     given = _given(kind, base, tables, top, table)
     pairs = native.pointer(words), c_int64(words.size), native.pointer(bits), c_int64(bits.size)
     if not library.maskpack_steps_decode(byref(given), *pairs, native.pointer(values)):
@@ -225,7 +224,7 @@ def _read_table(reader: Reader) -> list[int]:
     if not 1 <= count <= BUCKETS:
         raise CorruptAdapterError(f"a table of stored values has {count} buckets, expected 1 to {BUCKETS}")
     pairs = reader.take((count + 1) // 2)
-    table = np.stack([pairs & 15, pairs >> 4], 1).ravel()[:count].tolist()
+    table: list[int] = np.stack([pairs & 15, pairs >> 4], 1).ravel()[:count].tolist()
     if not any(table) or (count % 2 and int(pairs[-1]) >> 4):
         raise CorruptAdapterError("a table of stored values is empty, or does not end where it says")
     return table
@@ -271,5 +270,3 @@ def _decoded(
     number = _ordered(base, sign) + forth & 2 * sign - 1
     found: Words = np.where(number & sign, number ^ sign, ~number & 2 * sign - 1).astype(kind.words)
     return found
-
-
