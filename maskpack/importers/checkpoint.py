@@ -115,10 +115,10 @@ def _problem(name: str, place: str, tensor: Tensor, weight: Tensor) -> str | Non
 def _refused(path: Path, problems: Iterable[str]) -> str:
     rows = sorted(problems)
     return (
-        f"{path} is no checkpoint of this backbone with other weights: {len(rows)} tensors do not fit:\n  "
-        + "\n  ".join(rows)
-        + "\nA patch changes the values of weights, not which there are: give the backbone that was trained, with the "
-        "same names, shapes (embeddings resized before) and dtypes, and leave out of the file what it has not"
+        f"{path} is no checkpoint of this backbone with other weights, {len(rows)} tensors do not fit: "
+        f"{'; '.join(rows)}. A patch changes the values of weights, not which there are: give the backbone that was "
+        f"trained, with the same names, shapes (embeddings resized before) and dtypes, and leave out of the file what "
+        f"the backbone has not"
     )
 
 
