@@ -107,6 +107,10 @@ methods: $(VENV)/.installed ## masking methods, selective training, budgets of b
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.methods --write docs/results.md
 
+theorems: $(VENV)/.installed ## settings of scores that are one and the same, as curves: minutes of one core
+	$(BIN)/python -m benchmarks.theorems
+	$(BIN)/python -m benchmarks.theorems --write docs/results.md
+
 transfer: $(VENV)/.installed ## domain transfer between the domains of PACS: two hours of two cores
 	$(BIN)/python -m benchmarks.transfer cartoon photo & $(BIN)/python -m benchmarks.transfer art_painting sketch & wait
 	$(BIN)/python -m benchmarks.transfer --write docs/results.md
@@ -127,6 +131,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
+
+stored: $(VENV)/.installed ## bytes beside masks and accuracy, for each way of --store: ten minutes of one core
+	$(RUN) benchmarks.stored
+	$(BIN)/python -m benchmarks.stored --write docs/results.md
 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/codecs.png --write docs/results.md

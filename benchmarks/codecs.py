@@ -3,8 +3,9 @@
     MASKPACK_DATA=… make bench-codec
     MASKPACK_DATA=… python -m benchmarks.codecs --only 'sketch-*' 'drawn-C100'
 
-One core. The codecs are those that `maskpack list codecs` shows. The sizes of general compressors are remembered beside
-the output (xz and brotli are slow); ours are measured anew every time.
+One core: times are the processor's, of all threads together, so that other processes do not count. The codecs are those
+that `maskpack list codecs` shows. The sizes of general compressors are remembered beside the output (xz and brotli are
+slow); ours are measured anew every time.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from maskpack.adapter.decode import base_weight, by_name, words_of
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
+from maskpack.codecs import native
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
 from maskpack.codecs.choose import rivals
 from maskpack.errors import MaskpackError
@@ -39,6 +41,7 @@ INDEX_BYTES, INDEX_BYTES_EACH = 2000, 64  # an adapter's index and digests may t
 Row = dict[str, Any]
 MUST = {"default": 0.90, "max": 0.80}  # of the best general compressor, over the trained masks together
 GOAL = {"default": 0.885, "max": 0.77}
+EACH_CODEC = ("sketch-1", "banking77-1", "drawn-DTD", "vit-b16-made")  # one mask set of each kind
 MUST_DECODE = 200e6  # weights a second
 STRUCTURELESS = (1.02, 1000)  # never over this share of the entropy, plus these bytes
 COLOURS = {"best general": "tab:red", "constriction": "black", "fast": "tab:olive", "default": "tab:blue"}
@@ -46,13 +49,13 @@ MARKERS = {"best general": "s", "constriction": "|"}
 COLOURS["max"] = "tab:green"
 
 
-def seconds(act: Callable[[], object], least: int = 3, most: int = 15, enough: float = 2.0) -> float:
-    """Return the median time of several calls: at least three, and until two seconds are spent."""
+def seconds(act: Callable[[], object], least: int = 3, most: int = 15, enough: float = 0.7) -> float:
+    """Return the median processor time of several calls: at least three, and until some time is spent."""
     spent: list[float] = []
     while len(spent) < least or (len(spent) < most and sum(spent) < enough):
-        start = time.perf_counter()
+        start = time.process_time()
         act()
-        spent.append(time.perf_counter() - start)
+        spent.append(time.process_time() - start)
     return statistics.median(spent)
 
 
@@ -71,9 +74,9 @@ def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, 
 def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     """Save the masks with a profile, or with one codec, and measure the file and its decoding."""
     path, weights = folder / "case.safetensors", case.weights if profile == "max" else None
-    start = time.perf_counter()
+    start = time.process_time()
     save_adapter(path, case.masks, case.base, profile=profile, codec=codec, weights=weights)
-    saved = time.perf_counter() - start
+    saved = time.process_time() - start
     adapter = read_adapter(path)
     assert adapter.parts(base=weights).masks == case.masks
     described = inspect_adapter(adapter)
@@ -81,11 +84,11 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     total, size = case.masks.total, one["payload_bytes"]
     coded = [(used, bytes(data), side) for used, data, side in payloads(adapter, case)]
     masks = [(used.decode(data, side), side) for used, data, side in coded]
-    start = time.perf_counter()
+    start = time.process_time()
     for competing in rivals(profile, codec, weights is not None) if codec else []:
         for bits, side in masks:
             competing.encode(bits, Side(side.shape, side.weights))
-    encoded = time.perf_counter() - start
+    encoded = time.process_time() - start
     allowed = INDEX_BYTES + sum(INDEX_BYTES_EACH + len(name.encode()) for name in case.masks)
     chosen: dict[str, int] = {}
     for row in one["payloads"]:
@@ -104,6 +107,21 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         "codec_decode_rate": total / seconds(lambda: [used.decode(data, side) for used, data, side in coded]),
         "chosen": chosen,
     }
+
+
+def numpy_rates(case: Case) -> dict[str, float]:
+    """Return how many million weights a second numpy decodes alone, of payloads without the base and with it."""
+    found = {}
+    for profile in ("default", "max") if case.weights is not None else ("default",):
+        with tempfile.TemporaryDirectory() as folder:
+            path, weights = Path(folder) / "case.safetensors", case.weights if profile == "max" else None
+            save_adapter(path, case.masks, case.base, profile=profile, weights=weights)
+            coded, library = [*payloads(read_adapter(path), case)], native.library
+            native.library = lambda: None  # type: ignore[assignment]
+            spent = seconds(lambda coded=coded: [used.decode(data, side) for used, data, side in coded])  # type: ignore[misc]
+            native.library = library
+            found[profile] = round(case.masks.total / spent / 1e6, 1)
+    return found
 
 
 def reference(case: Case) -> Row:
@@ -127,8 +145,8 @@ def reference(case: Case) -> Row:
     }
 
 
-def measure(case: Case, sizes: Sizes) -> Row:
-    """Measure everything about one case."""
+def measure(case: Case, sizes: Sizes, each_codec: bool = True) -> Row:
+    """Measure everything about one case, and every codec alone if `each_codec`."""
     general = strong_sizes(case.packed, sizes)
     best, how = min(((name, how) for name in general for how in ("stream", "each")), key=lambda o: general[o[0]][o[1]])
     found: Row = {
@@ -146,7 +164,7 @@ def measure(case: Case, sizes: Sizes) -> Row:
         "refused": {},
     }
     ways: list[tuple[str, Profile, str | None]] = [(profile, profile, None) for profile in PROFILES]
-    ways += [(cls.id, "max", cls.id) for cls in CODECS.all()]
+    ways += [(cls.id, "max", cls.id) for cls in CODECS.all() if each_codec]
     with tempfile.TemporaryDirectory() as folder:
         for name, profile, codec in ways:
             try:
@@ -193,9 +211,6 @@ def summarized(measured: Mapping[str, Row]) -> dict[str, Any]:
                     "of_limit": size / (share * row["entropy_bytes"] + extra),
                 }
     return found
-
-
-EACH_CODEC = ("sketch-1", "banking77-1", "drawn-DTD", "vit-b16-made")  # one mask set of each kind
 
 
 def markdown(measured: Mapping[str, Row], found: Mapping[str, Any]) -> str:
@@ -319,15 +334,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/codecs.json"))
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
+    parser.add_argument("--numpy", action="store_true", help="only decode, without the compiled loops")
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
         parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
     torch.set_num_threads(1)
+    if arguments.numpy:
+        for name, make in cases(arguments.adapters):
+            if any(fnmatch(name, pattern) for pattern in arguments.only):
+                print(name, numpy_rates(make()), flush=True)
+        return
     sizes = Sizes(arguments.output.with_name("general-sizes.json"))
     measured: dict[str, Row] = {}
     for name, make in cases(arguments.adapters):
         if any(fnmatch(name, pattern) for pattern in arguments.only):
-            measured[name] = measure(make(), sizes)
+            measured[name] = measure(make(), sizes, name in EACH_CODEC)
             print(name, flush=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     summary = summarized(measured)

@@ -187,7 +187,7 @@ def _made(name: str, kind: Literal["drawn", "made"], masks: dict[str, Bools], fl
         key: PackedMask.from_bytes(np.packbits(bits, bitorder="little"), bits.shape) for key, bits in masks.items()
     }
     digests = {dtype: blake3(dtype.encode()).hexdigest() for dtype in ("float32", "bfloat16", "float16")}
-    tensors = {key: blake3(key.encode()).digest()[:18] for key in masks}
+    tensors = {key: blake3(key.encode()).digest()[:6] for key in masks}
     # no network has these digests, and nothing is loaded onto one: an adapter cannot be written without
     return Case(
         name, kind, MaskSet(packed), Fingerprint(f"made/{name}", None, "float32", (), digests, tensors), None, floor

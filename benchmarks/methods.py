@@ -27,7 +27,11 @@ from .tasks import IMAGES, TEXTS, data_of, minilm, resnet
 MARK = "python -m benchmarks.methods --write docs/results.md"
 NAME = "methods"
 Curves = dict[str, list[tuple[float, float, float | None]]]
-TITLES = {"sketch": "ResNet-20 on sketch", "minilm": "MiniLM on Banking77"}
+TITLES = {
+    "sketch": "ResNet-20 on sketch",
+    "minilm": "MiniLM on Banking77",
+    "random": "ResNet-20 with random weights on MNIST",
+}
 ADAM = replace(IMAGES, optimizer="adam", head_lr=0.01)
 UNSCALED = replace(IMAGES, scale=False)
 MIXED = replace(TEXTS, precision="bf16")  # a third of the time, where processors have it
@@ -40,7 +44,7 @@ class Line:
 
     Attributes:
         config, settings: how. rates: to choose from. baseline: of `maskpack compare`. words: its label.
-        like: the line whose rate is taken.
+        like: the line whose rate is taken. random: factory of a network of random weights, in place of the pretrained.
     """
 
     config: TrainConfig
@@ -49,6 +53,7 @@ class Line:
     words: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     like: str = ""
+    random: str = ""
 
     @property
     def whole(self) -> TrainConfig:
@@ -64,6 +69,7 @@ def method(config: TrainConfig, name: str, rates: tuple[float, ...], words: str 
 SKETCH = {
     "threshold-sgd": method(IMAGES, "threshold", (10.0, 25.0, 60.0), "threshold, SGD"),
     "threshold-adam": method(ADAM, "threshold", (0.01, 0.03, 0.1), "threshold, Adam"),
+    "masked-head": method(IMAGES, "threshold", (10.0, 25.0, 60.0), "threshold, SGD, masked head", head_kind="masked"),
     "topk": method(IMAGES, "topk", (0.1, 1.0, 10.0), "topk, share 0.8", options={"share": 0.8, "init": "magnitude"}),
     "topk-half": method(IMAGES, "topk", (0.1, 1.0, 10.0), "topk, share 0.5", options={"init": "magnitude"}),
     "nm": method(ADAM, "nm", (0.001, 0.003, 0.01), "nm, 2:4", scale=False, **GROUPS),
@@ -98,6 +104,19 @@ MINILM = {
     "edit": method(MIXED, "edit", (0.0003, 0.001), "edit, share 0.05", options={"share": 0.05}),
     "naive": method(MIXED, "naive", (1.0,)),
 }
+# a subnetwork of a random network with twice the channels and a quarter of its weights, beside the narrow one trained
+FROM_RANDOM = replace(IMAGES, epochs=20, steps=None)
+WIDE = {"init": "kaiming", "share": 0.25}
+RANDOM = {
+    "dense": Line(FROM_RANDOM, (0.03, 0.1, 0.3), "full", "trained whole", random="resnet20"),
+    "narrow": replace(
+        method(FROM_RANDOM, "topk", (1.0, 10.0, 30.0), "topk, share 0.5", options={"share": 0.5}), random="resnet20"
+    ),
+    "wide": replace(
+        method(FROM_RANDOM, "topk", (1.0, 10.0, 30.0), "twice the width, topk, share 0.25", options=WIDE),
+        random="resnet20_wide",
+    ),
+}
 LONG = replace(MIXED, steps=624)  # four epochs: masks need them to pass the probe
 BUDGETS = (160_000, 80_000, 40_000, 20_000)
 BYTES = {"mask": Line(LONG, (0.01, 0.02, 0.04), words="no budget")}
@@ -109,7 +128,13 @@ BYTES |= {
 }
 BYTES |= {"lora-4": Line(LONG, (1e-3, 3e-3, 1e-2), "lora:4", "rank 4")}
 BYTES |= {f"lora-{rank}": Line(LONG, (), f"lora:{rank}", f"rank {rank}", like="lora-4") for rank in (8, 2, 1)}
-LINES: dict[str, dict[str, Line]] = {"sketch": SKETCH, "selective": SELECTIVE, "bytes": BYTES, "minilm": MINILM}
+LINES: dict[str, dict[str, Line]] = {
+    "sketch": SKETCH,
+    "selective": SELECTIVE,
+    "bytes": BYTES,
+    "minilm": MINILM,
+    "random": RANDOM,
+}
 TEXT_GROUPS = ("bytes", "minilm")
 
 
@@ -123,6 +148,9 @@ def run(group: str, only: str = "") -> None:
     texts = group in TEXT_GROUPS
     backbone, data = (minilm(), data_of("banking77")) if texts else (resnet(20), data_of("sketch"))
     for name, line in LINES[group].items():
+        if line.random:
+            reference = f"{Path(__file__).with_name('backbones.py')}:{line.random}"
+            backbone, data = {"reference": reference, "random_weights": "signed-constant:0"}, data_of("mnist")
         if only in ("", name):
             like = row_of(group, line.like) if line.like else None
             rates = {line.baseline: (like["rate"],) if like else line.rates}

@@ -190,11 +190,12 @@ def dense(path, base=None):
             steps = np.split(integers(found.pop(f"{name}/norms"), ends[-1]), ends[:-1])
             shifts = dict(zip(shifted, steps[len(sizes) :], strict=True))
             for k, layer in enumerate(layers):
-                factor = np.ldexp(np.exp2(steps[k] % 24 / 24).astype("f4").astype(float), steps[k] // 24)
+                i, sign = steps[k] >> 1, 1 - 2 * (steps[k] & 1)
+                factor = sign * np.ldexp(np.exp2(i % 32 / 32).astype("f4").astype(float), i // 32)
                 w, place = old[f"{layer}.weight"], f"{name}/parameters/{layer}"
                 found[f"{place}.weight"] = (w * factor).astype("f4")
                 if k in shifts:
-                    shift = shifts[k] * float(np.float32(np.log(2) / 24)) * np.abs(w)
+                    shift = shifts[k] * float(np.float32(np.log(2) / 32)) * np.abs(w)
                     found[f"{place}.bias"] = (old[f"{layer}.bias"] * factor + shift).astype("f4")
     return found
 

@@ -60,7 +60,7 @@ def test_methods(tmp_path: Path) -> None:
     marks = [f"{methods.MARK}: {name}" for name in ("methods", "selective", "bytes")]
     written = page(tmp_path, *marks)
     methods.write_pages(written)
-    assert written.read_text().count("othing is finished yet") == 4
+    assert written.read_text().count("othing is finished yet") == 5
     record("methods", "sketch-naive", "mask", 0.4, 900, rate=None)
     for name, accuracy, masks in (
         ("minilm-nm", 0.8, 700),

@@ -92,7 +92,8 @@ def test_a_network_learns_what_its_teacher_says(path: Path, data: Data) -> None:
     wanted, away = outputs(path, inputs).log_softmax(1), []
     for strength in (0.0, 1.0):
         result = train_mask(backbone, data, with_teacher(path, strength=strength))
-        assert sorted(result.parts.parameters)[0] == "bn1.bias", "its defaults are those for labels"
+        assert result.about.training is not None
+        assert result.about.training["settings"]["train"] == ["norms"], "its defaults are those for labels"
         with masked(backbone.model, result.parts), torch.no_grad():
             found = backbone.model(inputs).log_softmax(1)
         away.append(float(nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)))

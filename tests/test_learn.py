@@ -23,7 +23,7 @@ from maskpack.training.config import TrainConfig, learning_rate
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
 from maskpack.training.features import embed, fit_probe
-from maskpack.training.learn import learn_scores, learning_names, learning_weights, model_stages, settled
+from maskpack.training.learn import learn_scores, learning_names, learning_weights, model_stages, resolved
 from maskpack.training.trainer import plan_training, train_mask
 from maskpack.training.worth import worth_warnings
 
@@ -283,24 +283,24 @@ def test_a_run_with_scores_of_some_weights_goes_on(tiny: nn.Module, digits: Data
 
 
 def test_defaults_that_follow_from_the_backbone() -> None:
-    def settled(weights: int, convolutional: int, **given: Any) -> tuple[Any, ...]:
-        found = TrainConfig(**given).settled(weights, convolutional)
+    def resolved(weights: int, convolutional: int, **given: Any) -> tuple[Any, ...]:
+        found = TrainConfig(**given).resolved(weights, convolutional)
         return found.top, found.bn
 
     small, large = (1.0, "adapt"), (0.1, "freeze")
-    assert settled(1_000_000, 0) == settled(1_000_000, 1_000_000) == small
-    assert settled(1_000_001, 0) == settled(1_000_001, 500_000) == settled(1_000_001, 0, method="flip") == large
-    assert settled(1_000_001, 500_001) == (1.0, "freeze")
+    assert resolved(1_000_000, 0) == resolved(1_000_000, 1_000_000) == small
+    assert resolved(1_000_001, 0) == resolved(1_000_001, 500_000) == resolved(1_000_001, 0, method="flip") == large
+    assert resolved(1_000_001, 500_001) == (1.0, "freeze")
     for given in ({"scale": True}, {"method": "topk"}, {"selective": "first:1"}):
-        assert settled(2_000_000, 0, **given) == (1.0, "freeze")
-    assert settled(2_000_000, 0, objective="self-supervised") == (1.0, "adapt")
-    assert settled(7, 7, top=0.5, bn="freeze") == (0.5, "freeze")
+        assert resolved(2_000_000, 0, **given) == (1.0, "freeze")
+    assert resolved(2_000_000, 0, objective="self-supervised") == (1.0, "adapt")
+    assert resolved(7, 7, top=0.5, bn="freeze") == (0.5, "freeze")
 
 
 def test_weights_of_convolutions_are_counted() -> None:
     linear, convolution = nn.Linear(1000, 1100), nn.Conv2d(1000, 10, 11)
     for layers, top in (([linear], 0.1), ([convolution], 1.0), ([convolution, nn.Linear(1000, 1300)], 0.1)):
-        assert settled(TrainConfig(), backbone_of(nn.Sequential(*layers))).top == top
+        assert resolved(TrainConfig(), backbone_of(nn.Sequential(*layers))).top == top
 
 
 def test_top_is_for_one_score_a_weight(tiny: nn.Module) -> None:

@@ -265,6 +265,19 @@ def test_views_of_images_of_any_size_and_mode(mode: str, size: tuple[int, int]) 
     assert torch.equal(stacked[0][2], one[0][1])  # the second view of the first image follows the first view of all
 
 
+def test_blur_is_in_proportion_to_the_image() -> None:
+    """At 224 pixels noise is smoothed away; at 32, where two pixels would be as much of the image as 14, it is not."""
+    least = {}
+    for size in (32, 224):
+        views = multi_crop(ImagePreprocess(size=size, resize=size), [Crops(16, size, (1.0, 1.0))])
+        torch.manual_seed(0)
+        noise = Image.fromarray(torch.randint(256, (size, size, 3), dtype=torch.uint8).numpy())
+        grey = views(noise)[0].mean(1)
+        steps = (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean((1, 2)) / grey.std((1, 2))
+        least[size] = float(steps.min())
+    assert least[224] < 0.5 < 0.7 < least[32]
+
+
 def test_options_are_checked(tiny_backbone: Backbone, unlabelled: Data) -> None:
     def run(**options: Any) -> None:
         ObjectiveRun(tiny_backbone, unlabelled, TrainConfig(**{**QUICK, "objective_options": options}))

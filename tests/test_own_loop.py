@@ -275,6 +275,23 @@ def test_a_copy_of_a_model_with_scores_is_its_own(folder: Path, tmp_path: Path) 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_module_under_two_names_has_one_set_of_scores(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = nn.ModuleDict({"left": encoder, "right": encoder})
+    scores = attach_scores(model)
+    assert list(scores) == ["left.0.weight", "left.2.weight"]
+    with torch.no_grad():
+        for one in scores.values():
+            one.copy_(torch.randn(one.shape))
+    x = noise(3, 4)
+    expected = model["right"](x)
+    save_adapter(tmp_path / "a", model)
+    extract_parts(model)
+    load_mask(model, tmp_path / "a")
+    assert torch.equal(model["right"](x), expected)
+
+
 def test_errors_of_own_loops(tiny: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(StateError, match="this model has no scores; call attach_scores"):
         save_adapter(tmp_path / "a", tiny)

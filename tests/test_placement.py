@@ -137,10 +137,16 @@ def test_sharded_models_are_refused(folder: Path, mesh: Any) -> None:
     model = loaded(folder / "llama")
     fully_shard(model, mesh=mesh)
     refused(model, "DTensor", folder / "llama-mask")
+    output(model)  # which leaves plain copies of the weights
+    with pytest.raises(StateError, match="this model is sharded by fully_shard; load the mask before"):
+        load_mask(model, folder / "llama-mask")
     model = load_mask(loaded(folder / "llama"), folder / "llama-mask")
+    expected = output(model)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(StateError, match="quantised, sharded or offloaded since the mask was loaded"):
-        unload_mask(model)
+    for _ in range(2):
+        with pytest.raises(StateError, match="quantised, sharded or offloaded since the mask was loaded"):
+            unload_mask(model)
+        assert torch.equal(output(model), expected)
 
 
 def test_quantised_models_are_refused(folder: Path) -> None:

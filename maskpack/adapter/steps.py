@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Integers = NDArray[np.int32]
 
-OCTAVE = 24  # steps of a scale that double it
+OCTAVE = 32  # steps of a scale that double it
 FACTORS = np.exp2(np.arange(OCTAVE) / OCTAVE).astype(np.float32).astype(np.float64)
 SHIFT = float(np.float32(math.log(2) / OCTAVE))  # a step of a shift, in absolute values of the base's scale
 MOST_SCALE, MOST_SHIFT = 1 << 12, 1 << 22  # steps
@@ -60,8 +60,8 @@ class Norm:
     """The scale and the shift of a normalisation layer, channel by channel, as steps from those of the base.
 
     Attributes:
-        scale: (C,), steps of which 24 double the weight.
-        shift: (C,), steps of 0.029 times the base's absolute weight, from its bias times the factor of the scale; None
+        scale: (C,), twice the steps of which 32 double the weight, plus 1 where it changes its sign.
+        shift: (C,), steps of 0.022 times the base's absolute weight, from its bias times the factor of the scale; None
             for a layer without bias.
     """
 
@@ -72,7 +72,7 @@ class Norm:
         """Return weight and bias, float32 on the CPU, from those of the base."""
         import torch
 
-        old, factor = _double(weight), np.ldexp(FACTORS[self.scale % OCTAVE], self.scale // OCTAVE)
+        old, factor = _double(weight), self._factors()
         with np.errstate(over="ignore", invalid="ignore"):  # in another base than that of the adapter
             new = (old * factor).astype(np.float32)
             if self.shift is None or bias is None:
@@ -84,21 +84,26 @@ class Norm:
     def nearest(cls, weight: Tensor, bias: Tensor | None, new: Tensor, shifted: Tensor | None) -> Norm | None:
         """Return the steps from weight and bias of the base to the nearest of others; None where there are none.
 
-        That is where a weight changes its sign, is or becomes 0, or is not finite, or the way is too far.
+        That is where a weight is or becomes 0, or is not finite, or the way is too far.
         """
         old, target = _double(weight), _double(new)
-        if not (np.isfinite(target).all() and (old * target > 0).all()):
+        if not (np.isfinite(old).all() and np.isfinite(target).all() and old.all() and target.all()):
             return None
-        scale = np.rint(OCTAVE * np.log2(target / old))
-        if np.abs(scale).max(initial=0) >= MOST_SCALE:
+        steps = np.rint(OCTAVE * np.log2(np.abs(target / old)))
+        if np.abs(steps).max(initial=0) >= MOST_SCALE // 2 - 1:
             return None
-        whole = scale.astype(np.int32)
+        found = cls(2 * steps.astype(np.int32) + (old * target < 0))
         if bias is None or shifted is None:
-            return cls(whole)
-        factor = np.ldexp(FACTORS[whole % OCTAVE], whole // OCTAVE)
+            return found
+        factor = found._factors()
         shift = np.rint((_double(shifted) - _double(bias) * factor) / (SHIFT * np.abs(old)))
         fits = np.isfinite(shift).all() and np.abs(shift).max(initial=0) < MOST_SHIFT
-        return cls(whole, shift.astype(np.int32)) if fits else None
+        return cls(found.scale, shift.astype(np.int32)) if fits else None
+
+    def _factors(self) -> NDArray[np.float64]:
+        steps, sign = self.scale >> 1, 1 - 2 * (self.scale & 1)
+        found: NDArray[np.float64] = sign * np.ldexp(FACTORS[steps % OCTAVE], steps // OCTAVE)
+        return found
 
 
 def _double(tensor: Tensor) -> NDArray[np.float64]:

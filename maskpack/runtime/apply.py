@@ -335,6 +335,12 @@ def check_compiled() -> None:
         )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if `fully_shard` was called for a model, which after a forward pass has plain copies of weights."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(one, fsdp.FSDPModule) for one in model.modules())
+
+
 def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
     """Return the parameters that masks of these shapes are for, by name; BackboneMismatchError if they do not fit."""
     parameters = named_parameters(model)
@@ -352,6 +358,8 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
             raise BackboneMismatchError(
                 f"the mask of {name!r} has shape {shape}, the model's parameter {tuple(parameter.shape)}; {OTHER_BASE}"
             )
+    if is_sharded(model):
+        raise StateError("this model is sharded by fully_shard; load the mask before it is called")
     return {name: parameters[name] for name in shapes}
 
 
@@ -450,7 +458,7 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     tensors = tensors_of(view(model, record.place))
     for name, _ in record.changed:
-        if name in tensors and unusable(tensors[name]):
+        if name in tensors and (unusable(tensors[name]) or is_sharded(model)):
             raise StateError(
                 f"{name!r} was quantised, sharded or offloaded since the mask was loaded, so that it cannot be undone; "
                 f"undo that first (accelerate.hooks.remove_hook_from_submodules(model)), or load the base again"

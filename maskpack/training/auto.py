@@ -17,7 +17,7 @@ from .checkpoint import FILE
 from .config import ALL, TOP, TrainConfig, config_from
 from .data.base import Data
 from .data.load import hold_out
-from .learn import base_of, borrowed, settled
+from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
 from .run_folder import (
     Report,
@@ -258,7 +258,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
     """
     method = METHODS[config.method]
     some = method.partial and not config.scale and config.selective == ALL
-    usual, found, lr = settled(config, backbone), [DEFAULT], config.score_lr(steps, weights)
+    usual, found, lr = resolved(config, backbone), [DEFAULT], config.score_lr(steps, weights)
     open_top = config.top is None and some
     if open_top and config.beside:
         found.append(NORMS)

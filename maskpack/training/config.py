@@ -92,7 +92,7 @@ class TrainConfig:
         augment: changes of training images.
         workers: processes that read the data; 0 reads in the training process.
         store: how norms, statistics and head are stored; accuracies are those of what is stored. coded: norms as steps
-            of 3 % from the base's, the head in 129 values a row. float16, float32: as numbers of that kind.
+            of 2 % from the base's, the head in 129 values a row. float16, float32: as numbers of that kind.
         seed: seed of everything random.
     """
 
@@ -174,7 +174,7 @@ class TrainConfig:
 
         return self.objective in OBJECTIVES and OBJECTIVES[self.objective].needs_labels
 
-    def settled(self, weights: int, convolutional: int) -> "TrainConfig":
+    def resolved(self, weights: int, convolutional: int) -> "TrainConfig":
         """Return the settings with the defaults that follow from a backbone.
 
         Args:
@@ -182,11 +182,13 @@ class TrainConfig:
         """
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
-        small, method = weights <= SMALL, METHODS[self.method]
+        small = weights <= SMALL
         some = self.labels and not small and 2 * convolutional < weights and self.selective == ALL and not self.scale
-        top = TOP if some and method.rising and method.partial else 1.0
+        top = self.top
+        if top is None:
+            top = TOP if some and METHODS[self.method].rising and METHODS[self.method].partial else 1.0
         bn: Statistics = "adapt" if small or not self.labels else "freeze"
-        return replace(self, top=top if self.top is None else self.top, bn=bn if self.bn is None else self.bn)
+        return replace(self, top=top, bn=bn if self.bn is None else self.bn)
 
     @property
     def beside(self) -> tuple[str, ...]:

@@ -123,13 +123,13 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
         weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
-def settled(config: TrainConfig, backbone: Backbone) -> TrainConfig:
+def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
     """Return settings with the defaults that follow from a backbone."""
     sizes = masked_sizes(config, backbone)
     convolutional = sum(
         size for name, size in sizes.items() if isinstance(owner(backbone.model, name)[0], CONVOLUTIONS)
     )
-    return config.settled(sum(sizes.values()), convolutional)
+    return config.resolved(sum(sizes.values()), convolutional)
 
 
 def masked_sizes(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
@@ -141,7 +141,7 @@ def masked_sizes(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
 
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
     """Attach scores to the weights that the settings select, beside `config.beside`; return the scores by name."""
-    config, model = settled(config, backbone), backbone.model
+    config, model = resolved(config, backbone), backbone.model
     names = select_parameters(model, config.include, config.exclude, backbone.outside)
     weights = {name: weight for name, weight in model.named_parameters() if name in names}
     learning = {} if config.selective == ALL else learning_weights(config.selective, weights, config.seed)

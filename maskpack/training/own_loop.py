@@ -120,7 +120,8 @@ def new_modules(model: nn.Module) -> list[str]:
     It marks every parameter that was read. Embeddings and parameters without data lose the mark where they are made
     larger or put elsewhere, so they count as read.
     """
-    parameters, modules = named_parameters(model), {canonical(name): one for name, one in model.named_modules()}
+    parameters = named_parameters(model)
+    modules = {canonical(name): one for name, one in model.named_modules(remove_duplicate=False)}
     old = {
         name
         for name, one in parameters.items()

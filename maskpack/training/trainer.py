@@ -22,7 +22,7 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, settled
+from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, resolved
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import learned_parts
@@ -50,7 +50,7 @@ class ObjectiveRun(Run):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
-        config = settled(config, backbone)
+        config = resolved(config, backbone)
         super().__init__(backbone, {"data": data}, config)
         objective = find_objective(config.objective, backbone.task)
         self.train_split: Examples = check_data(data, backbone, objective)

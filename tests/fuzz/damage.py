@@ -7,13 +7,12 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import zstandard
 from blake3 import blake3
 
 from maskpack.adapter.header import DICTIONARY
 from maskpack.adapter.read import DIGEST_BYTES, opening
-from maskpack.codecs.base import to_frame
-from maskpack.safetensors_io import DTYPES
+from maskpack.codecs.base import from_frame, to_frame
+from maskpack.safetensors_io import DTYPES, MAX_HEADER
 
 
 def taken(raw: bytes) -> tuple[bytes, bytes]:
@@ -21,8 +20,7 @@ def taken(raw: bytes) -> tuple[bytes, bytes]:
     start = 8 + struct.unpack("<Q", raw[:8])[0] + DIGEST_BYTES
     size = struct.unpack("<I", raw[start : start + 4])[0]
     frame = raw[start + 4 : start + 4 + size]
-    words = zstandard.ZstdCompressionDict(DICTIONARY, zstandard.DICT_TYPE_RAWCONTENT)
-    return zstandard.ZstdDecompressor(words).decompress(frame), raw[start + 4 + size :]
+    return from_frame(frame, 0, MAX_HEADER, DICTIONARY), raw[start + 4 + size :]
 
 
 def sealed(text: bytes, section: bytes, frame: bytes | None = None) -> bytes:

@@ -157,9 +157,11 @@ def _write(
 
 def _learned(result: TrainResult) -> int:
     """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
-    scores = int((result.about.training or {})["scores"])
-    norms = sum(one.scale.size + (0 if one.shift is None else one.shift.size) for one in result.parts.norms.values())
-    return scores + norms + parameters(*result.parts.parameters.values())
+    record = result.about.training or {}
+    found: int = record["scores"] + parameters(*result.parts.parameters.values())
+    for one in result.parts.norms.values() if record["rates"].get("train") else ():  # else of statistics that adapted
+        found += one.scale.size + (0 if one.shift is None else one.shift.size)
+    return found
 
 
 def stored(adapter: Adapter) -> dict[str, int]:

@@ -18,7 +18,7 @@ from ..data.base import Data, EpochSampler, Examples
 from .base import OBJECTIVES, CollapseWatch, Objective
 
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
-BLUR = (0.1, 2.0)  # standard deviation in pixels
+BLUR = tuple(pixels / 224 for pixels in (0.1, 2.0))  # standard deviation, as a share of the side of a large view
 LARGE = 2  # large views of each image, from which targets are computed
 
 Count = Annotated[int, Range(least=0)]
@@ -57,14 +57,14 @@ def multi_crop(preprocess: ImagePreprocess, kinds: Sequence[Crops]) -> Callable[
     """Return a function from a PIL image to its views, one tensor (count, 3, size, size) per kind.
 
     Each view: a crop of random place, size and aspect, randomly mirrored, with jittered colours (8 of 10), in grey
-    (2 of 10), blurred (5 of 10), normalised as the backbone expects.
+    (2 of 10), blurred (5 of 10, by up to 2 pixels where large views have 224), normalised as the backbone expects.
     """
     pillow = require("PIL.ImageFilter", "train", "reading images")  # first: torchvision needs it as well
     v2 = require("torchvision.transforms.v2", "train", "reading images")
 
     def blur(image: Any) -> Any:
         # Pillow's, as in the reference: torchvision's takes thirty times as long
-        return image.filter(pillow.GaussianBlur(float(torch.empty(()).uniform_(*BLUR))))
+        return image.filter(pillow.GaussianBlur(preprocess.size * float(torch.empty(()).uniform_(*BLUR))))
 
     changes = [
         v2.RandomHorizontalFlip(),
