@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from bitarray import bitarray
 from blake3 import blake3
 from numpy.typing import NDArray
 
 from ..codecs import ulps
+from ..codecs.base import flipped, where_ones
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError
+from ..mask import packed_bits
 from ..safetensors_io import NAMES, tensor_of, torch_dtype
 
 if TYPE_CHECKING:
@@ -75,6 +78,14 @@ class Steps:
         if _check(words) != bytes(self.data[:CHECK_BYTES]):
             raise _others("they become other values than those that were stored")
         return tensor_of(memoryview(words.tobytes()), self.name, tuple(words.shape))
+
+
+def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
+    """Return the weights, flat on the CPU, at the zeros of a mask."""
+    import torch
+
+    at = where_ones(flipped(packed_bits(bits), len(bits)))
+    return weight.detach().cpu().reshape(-1)[torch.from_numpy(at)]
 
 
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:

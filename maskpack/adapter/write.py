@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import torch
 from bitarray import bitarray
 from bitarray.util import count_xor
 from blake3 import blake3
 from torch import Tensor, nn
 
 from ..backbone.model import Fingerprint, unwrap
-from ..codecs.base import Codec, Profile, Side, flipped, to_frame, where_ones
+from ..codecs.base import Codec, Profile, Side, to_frame
 from ..codecs.choose import rivals, smallest
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
@@ -36,7 +35,7 @@ from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_j
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
 from .signature import remove_signature
 from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json, values_blob
-from .values import Steps
+from .values import Steps, at_zeros
 
 WORTH = 1 << 14  # weights; coding is slow
 WORTH_STEPS = 0.5  # of the bytes of stored values
@@ -153,8 +152,7 @@ def _code(
 def _values_blob(job: _Job, values: Tensor | Steps, weight: Tensor | None, least: float) -> Blob:
     base = None
     if weight is not None and not isinstance(values, Steps) and tuple(weight.shape) == job.mask.shape:
-        at = where_ones(flipped(packed_bits(job.bits), len(job.bits)))
-        base = weight.detach().cpu().reshape(-1)[torch.from_numpy(at)]
+        base = at_zeros(weight, job.bits)
     return values_blob(f"{job.set}/values/{job.name}", values, base, least)
 
 

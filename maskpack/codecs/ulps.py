@@ -131,23 +131,19 @@ def encode(name: str, base: Words, values: Words) -> bytes:
         return bytes([number])
     counts = np.zeros((EXPONENTS, BUCKETS), np.int64)
     if library is not None:
+        kinds, room = np.empty(base.size, np.uint16), np.empty(base.nbytes + base.size // 8 + 16, np.uint8)
         none = _given(kind, base, (), 0, np.zeros(0, np.uint32))
-        library.maskpack_steps_count(byref(none), native.pointer(values), native.pointer(counts))
+        pointers = (native.pointer(one) for one in (values, counts, kinds, room))
+        bits = room[: library.maskpack_steps_count(byref(none), *pointers)]
+        top, tables = _chosen(counts)
+        entries, words = _entries(tables), np.empty(2 * _lanes(base.size) + base.size, np.uint16)
+        given = _given(kind, base, tables, top, entries)
+        made = library.maskpack_steps_encode(byref(given), native.pointer(kinds), native.pointer(words))
+        words = words[words.size - made :]
     else:
         np.add.at(counts, (_exponents(kind, base), _buckets(_steps(kind, base, values))), 1)
-    top, tables = _chosen(counts)
-    entries = _entries(tables)
-    if library is not None:
-        lanes = _lanes(base.size)
-        words = np.empty(2 * lanes + base.size, np.uint16)
-        needed = int((counts.sum(0) * np.arange(BUCKETS)).sum())
-        bits, made = np.empty(needed // 8 + 16, np.uint8), np.zeros(2, np.int64)
-        given = _given(kind, base, tables, top, entries)
-        pointers = native.pointer(values), native.pointer(words), native.pointer(bits), native.pointer(made)
-        library.maskpack_steps_encode(byref(given), *pointers)
-        words, bits = words[words.size - int(made[0]) :], bits[: int(made[1])]
-    else:
-        words, bits = _encoded(kind, base, values, top, entries)
+        top, tables = _chosen(counts)
+        words, bits = _encoded(kind, base, values, top, _entries(tables))
     head = bytearray([number, top, len(tables)])
     for table in tables:
         nibbles = np.array([len(table) >> 4, len(table) & 15, *table], np.uint8)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 4  # of the loops
+VERSION = 5  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -70,7 +70,8 @@ def opened(path: Path) -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(path))
         found.maskpack_loops.restype, found.maskpack_encode.restype = c_int64, c_void_p
         found.maskpack_decode.restype = found.maskpack_classes.restype = c_int32
-        found.maskpack_steps_encode.restype, found.maskpack_steps_decode.restype = None, c_int32
+        found.maskpack_steps_count.restype = found.maskpack_steps_encode.restype = c_int64
+        found.maskpack_steps_decode.restype = c_int32
         return found if found.maskpack_loops() == VERSION else None
     except (OSError, AttributeError):
         return None

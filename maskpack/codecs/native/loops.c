@@ -33,7 +33,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2 }; /* in bfloat16; all NaN a
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 4; }
+API int64_t maskpack_loops(void) { return 5; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -631,59 +631,66 @@ static inline int64_t context_of(const Steps *steps, int64_t width, uint32_t wor
     return below < 0 ? 0 : below < steps->contexts ? below : steps->contexts - 1;
 }
 
-/* How often each bucket comes with each exponent of the base: (EXPONENTS, BUCKETS). */
-ALWAYS void count_of(const Steps given, const int64_t width, const void *values, int64_t *counts) {
+/* How often each bucket comes with each exponent of the base, (EXPONENTS, BUCKETS); for each value 64 exponent + bucket; and
+   the bits, for which there is room for eight bytes more than needed. Returns how many bytes these are. */
+ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *values, int64_t *counts, uint16_t *kinds,
+                        uint8_t *bits) {
     const Steps *const steps = &given;
     const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
-    for (int64_t i = 0; i < steps->count; i++) {
-        uint32_t word = stored(steps->base, width, i);
-        counts[exponent_of(steps, width, word) * BUCKETS + bucket_of(step_of(word, stored(values, width, i), sign))]++;
-    }
-}
-
-/* Writes words from the end of `words` (2 lanes + count) backwards, and bits from the start of `bits`, where there is room for
-   eight bytes more; how many words, and bytes, into `made`. */
-ALWAYS void encode_of(const Steps given, const int64_t width, const void *values, uint16_t *words, uint8_t *bits, int64_t *made) {
-    const Steps *const steps = &given;
-    const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
-    uint32_t state[MOST_LANES];
-    int64_t room = 2 * steps->lanes + steps->count, at = room, byte_at = 0;
+    int64_t at = 0;
     uint64_t held = 0;
     int have = 0;
-    double parts[MOST_CONTEXTS * BUCKETS];
-    for (int64_t n = 0; n < steps->contexts * BUCKETS; n++) parts[n] = 1.0 / (double)(steps->table[n] >> 18 | !(steps->table[n] >> 18));
-    for (int64_t l = 0; l < steps->lanes; l++) state[l] = LOW;
     for (int64_t i = 0; i < steps->count; i++) {
-        uint64_t step = step_of(stored(steps->base, width, i), stored(values, width, i), sign);
+        uint32_t word = stored(steps->base, width, i), exponent = exponent_of(steps, width, word);
+        uint64_t step = step_of(word, stored(values, width, i), sign);
         int bucket = bucket_of(step);
+        counts[exponent * BUCKETS + bucket]++;
+        kinds[i] = (uint16_t)(64 * exponent + bucket);
         held |= (step & (((uint64_t)1 << bucket) - 1)) << have;
-        memcpy(bits + byte_at, &held, sizeof held); /* what is not whole yet is written again */
+        memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
         have += bucket;
-        byte_at += have >> 3;
+        at += have >> 3;
         held >>= have & ~7;
         have &= 7;
     }
-    byte_at += have > 0;
-    int64_t lane = (steps->count - 1) % steps->lanes;
+    return at + (have > 0);
+}
+
+API int64_t maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts, uint16_t *kinds, uint8_t *bits) {
+    return steps->width == 4 ? count_of(*steps, 4, values, counts, kinds, bits) : count_of(*steps, 2, values, counts, kinds, bits);
+}
+
+/* Writes words from the end of `words` (2 lanes + count) backwards, and returns how many. */
+API int64_t maskpack_steps_encode(const Steps *steps, const uint16_t *kinds, uint16_t *words) {
+    uint32_t state[MOST_LANES], entry[64 * MOST_CONTEXTS];
+    double parts[64 * MOST_CONTEXTS];
+    uint16_t place[EXPONENTS];
+    int64_t room = 2 * steps->lanes + steps->count, at = room, lane = (steps->count - 1) % steps->lanes;
+    for (int64_t e = 0; e < EXPONENTS; e++) {
+        int64_t below = steps->top - e;
+        place[e] = (uint16_t)(64 * (below < 0 ? 0 : below < steps->contexts ? below : steps->contexts - 1));
+    }
+    for (int64_t c = 0; c < steps->contexts; c++)
+        for (int64_t k = 0; k < BUCKETS; k++) {
+            entry[64 * c + k] = steps->table[c * BUCKETS + k];
+            parts[64 * c + k] = 1.0 / (double)(entry[64 * c + k] >> 18 | !(entry[64 * c + k] >> 18));
+        }
+    for (int64_t l = 0; l < steps->lanes; l++) state[l] = LOW;
     for (int64_t i = steps->count - 1; i >= 0; i--) {
-        uint32_t word = stored(steps->base, width, i), *own = state + lane;
-        uint64_t step = step_of(word, stored(values, width, i), sign);
-        int64_t kind = context_of(steps, width, word) * BUCKETS + bucket_of(step);
-        uint32_t entry = steps->table[kind], size = entry >> 18;
-        lane = lane ? lane - 1 : steps->lanes - 1;
-        uint32_t now = *own, full = now >> 20 >= size;
+        int kind = place[kinds[i] >> 6] + (kinds[i] & 63);
+        uint32_t size = entry[kind] >> 18, now = state[lane], full = now >> 20 >= size;
         words[at - 1] = (uint16_t)now; /* of no use where it is not full */
         at -= full;
         now >>= 16 * full;
         uint32_t part = (uint32_t)(((double)now + .5) * parts[kind]); /* now / size: no quotient is that close to the next */
-        *own = (part << SLOT_BITS) + now - part * size + (entry >> 6 & (SLOTS - 1));
+        state[lane] = (part << SLOT_BITS) + now - part * size + (entry[kind] >> 6 & (SLOTS - 1));
+        lane = lane ? lane - 1 : steps->lanes - 1;
     }
     for (int64_t l = steps->lanes - 1; l >= 0; l--) {
         words[--at] = (uint16_t)(state[l] >> 16);
         words[--at] = (uint16_t)state[l];
     }
-    made[0] = room - at;
-    made[1] = byte_at;
+    return room - at;
 }
 
 /* Returns whether words and bits are just those of so many values. */
@@ -729,14 +736,6 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint16_t 
     }
     for (int64_t l = 0; l < steps->lanes; l++) fits &= state[l] == LOW;
     return fits && at == count && (bit + 7) >> 3 == bytes && (!(bit & 7) || !(bits[bytes - 1] >> (bit & 7)));
-}
-
-API void maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts) {
-    steps->width == 4 ? count_of(*steps, 4, values, counts) : count_of(*steps, 2, values, counts);
-}
-
-API void maskpack_steps_encode(const Steps *steps, const void *values, uint16_t *words, uint8_t *bits, int64_t *made) {
-    steps->width == 4 ? encode_of(*steps, 4, values, words, bits, made) : encode_of(*steps, 2, values, words, bits, made);
 }
 
 API int32_t maskpack_steps_decode(const Steps *steps, const uint16_t *words, int64_t count, const uint8_t *bits, int64_t bytes,
