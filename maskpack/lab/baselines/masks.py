@@ -157,9 +157,11 @@ def _write(
 
 def _learned(result: TrainResult) -> int:
     """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
-    scores = int((result.about.training or {})["scores"])
+    record = result.about.training or {}
+    if "train" not in record["rates"]:  # what is beside masks are statistics
+        return int(record["scores"])
     norms = sum(one.scale.size + (0 if one.shift is None else one.shift.size) for one in result.parts.norms.values())
-    return scores + norms + parameters(*result.parts.parameters.values())
+    return int(record["scores"]) + norms + parameters(*result.parts.parameters.values())
 
 
 def stored(adapter: Adapter) -> dict[str, int]:
