@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from maskpack import load_backbone
+from maskpack.adapter.steps import OCTAVE
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError
@@ -142,6 +143,15 @@ def test_what_is_measured_is_what_is_stored(name: str, nets: Path, tmp_path: Pat
     with torch.no_grad():
         before = found.predict(x)
         for control, few in found.controls.items():
+            if control == "in steps":
+                few.predict(x)
+                scales = {key: one for key, one in learned().items() if key.endswith("weight")}
+                assert name in ("norms", "bitfit")
+                assert bool(scales) == (name == "norms")
+                for key, one in scales.items():
+                    steps = OCTAVE * torch.log2(one / starts[key])
+                    assert torch.allclose(steps, steps.round(), atol=1e-3)
+                continue
             width, total = int(control.split()[0]), 0.0
             assert few.sizes == {**found.sizes, "weights": few.sizes["weights"]}
             few.predict(x)

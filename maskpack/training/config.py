@@ -182,11 +182,11 @@ class TrainConfig:
         """
         from .methods.base import METHODS  # imports torch, which the command line's help does without
 
-        small, top = weights <= SMALL, self.top
-        if top is None:  # else the method may be one that only a sequence of runs knows
-            some = self.labels and not small and 2 * convolutional < weights and self.selective == ALL
-            method = METHODS[self.method]
-            top = TOP if some and not self.scale and method.rising and method.partial else 1.0
+        small = weights <= SMALL
+        some = self.labels and not small and 2 * convolutional < weights and self.selective == ALL and not self.scale
+        top = self.top
+        if top is None:
+            top = TOP if some and METHODS[self.method].rising and METHODS[self.method].partial else 1.0
         bn: Statistics = "adapt" if small or not self.labels else "freeze"
         return replace(self, top=top, bn=bn if self.bn is None else self.bn)
 

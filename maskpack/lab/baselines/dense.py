@@ -25,12 +25,14 @@ from ...training.trainer import ObjectiveRun, train_dense
 from ..quantize import quantized
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
 
+IN_STEPS = 0  # stands for norms as adapters have them, among numbers of bits
+
 
 class Dense(Baseline):
     """Trains some numbers and a head, by the loop that masks are trained by.
 
     Attributes:
-        bits: of a number; with each, what was trained is a control.
+        bits: of a number; with each, what was trained is a control, and with norms in steps, where any learned.
         relative: whether the difference from the start is what is rounded to these bits.
     """
 
@@ -77,6 +79,8 @@ class Dense(Baseline):
         weights = {16: 2 * parameters(*numbers.values())}
         for bits in self.bits:
             stored[bits], weights[bits] = self._rounded(numbers, start, bits)
+        if self.bits and (coded := self._in_steps(steps, numbers)) is not None:
+            stored[IN_STEPS], weights[IN_STEPS] = coded
         others = {"statistics": statistics, "head": _head_bytes(steps.objective.head())}
         predict, inside = classified(classifier), [0]  # of how many bits the numbers in the network are
 
@@ -94,8 +98,9 @@ class Dense(Baseline):
             return Fitted(by_the_stored, learned + head, {"weights": weights[bits], **others}, steps.steps, note=note)
 
         put_in(16)
+        words = {1: "1 bit", IN_STEPS: "in steps"}
         return replace(
-            fitted(16), controls={"1 bit" if bits == 1 else f"{bits} bits": fitted(bits) for bits in self.bits}
+            fitted(16), controls={words.get(bits, f"{bits} bits"): fitted(bits) for bits in stored if bits != 16}
         )
 
     def _settled(self, run: ObjectiveRun) -> tuple[set[str], int]:
@@ -114,6 +119,17 @@ class Dense(Baseline):
         whole = {**kept.parameters, **kept.statistics}
         names = {*whole, *(f"{name}.{leaf}" for name in kept.norms for leaf in ("weight", "bias"))}
         return names, len(norms_to_frame(kept.norms)) + sum(one.numel() * one.element_size() for one in whole.values())
+
+    def _in_steps(self, run: ObjectiveRun, numbers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int] | None:
+        """Return numbers with norms stored as beside a mask, and their bytes; None if none is a norm's."""
+        run.settle()
+        norms = shortened(Parts(MaskSet({})), run.backbone.model, run.before).norms
+        others = [one for name, one in numbers.items() if name.rpartition(".")[0] not in norms]
+        if len(others) == len(numbers):
+            return None
+        values = {name: one.detach().clone() for name, one in numbers.items()}
+        values |= {name: one.half() for name, one in values.items() if name.rpartition(".")[0] not in norms}
+        return values, len(norms_to_frame(norms)) + 2 * parameters(*others)
 
     def _rounded(
         self, learned: Mapping[str, Tensor], start: Mapping[str, Tensor], bits: int
