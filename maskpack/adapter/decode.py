@@ -43,14 +43,17 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
+def tells_classes(weight: Tensor) -> bool:
+    """Return True if weights are of a dtype in which they are in the classes of the base's."""
+    return str(weight.dtype) in ("torch.float32", "torch.bfloat16")
+
+
 def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     """Return the weights of one parameter of the base.
 
     A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
     a BackboneMismatchError.
     """
-    import torch
-
     tensor = weights.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         what = "no such parameter" if tensor is None else f"one of shape {tuple(tensor.shape)}"
@@ -58,7 +61,7 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
             f"the mask of {name!r} is coded with the base's weights of shape {shape}, and the base given has {what}; "
             f"give the backbone that the adapter was made for"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
+    if not tells_classes(tensor):
         raise BackboneMismatchError(
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
