@@ -158,17 +158,10 @@ def _write(
 def _learned(result: TrainResult) -> int:
     """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
     record = result.about.training or {}
-<<<<<<< HEAD
-    if "train" not in record["rates"]:  # what is beside masks are statistics
-        return int(record["scores"])
-    norms = sum(one.scale.size + (0 if one.shift is None else one.shift.size) for one in result.parts.norms.values())
-    return int(record["scores"]) + norms + parameters(*result.parts.parameters.values())
-=======
     found: int = record["scores"] + parameters(*result.parts.parameters.values())
     for one in result.parts.norms.values() if record["rates"].get("train") else ():  # else of statistics that adapted
         found += one.scale.size + (0 if one.shift is None else one.shift.size)
     return found
->>>>>>> main
 
 
 def stored(adapter: Adapter) -> dict[str, int]:
