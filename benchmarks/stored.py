@@ -37,7 +37,6 @@ RUNS: dict[str, tuple[Callable[[], Mapping[str, Any]], str, dict[str, Any]]] = {
     "EfficientNet-Lite0, EuroSAT": (partial(lite0, 64), "eurosat", {}),
     "EfficientNet-Lite0, EuroSAT, statistics adapted": (partial(lite0, 64), "eurosat", {"bn": "adapt"}),
     "ResNet-20, sketches": (partial(resnet, 20), "sketch", {}),
-    "ResNet-20, sketches, statistics adapted": (partial(resnet, 20), "sketch", {"bn": "adapt"}),
     "MiniLM, TREC": (minilm, "trec6", {}),
 }
 STEPS = 200

@@ -128,15 +128,57 @@ def integers(frame, count):  # section 4.2
     codes = sum(x.astype(int) << 8 * k for k, x in enumerate(numbers(unframe(frame), "U8").reshape(-1, count)))
     return codes >> 1 ^ -(codes & 1)
 
+WEIGHTS = np.array([0, 1, 2, 3, 5, 9, 16, 28, 49, 85, 149, 261, 457, 800, 1400, 2450])
+
+def stepped(data, base, zeros):  # section 4.3; the words of the values at these places
+    name, mantissa, width = (("F32", 23, 32), ("BF16", 7, 16), ("F16", 10, 16))[data[4]]
+    if base["dtype"] != name:
+        raise ValueError(f"values are steps from a base in {name}, the one given is in {base['dtype']}")
+    old = np.frombuffer(base["data"], f"<u{width // 8}")[zeros].tolist()
+    half, whole, stream, tables, found, bit = 1 << width - 1, 1 << width, iter(data[5:]), [], [], 0
+    if not old:
+        return np.array([], f"<u{width // 8}")
+    top, number = next(stream), lambda word: whole - 1 - word if word >= half else word + half
+    for _ in range(next(stream)):
+        first = next(stream)
+        pairs = [next(stream) for _ in range((first % 16 * 16 + first // 16 + 1) // 2)]
+        weights = WEIGHTS[[x for pair in pairs for x in (pair % 16, pair // 16)]]
+        slots = np.where(weights > 0, np.maximum(1, 4096 * weights // weights.sum()), 0)
+        slots[weights.argmax()] += 4096 - slots.sum()
+        tables.append(np.cumsum([0, *slots]).tolist())
+    rest = unpack(bytes(next(stream) for _ in range(varint(stream))))
+    words, lanes = np.frombuffer(bytes(stream), "<u2").tolist()[::-1], min(128, max(1, len(old) // 4096))
+    states = [words.pop() + 65536 * words.pop() for _ in range(lanes)]
+    for i, b in enumerate(old):
+        edges = tables[min(max(top - (b % half >> mantissa), 0), len(tables) - 1)]
+        slot = states[i % lanes] % 4096
+        k = int(np.searchsorted(edges, slot, "right")) - 1
+        state = (edges[k + 1] - edges[k]) * (states[i % lanes] // 4096) + slot - edges[k]
+        states[i % lanes] = 65536 * state + words.pop() if state < 65536 else state
+        size = sum(int(x) << j for j, x in enumerate(rest[bit + 1 : bit + k])) + (1 << k - 1) if k else 0
+        step, bit = -size if k and rest[bit] else size, bit + k
+        value = (number(b) + (-step if b >= half else step)) % whole
+        found.append(value - half if value >= half else whole - 1 - value)
+    found = np.array(found, f"<u{width // 8}")
+    if words or states != [65536] * lanes or blake3(found.tobytes()).digest()[:4] != data[:4]:
+        raise ValueError("stored values do not follow from the base given")
+    return found
+
 def dense(path, base=None):
-    """Return {name: array} of all but masks: norms as parameters, from those of the base; a head in steps as weight."""
+    """Return {name: array} of all but masks: norms, a head and values that are stored as steps, as what they make."""
     header, data = opened(path)
     weights, found, at = dict(deserialize(Path(base).read_bytes())) if base else {}, {}, len(data)
     old = {name: numbers(x["data"], x["dtype"]).astype(float) for name, x in weights.items()}
+    masks = read(path, base) if any("/values/" in name for name in header.get("tensors", {})) else {}
     for name, (dtype, *shape) in sorted(header.get("tensors", {}).items(), reverse=True):  # from the end of the data
         at, end = at - prod(shape) * (4 if dtype == "F32" else 2 if "F16" in dtype else 1), at
         found[name] = numbers(data[at:end], dtype).reshape(shape)
     for name, one in header["sets"].items():
+        for key, mask in masks.get(name, {}).items():
+            place = f"{name}/values/{key[0]}"
+            if place in found and header["tensors"][place][0] == "U8":
+                words = stepped(found[place].tobytes(), weights[key[0]], np.flatnonzero(~mask.ravel()))
+                found[place] = numbers(words.tobytes(), weights[key[0]]["dtype"])
         if f"{name}/head/steps" in found:
             steps, features = found.pop(f"{name}/head/steps")[:, None], one["head"]["features"]
             counts = integers(found.pop(f"{name}/head/integers"), steps.size * features).reshape(-1, features)

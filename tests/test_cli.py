@@ -249,7 +249,8 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     assert scaled.exit_code == 2
     assert "scale is for masks trained with it" in scaled.stderr
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
-    assert "unknown importer 'pickle'; known: compressed-tensors, maskllm-npz, masks, prune, zeros" in unknown.stderr
+    known = "checkpoint, compressed-tensors, maskllm-npz, masks, prune, zeros"
+    assert f"unknown importer 'pickle'; known: {known}" in unknown.stderr
     assert not (tmp_path / "other").exists()
 
 
@@ -271,7 +272,7 @@ def test_pack_and_convert_make_each_mask_once_and_show_how_far_they_are(
         @staticmethod
         def open(path: Path, base: Mapping[str, Tensor]) -> Found:
             assert [tuple(base[name].shape) for name in shapes] == list(shapes.values())
-            return shapes, make
+            return Found(shapes, make)
 
     @contextmanager
     def bar(what: str) -> Iterator[Callable[[int, int], None]]:

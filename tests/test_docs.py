@@ -148,6 +148,8 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     write_tensors("masks.safetensors", masks, {"format": "pt"})
     pruned = {name: torch.where(masks[name], t, 0) if name in masks else t for name, t in network.state_dict().items()}
     write_tensors("pruned.safetensors", pruned, {"format": "pt"})
+    tuned = {name: t * 1.01 if t.is_floating_point() else t for name, t in network.state_dict().items()}
+    write_tensors("tuned.safetensors", tuned, {"format": "pt"})
     return folder
 
 

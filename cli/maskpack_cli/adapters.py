@@ -210,6 +210,7 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
 @adapter_verb(
     "maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask",
     "maskpack pack pruned.safetensors --from zeros --backbone timm/resnet18.a1_in1k --output ./my-mask",
+    "maskpack pack ./tuned --from checkpoint --backbone hf/HuggingFaceTB/SmolLM2-135M --output ./patch",
 )
 def pack(
     masks: MaskFile,
@@ -219,24 +220,31 @@ def pack(
     source: Format = "masks",
     scale: Scaled = False,
 ) -> None:
-    """Make an adapter from masks trained elsewhere, or from a pruned network."""
+    """Make an adapter from masks trained elsewhere, from a pruned network, or from a checkpoint trained further.
+
+    --from checkpoint stores the exact change from the backbone to a safetensors checkpoint: which weights differ, and
+    what stands there. Its profile is max where none is given: whoever applies it has the backbone.
+    """
     from maskpack.backbone.model import body, inside
-    from maskpack.importers.base import check_format, import_masks
+    from maskpack.importers.base import check_format, import_file
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
     loaded = backbone.load()
-    found = import_masks(masks, loaded.model, source, scale=scale)
+    imported = import_file(masks, loaded.model, source, scale=scale)
+    found, patch = imported.masks, bool(imported.values)
     check_masks(loaded.model, found.shapes)
-    # a head that is masked belongs to the body
-    outside = [module for module in loaded.outside if not any(inside(name, [module]) for name in found)]
+    options = vars(packing) | ({"profile": "max"} if patch and "profile" not in Output.given else {})
+    # a head that is masked belongs to the body, and so does all that a patch was compared with
+    outside = [one for one in loaded.outside if not patch and not any(inside(name, [one]) for name in found)]
     base = maskpack.fingerprint(loaded.model, id=loaded.id, revision=loaded.revision, head=outside)
     left = [name for name, weight in body(loaded.model, outside).items() if weight.ndim > 1 and name not in found]
     note(f"Packing {len(found)} masks, {found.total:,} weights …")
-    if left:
+    if left and not patch:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
     with progress_bar("Packing") as step:
-        adapter = maskpack.save_adapter(output, found, base, weights=loaded.model, progress=step, **vars(packing))
+        parts = maskpack.Parts(found, statistics=imported.statistics, values=imported.values)
+        adapter = maskpack.save_adapter(output, parts, base, weights=loaded.model, progress=step, **options)
     emit(packed(adapter, output), f"✓ {output}")
 
 

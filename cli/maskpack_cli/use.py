@@ -71,12 +71,18 @@ def _texts(files: tuple[str, ...]) -> list[str]:
 @use_verb("maskpack export user/mask-flowers --output flowers.safetensors")
 def export(ref: Ref, output: Annotated[Path, "The .safetensors file to write."], base: Base, trust: Source) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
+    import torch
+
     from maskpack.backbone.load import export_state
+    from maskpack.backbone.model import CASTS
 
     adapter = trust.load(ref)
     backbone = on_gpu(base.of(adapter))
     maskpack.load_mask(backbone.model, adapter)
-    count = export_state(output, backbone.model, {"maskpack_mask_id": adapter.mask_id})
+    dtype = (
+        getattr(torch, adapter.base.dtype) if adapter.base.dtype in CASTS else None
+    )  # the file's, of a base that was loaded in float32 in any case
+    count = export_state(output, backbone.model, {"maskpack_mask_id": adapter.mask_id}, dtype)
     hint(f"Adapter: {adapter.pinned}")
     hint("The weights are in the file whole: it is as large as the backbone.")
     emit({"file": str(output), "tensors": count, "bytes": output.stat().st_size}, f"✓ {output}")

@@ -14,6 +14,7 @@ from ..backbone.model import Embedding, Fingerprint, Head
 from ..errors import BackboneMismatchError
 from ..mask import MaskSet
 from .steps import Norm
+from .values import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +29,8 @@ class Parts:
         head: None if the model's own stays.
         statistics: BatchNorm buffers by name, float32.
         parameters: trained parameters that are stored whole, by name.
-        values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
+        values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name; of an
+            adapter that was read perhaps as steps from the base's.
         norms: by the name of a normalisation layer, how its weight and bias differ from the base's.
 
     Example:
@@ -39,7 +41,7 @@ class Parts:
     head: Head | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    values: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Tensor | Steps] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
 
     def resolved(self, base: Mapping[str, Tensor]) -> Parts:

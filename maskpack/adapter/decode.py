@@ -18,6 +18,7 @@ from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, U
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
 from .header import Payload
+from .values import Steps, at_zeros
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,14 +44,17 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
+def tells_classes(weight: Tensor) -> bool:
+    """Return True if weights are of a dtype in which they are in the classes of the base's."""
+    return str(weight.dtype) in ("torch.float32", "torch.bfloat16")
+
+
 def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     """Return the weights of one parameter of the base.
 
     A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
     a BackboneMismatchError.
     """
-    import torch
-
     tensor = weights.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         what = "no such parameter" if tensor is None else f"one of shape {tuple(tensor.shape)}"
@@ -58,7 +62,7 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
             f"the mask of {name!r} is coded with the base's weights of shape {shape}, and the base given has {what}; "
             f"give the backbone that the adapter was made for"
         )
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
+    if not tells_classes(tensor):
         raise BackboneMismatchError(
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
@@ -212,7 +216,7 @@ class Decoder:
             else:
                 found.append(payload)
         step = counted(progress, (payload.weights for payload in found))
-        digests = in_order(lambda one: bits_digest(self.decode(one)[0]), found, lambda one: one.weights, WORTH)
+        digests = in_order(self._checked, found, lambda one: one.weights, WORTH)
         for payload, own in zip(found, digests, strict=True):
             rows.append((payload.set, payload.name, payload.coding.op, payload.shape, own))
             step(payload.weights)
@@ -220,6 +224,19 @@ class Decoder:
             self.adapter.check_id(rows_id(rows))
         counts = {"payloads": len(found) + len(needing), "decoded": len(found)}
         return {**counts, "needs_base": needing, "mask_id": None if needing else True}
+
+    def _checked(self, payload: Payload) -> str:
+        """Return the digest of a payload's bits; with the base, stored values are decoded as well."""
+        bits, values = self.decode(payload)[0], f"{payload.set}/values/{payload.name}"
+        if self.weights is not None and payload.coding.op == "replace" and self.adapter.spans[values].dtype == "U8":
+            weight = self.weights.get(payload.name)
+            if weight is None or tuple(weight.shape) != payload.shape:
+                raise BackboneMismatchError(
+                    f"the base given has no {payload.name!r} of shape {payload.shape}, from which stored values are "
+                    f"steps; load {self.adapter.base.id}, which the adapter was made for"
+                )
+            Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, bits))
+        return bits_digest(bits)
 
     def _needs_base(self, payload: Payload) -> bool:
         """Return True if a payload, or the one it refers to, is packed with the base's weights."""

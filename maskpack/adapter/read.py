@@ -31,6 +31,7 @@ from .fields import DIGEST, integer, record
 from .header import DICTIONARY, Header, Payload, SetHeader
 from .steps import Norm, norms_from_frame, rows_from_frame
 from .tensors import BASE, BASE_BYTES, CASCADE, beginning
+from .values import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -138,7 +139,8 @@ class Adapter:
         with located(self.path):
             head = None if one.head is None else tensors.head_of(one.head, self._tensors(f"{set}/head/"))
             norms = self._norms(set)
-        statistics, parameters, values = (self._tensors(f"{set}/{role}/") for role in tensors.ROLES)
+        statistics, parameters = (self._tensors(f"{set}/{role}/") for role in tensors.ROLES)
+        values = self._values(f"{set}/values/")
         masks = self._decoder(base).streamed(set) if stream else MaskSet(dict(self.iter_masks(set, base)))
         return Parts(masks, head, statistics, parameters, values, norms)
 
@@ -268,6 +270,14 @@ class Adapter:
         """Return copies of the tensors whose names begin with `prefix`, under the rest of their names."""
         names = beginning(self.names, prefix)
         return {n.removeprefix(prefix): tensor_of(self.bytes_of(n), *self.spans[n][:2]) for n in names}
+
+    def _values(self, prefix: str) -> dict[str, Tensor | Steps]:
+        """Return stored values by parameter name, as they are stored."""
+        found: dict[str, Tensor | Steps] = {}
+        for name in beginning(self.names, prefix):
+            raw, (dtype, shape, *_) = self.bytes_of(name), self.spans[name]
+            found[name.removeprefix(prefix)] = Steps(raw) if dtype == "U8" else tensor_of(raw, dtype, shape)
+        return found
 
     def _check_cascade(self) -> None:
         names = beginning(self.names, CASCADE)

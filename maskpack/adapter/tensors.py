@@ -18,6 +18,7 @@ from ..safetensors_io import DTYPES, NAMES, Blob, Span
 from .content import MIXTURE, WHITENING, Cascade, Parts, Router, Whitening
 from .header import Header, embedding_of, embedding_to_json
 from .steps import norms_to_frame, rows_from_frame, rows_to_frame
+from .values import Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,7 @@ BASE = "maskpack.base"
 CASCADE = "maskpack.cascade/"  # a set's name has no dot
 BASE_BYTES = PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
-ROLES = ("statistics", "parameters", "values")
+ROLES = ("statistics", "parameters")
 STATISTICS = ("running_mean", "running_var")
 # Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a
 # combined embedding, R of a reduced one, I into the head, C classes.
@@ -114,6 +115,23 @@ def dense_blobs(sets: Mapping[str, Parts], cascade: Cascade | None) -> list[Blob
     return blobs
 
 
+def values_blob(name: str, values: Tensor | Steps, base: Tensor | None, least: float) -> Blob:
+    """Return stored values, as steps where that takes at most this share of their bytes.
+
+    `base`: the weights in their places, if they are known.
+    """
+    steps: Steps | None
+    if isinstance(values, Steps):
+        steps = values
+    elif NAMES.get(str(values.dtype)) not in FLOATS:
+        raise AdapterError(f"{name} is {values.dtype}, expected one of float32, bfloat16, float16; convert it")
+    else:
+        steps = None if base is None else Steps.of(values.detach().cpu(), base)
+        if steps is None or steps.nbytes >= least * values.nbytes:
+            return Blob.of(name, values)
+    return Blob(name, "U8", (steps.nbytes,), [steps.data])
+
+
 def cascade_tensors(cascade: Cascade) -> dict[str, Tensor]:
     """Return the tensors to store, by their names in the file; the router's and the reduction's as float32."""
     router = {name: getattr(cascade.router.whitening, name) for name in WHITENING}
@@ -153,7 +171,11 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
         yield f"{set_name}/payloads", (("U8",), None)
         for payload in one.payloads:
             if payload.coding.op == "replace":
-                yield f"{set_name}/values/{payload.name}", (FLOATS, (payload.weights - payload.kept,))
+                name = f"{set_name}/values/{payload.name}"
+                if name in spans and spans[name].dtype == "U8":
+                    yield _flat(name, "U8", spans)
+                else:
+                    yield name, (FLOATS, (payload.weights - payload.kept,))
         if one.head is not None and "random" in one.head:
             yield f"{set_name}/head/mask", (("U8",), ((math.prod(one.head["random"]["shape"]) + 7) // 8,))
         elif one.head is not None:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,14 +29,16 @@ from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
-from .decode import Weights, base_weight, by_name, words_of
+from .decode import Weights, base_weight, by_name, tells_classes, words_of
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
 from .signature import remove_signature
-from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json
+from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json, values_blob
+from .values import Steps, at_zeros
 
 WORTH = 1 << 14  # weights; coding is slow
+WORTH_STEPS = 0.5  # of the bytes of stored values
 PIECE = 1 << 20  # bytes
 LEVEL = 19  # of the index's frame
 
@@ -71,7 +73,10 @@ Reference = tuple[str, MaskSet, Mapping[tuple[str, Op], str]]  # a set that is c
 
 
 class _Job(NamedTuple):
-    """One payload to make; `reference`: set, bits that it may be coded against, digest that they should have."""
+    """One payload to make, with the values that it puts in, if any.
+
+    `reference`: set, bits that it may be coded against, digest that they should have.
+    """
 
     set: str
     name: str
@@ -79,30 +84,47 @@ class _Job(NamedTuple):
     op: Op
     bits: bitarray
     reference: tuple[str, bitarray, str] | None
+    values: Tensor | Steps | None
 
 
 class _Coded(NamedTuple):
-    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask."""
+    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask, stored values."""
 
     payload: Payload
     bits_digest: str
     alpha: float | None
+    values: Blob | None
 
 
 def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[_Job]:
     for name, mask in parts.masks.items():
-        _check(name, mask, parts)
+        values = _checked_values(name, mask, parts)
         referenced = None if reference is None else reference[1].get(name)
         others = {} if referenced is None or referenced.shape != mask.shape else dict(referenced.payloads())
         for op, bits in mask.payloads():
             against = (reference[0], others[op], reference[2][name, op]) if reference and op in others else None
-            yield _Job(set_name, name, mask, op, bits, against)
+            yield _Job(set_name, name, mask, op, bits, against, values)
 
 
-def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
-    """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done."""
+def _code(
+    job: _Job, rivals_of: Callable[[bool], Sequence[Codec]], weights: Mapping[str, Tensor] | None, least: float
+) -> tuple[_Coded, bytes, bool]:
+    """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done.
+
+    Args:
+        rivals_of: whether codecs may have the base -> codecs.
+        least: share of their bytes that stored values must take at most as steps, which bind them to the base's dtype.
+    """
     bits, shape = packed_bits(job.bits), job.mask.shape
-    words = None if weights is None else words_of(base_weight(weights, job.name, shape))
+    codecs = rivals_of(weights is not None)
+    uses_base = any(one.needs_base for one in codecs)
+    weight = None if weights is None or not (uses_base or job.values is not None) else weights.get(job.name)
+    words = None
+    if uses_base and weights is not None:
+        if job.values is not None and weight is not None and not tells_classes(weight):
+            codecs = rivals_of(False)
+        else:
+            words = words_of(base_weight(weights, job.name, shape))
     variants, against = [(bits, Side(shape, words))], None
     if job.reference is not None:
         against, other, digest = job.reference
@@ -123,21 +145,32 @@ def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | No
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)
     payload = Payload(job.set, job.name, shape, coding, job.bits.count(), len(data))
-    return _Coded(payload, bits_digest(job.bits), job.mask.alpha), data, job.op == job.mask.op
+    values = None if job.values is None else _values_blob(job, job.values, weight, least)
+    return _Coded(payload, bits_digest(job.bits), job.mask.alpha, values), data, job.op == job.mask.op
 
 
-def _check(name: str, mask: PackedMask, parts: Parts) -> None:
+def _values_blob(job: _Job, values: Tensor | Steps, weight: Tensor | None, least: float) -> Blob:
+    base = None
+    if weight is not None and not isinstance(values, Steps) and tuple(weight.shape) == job.mask.shape:
+        base = at_zeros(weight, job.bits)
+    return values_blob(f"{job.set}/values/{job.name}", values, base, least)
+
+
+def _checked_values(name: str, mask: PackedMask, parts: Parts) -> Tensor | Steps | None:
     if mask.alpha is not None and (not 0 < mask.alpha < float("inf") or float(np.float32(mask.alpha)) != mask.alpha):
         raise AdapterError(f"the mask of {name!r} has alpha {mask.alpha!r}, expected a positive float32")
     if mask.op != "replace":
-        return
+        return None
     stored, needed = parts.values.get(name), len(mask.bits) - mask.kept
+    if isinstance(stored, Steps):
+        return stored
     if stored is None or tuple(stored.shape) != (needed,):
         given = "none are given" if stored is None else f"values of shape {tuple(stored.shape)} are given"
         raise AdapterError(
             f"the mask of {name!r} replaces {needed} weights and {given}, expected a flat tensor of {needed}; "
             f"put it in Parts.values"
         )
+    return stored
 
 
 COMPARED = 64 << 20  # bytes compared for one parameter, over all pairs of sets
@@ -211,9 +244,10 @@ def encode(
     sets = dict(sorted(sets.items()))
     heads = {name: None if parts.head is None else head_to_json(parts.head) for name, parts in sets.items()}
     dense = dense_blobs(sets, cascade)
-    codecs = rivals(profile, codec, weights is not None)
-    uses_base = any(one.needs_base for one in codecs)  # they cost time
-    work = partial(_code, codecs=codecs, weights=by_name(weights) if uses_base and weights is not None else None)
+    rivals_of = cache(partial(rivals, profile, codec))
+    rivals_of(weights is not None)  # says what is wrong before anything is coded
+    least = 1.0 if profile == "max" else WORTH_STEPS
+    work = partial(_code, rivals_of=rivals_of, weights=None if weights is None else by_name(weights), least=least)
     step = counted(progress, (parts.masks.total for parts in sets.values()))
     if cascade is not None and cascade.dispatcher in sets:
         first: str | None = cascade.dispatcher  # where the experts began
@@ -233,6 +267,7 @@ def encode(
             digests = {(one.payload.name, one.payload.coding.op): one.bits_digest for one in coded[name]}
             reference = name, sets[name].masks, digests
     rows = [one for name in sets for one in coded[name]]
+    dense += [one.values for one in rows if one.values is not None]
     for name in sets:
         if any(one.alpha is not None for one in coded[name]):
             alphas = np.array([one.alpha or 0.0 for one in coded[name]], dtype="<f4")
@@ -242,7 +277,7 @@ def encode(
     first_blob = Blob(BASE, "U8", (len(masked), BASE_BYTES), [base.tensors[name] for name in masked])
     header = Header(
         f"maskpack/{importlib.metadata.version('maskpack')}",
-        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _ in rows),
+        rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, *_ in rows),
         replace(base, tensors={}),
         {
             name: SetHeader(tuple(one.payload for one in coded[name]), head, _layers(sets[name]))

@@ -16,7 +16,18 @@ from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
 from ..safetensors_io import read_tensors, write_tensors
-from .model import Embedding, Head, aliases, canonical, find_head, named_buffers, named_parameters, swap_module, unwrap
+from .model import (
+    Embedding,
+    Head,
+    aliases,
+    canonical,
+    find_head,
+    named_buffers,
+    named_parameters,
+    same_size_int,
+    swap_module,
+    unwrap,
+)
 from .random_weights import PREFIX, parse_random, random_values
 
 Task = Literal["image-classification", "text-classification"]
@@ -90,13 +101,20 @@ def encoder_of(model: nn.Module) -> nn.Module:
     return found if isinstance(found, nn.Module) else model
 
 
-def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> int:
+def export_state(
+    path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None, dtype: torch.dtype | None = None
+) -> int:
     """Write a model's state dict as a safetensors file, and return the number of tensors.
 
-    Tied tensors are written under each of their names, so that the file loads strictly.
+    Tied tensors are written under each of their names, so that the file loads strictly. Those that lose nothing by it
+    are written in `dtype`.
     """
     state = unwrap(model).state_dict()
     tensors = {canonical(name): tensor.cpu() for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
+        if dtype is not None and tensor.is_floating_point():
+            cast = tensor.to(dtype)
+            tensors[name] = cast if torch.equal(same_size_int(cast.to(tensor.dtype)), same_size_int(tensor)) else tensor
     write_tensors(path, tensors, {"format": "pt", **(metadata or {})})
     return len(tensors)
 

@@ -4,14 +4,15 @@ An importer is a class in a file of this folder (or in another distribution, und
 `maskpack.importers`), registered with `@IMPORTERS.register`. `masks.py` is the example to copy. It has
 
 - `id` (what `--from` takes), a docstring and a `reference` (the tool that writes such files, or ""),
-- `open(path, base)`: the shapes of the masks by parameter name, and a function that makes one of them. `base` are the
-  parameters and buffers of the frozen model, under each of their names; `match` and `known` find them in a file.
+- `open(path, base)`: a `Found`: the shapes of the masks by parameter name, a function that makes one of them, and what
+  else a file may change. `base` are the parameters and buffers of the frozen model, under each of their names; `match`
+  and `known` find them in a file.
 
 The file comes from a stranger and may have 14 GB: `open` compares sizes with the base's before anything is allocated,
 reads tensor by tensor and keeps none. The function gives the same mask each time; it is called in one thread.
 
 A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit by bit; a
-checkpoint that was trained further is refused by `open`.
+checkpoint that was trained further is refused by `open`, but for the format that is made for it (`checkpoint.py`).
 
 Errors are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
 """
@@ -19,7 +20,7 @@ Errors are ours, and name the file, the parameter, what was wrong with its value
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,31 @@ from ..mask import MaskSet, PackedMask, Shape
 from ..registry import Registry
 from ..safetensors_io import TensorFile
 
-Found = tuple[Mapping[str, Shape], Callable[[str], PackedMask]]
 MOST_PREFIX_PARTS = 2  # as in "module.model."
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STEP = 1 << 24  # weights compared at a time
+
+
+class Found(NamedTuple):
+    """What a file has for a model: shapes of masks by parameter name, and what makes a mask of that name.
+
+    Attributes:
+        values: what makes the values that a mask with op "replace" puts in, flat.
+        statistics: BatchNorm buffers, float32.
+    """
+
+    shapes: Mapping[str, Shape]
+    make: Callable[[str], PackedMask]
+    values: Callable[[str], Tensor] | None = None
+    statistics: Mapping[str, Tensor] = {}
+
+
+class Imported(NamedTuple):
+    """Masks that are made when they are asked for, values of those with op "replace" likewise, BatchNorm buffers."""
+
+    masks: MaskSet
+    values: Mapping[str, Tensor]
+    statistics: Mapping[str, Tensor]
 
 
 class Importer(Protocol):
@@ -49,8 +71,31 @@ class Importer(Protocol):
 IMPORTERS: Registry[Importer] = Registry("importer", "maskpack.importers")
 
 
+class _Made(Mapping[str, Tensor]):
+    """Tensors by name, made when they are asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> MaskSet:
-    """Return the masks of a file, named as the model's parameters; each is read whenever it is asked for.
+    """Return the masks of a file; see `import_file`."""
+    return import_file(path, model, format, scale=scale).masks
+
+
+def import_file(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> Imported:
+    """Return what a file changes, named as the model's parameters; each is read whenever it is asked for.
 
     Weights beside the masks are compared here, all of them; what is wrong with a mask itself may be raised when it is
     asked for. `scale` sets alpha, only for the format "masks".
@@ -60,7 +105,8 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
         BackboneMismatchError: if the masks, or the weights beside them, are not of this model.
     """
     check_format(format, scale)
-    shapes, make = IMPORTERS[format].open(Path(path), {**named_buffers(model), **named_parameters(model)})
+    found = IMPORTERS[format].open(Path(path), {**named_buffers(model), **named_parameters(model)})
+    shapes, make = found.shapes, found.make
     first, sources = aliases(model), dict[str, str]()
     for name in shapes:
         other = sources.setdefault(first.get(name, name), name)
@@ -74,7 +120,10 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
         mask = make(sources[name])
         return mask.scaled() if scale else mask
 
-    return MaskSet.streamed(sources, own, {name: shapes[stored] for name, stored in sources.items()})
+    masks = MaskSet.streamed(sources, own, {name: shapes[stored] for name, stored in sources.items()})
+    values = found.values
+    made = _Made(sources if values else (), lambda name: values(sources[name]) if values else torch.empty(0))
+    return Imported(masks, made, found.statistics)
 
 
 def check_format(format: str, scale: bool) -> None:
@@ -199,4 +248,5 @@ def pruned(path: Path, names: Iterable[str], read: Callable[[str], Tensor], base
             f"{path}: no parameter has a zero where the backbone has none; give the file after pruning, and the base "
             "before it"
         )
-    return {name: tuple(base[name].shape) for name in masked}, lambda name: PackedMask.from_tensor(read(name) != 0)
+    shapes = {name: tuple(base[name].shape) for name in masked}
+    return Found(shapes, lambda name: PackedMask.from_tensor(read(name) != 0))

@@ -49,7 +49,7 @@ class MaskllmNpz:
                     f"{path}: {entry.filename!r} has the compression {entry.compress_type}; save it with "
                     "numpy.savez_compressed"
                 )
-        return shapes, lambda name: _read(path, name, masked[name], shapes[name])
+        return Found(shapes, lambda name: _read(path, name, masked[name], shapes[name]))
 
 
 @contextmanager

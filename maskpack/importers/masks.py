@@ -31,4 +31,4 @@ class Masks:
                     f"mask {name!r}: {error}; if another tool wrote {path}, name its format with --from"
                 ) from None
 
-        return tensors.shapes, make
+        return Found(tensors.shapes, make)

@@ -57,4 +57,4 @@ class Prune:
                     yield name, compare(read_weights(tensors, stored, tuple(base[name].shape)), base[name], every)[0]
 
         refuse_trained(path, rows())
-        return {name: tuple(base[name].shape) for name in masked}, make
+        return Found({name: tuple(base[name].shape) for name in masked}, make)

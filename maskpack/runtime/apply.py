@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ..adapter.content import LEARNING, Parts
+from ..adapter.values import Steps
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
 from ..errors import BackboneMismatchError, StateError
@@ -205,6 +206,13 @@ def copy_bits(target: Tensor, source: Tensor) -> None:
 
 def _writable(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.inference_mode() if tensor.is_inference() else nullcontext()
+
+
+def values_at(values: Tensor | Steps | None, weight: Tensor, at: Tensor) -> Tensor | None:
+    """Return stored values, flat; `weight` has the base's bits at their places."""
+    if not isinstance(values, Steps):
+        return values
+    return values.values(read(weight, at.long()).view(weight.dtype))
 
 
 def exchange(weight: Tensor, mask: PackedMask, at: Tensor, values: Tensor | None, before: list[Tensor]) -> None:
@@ -475,9 +483,10 @@ def masked(model: nn.Module, parts: Parts, mask_id: str = "") -> Iterator[None]:
 
 
 def _apply(
-    record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, values: Tensor | None
+    record: Applied, name: str, weight: Tensor, mask: PackedMask, at: Tensor | None, stored: Tensor | Steps | None
 ) -> None:
     known = None if record.notes is None else record.notes.get(name)
+    values = None if at is None else values_at(stored, weight, at)
     if at is None:
         _overwrite(record, name, weight, rewritten(weight, mask))
     elif known is not None and known.at is at and known.dtype == weight.dtype:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.content import Parts
+from ..adapter.values import Steps
 from ..backbone.classifier import Classifier, Inputs, batch_of, classifier_from, embed_batch, example_count, modes_kept
 from ..backbone.model import Embedding, find_head, unwrap
 from ..errors import ConfigError
 from ..mask import PackedMask
-from .apply import at_places, exchange, places, rewritten, tensors_of
+from .apply import at_places, exchange, places, rewritten, tensors_of, values_at
 from .bank import MaskBank
 
 OWN = 0.99  # share of a task's own examples that lie within its limit
@@ -101,7 +102,7 @@ class Superposition:
     module: nn.Module
     base: Mapping[str, Tensor]
     changes: Sequence[Mapping[str, PackedMask | Tensor]]
-    values: Sequence[Mapping[str, Tensor]]
+    values: Sequence[Mapping[str, Tensor | Steps]]
 
     def theta(self, index: int, name: str) -> Tensor:
         """Return a tensor as one adapter leaves it: a new one, in the base's dtype."""
@@ -112,7 +113,8 @@ class Superposition:
             return rewritten(base.detach(), change)
         result = base.detach().clone()
         if change is not None:
-            exchange(result, change, places(change.bits, result.device), self.values[index].get(name), [])
+            at = places(change.bits, result.device)
+            exchange(result, change, at, values_at(self.values[index].get(name), result, at), [])
         return result
 
     def added(self, weights: Tensor) -> dict[str, Tensor]:

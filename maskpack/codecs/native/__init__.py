@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 3  # of the loops
+VERSION = 5  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -40,6 +40,13 @@ class Fit(Structure):
     ]
 
 
+class Steps(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("count", "lanes", "contexts", "top", "width", "mantissa")),
+        *((name, c_void_p) for name in ("base", "table")),
+    ]
+
+
 def address(array: NDArray[Any] | None) -> int | None:
     """Return where the elements of a contiguous array lie, which must outlive its use; None for None."""
     assert array is None or array.flags.c_contiguous
@@ -63,6 +70,8 @@ def opened(path: Path) -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(path))
         found.maskpack_loops.restype, found.maskpack_encode.restype = c_int64, c_void_p
         found.maskpack_decode.restype = found.maskpack_classes.restype = c_int32
+        found.maskpack_steps_count.restype = found.maskpack_steps_encode.restype = c_int64
+        found.maskpack_steps_decode.restype = c_int32
         return found if found.maskpack_loops() == VERSION else None
     except (OSError, AttributeError):
         return None

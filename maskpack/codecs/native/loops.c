@@ -20,6 +20,12 @@
 #define WIDE
 #endif
 
+#if defined(__GNUC__)
+#define ALWAYS static inline __attribute__((always_inline))
+#else
+#define ALWAYS static inline
+#endif
+
 enum { BITS = 15, ONE = 1 << BITS, LOW = 1 << 16, WINDOW = 8192, LEVELS = 1024, SAME = 5, OTHER = 3, PIECE = 512 };
 enum { ROW, INPUT, POSITION, BEFORE, MAGNITUDE, REFERENCE, ARRAYS, MAX_RANK = 8, KINDS = SAME * SAME, CLASSES = 16 };
 enum { GROUP = 8, MAX_LANE = 1 << 18, HIGHEST = 32, LEAST_SIDE = 16 };
@@ -27,7 +33,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2 }; /* in bfloat16; all NaN a
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 3; }
+API int64_t maskpack_loops(void) { return 5; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -582,4 +588,158 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
             for (int64_t i = 0; i < fit->inputs; i++) held[i] = signs[i] >> 7 ? -held[i] : held[i];
             project(&fit->residuals, row, fit->inputs, held);
         }
+}
+
+/* --- stored values, as steps from the base's (docs/format.md section 6.3; ulps.py) ----------------------------------- */
+
+enum { BUCKETS = 33, SLOTS = 4096, SLOT_BITS = 12, EXPONENTS = 256, MOST_CONTEXTS = 16, MOST_LANES = 128 };
+
+typedef struct {
+    int64_t count, lanes, contexts, top, width, mantissa; /* bytes of a value, bits of its mantissa */
+    const void *base;                                     /* the base's words at the places of the values */
+    const uint32_t *table; /* encoding: (contexts, BUCKETS), else (contexts, SLOTS): size << 18 | first << 6 | bucket */
+} Steps;
+
+static inline uint32_t stored(const void *words, int64_t width, int64_t at) {
+    return width == 4 ? ((const uint32_t *)words)[at] : ((const uint16_t *)words)[at];
+}
+
+static inline uint32_t exponent_of(const Steps *steps, int64_t width, uint32_t word) {
+    return (word & (width == 4 ? 0x7FFFFFFFu : 0x7FFFu)) >> steps->mantissa;
+}
+
+/* Numbers of rising values; inverse of each other. */
+static inline uint32_t ordered(uint32_t word, uint32_t sign) { return word & sign ? ~word & (sign | (sign - 1)) : word | sign; }
+static inline uint32_t unordered(uint32_t number, uint32_t sign) { return number & sign ? number ^ sign : ~number & (sign | (sign - 1)); }
+
+/* The step from one word to another, away from zero: 2 |step| + (step < 0). */
+static inline uint64_t step_of(uint32_t base, uint32_t value, uint32_t sign) {
+    uint32_t all = sign | (sign - 1), forth = (ordered(value, sign) - ordered(base, sign)) & all;
+    if (base & sign) forth = (0u - forth) & all;
+    return forth & sign ? 2 * (uint64_t)((0u - forth) & all) + 1 : 2 * (uint64_t)forth;
+}
+
+static inline int bucket_of(uint64_t step) {
+    double size = (double)(uint32_t)(step >> 1); /* its exponent is the number of bits */
+    uint64_t word;
+    memcpy(&word, &size, sizeof word);
+    return word ? (int)(word >> 52) - 1022 : 0;
+}
+
+static inline int64_t context_of(const Steps *steps, int64_t width, uint32_t word) {
+    int64_t below = steps->top - (int64_t)exponent_of(steps, width, word);
+    return below < 0 ? 0 : below < steps->contexts ? below : steps->contexts - 1;
+}
+
+/* How often each bucket comes with each exponent of the base, (EXPONENTS, BUCKETS); for each value 64 exponent + bucket; and
+   the bits, for which there is room for eight bytes more than needed. Returns how many bytes these are. */
+ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *values, int64_t *counts, uint16_t *kinds,
+                        uint8_t *bits) {
+    const Steps *const steps = &given;
+    const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
+    int64_t at = 0;
+    uint64_t held = 0;
+    int have = 0;
+    for (int64_t i = 0; i < steps->count; i++) {
+        uint32_t word = stored(steps->base, width, i), exponent = exponent_of(steps, width, word);
+        uint64_t step = step_of(word, stored(values, width, i), sign);
+        int bucket = bucket_of(step);
+        counts[exponent * BUCKETS + bucket]++;
+        kinds[i] = (uint16_t)(64 * exponent + bucket);
+        held |= (step & (((uint64_t)1 << bucket) - 1)) << have;
+        memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
+        have += bucket;
+        at += have >> 3;
+        held >>= have & ~7;
+        have &= 7;
+    }
+    return at + (have > 0);
+}
+
+API int64_t maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts, uint16_t *kinds, uint8_t *bits) {
+    return steps->width == 4 ? count_of(*steps, 4, values, counts, kinds, bits) : count_of(*steps, 2, values, counts, kinds, bits);
+}
+
+/* Writes words from the end of `words` (2 lanes + count) backwards, and returns how many. */
+API int64_t maskpack_steps_encode(const Steps *steps, const uint16_t *kinds, uint16_t *words) {
+    uint32_t state[MOST_LANES], entry[64 * MOST_CONTEXTS];
+    double parts[64 * MOST_CONTEXTS];
+    uint16_t place[EXPONENTS];
+    int64_t room = 2 * steps->lanes + steps->count, at = room, lane = (steps->count - 1) % steps->lanes;
+    for (int64_t e = 0; e < EXPONENTS; e++) {
+        int64_t below = steps->top - e;
+        place[e] = (uint16_t)(64 * (below < 0 ? 0 : below < steps->contexts ? below : steps->contexts - 1));
+    }
+    for (int64_t c = 0; c < steps->contexts; c++)
+        for (int64_t k = 0; k < BUCKETS; k++) {
+            entry[64 * c + k] = steps->table[c * BUCKETS + k];
+            parts[64 * c + k] = 1.0 / (double)(entry[64 * c + k] >> 18 | !(entry[64 * c + k] >> 18));
+        }
+    for (int64_t l = 0; l < steps->lanes; l++) state[l] = LOW;
+    for (int64_t i = steps->count - 1; i >= 0; i--) {
+        int kind = place[kinds[i] >> 6] + (kinds[i] & 63);
+        uint32_t size = entry[kind] >> 18, now = state[lane], full = now >> 20 >= size;
+        words[at - 1] = (uint16_t)now; /* of no use where it is not full */
+        at -= full;
+        now >>= 16 * full;
+        uint32_t part = (uint32_t)(((double)now + .5) * parts[kind]); /* now / size: no quotient is that close to the next */
+        state[lane] = (part << SLOT_BITS) + now - part * size + (entry[kind] >> 6 & (SLOTS - 1));
+        lane = lane ? lane - 1 : steps->lanes - 1;
+    }
+    for (int64_t l = steps->lanes - 1; l >= 0; l--) {
+        words[--at] = (uint16_t)(state[l] >> 16);
+        words[--at] = (uint16_t)state[l];
+    }
+    return room - at;
+}
+
+/* Returns whether words and bits are just those of so many values. */
+ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint16_t *words, int64_t count, const uint8_t *bits,
+                         int64_t bytes, void *values) {
+    const Steps *const steps = &given;
+    const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u, all = sign | (sign - 1);
+    uint32_t state[MOST_LANES];
+    int64_t at = 2 * steps->lanes, bit = 0, end = 8 * bytes, lane = 0;
+    if (count < at) return 0;
+    for (int64_t l = 0; l < steps->lanes; l++) state[l] = words[2 * l] | (uint32_t)words[2 * l + 1] << 16;
+    int fits = 1;
+    for (int64_t i = 0; i < steps->count && fits; i++) {
+        uint32_t word = stored(steps->base, width, i), own = state[lane], slot = own & (SLOTS - 1);
+        uint32_t entry = steps->table[context_of(steps, width, word) * SLOTS + slot];
+        own = (entry >> 18) * (own >> SLOT_BITS) + slot - (entry >> 6 & (SLOTS - 1));
+        if (own < LOW) {
+            if (at >= count) {
+                fits = 0;
+                break;
+            }
+            own = own << 16 | words[at++];
+        }
+        state[lane] = own;
+        lane = lane + 1 == steps->lanes ? 0 : lane + 1;
+        int bucket = (int)(entry & 63);
+        uint64_t rest = 0;
+        int64_t from = bit >> 3;
+        if (from + 8 <= bytes)
+            memcpy(&rest, bits + from, sizeof rest);
+        else
+            for (int64_t b = from; b < bytes; b++) rest |= (uint64_t)bits[b] << 8 * (b - from);
+        rest = rest >> (bit & 7) & (((uint64_t)1 << bucket) - 1);
+        bit += bucket;
+        if (bit > end) fits = 0;
+        uint32_t size = bucket ? (uint32_t)(rest >> 1) | (uint32_t)1 << (bucket - 1) : 0;
+        uint32_t forth = ((rest & 1) ^ (uint32_t)((word & sign) != 0)) ? 0u - size : size;
+        uint32_t found = unordered((ordered(word, sign) + forth) & all, sign);
+        if (width == 4)
+            ((uint32_t *)values)[i] = found;
+        else
+            ((uint16_t *)values)[i] = (uint16_t)found;
+    }
+    for (int64_t l = 0; l < steps->lanes; l++) fits &= state[l] == LOW;
+    return fits && at == count && (bit + 7) >> 3 == bytes && (!(bit & 7) || !(bits[bytes - 1] >> (bit & 7)));
+}
+
+API int32_t maskpack_steps_decode(const Steps *steps, const uint16_t *words, int64_t count, const uint8_t *bits, int64_t bytes,
+                                  void *values) {
+    return steps->width == 4 ? decode_of(*steps, 4, words, count, bits, bytes, values)
+                             : decode_of(*steps, 2, words, count, bits, bytes, values);
 }

@@ -1,0 +1,268 @@
+"""Stored values as steps from the base's, in units in the last place: nearly all are one step (docs/format.md 6.3).
+
+How large a step is depends on the exponent of the weight that it starts from: an optimiser moves large and small
+weights alike. So there is a table of sizes for each of up to 16 exponents; the sign, and what is below the first bit
+of a size, is noise and stands in bits as it is.
+"""
+
+from collections.abc import Sequence
+from ctypes import byref, c_int64
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptAdapterError
+from . import native
+from .base import Bits, Bytes, Numbers, Reader, Words, varint
+
+BUCKETS = 33  # of sizes: 0, 1, 2 to 3, 4 to 7, …
+SLOT_BITS = 12
+SLOTS = 1 << SLOT_BITS
+LOW = 1 << 16  # a state below it takes the next word
+EXPONENTS = 256
+MOST_CONTEXTS = 16
+MOST_LANES, PER_LANE = 128, 4096  # values
+WEIGHTS = np.array([0, 1, 2, 3, 5, 9, 16, 28, 49, 85, 149, 261, 457, 800, 1400, 2450])  # of a bucket in a table
+
+
+class Float(NamedTuple):
+    """A dtype of values: its name in the file, bits of its mantissa, its words."""
+
+    name: str
+    mantissa: int
+    words: type[np.unsignedinteger]
+
+    @property
+    def sign(self) -> int:
+        """The sign bit."""
+        return 1 << 8 * np.dtype(self.words).itemsize - 1
+
+
+FLOATS = (Float("F32", 23, np.uint32), Float("BF16", 7, np.uint16), Float("F16", 10, np.uint16))
+Tables = Sequence[Sequence[int]]  # for each context the number of the weight of each bucket
+
+
+def _sizes(table: Sequence[int]) -> Numbers:
+    """Return the slots of each bucket of a table."""
+    weights = WEIGHTS[list(table)]
+    sizes = np.where(weights > 0, np.maximum(SLOTS * weights // max(int(weights.sum()), 1), 1), 0)
+    sizes[int(weights.argmax())] += SLOTS - int(sizes.sum())
+    return sizes
+
+
+def _entries(tables: Tables) -> NDArray[np.uint32]:
+    """Return for each context and bucket: slots << 18 | first slot << 6 | bucket."""
+    found = np.zeros((len(tables), BUCKETS), np.uint32)
+    for row, table in zip(found, tables, strict=True):
+        sizes = _sizes(table)
+        row[: len(table)] = sizes << 18 | (np.cumsum(sizes) - sizes) << 6 | np.arange(len(table))
+    return found
+
+
+def _table(counts: Numbers) -> list[int]:
+    """Return the table that is nearest to how often each bucket comes; an empty one has all in the first."""
+    if not counts.any():
+        return [1]
+    wanted = counts[: int(np.flatnonzero(counts)[-1]) + 1] / counts.max() * WEIGHTS[-1]
+    nearest = np.abs(np.log(np.maximum(wanted, 1e-9))[:, None] - np.log(WEIGHTS[1:])).argmin(1) + 1
+    return [int(one) for one in np.where(wanted > 0, nearest, 0)]
+
+
+def _bits(counts: Numbers, table: Sequence[int]) -> float:
+    """Return what it takes to say which buckets come, these often, and the table itself."""
+    sizes, own = _sizes(table), counts[: len(table)]
+    return float(-(own[own > 0] * np.log2(sizes[own > 0] / SLOTS)).sum()) + 8 + 4 * len(table)
+
+
+def _chosen(counts: NDArray[np.int64]) -> tuple[int, list[list[int]]]:
+    """Return the highest exponent and the tables, of as many contexts as are worth it."""
+    present = np.flatnonzero(counts.any(1))
+    top, best = int(present[-1]), list[list[int]]()
+    least = np.inf
+    for contexts in (1, 2, 4, 8, 12, MOST_CONTEXTS):
+        rows = [counts[top - k] if top >= k else counts[0] * 0 for k in range(contexts - 1)]
+        rows.append(counts[: max(0, top - contexts + 2)].sum(0))
+        tables = [_table(row) for row in rows]
+        if (cost := sum(map(_bits, rows, tables))) < least:
+            least, best = cost, tables
+        if contexts > top - int(present[0]):
+            break
+    return top, best
+
+
+def _ordered(words: Words, sign: int) -> NDArray[np.int64]:
+    wide = words.astype(np.int64)
+    return np.where(wide & sign, ~wide & 2 * sign - 1, wide | sign)
+
+
+def _steps(kind: Float, base: Words, values: Words) -> NDArray[np.int64]:
+    """Return 2 |step| + (step < 0) from each word of the base to the value, away from zero."""
+    sign = kind.sign
+    forth = _ordered(values, sign) - _ordered(base, sign)
+    forth = np.where(base.astype(np.int64) & sign, -forth, forth) & 2 * sign - 1
+    size = np.where(forth & sign, 2 * sign - forth, forth)
+    found: NDArray[np.int64] = 2 * size + (forth >= sign)
+    return found
+
+
+def _buckets(steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.frexp((steps >> 1).astype(np.float64))[1].astype(np.int64)
+
+
+def _exponents(kind: Float, base: Words) -> NDArray[np.int64]:
+    return (base.astype(np.int64) & kind.sign - 1) >> kind.mantissa
+
+
+def _lanes(count: int) -> int:
+    return min(MOST_LANES, max(1, count // PER_LANE))
+
+
+def _given(kind: Float, base: Words, tables: Tables, top: int, table: NDArray[np.uint32]) -> native.Steps:
+    sizes = base.size, _lanes(base.size), len(tables), top, base.itemsize, kind.mantissa
+    return native.Steps(*sizes, native.address(base), native.address(table))
+
+
+def encode(name: str, base: Words, values: Words) -> bytes:
+    """Return the payload of values of a dtype; `base`: what stands in their places there, in the same dtype."""
+    number = next(k for k, kind in enumerate(FLOATS) if kind.name == name)
+    kind, library = FLOATS[number], native.library()
+    if not base.size:
+        return bytes([number])
+    counts = np.zeros((EXPONENTS, BUCKETS), np.int64)
+    if library is not None:
+        kinds, room = np.empty(base.size, np.uint16), np.empty(base.nbytes + base.size // 8 + 16, np.uint8)
+        none = _given(kind, base, (), 0, np.zeros(0, np.uint32))
+        pointers = (native.pointer(one) for one in (values, counts, kinds, room))
+        bits = room[: library.maskpack_steps_count(byref(none), *pointers)]
+        top, tables = _chosen(counts)
+        entries, words = _entries(tables), np.empty(2 * _lanes(base.size) + base.size, np.uint16)
+        given = _given(kind, base, tables, top, entries)
+        made = library.maskpack_steps_encode(byref(given), native.pointer(kinds), native.pointer(words))
+        words = words[words.size - made :]
+    else:
+        np.add.at(counts, (_exponents(kind, base), _buckets(_steps(kind, base, values))), 1)
+        top, tables = _chosen(counts)
+        words, bits = _encoded(kind, base, values, top, _entries(tables))
+    head = bytearray([number, top, len(tables)])
+    for table in tables:
+        nibbles = np.array([len(table) >> 4, len(table) & 15, *table], np.uint8)
+        nibbles = np.append(nibbles, np.zeros(nibbles.size % 2, np.uint8))
+        head += (nibbles[::2] | nibbles[1::2] << 4).tobytes()
+    return bytes(head) + varint(bits.size) + bits.tobytes() + words.astype("<u2").tobytes()
+
+
+def _encoded(
+    kind: Float, base: Words, values: Words, top: int, entries: NDArray[np.uint32]
+) -> tuple[NDArray[np.uint16], Bits]:
+    """Return words and bits, by numpy."""
+    steps, lanes = _steps(kind, base, values), _lanes(base.size)
+    buckets = _buckets(steps)
+    own = entries[np.clip(top - _exponents(kind, base), 0, len(entries) - 1), buckets].astype(np.int64)
+    where = np.repeat(np.cumsum(buckets) - buckets, buckets)
+    shifts = np.arange(where.size) - where
+    bits = np.packbits((np.repeat(steps, buckets) >> shifts & 1).astype(np.uint8), bitorder="little")
+    state, made = np.full(lanes, LOW, np.int64), list[NDArray[np.uint16]]()
+    for start in range((base.size - 1) // lanes * lanes, -1, -lanes):
+        row = own[start : start + lanes]
+        size, some = row >> 18, state[: row.size]
+        full = some >= size << 20
+        made.append((some[full] & 0xFFFF).astype(np.uint16))
+        some[full] >>= 16
+        some[:] = (some // size << SLOT_BITS) + some % size + (row >> 6 & SLOTS - 1)
+    return np.concatenate([np.stack([state & 0xFFFF, state >> 16], 1).ravel().astype(np.uint16), *made[::-1]]), bits
+
+
+def kind_of(data: Bytes) -> Float:
+    """Return the dtype of the values of a payload."""
+    number = Reader(data).byte()
+    if number >= len(FLOATS):
+        raise CorruptAdapterError(f"stored values have the dtype {number}, expected 0 to {len(FLOATS) - 1}")
+    return FLOATS[number]
+
+
+def decode(data: Bytes, base: Words) -> Words:
+    """Return the values of a payload, as many as there are words of the base, which have the values' dtype."""
+    kind, reader, library = kind_of(data), Reader(data), native.library()
+    reader.byte()
+    if not base.size:
+        if reader.rest().size:
+            raise CorruptAdapterError("a payload of no values goes on behind its first byte")
+        return base.copy()
+    top, tables = reader.byte(), [_read_table(reader) for _ in range(_contexts(reader))]
+    bits, rest = reader.take(reader.varint()), reader.rest()
+    if rest.size % 2 or rest.size < 4 * _lanes(base.size):
+        raise CorruptAdapterError(f"{rest.size} bytes of words are too few, or odd, for {base.size} stored values")
+    words, entries = np.frombuffer(rest.tobytes(), np.uint16), _entries(tables)  # aligned
+    table = np.zeros((len(tables), SLOTS), np.uint32)
+    for own, row in zip(table, entries, strict=True):
+        own[:] = np.repeat(row, row >> 18)
+    if library is None:
+        return _decoded(kind, base, top, table, words, bits)
+    values = np.empty(base.size, kind.words)
+    given = _given(kind, base, tables, top, table)
+    pairs = native.pointer(words), c_int64(words.size), native.pointer(bits), c_int64(bits.size)
+    if not library.maskpack_steps_decode(byref(given), *pairs, native.pointer(values)):
+        raise _unlike()
+    return values
+
+
+def _contexts(reader: Reader) -> int:
+    count = reader.byte()
+    if not 1 <= count <= MOST_CONTEXTS:
+        raise CorruptAdapterError(f"stored values have {count} tables, expected 1 to {MOST_CONTEXTS}")
+    return count
+
+
+def _read_table(reader: Reader) -> list[int]:
+    first = reader.byte()
+    count = (first & 15) << 4 | first >> 4
+    if not 1 <= count <= BUCKETS:
+        raise CorruptAdapterError(f"a table of stored values has {count} buckets, expected 1 to {BUCKETS}")
+    pairs = reader.take((count + 1) // 2)
+    table: list[int] = np.stack([pairs & 15, pairs >> 4], 1).ravel()[:count].tolist()
+    if not any(table) or (count % 2 and int(pairs[-1]) >> 4):
+        raise CorruptAdapterError("a table of stored values is empty, or does not end where it says")
+    return table
+
+
+def _unlike() -> CorruptAdapterError:
+    return CorruptAdapterError("the words and bits of stored values say more, or less, than there are values")
+
+
+def _decoded(
+    kind: Float, base: Words, top: int, table: NDArray[np.uint32], words: NDArray[np.uint16], bits: Bits
+) -> Words:
+    """Return the values, by numpy."""
+    lanes, sign = _lanes(base.size), kind.sign
+    state = words[: 2 * lanes].astype(np.int64).reshape(-1, 2) @ np.array([1, 1 << 16])
+    contexts = np.clip(top - _exponents(kind, base), 0, len(table) - 1)
+    at, buckets = 2 * lanes, np.empty(base.size, np.int64)
+    for start in range(0, base.size, lanes):
+        context = contexts[start : start + lanes]
+        some = state[: context.size]
+        slot = some & SLOTS - 1
+        entry = table[context, slot].astype(np.int64)
+        buckets[start : start + lanes] = entry & 63
+        some[:] = (entry >> 18) * (some >> SLOT_BITS) + slot - (entry >> 6 & SLOTS - 1)
+        empty = np.flatnonzero(some < LOW)
+        taken = words[at : at + empty.size]
+        if taken.size < empty.size:
+            raise _unlike()
+        some[empty] = some[empty] << 16 | taken
+        at += empty.size
+    ends = np.cumsum(buckets)
+    used = int(ends[-1])
+    if at != words.size or (state != LOW).any() or (used + 7) // 8 != bits.size:
+        raise _unlike()
+    if used % 8 and int(bits[-1]) >> used % 8:
+        raise _unlike()
+    padded = np.concatenate([bits, np.zeros(8, np.uint8)]).astype(np.int64)
+    first = ends - buckets
+    rest = sum(padded[(first >> 3) + k] << 8 * k for k in range(5)) >> (first & 7) & (1 << buckets) - 1
+    size = np.where(buckets > 0, rest >> 1 | 1 << np.maximum(buckets - 1, 0), 0)
+    negative = (base.astype(np.int64) & sign) > 0
+    forth = np.where((rest & 1 > 0) != negative, -size, size)
+    number = _ordered(base, sign) + forth & 2 * sign - 1
+    found: Words = np.where(number & sign, number ^ sign, ~number & 2 * sign - 1).astype(kind.words)
+    return found

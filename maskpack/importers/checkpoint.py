@@ -1,0 +1,141 @@
+"""Checkpoints of the same network with other weights: which differ, and what stands there."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.load import COUNTER
+from ..backbone.model import same_size_int
+from ..errors import DataError
+from ..mask import PackedMask
+from ..safetensors_io import TensorFile, open_tensors
+from .base import IMPORTERS, STEP, Found, match
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STATISTICS = ("running_mean", "running_var")
+DENSE = 0.875  # share of weights that changed from which all are stored
+
+
+@IMPORTERS.register
+class Checkpoint:
+    """Safetensors checkpoint of the backbone after further training: the exact change is stored."""
+
+    id: ClassVar[str] = "checkpoint"
+    reference: ClassVar[str] = ""
+
+    @staticmethod
+    def open(path: Path, base: Mapping[str, Tensor]) -> Found:
+        """Compare all tensors.
+
+        Parameters of the backbone take the dtypes of the file where they lose nothing by it, since a backbone may have
+        been loaded in float32 whatever its own file holds.
+        """
+        tensors = open_tensors(path)
+        stored, problems = _stored(path, tensors, base)
+        own, last = dict(stored), dict[str, tuple[PackedMask, Tensor]]()
+        changed, statistics = dict[str, tuple[int, ...]](), dict[str, Tensor]()
+        for name, place in stored.items():
+            tensor, weight = tensors[place], base[name]
+            if (problem := _problem(name, place, tensor, weight)) is not None:
+                problems.append(problem)
+            elif weight.is_floating_point() and not isinstance(weight, nn.Parameter):
+                if not _same(tensor, weight):
+                    statistics[name] = tensor
+            elif not problems and isinstance(weight, nn.Parameter):
+                if tensor.dtype != weight.dtype:
+                    weight.data = weight.detach().to(tensor.dtype)
+                if not _same(tensor, weight):
+                    changed[name] = tuple(weight.shape)
+        if problems:
+            raise DataError(_refused(path, problems))
+        if not changed:
+            raise DataError(
+                f"{path} has the weights of the backbone: {len(stored)} tensors are equal, to the bit; give the "
+                f"checkpoint after training, and the backbone before it"
+            )
+
+        def read(name: str) -> tuple[PackedMask, Tensor]:
+            """Return mask and values of a tensor; those of the last one are kept, as they are asked for one by one."""
+            if name not in last:
+                last.clear()
+                mask, values = _change(tensors[own[name]], base[name])
+                last[name] = mask, values
+            return last[name]
+
+        return Found(changed, lambda name: read(name)[0], lambda name: read(name)[1], statistics)
+
+
+def _stored(path: Path, tensors: TensorFile, base: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Map the backbone's tensors, each under its first name, to those of a file; and what has no counterpart."""
+    found, first = {own: name for name, own in match(path, tensors, base).items()}, dict[int, str]()
+    for name in sorted(base):
+        first.setdefault(id(base[name]), name)
+    groups: dict[str, list[str]] = {}
+    for name in sorted(base):
+        groups.setdefault(first[id(base[name])], []).append(name)
+    stored, problems = dict[str, str](), list[str]()
+    for name, names in groups.items():
+        there = [found[one] for one in names if one in found]
+        if there:
+            stored[name] = there[0]
+        elif not name.endswith(COUNTER) and isinstance(base[name], nn.Parameter):
+            problems.append(f"{name}: missing in the file")
+        for other in there[1:]:
+            if tensors.shapes[other] != tensors.shapes[there[0]] or not _same(tensors[other], tensors[there[0]]):
+                problems.append(f"{other}: one tensor with {there[0]} in the backbone, and another in the file")
+    known = set(found.values())
+    problems += [f"{name}: new, of shape {list(tensors.shapes[name])}" for name in tensors if name not in known]
+    return stored, problems
+
+
+def _problem(name: str, place: str, tensor: Tensor, weight: Tensor) -> str | None:
+    """Return why a patch cannot hold a tensor of the file, or None."""
+    if tuple(tensor.shape) != tuple(weight.shape):
+        return f"{place}: of shape {list(tensor.shape)}, {list(weight.shape)} in the backbone"
+    if not weight.is_floating_point():
+        equal = tensor.dtype == weight.dtype and torch.equal(tensor, weight.cpu())
+        return None if equal or name.endswith(COUNTER) else f"{place}: of {tensor.dtype}, and changed"
+    if tensor.dtype not in FLOATS:
+        return f"{place}: of {tensor.dtype}, expected float32, bfloat16 or float16"
+    if isinstance(weight, nn.Parameter):
+        cast = weight.detach().cpu().to(tensor.dtype)
+        return (
+            None
+            if _same(cast.to(weight.dtype), weight)
+            else f"{place}: of {tensor.dtype}, which does not hold the backbone's {weight.dtype}"
+        )
+    if _same(tensor.to(weight.dtype), weight) or (place.endswith(STATISTICS) and tensor.dtype == torch.float32):
+        return None
+    return f"{place}: a buffer of {tensor.dtype} that changed"
+
+
+def _refused(path: Path, problems: Iterable[str]) -> str:
+    rows = sorted(problems)
+    return (
+        f"{path} is no checkpoint of this backbone with other weights, {len(rows)} tensors do not fit: "
+        f"{'; '.join(rows)}. A patch changes the values of weights, not which there are: give the backbone that was "
+        f"trained, with the same names, shapes (embeddings resized before) and dtypes, and leave out of the file what "
+        f"the backbone has not"
+    )
+
+
+def _pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    flat, own = one.detach().reshape(-1), other.detach().reshape(-1)
+    for at in range(0, flat.numel(), STEP):
+        yield same_size_int(flat[at : at + STEP]), same_size_int(own[at : at + STEP].cpu())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return True if tensors of one shape have the same dtype and bits."""
+    return one.dtype == other.dtype and all(torch.equal(*pair) for pair in _pieces(one, other))
+
+
+def _change(tensor: Tensor, weight: Tensor) -> tuple[PackedMask, Tensor]:
+    """Return which weights stay, and what stands in the place of the others."""
+    same = torch.cat([one == other for one, other in _pieces(tensor, weight)]) if tensor.numel() else torch.ones(0) > 0
+    if int(same.count_nonzero()) < (1 - DENSE) * same.numel():
+        same = torch.zeros_like(same)
+    return PackedMask.from_tensor(same.reshape(tensor.shape), "replace"), tensor.reshape(-1)[~same]

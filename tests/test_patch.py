@@ -1,0 +1,297 @@
+"""Patches: exact changes from one checkpoint to another, and the codec of stored values."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bitarray import bitarray
+from maskpack_cli.main import app
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from maskpack import MaskBank, Parts, fingerprint, load_mask, load_masked, save_adapter, unload_mask
+from maskpack.adapter.edit import convert_adapter
+from maskpack.adapter.read import read_adapter
+from maskpack.adapter.values import Steps
+from maskpack.codecs import native, ulps
+from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataError
+from maskpack.importers.base import import_file
+from maskpack.safetensors_io import open_tensors
+
+from .conftest import TinyNet
+from .helpers_cli import BACKBONE
+from .helpers_models import bits, same
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+COMPILED = native.library() is not None
+
+
+def words_like(generator: np.random.Generator, name: str, count: int, kind: str) -> tuple[Any, Any]:
+    """Return words of a base and of values: every pattern of bits, neighbours, equal ones, other signs."""
+    width = 32 if name == "F32" else 16
+    dtype: Any = f"u{width // 8}"
+    base = generator.integers(0, 1 << width, count, dtype=dtype)
+    if kind == "any":
+        return base, generator.integers(0, 1 << width, count, dtype=dtype)
+    if kind == "near":
+        weights = (generator.standard_normal(count) * 0.02).astype(np.float32).view(np.uint32)
+        base = (weights >> (32 - width)).astype(dtype)
+        return base, (base + generator.integers(-1, 2, count).astype(dtype)).astype(dtype)
+    return base, base if kind == "same" else base ^ base.dtype.type(1 << (width - 1))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("kind", ["any", "near", "same", "signs"])
+@pytest.mark.parametrize("count", [0, 1, 2, 33, 4097, 9000, 40_000])
+def test_values_come_back_and_both_ways_of_coding_agree(
+    name: str, kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, values = words_like(np.random.default_rng(count), name, count, kind)
+    made = ulps.encode(name, base, values)
+    assert np.array_equal(ulps.decode(made, base), values)
+    if kind == "near" and name == "BF16" and count > 4000:
+        assert len(made) < 0.35 * values.nbytes
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert np.array_equal(ulps.decode(made, base), values)
+    assert ulps.encode(name, base, values) == made
+
+
+def test_a_step_is_a_neighbour_in_the_order_of_values() -> None:
+    words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    finite = words.view(torch.bfloat16)
+    finite = finite[finite.isfinite()]
+    order = np.argsort(
+        np.where(finite.view(torch.int16).numpy() < 0, -1, 1) * 0 + finite.double().numpy(), kind="stable"
+    )
+    rising = finite[torch.from_numpy(order)]
+    # +0 and -0 are equal as floats and two words
+    rising = rising[rising != 0]
+    own, other = rising[:-1], rising[1:]
+    crossing = (own < 0) & (other > 0)
+    made = ulps._steps(ulps.FLOATS[1], *(x[~crossing].view(torch.int16).numpy().view(np.uint16) for x in (own, other)))
+    assert set(made.tolist()) == {2, 3}  # one step up: away from zero for positive ones, else towards it
+
+
+@pytest.mark.parametrize("compiled", [True, False] if COMPILED else [False])
+def test_spoiled_payloads_are_refused_or_become_other_values(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    generator = np.random.default_rng(0)
+    base, values = words_like(generator, "BF16", 9000, "near")
+    made = ulps.encode("BF16", base, values)
+    refused = 0
+    for _ in range(300):
+        spoiled = bytearray(made)
+        at = int(generator.integers(len(spoiled)))
+        how = generator.integers(3)
+        if how == 0:
+            spoiled[at] ^= 1 << int(generator.integers(8))
+        elif how == 1:
+            del spoiled[at : at + int(generator.integers(1, 9))]
+        else:
+            spoiled[at:at] = generator.bytes(2)
+        try:
+            found = ulps.decode(bytes(spoiled), base)
+            assert found.shape == values.shape
+        except CorruptAdapterError:
+            refused += 1
+    assert refused > 200
+
+
+def test_steps_refuse_another_base() -> None:
+    base = torch.randn(500).bfloat16()
+    values = (base.float() * 1.004).bfloat16()
+    steps = Steps.of(values, base)
+    assert steps is not None
+    assert torch.equal(steps.values(base.float()), values)  # the same numbers in another dtype
+    other = base.clone()
+    other[3] = 7
+    for wrong in (other, base.float() * 1.0001):
+        with pytest.raises(BackboneMismatchError, match="stored values"):
+            steps.values(wrong)
+    assert Steps.of(values, base.float() * 1.0001) is None
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def tuned_of(model: nn.Module, dtype: torch.dtype, dense: bool = True) -> nn.Module:
+    """Return a copy after a step in float32, rounded: few weights change, of one layer nearly all."""
+    torch.manual_seed(5)
+    tuned = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            step = 0.3 if dense and name == "fc.weight" else 2e-4
+            parameter.add_(step * torch.randn_like(parameter))
+        tuned.bn1.running_mean.add_(0.5)  # type: ignore[union-attr]
+    return tuned.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("profile", ["default", "max"])
+def test_a_patch_gives_the_tuned_checkpoint_and_the_base_back(
+    tiny: nn.Module, tmp_path: Path, dtype: torch.dtype, profile: Any
+) -> None:
+    base = tiny.to(dtype)
+    base.bn1.running_mean.data = base.bn1.running_mean.float()  # type: ignore[union-attr, operator]
+    tuned = tuned_of(base, dtype)
+    for model in (base, tuned):
+        model.bn1.running_mean.data = model.bn1.running_mean.float()  # type: ignore[union-attr, operator]
+    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    before, wanted = bits(base), bits(tuned)
+    found = import_file(tmp_path / "tuned.safetensors", base, "checkpoint")
+    assert same(bits(base), before)
+    assert found.masks["fc.weight"].kept == 0
+    assert set(found.statistics) == {"bn1.running_mean"}
+    parts = Parts(found.masks, statistics=found.statistics, values=found.values)
+    own = fingerprint(base, id="tests:tiny")
+    adapter = save_adapter(tmp_path / "patch", parts, own, weights=base, profile=profile)
+    load_mask(base, tmp_path / "patch")
+    assert same(bits(base), wanted)
+    unload_mask(base)
+    assert same(bits(base), before)
+    other = TinyNet().to(dtype).eval()
+    other.bn1.running_mean.data = other.bn1.running_mean.float()  # type: ignore[union-attr, operator]
+    load_masked(other, tmp_path / "base.safetensors", tmp_path / "patch")
+    assert same(bits(other), wanted)
+    with MaskBank(base) as bank:
+        bank.add(adapter, name="patch")
+        for _ in range(2):
+            bank.use("patch")
+            assert same(bits(base), wanted)
+            bank.disable()
+            assert same(bits(base), before)
+    again = convert_adapter(adapter, tmp_path / "again", base=base, profile="fast")
+    load_mask(base, again)
+    assert same(bits(base), wanted)
+
+
+def test_bfloat16_patches_store_steps_and_refuse_other_bases(tiny: nn.Module, tmp_path: Path) -> None:
+    base = tiny.bfloat16()
+    tuned = tuned_of(base, torch.bfloat16, dense=False)
+    tuned.bn1.running_mean.data = base.bn1.running_mean.data.clone()  # type: ignore[union-attr, operator]
+    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
+    found = import_file(tmp_path / "tuned.safetensors", base, "checkpoint")
+    parts = Parts(found.masks, values=found.values)
+    adapter = save_adapter(tmp_path / "patch", parts, fingerprint(base, id="tests:tiny"), weights=base)
+    stored = adapter.parts(base=base).values
+    assert isinstance(stored["conv2.weight"], Steps)
+    wide = copy.deepcopy(base).float()
+    load_mask(wide, adapter)
+    for name, tensor in tuned.state_dict().items():
+        assert torch.equal(wide.state_dict()[name], tensor.to(wide.state_dict()[name].dtype))
+    wrong = copy.deepcopy(base)
+    with torch.no_grad():
+        wrong.get_parameter("conv2.weight").mul_(1.1)
+    before = bits(wrong)
+    for verify in ("strict", "off"):
+        with pytest.raises(BackboneMismatchError):
+            load_mask(wrong, adapter, verify=verify)
+        assert same(bits(wrong), before)
+
+
+def test_the_second_reader_reads_stored_values(tiny: nn.Module, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("reader", Path(__file__).parent.parent / "docs" / "reader.py")
+    assert spec is not None
+    assert spec.loader is not None
+    reader = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reader)
+    base = nn.Sequential(nn.Linear(100, 90), nn.Linear(90, 3)).bfloat16()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.copy_(parameter.float() * 1.003 + 1e-4)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    save_file(tuned.state_dict(), tmp_path / "tuned.safetensors")
+    found = import_file(tmp_path / "tuned.safetensors", base, "checkpoint")
+    path = tmp_path / "patch.safetensors"
+    own = fingerprint(base, id="tests:linear")
+    save_adapter(path, Parts(found.masks, values=found.values), own, weights=base, profile="max")
+    dense = reader.dense(path, tmp_path / "base.safetensors")
+    for name, mask in found.masks.items():
+        expected = tuned.get_parameter(name).detach()[~mask.tensor()].float().numpy()
+        assert np.array_equal(dense[f"default/values/{name}"], expected)
+
+
+def test_a_patch_needs_the_same_tensors(tiny: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / "tuned.safetensors"
+    state = tuned_of(tiny, torch.float32).state_dict()
+    wrong: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "conv1.weight: missing in the file": lambda s: s.pop("conv1.weight"),
+        "extra: new, of shape [2]": lambda s: s.update(extra=torch.ones(2)),
+        r"fc.weight: of shape [6, 16], [5, 16] in the backbone": lambda s: s.update({"fc.weight": torch.ones(6, 16)}),
+        "conv2.bias: of torch.float64, expected": lambda s: s.update({"conv2.bias": s["conv2.bias"].double()}),
+        "bn2.weight: of torch.bfloat16, which does not hold": lambda s: s.update(
+            {"bn2.weight": s["bn2.weight"].bfloat16()}
+        ),
+    }
+    both = dict(state)
+    with torch.no_grad():
+        tiny.get_parameter("bn2.weight").mul_(1.001)
+    for expected, change in wrong.items():
+        one = dict(state)
+        change(one)
+        change(both)
+        save_file(one, file)
+        with pytest.raises(DataError) as caught:
+            import_file(file, tiny, "checkpoint")
+        assert f"1 tensors do not fit: {expected}" in str(caught.value)
+    save_file(both, file)
+    with pytest.raises(DataError) as caught:
+        import_file(file, tiny, "checkpoint")
+    assert "5 tensors do not fit" in str(caught.value)
+    assert all(expected in str(caught.value) for expected in wrong)
+    save_file(tiny.state_dict(), file)
+    with pytest.raises(DataError, match="has the weights of the backbone"):
+        import_file(file, tiny, "checkpoint")
+
+
+def test_tied_tensors_are_one(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 4, bias=False)
+            self.decode = nn.Linear(8, 4, bias=False)
+            self.decode.weight = self.embed.weight
+
+    model = Tied()
+    new = model.embed.weight.detach() + 1
+    save_file({"embed.weight": new}, tmp_path / "one.safetensors")
+    found = import_file(tmp_path / "one.safetensors", model, "checkpoint")
+    assert list(found.masks) == ["decode.weight"]
+    assert found.masks["decode.weight"].bits == bitarray(32, endian="little")
+    save_file({"embed.weight": new, "decode.weight": new + 1}, tmp_path / "two.safetensors")
+    with pytest.raises(DataError, match="one tensor with decode.weight in the backbone, and another in the file"):
+        import_file(tmp_path / "two.safetensors", model, "checkpoint")
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def run(*arguments: object) -> Any:
+        return CliRunner().invoke(app, [str(one) for one in arguments])
+
+    from maskpack.backbone.load import load_backbone
+
+    model = load_backbone(BACKBONE[1], random_weights=0).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * (torch.rand_like(parameter) < 0.1))
+    tuned, out, dense = (tmp_path / name for name in ("tuned.safetensors", "patch", "dense.safetensors"))
+    save_file(model.state_dict(), tuned)
+    made = run("pack", tuned, "--from", "checkpoint", *BACKBONE, "--output", out, "--json")
+    assert made.exit_code == 0, made.output
+    verified = run("verify", out, *BACKBONE)
+    assert verified.exit_code == 0, verified.output
+    assert run("export", out, *BACKBONE, "--output", dense).exit_code == 0
+    exported = open_tensors(dense)
+    for name, tensor in open_tensors(tuned).items():
+        assert torch.equal(exported[name], tensor)
+    refused = run("pack", dense, "--from", "checkpoint", "--backbone", BACKBONE[1], "--output", tmp_path / "x")
+    assert refused.exit_code in (0, 1)
+    assert read_adapter(out).header.base.head == ()
