@@ -77,7 +77,13 @@ hub-live: $(VENV)/.installed ## push and pull at the real Hub, in a temporary pr
 fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command line, FUZZ_SECONDS each
 	$(RUN) tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_cli --seconds $(FUZZ_SECONDS)
+	$(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
+
+# spoiled payloads, classes and random masks, in a library that stops at every wrong access, overflow or undefined shift
+sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SECONDS
+	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
 
 ## Results (docs/results.md); most need MASKPACK_DATA, all go on where they were stopped
 

@@ -84,7 +84,6 @@ def loaded(pair: str) -> tuple[Backbone, Data]:
     make, name = PAIRS[pair]
     backbone, data = load_backbone(**make()), load_data(str(data_of(name)))
     assert data.train is not None
-    backbone.model.to(memory_format=torch.channels_last)
     train = data.train
     if isinstance(backbone.preprocess, ImagePreprocess):
         images = {row: resized(train[i][0], backbone.preprocess) for i, row in enumerate(train.indices)}

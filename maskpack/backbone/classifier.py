@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BackboneError, DataError
-from .load import Backbone
+from .load import Backbone, encoder_of
 from .model import Embedding, Head, swap_module, unwrap
 
 Inputs = Tensor | dict[str, Tensor]  # images, or a tokenizer's tensors by name
@@ -59,7 +59,7 @@ def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
         found: Tensor = output.image_embeds if hasattr(output, "image_embeds") else output.pooler_output
     else:
         assert isinstance(inputs, dict)
-        hidden = model(**inputs).last_hidden_state  # (B, T, D)
+        hidden = encoder_of(model)(**inputs).last_hidden_state  # (B, T, D)
         if embedding.pooling == "cls":
             found = hidden[:, 0]
         else:

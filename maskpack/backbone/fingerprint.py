@@ -1,10 +1,11 @@
 """Digests of a model's body, which bind an adapter to its base (docs/format.md section 3)."""
 
 import inspect
+import itertools
 import json
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .model import CASTS, PREFIX, Fingerprint, body, canonical, inside, slots, unwrap
+from .model import CASTS, PREFIX, Fingerprint, aliases, body, canonical, inside, slots, unwrap
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
@@ -215,10 +216,15 @@ def same_digest(digest: bytes, expected: Fingerprint, name: str, dtype: torch.dt
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A model's body, which may be on the meta device, and the digests of its tensors in its `compared_dtype`."""
+    """A model's body, which may be on the meta device, and the digests of its tensors in its `compared_dtype`.
+
+    Attributes:
+        tied: the other names of tensors that have several.
+    """
 
     body: Mapping[str, Tensor]
     digests: Mapping[str, bytes]
+    tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -244,7 +250,11 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()})
+    tied: dict[str, list[str]] = {}
+    for name, first in aliases(model).items():
+        if name != first:
+            tied.setdefault(first, []).append(name)
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied)
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -267,15 +277,42 @@ def check_fingerprint(model: nn.Module, expected: Fingerprint) -> str:
 def check_measured(found: Measured, expected: Fingerprint) -> str:
     """As `check_fingerprint`, of a body that was measured with the same head."""
     dtype, each = compared_dtype(found.body.values()), found.digests
-    if found.digest == expected.digests[_name(dtype)]:
+    wanted = expected.digests[_name(dtype)]
+    if found.digest == wanted or any(part.digest == wanted for part in _parts_of(found, expected)):
         return _name(dtype)
     masked = sorted(expected.tensors)
     differing = [name for name in masked if name not in each or not same_digest(each[name], expected, name, dtype)]
     if differing:
         what = f"{len(differing)} of {len(masked)} masked tensors differ, first {differing[0]!r}"
     else:
-        what = f"all {len(masked)} masked tensors agree, but other parameters or buffers of the body differ"
+        what = (
+            f"all {len(masked)} masked tensors agree, but other parameters or buffers of the body differ, or it lacks "
+            f"some, as those of a pooler"
+        )
     raise mismatch(expected, what, dtype)
+
+
+MODULES = 8  # of a body, beyond which only one at a time is left out
+
+
+def _parts_of(whole: Measured, expected: Fingerprint) -> Iterator[Measured]:
+    """Yield a body without one or several of its modules that hold no mask: the base may have had no head or pooler.
+
+    What is left is then compared as a whole, so that nothing is let through. Modules are those of the first two levels.
+    """
+    modules: dict[str, None] = {}
+    for name in whole.body:
+        parts = name.split(".")[:-1]
+        places = (".".join(parts[:depth]) for depth in (1, 2)[: len(parts)])
+        free = (one for one in places if not any(inside(masked, [one]) for masked in expected.tensors))
+        modules |= dict.fromkeys(itertools.islice(free, 1))
+    for count in range(1, len(modules) + 1 if len(modules) <= MODULES else 2):
+        for gone in itertools.combinations(modules, count):
+            names = ((name, [name, *whole.tied.get(name, ())]) for name in whole.body)
+            left = {one: name for name, own in names for one in [n for n in own if not inside(n, gone)][:1]}
+            left = dict(sorted(left.items()))
+            body = {one: whole.body[name] for one, name in left.items()}
+            yield Measured(body, {one: whole.digests[name] for one, name in left.items()})
 
 
 def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMismatchError:

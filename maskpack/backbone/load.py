@@ -49,10 +49,15 @@ class Backbone:
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """Modules that do not belong to the body: the head, or an encoder's unused pooler."""
+        """Modules that do not belong to the body: the head, or what an encoder has behind it, and its unused pooler."""
         if self.head is not None:
             return (self.head,)
-        return ("pooler",) if self.embedding.pooling is not None and hasattr(self.model, "pooler") else ()
+        if self.embedding.pooling not in ("mean", "cls"):
+            return ()
+        inner = encoder_of(self.model)
+        place = next((f"{name}." for name, one in self.model.named_children() if one is inner), "")
+        beside = (name for name, _ in self.model.named_children() if place and f"{name}." != place)
+        return (*beside, *([f"{place}pooler"] if hasattr(inner, "pooler") else []))
 
     @property
     def linear(self) -> nn.Linear | None:
@@ -77,6 +82,12 @@ class Backbone:
         config: Any = self.model.config
         projected = getattr(config, "projection_dim", None) if self.embedding.pooling == "projection" else None
         return int(projected or config.hidden_size)
+
+
+def encoder_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model of transformers that gives hidden states; the model itself where it is one."""
+    found = getattr(model, "base_model", model)
+    return found if isinstance(found, nn.Module) else model
 
 
 def export_state(path: str | Path, model: nn.Module, metadata: Mapping[str, str] | None = None) -> int:
@@ -229,7 +240,9 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         tower = TOWERS.get(config.model_type.removesuffix("_vision_model"))
         classifiers = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
         vision = tower is not None or config.model_type in classifiers
-        cls = transformers.AutoModelForImageClassification if vision else transformers.AutoModel
+        named = (getattr(transformers, one, None) for one in config.architectures or ())
+        cls = transformers.AutoModelForImageClassification if vision else next(filter(None, named), None)
+        cls = cls or transformers.AutoModel  # code of its own
         if pretrained:
             # float32 whatever the file holds: the scores learn from full-precision products
             cls = getattr(transformers, tower) if tower else cls
@@ -237,7 +250,7 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         elif tower:
             model = getattr(transformers, tower)(getattr(config, "vision_config", config))
         else:
-            model = cls.from_config(config)
+            model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
         if vision:
             processor = transformers.AutoImageProcessor.from_pretrained(repo, **options)
             embedding = Embedding(None, "projection", True) if tower else Embedding()

@@ -58,6 +58,13 @@ class Side:
     reference: Bits | None = None
 
     @property
+    def base(self) -> Words:
+        """The weights, for a codec that needs them."""
+        if self.weights is None:
+            raise ValueError("the codec needs the weights of the base")
+        return self.weights
+
+    @property
     def count(self) -> int:
         """Number of mask bits."""
         return math.prod(self.shape)

@@ -37,23 +37,28 @@ def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
         return classes
     histogram = np.zeros(INFINITY + 2, dtype=np.int64)
     pieces = [slice(start, start + CHUNK) for start in range(0, words.size, CHUNK)]
-    for piece in pieces if parts > 1 else ():
-        histogram += np.bincount(_magnitudes(words[piece]) & 0x7FFF, minlength=histogram.size)
+    for piece in pieces:
+        histogram += np.bincount(_magnitudes(words[piece]), minlength=histogram.size)
     below = np.cumsum(histogram) - histogram
     # values that do not occur may come out as `parts`; they are never looked up
     look_up = np.minimum(parts * (2 * below + histogram) // (2 * words.size), parts - 1).astype(np.uint8)
     for piece in pieces:
-        signed = _magnitudes(words[piece])
-        classes[piece] = look_up[signed & 0x7FFF] | (signed >> 8 & 128).astype(np.uint8)
+        classes[piece] = look_up[_magnitudes(words[piece])] | weight_signs(words[piece])
     return classes
 
 
+def weight_signs(words: Words) -> Bits:
+    """Return 128 for each weight that is negative, else 0."""
+    low = 8 * words.itemsize - 16
+    found = (words >> low >= 0x8000) & (words <= (0x8000 | INFINITY) << low)
+    return found.view(np.uint8) << np.uint8(7)
+
+
 def _magnitudes(words: Words) -> NDArray[np.uint16]:
-    """Return weights rounded to bfloat16 (to nearest, ties to even), all NaN as one, without sign."""
+    """Return |weights| rounded to bfloat16 (to nearest, ties to even), all NaN as one."""
     if words.itemsize == 4:
-        nan = words & 0x7FFFFFFF > INFINITY << 16
-        rounded = words + (0x7FFF + (words >> 16 & 1))  # a NaN may wrap around
-        words = (rounded >> 16).astype(np.uint16)
-    else:
-        nan = words & 0x7FFF > INFINITY
-    return np.where(nan, np.uint16(INFINITY + 1), words)
+        words = words & np.uint32(0x7FFFFFFF)
+        nan = words > INFINITY << 16
+        words = np.where(nan, np.uint32(INFINITY + 1), words + (0x7FFF + (words >> 16 & 1)) >> 16)
+    found: NDArray[np.uint16] = np.minimum(words & 0x7FFF, INFINITY + 1).astype(np.uint16)
+    return found

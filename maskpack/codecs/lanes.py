@@ -19,6 +19,7 @@ WINDOW = 2 * UNIT  # hazard after which a step without an event ends
 NEVER = 65535  # more hazard than any window has
 LEVELS = 1024  # of log-odds, 1/16 apart; those of the middle are even
 STRIDE = 32  # weights that are skipped at once in search of an event
+DENSE = 600  # hazard of a weight
 RANGE = 7  # a coefficient is an integer within ±RANGE
 _FREQUENCIES = """
 32420 126 8 8 8 8 8 8
@@ -108,16 +109,19 @@ class Lane:
             hazards: of these weights. spent: hazard of the window that is open before them.
         """
         survival, reaches, targets = tables().lists
-        sums = np.zeros(hazards.size + 1, dtype=np.int64)
-        np.cumsum(hazards, out=sums[1:])
-        total, coarse = sums.data, sums[::STRIDE].tolist()
-        coarse.append(last := total[hazards.size])  # whatever the target, the search ends there
+        sums = np.zeros(hazards.size // STRIDE * STRIDE + STRIDE + 1, dtype=np.int64)
+        np.cumsum(hazards, out=sums[1 : hazards.size + 1])
+        last = int(sums[hazards.size])
+        sums[hazards.size + 1 :] = last  # whatever the target, the search ends there
+        coarse = sums[::STRIDE].tolist()
+        # a list is quicker to look into, and takes its time to make
+        total = sums.tolist() if last > DENSE * hazards.size else sums.data
         state, words, found = self.state, self.words, list[int]()
         begin, block = -spent, 0
         while (target := begin + targets[slot := state & 32767]) <= last:
             while coarse[block] < target:
                 block += 1
-            here = bisect_left(total, target, block * STRIDE - STRIDE + 1, min(block * STRIDE, hazards.size))
+            here = bisect_left(total, target, block * STRIDE - STRIDE + 1, block * STRIDE)
             now = total[here]
             low = survival[now - begin]
             if now - begin >= reaches[slot]:

@@ -131,9 +131,7 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
 
 def given_of(side: Side, base: bool) -> native.Given:
     """Return what compiled loops take of a side."""
-    weights = side.weights if base else None
-    if base and weights is None:
-        raise ValueError("the codec needs the weights of the base")
+    weights = side.base if base else None
     width = 0 if weights is None else weights.itemsize
     return native.Given(*Grid.of(side.shape), width, native.address(weights), native.address(side.reference))
 

@@ -16,7 +16,21 @@ from numpy.typing import NDArray
 from . import native
 from .base import Bits
 from .lanes import BITS, LEVELS, ONE, RANGE, tables
-from .logit_model import CLASSES, HIGHEST, MAX_RANK, OTHER, SAME, STEPS, Before, Grid, Ints, Known, may_lean, sizes
+from .logit_model import (
+    CLASSES,
+    HIGHEST,
+    MAX_RANK,
+    OTHER,
+    SAME,
+    STEPS,
+    Before,
+    Grid,
+    Ints,
+    Known,
+    may_lean,
+    signs_of,
+    sizes,
+)
 
 Floats = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -378,8 +392,7 @@ def assembled(fit: Fit, chosen: dict[str, Rounded]) -> Fitted:
 def contexts(grid: Grid, known: Known, events: Bits) -> Bits:
     """Return the context of every weight inside its kernel."""
     flat = events.reshape(grid.positions, -1)
-    signs = None if known.classes is None else known.classes.reshape(flat.shape) >> 7
-    before, found = Before(signs, flat.shape[1]), np.empty(flat.shape, dtype=np.uint8)
+    before, found = Before(signs_of(known, grid), grid.units), np.empty(flat.shape, dtype=np.uint8)
     for position, own in enumerate(flat):
         found[position] = before.context()
         before.add(own)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Bits, Numbers, Side, matrix_shape
-from .classes import weight_classes
+from .classes import weight_classes, weight_signs
 from .lanes import LEVELS, tables
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # of a coefficient, in 1/16 nat
@@ -53,12 +53,9 @@ class Known(NamedTuple):
     @classmethod
     def of(cls, side: Side, base: bool, magnitudes: bool = True) -> "Known":
         """Return what is known; without `base` not the weights, without `magnitudes` only their signs."""
-        grid, bits = Grid.of(side.shape), side.reference
-        if base and side.weights is None:
-            raise ValueError("the codec needs the weights of the base")
-        classes = (
-            weight_classes(side.weights, CLASSES if magnitudes else 1) if base and side.weights is not None else None
-        )
+        grid, bits, classes = Grid.of(side.shape), side.reference, None
+        if base:
+            classes = weight_classes(side.base, CLASSES) if magnitudes else weight_signs(side.base)
         unpacked = None if bits is None else np.unpackbits(bits, count=side.count, bitorder="little")
         return cls(*(None if own is None else by_position(own, grid) for own in (classes, unpacked)))
 
@@ -125,7 +122,11 @@ class Model(NamedTuple):
             level += arrays["reference"] * reference[position, rows]
         if self.left.shape[1] and classes is not None:
             lean = (self.left[rows] @ self.right.T).astype(np.int32)  # sums below 2^24: exact
-            level += np.where(classes[position, rows] > 127, -lean, lean) >> 4
+            sign = -(classes[position, rows] >> 7).astype(np.int32)
+            lean ^= sign
+            lean -= sign
+            lean >>= 4
+            level += lean
         own = level.reshape(-1)[first - rows.start * inputs : last - rows.start * inputs]
         if "before" in arrays and before is not None:
             own += arrays["before"][before.context()]
@@ -135,28 +136,33 @@ class Model(NamedTuple):
 class Before:
     """For the units `first` to `last`, how many events there were so far in each kernel, by the base's signs."""
 
-    def __init__(self, signs: Numbers | None, count: int):
+    def __init__(self, signs: Numbers, count: int):
         self.counts = np.zeros((2, count), dtype=np.uint8)
-        self.signs, self.position, self.every = signs, 0, np.arange(count)
+        self.signs, self.position = signs, 0
 
     @classmethod
     def of(cls, model: Model, first: int, last: int) -> "Before | None":
         """Return the counts, or None if the model has no use for them."""
-        if "before" not in model.arrays:
-            return None
-        classes = model.known.classes
-        signs = None if classes is None else classes.reshape(len(classes), -1)[:, first:last] >> 7
-        return cls(signs, last - first)
+        return cls(signs_of(model.known, model.grid)[:, first:last], last - first) if "before" in model.arrays else None
 
     def context(self) -> Bits:
         """Return the contexts of the weights at the present position."""
-        sign = 0 if self.signs is None else self.signs[self.position]
-        same, other = self.counts[sign, self.every], self.counts[1 - sign, self.every]
-        found: Bits = np.minimum(same, SAME - 1) + SAME * np.minimum(other, OTHER - 1)
+        (positive, negative), minus = self.counts, self.signs[self.position]
+        found: Bits = np.minimum(np.where(minus, negative, positive), SAME - 1)
+        found += np.uint8(SAME) * np.minimum(np.where(minus, positive, negative), OTHER - 1)
         return found
 
     def add(self, events: NDArray[Any]) -> None:
         """Count the events of the present position, as far as a context tells, and go to the next."""
-        sign = 0 if self.signs is None else self.signs[self.position]
-        self.counts[sign, self.every] = np.minimum(self.counts[sign, self.every] + events, SAME)
+        minus = self.signs[self.position]
+        self.counts[0] += events > minus
+        self.counts[1] += events & minus
+        np.minimum(self.counts, SAME, out=self.counts)
         self.position += 1
+
+
+def signs_of(known: Known, grid: Grid) -> Bits:
+    """Return 1 for each weight of the base that is negative, else 0, as (positions, units)."""
+    if known.classes is None:
+        return np.broadcast_to(np.uint8(0), (grid.positions, grid.units))
+    return known.classes.reshape(grid.positions, -1) >> np.uint8(7)

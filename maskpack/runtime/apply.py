@@ -22,6 +22,7 @@ from ..backbone.model import Head, named_buffers, named_parameters, same_size_in
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
+from .place import TOP, Place, view
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,6 +69,7 @@ class Applied:
         complete: the whole mask is on the model. False while it is applied or undone, and after one of these was
             interrupted: then the model has a part of it.
         before, after: tensors that the adapter changes, by name, as they were found and as they were left.
+        place: where the adapter's names stand in the model; all names here are the adapter's.
         base: a bank's notes of all tensors of the base, which an undo updates.
         notes: a bank's notes of what masks change, by name: used where they are there, else made.
     """
@@ -77,6 +79,7 @@ class Applied:
     head: tuple[str, nn.Module] | None = None
     restorable: bool = True
     complete: bool = False
+    place: Place = TOP
     before: dict[str, Written] = field(default_factory=dict)
     after: dict[str, Written] = field(default_factory=dict)
     base: dict[str, Written] = field(default_factory=dict)
@@ -352,7 +355,8 @@ def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> 
     for name, tensor in parts.dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
-                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}"
+                f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}, or, if "
+                f"that is of its head, pass head='keep'"
             )
     module = None if parts.head is None else parts.head.module
     try:
@@ -368,6 +372,7 @@ def apply_parts(
     mask_id: str = "",
     masks: Iterable[tuple[str, PackedMask]] | None = None,
     restorable: bool = True,
+    place: Place = TOP,
 ) -> None:
     """Apply masks one at a time, then dense tensors and head, in place; storage and `requires_grad` stay.
 
@@ -376,23 +381,23 @@ def apply_parts(
 
     Args:
         masks: name and mask, in the place of those of `parts`, whose names and shapes are checked before the first.
-        restorable: keep what `unload_mask` needs.
+        restorable: keep what `unload_mask` needs. place: where the names of `parts` stand in the model.
     """
     check_compiled()
     check_free(model)
-    put(model, Applied(mask_id, restorable=restorable), parts, masks)
+    put(model, Applied(mask_id, restorable=restorable, place=place), parts, masks)
 
 
 def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
     """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
-    model = unwrap(model)
+    root, model = unwrap(model), view(model, record.place)
     shapes, dense = parts.masks.shapes, parts.dense
     parameters, state = check_masks(model, shapes), tensors_of(model)
     check_dense(model, parts, state)
     names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)
     try:
-        _APPLIED[model] = record
+        _APPLIED[root] = record
         for name, mask, at in located(parts.masks.items() if masks is None else masks, parameters, record.notes or {}):
             assert mask is not None
             _apply(record, name, parameters[name].detach(), mask, at, parts.values.get(name))
@@ -405,10 +410,10 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
             record.notes.update({name: one for name, one in record.changed if one.at is not None})
         record.complete = True
     except BaseException:
-        undo(model, record)
+        undo(root, record)
         raise
     if not record.restorable:
-        _APPLIED[model] = Applied(record.mask_id, restorable=False, complete=True)
+        _APPLIED[root] = Applied(record.mask_id, restorable=False, complete=True)
 
 
 def unload_mask(model: Model, *, force: bool = False) -> Model:
@@ -438,7 +443,7 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     if record.complete and not force:
         way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
-        check_unwritten(record.after, tensors_of(model), way_out)
+        check_unwritten(record.after, tensors_of(view(model, record.place)), way_out)
     undo(model, record)
     return model
 
@@ -479,7 +484,7 @@ def _overwrite(record: Applied, name: str, target: Tensor, tensor: Tensor) -> No
 
 def undo(model: nn.Module, record: Applied) -> None:
     """Put back all that a record has, the last first, so that the earliest values win; can be repeated."""
-    model, record.complete = unwrap(model), False
+    root, model, record.complete = unwrap(model), view(model, record.place), False
     state = tensors_of(model)
     unwritten = [name for name, left in record.after.items() if name in state and left.same(state[name])]
     try:
@@ -504,7 +509,7 @@ def undo(model: nn.Module, record: Applied) -> None:
     except BaseException as error:
         error.add_note("maskpack: the model still has a part of the mask; unload_mask (or its bank) removes it")
         raise
-    forget(model)
+    forget(root)
 
 
 def _note_undone(model: nn.Module, record: Applied, now: Mapping[str, Written], unwritten: Iterable[str]) -> None:

@@ -16,8 +16,8 @@ from ..backbone.classifier import Inputs, batch_of, embed_batch, example_count, 
 from ..backbone.model import unwrap
 from ..errors import AdapterError, BackboneMismatchError
 from ..hub.pull import PullOptions
-from .apply import masked
-from .load import Reference, Verify, check_base, check_choices, clear, load_adapter
+from .apply import check_masks, masked
+from .load import Reference, Verify, check_base, check_choices, load_adapter, take_off
 
 
 @dataclass(slots=True)
@@ -144,7 +144,9 @@ def load_cascade(
     if parts is None:
         what = "one mask set" if len(adapter.sets) == 1 else f"{len(adapter.sets)} mask sets without a router"
         raise AdapterError(f"{adapter.path} is no cascade, it has {what}; load it with load_mask(model, ref)")
-    clear(model, adapter)
+    take_off(model)
+    for name in adapter.sets:
+        check_masks(model, adapter.shapes(name))
     check_base(model, adapter, verify, stacklevel=4)
     module = parts.embedding.module
     if module is not None and module not in dict(unwrap(model).named_modules()):

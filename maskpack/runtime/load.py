@@ -11,12 +11,13 @@ from torch import nn
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_measured, measure_body
-from ..backbone.model import unwrap
+from ..backbone.model import inside, unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions, open_adapter
 from ..mask import PackedMask
 from ..threads import in_thread
 from .apply import Model, applied, apply_parts, check_free, check_masks, unload_mask
+from .place import TOP, find_place, view
 
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
@@ -25,7 +26,7 @@ Mode = Literal["target", "source"]
 
 
 class MaskpackWarning(UserWarning):
-    """Warned when verification is relaxed and the base differs."""
+    """Warned when the base differs and verification is relaxed, or an adapter's names stand elsewhere in the model."""
 
 
 def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
@@ -48,7 +49,9 @@ def load_mask(
 ) -> Model:
     """Apply an adapter to a model in place and return the same model.
 
-    Class, parameter names, storage and `requires_grad` of the body stay. A mask loaded before is unloaded first. If it
+    Class, parameter names, storage and `requires_grad` of the body stay. A mask loaded before is unloaded first. The
+    adapter's names may stand under a prefix in the model, or the model under one of theirs: an encoder's adapter fits
+    the model with a head, and the other way round. That is found by shapes and digests, and a warning says it. If it
     fails or is interrupted, the model is the base, to the bit; if it is interrupted once more while it puts that back,
     `unload_mask(model)` finishes it.
 
@@ -71,10 +74,15 @@ def load_mask(
     check_choices(verify, head, mode)
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
     parts = loaded_parts(adapter, head, mode)
-    clear(model, adapter)
-    masks = _masks_on(model, adapter, verify)
+    take_off(model)
+    place = find_place(model, adapter, parts.masks.shapes)
+    inner = view(model, place)
+    check_masks(inner, parts.masks.shapes)  # before the digests, since quantised weights have none
+    masks = _masks_on(inner, adapter, verify)
     masks = masks if mode == "target" else removing(masks)
-    apply_parts(model, parts, mask_id=adapter.mask_id, masks=masks, restorable=restorable)
+    apply_parts(model, parts, mask_id=adapter.mask_id, masks=masks, restorable=restorable, place=place)
+    if place != TOP:
+        warnings.warn(f"the names of {adapter.path} stand {place} in this model", MaskpackWarning, stacklevel=2)
     return model
 
 
@@ -99,8 +107,11 @@ def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode) -> Parts:
     check_one_set(adapter)
     parts = adapter.parts(stream=True)
     if mode == "target":
-        replaces = parts.head is not None and parts.head.module is not None and head == "replace"
-        return parts if replaces else replace(parts, head=None)
+        replaces = parts.head is None or parts.head.module is not None
+        if head == "replace":
+            return parts if replaces else replace(parts, head=None)
+        beside = {name: one for name, one in parts.parameters.items() if not inside(name, adapter.base.head)}
+        return replace(parts, head=None, parameters=beside)
     if not parts.values:
         raise AdapterError(f"{adapter.path} replaces no weights; mode='source' is for adapters of `maskpack transfer`")
     return Parts(parts.masks)
@@ -112,13 +123,11 @@ def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, Pac
         yield name, replace(mask, op="zero") if mask.op == "replace" else mask
 
 
-def clear(model: nn.Module, adapter: Adapter) -> None:
-    """Unload what a model has loaded, and check that it has the parameters that an adapter's masks are for."""
+def take_off(model: nn.Module) -> None:
+    """Unload what a model has loaded; StateError if it has scores or belongs to a bank."""
     if applied(model) is not None:
         unload_mask(model)
     check_free(model)
-    for name in adapter.sets:  # before the digests, since quantised weights have none
-        check_masks(model, adapter.shapes(name))
 
 
 def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tuple[str, PackedMask]]:

@@ -79,11 +79,11 @@ def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] =
 
 @contextmanager
 def borrowed(backbone: Backbone) -> Iterator[None]:
-    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device and modes as before."""
+    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device, layout, modes as before."""
     model = backbone.model
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: tensor.detach().clone() for name, tensor in model.named_buffers()}
-    device = next(model.parameters()).device
+    device, contiguous = next(model.parameters()).device, all(one.is_contiguous() for one in convolutions(model))
     head = model.get_submodule(backbone.head) if backbone.head is not None else None
     try:
         with modes_kept(model):
@@ -99,6 +99,23 @@ def borrowed(backbone: Backbone) -> Iterator[None]:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
             p.grad = None
+        if contiguous:
+            lay_out(model, torch.contiguous_format)
+
+
+def convolutions(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights of two-dimensional convolutions, and scores of theirs."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    return [parameter for layer in layers for parameter in layer.parameters() if parameter.dim() == 4]
+
+
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Change the layout of the weights of two-dimensional convolutions.
+
+    With `torch.channels_last` a step of EfficientNet-Lite0 takes half the time on a CPU. Outputs differ in last bits.
+    """
+    for weight in convolutions(model):
+        weight.data = weight.data.contiguous(memory_format=memory_format)
 
 
 def settled(config: TrainConfig, backbone: Backbone) -> TrainConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..backbone.load import encoder_of
 from ..errors import TrainingError
 
 
@@ -43,11 +44,10 @@ class Recompute:
     _handles: list[Any] = field(default_factory=list)
 
     def watch(self, model: nn.Module) -> None:
-        """Begin: in every forward pass of the model from now on."""
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
+        """Begin: in every forward pass of the model, or of its encoder alone, from now on."""
+        for one in dict.fromkeys((model, encoder_of(model))):
+            self._handles.append(one.register_forward_pre_hook(self._begin))
+            self._handles.append(one.register_forward_hook(self._end, always_call=True))
 
     def stop(self) -> None:
         """End: the model has no hooks of ours any more."""

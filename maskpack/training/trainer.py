@@ -22,7 +22,7 @@ from .budget import rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, base_of, borrowed, learn_scores, masked_sizes, settled
+from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, settled
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import extract_parts
@@ -66,6 +66,10 @@ class ObjectiveRun(Run):
             "processes": self.accelerator.num_processes,
         }
         model = backbone.model.to(self.device)
+        # those of a model that has another layout keep it
+        self.contiguous = all(one.is_contiguous() for one in convolutions(model))
+        if self.contiguous:
+            lay_out(model, torch.channels_last)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
         weights = sum(masked_sizes(config, backbone).values())
@@ -178,6 +182,8 @@ class ObjectiveRun(Run):
     def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
         self._tell(1.0)
+        if self.contiguous:
+            lay_out(self.backbone.model, torch.contiguous_format)  # as who loads the adapter computes
         metrics = {**at.metrics, **self.held_out("test")}
         if self.scored:
             with without_scores(self.module):

@@ -5,7 +5,7 @@ nothing. An input's first byte says what the rest is:
 
 - 0: a file, read as it is;
 - 1: a file whose digests and offsets are made good first, so that what lies behind them is reached;
-- 2: a payload with its codec, settings, shape, classes, table and reference, for one call of `decode`.
+- 2: a payload with its codec, settings, shape, weights and reference, for one call of `decode`.
 
 Files are changed as `mutations.py` does it half the time: random bytes alone hardly ever give a header that parses.
 Only our errors may come out, within SLOW seconds and the memory named below. What else comes out ends the run
@@ -52,7 +52,7 @@ ROOM = 1 << 30  # address space beyond that of the start: three copies of those,
 MOST = 1 << 20  # weights of a mask whose payload is decoded
 ALLOWED, ALLOWED_EACH = 8 << 20, 64  # bytes of memory for one payload, and for each of its weights
 RAW, SEALED, PAYLOAD = range(3)
-# codec, change of its settings, number of dimensions, dimensions, seed of classes and reference
+# codec, change of its settings, number of dimensions, dimensions, seed of weights and reference
 FIELDS = struct.Struct("<BBB5HB")
 INSTANCES = [codec for cls in CODECS.all() for codec in rivals("max", cls.id, True)]
 SHAPES = ((), (0,), (1,), (9,), (4, 0, 3), (40, 33), (16, 4, 3, 3), (2, 3, 2, 3, 5))
@@ -62,8 +62,8 @@ def side_of(codec: Codec, shape: tuple[int, ...], seed: int) -> Side:
     """Return side data that follow from the seed; an odd one has a reference."""
     rng = np.random.default_rng(seed)
     count = math.prod(shape)
-    classes = rng.integers(0, 256, count, dtype=np.uint8) if codec.needs_base else None
-    return Side(shape, classes, random_bits(count, 0.8, seed) if seed % 2 else None)
+    words = rng.integers(0, 1 << 16, count, dtype=np.uint16) if codec.needs_base else None
+    return Side(shape, words, random_bits(count, 0.8, seed) if seed % 2 else None)
 
 
 def packed_input(index: int, shape: tuple[int, ...], seed: int, payload: bytes) -> bytes:

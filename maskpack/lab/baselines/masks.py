@@ -37,7 +37,7 @@ class SupervisedMask(Baseline):
     id = "mask"
     reference = "https://arxiv.org/abs/1801.06519"
     argument = "method"
-    rates: ClassVar[Rates] = {"adam": (0.01, 0.02, 0.05), "sgd": (10.0, 25.0, 60.0)}
+    rates: ClassVar[Rates] = {"adam": (0.02, 0.05, 0.1), "sgd": (10.0, 25.0, 60.0)}
 
     def check(self, backbone: Backbone, config: TrainConfig) -> None:
         config = self._settings(config)
