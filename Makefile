@@ -87,13 +87,17 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 
 ## Results (docs/results.md); most need MASKPACK_DATA, all go on where they were stopped
 
-results: $(VENV)/.installed ## accuracies of masks and probes: two hours on two cores
-	$(BIN)/python -m benchmarks.results sketch banking77
-	$(BIN)/python -m benchmarks.results mnist photo --seeds 0
-
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
+
+defaults: $(VENV)/.installed ## train without options beside norms, LoRA and full fine-tuning: hours of one core
+	$(BIN)/python -m benchmarks.defaults
+	$(BIN)/python -m benchmarks.defaults --write docs/results.md
+
+frontier: $(VENV)/.installed ## accuracy over bytes, masks and everything small: hours of one core
+	$(BIN)/python -m benchmarks.frontier
+	$(BIN)/python -m benchmarks.frontier --write docs/results.md
 
 recipe: $(VENV)/.installed ## the search behind the default recipe: hours of one core
 	$(BIN)/python -m benchmarks.recipe

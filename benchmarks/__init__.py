@@ -1,1 +1,1 @@
-"""Benchmarks: measured by hand, never timed in a test. `make bench-codec`, `make compression`, `make results`."""
+"""Benchmarks: measured by hand, never timed in a test. `make bench-codec`, `make defaults`, `make frontier`."""

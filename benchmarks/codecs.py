@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskpack.adapter.decode import base_words, by_name
+from maskpack.adapter.decode import base_weight, by_name, words_of
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
@@ -64,7 +64,7 @@ def payloads(adapter: Adapter, case: Case) -> Iterator[tuple[Codec, memoryview, 
         words = None
         if codec.needs_base:
             assert weights is not None
-            words = base_words(weights, payload.name, payload.shape)
+            words = words_of(base_weight(weights, payload.name, payload.shape))
         yield codec, adapter.piece(payload), Side(payload.shape, words)
 
 

@@ -48,7 +48,7 @@ def write_pages(page: Path) -> None:
     """Write the tables of the trials between the page's markers."""
     found = {(pair, steps): by_method(pair, steps) for pair, several in STEPS.items() for steps in several}
     found = {about: rows for about, rows in found.items() if rows}
-    write_between(page, MARK, f"{accuracies(found)}\n{sizes(found)}" if found else NOTHING)
+    write_between(page, MARK, accuracies(found) if found else NOTHING)
 
 
 def by_method(pair: str, steps: int) -> dict[str, dict[str, Any]]:
@@ -69,18 +69,6 @@ def accuracies(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
             [f"mean of {len(several)}", steps, *(percent([mean(column)]) for column in zip(*several, strict=True))]
         )
     return table(("pair", "steps", *BASELINES.values()), lines, 2)
-
-
-def sizes(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
-    """Return the bytes beside the backbone and the head, at 200 steps."""
-    shown = {"norms": "norms, 16 bits", "norms: 4 bits": "norms, 4 bits", "lora:8": "LoRA r=8, 16 bits"}
-    shown |= {"lora:8: 4 bits": "LoRA r=8, 4 bits", "mask": "mask, defaults"}
-    lines = []
-    for (pair, steps), rows in found.items():
-        own = [rows.get(name) for name in shown]
-        cells = ["-" if row is None else f"{row['bytes'] - row['sizes']['head']:,.0f}" for row in own]
-        lines.append([pair, steps, *cells])
-    return table(("pair", "steps", *shown.values()), lines, 2)
 
 
 def main() -> None:

@@ -1,8 +1,12 @@
 """The mask sets that benchmarks measure: trained ones, ones drawn from logged densities, and a large one from a seed.
 
+    MASKPACK_DATA=… python -m benchmarks.mask_sets eurosat-sgd eurosat-adam cartoon-flip cartoon-largest
+
+trains those that are for codecs alone, and keeps their masks without head and statistics.
 The set of seven billion weights is too large for the tables here: `benchmarks/scale.py` measures it, memory included.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -18,19 +22,31 @@ from numpy.typing import NDArray
 from torch import nn
 
 from maskpack.adapter.read import read_adapter
+from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.model import Fingerprint
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.safetensors_io import read_tensors
+from maskpack.training import TrainConfig, train_mask
 
-from .results import TASKS
-from .tasks import DATA
+from .recipe import lite0
+from .results import SGD, TASKS, Task
+from .tasks import DATA, resnet
 
 Bools = NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
 DENSITIES = "masks/resnet50_swav_densities.json"
 CORPUS = Path(__file__).with_name("corpus")  # trained adapters, kept so that sizes can be compared over releases
 SHARED = "masks/resnet20_cifar10_to_pacs_sketch.safetensors"
+SHORT = {"steps": 120, "batch_size": 32, "augment": "flip"}
+FOR_CODECS = {
+    "eurosat-sgd": Task(partial(lite0, 64), "data/eurosat", {**SGD, **SHORT, "lr": 10.0}),
+    "eurosat-adam": Task(partial(lite0, 64), "data/eurosat", {"top": 1.0, "train": (), "lr": 0.05, **SHORT}),
+    "cartoon-flip": Task(
+        partial(resnet, 20), "data/pacs/cartoon", {"method": "flip", "top": 1.0, "train": (), "lr": 0.1, **SHORT}
+    ),
+    "cartoon-largest": Task(partial(resnet, 20), "data/pacs/cartoon", {**SHORT}),  # of each tensor the largest tenth
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,7 @@ def cases(adapters: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
         yield "sketch-shared", _shared
     else:
         _missing(SHARED, "MASKPACK_DATA")
-    for row in TASKS:
+    for row in TASKS | FOR_CODECS:
         found = sorted(adapters.glob(f"{row}-*.safetensors"))
         for file in found:
             yield file.stem, partial(_trained, row, file)
@@ -109,7 +125,7 @@ def _shared() -> Case:
 
 
 def _trained(row: str, file: Path) -> Case:
-    model = TASKS[row].load().model
+    model = (TASKS | FOR_CODECS)[row].load().model
     adapter = read_adapter(file)
     return Case(file.stem, "trained", adapter.parts(base=model).masks, adapter.base, model)
 
@@ -176,3 +192,19 @@ def _made(name: str, kind: Literal["drawn", "made"], masks: dict[str, Bools], fl
     return Case(
         name, kind, MaskSet(packed), Fingerprint(f"made/{name}", None, "float32", (), digests, tensors), None, floor
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", choices=FOR_CODECS)
+    for row in parser.parse_args().rows:
+        task = FOR_CODECS[row]
+        backbone = task.load()
+        result = train_mask(backbone, task.examples(0), TrainConfig(seed=0, **task.settings))
+        masks, path = result.parts.masks, CORPUS / f"{row}-0.safetensors"
+        save_adapter(path, masks, result.base, profile="max", weights=backbone.model)
+        print(f"{row}: {masks.total} weights, {masks.density:.4f} kept, {result.metrics}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ those held out, with and without the masks. Each line of measured/recipe-search.
 those of `BASE`. Data in `KEPT` are no part of the search.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 from maskpack import load_backbone
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone
+from maskpack.backbone.model import named_parameters
+from maskpack.lab.baselines.layers import Changed
+from maskpack.lab.quantize import quantized
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.budget import coded_bytes
 from maskpack.training.config import TrainConfig
@@ -31,7 +35,7 @@ from maskpack.training.data.load import hold_out, load_data
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.scores import density, without_scores
+from maskpack.training.scores import all_names, density, owner, put_on, without_scores
 from maskpack.training.trainer import ObjectiveRun
 
 from .measured import Trial, trial, trials
@@ -41,6 +45,7 @@ from .tasks import DATA, data_of, minilm, resnet
 NAME = "recipe-search"
 MARK = "python -m benchmarks.recipe --write docs/results.md"
 HELD = 0.2  # of the training rows
+REDUCED = 0.2  # rate of factors of rows, times that of scores
 Settings = dict[str, Any]
 
 
@@ -104,7 +109,7 @@ def tried(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recorded result of a trial, or run it.
 
     Args:
-        settings: "kind": mask, norms, full or probe; what differs from `BASE`.
+        settings: "kind": mask, rows (a mask and factors of rows), norms, full or probe; what differs from `BASE`.
     """
     found: dict[str, Any] = trial(NAME, {"pair": pair, **settings}, partial(measure, pair, settings))
     return found
@@ -121,21 +126,28 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     train, held = hold_out(whole.train, HELD, config.seed)
     assert held is not None
     data = replace(whole, train=train)
-    started = time.perf_counter()
+    started, row_bits = time.perf_counter(), dict[str, float]()
     if kind == "probe":
         probe = fit_probe(*embed(backbone, train), len(data.class_names))
         x, y = embed(backbone, held)
         return scored(probe.logits(x), y) | {"seconds": time.perf_counter() - started}
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
-    learn = learn_scores if kind == "mask" else partial(learned, kind)
+    learn = {"mask": learn_scores, "rows": rows}.get(kind) or partial(learned, kind)
     try:
         with borrowed(backbone):
             run = ObjectiveRun(backbone, data, config, learn)
             at = run.train(RunFolder({}))
             module = run.objective.module
+            factors = {name: one for name, one in run.scores.items() if name.endswith(".factors")}
+            for name, one in factors.items():  # as they would be stored: 4 bits each
+                rounded, bits = quantized(one.detach().view(1, -1), 4)
+                one.data.copy_(rounded.view_as(one))
+                row_bits[name] = bits
             batches = partial(loader, held, backbone.preprocess, backbone.tokenizer, batch_size=64)
             found = {"train_loss": at.metrics["train_loss"], "trained_seconds": time.perf_counter() - started}
             found |= scored(*predictions(module, readable(batches())))
+            if factors:
+                found["row_bytes"] = math.ceil(sum(row_bits.values()) / 8)
             if run.scored:
                 found["density"] = density(run.scored)
                 found["mask_bytes"] = coded_bytes(one.mask() for one in run.scored)
@@ -151,6 +163,28 @@ def learned(kind: str, backbone: Backbone, config: TrainConfig) -> Mapping[str, 
     """Return what learns in a baseline."""
     body = body_parameters(backbone)
     return body if kind == "full" else {name: body[name] for name in learning_names(backbone.model, [kind])}
+
+
+def rows(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
+    """Attach scores and a factor for each output of the masked layers; return both.
+
+    Nothing stores such factors: it is tried whether they are worth it. They learn at `REDUCED` times the rate of
+    scores. Where a BatchNorm with trained scale and shift and frozen statistics follows, they change nothing that these
+    could not, and where its statistics adapt, nothing at all.
+    """
+    model, weights = backbone.model, named_parameters(backbone.model)
+    tied, found = all_names(model), dict(learn_scores(backbone, config))
+    for name in list(found):
+        transposed = type(owner(model, name)[0]).__name__ == "Conv1D"
+        outputs = weights[name].shape[-1 if transposed else 0]
+
+        def effect(rows: Tensor, factors: Tensor) -> Tensor:
+            return rows * (1 + REDUCED * factors)
+
+        changed = Changed({"factors": torch.zeros(outputs, 1)}, effect, transposed)
+        put_on(model, tied[name], changed, {})
+        found[f"{name}.factors"] = changed.learned["factors"]
+    return found
 
 
 def scored(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -111,18 +111,54 @@ def logit(event, data, shape, classes, reference):  # section 6.1; sets what is 
                 lane.take(SURVIVAL[u] * event[weight], SURVIVAL[v] - SURVIVAL[u] if event[weight] else SURVIVAL[u])
             v = 0 if event[weight] or u >= 8192 else u
 
-def opened(path):  # section 1; the header and the data
+def opened(path):  # section 1; the index and the data
     page, content = Path(__file__).with_name("format.md").read_bytes(), dict(deserialize(Path(path).read_bytes()))
     whole = bytes(content["maskpack"]["data"])
+    if blake3(whole[8:]).digest()[:8] != whole[:8]:
+        raise ValueError(f"{path} is damaged: its digest does not agree")
     words = ZstdCompressionDict(page.split(b"```text\n")[1].split(b"\n```")[0].replace(b"\n", b""), 1)
-    end, intact = 12 + int.from_bytes(whole[8:12], "little"), blake3(whole[8:]).digest()[:8] == whole[:8]
-    return loads(ZstdDecompressor(words).decompress(whole[12:end])) if intact else None, whole[end:]
+    end = 12 + int.from_bytes(whole[8:12], "little")
+    return loads(ZstdDecompressor(words).decompress(whole[12:end])), whole[end:]
+
+def numbers(data, dtype):  # BF16 as float32
+    raw = np.frombuffer(data, {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(dtype, "u1"))
+    return (raw.astype("<u4") << 16).view("<f4") if dtype == "BF16" else raw
+
+def integers(frame, count):  # section 4.2
+    codes = sum(x.astype(int) << 8 * k for k, x in enumerate(numbers(unframe(frame), "U8").reshape(-1, count)))
+    return codes >> 1 ^ -(codes & 1)
+
+def dense(path, base=None):
+    """Return {name: array} of all but masks: norms as parameters, from those of the base; a head in steps as weight."""
+    header, data = opened(path)
+    weights, found, at = dict(deserialize(Path(base).read_bytes())) if base else {}, {}, len(data)
+    old = {name: numbers(x["data"], x["dtype"]).astype(float) for name, x in weights.items()}
+    for name, (dtype, *shape) in sorted(header.get("tensors", {}).items(), reverse=True):  # from the end of the data
+        at, end = at - prod(shape) * (4 if dtype == "F32" else 2 if "F16" in dtype else 1), at
+        found[name] = numbers(data[at:end], dtype).reshape(shape)
+    for name, one in header["sets"].items():
+        if f"{name}/head/steps" in found:
+            steps, features = found.pop(f"{name}/head/steps")[:, None], one["head"]["features"]
+            counts = integers(found.pop(f"{name}/head/integers"), steps.size * features).reshape(-1, features)
+            found[f"{name}/head/weight"] = counts.astype("f4") * steps
+        if "norms" in one:
+            layers, sizes = one["norms"]["names"].split("\n"), one["norms"]["channels"]
+            shifted = [k for k, yes in enumerate(one["norms"].get("shifts", [1] * len(sizes))) if yes]
+            ends = np.cumsum([*sizes, *(sizes[k] for k in shifted)])
+            steps = np.split(integers(found.pop(f"{name}/norms"), ends[-1]), ends[:-1])
+            shifts = dict(zip(shifted, steps[len(sizes) :], strict=True))
+            for k, layer in enumerate(layers):
+                factor = np.ldexp(np.exp2(steps[k] % 24 / 24).astype("f4").astype(float), steps[k] // 24)
+                w, place = old[f"{layer}.weight"], f"{name}/parameters/{layer}"
+                found[f"{place}.weight"] = (w * factor).astype("f4")
+                if k in shifts:
+                    shift = shifts[k] * float(np.float32(np.log(2) / 24)) * np.abs(w)
+                    found[f"{place}.bias"] = (old[f"{layer}.bias"] * factor + shift).astype("f4")
+    return found
 
 def read(path, base=None, show=lambda *_, **__: None):
     """Return {set: {(parameter, op): mask}}; kept counts, mask_id and the file's digest must agree."""
     header, data = opened(path)
-    if header is None:
-        raise ValueError(f"{path} is damaged: its digest does not agree")
     weights = dict(deserialize(Path(base).read_bytes())) if base else {}
     masks, entries, rows = {}, [], []
     names = {name: one["names"].split("\n") for name, one in sorted(header["sets"].items())}

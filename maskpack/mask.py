@@ -61,7 +61,8 @@ class PackedMask:
         shape: the parameter's shape. op: what a zero bit does to its weight.
         alpha: divisor of the kept weights, float32(sqrt(kept / total)), or None if the scale is off.
         signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
-        zeros: rising flat positions of the zero bits, where decoding came by them; who keeps a mask leaves them out.
+        zeros: rising flat positions of the zero bits, where decoding came by them: an array, or a tensor where the
+            weights lie; who keeps a mask leaves them out.
     """
 
     bits: bitarray
@@ -69,7 +70,7 @@ class PackedMask:
     op: Op = "zero"
     alpha: float | None = None
     signs: bitarray | None = None
-    zeros: NDArray[Any] | None = field(default=None, compare=False, repr=False)
+    zeros: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.op not in OPS:

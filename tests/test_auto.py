@@ -113,7 +113,7 @@ def test_what_is_given_is_not_searched(tiny_backbone: Backbone) -> None:
     given = replace(CONFIG, top=0.2, lr=0.1, train_lr=0.1, bn="freeze", head_start="probe")
     assert of(given) == [{}]
     assert "head_start" not in {name for one in of(CONFIG, probe=False) for name in one}
-    assert all("top" not in one for one in of(replace(CONFIG, method="topk")))
+    assert all("top" not in one for one in of(replace(CONFIG, method="nm")))
 
 
 def test_finalists() -> None:
@@ -124,14 +124,16 @@ def test_finalists() -> None:
         }  # fmt: skip
         return [Trial(kinds[name], 10, value) for name, value in accuracy.items()]
 
-    # all that helped together, of two rates the better one
-    found = finalists(trials(default=0.5, norms=0.4, all=0.6, fast=0.55, slow=0.7, adapt=0.3))
-    assert found == [{}, NORMS, {"top": 1.0, "lr": 0.02}, {"lr": 0.02}]
+    # the two best of different settings together
+    found = finalists(trials(default=0.5, norms=0.4, all=0.6, fast=0.65, slow=0.7, adapt=0.55))
+    assert found == [{}, NORMS, {"lr": 0.02, "top": 1.0}, {"lr": 0.02}]
     # nothing helped: the best others
     assert finalists(trials(default=0.5, norms=0.4, all=0.5, fast=0.3))[2:] == [{"top": 1.0}, {"lr": 0.1}]
     # without scores there is no rate of theirs, and norms must learn
-    found = finalists(trials(default=0.5, norms=0.8, fast=0.6, alone=0.7, adapt=0.6))
+    found = finalists(trials(default=0.5, norms=0.8, fast=0.7, alone=0.7, adapt=0.6))
     assert found[2] == {"top": 0.0, "bn": "adapt"}
+    found = finalists(trials(default=0.5, norms=0.7, fast=0.8, adapt=0.6))
+    assert found[2] == {"lr": 0.1, "bn": "adapt"}
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_a_rate_that_is_too_great_ends_its_trial_alone(
 def test_norms_alone(tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = train_mask(tiny_backbone, digits, replace(CONFIG, top=0.0))
     assert alone.parts.masks.density == 1.0
-    assert sorted(alone.parts.parameters) == ["bn1.bias", "bn1.weight", "bn2.bias", "bn2.weight"]
+    assert (sorted(alone.parts.norms), dict(alone.parts.parameters)) == (["bn1", "bn2"], {})
     assert alone.about.training is not None
     assert (alone.about.training["scores"], "scores" in alone.about.training["rates"]) == (0, False)
     said = "the search found no masks that are better than norms and head alone"

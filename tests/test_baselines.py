@@ -127,7 +127,7 @@ def test_what_is_measured_is_what_is_stored(name: str, nets: Path, tmp_path: Pat
     assert isinstance(row, Dense)
     row.check(backbone, CONFIG)
     starts = {key: one.detach().clone() for key, one in row.learn(backbone_of(nets), CONFIG).items()}
-    found = fitted(name, backbone, tmp_path)
+    found = fitted(name, backbone, tmp_path, replace(CONFIG, bn="freeze"))
     model = backbone.model
 
     def learned() -> dict[str, Tensor]:
@@ -161,6 +161,23 @@ def test_what_is_measured_is_what_is_stored(name: str, nets: Path, tmp_path: Pat
     for key, one in body.items():
         if key not in starts and "running" not in key and "tracked" not in key:
             assert torch.equal(left[key], one), f"{key} is the base's"
+
+
+@pytest.mark.parametrize("name", ["norms", "bitfit", "lora:2"])
+def test_adapted_statistics_are_one_scale_and_one_shift_a_channel(name: str, nets: Path, tmp_path: Path) -> None:
+    backbone, fresh = backbone_of(nets), backbone_of(nets)
+    frozen = fitted(name, backbone_of(nets), tmp_path / "frozen", replace(CONFIG, bn="freeze"))
+    found = fitted(name, backbone, tmp_path / "adapted")
+    before, after = bits_of(fresh.model), bits_of(backbone.model)
+    running = [key for key in before if "running" in key]
+    assert running
+    assert all(torch.equal(after[key], before[key]) for key in running), "what is loaded has the base's statistics"
+    norms = [module for module in backbone.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert any(not (one.weight == 1).all() for one in norms)
+    assert frozen.sizes["statistics"] == 0 < found.sizes["statistics"] <= 64 + 4 * sum(len(one.weight) for one in norms)
+    own = sum(2 * (len(one.weight) + len(one.bias)) for one in norms) if name == "norms" else None
+    assert (found.sizes["weights"], frozen.sizes["weights"]) == (0, own) if own else found.sizes["weights"] > 0
+    assert found.sizes["head"] == frozen.sizes["head"] < 4 * (found.trained - 1)
 
 
 def inner_name(key: str) -> str:

@@ -54,7 +54,7 @@ def test_parts_and_record(trained: Any, digits: Data) -> None:
     folder, result, events = trained
     assert digits.train is not None
     assert tuple(result.parts) == SETS
-    assert all(one.head is None and one.statistics for one in result.parts.values())
+    assert all(one.head is None and [*one.norms] == ["bn1", "bn2"] for one in result.parts.values())
     assert len({mask_id({"x": one.masks}) for one in result.parts.values()}) == len(SETS)
     cascade = result.cascade
     assert (cascade.dispatcher, cascade.experts, cascade.embedding) == (SETS[0], SETS[1:], Embedding("fc"))
@@ -119,8 +119,9 @@ def test_resumes_wherever_it_stopped(stop: tuple[str, str], trained: Any, digits
     expected = trained[1]
     for name in SETS:
         assert done.parts[name].masks == expected.parts[name].masks
-        for key, value in expected.parts[name].statistics.items():
-            assert torch.equal(done.parts[name].statistics[key], value)
+        for key, norm in expected.parts[name].norms.items():
+            assert np.array_equal(done.parts[name].norms[key].scale, norm.scale)
+            assert np.array_equal(done.parts[name].norms[key].shift, norm.shift)
     ours, theirs = done.cascade.router, expected.cascade.router
     assert torch.equal(ours.precisions, theirs.precisions)
     assert done.about.training == expected.about.training
@@ -287,7 +288,7 @@ def test_the_head_says_what_the_cascade_is_worth(trained: Any, digits: Data) -> 
     blocks = []
     for name in SETS:
         bare = tiny_net()
-        bare.model.load_state_dict({**result.parts[name].statistics, **result.parts[name].parameters}, strict=False)
+        bare.model.load_state_dict(result.parts[name].resolved(bare.model.state_dict()).dense, strict=False)
         blocks.append(embed(bare, digits.test, cache=False)[0])
     assert found["test_accuracy_without_masks"] == pytest.approx(accuracy(torch.cat(blocks, 1)), abs=0.01)
     assert found["test_accuracy_without_masks"] != found["test_accuracy"]

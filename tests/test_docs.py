@@ -270,7 +270,7 @@ def test_links() -> None:
             file = (page.parent / name).resolve() if name else page
             assert file.is_file(), f"{page.name}: {target}"
             assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page.name}: {target}"
-    linked = set(re.findall(r"\(docs/(\w+\.md)\)", TEXTS["README.md"]))
+    linked = set(re.findall(r"\(docs/([\w-]+\.md)\)", TEXTS["README.md"]))
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= linked
 
 

@@ -24,6 +24,8 @@ def tensors_of(adapter: Adapter, name: str) -> dict[str, Any]:
         for role in ("statistics", "parameters", "values")
         for key, tensor in getattr(parts, role).items()
     }
+    for key, norm in parts.norms.items():
+        found[f"norms/{key}"] = [norm.scale.tolist(), None if norm.shift is None else norm.shift.tolist()]
     head = parts.head
     if head is not None:
         bias = None if head.bias is None else head.bias.tolist()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import fingerprint, load_backbone, load_mask, save_adapter, unload_mask
+from maskpack import MaskBank, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import embeddings
 from maskpack.errors import BackboneMismatchError
 from maskpack.runtime.load import MaskpackWarning
@@ -77,18 +77,17 @@ PAIRS += [(one, other) for one in DECODERS for other in DECODERS if one != other
 
 
 @pytest.mark.parametrize(("made", "used"), PAIRS)
-def test_an_adapter_fits_every_model_of_its_base(made: str, used: str, folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_fits_every_model_of_its_base(
+    made: str, used: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source, model = of_kind(made, folder), of_kind(used, folder)
     ref = trained(source, tmp_path / "adapter")
     load_mask(source, ref)
     expected, before, base = hidden(source), bits(model), hidden(model)
     assert not torch.equal(expected, base)
     where = find_place(model, maskpack_adapter(ref), maskpack_adapter(ref).shapes())
-    if where == TOP:
-        load_mask(model, ref, head="keep")
-    else:
-        with pytest.warns(MaskpackWarning, match="stand (under|at the top)"):
-            load_mask(model, ref, head="keep")
+    load_mask(model, ref, head="keep")
+    assert (f"stand {where} in this model" in caplog.text) == (where != TOP)
     assert torch.equal(hidden(model), expected)
     unload_mask(model)
     assert same(bits(model), before)
@@ -131,11 +130,22 @@ def test_a_head_has_no_place_in_an_encoder(folder: Path, tmp_path: Path) -> None
     bare = transformers.YolosModel.from_pretrained(folder / "yolos", add_pooling_layer=False)
     with pytest.raises(BackboneMismatchError, match="no 'bbox_predictor.*or, if that is of its head, pass head='keep'"):
         load_mask(bare, ref)
-    with pytest.warns(MaskpackWarning):
-        load_mask(bare, ref, head="keep")
+    load_mask(bare, ref, head="keep")
 
 
-def test_of_two_places_the_digests_decide_and_nothing_is_guessed(tmp_path: Path) -> None:
+def test_a_bank_is_made_of_the_part(folder: Path, tmp_path: Path) -> None:
+    ref, model = trained(of_kind("BertModel", folder), tmp_path / "a"), of_kind("BertForSequenceClassification", folder)
+    expected = hidden(load_mask(of_kind("BertModel", folder), ref))
+    with MaskBank(model) as bank, pytest.raises(BackboneMismatchError, match=r"under 'bert'.*get_submodule\('bert'\)"):
+        bank.add(ref, "one")
+    with MaskBank(model.get_submodule("bert")) as bank:
+        bank.use(bank.add(ref, "one"))
+        assert torch.equal(hidden(model), expected)
+
+
+def test_of_two_places_the_digests_decide_and_nothing_is_guessed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -143,8 +153,8 @@ def test_of_two_places_the_digests_decide_and_nothing_is_guessed(tmp_path: Path)
     save_adapter(ref, random_masks(encoder), fingerprint(encoder, id="tests:encoder"))
     both = nn.ModuleDict({"left": other, "right": encoder})
     before, x = bits(both), noise(3, 4)
-    with pytest.warns(MaskpackWarning, match="stand under 'right' in this model"):
-        load_mask(both, ref)
+    load_mask(both, ref)
+    assert "stand under 'right' in this model" in caplog.text
     expected = encoder(x)
     assert torch.equal(bits(both)["left.0.weight"], before["left.0.weight"])
     unload_mask(both)
@@ -160,8 +170,8 @@ def test_of_two_places_the_digests_decide_and_nothing_is_guessed(tmp_path: Path)
     with pytest.raises(BackboneMismatchError, match="the weights of 0 of them"):
         load_mask(strangers, ref)
     shared = nn.ModuleDict({"left": encoder, "right": encoder})
-    with pytest.warns(MaskpackWarning, match="under 'left'"):
-        load_mask(shared, ref)
+    load_mask(shared, ref)
+    assert "under 'left'" in caplog.text
     assert torch.equal(shared["right"](x), expected)
 
 
@@ -177,8 +187,7 @@ def test_a_language_model_is_loaded_as_its_config_says(folder: Path, tmp_path: P
         parts = extract_parts(backbone.model)
     save_adapter(tmp_path / "adapter", parts, base_of(backbone))
     load_mask(of_kind("LlamaForCausalLM", folder), tmp_path / "adapter")
-    with pytest.warns(MaskpackWarning):
-        load_mask(of_kind("LlamaModel", folder), tmp_path / "adapter")
+    load_mask(of_kind("LlamaModel", folder), tmp_path / "adapter")
 
 
 def language_folder(folder: Path) -> Path:

@@ -299,9 +299,8 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
     model = tiny_backbone.model
     head, before = model.fc, {name: tensor.clone() for name, tensor in model.state_dict().items()}
     events: list[dict[str, Any]] = []
-    result = train_mask(
-        tiny_backbone, unlabelled, TrainConfig(**QUICK), output=tmp_path, report=lambda e: events.append(dict(e))
-    )
+    config = TrainConfig(**QUICK, store="float32")
+    result = train_mask(tiny_backbone, unlabelled, config, output=tmp_path, report=lambda e: events.append(dict(e)))
     assert result.parts.head is None
     assert (result.about.class_names, result.about.task) == (None, "image-feature-extraction")
     assert 0 < result.metrics["density"] < 1

@@ -48,7 +48,7 @@ def hexed(masks: dict[Any, Any]) -> dict[Any, str]:
 
 def test_is_one_page_and_needs_no_torch() -> None:
     text = READER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 190
     assert max(map(len, text.splitlines())) <= 120
     found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in found if isinstance(node, ast.Import) for alias in node.names}

@@ -57,7 +57,7 @@ def test_a_mask_learns_the_task_and_the_backbone_keeps_its_bits(tiny_backbone: B
     before, flags = bits(model), [p.requires_grad for p in model.parameters()]
     fc, kind = model.fc, type(model.conv1)
     events: list[dict[str, Any]] = []
-    config = replace(QUICK, head_lr=0.5, epochs=12, batch_size=16)
+    config = replace(QUICK, head_lr=0.5, epochs=12, batch_size=16, store="float32")
     result = train_mask(tiny_backbone, digits, config, report=lambda e: events.append(dict(e)))
     assert result.metrics["test_accuracy"] > 0.6
     assert 0.1 < result.metrics["density"] < 1
@@ -129,7 +129,7 @@ def test_batchnorm_freeze_leaves_the_statistics(tiny_backbone: Backbone, digits:
 def test_statistics_are_those_of_the_network_that_is_stored(
     tiny_backbone: Backbone, digits: Data, tmp_path: Path, anew: bool, settings: dict[str, Any]
 ) -> None:
-    config = TrainConfig(**{**QUICK.__dict__, "scale": False, **settings})
+    config = TrainConfig(**{**QUICK.__dict__, "scale": False, "store": "float32", **settings})
     result = train_mask(tiny_backbone, digits, config)
     save_adapter(tmp_path, result.parts, result.base, result.about)
     model = load_mask(copy.deepcopy(tiny_backbone.model), tmp_path)

@@ -86,6 +86,9 @@ def inspect(ref: Ref, trust: Source, parameters: Annotated[bool, "A line for eve
     for title, section in sections.items():
         say(title)
         lines(section)
+    say("bytes of the file")
+    rows = [{"part": part, "bytes": size, "share": size / about["size"]} for part, size in about["bytes"].items()]
+    table(rows, ("part", "bytes", "share"))
     for name, one in about["sets"].items():
         say(f"mask set {name}")
         lines({**one, **{f"{role}_bytes": size for role, size in one["dense_bytes"].items()}})

@@ -66,7 +66,7 @@ class Run(Folder, Packed):
         """Return what a training function gives; of several processes all but the one that writes end here."""
         with training_progress() as report:
             own = {"resume": self.resume, "checkpoint_every": self.checkpoint_every, "report": report}
-            result = function(*inputs, **options, **own)
+            result = function(*inputs, **{**own, **options})
         if not main_process():
             raise typer.Exit
         return result
@@ -163,20 +163,32 @@ def train(
 ) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
     from maskpack.training.auto import SEARCH, check_search, in_words, plan_search
+    from maskpack.training.checkpoint import FILE
+    from maskpack.training.objectives.distill import TEACHER, Distill, train_teacher
     from maskpack.training.run_folder import check_untaken
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
     check_untaken(folder, run.resume) if auto is None else check_search(folder / SEARCH, run.resume)
     loaded, read = load_inputs(backbone, data, rows, settings)
-    plan = planned(loaded, read, settings)
+    taught = settings.objective == Distill.id and not settings.objective_options.get(TEACHER)
+    learner = replace(settings, objective="supervised", objective_options={}) if taught else settings
+    plan = planned(loaded, read, learner)
     options: dict[str, Any] = {}
+    if taught:
+        plan["teacher_steps"] = plan["steps"]
+        note(f"Fine-tuning a teacher first: {plan['steps']:,} steps")
     if auto is not None:
-        search, options = plan_search(loaded, read, settings, auto), {"search_steps": auto}
+        search, options = plan_search(loaded, read, learner, auto), {"search_steps": auto}
         plan |= {"search_steps": search.steps, "candidates": len(search.candidates)}
         note(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
     if run.dry_run:
         return emit(plan, NOTHING_DONE)
+    if taught:
+        teacher = run.train(train_teacher, loaded, read, settings, folder)
+        settings = replace(settings, objective_options={**settings.objective_options, TEACHER: str(teacher)})
+        if auto is None:
+            options["resume"] = run.resume and (folder / FILE).exists()
     function = training.train_mask if auto is None else training.train_auto
     result = run.train(function, loaded, read, settings, output=folder, **options)
     adapter = run.save(result, loaded.model)

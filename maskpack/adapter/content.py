@@ -6,12 +6,14 @@ torch is imported where something is computed, so that an adapter is described w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from ..backbone.model import Embedding, Fingerprint, Head
+from ..errors import BackboneMismatchError
 from ..mask import MaskSet
+from .steps import Norm
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +29,7 @@ class Parts:
         statistics: BatchNorm buffers by name, float32.
         parameters: trained parameters that are stored whole, by name.
         values: for masks with op "replace": the values for the zeros of the mask, row-major, by parameter name.
+        norms: by the name of a normalisation layer, how its weight and bias differ from the base's.
 
     Example:
         Parts(masks, Head(Embedding("fc"), weight, bias), statistics={"bn.running_mean": mean})
@@ -37,10 +40,26 @@ class Parts:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, Norm] = field(default_factory=dict)
+
+    def resolved(self, base: Mapping[str, Tensor]) -> Parts:
+        """Return these parts with norms as parameters, computed from the tensors of the base, by name."""
+        found = dict(self.parameters)
+        for name, norm in self.norms.items():
+            weight, bias = f"{name}.weight", f"{name}.bias"
+            if weight not in base or (norm.shift is not None and bias not in base):
+                raise BackboneMismatchError(f"the model has no normalisation layer {name!r}, which the adapter changes")
+            if any(base[n].shape != norm.scale.shape for n in (weight, bias) if n in base):
+                raise BackboneMismatchError(f"the model's layer {name!r} has not {norm.scale.size} channels")
+            new, shifted = norm.values(base[weight], base.get(bias))
+            found[weight] = new
+            if shifted is not None:
+                found[bias] = shifted
+        return replace(self, parameters=found, norms={})
 
     @property
     def dense(self) -> dict[str, Tensor]:
-        """Statistics and parameters: what takes the place of the model's tensors of these names."""
+        """Statistics and parameters: what takes the place of the model's tensors of these names, beside `norms`."""
         return {**self.statistics, **self.parameters}
 
     @property
@@ -49,7 +68,8 @@ class Parts:
         packed = sum((len(bits) + 7) // 8 for mask in self.masks.values() for _, bits in mask.payloads())
         head = () if self.head is None else (self.head.weight, self.head.bias)
         tensors = [*self.dense.values(), *self.values.values(), *(one for one in head if one is not None)]
-        return packed + sum(int(tensor.nbytes) for tensor in tensors)
+        norms = sum(one.scale.nbytes + (0 if one.shift is None else one.shift.nbytes) for one in self.norms.values())
+        return packed + norms + sum(int(tensor.nbytes) for tensor in tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
-from ..codecs.base import CODECS, Codec, Side, Words, place, plausible
+from ..codecs.base import CODECS, Bits, Codec, Side, There, Words, place, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
 from ..threads import Progress, counted, in_order
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Weights = Union["nn.Module", Mapping[str, "Tensor"]]
 Masks = Iterator[tuple[str, PackedMask]]
+Positions = Union[NDArray[Any], "Tensor"]
+Decoded = tuple[Bits, Positions]
 WORTH = 1 << 22  # weights
 
 
@@ -41,8 +43,8 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
-def base_words(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Words:
-    """Return the weights of one parameter of the base as patterns of bits, row-major, flat.
+def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return the weights of one parameter of the base.
 
     A parameter that is missing, of another shape, or of a dtype that no longer tells which classes its weights had is
     a BackboneMismatchError.
@@ -61,8 +63,15 @@ def base_words(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...])
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    if tensor.dtype == torch.float32:
+    return tensor
+
+
+def words_of(weight: Tensor) -> Words:
+    """Return float32 or bfloat16 weights as patterns of bits, row-major, flat."""
+    import torch
+
+    flat = weight.detach().cpu().contiguous().reshape(-1)
+    if weight.dtype == torch.float32:
         return flat.numpy().view(np.uint32)
     return flat.view(torch.int16).numpy().view(np.uint16)
 
@@ -91,8 +100,13 @@ class Decoder:
                 f"{id_!r} refuses: {error}; upgrade maskpack or fetch the file again"
             ) from None
 
-    def decode(self, payload: Payload, rising: bool = False) -> tuple[bitarray, NDArray[Any] | None]:
+    def decode(
+        self, payload: Payload, rising: bool = False, there: Decoded | None = None
+    ) -> tuple[bitarray, Positions | None]:
         """Decode one payload to exactly its weights, and check the number of true bits.
+
+        Args:
+            there: what came of it on another device.
 
         Returns:
             The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
@@ -103,19 +117,23 @@ class Decoder:
                 f"{path}: the mask of {name!r} has {payload.weights} weights in a payload of {len(data)} bytes, "
                 f"which is too few for so many; fetch the file again"
             )
-        weights = self._base(payload) if codec.needs_base else None
-        referenced = self._referenced(payload)
-        reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
-        side = Side(payload.shape, weights, reference)
+        zeros: Positions | None
+        if there is None:
+            words = words_of(self._base(payload)) if codec.needs_base else None
+            referenced = self._referenced(payload)
+            reference = None if referenced is None else packed_bits(self.decode(referenced)[0])
+            side = Side(payload.shape, words, reference)
         try:
-            events = codec.events(data, side)
-            packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
-            if reference is not None:
-                packed = packed ^ reference
+            if there is not None:
+                packed, zeros = there
+            else:
+                events = codec.events(data, side)
+                packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
+                zeros = events[1] if events is not None and events[0] == 0 and reference is None else None
+                packed = packed if reference is None else packed ^ reference
             bits = PackedMask.from_bytes(packed, payload.shape).bits
             if bits.count() != payload.kept:
                 raise CorruptAdapterError(f"it has {bits.count()} true bits, the header states {payload.kept}")
-            zeros = events[1] if events is not None and events[0] == 0 and reference is None else None
             # a position that comes twice carries into another bit, and there are fewer bits than positions
             if zeros is not None and len(zeros) != payload.weights - payload.kept:
                 raise CorruptAdapterError(f"{len(zeros)} positions give {payload.kept} true bits: some come twice")
@@ -129,7 +147,7 @@ class Decoder:
             zeros = np.sort(zeros)
         return bits, zeros
 
-    def _base(self, payload: Payload) -> Words:
+    def _base(self, payload: Payload) -> Tensor:
         """Return the weights that a payload is packed with, which must be the base's.
 
         They are compared before decoding: few other weights may leave a payload that decodes, to another mask.
@@ -142,28 +160,43 @@ class Decoder:
                 f"{self.adapter.path}: the mask of {name!r} is packed with the weights of {base.id} and cannot be "
                 f"decoded alone; pass that model: --backbone on the command line, base= in Python"
             )
-        words = base_words(self.weights, name, payload.shape)
-        weight = self.weights[name]
+        weight = base_weight(self.weights, name, payload.shape)
         if not same_digest(tensor_digest(weight, weight.dtype), base, name, weight.dtype):
             raise BackboneMismatchError(
                 f"the mask of {name!r} was packed with other weights than those of the base given; load {base.id}, "
                 f"which the adapter was made for"
             )
-        return words
+        return weight
 
-    def mask(self, set: str, name: str, zeros: bool = False) -> PackedMask:
+    def mask(
+        self, set: str, name: str, zeros: bool = False, there: Mapping[str, Decoded | None] | None = None
+    ) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""
         *first, payload = self.adapter.payloads[set][name]
         signs = self.decode(first[0])[0] if first else None
-        bits, where = self.decode(payload, zeros)
+        bits, where = self.decode(payload, zeros, there.get(name) if there is not None else None)
         alpha = self.adapter.alphas[set][name]
         return PackedMask(bits, payload.shape, payload.coding.op, alpha, signs, where if zeros else None)
 
     def masks(self, set: str, zeros: bool = False) -> Masks:
         """Decode the masks of a set in order, in threads; see `Adapter.iter_masks`."""
         shapes = self.adapter.shapes(set)
-        work = partial(self.mask, set, zeros=zeros)
+        work = partial(self.mask, set, zeros=zeros, there=self._there(set))
         return zip(shapes, in_order(work, shapes, lambda name: math.prod(shapes[name]), WORTH), strict=True)
+
+    def _there(self, set: str) -> dict[str, Decoded | None]:
+        """Decode those payloads of a set whose parameters lie on a device on which their codec decodes, by name."""
+        by_codec, found = dict[Codec, dict[str, There]](), dict[str, Decoded | None]()
+        for name, (*_, payload) in self.adapter.payloads[set].items():
+            codec, weight, data = self.codec(payload), (self.weights or {}).get(name), self.adapter.piece(payload)
+            if weight is None or not codec.decodes_on(weight.device.type) or not plausible(data, payload.weights):
+                continue
+            if self._referenced(payload) is None:
+                weight = self._base(payload) if codec.needs_base else weight
+                by_codec.setdefault(codec, {})[name] = data, payload.shape, weight
+        for codec, own in by_codec.items():
+            found |= zip(own, codec.decode_on([*own.values()]), strict=True)
+        return found
 
     def streamed(self, set: str) -> MaskSet:
         """Return the masks of a set, each decoded when it is asked for."""

@@ -6,16 +6,16 @@ from typing import Any
 
 from ..errors import escape
 from .header import FORMAT_VERSION, SetHeader, base_to_json
-from .read import Adapter, read_adapter
-from .tensors import CASCADE, beginning
+from .read import DIGEST_BYTES, SIZE_BYTES, Adapter, read_adapter
+from .tensors import BASE, CASCADE, beginning
 
 
 def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
     """Return what an adapter holds, opened or given by its path, as JSON values: what `maskpack inspect --json` prints.
 
-    Bytes are of the file; `weights` and `kept` count a ternary mask once for its zeros. `index_bytes` is all that is
-    neither payload nor dense tensor. The two ratios compare with the masked weights in float32 (whole file)
-    and with one bit a weight (payloads).
+    Bytes are of the file; `weights` and `kept` count a ternary mask once for its zeros. `bytes` has those of each part,
+    all of the file together; `index_bytes` is all that is neither payload nor dense tensor. The two ratios compare with
+    the masked weights in float32 (whole file) and with one bit a weight (payloads).
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     header, about = adapter.header, adapter.about
@@ -30,6 +30,7 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
         "size": adapter.size,
         "blake3": adapter.digest,
         "index_bytes": adapter.size - coded - dense,
+        "bytes": _bytes(adapter),
         "base": base_to_json(header.base),
         "task": about.task,
         "class_names": None if about.class_names is None else list(about.class_names),
@@ -80,6 +81,17 @@ def _set(adapter: Adapter, name: str, one: SetHeader) -> dict[str, Any]:
             for payload in one.payloads
         ],
     }
+
+
+def _bytes(adapter: Adapter) -> dict[str, int]:
+    """Return the bytes of each part of the file, in order."""
+    data = sum(len(adapter.bytes_of(name)) for name in adapter.spans)
+    container = 8 + int.from_bytes(adapter.content[:8], "little") + DIGEST_BYTES + SIZE_BYTES
+    found = {"container": container, "index": adapter.size - data - container}
+    for name in adapter.spans:
+        part = "digests of the base" if name == BASE else "/".join(name.split("/")[:2])
+        found[part] = found.get(part, 0) + len(adapter.bytes_of(name))
+    return found
 
 
 def _cascade(adapter: Adapter) -> dict[str, Any] | None:

@@ -146,7 +146,7 @@ def left_out(adapters: Sequence[Adapter]) -> list[str]:
             "head": parts.head is not None,
             "class names": one.about.class_names is not None,
             "statistics": bool(parts.statistics),
-            "trained parameters": bool(parts.parameters),
+            "trained parameters": bool(parts.parameters or parts.norms),
             "training record": one.about.training is not None,
             "preprocessing, which is not the first's": one.about.preprocess != adapters[0].about.preprocess,
         }

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 MAX_WEIGHTS = 1 << 34  # of a parameter
 MAX_SET_WEIGHTS = 1 << 48
 MAX_DIMENSIONS = 16
+MAX_CHANNELS = 1 << 24  # of the norms of a set
 SET_NAME = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 OWN_KEYS = frozenset({"codec", "op", "reference"})
 # the index is compressed as if it stood behind this text, a part of the format; line ends are none of it
@@ -113,7 +114,8 @@ SET = {
     "shapes": check(_are_shapes, f"arrays of at most {MAX_DIMENSIONS} sizes, at most {MAX_WEIGHTS} weights each"),
     "codings": fields.items(record({"codec": TEXT, "op": one_of(*OPS), "reference?": fields.TEXT_OR_NULL})),
     "kept": fields.ARRAY,
-    "head?": _embedding({"random?": record(RANDOM)}),
+    "head?": _embedding({"random?": record(RANDOM), "features?": fields.integer(1, MAX_HEAD_WEIGHTS)}),
+    "norms?": record({"names": fields.STRING, "channels": fields.ARRAY, "shifts?": fields.ARRAY}),
 }
 BASE = {
     "id": _base_id,
@@ -172,10 +174,11 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class SetHeader:
-    """One mask set: payloads sorted by (name, op), the head's JSON object."""
+    """One mask set: payloads sorted by (name, op), the head's JSON object, channels and has-shifts of norms by name."""
 
     payloads: tuple[Payload, ...]
     head: Mapping[str, Any] | None = None
+    norms: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the set as JSON values."""
@@ -191,7 +194,13 @@ class SetHeader:
             "kept": [payload.kept for payload in self.payloads],
             "size": [payload.size for payload in self.payloads],
         }
-        return value if self.head is None else {**value, "head": self.head}
+        if self.head is not None:
+            value["head"] = self.head
+        if self.norms:
+            channels, shifts = zip(*self.norms.values(), strict=True)
+            value["norms"] = {"names": "\n".join(self.norms), "channels": channels}
+            value["norms"] |= {} if all(shifts) else {"shifts": list(map(int, shifts))}
+        return value
 
     @classmethod
     def parse(cls, name: str, value: Any) -> "SetHeader":
@@ -199,11 +208,7 @@ class SetHeader:
         where = f"$.sets.{name}"
         one = record(SET)(value, where)
         count, joined = len(one["kept"]), one["names"]
-        # counted before they are split: a short file must not become millions of strings
-        names = joined.split("\n") if joined.count("\n") == count - 1 else []
-        if not names or not all(map(fields.plain, names)):
-            expected = f"as many plain names, separated by line ends, as there are `kept` ({count}), at least 1"
-            raise refuse(f"{where}.names", joined, expected)
+        names = _names(joined, count, "kept", f"{where}.names")
         shapes = [tuple(shape) for shape in one["shapes"]]
         codings = []
         for coding in value["codings"]:  # checked; what is not ours belongs to the codec
@@ -219,7 +224,29 @@ class SetHeader:
         rows = zip(names, *found.values(), itertools.accumulate(found["size"], initial=0), strict=False)
         payloads = tuple(Payload(name, key, shapes[i], codings[j], *rest) for key, i, j, *rest in rows)
         _check_payloads(payloads, where)
-        return cls(payloads, one.get("head"))
+        return cls(payloads, one.get("head"), _norms(one["norms"], f"{where}.norms") if "norms" in one else {})
+
+
+def _names(joined: str, count: int, of: str, where: str) -> list[str]:
+    # counted before they are split: a short file must not become millions of strings
+    names = joined.split("\n") if joined.count("\n") == count - 1 else []
+    if not names or not all(map(fields.plain, names)):
+        expected = f"as many plain names, separated by line ends, as there are `{of}` ({count}), at least 1"
+        raise refuse(where, joined, expected)
+    return names
+
+
+def _norms(value: Any, where: str) -> dict[str, tuple[int, bool]]:
+    count = len(value["channels"])
+    names = _names(value["names"], count, "channels", f"{where}.names")
+    if any(before >= name for before, name in itertools.pairwise(names)):
+        raise refuse(f"{where}.names", value["names"], "names sorted and once each")
+    columns = {"channels": integers(MAX_CHANNELS + 1, count), "shifts?": integers(2, count)}
+    found = record(columns)(value, where)
+    if 0 in found["channels"] or sum(found["channels"]) > MAX_CHANNELS:
+        raise refuse(f"{where}.channels", 0, f"numbers from 1, at most {MAX_CHANNELS} in all")
+    shifts = map(bool, found.get("shifts", [1] * count))
+    return dict(zip(names, zip(found["channels"], shifts, strict=True), strict=True))
 
 
 def _check_payloads(payloads: Sequence[Payload], where: str) -> None:

@@ -29,6 +29,7 @@ from .content import Cascade, Parts
 from .decode import Decoder, Masks, Weights, by_name
 from .fields import DIGEST, integer, record
 from .header import DICTIONARY, Header, Payload, SetHeader
+from .steps import Norm, norms_from_frame, rows_from_frame
 from .tensors import BASE, BASE_BYTES, CASCADE, beginning
 
 if TYPE_CHECKING:
@@ -133,12 +134,13 @@ class Adapter:
             BackboneMismatchError: if the base given is not the one that the masks were packed with.
             CorruptAdapterError: if a payload does not decode to the mask that the header describes.
         """
-        spec = self._set(set).head
+        one = self._set(set)
         with located(self.path):
-            head = None if spec is None else tensors.head_of(spec, self._tensors(f"{set}/head/"))
-        dense = (self._tensors(f"{set}/{role}/") for role in tensors.ROLES)
+            head = None if one.head is None else tensors.head_of(one.head, self._tensors(f"{set}/head/"))
+            norms = self._norms(set)
+        statistics, parameters, values = (self._tensors(f"{set}/{role}/") for role in tensors.ROLES)
         masks = self._decoder(base).streamed(set) if stream else MaskSet(dict(self.iter_masks(set, base)))
-        return Parts(masks, head, *dense)
+        return Parts(masks, head, statistics, parameters, values, norms)
 
     def iter_masks(self, set: str = "default", base: Weights | None = None, *, zeros: bool = False) -> Masks:
         """Return name and mask of each parameter, decoded in threads a bounded way ahead; see `parts`.
@@ -197,12 +199,17 @@ class Adapter:
         return self._decoder(base).verify(progress)
 
     def check_values(self) -> None:
-        """Raise CorruptAdapterError if a scale, the mask of a head or a number of the cascade cannot be."""
+        """Raise CorruptAdapterError if a scale, a norm, a head or a number of the cascade cannot be."""
         _ = self.alphas
         with located(self.path):
             for name, one in self.header.sets.items():
-                if one.head is not None and "random" in one.head:
-                    tensors.head_mask(one.head["random"], self.bytes_of(f"{name}/head/mask"))
+                head = one.head or {}
+                if "random" in head:
+                    tensors.head_mask(head["random"], self.bytes_of(f"{name}/head/mask"))
+                elif "features" in head:
+                    steps = tensors.float_array(self.bytes_of(f"{name}/head/steps"), self.spans[f"{name}/head/steps"])
+                    rows_from_frame(self.bytes_of(f"{name}/head/integers"), steps, head["features"])
+                self._norms(name)
         self._check_cascade()
 
     def check_id(self, found: str) -> None:
@@ -245,6 +252,10 @@ class Adapter:
                     )
             found[name] = {payload.name: alpha or None for payload, alpha in zip(one.payloads, alphas, strict=True)}
         return found
+
+    def _norms(self, name: str) -> dict[str, Norm]:
+        layers = self.header.sets[name].norms
+        return norms_from_frame(self.bytes_of(f"{name}/norms"), layers) if layers else {}
 
     def _set(self, name: str) -> SetHeader:
         if name not in self.header.sets:

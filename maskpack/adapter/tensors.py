@@ -17,6 +17,7 @@ from ..mask import PackedMask, packed_bits
 from ..safetensors_io import DTYPES, NAMES, Blob, Span
 from .content import MIXTURE, WHITENING, Cascade, Parts, Router, Whitening
 from .header import Header, embedding_of, embedding_to_json
+from .steps import norms_to_frame, rows_from_frame, rows_to_frame
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ def head_to_json(head: Head) -> dict[str, Any]:
     """Return what the header says about a head; AdapterError if readers would make another of its random weight."""
     own = embedding_to_json(head.embedding)
     if head.random is None:
-        return own
+        return own if head.steps is None else {**own, "features": head.weight.shape[1]}
     mask = head.random.mask
     plain = mask.op == "zero" and mask.signs is None and mask.alpha in (None, mask.scaled().alpha)
     if not plain or head.bias is not None or not head.weight.cpu().float().equal(head.random.dense()):
@@ -95,8 +96,17 @@ def dense_blobs(sets: Mapping[str, Parts], cascade: Cascade | None) -> list[Blob
             packed = packed_bits(parts.head.random.mask.bits)
             blobs.append(Blob(f"{name}/head/mask", "U8", (len(packed),), [packed.data]))
         elif parts.head is not None:
-            head = {"weight": parts.head.weight, "bias": parts.head.bias}
+            head = {"bias": parts.head.bias}
+            if (steps := parts.head.steps) is None:
+                head["weight"] = parts.head.weight
+            else:
+                head["steps"] = steps.float()
+                rows = rows_to_frame(parts.head.weight, steps.cpu().float())
+                blobs.append(Blob(f"{name}/head/integers", "U8", (len(rows),), [rows]))
             found |= {f"{name}/head/{role}": tensor for role, tensor in head.items() if tensor is not None}
+        if parts.norms:
+            frame = norms_to_frame(dict(sorted(parts.norms.items())))
+            blobs.append(Blob(f"{name}/norms", "U8", (len(frame),), [frame]))
     for key, tensor in found.items():
         if NAMES.get(str(tensor.dtype)) not in FLOATS:
             raise AdapterError(f"{key} is {tensor.dtype}, expected one of float32, bfloat16, float16; convert it")
@@ -147,18 +157,30 @@ def _layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, La
         if one.head is not None and "random" in one.head:
             yield f"{set_name}/head/mask", (("U8",), ((math.prod(one.head["random"]["shape"]) + 7) // 8,))
         elif one.head is not None:
-            weight = f"{set_name}/head/weight"
-            yield weight, (FLOATS, None)
+            rows = f"{set_name}/head/{'steps' if 'features' in one.head else 'weight'}"
+            if "features" in one.head:
+                yield _flat(rows, "F32", spans)
+                yield _flat(f"{set_name}/head/integers", "U8", spans)
+            else:
+                yield rows, (FLOATS, None)
             if (bias := f"{set_name}/head/bias") in spans:
-                yield bias, (FLOATS, spans[weight].shape[:1] if weight in spans else ())
+                yield bias, (FLOATS, spans[rows].shape[:1] if rows in spans else ())
+        if one.norms:
+            yield _flat(f"{set_name}/norms", "U8", spans)
         for name in beginning(names, f"{set_name}/"):
             role, _, key = name.removeprefix(f"{set_name}/").partition("/")
             if name == f"{set_name}/scale":
                 yield name, (("F32",), (len(one.payloads),))
             elif role == "statistics" and key.rpartition(".")[2] in STATISTICS:
                 yield name, (("F32",), None)
-            elif role == "parameters" and key:
+            elif role == "parameters" and key and key.rpartition(".")[0] not in one.norms:
                 yield name, (FLOATS, None)
+
+
+def _flat(name: str, dtype: str, spans: Mapping[str, Span]) -> tuple[str, Layout]:
+    """Return what a tensor must be that has one dimension of any size."""
+    span = spans.get(name)
+    return name, ((dtype,), (0 if span is None else (span.end - span.start) // DTYPES[dtype][1],))
 
 
 def _cascade_layout(header: Header, spans: Mapping[str, Span]) -> Iterator[tuple[str, Layout]]:
@@ -191,6 +213,12 @@ def head_mask(random: Mapping[str, Any], raw: memoryview) -> PackedMask:
 
 def head_of(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     """Return a head from its JSON object and its tensors by role; a random weight is rebuilt. Raises as `head_mask`."""
+    if "features" in spec and "random" not in spec:
+        import torch
+
+        steps = tensors["steps"]
+        weight = torch.from_numpy(rows_from_frame(tensors["integers"].numpy().data, steps.numpy(), spec["features"]))
+        return Head(embedding_of(spec), weight, tensors.get("bias"), None, steps)
     if "random" not in spec:
         return Head(embedding_of(spec), tensors["weight"], tensors.get("bias"))
     random = RandomWeight(spec["random"]["seed"], head_mask(spec["random"], tensors["mask"].numpy().data))

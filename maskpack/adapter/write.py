@@ -29,7 +29,7 @@ from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
-from .decode import Weights, base_words, by_name
+from .decode import Weights, base_weight, by_name, words_of
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
@@ -102,7 +102,7 @@ def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[
 def _code(job: _Job, codecs: Sequence[Codec], weights: Mapping[str, Tensor] | None) -> tuple[_Coded, bytes, bool]:
     """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done."""
     bits, shape = packed_bits(job.bits), job.mask.shape
-    words = None if weights is None else base_words(weights, job.name, shape)
+    words = None if weights is None else words_of(base_weight(weights, job.name, shape))
     variants, against = [(bits, Side(shape, words))], None
     if job.reference is not None:
         against, other, digest = job.reference
@@ -244,12 +244,20 @@ def encode(
         f"maskpack/{importlib.metadata.version('maskpack')}",
         rows_id((p.set, p.name, p.coding.op, p.shape, digest) for p, digest, _ in rows),
         replace(base, tensors={}),
-        {name: SetHeader(tuple(one.payload for one in coded[name]), head) for name, head in heads.items()},
+        {
+            name: SetHeader(tuple(one.payload for one in coded[name]), head, _layers(sets[name]))
+            for name, head in heads.items()
+        },
         about,
         None if cascade is None else cascade_to_json(cascade),
         {blob.name: (blob.dtype, blob.shape) for blob in dense},
     )
     return header, [first_blob, *(payloads[name] for name in sets), *dense]
+
+
+def _layers(parts: Parts) -> dict[str, tuple[int, bool]]:
+    """Return channels of each norm, and whether it has shifts, by name."""
+    return {name: (len(one.scale), one.shift is not None) for name, one in sorted(parts.norms.items())}
 
 
 def _write(path: Path, header: Header, blobs: Sequence[Blob]) -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
-from .model import CASTS, PREFIX, Fingerprint, aliases, body, canonical, inside, slots, unwrap
+from .model import CASTS, PREFIX, Fingerprint, aliases, body, canonical, inside, slots, unusable, unwrap
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
@@ -168,11 +168,9 @@ def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result
 
 def _body_with_data(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
     tensors = body(model, head)
-    if on_meta := [name for name, tensor in tensors.items() if tensor.is_meta]:
-        raise BackboneMismatchError(
-            f"{len(on_meta)} of the {len(tensors)} tensors of the model's body are on the meta device, first "
-            f"{on_meta[0]!r}; load the weights first, or use load_masked(model, weights, ref)"
-        )
+    for name, tensor in tensors.items():
+        if why := unusable(tensor):
+            raise BackboneMismatchError(f"the base cannot be compared: {name!r} {why}")
     return tensors
 
 

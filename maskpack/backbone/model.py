@@ -43,13 +43,15 @@ class Embedding:
 class Head:
     """A linear head, (classes, features): in place of the module that `embedding` names, or behind an encoder.
 
-    `random` is the seed and mask of a masked random head, stored in place of `weight`.
+    `random` is the seed and mask of a masked random head, stored in place of `weight`; with `steps`, (classes,)
+    float32, each row of it is a multiple of its step, and stored as whole numbers.
     """
 
     embedding: Embedding
     weight: Tensor
     bias: Tensor | None = None
     random: RandomWeight | None = None
+    steps: Tensor | None = None
 
     @property
     def module(self) -> str | None:
@@ -108,7 +110,7 @@ def inside(name: str, modules: Iterable[str]) -> bool:
 
 def _storage(tensor: Tensor) -> tuple[object, ...]:
     """Return a key that equal views of one storage share; tensors without data have one each."""
-    if tensor.numel() == 0 or tensor.is_meta:
+    if tensor.numel() == 0 or tensor.is_meta or not tensor.data_ptr():
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
@@ -153,6 +155,22 @@ def body_of(state: Mapping[str, Any], head: Iterable[str] = ()) -> dict[str, Ten
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not inside(name, head):
             found.setdefault(_storage(tensor), (name, tensor.detach()))
     return dict(found.values())
+
+
+def unusable(tensor: Tensor) -> str | None:
+    """Return why a tensor's values cannot be read and changed in place, and what to do; None if they can."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if tensor.is_meta:
+        return (
+            "is on the meta device and has no data; load the weights first, or weights and mask together by "
+            "load_masked; where accelerate offloads weights, call load_mask before it does"
+        )
+    wrapped: bool = is_traceable_wrapper_subclass(tensor)
+    if wrapped or not tensor.is_floating_point():
+        kind = f"a {type(tensor).__name__}" if wrapped else f"of {tensor.dtype}"
+        return f"is {kind} and cannot be masked; load float weights, apply the mask, then quantise or shard"
+    return None
 
 
 def same_size_int(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..errors import SelectionError
-from .model import aliases, canonical, inside, named_parameters, unwrap
+from .model import aliases, canonical, inside, named_parameters, unusable, unwrap
 
 _LINEAR = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 
@@ -90,10 +90,6 @@ def select_parameters(
             f"{include or 'default'}, exclude {exclude}"
         )
     for name in found:
-        if not parameters[name].is_floating_point():
-            raise SelectionError(
-                f"{name!r} holds {parameters[name].dtype} values, and masks need floats: leave it out with exclude"
-            )
-        if parameters[name].is_meta:
-            raise SelectionError(f"{name!r} is on the meta device and has no data; load the weights first")
+        if why := unusable(parameters[name]):
+            raise SelectionError(f"{name!r} {why}; or leave it out with exclude")
     return found

@@ -21,9 +21,9 @@ ConfigError or TypeError on impossible settings. Ids are unique and permanent: w
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import zstandard
@@ -31,6 +31,9 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
 from ..registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bits = NDArray[np.uint8]
 Bytes = bytes | bytearray | memoryview
@@ -91,6 +94,9 @@ def plausible(payload: Bytes, count: int) -> bool:
     return count <= FREE + EACH * len(payload)
 
 
+There = tuple[Bytes, tuple[int, ...], "Tensor"]  # a payload, its shape, the parameter
+
+
 class Codec(ABC):
     """One way to code packed bits; see the module's text.
 
@@ -119,6 +125,19 @@ class Codec(ABC):
         Applying a mask needs positions, so a codec that decodes them gives them here; others return None.
         """
         return None
+
+    def decodes_on(self, device: str) -> bool:
+        """Return True if `decode_on` may be asked for parameters on such a device ("cpu", "cuda", …)."""
+        return False
+
+    def decode_on(self, payloads: Sequence[There]) -> "Sequence[tuple[Bits, Tensor] | None]":
+        """Decode payloads, which refer to no others, on the device where their parameters lie.
+
+        Returns:
+            Of each the packed bits, and the positions of the false ones, rising, on the device. None stands for what
+            has to be decoded, or refused, by `decode`.
+        """
+        return [None] * len(payloads)
 
     @classmethod
     @abstractmethod

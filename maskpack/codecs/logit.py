@@ -3,21 +3,42 @@
 import ctypes
 import itertools
 import math
+import os
+from collections.abc import Sequence
 from ctypes import byref, c_int64
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
 from . import native
-from .base import CODECS, NO_EVENTS, Bits, Bytes, Codec, Numbers, Profile, Reader, Side, count_ones, flipped, varint
+from .base import (
+    CODECS,
+    NO_EVENTS,
+    Bits,
+    Bytes,
+    Codec,
+    Numbers,
+    Profile,
+    Reader,
+    Side,
+    There,
+    count_ones,
+    flipped,
+    varint,
+)
 from .lanes import LEVELS, Lane, symbols, tables, words
 from .logit_fit import Fitted, fitted
 from .logit_model import GROUP, HIGHEST, MAX_LANE, MAX_RANK, Before, Grid, Known, Model, by_position, may_lean, sizes
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LANE_BYTES = 1200  # of a mask's entropy, for which a lane is worth its three bytes
+LARGE = 1 << 25  # bytes of packed bits, from which a payload is looked at before they are made room for
 
 
 @CODECS.register
@@ -33,6 +54,15 @@ class Logit(Codec):
 
     def decode(self, data: Bytes, side: Side) -> Bits:
         return decode(data, side, self.needs_base)
+
+    def decodes_on(self, device: str) -> bool:
+        # Triton comes with PyTorch for CUDA; its interpreter is for tests
+        return (device == "cuda" or "TRITON_INTERPRET" in os.environ) and find_spec("triton") is not None
+
+    def decode_on(self, payloads: Sequence[There]) -> "Sequence[tuple[Bits, Tensor] | None]":
+        from .native import gpu
+
+        return gpu.decode_on(payloads, self.needs_base)
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
@@ -114,6 +144,8 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
     if len(data) == 1 and data[0] & ~1 == NO_EVENTS:
         bits, symbol = np.zeros(side.size, dtype=np.uint8), data[0] & 1
     elif (compiled := native.library()) is not None:
+        if side.size > LARGE:
+            Head.read(data, side, base)  # a short payload must not fill the memory
         payload = np.frombuffer(data, dtype=np.uint8)
         bits, symbol = np.zeros(side.size, dtype=np.uint8), int(payload[0]) & 1 if payload.size else 0
         given, events = given_of(side, base), (native.pointer(payload), c_int64(payload.size), native.pointer(bits))
@@ -122,7 +154,7 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
             raise MemoryError
         if not done:
             Head.read(data, side, base)  # says what is wrong, if it is that
-            raise _unlike()
+            raise unlike()
     else:
         head = Head.read(data, side, base)
         bits, symbol = _decoded(head, side, base), head.symbol
@@ -136,7 +168,8 @@ def given_of(side: Side, base: bool) -> native.Given:
     return native.Given(*Grid.of(side.shape), width, native.address(weights), native.address(side.reference))
 
 
-def _unlike() -> CorruptAdapterError:
+def unlike() -> CorruptAdapterError:
+    """Return the error of a lane whose words and weights do not agree."""
     return CorruptAdapterError("the words of a lane say more, or less, than its weights and coefficients")
 
 
@@ -166,7 +199,7 @@ def _decoded(head: Head, side: Side, base: bool) -> Bits:
         packed = np.packbits(events.reshape(-1), bitorder="little")
         bits[at : at + packed.size] = packed
         if lane.state or lane.words:
-            raise _unlike()
+            raise unlike()
     return bits
 
 

@@ -38,11 +38,7 @@ NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
 BLOCK = 1 << 18  # weights that numpy works on at once
 ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
-TOGETHER = (
-    ("magnitude", "position", "reference"),
-    ("before",),
-    ("row", "input"),
-)  # arrays that hardly depend on each other
+TOGETHER = ("magnitude", "position", "reference"), ("before",), ("row", "input")  # hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
 LEAST_WORTH = 12.0  # bits
@@ -91,34 +87,37 @@ class Probes(NamedTuple):
     """What weights' residuals or variances are multiplied by, and the sums of that over inputs and over rows.
 
     Attributes:
-        along, across: (probes, inputs), (rows, probes). images, others: (rows, probes), (probes, inputs).
+        along: (probes, inputs), whose sums over inputs are `images` (rows, probes). across: (rows, probes), whose sums
+            over rows are `others` (probes, inputs). factors: of each row, by which images are multiplied, and rounded,
+            to be `across`.
     """
 
     along: Ints | None
     across: Ints | None
+    factors: Floats | None
     images: Longs
     others: Longs
 
     @classmethod
-    def of(cls, grid: Grid, along: Ints | None = None, across: Ints | None = None) -> "Probes":
+    def of(
+        cls, grid: Grid, along: Ints | None = None, across: Ints | None = None, factors: Floats | None = None
+    ) -> "Probes":
         """Return probes whose sums are 0 so far."""
         count = len(along) if along is not None else 0 if across is None else across.shape[1]
-        return cls(
-            along, across, *(np.zeros(shape, dtype=np.int64) for shape in ((grid.rows, count), (count, grid.inputs)))
-        )
+        images, others = np.zeros((grid.rows, count), dtype=np.int64), np.zeros((count, grid.inputs), dtype=np.int64)
+        return cls(along, across, factors, images, others)
 
-    def native(self, others: bool) -> native.Probes:
+    def native(self) -> native.Probes:
         """Return what compiled loops take."""
-        wanted = self.images if self.along is not None else None, self.others if others else None
-        return native.Probes(len(self.others), *map(native.address, (self.along, self.across, *wanted)))
+        return native.Probes(len(self.others), *map(native.address, self))
 
-    def add(self, own: slice, weights: Longs, factors: Floats | None = None) -> None:
+    def add(self, own: slice, weights: Longs) -> None:
         """Add some rows' weights, by numpy."""
         part = None if self.across is None else self.across[own]
         if self.along is not None:
             self.images[own] = _product(weights, self.along.T)
-        if factors is not None:
-            part = np.rint(np.clip(self.images[own] * factors[own, None], -BIG, BIG))
+        if self.factors is not None:
+            part = np.rint(np.clip(self.images[own] * self.factors[own, None], -BIG, BIG))
         if part is not None:
             self.others[:] += _product(part.T, weights)
 
@@ -154,15 +153,11 @@ class Fit:
             self.index["reference"] = known.reference
         self.signs = known.classes
 
-    def sums(
-        self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None,
-        factors: Floats | None = None,
-    ) -> Sums:  # fmt: skip
+    def sums(self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None) -> Sums:
         """Return what a step of Newton's asks for, summed up over all weights.
 
         Args:
-            names: arrays. residuals: probes of (event - p) times sign. variances: of p (1 - p). factors: one for each
-                row, by which the residuals' images are multiplied, and rounded, to be `across`.
+            names: arrays. residuals: probes of (event - p) times sign. variances: of p (1 - p).
         """
         found = {name: np.zeros((2, BINS.get(name, self.sizes[name])), dtype=np.int64) for name in names}
         whole, total = {name: _parts(own) for name, own in self.values.items()}, np.zeros(2, dtype=np.int64)
@@ -172,21 +167,16 @@ class Fit:
         residuals, variances = residuals or Probes.of(self.grid), variances or Probes.of(self.grid)
         compiled = native.library()
         if compiled is None:
-            self._numpy_sums(whole, left, right, total, found, residuals, variances, factors)
+            self._numpy_sums(whole, left, right, total, found, residuals, variances)
         else:
             indices, arrays, sums = (
                 (c_void_p * len(ARRAYS))(*(native.address(one.get(name)) for name in ARRAYS))
                 for one in (self.index, whole, found)
             )
-            rest = map(native.address, (left, right, self.signs, _curve(), factors))
-            probes = (
-                residuals.native(residuals.across is not None or factors is not None),
-                variances.native(variances.across is not None),
-            )
+            rest = *map(native.address, (left, right, self.signs, _curve())), residuals.native(), variances.native()
             offset, held = round(NAT * self.offset), np.empty(2 * self.grid.inputs, dtype=np.int32)
-            fit = native.Fit(
-                *self.grid, left.shape[1], offset, native.address(self.events), indices, arrays, *rest, *probes
-            )
+            own = native.address(self.events)
+            fit = native.Fit(*self.grid, left.shape[1], offset, own, indices, arrays, *rest)
             compiled.maskpack_sums(byref(fit), native.pointer(total), sums, native.pointer(held))
         if "reference" in found:
             found["reference"] = found["reference"][:, 1:]
@@ -194,7 +184,7 @@ class Fit:
 
     def _numpy_sums(
         self, whole: Mapping[str, Ints], left: Ints, right: Ints, total: Longs, found: Mapping[str, Longs],
-        residuals: Probes, variances: Probes, factors: Floats | None,
+        residuals: Probes, variances: Probes,
     ) -> None:  # fmt: skip
         """Add up, by numpy, what `sums` asks for."""
         rows, inputs, positions = self.grid
@@ -226,7 +216,7 @@ class Fit:
                         flat = self.index[name][:, own].reshape(-1)
                         sums[turn] += np.bincount(flat, weights.reshape(-1), sums.shape[1]).astype(np.int64)
             if signs is not None:
-                residuals.add(own, residual[0] * signs, factors)
+                residuals.add(own, residual[0] * signs)
                 variances.add(own, variance[0])
 
     def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Sums:
@@ -293,8 +283,9 @@ class Fit:
             right = orthonormal(right)
             probes = right / scales[1][:, None]
             unit = FINE * 2.0 ** -math.ceil(math.log2(float(np.abs(probes).max())))
-            sums = Probes.of(self.grid, _integers(probes.T * unit))
-            self.sums((), sums, factors=1024 * middle / (unit * ONE * np.square(scales[0])))
+            factors = 1024 * middle / (unit * ONE * np.square(scales[0]))
+            sums = Probes.of(self.grid, _integers(probes.T * unit), factors=factors)
+            self.sums((), sums)
             along, right = right, _exact(sums.others.T / (1024 * middle * ONE) / scales[1][:, None])
         images = _exact(sums.images / (unit * ONE) / scales[0][:, None], 1024)
         strength = np.sqrt(np.square(images).sum(0))

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from ..adapter.content import LEARNING, Parts
 from ..backbone.fingerprint import has_again
-from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unwrap
+from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
@@ -146,7 +146,7 @@ def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor],
         )
 
 
-OTHER_BASE = "load the backbone that the adapter was made for"
+OTHER_BASE = "load the backbone that the adapter was made for, before it is quantised"
 FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
 WORTH = 1 << 22  # bytes of places
 FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are still in the core's cache
@@ -270,7 +270,7 @@ def located(
             return name, mask, None
         at, device = kept(name), weights[name].device
         if at is None:
-            at = places(mask.bits, device) if mask.zeros is None else torch.from_numpy(mask.zeros).to(device).long()
+            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device).long()
         return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
 
     def size(item: tuple[str, PackedMask | None]) -> int:
@@ -338,11 +338,8 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
         )
     for name, shape in shapes.items():
         parameter = parameters[name]
-        if not parameter.is_floating_point() or parameter.is_meta:
-            what = "on the meta device" if parameter.is_meta else f"of {parameter.dtype}"
-            raise BackboneMismatchError(
-                f"{name!r} is {what} and cannot be masked; load float weights, apply the mask, then quantise"
-            )
+        if why := unusable(parameter):
+            raise BackboneMismatchError(f"{name!r} {why}")
         if tuple(parameter.shape) != shape:
             raise BackboneMismatchError(
                 f"the mask of {name!r} has shape {shape}, the model's parameter {tuple(parameter.shape)}; {OTHER_BASE}"
@@ -352,7 +349,7 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
 
 def check_dense(model: nn.Module, parts: Parts, state: Mapping[str, Tensor]) -> None:
     """Raise BackboneMismatchError if a model has no place for an adapter's dense tensors or head."""
-    for name, tensor in parts.dense.items():
+    for name, tensor in parts.resolved(state).dense.items():
         if name not in state or state[name].shape != tensor.shape:
             raise BackboneMismatchError(
                 f"the model has no {name!r} of shape {tuple(tensor.shape)} as the adapter has; {OTHER_BASE}, or, if "
@@ -391,8 +388,10 @@ def apply_parts(
 def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[str, PackedMask]] | None = None) -> None:
     """Apply an adapter to a model that is the base, by a new record; see `apply_parts`."""
     root, model = unwrap(model), view(model, record.place)
+    state = tensors_of(model)
+    parts = parts.resolved(state)
     shapes, dense = parts.masks.shapes, parts.dense
-    parameters, state = check_masks(model, shapes), tensors_of(model)
+    parameters = check_masks(model, shapes)
     check_dense(model, parts, state)
     names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)
@@ -441,9 +440,16 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
         raise StateError("this model has no mask to unload; load one with load_mask(model, ref)")
     if record.complete and not record.restorable:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
+    tensors = tensors_of(view(model, record.place))
+    for name, _ in record.changed:
+        if name in tensors and unusable(tensors[name]):
+            raise StateError(
+                f"{name!r} was quantised, sharded or offloaded since the mask was loaded, so that it cannot be undone; "
+                f"undo that first (accelerate.hooks.remove_hook_from_submodules(model)), or load the base again"
+            )
     if record.complete and not force:
         way_out = "unload_mask(model, force=True) puts back what the mask changed and leaves the rest as it was written"
-        check_unwritten(record.after, tensors_of(view(model, record.place)), way_out)
+        check_unwritten(record.after, tensors, way_out)
     undo(model, record)
     return model
 

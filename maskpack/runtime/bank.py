@@ -16,11 +16,12 @@ from ..adapter.content import Parts
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.classifier import Inputs, batch_of, classifier_from, example_count, taken
 from ..backbone.model import inside, unwrap
-from ..errors import ConfigError, DataError, StateError, UnknownNameError
+from ..errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
 from . import apply
 from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
+from .place import TOP, find_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +318,8 @@ class MaskBank:
             apply.check_compiled()
             if name is not None:
                 parts = self._loaded(resident)
-                record, names = self._applied(), {*parts.masks, *parts.parameters, *apply.head_tensors(parts.head)}
+                parameters = {*parts.parameters, *(f"{n}.{leaf}" for n in parts.norms for leaf in ("weight", "bias"))}
+                record, names = self._applied(), {*parts.masks, *parameters, *apply.head_tensors(parts.head)}
                 swapped = () if record is None or record.head is None else (record.head[0],)
                 noted = {n: self._base[n] for n in names & self._base.keys() if not inside(n, swapped)}
             if record is not None:
@@ -358,6 +360,9 @@ class MaskBank:
             masks = MaskSet(dict(source))
             return Resident(name, Parts(masks), mask_id({"default": masks}))
         check_one_set(source)
+        if (place := find_place(self.model, source, source.shapes())) != TOP:
+            part = f"; make a bank of that part, MaskBank(model.get_submodule({place.add!r}))" if place.add else ""
+            raise BackboneMismatchError(f"the names of {source.path} stand {place} in this bank's model{part}")
         apply.check_masks(self.model, source.shapes())
         check_base(self.model, source, self._verify, stacklevel=5)
         base, pinned = unwrap(self.model), source.pinned

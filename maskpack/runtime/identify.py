@@ -158,6 +158,7 @@ def superposition(model: nn.Module, parts: Mapping[str, Parts]) -> Superposition
         module, prefix = classifier_from(module, first).eval(), "model."
     shapes, changes, values = set(), list[dict[str, PackedMask | Tensor]](), []
     for own in parts.values():
+        own = own.resolved(tensors_of(unwrap(model)))
         head = {} if own.head is None else own.head.named_tensors("linear")
         shapes.add(tuple((name, tensor.shape) for name, tensor in head.items()))
         body: dict[str, PackedMask | Tensor] = {**own.masks, **own.dense}

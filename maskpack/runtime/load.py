@@ -1,5 +1,6 @@
 """load_mask: an adapter by reference, onto a model."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from ..threads import in_thread
 from .apply import Model, applied, apply_parts, check_free, check_masks, unload_mask
 from .place import TOP, find_place, view
 
+LOG = logging.getLogger(__name__)
 Reference = str | os.PathLike[str]
 Verify = Literal["strict", "warn", "off"]
 HeadChoice = Literal["replace", "keep"]
@@ -26,7 +28,7 @@ Mode = Literal["target", "source"]
 
 
 class MaskpackWarning(UserWarning):
-    """Warned when the base differs and verification is relaxed, or an adapter's names stand elsewhere in the model."""
+    """Warned when verification is relaxed and the base differs."""
 
 
 def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
@@ -51,7 +53,7 @@ def load_mask(
 
     Class, parameter names, storage and `requires_grad` of the body stay. A mask loaded before is unloaded first. The
     adapter's names may stand under a prefix in the model, or the model under one of theirs: an encoder's adapter fits
-    the model with a head, and the other way round. That is found by shapes and digests, and a warning says it. If it
+    the model with a head, and the other way round. That is found by shapes and digests, and the log says it. If it
     fails or is interrupted, the model is the base, to the bit; if it is interrupted once more while it puts that back,
     `unload_mask(model)` finishes it.
 
@@ -82,7 +84,7 @@ def load_mask(
     masks = masks if mode == "target" else removing(masks)
     apply_parts(model, parts, mask_id=adapter.mask_id, masks=masks, restorable=restorable, place=place)
     if place != TOP:
-        warnings.warn(f"the names of {adapter.path} stand {place} in this model", MaskpackWarning, stacklevel=2)
+        LOG.warning("the names of %s stand %s in this model", adapter.path, place)
     return model
 
 

@@ -1,5 +1,6 @@
 """load_masked: base and mask together, one tensor at a time, onto a model that has no weights yet."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -61,6 +62,8 @@ def load_masked(
     shapes = parts.masks.shapes
     if applied(whole) is not None:
         raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")
+    if any(one.is_meta for one in whole.parameters()) and callable(tie := getattr(whole, "tie_weights", None)):
+        tie()  # of transformers: parameters that were put on the meta device one by one are tied no more
     base = _Base(Path(weights), whole, adapter.base.head)
     # parameters that take no memory
     empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
@@ -91,7 +94,8 @@ def load_masked(
             checked(verify, lambda: fingerprint.check_measured(found, adapter.base), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
-        apply_parts(model, replace(parts, masks=MaskSet({})), mask_id=adapter.mask_id, restorable=False)
+        rest = replace(parts.resolved(base), masks=MaskSet({}))  # of norms before they were cast
+        apply_parts(model, rest, mask_id=adapter.mask_id, restorable=False)
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
@@ -128,6 +132,7 @@ class _Base(Mapping[str, Tensor]):
             for name, b in ((canonical(n), b) for n, b in model.named_buffers())
             if name not in own
         }
+        self.unsaved |= _computed(model, [name for name, buffer in self.unsaved.items() if buffer.is_meta])
         if lost := [name for name, buffer in self.unsaved.items() if buffer.is_meta]:
             raise StateError(
                 f"the model has {len(lost)} buffers on the meta device that no file of weights holds, first "
@@ -169,6 +174,37 @@ class _Base(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sources)
+
+
+@torch.no_grad()
+def _computed(model: nn.Module, lost: Iterable[str]) -> dict[str, Tensor]:
+    """Return buffers that a model of transformers computes anew from its config, as rotary frequencies, by name.
+
+    Its `_init_weights` writes them. A module that has parameters with data is left alone.
+    """
+    modules = {canonical(name): one for name, one in model.named_modules(remove_duplicate=False)}
+    places = {name: name.rpartition(".") for name in lost}
+    found = dict[str, Tensor]()
+    for place in dict.fromkeys(place for place, _, _ in places.values()):
+        module, parts = modules[place], place.split(".")
+        above = (modules[".".join(parts[:count])] for count in range(len(parts), -1, -1))
+        init = next((one._init_weights for one in above if hasattr(one, "_init_weights")), None)
+        if init is None or not all(one is None or one.is_meta for one in module._parameters.values()):
+            continue
+        mine = {name: leaf for name, (own, _, leaf) in places.items() if own == place}
+        before = {name: module._buffers[leaf] for name, leaf in mine.items()}
+        for name, leaf in mine.items():
+            old = before[name]
+            assert old is not None
+            unset = math.nan if old.is_floating_point() else torch.iinfo(old.dtype).min
+            module._buffers[leaf] = found[name] = torch.full(old.shape, unset, dtype=old.dtype)
+        with torch.random.fork_rng():
+            init(module)
+        for name, leaf in mine.items():
+            value, module._buffers[leaf] = found[name], before[name]
+            if bool((value.isnan() if value.is_floating_point() else value == torch.iinfo(value.dtype).min).any()):
+                del found[name]
+    return found
 
 
 def _module(tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -209,7 +209,7 @@ def check_search(folder: Path | None, resume: bool) -> None:
         raise StateError(
             f"{folder.parent} holds the search of an earlier run; continue it with resume, or choose another folder"
         )
-    check_parts(folder, resume)
+    check_parts(folder if folder.is_dir() else folder.parent, resume)
 
 
 def plan_search(
@@ -257,7 +257,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
             it takes trials nearly as long as the training to tell.
     """
     method = METHODS[config.method]
-    some = method.rising and not config.scale and config.selective == ALL
+    some = method.partial and not config.scale and config.selective == ALL
     usual, found, lr = settled(config, backbone), [DEFAULT], config.score_lr(steps, weights)
     open_top = config.top is None and some
     if open_top and config.beside:
@@ -278,21 +278,23 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
 
 
 def finalists(trials: Sequence[Trial]) -> list[Changes]:
-    """Return the changes of the second round: none, norms alone, all that helped together, and the best others.
+    """Return the changes of the second round: none, norms alone, the two best that helped together, and the best alone.
 
     Args:
         trials: of the first round, the one without changes first.
     """
     ranked = sorted(trials, key=lambda one: -one.accuracy)
-    together: dict[str, Any] = {}
-    for one in reversed(ranked):  # of two values of a setting the better one stays
-        if one.accuracy > trials[0].accuracy:
-            together |= one.changes
-    if together.get("top") == 0:  # without scores these mean nothing, or leave nothing that learns
-        together = {name: value for name, value in together.items() if name not in ("train", "lr")}
+    helped = [one.changes for one in ranked if one.accuracy > trials[0].accuracy]
+    pair = [{**helped[0], **one} for one in helped[1:] if together(helped[0], one)][:1]
     norms = [NORMS] if any(one.changes == NORMS for one in trials) else []
-    order = [DEFAULT, *norms, together, *(one.changes for one in ranked)]
+    order = [DEFAULT, *norms, *pair, *(one.changes for one in ranked)]
     return [one for i, one in enumerate(order) if one not in order[:i]][:FINALISTS]
+
+
+def together(one: Changes, other: Changes) -> bool:
+    """Return whether two changes can be made both: norms alone have no rate of scores."""
+    alone = NORMS in (one, other) and "lr" in {**one, **other}
+    return not alone and not one.keys() & other.keys()
 
 
 def changed(config: TrainConfig, changes: Changes) -> TrainConfig:

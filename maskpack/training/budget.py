@@ -12,7 +12,7 @@ from ..codecs.choose import rivals, smallest
 from ..errors import ConfigError
 from ..mask import PackedMask, packed_bits
 from .config import TrainConfig
-from .methods.base import rising_methods
+from .methods.base import methods_that_are
 from .scores import ScoredWeight
 
 LEAST, REACTION = 0.01, 0.15  # of the pressure: its first and least value, and how fast it follows the size
@@ -89,8 +89,8 @@ class RateControl:
         if not scored[0].method.rising:
             raise ConfigError(
                 f"a budget of bytes needs scores that keep more weights the higher they are, one for each weight, and "
-                f"those of the method {scored[0].method.id!r} are others; take {rising_methods()}, or leave the budget "
-                f"out"
+                f"those of the method {scored[0].method.id!r} are others; take {methods_that_are('rising')}, or leave "
+                f"the budget out"
             )
         least = coded_bytes(PackedMask.from_tensor(torch.ones(one.shape, dtype=torch.bool)) for one in scored)
         if budget < least:

@@ -148,9 +148,10 @@ def _train(
     main, run = is_main_process(), partial(part_options, options, folder)
     first = train_mask(backbone, data, config, longer=False, **run(DISPATCHER))
     assert data.train is not None
-    with borrowed(backbone):  # as the finished run left the model
+    with borrowed(backbone, norms=True):  # as the finished run left the model
         trained = ObjectiveRun(backbone, data, config)
         trained.take_over(folder / DISPATCHER / FILE)
+        trained.settle()
         x, _ = embeddings(backbone, readable(trained.objective.load(data.train)))
     rows = [row for row in data.train.indices if row not in data.train.unreadable]
     facts = {"dispatcher": checkpoint_digest(folder / DISPATCHER / FILE), "experts": experts}

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from ..backbone.classifier import modes_kept
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import Backbone
-from ..backbone.model import Fingerprint, inside, named_parameters, swap_module, unwrap
+from ..backbone.model import Fingerprint, inside, named_buffers, named_parameters, swap_module, unwrap
 from ..backbone.select import match_parameters, select_parameters
 from ..errors import ConfigError
 from .config import ALL, TrainConfig, parse_rule
 from .methods.base import build_method
 from .methods.topk import greatest
 from .scores import attach, detach_scores, owner, scored_weights
+from .stored import beside_masks
 
 Learn = Callable[[Backbone, TrainConfig], Mapping[str, nn.Parameter]]
 WORDS = frozenset(("norms", "biases", "none"))  # that stand for parameters that learn themselves
@@ -78,11 +79,14 @@ def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] =
 
 
 @contextmanager
-def borrowed(backbone: Backbone) -> Iterator[None]:
-    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device, layout, modes as before."""
+def borrowed(backbone: Backbone, norms: bool = False) -> Iterator[None]:
+    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device, layout, modes as before.
+
+    With `norms` the parameters of normalisation layers too, which `settle` writes.
+    """
     model = backbone.model
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    before = {name: tensor.detach().clone() for name, tensor in model.named_buffers()}
+    before = beside_masks(model) if norms else {n: b.detach().clone() for n, b in named_buffers(model).items()}
     device, contiguous = next(model.parameters()).device, all(one.is_contiguous() for one in convolutions(model))
     head = model.get_submodule(backbone.head) if backbone.head is not None else None
     try:
@@ -94,8 +98,9 @@ def borrowed(backbone: Backbone) -> Iterator[None]:
             swap_module(model, backbone.head, head)
         model.to(device)
         with torch.no_grad():
-            for name, tensor in model.named_buffers():
-                tensor.copy_(before[name])
+            tensors = {**named_parameters(model), **named_buffers(model)}
+            for name, tensor in before.items():
+                tensors[name].copy_(tensor)
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
             p.grad = None

@@ -1,9 +1,11 @@
 """For training loops of one's own: scores on any model, and all that it learned as parts of an adapter."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -22,6 +24,7 @@ from ..backbone.model import (
     named_buffers,
     named_parameters,
     source_of,
+    unusable,
     unwrap,
 )
 from ..backbone.select import select_parameters
@@ -41,6 +44,9 @@ from .scores import (
     scored_models,
     scored_weights,
 )
+
+CHECKPOINT = re.compile(r"checkpoint-\d+")  # what a Trainer calls the folders from which it goes on
+PLACES = ".0.places"
 
 
 def attach_scores(
@@ -68,8 +74,8 @@ def attach_scores(
             The others are kept, and take no memory.
         dtype: of the scores: float32 (default), or bfloat16, to which every optimiser's steps are rounded at random.
         train: what learns itself: "norms", "biases", or globs of parameters.
-        head: names of modules that learn themselves and do not belong to the base; default: those that transformers
-            made anew, because the checkpoint has none. `()`: none.
+        head: names of modules that learn themselves and do not belong to the base; default: those beside weights that
+            transformers read from a checkpoint, which were not read themselves. `()`: none.
         experts: weights of experts that are fused into one parameter are selected by default too.
         scale: divide the kept weights by sqrt(density).
 
@@ -109,18 +115,23 @@ def attach_scores(
 
 
 def new_modules(model: nn.Module) -> list[str]:
-    """Return the outermost modules whose parameters transformers made anew, since the checkpoint that it read had none.
+    """Return the outermost modules that transformers did not read from a checkpoint, where it read others.
 
-    It marks every parameter that was read.
+    It marks every parameter that was read. Embeddings and parameters without data lose the mark where they are made
+    larger or put elsewhere, so they count as read.
     """
-    parameters = named_parameters(model)
-    new = [name for name, one in parameters.items() if not getattr(one, "_is_hf_initialized", False)]
-    if len(new) == len(parameters):
+    parameters, modules = named_parameters(model), {canonical(name): one for name, one in model.named_modules()}
+    old = {
+        name
+        for name, one in parameters.items()
+        if getattr(one, "_is_hf_initialized", False)
+        or unusable(one)
+        or isinstance(modules[name.rpartition(".")[0]], nn.Embedding)
+    }
+    if not any(getattr(one, "_is_hf_initialized", False) for one in parameters.values()):
         return []  # nothing was read
-    old = {name for name in parameters if name not in new}
-    holding = ((name, next(module.parameters(), None)) for name, module in model.named_modules())
-    places = {canonical(name) for name, one in holding if name and one is not None}
-    whole = [place for place in places if not any(inside(name, [place]) for name in old)]
+    holding = (name for name, one in modules.items() if name and next(one.parameters(), None) is not None)
+    whole = [place for place in holding if not any(inside(name, [place]) for name in old)]
     return sorted(one for one in whole if not any(inside(one, [other]) for other in whole if other != one))
 
 
@@ -200,17 +211,25 @@ def merged(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def save_pretrained(self: Any, *args: Any, **options: Any) -> Any:
+def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options: Any) -> Any:
     """Write the merged model: what `save_pretrained` of a model does that has scores.
 
-    Where a trainer gives a state dict, for a checkpoint, its scores are written beside that: it goes on from them.
+    A trainer's checkpoint, a folder "checkpoint-NUMBER", has the scores beside that, from which training goes on; or,
+    with `ScoredModel.sparse`, only what learns.
     """
+    write, given = type(self).save_pretrained, options.get("state_dict")
+    if not CHECKPOINT.fullmatch(Path(save_directory).name):
+        with merged(self):
+            return write(self, save_directory, *args, **{**options, **({"state_dict": None} if given else {})})
+    state = self.state_dict(keep_vars=True)
+    scores = {name: tensor.detach() for name, tensor in state.items() if name.endswith(SCORES)}
+    if all(one.sparse for one in scored_models(self)):
+        learning = {name: tensor.detach() for name, tensor in state.items() if tensor.requires_grad}
+        buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
+        kept = {name: tensor for name, tensor in buffers.items() if not name.endswith(PLACES)}
+        return write(self, save_directory, *args, **{**options, "state_dict": {**learning, **scores, **kept}})
     with merged(self):
-        given = options.get("state_dict")
-        if given is not None:
-            scores = {name: tensor for name, tensor in given.items() if name.endswith(SCORES)}
-            options["state_dict"] = {**self.state_dict(), **scores}
-        return type(self).save_pretrained(self, *args, **options)
+        return write(self, save_directory, *args, **{**options, "state_dict": {**self.state_dict(), **scores}})
 
 
 @dataclass(frozen=True, slots=True)

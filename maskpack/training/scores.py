@@ -15,7 +15,7 @@ from ..adapter.content import LEARNING
 from ..backbone.model import aliases, named_buffers, named_parameters, unwrap
 from ..errors import ConfigError
 from ..mask import PackedMask
-from .methods.base import Method, State, rising_methods
+from .methods.base import Method, State, methods_that_are
 from .methods.topk import greatest
 from .recompute import Recompute
 from .rounding import Rounding
@@ -183,6 +183,7 @@ class ScoredModel:
         rounding: of scores in bfloat16, in the steps of optimisers.
         head: names of modules that learn themselves and do not belong to the body.
         before: buffers and parameters that learn themselves, as they were when the scores were attached, by name.
+        sparse: the checkpoints of a Trainer hold what learns, and not the base.
         plain: makes what `state_dict` gives for a masked weight, under its own name and without scores, of this and
             the frozen weight; None: `state_dict` gives weight and scores.
     """
@@ -198,6 +199,7 @@ class ScoredModel:
     rounding: Rounding = field(default_factory=Rounding)
     head: tuple[str, ...] = ()
     before: dict[str, Tensor] = field(default_factory=dict)
+    sparse: bool = False
     plain: Plain | None = None
     _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
@@ -231,10 +233,10 @@ def attach(
     """Freeze a model and attach scores to exactly these parameters; `beside` are other parameters that will learn."""
     if top is not None and not 0 <= top <= 1:
         raise ConfigError(f"top must be a share from 0 to 1, got {top}")
-    if top is not None and (scale or not method.rising):
+    if top is not None and (scale or not method.partial):
         raise ConfigError(
-            f"top {top} gives scores to some weights only, which goes with the methods {rising_methods()} without "
-            f"scale; got {method.id!r}{' with scale' if scale else ''}"
+            f"top {top} gives scores to some weights only, which goes with the methods {methods_that_are('partial')} "
+            f"without scale; got {method.id!r}{' with scale' if scale else ''}"
         )
     if scale and method.op != "zero":
         raise ConfigError(f"the method {method.id!r} removes no weights, so that there is no scale; leave it out")

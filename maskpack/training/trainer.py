@@ -25,9 +25,10 @@ from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, n
 from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, settled
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
-from .own_loop import extract_parts
+from .own_loop import learned_parts
 from .run_folder import RunFolder, RunOptions
-from .scores import beside_scores, density, scored_models, scored_weights, without_scores
+from .scores import beside_scores, density, detach_scores, scored_models, scored_weights, without_scores
+from .stored import beside_masks, settle, shortened
 from .worth import beside_probe, probe_accuracies, worth
 
 STREAM = "train"  # of batches
@@ -66,6 +67,7 @@ class ObjectiveRun(Run):
             "processes": self.accelerator.num_processes,
         }
         model = backbone.model.to(self.device)
+        self.before = beside_masks(model)
         # those of a model that has another layout keep it
         self.contiguous = all(one.is_contiguous() for one in convolutions(model))
         if self.contiguous:
@@ -179,6 +181,16 @@ class ObjectiveRun(Run):
         kept = {name.removeprefix(OBJECTIVE): one for name, one in tensors.items() if name.startswith(OBJECTIVE)}
         self.objective.restore(kept)
 
+    def settle(self) -> bool:
+        """Put the values that will be stored into the network; return True if that changed any.
+
+        That comes behind the last checkpoint: a longer run goes on from what was learned.
+        """
+        self._tell(1.0)
+        model = self.backbone.model
+        changed = settle(model, self.before, beside_scores(model), self.config.store)
+        return self.objective.settle() or changed
+
     def finish(self, at: Position) -> dict[str, float]:
         """Measure the test split; log the end, and return all metrics."""
         self._tell(1.0)
@@ -194,8 +206,10 @@ class ObjectiveRun(Run):
 
     def parts(self) -> Parts:
         """Return what was learned; the scores are detached."""
-        head = self.objective.head()
-        return replace(extract_parts(self.backbone.model), head=head)
+        model = self.backbone.model
+        head, parts = self.objective.head(), shortened(learned_parts(model), model, self.before)
+        detach_scores(model)
+        return replace(parts, head=head)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -284,9 +298,11 @@ def train_mask(
     """
     config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
     with folder.opened():
-        with borrowed(backbone):
+        with borrowed(backbone, norms=True):
             run = ObjectiveRun(backbone, data, config, learn, start_from)
             at = run.train(folder, longer)
+            if run.settle():
+                at.metrics = {**at.metrics, **run.held_out("validation")}
             metrics = run.finish(at)
             parts = run.parts()
         if parts.head is not None:

@@ -16,15 +16,18 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from maskpack.adapter.card import render_card, update_card
 from maskpack.adapter.content import Parts
 from maskpack.adapter.describe import config_text, inspect_adapter
 from maskpack.adapter.read import read_adapter
+from maskpack.adapter.steps import Norm, rounded_rows, row_steps
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
 from maskpack.codecs.base import CODECS
@@ -37,6 +40,7 @@ from .mutations import mutated
 
 SHAPES = {"a.weight": (40, 4), "b.weight": (17,)}
 WEIGHTS = {name: torch.linspace(-1, 1, math.prod(shape)).reshape(shape) for name, shape in SHAPES.items()}
+BASE = {"n.weight": torch.ones(3), "n.bias": torch.ones(3), "rms.weight": torch.ones(2)}
 ROOM = 512 << 20
 SLOW = 10
 DIFFERENT = 20  # failures that are not alike, after which there is no use in going on
@@ -49,6 +53,9 @@ def valid_files(folder: Path) -> list[bytes]:
     head = Head(Embedding("fc"), torch.rand(2, 2), torch.rand(2))
     pooled = Head(Embedding(None, "mean", True), torch.rand(2, 2))
     full = Parts(masks, head, {"bn.running_mean": torch.rand(3)}, {"bn.weight": torch.rand(3)})
+    stepped = replace(pooled, weight=rounded_rows(pooled.weight), steps=row_steps(pooled.weight))
+    norms = {"n": Norm(np.arange(-1, 2, dtype=np.int32), np.arange(299, 302, dtype=np.int32))}
+    norms["rms"] = Norm(np.arange(2, dtype=np.int32))
     replaced = random_masks(SHAPES, op="replace")
     values = {name: torch.rand(len(mask.bits) - mask.kept) for name, mask in replaced.items()}
     signs = random_masks(SHAPES, 0.5, seed=1)
@@ -60,6 +67,7 @@ def valid_files(folder: Path) -> list[bytes]:
         {"default": Parts(random_masks(SHAPES, scale=True), pooled), "other": random_masks(SHAPES, seed=2)},
         {"default": Parts(replaced, values=values)},
         {"default": ternary},
+        {"default": Parts(masks, stepped, norms=norms)},
         {"default": MaskSet({"a.weight": PackedMask.from_tensor(torch.rand(40, 4).argsort(1) < 2)})},
     ]
     made = []
@@ -87,7 +95,7 @@ def use(path: Path) -> None:
     if adapter.cascade is not None:
         adapter.cascade.router.route(torch.zeros(2, len(adapter.cascade.router.whitening.mean)))
     for name in adapter.sets:
-        adapter.parts(name, WEIGHTS)
+        adapter.parts(name, WEIGHTS).resolved(BASE)
 
 
 def read_all(data: bytes, path: Path, rng: random.Random) -> None:

@@ -64,7 +64,8 @@ ODD = (None, True, False, 0.5, -0.0, 1e308, [], {}, [[]], [0], [0, 0], {"a": 1},
 VALUES = (*INTEGERS, *TEXTS, *ACTING, *ODD)
 KEYS = (
     "reference level self cls id op codec head training preprocess kind metrics accuracy data task "
-    "class_names more default other revision cascade dispatcher experts combine embedding"
+    "class_names more default other revision cascade dispatcher experts combine embedding "
+    "norms names channels shifts features tensors"
 ).split()
 SHAPES = ([], [0, 1 << 48], [0] + [1 << 48] * 15, [1] * 17, [-1], [3])
 
@@ -146,6 +147,20 @@ def forge_payload(file: File, rng: random.Random) -> None:
         one["kept"][index] = min(total, rng.choice((0, 1, total, one["kept"][index])))
 
 
+def forge_frame(file: File, rng: random.Random) -> None:
+    """Replace the frame of norms or of a head, now and then for another number of integers."""
+    name = rng.choice([one for one in sorted(file.data) if one.endswith(("/norms", "/integers"))])
+    one = file.inner["sets"][name.split("/")[0]]
+    if rng.random() < 0.4:
+        size = rng.choice((0, 1, 2, 5, 1 << 20, 1 << 22, 1 << 26))
+        if name.endswith("norms"):
+            one["norms"]["channels"][0] = size
+        else:
+            one["head"]["features"] = size
+    file.data[name] = payload(file.data[name], rng.choice((5, 8, 10, 16, 3 << 22)), rng)
+    file.entries[name]["shape"] = [len(file.data[name])]
+
+
 def forge_reference(file: File, rng: random.Random) -> None:
     """Let codings of a set refer to another set."""
     one = file.inner["sets"][rng.choice(sorted(file.inner["sets"]))]
@@ -168,7 +183,8 @@ def forge_tensor(file: File, rng: random.Random) -> None:
                 file.data[name] = b""
         case 3:
             new = rng.choice(("default/parameters/x", "default/head/bias", "default/scale", "default/values/a.weight",
-                              "default/statistics/b.running_var", "/", "default/", "maskpack.base", ""))  # fmt: skip
+                              "default/statistics/b.running_var", "/", "default/", "maskpack.base", "",
+                              "default/norms", "default/head/steps"))  # fmt: skip
             file.entries[new], file.data[new] = file.entries.pop(name), file.data.pop(name)
         case _:
             new = rng.choice(("default/parameters/y", "default/statistics/c.running_mean", "other/payloads", "more",
@@ -178,7 +194,7 @@ def forge_tensor(file: File, rng: random.Random) -> None:
 
 FORGERIES: tuple[Callable[[File, random.Random], None], ...] = (
     lambda file, rng: edit(file.inner, rng), lambda file, rng: edit(file.inner["sets"], rng),
-    lambda file, rng: edit(file.entries, rng), forge_payload, forge_payload, forge_reference, forge_tensor,
+    lambda file, rng: edit(file.entries, rng), forge_payload, forge_payload, forge_reference, forge_tensor, forge_frame,
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from bitarray import bitarray
 
 from maskpack.adapter.content import Cascade, Parts
+from maskpack.adapter.steps import Norm, rounded_rows, row_steps
 from maskpack.adapter.tensors import cascade_tensors
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.model import Embedding, Head
@@ -102,6 +103,17 @@ def heads() -> dict[str, Parts]:
     }
 
 
+def steps() -> dict[str, Parts]:
+    """Return a set with norms and a head in steps."""
+    generator = torch.Generator().manual_seed(9)
+    masks = MaskSet.from_tensors({"vector": torch.rand(7, generator=generator) < 0.7})
+    weight = rounded_rows(torch.randn(3, 50, generator=generator))
+    head = Head(Embedding("fc"), weight, torch.arange(3).half(), steps=row_steps(weight))
+    numbers = np.random.default_rng(9).integers(-40, 41, 23).astype(np.int32)
+    norms = {"bn": Norm(numbers[:8], 30000 * numbers[8:16]), "rms": Norm(numbers[16:])}
+    return {"default": Parts(masks, head, norms=norms)}
+
+
 def cascade() -> tuple[dict[str, Parts], Cascade]:
     """Return a cascade with everything that one may have."""
     sets = {"dispatcher": Parts(large()), "expert-0": Parts(near(large())), "expert-1": Parts(near(near(large())))}
@@ -136,6 +148,9 @@ def expectation(sets: dict[str, Parts], mask_id: str) -> dict[str, Any]:
             for role in ("statistics", "parameters", "values")
             for key, tensor in getattr(parts, role).items()
         }
+        for key, norm in parts.norms.items():
+            shift = None if norm.shift is None else norm.shift.tolist()
+            tensors[f"norms/{key}"] = [norm.scale.tolist(), shift]
         head = parts.head
         if head is not None:
             bias = None if head.bias is None else head.bias.tolist()
@@ -171,7 +186,7 @@ def write(name: str, sets: dict[str, Parts], codec: str, cascade: Cascade | None
 
 
 def main() -> None:
-    """Write a file for every codec that has none yet, one for heads, one for cascades."""
+    """Write a file for every codec that has none yet, one for heads, for steps, for cascades."""
     FOLDER.mkdir(exist_ok=True)
     for cls in CODECS.all():
         if not (FOLDER / f"{cls.id}.safetensors").exists():
@@ -180,6 +195,8 @@ def main() -> None:
             write(cls.id, {name: parts for name, parts in sets.items() if parts.masks}, cls.id)
     if not (FOLDER / "heads.safetensors").exists():
         write("heads", heads(), "raw")
+    if not (FOLDER / "steps.safetensors").exists():
+        write("steps", steps(), "raw")
     if not (FOLDER / "cascade.safetensors").exists():
         sets, parts = cascade()
         write("cascade", sets, "gap", parts)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 2  # of the loops
+VERSION = 3  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -28,14 +28,14 @@ class Given(Structure):
 
 
 class Probes(Structure):
-    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("along", "across", "images", "others"))]
+    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("along", "across", "factors", "images", "others"))]
 
 
 class Fit(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
         *(("events", c_void_p), ("index", c_void_p * ARRAYS), ("array", c_void_p * ARRAYS)),
-        *((name, c_void_p) for name in ("left", "right", "signs", "curve", "factors")),
+        *((name, c_void_p) for name in ("left", "right", "signs", "curve")),
         *(("residuals", Probes), ("variances", Probes)),
     ]
 

@@ -27,7 +27,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2 }; /* in bfloat16; all NaN a
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 2; }
+API int64_t maskpack_loops(void) { return 3; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -455,10 +455,11 @@ API void maskpack_free(void *words) { free(words); }
 
 /* --- the fit -------------------------------------------------------------------------------------------------------- */
 
-/* What rows are multiplied by, and what comes of it; each pointer may be NULL. */
+/* What weights are multiplied by, and what comes of it. */
 typedef struct {
     int64_t count;
-    const int32_t *along, *across; /* (count, inputs), (rows, count) */
+    const int32_t *along, *across; /* (count, inputs), (rows, count), or NULL */
+    const double *factors;         /* of each row: what makes `across` of its images, or NULL */
     int64_t *images, *others;      /* sums over inputs (rows, count), and over rows (count, inputs) */
 } Probes;
 
@@ -468,7 +469,6 @@ typedef struct {
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
     const int32_t *curve;                          /* for log-odds from -EXTREME to EXTREME: 2^16 p + p (1 - p), in 2^-15 */
-    const double *factors;                         /* of each row: what makes `across` of the residuals' images, or NULL */
     Probes residuals, variances;                   /* of event - p times the sign, and of p (1 - p), where positions are 1 */
 } Fit;
 
@@ -528,20 +528,20 @@ WIDE static void totals(int64_t count, const int32_t *residual, const int32_t *v
     *curvature += sums[1];
 }
 
-static void project(const Probes *probes, int64_t row, int64_t inputs, const int32_t *held, const double *factors) {
+static void project(const Probes *probes, int64_t row, int64_t inputs, const int32_t *held) {
     static const int32_t big = 1 << 20;
     for (int64_t k = 0; k < probes->count; k++) {
-        int64_t image = probes->along ? summed(inputs, held, probes->along + k * inputs) : 0;
-        int32_t across = probes->across ? probes->across[row * probes->count + k] : 0;
-        if (probes->images) probes->images[row * probes->count + k] = image;
-        if (factors) { /* rounded to the nearest, ties to even */
-            double own = (double)image * factors[row];
+        int64_t at = row * probes->count + k;
+        int32_t across = probes->across ? probes->across[at] : 0;
+        if (probes->along) probes->images[at] = summed(inputs, held, probes->along + k * inputs);
+        if (probes->factors) { /* rounded to the nearest, ties to even */
+            double own = (double)probes->images[at] * probes->factors[row];
             own = (own < -big ? -big : own > big ? big : own) + 6755399441055744.0; /* 1.5 * 2^52 */
             int64_t whole;
             memcpy(&whole, &own, sizeof whole);
             across = (int32_t)whole;
         }
-        if (probes->others) added(inputs, held, across, probes->others + k * inputs);
+        if (probes->across || probes->factors) added(inputs, held, across, probes->others + k * inputs);
     }
 }
 
@@ -576,10 +576,10 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
             total[1] += curvature;
             if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
             if (sums[POSITION]) sums[POSITION][position] += slope, sums[POSITION][fit->positions + position] += curvature;
-            project(&fit->variances, row, fit->inputs, variances, NULL);
+            project(&fit->variances, row, fit->inputs, variances);
             if (!fit->residuals.count) continue;
             const uint8_t *signs = fit->signs + row * fit->inputs;
             for (int64_t i = 0; i < fit->inputs; i++) held[i] = signs[i] >> 7 ? -held[i] : held[i];
-            project(&fit->residuals, row, fit->inputs, held, fit->factors);
+            project(&fit->residuals, row, fit->inputs, held);
         }
 }

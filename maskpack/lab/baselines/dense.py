@@ -9,14 +9,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...adapter.content import Parts
+from ...adapter.steps import norms_to_frame, rows_to_frame
 from ...backbone.classifier import Classifier, Inputs
 from ...backbone.load import Backbone
+from ...backbone.model import Head
 from ...errors import ConfigError
+from ...mask import MaskSet
 from ...training.batchnorm import batchnorm_statistics
 from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.learn import body_parameters, learning_names
-from ...training.trainer import train_dense
+from ...training.stored import shortened
+from ...training.trainer import ObjectiveRun, train_dense
 from ..quantize import quantized
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
 
@@ -65,19 +70,19 @@ class Dense(Baseline):
         )
         classifier = steps.objective.module
         assert isinstance(classifier, Classifier)
-        stored = {16: {name: one.detach().half() for name, one in steps.scores.items()}}
-        learned, head = parameters(*steps.scores.values()), parameters(*classifier.linear.parameters())
-        weights = {16: 2 * learned}
+        head, (folded, statistics) = parameters(*classifier.linear.parameters()), self._settled(steps)
+        numbers = {name: one for name, one in steps.scores.items() if name not in folded}
+        stored = {16: {name: one.detach().half() for name, one in numbers.items()}}
+        learned = parameters(*steps.scores.values())
+        weights = {16: 2 * parameters(*numbers.values())}
         for bits in self.bits:
-            stored[bits], weights[bits] = self._rounded(steps.scores, start, bits)
-        statistics = batchnorm_statistics(trial.backbone.model) if steps.config.bn == "adapt" else {}
-        # statistics and head keep 4 bytes a number, as beside a mask
-        others = {"statistics": 4 * parameters(*statistics.values()), "head": 4 * head}
+            stored[bits], weights[bits] = self._rounded(numbers, start, bits)
+        others = {"statistics": statistics, "head": _head_bytes(steps.objective.head())}
         predict, inside = classified(classifier), [0]  # of how many bits the numbers in the network are
 
         def put_in(bits: int) -> None:
             if inside[0] != bits:
-                for name, one in steps.scores.items():
+                for name, one in numbers.items():
                     one.data.copy_(stored[bits][name])
                 inside[0] = bits
 
@@ -93,6 +98,23 @@ class Dense(Baseline):
             fitted(16), controls={"1 bit" if bits == 1 else f"{bits} bits": fitted(bits) for bits in self.bits}
         )
 
+    def _settled(self, run: ObjectiveRun) -> tuple[set[str], int]:
+        """Put head and adapted statistics into the network as they are stored beside a mask.
+
+        Returns:
+            The names of the parameters that are stored with the statistics, as one scale and one shift a channel; and
+            the bytes of both.
+        """
+        model = run.backbone.model
+        if run.config.bn != "adapt" or not batchnorm_statistics(model):
+            run.objective.settle()
+            return set(), 0
+        run.settle()
+        kept = shortened(Parts(MaskSet({})), model, run.before)
+        whole = {**kept.parameters, **kept.statistics}
+        names = {*whole, *(f"{name}.{leaf}" for name in kept.norms for leaf in ("weight", "bias"))}
+        return names, len(norms_to_frame(kept.norms)) + sum(one.numel() * one.element_size() for one in whole.values())
+
     def _rounded(
         self, learned: Mapping[str, Tensor], start: Mapping[str, Tensor], bits: int
     ) -> tuple[dict[str, Tensor], int]:
@@ -106,6 +128,15 @@ class Dense(Baseline):
             rows.copy_(rounded)
             values[name], size = origin + change, size + taken
         return values, math.ceil(size / 8)
+
+
+def _head_bytes(head: Head | None) -> int:
+    """Return the bytes that a linear head takes in an adapter."""
+    assert head is not None
+    weight = head.weight.numel() * head.weight.element_size()
+    if head.steps is not None:
+        weight = len(rows_to_frame(head.weight, head.steps)) + 4 * head.steps.numel()
+    return weight + (0 if head.bias is None else head.bias.numel() * head.bias.element_size())
 
 
 @BASELINES.register

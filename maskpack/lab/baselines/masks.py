@@ -143,8 +143,7 @@ def _train(trial: Trial, config: TrainConfig) -> tuple[TrainResult, Adapter]:
         longer=False,
         report=trial.report,
     )
-    norms = {name: one.half() for name, one in result.parts.parameters.items()}  # as those of other baselines
-    adapter = _write(trial, replace(result.parts, parameters=norms), result.base, result.about)
+    adapter = _write(trial, result.parts, result.base, result.about)
     load_mask(trial.backbone.model, adapter)
     return result, adapter
 
@@ -159,7 +158,8 @@ def _write(
 def _learned(result: TrainResult) -> int:
     """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
     scores = int((result.about.training or {})["scores"])
-    return scores + parameters(*result.parts.parameters.values())
+    norms = sum(one.scale.size + (0 if one.shift is None else one.shift.size) for one in result.parts.norms.values())
+    return scores + norms + parameters(*result.parts.parameters.values())
 
 
 def stored(adapter: Adapter) -> dict[str, int]:

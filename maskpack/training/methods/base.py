@@ -8,7 +8,7 @@ Attaching scores to a model, training, saving and applying are the same for all 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Method(Options, ABC):
             small edits are dropped. BatchNorm statistics are then taken anew.
         rising: each weight has one score, is kept above some value of it and removed (op "zero") or flipped below. So a
             number added to all scores makes the mask denser, on which byte budgets and density penalties rely.
+        partial: each weight has one score and the mask is all that is stored, so some weights may have scores alone.
     """
 
     id: ClassVar[str]
@@ -60,6 +61,7 @@ class Method(Options, ABC):
     draws: ClassVar[bool] = False
     hardens: ClassVar[bool] = False
     rising: ClassVar[bool] = False
+    partial: ClassVar[bool] = False
 
     @abstractmethod
     def init_scores(self, weight: Tensor) -> Tensor:
@@ -113,9 +115,9 @@ def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
     return method
 
 
-def rising_methods() -> str:
-    """Return the ids of the methods that are `rising`, for messages."""
-    *others, last = (cls.id for cls in METHODS.all() if cls.rising)
+def methods_that_are(what: Literal["rising", "partial"]) -> str:
+    """Return the ids of the methods that are so, for messages."""
+    *others, last = (cls.id for cls in METHODS.all() if getattr(cls, what))
     return f"{', '.join(others)} or {last}"
 
 

@@ -24,6 +24,7 @@ class Flip(Method):
     reference: ClassVar[str] = "https://arxiv.org/abs/2201.13361"
     op: ClassVar[Op] = "flip"
     rising: ClassVar[bool] = True
+    partial: ClassVar[bool] = True
 
     init: Positive = 1.0
 

@@ -31,6 +31,7 @@ class Gumbel(Method):
     draws: ClassVar[bool] = True
     hardens: ClassVar[bool] = True
     rising: ClassVar[bool] = True
+    partial: ClassVar[bool] = True
 
     init: Positive = 2.0
     temperature: Positive = 1.0

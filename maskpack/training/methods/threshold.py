@@ -25,6 +25,7 @@ class Threshold(Method):
     id: ClassVar[str] = "threshold"
     reference: ClassVar[str] = "https://arxiv.org/abs/1801.06519"
     rising: ClassVar[bool] = True
+    partial: ClassVar[bool] = True
 
     init: Finite = 1.0
     threshold: Finite = 0.0

@@ -30,6 +30,7 @@ class TopK(Method):
 
     id: ClassVar[str] = "topk"
     reference: ClassVar[str] = "https://arxiv.org/abs/1911.13299"
+    partial: ClassVar[bool] = True
 
     share: Annotated[float, Range(above=0, most=1)] = 0.5
     scope: Literal["tensor", "global"] = "tensor"

@@ -181,6 +181,10 @@ class Objective(ABC):
         """Return measures of a held-out split under the current masks."""
         return {}
 
+    def settle(self) -> bool:
+        """Put the values of a head that will be stored into it; return True if that changed any."""
+        return False
+
     def head(self) -> Head | None:
         """Return the trained head to store beside the mask, or None."""
         return None

@@ -15,7 +15,7 @@ from ...registry import NonNegative, Options, Positive
 from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
-from ..methods.base import METHODS, rising_methods
+from ..methods.base import METHODS, methods_that_are
 from ..scores import scored_weights, without_scores
 from .base import OBJECTIVES, Objective
 
@@ -67,7 +67,8 @@ class Distribution(Objective):
         if self.options.strength and not METHODS[config.method].rising:
             raise ConfigError(
                 f"the objective 'distribution' lowers all scores to remove weights, and higher scores of the method "
-                f"{config.method!r} do not keep more weights; take {rising_methods()}, or the option strength=0"
+                f"{config.method!r} do not keep more weights; take {methods_that_are('rising')}, or the option "
+                f"strength=0"
             )
         changed = f"train would change {', '.join(config.beside)}; leave out train" if config.beside else None
         if config.bn == "adapt" and batchnorm_statistics(backbone.model):

@@ -18,6 +18,7 @@ from ..features import Probe, embed, fit_probe
 from ..methods.base import build_method
 from ..own_loop import extract_masks
 from ..scores import attach, scored_weights
+from ..stored import kept_head, settle_head
 from .base import OBJECTIVES, Objective
 
 LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
@@ -75,11 +76,14 @@ class Supervised(Objective):
     def evaluate(self, examples: Examples) -> dict[str, float]:
         return {"accuracy": accuracy(self.module, readable(self.batches(examples)))[0]}
 
+    def settle(self) -> bool:
+        return self.config.head_kind in ("linear", "text") and settle_head(self.module.linear, self.config.store)
+
     def head(self) -> Head:
         """Return the head to store; scores that it has are detached."""
         head = self.module.head()
         if self.config.head_kind != "masked":
-            return head
+            return kept_head(head)
         random = RandomWeight(self.config.seed, extract_masks(self.module.linear)["weight"])
         # not the layer's own values: those may be in another dtype than float32
         return replace(head, weight=random.dense(), random=random)

@@ -1,0 +1,1 @@
+"""Masks inside other libraries' training: one thin file each."""

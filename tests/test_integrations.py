@@ -1,0 +1,212 @@
+"""Masks in other libraries' training: what learns, what is written, and what is read back."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from maskpack import load_mask
+from maskpack.errors import StateError
+from maskpack.training import attach_scores, extract_parts
+from maskpack.training.scores import scored_weights
+
+from .helpers_loops import CASES, bare_bert, tokens
+from .helpers_models import bits, random_masks, same
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bare_bert(tmp_path_factory.mktemp("models") / "bert").parent
+
+
+def model_with_scores(folder: Path, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = CASES["classification"](folder).model
+    attach_scores(model, top=0.5, **options)
+    return model
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Tokens whose first says the class."""
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        ids = tokens(8, seed=row)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 3}
+
+
+def trainer(model: nn.Module, output: Path, callbacks: list[Any], **options: Any) -> Any:
+    given = {"max_steps": 6, "save_steps": 3, "logging_steps": 2, "learning_rate": 0.3, "weight_decay": 0.1}
+    arguments = transformers.TrainingArguments(
+        output, per_device_train_batch_size=8, report_to=[], disable_tqdm=True, use_cpu=True, **given, **options
+    )
+    return transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks)
+
+
+def scores_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: one.scores.detach().clone() for name, one in scored_weights(model).items()}
+
+
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_a_trainer_goes_on_with_the_same_scores(with_callback: bool, folder: Path, tmp_path: Path) -> None:
+    from maskpack.integrations.transformers import MaskCallback
+
+    def callbacks() -> list[Any]:
+        return [MaskCallback(tmp_path / "adapter", task="text-classification")] if with_callback else []
+
+    model = model_with_scores(folder, train=["norms"])
+    before = bits(model)
+    run = trainer(model, tmp_path / "run", callbacks())
+    run.train()
+    other = model_with_scores(folder, train=["norms"])
+    trainer(other, tmp_path / "run", callbacks()).train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert same(scores_of(model), scores_of(other))
+    assert same(bits(model), bits(other))
+    assert not same(scores_of(model), scores_of(model_with_scores(folder)))
+    base = sum(tensor.nbytes for name, tensor in before.items() if name.endswith((".original", "embeddings.weight")))
+    size = (tmp_path / "run/checkpoint-6/model.safetensors").stat().st_size
+    assert size < base if with_callback else size > base
+    model.eval()
+    batch = {"input_ids": tokens(4, 8)}
+    expected = model(**batch).logits
+    if not with_callback:
+        merged = type(model).from_pretrained(tmp_path / "run/checkpoint-6").eval()  # type: ignore[attr-defined]
+        assert torch.equal(merged(**batch).logits, expected)
+        return
+    assert all(0 < one["density"] <= 1 for one in run.state.log_history if "density" in one)
+    assert sum("density" in one for one in run.state.log_history) >= 3
+    extract_parts(model)
+    assert torch.equal(load_mask(model, tmp_path / "adapter")(**batch).logits, expected)
+
+
+def test_scores_do_not_decay(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from maskpack.integrations.transformers import MaskCallback
+
+    model = model_with_scores(folder, head=())
+    run = trainer(model, tmp_path, [MaskCallback()], save_strategy="no", lr_scheduler_type="constant")
+    for one in scored_weights(model).values():
+        one.scores.register_hook(torch.zeros_like)  # nothing but decay could move them
+    before = scores_of(model)
+    with caplog.at_level("INFO"):
+        run.train()
+    assert same(scores_of(model), before)
+    assert "scores must not decay: the weight decay 0.1 of 13 scores' tensors, and of 0 others" in caplog.text
+    assert "scores on" in caplog.text
+    assert (tmp_path / "adapter" / "maskpack_model.safetensors").exists() or list((tmp_path / "adapter").iterdir())
+
+
+def test_a_trainer_without_scores_is_an_error(folder: Path, tmp_path: Path) -> None:
+    from maskpack.integrations.transformers import MaskCallback
+
+    model = CASES["classification"](folder).model
+    with pytest.raises(StateError, match="the model of this trainer has no scores; call attach_scores"):
+        trainer(model, tmp_path, [MaskCallback()]).train()
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+
+def peft_of(folder: Path, kind: str = "language_model", **options: Any) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model with a mask of PEFT's, and a batch."""
+    peft = pytest.importorskip("peft")
+    from maskpack.integrations.peft import MaskConfig
+
+    torch.manual_seed(0)
+    case = CASES[kind](folder)
+    return peft.get_peft_model(case.model, MaskConfig(**{"top": 0.5, **options})), case.inputs
+
+
+def trained_by_peft(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model.eval()(**batch).logits.clone()
+
+
+CLASSIFIER = {"kind": "classification", "modules_to_save": ["classifier"], "target_modules": ["query", "dense"]}
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "flip", "top": None}, CLASSIFIER])
+def test_peft_trains_saves_and_reads_masks(options: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from maskpack.integrations.peft import read_peft
+
+    model, batch = peft_of(folder, **options)
+    learning = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert all(name.endswith(".scores") or ".modules_to_save." in name for name in learning)
+    torch.manual_seed(0)
+    base = CASES[options.get("kind", "language_model")](folder).model.eval()
+    expected = trained_by_peft(model, batch)
+    assert not torch.equal(expected, base(**batch).logits)
+    with model.disable_adapter():  # type: ignore[operator]
+        disabled = model(**batch).logits
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "saved").eval()
+    assert torch.equal(again(**batch).logits, expected)
+    merged = again.merge_and_unload()
+    assert torch.equal(merged(**batch).logits, expected)
+    if not options.get("modules_to_save"):
+        torch.manual_seed(0)
+        ours = CASES["language_model"](folder).model.eval()
+        assert torch.equal(disabled, ours(**batch).logits)
+        load_mask(ours, read_peft(tmp_path / "saved"))
+        assert torch.equal(ours(**batch).logits, expected)
+
+
+def test_peft_merges_and_has_several_masks(folder: Path) -> None:
+    from maskpack.integrations.peft import MaskConfig
+
+    model, batch = peft_of(folder)
+    first = trained_by_peft(model, batch)
+    weights = {name: one.clone() for name, one in model.state_dict().items() if "base_layer" in name}
+    model.merge_adapter()  # type: ignore[operator]
+    assert torch.equal(model(**batch).logits, first)
+    model.unmerge_adapter()  # type: ignore[operator]
+    assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items() if name in weights)
+    model.add_adapter("other", MaskConfig(top=None))  # type: ignore[operator]
+    model.set_adapter("other")  # type: ignore[operator]
+    second = trained_by_peft(model, batch)
+    assert not torch.equal(second, first)
+    model.set_adapter("default")  # type: ignore[operator]
+    assert torch.equal(model(**batch).logits, first)
+
+
+def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from maskpack.errors import BackboneMismatchError
+
+    model, batch = peft_of(folder)
+    trained_by_peft(model, batch)
+    model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    torch.manual_seed(1)
+    with pytest.raises(BackboneMismatchError, match="this adapter was made for the weights of"):
+        peft.PeftModel.from_pretrained(CASES["language_model"](folder).model, tmp_path / "saved")
+
+
+def test_peft_reads_an_adapter_of_ours(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from maskpack import fingerprint, save_adapter
+    from maskpack.errors import AdapterError
+    from maskpack.integrations.peft import read_peft, write_peft
+
+    torch.manual_seed(0)
+    case = CASES["language_model"](folder)
+    adapter = save_adapter(tmp_path / "ours", random_masks(case.model), fingerprint(case.model, id="tests:llama"))
+    write_peft(tmp_path / "theirs", adapter)
+    assert read_peft(tmp_path / "theirs").mask_id == adapter.mask_id
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(case.model), tmp_path / "theirs").eval()
+    load_mask(case.model.eval(), adapter)
+    assert torch.equal(other(**case.inputs).logits, case.model(**case.inputs).logits)
+    model = model_with_scores(folder)
+    with pytest.raises(AdapterError, match="holds more than masks that remove weights or invert signs"):
+        write_peft(tmp_path / "more", save_adapter(tmp_path / "head", model))
