@@ -64,7 +64,7 @@ def accuracies(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
         lines.append([pair, steps, *("-" if row is None else percent(row["accuracies"]) for row in own)])
         if None not in own:
             whole.setdefault(steps, []).append([row["accuracy"] for row in own if row is not None])
-    for steps, several in whole.items():
+    for steps, several in ((steps, several) for steps, several in whole.items() if len(several) > 1):
         lines.append(
             [f"mean of {len(several)}", steps, *(percent([mean(column)]) for column in zip(*several, strict=True))]
         )
