@@ -4,12 +4,11 @@
     MASKPACK_DATA=… python -m benchmarks.codecs --only 'sketch-*' 'drawn-C100'
 
 One core: times are the processor's, of all threads together, so that other processes do not count. The codecs are those
-that `maskpack list codecs` shows. The sizes of general compressors are remembered beside the output (xz and brotli are
+that `maskpack list codecs` shows. The sizes of general compressors are remembered in runs/ (xz and brotli are
 slow); ours are measured anew every time.
 """
 
 import argparse
-import json
 import math
 import platform
 import statistics
@@ -34,8 +33,9 @@ from maskpack.errors import MaskpackError
 
 from .compression import RangeCoder, Sizes, strong_sizes
 from .mask_sets import CORPUS, Case, cases
+from .measured import FOLDER, rewrite
 from .report import table, write_between
-from .tasks import DATA
+from .tasks import DATA, RUNS
 
 INDEX_BYTES, INDEX_BYTES_EACH = 2000, 64  # an adapter's index and digests may take so much, beside the names
 Row = dict[str, Any]
@@ -331,7 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, default=CORPUS, help="folder of ROW-SEED.safetensors")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of mask sets, with wildcards")
-    parser.add_argument("--output", type=Path, default=Path("runs/codecs.json"))
+    parser.add_argument("--output", type=Path, default=FOLDER / "codecs.jsonl", help="a line for each mask set")
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     parser.add_argument("--numpy", action="store_true", help="only decode, without the compiled loops")
@@ -344,7 +344,8 @@ def main() -> None:
             if any(fnmatch(name, pattern) for pattern in arguments.only):
                 print(name, numpy_rates(make()), flush=True)
         return
-    sizes = Sizes(arguments.output.with_name("general-sizes.json"))
+    RUNS.mkdir(parents=True, exist_ok=True)
+    sizes = Sizes(RUNS / "general-sizes.json")
     measured: dict[str, Row] = {}
     for name, make in cases(arguments.adapters):
         if any(fnmatch(name, pattern) for pattern in arguments.only):
@@ -354,8 +355,7 @@ def main() -> None:
     summary = summarized(measured)
     text = markdown(measured, summary)
     print(text)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps({"versions": versions, "cases": measured, "summary": summary}, indent=1))
+    rewrite(arguments.output, ({"set": name, **row, "versions": versions} for name, row in measured.items()), "set")
     if measured:
         plot(measured, arguments.plot)
     if arguments.write is not None:
