@@ -500,7 +500,7 @@ def test_wrong_intervals_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = [*TRAIN, "--top", "1", "--lr", "5000", "--augment", "none"]
+    options = [*TRAIN, "--top", "1", "--lr", "5000", "--augment", "none", "--bn", "freeze"]
     command = [*launch, "-m", "maskpack_cli.main", *options, "--batch-size", "8"]
     command += ["--output", str(tmp_path / "out"), "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
