@@ -128,7 +128,7 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
         assert row["steps"] == sum(steps[name] for name in names)
         assert row["dimensions"] == (D if whitened else width)
         assert row["mask_bytes"] == sum(sets[name]["payload_bytes"] for name in names)
-        assert row["statistics_bytes"] == len(names) * (sum(sets["dispatcher"]["dense_bytes"].values()))
+        assert row["statistics_bytes"] == sum(sum(sets[name]["dense_bytes"].values()) for name in names)
         assert row["router_bytes"] == (
             inspect_adapter(adapter)["cascade"]["bytes"]["router"] if kind == "conditional" else 0
         )

@@ -128,8 +128,8 @@ def test_distribution_compares_with_the_network_in_evaluation_mode(tiny_backbone
     assert run.objective.evaluate(unlabelled.test) == pytest.approx({"divergence": 0, "agreement": 1}, abs=1e-6)
     assert run.module.classifier.training
     masked, whole = run.module(images)
-    assert torch.equal(whole, expected)
-    assert not torch.allclose(masked, whole)
+    assert torch.allclose(whole, expected, atol=1e-5), "but for the layout of convolutions"
+    assert not torch.allclose(masked, whole, atol=1e-3)
     assert run.module.classifier.training
     detach_scores(backbone.model)
 

@@ -160,6 +160,11 @@ def _checked_values(name: str, mask: PackedMask, parts: Parts) -> Tensor | Steps
     if mask.alpha is not None and (not 0 < mask.alpha < float("inf") or float(np.float32(mask.alpha)) != mask.alpha):
         raise AdapterError(f"the mask of {name!r} has alpha {mask.alpha!r}, expected a positive float32")
     if mask.op != "replace":
+        if name in parts.values:
+            raise AdapterError(
+                f"values are given for {name!r}, whose mask has the op {mask.op!r}, expected no such tensor; only op "
+                f"'replace' has values"
+            )
         return None
     stored, needed = parts.values.get(name), len(mask.bits) - mask.kept
     if isinstance(stored, Steps):

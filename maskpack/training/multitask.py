@@ -31,7 +31,7 @@ from .config import JointConfig, Mode, TrainConfig
 from .data.base import Data, EpochSampler, draw_seed, epoch_seed, numbered
 from .evaluate import percent, table
 from .gates import GateHistory, Gates, attach_gates
-from .learn import base_of, body_parameters, borrowed
+from .learn import base_of, body_parameters, borrowed, resolved
 from .loop import Position, Run
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
@@ -434,7 +434,7 @@ def survey(
         if not (folder / name / (BASE if mode == "separate" else MODEL_FILE)).exists():  # what is written last
             continue
         done[name] = read_adapter(folder / name)
-        _check_finished(done[name], name, task, folder, config, joint)
+        _check_finished(done[name], name, task, folder, config, joint, backbone)
         if mode != "separate" and done[name].base.digests != base.digests:
             raise StateError(
                 f"{folder / BASE} is not the base of the task {name!r}: one of them was changed; put the files back, "
@@ -468,17 +468,20 @@ def _check(tasks: Mapping[str, Task], mode: str, joint: JointConfig) -> None:
 
 
 def _check_finished(
-    adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig
+    adapter: Adapter, name: str, task: Task, folder: Path, config: TrainConfig, joint: JointConfig, backbone: Backbone
 ) -> None:
     """Compare what a finished task was trained with and what it would be trained with now."""
     record = adapter.about.training
     there, data, jointly = dict(member(record, "settings")), member(record, "data"), member(record, "joint")
     there |= {"data": data.get("digest"), "rows": data.get("rows"), "classes": list(adapter.about.class_names or ())}
     rows = {split: len(examples) for split, examples in task.data.splits.items()}
-    ours = {**task.settings(config).to_json(), "data": task.data.digest, "rows": rows, "classes": task.data.class_names}
-    if isinstance(tasks := jointly.get("tasks"), list):
-        ours |= joint.to_json(config.optimizer, len(tasks))
+    tasks, settings = jointly.get("tasks"), task.settings(config)
+    if isinstance(tasks, list):
         there |= jointly
+        own = {**settings.to_json(), **joint.to_json(config.optimizer, len(tasks))}
+    else:
+        own = resolved(settings, backbone).to_json()
+    ours = {**own, "data": task.data.digest, "rows": rows, "classes": task.data.class_names}
     ours = json.loads(json.dumps(ours))  # as the record has been
     other = differing(ours, there)
     if other:

@@ -40,7 +40,12 @@ def interpolated(first: State, second: State, t: float) -> dict[str, Tensor]:
     """Return (1 - t) first + t second, entry by entry; the ends keep their bits, integers are those of the first."""
     if t in (0, 1):
         return dict(second if t else first)
-    return {name: torch.lerp(one, second[name], t) if one.is_floating_point() else one for name, one in first.items()}
+    found = dict(first)
+    for name, one in first.items():
+        if one.is_floating_point():  # an adapter's may be float16
+            dtype = torch.promote_types(one.dtype, second[name].dtype)
+            found[name] = torch.lerp(one.to(dtype), second[name].to(dtype), t)
+    return found
 
 
 def barrier(
