@@ -6,15 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...mask import PackedMask, masked_weight
 from ...registry import NonNegative, Positive
-from .base import FINISHED, METHODS, Method, State, StraightThrough, alpha
+from .base import FINISHED, METHODS, FromAbove, State, StraightThrough, alpha
 
 
 @METHODS.register
 @dataclass(frozen=True)
-class Ternary(Method):
+class Ternary(FromAbove):
     """Keep, remove or invert weights by two score thresholds; straight-through gradient.
 
     Attributes:
@@ -27,16 +26,6 @@ class Ternary(Method):
 
     init: Positive = 1.0
     threshold: NonNegative = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threshold >= self.init:
-            raise ConfigError(
-                f"init must be above threshold, or all weights start removed; got {self.init} and {self.threshold}"
-            )
-
-    def init_scores(self, weight: Tensor) -> Tensor:
-        return torch.full_like(weight, self.init, dtype=torch.float32)
 
     def binarize(self, scores: Tensor, state: State = FINISHED) -> Tensor:
         return (scores > self.threshold) | (scores < 0)
