@@ -16,7 +16,7 @@ from typing import Any
 
 from maskpack.training.config import TrainConfig
 
-from .comparisons import compared, rows_of
+from .comparisons import TEXT_RATES, compared, rows_of
 from .recipe import lite0
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
@@ -32,7 +32,6 @@ PAIRS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 }
 STEPS = dict.fromkeys(PAIRS, (200, 100)) | dict.fromkeys(("resnet20-cartoon", "minilm-trec6"), (200, 100, 1000))
 BASELINES = {"probe": "probe", "norms": "norms", "lora:8": "LoRA r=8", "full": "full", "mask": "mask, defaults"}
-TEXT_RATES = {"full": (3e-5, 1e-4, 3e-4), "lora:8": (1e-3, 3e-3, 1e-2)}
 
 
 def run(pair: str, steps: int) -> None:

@@ -41,7 +41,7 @@ def limited(handle: Any) -> Any:
 
 
 def answer(command: dict[str, Any]) -> dict[str, Any]:
-    """Make one call and return what came of it."""
+    """Make one call; return its result or its error."""
     import maskpack
 
     try:

@@ -32,7 +32,7 @@ def flow_table(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Return a sentence each on pushes and pulls: how many, on which transport, and what came of them."""
+    """Return one sentence about pushes and one about pulls: number, transports, outcomes."""
     sentences = []
     for what in ("push", "pull"):
         chosen = [row for row in rows if row["flow"].startswith("push") == (what == "push")]

@@ -18,7 +18,7 @@ from maskpack.lab import save_figure
 from maskpack.lab.plots.figure import new_figure, plain_axes
 from maskpack.training.config import TrainConfig
 
-from .comparisons import compared, rows_of
+from .comparisons import TEXT_RATES, compared, rows_of
 from .recipe import lite0
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
@@ -46,8 +46,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "mask, all + norms, 10 kB": {"top": 1.0, "bytes_budget": 10_000},
     "mask, all + norms, 40 kB": {"top": 1.0, "bytes_budget": 40_000},
 }
-TEXT_RATES = {f"lora:{rank}": (1e-3, 3e-3, 1e-2) for rank in (1, 2, 4, 8)}
-MASK_RATES = (0.02, 0.05, 0.1)
+LORA_RATES = {f"lora:{rank}": TEXT_RATES["lora:8"] for rank in (1, 2, 4, 8)}  # of texts
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def run(task: str) -> None:
     given = (make(), data_of(data))
     compared(NAME, task, *given, ("probe",), {}, config)
     for name, changes in MASKS.items():
-        compared(NAME, f"{task}: {name}", *given, ("mask",), {"mask": MASK_RATES}, replace(config, **changes))
-    compared(NAME, task, *given, OTHERS, TEXT_RATES if text else {}, config)
+        compared(NAME, f"{task}: {name}", *given, ("mask",), {}, replace(config, **changes))
+    compared(NAME, task, *given, OTHERS, LORA_RATES if text else {}, config)
 
 
 def points(task: str) -> list[Point]:

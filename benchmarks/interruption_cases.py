@@ -41,7 +41,7 @@ def forgetting(world: World) -> None:
 
 
 def check_forgetting(world: World) -> None:
-    """As `World.check`, of a mask that cannot be undone."""
+    """Check a model whose mask cannot be undone; otherwise as `World.check`."""
     record = applied(world.model)
     if record is None or not record.complete:
         world.check()
@@ -95,7 +95,7 @@ def cascade(world: World) -> None:
 
 
 def check_cascade(world: World) -> None:
-    """As `World.check`: between calls no mask is on the model, except where the undo was interrupted twice."""
+    """Check a cascade's model: between calls it has no mask, unless the undo was interrupted twice."""
     record = applied(world.model)
     if record is not None and record.complete:
         record.mask_id = "c"
@@ -114,7 +114,7 @@ def masked(world: World) -> None:
 
 
 def check_masked(world: World) -> None:
-    """Raise AssertionError if the model has some weights (not after two interruptions), or cannot be loaded anew."""
+    """Check that the model has all weights or none (or was interrupted twice), and can be loaded anew."""
     without = [tensor.is_meta for tensor in world.model.state_dict().values()]
     if any(without) or (world.twice and applied(world.model) is None):
         assert all(without) or world.twice, "some weights"

@@ -10,34 +10,67 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 from torch import nn
 
+from maskpack import load_backbone
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
+from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Fingerprint
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.safetensors_io import read_tensors
-from maskpack.training import TrainConfig, train_mask
+from maskpack.training import TrainConfig, load_data, train_mask
+from maskpack.training.data.base import Data
 
 from .recipe import lite0
-from .results import SGD, TASKS, Task
-from .tasks import DATA, resnet
+from .tasks import DATA, minilm, resnet
 
 Bools = NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
 DENSITIES = "masks/resnet50_swav_densities.json"
 CORPUS = Path(__file__).with_name("corpus")  # trained adapters, kept so that sizes can be compared over releases
 SHARED = "masks/resnet20_cifar10_to_pacs_sketch.safetensors"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model with one data set: `settings` are those of TrainConfig, `labels` the share of the training rows."""
+
+    backbone: Callable[[], Mapping[str, Any]]
+    data: str
+    settings: dict[str, Any]
+    labels: float = 1.0
+
+    def load(self) -> Backbone:
+        return load_backbone(**self.backbone())
+
+    def examples(self, seed: int) -> Data:
+        """Read the data; the seed chooses which training rows are used."""
+        return load_data(str(DATA / self.data), labels_fraction=self.labels, seed=seed)
+
+
+SGD = {"scale": True, "train": (), "bn": "adapt", "optimizer": "sgd", "head_lr": 0.1, "warmup": 0.2}
+TASKS = {
+    "sketch": Task(partial(resnet, 20), "data/pacs/sketch", {**SGD, "lr": 50.0, "epochs": 25, "augment": "flip"}),
+    "photo": Task(partial(resnet, 32), "data/pacs/photo", {**SGD, "lr": 10.0, "epochs": 25, "augment": "flip"}),
+    # 10,000 of 60,000 images; digits are not mirrored
+    "mnist": Task(partial(resnet, 20), "data/mnist", {**SGD, "lr": 20.0, "epochs": 6, "augment": "none"}, 1 / 6),
+    "banking77": Task(
+        partial(minilm, tokens=None),
+        "data/banking77",
+        {"top": 1.0, "train": (), "lr": 0.02, "head_lr": 0.01, "epochs": 4, "label_smoothing": 0.05},
+    ),
+}
 SHORT = {"steps": 120, "batch_size": 32, "augment": "flip"}
 FOR_CODECS = {
     "eurosat-sgd": Task(partial(lite0, 64), "data/eurosat", {**SGD, **SHORT, "lr": 10.0}),

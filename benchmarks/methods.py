@@ -40,7 +40,7 @@ GROUPS = {"exclude": ("conv1.weight",)}  # its three input channels make no grou
 
 @dataclass(frozen=True)
 class Line:
-    """What is trained.
+    """Settings of one line of the table.
 
     Attributes:
         config, settings: how. rates: to choose from. baseline: of `maskpack compare`. words: its label.

@@ -161,7 +161,7 @@ def logged(output: Path) -> list[dict[str, Any]]:
 
 
 def markdown(found: Sequence[Row]) -> str:
-    """Return the table of a benchmark, and what came of its runs."""
+    """Return the table of the runs, and their outcomes."""
     lines = ["| signal | processes | left a checkpoint | of these in the middle of an epoch | something wrong |"]
     lines.append("| --- |" + " ---: |" * 4)
     for number in SIGNALS:

@@ -253,7 +253,7 @@ def pack(
     "maskpack convert ./my-mask ./my-mask --codec raw",
 )
 def convert(ref: Ref, output: Target, base: PackedBase, packing: Packing, trust: Source) -> None:
-    """Pack an adapter anew with another profile or codec: the same masks, and all that travels with them."""
+    """Pack an adapter again with another profile or codec; masks, head and all else stay the same."""
     from maskpack.adapter.edit import convert_adapter
 
     adapter = trust.load(ref)

@@ -10,6 +10,7 @@ from bitarray import bitarray
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from ..backbone.model import same_size_int
 from ..codecs import ulps
 from ..codecs.base import flipped, where_ones
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError
@@ -106,8 +107,5 @@ def _check(words: NDArray[Any]) -> bytes:
 
 
 def _words(flat: Tensor) -> NDArray[Any]:
-    import torch
-
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    found: NDArray[Any] = flat.detach().contiguous().view(width).numpy()
+    found: NDArray[Any] = same_size_int(flat.detach().contiguous()).numpy()
     return found.view(f"u{flat.element_size()}")

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ..adapter.content import Parts
 from ..adapter.steps import Norm, rounded_rows, row_steps
+from ..adapter.tensors import STATISTICS
 from ..backbone.model import Head, canonical, named_buffers, named_parameters, unwrap
 from .batchnorm import BATCH_NORMS
 from .config import Store
 
-STATISTICS = ("running_mean", "running_var")
 Tensors = Mapping[str, Tensor]
 
 

@@ -110,20 +110,17 @@ class Dense(Baseline):
             The names of the parameters that are stored with the statistics, as one scale and one shift a channel; and
             the bytes of both.
         """
-        model = run.backbone.model
-        if run.config.bn != "adapt" or not batchnorm_statistics(model):
+        if run.config.bn != "adapt" or not batchnorm_statistics(run.backbone.model):
             run.objective.settle()
             return set(), 0
-        run.settle()
-        kept = shortened(Parts(MaskSet({})), model, run.before)
+        kept = _settled_parts(run)
         whole = {**kept.parameters, **kept.statistics}
         names = {*whole, *(f"{name}.{leaf}" for name in kept.norms for leaf in ("weight", "bias"))}
         return names, len(norms_to_frame(kept.norms)) + sum(one.numel() * one.element_size() for one in whole.values())
 
     def _in_steps(self, run: ObjectiveRun, numbers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int] | None:
         """Return numbers with norms stored as beside a mask, and their bytes; None if none is a norm's."""
-        run.settle()
-        norms = shortened(Parts(MaskSet({})), run.backbone.model, run.before).norms
+        norms = _settled_parts(run).norms
         others = [one for name, one in numbers.items() if name.rpartition(".")[0] not in norms]
         if len(others) == len(numbers):
             return None
@@ -144,6 +141,12 @@ class Dense(Baseline):
             rows.copy_(rounded)
             values[name], size = origin + change, size + taken
         return values, math.ceil(size / 8)
+
+
+def _settled_parts(run: ObjectiveRun) -> Parts:
+    """Put what was learned into the network as it is stored beside a mask, and return norms, parameters, statistics."""
+    run.settle()
+    return shortened(Parts(MaskSet({})), run.backbone.model, run.before)
 
 
 def _head_bytes(head: Head | None) -> int:
