@@ -466,7 +466,8 @@ def test_terminated_and_resumed_is_the_same_adapter(tmp_path: Path) -> None:
     """The signal goes to all processes, as a scheduler sends it, those that read data included."""
     options = [*TRAIN, "--batch-size", "4", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
     long = command_line(*options, "--output", tmp_path / "cut")
-    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
+    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True, env=threads)
     log, until = tmp_path / "cut/training/log.jsonl", time.monotonic() + 120
     while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.02)
