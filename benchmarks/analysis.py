@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.analysis                         all; about three hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.analysis lines shuffle           some of it
-    python -m benchmarks.analysis --write docs/results/analysis.md                 tables and pictures of what is recorded
+    python -m benchmarks.analysis --write docs/results/analysis.md        tables and pictures of what is recorded
 
 A ResNet-20 that knows CIFAR-10, or starts at random, learns PACS sketches or MNIST; CIFAR-10 itself is learned from a
 random start alone. Networks are kept in runs/analysis, and evaluations by content. Test rows describe; what chooses is

@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.comparisons                      all; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.comparisons cartoon sketch       some of them
-    python -m benchmarks.comparisons --write docs/results/comparison.md              tables and pictures of what is recorded
+    python -m benchmarks.comparisons --write docs/results/comparison.md     tables and pictures of what is recorded
 
 Trials are recorded in benchmarks/measured; checkpoints and adapters are in runs/.
 """

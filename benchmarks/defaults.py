@@ -1,8 +1,8 @@
-"""`maskpack train` without options beside the probe, norms, LoRA and full fine-tuning: tables of docs/results/defaults.md.
+"""`maskpack train` without options beside the probe, norms, LoRA and full fine-tuning: docs/results/defaults.md.
 
     MASKPACK_DATA=… python -m benchmarks.defaults                       every pair; hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.defaults resnet20-cartoon-200  one pair of backbone and data, 200 steps
-    python -m benchmarks.defaults --write docs/results/defaults.md               the tables of what is recorded
+    python -m benchmarks.defaults --write docs/results/defaults.md      the tables of what is recorded
 
 Baselines choose their rate, and frozen or adapted BatchNorm statistics, on a fifth of the training rows; the mask has
 the default settings. Every row is measured once on the test split, with three seeds.

@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.recipe                       every stage; hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.recipe rates                 one stage
-    python -m benchmarks.recipe --write docs/results/defaults.md               the table of what is recorded
+    python -m benchmarks.recipe --write docs/results/defaults.md      the table of what is recorded
 
 A trial holds a fifth of a pair's training rows out, by its seed, trains on the others, and records accuracy and loss on
 those held out, with and without the masks. Each line of measured/recipe-search.jsonl has all settings that differ from

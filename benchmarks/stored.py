@@ -1,7 +1,7 @@
 """What an adapter takes beside its masks, by part, and the accuracy of what is stored, for each way of `--store`.
 
     MASKPACK_DATA=… python -m benchmarks.stored                       some minutes of one core, resumable
-    python -m benchmarks.stored --write docs/results/codecs.md               the table of what is recorded
+    python -m benchmarks.stored --write docs/results/codecs.md      the table of what is recorded
 
 A run is trained once; then the values that each way stores are put into the network, it is measured on test rows, and
 written as `maskpack train` writes it.

@@ -1,7 +1,7 @@
 """Theorems 1 and 2 of Self-Masking Networks as curves: settings that are one and the same, and single changes of them.
 
     MASKPACK_DATA=… python -m benchmarks.theorems                     some minutes of one core, resumable
-    python -m benchmarks.theorems --write docs/results/methods.md             table and picture of what is recorded
+    python -m benchmarks.theorems --write docs/results/methods.md    table and picture of what is recorded
 
 Scores that start at S, learn at the rate L and are kept above M give the same masks as those at S + c, L, M + c, and
 those at a S, a L, a M. Powers of two are exact in floats, 2.5 and 100 are not.
