@@ -31,6 +31,7 @@ demo: $(VENV)/.installed ## train, pack, load and undo a small mask
 DOCS := .venv-docs
 $(DOCS)/.installed: pyproject.toml requirements-dev.txt
 	test -d $(DOCS) || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip
 	$(DOCS)/bin/pip install --quiet --constraint requirements-dev.txt \
 	  $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
 	touch $@

@@ -9,7 +9,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--backbone", help="as in timm/resnet18.a1_in1k")
 parser.add_argument("--data", default="digits:5-9", help="a folder with train/CLASS/*.jpg and test/CLASS/*.jpg")
 parser.add_argument("--steps", type=int, default=60)
-parser.add_argument("--output", default="images-mask")
+parser.add_argument("--output", default="./images-mask")
 given = parser.parse_args()
 
 if given.backbone:

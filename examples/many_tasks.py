@@ -8,7 +8,7 @@ from maskpack.training.multitask import Task
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=40)
-parser.add_argument("--output", default="many-masks")
+parser.add_argument("--output", default="./many-masks")
 given = parser.parse_args()
 
 backbone = load_backbone("demo-output/backbone.py:digits_cnn", weights="demo-output/backbone.safetensors")
@@ -23,10 +23,10 @@ for row in found["rows"]:
 
 with MaskBank(backbone.model) as bank:
     for name in tasks:
-        bank.add(f"./{given.output}/{name}", name)
+        bank.add(f"{given.output}/{name}", name)
     for name, task in tasks.items():
         image, label = task.data.test[0]
         with bank.using(name) as model:
-            said = load_adapter(f"./{given.output}/{name}").predict(model, [image])[0].label
+            said = load_adapter(f"{given.output}/{name}").predict(model, [image])[0].label
         print(f"{name}: predicted {said}, true {task.data.class_names[label]}")
     print(f"{bank.status().host_bytes:,} bytes in memory for all masks")

@@ -15,7 +15,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="repository or folder")
 parser.add_argument("--data", required=True, help="a folder with train.csv: columns text and label")
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--output", default="own-loop-mask")
+parser.add_argument("--output", default="./own-loop-mask")
 given = parser.parse_args()
 
 with Path(given.data, "train.csv").open(encoding="utf-8") as file:

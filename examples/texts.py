@@ -9,7 +9,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--backbone", default="hf/sentence-transformers/all-MiniLM-L6-v2", help="hf/REPO or hf/FOLDER")
 parser.add_argument("--data", required=True, help="a folder with train.csv and test.csv: columns text and label")
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--output", default="texts-mask")
+parser.add_argument("--output", default="./texts-mask")
 given = parser.parse_args()
 
 backbone = load_backbone(given.backbone)
