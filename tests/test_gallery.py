@@ -28,7 +28,9 @@ def test_entry(name: str) -> None:
     assert found["mask_id"] or found["needs_base"]
     card = FENCE.search((folder / "README.md").read_text(encoding="utf-8"))
     own = FENCE.search(render_card(inspect_adapter(adapter)))
-    assert card and own and card[0] == own[0]
+    assert card is not None
+    assert own is not None
+    assert card[0] == own[0]
     report = (folder / "report.html").read_text(encoding="utf-8")
     text = checked(report).text
     assert "<img" not in report  # the data are others'

@@ -355,7 +355,7 @@ def train_tasks(
 
     Example:
         tasks = {"low": Task(load_data("digits:0-1")), "high": Task(load_data("digits:8-9"))}
-        print(train_tasks(backbone, tasks, "./tasks", config=TrainConfig(steps=20))["rows"])
+        print(train_tasks(backbone, tasks, "./tasks", config=TrainConfig(steps=10))["rows"])
     """
     config, joint, folder = TrainConfig() if config is None else config, joint or JointConfig(), Path(output)
     how = "as in {'birds': Task(load_data(…))}"

@@ -221,7 +221,7 @@ class TrainResult:
     without the masks; and with a head the accuracy of the linear probe of the raw backbone.
 
     Example:
-        result = train_mask(backbone, data, TrainConfig(steps=20))
+        result = train_mask(backbone, data, TrainConfig(steps=10))
         print(result.metrics["test_accuracy"], result.parts)
     """
 
@@ -316,7 +316,7 @@ def train_mask(
         SelectionError, DataError: if patterns or data do not fit the backbone.
 
     Example:
-        result = train_mask(backbone, load_data("digits:0-4"), TrainConfig(steps=20))
+        result = train_mask(backbone, load_data("digits:0-1"), TrainConfig(steps=10))
         save_adapter("./digits", result.parts, result.base, result.about)
     """
     config, folder = TrainConfig() if config is None else config, RunFolder(options)

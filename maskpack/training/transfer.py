@@ -110,8 +110,8 @@ def train_transfer(
             `train_mask`.
 
     Example:
-        source, target = load_data("digits:0-4"), load_data("digits:5-9")
-        result = train_transfer(backbone, source, target, TrainConfig(steps=20, bn="freeze", method="topk"))
+        source, target = load_data("digits:0-1"), load_data("digits:8-9")
+        result = train_transfer(backbone, source, target, TrainConfig(steps=10, bn="freeze", method="topk"))
         save_adapter("./moved", result.parts, result.base, result.about)
     """
     config = TrainConfig(bn="freeze") if config is None else config
