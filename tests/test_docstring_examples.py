@@ -26,7 +26,7 @@ from .helpers_hub_server import WRITE_TOKEN, HubServer
 from .helpers_models import make_adapter, random_masks
 
 PUBLIC = [
-    (module, name)
+    pytest.param(module, name, marks=[pytest.mark.slow] if name.startswith("train_") else [])
     for module in ("maskpack", "maskpack.training")
     for name in importlib.import_module(module).__all__
     if name != "__version__"

@@ -168,7 +168,7 @@ def train_auto(
             `train_mask`.
 
     Example:
-        result = train_auto(backbone, data, TrainConfig(steps=10), search_steps=100)
+        result = train_auto(backbone, data, TrainConfig(steps=10), search_steps=180)
         print(result.about.training["auto"]["chosen"])
     """
     config = TrainConfig() if config is None else config
