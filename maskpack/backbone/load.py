@@ -374,7 +374,8 @@ def load_backbone(
             frames = traceback.extract_tb(error.__traceback__) if file.is_file() else ()
             if own := [one for one in frames if Path(one.filename) == file.absolute()]:
                 raise BackboneError(
-                    f"cannot load the backbone {reference!r}: line {own[-1].lineno}, {own[-1].line!r:.200}, raised {said}"
+                    f"cannot load the backbone {reference!r}: line {own[-1].lineno}, {own[-1].line!r:.200}, raised "
+                    f"{said}"
                 ) from error
             raise BackboneError(
                 f"cannot load the backbone {reference!r}: {said}; if its weights cannot be downloaded, give them with "
