@@ -1,5 +1,5 @@
 """`python -m maskpack`: the command line."""
 
-from maskpack_cli.main import main
+import runpy
 
-main()
+runpy.run_module("maskpack_cli.main", run_name="__main__")

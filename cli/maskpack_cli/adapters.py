@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import maskpack
-from maskpack.backbone.remembered import remember_backbone
 from maskpack.errors import UnknownNameError
 
 from .console import Output, app, emit, lines, note, progress_bar, say, table
@@ -250,6 +249,7 @@ def pack(
     what stands there. Its profile is max where none is given: whoever applies it has the backbone.
     """
     from maskpack.backbone.model import body, inside
+    from maskpack.hub.remembered import remember_backbone
     from maskpack.importers.base import check_format, import_file
     from maskpack.runtime.apply import check_masks
 

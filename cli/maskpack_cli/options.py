@@ -20,7 +20,6 @@ from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
-from maskpack.backbone.remembered import remembered_backbone
 from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.training.config import RECIPES, Bytes, read_config
 
@@ -368,6 +367,8 @@ class Base(Weights):
 
     def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
+        from maskpack.hub.remembered import remembered_backbone
+
         use_device(self.device)
         reference, random, weights = self.backbone, self.random_weights, self.weights
         base, revision = adapter.base.id, adapter.base.revision or ""

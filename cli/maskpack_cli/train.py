@@ -12,7 +12,6 @@ import typer
 
 import maskpack
 from maskpack import training
-from maskpack.backbone.remembered import remember_backbone
 from maskpack.errors import ConfigError
 from maskpack.preprocess import Augment
 from maskpack.training.config import JointConfig, Mode, Start, TrainConfig, check_types, read_config
@@ -92,6 +91,8 @@ class Run(Folder, Packed):
         self, result: Any, model: Any, backbone: TrainedBackbone | None = None, **options: Any
     ) -> "maskpack.Adapter":
         """Write what was trained as an adapter, and remember where its backbone is."""
+        from maskpack.hub.remembered import remember_backbone
+
         content = (result.parts, result.base, result.about)
         adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
         if backbone is not None:
