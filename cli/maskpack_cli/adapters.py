@@ -249,7 +249,7 @@ def pack(
     what stands there. Its profile is max where none is given: whoever applies it has the backbone.
     """
     from maskpack.backbone.model import body, inside
-    from maskpack.hub.remembered import remember_backbone
+    from maskpack.backbone.remembered import remember_backbone
     from maskpack.importers.base import check_format, import_file
     from maskpack.runtime.apply import check_masks
 
@@ -270,7 +270,7 @@ def pack(
     with progress_bar("Packing") as step:
         parts = maskpack.Parts(found, statistics=imported.statistics, values=imported.values)
         adapter = maskpack.save_adapter(output, parts, base, weights=loaded.model, progress=step, **options)
-    remember_backbone(base.digests["float32"], backbone.backbone, backbone.weights)
+    remember_backbone(base.digests["float32"], backbone.arguments())
     emit(packed(adapter, output), f"✓ {output}")
 
 

@@ -367,7 +367,7 @@ class Base(Weights):
 
     def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-        from maskpack.hub.remembered import remembered_backbone
+        from maskpack.backbone.remembered import remembered_backbone
 
         use_device(self.device)
         reference, random, weights = self.backbone, self.random_weights, self.weights
@@ -379,8 +379,9 @@ class Base(Weights):
             # only libraries' own models: a file's factory is never run because an adapter names it
             named = base.startswith(("timm/", "torchvision/", "hf/")) and (base[:3] != "hf/" or base.count("/") == 2)
             reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
-            if weights is None and (known := remembered_backbone(adapter.base.digests.get("float32", ""))) is not None:
-                reference, weights = known["reference"], known["weights"]
+            known = remembered_backbone(adapter.base.digests.get("float32", ""))
+            if known is not None and self.weights is None and self.random_weights is None:
+                reference, weights, random = known["reference"], known["weights"], known["random_weights"]
                 note(f"The backbone {reference} was used here before, with the weights of this adapter's base.")
             elif not named:
                 raise BackboneError(

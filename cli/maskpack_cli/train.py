@@ -91,12 +91,14 @@ class Run(Folder, Packed):
         self, result: Any, model: Any, backbone: TrainedBackbone | None = None, **options: Any
     ) -> "maskpack.Adapter":
         """Write what was trained as an adapter, and remember where its backbone is."""
-        from maskpack.hub.remembered import remember_backbone
+        from maskpack.backbone.remembered import remember_backbone
 
         content = (result.parts, result.base, result.about)
         adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
         if backbone is not None:
-            remember_backbone(result.base.digests["float32"], backbone.backbone, backbone.weights)
+            remember_backbone(
+                result.base.digests["float32"], backbone.backbone, backbone.weights, backbone.random_weights
+            )
         return adapter
 
 

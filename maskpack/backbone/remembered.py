@@ -5,6 +5,8 @@ loaded: an adapter says which weights it needs, never which file.
 """
 
 import json
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,16 @@ from ..safetensors_io import replacing
 MOST = 200  # backbones; the oldest are forgotten
 
 
-def _file() -> Path:
-    from huggingface_hub import constants
+def cache_folder() -> Path:
+    """Return the folder of what can be made anew: $MASKPACK_CACHE, else `maskpack` in the user's cache folder."""
+    if own := os.environ.get("MASKPACK_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache") / "maskpack"
 
-    return Path(constants.HF_HOME) / "maskpack" / "backbones.json"
+
+def _file() -> Path:
+    return cache_folder() / "backbones.json"
 
 
 def _known() -> dict[str, dict[str, str]]:
@@ -29,16 +37,17 @@ def _known() -> dict[str, dict[str, str]]:
     return {}
 
 
-def remember_backbone(digest: str, reference: str, weights: str | Path | None = None) -> None:
-    """Write down the reference and the weights of a backbone with this digest, if they are files of this disk."""
-    found: dict[str, str] = {}
+def remember_backbone(digest: str, arguments: Mapping[str, Any]) -> None:
+    """Write down by which arguments of `load_backbone` a backbone with this digest was loaded, if there is need."""
+    found = {name: str(arguments[name]) for name in ("weights", "random_weights") if arguments.get(name) is not None}
+    reference = arguments["reference"]
     path, _, function = reference.rpartition(":") if ".py:" in reference else (reference.removeprefix("hf/"), "", "")
-    if weights is not None:
-        found["weights"] = str(Path(weights).resolve())
+    if "weights" in found:
+        found["weights"] = str(Path(found["weights"]).resolve())
     if Path(path).exists():
         found["file"] = str(Path(path).resolve())
         reference = f"{found['file']}:{function}" if function else f"hf/{found['file']}"
-    if found:
+    if found:  # otherwise the name of the base says all
         known = {key: one for key, one in _known().items() if key != digest}
         known[digest] = {"reference": reference, **found}
         with suppress(OSError, MaskpackError):  # without it no verb does less than it says
@@ -48,8 +57,8 @@ def remember_backbone(digest: str, reference: str, weights: str | Path | None = 
 
 
 def remembered_backbone(digest: str) -> dict[str, Any] | None:
-    """Return `reference` and `weights` for `load_backbone` of a backbone with this digest, if its files are there."""
+    """Return the arguments of `load_backbone` for a backbone with this digest, if its files are there."""
     found = _known().get(digest)
     if found is None or not all(Path(found[key]).exists() for key in ("file", "weights") if key in found):
         return None
-    return {"reference": found["reference"], "weights": found.get("weights")}
+    return {name: found.get(name) for name in ("reference", "weights", "random_weights")}
