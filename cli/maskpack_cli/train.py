@@ -96,9 +96,7 @@ class Run(Folder, Packed):
         content = (result.parts, result.base, result.about)
         adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
         if backbone is not None:
-            remember_backbone(
-                result.base.digests["float32"], backbone.backbone, backbone.weights, backbone.random_weights
-            )
+            remember_backbone(result.base.digests["float32"], backbone.arguments())
         return adapter
 
 
