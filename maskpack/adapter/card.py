@@ -295,10 +295,10 @@ def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: 
     if (found := accuracies(results)) is not None:
         split, by_name = found
         own, probe, without = by_name["this adapter"], by_name["linear probe"], by_name.get(WITHOUT)
-        alone = "" if without is None else f", and {without:.4f} with the masks alone taken out"
+        alone = "" if without is None else f", and {100 * without:.2f} % with the masks alone taken out"
         yield (
-            f"On the {split} split a linear probe of the raw backbone has the accuracy {probe:.4f}. This adapter has "
-            f"{own:.4f} ({own - probe:+.4f}){alone}.\n"
+            f"On the {split} split a linear probe of the raw backbone has the accuracy {100 * probe:.2f} %. This "
+            f"adapter has {100 * own:.2f} % ({100 * (own - probe):+.2f}){alone}.\n"
         )
     if (lora := lora_sizes(record)) is not None:
         yield (

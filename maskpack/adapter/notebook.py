@@ -55,7 +55,7 @@ def of_greatest(values: Mapping[str, float]) -> list[Row]:
 def accuracy_bars(record: Any) -> str:
     """Return bars of what the adapter is worth beside a probe of the raw backbone and without its masks; or nothing."""
     found = accuracies(metrics(record))
-    rows = [(name, one, f"{one:.4f}") for name, one in found[1].items()] if found is not None else []
+    rows = [(name, one, f"{100 * one:.2f} %") for name, one in found[1].items()] if found is not None else []
     return bars(rows, ["this adapter"]) if rows else ""
 
 

@@ -213,11 +213,12 @@ def _tested(adapter: Adapter, backbone: Backbone, data: Data, examples: int, bat
     counts = [sum(row) for row in found["confusion"]]
     right = sum(row[i] for i, row in enumerate(found["confusion"]))
     each = [
-        (name, one or 0.0, f"{'-' if one is None else f'{one:.4f}'} of {count:,}")
+        (name, one or 0.0, f"{'-' if one is None else f'{100 * one:.2f} %'} of {count:,}")
         for name, one, count in zip(names, found["per_class"], counts, strict=True)
     ]
+    summed = f"{right:,} of {len(y):,} are right: {100 * found['accuracy']:.2f} %."
     parts = [
-        f"<h2>Test split of {shown(data.id)}</h2><p>{right:,} of {len(y):,} are right: {found['accuracy']:.4f}.</p>",
+        f"<h2>Test split of {shown(data.id)}</h2><p>{summed}</p>",
         f'<div class="wide">{bars(each)}</div>',
         f"<h3>What is taken for what</h3>{_confusion(found['confusion'], names)}",
     ]
