@@ -223,16 +223,10 @@ def test_the_site_has_every_page() -> None:
 
 
 @pytest.mark.parametrize("package", [maskpack, maskpack.training])
-def test_every_name_has_an_example_and_its_docstring_on_the_page(package: Any) -> None:
-    text = TEXTS["reference.md"].replace("\\", "")
-    for name in package.__all__:
-        _, found, section = text.partition(f"\n### {name}\n")
-        code, found, rest = section.partition("\n::: ")
-        if name != "__version__":
-            assert found, name
-            place = rest.split("\n", 1)[0]
-            assert place == f"{getattr(package, name).__module__}.{name}"
-        assert f"```python\nfrom {package.__name__} import {name}\n" in code, name
+def test_every_docstring_is_on_the_page(package: Any) -> None:
+    for name in set(package.__all__) - {"__version__"}:
+        place = f"{getattr(package, name).__module__}.{name}"
+        assert f"\n### {name}\n\n::: {place}\n" in TEXTS["reference.md"]
 
 
 def test_pictures_are_those_of_the_script(tmp_path: Path) -> None:
