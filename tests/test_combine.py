@@ -306,7 +306,7 @@ def test_over_an_earlier_adapter_the_owner_s_words_stay(folder: Path) -> None:
     ok("combine", "or", "./a", "./c", "--output", "out", "--overwrite")
     assert "My words." in card.read_text()
     assert "combined by `or`" in card.read_text()
-    ok("combine", "not", "./out", "--output", "out")
+    ok("combine", "not", "./out", "--output", "out", "--overwrite")
     assert read_adapter("out").parts().masks == combine(
         "not", [combine("or", [read_adapter(n).parts().masks for n in "ac"])]
     )
