@@ -317,10 +317,10 @@ class Weights:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, or would replace an adapter that is there, before any work is done."""
+    """Refuse an output that cannot be written, or would replace what is there, before any work is done."""
     from maskpack.adapter.read import MODEL_FILE
 
-    file = output if output.suffix == ".safetensors" else output / MODEL_FILE
+    file = output if output.suffix in (".safetensors", ".html") else output / MODEL_FILE
     if file.exists() and not overwrite:
         raise StateError(f"{file} is there already; choose another --output, or replace it with --overwrite")
     folder = next(one for one in file.absolute().parents if one.exists())

@@ -19,7 +19,7 @@ from blake3 import blake3
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ...errors import DataError
+from ...errors import DataError, short_repr
 from ...preprocess import Augment, ImagePreprocess, Preprocess, collate_text, open_image
 from ...registry import Registry
 
@@ -67,6 +67,8 @@ class Examples(Sequence[tuple[Any, int]]):
     unreadable: set[int] = field(default_factory=set)  # could not be decoded so far; readers of batches add them
     digest: str = ""  # of the data, with the split's name; "" if unknown
 
+    __repr__ = short_repr
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -95,6 +97,10 @@ class Data:
         task: "image-classification" or "text-classification".
         id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
         source: id of the data source, as in "hub".
+
+    Example:
+        data = load_data("digits:0-4")
+        print(data, data.class_names, len(data.train))
     """
 
     train: Examples | None
@@ -105,6 +111,10 @@ class Data:
     id: str
     digest: str
     source: str = ""
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"Data({self.id!r}, {self.task}, {len(self.class_names)} classes, {rows})"
 
     @property
     def splits(self) -> dict[str, Examples]:
