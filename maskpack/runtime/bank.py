@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Unpack
@@ -61,13 +61,14 @@ class Resident:
 
     Attributes:
         parts: its decoded masks, a bit a weight, and dense tensors; None after they were evicted from memory.
+        mask_id: None until it is asked for.
         read: reads the adapter again, or None for masks that did not come from one. digest: of its file.
         notes: what its masks change, for those that change only some places; empty until it is used.
     """
 
     name: str
     parts: Parts | None
-    mask_id: str
+    mask_id: str | None = None
     read: Callable[[], Adapter] | None = None
     digest: str | None = None
     pinned: bool = False
@@ -82,6 +83,9 @@ class Resident:
         state = "active" if self.name == active else "ready" if self.notes else "packed"
         host, density = (0, None) if self.parts is None else (self.parts.nbytes, self.parts.masks.density)
         state = "evicted" if self.parts is None else state
+        if self.mask_id is None:
+            assert self.parts is not None
+            self.mask_id = mask_id({"default": self.parts.masks})
         return ResidentStatus(self.name, state, self.pinned, self.mask_id, density, host, self.device_bytes)
 
 
@@ -157,7 +161,7 @@ class MaskBank:
 
     def add(
         self,
-        ref: Reference | Adapter | MaskSet,
+        ref: Reference | Adapter | Parts | MaskSet,
         name: str | None = None,
         *,
         pin: bool = False,
@@ -166,19 +170,23 @@ class MaskBank:
         """Read, verify and decode an adapter, and return its name; the model computes with what it did before.
 
         Args:
-            ref: as of `load_mask`; masks without an adapter are taken as they are, and are never evicted.
+            ref: as of `load_mask`; masks or parts without an adapter are taken as they are, and are never evicted.
             name: to use it by; default: the last part of the reference, without revision and suffix.
             pin: never evict it. Others: as of `pull`.
         """
-        source = ref if isinstance(ref, MaskSet | Adapter) else load_adapter(ref, **options)
+        ref = Parts(ref) if isinstance(ref, MaskSet) else ref
+        source = ref if isinstance(ref, Parts | Adapter) else load_adapter(ref, **options)
         name = name or _name_of(source)
         with self._lock:
             if not apply.held_by(self.model, self._lock):
                 raise StateError("this bank is closed; make another one: MaskBank(model)")
             if name in self._residents:
                 raise ConfigError(f"this bank has an adapter called {name!r} already; give another name, or remove it")
-            with self.disabled():
-                new = self._admit(name, source, options)
+            if isinstance(source, Parts):
+                new = self._taken(name, source)
+            else:
+                with self.disabled():
+                    new = self._admit(name, source, options)
             new.pinned = pin
             try:
                 self._residents[name] = new
@@ -353,12 +361,13 @@ class MaskBank:
 
     # Reading adapters, and room for them
 
-    def _admit(self, name: str, source: Adapter | MaskSet, options: PullOptions) -> Resident:
-        """Check and decode an adapter, or masks alone, while the model is the base."""
-        if isinstance(source, MaskSet):
-            apply.check_masks(self.model, source.shapes)
-            masks = MaskSet(dict(source))
-            return Resident(name, Parts(masks), mask_id({"default": masks}))
+    def _taken(self, name: str, parts: Parts) -> Resident:
+        """Return masks and what is beside them as they are given, without an adapter."""
+        apply.check_masks(self.model, parts.masks.shapes)
+        return Resident(name, replace(parts, masks=MaskSet(dict(parts.masks))))
+
+    def _admit(self, name: str, source: Adapter, options: PullOptions) -> Resident:
+        """Check and decode an adapter while the model is the base."""
         check_one_set(source)
         if (place := find_place(self.model, source, source.shapes())) != TOP:
             part = f"; make a bank of that part, MaskBank(model.get_submodule({place.add!r}))" if place.add else ""
@@ -415,9 +424,9 @@ class MaskBank:
             idle.pop(0).notes = {}
 
 
-def _name_of(source: Adapter | MaskSet) -> str:
+def _name_of(source: Adapter | Parts) -> str:
     """Return the last part of an adapter's reference, without commit and suffix; of a folder's file, the folder's."""
-    if isinstance(source, MaskSet):
+    if isinstance(source, Parts):
         raise ConfigError("masks that are no adapter have no name of their own; give one: bank.add(masks, 'name')")
     path = PurePath(source.pinned)
     name = path.parent.name if path.name == MODEL_FILE else path.name
