@@ -22,7 +22,8 @@ from ...preprocess import Augment, ImagePreprocess, Preprocess, collate_text, op
 from ...registry import Registry
 
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
+TEST_NAMES = ("test", *VALIDATION_NAMES)  # without a test split, the validation split is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Data:
     """A data set for classification.
 
     Attributes:
-        train, validation, test: None if there is no such split. Validation is split off the training rows.
+        train, validation, test: None if there is no such split.
         task: "image-classification" or "text-classification".
         id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
         source: id of the data source, as in "hub".
