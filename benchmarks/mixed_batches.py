@@ -93,9 +93,8 @@ def lora(rank: int) -> dict[str, Any]:
     found = {}
     for count in COUNTS:
         names = [str(i % count) for i in range(EXAMPLES)]
-        found[str(count)] = {
-            "one pass": seconds(lambda names=names: model.generate(**inputs, adapter_names=names, **SAME))
-        }
+        work = partial(model.generate, **inputs, adapter_names=names, **SAME)
+        found[str(count)] = {"one pass": seconds(work)}
     return found
 
 
@@ -113,7 +112,9 @@ def write(page: Path) -> None:
         rows.append(["the base, no adapters", *[f"{alone['seconds']:.2f}"] * len(COUNTS), "-"])
     for (what, size), one in results.items():
         for way in {"base": [], "lora": ["one pass"], "masks": ["one pass", "switched"]}[what]:
-            said = f"LoRA r = {size}, PEFT" if what == "lora" else f"{100 * size:g} % of the weights changed"
+            said = (
+                f"LoRA r = {size}, PEFT" if what == "lora" else f"{100 * float(size or 0):g} % of the weights changed"
+            )
             cells = [f"{one[str(count)][way]:.2f}" if way in one[str(count)] else "-" for count in COUNTS]
             agree = [one[str(count)].get("same tokens", 1) for count in COUNTS] if what == "masks" else []
             same = f"{100 * min(agree):.0f} %" if way == "one pass" and agree else "-"
@@ -122,14 +123,12 @@ def write(page: Path) -> None:
     write_between(page, MARK, table(heads, rows, 1) if rows else NOTHING)
 
 
-JOBS: dict[str, Callable[[], object]] = {
-    "base": lambda: trial(NAME, {"what": "base"}, base),
-    "lora": lambda: trial(NAME, {"what": "lora", "rank": 8}, lambda: lora(8)),
-    **{
-        f"masks-{share}": lambda share=share: trial(NAME, {"what": "masks", "share": share}, lambda: masks(share))
-        for share in SHARES
-    },
-}
+def job(work: Callable[..., Any], **settings: Any) -> Callable[[], object]:
+    given = list(settings.values())
+    return lambda: trial(NAME, {"what": work.__name__, **settings}, partial(work, *given))
+
+
+JOBS = {"base": job(base), "lora": job(lora, rank=8)} | {f"masks-{x}": job(masks, share=x) for x in SHARES}
 
 
 if __name__ == "__main__":

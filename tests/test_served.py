@@ -160,7 +160,7 @@ def test_switches(of: int, tmp_path: Path) -> None:
     for kind in (*KINDS, "flip", "zero"):
         assert group.switch(paths[kind]) == [None] * of
         assert same(group.ranks, wanted[kind]), kind
-        assert {one.active.pinned for one in group.served} == {str(paths[kind])}
+        assert {one.active.pinned for one in group.served} == {str(paths[kind] / "maskpack_model.safetensors")}
     assert len(group.served[0]._prepared) == 3
     assert group.switch(None) == [None] * of
     assert same(group.ranks, base)

@@ -25,6 +25,7 @@ from .options import (
     Overwrite,
     Ref,
     Source,
+    Without,
     check_free,
     verb,
 )
@@ -137,7 +138,7 @@ def export(
 )
 def serve_switch(
     url: Annotated[str, "Of the vLLM server.", ARGUMENT],
-    trust: Source,
+    trust: Annotated[Source, Without("token")],
     ref: Annotated[str | None, "As for inspect; a path is the server's.", ARGUMENT] = None,
     off: Annotated[bool, "Take the adapter off."] = False,
     in_flight: Annotated[

@@ -24,7 +24,7 @@ from ..threads import in_thread
 LOG = logging.getLogger(__name__)
 NAME = "maskpack"
 JOBS = 8  # that are remembered
-OPTIONS = ("revision", "require_revision", "token", "cache_dir", "local_files_only", "require_signature")
+OPTIONS = ("revision", "require_revision", "local_files_only", "require_signature")
 
 
 @dataclass

@@ -56,7 +56,7 @@ def switch_server(
         url: of the server, as in "http://localhost:8000". ref: as of `load_mask`; paths are the server's.
         in_flight: requests that are being answered "finish" on the old weights first, or "hold" and go on with the new
             ones, or are ended ("abort"). New ones wait in each case.
-        timeout: seconds for preparing, and for each call. Others: as of `pull`, on the server.
+        timeout: seconds for preparing, and for each call. Others: as of `pull`, on the server, which has its own login.
 
     Raises:
         AdapterError: if the server refuses the adapter. StateError: if the server is not in the state for it.
@@ -64,6 +64,8 @@ def switch_server(
     """
     if in_flight not in get_args(InFlight):
         raise ConfigError(f"in_flight must be finish, hold or abort; got {in_flight!r}")
+    if options.get("token"):
+        raise ConfigError("a token is not sent to a server; log in there: hf auth login, or the variable HF_TOKEN")
     server = _Server(url.rstrip("/"), timeout)
     begun = time.perf_counter()
     server.post("/init_weight_transfer_engine", {"init_info": {}})
