@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from maskpack.training.data.base import Data
 
 # which may not stand in a settings file: they are of a call, not of a run
-OF_A_CALL = ("config", "recipe", "tasks", "resume", "dry_run", "as_json", "quiet")
+OF_A_CALL = ("config", "recipe", "tasks", "resume", "overwrite", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
 
 
@@ -317,10 +317,10 @@ class Weights:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, or would replace an adapter that is there, before any work is done."""
+    """Refuse an output that cannot be written, or would replace what is there, before any work is done."""
     from maskpack.adapter.read import MODEL_FILE
 
-    file = output if output.suffix == ".safetensors" else output / MODEL_FILE
+    file = output if output.suffix in (".safetensors", ".html") else output / MODEL_FILE
     if file.exists() and not overwrite:
         raise StateError(f"{file} is there already; choose another --output, or replace it with --overwrite")
     folder = next(one for one in file.absolute().parents if one.exists())

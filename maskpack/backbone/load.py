@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
+from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, check_argument, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
@@ -44,6 +44,9 @@ class Backbone:
         revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
         embedding: the input of its head, or an encoder's pooled output; `Embedding()` if it has no head.
         preprocess: what the model expects of its inputs. tokenizer: of a text backbone, else None.
+
+    Example:
+        backbone = Backbone(model, "my-network", embedding=Embedding("fc"), preprocess=ImagePreprocess(32, 32))
     """
 
     model: nn.Module
@@ -53,6 +56,9 @@ class Backbone:
     embedding: Embedding = field(default_factory=Embedding)
     preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.id!r}, {type(self.model).__name__}, {self.task}, head={self.head!r})"
 
     @property
     def head(self) -> str | None:
@@ -349,7 +355,13 @@ def load_backbone(
             "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
         head: dotted name of the head, if it cannot be found.
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
+
+    Example:
+        backbone = load_backbone("timm/resnet18.a1_in1k")
+        print(backbone.model(torch.rand(1, 3, 224, 224)).shape)
     """
+    known = "timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FUNCTION"
+    check_argument("the backbone", reference, str, known, "a model of your own goes to train_mask as it is")
     if image_size is not None and not 1 <= image_size <= LARGEST:
         raise ConfigError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     kind, seed = parse_random(str(random_weights)) if random_weights is not None else ("", 0)
