@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .runtime.apply import unload_mask
     from .runtime.bank import MaskBank
     from .runtime.cascade import load_cascade
+    from .runtime.exchange import PatchReader, PatchWriter
     from .runtime.identify import identify
     from .runtime.load import load_adapter, load_mask
     from .runtime.stream import load_masked
@@ -40,6 +41,8 @@ _WHERE = {
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "Parts": "adapter.content",
+    "PatchReader": "runtime.exchange",
+    "PatchWriter": "runtime.exchange",
     "combine": "algebra",
     "fingerprint": "backbone.fingerprint",
     "identify": "runtime.identify",
@@ -62,6 +65,8 @@ __all__ = [
     "MaskSet",
     "MaskpackError",
     "Parts",
+    "PatchReader",
+    "PatchWriter",
     "__version__",
     "combine",
     "fingerprint",

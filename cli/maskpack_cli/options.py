@@ -321,7 +321,7 @@ class Base(Weights):
         str | None, "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base."
     ] = None
 
-    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
         reference, random = self.backbone, self.random_weights
         base, revision = adapter.base.id, adapter.base.revision or ""
@@ -336,7 +336,8 @@ class Base(Weights):
                 )
             reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
         size = (adapter.about.preprocess or {}).get("size")
-        return maskpack.load_backbone(reference, weights=self.weights, random_weights=random, image_size=size)
+        weights = self.weights
+        return maskpack.load_backbone(reference, weights=weights, random_weights=random, image_size=size, mapped=mapped)
 
 
 @group("Backbone")
@@ -385,9 +386,9 @@ class TrainedBackbone(Weights):
         options = {name: value for name, value in vars(self).items() if value is not None}
         return {"reference": options.pop("backbone"), **options}
 
-    def load(self) -> "Backbone":
+    def load(self, mapped: bool = False) -> "Backbone":
         """Load it."""
-        return maskpack.load_backbone(**self.arguments())
+        return maskpack.load_backbone(**self.arguments(), mapped=mapped)
 
 
 @group("Data")

@@ -360,7 +360,7 @@ class MaskBank:
             masks = MaskSet(dict(source))
             return Resident(name, Parts(masks), mask_id({"default": masks}))
         check_one_set(source)
-        if (place := find_place(self.model, source, source.shapes())) != TOP:
+        if (place := find_place(self.model, source.base, source.shapes())) != TOP:
             part = f"; make a bank of that part, MaskBank(model.get_submodule({place.add!r}))" if place.add else ""
             raise BackboneMismatchError(f"the names of {source.path} stand {place} in this bank's model{part}")
         apply.check_masks(self.model, source.shapes())
