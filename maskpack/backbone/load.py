@@ -294,6 +294,25 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
 
+def _mapped_folder(name: str, image_size: int | None) -> Backbone | None:
+    """Return the backbone of a folder with its weights left in the file; None if they do not fit by their names.
+
+    As `from_pretrained` has it, all names may have the model's prefix in front, and others are left out.
+    """
+    if not any(Path(name).glob(f"*{SUFFIX}")):
+        return None
+    with torch.device("meta"):
+        backbone = _transformers(name, False, image_size)
+    prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(name)
+    own = {canonical(one) for one in backbone.model.state_dict()}
+    names = {one: next((n for n in (one, one.removeprefix(prefix), prefix + one) if n in own), None) for one in state}
+    try:
+        load_tensors(backbone.model, {n: state[one] for one, n in names.items() if n}, name, mapped=True)
+    except BackboneError:  # of a layout that transformers converts
+        return None
+    return backbone
+
+
 def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
     resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
     crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
@@ -375,11 +394,11 @@ def load_backbone(
             if random_weights is not None:
                 torch.manual_seed(seed)
             loader, name = _loader(reference)
-            if mapped and weights is None and random_weights is None and loader is _transformers:
-                weights = next((Path(name) for one in Path(name).glob(f"*{SUFFIX}") if one.is_file()), None)
-            mapped = mapped and weights is not None
-            with torch.device("meta") if mapped else nullcontext():
-                backbone = loader(name, weights is None and random_weights is None, image_size)
+            pretrained = weights is None and random_weights is None
+            backbone = _mapped_folder(name, image_size) if mapped and pretrained and loader is _transformers else None
+            if backbone is None:
+                with torch.device("meta") if mapped and weights is not None else nullcontext():
+                    backbone = loader(name, pretrained, image_size)
         except MaskpackError:
             raise
         except UnreachableError as error:
