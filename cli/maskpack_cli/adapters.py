@@ -15,6 +15,7 @@ from .options import (
     ARGUMENT,
     Base,
     OutputRef,
+    Overwrite,
     Packed,
     PackedBase,
     Packing,
@@ -23,6 +24,7 @@ from .options import (
     TrainedBackbone,
     Trust,
     Without,
+    check_free,
     group,
     verb,
 )
@@ -180,7 +182,14 @@ class Votes:
     "maskpack combine weighted ./a ./b --weight 0.7 --weight 0.3 --output ./voted",
 )
 def combine(
-    how: Operation, refs: Several, output: OutputRef, base: PackedBase, packing: Packing, trust: Trust, votes: Votes
+    how: Operation,
+    refs: Several,
+    output: OutputRef,
+    base: PackedBase,
+    packing: Packing,
+    trust: Trust,
+    votes: Votes,
+    overwrite: Overwrite = False,
 ) -> None:
     """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
     from maskpack.adapter.edit import combine_adapters, left_out
@@ -188,6 +197,7 @@ def combine(
 
     weights = votes.weight or None
     operation(how, len(refs), weights, votes.k)
+    check_free(output, overwrite)
     adapters = [trust.load(ref) for ref in refs]
     options = {**vars(packing), "k": votes.k, "missing": votes.missing, "base": base.model_of(adapters[0])}
     note(f"Combining {len(adapters)} adapters …")
@@ -233,6 +243,7 @@ def pack(
     packing: Packing,
     source: Format = "masks",
     scale: Scaled = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make an adapter from masks trained elsewhere, from a pruned network, or from a checkpoint trained further.
 
@@ -242,10 +253,12 @@ def pack(
     from maskpack.adapter.content import About
     from maskpack.backbone.fingerprint import fingerprint_of
     from maskpack.backbone.model import body, inside
+    from maskpack.backbone.remembered import remember_backbone
     from maskpack.importers.base import check_format, import_file
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
+    check_free(output, overwrite)
     loaded = backbone.load(mapped=source == "checkpoint")
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
@@ -264,6 +277,7 @@ def pack(
     with progress_bar("Packing") as step:
         parts = maskpack.Parts(found, statistics=imported.statistics, values=imported.values)
         adapter = maskpack.save_adapter(output, parts, base, weights=loaded.model, progress=step, **options)
+    remember_backbone(base.digests["float32"], backbone.arguments())
     emit(packed(adapter, output), f"✓ {output}")
 
 
@@ -309,11 +323,13 @@ def squash(
     base: Annotated[Base, Without()],
     packing: Annotated[Packed, Without(profile="max")],
     trust: Trust,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge a chain of patches into one, which does what they do; --backbone: what the first of them stands on."""
     from maskpack.adapter.chain import base_of_chain, check_chain, squash_adapters
     from maskpack.backbone.fingerprint import check_fingerprint
 
+    check_free(output, overwrite)
     chain = chain_of(refs, trust)
     check_chain(chain)
     model = base.of(chain[0], mapped=True).model
@@ -328,11 +344,16 @@ def squash(
     "maskpack convert ./my-mask ./smaller --profile max --backbone timm/resnet18.a1_in1k",
     "maskpack convert ./my-mask ./my-mask --codec raw",
 )
-def convert(ref: Ref, output: Target, base: PackedBase, packing: Packing, trust: Source) -> None:
+def convert(
+    ref: Ref, output: Target, base: PackedBase, packing: Packing, trust: Source, overwrite: Overwrite = False
+) -> None:
     """Pack an adapter again with another profile or codec; masks, head and all else stay the same."""
     from maskpack.adapter.edit import convert_adapter
+    from maskpack.adapter.read import MODEL_FILE
 
     adapter = trust.load(ref)
+    itself = Path(adapter.path).absolute() in (output.absolute(), (output / MODEL_FILE).absolute())
+    check_free(output, overwrite or itself)
     model = base.model_of(adapter)
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …")
     with progress_bar("Packing") as step:

@@ -193,8 +193,12 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
     `id` says where the weights come from, as in "timm/resnet18.a1_in1k", never a path; `revision` is a Hub commit or a
     weights enum of torchvision.
+
+    Example:
+        base = fingerprint(model, id="my-network", head="fc")
+        print(base.digests["float32"])
     """
-    head = tuple(sorted(head))
+    head = (head,) if isinstance(head, str) else tuple(sorted(head))
     return fingerprint_of(_body_with_data(model, head), id, revision, head)
 
 

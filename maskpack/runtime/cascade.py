@@ -56,6 +56,9 @@ class LoadedCascade:
         self.model, self.parts, self.class_names = model, parts, self._about.class_names
         self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
+    def __repr__(self) -> str:
+        return f"LoadedCascade({type(unwrap(self.model)).__name__}, {len(self.parts.experts)} experts, {self.cost})"
+
     @property
     def features(self) -> int:
         """Length D of the embedding by one set."""
@@ -137,8 +140,13 @@ def load_cascade(
 
     The model stays the only network in memory; masks are kept as one bit a weight. Arguments and errors as of
     `load_mask`.
+
+    Example:
+        cascade = load_cascade(model, "./my-cascade")
+        print(cascade.embed(images).shape, cascade.cost)
     """
     check_choices(verify)
+    unwrap(model)  # a wrong argument is told before anything is fetched
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
     parts = adapter.cascade
     if parts is None:

@@ -36,6 +36,10 @@ def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
     """Read and verify an adapter from the Hub, a folder or a single file; nothing is decoded or applied yet.
 
     Arguments and errors as of `pull`. The adapter's `pinned` is the reference that always means these bytes.
+
+    Example:
+        adapter = load_adapter("user/my-mask@main")
+        print(adapter.pinned)
     """
     return open_adapter(ref, **options).adapter
 
@@ -75,8 +79,14 @@ def load_mask(
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
+
+    Example:
+        load_mask(model, "user/my-mask")
+        outputs = model(images)
+        unload_mask(model)  # the base again, to the bit
     """
     check_choices(verify, head, mode)
+    unwrap(model)  # a wrong argument is told before anything is fetched
     several = not isinstance(ref, Adapter | str | os.PathLike)
     given: Sequence[Reference | Adapter] = ref if several else [ref]  # type: ignore[assignment,list-item]
     chain = [one if isinstance(one, Adapter) else load_adapter(one, **options) for one in given]

@@ -166,8 +166,13 @@ def train_auto(
     Raises:
         ConfigError: if the objective has no labels, or the steps are too few for the candidates. Others: as
             `train_mask`.
+
+    Example:
+        result = train_auto(backbone, data, TrainConfig(steps=10), search_steps=180)
+        print(result.about.training["auto"]["chosen"])
     """
-    config, backbone = config or TrainConfig(), as_backbone(model)
+    config = TrainConfig() if config is None else config
+    backbone = as_backbone(model, config, data)
     output, resume = options.get("output"), options.get("resume", False)
     folder = None if output is None else Path(output) / SEARCH
     check_search(folder, resume)
