@@ -10,7 +10,7 @@ import typer
 import maskpack
 from maskpack.errors import UnknownNameError
 
-from .console import Output, app, emit, lines, note, progress_bar, say, table
+from .console import Output, app, emit, hint, lines, note, progress_bar, say, table
 from .options import (
     ARGUMENT,
     Base,
@@ -191,7 +191,7 @@ def combine(
     votes: Votes,
     overwrite: Overwrite = False,
 ) -> None:
-    """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
+    """Combine the masks of adapters, bit by bit, into one adapter; head and all else are kept where all agree."""
     from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
 
@@ -207,6 +207,8 @@ def combine(
     facts = packed(combined, output, operation=how, mask_id=combined.mask_id)
     emit(facts | {"left_out": left}, f"✓ {output}")
     say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
+    measured = "" if combined.parts(stream=True).head is not None else " --probe"
+    hint(f"Next: maskpack eval {output} --data DATA{measured}")
 
 
 @adapter_verb("maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json")

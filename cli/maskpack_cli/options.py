@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from maskpack.training.data.base import Data
 
 # which may not stand in a settings file: they are of a call, not of a run
-OF_A_CALL = ("config", "recipe", "tasks", "resume", "dry_run", "as_json", "quiet")
+OF_A_CALL = ("config", "recipe", "tasks", "resume", "overwrite", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
 
 

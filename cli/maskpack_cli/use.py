@@ -12,7 +12,7 @@ import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
-from .console import app, emit, hint, note, say, table
+from .console import app, emit, hint, note, reading, say, table
 from .options import (
     ARGUMENT,
     AnyBase,
@@ -186,10 +186,13 @@ def evaluate(
     if adapter is not None and (own or not measures):  # without one this is the error that says so
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …")
-        result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
+        with reading("evaluating, batches"):
+            result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
-        result["features"] = measure_features(model, read, measures, labels_fraction or [1.0], batch_size=batch_size)
+        with reading("features, batches"):
+            shares = labels_fraction or [1.0]
+            result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     _tables(result)

@@ -336,6 +336,6 @@ def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMi
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "
-        f"(compared as {_name(dtype)}); load the backbone named there, or apply it anyway with "
-        f"load_mask(…, verify='off')"
+        f"(compared as {_name(dtype)}); load the backbone named there (--backbone); in Python, "
+        f"load_mask(…, verify='off') applies it anyway"
     )
