@@ -90,6 +90,7 @@ fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command
 	$(RUN) tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_cli --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
+	$(RUN) tests.fuzz.fuzz_ulps --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 # spoiled payloads, classes and random masks, in a library that stops at every wrong access, overflow or undefined shift

@@ -204,7 +204,22 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
 def fingerprint_of(tensors: Mapping[str, Tensor], id: str, revision: str | None, head: tuple[str, ...]) -> Fingerprint:
     """As `fingerprint`, of the tensors of a body."""
-    each = {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+    return joined_digests(tensors, all_digests(tensors), id, revision, head)
+
+
+def all_digests(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, bytes]]:
+    """Return the digests of tensors by the dtype that they are cast to, and by name."""
+    return {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+
+
+def joined_digests(
+    tensors: Mapping[str, Tensor],
+    each: Mapping[str, Mapping[str, bytes]],
+    id: str,
+    revision: str | None = None,
+    head: tuple[str, ...] = (),
+) -> Fingerprint:
+    """As `fingerprint`, of the tensors of a body, which may be on the meta device, with `all_digests` of them."""
     digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
     prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)

@@ -450,7 +450,7 @@ class MaskBank:
     def _admit(self, name: str, source: Adapter, options: PullOptions) -> Resident:
         """Check and decode an adapter while the model is the base."""
         check_one_set(source)
-        if (place := find_place(self.model, source, source.shapes())) != TOP:
+        if (place := find_place(self.model, source.base, source.shapes())) != TOP:
             part = f"; make a bank of that part, MaskBank(model.get_submodule({place.add!r}))" if place.add else ""
             raise BackboneMismatchError(f"the names of {source.path} stand {place} in this bank's model{part}")
         apply.check_masks(self.model, source.shapes())

@@ -156,7 +156,7 @@ class Served:
 
     def _decoded(self, adapter: Adapter) -> Prepared:
         check_one_set(adapter)
-        place = find_place(self._whole, adapter, adapter.shapes())
+        place = find_place(self._whole, adapter.base, adapter.shapes())
         inner = view(self._whole, place)
         check_masks(inner, adapter.shapes())
         own = {name: self._names[id(tensor)] for name, tensor in named_parameters(inner).items()}
