@@ -21,7 +21,7 @@ from maskpack.codecs.base import Profile as CodecProfile
 from maskpack.training.config import JointConfig, TrainConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
-BLOCK = re.compile(r"<!-- options of ([\w ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- options of ([\w -]+?) -->\n(.*?)<!-- end -->", re.DOTALL)
 COMMAND: Any = typer.main.get_command(app)
 
 
