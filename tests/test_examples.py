@@ -6,9 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -104,10 +103,10 @@ def test_server(folder: Path) -> None:
     with running([sys.executable, EXAMPLES / "serve.py", "--port", "0"], folder, r"http://(\S+)") as address:
 
         def ask(**asked: str) -> tuple[int, dict[str, object]]:
-            connection = HTTPConnection(address, timeout=60)
-            connection.request("POST", "/", json.dumps(asked))
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
+            with closing(HTTPConnection(address, timeout=60)) as connection:
+                connection.request("POST", "/", json.dumps(asked))
+                with connection.getresponse() as answer:
+                    return answer.status, json.loads(answer.read())
 
         status, answer = ask(mask="digits", image="digit.png")
         assert status == 200
@@ -127,9 +126,10 @@ def test_space(folder: Path) -> None:
         url = "data:image/png;base64," + base64.b64encode((folder / "digit.png").read_bytes()).decode()
         asked = json.dumps({"data": ["digits 5-9", {"url": url, "meta": {"_type": "gradio.FileData"}}]}).encode()
         head = {"Content-Type": "application/json"}
-        event = json.load(urlopen(Request(f"{address}/gradio_api/call/classify", asked, head), timeout=60))["event_id"]
-        time.sleep(0.1)
-        text = urlopen(f"{address}/gradio_api/call/classify/{event}", timeout=60).read().decode()
+        with urlopen(Request(f"{address}/gradio_api/call/classify", asked, head), timeout=60) as answer:
+            event = json.load(answer)["event_id"]
+        with urlopen(f"{address}/gradio_api/call/classify/{event}", timeout=60) as answer:
+            text = answer.read().decode()
         assert "event: complete" in text, text
         label, took = json.loads(text.split("data: ")[-1])
         assert label["label"] in set("56789")
