@@ -22,6 +22,7 @@ from ..runtime.load import load_mask
 from ..training.data.base import Data
 from ..training.evaluate import adapter_logits
 from ..training.features import by_class
+from .plots.figure import in_order
 
 PAGE = """
 :root { color-scheme: light dark; }
@@ -37,7 +38,7 @@ figure.wrong figcaption { border-top: 3px solid #d9731a; }
 figure.right figcaption { border-top: 3px solid #3d7fc1; }
 svg { width: 100%; display: block; }
 polyline { fill: none; stroke: #3d7fc1; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.confusion td, .confusion th { padding: .1em .45em; text-align: right; }
+.maskpack .confusion td, .maskpack .confusion th { padding: .1em .45em; text-align: right; min-width: 0; }
 pre { overflow-x: auto; background: #8882; padding: .8em; }
 """
 # neither scripts nor requests, whatever a text might smuggle in
@@ -140,9 +141,10 @@ def shown_lines(text: str) -> str:
 def _layers(one: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in one["payloads"]}  # of a ternary mask the zeros, which come last
     kept = f"{one['kept']:,} of {one['weights']:,} weights are kept, density {one['density']:.4f}."
+    ordered = (rows[name] for name in islice(in_order(rows), MOST_LAYERS))
     lines = [
         (row["name"], row["density"], f"{row['density']:.4f} · {row['bytes']:,} bytes · {row['codec']}")
-        for row in islice(rows.values(), MOST_LAYERS)
+        for row in ordered
     ]
     more = f"<p>… and {len(rows) - MOST_LAYERS:,} more.</p>" if len(rows) > MOST_LAYERS else ""
     return f'<p>{kept}</p><div class="wide">{bars(lines)}</div>{more}'
