@@ -1,7 +1,8 @@
-"""maskpack predict | export | eval: an adapter on its backbone."""
+"""maskpack predict | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
-from .console import app, emit, hint, note, say, table
+from .console import app, emit, hint, note, reading, say, table
 from .options import (
     ARGUMENT,
     AnyBase,
@@ -24,6 +25,7 @@ from .options import (
     Overwrite,
     Ref,
     Source,
+    Without,
     check_free,
     verb,
 )
@@ -131,6 +133,31 @@ def export(
 
 
 @use_verb(
+    "maskpack serve-switch http://localhost:8000 user/mask-chat",
+    "maskpack serve-switch http://localhost:8000 ./patch --in-flight hold",
+    "maskpack serve-switch http://localhost:8000 --off",
+)
+def serve_switch(
+    url: Annotated[str, "Of the vLLM server.", ARGUMENT],
+    trust: Annotated[Source, Without("token")],
+    ref: Annotated[str | None, "As for inspect; a path is the server's.", ARGUMENT] = None,
+    off: Annotated[bool, "Take the adapter off."] = False,
+    in_flight: Annotated[
+        Literal["finish", "hold", "abort"],
+        "What is being answered ends on the old weights first, goes on with the new ones, or is ended.",
+    ] = "finish",
+) -> None:
+    """Switch the adapter of a running vLLM server, or take it off."""
+    from maskpack.runtime.serve import switch_server
+
+    if (ref is None) != off:
+        raise ConfigError("give the adapter to switch to, or --off to take off the one that is on; one of the two")
+    done = switch_server(url, ref, in_flight=in_flight, **vars(trust))
+    seconds = {name: round(value, 3) for name, value in asdict(done).items() if name.endswith("_s")}
+    emit(asdict(done), f"✓ {done.ref or 'base'}, after a pause of {done.pause_s * 1000:.0f} ms", seconds)
+
+
+@use_verb(
     "maskpack eval user/mask-flowers --data ./flowers",
     "maskpack eval ./mask --data ./flowers --knn --probe --labels-fraction 1 --labels-fraction 0.01",
     "maskpack eval --backbone timm/resnet18.a1_in1k --data ./flowers --probe --json",
@@ -186,10 +213,13 @@ def evaluate(
     if adapter is not None and (own or not measures):  # without one this is the error that says so
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …")
-        result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
+        with reading("evaluating, batches"):
+            result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
-        result["features"] = measure_features(model, read, measures, labels_fraction or [1.0], batch_size=batch_size)
+        with reading("features, batches"):
+            shares = labels_fraction or [1.0]
+            result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     _tables(result)

@@ -151,7 +151,9 @@ def load_cascade(
     parts = adapter.cascade
     if parts is None:
         what = "one mask set" if len(adapter.sets) == 1 else f"{len(adapter.sets)} mask sets without a router"
-        raise AdapterError(f"{adapter.path} is no cascade, it has {what}; load it with load_mask(model, ref)")
+        raise AdapterError(
+            f"{adapter.path} is no cascade, it has {what}; use load_mask, or `maskpack eval` and `maskpack predict`"
+        )
     take_off(model)
     for name in adapter.sets:
         check_masks(model, adapter.shapes(name))

@@ -212,7 +212,8 @@ def check_search(folder: Path | None, resume: bool) -> None:
     check_untaken(folder.parent, resume)
     if (folder / CLAIM).exists() and not resume:
         raise StateError(
-            f"{folder.parent} holds the search of an earlier run; continue it with resume, or choose another folder"
+            f"{folder.parent} holds the search of an earlier run; continue it with resume (--resume), or choose "
+            f"another folder (--overwrite replaces it)"
         )
     check_parts(folder if folder.is_dir() else folder.parent, resume)
 

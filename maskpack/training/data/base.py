@@ -7,6 +7,8 @@ split and label fractions are handled in `load.py`, for all sources.
 import io
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -247,6 +249,19 @@ def loader(
     )
 
 
+_watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Report the batches that are read, and how many there are, of every pass over data but those of training."""
+    token = _watcher.set(report)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
     """Yield (inputs, labels) of all batches with a readable row, and note the unreadable ones."""
     return (batch for _, batch in numbered(batches))
@@ -255,7 +270,10 @@ def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
     """Yield what `readable` does, each with its number from 1 among all batches."""
     examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
+    watcher = None if batches.dataset.sampler is not None else _watcher.get()  # type: ignore[attr-defined]
     for number, (inputs, labels, unreadable) in enumerate(_started(batches), 1):
         examples.unreadable.update(unreadable)  # here, since rows may be read in another process
+        if watcher is not None:
+            watcher(number, len(batches))
         if inputs is not None:
             yield number, (inputs, labels)
