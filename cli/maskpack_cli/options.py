@@ -365,7 +365,7 @@ class Base(Weights):
     ] = None
     device: Device = None
 
-    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
         from maskpack.backbone.remembered import remembered_backbone
 
@@ -388,8 +388,10 @@ class Base(Weights):
                     f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone"
                 )
         size = (adapter.about.preprocess or {}).get("size")
-        backbone = maskpack.load_backbone(reference, weights=weights, random_weights=random, image_size=size)
-        return placed(backbone)
+        backbone = maskpack.load_backbone(
+            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped
+        )
+        return backbone if mapped else placed(backbone)
 
 
 @group("Backbone")
@@ -441,10 +443,10 @@ class TrainedBackbone(Weights):
         options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
-    def load(self) -> "Backbone":
+    def load(self, mapped: bool = False) -> "Backbone":
         """Load it."""
         use_device(self.device)
-        return maskpack.load_backbone(**self.arguments())
+        return maskpack.load_backbone(**self.arguments(), mapped=mapped)
 
 
 @group("Data")
