@@ -40,7 +40,7 @@ def classify(name: str, image: Any) -> tuple[dict[str, float], str]:
     resident = bank.status().residents[name]
     return dict(best), (
         f"switched in {1000 * switched:.1f} ms; the adapter has {adapter.size:,} bytes and keeps "
-        f"{100 * (resident.density or 0):.1f} % of the masked weights of one model"
+        f"{100 * (resident.density or 0):.1f} % of its weights"
     )
 
 
