@@ -100,6 +100,9 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 
+gallery: $(VENV)/.installed ## the adapters of docs/gallery, with cards, reports and pictures: ten minutes of one core
+	$(RUN) benchmarks.gallery
+
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results/comparison.md
