@@ -27,6 +27,18 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed ## train, pack, load and undo a small mask
 	$(BIN)/maskpack demo
 
+# an environment of its own, with the versions of the lock
+DOCS := .venv-docs
+$(DOCS)/.installed: pyproject.toml requirements-dev.txt
+	test -d $(DOCS) || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip
+	$(DOCS)/bin/pip install --quiet --constraint requirements-dev.txt \
+	  $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS)/.installed ## the documentation site in site/; a broken link is an error
+	$(DOCS)/bin/python .ci/site.py
+
 ## Checks
 
 # types on one core beside the first tests
@@ -43,6 +55,9 @@ types: $(VENV)/.installed ## mypy
 
 unit: $(VENV)/.installed ## pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+examples: $(VENV)/.installed ## the scripts of examples/, on small data; with MASKPACK_GRADIO, a Python that has gradio, the app too
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_examples.py
 
 quick: $(VENV)/.installed ## pytest without the tests that are marked as slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not slow"
@@ -193,7 +208,7 @@ wheel: $(VENV)/.installed ## the wheel, and whether its contents are right
 # every version and hash of the extras and of the release tools; keeps the versions that still fit (delete the file for the newest)
 LOCK := requirements-dev.txt
 RELEASE := .venv-release
-EXTRAS := train lab dev
+EXTRAS := train lab dev docs
 lock: ## versions and hashes of all dependencies in requirements-dev.txt
 	test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/pip install --quiet uv
