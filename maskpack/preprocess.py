@@ -92,8 +92,15 @@ class TextPreprocess:
         _check_size("max_length", self.max_length, 1, 1 << 31)
 
 
+@dataclass(frozen=True, slots=True)
+class ChatPreprocess(TextPreprocess):
+    """As `TextPreprocess`, of texts that are put into the tokenizer's chat template, as what a user says."""
+
+    kind: ClassVar[str] = "chat"
+
+
 Preprocess = ImagePreprocess | TextPreprocess
-KINDS: Mapping[str, type[Preprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
+KINDS: Mapping[str, type[Preprocess]] = {one.kind: one for one in (ImagePreprocess, TextPreprocess, ChatPreprocess)}
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO) -> Any:

@@ -18,7 +18,8 @@ from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNam
 
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 TRAINING = (
-    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "divergence", "agreement"),
+    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "validation_perplexity"),
+    *("bits_per_changed_weight", "validation_r2", "divergence", "agreement"),
     *("prototype_usage", "feature_rank"),
 )  # values of an event that are shown, the most important first
 
@@ -216,7 +217,7 @@ def training_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
                 case "resumed":
                     note(f"{part}{event['resumed']}")
                 case "trial":
-                    note(f"{part}{event['accuracy']:.4f}")
+                    note(f"{part}{readable(event['figure'])}")
                 case "end":
                     pass
                 case kind:

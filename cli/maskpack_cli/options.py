@@ -19,6 +19,7 @@ from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
+from maskpack.backbone.model import TASKS
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.training.config import RECIPES, Bytes, read_config
 
@@ -253,7 +254,9 @@ ARGUMENT = typer.Argument()
 POSITIVE = typer.Option(min=1)
 Ref = Annotated[str, "user/name or user/name@revision, a folder, or a .safetensors file.", ARGUMENT]
 DataRef = Annotated[
-    str, "Hub data set, folder (parquet, csv, images), or digits:0-9.", typer.Option(rich_help_panel="Data")
+    str,
+    "Hub data set, file or folder (parquet, csv, JSON lines, text, images), or digits:0-9.",
+    typer.Option(rich_help_panel="Data"),
 ]
 OutputRef = Annotated[Path, "Folder to write, or a .safetensors file."]
 BatchSize = Annotated[int, "Examples per forward pass.", POSITIVE]
@@ -336,7 +339,10 @@ class Base(Weights):
                 )
             reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
         size = (adapter.about.preprocess or {}).get("size")
-        return maskpack.load_backbone(reference, weights=self.weights, random_weights=random, image_size=size)
+        task = next((one for one in TASKS if one == adapter.about.task), None)
+        return maskpack.load_backbone(
+            reference, weights=self.weights, random_weights=random, image_size=size, task=task
+        )
 
 
 @group("Backbone")
@@ -385,9 +391,9 @@ class TrainedBackbone(Weights):
         options = {name: value for name, value in vars(self).items() if value is not None}
         return {"reference": options.pop("backbone"), **options}
 
-    def load(self) -> "Backbone":
-        """Load it."""
-        return maskpack.load_backbone(**self.arguments())
+    def load(self, **options: Any) -> "Backbone":
+        """Load it; `options` are others of `load_backbone`."""
+        return maskpack.load_backbone(**self.arguments(), **options)
 
 
 @group("Data")

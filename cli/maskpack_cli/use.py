@@ -1,4 +1,4 @@
-"""maskpack predict | export | eval: an adapter on its backbone."""
+"""maskpack predict | generate | export | eval: an adapter on its backbone."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
 from .console import app, emit, hint, note, say, table
-from .options import ARGUMENT, AnyBase, Base, BatchSize, Columns, DataRef, Mode, Ref, Source, verb
+from .options import ARGUMENT, POSITIVE, AnyBase, Base, BatchSize, Columns, DataRef, Mode, Ref, Source, verb
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -68,6 +68,30 @@ def _texts(files: tuple[str, ...]) -> list[str]:
     return found
 
 
+@use_verb('maskpack generate user/mask-chats --prompt "What is the capital of France?"')
+def generate(
+    ref: Ref,
+    prompt: Annotated[tuple[str, ...], "What the text begins with, or what a user says to a chat."],
+    base: Base,
+    trust: Source,
+    tokens: Annotated[int, "New tokens, at most.", POSITIVE] = 256,
+    temperature: Annotated[float, "0: the most likely token each time; else sampled at this temperature."] = 0.0,
+    seed: Annotated[int, "Of what is sampled."] = 0,
+) -> None:
+    """Generate text with a language model that has an adapter loaded."""
+    import torch
+
+    adapter = trust.load(ref)
+    backbone = on_gpu(base.of(adapter))
+    maskpack.load_mask(backbone.model, adapter)
+    hint(f"Adapter: {adapter.pinned}")
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
+    texts = adapter.generate(backbone.model, prompt, **options)
+    emit({"generated": [{"prompt": one, "text": text} for one, text in zip(prompt, texts, strict=True)]})
+    say(*texts)
+
+
 @use_verb("maskpack export user/mask-flowers --output flowers.safetensors")
 def export(ref: Ref, output: Annotated[Path, "The .safetensors file to write."], base: Base, trust: Source) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
@@ -105,11 +129,17 @@ def evaluate(
     labels_fraction: Annotated[tuple[float, ...], "Share of the training rows for k-NN and probe. Default: 1."] = (),
     mode: Mode = "target",
     split: Annotated[Literal["test", "train"], "train is for the head."] = "test",
+    answers: Annotated[
+        int | None,
+        "Of a language model: also generate answers to so many prompts, and count those whose last number is right.",
+        POSITIVE,
+    ] = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Measure an adapter's accuracy on a data set, and the features of an adapter or of a backbone alone."""
-    from maskpack.training.evaluate import adapter_accuracy, as_loaded, source_classes
+    """Measure an adapter on a data set (accuracy, perplexity), and features of an adapter or of a backbone alone."""
+    from maskpack.training.evaluate import adapter_figures, as_loaded, source_classes
     from maskpack.training.features import measure_features
+    from maskpack.training.objectives.language import exact_answers
 
     wanted: dict[Measure, bool] = {"knn": knn, "probe": probe}
     measures = [name for name, is_wanted in wanted.items() if is_wanted]
@@ -132,7 +162,7 @@ def evaluate(
         maskpack.load_mask(model.model, adapter, mode=mode)
         model = as_loaded(model, adapter)
         names = source_classes(adapter) if mode == "source" else adapter.about.class_names
-    read = training.load_data(data, class_names=names, **vars(columns))
+    read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,
         "backbone": model.id,
@@ -144,13 +174,16 @@ def evaluate(
     if adapter is not None and (own or not measures):  # without one this is the error that says so
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …")
-        result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
+        result |= adapter_figures(model, adapter, rows, batch_size=batch_size)
+        if answers is not None:
+            result["exact_answers"] = exact_answers(model, rows, answers, batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
         result["features"] = measure_features(model, read, measures, labels_fraction or [1.0], batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
-    _tables(result)
+    if result["class_names"] and ("per_class" in result or "features" in result):
+        _tables(result)
 
 
 def _split(data: "Data", name: str) -> "Examples":

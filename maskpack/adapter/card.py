@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError, escape
+from .content import FIGURES
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- maskpack:begin -->", "<!-- maskpack:end -->"
@@ -113,12 +114,13 @@ def _front_matter(description: Mapping[str, Any], repo_id: str | None, license: 
     # a network of random weights shares nothing with the pretrained one but its shape
     hub = None if str(base["revision"]).startswith("random:") else base_model(base["id"])
     (name, dataset), results = _data(record), None
-    accuracies = {key: value for key, value in metrics(record).items() if "accuracy" in key}
-    if accuracies and task is not None:
+    kinds = {key: kind for key in metrics(record) for kind in FIGURES if kind in key}
+    figures = {key: value for key, value in metrics(record).items() if key in kinds}
+    if figures and task is not None:
         result = {
             "task": {"type": _plain(task)},
             "dataset": {"name": _plain(name or "unknown"), "type": dataset or "unknown"},
-            "metrics": [{"type": "accuracy", "name": _plain(key), "value": value} for key, value in accuracies.items()],
+            "metrics": [{"type": kinds[key], "name": _plain(key), "value": value} for key, value in figures.items()],
         }
         results = [{"name": repo_id or "maskpack adapter", "results": [result]}]
     tags = ("maskpack", "binary-mask", digest_tag(base["digests"]["float32"]), base_id_tag(base["id"]))
@@ -265,16 +267,18 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
 
 
 def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: int) -> Iterator[str]:
-    """Yield what the masks are worth beside a linear probe, the network without them, and LoRA; and warnings."""
-    split = next((name for name in ("test", "validation") if f"{name}_probe_accuracy" in results), "")
-    if f"{split}_accuracy" in results:
-        own, probe = results[f"{split}_accuracy"], results[f"{split}_probe_accuracy"]
-        without = results.get(f"{split}_accuracy_without_masks")
-        alone = "" if without is None else f", and {without:.4f} with the masks alone taken out"
-        yield (
-            f"On the {split} split a linear probe of the raw backbone has the accuracy {probe:.4f}. This adapter has "
-            f"{own:.4f} ({own - probe:+.4f}){alone}.\n"
-        )
+    """Yield what the masks are worth beside their baseline, the network without them, and LoRA; and warnings."""
+    known = ((split, kind, one) for split in ("test", "validation") for kind, one in FIGURES.items())
+    for split, kind, one in known:
+        if f"{split}_{kind}" in results and f"{split}_{one.baseline}_{kind}" in results:
+            own, beside = results[f"{split}_{kind}"], results[f"{split}_{one.baseline}_{kind}"]
+            without = results.get(f"{split}_{kind}_without_masks")
+            alone = "" if without is None else f", and {without:.4f} with the masks alone taken out"
+            yield (
+                f"On the {split} split {one.words} has the {kind} {beside:.4f}. This adapter has "
+                f"{own:.4f} ({own - beside:+.4f}){alone}.\n"
+            )
+            break
     lora = {rank: member(record, "lora_bytes").get(f"rank_{rank}_4bit") for rank in (8, 1)}
     if all(type(size) is int and 0 <= size < HUGE for size in lora.values()):
         yield (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..safetensors_io import read_tensors, write_tensors
 from .model import (
     Embedding,
     Head,
+    TaskName,
     aliases,
     canonical,
     find_head,
@@ -26,11 +27,12 @@ from .model import (
     named_parameters,
     same_size_int,
     swap_module,
+    tied_outputs,
     unwrap,
 )
 from .random_weights import PREFIX, parse_random, random_values
 
-Task = Literal["image-classification", "text-classification"]
+TOKENS = 128  # of a text, where nothing else is asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +50,7 @@ class Backbone:
     model: nn.Module
     id: str
     revision: str | None = None
-    task: Task = "image-classification"
+    task: TaskName = "image-classification"
     embedding: Embedding = field(default_factory=Embedding)
     preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
@@ -60,11 +62,14 @@ class Backbone:
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """Modules that do not belong to the body: the head, or what an encoder has behind it, and its unused pooler."""
+        """Modules that do not belong to the body: the head, or what an encoder has behind it, and its unused pooler.
+
+        Without head and encoder they are the output layers whose tensors are the embedding's.
+        """
         if self.head is not None:
             return (self.head,)
-        if self.embedding.pooling not in ("mean", "cls"):
-            return ()
+        if self.embedding.pooling not in ("mean", "cls", "tokens"):
+            return tuple(tied_outputs(self.model))
         inner = encoder_of(self.model)
         place = next((f"{name}." for name, one in self.model.named_children() if one is inner), "")
         beside = (name for name, _ in self.model.named_children() if place and f"{name}." != place)
@@ -206,7 +211,7 @@ TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"
 RESAMPLING: dict[int, Any] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _timm(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     timm = require("timm", "train", "loading timm backbones")
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
@@ -225,7 +230,7 @@ def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
     return Backbone(model, f"timm/{full}", preprocess=ImagePreprocess(size, resize, interpolation, mean, std))
 
 
-def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _torchvision(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     models = require("torchvision.models", "train", "loading torchvision backbones")
     name, _, enum = name.partition("@")
     if name not in models.list_models():
@@ -243,7 +248,7 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbon
     return Backbone(model, f"torchvision/{name}", weights.name if pretrained else None, preprocess=preprocess)
 
 
-def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _transformers(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     transformers = require("transformers", "train", "loading transformers backbones")
     repo, _, revision = name.partition("@")
     local = Path(repo).is_dir()
@@ -260,7 +265,8 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         vision = tower is not None or config.model_type in classifiers
         named = (getattr(transformers, one, None) for one in config.architectures or ())
         cls = transformers.AutoModelForImageClassification if vision else next(filter(None, named), None)
-        cls = cls or transformers.AutoModel  # code of its own
+        usual = transformers.AutoModelForCausalLM if task == "text-generation" else transformers.AutoModel
+        cls = cls or usual  # code of its own, or a config that names no class
         if pretrained:
             # float32 whatever the file holds: the scores learn from full-precision products
             cls = getattr(transformers, tower) if tower else cls
@@ -276,7 +282,9 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
                 model, id_, commit, embedding=embedding, preprocess=_stated_preprocess(processor, image_size)
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
-        tokens = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
+        if tokenizer.pad_token is None:  # as of language models; what is behind a text is never looked at
+            tokenizer.pad_token = tokenizer.eos_token
+        tokens = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS), int(tokenizer.model_max_length))
         embedding = Embedding(None, "mean", True)
         return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
@@ -288,7 +296,7 @@ def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreproces
     return ImagePreprocess(crop, max(resize, crop), RESAMPLING.get(int(processor.resample), "bilinear"), mean, std)
 
 
-def _python_file(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _python_file(reference: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     """Call the function of "PATH.py:FUNCTION", which makes its weights itself."""
     file, _, name = reference.rpartition(":")
     path = Path(file)
@@ -309,7 +317,7 @@ def _python_file(reference: str, pretrained: bool, image_size: int | None) -> Ba
     return Backbone(model, f"{path.stem}:{name}", preprocess=ImagePreprocess(**getattr(module, "PREPROCESS", {})))
 
 
-Loader = Callable[[str, bool, int | None], Backbone]  # of name, pretrained, image size in pixels
+Loader = Callable[[str, bool, int | None, TaskName | None], Backbone]  # of name, pretrained, image size in pixels, task
 LOADERS: Mapping[str, Loader] = {"timm": _timm, "torchvision": _torchvision, "hf": _transformers}
 
 
@@ -336,6 +344,8 @@ def load_backbone(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    task: TaskName | None = None,
+    tokens: int | None = None,
 ) -> Backbone:
     """Load a backbone in evaluation mode; BackboneError if it cannot be loaded.
 
@@ -348,6 +358,8 @@ def load_backbone(
             "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
         head: dotted name of the head, if it cannot be found.
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
+        task: what a backbone for texts is for; default: text classification.
+        tokens: of a text, at most, or of a block of texts; default: 128, or fewer if the backbone takes fewer.
     """
     if image_size is not None and not 1 <= image_size <= LARGEST:
         raise ConfigError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
@@ -359,7 +371,7 @@ def load_backbone(
             if random_weights is not None:
                 torch.manual_seed(seed)
             loader, name = _loader(reference)
-            backbone = loader(name, weights is None and random_weights is None, image_size)
+            backbone = loader(name, weights is None and random_weights is None, image_size, task)
         except MaskpackError:
             raise
         except UnreachableError as error:
@@ -383,12 +395,42 @@ def load_backbone(
         backbone = replace(backbone, preprocess=preprocess)
     if backbone.embedding.pooling == "projection" and head is not None:
         raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
-    if backbone.embedding.pooling is None or head is not None:
+    if task is not None or tokens is not None:
+        backbone = _for_task(backbone, task or backbone.task, tokens)
+    if (backbone.embedding.pooling is None and backbone.task != "text-generation") or head is not None:
         backbone = replace(backbone, embedding=Embedding(find_head(backbone.model, head)))
     if weights is not None:
         load_weights(backbone.model, weights, backbone.head)
     backbone.model.eval()
     return backbone
+
+
+def _for_task(backbone: Backbone, task: TaskName, tokens: int | None) -> Backbone:
+    """Return a backbone for a task, and for texts of so many tokens."""
+    preprocess, embedding = backbone.preprocess, backbone.embedding
+    texts = preprocess if isinstance(preprocess, TextPreprocess) else None
+    if (texts is not None) == (task == "image-classification") or (tokens is not None and texts is None):
+        raise ConfigError(
+            f"the backbone {backbone.id} is for {'texts' if texts else 'images'}, so task {task} or tokens {tokens} is "
+            f"not possible; take another backbone, or leave them out"
+        )
+    if tokens is not None and texts is not None:
+        config = getattr(backbone.model, "config", None)
+        most = getattr(config, "max_position_embeddings", None) or tokens
+        if not 2 <= tokens <= most:
+            raise ConfigError(f"tokens must be from 2 to {most}, which {backbone.id} takes, got {tokens}")
+        preprocess = replace(texts, max_length=tokens)
+    if task == "text-generation":
+        writes = getattr(backbone.model, "can_generate", None)
+        if writes is None or not writes() or getattr(backbone.model.config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"the backbone {backbone.id} is a {type(backbone.model).__name__}, which is no causal language model; "
+                f"take one whose config names a class such as LlamaForCausalLM, or none"
+            )
+        embedding = Embedding()
+    elif task == "token-classification":
+        embedding = Embedding(None, "tokens")
+    return replace(backbone, task=task, embedding=embedding, preprocess=preprocess)
 
 
 TEXTS = 64  # per batch of the text tower

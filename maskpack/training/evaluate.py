@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.describe import inspect_adapter
 from ..adapter.read import Adapter
-from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
+from ..backbone.classifier import Classifier, accuracy
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
-from ..errors import AdapterError, DataError, escape
+from ..errors import AdapterError, escape
 from ..mask import MaskSet
 from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
@@ -21,7 +21,8 @@ from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
-from .features import MEASURES, by_class, disjoint, embed_all, measured, routed
+from .features import MEASURES, disjoint, embed_all, measured, routed
+from .objectives.base import find_objective
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
@@ -39,31 +40,20 @@ def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     return replace(backbone, embedding=Embedding(adapter.base.head[0]))
 
 
-def adapter_accuracy(
-    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+def adapter_figures(
+    backbone: Backbone, adapter: Adapter, examples: Examples, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Evaluate the head of an adapter on a model that has it loaded.
+    """Return how well an adapter does its task, as an accuracy, and {"examples", "unreadable"}, their numbers.
 
     Args:
-        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
-
-    Returns:
-        What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
+        backbone: as `as_loaded` gives it.
+        examples: a split of `load_data(…, class_names=adapter.about.class_names, task=backbone.task)`.
     """
-    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
-    if head is None or stored is None:
-        raise AdapterError(
-            "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
-            "k-NN or a linear probe (--knn, --probe)"
-        )
-    batches = loader(examples, preprocess_from_json(stored), tokenizer, batch_size=batch_size)
-    logits, y = predictions(classifier_from(model, head), readable(batches))
-    if int(y.max()) >= logits.shape[1]:
-        raise DataError(
-            f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
-            f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
-        )
-    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
+    if adapter.about.preprocess is None:
+        raise AdapterError("this adapter has no preprocessing, so it cannot be measured; measure its features (--knn)")
+    head = adapter.parts(stream=True).head
+    found = find_objective("supervised", backbone.task).measured(backbone, examples, head, batch_size)
+    return {**found, "examples": len(examples) - len(examples.unreadable), "unreadable": len(examples.unreadable)}
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
