@@ -15,6 +15,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+# what a network is for, as the Hub says it where it has a name
+TaskName = Literal[
+    "image-classification", "text-classification", "token-classification", "regression", "text-generation"
+]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 LARGEST = 8192  # pixels of a side, so that no file asks for more memory than such a picture takes
 
 

@@ -19,8 +19,8 @@ from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
-from maskpack.backbone.model import TASKS
 from maskpack.errors import BackboneError, ConfigError
+from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
 from .console import Output, quiet_libraries

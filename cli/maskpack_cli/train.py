@@ -12,8 +12,8 @@ import typer
 import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError
-from maskpack.preprocess import Augment
-from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TaskName, TrainConfig, check_types, read_config
+from maskpack.preprocess import Augment, TaskName
+from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, check_types, read_config
 
 from .console import Output, app, emit, hint, main_process, note, say, table, training_progress, warn
 from .options import (

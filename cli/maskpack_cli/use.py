@@ -45,7 +45,7 @@ def predict(ref: Ref, files: Files, base: Base, trust: Source, mode: Mode = "tar
     together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
     if together is None:
         maskpack.load_mask(backbone.model, adapter, mode=mode)
-    inputs = list(files) if adapter.about.task != "text-classification" else _texts(files)
+    inputs = _texts(files) if (adapter.about.preprocess or {}).get("kind") == "text" else list(files)
     hint(f"Adapter: {adapter.pinned}")
     if together is None:
         names = source_classes(adapter) if mode == "source" else None

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
-from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
 from ..safetensors_io import read_tensors, write_tensors
 from .model import (
     Embedding,
     Head,
-    TaskName,
     aliases,
     canonical,
     find_head,

@@ -21,10 +21,6 @@ CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
 PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
 Pooling = Literal["mean", "cls", "projection", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-TaskName = Literal[
-    "image-classification", "text-classification", "token-classification", "regression", "text-generation"
-]
-TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 
 @dataclass(frozen=True, slots=True)

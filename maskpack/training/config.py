@@ -9,7 +9,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..backbone.model import TaskName as TaskName
 from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero

@@ -66,7 +66,7 @@ class ObjectiveRun(Run):
             "start": None if self.start_from is None else checkpoint_digest(self.start_from),
             "config": config.to_json(),
             "data": [data.digest, len(self.train_split), len(data.class_names)],
-            "inputs": preprocess_to_json(backbone.preprocess),
+            "tokens": getattr(backbone.preprocess, "max_length", None),
             "processes": self.accelerator.num_processes,
         }
         model = backbone.model.to(self.device)

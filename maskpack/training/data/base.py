@@ -123,9 +123,9 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
 
 def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
     """Return the classes that have no example."""
-    if not class_names:
+    labels = [examples.labels[i] for i in examples.indices] if class_names else []
+    if not labels or isinstance(labels[0], float):  # numbers are no classes
         return []
-    labels = (examples.labels[i] for i in examples.indices)
     present = {own for one in labels for own in (one if isinstance(one, list) else [one])}
     return [name for i, name in enumerate(class_names) if i not in present]
 

@@ -81,7 +81,7 @@ class JsonLines(_Table):
     """Local files with a JSON object a line, train*.jsonl and test*.jsonl of a folder, or one."""
 
     id: ClassVar[str] = "json"
-    endings: ClassVar[tuple[str, ...]] = (".jsonl", ".json")
+    endings: ClassVar[tuple[str, ...]] = (".jsonl",)
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#json"
     priority: ClassVar[int] = 40
 

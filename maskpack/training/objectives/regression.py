@@ -72,6 +72,15 @@ class Regression(Supervised):
             )
         return [float(one) for one in values], (column,)
 
+    def start(self) -> None:
+        """Give the head its first values: the linear fit to the frozen embeddings."""
+        assert self.data.train is not None
+        x, y = embed(self.backbone, self.data.train, batch_size=self.config.batch_size, cache=False)
+        weight, bias = least_squares(x, (y - self.mean) / self.deviation)
+        with torch.no_grad():
+            self.module.linear.weight.copy_(weight)
+            self.module.linear.bias.fill_(float(bias))
+
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, numbers = batch
         found = module(inputs).float().squeeze(-1)
