@@ -107,7 +107,7 @@ def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
     idle += ["augment"] if "augment" in given and not cls.augments else []
     if idle:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        raise ConfigError(f"the objective {objective!r} does not use {names}; leave out what is for a head or images")
+        raise ConfigError(f"the objective {objective!r} does not use {names}; leave out what is for labels")
     return cls.needs_labels
 
 
