@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--numpy", action="store_true", help="only decode, without the compiled loops")
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
-        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
+        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results/index.md")
     torch.set_num_threads(1)
     if arguments.numpy:
         for name, make in cases(arguments.adapters):

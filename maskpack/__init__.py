@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from .adapter.content import Parts
     from .adapter.describe import inspect_adapter
+    from .adapter.predict import Prediction
     from .adapter.read import Adapter
     from .adapter.write import save_adapter
     from .algebra import combine
     from .backbone.fingerprint import fingerprint
-    from .backbone.load import load_backbone
+    from .backbone.load import Backbone, load_backbone
     from .errors import MaskpackError
     from .hub.pull import pull
     from .hub.push import push
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
 # imported when first used: `import maskpack` imports no torch
 _WHERE = {
     "Adapter": "adapter.read",
+    "Backbone": "backbone.load",
     "MaskBank": "runtime.bank",
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "Parts": "adapter.content",
+    "Prediction": "adapter.predict",
     "combine": "algebra",
     "fingerprint": "backbone.fingerprint",
     "identify": "runtime.identify",
@@ -58,10 +61,12 @@ _WHERE = {
 
 __all__ = [
     "Adapter",
+    "Backbone",
     "MaskBank",
     "MaskSet",
     "MaskpackError",
     "Parts",
+    "Prediction",
     "__version__",
     "combine",
     "fingerprint",

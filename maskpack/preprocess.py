@@ -20,6 +20,7 @@ TaskName = Literal[
     "image-classification", "text-classification", "token-classification", "regression", "text-generation"
 ]
 TASKS: tuple[TaskName, ...] = get_args(TaskName)
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 LARGEST = 8192  # pixels of a side, so that no file asks for more memory than such a picture takes
 
 

@@ -1,34 +1,41 @@
 """maskpack train | cascade | transfer | multitask."""
 
+import json
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import maskpack
 from maskpack import training
-from maskpack.errors import ConfigError
+from maskpack.errors import ConfigError, StateError
 from maskpack.preprocess import Augment, TaskName
 from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, check_types, read_config
 
-from .console import Output, app, emit, hint, main_process, note, say, table, training_progress, warn
+from .console import Output, app, emit, hint, main_process, note, reading, say, table, training_progress, warn
 from .options import (
+    OF_A_CALL,
     POSITIVE,
     Base,
     BatchSize,
     Columns,
     DataRef,
     Folder,
+    Overwrite,
     Packed,
     Ref,
     Rows,
     Source,
     TrainedBackbone,
     Without,
+    check_free,
+    described,
     group,
     read_settings,
     verb,
@@ -52,6 +59,7 @@ class Run(Folder, Packed):
 
     checkpoint_every: Annotated[str | None, "A time or steps, as in 10min or 500steps. Default: every epoch."] = None
     resume: Annotated[bool, "Continue from the last checkpoint in --output."] = False
+    overwrite: Annotated[bool, "Replace what an earlier training left in --output."] = False
     dry_run: Annotated[bool, "Check everything, run one batch, write nothing."] = False
 
     def check(self, settings: TrainConfig) -> None:
@@ -59,8 +67,21 @@ class Run(Folder, Packed):
         from maskpack.training.run_folder import parse_every
 
         parse_every(self.checkpoint_every)
+        if self.overwrite and self.resume:
+            raise ConfigError("--resume goes on with what --overwrite replaces; give one of them")
+        check_free(self.output, self.overwrite or self.resume)
         if self.profile == "fast" and (settings.bytes_budget is not None or settings.rate is not None):
             raise ConfigError("--bytes-budget and --rate are for the profiles default and max, not for fast")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the folder may hold an earlier training."""
+        return self.resume or self.overwrite
+
+    def clear(self) -> None:
+        """Delete the checkpoints and logs that are to be replaced."""
+        if self.overwrite and main_process():
+            shutil.rmtree(self.output / RUN_FOLDER, ignore_errors=True)
 
     def train(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """Return what a training function gives; of several processes all but the one that writes end here."""
@@ -71,10 +92,17 @@ class Run(Folder, Packed):
             raise typer.Exit
         return result
 
-    def save(self, result: Any, model: Any, **options: Any) -> "maskpack.Adapter":
-        """Write what was trained as an adapter."""
+    def save(
+        self, result: Any, model: Any, backbone: TrainedBackbone | None = None, **options: Any
+    ) -> "maskpack.Adapter":
+        """Write what was trained as an adapter, and remember where its backbone is."""
+        from maskpack.backbone.remembered import remember_backbone
+
         content = (result.parts, result.base, result.about)
-        return maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        if backbone is not None:
+            remember_backbone(result.base.digests["float32"], backbone.arguments())
+        return adapter
 
 
 def load_inputs(
@@ -122,6 +150,11 @@ def planned(backbone: "Backbone", data: "Data", settings: TrainConfig) -> dict[s
         f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
         f"{plan['steps']:,} steps"
     )
+    unit = "pixels" if plan["input"] == "image" else "tokens at most"
+    note(
+        f"Inputs of {plan['size']} {unit}, batches of {settings.batch_size}, on {plan['device']}, precision "
+        f"{'float32' if settings.precision == 'no' else settings.precision}; {plan['memory'] / 1e9:.2f} GB in one batch"
+    )
     assert data.train is not None
     if empty := empty_classes(data.train, data.class_names):
         note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
@@ -137,7 +170,7 @@ def worth_of(adapter: "maskpack.Adapter") -> dict[str, Any]:
 
 def reference(output: Path) -> str:
     """Return what verbs take for the adapter in a folder."""
-    return shlex.quote(str(output) if output.is_absolute() else f"./{output}")
+    return str(output) if output.is_absolute() or str(output).startswith(".") else f"./{output}"
 
 
 def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) -> str:
@@ -148,7 +181,7 @@ def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) ->
         for name in ("data", "backbone", "weights", "random_weights", "input_column", "label_column")
         if named[name] is not None
     ]
-    return " ".join([reference(output), *words])
+    return " ".join([shlex.quote(reference(output)), *words])
 
 
 @training_verb(
@@ -194,7 +227,7 @@ def train(
     settings = replace(settings, **{name: one for name, one in usual.items() if name not in Output.given})
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_untaken(folder, run.resume) if auto is None else check_search(folder / SEARCH, run.resume)
+    check_untaken(folder, run.replaces) if auto is None else check_search(folder / SEARCH, run.replaces)
     loaded, read = load_inputs(backbone, data, rows, settings, task=task, tokens=tokens)
     taught = settings.objective == Distill.id and not settings.objective_options.get(TEACHER)
     learner = replace(settings, objective="supervised", objective_options={}) if taught else settings
@@ -209,6 +242,7 @@ def train(
         note(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
     if run.dry_run:
         return emit(plan, NOTHING_DONE)
+    run.clear()
     if taught:
         teacher = run.train(train_teacher, loaded, read, settings, folder)
         settings = replace(settings, objective_options={**settings.objective_options, TEACHER: str(teacher)})
@@ -216,12 +250,18 @@ def train(
             options["resume"] = run.resume and (folder / FILE).exists()
     function = training.train_mask if auto is None else training.train_auto
     result = run.train(function, loaded, read, settings, output=folder, **options)
-    adapter = run.save(result, loaded.model)
+    adapter = run.save(result, loaded.model, backbone)
     if unreadable := result.about.training["data"]["unreadable"]:
         warn(f"{unreadable} examples could not be read and were left out.")
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
-    facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes, **worth_of(adapter)}
+    facts = {
+        "adapter": reference(run.output),
+        **result.metrics,
+        "weights": whole["weights"],
+        **sizes,
+        **worth_of(adapter),
+    }
     if auto is not None:
         searched = result.about.training["auto"]
         facts |= {"chosen": in_words(searched["chosen"]), "auto": searched}
@@ -232,7 +272,42 @@ def train(
     elif not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
-    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+    return hint(f"Next: maskpack push {shlex.quote(reference(run.output))} USER/NAME")
+
+
+@training_verb("maskpack init run.toml --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask")
+def init(
+    file: Annotated[Path, "The TOML file to write.", typer.Argument()],
+    backbone: Annotated[str, "As for train."] = "timm/resnet18.a1_in1k",
+    data: Annotated[str, "As for train."] = "./flowers",
+    output: Annotated[Path, "As for train."] = Path("mask"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a settings file for `maskpack train --config`: every option with its default and what it does."""
+    from maskpack.safetensors_io import replacing
+
+    if file.exists() and not overwrite:
+        raise StateError(f"{file} is there already; choose another name, or replace it with --overwrite")
+    given = {"backbone": backbone, "data": data, "output": reference(output)}
+    lines = ["# Settings of `maskpack train --config FILE`; the command line overrides them.", ""]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in given.items()]
+    for cls in (TrainedBackbone, Rows, TrainConfig, Run):
+        panel, defaults = "", {one.name: one for one in fields(cls)}
+        for name, (section, text) in described(cls).items():
+            if name in given or name in OF_A_CALL:
+                continue
+            if section != panel:
+                lines += ["", f"# --- {section} " + "-" * (100 - len(section))]
+                panel = section
+            default, flag = defaults[name].default, name.replace("_", "-")
+            if name.endswith("_options"):
+                flag, default = flag.removesuffix("s"), []
+            value = "" if default in (None, MISSING) else f" {json.dumps(default)}"
+            lines += ["", *(f"# {line}" for line in wrap(text, 100)), f"#{flag} ={value}"]
+    with replacing(file) as (temporary,):
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    emit({"file": str(file)}, f"✓ {file}", {})
+    return hint(f"Next: maskpack train --config {shlex.quote(str(file))}")
 
 
 # --- cascade ---------------------------------------------------------------------------------------------------------
@@ -270,7 +345,7 @@ def train_experts(
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_parts(folder, run.resume)
+    check_parts(folder, run.replaces and (run.resume or folder.is_dir()))
     loaded, read = load_inputs(backbone, data, rows, settings, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
     plan = planned(loaded, read, settings)
@@ -278,12 +353,13 @@ def train_experts(
     note(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
     if run.dry_run:
         return emit({**plan, "experts": cascade.experts}, NOTHING_DONE)
+    run.clear()
     result = run.train(training.train_cascade, loaded, read, settings, experts=cascade.experts, output=folder)
     result = fit_cascade_head(loaded, read, result, combine=cascade.combine, reduce=cascade.reduce)
-    adapter = run.save(result, loaded.model, cascade=result.cascade)
+    adapter = run.save(result, loaded.model, backbone, cascade=result.cascade)
     about = maskpack.inspect_adapter(adapter)
     facts = {
-        "adapter": str(run.output),
+        "adapter": reference(run.output),
         **result.metrics,
         "combine": cascade.combine,
         "cluster_rows": ", ".join(map(str, about["training"]["cascade"]["rows"])),
@@ -297,7 +373,7 @@ def train_experts(
     emit(facts, f"✓ {run.output}")
     if not cascade.no_labels:
         hint(f"Next: maskpack cascade eval {evaluated(run.output, data, backbone, rows)}")
-    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+    return hint(f"Next: maskpack push {shlex.quote(reference(run.output))} USER/NAME")
 
 
 @cascade_verb("maskpack cascade eval ./cascade --data ./flowers --json", name="eval")
@@ -315,13 +391,12 @@ def evaluate_cascade(
     from maskpack.training.data.load import LABELS_SEED
     from maskpack.training.evaluate import cascade_table
 
-    from .use import on_gpu
-
     adapter = trust.load(ref)
-    backbone = on_gpu(base.of(adapter))
+    backbone = base.of(adapter)
     found = training.load_data(data, **vars(columns), labels_fraction=labels_fraction, seed=LABELS_SEED)
     note("Embedding the training and the test rows by every set …")
-    result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
+    with reading("embedding, batches"):
+        result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
     emit({"adapter": adapter.pinned, "data": found.id, **result})
     rows = result["rows"]
     for row in rows:
@@ -374,7 +449,7 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     run.check(settings)
     output, trained = run.output, carried.source_trained
     start: Start = carried.start or ("source-end" if trained else "source-start")
-    check_parts(output / RUNS, run.resume)
+    check_parts(output / RUNS, run.replaces and (run.resume or (output / RUNS).is_dir()))
     loaded, source = load_inputs(backbone, carried.source, rows, settings)
     note(f"Loading {carried.target} …")
     target = rows.load(carried.target, seed=settings.seed)
@@ -385,11 +460,12 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
         plans[name] = planned(loaded, data, settings)
     if run.dry_run:
         return emit(plans, NOTHING_DONE)
+    run.clear()
     options = {"weight_lr": carried.weight_lr, "source_trained": trained, "baseline": carried.baseline}
     result = run.train(training.train_transfer, loaded, source, target, settings, start=start, output=output, **options)
     rows_found = transfer_table(result, source, target, batch_size=settings.batch_size)
     adapter = run.save(result, result.backbone.model)
-    facts = {"adapter": str(output), "start": start, **result.metrics, **worth_of(adapter)}
+    facts = {"adapter": reference(output), "start": start, **result.metrics, **worth_of(adapter)}
     if not trained:
         facts["source_weights"] = str(output / SOURCE_FILE)
         backbone = replace(backbone, weights=output / SOURCE_FILE, random_weights=None)
@@ -428,7 +504,7 @@ def multitask(
     rows: Rows,
     settings: TrainConfig,
     joint: JointConfig,
-    run: Annotated[Run, Without("config")],
+    run: Annotated[Run, Without("config", "overwrite")],
     mode: Annotated[Mode, "How the tasks are trained.", typer.Option(rich_help_panel="Many tasks")] = "sequential",
 ) -> None:
     """Train a mask for each of several tasks on one backbone; tasks that are finished in --output are left alone.

@@ -11,7 +11,7 @@ from typing import Any
 from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint
 from ..backbone.random_weights import MAX_SEED
 from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
-from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
+from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError, short_repr
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
 from ..safetensors_io import DTYPES, MAX_DIMENSION, strict_json
@@ -180,6 +180,8 @@ class SetHeader:
     head: Mapping[str, Any] | None = None
     norms: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
 
+    __repr__ = short_repr
+
     def to_json(self) -> dict[str, Any]:
         """Return the set as JSON values."""
         shapes = {shape: i for i, shape in enumerate(dict.fromkeys(payload.shape for payload in self.payloads))}
@@ -321,6 +323,8 @@ class Header:
     about: About
     cascade: Mapping[str, Any] | None = None
     tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def to_json(self) -> str:
         """Return canonical JSON, or raise AdapterError if `about` holds what JSON cannot, such as NaN or a tensor."""

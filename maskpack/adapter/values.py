@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..backbone.model import same_size_int
 from ..codecs import ulps
 from ..codecs.base import flipped, where_ones
-from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError
+from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, short_repr
 from ..mask import packed_bits
 from ..safetensors_io import NAMES, tensor_of, torch_dtype
 
@@ -33,6 +33,8 @@ class Steps:
     """
 
     data: bytes | memoryview
+
+    __repr__ = short_repr
 
     @property
     def nbytes(self) -> int:

@@ -193,8 +193,12 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
     `id` says where the weights come from, as in "timm/resnet18.a1_in1k", never a path; `revision` is a Hub commit or a
     weights enum of torchvision.
+
+    Example:
+        base = fingerprint(model, id="my-network", head="fc")
+        print(base.digests["float32"])
     """
-    head = tuple(sorted(head))
+    head = (head,) if isinstance(head, str) else tuple(sorted(head))
     return fingerprint_of(_body_with_data(model, head), id, revision, head)
 
 
@@ -317,6 +321,6 @@ def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMi
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "
-        f"(compared as {_name(dtype)}); load the backbone named there, or apply it anyway with "
-        f"load_mask(…, verify='off')"
+        f"(compared as {_name(dtype)}); load the backbone named there (--backbone); in Python, "
+        f"load_mask(…, verify='off') applies it anyway"
     )

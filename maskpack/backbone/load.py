@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
+from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, check_argument, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
@@ -44,6 +45,9 @@ class Backbone:
         revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
         embedding: the input of its head, or an encoder's pooled output; `Embedding()` if it has no head.
         preprocess: what the model expects of its inputs. tokenizer: of a text backbone, else None.
+
+    Example:
+        backbone = Backbone(model, "my-network", embedding=Embedding("fc"), preprocess=ImagePreprocess(32, 32))
     """
 
     model: nn.Module
@@ -53,6 +57,9 @@ class Backbone:
     embedding: Embedding = field(default_factory=Embedding)
     preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.id!r}, {type(self.model).__name__}, {self.task}, head={self.head!r})"
 
     @property
     def head(self) -> str | None:
@@ -359,7 +366,13 @@ def load_backbone(
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
         task: what a backbone for texts is for; default: text classification.
         tokens: of a text, at most, or of a block of texts; default: 128, or fewer if the backbone takes fewer.
+
+    Example:
+        backbone = load_backbone("timm/resnet18.a1_in1k")
+        print(backbone.model(torch.rand(1, 3, 224, 224)).shape)
     """
+    known = "timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FUNCTION"
+    check_argument("the backbone", reference, str, known, "a model of your own goes to train_mask as it is")
     if image_size is not None and not 1 <= image_size <= LARGEST:
         raise ConfigError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     kind, seed = parse_random(str(random_weights)) if random_weights is not None else ("", 0)
@@ -379,9 +392,17 @@ def load_backbone(
                 f"({error}); check network, proxy and HF_ENDPOINT, or give weights with --weights FILE.safetensors"
             ) from error
         except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            file = Path(reference.rpartition(":")[0])
+            frames = traceback.extract_tb(error.__traceback__) if file.is_file() else ()
+            if own := [one for one in frames if Path(one.filename) == file.absolute()]:
+                raise BackboneError(
+                    f"cannot load the backbone {reference!r}: line {own[-1].lineno}, {own[-1].line!r:.200}, raised "
+                    f"{said}"
+                ) from error
             raise BackboneError(
-                f"cannot load the backbone {reference!r}: {type(error).__name__}: {' '.join(str(error).split())}; if "
-                "its weights cannot be downloaded, give them with --weights FILE.safetensors"
+                f"cannot load the backbone {reference!r}: {said}; if its weights cannot be downloaded, give them with "
+                f"--weights FILE.safetensors"
             ) from error
     if kind:
         randomize(backbone.model, kind, seed)

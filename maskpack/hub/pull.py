@@ -178,6 +178,9 @@ def pull(
             not signed as required. StateError: if `output` holds something else.
         HubError: if the login or the permissions failed, or it is offline and not cached.
         HubUnreachableError: if the Hub did not answer, after several attempts.
+
+    Example:
+        print(pull("user/my-mask", output="./copy").commit)
     """
     opened = open_adapter(ref, **options)
     if output is None:

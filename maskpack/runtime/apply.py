@@ -449,6 +449,10 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
 
     Raises:
         StateError: if no mask is loaded, it was loaded with restorable=False, or parameters were written meanwhile.
+
+    Example:
+        load_mask(model, "./my-mask")
+        unload_mask(model)
     """
     check_not_held(model)
     record = applied(model)

@@ -16,7 +16,7 @@ from ..adapter.content import Parts
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.classifier import Inputs, batch_of, classifier_from, example_count, taken
 from ..backbone.model import inside, unwrap
-from ..errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
+from ..errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError, brief
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
 from . import apply
@@ -107,6 +107,13 @@ class MaskBank:
         max_device_bytes: limit for places and base weights that switching keeps, beside those of the active adapter;
             None: as many bytes as the model's tensors take.
         verify: as of `load_mask`, for every adapter.
+
+    Example:
+        bank = MaskBank(model)
+        bank.add("./my-mask", "first")
+        with bank.using("first"):
+            outputs = model(images)
+        bank.close()  # the base, to the bit
     """
 
     def __init__(
@@ -137,6 +144,9 @@ class MaskBank:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"MaskBank({type(unwrap(self.model)).__name__}, adapters={brief(self.names)}, active={self.active!r})"
 
     def __contains__(self, name: object) -> bool:
         return name in self._residents

@@ -35,6 +35,10 @@ def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
     """Read and verify an adapter from the Hub, a folder or a single file; nothing is decoded or applied yet.
 
     Arguments and errors as of `pull`. The adapter's `pinned` is the reference that always means these bytes.
+
+    Example:
+        adapter = load_adapter("user/my-mask@main")
+        print(adapter.pinned)
     """
     return open_adapter(ref, **options).adapter
 
@@ -72,8 +76,14 @@ def load_mask(
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
+
+    Example:
+        load_mask(model, "user/my-mask")
+        outputs = model(images)
+        unload_mask(model)  # the base again, to the bit
     """
     check_choices(verify, head, mode)
+    unwrap(model)  # a wrong argument is told before anything is fetched
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
     parts = loaded_parts(adapter, head, mode)
     take_off(model)

@@ -15,7 +15,7 @@ from ..adapter.read import Adapter
 from ..backbone import fingerprint
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
-from ..errors import StateError
+from ..errors import StateError, check_argument
 from ..hub.pull import PullOptions
 from ..mask import MaskSet
 from ..safetensors_io import open_tensors
@@ -55,10 +55,18 @@ def load_masked(
             the model's dtype, before that cast.
         ref, verify, head, mode and others: as of `load_mask`; with "strict" the first masked tensor that is not the
             base's is the end.
+
+    Example:
+        with torch.device("meta"):
+            empty = Network()
+        load_masked(empty, "base.safetensors", "./my-mask")
     """
     check_choices(verify, head, mode)
+    whole = unwrap(model)
+    known = "a safetensors file or a folder"
+    check_argument("weights", weights, str | os.PathLike, known, "they come before the adapter")
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
-    parts, whole = loaded_parts(adapter, head, mode), unwrap(model)
+    parts = loaded_parts(adapter, head, mode)
     shapes = parts.masks.shapes
     if applied(whole) is not None:
         raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")

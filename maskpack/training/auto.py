@@ -21,7 +21,7 @@ from .data.base import Data
 from .data.load import hold_out
 from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
-from .objectives.base import find_objective
+from .objectives.base import Objective, find_objective
 from .run_folder import (
     Report,
     RunFolder,
@@ -100,9 +100,14 @@ class Search:
         return max(last, key=lambda trial: trial.worth(self.sign)).changes
 
     @property
+    def objective(self) -> type[Objective]:
+        """The objective of all trials."""
+        return find_objective(self.config.objective, self.backbone.task)
+
+    @property
     def sign(self) -> int:
         """1 if a greater figure is better, else -1."""
-        return FIGURES[find_objective(self.config.objective, self.backbone.task).figure].sign
+        return FIGURES[self.objective.figure].sign
 
     def tried(self, changes: Changes, steps: int) -> Trial:
         """Return a trial; run it if it was not made before."""
@@ -118,7 +123,7 @@ class Search:
             shutil.rmtree(str(own["output"]))
         report = self.options.get("report")
         if report is not None and is_main_process():
-            report({"event": "trial", "part": self._part(changes, steps), "figure": trial.figure})
+            report({"event": "trial", "part": self._part(changes, steps), self.objective.figure: trial.figure})
         return trial
 
     def _part(self, changes: Changes, steps: int) -> str:
@@ -179,8 +184,13 @@ def train_auto(
     Raises:
         ConfigError: if the objective has no labels, or the steps are too few for the candidates. Others: as
             `train_mask`.
+
+    Example:
+        result = train_auto(backbone, data, TrainConfig(steps=10), search_steps=180)
+        print(result.about.training["auto"]["chosen"])
     """
-    config, backbone = config or TrainConfig(), as_backbone(model)
+    config = TrainConfig() if config is None else config
+    backbone = as_backbone(model, config, data)
     output, resume = options.get("output"), options.get("resume", False)
     folder = None if output is None else Path(output) / SEARCH
     check_search(folder, resume)
@@ -220,7 +230,8 @@ def check_search(folder: Path | None, resume: bool) -> None:
     check_untaken(folder.parent, resume)
     if (folder / CLAIM).exists() and not resume:
         raise StateError(
-            f"{folder.parent} holds the search of an earlier run; continue it with resume, or choose another folder"
+            f"{folder.parent} holds the search of an earlier run; continue it with resume (--resume), or choose "
+            f"another folder (--overwrite replaces it)"
         )
     check_parts(folder if folder.is_dir() else folder.parent, resume)
 

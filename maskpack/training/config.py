@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
 
-SMALL = 1_000_000  # weights that a network with other defaults has at most; chosen in docs/results.md, as these are
+SMALL = 1_000_000  # most weights of a network with other defaults; chosen in docs/results/defaults.md, as these are
 TOP = 0.1  # of the weights of a parameter have scores in a larger network, unless most weights are of convolutions
 SMALL_RATE, RATE = 0.1, 0.05  # of the scores, with adam
 DISTANCE = 2.0  # that scores can move at least
@@ -97,6 +97,9 @@ class TrainConfig:
         store: how norms, statistics and head are stored; accuracies are those of what is stored. coded: norms as steps
             of 2 % from the base's, the head in 129 values a row. float16, float32: as numbers of that kind.
         seed: seed of everything random.
+
+    Example:
+        config = TrainConfig(steps=20, method="topk", method_options={"share": 0.5}, train=["norms"])
     """
 
     method: str = "threshold"

@@ -13,16 +13,17 @@ from ..adapter.read import Adapter
 from ..backbone.classifier import Classifier, accuracy
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
-from ..errors import AdapterError, escape
+from ..errors import escape
 from ..mask import MaskSet
-from ..preprocess import preprocess_from_json
+from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
-from .features import MEASURES, disjoint, embed_all, measured, routed
+from .features import MEASURES, by_class, disjoint, embed_all, measured, routed
 from .objectives.base import find_objective
+from .objectives.supervised import Supervised
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
@@ -49,11 +50,34 @@ def adapter_figures(
         backbone: as `as_loaded` gives it.
         examples: a split of `load_data(…, class_names=adapter.about.class_names, task=backbone.task)`.
     """
-    if adapter.about.preprocess is None:
-        raise AdapterError("this adapter has no preprocessing, so it cannot be measured; measure its features (--knn)")
-    head = adapter.parts(stream=True).head
+    head = adapter.parts(stream=True).head if adapter.about.preprocess is not None else None
     found = find_objective("supervised", backbone.task).measured(backbone, examples, head, batch_size)
     return {**found, "examples": len(examples) - len(examples.unreadable), "unreadable": len(examples.unreadable)}
+
+
+def adapter_accuracy(
+    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+) -> dict[str, Any]:
+    """Evaluate the head of an adapter on a model that has it loaded.
+
+    Args:
+        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
+
+    Returns:
+        What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
+    """
+    logits, y = adapter_logits(model, adapter, examples, tokenizer=tokenizer, batch_size=batch_size)
+    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
+
+
+def adapter_logits(
+    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of the examples that can be read; see `adapter_accuracy`."""
+    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
+    preprocess = ImagePreprocess() if stored is None else preprocess_from_json(stored)
+    backbone = Backbone(model, "the model", preprocess=preprocess, tokenizer=tokenizer)
+    return Supervised.logits(backbone, examples, None if stored is None else head, batch_size)
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:

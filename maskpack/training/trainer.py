@@ -2,6 +2,7 @@
 
 import math
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.content import FEATURES, About, Parts
+from ..adapter.notebook import summary
 from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, TrainingError, check_argument
 from ..preprocess import preprocess_to_json
 from .batchnorm import set_train_mode
 from .budget import coded_bytes, rate_control
@@ -225,12 +227,24 @@ class TrainResult:
 
     `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
     without the masks; and the figures that the raw backbone has, as the accuracy of its linear probe.
+
+    Example:
+        result = train_mask(backbone, data, TrainConfig(steps=10))
+        print(result.metrics["test_accuracy"], result.parts)
     """
 
     parts: Parts
     base: Fingerprint
     about: About
     metrics: dict[str, float]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"{type(self).__name__}({self.parts!r}, base {self.base.id!r}, {shown})"
+
+    def _repr_html_(self) -> str:
+        masks = self.parts.masks
+        return summary(type(self).__name__, asdict(self.base), asdict(self.about), {"": (masks.total, masks.kept)})
 
 
 def result_of(
@@ -267,8 +281,14 @@ def result_of(
     return TrainResult(parts, masked, about, dict(metrics))
 
 
-def as_backbone(model: Backbone | nn.Module) -> Backbone:
-    """Return a backbone, or any module that gives logits for images as one."""
+def as_backbone(model: Backbone | nn.Module, config: object, *data: object) -> Backbone:
+    """Return a backbone, or any module that gives logits for images as one; ConfigError if an argument is wrong."""
+    advice = f"load it: load_backbone({model!r})" if isinstance(model, str) else "it comes before the data"
+    check_argument("the model", model, Backbone | nn.Module, "a Backbone or a torch.nn.Module", advice)
+    for one in data:
+        advice = f"load them: load_data({str(one)!r})" if isinstance(one, str | Path) else "load_data gives them"
+        check_argument("the data", one, Data, "data from load_data", advice)
+    check_argument("config", config, TrainConfig, "a TrainConfig", "make one: TrainConfig(steps=200)")
     if isinstance(model, Backbone):
         return model
     return Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
@@ -303,8 +323,13 @@ def train_mask(
         StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written. Only with
             `output`, in the main thread; a second signal is not waited for.
         SelectionError, DataError: if patterns or data do not fit the backbone.
+
+    Example:
+        result = train_mask(backbone, load_data("digits:0-1"), TrainConfig(steps=10))
+        save_adapter("./digits", result.parts, result.base, result.about)
     """
-    config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
+    config, folder = TrainConfig() if config is None else config, RunFolder(options)
+    backbone = as_backbone(model, config, data)
     with folder.opened():
         with borrowed(backbone, norms=True):
             run = ObjectiveRun(backbone, data, config, learn, start_from)
@@ -350,6 +375,19 @@ def train_dense(
     return run
 
 
+def process_memory() -> tuple[int, int]:
+    """Return the process's resident bytes, now and at most; on a system without /proc, at most and at most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage: a process that was started from a great one inherits that one's peak there
+        kilobytes = dict(line.split(":") for line in status.read_text().splitlines() if line.startswith("Vm"))
+        return int(kilobytes["VmRSS"].split()[0]) << 10, int(kilobytes["VmHWM"].split()[0]) << 10
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most, most
+
+
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:
     """Check a run without training: build everything, run one batch forward and backward; return its plan."""
     with borrowed(backbone):
@@ -359,6 +397,7 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
             raise TrainingError("no example of the training split can be read")
         loss = run.objective.loss(run.module, batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        how = backbone.preprocess
         return {
             "backbone": backbone.id,
             "parameters": len(run.scores),
@@ -367,5 +406,11 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
             **{split: len(data.splits.get(split, ())) for split in ("train", "validation", "test")},
             "epochs": run.epochs,
             "steps": run.steps,
+            "input": how.kind,
+            "size": getattr(run.backbone.preprocess, "size", None)
+            or getattr(run.backbone.preprocess, "max_length", None),
+            "device": str(run.device),
+            "precision": config.precision,
+            "memory": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else process_memory()[1],
             "loss": float(loss.detach()),
         }

@@ -66,8 +66,13 @@ def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str
     split, name, one = first
     if metrics.get(f"{split}_over_{one.baseline}", 1.0) <= 0:
         found.append(
-            f"the {split} {name} is {metrics[f'{split}_{name}']:.4f}, and {one.words} has "
-            f"{metrics[f'{split}_{one.baseline}_{name}']:.4f}: the mask was not worth it; take more steps, or do "
-            f"without it"
+            f"the {split} {name} is {told(name, metrics[f'{split}_{name}'])}, and {one.words} has "
+            f"{told(name, metrics[f'{split}_{one.baseline}_{name}'])}: the mask was not worth it; take more steps, or "
+            f"do without it"
         )
     return found
+
+
+def told(name: str, value: float) -> str:
+    """Return a figure as people read it."""
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"

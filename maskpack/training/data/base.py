@@ -7,6 +7,8 @@ split and label fractions are handled in `load.py`, for all sources.
 import io
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ...backbone.classifier import IGNORED
-from ...errors import DataError
+from ...errors import DataError, short_repr
 from ...preprocess import Augment, ImagePreprocess, Preprocess, TextPreprocess, collate_text, open_image
 from ...registry import Registry
 
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
+TEST_NAMES = ("test", *VALIDATION_NAMES)  # without a test split, the validation split is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Examples(Sequence[tuple[Any, int]]):
     unreadable: set[int] = field(default_factory=set)  # could not be decoded so far; readers of batches add them
     digest: str = ""  # of the data, with the split's name; "" if unknown
 
+    __repr__ = short_repr
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -89,11 +94,15 @@ class Data:
     """A data set.
 
     Attributes:
-        train, validation, test: None if there is no such split. Validation is split off the training rows.
+        train, validation, test: None if there is no such split.
         class_names: those of labels; for a regression the name of the number; else none.
         task: as of `Backbone`.
         id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
         source: id of the data source, as in "hub".
+
+    Example:
+        data = load_data("digits:0-4")
+        print(data, data.class_names, len(data.train))
     """
 
     train: Examples | None
@@ -104,6 +113,10 @@ class Data:
     id: str
     digest: str
     source: str = ""
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"Data({self.id!r}, {self.task}, {len(self.class_names)} classes, {rows})"
 
     @property
     def splits(self) -> dict[str, Examples]:
@@ -172,11 +185,24 @@ class _Transformed(Dataset[Any]):
         return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
 
 
+_FOR_TRAINING = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
+
+
 def _ignore_signals(_: int) -> None:
     # in processes that read data: a signal to the process group is for the one that trains
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for one in _FOR_TRAINING:
+        signal.signal(one, signal.SIG_IGN)
+
+
+def _started(batches: DataLoader[Any]) -> Iterator[Any]:
+    """Return the iterator of a loader, its processes started with those signals held back until they ignore them."""
+    if not batches.num_workers or not hasattr(signal, "pthread_sigmask"):
+        return iter(batches)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_TRAINING)
+    try:
+        return iter(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 Join = Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, Tensor]]  # of examples' inputs and targets to a batch
@@ -273,6 +299,19 @@ def column_kind(feature: Any) -> str:
     return "words" if inner is not None and column_kind(inner) == "text" else ""
 
 
+_watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Report the batches that are read, and how many there are, of every pass over data but those of training."""
+    token = _watcher.set(report)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
     """Yield (inputs, labels) of all batches with a readable row, and note the unreadable ones."""
     return (batch for _, batch in numbered(batches))
@@ -281,7 +320,10 @@ def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
     """Yield what `readable` does, each with its number from 1 among all batches."""
     examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
-    for number, (inputs, labels, unreadable) in enumerate(batches, 1):
+    watcher = None if batches.dataset.sampler is not None else _watcher.get()  # type: ignore[attr-defined]
+    for number, (inputs, labels, unreadable) in enumerate(_started(batches), 1):
         examples.unreadable.update(unreadable)  # here, since rows may be read in another process
+        if watcher is not None:
+            watcher(number, len(batches))
         if inputs is not None:
             yield number, (inputs, labels)

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import DataError, require
+from ...preprocess import IMAGE_ENDINGS
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
 
 SPLITS = (*TRAIN_NAMES, *TEST_NAMES)
 PIECE = 4096  # characters of a plain text in one row, at most
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 
 
 class _Table:
@@ -58,7 +58,7 @@ class _Table:
 
 @SOURCES.register
 class Parquet(_Table):
-    """Local parquet files, train*.parquet and test*.parquet of a folder, or one."""
+    """Local parquet file, or folder of them: train*.parquet, test*.parquet, perhaps validation*.parquet."""
 
     id: ClassVar[str] = "parquet"
     endings: ClassVar[tuple[str, ...]] = (".parquet",)
@@ -68,7 +68,7 @@ class Parquet(_Table):
 
 @SOURCES.register
 class Csv(_Table):
-    """Local csv files with a header line, train*.csv and test*.csv of a folder, or one."""
+    """Local csv file with a header line, or folder of them: train*.csv, test*.csv, perhaps validation*.csv."""
 
     id: ClassVar[str] = "csv"
     endings: ClassVar[tuple[str, ...]] = (".csv",)
@@ -152,4 +152,4 @@ class ImageFolder:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)

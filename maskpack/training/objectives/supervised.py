@@ -85,13 +85,20 @@ class Supervised(Objective):
     @classmethod
     def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
         """Return what `by_class` gives over the examples that can be read."""
+        return by_class(*cls.logits(backbone, examples, head, batch_size))
+
+    @classmethod
+    def logits(
+        cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits that a backbone gives that has an adapter loaded, and the labels."""
         logits, y = cls.outputs(backbone, examples, head, batch_size)
         if int(y.max()) >= logits.shape[1]:
             raise DataError(
                 f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
                 f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
             )
-        return by_class(logits, y)
+        return logits, y
 
     @classmethod
     def outputs(
