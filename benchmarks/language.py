@@ -56,7 +56,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "mask, all + norms": {"top": 1.0},
 }
 WAYS = ("norms", *MASKS, "lora:1", "lora:4", "lora:8")
-ROUNDS, WARM = 8, 2
+ROUNDS, WARM = 4, 1
 
 
 def model() -> Backbone:

@@ -170,7 +170,7 @@ def test_norms_alone(tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.
     said = "the search found no masks that are better than norms and head alone"
     assert not any("masks keep every weight" in one for one in alone.about.training.get("warnings", []))
     monkeypatch.setattr(auto, "candidates", lambda *_, **__: [NORMS])
-    monkeypatch.setattr(auto, "finalists", lambda _: [NORMS])
+    monkeypatch.setattr(auto, "finalists", lambda *_: [NORMS])
     events: list[Mapping[str, Any]] = []
     found = train_auto(tiny_backbone, digits, CONFIG, search_steps=STEPS, report=events.append)
     assert found.parts.masks == alone.parts.masks
