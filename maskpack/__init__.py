@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .runtime.apply import unload_mask
     from .runtime.bank import MaskBank
     from .runtime.cascade import load_cascade
+    from .runtime.exchange import PatchReader, PatchWriter
     from .runtime.identify import identify
     from .runtime.load import load_adapter, load_mask
     from .runtime.stream import load_masked
@@ -42,6 +43,8 @@ _WHERE = {
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "Parts": "adapter.content",
+    "PatchReader": "runtime.exchange",
+    "PatchWriter": "runtime.exchange",
     "Prediction": "adapter.predict",
     "combine": "algebra",
     "fingerprint": "backbone.fingerprint",
@@ -66,6 +69,8 @@ __all__ = [
     "MaskSet",
     "MaskpackError",
     "Parts",
+    "PatchReader",
+    "PatchWriter",
     "Prediction",
     "__version__",
     "combine",

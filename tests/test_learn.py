@@ -176,7 +176,7 @@ def test_the_end_says_what_it_was_worth(tiny: nn.Module, digits: Data) -> None:
     assert result.about.training["warnings"] == warnings
     assert [str(one).split(",")[0] for one in warnings] == [
         "the masks keep every weight",
-        f"the test accuracy is {found['test_accuracy']:.4f}",
+        f"the test accuracy is {100 * found['test_accuracy']:.2f} %",
     ]
     # 4 bits: (8 + 27) + (16 + 72) numbers a rank
     assert result.about.training["lora_bytes"] == {"rank_1_4bit": 17 + 44, "rank_8_4bit": 8 * 123 // 2}

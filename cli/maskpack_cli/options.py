@@ -368,7 +368,7 @@ class Base(Weights):
     ] = None
     device: Device = None
 
-    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
         from maskpack.backbone.remembered import remembered_backbone
 
@@ -392,9 +392,10 @@ class Base(Weights):
                 )
         size = (adapter.about.preprocess or {}).get("size")
         task = next((one for one in TASKS if one == adapter.about.task), None)
-        return placed(
-            maskpack.load_backbone(reference, weights=weights, random_weights=random, image_size=size, task=task)
+        backbone = maskpack.load_backbone(
+            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped, task=task
         )
+        return backbone if mapped else placed(backbone)
 
 
 @group("Backbone")

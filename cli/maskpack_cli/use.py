@@ -1,7 +1,8 @@
-"""maskpack predict | generate | export | eval: an adapter on its backbone."""
+"""maskpack predict | generate | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +26,7 @@ from .options import (
     Overwrite,
     Ref,
     Source,
+    Without,
     check_free,
     verb,
 )
@@ -153,6 +155,31 @@ def export(
     hint(f"Adapter: {adapter.pinned}")
     hint("The weights are in the file whole: it is as large as the backbone.")
     emit({"file": str(output), "tensors": count, "bytes": output.stat().st_size}, f"✓ {output}")
+
+
+@use_verb(
+    "maskpack serve-switch http://localhost:8000 user/mask-chat",
+    "maskpack serve-switch http://localhost:8000 ./patch --in-flight hold",
+    "maskpack serve-switch http://localhost:8000 --off",
+)
+def serve_switch(
+    url: Annotated[str, "Of the vLLM server.", ARGUMENT],
+    trust: Annotated[Source, Without("token")],
+    ref: Annotated[str | None, "As for inspect; a path is the server's.", ARGUMENT] = None,
+    off: Annotated[bool, "Take the adapter off."] = False,
+    in_flight: Annotated[
+        Literal["finish", "hold", "abort"],
+        "What is being answered ends on the old weights first, goes on with the new ones, or is ended.",
+    ] = "finish",
+) -> None:
+    """Switch the adapter of a running vLLM server, or take it off."""
+    from maskpack.runtime.serve import switch_server
+
+    if (ref is None) != off:
+        raise ConfigError("give the adapter to switch to, or --off to take off the one that is on; one of the two")
+    done = switch_server(url, ref, in_flight=in_flight, **vars(trust))
+    seconds = {name: round(value, 3) for name, value in asdict(done).items() if name.endswith("_s")}
+    emit(asdict(done), f"✓ {done.ref or 'base'}, after a pause of {done.pause_s * 1000:.0f} ms", seconds)
 
 
 @use_verb(

@@ -89,12 +89,14 @@ class About:
         task: the Hub's name of what the network does, as in "image-classification".
         class_names: one for each row of the head. preprocess: how inputs are prepared, with a `kind`.
         training: the training record.
+        result: of a patch, the digests of the body that it makes, as `Fingerprint.digests`.
     """
 
     task: str | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
+    result: Mapping[str, str] | None = None
 
     __repr__ = short_repr
 

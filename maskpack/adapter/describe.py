@@ -40,6 +40,7 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
         "class_names": None if about.class_names is None else list(about.class_names),
         "preprocess": about.preprocess,
         "training": about.training,
+        **({} if about.result is None else {"result": dict(about.result)}),
         "weights": weights,
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,

@@ -136,6 +136,7 @@ HEADER = {
     "preprocess?": fields.OBJECT,
     "training?": fields.OBJECT,
     "cascade?": record(CASCADE),
+    "result?": record(dict.fromkeys(CASTS, DIGEST)),
 }
 
 
@@ -339,7 +340,7 @@ class Header:
             value["cascade"] = self.cascade
         if self.tensors:
             value["tensors"] = {name: [dtype, *shape] for name, (dtype, shape) in self.tensors.items()}
-        for key in ("task", "class_names", "preprocess", "training"):
+        for key in ("task", "class_names", "preprocess", "training", "result"):
             if (member := getattr(self.about, key)) is not None:
                 try:
                     value[key] = json.loads(canonical_json(member))
@@ -383,4 +384,5 @@ def _about(found: Mapping[str, Any]) -> About:
             preprocess_from_json(preprocess)
         except ConfigError as error:
             raise CorruptAdapterError(f"$.{error}; fetch the file again") from None
-    return About(found.get("task"), None if names is None else tuple(names), preprocess, found.get("training"))
+    names = None if names is None else tuple(names)
+    return About(found.get("task"), names, preprocess, found.get("training"), found.get("result"))

@@ -83,12 +83,16 @@ class Steps:
         return tensor_of(memoryview(words.tobytes()), self.name, tuple(words.shape))
 
 
-def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
-    """Return the weights, flat on the CPU, at the zeros of a mask."""
+def places_of_zeros(bits: bitarray) -> Tensor:
+    """Return the flat positions of the zeros of a mask, in order, on the CPU."""
     import torch
 
-    at = where_ones(flipped(packed_bits(bits), len(bits)))
-    return weight.detach().cpu().reshape(-1)[torch.from_numpy(at)]
+    return torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))))
+
+
+def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
+    """Return the weights, flat on the CPU, at the zeros of a mask."""
+    return weight.detach().cpu().reshape(-1)[places_of_zeros(bits)]
 
 
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:

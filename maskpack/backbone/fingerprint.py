@@ -204,7 +204,22 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
 def fingerprint_of(tensors: Mapping[str, Tensor], id: str, revision: str | None, head: tuple[str, ...]) -> Fingerprint:
     """As `fingerprint`, of the tensors of a body."""
-    each = {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+    return joined_digests(tensors, all_digests(tensors), id, revision, head)
+
+
+def all_digests(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, bytes]]:
+    """Return the digests of tensors by the dtype that they are cast to, and by name."""
+    return {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+
+
+def joined_digests(
+    tensors: Mapping[str, Tensor],
+    each: Mapping[str, Mapping[str, bytes]],
+    id: str,
+    revision: str | None = None,
+    head: tuple[str, ...] = (),
+) -> Fingerprint:
+    """As `fingerprint`, of the tensors of a body, which may be on the meta device, with `all_digests` of them."""
     digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
     prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
@@ -252,11 +267,16 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    tied: dict[str, list[str]] = {}
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied(model))
+
+
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """Return, of each parameter that has several names, the others by its first."""
+    found: dict[str, list[str]] = {}
     for name, first in aliases(model).items():
         if name != first:
-            tied.setdefault(first, []).append(name)
-    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied)
+            found.setdefault(first, []).append(name)
+    return found
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:

@@ -16,7 +16,7 @@ from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
-from ..safetensors_io import read_tensors, write_tensors
+from ..safetensors_io import SUFFIX, read_tensors, write_tensors
 from .model import (
     Embedding,
     Head,
@@ -26,6 +26,7 @@ from .model import (
     named_buffers,
     named_parameters,
     same_size_int,
+    slots,
     swap_module,
     tied_outputs,
     unwrap,
@@ -133,21 +134,33 @@ def export_state(
 COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is computed
 
 
-def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
+def load_weights(model: nn.Module, path: str | Path, head: str | None = None, mapped: bool = False) -> None:
     """Load a safetensors state dict into a model, strictly; its head may have other classes in the file.
 
-    `path` is a file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
+    `path` is a file, the index of one in several files (`*.safetensors.index.json`), or a folder of either. With
+    `mapped` the file's tensors become the model's, in their dtypes; they are read from the file where they are used.
     """
-    load_tensors(model, read_tensors(path), path, head)
+    load_tensors(model, read_tensors(path), path, head, mapped)
 
 
-def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
+def load_tensors(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None, mapped: bool = False
+) -> None:
     """Load the tensors of a state dict, which came from `path`; as `load_weights`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if head is not None:
         fit_head(model, head, shapes)
     stored = sources(model, shapes, path)
     model = unwrap(model)
+    if mapped:
+        parameters = dict[str, nn.Parameter]()  # by source: tied ones stay one
+        for name, (owner, leaf) in slots(model):
+            if (source := stored.get(name)) is not None:
+                own = state[source]
+                if isinstance(owner[leaf], nn.Parameter):
+                    own = parameters.setdefault(source, nn.Parameter(own, own.is_floating_point()))
+                owner[leaf] = own
+        return
     wanted = {name: stored.get(canonical(name)) for name in model.state_dict()}
     model.load_state_dict({name: state[source] for name, source in wanted.items() if source is not None}, strict=True)
 
@@ -295,6 +308,25 @@ def _transformers(name: str, pretrained: bool, image_size: int | None, task: Tas
         return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
 
+def _mapped_folder(name: str, image_size: int | None, task: TaskName | None) -> Backbone | None:
+    """Return the backbone of a folder with its weights left in the file; None if they do not fit by their names.
+
+    As `from_pretrained` has it, all names may have the model's prefix in front, and others are left out.
+    """
+    if not any(Path(name).glob(f"*{SUFFIX}")):
+        return None
+    with torch.device("meta"):
+        backbone = _transformers(name, False, image_size, task)
+    prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(name)
+    own = {canonical(one) for one in backbone.model.state_dict()}
+    names = {one: next((n for n in (one, one.removeprefix(prefix), prefix + one) if n in own), None) for one in state}
+    try:
+        load_tensors(backbone.model, {n: state[one] for one, n in names.items() if n}, name, mapped=True)
+    except BackboneError:  # of a layout that transformers converts
+        return None
+    return backbone
+
+
 def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
     resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
     crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
@@ -350,6 +382,7 @@ def load_backbone(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    mapped: bool = False,
     task: TaskName | None = None,
     tokens: int | None = None,
 ) -> Backbone:
@@ -364,6 +397,8 @@ def load_backbone(
             "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
         head: dotted name of the head, if it cannot be found.
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
+        mapped: leave weights that are in a file on this disk (`weights`, or of `hf/FOLDER`) there, in its dtypes, and
+            read them where they are used: for what looks at each tensor once. The model cannot compute.
         task: what a backbone for texts is for; default: text classification.
         tokens: of a text, at most, or of a block of texts; default: 128, or fewer if the backbone takes fewer.
 
@@ -383,7 +418,13 @@ def load_backbone(
             if random_weights is not None:
                 torch.manual_seed(seed)
             loader, name = _loader(reference)
-            backbone = loader(name, weights is None and random_weights is None, image_size, task)
+            pretrained = weights is None and random_weights is None
+            backbone = (
+                _mapped_folder(name, image_size, task) if mapped and pretrained and loader is _transformers else None
+            )
+            if backbone is None:
+                with torch.device("meta") if mapped and weights is not None else nullcontext():
+                    backbone = loader(name, pretrained, image_size, task)
         except MaskpackError:
             raise
         except UnreachableError as error:
@@ -420,7 +461,7 @@ def load_backbone(
     if (backbone.embedding.pooling is None and backbone.task != "text-generation") or head is not None:
         backbone = replace(backbone, embedding=Embedding(find_head(backbone.model, head)))
     if weights is not None:
-        load_weights(backbone.model, weights, backbone.head)
+        load_weights(backbone.model, weights, backbone.head, mapped)
     backbone.model.eval()
     return backbone
 
