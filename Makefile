@@ -159,6 +159,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
 
+language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
+	$(RUN) benchmarks.language
+	$(BIN)/python -m benchmarks.language --write docs/language-models.md
+
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
