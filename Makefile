@@ -115,6 +115,9 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 
+gallery: $(VENV)/.installed ## the adapters of docs/gallery, with cards, reports and pictures: ten minutes of one core
+	$(RUN) benchmarks.gallery
+
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results/comparison.md
@@ -155,6 +158,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
+
+language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
+	$(RUN) benchmarks.language
+	$(BIN)/python -m benchmarks.language --write docs/language-models.md
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'

@@ -131,13 +131,15 @@ def test_rates_of_scores_head_and_norms(tiny: nn.Module, digits: Data) -> None:
 def test_a_score_can_move_far_enough_in_any_number_of_steps(
     steps: int, schedule: Literal["cosine", "constant"]
 ) -> None:
-    config = TrainConfig(distance=3.0, schedule=schedule)
+    config = TrainConfig(schedule=schedule)
     rate, small = config.score_lr(steps, 1_000_001), config.score_lr(steps, 1_000_000)
     moved = sum(rate * learning_rate(config, step, steps) for step in range(steps))
-    assert moved == pytest.approx(3.0) if steps <= 7 else moved >= 3.0
+    assert moved == pytest.approx(2.0) if steps <= 7 else moved >= 2.0
     assert (rate, small) == ((0.05, 0.1) if steps > 7 else (rate, rate)), "a longer run has no lower rate"
     assert rate >= 0.05
     assert replace(config, lr=0.5).score_lr(steps, 0) == 0.5
+    exact = replace(config, distance=1.1).score_lr(steps, 0)
+    assert sum(exact * learning_rate(config, step, steps) for step in range(steps)) == pytest.approx(1.1)
 
 
 def test_a_head_that_starts_as_the_probe(tiny: nn.Module, digits: Data) -> None:
