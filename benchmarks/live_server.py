@@ -17,7 +17,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -78,7 +77,7 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
         )
     try:
         while True:
-            if process.poll() is not None or time.perf_counter() - begun > 300:
+            if process.poll() is not None or time.perf_counter() - begun > 1200:
                 raise SystemExit((model.parent / "server.log").read_text()[-3000:])
             try:
                 token(url)
@@ -155,70 +154,58 @@ def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
-def first_token(url: str, right: str, model: str = "base") -> float:
+def first_token(url: str) -> float:
     begun = time.perf_counter()
-    found = token(url, model)
-    seconds = time.perf_counter() - begun
-    if not right.startswith(found):
-        raise SystemExit(f"the server says {found!r}, not {right!r}")
-    return seconds
+    token(url)
+    return time.perf_counter() - begun
 
 
-def answers() -> dict[str, str]:
-    """Return what the servers of the merged checkpoints say, by adapter."""
-    return {name: trial(NAME, {"what": f"new server, merged {name}"}, partial(started, name))["says"] for name in KINDS}
-
-
-def started(name: str) -> dict[str, Any]:
-    """Start a server on a merged checkpoint."""
-    path = prepared()[f"merged {name}"]
-    with serving(path, *ENGINE) as (url, start):
-        return {"pause": start, "total": start, "bytes": size(path), "says": token(url, count=8)}
-
-
-def switched() -> list[dict[str, Any]]:
-    """Switch masks and patches on one server."""
-    paths, wanted = prepared(), dict[str | None, str](answers())
-    with serving(paths["base"], *ENGINE) as (url, _):
-        wanted[None] = token(url, count=8)
+def served() -> list[dict[str, Any]]:
+    """Switch masks and patches on a server, then let it read the merged checkpoints, which is vLLM's own way."""
+    paths, says = prepared(), dict[str | None, str]()
+    with serving(paths["base"], *ENGINE) as (url, start):
+        says[None] = token(url, count=8)
         begun = time.perf_counter()
         post(f"{url}/init_weight_transfer_engine", {"init_info": {}})
-        found: list[dict[str, Any]] = [{"what": "look at the memory, once", "pause": time.perf_counter() - begun}]
+        found: list[dict[str, Any]] = [
+            {"what": "start of a server", "total": start},
+            {"what": "look at the server's memory, once", "pause": time.perf_counter() - begun},
+        ]
 
         def once(name: str | None) -> dict[str, Any]:
             begun = time.perf_counter()
             done = switch_server(url, None if name is None else paths[name])
-            right = first_token(url, wanted[name])
-            total = time.perf_counter() - begun
-            return {"prepare": done.prepare_s, "pause": done.pause_s, "first token": right, "total": total}
+            first, total = first_token(url), time.perf_counter() - begun
+            answer = token(url, count=8)
+            if says.setdefault(name, answer) != answer:
+                raise SystemExit(f"with {name} the server says {answer!r}, not {says[name]!r}")
+            return {"prepare": done.prepare_s, "pause": done.pause_s, "first token": first, "total": total}
 
         for name in KINDS:
             found.append({"what": f"base to {name}, first time", **once(name), "bytes": size(paths[name])})
             once(None)
         ways = {"base to mask": "mask", "mask to patch": "patch", "patch to base": None}
         rounds = [{what: once(name) for what, name in ways.items()} for _ in range(TIMES)]
-        return found + [{"what": what, **medians([one[what] for one in rounds])} for what in ways]
+        found += [{"what": what, **medians([one[what] for one in rounds])} for what in ways]
 
-
-def reloaded() -> dict[str, Any]:
-    """Let a server read the merged checkpoints, which is vLLM's own way."""
-    paths, wanted = prepared(), answers()
-    with serving(paths["base"], *ENGINE) as (url, _):
-
-        def once(name: str) -> dict[str, float]:
+        def reload(name: str) -> dict[str, float]:
             begun = time.perf_counter()
             post(f"{url}/pause?mode=wait")
             paused = time.perf_counter()
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(paths[f"merged {name}"].resolve())}}
             post(f"{url}/collective_rpc", body)
             post(f"{url}/resume")
-            pause = time.perf_counter() - paused
-            right = first_token(url, wanted[name])
-            return {"pause": pause, "first token": right, "total": time.perf_counter() - begun}
+            pause, first = time.perf_counter() - paused, first_token(url)
+            total, answer = time.perf_counter() - begun, token(url, count=8)
+            if answer != says[name]:
+                raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
+            return {"pause": pause, "first token": first, "total": total}
 
-        once("patch")
-        rounds = [once(name) for _ in range(TIMES) for name in KINDS]
-        return {**medians(rounds), "bytes": size(paths["merged mask"])}
+        rounds = [reload(name) for _ in range(TIMES) for name in KINDS]
+        return [
+            *found,
+            {"what": "reload of the merged checkpoint", **medians(rounds), "bytes": size(paths["merged mask"])},
+        ]
 
 
 def hot_loaded() -> dict[str, Any]:
@@ -239,16 +226,14 @@ def hot_loaded() -> dict[str, Any]:
         return {**medians([once() for _ in range(TIMES)]), "bytes": size(paths["lora"])}
 
 
-def switch_all() -> None:
+def measure_server() -> None:
     if not trials(NAME, what="base to mask"):
-        for one in switched():
+        for one in served():
             record(NAME, {"what": one.pop("what")}, one)
 
 
 JOBS: dict[str, Callable[[], object]] = {
-    "new": answers,
-    "switch": switch_all,
-    "reload": lambda: trial(NAME, {"what": "reload of the merged checkpoint"}, reloaded),
+    "server": measure_server,
     "lora": lambda: trial(NAME, {"what": "LoRA r = 8, hot loading"}, hot_loaded),
 }
 
