@@ -86,8 +86,8 @@ def compared(
         if wanted <= {(one["labels_fraction"], one["seed"]) for one in found}:
             continue
         for one in trials(experiment, comparison=name, baseline=baseline):  # of runs whose folders are gone
-            given = [one[key] for key in ("seed", "labels_fraction", "rate")]
-            path = result_file(RUNS / experiment / name, baseline, *given, one.get("bn"), one["search"])
+            of = (one["seed"], one["labels_fraction"], one["rate"], one.get("bn"), one["search"])
+            path = result_file(RUNS / experiment / name, baseline, *of)
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, one["result"])
