@@ -201,10 +201,10 @@ def served() -> list[dict[str, Any]]:
                 raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
             return {"pause": pause, "first token": first, "total": total}
 
-        rounds = [reload(name) for _ in range(TIMES) for name in KINDS]
+        reloads = [reload(name) for _ in range(TIMES) for name in KINDS]
         return [
             *found,
-            {"what": "reload of the merged checkpoint", **medians(rounds), "bytes": size(paths["merged mask"])},
+            {"what": "reload of the merged checkpoint", **medians(reloads), "bytes": size(paths["merged mask"])},
         ]
 
 
