@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +296,43 @@ def test_command_line(tmp_path: Path) -> None:
     refused = run("pack", dense, "--from", "checkpoint", "--backbone", BACKBONE[1], "--output", tmp_path / "x")
     assert refused.exit_code in (0, 1)
     assert read_adapter(out).header.base.head == ()
+
+
+def test_only_the_largest_changes(tmp_path: Path) -> None:
+    def packed(*options: object) -> dict[str, Any]:
+        out = tmp_path / "-".join(map(str, options)) if options else tmp_path / "all"
+        words = ["pack", tuned, "--from", "checkpoint", *BACKBONE, *options, "--output", out, "--json"]
+        done = CliRunner().invoke(app, [str(one) for one in words])
+        assert done.exit_code == 0, done.output
+        return {**json.loads(done.stdout), "adapter": read_adapter(out)}
+
+    from maskpack.backbone.load import load_backbone
+
+    model = load_backbone(BACKBONE[1], random_weights=0).model
+    before, tuned = dict(copy.deepcopy(model).named_parameters()), tmp_path / "tuned.safetensors"
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    save_file(model.state_dict(), tuned)
+    whole, few = packed(), packed("--keep", 0.1)
+    changes = torch.cat([(p - before[n]).abs().flatten() for n, p in model.named_parameters()]).detach()
+    assert whole["adapter"].about.result is not None
+    assert few["adapter"].about.result is None
+    assert few["changes"] == int((changes > 0).sum())
+    assert 0.09 * few["changes"] < few["kept_changes"] <= 0.1 * few["changes"]
+    largest = changes.sort().values[: -few["kept_changes"]]
+    assert abs(few["error"] - float(largest.norm() / changes.norm())) < 1e-3
+    base = load_backbone(BACKBONE[1], random_weights=0).model
+    load_mask(base, few["adapter"])
+    for name, parameter in base.named_parameters():
+        wanted, now = model.get_parameter(name), parameter.detach()
+        assert bool(((now == wanted) | (now == before[name])).all())
+    budget = whole["file_bytes"] // 4
+    limited = packed("--budget", budget)
+    assert 0.8 * budget < limited["file_bytes"] <= budget
+    assert few["error"] != limited["error"]
+    for wrong in (["--keep", "0"], ["--keep", "1.5"], ["--budget", "200"]):
+        words = ["pack", str(tuned), "--from", "checkpoint", *BACKBONE, *wrong, "--output", str(tmp_path / "no")]
+        assert CliRunner().invoke(app, words).exit_code in (1, 2)
+        assert not (tmp_path / "no").exists()
