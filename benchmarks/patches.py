@@ -9,7 +9,7 @@ whole model is coded where that takes minutes; three of its 30 layers (10.6 of 1
 """
 
 import gc
-import itertools
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import bsdiff4
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from zstandard import ZstdCompressor, ZstdDecompressor
 from maskpack import MaskSet, Parts, save_adapter
 from maskpack.adapter.values import Steps, places_of_zeros
 from maskpack.backbone.fingerprint import fingerprint_of
+from maskpack.codecs import ulps
 from maskpack.mask import PackedMask
 from maskpack.safetensors_io import Made, open_tensors
 
@@ -36,6 +36,7 @@ from .report import NOTHING, command, table, write_between
 NAME = "patches"
 MARK = "python -m benchmarks.patches --write docs/results/patches.md"
 BASE, FOLDER = Path("runs/smollm2"), Path("runs/pairs")
+VALUES = "values"
 SCOPES = ("three layers", "whole")
 LAYERS = tuple(f"model.layers.{k}." for k in (0, 14, 29))
 Weights = Mapping[str, Tensor]
@@ -94,9 +95,8 @@ def ungaps(data: bytes, base: Any) -> Any:
 
 
 def arc(name: str) -> Coder:
-    import fireworks_delta_compression as arcs
-    from fireworks_delta_compression.backends import arc3
-
+    arcs: Any = importlib.import_module("fireworks_delta_compression")
+    arc3: Any = importlib.import_module("fireworks_delta_compression.backends.arc3")
     arc3._CANDIDATE_WAIT_MULTIPLIER = 1e9  # it may try all that it has, however long that takes
 
     def tensor(own: Any) -> Tensor:
@@ -117,16 +117,20 @@ def arc(name: str) -> Coder:
     return Coder(encode, decode)
 
 
+def bsdiff(library: Any) -> Coder:
+    def decode(data: bytes, base: Any) -> Any:
+        return np.frombuffer(library.patch(base.tobytes(), data), np.uint16)
+
+    return Coder(lambda base, tuned: bytes(library.diff(base.tobytes(), tuned.tobytes())), decode)
+
+
 CODERS: dict[str, Callable[[], Coder]] = {
     "arc_v3": lambda: arc("arc_v3"),
     "arc_v2": lambda: arc("arc_v2"),
     "XOR, zstd -19": lambda: Coder(lambda b, t: zstd(19, (b ^ t).tobytes()), lambda data, b: unzstd(data) ^ b),
     "int32 index, value": lambda: Coder(indexed, unindexed),
     "16-bit gap, value": lambda: Coder(gaps, ungaps),
-    "bsdiff": lambda: Coder(
-        lambda b, t: bsdiff4.diff(b.tobytes(), t.tobytes()),
-        lambda data, b: np.frombuffer(bsdiff4.patch(b.tobytes(), data), np.uint16),
-    ),
+    "bsdiff": lambda: bsdiff(importlib.import_module("bsdiff4")),
     "tuned weights, zstd -3": lambda: Coder(lambda b, t: zstd(3, t.tobytes()), lambda data, b: unzstd(data)),
 }
 OURS = {"maskpack": "max", "maskpack, profile default": "default"}
@@ -214,35 +218,70 @@ def run(pair: str, scope: str) -> None:
         trial(NAME, {"pair": pair, "scope": scope, "coder": coder}, partial(measure, pair, scope, coder))
 
 
+def simulated() -> dict[str, Any]:
+    """Code and decode values of a simulated step, without positions: what an optimiser adds is as large for all."""
+    rng, runs = np.random.default_rng(0), list[tuple[float, float]]()
+    masters = (rng.standard_normal(8_000_000) * 0.02).astype(np.float32)
+    base = (masters.view(np.uint32) >> 16).astype(np.uint16)
+    moved = masters + rng.standard_normal(masters.size).astype(np.float32) * np.float32(2e-5)
+    values = ((moved.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+    base, values = base[values != base], values[values != base]
+    for _ in range(9):
+        start = time.process_time()
+        data = ulps.encode("BF16", base, values)
+        middle = time.process_time()
+        found = ulps.decode(data, base)
+        runs.append((middle - start, time.process_time() - middle))
+        assert np.array_equal(found, values)
+    encode, decode = np.median(np.array(runs), 0).tolist()
+    return {"changed": base.size, "bytes": len(data), "encode": encode, "decode": decode}
+
+
 def page(path: Path) -> None:
     found = trials(NAME)
     by_pair = {(one["pair"], one["scope"], one["coder"]): one["result"] for one in found}
     text = ""
-    for scope, coders in (("whole", QUICK), ("three layers", (*OURS, *CODERS))):
+    for scope, coders in zip(SCOPES, ((*OURS, *CODERS), QUICK), strict=True):
         rows = []
         for pair in PAIRS:
             ours = by_pair.get((pair, scope, "maskpack"))
-            if ours is None:
-                continue
-            sizes = [by_pair.get((pair, scope, coder)) for coder in coders]
-            bits = ["" if one is None else f"{8 * one['bytes'] / ours['changed']:.2f}" for one in sizes]
-            rows.append([pair, f"{100 * ours['changed'] / ours['weights']:.2f} %", *bits])
+            if ours is not None:
+                sizes = [by_pair.get((pair, scope, coder)) for coder in coders]
+                bits = ["" if one is None else f"{8 * one['bytes'] / ours['changed']:.2f}" for one in sizes]
+                share = f"{100 * ours['changed'] / ours['weights']:.2f} %"
+                rows.append([pair, share, f"{8 * ours['values'] / ours['changed']:.2f}", *bits])
         if rows:
             text += f"Bits for each weight that changed, {'the whole model' if scope == 'whole' else scope}:\n\n"
-            text += table(("pair", "changed", *coders), rows, 1) + "\n"
+            text += table(("pair", "changed", "values in maskpack's", *coders), rows, 1) + "\n"
+    ratios = []
+    for rival in ("arc_v3", "XOR, zstd -19"):
+        own = [
+            one["bytes"] / other["bytes"]
+            for (pair, scope, coder), one in by_pair.items()
+            if coder == "maskpack" and (other := by_pair.get((pair, scope, rival))) is not None
+        ]
+        if own:
+            ratios.append(f"{min(own):.2f} to {max(own):.2f} of {rival}")
+    text += f"maskpack's bytes are {' and '.join(ratios)}.\n\n" if ratios else ""
     rows = []
     for coder in (*OURS, *CODERS):
-        own = [one["result"] for one in found if one["coder"] == coder and one["scope"] == "three layers"]
-        if own:
-            rates = [[one["changed_bytes"] / max(one[key], 1e-9) / 1e6 for one in own] for key in ("encode", "decode")]
-            weights = [[one["weights"] / max(one[key], 1e-9) / 1e6 for one in own] for key in ("encode", "decode")]
-            rows.append([coder, *(f"{np.median(one):.3g}" for one in itertools.chain(weights, rates))])
+        own_rows = [one["result"] for one in found if one["coder"] == coder and one["scope"] == SCOPES[0]]
+        rates = [[one["weights"] / max(one[key], 1e-9) / 1e6 for one in own_rows] for key in ("encode", "decode")]
+        if own_rows:
+            rows.append([coder, *(f"{np.median(one):.3g}" for one in rates)])
     if rows:
-        columns = ("coder", "coding, M weights/s", "decoding", "coding, MB of changed weights/s", "decoding")
-        text += "Medians over the pairs, three layers, seconds of the processor:\n\n" + table(columns, rows, 1)
+        columns = ("coder", "coding", "decoding")
+        text += "Millions of weights a second of one core, medians over the pairs, three layers:\n\n"
+        text += table(columns, rows, 1)
+    for one in (one["result"] for one in found if one["scope"] == VALUES):
+        rates = [f"{2 * one['changed'] / one[key] / 1e6:.0f}" for key in ("encode", "decode")]
+        bits = f"{8 * one['bytes'] / one['changed']:.2f}"
+        text += f"\nValues alone, without positions, of a simulated step ({one['changed']:,} changed weights): "
+        text += f"coded at {rates[0]} and decoded at {rates[1]} MB of them a second, {bits} bits each.\n"
     write_between(path, MARK, text or NOTHING)
 
 
 if __name__ == "__main__":
     jobs = {f"{pair}, {scope}": partial(run, pair, scope) for scope in SCOPES for pair in PAIRS}
-    command(__doc__, jobs, page)
+    about = {"pair": "simulated step", "scope": VALUES, "coder": "maskpack"}
+    command(__doc__, {VALUES: partial(trial, NAME, about, simulated), **jobs}, page)
