@@ -302,7 +302,7 @@ def pack(
     if source != "checkpoint" and (less.keep, less.budget) != (None, None):
         raise ConfigError(f"--keep and --budget are for --from checkpoint, and this is --from {source}; leave them out")
     check_free(output, overwrite)
-    loaded = backbone.load(mapped=source == "checkpoint")
+    loaded = backbone.load(mapped=source in ("checkpoint", "wsp"))
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
     check_masks(loaded.model, found.shapes)
