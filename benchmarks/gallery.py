@@ -90,8 +90,8 @@ def page() -> Iterator[str]:
     for name, one in found.items():
         yield f"| [{name}]({name}/README.md) | {one['base']['id']} | {' | '.join(figures(one))} |"
     yield (
-        "\nAccuracies are of the test split. Masks taken out: head, norms and statistics stay. LoRA: bytes for the same "
-        "weights at 4 bits a number, without a\nhead; it was not trained here, see "
+        "\nAccuracies are of the test split. Masks taken out: head, norms and statistics stay. LoRA: bytes for the "
+        "same weights at 4 bits a number, without a\nhead; it was not trained here, see "
         "[accuracy over bytes](../results/frontier.md).\n"
     )
     for name in found:
