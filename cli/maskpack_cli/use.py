@@ -1,7 +1,8 @@
-"""maskpack predict | export | eval: an adapter on its backbone."""
+"""maskpack predict | generate | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,7 @@ from maskpack.errors import ConfigError, DataError
 from .console import app, emit, hint, note, reading, say, table
 from .options import (
     ARGUMENT,
+    POSITIVE,
     AnyBase,
     Base,
     BatchSize,
@@ -24,6 +26,7 @@ from .options import (
     Overwrite,
     Ref,
     Source,
+    Without,
     check_free,
     verb,
 )
@@ -56,7 +59,7 @@ def predict(ref: Ref, base: Base, trust: Source, files: Files = (), text: Texts 
     adapter = trust.load(ref)
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
-    inputs = _inputs(files, text, adapter.about.task == "text-classification")
+    inputs = _inputs(files, text, (adapter.about.preprocess or {}).get("kind") == "text")
     backbone = base.of(adapter)
     together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
     if together is None:
@@ -101,6 +104,30 @@ def _inputs(files: tuple[str, ...], texts: tuple[str, ...], are_texts: bool) -> 
     return found
 
 
+@use_verb('maskpack generate user/mask-chats --prompt "What is the capital of France?"')
+def generate(
+    ref: Ref,
+    prompt: Annotated[tuple[str, ...], "What the text begins with, or what a user says to a chat."],
+    base: Base,
+    trust: Source,
+    tokens: Annotated[int, "New tokens, at most.", POSITIVE] = 256,
+    temperature: Annotated[float, "0: the most likely token each time; else sampled at this temperature."] = 0.0,
+    seed: Annotated[int, "Of what is sampled."] = 0,
+) -> None:
+    """Generate text with a language model that has an adapter loaded."""
+    import torch
+
+    adapter = trust.load(ref)
+    backbone = base.of(adapter)
+    maskpack.load_mask(backbone.model, adapter)
+    hint(f"Adapter: {adapter.pinned}")
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
+    texts = adapter.generate(backbone.model, prompt, **options)
+    emit({"generated": [{"prompt": one, "text": text} for one, text in zip(prompt, texts, strict=True)]})
+    say(*texts)
+
+
 @use_verb("maskpack export user/mask-flowers --output flowers.safetensors")
 def export(
     ref: Ref,
@@ -131,6 +158,31 @@ def export(
 
 
 @use_verb(
+    "maskpack serve-switch http://localhost:8000 user/mask-chat",
+    "maskpack serve-switch http://localhost:8000 ./patch --in-flight hold",
+    "maskpack serve-switch http://localhost:8000 --off",
+)
+def serve_switch(
+    url: Annotated[str, "Of the vLLM server.", ARGUMENT],
+    trust: Annotated[Source, Without("token")],
+    ref: Annotated[str | None, "As for inspect; a path is the server's.", ARGUMENT] = None,
+    off: Annotated[bool, "Take the adapter off."] = False,
+    in_flight: Annotated[
+        Literal["finish", "hold", "abort"],
+        "What is being answered ends on the old weights first, goes on with the new ones, or is ended.",
+    ] = "finish",
+) -> None:
+    """Switch the adapter of a running vLLM server, or take it off."""
+    from maskpack.runtime.serve import switch_server
+
+    if (ref is None) != off:
+        raise ConfigError("give the adapter to switch to, or --off to take off the one that is on; one of the two")
+    done = switch_server(url, ref, in_flight=in_flight, **vars(trust))
+    seconds = {name: round(value, 3) for name, value in asdict(done).items() if name.endswith("_s")}
+    emit(asdict(done), f"✓ {done.ref or 'base'}, after a pause of {done.pause_s * 1000:.0f} ms", seconds)
+
+
+@use_verb(
     "maskpack eval user/mask-flowers --data ./flowers",
     "maskpack eval ./mask --data ./flowers --knn --probe --labels-fraction 1 --labels-fraction 0.01",
     "maskpack eval --backbone timm/resnet18.a1_in1k --data ./flowers --probe --json",
@@ -147,11 +199,17 @@ def evaluate(
     labels_fraction: Annotated[tuple[float, ...], "Share of the training rows for k-NN and probe. Default: 1."] = (),
     mode: Mode = "target",
     split: Annotated[Literal["test", "train"], "train is for the head."] = "test",
+    answers: Annotated[
+        int | None,
+        "Of a language model: also generate answers to so many prompts, and count those whose last number is right.",
+        POSITIVE,
+    ] = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Measure an adapter's accuracy on a data set, and the features of an adapter or of a backbone alone."""
-    from maskpack.training.evaluate import adapter_accuracy, as_loaded, source_classes
+    """Measure an adapter on a data set (accuracy, perplexity), and features of an adapter or of a backbone alone."""
+    from maskpack.training.evaluate import adapter_figures, as_loaded, source_classes
     from maskpack.training.features import measure_features
+    from maskpack.training.objectives.language import exact_answers
 
     wanted: dict[Measure, bool] = {"knn": knn, "probe": probe}
     measures = [name for name, is_wanted in wanted.items() if is_wanted]
@@ -174,7 +232,7 @@ def evaluate(
         maskpack.load_mask(model.model, adapter, mode=mode)
         model = as_loaded(model, adapter)
         names = source_classes(adapter) if mode == "source" else adapter.about.class_names
-    read = training.load_data(data, class_names=names, **vars(columns))
+    read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,
         "backbone": model.id,
@@ -187,7 +245,9 @@ def evaluate(
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …")
         with reading("evaluating, batches"):
-            result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
+            result |= adapter_figures(model, adapter, rows, batch_size=batch_size)
+        if answers is not None:
+            result["exact_answers"] = exact_answers(model, rows, answers, batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
         with reading("features, batches"):
@@ -195,7 +255,8 @@ def evaluate(
             result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
-    _tables(result)
+    if result["class_names"] and ("per_class" in result or "features" in result):
+        _tables(result)
 
 
 @use_verb(

@@ -267,11 +267,16 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    tied: dict[str, list[str]] = {}
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied(model))
+
+
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """Return, of each parameter that has several names, the others by its first."""
+    found: dict[str, list[str]] = {}
     for name, first in aliases(model).items():
         if name != first:
-            tied.setdefault(first, []).append(name)
-    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied)
+            found.setdefault(first, []).append(name)
+    return found
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:

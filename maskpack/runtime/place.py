@@ -36,6 +36,20 @@ def view(model: nn.Module, place: Place) -> nn.Module:
     return found
 
 
+def module_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a module whose parameters have these dotted names, and the memory of these tensors."""
+    found = nn.Module()
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        inner = found
+        for part in path:
+            if part not in inner._modules:
+                inner._modules[part] = nn.Module()
+            inner = inner.get_submodule(part)
+        inner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+    return found
+
+
 def find_place(model: nn.Module, base: Fingerprint, shapes: Mapping[str, Shape]) -> Place:
     """Return where the parameters stand that an adapter's masks, of these shapes, are for; by default at the top.
 

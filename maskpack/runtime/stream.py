@@ -21,6 +21,7 @@ from ..mask import MaskSet
 from ..safetensors_io import open_tensors
 from .apply import Model, applied, apply_parts, check_masks, forget
 from .load import HeadChoice, Mode, Reference, Verify, check_choices, checked, load_adapter, loaded_parts, removing
+from .place import module_of
 
 
 def load_masked(
@@ -75,7 +76,7 @@ def load_masked(
     base = _Base(Path(weights), whole, adapter.base.head)
     # parameters that take no memory
     empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
-    check_masks(_module(empty), shapes)
+    check_masks(module_of(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
     compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
     masks = adapter.parts(base=base, stream=True).masks
@@ -95,7 +96,7 @@ def load_masked(
             base.let_go()
             if masked is not None:
                 kept = MaskSet(own if mode == "target" else dict(removing(own.items())))
-                apply_parts(_module({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
+                apply_parts(module_of({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
         if verify != "off":
             found = fingerprint.Measured(of_body, digests)
@@ -213,13 +214,6 @@ def _computed(model: nn.Module, lost: Iterable[str]) -> dict[str, Tensor]:
             if bool((value.isnan() if value.is_floating_point() else value == torch.iinfo(value.dtype).min).any()):
                 del found[name]
     return found
-
-
-def _module(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module whose parameters have these dotted names, and the memory of these tensors."""
-    module = nn.Module()
-    module._parameters.update({name: nn.Parameter(tensor, False) for name, tensor in tensors.items()})
-    return module
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
