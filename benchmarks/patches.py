@@ -274,10 +274,10 @@ def page(path: Path) -> None:
         text += "Millions of weights a second of one core, medians over the pairs, three layers:\n\n"
         text += table(columns, rows, 1)
     for one in (one["result"] for one in found if one["scope"] == VALUES):
-        rates = [f"{2 * one['changed'] / one[key] / 1e6:.0f}" for key in ("encode", "decode")]
-        bits = f"{8 * one['bytes'] / one['changed']:.2f}"
+        coded, decoded = (f"{2 * one['changed'] / one[key] / 1e6:.0f}" for key in ("encode", "decode"))
+        each = f"{8 * one['bytes'] / one['changed']:.2f}"
         text += f"\nValues alone, without positions, of a simulated step ({one['changed']:,} changed weights): "
-        text += f"coded at {rates[0]} and decoded at {rates[1]} MB of them a second, {bits} bits each.\n"
+        text += f"coded at {coded} and decoded at {decoded} MB of them a second, {each} bits each.\n"
     write_between(path, MARK, text or NOTHING)
 
 
