@@ -85,48 +85,48 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
 
-## Results (docs/results.md); most need MASKPACK_DATA, all go on where they were stopped
+## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
-	$(BIN)/python -m benchmarks.comparisons --write docs/results.md
+	$(BIN)/python -m benchmarks.comparisons --write docs/results/comparison.md
 
 defaults: $(VENV)/.installed ## train without options beside norms, LoRA and full fine-tuning: hours of one core
 	$(BIN)/python -m benchmarks.defaults
-	$(BIN)/python -m benchmarks.defaults --write docs/results.md
+	$(BIN)/python -m benchmarks.defaults --write docs/results/defaults.md
 
 frontier: $(VENV)/.installed ## accuracy over bytes, masks and everything small: hours of one core
 	$(BIN)/python -m benchmarks.frontier
-	$(BIN)/python -m benchmarks.frontier --write docs/results.md
+	$(BIN)/python -m benchmarks.frontier --write docs/results/frontier.md
 
 recipe: $(VENV)/.installed ## the search behind the default recipe: hours of one core
 	$(BIN)/python -m benchmarks.recipe
-	$(BIN)/python -m benchmarks.recipe --write docs/results.md
+	$(BIN)/python -m benchmarks.recipe --write docs/results/defaults.md
 
 methods: $(VENV)/.installed ## masking methods, selective training, budgets of bytes: five hours of one core
 	$(BIN)/python -m benchmarks.methods
-	$(BIN)/python -m benchmarks.methods --write docs/results.md
+	$(BIN)/python -m benchmarks.methods --write docs/results/methods.md
 
 theorems: $(VENV)/.installed ## settings of scores that are one and the same, as curves: minutes of one core
 	$(BIN)/python -m benchmarks.theorems
-	$(BIN)/python -m benchmarks.theorems --write docs/results.md
+	$(BIN)/python -m benchmarks.theorems --write docs/results/methods.md
 
 transfer: $(VENV)/.installed ## domain transfer between the domains of PACS: two hours of two cores
 	$(BIN)/python -m benchmarks.transfer cartoon photo & $(BIN)/python -m benchmarks.transfer art_painting sketch & wait
-	$(BIN)/python -m benchmarks.transfer --write docs/results.md
+	$(BIN)/python -m benchmarks.transfer --write docs/results/transfer.md
 
 light-switch: $(VENV)/.installed ## tasks that share weights, with and without gates: forty minutes of one core
 	$(RUN) benchmarks.light_switch
-	$(BIN)/python -m benchmarks.light_switch --write docs/results.md
+	$(BIN)/python -m benchmarks.light_switch --write docs/results/light-switch.md
 
 analysis: $(VENV)/.installed ## criticality, barriers, similarity, shuffled blocks, checkpoints: three hours of one core
 	$(RUN) benchmarks.analysis
-	$(BIN)/python -m benchmarks.analysis --write docs/results.md
+	$(BIN)/python -m benchmarks.analysis --write docs/results/analysis.md
 
 bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps; which of ten masks: one hour
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.identification
-	$(BIN)/python -m benchmarks.runtime --write docs/results.md
+	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
@@ -134,14 +134,14 @@ $(VENV)/.bench: $(VENV)/.installed
 
 stored: $(VENV)/.installed ## bytes beside masks and accuracy, for each way of --store: ten minutes of one core
 	$(RUN) benchmarks.stored
-	$(BIN)/python -m benchmarks.stored --write docs/results.md
+	$(BIN)/python -m benchmarks.stored --write docs/results/codecs.md
 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
-	$(RUN) benchmarks.codecs --plot docs/codecs.png --write docs/results.md
+	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md
 	$(RUN) benchmarks.scale --general runs/general-sizes.json
 
 compression: $(VENV)/.bench ## the published compression experiment; sizes of masks and LoRA matrices
-	$(RUN) benchmarks.compression --plot docs/mask-lora-sizes.png
+	$(RUN) benchmarks.compression --plot docs/results/mask-lora-sizes.png
 
 ## Reliability (docs/reliability.md)
 

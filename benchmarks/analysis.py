@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.analysis                         all; about three hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.analysis lines shuffle           some of it
-    python -m benchmarks.analysis --write docs/results.md                 tables and pictures of what is recorded
+    python -m benchmarks.analysis --write docs/results/analysis.md        tables and pictures of what is recorded
 
 A ResNet-20 that knows CIFAR-10, or starts at random, learns PACS sketches or MNIST; CIFAR-10 itself is learned from a
 random start alone. Networks are kept in runs/analysis, and evaluations by content. Test rows describe; what chooses is
@@ -48,7 +48,7 @@ from .measured import trial, trials
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import IMAGES, RUNS, SEEDS, TEXTS, data_of, minilm, resnet
 
-MARK = "python -m benchmarks.analysis --write docs/results.md"
+MARK = "python -m benchmarks.analysis --write docs/results/analysis.md"
 OUTPUT = RUNS / "analysis"
 POINTS = 11
 PATH = 4  # steps of the direct path, of the first seed

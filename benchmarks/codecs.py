@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
-        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
+        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results/index.md")
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(RUNS / "general-sizes.json")

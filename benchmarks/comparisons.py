@@ -1,8 +1,8 @@
-"""Masks and every alternative: the comparisons, cascades and ablations of docs/results.md.
+"""Masks and every alternative: the comparisons, cascades and ablations of docs/results/comparison.md.
 
     MASKPACK_DATA=… python -m benchmarks.comparisons                      all; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.comparisons cartoon sketch       some of them
-    python -m benchmarks.comparisons --write docs/results.md              tables and pictures of what is recorded
+    python -m benchmarks.comparisons --write docs/results/comparison.md     tables and pictures of what is recorded
 
 Trials are recorded in benchmarks/measured; checkpoints and adapters are in runs/.
 """
@@ -26,7 +26,7 @@ from .measured import trial, trials
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import IMAGES, PACS, RUNS, SEEDS, TEXTS, VIEWS, data_of, minilm, resnet
 
-MARK = "python -m benchmarks.comparisons --write docs/results.md"
+MARK = "python -m benchmarks.comparisons --write docs/results/comparison.md"
 NAME = "comparisons"
 SHARES = (1.0, 0.1, 0.04, 0.01)
 FIRST = "cartoon"  # learning rates are chosen here, and taken for the other data sets of the same optimiser

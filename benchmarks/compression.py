@@ -1,6 +1,6 @@
 """Compressors of other libraries: sizes that masks are compared with, and the published compression experiment.
 
-    MASKPACK_DATA=… python -m benchmarks.compression --plot docs/mask-lora-sizes.png
+    MASKPACK_DATA=… python -m benchmarks.compression --plot docs/results/mask-lora-sizes.png
 
 Published: "reduction %" of the masks and of the fine-tuned weights of a ResNet-50, and "79x" between the two. The
 layout of the masks before compression was not published, so the percentages are compared with three layouts here.
@@ -230,7 +230,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("runs/mask-lora-sizes.png"))
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
-        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results.md")
+        parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results/index.md")
     sizes = Sizes(arguments.output.with_name("general-sizes.json"))
     found: dict[str, dict[str, dict[str, float]]] = {}
     entropies: dict[str, float] = {}

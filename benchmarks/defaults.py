@@ -1,8 +1,8 @@
-"""`maskpack train` without options beside the probe, norms, LoRA and full fine-tuning: tables of docs/results.md.
+"""`maskpack train` without options beside the probe, norms, LoRA and full fine-tuning: docs/results/defaults.md.
 
     MASKPACK_DATA=… python -m benchmarks.defaults                       every pair; hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.defaults resnet20-cartoon-200  one pair of backbone and data, 200 steps
-    python -m benchmarks.defaults --write docs/results.md               the tables of what is recorded
+    python -m benchmarks.defaults --write docs/results/defaults.md      the tables of what is recorded
 
 Baselines choose their rate, and frozen or adapted BatchNorm statistics, on a fifth of the training rows; the mask has
 the default settings. Every row is measured once on the test split, with three seeds.
@@ -22,7 +22,7 @@ from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
 
 NAME = "defaults"
-MARK = "python -m benchmarks.defaults --write docs/results.md"
+MARK = "python -m benchmarks.defaults --write docs/results/defaults.md"
 BATCH = 32
 PAIRS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "resnet20-cartoon": (partial(resnet, 20), "cartoon"),

@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.frontier                      every task; hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.frontier resnet20-cartoon     one task
-    python -m benchmarks.frontier --write docs/results.md              table and pictures of what is recorded
+    python -m benchmarks.frontier --write docs/results/frontier.md     table and pictures of what is recorded
 
 Bytes are all that is stored beside backbone and head. What is trained is rounded to few bits afterwards, each size a
 point of its own. Rates, and frozen or adapted BatchNorm statistics, are chosen on a fifth of the training rows.
@@ -24,7 +24,7 @@ from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
 
 NAME = "frontier"
-MARK = "python -m benchmarks.frontier --write docs/results.md"
+MARK = "python -m benchmarks.frontier --write docs/results/frontier.md"
 STEPS, BATCH = 200, 32
 TASKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "resnet20-cartoon": (partial(resnet, 20), "cartoon"),

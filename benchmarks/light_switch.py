@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.light_switch                         all; forty minutes of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.light_switch linear noisy            some of them
-    python -m benchmarks.light_switch --write docs/results.md                 tables and curves of what is recorded
+    python -m benchmarks.light_switch --write docs/results/light-switch.md        tables and curves of what is recorded
 
 All models of a seed start from the same weights, see the same tasks and rows in the same order, and have the same
 optimiser and rate; gates have 4T times that.
@@ -34,7 +34,7 @@ from .report import NOTHING, command, table, write_between
 from .tasks import SEEDS
 
 NAME = "light-switch"
-MARK = "python -m benchmarks.light_switch --write docs/results.md"
+MARK = "python -m benchmarks.light_switch --write docs/results/light-switch.md"
 
 
 @dataclass(frozen=True)

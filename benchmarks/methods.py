@@ -3,7 +3,7 @@
     MASKPACK_DATA=… python -m benchmarks.methods                          all; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.methods sketch selective         some of it
     MASKPACK_DATA=… python -m benchmarks.methods sketch/topk bytes/mask   some lines
-    python -m benchmarks.methods --write docs/results.md                  tables and curves of what is recorded
+    python -m benchmarks.methods --write docs/results/methods.md         tables and curves of what is recorded
 
 Every line of a table is a comparison of one baseline: rates chosen on validation rows with seed 0, then three seeds.
 Banking77 is cut and trained as in `benchmarks.comparisons`.
@@ -24,7 +24,7 @@ from .measured import trials
 from .report import NOTHING, command, percent, table, write_between
 from .tasks import IMAGES, TEXTS, data_of, minilm, resnet
 
-MARK = "python -m benchmarks.methods --write docs/results.md"
+MARK = "python -m benchmarks.methods --write docs/results/methods.md"
 NAME = "methods"
 Curves = dict[str, list[tuple[float, float, float | None]]]
 TITLES = {

@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.recipe                       every stage; hours of one core, resumable
     MASKPACK_DATA=… python -m benchmarks.recipe rates                 one stage
-    python -m benchmarks.recipe --write docs/results.md               the table of what is recorded
+    python -m benchmarks.recipe --write docs/results/defaults.md      the table of what is recorded
 
 A trial holds a fifth of a pair's training rows out, by its seed, trains on the others, and records accuracy and loss on
 those held out, with and without the masks. Each line of measured/recipe-search.jsonl has all settings that differ from
@@ -43,7 +43,7 @@ from .report import NOTHING, command, percent, table, write_between
 from .tasks import DATA, data_of, minilm, resnet
 
 NAME = "recipe-search"
-MARK = "python -m benchmarks.recipe --write docs/results.md"
+MARK = "python -m benchmarks.recipe --write docs/results/defaults.md"
 HELD = 0.2  # of the training rows
 REDUCED = 0.2  # rate of factors of rows, times that of scores
 Settings = dict[str, Any]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.runtime                               all; half an hour, resumable
     python -m benchmarks.runtime --models ResNet-50 --device cuda
-    python -m benchmarks.runtime --write docs/results.md       the tables of what is recorded
+    python -m benchmarks.runtime --write docs/results/speed.md       the tables of what is recorded
 
 Every model is measured in a process of its own, everything of it in one run, by turns; medians of several repetitions.
 Needs the extras train and lab.
@@ -55,7 +55,7 @@ def run(name: str, device: str) -> dict[str, Any]:
 
 
 def ratios(one: Mapping[str, Any]) -> dict[str, float]:
-    """Return the ratios of docs/results.md, smaller is better."""
+    """Return the ratios of docs/results/speed.md, smaller is better."""
     load, switch = one["loading"], one["switching"]
     size, peft = load["bytes"], load["PEFT load and merge"]
     found = {
@@ -76,7 +76,7 @@ def ratios(one: Mapping[str, Any]) -> dict[str, float]:
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
-MARK = "python -m benchmarks.runtime --write docs/results.md"
+MARK = "python -m benchmarks.runtime --write docs/results/speed.md"
 LIMITS = {
     "ready / full": ("time to ready at 100 Mbit/s / full checkpoint", "≤ 0.2", "≤ 0.1"),
     "load / PEFT load and merge": ("load_mask from a warm disk / PEFT LoRA r=8, load and merge", "≤ 1", "≤ 0.5"),

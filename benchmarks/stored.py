@@ -1,7 +1,7 @@
 """What an adapter takes beside its masks, by part, and the accuracy of what is stored, for each way of `--store`.
 
     MASKPACK_DATA=… python -m benchmarks.stored                       some minutes of one core, resumable
-    python -m benchmarks.stored --write docs/results.md               the table of what is recorded
+    python -m benchmarks.stored --write docs/results/codecs.md      the table of what is recorded
 
 A run is trained once; then the values that each way stores are put into the network, it is measured on test rows, and
 written as `maskpack train` writes it.
@@ -32,7 +32,7 @@ from .report import NOTHING, command, percent, table, write_between
 from .tasks import data_of, minilm, resnet
 
 NAME = "stored"
-MARK = "python -m benchmarks.stored --write docs/results.md"
+MARK = "python -m benchmarks.stored --write docs/results/codecs.md"
 RUNS: dict[str, tuple[Callable[[], Mapping[str, Any]], str, dict[str, Any]]] = {
     "EfficientNet-Lite0, EuroSAT": (partial(lite0, 64), "eurosat", {}),
     "EfficientNet-Lite0, EuroSAT, statistics adapted": (partial(lite0, 64), "eurosat", {"bn": "adapt"}),

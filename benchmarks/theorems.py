@@ -1,7 +1,7 @@
 """Theorems 1 and 2 of Self-Masking Networks as curves: settings that are one and the same, and single changes of them.
 
     MASKPACK_DATA=… python -m benchmarks.theorems                     some minutes of one core, resumable
-    python -m benchmarks.theorems --write docs/results.md             table and picture of what is recorded
+    python -m benchmarks.theorems --write docs/results/methods.md    table and picture of what is recorded
 
 Scores that start at S, learn at the rate L and are kept above M give the same masks as those at S + c, L, M + c, and
 those at a S, a L, a M. Powers of two are exact in floats, 2.5 and 100 are not.
@@ -23,7 +23,7 @@ from .report import NOTHING, command, table, write_between
 from .tasks import IMAGES, data_of, resnet
 
 NAME = "theorems"
-MARK = "python -m benchmarks.theorems --write docs/results.md"
+MARK = "python -m benchmarks.theorems --write docs/results/methods.md"
 STEPS = 150
 # rate, start and threshold; whether they are equivalent to the first
 RUNS: dict[tuple[float, float, float], bool] = {

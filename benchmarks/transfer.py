@@ -2,7 +2,7 @@
 
     MASKPACK_DATA=… python -m benchmarks.transfer                all 12 pairs; some hours, resumable
     MASKPACK_DATA=… python -m benchmarks.transfer photo sketch   these sources only, as for one of two processes
-    python -m benchmarks.transfer --write docs/results.md        tables of what is recorded
+    python -m benchmarks.transfer --write docs/results/transfer.md        tables of what is recorded
 
 A ResNet-20 that knows CIFAR-10 learns a source at 32x32 pixels. A source network serves all masks of it, a mask serves
 all targets and starts.
@@ -42,7 +42,7 @@ from .report import NOTHING, command, table, write_between
 from .tasks import PACS, RUNS, SEEDS, data_of, resnet
 
 NAME = "transfer"
-MARK = "python -m benchmarks.transfer --write docs/results.md"
+MARK = "python -m benchmarks.transfer --write docs/results/transfer.md"
 WEIGHTS = TrainConfig(optimizer="sgd", lr=0.05, head_lr=0.05, batch_size=32, clip=1.0, augment="flip", bn="freeze")
 SOURCE = replace(WEIGHTS, steps=240)
 TARGET = replace(WEIGHTS, steps=150, head_kind="own")

@@ -15,6 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 LARGEST = 8192  # pixels of a side, so that no file asks for more memory than such a picture takes
 
 

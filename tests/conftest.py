@@ -84,5 +84,5 @@ def shared_data() -> Path:
     """The folder of real data and weights; tests that need it skip where it is absent."""
     folder = os.environ.get("MASKPACK_DATA")
     if not folder or not (Path(folder) / "weights").is_dir():
-        pytest.skip("MASKPACK_DATA is not set to a folder with real data and weights (see docs/results.md)")
+        pytest.skip("MASKPACK_DATA is not set to a folder with real data and weights (see docs/results/index.md)")
     return Path(folder)

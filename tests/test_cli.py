@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,7 +201,13 @@ def test_texts(tmp_path: Path) -> None:
     assert [(one["input"], one["label"]) for one in found] == [("where is my card", "card"), ("give me cash", "cash")]
     assert ok("eval", tmp_path / "out", "--data", tmp_path, *backbone)["accuracy"] == 1.0
     missing = run("predict", tmp_path / "out", tmp_path / "none.txt", *backbone)
-    assert "cannot read the text file" in missing.stderr
+    assert "there is no file" in missing.stderr
+    assert "--text" in missing.stderr
+    said = ok("predict", tmp_path / "out", "--text", "where is my card", *backbone)["predictions"]
+    piped = CliRunner().invoke(
+        app, ["predict", str(tmp_path / "out"), "-", *backbone, "--json"], input="where is my card\n\n"
+    )
+    assert json.loads(piped.stdout)["predictions"] == said
 
 
 def test_export_pack_and_back(adapter: Path, tmp_path: Path) -> None:
@@ -402,7 +409,11 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*TRAIN, "--output", "x", "--method-option", "init"], 2, "--method-option must be KEY=VALUE, got ['init']"),
         ([*TRAIN, "--output", "x", "--method", "magic"], 2, "unknown method 'magic'; known: "),
         ([*TRAIN, "--output", "x", "--head", "99"], 2, "the model has no module '99' to be its head"),
-        ([*TRAIN, "--output", "/dev/null/x"], 1, "cannot write into /dev/null/x/training: Not a directory; choose"),
+        (
+            [*TRAIN, "--output", "/dev/null/x"],
+            1,
+            "/dev/null is no folder that you may write to",
+        ),
         (["train", "--wrong"], 2, "No such option"),
         (["inspect", "./nowhere"], 1, "nowhere does not exist"),
         (["inspect", "nowhere"], 1, "'nowhere' is not a reference to an adapter; expected user/name"),
@@ -420,10 +431,55 @@ def test_known_errors_are_one_line_without_traceback(
     assert not list(tmp_path.iterdir())
 
 
-def test_base_is_never_a_file_that_the_adapter_names(adapter: Path, image: Path) -> None:
+def test_base_is_a_file_that_was_used_here_before_never_one_that_the_adapter_names(
+    adapter: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run("predict", adapter, image)
+    assert result.exit_code == 0, result.stderr
+    assert "digits_backbone.py:digits_cnn was used here before" in result.stderr
+    monkeypatch.setenv("MASKPACK_CACHE", str(tmp_path / "empty"))
     result = run("predict", adapter, image)
     assert result.exit_code == 1
     assert "base 'digits_backbone:digits_cnn' cannot be fetched by its name; give it with --backbone" in result.stderr
+
+
+def test_predict_a_folder(adapter: Path, image: Path) -> None:
+    shutil.copy(image, image.with_name("y.png"))
+    found = ok("predict", adapter, image.parent, *BACKBONE)["predictions"]
+    assert [one["input"] for one in found] == [str(image), str(image.with_name("y.png"))]
+    (image.parent / "none").mkdir()
+    assert "nothing to classify" in run("predict", adapter, image.parent / "none", *BACKBONE).stderr
+    assert "--text is for adapters of texts" in run("predict", adapter, "--text", "x", *BACKBONE).stderr
+
+
+def test_what_is_there_is_replaced_on_request_only(adapter: Path, tmp_path: Path) -> None:
+    short = [*TRAIN, "--steps", 2, "--output", tmp_path / "a"]
+    first = ok(*short)
+    again = run(*short)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+    assert "give one of them" in run(*short, "--overwrite", "--resume").stderr
+    assert ok(*short, "--overwrite", "--seed", 1)["train_loss"] != first["train_loss"]
+    before = (tmp_path / "a/maskpack_model.safetensors").read_bytes()
+    for words in (
+        ["combine", "not", adapter, "--output", tmp_path / "a"],
+        ["convert", adapter, tmp_path / "a"],
+        ["export", adapter, "--output", tmp_path / "a/maskpack_model.safetensors", *BACKBONE],
+    ):
+        assert "--overwrite" in run(*words).stderr
+    assert (tmp_path / "a/maskpack_model.safetensors").read_bytes() == before
+    ok("combine", "not", adapter, "--output", tmp_path / "a", "--overwrite")
+    assert "must end in .safetensors" in run("export", adapter, "--output", tmp_path / "x.bin", *BACKBONE).stderr
+
+
+def test_device(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_TORCH_DEVICE", "ACCELERATE_USE_CPU"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards
+    assert ok("eval", adapter, "--data", "digits:5-9", *BACKBONE, "--device", "cpu")["examples"] > 0
+    assert os.environ["ACCELERATE_TORCH_DEVICE"] == "cpu"
+    wrong = run("eval", adapter, "--data", "digits:5-9", *BACKBONE, "--device", "toaster")
+    assert wrong.exit_code == 2
+    assert "--device toaster cannot be used" in wrong.stderr
 
 
 def test_wrong_inputs_of_predict_and_eval(adapter: Path, tmp_path: Path) -> None:
@@ -466,7 +522,8 @@ def test_terminated_and_resumed_is_the_same_adapter(tmp_path: Path) -> None:
     """The signal goes to all processes, as a scheduler sends it, those that read data included."""
     options = [*TRAIN, "--batch-size", "4", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
     long = command_line(*options, "--output", tmp_path / "cut")
-    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
+    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True, env=threads)
     log, until = tmp_path / "cut/training/log.jsonl", time.monotonic() + 120
     while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 3):
         time.sleep(0.02)
@@ -561,4 +618,4 @@ def test_auto_searches_first_and_says_what_it_chose(tmp_path: Path) -> None:
     found = ok(*words, 200, "--resume")
     assert found["auto"] == ok("inspect", tmp_path / "a")["training"]["auto"]
     assert found["auto"]["steps"] == 200
-    assert "holds the checkpoint of an earlier run" in run(*words, 200, "--dry-run").stderr
+    assert "is there already" in run(*words, 200, "--dry-run").stderr

@@ -102,7 +102,7 @@ def test_features_of_the_masked_backbone_and_few_labels(adapter: Path) -> None:
     assert rows[1]["confusion"] == masked[0]["confusion"] != plain[0]["confusion"]
     lines = run(adapter, *DATA, *BACKBONE, "--knn", "--probe", *shares).stdout.splitlines()
     assert lines[9].split() == ["measure", "labels", "fraction", "labels", "accuracy"]
-    assert lines[13].split() == ["probe", "0.0500", "35", f"{rows[3]['accuracy']:.4f}"]
+    assert lines[13].split() == ["probe", "0.0500", "35", f"{100 * rows[3]['accuracy']:.2f}", "%"]
     assert re.split(r" {2,}", lines[15]) == [
         "class", "examples", "head", "k-NN (718)", "probe (718)", "k-NN (35)", "probe (35)",
     ]  # fmt: skip

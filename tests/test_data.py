@@ -146,10 +146,10 @@ def test_splits_that_are_missing_or_empty(tmp_path: Path, monkeypatch: pytest.Mo
 
         @staticmethod
         def load(reference: str) -> Splits:
-            return Splits({"dev": None, "extra": None}, "x", "")
+            return Splits({"more": None, "extra": None}, "x", "")
 
     monkeypatch.setattr(SOURCES, "_classes", {**SOURCES._classes, "foreign": Foreign})
-    with pytest.raises(DataError, match="the data 'foreign:x' have neither a train nor a test split: dev, extra"):
+    with pytest.raises(DataError, match="the data 'foreign:x' have neither a train nor a test split: more, extra"):
         load_data("foreign:x")
 
 
@@ -172,9 +172,31 @@ def test_validation_is_split_off_the_training_rows_by_seed() -> None:
     assert sorted(train + held) == list(range(718))
     assert indices(load_data("digits:5-9", validation_fraction=0.2, seed=1)) == (train, held)
     assert indices(load_data("digits:5-9", validation_fraction=0.2, seed=2)) != (train, held)
-    few, same = indices(load_data("digits:5-9", validation_fraction=0.2, labels_fraction=0.1, seed=1))
-    assert (len(few), same) == (57, held)
-    assert set(few) <= set(train)
+    # whoever has few labels has few for validation too
+    few, held = indices(load_data("digits:5-9", validation_fraction=0.2, labels_fraction=0.1, seed=1))
+    assert (len(few), len(held)) == (57, 14)
+    kept = load_data("digits:5-9", labels_fraction=0.1, seed=1).train
+    assert kept is not None
+    assert sorted(few + held) == list(kept.indices)
+
+
+def test_own_validation_split(tmp_path: Path) -> None:
+    folder = str(csv_folder(tmp_path))
+    assert load_data(folder).validation is None
+    (tmp_path / "val.csv").write_text("text,category\nnew,b\n")
+    data = load_data(folder)
+    assert data.validation is not None
+    assert (list(data.validation), len(data.train), list(data.test)) == ([("new", 1)], 3, [("see you", 0)])
+    assert len(load_data(folder, validation_fraction=0.34).validation) == 1
+    assert load_data(folder, validation_fraction=0).validation is None
+    (tmp_path / "test.csv").unlink()
+    data = load_data(folder)  # what there is to measure on is the test split
+    assert (data.validation, list(data.test)) == (None, [("new", 1)])
+
+
+def test_a_file_is_its_rows(tmp_path: Path) -> None:
+    data = load_data(str(csv_folder(tmp_path) / "train.csv"))
+    assert (len(data.train), data.test) == (3, None)
 
 
 def test_shares_are_checked() -> None:
@@ -198,9 +220,13 @@ def test_empty_classes_are_named() -> None:
 
 def test_broken_data_are_clear_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no waiting for a network that is not there
-    with pytest.raises(DataError, match="cannot read the data '/no/where'; expected a Hub data set id, a folder"):
+    with pytest.raises(
+        DataError, match="cannot read the data '/no/where'; expected a Hub data set id, a parquet or csv"
+    ):
         load_data("/no/where")
-    with pytest.raises(DataError, match=r"cannot read the data './where'; expected a Hub data set id, a folder"):
+    with pytest.raises(
+        DataError, match=r"cannot read the data './where'; expected a Hub data set id, a parquet or csv"
+    ):
         load_data("./where")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/train.csv").write_text("text,label\n")

@@ -39,9 +39,10 @@ from .helpers_signing import write_key
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *(ROOT / "docs").glob("*.md")]
+    [*(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")), *(ROOT / "docs").rglob("*.md")]
 )
-TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+# README.md, api.md, results/codecs.md
+TEXTS = {str(page.relative_to(ROOT)).removeprefix("docs/"): page.read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(
     r"^(?:<!-- (?P<skip>not run): [^\n]+ -->\n)?```(?P<kind>\w+)\n(?P<body>.*?)^```", re.DOTALL | re.MULTILINE
 )
@@ -266,14 +267,19 @@ def anchors(text: str) -> set[str]:
 
 
 def test_links() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", BLOCK.sub("", TEXTS[page.name])):
+    links: dict[Path, set[Path]] = {}
+    for page, text in zip(PAGES, TEXTS.values(), strict=True):
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", BLOCK.sub("", text)):
             name, _, anchor = target.partition("#")
             file = (page.parent / name).resolve() if name else page
             assert file.is_file(), f"{page.name}: {target}"
             assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page.name}: {target}"
-    linked = set(re.findall(r"\(docs/([\w-]+\.md)\)", TEXTS["README.md"]))
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= linked
+            links.setdefault(page, set()).add(file)
+    reached, ahead = set(), {ROOT / "README.md"}
+    while ahead:
+        reached |= ahead
+        ahead = {file for page in ahead for file in links.get(page, ())} - reached
+    assert not set(PAGES) - reached, "no way of links leads there from README.md"
 
 
 def messages() -> str:

@@ -17,12 +17,13 @@ from maskpack.backbone.classifier import embeddings
 from maskpack.backbone.fingerprint import model_digest
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import Embedding, swap_module
+from maskpack.backbone.remembered import cache_folder
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import attach_scores, extract_masks, features
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.data.load import few_labels, load_data
-from maskpack.training.features import FeatureCacheWarning, cache_folder, embed
+from maskpack.training.features import FeatureCacheWarning, embed
 
 from .conftest import TinyNet
 
@@ -360,10 +361,10 @@ def test_the_folder_keeps_its_limit_and_what_is_not_the_caches(
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MASKPACK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "maskpack" / "features"
+    assert cache_folder() == tmp_path / "maskpack"
     for unset in ("", "relative"):
         monkeypatch.setenv("XDG_CACHE_HOME", unset)
-        assert cache_folder() == Path.home() / ".cache" / "maskpack" / "features"
+        assert cache_folder() == Path.home() / ".cache" / "maskpack"
 
 
 def test_several_writers_at_once(tiny_backbone: Backbone, digits: Data, cache: Path) -> None:

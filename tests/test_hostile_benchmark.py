@@ -37,13 +37,12 @@ def test_outcomes(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_is_that_of_the_file(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def grown() -> list[int]:  # several times: a system that is short of memory takes pages away meanwhile
-        return [hostile.measured(adapter)["memory"] for _ in range(3)]
-
-    monkeypatch.setitem(hostile.STAGES, "verify", lambda _: bytearray(b"x") * (50 << 20))
-    assert 45 << 20 < max(grown()) < 100 << 20
+    held: list[bytearray] = []  # kept: a kernel may count a process of many threads' passing peak too low
+    monkeypatch.setitem(hostile.STAGES, "verify", lambda _: held.append(bytearray(b"x") * (200 << 20)))
+    assert 150 << 20 < hostile.measured(adapter)["memory"] < 300 << 20
+    held.clear()
     monkeypatch.setitem(hostile.STAGES, "verify", lambda _: None)
-    assert min(grown()) < 20 << 20
+    assert min(hostile.measured(adapter)["memory"] for _ in range(3)) < 20 << 20
 
 
 def test_a_process_that_dies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,21 @@ import maskpack
 from maskpack.errors import UnknownNameError
 
 from .console import Output, app, emit, lines, note, progress_bar, say, table
-from .options import ARGUMENT, OutputRef, PackedBase, Packing, Ref, Source, TrainedBackbone, Trust, Without, group, verb
+from .options import (
+    ARGUMENT,
+    OutputRef,
+    Overwrite,
+    PackedBase,
+    Packing,
+    Ref,
+    Source,
+    TrainedBackbone,
+    Trust,
+    Without,
+    check_free,
+    group,
+    verb,
+)
 
 if TYPE_CHECKING:
     from maskpack.algebra import Overlap
@@ -166,7 +180,14 @@ class Votes:
     "maskpack combine weighted ./a ./b --weight 0.7 --weight 0.3 --output ./voted",
 )
 def combine(
-    how: Operation, refs: Several, output: OutputRef, base: PackedBase, packing: Packing, trust: Trust, votes: Votes
+    how: Operation,
+    refs: Several,
+    output: OutputRef,
+    base: PackedBase,
+    packing: Packing,
+    trust: Trust,
+    votes: Votes,
+    overwrite: Overwrite = False,
 ) -> None:
     """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
     from maskpack.adapter.edit import combine_adapters, left_out
@@ -174,6 +195,7 @@ def combine(
 
     weights = votes.weight or None
     operation(how, len(refs), weights, votes.k)
+    check_free(output, overwrite)
     adapters = [trust.load(ref) for ref in refs]
     options = {**vars(packing), "k": votes.k, "missing": votes.missing, "base": base.model_of(adapters[0])}
     note(f"Combining {len(adapters)} adapters …")
@@ -219,6 +241,7 @@ def pack(
     packing: Packing,
     source: Format = "masks",
     scale: Scaled = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make an adapter from masks trained elsewhere, from a pruned network, or from a checkpoint trained further.
 
@@ -226,10 +249,12 @@ def pack(
     what stands there. Its profile is max where none is given: whoever applies it has the backbone.
     """
     from maskpack.backbone.model import body, inside
+    from maskpack.backbone.remembered import remember_backbone
     from maskpack.importers.base import check_format, import_file
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
+    check_free(output, overwrite)
     loaded = backbone.load()
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
@@ -245,6 +270,7 @@ def pack(
     with progress_bar("Packing") as step:
         parts = maskpack.Parts(found, statistics=imported.statistics, values=imported.values)
         adapter = maskpack.save_adapter(output, parts, base, weights=loaded.model, progress=step, **options)
+    remember_backbone(base.digests["float32"], backbone.arguments())
     emit(packed(adapter, output), f"✓ {output}")
 
 
@@ -252,11 +278,16 @@ def pack(
     "maskpack convert ./my-mask ./smaller --profile max --backbone timm/resnet18.a1_in1k",
     "maskpack convert ./my-mask ./my-mask --codec raw",
 )
-def convert(ref: Ref, output: Target, base: PackedBase, packing: Packing, trust: Source) -> None:
+def convert(
+    ref: Ref, output: Target, base: PackedBase, packing: Packing, trust: Source, overwrite: Overwrite = False
+) -> None:
     """Pack an adapter again with another profile or codec; masks, head and all else stay the same."""
     from maskpack.adapter.edit import convert_adapter
+    from maskpack.adapter.read import MODEL_FILE
 
     adapter = trust.load(ref)
+    itself = Path(adapter.path).absolute() in (output.absolute(), (output / MODEL_FILE).absolute())
+    check_free(output, overwrite or itself)
     model = base.model_of(adapter)
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …")
     with progress_bar("Packing") as step:

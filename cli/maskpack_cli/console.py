@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ TRAINING = (
     *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "divergence", "agreement"),
     *("prototype_usage", "feature_rank"),
 )  # values of an event that are shown, the most important first
+
+
+ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
 
 
 class Output:
@@ -135,15 +139,15 @@ def lines(values: Mapping[str, Any]) -> None:
     """Print a line for each scalar; nothing under --json."""
     for key, value in values.items():
         if not isinstance(value, Mapping | list | tuple):
-            say(f"  {key.replace('_', ' ')}: {readable(value)}")
+            say(f"  {key.replace('_', ' ')}: {readable(value, key)}")
 
 
-def readable(value: Any) -> str:
-    """Return a value as people read it."""
+def readable(value: Any, key: str = "") -> str:
+    """Return a value as people read it; an accuracy, which the words of its key tell, in per cent."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{100 * value:.2f} %" if ACCURACIES & set(re.split(r"[ _(]", key)) else f"{value:.4f}"
     if isinstance(value, int):
         return f"{value:,}"
     return "-" if value is None else str(value)
@@ -165,7 +169,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: s
         options: Any = {"justify": "right" if numbers else "left", "no_wrap": not numbers and i == 0}
         shown.add_column(Text(escape(title)), overflow="fold", **options)
     for row in rows:
-        shown.add_row(*(Text(escape(readable(row[column]))) for column in columns))
+        shown.add_row(*(Text(escape(readable(row[column], column))) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
 
 
@@ -209,14 +213,14 @@ def training_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
         def report(event: Mapping[str, Any]) -> None:
             part = f"{event['part']}: " if "part" in event else ""
-            words = [f"{key.replace('_', ' ')} {readable(event[key])}" for key in TRAINING if key in event]
+            words = [f"{key.replace('_', ' ')} {readable(event[key], key)}" for key in TRAINING if key in event]
             match event["event"]:
                 case "warning":
                     warn(f"{part}{event['warning']}")
                 case "resumed":
                     note(f"{part}{event['resumed']}")
                 case "trial":
-                    note(f"{part}{event['accuracy']:.4f}")
+                    note(f"{part}{readable(event['accuracy'], 'accuracy')}")
                 case "end":
                     pass
                 case kind:

@@ -114,10 +114,10 @@ def demo(output: Annotated[Path, "Folder to write; an earlier demo in it is repl
     emit(facts)
     of_masks = f"{adapter.size:,} ({facts['mask_bytes']:,} of masks)"
     rows = [
-        ("backbone", f"{facts['old_task_accuracy']:.3f}", "-", f"{facts['backbone_bytes']:,}"),
-        ("backbone + linear probe", "-", f"{facts['probe_accuracy']:.3f}", "-"),
-        ("backbone + mask", "-", f"{facts['mask_accuracy']:.3f}", of_masks),
-        ("after unload_mask", f"{facts['old_task_accuracy_after_unload']:.3f}", "-", "-"),
+        ("backbone", f"{100 * facts['old_task_accuracy']:.1f} %", "-", f"{facts['backbone_bytes']:,}"),
+        ("backbone + linear probe", "-", f"{100 * facts['probe_accuracy']:.1f} %", "-"),
+        ("backbone + mask", "-", f"{100 * facts['mask_accuracy']:.1f} %", of_masks),
+        ("after unload_mask", f"{100 * facts['old_task_accuracy_after_unload']:.1f} %", "-", "-"),
     ]
     columns = ["network", "digits 0-4", "digits 5-9", "bytes"]
     table([dict(zip(columns, row, strict=True)) for row in rows], columns)

@@ -229,15 +229,13 @@ class Measured(Columns):
         from maskpack.lab.analysis.evaluation import Evaluations, evaluations_folder
         from maskpack.lab.analysis.network import is_adapter, read_networks, state_of
 
-        from .use import on_gpu
-
         check_picture(self.plot)
         pairs = [named(one, file_name(one)) for one in refs]
         networks = [(name, trust.load(ref) if is_adapter(ref) else ref) for name, ref in pairs]
         adapters = [one for _, one in networks if not isinstance(one, str)]
         note(f"Loading the backbone and {self.data} …")
         base.check(not adapters, "weights do not tell what they started from; give it with --backbone")
-        backbone = on_gpu(base.of_any(adapters[0] if adapters else None))
+        backbone = base.of_any(adapters[0] if adapters else None)
         classes = next((one.about.class_names for one in adapters if one.about.class_names), None)
         data = training.load_data(
             self.data, class_names=classes, input_column=self.input_column, label_column=self.label_column
@@ -308,7 +306,7 @@ def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, 
     columns = ["first", "second", "accuracy", "and", "lowest", "barrier", "loss_barrier"]
     table(rows, columns, loss_barrier="of the loss")
     for kind, deviation in result["deviations"].items():
-        say(f"  deviation of the accuracies of {kind}: {deviation:.4f}")
+        say(f"  deviation of the accuracies of {kind}: {100 * deviation:.2f} %")
 
 
 @verb(analyze, None, f"maskpack analyze similarity ./a ./b c.safetensors {SHARED} --limit 1024")

@@ -7,10 +7,11 @@ are by their fields.
 """
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -19,10 +20,10 @@ from typer.models import OptionInfo, ParameterInfo
 
 import maskpack
 from maskpack import training
-from maskpack.errors import BackboneError, ConfigError
+from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, quiet_libraries
+from .console import Output, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -256,6 +257,8 @@ DataRef = Annotated[
     str, "Hub data set, folder (parquet, csv, images), or digits:0-9.", typer.Option(rich_help_panel="Data")
 ]
 OutputRef = Annotated[Path, "Folder to write, or a .safetensors file."]
+Overwrite = Annotated[bool, "Replace what is there."]
+Device = Annotated[str | None, "As in cpu, cuda, cuda:1 or mps. Default: a GPU where there is one."]
 BatchSize = Annotated[int, "Examples per forward pass.", POSITIVE]
 Mode = Annotated[Literal["target", "source"], "Which of the two networks of an adapter of `maskpack transfer`."]
 Token = Annotated[str | None, "Hub token; better: `hf auth login` or the variable HF_TOKEN."]
@@ -313,30 +316,80 @@ class Weights:
     random_weights: Annotated[str | None, "Random weights instead: SEED, kaiming:SEED or signed-constant:SEED."] = None
 
 
+def check_free(output: Path, overwrite: bool) -> None:
+    """Refuse an output that cannot be written, or would replace an adapter that is there, before any work is done."""
+    from maskpack.adapter.read import MODEL_FILE
+
+    file = output if output.suffix == ".safetensors" else output / MODEL_FILE
+    if file.exists() and not overwrite:
+        raise StateError(f"{file} is there already; choose another --output, or replace it with --overwrite")
+    folder = next(one for one in file.absolute().parents if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise StateError(f"cannot write {file}: {folder} is no folder that you may write to; choose another --output")
+
+
+def use_device(name: str | None) -> None:
+    """Let training and evaluation run on a device; None: on a GPU where there is one, unless the environment says."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used: {str(error).splitlines()[0]}; give cpu, or a device that torch has here"
+        ) from None
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    os.environ["ACCELERATE_USE_CPU"] = str(device.type == "cpu").lower()
+
+
+def placed(backbone: "Backbone") -> "Backbone":
+    """Move a backbone, before anything is loaded into it, to the device on which training would run."""
+    import torch
+
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+    backbone.model.to("cpu" if on_cpu else device)
+    return backbone
+
+
 @group("Backbone")
 class Base(Weights):
     """The backbone that an adapter is for."""
 
     backbone: Annotated[
-        str | None, "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base."
+        str | None,
+        "timm/NAME, torchvision/NAME, hf/REPO, hf/FOLDER or PATH.py:FUNCTION. Default: the adapter's base, or the "
+        "backbone with its weights that was used here before.",
     ] = None
+    device: Device = None
 
     def of(self, adapter: "maskpack.Adapter") -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-        reference, random = self.backbone, self.random_weights
+        from maskpack.backbone.remembered import remembered_backbone
+
+        use_device(self.device)
+        reference, random, weights = self.backbone, self.random_weights, self.weights
         base, revision = adapter.base.id, adapter.base.revision or ""
         drawn = revision.startswith("random:")
         if drawn and self.weights is None:
             random = random or revision.removeprefix("random:")
         if reference is None:
             # only libraries' own models: a file's factory is never run because an adapter names it
-            if not base.startswith(("timm/", "torchvision/", "hf/")) or (base[:3] == "hf/" and base.count("/") != 2):
+            named = base.startswith(("timm/", "torchvision/", "hf/")) and (base[:3] != "hf/" or base.count("/") == 2)
+            reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
+            known = remembered_backbone(adapter.base.digests.get("float32", ""))
+            if known is not None and self.weights is None and self.random_weights is None:
+                reference, weights, random = known["reference"], known["weights"], known["random_weights"]
+                note(f"The backbone {reference} was used here before, with the weights of this adapter's base.")
+            elif not named:
                 raise BackboneError(
                     f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone"
                 )
-            reference = f"{base}@{revision}" if revision and not drawn and not base.startswith("timm/") else base
         size = (adapter.about.preprocess or {}).get("size")
-        return maskpack.load_backbone(reference, weights=self.weights, random_weights=random, image_size=size)
+        backbone = maskpack.load_backbone(reference, weights=weights, random_weights=random, image_size=size)
+        return placed(backbone)
 
 
 @group("Backbone")
@@ -358,7 +411,8 @@ class AnyBase(Base):
         if adapter is not None:
             return self.of(adapter)
         options = dict(vars(self))
-        return maskpack.load_backbone(options.pop("backbone"), **options)
+        use_device(options.pop("device"))
+        return placed(maskpack.load_backbone(options.pop("backbone"), **options))
 
 
 @group("Backbone")
@@ -379,14 +433,17 @@ class TrainedBackbone(Weights):
     image_size: Annotated[int | None, "Pixels. Default: the backbone's."] = None
     mean: Annotated[Channels | None, "Three numbers joined by commas. Default: the backbone's."] = None
     std: Annotated[Channels | None, "Three numbers joined by commas. Default: the backbone's."] = None
+    device: Device = None
 
     def arguments(self) -> dict[str, Any]:
         """Return what is given of these, as arguments of `load_backbone`."""
         options = {name: value for name, value in vars(self).items() if value is not None}
+        options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
     def load(self) -> "Backbone":
         """Load it."""
+        use_device(self.device)
         return maskpack.load_backbone(**self.arguments())
 
 
@@ -399,13 +456,21 @@ class Columns:
 @group("Data")
 class Rows(Columns):
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
-    validation_fraction: Annotated[float | None, "Share of the rows held out. Default: 0.1; 0 without labels."] = None
+    validation_fraction: Annotated[
+        float | None,
+        "Share of these rows held out. Default: none where the data have a validation split beside a test split, which "
+        "is taken then; else 0.1, or 0 without labels.",
+    ] = None
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
-        """Read data; an objective without labels holds no rows out."""
-        held_out = self.validation_fraction
-        options["validation_fraction"] = (0.1 if supervised else 0.0) if held_out is None else held_out
-        return training.load_data(data, **{**vars(self), **options})
+        """Read data; by default an objective without labels holds no rows out."""
+        from maskpack.training.data.load import hold_out
+
+        read = training.load_data(data, **{**vars(self), **options})
+        if self.validation_fraction is None and supervised and read.train is not None and read.validation is None:
+            train, held = hold_out(read.train, 0.1, options.get("seed", 0))
+            read = replace(read, train=train, validation=held)
+        return read
 
 
 @group("Run")

@@ -1,6 +1,7 @@
 """maskpack train | cascade | transfer | multitask."""
 
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -29,6 +30,7 @@ from .options import (
     Source,
     TrainedBackbone,
     Without,
+    check_free,
     group,
     read_settings,
     verb,
@@ -52,6 +54,7 @@ class Run(Folder, Packed):
 
     checkpoint_every: Annotated[str | None, "A time or steps, as in 10min or 500steps. Default: every epoch."] = None
     resume: Annotated[bool, "Continue from the last checkpoint in --output."] = False
+    overwrite: Annotated[bool, "Replace what an earlier training left in --output."] = False
     dry_run: Annotated[bool, "Check everything, run one batch, write nothing."] = False
 
     def check(self, settings: TrainConfig) -> None:
@@ -59,8 +62,21 @@ class Run(Folder, Packed):
         from maskpack.training.run_folder import parse_every
 
         parse_every(self.checkpoint_every)
+        if self.overwrite and self.resume:
+            raise ConfigError("--resume goes on with what --overwrite replaces; give one of them")
+        check_free(self.output, self.overwrite or self.resume)
         if self.profile == "fast" and (settings.bytes_budget is not None or settings.rate is not None):
             raise ConfigError("--bytes-budget and --rate are for the profiles default and max, not for fast")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether the folder may hold an earlier training."""
+        return self.resume or self.overwrite
+
+    def clear(self) -> None:
+        """Delete the checkpoints and logs that are to be replaced."""
+        if self.overwrite and main_process():
+            shutil.rmtree(self.output / RUN_FOLDER, ignore_errors=True)
 
     def train(self, function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         """Return what a training function gives; of several processes all but the one that writes end here."""
@@ -71,10 +87,17 @@ class Run(Folder, Packed):
             raise typer.Exit
         return result
 
-    def save(self, result: Any, model: Any, **options: Any) -> "maskpack.Adapter":
-        """Write what was trained as an adapter."""
+    def save(
+        self, result: Any, model: Any, backbone: TrainedBackbone | None = None, **options: Any
+    ) -> "maskpack.Adapter":
+        """Write what was trained as an adapter, and remember where its backbone is."""
+        from maskpack.backbone.remembered import remember_backbone
+
         content = (result.parts, result.base, result.about)
-        return maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        if backbone is not None:
+            remember_backbone(result.base.digests["float32"], backbone.arguments())
+        return adapter
 
 
 def load_inputs(
@@ -112,6 +135,11 @@ def planned(backbone: "Backbone", data: "Data", settings: TrainConfig) -> dict[s
         f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
         f"{plan['steps']:,} steps"
     )
+    unit = "pixels" if plan["input"] == "image" else "tokens at most"
+    note(
+        f"Inputs of {plan['size']} {unit}, batches of {settings.batch_size}, on {plan['device']}, precision "
+        f"{'float32' if settings.precision == 'no' else settings.precision}; {plan['memory'] / 1e9:.2f} GB in one batch"
+    )
     assert data.train is not None
     if empty := empty_classes(data.train, data.class_names):
         note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
@@ -127,7 +155,7 @@ def worth_of(adapter: "maskpack.Adapter") -> dict[str, Any]:
 
 def reference(output: Path) -> str:
     """Return what verbs take for the adapter in a folder."""
-    return shlex.quote(str(output) if output.is_absolute() else f"./{output}")
+    return str(output) if output.is_absolute() or str(output).startswith(".") else f"./{output}"
 
 
 def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) -> str:
@@ -138,7 +166,7 @@ def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) ->
         for name in ("data", "backbone", "weights", "random_weights", "input_column", "label_column")
         if named[name] is not None
     ]
-    return " ".join([reference(output), *words])
+    return " ".join([shlex.quote(reference(output)), *words])
 
 
 @training_verb(
@@ -169,7 +197,7 @@ def train(
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_untaken(folder, run.resume) if auto is None else check_search(folder / SEARCH, run.resume)
+    check_untaken(folder, run.replaces) if auto is None else check_search(folder / SEARCH, run.replaces)
     loaded, read = load_inputs(backbone, data, rows, settings)
     taught = settings.objective == Distill.id and not settings.objective_options.get(TEACHER)
     learner = replace(settings, objective="supervised", objective_options={}) if taught else settings
@@ -184,6 +212,7 @@ def train(
         note(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
     if run.dry_run:
         return emit(plan, NOTHING_DONE)
+    run.clear()
     if taught:
         teacher = run.train(train_teacher, loaded, read, settings, folder)
         settings = replace(settings, objective_options={**settings.objective_options, TEACHER: str(teacher)})
@@ -191,12 +220,18 @@ def train(
             options["resume"] = run.resume and (folder / FILE).exists()
     function = training.train_mask if auto is None else training.train_auto
     result = run.train(function, loaded, read, settings, output=folder, **options)
-    adapter = run.save(result, loaded.model)
+    adapter = run.save(result, loaded.model, backbone)
     if unreadable := result.about.training["data"]["unreadable"]:
         warn(f"{unreadable} examples could not be read and were left out.")
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     sizes = {"mask_bytes": whole["payload_bytes"], "bits_per_weight": whole["bits_per_weight"]}
-    facts = {"adapter": str(run.output), **result.metrics, "weights": whole["weights"], **sizes, **worth_of(adapter)}
+    facts = {
+        "adapter": reference(run.output),
+        **result.metrics,
+        "weights": whole["weights"],
+        **sizes,
+        **worth_of(adapter),
+    }
     if auto is not None:
         searched = result.about.training["auto"]
         facts |= {"chosen": in_words(searched["chosen"]), "auto": searched}
@@ -204,7 +239,7 @@ def train(
     if not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
-    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+    return hint(f"Next: maskpack push {shlex.quote(reference(run.output))} USER/NAME")
 
 
 # --- cascade ---------------------------------------------------------------------------------------------------------
@@ -242,7 +277,7 @@ def train_experts(
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_parts(folder, run.resume)
+    check_parts(folder, run.replaces and (run.resume or folder.is_dir()))
     loaded, read = load_inputs(backbone, data, rows, settings, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
     plan = planned(loaded, read, settings)
@@ -250,12 +285,13 @@ def train_experts(
     note(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
     if run.dry_run:
         return emit({**plan, "experts": cascade.experts}, NOTHING_DONE)
+    run.clear()
     result = run.train(training.train_cascade, loaded, read, settings, experts=cascade.experts, output=folder)
     result = fit_cascade_head(loaded, read, result, combine=cascade.combine, reduce=cascade.reduce)
-    adapter = run.save(result, loaded.model, cascade=result.cascade)
+    adapter = run.save(result, loaded.model, backbone, cascade=result.cascade)
     about = maskpack.inspect_adapter(adapter)
     facts = {
-        "adapter": str(run.output),
+        "adapter": reference(run.output),
         **result.metrics,
         "combine": cascade.combine,
         "cluster_rows": ", ".join(map(str, about["training"]["cascade"]["rows"])),
@@ -269,7 +305,7 @@ def train_experts(
     emit(facts, f"✓ {run.output}")
     if not cascade.no_labels:
         hint(f"Next: maskpack cascade eval {evaluated(run.output, data, backbone, rows)}")
-    return hint(f"Next: maskpack push {reference(run.output)} USER/NAME")
+    return hint(f"Next: maskpack push {shlex.quote(reference(run.output))} USER/NAME")
 
 
 @cascade_verb("maskpack cascade eval ./cascade --data ./flowers --json", name="eval")
@@ -287,10 +323,8 @@ def evaluate_cascade(
     from maskpack.training.data.load import LABELS_SEED
     from maskpack.training.evaluate import cascade_table
 
-    from .use import on_gpu
-
     adapter = trust.load(ref)
-    backbone = on_gpu(base.of(adapter))
+    backbone = base.of(adapter)
     found = training.load_data(data, **vars(columns), labels_fraction=labels_fraction, seed=LABELS_SEED)
     note("Embedding the training and the test rows by every set …")
     result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
@@ -346,7 +380,7 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     run.check(settings)
     output, trained = run.output, carried.source_trained
     start: Start = carried.start or ("source-end" if trained else "source-start")
-    check_parts(output / RUNS, run.resume)
+    check_parts(output / RUNS, run.replaces and (run.resume or (output / RUNS).is_dir()))
     loaded, source = load_inputs(backbone, carried.source, rows, settings)
     note(f"Loading {carried.target} …")
     target = rows.load(carried.target, seed=settings.seed)
@@ -357,11 +391,12 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
         plans[name] = planned(loaded, data, settings)
     if run.dry_run:
         return emit(plans, NOTHING_DONE)
+    run.clear()
     options = {"weight_lr": carried.weight_lr, "source_trained": trained, "baseline": carried.baseline}
     result = run.train(training.train_transfer, loaded, source, target, settings, start=start, output=output, **options)
     rows_found = transfer_table(result, source, target, batch_size=settings.batch_size)
     adapter = run.save(result, result.backbone.model)
-    facts = {"adapter": str(output), "start": start, **result.metrics, **worth_of(adapter)}
+    facts = {"adapter": reference(output), "start": start, **result.metrics, **worth_of(adapter)}
     if not trained:
         facts["source_weights"] = str(output / SOURCE_FILE)
         backbone = replace(backbone, weights=output / SOURCE_FILE, random_weights=None)
@@ -400,7 +435,7 @@ def multitask(
     rows: Rows,
     settings: TrainConfig,
     joint: JointConfig,
-    run: Annotated[Run, Without("config")],
+    run: Annotated[Run, Without("config", "overwrite")],
     mode: Annotated[Mode, "How the tasks are trained.", typer.Option(rich_help_panel="Many tasks")] = "sequential",
 ) -> None:
     """Train a mask for each of several tasks on one backbone; tasks that are finished in --output are left alone.

@@ -1,51 +1,65 @@
 """maskpack predict | export | eval: an adapter on its backbone."""
 
-import os
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
 
 import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
 from .console import app, emit, hint, note, say, table
-from .options import ARGUMENT, AnyBase, Base, BatchSize, Columns, DataRef, Mode, Ref, Source, verb
+from .options import (
+    ARGUMENT,
+    AnyBase,
+    Base,
+    BatchSize,
+    Columns,
+    DataRef,
+    Mode,
+    Overwrite,
+    Ref,
+    Source,
+    check_free,
+    verb,
+)
 
 if TYPE_CHECKING:
-    from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data, Examples
     from maskpack.training.features import Measure
 
 use_verb = partial(verb, app, "Use")
-Files = Annotated[tuple[str, ...], "Image files; for text adapters, text files with one text a line.", ARGUMENT]
+Files = Annotated[
+    tuple[str, ...],
+    "Images or folders of images; for text adapters, files with one text a line; - reads such lines, or the names of "
+    "images, from stdin.",
+    ARGUMENT,
+]
+Texts = Annotated[tuple[str, ...], "A text itself, for text adapters.", typer.Option("--text")]
 TITLES = {"head": "head", "knn": "k-NN", "probe": "probe"}
 
 
-def on_gpu(backbone: "Backbone") -> "Backbone":
-    """Move a backbone, before anything is loaded into it, to the GPU where there is one and training would use it."""
-    import torch
-
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
-    if torch.cuda.is_available() and not on_cpu:
-        backbone.model.cuda()
-    return backbone
-
-
-@use_verb("maskpack predict user/mask-flowers a.jpg b.jpg")
-def predict(ref: Ref, files: Files, base: Base, trust: Source, mode: Mode = "target") -> None:
-    """Classify files with an adapter."""
+@use_verb(
+    "maskpack predict user/mask-flowers a.jpg b.jpg ./more-images",
+    "maskpack predict user/mask-banking77 --text 'My card was declined'",
+    "cut -f 2 questions.tsv | maskpack predict user/mask-banking77 - --json",
+)
+def predict(ref: Ref, base: Base, trust: Source, files: Files = (), text: Texts = (), mode: Mode = "target") -> None:
+    """Classify images or texts with an adapter."""
     from maskpack.training.evaluate import source_classes
 
     adapter = trust.load(ref)
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
-    backbone = on_gpu(base.of(adapter))
+    inputs = _inputs(files, text, adapter.about.task == "text-classification")
+    backbone = base.of(adapter)
     together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
     if together is None:
         maskpack.load_mask(backbone.model, adapter, mode=mode)
-    inputs = list(files) if adapter.about.task != "text-classification" else _texts(files)
     hint(f"Adapter: {adapter.pinned}")
     if together is None:
         names = source_classes(adapter) if mode == "source" else None
@@ -57,27 +71,54 @@ def predict(ref: Ref, files: Files, base: Base, trust: Source, mode: Mode = "tar
     table(rows, ["input", "label", "score"])
 
 
-def _texts(files: tuple[str, ...]) -> list[str]:
-    """Return the lines of text files that are not empty."""
-    found: list[str] = []
-    for file in files:
-        try:
-            found += [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read the text file {file!r}: {error}") from None
+def _inputs(files: tuple[str, ...], texts: tuple[str, ...], are_texts: bool) -> list[str]:
+    """Return the texts, or the names of the images, that the arguments stand for."""
+    from maskpack.preprocess import IMAGE_ENDINGS
+
+    if texts and not are_texts:
+        raise ConfigError("--text is for adapters of texts, and this one is for images; give image files")
+    found = list(texts)
+    for name in files:
+        path = Path(name)
+        if name == "-" or (are_texts and path.is_file()):
+            try:
+                content = sys.stdin.read() if name == "-" else path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise DataError(f"cannot read the text file {name!r}: {error}") from None
+            found += [line for line in content.splitlines() if line.strip()]
+        elif not path.exists():
+            more = "; a text itself is given by --text" if are_texts else ""
+            raise DataError(f"there is no file {name!r}; give files that are there, or - for stdin{more}")
+        elif path.is_dir() and are_texts:
+            raise DataError(f"{name!r} is a folder; give files with one text a line")
+        elif path.is_dir():
+            found += sorted(str(one) for one in path.rglob("*") if one.suffix.lower() in IMAGE_ENDINGS)
+        else:
+            found.append(name)
+    if not found:
+        raise DataError("nothing to classify: what was given has no image or line; name files, or - for stdin")
     return found
 
 
 @use_verb("maskpack export user/mask-flowers --output flowers.safetensors")
-def export(ref: Ref, output: Annotated[Path, "The .safetensors file to write."], base: Base, trust: Source) -> None:
+def export(
+    ref: Ref,
+    output: Annotated[Path, "The .safetensors file to write."],
+    base: Base,
+    trust: Source,
+    overwrite: Overwrite = False,
+) -> None:
     """Write the masked dense model as a safetensors state dict, for tools that know nothing of masks."""
     import torch
 
     from maskpack.backbone.load import export_state
     from maskpack.backbone.model import CASTS
 
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"--output {output} must end in .safetensors, which is the format that is written")
+    check_free(output, overwrite)
     adapter = trust.load(ref)
-    backbone = on_gpu(base.of(adapter))
+    backbone = base.of(adapter)
     maskpack.load_mask(backbone.model, adapter)
     dtype = (
         getattr(torch, adapter.base.dtype) if adapter.base.dtype in CASTS else None
@@ -127,7 +168,7 @@ def evaluate(
         if mode != "target":
             raise ConfigError("--mode is for an adapter, a backbone alone has one network; leave it out")
     adapter, names = None if ref is None else trust.load(ref), None
-    model = on_gpu(base.of_any(adapter))
+    model = base.of_any(adapter)
     if adapter is not None:
         maskpack.load_mask(model.model, adapter, mode=mode)
         model = as_loaded(model, adapter)

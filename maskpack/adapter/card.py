@@ -270,10 +270,10 @@ def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: 
     if f"{split}_accuracy" in results:
         own, probe = results[f"{split}_accuracy"], results[f"{split}_probe_accuracy"]
         without = results.get(f"{split}_accuracy_without_masks")
-        alone = "" if without is None else f", and {without:.4f} with the masks alone taken out"
+        alone = "" if without is None else f", and {100 * without:.2f} % with the masks alone taken out"
         yield (
-            f"On the {split} split a linear probe of the raw backbone has the accuracy {probe:.4f}. This adapter has "
-            f"{own:.4f} ({own - probe:+.4f}){alone}.\n"
+            f"On the {split} split a linear probe of the raw backbone has the accuracy {100 * probe:.2f} %. This "
+            f"adapter has {100 * own:.2f} % ({100 * (own - probe):+.2f}){alone}.\n"
         )
     lora = {rank: member(record, "lora_bytes").get(f"rank_{rank}_4bit") for rank in (8, 1)}
     if all(type(size) is int and 0 <= size < HUGE for size in lora.values()):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -368,9 +369,17 @@ def load_backbone(
                 f"({error}); check network, proxy and HF_ENDPOINT, or give weights with --weights FILE.safetensors"
             ) from error
         except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            file = Path(reference.rpartition(":")[0])
+            frames = traceback.extract_tb(error.__traceback__) if file.is_file() else ()
+            if own := [one for one in frames if Path(one.filename) == file.absolute()]:
+                raise BackboneError(
+                    f"cannot load the backbone {reference!r}: line {own[-1].lineno}, {own[-1].line!r:.200}, raised "
+                    f"{said}"
+                ) from error
             raise BackboneError(
-                f"cannot load the backbone {reference!r}: {type(error).__name__}: {' '.join(str(error).split())}; if "
-                "its weights cannot be downloaded, give them with --weights FILE.safetensors"
+                f"cannot load the backbone {reference!r}: {said}; if its weights cannot be downloaded, give them with "
+                f"--weights FILE.safetensors"
             ) from error
     if kind:
         randomize(backbone.model, kind, seed)

@@ -48,7 +48,8 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
     """Read a reference to an adapter, with a revision where it names none itself.
 
     It is `user/name` or `user/name@revision` on the Hub; `./folder`, `../folder`, `/folder`, `~/folder`, a path that
-    ends in `.safetensors`, or any path object for a local adapter. A text that could be both is refused.
+    ends in `.safetensors`, the name of an adapter's folder here, or any path object for a local adapter. A text that
+    could be both is refused.
     """
     text = os.fspath(ref)
     named_as_path = text in (".", "..") or text.startswith(PATH_STARTS) or text.endswith(".safetensors")
@@ -63,6 +64,8 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
         )
     revision = inner if at else revision
     if wrong := _wrong_id(repo_id):
+        if "/" not in text and (Path(text) / MODEL_FILE).is_file():
+            return Reference(path=Path(text))
         hint = f"; for the local one write ./{repo_id}" if repo_id and Path(repo_id).exists() else ""
         raise AdapterError(f"{text!r} {wrong}; expected {FORMS}{hint}")
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from ..training.config import TrainConfig, config_from
 from ..training.data.base import Data, Examples, loader, readable
 from ..training.data.load import LABELS_SEED, few_labels, hold_out, load_data
 from ..training.run_folder import read_json, write_json
+from ..training.trainer import process_memory
 from .baselines.base import Fitted, Predict, Trial, classified, find_baseline
 
 # not run here, so that no thread is there when the process forks; one that is not installed is needed by no trial
@@ -171,17 +171,6 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
     return replace(only, train=known), replace(only, train=train, class_names=()), test
 
 
-def memory() -> tuple[int, int]:
-    """Return the process's resident bytes, now and at most; on a system without /proc, at most and at most."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not getrusage: a process that was started from a great one inherits that one's peak there
-        kilobytes = dict(line.split(":") for line in status.read_text().splitlines() if line.startswith("Vm"))
-        return int(kilobytes["VmRSS"].split()[0]) << 10, int(kilobytes["VmHWM"].split()[0]) << 10
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return most, most
-
-
 def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """Fit and measure what a job asks for; return the result, JSON values."""
     folder = Path(job.folder)
@@ -194,11 +183,11 @@ def run(job: Job, report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]
     before: dict[str, Any] = {"seconds": 0.0}
     if (folder / SPENT).exists():
         before = read_json(folder / SPENT, frozenset(("seconds",)), "delete it and run again")
-    resident, started = memory()[0], time.monotonic()
+    resident, started = process_memory()[0], time.monotonic()
 
     def spent() -> dict[str, Any]:
         on_device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        peak = max(0, memory()[1] - resident) + on_device
+        peak = max(0, process_memory()[1] - resident) + on_device
         seconds = before["seconds"] + time.monotonic() - started
         return {"seconds": seconds, "peak_memory": max(peak, before.get("peak_memory", 0))}
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..preprocess import Augment
 from ..registry import check_above_zero
 
-SMALL = 1_000_000  # weights that a network with other defaults has at most; chosen in docs/results.md, as these are
+SMALL = 1_000_000  # most weights of a network with other defaults; chosen in docs/results/defaults.md, as these are
 TOP = 0.1  # of the weights of a parameter have scores in a larger network, unless most weights are of convolutions
 SMALL_RATE, RATE = 0.1, 0.05  # of the scores, with adam
 ALL = "all"  # of the scores learn

@@ -18,6 +18,7 @@ from ..adapter.content import Cascade
 from ..backbone.classifier import embeddings
 from ..backbone.fingerprint import model_digest
 from ..backbone.load import Backbone
+from ..backbone.remembered import cache_folder
 from ..errors import ConfigError, DataError, MaskpackError, escape
 from ..preprocess import preprocess_to_json
 from ..runtime.cascade import LoadedCascade
@@ -38,15 +39,6 @@ OWN_FILE = re.compile(r"\.?[0-9a-f]{64}\.safetensors(\.[0-9a-f]+\.tmp)?")
 
 class FeatureCacheWarning(UserWarning):
     """Warned when a file of the feature cache is damaged or cannot be written; the features are right all the same."""
-
-
-def cache_folder() -> Path:
-    """Return where features are kept: in `$MASKPACK_CACHE`, else in `maskpack` in the user's cache folder."""
-    own = os.environ.get("MASKPACK_CACHE")
-    if own:
-        return Path(own) / "features"
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache") / "maskpack" / "features"
 
 
 def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache: bool = True) -> tuple[Tensor, Tensor]:
@@ -138,7 +130,7 @@ def _tokenizer_digest(tokenizer: Any) -> str | None:
 
 def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
     """Return the features cached under a digest, and their rows, `most` at most; None if there are none undamaged."""
-    path = cache_folder() / f"{key}.safetensors"
+    path = cache_folder() / "features" / f"{key}.safetensors"
     if not path.exists():
         return None
     try:
@@ -157,7 +149,7 @@ def kept_features(key: str, most: int) -> tuple[Tensor, list[int]] | None:
 
 def keep_features(key: str, features: Tensor, examples: Examples) -> None:
     """Cache the features of the examples that could be read under a digest of all that they follow from."""
-    path = cache_folder() / f"{key}.safetensors"
+    path = cache_folder() / "features" / f"{key}.safetensors"
     rows = [row for row in examples.indices if row not in examples.unreadable]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -341,6 +342,19 @@ def train_dense(
     return run
 
 
+def process_memory() -> tuple[int, int]:
+    """Return the process's resident bytes, now and at most; on a system without /proc, at most and at most."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not getrusage: a process that was started from a great one inherits that one's peak there
+        kilobytes = dict(line.split(":") for line in status.read_text().splitlines() if line.startswith("Vm"))
+        return int(kilobytes["VmRSS"].split()[0]) << 10, int(kilobytes["VmHWM"].split()[0]) << 10
+    import resource  # not on Windows
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return most, most
+
+
 def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[str, Any]:
     """Check a run without training: build everything, run one batch forward and backward; return its plan."""
     with borrowed(backbone):
@@ -350,6 +364,7 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
             raise TrainingError("no example of the training split can be read")
         loss = run.objective.loss(run.module, batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        how = backbone.preprocess
         return {
             "backbone": backbone.id,
             "parameters": len(run.scores),
@@ -358,5 +373,11 @@ def plan_training(backbone: Backbone, data: Data, config: TrainConfig) -> dict[s
             **{split: len(data.splits.get(split, ())) for split in ("train", "validation", "test")},
             "epochs": run.epochs,
             "steps": run.steps,
+            "input": how.kind,
+            "size": getattr(run.backbone.preprocess, "size", None)
+            or getattr(run.backbone.preprocess, "max_length", None),
+            "device": str(run.device),
+            "precision": config.precision,
+            "memory": torch.cuda.max_memory_allocated() if run.device.type == "cuda" else process_memory()[1],
             "loss": float(loss.detach()),
         }

@@ -56,7 +56,8 @@ def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str
     split = next((name for name in SPLITS if f"{name}_over_probe" in metrics), None)
     if split is not None and metrics[f"{split}_over_probe"] <= 0:
         found.append(
-            f"the {split} accuracy is {metrics[f'{split}_accuracy']:.4f}, and a linear probe of the raw backbone has "
-            f"{metrics[f'{split}_probe_accuracy']:.4f}: the mask was not worth it; take more steps, or keep the probe"
+            f"the {split} accuracy is {100 * metrics[f'{split}_accuracy']:.2f} %, and a linear probe of the raw "
+            f"backbone has {100 * metrics[f'{split}_probe_accuracy']:.2f} %: the mask was not worth it; take more "
+            f"steps, or keep the probe"
         )
     return found

@@ -11,10 +11,11 @@ from torch import nn
 from ...backbone.classifier import Batch, predictions
 from ...backbone.fingerprint import model_digest
 from ...backbone.load import Backbone
+from ...backbone.remembered import cache_folder
 from ...errors import ConfigError, DataError
 from ...training.batchnorm import BATCH_NORMS, recalibrate
 from ...training.data.base import Data, Examples, loader, readable
-from ...training.features import cache_folder, digest_of, inputs_content
+from ...training.features import digest_of, inputs_content
 from ..store import measured
 from .network import State, put_state
 
@@ -36,7 +37,7 @@ def counted(items: Collection[T], report: Progress | None) -> Iterator[T]:
 
 def evaluations_folder() -> Path:
     """Return where evaluations are kept if no folder is given: beside the features."""
-    return cache_folder().parent / "evaluations"
+    return cache_folder() / "evaluations"
 
 
 def some(examples: Examples, count: int | None, seed: int = 0) -> Examples:

@@ -22,7 +22,8 @@ from ...preprocess import Augment, ImagePreprocess, Preprocess, collate_text, op
 from ...registry import Registry
 
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval")
+VALIDATION_NAMES = ("validation", "valid", "val", "dev", "eval")
+TEST_NAMES = ("test", *VALIDATION_NAMES)  # without a test split, the validation split is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Data:
     """A data set for classification.
 
     Attributes:
-        train, validation, test: None if there is no such split. Validation is split off the training rows.
+        train, validation, test: None if there is no such split.
         task: "image-classification" or "text-classification".
         id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
         source: id of the data source, as in "hub".
@@ -167,11 +168,24 @@ class _Transformed(Dataset[Any]):
         return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
 
 
+_FOR_TRAINING = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
+
+
 def _ignore_signals(_: int) -> None:
     # in processes that read data: a signal to the process group is for the one that trains
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for one in _FOR_TRAINING:
+        signal.signal(one, signal.SIG_IGN)
+
+
+def _started(batches: DataLoader[Any]) -> Iterator[Any]:
+    """Return the iterator of a loader, its processes started with those signals held back until they ignore them."""
+    if not batches.num_workers or not hasattr(signal, "pthread_sigmask"):
+        return iter(batches)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_TRAINING)
+    try:
+        return iter(batches)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collate(stack: Callable[[tuple[Any, ...]], Any], items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
@@ -231,7 +245,7 @@ def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
     """Yield what `readable` does, each with its number from 1 among all batches."""
     examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
-    for number, (inputs, labels, unreadable) in enumerate(batches, 1):
+    for number, (inputs, labels, unreadable) in enumerate(_started(batches), 1):
         examples.unreadable.update(unreadable)  # here, since rows may be read in another process
         if inputs is not None:
             yield number, (inputs, labels)

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...errors import DataError, require
+from ...preprocess import IMAGE_ENDINGS
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
 
 SPLITS = (*TRAIN_NAMES, *TEST_NAMES)
-ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 
 
 class _Table:
@@ -17,13 +17,14 @@ class _Table:
 
     @classmethod
     def matches(cls, reference: str) -> bool:
-        return Path(reference).is_dir() and any(Path(reference).rglob(f"*.{cls.id}"))
+        path = Path(reference)
+        return any(path.rglob(f"*.{cls.id}")) if path.is_dir() else path.is_file() and path.suffix == f".{cls.id}"
 
     @classmethod
     def load(cls, reference: str) -> Splits:
         datasets = require("datasets", "train", "reading data")
         root = Path(reference)
-        files = sorted(root.rglob(f"*.{cls.id}"))
+        files = sorted(root.rglob(f"*.{cls.id}")) if root.is_dir() else [root]
         splits: dict[str, list[str]] = {}
         for file in files:
             # as on the Hub: a split is named by the file's first word or by its folder
@@ -38,12 +39,12 @@ class _Table:
                 f"cannot read the {cls.id} files in {reference}: {error.__cause__ or error}; expected rows in each, "
                 f"with the same columns"
             ) from error
-        return Splits(loaded, root.resolve().name, digest_files(files, root))
+        return Splits(loaded, root.resolve().name, digest_files(files, root if root.is_dir() else root.parent))
 
 
 @SOURCES.register
 class Parquet(_Table):
-    """Local folder of parquet files: train*.parquet, test*.parquet."""
+    """Local parquet file, or folder of them: train*.parquet, test*.parquet, perhaps validation*.parquet."""
 
     id: ClassVar[str] = "parquet"
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#parquet"
@@ -52,7 +53,7 @@ class Parquet(_Table):
 
 @SOURCES.register
 class Csv(_Table):
-    """Local folder of csv files with a header line: train*.csv, test*.csv."""
+    """Local csv file with a header line, or folder of them: train*.csv, test*.csv, perhaps validation*.csv."""
 
     id: ClassVar[str] = "csv"
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#csv"
@@ -92,4 +93,4 @@ class ImageFolder:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, DataError
-from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Data, Examples
+from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, Data, Examples
 
 LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label")
 LABELS_SEED = 42  # draws the rows that keep their labels, in every evaluation
@@ -20,7 +20,7 @@ def load_data(
     input_column: str | None = None,
     label_column: str | None = None,
     class_names: Sequence[str] | None = None,
-    validation_fraction: float = 0.0,
+    validation_fraction: float | None = None,
     labels_fraction: float = 1.0,
     labelled: bool = True,
     seed: int = 0,
@@ -28,18 +28,19 @@ def load_data(
     """Load a data set for classification.
 
     Args:
-        reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), or
-            `digits:0-9` (the images that scikit-learn ships).
+        reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), a parquet or
+            csv file, or `digits:0-9` (the images that scikit-learn ships).
         input_column, label_column: names, if they cannot be found.
         class_names: of an adapter, whose numbering labels follow; default: the data's own.
-        validation_fraction: share of the training rows, chosen by `seed`, that becomes the validation split.
-        labels_fraction: share of the remaining training rows, chosen by `seed`, that is kept.
+        validation_fraction: share of the training rows that are kept, chosen by `seed`, that becomes the validation
+            split. Default: the validation split that the data have beside a test split, or none.
+        labels_fraction: share of the training rows, chosen by `seed`, that is kept.
         labelled: False reads no labels and leaves `class_names` empty.
 
     Raises:
         DataError: if it cannot be read, a column cannot be found, or labels do not fit the class names.
     """
-    if not 0 <= validation_fraction < 1 or not 0 < labels_fraction <= 1:
+    if not 0 <= (validation_fraction or 0) < 1 or not 0 < labels_fraction <= 1:
         raise ConfigError(
             f"validation_fraction must be in [0, 1) and labels_fraction in (0, 1]; got {validation_fraction} and "
             f"{labels_fraction}"
@@ -47,14 +48,15 @@ def load_data(
     source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
     if source is None:
         raise DataError(
-            f"cannot read the data {reference!r}; expected a Hub data set id, a folder with parquet or csv files or "
-            f"one folder of images per class, or digits:0-9"
+            f"cannot read the data {reference!r}; expected a Hub data set id, a parquet or csv file, a folder of such "
+            f"files or with one folder of images per class, or digits:0-9"
         )
     loaded, splits = source.load(reference), dict[str, Any]()
-    for kind, known in (("train", TRAIN_NAMES), ("test", TEST_NAMES)):
-        rows = next((loaded.splits[name] for name in known if name in loaded.splits), None)
-        if rows is not None:
-            splits[kind] = rows
+    own = dict(loaded.splits)
+    for kind, known in (("train", TRAIN_NAMES), ("test", TEST_NAMES), ("validation", VALIDATION_NAMES)):
+        name = next((name for name in known if name in own), None)
+        if name is not None and (kind != "validation" or validation_fraction is None):
+            splits[kind] = own.pop(name)
     if not splits:
         raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
     features = next(iter(splits.values())).features
@@ -74,9 +76,10 @@ def load_data(
         if images:  # as bytes, so that one broken image costs only itself
             rows = rows.cast_column(column, type(features[column])(decode=False))
         found[kind] = Examples(rows, column, labels, range(len(rows)), digest=f"{loaded.digest} {kind}")
-    train, validation = found.get("train"), None
+    train, validation = found.get("train"), found.get("validation")
     if train is not None:
-        train, validation = hold_out(train, validation_fraction, seed, labels_fraction)
+        train, held = hold_out(train, validation_fraction or 0.0, seed, labels_fraction)
+        validation = validation or held
     task = "image-classification" if images else "text-classification"
     return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
 
@@ -141,19 +144,18 @@ def _labels(
 def hold_out(
     examples: Examples, fraction: float, seed: int, labels_fraction: float = 1.0
 ) -> tuple[Examples, Examples | None]:
-    """Split a share of the examples off, drawn by `seed`; return the share `labels_fraction` of the rest, and it."""
+    """Keep a share of the examples, drawn by `seed`; return these without a share, and that share of them."""
     drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = [examples.indices[i] for i in drawn]
-    held = round(len(order) * fraction)
-    kept = max(1, int((len(order) - held) * labels_fraction))
-    rest = replace(examples, indices=sorted(order[held:][:kept]), unreadable=set())
-    return rest, replace(examples, indices=sorted(order[:held]), unreadable=set()) if held else None
+    kept = [examples.indices[i] for i in drawn[: max(1, int(len(drawn) * labels_fraction))]]
+    held = round(len(kept) * fraction)
+    rest = replace(examples, indices=sorted(kept[held:]), unreadable=set())
+    return rest, replace(examples, indices=sorted(kept[:held]), unreadable=set()) if held else None
 
 
 def few_labels(examples: Examples, fraction: float, seed: int = LABELS_SEED) -> Examples:
     """Return a share of the examples, drawn by `seed` regardless of class: int(n * fraction), at least one.
 
-    Of a whole training split these are the rows of `load_data(…, labels_fraction=fraction, seed=seed)`.
+    Of a whole training split these are all rows that `load_data(…, labels_fraction=fraction, seed=seed)` keeps.
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"the share of labels must be in (0, 1], got {fraction}")
