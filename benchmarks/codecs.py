@@ -14,7 +14,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +30,7 @@ from maskpack.adapter.write import save_adapter
 from maskpack.codecs import native
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side, words_of
 from maskpack.codecs.choose import rivals
+from maskpack.codecs.logit import Logit, decode_together
 from maskpack.errors import MaskpackError
 
 from .compression import RangeCoder, Sizes, strong_sizes
@@ -91,7 +92,7 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
             competing.encode(bits, Side(side.shape, side.weights))
     encoded = time.process_time() - start
     with without_loops():
-        by_numpy = None if codec else seconds(lambda: adapter.parts(base=weights).masks)
+        by_numpy = None if codec else seconds(lambda: decode_all(coded))
     allowed = INDEX_BYTES + sum(INDEX_BYTES_EACH + len(name.encode()) for name in case.masks)
     chosen: dict[str, int] = {}
     for row in one["payloads"]:
@@ -111,6 +112,16 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         "codec_decode_rate": total / seconds(lambda: [used.decode(data, side) for used, data, side in coded]),
         "chosen": chosen,
     }
+
+
+def decode_all(coded: Sequence[tuple[Codec, bytes, Side]]) -> None:
+    """Decode payloads as a set's are without the compiled part: those of `logit` together."""
+    for base in (False, True):
+        own = [(data, side) for used, data, side in coded if isinstance(used, Logit) and used.needs_base == base]
+        decode_together([data for data, _ in own], [side for _, side in own], base)
+    for used, data, side in coded:
+        if not isinstance(used, Logit):
+            used.decode(data, side)
 
 
 @contextmanager

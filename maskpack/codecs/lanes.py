@@ -122,8 +122,10 @@ class Lanes:
         number, edges = coefficient_of(), tables().first.reshape(-1)
         for step, here in enumerate(np.searchsorted(-counts[order], -np.arange(len(table)), side="left").tolist()):
             own, slot = state[:here], state[:here] & ONE - 1
-            symbol = number.take(table[step, :here] * ONE + slot)
-            symbol += table[step, :here] * 16
+            slot_of = table[step, :here] * ONE
+            slot_of += slot
+            symbol = table[step, :here] * 16
+            symbol += number.take(slot_of)
             first = edges.take(symbol)
             own >>= BITS
             own *= edges.take(symbol + 1) - first
@@ -235,9 +237,11 @@ def hazards_of() -> NDArray[np.int64]:
 
 
 @cache
-def coefficient_of() -> Numbers:
+def coefficient_of() -> NDArray[np.uint8]:
     """Return, for each table and slot, the number of the coefficient there."""
-    return np.concatenate([np.repeat(np.arange(15), sizes) for sizes in np.diff(tables().first[:, :16])])
+    return np.concatenate(
+        [np.repeat(np.arange(15, dtype=np.uint8), sizes) for sizes in np.diff(tables().first[:, :16])]
+    )
 
 
 def symbols(hazards: NDArray[np.uint16], where: Sequence[int]) -> list[tuple[int, int]]:
