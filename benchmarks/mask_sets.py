@@ -3,7 +3,7 @@
     MASKPACK_DATA=… python -m benchmarks.mask_sets eurosat-sgd eurosat-adam cartoon-flip cartoon-largest smollm2
 
 trains those that are for codecs alone, and keeps their masks without head and statistics. The last is of the folder
-runs/smollm2, which $MASKPACK_DATA/tools/smollm2.py makes.
+runs/smollm2, which benchmarks/smollm2.py makes.
 The set of seven billion weights is too large for the tables here: `benchmarks/scale.py` measures it, memory included.
 """
 

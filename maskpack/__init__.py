@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
     from .adapter.content import Parts
     from .adapter.describe import inspect_adapter
+    from .adapter.predict import Prediction
     from .adapter.read import Adapter
     from .adapter.write import save_adapter
     from .algebra import combine
     from .backbone.fingerprint import fingerprint
-    from .backbone.load import load_backbone
+    from .backbone.load import Backbone, load_backbone
     from .errors import MaskpackError
     from .hub.pull import pull
     from .hub.push import push
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .runtime.apply import unload_mask
     from .runtime.bank import MaskBank
     from .runtime.cascade import load_cascade
+    from .runtime.exchange import PatchReader, PatchWriter
     from .runtime.identify import identify
     from .runtime.load import load_adapter, load_mask
     from .runtime.stream import load_masked
@@ -36,10 +38,14 @@ if TYPE_CHECKING:
 # imported when first used: `import maskpack` imports no torch
 _WHERE = {
     "Adapter": "adapter.read",
+    "Backbone": "backbone.load",
     "MaskBank": "runtime.bank",
     "MaskSet": "mask",
     "MaskpackError": "errors",
     "Parts": "adapter.content",
+    "PatchReader": "runtime.exchange",
+    "PatchWriter": "runtime.exchange",
+    "Prediction": "adapter.predict",
     "combine": "algebra",
     "fingerprint": "backbone.fingerprint",
     "identify": "runtime.identify",
@@ -58,10 +64,14 @@ _WHERE = {
 
 __all__ = [
     "Adapter",
+    "Backbone",
     "MaskBank",
     "MaskSet",
     "MaskpackError",
     "Parts",
+    "PatchReader",
+    "PatchWriter",
+    "Prediction",
     "__version__",
     "combine",
     "fingerprint",

@@ -13,7 +13,7 @@ from bitarray import bitarray
 from bitarray.util import count_and, ones
 from numpy.typing import NDArray
 
-from .errors import ConfigError, UnknownNameError
+from .errors import ConfigError, UnknownNameError, check_argument
 from .mask import MaskSet, PackedMask, Shape, packed_bits
 
 CHUNK = 1 << 18  # bytes of a mask that are counted at a time, so that the digits stay in the processor's cache
@@ -116,7 +116,14 @@ def combine(
         UnknownNameError: if there is no such operation.
         ConfigError: if `weights`, `k` or the number of sets do not fit it, or the sets differ in parameters, shapes, op
             or alpha, or have signs (ternary masks).
+
+    Example:
+        voted = combine("majority", [first, second, third])
     """
+    check_argument("how", how, str, f"one of {', '.join(OPERATIONS)}", "it comes before the masks")
+    check_argument("masks", masks, Sequence, "a list of mask sets", "give [first, second]")
+    for one in masks:
+        check_argument("one of the masks", one, MaskSet, "a MaskSet", "of an adapter it is adapter.parts().masks")
     join = operation(how, len(masks), weights, k)
     shapes = common_shapes(masks, missing)
 

@@ -6,10 +6,14 @@ A message says what was wrong (with the value), what was expected, and what to d
 import importlib
 import json
 import re
-from types import ModuleType
-from typing import Literal
+from dataclasses import fields
+from types import ModuleType, UnionType
+from typing import Any, Literal
 
 Target = Literal["plain", "markdown", "code", "json"]
+
+MOST_MEMBERS = 4  # of a collection that is shown whole
+LONGEST_REPR = 120  # characters
 
 LINE_ENDS = re.compile(r"[\t\n\r]+")
 MARKUP = re.compile(r"([`*_\[\]<>|&~$])")
@@ -43,8 +47,41 @@ def escape(text: object, target: Target = "plain") -> str:
     return f"`{re.sub('[`|<]', lambda found: f'{chr(92)}u{ord(found[0]):04x}', shown) or ' '}`"
 
 
+def brief(value: object) -> str:
+    """Return a value on one short line: a tensor by its shape, a long collection by its length and first member."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    many = len(value) if isinstance(value, dict | list | tuple | set | frozenset | range) else 0
+    text = "" if many > MOST_MEMBERS else repr(value)
+    if text and len(text) <= LONGEST_REPR and "\n" not in text:
+        return text
+    if isinstance(value, dict | list | tuple | set | frozenset | range):
+        return f"<{many:,}: {brief(next(iter(value)))}, …>"
+    return f"{text[:LONGEST_REPR]}…" if isinstance(value, str | bytes) else f"{type(value).__name__}(…)"
+
+
+def short_repr(self: Any) -> str:
+    """Return the repr of a dataclass on one line: its fields that are neither None nor empty, each by `brief`."""
+    shown = {one.name: brief(getattr(self, one.name)) for one in fields(self) if one.repr}
+    given = (f"{name}={one}" for name, one in shown.items() if one not in ("None", "{}", "()"))
+    return f"{type(self).__name__}({', '.join(given)})"
+
+
+def check_argument(name: str, value: object, kinds: type | UnionType, expected: str, advice: str) -> None:
+    """Raise ConfigError if an argument is of none of these kinds; `advice` says what to do."""
+    if not isinstance(value, kinds):
+        raise ConfigError(f"{name} is {brief(value)}, expected {expected}; {advice}")
+
+
 class MaskpackError(Exception):
-    """Base class of every error that maskpack raises on purpose."""
+    """Base class of every error that maskpack raises on purpose.
+
+    Example:
+        try:
+            load_mask(model, "./nothing-here")
+        except MaskpackError as error:
+            print(error)
+    """
 
     def __str__(self) -> str:
         return escape(super().__str__())  # messages quote what files, servers and users say

@@ -16,7 +16,7 @@ from bitarray import bitarray
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from .errors import ConfigError, UnknownNameError
+from .errors import ConfigError, UnknownNameError, check_argument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,11 +85,17 @@ class PackedMask:
         if self.signs is not None and (self.op != "zero" or len(self.signs) != len(self.bits)):
             raise ConfigError("only a mask with op 'zero' can have signs, as many as it has bits")
 
+    def __repr__(self) -> str:
+        more = "" if self.alpha is None else f", alpha {self.alpha:.4f}"
+        signs = "" if self.signs is None else ", with signs"
+        return f"PackedMask({'x'.join(map(str, self.shape))}, {self.op}, density {self.density:.4f}{more}{signs})"
+
     @classmethod
     def from_tensor(cls, mask: Tensor, op: Op = "zero", scale: bool = False) -> PackedMask:
         """Pack a tensor of bool, or of uint8 zeros and ones; `scale` sets alpha."""
         import torch
 
+        check_argument("the mask", mask, torch.Tensor, "a tensor of bool", "make one: torch.as_tensor(mask) != 0")
         raw = mask.detach().view(torch.uint8) if mask.dtype in (torch.bool, torch.uint8) else None
         if raw is None or (raw.numel() and int(raw.max()) > 1):  # a file may hold any byte as a bool
             held = "" if raw is None else f" with the byte {int(raw.max())}"
@@ -163,13 +169,27 @@ class MaskSet(Mapping[str, PackedMask]):
 
     Attributes:
         masks: by name; of a streamed set the shapes that are known, or None. make: see `streamed`.
+
+    Example:
+        masks = MaskSet.from_tensors({"conv1.weight": model.conv1.weight.abs() > 0.01})
+        print(masks)  # MaskSet(1 parameter, 216 weights, density …)
+        print(masks["conv1.weight"].tensor().shape)
     """
 
     masks: Mapping[str, Any]
     make: Callable[[str], PackedMask] | None = None
 
     def __post_init__(self) -> None:
+        check_argument("masks", self.masks, Mapping, "a dictionary by parameter name", "see MaskSet.from_tensors")
+        for name, one in self.masks.items() if self.make is None else ():
+            check_argument(f"mask {name!r}", one, PackedMask, "a PackedMask", "MaskSet.from_tensors packs tensors")
         object.__setattr__(self, "masks", {name: self.masks[name] for name in sorted(self.masks)})
+
+    def __repr__(self) -> str:
+        count = f"{len(self)} parameter{'s' * (len(self) != 1)}"
+        if self.make is not None:  # masks, and perhaps their shapes, would have to be made
+            return f"MaskSet({count}, streamed)"
+        return f"MaskSet({count}, {self.total:,} weights, density {self.density:.4f})"
 
     @classmethod
     def streamed(
@@ -191,6 +211,7 @@ class MaskSet(Mapping[str, PackedMask]):
         Raises:
             ConfigError: if a tensor has another dtype or other values; the message names it.
         """
+        check_argument("masks", masks, Mapping, "a dictionary of tensors by parameter name", "give each its name")
         packed = {}
         for name, mask in masks.items():
             try:

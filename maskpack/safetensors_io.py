@@ -312,6 +312,12 @@ class TensorFile(Mapping[str, "Tensor"]):
             self._files[name], self.shapes[name] = shard, shape
         self.shapes = dict(sorted(self.shapes.items()))
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The strings that a checkpoint of one file has beside its tensors."""
+        with _opened(self.path) as file:
+            return dict(file.metadata() or {})
+
     def __getitem__(self, name: str) -> Tensor:
         # opened anew each time: what is read stays mapped, and so resident, until the file is closed
         with _opened(self._files[name]) as file:
@@ -323,6 +329,24 @@ class TensorFile(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+class Made(Mapping[str, "Tensor"]):
+    """Tensors by name, made when they are asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def open_tensors(path: str | Path) -> TensorFile:

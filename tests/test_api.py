@@ -37,11 +37,11 @@ def modules_after(code: str, *arguments: str) -> set[str]:
 
 
 PUBLIC = {
-    "maskpack": "load_mask unload_mask load_adapter load_masked load_cascade save_adapter Adapter Parts MaskSet "
-    "MaskBank combine inspect_adapter identify fingerprint push pull search_adapters load_backbone "
-    "MaskpackError __version__",
-    "maskpack.training": "TrainConfig load_data train_mask train_auto train_cascade train_tasks train_transfer "
-    "attach_scores count_trainable extract_parts extract_masks attach_gates",
+    "maskpack": "load_mask unload_mask load_adapter load_masked load_cascade save_adapter Adapter Backbone Parts "
+    "PatchReader PatchWriter Prediction MaskSet MaskBank combine inspect_adapter identify fingerprint push pull "
+    "search_adapters load_backbone MaskpackError __version__",
+    "maskpack.training": "Data Task TrainConfig TrainResult load_data train_mask train_auto train_cascade train_tasks "
+    "train_transfer attach_scores count_trainable extract_parts extract_masks attach_gates",
 }
 
 

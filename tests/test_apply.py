@@ -297,7 +297,7 @@ def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
     assert found[0].score == pytest.approx(float(scores.max()), rel=1e-5)
     assert adapter.predict(tiny, torch.zeros(2, 3, 8, 8))[0].label in CLASSES
     assert adapter.predict(tiny, []) == []
-    with pytest.raises(DataError, match="inputs must be a list, got the text 'x.png' alone; put it into one"):
+    with pytest.raises(ConfigError, match=r"inputs are 'x.png', expected a list .*; of one input give \[input\]"):
         adapter.predict(tiny, "x.png")
     with pytest.raises(DataError, match=r"cannot read the image '.*none.png': .*No such file"):
         adapter.predict(tiny, [tmp_path / "none.png"])

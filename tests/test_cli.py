@@ -472,6 +472,19 @@ def test_what_is_there_is_replaced_on_request_only(adapter: Path, tmp_path: Path
     assert "must end in .safetensors" in run("export", adapter, "--output", tmp_path / "x.bin", *BACKBONE).stderr
 
 
+def test_init_writes_every_setting(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    ok("init", file, "--backbone", TRAIN[2], "--data", "digits:5-9", "--output", tmp_path / "a")
+    assert "--overwrite" in run("init", file).stderr
+    text = file.read_text()
+    # as written, and with every default that has a value written out
+    for content in (text, re.sub(r"(?m)^#([a-z-]+ = )", r"\1", text)):
+        file.write_text(content)
+        plan = ok("train", "--config", file, "--random-weights", 0, "--labels-fraction", 0.1, "--dry-run")
+        assert plan["epochs"] == 10
+    assert len(re.findall(r"(?m)^#?[a-z-]+ =", text)) > 40
+
+
 def test_device(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_TORCH_DEVICE", "ACCELERATE_USE_CPU"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # put back afterwards

@@ -132,7 +132,24 @@ def test_what_is_left_out_is_said(folder: Path) -> None:
     )
     assert made.about.task == "image-feature-extraction"
     assert ok("combine", "and", "./a", "./c", "--output", "other")["left_out"] == []
-    assert "left out" not in run("combine", "and", "./a", "./c", "--output", "other").stdout
+    again = run("combine", "and", "./a", "./c", "--output", "other", "--overwrite")
+    assert again.exit_code == 0
+    assert "left out" not in again.stdout
+
+
+def test_what_all_have_is_kept(folder: Path) -> None:
+    assert (
+        ok("combine", "or", "./b", "./b", "--output", "out")["left_out"]
+        == ["b/maskpack_model.safetensors: training record"] * 2
+    )
+    whole, made = read_adapter("b"), read_adapter("out")
+    assert (made.about.class_names, made.about.task) == (whole.about.class_names, whole.about.task)
+    one, other = whole.parts(), made.parts()
+    assert one.head is not None
+    assert other.head is not None
+    assert torch.equal(one.head.weight, other.head.weight)
+    assert one.dense.keys() == other.dense.keys()
+    assert all(torch.equal(tensor, other.dense[name]) for name, tensor in one.dense.items())
 
 
 def test_no_local_path_is_stored_and_the_hub_s_reference_is(folder: Path, hub: HubServer) -> None:
@@ -286,10 +303,10 @@ def test_over_an_earlier_adapter_the_owner_s_words_stay(folder: Path) -> None:
     ok("combine", "and", "./a", "./c", "--output", "out")
     card = folder / "out" / "README.md"
     card.write_text(card.read_text() + "\nMy words.\n")
-    ok("combine", "or", "./a", "./c", "--output", "out")
+    ok("combine", "or", "./a", "./c", "--output", "out", "--overwrite")
     assert "My words." in card.read_text()
     assert "combined by `or`" in card.read_text()
-    ok("combine", "not", "./out", "--output", "out")
+    ok("combine", "not", "./out", "--output", "out", "--overwrite")
     assert read_adapter("out").parts().masks == combine(
         "not", [combine("or", [read_adapter(n).parts().masks for n in "ac"])]
     )

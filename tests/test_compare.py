@@ -325,6 +325,33 @@ def test_the_better_of_frozen_and_adapted_statistics(backbone: dict[str, Any], t
     assert "| norms (statistics adapted) | 100 % | 70.00 |" in (tmp_path / "results.md").read_text()
 
 
+def test_shards_do_each_trial_once(backbone: dict[str, Any], tmp_path: Path) -> None:
+    told = Told(lambda job: 0.5 - abs(job.settings["lr"] - 4) / 10 if job.settings["lr"] else 0.3)
+    given = {"norms": [1.0, 2.0], "probe": [1.0], "mask": [3.0, 4.0, 5.0]}
+    options: dict[str, Any] = {"baselines": [*given], "rates": given, "config": QUICK, "seeds": (0, 1)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maskpack.lab.comparison.Worker", lambda: told)
+        expected = compare(backbone, DATA, tmp_path / "whole", **options)
+        alone = {job.folder.replace("whole", "shared") for job in told.jobs}
+        told.jobs.clear()
+        busy, waiting = set[int](), 1
+        for _ in range(5):
+            for number in (1, 2, 3):
+                before = len(told.jobs)
+                found = compare(backbone, DATA, tmp_path / "shared", shard=(number, 3), **options)
+                waiting = found.get("waiting", 0)
+                busy |= {number} if len(told.jobs) > before else set()
+            if not waiting:
+                break
+    assert waiting == 0
+    assert busy == {1, 2, 3}
+    assert sorted(job.folder for job in told.jobs) == sorted(alone)
+    assert found == expected
+    assert json.loads((tmp_path / "shared/results.json").read_text()) == json.loads(json.dumps(expected))
+    with pytest.raises(ConfigError, match=r"a shard is \(number, count\) .*, got \(4, 3\)"):
+        compare(backbone, DATA, tmp_path / "shared", shard=(4, 3), **options)
+
+
 def test_searches_with_other_shares_share_no_training(tmp_path: Path) -> None:
     told = Told(lambda job: 0.5 - abs(job.settings["lr"] - 2) / 10)
     trials = Trials(tmp_path, {}, {}, QUICK, None, told)  # type: ignore[arg-type]
@@ -570,6 +597,7 @@ def words(backbone: Mapping[str, Any], folder: Path, *more: str) -> list[str]:
         (["--config", "no.toml"], "cannot read the settings in no.toml"),
         (["--lr", "full"], "--lr must be BASELINE=RATE or BASELINE=RATE,RATE,…, got 'full'"),
         (["--lr", "full=a,b"], "--lr must be BASELINE=RATE"),
+        (["--shard", "4/3"], "--shard must be NUMBER/COUNT with a number from 1 to the count, got '4/3'"),
         (["--seeds", "0"], "Invalid value for '--seeds'"),
         (["--baseline", "nothing"], "unknown baseline 'nothing'"),
         (["--baseline", "probe", "--data", "texts"], "the data 'texts' are for text-classification, the backbone"),

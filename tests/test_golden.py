@@ -1,7 +1,7 @@
 """Files that a release wrote are read by every later one. Nothing here writes."""
 
 import json
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.tensors import cascade_tensors
+from maskpack.adapter.values import Steps, at_zeros
 from maskpack.codecs.base import CODECS
 from maskpack.mask import mask_id
 from maskpack.safetensors_io import read_tensors
@@ -17,8 +18,17 @@ from maskpack.safetensors_io import read_tensors
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*/*.safetensors"))
 
 
-def tensors_of(adapter: Adapter, name: str) -> dict[str, Any]:
-    parts = adapter.parts(name, stream=True)
+def base_beside(path: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(path.parent / "base" / f"{'patch' if path.stem == 'patch' else 'weights'}.safetensors")
+
+
+def tensors_of(adapter: Adapter, name: str, base: dict[str, torch.Tensor] | None) -> dict[str, Any]:
+    parts = adapter.parts(name, base, stream=True)
+    if any(isinstance(one, Steps) for one in parts.values.values()):
+        assert base is not None
+        stored = {key: at_zeros(base[key], mask.bits) for key, mask in parts.masks.items()}
+        values = {k: one.values(stored[k]) if isinstance(one, Steps) else one for k, one in parts.values.items()}
+        parts = replace(parts, values=values)
     found: dict[str, Any] = {
         f"{role}/{key}": [str(tensor.dtype), tensor.tolist()]
         for role in ("statistics", "parameters", "values")
@@ -45,7 +55,7 @@ def test_decodes_to_what_was_written(path: Path) -> None:
     expected = json.loads(path.with_suffix(".json").read_text())
     adapter = read_adapter(path)
     needs_base = bool(adapter.verify()["needs_base"])
-    base = read_tensors(path.parent / "base" / "weights.safetensors") if needs_base else None
+    base = base_beside(path) if needs_base else None
     assert mask_id({name: adapter.parts(name, base).masks for name in adapter.sets}) == expected["mask_id"]
     assert adapter.mask_id == expected["mask_id"]
     assert set(adapter.sets) == set(expected["sets"])
@@ -60,7 +70,7 @@ def test_decodes_to_what_was_written(path: Path) -> None:
             for key, mask in masks.items()
         }
         assert found == one["masks"]
-        assert tensors_of(adapter, name) == one["tensors"]
+        assert tensors_of(adapter, name, base) == one["tensors"]
     assert (adapter.cascade is None) == ("cascade" not in expected)
     if adapter.cascade is not None:
         one, found = adapter.cascade, expected["cascade"]

@@ -307,7 +307,7 @@ def test_errors_of_own_loops(tiny: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="takes its base's fingerprint itself"):
         save_adapter(tmp_path / "a", tiny, fingerprint(tiny, id="tiny"))
     adapter = save_adapter(tmp_path / "a", tiny)
-    with pytest.raises(AdapterError, match="masks need the fingerprint of their base, got None"):
+    with pytest.raises(AdapterError, match="the base is None, expected the fingerprint of the frozen model"):
         save_adapter(tmp_path / "b", adapter.parts())
     with pytest.raises(StateError, match="this model has scores that learn; save_adapter"):
         load_mask(tiny, adapter)

@@ -39,7 +39,7 @@ def reader() -> Any:
 
 
 def base_beside(path: Path) -> Path:
-    return path.parent / "base" / "weights.safetensors"
+    return path.parent / "base" / f"{'patch' if path.stem == 'patch' else 'weights'}.safetensors"
 
 
 def hexed(masks: dict[Any, Any]) -> dict[Any, str]:
@@ -72,6 +72,19 @@ def test_reads_what_releases_wrote(path: Path, reader: Any) -> None:
         wanted = {(key, op): bits for key, mask in one["masks"].items() for op, bits in mask["payloads"]}
         assert hexed(found[name]) == wanted
         assert all(list(mask.shape) == one["masks"][key]["shape"] for (key, _), mask in found[name].items())
+
+
+def test_reads_the_values_of_a_patch(reader: Any) -> None:
+    path = next(path for path in GOLDEN if path.stem == "patch")
+    expected = json.loads(path.with_suffix(".json").read_text())["sets"]["default"]["tensors"]
+    found = reader.dense(path, base_beside(path))
+    assert len(expected) == 4
+    assert {name.removeprefix("default/"): one.tolist() for name, one in found.items()} == {
+        name: values for name, (_, values) in expected.items()
+    }
+    header, _ = reader.opened(path)
+    stored = [dtype for dtype, *_ in header["tensors"].values()]
+    assert stored.count("U8") == 3
 
 
 def test_golden_files_have_every_codec_of_the_page() -> None:

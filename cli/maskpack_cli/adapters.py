@@ -1,4 +1,4 @@
-"""maskpack inspect | verify | list | combine | diff | pack | convert."""
+"""maskpack inspect | verify | list | combine | diff | pack | log | squash | convert."""
 
 from dataclasses import asdict
 from functools import partial
@@ -10,11 +10,13 @@ import typer
 import maskpack
 from maskpack.errors import UnknownNameError
 
-from .console import Output, app, emit, lines, note, progress_bar, say, table
+from .console import Output, app, emit, hint, lines, note, progress_bar, say, table
 from .options import (
     ARGUMENT,
+    Base,
     OutputRef,
     Overwrite,
+    Packed,
     PackedBase,
     Packing,
     Ref,
@@ -189,7 +191,7 @@ def combine(
     votes: Votes,
     overwrite: Overwrite = False,
 ) -> None:
-    """Combine the masks of adapters, bit by bit, into one adapter. Heads and all else but masks are left out."""
+    """Combine the masks of adapters, bit by bit, into one adapter; head and all else are kept where all agree."""
     from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
 
@@ -205,6 +207,8 @@ def combine(
     facts = packed(combined, output, operation=how, mask_id=combined.mask_id)
     emit(facts | {"left_out": left}, f"✓ {output}")
     say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
+    measured = "" if combined.parts(stream=True).head is not None else " --probe"
+    hint(f"Next: maskpack eval {output} --data DATA{measured}")
 
 
 @adapter_verb("maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json")
@@ -248,6 +252,8 @@ def pack(
     --from checkpoint stores the exact change from the backbone to a safetensors checkpoint: which weights differ, and
     what stands there. Its profile is max where none is given: whoever applies it has the backbone.
     """
+    from maskpack.adapter.content import About
+    from maskpack.backbone.fingerprint import fingerprint_of
     from maskpack.backbone.model import body, inside
     from maskpack.backbone.remembered import remember_backbone
     from maskpack.importers.base import check_format, import_file
@@ -255,7 +261,7 @@ def pack(
 
     check_format(source, scale)
     check_free(output, overwrite)
-    loaded = backbone.load()
+    loaded = backbone.load(mapped=source == "checkpoint")
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
     check_masks(loaded.model, found.shapes)
@@ -267,11 +273,73 @@ def pack(
     note(f"Packing {len(found)} masks, {found.total:,} weights …")
     if left and not patch:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
+    if patch:
+        after = {name: imported.after.get(name, one) for name, one in body(loaded.model, outside).items()}
+        options["about"] = About(result=fingerprint_of(after, base.id, None, base.head).digests)
     with progress_bar("Packing") as step:
         parts = maskpack.Parts(found, statistics=imported.statistics, values=imported.values)
         adapter = maskpack.save_adapter(output, parts, base, weights=loaded.model, progress=step, **options)
     remember_backbone(base.digests["float32"], backbone.arguments())
     emit(packed(adapter, output), f"✓ {output}")
+
+
+Chain = Annotated[
+    tuple[str, ...],
+    "Patches, oldest first; or one: a folder or URL of versions (s3://…, hf://…), or user/name with a patch a commit.",
+    typer.Argument(metavar="REF"),
+]
+
+
+def chain_of(refs: tuple[str, ...], trust: Trust) -> "list[maskpack.Adapter]":
+    """Return patches, oldest first: those named, or what one reference leads to."""
+    from maskpack.hub.versions import patches_behind
+
+    return [trust.load(ref) for ref in refs] if len(refs) > 1 else [*patches_behind(refs[0], **vars(trust))][::-1]
+
+
+@adapter_verb(
+    "maskpack log user/name", "maskpack log s3://bucket/run", "maskpack log ./first ./second --json", name="log"
+)
+def lineage(refs: Chain, trust: Trust) -> None:
+    """Show patches, newest first: what each stands on, what it makes, and what it changes."""
+    from maskpack.adapter import chain
+
+    rows = [chain.lineage(one) for one in chain_of(refs, trust)[::-1]]
+    for row, before in zip(rows, [*rows[1:], None], strict=True):
+        row["stands_on"] = None if before is None or row["base"] != before["result"] else before["patch"]
+    emit({"patches": rows})
+    short = [row | {key: (row[key] or "")[:12] for key in ("base", "result")} for row in rows]
+    gaps = [row["patch"] for row in rows[:-1] if row["stands_on"] is None]
+    table(short, ["patch", "base", "result", "changed", "bytes"])
+    if gaps:
+        note(f"{len(gaps)} of them do not stand on the one below, first {gaps[0]}.")
+
+
+@adapter_verb(
+    "maskpack squash ./first ./second --backbone hf/./smollm2 --output ./both",
+    "maskpack squash s3://bucket/run --backbone hf/./smollm2 --output ./run",
+)
+def squash(
+    refs: Chain,
+    output: OutputRef,
+    base: Annotated[Base, Without()],
+    packing: Annotated[Packed, Without(profile="max")],
+    trust: Trust,
+    overwrite: Overwrite = False,
+) -> None:
+    """Merge a chain of patches into one, which does what they do; --backbone: what the first of them stands on."""
+    from maskpack.adapter.chain import base_of_chain, check_chain, squash_adapters
+    from maskpack.backbone.fingerprint import check_fingerprint
+
+    check_free(output, overwrite)
+    chain = chain_of(refs, trust)
+    check_chain(chain)
+    model = base.of(chain[0], mapped=True).model
+    check_fingerprint(model, base_of_chain(chain))
+    note(f"Merging {len(chain)} patches …")
+    with progress_bar("Packing") as step:
+        adapter = squash_adapters(chain, output, model, progress=step, **vars(packing))
+    emit(packed(adapter, output, patches=len(chain)), f"✓ {output}")
 
 
 @adapter_verb(

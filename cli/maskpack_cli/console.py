@@ -207,9 +207,21 @@ def progress_bar(what: str, percent: bool = True) -> Iterator[Callable[..., None
 
 
 @contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Show the progress of passes over data."""
+    from maskpack.training.data.base import watched
+
+    with progress_bar(what, percent=False) as moved, watched(moved):
+        yield
+
+
+@contextmanager
 def training_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Show the progress of trainings; give what they report to."""
-    with progress_bar("training", percent=False) as moved:
+    from maskpack.training.data.base import watched
+
+    bar = progress_bar("training", percent=False)
+    with bar as moved, watched(lambda done, total: moved(done, total, "evaluating, batches")):
 
         def report(event: Mapping[str, Any]) -> None:
             part = f"{event['part']}: " if "part" in event else ""

@@ -77,6 +77,14 @@ class Comparison(Trials):
     baseline: Annotated[tuple[str, ...], "ID or ID:ARGUMENT: `maskpack list baselines`. Default: all."] = ()
     labels_fraction: Annotated[tuple[float, ...], "Share of the labels. Default: 1."] = ()
     lr: Annotated[tuple[str, ...], "BASELINE=RATE,RATE,… to choose from; one is taken as it is."] = ()
+    shard: Annotated[str, "NUMBER/COUNT, as 3/16: do a sixteenth of the trainings, beside other processes."] = "1/1"
+
+    def part(self) -> tuple[int, int]:
+        """Return number and count of --shard."""
+        number, _, count = self.shard.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ConfigError(f"--shard must be NUMBER/COUNT with a number from 1 to the count, got {self.shard!r}")
+        return int(number), int(count)
 
     def rates(self) -> dict[str, list[float]]:
         """Return the rates of --lr by baseline."""
@@ -97,7 +105,7 @@ def compare(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings
     """
     from maskpack.lab.comparison import cells
 
-    rates = trials.rates()
+    rates, part = trials.rates(), trials.part()
     with training_progress() as report:
         result = lab.compare(
             backbone.arguments(),
@@ -109,8 +117,12 @@ def compare(backbone: TrainedBackbone, data: DataRef, columns: Columns, settings
             rates=rates,
             config=settings,
             report=report,
+            shard=part,
         )
     emit(result)
+    if waiting := result.get("waiting"):
+        note(f"{waiting} trainings are other shards', or wait for theirs; call it again when those are done")
+        return
     rows = [cells(one) for one in result["rows"]]
     table(rows, rows[0])
     note(f"The same in {trials.output / 'results.md'}, and all of it in {trials.output / 'results.json'}")
@@ -123,6 +135,7 @@ for parent, panel in ((app, PANEL), (research, None)):
         f"maskpack compare {SHARED} --baseline full --baseline lora:8 --baseline mask --output ./comparison",
         f"maskpack compare {SHARED} --labels-fraction 1 --labels-fraction 0.1 --seeds 3 --output ./comparison",
         "maskpack compare --config run.toml --lr mask=0.02 --lr full=0.0003 --json",
+        f"maskpack compare {SHARED} --output ./shared/comparison --shard 3/16",
     )(compare)
     parent.add_typer(analyze, name="analyze", rich_help_panel=panel)
     parent.add_typer(plot, name="plot", rich_help_panel=panel)

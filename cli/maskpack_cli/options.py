@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from maskpack.training.data.base import Data
 
 # which may not stand in a settings file: they are of a call, not of a run
-OF_A_CALL = ("config", "recipe", "tasks", "resume", "dry_run", "as_json", "quiet")
+OF_A_CALL = ("config", "recipe", "tasks", "resume", "overwrite", "dry_run", "as_json", "quiet")
 Channels = Annotated[tuple[float, ...], "channels"]
 
 
@@ -317,10 +317,10 @@ class Weights:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Refuse an output that cannot be written, or would replace an adapter that is there, before any work is done."""
+    """Refuse an output that cannot be written, or would replace what is there, before any work is done."""
     from maskpack.adapter.read import MODEL_FILE
 
-    file = output if output.suffix == ".safetensors" else output / MODEL_FILE
+    file = output if output.suffix in (".safetensors", ".html") else output / MODEL_FILE
     if file.exists() and not overwrite:
         raise StateError(f"{file} is there already; choose another --output, or replace it with --overwrite")
     folder = next(one for one in file.absolute().parents if one.exists())
@@ -365,7 +365,7 @@ class Base(Weights):
     ] = None
     device: Device = None
 
-    def of(self, adapter: "maskpack.Adapter") -> "Backbone":
+    def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
         from maskpack.backbone.remembered import remembered_backbone
 
@@ -388,8 +388,10 @@ class Base(Weights):
                     f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone"
                 )
         size = (adapter.about.preprocess or {}).get("size")
-        backbone = maskpack.load_backbone(reference, weights=weights, random_weights=random, image_size=size)
-        return placed(backbone)
+        backbone = maskpack.load_backbone(
+            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped
+        )
+        return backbone if mapped else placed(backbone)
 
 
 @group("Backbone")
@@ -441,10 +443,10 @@ class TrainedBackbone(Weights):
         options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
-    def load(self) -> "Backbone":
+    def load(self, mapped: bool = False) -> "Backbone":
         """Load it."""
         use_device(self.device)
-        return maskpack.load_backbone(**self.arguments())
+        return maskpack.load_backbone(**self.arguments(), mapped=mapped)
 
 
 @group("Data")

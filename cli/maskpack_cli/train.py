@@ -1,29 +1,33 @@
 """maskpack train | cascade | transfer | multitask."""
 
+import json
 import shlex
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import maskpack
 from maskpack import training
-from maskpack.errors import ConfigError
+from maskpack.errors import ConfigError, StateError
 from maskpack.preprocess import Augment
 from maskpack.training.config import JointConfig, Mode, Start, TrainConfig, check_types, read_config
 
-from .console import Output, app, emit, hint, main_process, note, say, table, training_progress, warn
+from .console import Output, app, emit, hint, main_process, note, reading, say, table, training_progress, warn
 from .options import (
+    OF_A_CALL,
     POSITIVE,
     Base,
     BatchSize,
     Columns,
     DataRef,
     Folder,
+    Overwrite,
     Packed,
     Ref,
     Rows,
@@ -31,6 +35,7 @@ from .options import (
     TrainedBackbone,
     Without,
     check_free,
+    described,
     group,
     read_settings,
     verb,
@@ -242,6 +247,41 @@ def train(
     return hint(f"Next: maskpack push {shlex.quote(reference(run.output))} USER/NAME")
 
 
+@training_verb("maskpack init run.toml --backbone timm/resnet18.a1_in1k --data ./flowers --output ./mask")
+def init(
+    file: Annotated[Path, "The TOML file to write.", typer.Argument()],
+    backbone: Annotated[str, "As for train."] = "timm/resnet18.a1_in1k",
+    data: Annotated[str, "As for train."] = "./flowers",
+    output: Annotated[Path, "As for train."] = Path("mask"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a settings file for `maskpack train --config`: every option with its default and what it does."""
+    from maskpack.safetensors_io import replacing
+
+    if file.exists() and not overwrite:
+        raise StateError(f"{file} is there already; choose another name, or replace it with --overwrite")
+    given = {"backbone": backbone, "data": data, "output": reference(output)}
+    lines = ["# Settings of `maskpack train --config FILE`; the command line overrides them.", ""]
+    lines += [f"{name} = {json.dumps(value)}" for name, value in given.items()]
+    for cls in (TrainedBackbone, Rows, TrainConfig, Run):
+        panel, defaults = "", {one.name: one for one in fields(cls)}
+        for name, (section, text) in described(cls).items():
+            if name in given or name in OF_A_CALL:
+                continue
+            if section != panel:
+                lines += ["", f"# --- {section} " + "-" * (100 - len(section))]
+                panel = section
+            default, flag = defaults[name].default, name.replace("_", "-")
+            if name.endswith("_options"):
+                flag, default = flag.removesuffix("s"), []
+            value = "" if default in (None, MISSING) else f" {json.dumps(default)}"
+            lines += ["", *(f"# {line}" for line in wrap(text, 100)), f"#{flag} ={value}"]
+    with replacing(file) as (temporary,):
+        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    emit({"file": str(file)}, f"✓ {file}", {})
+    return hint(f"Next: maskpack train --config {shlex.quote(str(file))}")
+
+
 # --- cascade ---------------------------------------------------------------------------------------------------------
 
 cascades = typer.Typer(help="Train a dispatcher and an expert for each cluster of the data, or evaluate them.")
@@ -327,7 +367,8 @@ def evaluate_cascade(
     backbone = base.of(adapter)
     found = training.load_data(data, **vars(columns), labels_fraction=labels_fraction, seed=LABELS_SEED)
     note("Embedding the training and the test rows by every set …")
-    result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
+    with reading("embedding, batches"):
+        result = cascade_table(backbone, adapter, found, whiten=whiten, batch_size=batch_size)
     emit({"adapter": adapter.pinned, "data": found.id, **result})
     rows = result["rows"]
     for row in rows:

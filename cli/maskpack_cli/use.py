@@ -1,7 +1,8 @@
-"""maskpack predict | export | eval: an adapter on its backbone."""
+"""maskpack predict | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +13,7 @@ import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
-from .console import app, emit, hint, note, say, table
+from .console import app, emit, hint, note, reading, say, table
 from .options import (
     ARGUMENT,
     AnyBase,
@@ -24,6 +25,7 @@ from .options import (
     Overwrite,
     Ref,
     Source,
+    Without,
     check_free,
     verb,
 )
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from maskpack.training.features import Measure
 
 use_verb = partial(verb, app, "Use")
+DATA = typer.Option(rich_help_panel="Data")
 Files = Annotated[
     tuple[str, ...],
     "Images or folders of images; for text adapters, files with one text a line; - reads such lines, or the names of "
@@ -130,6 +133,31 @@ def export(
 
 
 @use_verb(
+    "maskpack serve-switch http://localhost:8000 user/mask-chat",
+    "maskpack serve-switch http://localhost:8000 ./patch --in-flight hold",
+    "maskpack serve-switch http://localhost:8000 --off",
+)
+def serve_switch(
+    url: Annotated[str, "Of the vLLM server.", ARGUMENT],
+    trust: Annotated[Source, Without("token")],
+    ref: Annotated[str | None, "As for inspect; a path is the server's.", ARGUMENT] = None,
+    off: Annotated[bool, "Take the adapter off."] = False,
+    in_flight: Annotated[
+        Literal["finish", "hold", "abort"],
+        "What is being answered ends on the old weights first, goes on with the new ones, or is ended.",
+    ] = "finish",
+) -> None:
+    """Switch the adapter of a running vLLM server, or take it off."""
+    from maskpack.runtime.serve import switch_server
+
+    if (ref is None) != off:
+        raise ConfigError("give the adapter to switch to, or --off to take off the one that is on; one of the two")
+    done = switch_server(url, ref, in_flight=in_flight, **vars(trust))
+    seconds = {name: round(value, 3) for name, value in asdict(done).items() if name.endswith("_s")}
+    emit(asdict(done), f"✓ {done.ref or 'base'}, after a pause of {done.pause_s * 1000:.0f} ms", seconds)
+
+
+@use_verb(
     "maskpack eval user/mask-flowers --data ./flowers",
     "maskpack eval ./mask --data ./flowers --knn --probe --labels-fraction 1 --labels-fraction 0.01",
     "maskpack eval --backbone timm/resnet18.a1_in1k --data ./flowers --probe --json",
@@ -185,13 +213,57 @@ def evaluate(
     if adapter is not None and (own or not measures):  # without one this is the error that says so
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …")
-        result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
+        with reading("evaluating, batches"):
+            result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
-        result["features"] = measure_features(model, read, measures, labels_fraction or [1.0], batch_size=batch_size)
+        with reading("features, batches"):
+            shares = labels_fraction or [1.0]
+            result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
     _tables(result)
+
+
+@use_verb(
+    "maskpack report user/mask-flowers",
+    "maskpack report ./mask --data ./flowers --output flowers.html",
+    name="report",
+)
+def write_report(
+    ref: Ref,
+    base: Base,
+    columns: Columns,
+    trust: Source,
+    data: Annotated[str | None, "Measure the test split, and show examples: as for eval.", DATA] = None,
+    output: Annotated[Path | None, "The .html file to write. Default: the adapter's name, here."] = None,
+    overwrite: Overwrite = False,
+    examples: Annotated[int, "How many examples to show.", typer.Option(min=0, rich_help_panel="Data")] = 24,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Write all that is known of an adapter as one HTML file, to be opened or sent as it is."""
+    from maskpack import lab
+    from maskpack.adapter.signature import describe_signature
+    from maskpack.hub.pull import open_adapter
+    from maskpack.safetensors_io import replacing
+
+    file = output or Path(f"{Path(ref.partition('@')[0]).name.removesuffix('.safetensors') or 'adapter'}.html")
+    if file.suffix != ".html":
+        raise ConfigError(f"{file} ends in {file.suffix!r}, expected .html; give the report this ending")
+    check_free(file, overwrite)
+    opened = open_adapter(ref, **vars(trust))
+    adapter, read = opened.adapter, None
+    if data is not None:
+        read = training.load_data(data, class_names=adapter.about.class_names, **vars(columns))
+    backbone = base.of(adapter) if data is not None or base.backbone is not None else None
+    note(f"Verifying {adapter.pinned}{'' if read is None else ' and measuring its test split'} …")
+    signature = describe_signature(opened.contents, opened.signed)
+    options: dict[str, Any] = {"examples": examples, "signature": signature, "batch_size": batch_size}
+    page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as (temporary,):
+        temporary.write_text(page, encoding="utf-8")
+    emit({"file": str(file), "bytes": file.stat().st_size}, f"✓ {file}")
 
 
 def _split(data: "Data", name: str) -> "Examples":

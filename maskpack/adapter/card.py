@@ -23,6 +23,7 @@ LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 DIGEST = 12  # hexadecimal digits of the base's float32 digest in a tag
 LONGEST_NAME = 100  # characters of a parameter's name in a sentence
 MOST_SETS = 4  # whose densities are told
+WITHOUT = "masks taken out"
 MOST_CLASSES = 20
 MOST_PARENTS = 50
 
@@ -61,7 +62,7 @@ def metrics(record: Any) -> dict[str, float]:
     return {key: value for key, value in found if type(value) in (int, float) and abs(value) < HUGE}
 
 
-def _data(record: Any) -> tuple[str | None, str | None]:
+def data_of(record: Any) -> tuple[str | None, str | None]:
     """Return the name of the data in a training record, and their id if they are a data set of the Hub, or None."""
     found = member(record, "data")
     name = found.get("id") if found else record.get("data") if isinstance(record, dict) else None
@@ -112,13 +113,13 @@ def _front_matter(description: Mapping[str, Any], repo_id: str | None, license: 
     base, task, record = description["base"], description["task"], description["training"]
     # a network of random weights shares nothing with the pretrained one but its shape
     hub = None if str(base["revision"]).startswith("random:") else base_model(base["id"])
-    (name, dataset), results = _data(record), None
-    accuracies = {key: value for key, value in metrics(record).items() if "accuracy" in key}
-    if accuracies and task is not None:
+    (name, dataset), results = data_of(record), None
+    shares = {key: value for key, value in metrics(record).items() if "accuracy" in key}
+    if shares and task is not None:
         result = {
             "task": {"type": _plain(task)},
             "dataset": {"name": _plain(name or "unknown"), "type": dataset or "unknown"},
-            "metrics": [{"type": "accuracy", "name": _plain(key), "value": value} for key, value in accuracies.items()],
+            "metrics": [{"type": "accuracy", "name": _plain(key), "value": value} for key, value in shares.items()],
         }
         results = [{"name": repo_id or "maskpack adapter", "results": [result]}]
     tags = ("maskpack", "binary-mask", digest_tag(base["digests"]["float32"]), base_id_tag(base["id"]))
@@ -216,7 +217,9 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
         )
     if str(description["task"]).endswith("feature-extraction"):
         yield "It has no head: what it gives is features, for nearest neighbours or a linear probe.\n"
-    yield _usage(base, repo_id or "USER/NAME", cascade is not None, bool(classes))
+    ref = repo_id or "USER/NAME"
+    yield f"```python\n{usage(base, ref, cascade is not None, bool(classes))}\n```\n"
+    yield f"```bash\nmaskpack pull {ref}  # fetches and verifies every byte\n```\n"
     yield "## Masks\n"
     columns = ("mask set", "parameters", "weights", "density", "bytes", "bits per weight")
     figures = "{parameters}", "{weights:,}", "{density:.4f}", "{payload_bytes:,}", "{bits_per_weight:.4f}"
@@ -246,7 +249,7 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
     yield from _combined(member(record, "combined"))
     if record or classes:
         yield "## Training\n"
-    name, dataset = _data(record)
+    name, dataset = data_of(record)
     if name is not None:
         rows = without_paths(member(member(record, "data"), "rows"))
         counts = ", ".join(f"{escape(key, 'markdown')} {count:,}" for key, count in rows.items() if type(count) is int)
@@ -264,30 +267,50 @@ def _body(description: Mapping[str, Any], repo_id: str | None) -> Iterator[str]:
     yield f"mask_id {_code(description['mask_id'])}, base digest (float32) {_code(digest)}.\n"
 
 
+def accuracies(results: Mapping[str, float]) -> tuple[str, dict[str, float]] | None:
+    """Return a split, and the accuracies on it of the adapter, the raw backbone's probe, perhaps without the masks."""
+    for split in ("test", "validation"):
+        if f"{split}_accuracy" in results and f"{split}_probe_accuracy" in results:
+            keys = {"this adapter": "accuracy", "linear probe": "probe_accuracy", WITHOUT: "accuracy_without_masks"}
+            found = {name: results.get(f"{split}_{key}") for name, key in keys.items()}
+            return split, {name: one for name, one in found.items() if one is not None}
+    return None
+
+
+def lora_sizes(record: Any) -> dict[int, int] | None:
+    """Return the bytes of LoRA at 4 bits a number for the same weights, by rank, if a training record has them."""
+    found = {rank: member(record, "lora_bytes").get(f"rank_{rank}_4bit") for rank in (8, 1)}
+    known = {rank: size for rank, size in found.items() if type(size) is int and 0 <= size < HUGE}
+    return known if len(known) == len(found) else None
+
+
+def warnings_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the first warnings of a training record."""
+    found = record.get("warnings")
+    return [without_paths(one) for one in found[:MOST_SETS] if isinstance(one, str)] if isinstance(found, list) else []
+
+
 def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: int) -> Iterator[str]:
     """Yield what the masks are worth beside a linear probe, the network without them, and LoRA; and warnings."""
-    split = next((name for name in ("test", "validation") if f"{name}_probe_accuracy" in results), "")
-    if f"{split}_accuracy" in results:
-        own, probe = results[f"{split}_accuracy"], results[f"{split}_probe_accuracy"]
-        without = results.get(f"{split}_accuracy_without_masks")
+    if (found := accuracies(results)) is not None:
+        split, by_name = found
+        own, probe, without = by_name["this adapter"], by_name["linear probe"], by_name.get(WITHOUT)
         alone = "" if without is None else f", and {100 * without:.2f} % with the masks alone taken out"
         yield (
             f"On the {split} split a linear probe of the raw backbone has the accuracy {100 * probe:.2f} %. This "
             f"adapter has {100 * own:.2f} % ({100 * (own - probe):+.2f}){alone}.\n"
         )
-    lora = {rank: member(record, "lora_bytes").get(f"rank_{rank}_4bit") for rank in (8, 1)}
-    if all(type(size) is int and 0 <= size < HUGE for size in lora.values()):
+    if (lora := lora_sizes(record)) is not None:
         yield (
             f"The masks take {mask_bytes:,} bytes; LoRA for the same weights, at 4 bits a number, takes {lora[8]:,} at "
             f"rank 8 and {lora[1]:,} at rank 1.\n"
         )
-    warnings = record.get("warnings")
-    for warning in warnings[:MOST_SETS] if isinstance(warnings, list) else ():
-        if isinstance(warning, str):
-            yield f"Training warned: {escape(without_paths(warning), 'markdown')}.\n"
+    for warning in warnings_of(record):
+        yield f"Training warned: {escape(warning, 'markdown')}.\n"
 
 
-def _usage(base: Mapping[str, Any], name: str, is_cascade: bool, classifies: bool) -> str:
+def usage(base: Mapping[str, Any], name: str, is_cascade: bool, classifies: bool) -> str:
+    """Return Python code that puts an adapter to use, given the described base and the adapter's reference."""
     id_, revision, reference = base["id"], base["revision"], json.dumps(name)
     known = base_model(id_) is not None or OTHER_ID.fullmatch(id_) is not None
     drawn = re.fullmatch(r"random:([\w:-]+)", revision or "")
@@ -303,8 +326,7 @@ def _usage(base: Mapping[str, Any], name: str, is_cascade: bool, classifies: boo
             *["print(cascade.predict(examples))  # images or their paths, or texts"] * classifies,
         ]
     names = ["load_backbone"] * known + ["load_cascade" if is_cascade else "load_mask"]
-    code = "\n".join([f"from maskpack import {', '.join(names)}", "", f"model = {model}", *use])
-    return f"```python\n{code}\n```\n\n```bash\nmaskpack pull {name}  # fetches and verifies every byte\n```\n"
+    return "\n".join([f"from maskpack import {', '.join(names)}", "", f"model = {model}", *use])
 
 
 def _combined(found: Mapping[str, Any]) -> Iterator[str]:

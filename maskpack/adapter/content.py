@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 from ..backbone.model import Embedding, Fingerprint, Head
-from ..errors import BackboneMismatchError
+from ..errors import BackboneMismatchError, brief, short_repr
 from ..mask import MaskSet
 from .steps import Norm
 from .values import Steps
@@ -34,7 +34,8 @@ class Parts:
         norms: by the name of a normalisation layer, how its weight and bias differ from the base's.
 
     Example:
-        Parts(masks, Head(Embedding("fc"), weight, bias), statistics={"bn.running_mean": mean})
+        parts = Parts(masks, Head(Embedding("fc"), torch.zeros(5, 16)), statistics={"bn1.running_mean": torch.zeros(8)})
+        save_adapter("./with-head", parts, fingerprint(model, id="my-network", head="fc"))
     """
 
     masks: MaskSet
@@ -43,6 +44,12 @@ class Parts:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
     values: Mapping[str, Tensor | Steps] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        head = [] if self.head is None else [f"head {brief(self.head.weight)}"]
+        counts = {name: len(getattr(self, name)) for name in ("statistics", "parameters", "values", "norms")}
+        beside = [*head, *(f"{count} {name}" for name, count in counts.items() if count)]
+        return f"Parts({', '.join([repr(self.masks), *beside])})"
 
     def resolved(self, base: Mapping[str, Tensor]) -> Parts:
         """Return these parts with norms as parameters, computed from the tensors of the base, by name."""
@@ -82,12 +89,16 @@ class About:
         task: the Hub's name of what the network does, as in "image-classification".
         class_names: one for each row of the head. preprocess: how inputs are prepared, with a `kind`.
         training: the training record.
+        result: of a patch, the digests of the body that it makes, as `Fingerprint.digests`.
     """
 
     task: str | None = None
     class_names: tuple[str, ...] | None = None
     preprocess: Mapping[str, Any] | None = None
     training: Mapping[str, Any] | None = None
+    result: Mapping[str, str] | None = None
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +108,8 @@ class Learned:
     parts: Parts
     base: Fingerprint
     weights: Mapping[str, Tensor]
+
+    __repr__ = short_repr
 
 
 # Models that learn, and what reads off them what they learned; given the id of the base, if that is known. Training
@@ -119,6 +132,8 @@ class Whitening:
     components: Tensor
     scale: Tensor
 
+    __repr__ = short_repr
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the coordinates (B, F) of embeddings (B, D), in their dtype and on their device."""
         return (x - self.mean.to(x)) @ self.components.to(x).T / self.scale.to(x)
@@ -138,6 +153,8 @@ class Router:
     weights: Tensor
     means: Tensor
     precisions: Tensor
+
+    __repr__ = short_repr
 
     def coordinates(self, x: Tensor) -> Tensor:
         """Return where embeddings (B, D) lie, (B, q), float64 on the CPU."""
@@ -188,3 +205,5 @@ class Cascade:
     reduction: Whitening | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+    __repr__ = short_repr

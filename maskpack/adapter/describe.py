@@ -16,6 +16,10 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
     Bytes are of the file; `weights` and `kept` count a ternary mask once for its zeros. `bytes` has those of each part,
     all of the file together; `index_bytes` is all that is neither payload nor dense tensor. The two ratios compare with
     the masked weights in float32 (whole file) and with one bit a weight (payloads).
+
+    Example:
+        found = inspect_adapter("./my-mask")
+        print(found["base"]["id"], found["sets"]["default"]["density"], found["size"])
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     header, about = adapter.header, adapter.about
@@ -36,6 +40,7 @@ def inspect_adapter(adapter: Adapter | str | Path) -> dict[str, Any]:
         "class_names": None if about.class_names is None else list(about.class_names),
         "preprocess": about.preprocess,
         "training": about.training,
+        **({} if about.result is None else {"result": dict(about.result)}),
         "weights": weights,
         "times_smaller_than_float32": 4 * weights / adapter.size,
         "times_smaller_than_one_bit": weights / 8 / coded if coded else None,

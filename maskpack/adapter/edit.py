@@ -1,7 +1,7 @@
 """Adapters made of adapters: converted and combined."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..mask import MaskSet
 from ..safetensors_io import Blob
 from ..threads import Progress
 from .card import CARD_FILE
-from .content import FEATURES, About
+from .content import FEATURES, About, Parts
 from .header import Header
 from .read import MODEL_FILE, Adapter, read_adapter
 from .write import Spooled, encode, save_adapter, write_adapter
@@ -77,9 +77,9 @@ def combine_adapters(
 ) -> Adapter:
     """Write an adapter whose masks are those of several adapters, combined; the same inputs give the same bytes.
 
-    It has the base and the preprocessing of the first, and neither head nor anything else of the adapters but masks:
-    `left_out` says what. Its training record names the operation and, in order, the `mask_id` and the pinned Hub
-    reference of each adapter. Masks are decoded one parameter at a time.
+    It has the base and the preprocessing of the first, and of class names, head, statistics and trained parameters what
+    all adapters have alike; `left_out` says what they have not. Its training record names the operation and, in order,
+    the `mask_id` and the pinned Hub reference of each adapter. Masks are decoded one parameter at a time.
 
     Args:
         how, weights, k, missing: as of `maskpack.combine`. path, profile, codec, progress: as of `save_adapter`.
@@ -105,12 +105,16 @@ def combine_adapters(
     if weights is not None:
         record["weights"] = [float(weight) for weight in weights]
     first, task = adapters[0], adapters[0].about.task
+    alike = _alike(adapters)
+    if "head" not in alike and task is not None:
+        task = FEATURES.get(task, task)
+    names = alike.pop("class_names", None)
     tensors = {name: digest for one in adapters for name, digest in one.base.tensors.items()}
     return save_adapter(
         path,
-        combined,
+        Parts(combined, **alike),
         replace(first.base, tensors=tensors),
-        About(None if task is None else FEATURES.get(task, task), None, first.about.preprocess, {RECORD: record}),
+        About(task, names, first.about.preprocess, {RECORD: record}),
         profile=profile,
         codec=codec,
         weights=base,
@@ -139,20 +143,46 @@ def mask_sets(adapters: Sequence[Adapter], base: nn.Module | None = None) -> lis
 
 def left_out(adapters: Sequence[Adapter]) -> list[str]:
     """Return, for each adapter that has more than masks, what `combine_adapters` leaves out of it, in words."""
-    found = []
+    found, alike = [], _alike(adapters)
     for one in adapters:
         parts = one.parts(one.sets[0], stream=True)
         more = {
-            "head": parts.head is not None,
-            "class names": one.about.class_names is not None,
-            "statistics": bool(parts.statistics),
-            "trained parameters": bool(parts.parameters or parts.norms),
+            "head": parts.head is not None and "head" not in alike,
+            "class names": one.about.class_names is not None and "class_names" not in alike,
+            "statistics": bool(parts.statistics) and "statistics" not in alike,
+            "trained parameters": bool(parts.parameters or parts.norms) and "norms" not in alike,
             "training record": one.about.training is not None,
             "preprocessing, which is not the first's": one.about.preprocess != adapters[0].about.preprocess,
         }
         if any(more.values()):
             found.append(f"{one.pinned}: {', '.join(part for part, has in more.items() if has)}")
     return found
+
+
+def _alike(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Return the class names and the fields of `Parts` beside masks that are the same in all adapters, by name."""
+    parts = [one.parts(one.sets[0], stream=True) for one in adapters]
+    found: dict[str, Any] = {}
+    for names in (("statistics",), ("parameters", "norms")):
+        if all(_same(getattr(parts[0], name), getattr(one, name)) for one in parts for name in names):
+            found |= {name: getattr(parts[0], name) for name in names}
+    classes = adapters[0].about.class_names
+    if classes is not None and all(one.about.class_names == classes for one in adapters):
+        found["class_names"] = classes
+        if all(_same(parts[0].head, one.head) for one in parts):
+            found["head"] = parts[0].head
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return True if tensors, or mappings and dataclasses of them, have the same values."""
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if is_dataclass(one) and type(one) is type(other):
+        return all(_same(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
+    if hasattr(one, "tolist") and hasattr(other, "tolist"):
+        return bool(one.dtype == other.dtype) and one.tolist() == other.tolist()
+    return bool(one == other)
 
 
 def _check_base(first: Adapter, other: Adapter) -> None:

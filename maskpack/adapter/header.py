@@ -11,7 +11,7 @@ from typing import Any
 from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint
 from ..backbone.random_weights import MAX_SEED
 from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
-from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError
+from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError, short_repr
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json
 from ..safetensors_io import DTYPES, MAX_DIMENSION, strict_json
@@ -136,6 +136,7 @@ HEADER = {
     "preprocess?": fields.OBJECT,
     "training?": fields.OBJECT,
     "cascade?": record(CASCADE),
+    "result?": record(dict.fromkeys(CASTS, DIGEST)),
 }
 
 
@@ -179,6 +180,8 @@ class SetHeader:
     payloads: tuple[Payload, ...]
     head: Mapping[str, Any] | None = None
     norms: Mapping[str, tuple[int, bool]] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def to_json(self) -> dict[str, Any]:
         """Return the set as JSON values."""
@@ -322,6 +325,8 @@ class Header:
     cascade: Mapping[str, Any] | None = None
     tensors: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
+    __repr__ = short_repr
+
     def to_json(self) -> str:
         """Return canonical JSON, or raise AdapterError if `about` holds what JSON cannot, such as NaN or a tensor."""
         value: dict[str, Any] = {
@@ -335,7 +340,7 @@ class Header:
             value["cascade"] = self.cascade
         if self.tensors:
             value["tensors"] = {name: [dtype, *shape] for name, (dtype, shape) in self.tensors.items()}
-        for key in ("task", "class_names", "preprocess", "training"):
+        for key in ("task", "class_names", "preprocess", "training", "result"):
             if (member := getattr(self.about, key)) is not None:
                 try:
                     value[key] = json.loads(canonical_json(member))
@@ -379,4 +384,5 @@ def _about(found: Mapping[str, Any]) -> About:
             preprocess_from_json(preprocess)
         except ConfigError as error:
             raise CorruptAdapterError(f"$.{error}; fetch the file again") from None
-    return About(found.get("task"), None if names is None else tuple(names), preprocess, found.get("training"))
+    names = None if names is None else tuple(names)
+    return About(found.get("task"), names, preprocess, found.get("training"), found.get("result"))

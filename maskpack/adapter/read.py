@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from ..backbone.model import Fingerprint
 from ..codecs.base import from_frame
-from ..errors import AdapterError, CorruptAdapterError, UnknownNameError
+from ..errors import AdapterError, CorruptAdapterError, UnknownNameError, brief, check_argument
 from ..mask import MaskSet, PackedMask
 from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, strict_json, tensor_of
@@ -82,8 +82,9 @@ class Adapter:
         pinned: the reference that always means these bytes, `user/name@commit`; the path of a local adapter.
 
     Example:
-        adapter = load_adapter("user/name")
-        adapter.parts().masks["layer1.0.conv1.weight"].density
+        adapter = load_adapter("./my-mask")
+        print(adapter, adapter.about.class_names)
+        print(adapter.parts().masks["conv1.weight"].density)
     """
 
     def __init__(self, path: str, header: Header, spans: Mapping[str, Span], content: memoryview, start: int):
@@ -98,6 +99,15 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={self.sets}, bytes={self.size})"
+
+    def _repr_html_(self) -> str:
+        from .describe import inspect_adapter
+        from .notebook import summary
+
+        found = inspect_adapter(self)
+        sets = {name: (one["weights"], one["kept"]) for name, one in found["sets"].items()}
+        masks = sum(one["payload_bytes"] for one in found["sets"].values())
+        return summary(self.pinned, found["base"], found, sets, masks, self.size)
 
     @cached_property
     def base(self) -> Fingerprint:
@@ -267,7 +277,7 @@ class Adapter:
         if name not in self.header.sets:
             together = "; it is a cascade, which load_cascade(model, ref) puts to use" if self.header.cascade else ""
             known = ", ".join(self.sets)
-            raise UnknownNameError(f"{self.path} has no mask set {name!r}; it has: {known}{together}")
+            raise UnknownNameError(f"{self.path} has no mask set {brief(name)}; it has: {known}{together}")
         return self.header.sets[name]
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -300,6 +310,7 @@ def read_adapter(path: str | Path) -> Adapter:
     Each file is opened and read once; what is verified are the bytes that are used. A config beside the model file
     must name its digest. What is wrong is an AdapterError, of a kind of its own where a program may care.
     """
+    check_argument("the adapter", path, str | Path, "an Adapter or its path", "read one: load_adapter('./folder')")
     return parse_files(read_files(Path(path)))
 
 

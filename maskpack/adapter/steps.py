@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..backbone.random_weights import MAX_WEIGHTS
 from ..codecs.base import Bytes, from_frame, to_frame
-from ..errors import AdapterError, CorruptAdapterError
+from ..errors import AdapterError, CorruptAdapterError, short_repr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,8 @@ class Norm:
 
     scale: Integers
     shift: Integers | None = None
+
+    __repr__ = short_repr
 
     def values(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias, float32 on the CPU, from those of the base."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..backbone.model import same_size_int
 from ..codecs import ulps
 from ..codecs.base import flipped, where_ones
-from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError
+from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, short_repr
 from ..mask import packed_bits
 from ..safetensors_io import NAMES, tensor_of, torch_dtype
 
@@ -33,6 +33,8 @@ class Steps:
     """
 
     data: bytes | memoryview
+
+    __repr__ = short_repr
 
     @property
     def nbytes(self) -> int:
@@ -81,12 +83,16 @@ class Steps:
         return tensor_of(memoryview(words.tobytes()), self.name, tuple(words.shape))
 
 
-def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
-    """Return the weights, flat on the CPU, at the zeros of a mask."""
+def places_of_zeros(bits: bitarray) -> Tensor:
+    """Return the flat positions of the zeros of a mask, in order, on the CPU."""
     import torch
 
-    at = where_ones(flipped(packed_bits(bits), len(bits)))
-    return weight.detach().cpu().reshape(-1)[torch.from_numpy(at)]
+    return torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))))
+
+
+def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
+    """Return the weights, flat on the CPU, at the zeros of a mask."""
+    return weight.detach().cpu().reshape(-1)[places_of_zeros(bits)]
 
 
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from ..backbone.model import Fingerprint, unwrap
 from ..codecs.base import Codec, Profile, Side, to_frame, words_of
 from ..codecs.choose import rivals, smallest
-from ..errors import AdapterError, BackboneMismatchError, ConfigError, CorruptAdapterError, StateError
+from ..errors import (
+    AdapterError,
+    BackboneMismatchError,
+    ConfigError,
+    CorruptAdapterError,
+    StateError,
+    brief,
+    check_argument,
+)
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..preprocess import Preprocess, preprocess_to_json
 from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
@@ -373,15 +381,21 @@ def save_adapter(
             adapter is saved then).
 
     Example:
-        save_adapter("./my-mask", masks, fingerprint(model, id="timm/resnet18.a1_in1k"), task="image-classification")
+        base = fingerprint(model, id="my-network", head="fc")
+        save_adapter("./saved", masks, base, task="image-classification")
     """
+    check_argument("path", path, str | Path, "the folder or .safetensors file to write", "it comes before the parts")
     if isinstance(parts, nn.Module):
         found = learned(parts, base)
         weights = found.weights if weights is parts else weights
         parts, base = found.parts, found.base
-    if not isinstance(base, Fingerprint):
-        raise AdapterError(f"masks need the fingerprint of their base, got {base!r}; give fingerprint(model, id=…)")
     named = {"default": parts} if isinstance(parts, MaskSet | Parts) else parts
+    for one in named.values() if isinstance(named, Mapping) else [named]:
+        advice = "MaskSet.from_tensors makes masks of tensors, and a training has `.parts`"
+        check_argument("what to save", one, MaskSet | Parts, "a MaskSet, Parts, or a model with scores", advice)
+    if not isinstance(base, Fingerprint):
+        advice = "give result.base of a training, or fingerprint(model, id=…)"
+        raise AdapterError(f"the base is {brief(base)}, expected the fingerprint of the frozen model; {advice}")
     sets = {name: Parts(one) if isinstance(one, MaskSet) else one for name, one in named.items()}
     names = None if class_names is None else tuple(class_names)
     prepared = preprocess_to_json(preprocess) if isinstance(preprocess, Preprocess) else preprocess

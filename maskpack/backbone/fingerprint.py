@@ -193,14 +193,33 @@ def fingerprint(model: nn.Module, *, id: str, revision: str | None = None, head:
 
     `id` says where the weights come from, as in "timm/resnet18.a1_in1k", never a path; `revision` is a Hub commit or a
     weights enum of torchvision.
+
+    Example:
+        base = fingerprint(model, id="my-network", head="fc")
+        print(base.digests["float32"])
     """
-    head = tuple(sorted(head))
+    head = (head,) if isinstance(head, str) else tuple(sorted(head))
     return fingerprint_of(_body_with_data(model, head), id, revision, head)
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], id: str, revision: str | None, head: tuple[str, ...]) -> Fingerprint:
     """As `fingerprint`, of the tensors of a body."""
-    each = {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+    return joined_digests(tensors, all_digests(tensors), id, revision, head)
+
+
+def all_digests(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, bytes]]:
+    """Return the digests of tensors by the dtype that they are cast to, and by name."""
+    return {cast: tensor_digests(tensors, getattr(torch, cast)) for cast in CASTS}
+
+
+def joined_digests(
+    tensors: Mapping[str, Tensor],
+    each: Mapping[str, Mapping[str, bytes]],
+    id: str,
+    revision: str | None = None,
+    head: tuple[str, ...] = (),
+) -> Fingerprint:
+    """As `fingerprint`, of the tensors of a body, which may be on the meta device, with `all_digests` of them."""
     digests = {cast: _body_digest(tensors, one) for cast, one in each.items()}
     prefixes = {name: b"".join(one[name][:PREFIX] for one in each.values()) for name in tensors}
     return Fingerprint(id, revision, _name(compared_dtype(tensors.values())), head, digests, prefixes)
@@ -248,11 +267,16 @@ def measure_body(model: nn.Module, head: Iterable[str]) -> Measured:
 
     found = _of_each(tensors, measure)
     known |= {name: (now, dtype, digest) for name, (now, dtype, digest) in found.items() if now is not None}
-    tied: dict[str, list[str]] = {}
+    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied(model))
+
+
+def tied(model: nn.Module) -> dict[str, list[str]]:
+    """Return, of each parameter that has several names, the others by its first."""
+    found: dict[str, list[str]] = {}
     for name, first in aliases(model).items():
         if name != first:
-            tied.setdefault(first, []).append(name)
-    return Measured(tensors, {name: digest for name, (_, _, digest) in found.items()}, tied)
+            found.setdefault(first, []).append(name)
+    return found
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
@@ -317,6 +341,6 @@ def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMi
     revision = f" at revision {expected.revision}" if expected.revision else ""
     return BackboneMismatchError(
         f"this adapter was made for the weights of {expected.id}{revision}, and the model has others: {what} "
-        f"(compared as {_name(dtype)}); load the backbone named there, or apply it anyway with "
-        f"load_mask(…, verify='off')"
+        f"(compared as {_name(dtype)}); load the backbone named there (--backbone); in Python, "
+        f"load_mask(…, verify='off') applies it anyway"
     )

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, require
+from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, check_argument, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
-from ..safetensors_io import read_tensors, write_tensors
+from ..safetensors_io import SUFFIX, read_tensors, write_tensors
 from .model import (
     Embedding,
     Head,
@@ -26,6 +26,7 @@ from .model import (
     named_buffers,
     named_parameters,
     same_size_int,
+    slots,
     swap_module,
     unwrap,
 )
@@ -44,6 +45,9 @@ class Backbone:
         revision: Hub commit, torchvision weights enum, "random:KIND:SEED", or None.
         embedding: the input of its head, or an encoder's pooled output; `Embedding()` if it has no head.
         preprocess: what the model expects of its inputs. tokenizer: of a text backbone, else None.
+
+    Example:
+        backbone = Backbone(model, "my-network", embedding=Embedding("fc"), preprocess=ImagePreprocess(32, 32))
     """
 
     model: nn.Module
@@ -53,6 +57,9 @@ class Backbone:
     embedding: Embedding = field(default_factory=Embedding)
     preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.id!r}, {type(self.model).__name__}, {self.task}, head={self.head!r})"
 
     @property
     def head(self) -> str | None:
@@ -123,21 +130,33 @@ def export_state(
 COUNTER = "num_batches_tracked"  # of BatchNorm; it has no effect on what is computed
 
 
-def load_weights(model: nn.Module, path: str | Path, head: str | None = None) -> None:
+def load_weights(model: nn.Module, path: str | Path, head: str | None = None, mapped: bool = False) -> None:
     """Load a safetensors state dict into a model, strictly; its head may have other classes in the file.
 
-    `path` is a file, the index of one in several files (`*.safetensors.index.json`), or a folder of either.
+    `path` is a file, the index of one in several files (`*.safetensors.index.json`), or a folder of either. With
+    `mapped` the file's tensors become the model's, in their dtypes; they are read from the file where they are used.
     """
-    load_tensors(model, read_tensors(path), path, head)
+    load_tensors(model, read_tensors(path), path, head, mapped)
 
 
-def load_tensors(model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None) -> None:
+def load_tensors(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, head: str | None = None, mapped: bool = False
+) -> None:
     """Load the tensors of a state dict, which came from `path`; as `load_weights`."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if head is not None:
         fit_head(model, head, shapes)
     stored = sources(model, shapes, path)
     model = unwrap(model)
+    if mapped:
+        parameters = dict[str, nn.Parameter]()  # by source: tied ones stay one
+        for name, (owner, leaf) in slots(model):
+            if (source := stored.get(name)) is not None:
+                own = state[source]
+                if isinstance(owner[leaf], nn.Parameter):
+                    own = parameters.setdefault(source, nn.Parameter(own, own.is_floating_point()))
+                owner[leaf] = own
+        return
     wanted = {name: stored.get(canonical(name)) for name in model.state_dict()}
     model.load_state_dict({name: state[source] for name, source in wanted.items() if source is not None}, strict=True)
 
@@ -282,6 +301,25 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
 
+def _mapped_folder(name: str, image_size: int | None) -> Backbone | None:
+    """Return the backbone of a folder with its weights left in the file; None if they do not fit by their names.
+
+    As `from_pretrained` has it, all names may have the model's prefix in front, and others are left out.
+    """
+    if not any(Path(name).glob(f"*{SUFFIX}")):
+        return None
+    with torch.device("meta"):
+        backbone = _transformers(name, False, image_size)
+    prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(name)
+    own = {canonical(one) for one in backbone.model.state_dict()}
+    names = {one: next((n for n in (one, one.removeprefix(prefix), prefix + one) if n in own), None) for one in state}
+    try:
+        load_tensors(backbone.model, {n: state[one] for one, n in names.items() if n}, name, mapped=True)
+    except BackboneError:  # of a layout that transformers converts
+        return None
+    return backbone
+
+
 def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
     resize = image_size or processor.size.get("shortest_edge") or processor.size["height"]
     crop = processor.crop_size["height"] if not image_size and getattr(processor, "do_center_crop", False) else resize
@@ -337,6 +375,7 @@ def load_backbone(
     image_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    mapped: bool = False,
 ) -> Backbone:
     """Load a backbone in evaluation mode; BackboneError if it cannot be loaded.
 
@@ -349,7 +388,15 @@ def load_backbone(
             "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
         head: dotted name of the head, if it cannot be found.
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
+        mapped: leave weights that are in a file on this disk (`weights`, or of `hf/FOLDER`) there, in its dtypes, and
+            read them where they are used: for what looks at each tensor once. The model cannot compute.
+
+    Example:
+        backbone = load_backbone("timm/resnet18.a1_in1k")
+        print(backbone.model(torch.rand(1, 3, 224, 224)).shape)
     """
+    known = "timm/NAME, torchvision/NAME, hf/REPO or PATH.py:FUNCTION"
+    check_argument("the backbone", reference, str, known, "a model of your own goes to train_mask as it is")
     if image_size is not None and not 1 <= image_size <= LARGEST:
         raise ConfigError(f"image_size must be from 1 to {LARGEST} pixels, got {image_size}")
     kind, seed = parse_random(str(random_weights)) if random_weights is not None else ("", 0)
@@ -360,7 +407,11 @@ def load_backbone(
             if random_weights is not None:
                 torch.manual_seed(seed)
             loader, name = _loader(reference)
-            backbone = loader(name, weights is None and random_weights is None, image_size)
+            pretrained = weights is None and random_weights is None
+            backbone = _mapped_folder(name, image_size) if mapped and pretrained and loader is _transformers else None
+            if backbone is None:
+                with torch.device("meta") if mapped and weights is not None else nullcontext():
+                    backbone = loader(name, pretrained, image_size)
         except MaskpackError:
             raise
         except UnreachableError as error:
@@ -395,7 +446,7 @@ def load_backbone(
     if backbone.embedding.pooling is None or head is not None:
         backbone = replace(backbone, embedding=Embedding(find_head(backbone.model, head)))
     if weights is not None:
-        load_weights(backbone.model, weights, backbone.head)
+        load_weights(backbone.model, weights, backbone.head, mapped)
     backbone.model.eval()
     return backbone
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ..errors import BackboneError, UnknownNameError
+from ..errors import BackboneError, UnknownNameError, check_argument, short_repr
 from .random_weights import RandomWeight
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ class Head:
     random: RandomWeight | None = None
     steps: Tensor | None = None
 
+    __repr__ = short_repr
+
     @property
     def module(self) -> str | None:
         """Dotted name of the module that the head replaces; None behind an encoder."""
@@ -81,11 +83,26 @@ class Fingerprint:
     digests: Mapping[str, str]
     tensors: Mapping[str, bytes]
 
+    __repr__ = short_repr
+
+
+def _check_module(model: object) -> None:
+    from torch import nn
+
+    if not isinstance(model, nn.Module):
+        advice = "the model comes before adapters and inputs, as in load_mask(model, ref)"
+        if isinstance(model, str):
+            advice = f"load one first, as by load_backbone('timm/resnet18').model; {advice}"
+        elif isinstance(getattr(model, "model", None), nn.Module):
+            advice = "give the module that it holds: its `.model`"
+        check_argument("the model", model, nn.Module, "a torch.nn.Module", advice)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, DataParallel and DistributedDataParallel wrappers."""
     from torch import nn
 
+    _check_module(model)
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
         if isinstance(model, wrappers):

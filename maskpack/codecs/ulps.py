@@ -56,7 +56,8 @@ def _entries(tables: Tables) -> NDArray[np.uint32]:
     found = np.zeros((len(tables), BUCKETS), np.uint32)
     for row, table in zip(found, tables, strict=True):
         sizes = _sizes(table)
-        row[: len(table)] = sizes << 18 | (np.cumsum(sizes) - sizes) << 6 | np.arange(len(table))
+        own = sizes << 18 | (np.cumsum(sizes) - sizes) << 6 | np.arange(len(table))
+        row[: len(table)] = np.where(sizes > 0, own, 0)  # behind the last slot there is no room for another first one
     return found
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -178,6 +179,9 @@ def pull(
             not signed as required. StateError: if `output` holds something else.
         HubError: if the login or the permissions failed, or it is offline and not cached.
         HubUnreachableError: if the Hub did not answer, after several attempts.
+
+    Example:
+        print(pull("user/my-mask", output="./copy").commit)
     """
     opened = open_adapter(ref, **options)
     if output is None:
@@ -212,6 +216,26 @@ def open_adapter(
     if keys is not None and found.signed is not None:
         check_newest(found.signed, keys, reference, snapshot.commit)
     return found
+
+
+def earlier_adapters(newest: Adapter, **options: Unpack[PullOptions]) -> Iterator[Adapter]:
+    """Yield the adapters at the commits before that of a pulled one, newest first; commits in the cache cost nothing.
+
+    It ends before the first commit without an adapter. Commits that left the adapter as it was are passed over.
+    """
+    reference, options = parse_reference(newest.pinned), {**options, "revision": None}
+    session = Session(f"list the versions of {reference.repo_id}", options.get("token"), reference)
+    repo_id, revision, last = str(reference.repo_id), reference.revision, newest.digest
+    for commit in session.call(lambda: session.api.list_repo_commits(repo_id, revision=revision))[1:]:
+        try:
+            found = open_adapter(f"{repo_id}@{commit.commit_id}", **options).adapter
+        except CorruptAdapterError:
+            raise
+        except AdapterError:
+            return
+        if found.digest != last:
+            yield found
+        last = found.digest
 
 
 def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:

@@ -11,7 +11,7 @@ from ..adapter import signature
 from ..adapter.card import CARD_FILE, render_card, update_card
 from ..adapter.describe import config_text, inspect_adapter
 from ..adapter.read import CONFIG_FILE, MODEL_FILE
-from ..errors import AdapterError, ConfigError, HubError, SignatureError
+from ..errors import AdapterError, ConfigError, HubError, SignatureError, check_argument
 from ..network import hides_secrets, quietly
 from .cache import RepositoryCache, highest, remember
 from .client import ATTEMPTS, PASSING, Session, status_of
@@ -247,7 +247,12 @@ def push(
         SignatureError: if the folder's signature does not fit files, repository or the version there; if the adapter
             there is signed and this one would not be; or if nobody of `sign` signed that one.
         ConfigError: if the options contradict each other. StateError: if the local target holds something else.
+
+    Example:
+        print(push("./my-mask", "user/new-mask", license="apache-2.0").url)
     """
+    advice = "an adapter in memory is written first, by save_adapter; the folder comes before the reference"
+    check_argument("the folder", folder, str | os.PathLike, "an adapter's folder or model file", advice)
     source = Path(folder).expanduser()
     reference = parse_reference(ref, revision)
     opened = open_local(source)

@@ -9,7 +9,7 @@ from ..adapter.card import BEGIN, CARD_FILE
 from ..adapter.identity import BUNDLE_FILE, MAX_SIGNATURE
 from ..adapter.read import CONFIG_FILE, MAX_CONFIG, MAX_MODEL, MODEL_FILE, read_bytes
 from ..adapter.signature import DIGESTS, SIGNATURE_FILE, Contents
-from ..errors import AdapterError, ConfigError, StateError
+from ..errors import AdapterError, ConfigError, StateError, check_argument
 from ..safetensors_io import is_leftover, replacing
 
 FORMS = "user/name, user/name@revision, ./folder, /folder, ~/folder or file.safetensors"
@@ -51,6 +51,8 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
     ends in `.safetensors`, the name of an adapter's folder here, or any path object for a local adapter. A text that
     could be both is refused.
     """
+    advice = "masks become an adapter by save_adapter; a model, where one is needed, comes first"
+    check_argument("the reference", ref, str | os.PathLike, FORMS, advice)
     text = os.fspath(ref)
     named_as_path = text in (".", "..") or text.startswith(PATH_STARTS) or text.endswith(".safetensors")
     if not isinstance(ref, str) or named_as_path or Path(text).is_absolute():

@@ -58,6 +58,10 @@ def search_adapters(
         base: what they were made for: `timm/NAME`, `hf/USER/NAME`, the Hub id itself, or `torchvision/NAME`.
         fits: digest of the base's weights, 12 to 64 digits of `fingerprint(model, …).digests["float32"]`.
         token: as everywhere on the Hub: None for the login, which also finds private ones; False for none.
+
+    Example:
+        for one in search_adapters(base="timm/resnet18.a1_in1k"):
+            print(one.repo_id, one.downloads)
     """
     if not 1 <= limit <= MOST:
         raise ConfigError(f"limit must be from 1 to {MOST}, got {limit}")

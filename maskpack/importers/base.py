@@ -29,7 +29,7 @@ from ..backbone.model import aliases, canonical, named_buffers, named_parameters
 from ..errors import BackboneMismatchError, ConfigError, DataError
 from ..mask import MaskSet, PackedMask, Shape
 from ..registry import Registry
-from ..safetensors_io import TensorFile
+from ..safetensors_io import Made, TensorFile
 
 MOST_PREFIX_PARTS = 2  # as in "module.model."
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -42,20 +42,23 @@ class Found(NamedTuple):
     Attributes:
         values: what makes the values that a mask with op "replace" puts in, flat.
         statistics: BatchNorm buffers, float32.
+        after: what a patch makes: the tensors of the checkpoint by the backbone's names, read when asked for.
     """
 
     shapes: Mapping[str, Shape]
     make: Callable[[str], PackedMask]
     values: Callable[[str], Tensor] | None = None
     statistics: Mapping[str, Tensor] = {}
+    after: Mapping[str, Tensor] = {}
 
 
 class Imported(NamedTuple):
-    """Masks that are made when they are asked for, values of those with op "replace" likewise, BatchNorm buffers."""
+    """Masks that are made when they are asked for, values of those with op "replace" likewise; others as of `Found`."""
 
     masks: MaskSet
     values: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor]
+    after: Mapping[str, Tensor]
 
 
 class Importer(Protocol):
@@ -69,24 +72,6 @@ class Importer(Protocol):
 
 
 IMPORTERS: Registry[Importer] = Registry("importer", "maskpack.importers")
-
-
-class _Made(Mapping[str, Tensor]):
-    """Tensors by name, made when they are asked for."""
-
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
-        self._names, self._make = dict.fromkeys(names), make
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> MaskSet:
@@ -122,8 +107,8 @@ def import_file(path: str | Path, model: nn.Module, format: str = "masks", *, sc
 
     masks = MaskSet.streamed(sources, own, {name: shapes[stored] for name, stored in sources.items()})
     values = found.values
-    made = _Made(sources if values else (), lambda name: values(sources[name]) if values else torch.empty(0))
-    return Imported(masks, made, found.statistics)
+    made = Made(sources if values else (), lambda name: values(sources[name]) if values else torch.empty(0))
+    return Imported(masks, made, found.statistics, found.after)
 
 
 def check_format(format: str, scale: bool) -> None:

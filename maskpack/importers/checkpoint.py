@@ -11,7 +11,7 @@ from ..backbone.load import COUNTER
 from ..backbone.model import same_size_int
 from ..errors import DataError
 from ..mask import PackedMask
-from ..safetensors_io import TensorFile, open_tensors
+from ..safetensors_io import Made, TensorFile, open_tensors
 from .base import IMPORTERS, STEP, Found, match
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -65,7 +65,8 @@ class Checkpoint:
                 last[name] = mask, values
             return last[name]
 
-        return Found(changed, lambda name: read(name)[0], lambda name: read(name)[1], statistics)
+        after = Made(own, lambda name: tensors[own[name]].to(base[name].dtype))
+        return Found(changed, lambda name: read(name)[0], lambda name: read(name)[1], statistics, after)
 
 
 def _stored(path: Path, tensors: TensorFile, base: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:

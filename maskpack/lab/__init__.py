@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .comparison import *  # noqa: F403
     from .plots.figure import *  # noqa: F403
     from .plots.pictures import *  # noqa: F403
+    from .report import *  # noqa: F403
 
 _MODULES = {
     "analysis.criticality": "criticality",
@@ -29,6 +30,7 @@ _MODULES = {
         "density_figure feature_figure gate_figure label_figure mistakes_figure overlap_figure score_figure "
         "shuffle_figure similarity_figure"
     ),
+    "report": "adapter_report",
 }
 _WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = sorted(_WHERE)

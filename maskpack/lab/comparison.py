@@ -1,5 +1,6 @@
 """compare: a mask and every baseline on one backbone and one data set, with the same splits and the same budget."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ def compare(
     rates: Mapping[str, Sequence[float]] | None = None,
     config: TrainConfig | None = None,
     report: Report | None = None,
+    shard: tuple[int, int] = (1, 1),
 ) -> dict[str, Any]:
     """Compare ways to solve a task, each in a process of its own; what is finished in `output` is not done again.
 
@@ -56,12 +58,15 @@ def compare(
         fractions: shares of the labels.
         rates: by baseline, rates to choose from in place of its own; a single one is not searched.
         config: budget and settings that all baselines share; its own seed and `lr` are not used.
+        shard: (number, count), as (3, 16): do a sixteenth of the trials, and nothing that another process of these
+            does at the same time in the same `output`. What has to wait for trials of others, as those that need the
+            best rate, is left; call it again when they are done. The results are written by who finds all trials done.
         report: called with every event of training, with "part", and with {"event": "trial", "part", "accuracy",
             "settings", "result", "folder"}.
 
     Returns:
         {"rows": [{"method", "labels_fraction", "accuracy": mean, "deviation", …}], "backbone", "data", …}, which is
-        also in `results.json`, and as a table in `results.md`.
+        also in `results.json`, and as a table in `results.md`; "waiting" of a shard: how many trials are left.
 
     Raises:
         StateError: if `output` holds a comparison with other settings, or another process writes into it.
@@ -71,6 +76,9 @@ def compare(
     backbone, data = _plain(backbone), _plain(data)
     names = list(baselines) or [one.id for one in BASELINES.all()]
     _check(names, seeds, fractions, given)
+    own_folder = folder if shard == (1, 1) else folder / f".shard-{shard[0]}-of-{shard[1]}"
+    if not 1 <= shard[0] <= shard[1]:
+        raise ConfigError(f"a shard is (number, count) with a number from 1 to the count, got {shard}")
     model = load_backbone(**backbone)
     found = {name: find_baseline(name) for name in names}
     for one in found.values():
@@ -91,21 +99,28 @@ def compare(
     chosen = config.bn is None and batchnorm_statistics(model.model)
     statistics = tuple(STATISTICS) if chosen else (None,)
     results: list[dict[str, Any]] = []
-    with locked(folder), stopping("call compare again to go on"), Worker() as worker:
+    with locked(own_folder), stopping("call compare again to go on"), Worker() as worker:
         claim(folder / COMPARISON, about, shared_settings(TrainConfig()))
-        trials = Trials(folder, backbone, data, config, report, worker)
-        for name, one in found.items():
-            rate, bn, tried = trials.choose(name, one, given.get(name), seeds[0], max(fractions), statistics)
-            for share in fractions:
+        trials = Trials(folder, backbone, data, config, report, worker, shard)
+        for index, (name, one) in enumerate(found.items()):
+            best = trials.choose(name, one, given.get(name), seeds[0], max(fractions), statistics, index)
+            if best is None:
+                continue
+            rate, bn, tried = best
+            for place, share in enumerate(fractions):
                 own = seeds if one.seeded or share < 1 else seeds[:1]
-                done = [trials.run(name, one, seed, share, rate, bn) for seed in own]
+                numbers = itertools.count((index * len(fractions) + place) * len(seeds))
+                each = [trials.run(name, one, seed, share, rate, bn, number=next(numbers)) for seed in own]
+                done = [trial for trial in each if trial is not None]
+                if len(done) < len(own):
+                    continue
                 rows = summaries(name, share, rate, own, done)
                 results += [{**row, "bn": bn, "search": tried} for row in rows]
-                whole = {**about, "rows": results}
-                write_json(folder / RESULT, whole)
-                with replacing(folder / TABLE) as (temporary,):
-                    temporary.write_text(markdown(results), encoding="utf-8")
-    return whole
+                if not trials.waiting:
+                    write_json(folder / RESULT, {**about, "rows": results})
+                    with replacing(folder / TABLE) as (temporary,):
+                        temporary.write_text(markdown(results), encoding="utf-8")
+    return {**about, "rows": results, **({"waiting": trials.waiting} if trials.waiting else {})}
 
 
 def _check(
@@ -129,9 +144,12 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Trials:
-    """The trials of a comparison, by folder and file: those that are there are read, others run.
+    """The trials of a comparison, by folder and file: those that are there are read, others run, if they are ours.
 
     Args: as `compare`.
+
+    Attributes:
+        waiting: trials that are not there and are another shard's.
     """
 
     folder: Path
@@ -140,6 +158,8 @@ class Trials:
     config: TrainConfig
     report: Report | None
     worker: Worker
+    shard: tuple[int, int] = (1, 1)
+    waiting: int = 0
 
     def choose(
         self,
@@ -149,35 +169,43 @@ class Trials:
         seed: int,
         share: float,
         statistics: Sequence[str | None] = (None,),
-    ) -> tuple[float | None, str | None, list[dict[str, Any]]]:
+        index: int = 0,
+    ) -> tuple[float | None, str | None, list[dict[str, Any]]] | None:
         """Return the best rate and setting of BatchNorm statistics on the validation split, and what was tried.
+
+        None: trials of other shards are not there yet.
 
         Args:
             statistics: settings to choose from where a baseline trains with labels and has rates to choose from; None
                 is the one of the configuration.
+            index: of the baseline, from which shards count.
         """
         rates = sorted(given or baseline.rates.get(self.config.optimizer, ()))
         if len(rates) < 2:
             return (rates[0] if rates else None), None, []
 
-        def searched(bn: str | None) -> dict[float, float]:
-            def tried(rate: float) -> float:  # -1 where training broke off
-                try:
-                    return float(self.run(name, baseline, seed, share, rate, bn, validate=True)["accuracy"])
-                except TrainingError:
-                    return -1.0
+        settings = statistics if baseline.needs_labels else (None,)
+        numbers = itertools.count(index * len(rates) * len(settings))
 
-            accuracy = {rate: tried(rate) for rate in rates}
+        def accuracy_of(rate: float, bn: str | None) -> float | None:  # -1 where training broke off
+            try:
+                found = self.run(name, baseline, seed, share, rate, bn, validate=True, number=next(numbers))
+            except TrainingError:
+                return -1.0
+            return None if found is None else float(found["accuracy"])
+
+        each = {bn: {rate: accuracy_of(rate, bn) for rate in rates} for bn in settings}
+        for bn, own in each.items():
             for _ in range(FURTHER):
-                ends = sorted(accuracy)
-                best = max(ends, key=lambda rate: accuracy[rate])
-                if best not in (ends[0], ends[-1]):
+                ends, known = sorted(own), {rate: one for rate, one in own.items() if one is not None}
+                best = max(ends, key=lambda rate: known.get(rate, -1.0))
+                if len(known) < len(own) or best not in (ends[0], ends[-1]):
                     break
                 further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
-                accuracy[further] = tried(further)
-            return accuracy
-
-        found = {bn: searched(bn) for bn in (statistics if baseline.needs_labels else (None,))}
+                own[further] = accuracy_of(further, bn)
+        found = {bn: {rate: one for rate, one in own.items() if one is not None} for bn, own in each.items()}
+        if any(len(found[bn]) < len(own) for bn, own in each.items()):
+            return None
         accuracy = {(rate, bn): own[rate] for bn, own in found.items() for rate in sorted(own)}
         rate, bn = max(accuracy, key=lambda one: accuracy[one])
         if accuracy[rate, bn] < 0:
@@ -197,8 +225,9 @@ class Trials:
         rate: float | None,
         bn: str | None = None,
         validate: bool = False,
-    ) -> dict[str, Any]:
-        """Return what one trial measured; run it if it is not there."""
+        number: int = 0,
+    ) -> dict[str, Any] | None:
+        """Return what a trial measured; run it if it is not there, or return None if it is another shard's."""
         parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
         parts += [] if bn is None else [bn]
         if baseline.needs_labels or validate:
@@ -210,8 +239,12 @@ class Trials:
             part += f", {share:.2%} of the labels"
         # not resolved: some defaults follow from the objective, which is the baseline's
         settings = {**asdict(self.config), "seed": seed, "lr": rate, "bn": bn or self.config.bn}
+        path = folder / f"result-{share:g}.json"
+        if number % self.shard[1] != self.shard[0] - 1 and not path.exists():
+            self.waiting += 1
+            return None
         job = Job(name, share, validate, settings, self.backbone, self.data, str(folder))
-        found = measured(folder / f"result-{share:g}.json", MEASURED, lambda: self._in_process(job, part))
+        found = measured(path, MEASURED, lambda: self._in_process(job, part))
         if self.report is not None:
             about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
             about |= {"bn": bn} if bn else {}

@@ -430,7 +430,13 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
         undo(root, record)
         raise
     if not record.restorable:
-        _APPLIED[root] = Applied(record.mask_id, restorable=False, complete=True)
+        keep_nothing(root)
+
+
+def keep_nothing(model: nn.Module) -> None:
+    """Drop what it takes to undo the mask that is on a model."""
+    root = unwrap(model)
+    _APPLIED[root] = Applied(_APPLIED[root].mask_id, restorable=False, complete=True)
 
 
 def unload_mask(model: Model, *, force: bool = False) -> Model:
@@ -451,6 +457,10 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
 
     Raises:
         StateError: if no mask is loaded, it was loaded with restorable=False, or parameters were written meanwhile.
+
+    Example:
+        load_mask(model, "./my-mask")
+        unload_mask(model)
     """
     check_not_held(model)
     record = applied(model)

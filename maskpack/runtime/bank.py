@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from types import TracebackType
 from typing import Any, Unpack
@@ -16,11 +16,12 @@ from ..adapter.content import Parts
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.classifier import Inputs, batch_of, classifier_from, example_count, taken
 from ..backbone.model import inside, unwrap
-from ..errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError
+from ..errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError, brief
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
 from . import apply
 from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
+from .mixed import FEW, Correction, corrections, mixing
 from .place import TOP, find_place
 
 
@@ -61,27 +62,38 @@ class Resident:
 
     Attributes:
         parts: its decoded masks, a bit a weight, and dense tensors; None after they were evicted from memory.
+        mask_id: None until it is asked for.
         read: reads the adapter again, or None for masks that did not come from one. digest: of its file.
         notes: what its masks change, for those that change only some places; empty until it is used.
+        correction: for passes of several adapters, None inside if it cannot be in one; None until that is asked.
     """
 
     name: str
     parts: Parts | None
-    mask_id: str
+    mask_id: str | None = None
     read: Callable[[], Adapter] | None = None
     digest: str | None = None
     pinned: bool = False
     notes: dict[str, apply.Changed] = field(default_factory=dict)
+    correction: tuple[Mapping[str, Correction] | None] | None = None
     used: int = 0
 
     @property
     def device_bytes(self) -> int:
-        return sum(changed.nbytes for changed in self.notes.values())
+        noted = sum(changed.nbytes for changed in self.notes.values())
+        return noted + sum(one.nbytes for found in self.correction or () for one in (found or {}).values())
+
+    def drop(self) -> None:
+        """Forget what is kept on the device."""
+        self.notes, self.correction = {}, None
 
     def status(self, active: str | None) -> ResidentStatus:
         state = "active" if self.name == active else "ready" if self.notes else "packed"
         host, density = (0, None) if self.parts is None else (self.parts.nbytes, self.parts.masks.density)
         state = "evicted" if self.parts is None else state
+        if self.mask_id is None:
+            assert self.parts is not None
+            self.mask_id = mask_id({"default": self.parts.masks})
         return ResidentStatus(self.name, state, self.pinned, self.mask_id, density, host, self.device_bytes)
 
 
@@ -107,6 +119,13 @@ class MaskBank:
         max_device_bytes: limit for places and base weights that switching keeps, beside those of the active adapter;
             None: as many bytes as the model's tensors take.
         verify: as of `load_mask`, for every adapter.
+
+    Example:
+        bank = MaskBank(model)
+        bank.add("./my-mask", "first")
+        with bank.using("first"):
+            outputs = model(images)
+        bank.close()  # the base, to the bit
     """
 
     def __init__(
@@ -138,6 +157,9 @@ class MaskBank:
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"MaskBank({type(unwrap(self.model)).__name__}, adapters={brief(self.names)}, active={self.active!r})"
+
     def __contains__(self, name: object) -> bool:
         return name in self._residents
 
@@ -157,7 +179,7 @@ class MaskBank:
 
     def add(
         self,
-        ref: Reference | Adapter | MaskSet,
+        ref: Reference | Adapter | Parts | MaskSet,
         name: str | None = None,
         *,
         pin: bool = False,
@@ -166,19 +188,23 @@ class MaskBank:
         """Read, verify and decode an adapter, and return its name; the model computes with what it did before.
 
         Args:
-            ref: as of `load_mask`; masks without an adapter are taken as they are, and are never evicted.
+            ref: as of `load_mask`; masks or parts without an adapter are taken as they are, and are never evicted.
             name: to use it by; default: the last part of the reference, without revision and suffix.
             pin: never evict it. Others: as of `pull`.
         """
-        source = ref if isinstance(ref, MaskSet | Adapter) else load_adapter(ref, **options)
+        ref = Parts(ref) if isinstance(ref, MaskSet) else ref
+        source = ref if isinstance(ref, Parts | Adapter) else load_adapter(ref, **options)
         name = name or _name_of(source)
         with self._lock:
             if not apply.held_by(self.model, self._lock):
                 raise StateError("this bank is closed; make another one: MaskBank(model)")
             if name in self._residents:
                 raise ConfigError(f"this bank has an adapter called {name!r} already; give another name, or remove it")
-            with self.disabled():
-                new = self._admit(name, source, options)
+            if isinstance(source, Parts):
+                new = self._taken(name, source)
+            else:
+                with self.disabled():
+                    new = self._admit(name, source, options)
             new.pinned = pin
             try:
                 self._residents[name] = new
@@ -248,20 +274,83 @@ class MaskBank:
         Examples are grouped, and each group is one forward pass with its adapter and that adapter's head, the group of
         the active one first. Outputs may differ in shape. Inputs are preprocessed: (B, …), or a tokenizer's tensors.
         """
+        return self._grouped(inputs, masks, self._outputs)
+
+    def generate(
+        self,
+        inputs: Tensor | Mapping[str, Tensor],
+        masks: Sequence[str | None],
+        *,
+        mixed: bool | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Let a language model go on with a batch in which every example has an adapter, or None for the base.
+
+        Return each example's tokens, or rows of tokens if it has several sequences.
+
+        Args:
+            inputs: token numbers (B, …), or a tokenizer's tensors.
+            mixed: one pass for all adapters, in which the outputs of linear layers are corrected by what the weights
+                change; they agree but for rounding. False: examples are grouped by adapter, to the bit. Default: one
+                pass where every adapter changes linear layers alone, and at most 2 % of their weights.
+            options: as of the model's own `generate`.
+        """
+        with self._lock:
+            names = [name for name in dict.fromkeys(masks) if name is not None]
+            own = {} if mixed is False else {name: self._correction(name) for name in names}
+            if mixed and (others := [name for name in names if own[name] is None]):
+                raise ConfigError(
+                    f"{others[0]!r} cannot be one of several adapters in a pass: it changes other layers than "
+                    f"linear ones, or over {FEW:.0%} of their weights; leave mixed out, or group with mixed=False"
+                )
+            if mixed is False or None in own.values() or len({*masks}) < 2:
+                return self._grouped(inputs, masks, lambda name, group: self._generated(group, options))
+            batch = batch_of(inputs)
+            self._check_count(batch, masks)
+            found = [own.get(name) if name is not None else None for name in masks]
+            with self.disabled(), mixing(unwrap(self.model), found):
+                tokens = self._generated(batch, options)
+            return list(tokens)
+
+    def _generated(self, inputs: Inputs, options: Mapping[str, Any]) -> Tensor:
+        """Return the tokens of each example, (B, tokens) or (B, sequences, tokens)."""
+        model: Any = unwrap(self.model)
+        if not hasattr(model, "generate"):
+            raise ConfigError(f"a {type(model).__name__} does not generate; call the bank for its outputs")
+        found = model.generate(**inputs, **options) if isinstance(inputs, dict) else model.generate(inputs, **options)
+        tokens: Tensor = getattr(found, "sequences", found)
+        count = example_count(inputs)
+        return tokens if len(tokens) == count else tokens.reshape(count, -1, tokens.shape[-1])
+
+    def _correction(self, name: str) -> Mapping[str, Correction] | None:
+        resident = self._find(name)
+        if resident.correction is None:
+            with self.disabled():
+                resident.correction = (corrections(unwrap(self.model), self._loaded(resident)),)
+        return resident.correction[0]
+
+    def _check_count(self, batch: Inputs, masks: Sequence[str | None]) -> None:
+        if len(masks) != example_count(batch):
+            raise ConfigError(f"got {len(masks)} names for {example_count(batch)} examples; each needs one, or None")
+
+    def _grouped(
+        self,
+        inputs: Tensor | Mapping[str, Tensor],
+        masks: Sequence[str | None],
+        work: Callable[[str | None, Inputs], Tensor],
+    ) -> list[Tensor]:
+        """Work on the examples of each adapter together, while it is active; return what belongs to each example."""
         batch, rows = batch_of(inputs), dict[str | None, list[int]]()
         with self._lock:
             for index, name in enumerate(masks):
                 if name is not None:
                     self._find(name)
                 rows.setdefault(name, []).append(index)
-            if len(masks) != example_count(batch):
-                raise ConfigError(
-                    f"got {len(masks)} names for {example_count(batch)} examples; each needs one, or None"
-                )
+            self._check_count(batch, masks)
             outputs: dict[int, Tensor] = {}
             for name in sorted(rows, key=lambda name: name != self.active):
                 with self.using(name):
-                    group = self._outputs(name, taken(batch, torch.tensor(rows[name])))
+                    group = work(name, taken(batch, torch.tensor(rows[name])))
                     outputs |= zip(rows[name], group, strict=True)
             return [outputs[index] for index in range(len(masks))]
 
@@ -353,14 +442,15 @@ class MaskBank:
 
     # Reading adapters, and room for them
 
-    def _admit(self, name: str, source: Adapter | MaskSet, options: PullOptions) -> Resident:
-        """Check and decode an adapter, or masks alone, while the model is the base."""
-        if isinstance(source, MaskSet):
-            apply.check_masks(self.model, source.shapes)
-            masks = MaskSet(dict(source))
-            return Resident(name, Parts(masks), mask_id({"default": masks}))
+    def _taken(self, name: str, parts: Parts) -> Resident:
+        """Return masks and what is beside them as they are given, without an adapter."""
+        apply.check_masks(self.model, parts.masks.shapes)
+        return Resident(name, replace(parts, masks=MaskSet(dict(parts.masks))))
+
+    def _admit(self, name: str, source: Adapter, options: PullOptions) -> Resident:
+        """Check and decode an adapter while the model is the base."""
         check_one_set(source)
-        if (place := find_place(self.model, source, source.shapes())) != TOP:
+        if (place := find_place(self.model, source.base, source.shapes())) != TOP:
             part = f"; make a bank of that part, MaskBank(model.get_submodule({place.add!r}))" if place.add else ""
             raise BackboneMismatchError(f"the names of {source.path} stand {place} in this bank's model{part}")
         apply.check_masks(self.model, source.shapes())
@@ -403,21 +493,22 @@ class MaskBank:
                     f"{names or 'no other'} cannot be evicted, being active or pinned; raise the limit, or remove some"
                 )
             gone = idle.pop(0)
-            gone.notes, gone.parts = {}, None
+            gone.drop()
+            gone.parts = None
             del sizes[gone.name]
 
     def _trim(self) -> None:
         """Drop notes of adapters that are not active, used longest ago first, until the device's limit is kept."""
         active = self.active
-        idle = [one for one in self._residents.values() if one.notes and one.name != active]
+        idle = [one for one in self._residents.values() if one.device_bytes and one.name != active]
         idle.sort(key=lambda one: one.used)
         while sum(one.device_bytes for one in idle) > self._device:
-            idle.pop(0).notes = {}
+            idle.pop(0).drop()
 
 
-def _name_of(source: Adapter | MaskSet) -> str:
+def _name_of(source: Adapter | Parts) -> str:
     """Return the last part of an adapter's reference, without commit and suffix; of a folder's file, the folder's."""
-    if isinstance(source, MaskSet):
+    if isinstance(source, Parts):
         raise ConfigError("masks that are no adapter have no name of their own; give one: bank.add(masks, 'name')")
     path = PurePath(source.pinned)
     name = path.parent.name if path.name == MODEL_FILE else path.name

@@ -56,6 +56,9 @@ class LoadedCascade:
         self.model, self.parts, self.class_names = model, parts, self._about.class_names
         self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
 
+    def __repr__(self) -> str:
+        return f"LoadedCascade({type(unwrap(self.model)).__name__}, {len(self.parts.experts)} experts, {self.cost})"
+
     @property
     def features(self) -> int:
         """Length D of the embedding by one set."""
@@ -137,13 +140,20 @@ def load_cascade(
 
     The model stays the only network in memory; masks are kept as one bit a weight. Arguments and errors as of
     `load_mask`.
+
+    Example:
+        cascade = load_cascade(model, "./my-cascade")
+        print(cascade.embed(images).shape, cascade.cost)
     """
     check_choices(verify)
+    unwrap(model)  # a wrong argument is told before anything is fetched
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
     parts = adapter.cascade
     if parts is None:
         what = "one mask set" if len(adapter.sets) == 1 else f"{len(adapter.sets)} mask sets without a router"
-        raise AdapterError(f"{adapter.path} is no cascade, it has {what}; load it with load_mask(model, ref)")
+        raise AdapterError(
+            f"{adapter.path} is no cascade, it has {what}; use load_mask, or `maskpack eval` and `maskpack predict`"
+        )
     take_off(model)
     for name in adapter.sets:
         check_masks(model, adapter.shapes(name))

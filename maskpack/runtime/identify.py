@@ -13,7 +13,7 @@ from ..adapter.content import Parts
 from ..adapter.values import Steps
 from ..backbone.classifier import Classifier, Inputs, batch_of, classifier_from, embed_batch, example_count, modes_kept
 from ..backbone.model import Embedding, find_head, unwrap
-from ..errors import ConfigError
+from ..errors import ConfigError, check_argument, short_repr
 from ..mask import PackedMask
 from .apply import at_places, exchange, places, rewritten, tensors_of, values_at
 from .bank import MaskBank
@@ -48,6 +48,8 @@ class Profiles:
     deviation: Tensor
     limits: Tensor
     embedding: Embedding
+
+    __repr__ = short_repr
 
     def nearest(self, inputs: Inputs, model: nn.Module, least: float) -> Identified:
         """Return the task that most of a batch is nearest to; none if the batch lies outside of its limit."""
@@ -103,6 +105,8 @@ class Superposition:
     base: Mapping[str, Tensor]
     changes: Sequence[Mapping[str, PackedMask | Tensor]]
     values: Sequence[Mapping[str, Tensor | Steps]]
+
+    __repr__ = short_repr
 
     def theta(self, index: int, name: str) -> Tensor:
         """Return a tensor as one adapter leaves it: a new one, in the base's dtype."""
@@ -206,7 +210,14 @@ def identify(
 
     By entropy, the confidence is 1 - mean entropy / log(classes) of the adapter's own outputs; by profiles, the share
     of the examples that are nearest to the task. With less than `least` it is none of them.
+
+    Example:
+        bank = MaskBank(model)
+        for name in ("my-mask", "other-mask"):
+            bank.add(f"./{name}")
+        print(identify(bank, images, "each").likeliest)
     """
+    check_argument("the bank", bank, MaskBank, "a MaskBank", "make one: MaskBank(model), and add the adapters")
     batch = batch_of(inputs)
     if isinstance(how, Profiles):
         with bank.disabled():

@@ -3,21 +3,22 @@
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal, Unpack, get_args
 
 from torch import nn
 
+from ..adapter.chain import base_of_chain, check_chain, merged, why_no_patch
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_measured, measure_body
 from ..backbone.model import inside, unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
-from ..hub.pull import PullOptions, open_adapter
+from ..hub.pull import PullOptions, earlier_adapters, open_adapter
 from ..mask import PackedMask
 from ..threads import in_thread
-from .apply import Model, applied, apply_parts, check_free, check_masks, unload_mask
+from .apply import Model, applied, apply_parts, check_free, check_masks, keep_nothing, tensors_of, unload_mask
 from .place import TOP, find_place, view
 
 LOG = logging.getLogger(__name__)
@@ -35,13 +36,17 @@ def load_adapter(ref: Reference, **options: Unpack[PullOptions]) -> Adapter:
     """Read and verify an adapter from the Hub, a folder or a single file; nothing is decoded or applied yet.
 
     Arguments and errors as of `pull`. The adapter's `pinned` is the reference that always means these bytes.
+
+    Example:
+        adapter = load_adapter("user/my-mask@main")
+        print(adapter.pinned)
     """
     return open_adapter(ref, **options).adapter
 
 
 def load_mask(
     model: Model,
-    ref: Reference | Adapter,
+    ref: Reference | Adapter | Sequence[Reference | Adapter],
     *,
     verify: Verify = "strict",
     head: HeadChoice = "replace",
@@ -58,7 +63,9 @@ def load_mask(
     `unload_mask(model)` finishes it.
 
     Args:
-        ref: `user/name[@revision]` on the Hub, a folder, a `.safetensors` file, or an `Adapter`.
+        ref: `user/name[@revision]` on the Hub, a folder, a `.safetensors` file, or an `Adapter`. Or several patches, of
+            which each stands on the one before: a chain, applied as one patch. Where a patch on the Hub stands on one
+            of an earlier commit, those are fetched back to the one that stands on the model's weights.
         verify: "strict" refuses a base whose body differs from the adapter's; "warn" says so and goes on; "off" does
             not look. Names and shapes are checked always, and so are weights that masks were packed with.
         head: "replace" puts the adapter's head in the place of the model's; "keep" leaves the model's.
@@ -72,12 +79,30 @@ def load_mask(
     Raises:
         BackboneMismatchError: if the model is not the base that the adapter was made for.
         AdapterError: if the adapter is not there or not valid, or has no source. HubError: if the download failed.
+
+    Example:
+        load_mask(model, "user/my-mask")
+        outputs = model(images)
+        unload_mask(model)  # the base again, to the bit
     """
     check_choices(verify, head, mode)
-    adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
+    unwrap(model)  # a wrong argument is told before anything is fetched
+    several = not isinstance(ref, Adapter | str | os.PathLike)
+    given: Sequence[Reference | Adapter] = ref if several else [ref]  # type: ignore[assignment,list-item]
+    chain = [one if isinstance(one, Adapter) else load_adapter(one, **options) for one in given]
+    if not chain:
+        raise ConfigError("a chain has at least one patch, got none; give the references of patches, oldest first")
+    if not several and verify != "off":
+        take_off(model)
+        chain = _with_earlier(model, chain[0], options)
+    if len(chain) > 1:
+        if mode != "target":
+            raise ConfigError("mode='source' is for an adapter alone, and a chain has several; leave it out")
+        return load_chain(model, chain, verify=verify, restorable=restorable)
+    adapter = chain[0]
     parts = loaded_parts(adapter, head, mode)
     take_off(model)
-    place = find_place(model, adapter, parts.masks.shapes)
+    place = find_place(model, adapter.base, parts.masks.shapes)
     inner = view(model, place)
     check_masks(inner, parts.masks.shapes)  # before the digests, since quantised weights have none
     masks = _masks_on(inner, adapter, verify)
@@ -86,6 +111,65 @@ def load_mask(
     if place != TOP:
         LOG.warning("the names of %s stand %s in this model", adapter.path, place)
     return model
+
+
+def load_chain(model: Model, chain: Sequence[Adapter], *, verify: Verify, restorable: bool) -> Model:
+    """Apply a chain of patches as one, and compare the model with what the last one makes; see `load_mask`."""
+    check_chain(chain)
+    base = base_of_chain(chain)
+    shapes = {name: shape for one in chain for name, shape in one.shapes().items()}
+    take_off(model)
+    place = find_place(model, base, shapes)
+    inner = view(model, place)
+    check_masks(inner, shapes)
+    checked(verify, lambda: check_measured(measure_body(inner, base.head), base), stacklevel=4)
+    parts, last = merged(chain, tensors_of(inner)), chain[-1]
+    try:
+        apply_parts(model, parts, mask_id=last.mask_id, place=place)
+        if last.about.result is not None:
+            checked(verify, lambda: _check_result(inner, last), stacklevel=4)
+    except BaseException:
+        if applied(model) is not None:
+            unload_mask(model)
+        raise
+    if not restorable:
+        keep_nothing(model)
+    return model
+
+
+def _check_result(model: nn.Module, last: Adapter) -> None:
+    assert last.about.result is not None
+    try:
+        check_measured(measure_body(model, last.base.head), replace(last.base, digests=last.about.result, tensors={}))
+    except BackboneMismatchError:
+        raise BackboneMismatchError(
+            f"with {last.path} the weights are not those that it says it makes, so that they were put back; fetch the "
+            f"patches of the chain again, or tell who wrote them"
+        ) from None
+
+
+def _with_earlier(model: nn.Module, newest: Adapter, options: PullOptions) -> list[Adapter]:
+    """Return a patch behind those of earlier commits that it stands on, back to one for the model's weights."""
+    chain = [newest]
+    if newest.about.result is None or newest.pinned == newest.path or why_no_patch(newest) is not None:
+        return chain
+    before = earlier_adapters(newest, **options)
+    while not _is_for(model, chain[0]):
+        found = next(before, None)
+        if found is None:
+            break
+        chain.insert(0, found)
+        if found.about.result != chain[1].base.digests:
+            break  # a gap, of which the chain is refused
+    return chain
+
+
+def _is_for(model: nn.Module, adapter: Adapter) -> bool:
+    try:
+        check_measured(measure_body(view(model, find_place(model, adapter.base, adapter.shapes())), ()), adapter.base)
+    except BackboneMismatchError:
+        return False
+    return True
 
 
 def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:

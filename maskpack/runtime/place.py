@@ -6,9 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..adapter.read import Adapter
 from ..backbone.fingerprint import compared_dtype, same_digest, tensor_digest
-from ..backbone.model import body, named_parameters, unwrap
+from ..backbone.model import Fingerprint, body, named_parameters, unwrap
 from ..errors import BackboneMismatchError
 from ..mask import Shape
 
@@ -37,7 +36,21 @@ def view(model: nn.Module, place: Place) -> nn.Module:
     return found
 
 
-def find_place(model: nn.Module, adapter: Adapter, shapes: Mapping[str, Shape]) -> Place:
+def module_of(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a module whose parameters have these dotted names, and the memory of these tensors."""
+    found = nn.Module()
+    for name, tensor in tensors.items():
+        *path, leaf = name.split(".")
+        inner = found
+        for part in path:
+            if part not in inner._modules:
+                inner._modules[part] = nn.Module()
+            inner = inner.get_submodule(part)
+        inner._parameters[leaf] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, False)
+    return found
+
+
+def find_place(model: nn.Module, base: Fingerprint, shapes: Mapping[str, Shape]) -> Place:
     """Return where the parameters stand that an adapter's masks, of these shapes, are for; by default at the top.
 
     Names and shapes decide; where several places have them, the digests of the base.
@@ -52,7 +65,7 @@ def find_place(model: nn.Module, adapter: Adapter, shapes: Mapping[str, Shape]) 
     places = [place for place in _candidates(next(iter(shapes)), own) if _fits(place, shapes, own)]
     distinct = {tuple(id(parameters[_moved(place, name)]) for name in shapes): place for place in reversed(places)}
     if len(distinct) > 1:
-        right = [place for place in distinct.values() if _is_base(view(model, place), adapter, shapes)]
+        right = [place for place in distinct.values() if _is_base(view(model, place), base, shapes)]
         if len(right) != 1:
             raise BackboneMismatchError(
                 f"the adapter's names stand at {len(distinct)} places of the model, "
@@ -88,6 +101,6 @@ def _fits(place: Place, shapes: Mapping[str, Shape], own: Mapping[str, Shape]) -
 
 
 @torch.no_grad()
-def _is_base(found: nn.Module, adapter: Adapter, shapes: Mapping[str, Shape]) -> bool:
-    dtype, parameters = compared_dtype(body(found, adapter.base.head).values()), named_parameters(found)
-    return all(same_digest(tensor_digest(parameters[name], dtype), adapter.base, name, dtype) for name in shapes)
+def _is_base(found: nn.Module, base: Fingerprint, shapes: Mapping[str, Shape]) -> bool:
+    dtype, parameters = compared_dtype(body(found, base.head).values()), named_parameters(found)
+    return all(same_digest(tensor_digest(parameters[name], dtype), base, name, dtype) for name in shapes)

@@ -15,12 +15,13 @@ from ..adapter.read import Adapter
 from ..backbone import fingerprint
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
-from ..errors import StateError
+from ..errors import StateError, check_argument
 from ..hub.pull import PullOptions
 from ..mask import MaskSet
 from ..safetensors_io import open_tensors
 from .apply import Model, applied, apply_parts, check_masks, forget
 from .load import HeadChoice, Mode, Reference, Verify, check_choices, checked, load_adapter, loaded_parts, removing
+from .place import module_of
 
 
 def load_masked(
@@ -55,10 +56,18 @@ def load_masked(
             the model's dtype, before that cast.
         ref, verify, head, mode and others: as of `load_mask`; with "strict" the first masked tensor that is not the
             base's is the end.
+
+    Example:
+        with torch.device("meta"):
+            empty = Network()
+        load_masked(empty, "base.safetensors", "./my-mask")
     """
     check_choices(verify, head, mode)
+    whole = unwrap(model)
+    known = "a safetensors file or a folder"
+    check_argument("weights", weights, str | os.PathLike, known, "they come before the adapter")
     adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
-    parts, whole = loaded_parts(adapter, head, mode), unwrap(model)
+    parts = loaded_parts(adapter, head, mode)
     shapes = parts.masks.shapes
     if applied(whole) is not None:
         raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")
@@ -67,7 +76,7 @@ def load_masked(
     base = _Base(Path(weights), whole, adapter.base.head)
     # parameters that take no memory
     empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
-    check_masks(_module(empty), shapes)
+    check_masks(module_of(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
     compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
     try:
@@ -86,7 +95,7 @@ def load_masked(
             base.let_go()
             if masked is not None:
                 kept = MaskSet(own if mode == "target" else dict(removing(own.items())))
-                apply_parts(_module({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
+                apply_parts(module_of({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
             base.put(names, _cast(tensor, dtype))
         if verify != "off":
             found = fingerprint.Measured(of_body, digests)
@@ -204,13 +213,6 @@ def _computed(model: nn.Module, lost: Iterable[str]) -> dict[str, Tensor]:
             if bool((value.isnan() if value.is_floating_point() else value == torch.iinfo(value.dtype).min).any()):
                 del found[name]
     return found
-
-
-def _module(tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a module whose parameters have these dotted names, and the memory of these tensors."""
-    module = nn.Module()
-    module._parameters.update({name: nn.Parameter(tensor, False) for name, tensor in tensors.items()})
-    return module
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

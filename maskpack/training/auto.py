@@ -166,8 +166,13 @@ def train_auto(
     Raises:
         ConfigError: if the objective has no labels, or the steps are too few for the candidates. Others: as
             `train_mask`.
+
+    Example:
+        result = train_auto(backbone, data, TrainConfig(steps=10), search_steps=180)
+        print(result.about.training["auto"]["chosen"])
     """
-    config, backbone = config or TrainConfig(), as_backbone(model)
+    config = TrainConfig() if config is None else config
+    backbone = as_backbone(model, config, data)
     output, resume = options.get("output"), options.get("resume", False)
     folder = None if output is None else Path(output) / SEARCH
     check_search(folder, resume)
@@ -207,7 +212,8 @@ def check_search(folder: Path | None, resume: bool) -> None:
     check_untaken(folder.parent, resume)
     if (folder / CLAIM).exists() and not resume:
         raise StateError(
-            f"{folder.parent} holds the search of an earlier run; continue it with resume, or choose another folder"
+            f"{folder.parent} holds the search of an earlier run; continue it with resume (--resume), or choose "
+            f"another folder (--overwrite replaces it)"
         )
     check_parts(folder if folder.is_dir() else folder.parent, resume)
 

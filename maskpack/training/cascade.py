@@ -18,7 +18,7 @@ from ..adapter.content import MIXTURE, WHITENING, About, Cascade, Combine, Parts
 from ..backbone.classifier import embeddings
 from ..backbone.load import Backbone
 from ..backbone.model import Fingerprint
-from ..errors import ConfigError, DataError, StateError, TrainingError, require
+from ..errors import ConfigError, DataError, StateError, TrainingError, require, short_repr
 from ..mask import MaskSet
 from ..runtime.cascade import LoadedCascade
 from .checkpoint import FILE, checkpoint_digest, damaged, read_sealed, write_sealed
@@ -96,6 +96,8 @@ class CascadeResult:
     cascade: Cascade
     metrics: dict[str, float]  # of the dispatcher, named so; the mean density of the experts; with a head, of the whole
 
+    __repr__ = short_repr
+
 
 def train_cascade(
     model: Backbone | nn.Module,
@@ -122,8 +124,13 @@ def train_cascade(
         ConfigError: if there are too few experts or rows.
         TrainingError: if the embeddings are all alike, or a cluster has fewer rows than a batch.
         StateError: if `output` belongs to another run. Others: as `train_mask`.
+
+    Example:
+        result = train_cascade(backbone, data, TrainConfig(epochs=1), experts=2)
+        save_adapter("./experts", result.parts, result.base, result.about, cascade=result.cascade)
     """
-    config, backbone = config or TrainConfig(), as_backbone(model)
+    config = TrainConfig() if config is None else config
+    backbone = as_backbone(model, config, data)
     check_cascade(data, config, experts)
     output = options.get("output")
     check_parts(None if output is None else Path(output), options.get("resume", False))

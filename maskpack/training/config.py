@@ -94,6 +94,9 @@ class TrainConfig:
         store: how norms, statistics and head are stored; accuracies are those of what is stored. coded: norms as steps
             of 2 % from the base's, the head in 129 values a row. float16, float32: as numbers of that kind.
         seed: seed of everything random.
+
+    Example:
+        config = TrainConfig(steps=20, method="topk", method_options={"share": 0.5}, train=["norms"])
     """
 
     method: str = "threshold"

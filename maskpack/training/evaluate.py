@@ -50,6 +50,14 @@ def adapter_accuracy(
     Returns:
         What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
     """
+    logits, y = adapter_logits(model, adapter, examples, tokenizer=tokenizer, batch_size=batch_size)
+    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
+
+
+def adapter_logits(
+    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of the examples that can be read; see `adapter_accuracy`."""
     head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
     if head is None or stored is None:
         raise AdapterError(
@@ -63,7 +71,7 @@ def adapter_accuracy(
             f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
             f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
         )
-    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
+    return logits, y
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:

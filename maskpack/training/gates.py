@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backbone.model import unwrap
 from ..backbone.select import select_parameters
-from ..errors import ConfigError, StateError, UnknownNameError
+from ..errors import ConfigError, StateError, UnknownNameError, brief
 from ..mask import MaskSet, masked_weight
 from .config import GATE_START
 from .scores import Orders, all_names, original, owner, put_on, take_off
@@ -46,6 +46,9 @@ class Gates:
         self.index, self.hard, self.off = 0, False, False
         self.members: dict[str, GatedWeight] = {}
         self.orders: Orders = {}
+
+    def __repr__(self) -> str:
+        return f"Gates({type(self.model).__name__}, tasks={brief(self.tasks)}, {len(self.members)} parameters)"
 
     def use(self, task: str) -> None:
         """Compute with the gates of this task from now on."""
@@ -134,6 +137,11 @@ def attach_gates(
     Raises:
         StateError: if the model has gates already. ConfigError: if there is no task, or one comes twice.
         SelectionError: if nothing matches, or a match cannot be masked.
+
+    Example:
+        gates = attach_gates(model, ["birds", "ships"], ["conv*.weight"])
+        gates.use("birds")
+        optimizer = torch.optim.Adam(gates.parameter_groups(0.001))
     """
     names = list(tasks)
     if not names or len(set(names)) != len(names):

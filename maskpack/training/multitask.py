@@ -22,7 +22,7 @@ from ..backbone.load import Backbone, export_state, load_weights
 from ..backbone.model import named_parameters, swap_module
 from ..backbone.select import select_parameters
 from ..codecs.base import Profile
-from ..errors import ConfigError, StateError, TrainingError
+from ..errors import ConfigError, StateError, TrainingError, check_argument
 from ..mask import MaskSet
 from ..preprocess import Augment
 from .batchnorm import BATCH_NORMS, batchnorm_statistics, set_train_mode
@@ -47,7 +47,7 @@ from .run_folder import (
     write_json,
 )
 from .stored import beside_masks, settle, shortened
-from .trainer import TrainResult, plan_training, result_of, train_mask
+from .trainer import TrainResult, as_backbone, plan_training, result_of, train_mask
 from .worth import beside_probe, probe_accuracies, worth
 
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -72,7 +72,11 @@ NOT_CLOSED = (
 
 @dataclass(frozen=True)
 class Task:
-    """One of several tasks: its data, and the augmentation of its training images in place of the settings'."""
+    """One of several tasks: its data, and the augmentation of its training images in place of the settings'.
+
+    Example:
+        tasks = {"low": Task(load_data("digits:0-1")), "high": Task(load_data("digits:8-9"))}
+    """
 
     data: Data
     augment: Augment | None = None
@@ -383,8 +387,17 @@ def train_tasks(
     Raises:
         ConfigError: if a name or a setting is impossible. StateError: if `output` was made with another mode or
             backbone, or a finished task with other settings or data. Others: as the runs raise.
+
+    Example:
+        tasks = {"low": Task(load_data("digits:0-1")), "high": Task(load_data("digits:8-9"))}
+        print(train_tasks(backbone, tasks, "./tasks", config=TrainConfig(steps=10))["rows"])
     """
-    config, joint, folder = config or TrainConfig(), joint or JointConfig(), Path(output)
+    config, joint, folder = TrainConfig() if config is None else config, joint or JointConfig(), Path(output)
+    how = "as in {'birds': Task(load_data(…))}"
+    check_argument("tasks", tasks, Mapping, "tasks by name", f"give a dictionary, {how}")
+    for name, task in tasks.items():
+        check_argument(f"the task {name!r}", task, Task, "a Task", f"make one, {how}")
+    backbone = as_backbone(backbone, config, *(task.data for task in tasks.values()))
     with locked(folder):
         start = _state(backbone) if mode == "separate" else {}
         about, done, left = survey(backbone, tasks, folder, mode, config, joint)

@@ -90,7 +90,11 @@ def attach_scores(
         ConfigError: if the method is not for such weights, or has no scale or no `top`.
 
     Example:
-        attach_scores(model, top=0.1, train=["norms"])
+        scores = attach_scores(model, train=["norms"], head="fc")
+        optimizer = torch.optim.Adam(one for one in model.parameters() if one.requires_grad)
+        model(images).sum().backward()
+        optimizer.step()
+        save_adapter("./mine", model, "my-network")
     """
     if isinstance(method, str):
         method = build_method(method)
@@ -100,9 +104,10 @@ def attach_scores(
     heads = new_modules(model) if head is None else [head] if isinstance(head, str) else sorted(head)
     if unknown := sorted(set(heads) - {canonical(name) for name, _ in model.named_modules()}):
         raise SelectionError(f"the model has no module {unknown[0]!r} to be its head; name one of named_modules()")
+    patterns = [select] if isinstance(select, str) else select or ()
     first = aliases(model)
     own = {first[name] for name in first if inside(name, heads)}
-    names = [n for n in select_parameters(model, select or (), head=heads, experts=experts) if n not in own]
+    names = [n for n in select_parameters(model, patterns, head=heads, experts=experts) if n not in own]
     if not names:
         raise SelectionError(f"nothing is left to mask beside the head {', '.join(heads)}; select other parameters")
     learning = trained_themselves(model, train, names)
@@ -311,6 +316,7 @@ def count_trainable(model: nn.Module) -> Trainable:
     """Return what learns in a model; as a text it is a line to print.
 
     Example:
+        attach_scores(model)
         print(count_trainable(model))
     """
     scored = scored_weights(model).values()
@@ -331,6 +337,10 @@ def extract_masks(model: nn.Module) -> MaskSet:
 
     Raises:
         StateError: if the model has no scores.
+
+    Example:
+        attach_scores(model)
+        print(extract_masks(model).density)
     """
     return extract_parts(model).masks
 
@@ -344,6 +354,10 @@ def extract_parts(model: nn.Module) -> Parts:
 
     Raises:
         StateError: if the model has no scores.
+
+    Example:
+        attach_scores(model)
+        parts = extract_parts(model)  # the model is as it was
     """
     parts = _short_parts(model)
     detach_scores(model)

@@ -129,7 +129,8 @@ def check_untaken(folder: Path, resume: bool) -> None:
 def _check_new(folder: Path, resume: bool) -> None:
     if (folder / FILE).exists() and not resume:
         raise StateError(
-            f"{folder} holds the checkpoint of an earlier run; continue it with resume, or choose another folder"
+            f"{folder} holds the checkpoint of an earlier run; continue it with resume (--resume), or choose another "
+            f"folder (--overwrite replaces it)"
         )
 
 
@@ -137,7 +138,7 @@ def check_parts(folder: Path | None, resume: bool) -> None:
     """Raise StateError if several runs cannot begin in the subfolders of a folder, or go on there."""
     if resume and (folder is None or not folder.is_dir()):
         raise StateError(
-            f"resume needs the folder of an earlier run as `output`, got {folder}; without resume a new one starts"
+            f"resume (--resume) needs the folder of an earlier run as output, got {folder}; without it a new one starts"
         )
     for path in [] if folder is None else sorted(folder.glob(f"*/{FILE}")):
         check_untaken(path.parent, resume)

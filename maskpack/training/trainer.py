@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.content import FEATURES, About, Parts
+from ..adapter.notebook import summary
 from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
-from ..errors import ConfigError, TrainingError
+from ..errors import ConfigError, TrainingError, check_argument
 from ..preprocess import preprocess_to_json
 from .batchnorm import set_train_mode
 from .budget import rate_control
@@ -219,12 +220,24 @@ class TrainResult:
 
     `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
     without the masks; and with a head the accuracy of the linear probe of the raw backbone.
+
+    Example:
+        result = train_mask(backbone, data, TrainConfig(steps=10))
+        print(result.metrics["test_accuracy"], result.parts)
     """
 
     parts: Parts
     base: Fingerprint
     about: About
     metrics: dict[str, float]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
+        return f"{type(self).__name__}({self.parts!r}, base {self.base.id!r}, {shown})"
+
+    def _repr_html_(self) -> str:
+        masks = self.parts.masks
+        return summary(type(self).__name__, asdict(self.base), asdict(self.about), {"": (masks.total, masks.kept)})
 
 
 def result_of(
@@ -260,8 +273,14 @@ def result_of(
     return TrainResult(parts, masked, about, dict(metrics))
 
 
-def as_backbone(model: Backbone | nn.Module) -> Backbone:
-    """Return a backbone, or any module that gives logits for images as one."""
+def as_backbone(model: Backbone | nn.Module, config: object, *data: object) -> Backbone:
+    """Return a backbone, or any module that gives logits for images as one; ConfigError if an argument is wrong."""
+    advice = f"load it: load_backbone({model!r})" if isinstance(model, str) else "it comes before the data"
+    check_argument("the model", model, Backbone | nn.Module, "a Backbone or a torch.nn.Module", advice)
+    for one in data:
+        advice = f"load them: load_data({str(one)!r})" if isinstance(one, str | Path) else "load_data gives them"
+        check_argument("the data", one, Data, "data from load_data", advice)
+    check_argument("config", config, TrainConfig, "a TrainConfig", "make one: TrainConfig(steps=200)")
     if isinstance(model, Backbone):
         return model
     return Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
@@ -296,8 +315,13 @@ def train_mask(
         StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written. Only with
             `output`, in the main thread; a second signal is not waited for.
         SelectionError, DataError: if patterns or data do not fit the backbone.
+
+    Example:
+        result = train_mask(backbone, load_data("digits:0-1"), TrainConfig(steps=10))
+        save_adapter("./digits", result.parts, result.base, result.about)
     """
-    config, backbone, folder = config or TrainConfig(), as_backbone(model), RunFolder(options)
+    config, folder = TrainConfig() if config is None else config, RunFolder(options)
+    backbone = as_backbone(model, config, data)
     with folder.opened():
         with borrowed(backbone, norms=True):
             run = ObjectiveRun(backbone, data, config, learn, start_from)

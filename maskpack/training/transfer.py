@@ -23,7 +23,7 @@ from .methods.base import FINISHED, Method, State, build_method
 from .own_loop import extract_masks
 from .run_folder import RunOptions, check_parts, is_main_process, locked, part_options
 from .scores import attach, scored_weights
-from .trainer import TrainResult, train_dense, train_mask
+from .trainer import TrainResult, as_backbone, train_dense, train_mask
 
 STARTS: tuple[Start, ...] = get_args(Start)
 SOURCE_FILE, RUNS = "source.safetensors", "training"  # in the output folder
@@ -108,8 +108,14 @@ def train_transfer(
         ConfigError: if settings and backbone do not fit: see `check_transfer`.
         TrainingError: if the mask keeps every weight. StateError: if there is nothing to resume. Others: as
             `train_mask`.
+
+    Example:
+        source, target = load_data("digits:0-1"), load_data("digits:8-9")
+        result = train_transfer(backbone, source, target, TrainConfig(steps=10, bn="freeze", method="topk"))
+        save_adapter("./moved", result.parts, result.base, result.about)
     """
-    config = config or TrainConfig(bn="freeze")
+    config = TrainConfig(bn="freeze") if config is None else config
+    backbone = as_backbone(backbone, config, source, target)
     check_transfer(backbone, source, config, start, source_trained, weight_lr)
     weights = of_weights(config, weight_lr)
     output = options.get("output")

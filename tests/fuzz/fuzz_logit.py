@@ -147,12 +147,17 @@ def run(data: bytes, path: Path, rng: random.Random) -> None:
         assert np.array_equal(agreed(lambda: logit.decode(made, side, base)), shuffled)
 
 
+def built_anew() -> Any:
+    """Return the library, compiled now; None where there is no compiler that can."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = build(Path(folder), "-g")
+        return None if built is None else native.opened(built)
+
+
 def main() -> int:
     global COMPILED
     native.say_what_is_lost = lambda: None  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as folder:
-        built = build(Path(folder), "-g")
-        COMPILED = None if built is None else native.opened(built)
+    COMPILED = built_anew()
     if COMPILED is None:
         sys.stdout.write("no C compiler was found that takes loops.c\n")
         return 1

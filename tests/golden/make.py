@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from bitarray import bitarray
 
-from maskpack.adapter.content import Cascade, Parts
+from maskpack.adapter.content import About, Cascade, Parts
 from maskpack.adapter.steps import Norm, rounded_rows, row_steps
 from maskpack.adapter.tensors import cascade_tensors
 from maskpack.adapter.write import save_adapter
-from maskpack.backbone.model import Embedding, Head
+from maskpack.backbone.model import CASTS, Embedding, Head, same_size_int
 from maskpack.backbone.random_weights import RandomWeight
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
@@ -114,6 +114,25 @@ def steps() -> dict[str, Parts]:
     return {"default": Parts(masks, head, norms=norms)}
 
 
+def patched() -> tuple[dict[str, torch.Tensor], dict[str, Parts]]:
+    """Return a base in every dtype of values, and a patch to weights a few steps away, or far."""
+    path, generator = FOLDER / "base" / "patch.safetensors", torch.Generator().manual_seed(10)
+    shapes = {"bf16.weight": (90, 100), "f16.weight": (20, 31), "f32.weight": (17, 40), "empty.weight": (0, 3)}
+    kinds = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "empty": torch.bfloat16}
+    base = {n: (0.1 * torch.randn(s, generator=generator)).to(kinds[n.split(".")[0]]) for n, s in shapes.items()}
+    if not path.exists():
+        write_tensors(path, base, {"format": "pt"})
+    base, masks, values = read_tensors(path), dict[str, PackedMask](), dict[str, torch.Tensor]()
+    for name, weight in base.items():
+        rate = torch.randint(0, 40, weight.shape, generator=generator).double() ** 6 * 1e-11
+        rate = rate if name != "f16.weight" else rate + 1.0
+        noise = torch.randn(weight.shape, generator=generator).double()
+        new = (weight.double() * (1 + rate) + 2e-5 * noise).to(weight.dtype)
+        same = same_size_int(new) == same_size_int(weight)
+        masks[name], values[name] = PackedMask.from_tensor(same, "replace"), new[~same]
+    return base, {"default": Parts(MaskSet(masks), values=values)}
+
+
 def cascade() -> tuple[dict[str, Parts], Cascade]:
     """Return a cascade with everything that one may have."""
     sets = {"dispatcher": Parts(large()), "expert-0": Parts(near(large())), "expert-1": Parts(near(near(large())))}
@@ -172,13 +191,24 @@ def cascade_expectation(one: Cascade) -> dict[str, Any]:
     }
 
 
-def write(name: str, sets: dict[str, Parts], codec: str, cascade: Cascade | None = None) -> None:
-    """Write a golden file and what must be found in it."""
-    base = base_of(weights(), weights=weights())
+def write(
+    name: str,
+    sets: dict[str, Parts],
+    codec: str | None,
+    cascade: Cascade | None = None,
+    own: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a golden file and what must be found in it; `own` weights are the base of a patch."""
+    base = base_of(own or weights(), weights=own or weights())
     about: dict[str, Any] = {"task": "image-classification", "class_names": ["a", "ü"], "training": {"seed": 0}}
     about["preprocess"] = {"kind": "image", "size": 32}
+    if own is not None:
+        base, about = (
+            replace(base, head=()),
+            {"about": About(result=dict.fromkeys(CASTS, 64 * "a")), "profile": "max"},
+        )
     path = FOLDER / f"{name}.safetensors"
-    adapter = save_adapter(path, sets, base, codec=codec, weights=weights(), cascade=cascade, **about)
+    adapter = save_adapter(path, sets, base, codec=codec, weights=own or weights(), cascade=cascade, **about)
     expected = expectation(sets, adapter.mask_id)
     if cascade is not None:
         expected["cascade"] = cascade_expectation(cascade)
@@ -186,7 +216,7 @@ def write(name: str, sets: dict[str, Parts], codec: str, cascade: Cascade | None
 
 
 def main() -> None:
-    """Write a file for every codec that has none yet, one for heads, for steps, for cascades."""
+    """Write a file for every codec that has none yet, one for heads, for steps, for cascades, for patches."""
     FOLDER.mkdir(exist_ok=True)
     for cls in CODECS.all():
         if not (FOLDER / f"{cls.id}.safetensors").exists():
@@ -200,6 +230,9 @@ def main() -> None:
     if not (FOLDER / "cascade.safetensors").exists():
         sets, parts = cascade()
         write("cascade", sets, "gap", parts)
+    if not (FOLDER / "patch.safetensors").exists():
+        base, sets = patched()
+        write("patch", sets, None, own=base)
 
 
 if __name__ == "__main__":

@@ -608,22 +608,28 @@ static inline uint32_t exponent_of(const Steps *steps, int64_t width, uint32_t w
     return (word & (width == 4 ? 0x7FFFFFFFu : 0x7FFFu)) >> steps->mantissa;
 }
 
+/* All bits where a word has the sign, else none: signs are noise, so that nothing may branch on them. */
+static inline uint32_t where(uint32_t word, uint32_t sign) { return 0u - (uint32_t)((word & sign) != 0); }
+
 /* Numbers of rising values; inverse of each other. */
-static inline uint32_t ordered(uint32_t word, uint32_t sign) { return word & sign ? ~word & (sign | (sign - 1)) : word | sign; }
-static inline uint32_t unordered(uint32_t number, uint32_t sign) { return number & sign ? number ^ sign : ~number & (sign | (sign - 1)); }
+static inline uint32_t ordered(uint32_t word, uint32_t sign) { return (word ^ (where(word, sign) | sign)) & (sign | (sign - 1)); }
+static inline uint32_t unordered(uint32_t number, uint32_t sign) {
+    return (number ^ (~where(number, sign) | sign)) & (sign | (sign - 1));
+}
+static inline uint32_t negated(uint32_t number, uint32_t by) { return (number ^ by) - by; }
 
 /* The step from one word to another, away from zero: 2 |step| + (step < 0). */
 static inline uint64_t step_of(uint32_t base, uint32_t value, uint32_t sign) {
-    uint32_t all = sign | (sign - 1), forth = (ordered(value, sign) - ordered(base, sign)) & all;
-    if (base & sign) forth = (0u - forth) & all;
-    return forth & sign ? 2 * (uint64_t)((0u - forth) & all) + 1 : 2 * (uint64_t)forth;
+    uint32_t all = sign | (sign - 1), forth = negated(ordered(value, sign) - ordered(base, sign), where(base, sign)) & all;
+    uint32_t back = where(forth, sign);
+    return 2 * (uint64_t)(negated(forth, back) & all) + (back & 1);
 }
 
 static inline int bucket_of(uint64_t step) {
-    double size = (double)(uint32_t)(step >> 1); /* its exponent is the number of bits */
+    double odd = (double)(int64_t)(step | 1); /* twice the size and one: its exponent is the number of bits of the size */
     uint64_t word;
-    memcpy(&word, &size, sizeof word);
-    return word ? (int)(word >> 52) - 1022 : 0;
+    memcpy(&word, &odd, sizeof word);
+    return (int)(word >> 52) - 1023;
 }
 
 static inline int64_t context_of(const Steps *steps, int64_t width, uint32_t word) {
@@ -637,23 +643,28 @@ ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *valu
                         uint8_t *bits) {
     const Steps *const steps = &given;
     const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
-    int64_t at = 0;
+    const int64_t count = steps->count;
+    int64_t others[EXPONENTS * BUCKETS] = {0}; /* of odd values: an addition need not wait for the one before */
+    int64_t *const both[2] = {counts, others}, at = 0;
     uint64_t held = 0;
     int have = 0;
-    for (int64_t i = 0; i < steps->count; i++) {
+    for (int64_t i = 0; i < count; i++) {
         uint32_t word = stored(steps->base, width, i), exponent = exponent_of(steps, width, word);
         uint64_t step = step_of(word, stored(values, width, i), sign);
         int bucket = bucket_of(step);
-        counts[exponent * BUCKETS + bucket]++;
+        both[i & 1][exponent * BUCKETS + bucket]++;
         kinds[i] = (uint16_t)(64 * exponent + bucket);
         held |= (step & (((uint64_t)1 << bucket) - 1)) << have;
-        memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
         have += bucket;
-        at += have >> 3;
-        held >>= have & ~7;
-        have &= 7;
+        memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
+        int full = have >> 5;
+        at += 4 * full;
+        held = full ? held >> 32 : held;
+        have &= 31;
     }
-    return at + (have > 0);
+    for (int64_t k = 0; k < EXPONENTS * BUCKETS; k++) counts[k] += others[k];
+    memcpy(bits + at, &held, sizeof held);
+    return at + (have + 7) / 8;
 }
 
 API int64_t maskpack_steps_count(const Steps *steps, const void *values, int64_t *counts, uint16_t *kinds, uint8_t *bits) {
@@ -727,7 +738,7 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint16_t 
         bit += bucket;
         if (bit > end) fits = 0;
         uint32_t size = bucket ? (uint32_t)(rest >> 1) | (uint32_t)1 << (bucket - 1) : 0;
-        uint32_t forth = ((rest & 1) ^ (uint32_t)((word & sign) != 0)) ? 0u - size : size;
+        uint32_t forth = negated(size, (0u - (uint32_t)(rest & 1)) ^ where(word, sign));
         uint32_t found = unordered((ordered(word, sign) + forth) & all, sign);
         if (width == 4)
             ((uint32_t *)values)[i] = found;

@@ -7,6 +7,8 @@ split and label fractions are handled in `load.py`, for all sources.
 import io
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from blake3 import blake3
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ...errors import DataError
+from ...errors import DataError, short_repr
 from ...preprocess import Augment, ImagePreprocess, Preprocess, collate_text, open_image
 from ...registry import Registry
 
@@ -65,6 +67,8 @@ class Examples(Sequence[tuple[Any, int]]):
     unreadable: set[int] = field(default_factory=set)  # could not be decoded so far; readers of batches add them
     digest: str = ""  # of the data, with the split's name; "" if unknown
 
+    __repr__ = short_repr
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -93,6 +97,10 @@ class Data:
         task: "image-classification" or "text-classification".
         id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
         source: id of the data source, as in "hub".
+
+    Example:
+        data = load_data("digits:0-4")
+        print(data, data.class_names, len(data.train))
     """
 
     train: Examples | None
@@ -103,6 +111,10 @@ class Data:
     id: str
     digest: str
     source: str = ""
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        return f"Data({self.id!r}, {self.task}, {len(self.class_names)} classes, {rows})"
 
     @property
     def splits(self) -> dict[str, Examples]:
@@ -237,6 +249,19 @@ def loader(
     )
 
 
+_watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(report: Callable[[int, int], None]) -> Iterator[None]:
+    """Report the batches that are read, and how many there are, of every pass over data but those of training."""
+    token = _watcher.set(report)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
 def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
     """Yield (inputs, labels) of all batches with a readable row, and note the unreadable ones."""
     return (batch for _, batch in numbered(batches))
@@ -245,7 +270,10 @@ def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
     """Yield what `readable` does, each with its number from 1 among all batches."""
     examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
+    watcher = None if batches.dataset.sampler is not None else _watcher.get()  # type: ignore[attr-defined]
     for number, (inputs, labels, unreadable) in enumerate(_started(batches), 1):
         examples.unreadable.update(unreadable)  # here, since rows may be read in another process
+        if watcher is not None:
+            watcher(number, len(batches))
         if inputs is not None:
             yield number, (inputs, labels)

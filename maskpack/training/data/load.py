@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, check_argument
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, Data, Examples
 
 LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label")
@@ -15,7 +16,7 @@ TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
 
 
 def load_data(
-    reference: str,
+    reference: str | Path,
     *,
     input_column: str | None = None,
     label_column: str | None = None,
@@ -39,7 +40,14 @@ def load_data(
 
     Raises:
         DataError: if it cannot be read, a column cannot be found, or labels do not fit the class names.
+
+    Example:
+        data = load_data("digits:0-4", validation_fraction=0.1)
+        print(data)
     """
+    forms = "a Hub data set id, a folder or digits:0-9"
+    check_argument("the data", reference, str | Path, forms, "what is loaded already goes to train_mask")
+    reference = str(reference)
     if not 0 <= (validation_fraction or 0) < 1 or not 0 < labels_fraction <= 1:
         raise ConfigError(
             f"validation_fraction must be in [0, 1) and labels_fraction in (0, 1]; got {validation_fraction} and "
