@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from maskpack.errors import MaskpackError
 
 from .compression import RangeCoder, Sizes, strong_sizes
 from .mask_sets import CORPUS, Case, cases
-from .measured import FOLDER, rewrite
+from .measured import FOLDER, record, rewrite
 from .report import table, write_between
 from .tasks import DATA, RUNS
 
@@ -91,8 +92,6 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         for bits, side in masks:
             competing.encode(bits, Side(side.shape, side.weights))
     encoded = time.process_time() - start
-    with without_loops():
-        by_numpy = None if codec else seconds(lambda: decode_all(coded))
     allowed = INDEX_BYTES + sum(INDEX_BYTES_EACH + len(name.encode()) for name in case.masks)
     chosen: dict[str, int] = {}
     for row in one["payloads"]:
@@ -107,7 +106,6 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
         "lora_rank": size / case.lora_rank_bytes,
         "save_rate": total / saved,
         "decode_rate": total / seconds(lambda: adapter.parts(base=weights).masks),
-        "numpy_decode_rate": None if by_numpy is None else total / by_numpy,
         "codec_encode_rate": total / encoded if codec else None,
         "codec_decode_rate": total / seconds(lambda: [used.decode(data, side) for used, data, side in coded]),
         "chosen": chosen,
@@ -115,12 +113,13 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
 
 
 def decode_all(coded: Sequence[tuple[Codec, bytes, Side]]) -> None:
-    """Decode payloads as a set's are without the compiled part: those of `logit` together."""
-    for base in (False, True):
+    """Decode the payloads of a set: without the compiled part those of `logit` together, as `Adapter.parts` does."""
+    together = native.library() is None
+    for base in (False, True) if together else ():
         own = [(data, side) for used, data, side in coded if isinstance(used, Logit) and used.needs_base == base]
         decode_together([data for data, _ in own], [side for _, side in own], base)
     for used, data, side in coded:
-        if not isinstance(used, Logit):
+        if not (together and isinstance(used, Logit)):
             used.decode(data, side)
 
 
@@ -133,6 +132,21 @@ def without_loops() -> Iterator[None]:
         yield
     finally:
         native.library = library
+
+
+def numpy_rates(case: Case) -> Row:
+    """Return the rates of decoding payloads by numpy and compiled, and constriction's, which tells how busy it was."""
+    found: Row = {"weights": case.masks.total, "constriction": reference(case)["codec_decode_rate"]}
+    for profile in ("default", "max") if case.weights is not None else ("default",):
+        with tempfile.TemporaryDirectory() as folder:
+            path, weights = Path(folder) / "case.safetensors", case.weights if profile == "max" else None
+            save_adapter(path, case.masks, case.base, profile=profile, weights=weights)
+            coded = [(used, bytes(data), side) for used, data, side in payloads(read_adapter(path), case)]
+        rates = {"compiled": case.masks.total / seconds(partial(decode_all, coded))}
+        with without_loops():
+            rates["numpy"] = case.masks.total / seconds(partial(decode_all, coded))
+        found[profile] = rates
+    return found
 
 
 def reference(case: Case) -> Row:
@@ -210,8 +224,6 @@ def summarized(measured: Mapping[str, Row]) -> dict[str, Any]:
             "worst": max(own["of_general"] for own, _ in rows),
             "decode_rate": sum(one["weights"] for _, one in rows)
             / sum(one["weights"] / own["decode_rate"] for own, one in rows),
-            "numpy_decode_rate": sum(one["weights"] for _, one in rows)
-            / sum(one["weights"] / own["numpy_decode_rate"] for own, one in rows),
             "slowest_decode_rate": min(own["decode_rate"] for own, _ in rows),
         }
     share, extra = STRUCTURELESS
@@ -234,7 +246,7 @@ def markdown(measured: Mapping[str, Row], found: Mapping[str, Any]) -> str:
 def _bits(measured: Mapping[str, Row]) -> str:
     head = ("mask set", "weights", "density", "entropy", "best general", "constriction",
             *(f"`{p}`" for p in PROFILES), "`default` / best general", "`max` / best general", "LoRA rank",
-            "decode, M weights/s: `fast`, `default`, `max`", "by numpy: `default`, `max`")  # fmt: skip
+            "decode, M weights/s: `fast`, `default`, `max`")  # fmt: skip
     return table(head, [
         (name, f"{row['weights']:,}", f"{row['density']:.3f}", f"{8 * row['entropy_bytes'] / row['weights']:.4f}",
          f"{8 * row['best_general']['bytes'] / row['weights']:.4f} ({row['best_general']['name']})",
@@ -242,8 +254,7 @@ def _bits(measured: Mapping[str, Row]) -> str:
          *(f"{row['coded'][p]['bits_per_weight']:.4f}" for p in PROFILES),
          *(f"{row['coded'][p]['of_general']:.3f}" for p in ("default", "max")),
          f"{row['coded']['default']['lora_rank']:.2f}",
-         "; ".join(millions(row["coded"][p]["decode_rate"]) for p in PROFILES),
-         "; ".join(millions(row["coded"][p]["numpy_decode_rate"]) for p in MUST))
+         "; ".join(millions(row["coded"][p]["decode_rate"]) for p in PROFILES))
         for name, row in measured.items()
     ])  # fmt: skip
 
@@ -277,9 +288,7 @@ def _together(found: Mapping[str, Any]) -> str:
         line("the worst", "worst"),
         ("decoding, M weights/s, all weights / all time", *(millions(together[p]["decode_rate"]) for p in PROFILES),
          "≥ 200", "≥ 500"),
-        ("the same without the compiled loops (numpy)",
-         *(millions(together[p]["numpy_decode_rate"]) for p in PROFILES), "≥ 30", "≥ 100"),
-        ("the slowest, compiled", *(millions(together[p]["slowest_decode_rate"]) for p in PROFILES), "", ""),
+        ("the slowest", *(millions(together[p]["slowest_decode_rate"]) for p in PROFILES), "", ""),
     ]  # fmt: skip
     head = (f"over the {found['trained_masks']} trained masks", *(f"`{p}`" for p in PROFILES),
             "must (`default`, `max`)", "goal")  # fmt: skip
@@ -350,10 +359,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "codecs.jsonl", help="a line for each mask set")
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
+    parser.add_argument("--numpy", action="store_true", help="only decode, with the compiled loops and without")
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
         parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results/index.md")
     torch.set_num_threads(1)
+    if arguments.numpy:
+        for name, make in cases(arguments.adapters):
+            if any(fnmatch(name, pattern) for pattern in arguments.only):
+                record("codecs-numpy", {"set": name}, numpy_rates(make()))
+        return
     RUNS.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(RUNS / "general-sizes.json")
     measured: dict[str, Row] = {}
