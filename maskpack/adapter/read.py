@@ -21,7 +21,7 @@ from ..backbone.model import Fingerprint
 from ..codecs.base import from_frame
 from ..errors import AdapterError, CorruptAdapterError, UnknownNameError, brief, check_argument
 from ..mask import MaskSet, PackedMask
-from ..preprocess import ImagePreprocess, preprocess_from_json
+from ..preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, strict_json, tensor_of
 from ..threads import Progress
 from . import tensors
@@ -98,7 +98,11 @@ class Adapter:
         self._data = content[start:]
 
     def __repr__(self) -> str:
-        return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={self.sets}, bytes={self.size})"
+        # of a ternary mask the zeros, which come last
+        masks = [pieces[-1] for one in self.payloads.values() for pieces in one.values()]
+        weights, kept = sum(one.weights for one in masks), sum(one.kept for one in masks)
+        counts = f"{weights:,} weights, density {kept / weights if weights else 1.0:.4f}, {self.size:,} bytes"
+        return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={brief(self.sets)}, {counts})"
 
     def _repr_html_(self) -> str:
         from .describe import inspect_adapter
@@ -201,6 +205,36 @@ class Adapter:
         classifier = None if head is None else classifier_from(model, head)
         run = None if classifier is None else lambda batches: [predictions(classifier, batches)[0]]
         return predict(model, inputs, about, tokenizer, batch_size, run)
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[str],
+        *,
+        tokenizer: Any = None,
+        tokens: int = 256,
+        temperature: float = 0.0,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Continue texts, or answer them, with a language model that has this adapter loaded.
+
+        Args:
+            tokenizer: default: that of where the model was loaded from. tokens: new ones of a text, at most.
+            temperature: 0 takes the most likely token each time; else they are drawn, by torch's generator.
+
+        Raises:
+            AdapterError: if the adapter is not one of a language model.
+        """
+        from .predict import generate, model_tokenizer
+
+        how = None if self.about.preprocess is None else preprocess_from_json(self.about.preprocess)
+        if self.about.task != "text-generation" or not isinstance(how, TextPreprocess):
+            raise AdapterError(
+                f"this adapter is for {self.about.task}, and text is generated with one for text-generation; call "
+                f"predict"
+            )
+        tokenizer = tokenizer or model_tokenizer(model)
+        return generate(model, prompts, how, tokenizer, tokens, temperature, batch_size)
 
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.
