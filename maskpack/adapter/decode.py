@@ -13,6 +13,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
+from ..backbone.shards import any_shared, shared, whole
 from ..codecs.base import CODECS, Bits, Codec, Side, There, Words, place, plausible
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
@@ -44,6 +45,11 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
+def in_step(weights: Mapping[str, Tensor] | None) -> int | None:
+    """Return how many threads may ask for the base's weights: processes that share them gather them in one order."""
+    return 1 if weights is not None and any_shared(weights) else None
+
+
 def tells_classes(weight: Tensor) -> bool:
     """Return True if weights are of a dtype in which they are in the classes of the base's."""
     return str(weight.dtype) in ("torch.float32", "torch.bfloat16")
@@ -67,7 +73,7 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
-    return tensor
+    return whole(tensor)
 
 
 def words_of(weight: Tensor) -> Words:
@@ -186,14 +192,20 @@ class Decoder:
         """Decode the masks of a set in order, in threads; see `Adapter.iter_masks`."""
         shapes = self.adapter.shapes(set)
         work = partial(self.mask, set, zeros=zeros, there=self._there(set))
-        return zip(shapes, in_order(work, shapes, lambda name: math.prod(shapes[name]), WORTH), strict=True)
+        found = in_order(work, shapes, lambda name: math.prod(shapes[name]), WORTH, in_step(self.weights))
+        return zip(shapes, found, strict=True)
 
     def _there(self, set: str) -> dict[str, Decoded | None]:
         """Decode those payloads of a set whose parameters lie on a device on which their codec decodes, by name."""
         by_codec, found = dict[Codec, dict[str, There]](), dict[str, Decoded | None]()
         for name, (*_, payload) in self.adapter.payloads[set].items():
             codec, weight, data = self.codec(payload), (self.weights or {}).get(name), self.adapter.piece(payload)
-            if weight is None or not codec.decodes_on(weight.device.type) or not plausible(data, payload.weights):
+            if (
+                weight is None
+                or shared(weight)
+                or not codec.decodes_on(weight.device.type)
+                or not plausible(data, payload.weights)
+            ):
                 continue
             if self._referenced(payload) is None:
                 weight = self._base(payload) if codec.needs_base else weight
@@ -216,7 +228,7 @@ class Decoder:
             else:
                 found.append(payload)
         step = counted(progress, (payload.weights for payload in found))
-        digests = in_order(self._checked, found, lambda one: one.weights, WORTH)
+        digests = in_order(self._checked, found, lambda one: one.weights, WORTH, in_step(self.weights))
         for payload, own in zip(found, digests, strict=True):
             rows.append((payload.set, payload.name, payload.coding.op, payload.shape, own))
             step(payload.weights)
