@@ -27,6 +27,18 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed ## train, pack, load and undo a small mask
 	$(BIN)/maskpack demo
 
+# an environment of its own, with the versions of the lock
+DOCS := .venv-docs
+$(DOCS)/.installed: pyproject.toml requirements-dev.txt
+	test -d $(DOCS) || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip
+	$(DOCS)/bin/pip install --quiet --constraint requirements-dev.txt \
+	  $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS)/.installed ## the documentation site in site/; a broken link is an error
+	$(DOCS)/bin/python .ci/site.py
+
 ## Checks
 
 # types on one core beside the first tests
@@ -43,6 +55,9 @@ types: $(VENV)/.installed ## mypy
 
 unit: $(VENV)/.installed ## pytest
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
+
+examples: $(VENV)/.installed ## the scripts of examples/, on small data; with MASKPACK_GRADIO, a Python that has gradio, the app too
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_examples.py
 
 quick: $(VENV)/.installed ## pytest without the tests that are marked as slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not slow"
@@ -109,6 +124,9 @@ sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SE
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 
+gallery: $(VENV)/.installed ## the adapters of docs/gallery, with cards, reports and pictures: ten minutes of one core
+	$(RUN) benchmarks.gallery
+
 comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablations: ten hours of one core
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results/comparison.md
@@ -149,6 +167,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
+
+language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
+	$(RUN) benchmarks.language
+	$(BIN)/python -m benchmarks.language --write docs/language-models.md
 
 $(VENV)/.bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[bench]'
@@ -199,7 +221,7 @@ wheel: $(VENV)/.installed ## the wheel, and whether its contents are right
 # every version and hash of the extras and of the release tools; keeps the versions that still fit (delete the file for the newest)
 LOCK := requirements-dev.txt
 RELEASE := .venv-release
-EXTRAS := train lab dev
+EXTRAS := train lab dev docs
 lock: ## versions and hashes of all dependencies in requirements-dev.txt
 	test -d $(RELEASE) || $(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/pip install --quiet uv

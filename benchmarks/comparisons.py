@@ -18,9 +18,10 @@ from maskpack import inspect_adapter, load_adapter, load_backbone, save_adapter
 from maskpack.adapter.card import parameter_densities
 from maskpack.lab import compare, density_figure, label_figure, save_figure
 from maskpack.lab.baselines.base import find_baseline
-from maskpack.lab.comparison import markdown, summaries
+from maskpack.lab.comparison import markdown, result_file, summaries
 from maskpack.training import TrainConfig, load_data, train_cascade
 from maskpack.training.evaluate import cascade_table
+from maskpack.training.run_folder import write_json
 
 from .measured import trial, trials
 from .report import NOTHING, command, percent, table, write_between
@@ -84,6 +85,12 @@ def compared(
         found = trials(experiment, comparison=name, baseline=baseline, search=False)
         if wanted <= {(one["labels_fraction"], one["seed"]) for one in found}:
             continue
+        for one in trials(experiment, comparison=name, baseline=baseline):  # of runs whose folders are gone
+            of = (one["seed"], one["labels_fraction"], one["rate"], one.get("bn"), one["search"])
+            path = result_file(RUNS / experiment / name, baseline, *of)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, one["result"])
         whole = compare(
             backbone,
             {"reference": data},

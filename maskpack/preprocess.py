@@ -15,6 +15,11 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+# what a network is for, as the Hub says it where it has a name
+TaskName = Literal[
+    "image-classification", "text-classification", "token-classification", "regression", "text-generation"
+]
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 LARGEST = 8192  # pixels of a side, so that no file asks for more memory than such a picture takes
 
@@ -93,8 +98,15 @@ class TextPreprocess:
         _check_size("max_length", self.max_length, 1, 1 << 31)
 
 
+@dataclass(frozen=True, slots=True)
+class ChatPreprocess(TextPreprocess):
+    """As `TextPreprocess`, of texts that are put into the tokenizer's chat template, as what a user says."""
+
+    kind: ClassVar[str] = "chat"
+
+
 Preprocess = ImagePreprocess | TextPreprocess
-KINDS: Mapping[str, type[Preprocess]] = {"image": ImagePreprocess, "text": TextPreprocess}
+KINDS: Mapping[str, type[Preprocess]] = {one.kind: one for one in (ImagePreprocess, TextPreprocess, ChatPreprocess)}
 
 
 def open_image(source: str | os.PathLike[str] | BinaryIO) -> Any:

@@ -4,8 +4,9 @@ import re
 from html.parser import HTMLParser
 
 TAGS = {
-    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "b", "table", "tr", "th", "td", "div"),
-    *("i", "pre", "details", "summary", "figure", "figcaption", "img", "blockquote", "svg", "polyline"),
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "b", "div", "i", "pre"),
+    *("table", "caption", "tr", "th", "td", "details", "summary", "figure", "figcaption", "img", "blockquote"),
+    *("svg", "polyline"),
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "style", "alt", "src", "viewbox", "role", "height"),

@@ -41,7 +41,7 @@ def test_the_best_of_the_last_round_is_trained(tiny_backbone: Backbone, digits: 
     found = record["auto"]
     assert found["steps"] == STEPS >= sum(one["steps"] for one in found["trials"])
     last = max(one["steps"] for one in found["trials"])
-    finals = {json.dumps(one["changes"]): one["accuracy"] for one in found["trials"] if one["steps"] == last}
+    finals = {json.dumps(one["changes"]): one["figure"] for one in found["trials"] if one["steps"] == last}
     assert {"{}", json.dumps(NORMS)} < finals.keys()
     assert finals[json.dumps(found["chosen"])] == max(finals.values())
     # the training afterwards is the one that the chosen settings give alone
@@ -93,7 +93,7 @@ def test_a_search_that_was_killed_goes_on(tiny_backbone: Backbone, digits: Data,
 
 def test_a_line_that_was_not_ended_is_no_trial(tmp_path: Path) -> None:
     path, trial = tmp_path / "trials.jsonl", Trial({"top": 0.1}, 10, 0.5)
-    line = json.dumps({"changes": {"top": 0.1}, "steps": 10, "accuracy": 0.5}) + "\n"
+    line = json.dumps({"changes": {"top": 0.1}, "steps": 10, "figure": 0.5}) + "\n"
     path.write_text(line + line[:20])
     assert kept_trials(path) == [trial]
     assert path.read_text() == line
@@ -157,7 +157,7 @@ def test_a_rate_that_is_too_great_ends_its_trial_alone(
     result = train_auto(tiny_backbone, digits, replace(CONFIG, bn="freeze"), search_steps=STEPS)
     assert result.about.training is not None
     failed = [one for one in result.about.training["auto"]["trials"] if "train_lr" in one["changes"]]
-    assert [one["accuracy"] for one in failed] == [0.0] * len(failed) != []
+    assert [one["figure"] for one in failed] == [None] * len(failed) != []
     assert "train_lr" not in result.about.training["auto"]["chosen"]
 
 
@@ -170,7 +170,7 @@ def test_norms_alone(tiny_backbone: Backbone, digits: Data, monkeypatch: pytest.
     said = "the search found no masks that are better than norms and head alone"
     assert not any("masks keep every weight" in one for one in alone.about.training.get("warnings", []))
     monkeypatch.setattr(auto, "candidates", lambda *_, **__: [NORMS])
-    monkeypatch.setattr(auto, "finalists", lambda _: [NORMS])
+    monkeypatch.setattr(auto, "finalists", lambda *_: [NORMS])
     events: list[Mapping[str, Any]] = []
     found = train_auto(tiny_backbone, digits, CONFIG, search_steps=STEPS, report=events.append)
     assert found.parts.masks == alone.parts.masks

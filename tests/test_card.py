@@ -448,8 +448,8 @@ def test_card_says_what_the_masks_are_worth(tmp_path: Path) -> None:
     card = render_card(what)
     size = what["sets"]["default"]["payload_bytes"]
     for said in (
-        "On the test split a linear probe of the raw backbone has the accuracy 0.8500. This adapter has 0.8000 "
-        "(-0.0500), and 0.7000 with the masks alone taken out.",
+        "On the test split a linear probe of the raw backbone has the accuracy 85.00 %. This adapter has "
+        "80.00 % (-5.00), and 70.00 % with the masks alone taken out.",
         f"The masks take {size:,} bytes; LoRA for the same weights, at 4 bits a number, takes 9,872 at rank 8 and "
         f"1,234 at rank 1.",
         f"Training warned: {escape('the mask was <b> _not_ worth it', 'markdown')}.",

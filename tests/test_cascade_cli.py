@@ -79,12 +79,12 @@ def test_resumes_with_other_options_for_what_comes_last(folder: Path) -> None:
     assert len(ok(*shlex.split(following))["rows"]) == 6
     assert "belongs to another run: experts differ" in refused(*TRAIN, "--output", folder, "--resume", "--experts", "3")
     for words in ([], ["--dry-run"]):
-        assert "holds the checkpoint of an earlier run" in refused(*TRAIN, "--output", folder, *words)
+        assert "is there already" in refused(*TRAIN, "--output", folder, *words)
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     said = refused(*TRAIN, "--output", tmp_path / "typo", "--resume")
-    assert f"resume needs the folder of an earlier run as `output`, got {tmp_path / 'typo'}/training" in said
+    assert f"needs the folder of an earlier run as output, got {tmp_path / 'typo'}/training" in said
     assert not (tmp_path / "typo").exists()
 
 
@@ -165,7 +165,7 @@ def test_predict(folder: Path, tmp_path: Path) -> None:
 def test_verbs_for_one_mask_say_what_to_use(folder: Path, tmp_path: Path) -> None:
     assert "is a cascade; leave it out" in refused("predict", folder, "x.png", *BACKBONE, "--mode", "source", code=2)
     said = "it is a cascade: use load_cascade, or `maskpack cascade eval` and `maskpack predict`"
-    assert said in refused("export", folder, "--output", tmp_path / "x", *BACKBONE)
+    assert said in refused("export", folder, "--output", tmp_path / "x.safetensors", *BACKBONE)
     assert not (tmp_path / "x").exists()
 
 

@@ -34,7 +34,15 @@ def csv_folder(root: Path) -> Path:
 
 
 def test_every_source_has_the_contract() -> None:
-    assert [source.id for source in SOURCES.all()] == ["csv", "digits", "hub", "image_folder", "parquet"]
+    assert [source.id for source in SOURCES.all()] == [
+        "csv",
+        "digits",
+        "hub",
+        "image_folder",
+        "json",
+        "parquet",
+        "text",
+    ]
     for source in SOURCES.all():
         assert source.__doc__
         assert source.reference.startswith("https://")

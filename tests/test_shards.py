@@ -86,7 +86,7 @@ def test_the_command_line_takes_them(tmp_path: Path) -> None:
     packed = []
     for path in (written, written / INDEX):
         words = ["pack", tmp_path / "masks.safetensors", "--backbone", f"{FACTORY}:digits_cnn", "--weights", path,
-                 "--output", tmp_path / "out"]  # fmt: skip
+                 "--output", tmp_path / "out", "--overwrite"]  # fmt: skip
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == 0, done.stderr
         packed.append((tmp_path / "out" / "maskpack_model.safetensors").read_bytes())

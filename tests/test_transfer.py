@@ -376,7 +376,7 @@ def test_what_may_differ_when_it_goes_on(trained: Any, source: Data, shifted: Da
         train_transfer(
             tiny_net(), source, shifted, replace(QUICK, epochs=5), weight_lr=RATE, output=folder, resume=True
         )
-    with pytest.raises(StateError, match="needs the folder of an earlier run as `output`, got None; without"):
+    with pytest.raises(StateError, match="needs the folder of an earlier run as output, got None; without"):
         train_transfer(tiny_net(), source, shifted, QUICK, resume=True)
 
 
@@ -519,7 +519,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert ok("verify", folder, *weights)["mask_id"] is True
 
     said = refused(*TRANSFER, "--output", folder, "--dry-run")
-    assert "training/baseline holds the checkpoint of an earlier run; continue it with resume" in said
+    assert "is there already; choose another --output" in said
     result = run(*TRANSFER, "--output", folder, "--resume")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0] == f"✓ {folder}"
@@ -548,9 +548,7 @@ def test_wrong_commands(tmp_path: Path) -> None:
     said = refused("transfer", *BACKBONE, "--source", "digits:5-9", "--output", tmp_path / "x", code=2)
     assert "Missing option '--target'" in said
     said = refused(*TRANSFER, "--output", tmp_path / "x", "--resume")
-    assert (
-        f"resume needs the folder of an earlier run as `output`, got {tmp_path / 'x/training'}; without resume" in said
-    )
+    assert f"needs the folder of an earlier run as output, got {tmp_path / 'x/training'}; without it" in said
     assert "start must be one of source-end, random where" in refused(
         *TRANSFER, "--output", tmp_path / "x", "--source-trained", "--start", "source-start", code=2
     )

@@ -19,12 +19,14 @@ from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNam
 
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 TRAINING = (
-    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "divergence", "agreement"),
+    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "validation_perplexity"),
+    *("bits_per_changed_weight", "validation_r2", "divergence", "agreement"),
     *("prototype_usage", "feature_rank"),
 )  # values of an event that are shown, the most important first
 
 
 ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
+FIGURES = ("accuracy", "r2", "perplexity")  # by which trials of a search are compared
 
 
 class Output:
@@ -232,7 +234,8 @@ def training_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
                 case "resumed":
                     note(f"{part}{event['resumed']}")
                 case "trial":
-                    note(f"{part}{readable(event['accuracy'], 'accuracy')}")
+                    name = next(one for one in FIGURES if one in event)
+                    note(f"{part}{name} {readable(event[name], name)}")
                 case "end":
                     pass
                 case kind:

@@ -21,6 +21,7 @@ from typer.models import OptionInfo, ParameterInfo
 import maskpack
 from maskpack import training
 from maskpack.errors import BackboneError, ConfigError, StateError
+from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
 from .console import Output, note, quiet_libraries
@@ -254,7 +255,9 @@ ARGUMENT = typer.Argument()
 POSITIVE = typer.Option(min=1)
 Ref = Annotated[str, "user/name or user/name@revision, a folder, or a .safetensors file.", ARGUMENT]
 DataRef = Annotated[
-    str, "Hub data set, folder (parquet, csv, images), or digits:0-9.", typer.Option(rich_help_panel="Data")
+    str,
+    "Hub data set, file or folder (parquet, csv, JSON lines, text, images), or digits:0-9.",
+    typer.Option(rich_help_panel="Data"),
 ]
 OutputRef = Annotated[Path, "Folder to write, or a .safetensors file."]
 Overwrite = Annotated[bool, "Replace what is there."]
@@ -388,8 +391,9 @@ class Base(Weights):
                     f"the adapter's base {base!r} cannot be fetched by its name; give it with --backbone"
                 )
         size = (adapter.about.preprocess or {}).get("size")
+        task = next((one for one in TASKS if one == adapter.about.task), None)
         backbone = maskpack.load_backbone(
-            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped
+            reference, weights=weights, random_weights=random, image_size=size, mapped=mapped, task=task
         )
         return backbone if mapped else placed(backbone)
 
@@ -443,10 +447,10 @@ class TrainedBackbone(Weights):
         options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
-    def load(self, mapped: bool = False) -> "Backbone":
-        """Load it."""
+    def load(self, **options: Any) -> "Backbone":
+        """Load it; `options` are others of `load_backbone`."""
         use_device(self.device)
-        return maskpack.load_backbone(**self.arguments(), mapped=mapped)
+        return maskpack.load_backbone(**self.arguments(), **options)
 
 
 @group("Data")

@@ -15,8 +15,8 @@ import typer
 import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError, StateError
-from maskpack.preprocess import Augment
-from maskpack.training.config import JointConfig, Mode, Start, TrainConfig, check_types, read_config
+from maskpack.preprocess import Augment, TaskName
+from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, check_types, read_config
 
 from .console import Output, app, emit, hint, main_process, note, reading, say, table, training_progress, warn
 from .options import (
@@ -106,14 +106,24 @@ class Run(Folder, Packed):
 
 
 def load_inputs(
-    backbone: TrainedBackbone, data: str, rows: Rows, settings: TrainConfig, labelled: bool | None = None
+    backbone: TrainedBackbone,
+    data: str,
+    rows: Rows,
+    settings: TrainConfig,
+    labelled: bool | None = None,
+    **options: Any,
 ) -> "tuple[Backbone, Data]":
-    """Load a backbone and data; `labelled` as in `load_data`, None: if the objective needs labels."""
+    """Load a backbone and data.
+
+    Args:
+        labelled: as in `load_data`, None: if the objective needs labels. options: of `load_backbone`.
+    """
     note(f"Loading {backbone.backbone} and {data} …")
-    loaded = backbone.load()
+    loaded = backbone.load(**options)
     needed = needs_labels(settings.objective, loaded.task, Output.given)
     labelled = needed if labelled is None else labelled
-    return loaded, rows.load(data, supervised=needed, labelled=labelled, seed=settings.seed)
+    task = options.get("task") if labelled else None
+    return loaded, rows.load(data, supervised=needed, labelled=labelled, seed=settings.seed, task=task)
 
 
 def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
@@ -121,7 +131,7 @@ def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
     from maskpack.training.objectives.base import find_objective
 
     cls = find_objective(objective, task)
-    idle = [] if cls.needs_labels else [name for name in OF_LABELS if name in given]
+    idle = [] if cls.trains_head else [name for name in OF_LABELS if name in given]
     idle += ["augment"] if "augment" in given and not cls.augments else []
     if idle:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
@@ -179,6 +189,8 @@ def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) ->
     "maskpack train --backbone hf/sentence-transformers/all-MiniLM-L6-v2 --data PolyAI/banking77 "
     "--epochs 4 --label-smoothing 0.05 --output ./mask-banking77",
     "maskpack train --backbone timm/resnet18.a1_in1k --data ./flowers --auto 1000 --output ./mask-flowers",
+    "maskpack train --task text-generation --backbone hf/HuggingFaceTB/SmolLM2-135M-Instruct --data ./chats.jsonl "
+    "--output ./mask-chats",
     "maskpack train --config run.toml --resume",
 )
 def train(
@@ -187,6 +199,17 @@ def train(
     rows: Rows,
     settings: TrainConfig,
     run: Run,
+    task: Annotated[
+        TaskName | None,
+        "What the adapter is for. text-generation also takes the settings of language models: see "
+        "docs/language-models.md. Default: classification of images or texts, as the backbone is.",
+        typer.Option(rich_help_panel="Training"),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        "Tokens of a text, at most, or of a block of texts. Default: 128.",
+        typer.Option(min=2, rich_help_panel="Data"),
+    ] = None,
     auto: Annotated[
         int | None,
         "Optimiser steps of a search before the training, which chooses the settings that are left open by short runs "
@@ -200,10 +223,12 @@ def train(
     from maskpack.training.objectives.distill import TEACHER, Distill, train_teacher
     from maskpack.training.run_folder import check_untaken
 
+    usual = RECIPES.get(task or "", {})
+    settings = replace(settings, **{name: one for name, one in usual.items() if name not in Output.given})
     run.check(settings)
     folder = run.output / RUN_FOLDER
     check_untaken(folder, run.replaces) if auto is None else check_search(folder / SEARCH, run.replaces)
-    loaded, read = load_inputs(backbone, data, rows, settings)
+    loaded, read = load_inputs(backbone, data, rows, settings, task=task, tokens=tokens)
     taught = settings.objective == Distill.id and not settings.objective_options.get(TEACHER)
     learner = replace(settings, objective="supervised", objective_options={}) if taught else settings
     plan = planned(loaded, read, learner)
@@ -241,7 +266,10 @@ def train(
         searched = result.about.training["auto"]
         facts |= {"chosen": in_words(searched["chosen"]), "auto": searched}
     emit(facts, f"✓ {run.output}")
-    if not read.class_names:
+    if loaded.task == "text-generation":
+        prompt = '--prompt "…"'
+        hint(f"Next: maskpack generate {reference(run.output)} --backbone {shlex.quote(backbone.backbone)} {prompt}")
+    elif not read.class_names:
         words = evaluated(run.output, data, backbone, rows)
         hint(f"Next, if the data have labels: maskpack eval {words} --knn --probe")
     return hint(f"Next: maskpack push {shlex.quote(reference(run.output))} USER/NAME")

@@ -1,4 +1,4 @@
-"""maskpack predict | export | serve-switch | eval: an adapter on its backbone."""
+"""maskpack predict | generate | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ from maskpack.errors import ConfigError, DataError
 from .console import app, emit, hint, note, reading, say, table
 from .options import (
     ARGUMENT,
+    POSITIVE,
     AnyBase,
     Base,
     BatchSize,
@@ -58,7 +59,7 @@ def predict(ref: Ref, base: Base, trust: Source, files: Files = (), text: Texts 
     adapter = trust.load(ref)
     if adapter.cascade is not None and mode != "target":
         raise ConfigError(f"--mode is for adapters of `maskpack transfer`, and {ref} is a cascade; leave it out")
-    inputs = _inputs(files, text, adapter.about.task == "text-classification")
+    inputs = _inputs(files, text, (adapter.about.preprocess or {}).get("kind") == "text")
     backbone = base.of(adapter)
     together = None if adapter.cascade is None else maskpack.load_cascade(backbone.model, adapter)
     if together is None:
@@ -101,6 +102,30 @@ def _inputs(files: tuple[str, ...], texts: tuple[str, ...], are_texts: bool) -> 
     if not found:
         raise DataError("nothing to classify: what was given has no image or line; name files, or - for stdin")
     return found
+
+
+@use_verb('maskpack generate user/mask-chats --prompt "What is the capital of France?"')
+def generate(
+    ref: Ref,
+    prompt: Annotated[tuple[str, ...], "What the text begins with, or what a user says to a chat."],
+    base: Base,
+    trust: Source,
+    tokens: Annotated[int, "New tokens, at most.", POSITIVE] = 256,
+    temperature: Annotated[float, "0: the most likely token each time; else sampled at this temperature."] = 0.0,
+    seed: Annotated[int, "Of what is sampled."] = 0,
+) -> None:
+    """Generate text with a language model that has an adapter loaded."""
+    import torch
+
+    adapter = trust.load(ref)
+    backbone = base.of(adapter)
+    maskpack.load_mask(backbone.model, adapter)
+    hint(f"Adapter: {adapter.pinned}")
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "tokens": tokens, "temperature": temperature}
+    texts = adapter.generate(backbone.model, prompt, **options)
+    emit({"generated": [{"prompt": one, "text": text} for one, text in zip(prompt, texts, strict=True)]})
+    say(*texts)
 
 
 @use_verb("maskpack export user/mask-flowers --output flowers.safetensors")
@@ -174,11 +199,17 @@ def evaluate(
     labels_fraction: Annotated[tuple[float, ...], "Share of the training rows for k-NN and probe. Default: 1."] = (),
     mode: Mode = "target",
     split: Annotated[Literal["test", "train"], "train is for the head."] = "test",
+    answers: Annotated[
+        int | None,
+        "Of a language model: also generate answers to so many prompts, and count those whose last number is right.",
+        POSITIVE,
+    ] = None,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Measure an adapter's accuracy on a data set, and the features of an adapter or of a backbone alone."""
-    from maskpack.training.evaluate import adapter_accuracy, as_loaded, source_classes
+    """Measure an adapter on a data set (accuracy, perplexity), and features of an adapter or of a backbone alone."""
+    from maskpack.training.evaluate import adapter_figures, as_loaded, source_classes
     from maskpack.training.features import measure_features
+    from maskpack.training.objectives.language import exact_answers
 
     wanted: dict[Measure, bool] = {"knn": knn, "probe": probe}
     measures = [name for name, is_wanted in wanted.items() if is_wanted]
@@ -201,7 +232,7 @@ def evaluate(
         maskpack.load_mask(model.model, adapter, mode=mode)
         model = as_loaded(model, adapter)
         names = source_classes(adapter) if mode == "source" else adapter.about.class_names
-    read = training.load_data(data, class_names=names, **vars(columns))
+    read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,
         "backbone": model.id,
@@ -214,7 +245,9 @@ def evaluate(
         rows = _split(read, split)
         note(f"Evaluating {len(rows):,} examples …")
         with reading("evaluating, batches"):
-            result |= adapter_accuracy(model.model, adapter, rows, tokenizer=model.tokenizer, batch_size=batch_size)
+            result |= adapter_figures(model, adapter, rows, batch_size=batch_size)
+        if answers is not None:
+            result["exact_answers"] = exact_answers(model, rows, answers, batch_size)
     if measures:
         note("Computing the features of the training and the test rows …")
         with reading("features, batches"):
@@ -222,7 +255,8 @@ def evaluate(
             result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
         result.setdefault("unreadable", len(_split(read, split).unreadable))
     emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
-    _tables(result)
+    if result["class_names"] and ("per_class" in result or "features" in result):
+        _tables(result)
 
 
 @use_verb(

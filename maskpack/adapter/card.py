@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, DataError, escape
+from .content import FIGURES
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- maskpack:begin -->", "<!-- maskpack:end -->"
@@ -114,12 +115,13 @@ def _front_matter(description: Mapping[str, Any], repo_id: str | None, license: 
     # a network of random weights shares nothing with the pretrained one but its shape
     hub = None if str(base["revision"]).startswith("random:") else base_model(base["id"])
     (name, dataset), results = data_of(record), None
-    shares = {key: value for key, value in metrics(record).items() if "accuracy" in key}
-    if shares and task is not None:
+    kinds = {key: kind for key in metrics(record) for kind in FIGURES if kind in key}
+    figures = {key: value for key, value in metrics(record).items() if key in kinds}
+    if figures and task is not None:
         result = {
             "task": {"type": _plain(task)},
             "dataset": {"name": _plain(name or "unknown"), "type": dataset or "unknown"},
-            "metrics": [{"type": "accuracy", "name": _plain(key), "value": value} for key, value in shares.items()],
+            "metrics": [{"type": kinds[key], "name": _plain(key), "value": value} for key, value in figures.items()],
         }
         results = [{"name": repo_id or "maskpack adapter", "results": [result]}]
     tags = ("maskpack", "binary-mask", digest_tag(base["digests"]["float32"]), base_id_tag(base["id"]))
@@ -291,7 +293,7 @@ def warnings_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: int) -> Iterator[str]:
-    """Yield what the masks are worth beside a linear probe, the network without them, and LoRA; and warnings."""
+    """Yield what the masks are worth beside their baseline, the network without them, and LoRA; and warnings."""
     if (found := accuracies(results)) is not None:
         split, by_name = found
         own, probe, without = by_name["this adapter"], by_name["linear probe"], by_name.get(WITHOUT)
@@ -300,6 +302,16 @@ def _worth(results: Mapping[str, float], record: Mapping[str, Any], mask_bytes: 
             f"On the {split} split a linear probe of the raw backbone has the accuracy {100 * probe:.2f} %. This "
             f"adapter has {100 * own:.2f} % ({100 * (own - probe):+.2f}){alone}.\n"
         )
+    others = [(split, kind) for split in ("test", "validation") for kind in FIGURES if kind != "accuracy"]
+    for split, kind in others:
+        keys = f"{split}_{kind}", f"{split}_{FIGURES[kind].baseline}_{kind}"
+        if all(key in results for key in keys):
+            own, beside = (results[key] for key in keys)
+            yield (
+                f"On the {split} split {FIGURES[kind].words} has the {kind} {beside:.4f}. This adapter has {own:.4f} "
+                f"({own - beside:+.4f}).\n"
+            )
+            break
     if (lora := lora_sizes(record)) is not None:
         yield (
             f"The masks take {mask_bytes:,} bytes; LoRA for the same weights, at 4 bits a number, takes {lora[8]:,} at "

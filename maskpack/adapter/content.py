@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ..backbone.model import Embedding, Fingerprint, Head
@@ -122,6 +122,20 @@ class Learned:
 LEARNING: WeakKeyDictionary[nn.Module, Callable[[nn.Module, str | None], Learned]] = WeakKeyDictionary()
 
 
+class Figure(NamedTuple):
+    """How well a network does its task: `sign` 1 if greater is better, else -1; what it is compared with, in words."""
+
+    sign: int
+    baseline: str
+    words: str
+
+
+# by name; a split has it as SPLIT_NAME, and that of the baseline as SPLIT_BASELINE_NAME
+FIGURES: Mapping[str, Figure] = {
+    "accuracy": Figure(1, "probe", "a linear probe of the raw backbone"),
+    "r2": Figure(1, "probe", "a linear probe of the raw backbone"),
+    "perplexity": Figure(-1, "raw", "the raw model"),
+}
 # the Hub's names for what a network of a task does without its head
 FEATURES = {"image-classification": "image-feature-extraction", "text-classification": "feature-extraction"}
 WHITENING, MIXTURE = ("mean", "components", "scale"), ("weights", "means", "precisions")  # tensors, in their order

@@ -15,9 +15,10 @@ STYLE = """
 .maskpack h2 { font-size: 1.2em; margin: 2em 0 .5em; border-bottom: 1px solid #8886; }
 .maskpack table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .maskpack th, .maskpack td { padding: .1em .8em .1em 0; text-align: left; vertical-align: top; }
-.maskpack th { font-weight: 600; }
+.maskpack th { font-weight: 600; min-width: 6em; }
+.maskpack caption { text-align: left; color: inherit; opacity: .7; padding: .4em 0 0; }
 .maskpack td.n { text-align: right; white-space: nowrap; }
-.maskpack .bar { min-width: 7em; width: 14em; max-width: 30vw; padding-top: .45em; }
+.maskpack .bar { width: 14em; max-width: 22vw; padding-top: .45em; }
 .maskpack .bar i { display: block; height: .8em; min-width: 1px; background: #3d7fc1; border-radius: 2px; }
 .maskpack .bar i.own { background: #d9731a; }
 .maskpack .warn { border-left: 4px solid #d9731a; padding-left: .8em; }
@@ -36,14 +37,15 @@ def facts(rows: Iterable[tuple[str, object]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def bars(rows: Iterable[Row], own: Sequence[str] = ()) -> str:
-    """Return a table with a bar in each row; those named `own` have the other colour."""
+def bars(rows: Iterable[Row], own: Sequence[str] = (), title: str = "") -> str:
+    """Return a table with a bar in each row, perhaps under a title; those named `own` have the other colour."""
     lines = []
     for name, share, figure in rows:
         kind = ' class="own"' if name in own else ""
         bar = f'<div class="bar"><i{kind} style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
         lines.append(f'<tr><th>{shown(name)}</th><td>{bar}</td><td class="n">{shown(figure)}</td></tr>')
-    return f"<table>{''.join(lines)}</table>"
+    caption = f"<caption>{shown(title)}</caption>" if title else ""
+    return f"<table>{caption}{''.join(lines)}</table>"
 
 
 def of_greatest(values: Mapping[str, float]) -> list[Row]:
@@ -55,15 +57,18 @@ def of_greatest(values: Mapping[str, float]) -> list[Row]:
 def accuracy_bars(record: Any) -> str:
     """Return bars of what the adapter is worth beside a probe of the raw backbone and without its masks; or nothing."""
     found = accuracies(metrics(record))
-    rows = [(name, one, f"{100 * one:.2f} %") for name, one in found[1].items()] if found is not None else []
-    return bars(rows, ["this adapter"]) if rows else ""
+    if found is None:
+        return ""
+    rows = [(name, one, f"{100 * one:.2f} %") for name, one in found[1].items()]
+    return bars(rows, ["this adapter"], f"accuracy on the {found[0]} split")
 
 
 def byte_bars(record: Any, mask_bytes: int | None, size: int | None) -> str:
     """Return bars of the bytes of masks and file beside those of LoRA for the same weights."""
     own = {"masks": mask_bytes, "whole file": size}
     lora = {f"LoRA, rank {rank}, 4 bits": size for rank, size in sorted((lora_sizes(record) or {}).items())}
-    return bars(of_greatest({name: one for name, one in {**own, **lora}.items() if one is not None}), list(own))
+    known = {name: one for name, one in {**own, **lora}.items() if one is not None}
+    return bars(of_greatest(known), list(own), "bytes") if known else ""
 
 
 def overview(base: Mapping[str, Any], about: Mapping[str, Any]) -> Iterator[tuple[str, object]]:

@@ -1,5 +1,6 @@
-"""Predictions with an adapter: its preprocessing, the model, its head and class names."""
+"""Predictions and text with an adapter: its preprocessing, the model, its head and class names."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, DataError, StateError, brief, require
-from ..preprocess import ImagePreprocess, Preprocess, TextPreprocess, collate_text, open_image, preprocess_from_json
+from ..preprocess import (
+    ChatPreprocess,
+    ImagePreprocess,
+    Preprocess,
+    TextPreprocess,
+    collate_text,
+    open_image,
+    preprocess_from_json,
+)
 from .content import About
 
 Batches = Iterable[tuple[Any, Tensor]]  # model inputs and labels
@@ -17,7 +26,8 @@ Batches = Iterable[tuple[Any, Tensor]]  # model inputs and labels
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The name of the class that an input most likely has, and its probability (softmax), 0 to 1.
+    """The name of the class that an input most likely has, and its probability (softmax), 0 to 1; of a
+    regression the name of its number, and the number.
 
     Example:
         load_mask(model, adapter)
@@ -96,6 +106,50 @@ def predict(
                 f"the model gives {logits.shape[1]} logits, the adapter has {len(names)} classes; load the adapter "
                 f"with load_mask(model, ref) first, with head='replace'"
             )
+        if about.task == "token-classification":
+            raise AdapterError("this adapter classifies words, and predict classifies inputs; take its head yourself")
+        if about.task == "regression":
+            found += [Prediction(names[0], float(number)) for number in logits[:, 0]]
+            continue
         scores, best = logits.softmax(-1).max(-1)
         found += [Prediction(names[int(i)], float(s)) for i, s in zip(best, scores, strict=True)]
+    return found
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[str],
+    how: TextPreprocess,
+    tokenizer: Any,
+    tokens: int = 256,
+    temperature: float = 0.0,
+    batch_size: int = 8,
+) -> list[str]:
+    """Return what a language model writes behind each prompt, without special tokens; see `Adapter.generate`."""
+    if isinstance(prompts, str):
+        raise DataError(f"prompts must be a list, got the text {prompts!r:.200} alone; put it into one")
+    if temperature < 0 or not math.isfinite(temperature):
+        raise ConfigError(f"temperature must be 0 or more, got {temperature}")
+    chat = isinstance(how, ChatPreprocess)
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    said = [[{"role": "user", "content": one}] for one in prompts]
+    texts = [tokenizer.apply_chat_template(one, **options) for one in said] if chat else list(prompts)
+    sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    found, device, training = list[str](), next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        for start in range(0, len(texts), batch_size):
+            ids = [
+                tokenizer(one, add_special_tokens=not chat)["input_ids"] for one in texts[start : start + batch_size]
+            ]
+            most = max(map(len, ids))
+            mask = torch.tensor([[0] * (most - len(one)) + [1] * len(one) for one in ids], device=device)
+            fill = tokenizer.pad_token_id or 0  # in front, and never looked at
+            inputs = torch.tensor([[fill] * (most - len(one)) + one for one in ids], device=device)
+            ends = {"max_new_tokens": tokens, "pad_token_id": fill}
+            written = model.generate(input_ids=inputs, attention_mask=mask, **ends, **sampled)  # type: ignore[operator]
+            found += tokenizer.batch_decode(written[:, most:], skip_special_tokens=True)
+    finally:
+        model.train(training)
     return found

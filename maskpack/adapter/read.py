@@ -21,7 +21,7 @@ from ..backbone.model import Fingerprint
 from ..codecs.base import from_frame
 from ..errors import AdapterError, CorruptAdapterError, UnknownNameError, brief, check_argument
 from ..mask import MaskSet
-from ..preprocess import ImagePreprocess, preprocess_from_json
+from ..preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, strict_json, tensor_of
 from ..threads import Progress
 from . import tensors
@@ -197,6 +197,36 @@ class Adapter:
         classifier = None if head is None else classifier_from(model, head)
         run = None if classifier is None else lambda batches: [predictions(classifier, batches)[0]]
         return predict(model, inputs, about, tokenizer, batch_size, run)
+
+    def generate(
+        self,
+        model: nn.Module,
+        prompts: Sequence[str],
+        *,
+        tokenizer: Any = None,
+        tokens: int = 256,
+        temperature: float = 0.0,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """Continue texts, or answer them, with a language model that has this adapter loaded.
+
+        Args:
+            tokenizer: default: that of where the model was loaded from. tokens: new ones of a text, at most.
+            temperature: 0 takes the most likely token each time; else they are drawn, by torch's generator.
+
+        Raises:
+            AdapterError: if the adapter is not one of a language model.
+        """
+        from .predict import generate, model_tokenizer
+
+        how = None if self.about.preprocess is None else preprocess_from_json(self.about.preprocess)
+        if self.about.task != "text-generation" or not isinstance(how, TextPreprocess):
+            raise AdapterError(
+                f"this adapter is for {self.about.task}, and text is generated with one for text-generation; call "
+                f"predict"
+            )
+        tokenizer = tokenizer or model_tokenizer(model)
+        return generate(model, prompts, how, tokenizer, tokens, temperature, batch_size)
 
     def verify(self, progress: Progress | None = None, base: Weights | None = None) -> dict[str, Any]:
         """Decode every mask, or without a base those that need none, and compare `mask_id` if those are all.

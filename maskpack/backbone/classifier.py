@@ -11,7 +11,8 @@ from .load import Backbone, encoder_of
 from .model import Embedding, Head, swap_module, unwrap
 
 Inputs = Tensor | dict[str, Tensor]  # images, or a tokenizer's tensors by name
-Batch = tuple[Inputs, Tensor]  # with the labels
+Batch = tuple[Inputs, Tensor]  # with the targets: classes (B,), numbers (B,), or classes of tokens (B, T)
+IGNORED = -100  # target of a token that has none, as cross-entropy leaves it out
 
 
 def batch_of(inputs: Tensor | Mapping[str, Tensor]) -> Inputs:
@@ -60,7 +61,9 @@ def encode(model: nn.Module, inputs: Inputs, embedding: Embedding) -> Tensor:
     else:
         assert isinstance(inputs, dict)
         hidden = encoder_of(model)(**inputs).last_hidden_state  # (B, T, D)
-        if embedding.pooling == "cls":
+        if embedding.pooling == "tokens":
+            found = hidden
+        elif embedding.pooling == "cls":
             found = hidden[:, 0]
         else:
             weights = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
@@ -78,7 +81,7 @@ class Classifier(nn.Module):
             swap_module(model, embedding.module, linear)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Return the logits, (B, classes)."""
+        """Return the logits, (B, classes), or (B, T, classes) of tokens."""
         if self.embedding.module is None:
             logits: Tensor = self.linear(encode(self.model, inputs, self.embedding))
         else:
@@ -166,7 +169,10 @@ def _collected(
     with modes_kept(module):
         module.eval()
         for inputs, y in batches:
-            found.append(compute(to_device(inputs, device)).float().cpu())
+            outputs = compute(to_device(inputs, device)).float().cpu()
+            if y.dim() == 2:  # of tokens: those that have a class
+                outputs, y = outputs[y != IGNORED], y[y != IGNORED]
+            found.append(outputs)
             labels.append(y)
     if not labels:
         raise DataError("there is no example that could be read, so there are no outputs")

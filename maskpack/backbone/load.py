@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError, check_argument, require
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
-from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TextPreprocess
+from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
 from ..safetensors_io import SUFFIX, read_tensors, write_tensors
 from .model import (
     Embedding,
@@ -28,11 +28,12 @@ from .model import (
     same_size_int,
     slots,
     swap_module,
+    tied_outputs,
     unwrap,
 )
 from .random_weights import PREFIX, parse_random, random_values
 
-Task = Literal["image-classification", "text-classification"]
+TOKENS = 128  # of a text, where nothing else is asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +54,7 @@ class Backbone:
     model: nn.Module
     id: str
     revision: str | None = None
-    task: Task = "image-classification"
+    task: TaskName = "image-classification"
     embedding: Embedding = field(default_factory=Embedding)
     preprocess: Preprocess = field(default_factory=ImagePreprocess)
     tokenizer: Any = None
@@ -68,11 +69,14 @@ class Backbone:
 
     @property
     def outside(self) -> tuple[str, ...]:
-        """Modules that do not belong to the body: the head, or what an encoder has behind it, and its unused pooler."""
+        """Modules that do not belong to the body: the head, or what an encoder has behind it, and its unused pooler.
+
+        Without head and encoder they are the output layers whose tensors are the embedding's.
+        """
         if self.head is not None:
             return (self.head,)
-        if self.embedding.pooling not in ("mean", "cls"):
-            return ()
+        if self.embedding.pooling not in ("mean", "cls", "tokens"):
+            return tuple(tied_outputs(self.model))
         inner = encoder_of(self.model)
         place = next((f"{name}." for name, one in self.model.named_children() if one is inner), "")
         beside = (name for name, _ in self.model.named_children() if place and f"{name}." != place)
@@ -226,7 +230,7 @@ TOWERS = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"
 RESAMPLING: dict[int, Any] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _timm(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     timm = require("timm", "train", "loading timm backbones")
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0][:6]}*")[:5]
@@ -245,7 +249,7 @@ def _timm(name: str, pretrained: bool, image_size: int | None) -> Backbone:
     return Backbone(model, f"timm/{full}", preprocess=ImagePreprocess(size, resize, interpolation, mean, std))
 
 
-def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _torchvision(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     models = require("torchvision.models", "train", "loading torchvision backbones")
     name, _, enum = name.partition("@")
     if name not in models.list_models():
@@ -263,7 +267,7 @@ def _torchvision(name: str, pretrained: bool, image_size: int | None) -> Backbon
     return Backbone(model, f"torchvision/{name}", weights.name if pretrained else None, preprocess=preprocess)
 
 
-def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _transformers(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     transformers = require("transformers", "train", "loading transformers backbones")
     repo, _, revision = name.partition("@")
     local = Path(repo).is_dir()
@@ -280,7 +284,8 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
         vision = tower is not None or config.model_type in classifiers
         named = (getattr(transformers, one, None) for one in config.architectures or ())
         cls = transformers.AutoModelForImageClassification if vision else next(filter(None, named), None)
-        cls = cls or transformers.AutoModel  # code of its own
+        usual = transformers.AutoModelForCausalLM if task == "text-generation" else transformers.AutoModel
+        cls = cls or usual  # code of its own, or a config that names no class
         if pretrained:
             # float32 whatever the file holds: the scores learn from full-precision products
             cls = getattr(transformers, tower) if tower else cls
@@ -296,12 +301,14 @@ def _transformers(name: str, pretrained: bool, image_size: int | None) -> Backbo
                 model, id_, commit, embedding=embedding, preprocess=_stated_preprocess(processor, image_size)
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(repo, **options)
-        tokens = min(128, getattr(config, "max_position_embeddings", 128), int(tokenizer.model_max_length))
+        if tokenizer.pad_token is None:  # as of language models; what is behind a text is never looked at
+            tokenizer.pad_token = tokenizer.eos_token
+        tokens = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS), int(tokenizer.model_max_length))
         embedding = Embedding(None, "mean", True)
         return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
 
-def _mapped_folder(name: str, image_size: int | None) -> Backbone | None:
+def _mapped_folder(name: str, image_size: int | None, task: TaskName | None) -> Backbone | None:
     """Return the backbone of a folder with its weights left in the file; None if they do not fit by their names.
 
     As `from_pretrained` has it, all names may have the model's prefix in front, and others are left out.
@@ -309,7 +316,7 @@ def _mapped_folder(name: str, image_size: int | None) -> Backbone | None:
     if not any(Path(name).glob(f"*{SUFFIX}")):
         return None
     with torch.device("meta"):
-        backbone = _transformers(name, False, image_size)
+        backbone = _transformers(name, False, image_size, task)
     prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(name)
     own = {canonical(one) for one in backbone.model.state_dict()}
     names = {one: next((n for n in (one, one.removeprefix(prefix), prefix + one) if n in own), None) for one in state}
@@ -327,7 +334,7 @@ def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreproces
     return ImagePreprocess(crop, max(resize, crop), RESAMPLING.get(int(processor.resample), "bilinear"), mean, std)
 
 
-def _python_file(reference: str, pretrained: bool, image_size: int | None) -> Backbone:
+def _python_file(reference: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     """Call the function of "PATH.py:FUNCTION", which makes its weights itself."""
     file, _, name = reference.rpartition(":")
     path = Path(file)
@@ -348,7 +355,7 @@ def _python_file(reference: str, pretrained: bool, image_size: int | None) -> Ba
     return Backbone(model, f"{path.stem}:{name}", preprocess=ImagePreprocess(**getattr(module, "PREPROCESS", {})))
 
 
-Loader = Callable[[str, bool, int | None], Backbone]  # of name, pretrained, image size in pixels
+Loader = Callable[[str, bool, int | None, TaskName | None], Backbone]  # of name, pretrained, image size in pixels, task
 LOADERS: Mapping[str, Loader] = {"timm": _timm, "torchvision": _torchvision, "hf": _transformers}
 
 
@@ -376,6 +383,8 @@ def load_backbone(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     mapped: bool = False,
+    task: TaskName | None = None,
+    tokens: int | None = None,
 ) -> Backbone:
     """Load a backbone in evaluation mode; BackboneError if it cannot be loaded.
 
@@ -390,6 +399,8 @@ def load_backbone(
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
         mapped: leave weights that are in a file on this disk (`weights`, or of `hf/FOLDER`) there, in its dtypes, and
             read them where they are used: for what looks at each tensor once. The model cannot compute.
+        task: what a backbone for texts is for; default: text classification.
+        tokens: of a text, at most, or of a block of texts; default: 128, or fewer if the backbone takes fewer.
 
     Example:
         backbone = load_backbone("timm/resnet18.a1_in1k")
@@ -408,10 +419,12 @@ def load_backbone(
                 torch.manual_seed(seed)
             loader, name = _loader(reference)
             pretrained = weights is None and random_weights is None
-            backbone = _mapped_folder(name, image_size) if mapped and pretrained and loader is _transformers else None
+            backbone = (
+                _mapped_folder(name, image_size, task) if mapped and pretrained and loader is _transformers else None
+            )
             if backbone is None:
                 with torch.device("meta") if mapped and weights is not None else nullcontext():
-                    backbone = loader(name, pretrained, image_size)
+                    backbone = loader(name, pretrained, image_size, task)
         except MaskpackError:
             raise
         except UnreachableError as error:
@@ -443,12 +456,42 @@ def load_backbone(
         backbone = replace(backbone, preprocess=preprocess)
     if backbone.embedding.pooling == "projection" and head is not None:
         raise BackboneError(f"{backbone.id} has its head behind the projection, not at {head!r}; leave out head")
-    if backbone.embedding.pooling is None or head is not None:
+    if task is not None or tokens is not None:
+        backbone = _for_task(backbone, task or backbone.task, tokens)
+    if (backbone.embedding.pooling is None and backbone.task != "text-generation") or head is not None:
         backbone = replace(backbone, embedding=Embedding(find_head(backbone.model, head)))
     if weights is not None:
         load_weights(backbone.model, weights, backbone.head, mapped)
     backbone.model.eval()
     return backbone
+
+
+def _for_task(backbone: Backbone, task: TaskName, tokens: int | None) -> Backbone:
+    """Return a backbone for a task, and for texts of so many tokens."""
+    preprocess, embedding = backbone.preprocess, backbone.embedding
+    texts = preprocess if isinstance(preprocess, TextPreprocess) else None
+    if (texts is not None) == (task == "image-classification") or (tokens is not None and texts is None):
+        raise ConfigError(
+            f"the backbone {backbone.id} is for {'texts' if texts else 'images'}, so task {task} or tokens {tokens} is "
+            f"not possible; take another backbone, or leave them out"
+        )
+    if tokens is not None and texts is not None:
+        config = getattr(backbone.model, "config", None)
+        most = getattr(config, "max_position_embeddings", None) or tokens
+        if not 2 <= tokens <= most:
+            raise ConfigError(f"tokens must be from 2 to {most}, which {backbone.id} takes, got {tokens}")
+        preprocess = replace(texts, max_length=tokens)
+    if task == "text-generation":
+        writes = getattr(backbone.model, "can_generate", None)
+        if writes is None or not writes() or getattr(backbone.model.config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"the backbone {backbone.id} is a {type(backbone.model).__name__}, which is no causal language model; "
+                f"take one whose config names a class such as LlamaForCausalLM, or none"
+            )
+        embedding = Embedding()
+    elif task == "token-classification":
+        embedding = Embedding(None, "tokens")
+    return replace(backbone, task=task, embedding=embedding, preprocess=preprocess)
 
 
 TEXTS = 64  # per batch of the text tower

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
 PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
-Pooling = Literal["mean", "cls", "projection"]
+Pooling = Literal["mean", "cls", "projection", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
@@ -30,8 +30,9 @@ class Embedding:
 
     Attributes:
         module: dotted name of the head; None for an encoder.
-        pooling: of an encoder: "mean" or "cls" of the last hidden state, over the tokens of the attention mask, or
-            "projection", the image embedding of a CLIP-like vision tower. None where there is a module.
+        pooling: of an encoder: "mean" or "cls" of the last hidden state, over the tokens of the attention mask;
+            "tokens", that state, an embedding for each token; or "projection", the image embedding of a CLIP-like
+            vision tower. None where there is a module.
         normalize: divide an encoder's embedding by its Euclidean norm.
     """
 
@@ -174,6 +175,26 @@ def body_of(state: Mapping[str, Any], head: Iterable[str] = ()) -> dict[str, Ten
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not inside(name, head):
             found.setdefault(_storage(tensor), (name, tensor.detach()))
     return dict(found.values())
+
+
+def tied_outputs(model: nn.Module, learning: Iterable[str] = ()) -> list[str]:
+    """Return the linear layers whose tensors are all other modules' too, and an embedding's, as in language models.
+
+    They are left out of the body, which has their tensors under other names: those of the model without such a layer.
+    """
+    from torch import nn
+
+    modules, names = dict(unwrap(model).named_modules(remove_duplicate=False)), dict[int, set[str]]()
+    for raw, module in modules.items():
+        for one in module._parameters.values():
+            names.setdefault(id(one), set()).add(raw)
+    found = []
+    for raw, module in modules.items():
+        own = [names[id(one)] for one in module._parameters.values() if one is not None]
+        embedded = any(isinstance(modules[other], nn.Embedding) for others in own for other in others)
+        if isinstance(module, nn.Linear) and embedded and all(len(others) > 1 for others in own):
+            found.append(canonical(raw))
+    return [one for one in found if not any(inside(name, [one]) for name in learning)]
 
 
 def unusable(tensor: Tensor) -> str | None:

@@ -142,6 +142,17 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
+def result_file(
+    folder: Path, name: str, seed: int, share: float, rate: float | None, bn: str | None, validate: bool
+) -> Path:
+    """Return the file in a comparison's folder for the result of a trial; arguments as of `Trials.run`."""
+    parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
+    parts += [] if bn is None else [bn]
+    if find_baseline(name).needs_labels or validate:
+        parts.append(f"labels-{share:g}")
+    return folder / name.replace(":", "-") / "-".join(parts) / f"result-{share:g}.json"
+
+
 @dataclass
 class Trials:
     """The trials of a comparison, by folder and file: those that are there are read, others run, if they are ours.
@@ -228,28 +239,23 @@ class Trials:
         number: int = 0,
     ) -> dict[str, Any] | None:
         """Return what a trial measured; run it if it is not there, or return None if it is another shard's."""
-        parts = ["search" if validate else "seed", str(seed), *([] if rate is None else [f"{rate:g}"])]
-        parts += [] if bn is None else [bn]
-        if baseline.needs_labels or validate:
-            parts.append(f"labels-{share:g}")
-        folder = self.folder / name.replace(":", "-") / "-".join(parts)
+        path = result_file(self.folder, name, seed, share, rate, bn, validate)
         part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
         part += f", statistics {STATISTICS[bn]}" if bn else ""
         if share < 1:
             part += f", {share:.2%} of the labels"
         # not resolved: some defaults follow from the objective, which is the baseline's
         settings = {**asdict(self.config), "seed": seed, "lr": rate, "bn": bn or self.config.bn}
-        path = folder / f"result-{share:g}.json"
         if number % self.shard[1] != self.shard[0] - 1 and not path.exists():
             self.waiting += 1
             return None
-        job = Job(name, share, validate, settings, self.backbone, self.data, str(folder))
+        job = Job(name, share, validate, settings, self.backbone, self.data, str(path.parent))
         found = measured(path, MEASURED, lambda: self._in_process(job, part))
         if self.report is not None:
             about = {"baseline": name, "search": validate, "labels_fraction": share, "rate": rate, "seed": seed}
             about |= {"bn": bn} if bn else {}
             event = {"event": "trial", "part": part, "accuracy": found["accuracy"]}
-            self.report({**event, "settings": about, "result": found, "folder": str(folder)})
+            self.report({**event, "settings": about, "result": found, "folder": str(path.parent)})
         return found
 
     def _in_process(self, job: Job, part: str) -> dict[str, Any]:

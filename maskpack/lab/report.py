@@ -22,6 +22,7 @@ from ..runtime.load import load_mask
 from ..training.data.base import Data
 from ..training.evaluate import adapter_logits
 from ..training.features import by_class
+from .plots.figure import in_order
 
 PAGE = """
 :root { color-scheme: light dark; }
@@ -37,7 +38,8 @@ figure.wrong figcaption { border-top: 3px solid #d9731a; }
 figure.right figcaption { border-top: 3px solid #3d7fc1; }
 svg { width: 100%; display: block; }
 polyline { fill: none; stroke: #3d7fc1; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.confusion td, .confusion th { padding: .1em .45em; text-align: right; }
+.maskpack .confusion { overflow-wrap: normal; }
+.maskpack .confusion td, .maskpack .confusion th { padding: .1em .45em; text-align: right; min-width: 0; }
 pre { overflow-x: auto; background: #8882; padding: .8em; }
 """
 # neither scripts nor requests, whatever a text might smuggle in
@@ -113,7 +115,7 @@ def _sections(adapter: Adapter, found: Mapping[str, Any], checked: Mapping[str, 
     if accuracies := accuracy_bars(record):
         yield f"<h2>Accuracy at the end of training</h2>{accuracies}\n"
     if results := metrics(record):
-        lines = facts((key, f"{value:.4g}") for key, value in results.items())
+        lines = facts((key, _figure(key, value)) for key, value in results.items())
         yield f"<details><summary>all results of the training record</summary>{lines}</details>\n"
     yield f"<h2>Bytes, beside LoRA for the same weights</h2>{byte_bars(record, masks, found['size'])}\n"
     yield f"<h2>Bytes of the file, by part</h2>{bars(of_greatest(found['bytes']))}\n"
@@ -140,9 +142,10 @@ def shown_lines(text: str) -> str:
 def _layers(one: Mapping[str, Any]) -> str:
     rows = {row["name"]: row for row in one["payloads"]}  # of a ternary mask the zeros, which come last
     kept = f"{one['kept']:,} of {one['weights']:,} weights are kept, density {one['density']:.4f}."
+    ordered = (rows[name] for name in islice(in_order(rows), MOST_LAYERS))
     lines = [
         (row["name"], row["density"], f"{row['density']:.4f} · {row['bytes']:,} bytes · {row['codec']}")
-        for row in islice(rows.values(), MOST_LAYERS)
+        for row in ordered
     ]
     more = f"<p>… and {len(rows) - MOST_LAYERS:,} more.</p>" if len(rows) > MOST_LAYERS else ""
     return f'<p>{kept}</p><div class="wide">{bars(lines)}</div>{more}'
@@ -184,6 +187,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
+def _figure(name: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if "accuracy" in name or "over_probe" in name else f"{value:.4g}"
+
+
 def _curve(name: str, points: Points) -> str:
     """Return a curve as SVG, with the first and last value and step in its caption."""
     thinned = points[:: math.ceil(len(points) / MOST_POINTS)] + points[-1:]
@@ -191,8 +198,9 @@ def _curve(name: str, points: Points) -> str:
     low, high = min(values), max(values)
     across, up = last - first or 1, high - low or 1
     drawn = " ".join(f"{300 * (x - first) / across:.1f},{95 - 90 * (y - low) / up:.1f}" for x, y in thinned)
-    caption = f"{name.replace('_', ' ')}: {values[0]:.4g} at step {first:g}, {values[-1]:.4g} at step {last:g}"
-    label = shown(f"{caption}, between {low:.4g} and {high:.4g}")
+    start, end, least, most = (_figure(name, value) for value in (values[0], values[-1], low, high))
+    caption = f"{name.replace('_', ' ')}: {start} at step {first:g}, {end} at step {last:g}"
+    label = shown(f"{caption}, between {least} and {most}")
     svg = f'<svg viewBox="0 0 300 100" preserveAspectRatio="none" height="100" role="img" aria-label="{label}">'
     line = f'{svg}<polyline points="{drawn}"/></svg>'
     return f'<figure class="curve">{line}<figcaption>{shown(caption)}</figcaption></figure>'

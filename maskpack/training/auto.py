@@ -1,6 +1,7 @@
 """train_auto: settings chosen by short runs on training rows that are held out, and the training with them."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +10,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from ..adapter.content import FIGURES
 from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, TrainingError
 from .batchnorm import batchnorm_statistics
@@ -19,6 +21,7 @@ from .data.base import Data
 from .data.load import hold_out
 from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
+from .objectives.base import Objective, find_objective
 from .run_folder import (
     Report,
     RunFolder,
@@ -49,14 +52,18 @@ class Trial:
 
     Attributes:
         changes: of the settings given. steps: of the run.
-        accuracy: on the rows held out; 0 where training failed. density, mask_bytes: of the masks.
+        figure: on the rows held out, as an accuracy; None where training failed. density, mask_bytes: of the masks.
     """
 
     changes: Changes
     steps: int
-    accuracy: float
+    figure: float | None
     density: float = 1.0
     mask_bytes: int = 0
+
+    def worth(self, sign: int) -> float:
+        """Return a number that is greater for better trials; `sign` is that of the figure."""
+        return -math.inf if self.figure is None else sign * self.figure
 
 
 @dataclass
@@ -89,8 +96,18 @@ class Search:
         Of equal ones the settings given win, then norms alone.
         """
         first = [self.tried(changes, self.first) for changes in self.candidates]
-        last = [self.tried(changes, self.last) for changes in finalists(first)]
-        return max(last, key=lambda trial: trial.accuracy).changes
+        last = [self.tried(changes, self.last) for changes in finalists(first, self.sign)]
+        return max(last, key=lambda trial: trial.worth(self.sign)).changes
+
+    @property
+    def objective(self) -> type[Objective]:
+        """The objective of all trials."""
+        return find_objective(self.config.objective, self.backbone.task)
+
+    @property
+    def sign(self) -> int:
+        """1 if a greater figure is better, else -1."""
+        return FIGURES[self.objective.figure].sign
 
     def tried(self, changes: Changes, steps: int) -> Trial:
         """Return a trial; run it if it was not made before."""
@@ -106,7 +123,7 @@ class Search:
             shutil.rmtree(str(own["output"]))
         report = self.options.get("report")
         if report is not None and is_main_process():
-            report({"event": "trial", "part": self._part(changes, steps), "accuracy": trial.accuracy})
+            report({"event": "trial", "part": self._part(changes, steps), self.objective.figure: trial.figure})
         return trial
 
     def _part(self, changes: Changes, steps: int) -> str:
@@ -125,9 +142,10 @@ class Search:
             try:
                 at = run.train(folder, longer=False)
             except TrainingError:  # a rate that is too great
-                return Trial(changes, steps, 0.0)
+                return Trial(changes, steps, None)
             size = coded_bytes(one.mask() for one in run.scored)
-        return Trial(changes, steps, at.metrics["validation_accuracy"], at.metrics.get("density", 1.0), size)
+        figure = at.metrics[f"validation_{run.objective.figure}"]
+        return Trial(changes, steps, figure, at.metrics.get("density", 1.0), size)
 
 
 def _moved(report: Report | None, part: str, done: int, steps: int) -> Report | None:
@@ -233,8 +251,8 @@ def plan_search(
     """
     if not config.labels or data.train is None:
         raise ConfigError(
-            f"a search for settings compares accuracies, and the objective {config.objective!r} has no labels; leave "
-            f"auto out"
+            f"a search for settings compares accuracies and the like, and the objective {config.objective!r} has no "
+            f"labels; leave auto out"
         )
     whole = plan_training(backbone, data, config)
     last = min(whole["steps"], search_steps // 2 // FINALISTS)
@@ -278,19 +296,20 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
         found.append({"train_lr": config.beside_lr * GENTLER})
     if config.bn is None and batchnorm_statistics(backbone.model):
         found.append({"bn": "adapt" if usual.bn == "freeze" else "freeze"})
-    if config.head_start == "plain" and config.head_kind == "linear" and probe:
+    heads = find_objective(config.objective, backbone.task).trains_head and backbone.task != "regression"
+    if heads and config.head_start == "plain" and config.head_kind == "linear" and probe:
         found.append({"head_start": "probe"})
     return found
 
 
-def finalists(trials: Sequence[Trial]) -> list[Changes]:
+def finalists(trials: Sequence[Trial], sign: int = 1) -> list[Changes]:
     """Return the changes of the second round: none, norms alone, the two best that helped together, and the best alone.
 
     Args:
-        trials: of the first round, the one without changes first.
+        trials: of the first round, the one without changes first. sign: of the figure.
     """
-    ranked = sorted(trials, key=lambda one: -one.accuracy)
-    helped = [one.changes for one in ranked if one.accuracy > trials[0].accuracy]
+    ranked = sorted(trials, key=lambda one: -one.worth(sign))
+    helped = [one.changes for one in ranked if one.worth(sign) > trials[0].worth(sign)]
     pair = [{**helped[0], **one} for one in helped[1:] if together(helped[0], one)][:1]
     norms = [NORMS] if any(one.changes == NORMS for one in trials) else []
     order = [DEFAULT, *norms, *pair, *(one.changes for one in ranked)]

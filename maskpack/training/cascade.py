@@ -28,7 +28,7 @@ from .features import by_class, embed_all, fit_probe, routed
 from .learn import borrowed
 from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
 from .trainer import ObjectiveRun, as_backbone, train_mask
-from .worth import beside_probe, probe_accuracies, worth
+from .worth import beside_baseline, probe_accuracies, worth
 
 COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
@@ -262,7 +262,7 @@ def fit_cascade_head(
     for name, where in held.items():
         x, y = combined(*where)
         found[name] = by_class(probe.logits(x), y)["accuracy"]
-    found = beside_probe(found, probe_accuracies(backbone, data, batch_size))
+    found = beside_baseline(found, probe_accuracies(backbone, data, batch_size))
     shapes = [mask.shape for mask in result.parts[parts.dispatcher].masks.values()]
     record = {name: value for name, value in (result.about.training or {}).items() if name != "warnings"}
     record |= {"metrics": {**result.metrics, **found}, **worth(found, shapes)}

@@ -16,6 +16,7 @@ from ..registry import check_above_zero
 SMALL = 1_000_000  # most weights of a network with other defaults; chosen in docs/results/defaults.md, as these are
 TOP = 0.1  # of the weights of a parameter have scores in a larger network, unless most weights are of convolutions
 SMALL_RATE, RATE = 0.1, 0.05  # of the scores, with adam
+DISTANCE = 2.0  # that scores can move at least
 ALL = "all"  # of the scores learn
 GATE_START = 2.0  # of every logit: a gate of 0.88, whose slope is 0.42 of the greatest; chosen in docs/methods.md
 WEIGHT_LR = {"sgd": 0.05, "adam": 1e-3}  # the usual peak rates of weights, by optimiser
@@ -34,6 +35,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "lr": 50.0,
         "warmup": 40 / 150,
     },
+    # language models; `maskpack train --task` takes it. Chosen in docs/language-models.md
+    "text-generation": {"epochs": 1, "batch_size": 8, "distance": 1.2, "train_lr": 1e-3},
 }
 Bytes = Annotated[int, "bytes"]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]
@@ -80,8 +83,8 @@ class TrainConfig:
         optimizer: optimiser of scores and head; sgd has momentum 0.9.
         lr: peak learning rate of the scores. Default: 0.05 for adam, or 0.1 with labels and up to a million masked
             weights, or more where distance needs it; 50 for sgd.
-        distance: least sum of the learning rates of all steps, which is how far a score can move under adam; it begins
-            1 above the threshold.
+        distance: sum of the learning rates of all steps, which is how far a score can move under adam; it begins 1
+            above the threshold. Default: 2, or more where lr's default is.
         head_lr: peak learning rate of a linear head. Default: 0.01 for adam, 0.1 for sgd.
         train_lr: peak learning rate of `train`. Default: that of a linear head.
         schedule: learning rate after the warmup: cosine falls to zero.
@@ -121,7 +124,7 @@ class TrainConfig:
     accumulate: int = 1
     optimizer: Literal["sgd", "adam"] = "adam"
     lr: float | None = None
-    distance: float = 2.0
+    distance: float | None = None
     head_lr: float | None = None
     train_lr: float | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -204,7 +207,10 @@ class TrainConfig:
             return self.lr
         if self.optimizer == "sgd":
             return 50.0
-        least = self.distance / sum(learning_rate(self, step, steps) for step in range(steps))
+        whole = sum(learning_rate(self, step, steps) for step in range(steps))
+        if self.distance is not None:
+            return self.distance / whole
+        least = DISTANCE / whole
         return max(least, SMALL_RATE if weights <= SMALL and self.labels else RATE)
 
     @property

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.describe import inspect_adapter
 from ..adapter.read import Adapter
-from ..backbone.classifier import Classifier, accuracy, classifier_from, predictions
+from ..backbone.classifier import Classifier, accuracy
 from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
-from ..errors import AdapterError, DataError, escape
+from ..errors import escape
 from ..mask import MaskSet
-from ..preprocess import preprocess_from_json
+from ..preprocess import ImagePreprocess, preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
 from .features import MEASURES, by_class, disjoint, embed_all, measured, routed
+from .objectives.base import find_objective
+from .objectives.supervised import Supervised
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
@@ -37,6 +39,20 @@ def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
     if set(adapter.base.head) <= set(backbone.outside):
         return backbone
     return replace(backbone, embedding=Embedding(adapter.base.head[0]))
+
+
+def adapter_figures(
+    backbone: Backbone, adapter: Adapter, examples: Examples, *, batch_size: int = 64
+) -> dict[str, Any]:
+    """Return how well an adapter does its task, as an accuracy, and {"examples", "unreadable"}, their numbers.
+
+    Args:
+        backbone: as `as_loaded` gives it.
+        examples: a split of `load_data(…, class_names=adapter.about.class_names, task=backbone.task)`.
+    """
+    head = adapter.parts(stream=True).head if adapter.about.preprocess is not None else None
+    found = find_objective("supervised", backbone.task).measured(backbone, examples, head, batch_size)
+    return {**found, "examples": len(examples) - len(examples.unreadable), "unreadable": len(examples.unreadable)}
 
 
 def adapter_accuracy(
@@ -59,19 +75,9 @@ def adapter_logits(
 ) -> tuple[Tensor, Tensor]:
     """Return logits and labels of the examples that can be read; see `adapter_accuracy`."""
     head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
-    if head is None or stored is None:
-        raise AdapterError(
-            "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features by "
-            "k-NN or a linear probe (--knn, --probe)"
-        )
-    batches = loader(examples, preprocess_from_json(stored), tokenizer, batch_size=batch_size)
-    logits, y = predictions(classifier_from(model, head), readable(batches))
-    if int(y.max()) >= logits.shape[1]:
-        raise DataError(
-            f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
-            f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
-        )
-    return logits, y
+    preprocess = ImagePreprocess() if stored is None else preprocess_from_json(stored)
+    backbone = Backbone(model, "the model", preprocess=preprocess, tokenizer=tokenizer)
+    return Supervised.logits(backbone, examples, None if stored is None else head, batch_size)
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:

@@ -22,6 +22,7 @@ from .learn import base_of
 from .run_folder import RunFolder, differing, on_signal
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
+SECONDS = 5.0  # after which the progress of slower steps is reported as well
 LENGTH = ("epochs", "steps")  # settings that may be greater when a run goes on
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -165,6 +166,7 @@ class Run(ABC):
         else:
             at = Position(self.steps)
             self.start()
+        folder.tell(at.event("begin"))  # something is seen at once
         with nullcontext() if folder.path is None else on_signal(self.asked.append):
             while not at.done:
                 over = self._epoch(at)
@@ -186,6 +188,7 @@ class Run(ABC):
         for parameter in self.trained:
             parameter.grad = None
         started, before = time.monotonic(), at.step
+        told = started
         for stream, place, batch in self.batches(at):
             if at.step == self.steps:
                 return False
@@ -218,6 +221,10 @@ class Run(ABC):
                     left = (time.monotonic() - started) / (at.step - before) * (self.steps - at.step)
                     rate = float(optimizer.param_groups[0]["lr"])
                     self.folder.write(at.event("step", loss=value, lr=rate, **self.step_metrics(), seconds_left=left))
+                    told = time.monotonic()
+                elif time.monotonic() - told >= SECONDS:
+                    self.folder.tell(at.event("step", loss=value))
+                    told = time.monotonic()
                 self.after_step(at)
         if at.count == 0:
             raise TrainingError(f"no example of the training split could be read in epoch {at.epoch + 1}")

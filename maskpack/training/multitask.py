@@ -47,7 +47,7 @@ from .run_folder import (
     write_json,
 )
 from .trainer import TrainResult, as_backbone, plan_training, result_of, train_mask
-from .worth import beside_probe, probe_accuracies, worth
+from .worth import beside_baseline, probe_accuracies, worth
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")
@@ -295,7 +295,7 @@ def train_jointly(
         for name in tasks:
             own = {"train_loss": last["train_loss"], "density": parts[name].masks.density}
             own |= {kind: measured[f"{key}_{name}"] for key, kind in KINDS.items() if f"{key}_{name}" in measured}
-            found[name] = beside_probe(own, probes[name])
+            found[name] = beside_baseline(own, probes[name])
             records[name] = worth(found[name], [mask.shape for mask in parts[name].masks.values()], masks=False)
             if gated and own["density"] == 1:
                 records[name]["warnings"] = [NOT_CLOSED, *records[name].get("warnings", [])]

@@ -24,6 +24,7 @@ from ..backbone.model import (
     named_buffers,
     named_parameters,
     source_of,
+    tied_outputs,
     unusable,
     unwrap,
 )
@@ -189,24 +190,6 @@ def learned(model: nn.Module, name: str | None) -> Learned:
     base, (stated, revision) = body_of(state, heads), source_of(model)
     own = fingerprint_of(base, name or stated, revision, tuple(sorted(heads)))
     return Learned(parts, own, base, first_process(known.values()))
-
-
-def tied_outputs(model: nn.Module, learning: Iterable[str]) -> list[str]:
-    """Return the linear layers whose tensors are all other modules' too, and an embedding's, as in language models.
-
-    They are left out of the body, which has their tensors under other names: those of the model without such a layer.
-    """
-    modules, names = dict(unwrap(model).named_modules(remove_duplicate=False)), dict[int, set[str]]()
-    for raw, module in modules.items():
-        for one in module._parameters.values():
-            names.setdefault(id(one), set()).add(raw)
-    found = []
-    for raw, module in modules.items():
-        own = [names[id(one)] for one in module._parameters.values() if one is not None]
-        embedded = any(isinstance(modules[other], nn.Embedding) for others in own for other in others)
-        if isinstance(module, nn.Linear) and embedded and all(len(others) > 1 for others in own):
-            found.append(canonical(raw))
-    return [one for one in found if not any(inside(name, [one]) for name in learning)]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class PartOptions(TypedDict, total=False):
         resume: go on from what an interrupted run left in `output`. On one process and CPU the result is, bit for bit,
             that of a run that was not interrupted.
         checkpoint_every: a time or a number of optimiser steps, as in "10min" or "500steps"; None: every epoch.
-        report: called, in the main process, with every event: {"event": "step" | "epoch" | "warning" | "end",
+        report: called, in the main process, with every event: {"event": "begin" | "step" | "epoch" | "warning" | "end",
             "step", "steps", "loss", "density", …}, and with "part", the name of the run where there are several.
     """
 
@@ -277,10 +277,14 @@ class RunFolder:
             os.truncate(self.log, size)
         self.purged = step + 1
 
-    def write(self, event: Mapping[str, Any]) -> None:
-        """Report and log one event: "event" says which kind, "step" when, and the rest are its numbers."""
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Report an event, and do not log it."""
         if self.report is not None:
             self.report(event)
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Report and log one event: "event" says which kind, "step" when, and the rest are its numbers."""
+        self.tell(event)
         if self.log is None:
             return
         with self._writing("make room and resume from the last checkpoint"):

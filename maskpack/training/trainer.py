@@ -20,7 +20,7 @@ from ..backbone.model import Embedding, Fingerprint, find_head
 from ..errors import ConfigError, TrainingError, check_argument
 from ..preprocess import preprocess_to_json
 from .batchnorm import set_train_mode
-from .budget import rate_control
+from .budget import coded_bytes, rate_control
 from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
@@ -31,7 +31,7 @@ from .own_loop import learned_parts
 from .run_folder import RunFolder, RunOptions
 from .scores import beside_scores, density, detach_scores, scored_models, scored_weights, without_scores
 from .stored import beside_masks, settle, shortened
-from .worth import beside_probe, probe_accuracies, worth
+from .worth import beside_baseline, worth
 
 STREAM = "train"  # of batches
 
@@ -53,10 +53,12 @@ class ObjectiveRun(Run):
         start_from: str | Path | None = None,
     ):
         config = resolved(config, backbone)
-        super().__init__(backbone, {"data": data}, config)
         objective = find_objective(config.objective, backbone.task)
+        check_data(data, backbone, objective)
+        backbone, data = objective.prepared(backbone, data)
+        super().__init__(backbone, {"data": data}, config)
         self.train_split: Examples = check_data(data, backbone, objective)
-        if config.head_kind != "linear" and not objective.needs_labels:
+        if config.head_kind != "linear" and not objective.trains_head:
             raise ConfigError(
                 f"head_kind {config.head_kind!r} is for a head, and the objective {config.objective!r} trains none; "
                 f"leave it out"
@@ -66,6 +68,7 @@ class ObjectiveRun(Run):
             "start": None if self.start_from is None else checkpoint_digest(self.start_from),
             "config": config.to_json(),
             "data": [data.digest, len(self.train_split), len(data.class_names)],
+            "tokens": getattr(backbone.preprocess, "max_length", None),
             "processes": self.accelerator.num_processes,
         }
         model = backbone.model.to(self.device)
@@ -145,9 +148,13 @@ class ObjectiveRun(Run):
         return {"density": density(self.scored)} if self.scored else {}
 
     def end_epoch(self, at: Position) -> dict[str, float]:
-        size = {}
+        size = dict[str, float]()
         if self.control is not None:  # the last epoch ends within the budget
             size = {"mask_bytes": self.control.fit() if at.done else self.control.compare()}
+        if at.done and self.scored:
+            masks = [one.mask() for one in self.scored]
+            changed = sum(math.prod(one.shape) - one.kept for one in masks)
+            size["bits_per_changed_weight"] = 8 * coded_bytes(masks) / max(changed, 1)
         hardens = any(one.method.hardens for one in self.scored)
         if at.done and self.config.bn == "adapt" and (self.objective.other_inputs or hardens or self.control):
             # BatchNorm saw other inputs or another network than it will
@@ -219,7 +226,7 @@ class TrainResult:
     """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
-    without the masks; and with a head the accuracy of the linear probe of the raw backbone.
+    without the masks; and the figures that the raw backbone has, as the accuracy of its linear probe.
 
     Example:
         result = train_mask(backbone, data, TrainConfig(steps=10))
@@ -267,7 +274,8 @@ def result_of(
         "versions": {"maskpack": version("maskpack"), "torch": torch.__version__, "python": platform.python_version()},
         "metrics": dict(metrics),
     }
-    task, class_names = (data.task, data.class_names) if parts.head is not None else (FEATURES[data.task], None)
+    alone = FEATURES.get(data.task, data.task)  # without a head
+    task, class_names = (data.task, data.class_names) if parts.head is not None else (alone, None)
     about = About(task, class_names, preprocess_to_json(run.backbone.preprocess), record)
     masked = Fingerprint(**{**asdict(base), "tensors": {name: base.tensors[name] for name in parts.masks}})
     return TrainResult(parts, masked, about, dict(metrics))
@@ -330,8 +338,9 @@ def train_mask(
                 at.metrics = {**at.metrics, **run.held_out("validation")}
             metrics = run.finish(at)
             parts = run.parts()
-        if parts.head is not None:
-            metrics = beside_probe(metrics, probe_accuracies(backbone, data, config.batch_size))
+        with borrowed(backbone):
+            backbone.model.to(run.device)
+            metrics = beside_baseline(metrics, run.objective.baseline())
         scores = sum(one.numel() for one in run.scores.values())
         record = worth(metrics, [mask.shape for mask in parts.masks.values()], scores > 0)
         for one in record.get("warnings", ()):

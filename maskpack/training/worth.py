@@ -1,9 +1,10 @@
-"""What a mask is worth beside the linear probe of the raw backbone, and its bytes beside LoRA."""
+"""What a mask is worth beside the raw backbone, and its bytes beside LoRA."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..adapter.content import FIGURES
 from ..backbone.load import Backbone
 from .data.base import Data
 from .features import by_class, embed, fit_probe
@@ -21,11 +22,16 @@ def probe_accuracies(backbone: Backbone, data: Data, batch_size: int) -> dict[st
     return {f"{name}_probe_accuracy": by_class(probe.logits(x), y)["accuracy"] for name, (x, y) in features.items()}
 
 
-def beside_probe(metrics: Mapping[str, float], probe: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics with the accuracies of the probe, and how much more the mask has, "SPLIT_over_probe"."""
-    found = {**metrics, **probe}
-    both = [name for name in SPLITS if f"{name}_accuracy" in metrics and f"{name}_probe_accuracy" in probe]
-    return {**found, **{f"{one}_over_probe": found[f"{one}_accuracy"] - found[f"{one}_probe_accuracy"] for one in both}}
+def beside_baseline(metrics: Mapping[str, float], found: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with the figures of their baseline, and how much better they are, "SPLIT_over_BASELINE"."""
+    over = {
+        f"{split}_over_{one.baseline}": one.sign
+        * (metrics[f"{split}_{name}"] - found[f"{split}_{one.baseline}_{name}"])
+        for name, one in FIGURES.items()
+        for split in SPLITS
+        if f"{split}_{name}" in metrics and f"{split}_{one.baseline}_{name}" in found
+    }
+    return {**metrics, **found, **over}
 
 
 def worth(metrics: Mapping[str, float], shapes: Iterable[Sequence[int]], masks: bool = True) -> dict[str, Any]:
@@ -46,18 +52,27 @@ def lora_bytes(shapes: Iterable[Sequence[int]], rank: int) -> int:
 
 
 def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str]:
-    """Return what to warn of at the end of a training: masks without a zero, or no better than the probe."""
+    """Return what to warn of at the end of a training: masks without a zero, or no better than the raw backbone."""
     found = []
     if masks and metrics.get("density") == 1.0:
         found.append(
             "the masks keep every weight, so the adapter is a head and what else was trained; raise distance or lr, or "
             "take more steps"
         )
-    split = next((name for name in SPLITS if f"{name}_over_probe" in metrics), None)
-    if split is not None and metrics[f"{split}_over_probe"] <= 0:
+    known = ((split, name, one) for split in SPLITS for name, one in FIGURES.items())
+    first = next((one for one in known if f"{one[0]}_{one[2].baseline}_{one[1]}" in metrics), None)
+    if first is None:
+        return found
+    split, name, one = first
+    if metrics.get(f"{split}_over_{one.baseline}", 1.0) <= 0:
         found.append(
-            f"the {split} accuracy is {100 * metrics[f'{split}_accuracy']:.2f} %, and a linear probe of the raw "
-            f"backbone has {100 * metrics[f'{split}_probe_accuracy']:.2f} %: the mask was not worth it; take more "
-            f"steps, or keep the probe"
+            f"the {split} {name} is {told(name, metrics[f'{split}_{name}'])}, and {one.words} has "
+            f"{told(name, metrics[f'{split}_{one.baseline}_{name}'])}: the mask was not worth it; take more steps, or "
+            f"do without it"
         )
     return found
+
+
+def told(name: str, value: float) -> str:
+    """Return a figure as people read it."""
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"

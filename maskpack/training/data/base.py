@@ -19,8 +19,9 @@ from blake3 import blake3
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ...backbone.classifier import IGNORED
 from ...errors import DataError, short_repr
-from ...preprocess import Augment, ImagePreprocess, Preprocess, collate_text, open_image
+from ...preprocess import Augment, ImagePreprocess, Preprocess, TextPreprocess, collate_text, open_image
 from ...registry import Registry
 
 TRAIN_NAMES = ("train", "training")
@@ -58,11 +59,11 @@ SOURCES: Registry[DataSource] = Registry("data source", "maskpack.training.data"
 
 @dataclass
 class Examples(Sequence[tuple[Any, int]]):
-    """Rows of one split as (PIL image or text, label); None for a row that cannot be read."""
+    """Rows of one split as (PIL image, text, …, target); None for a row that cannot be read."""
 
     rows: Any  # a `datasets.Dataset`, images as undecoded bytes
     column: str
-    labels: Sequence[int]  # class index of each row
+    labels: Sequence[Any]  # target of each row, as a class index
     indices: Sequence[int]  # rows of this split, in order
     unreadable: set[int] = field(default_factory=set)  # could not be decoded so far; readers of batches add them
     digest: str = ""  # of the data, with the split's name; "" if unknown
@@ -77,7 +78,7 @@ class Examples(Sequence[tuple[Any, int]]):
         if row in self.unreadable:
             return None
         value = self.rows[row][self.column]
-        if isinstance(value, str):
+        if value is not None and not isinstance(value, dict):
             return value, self.labels[row]
         if value is None or (value["bytes"] is None and value["path"] is None):
             return None
@@ -90,11 +91,12 @@ class Examples(Sequence[tuple[Any, int]]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Data:
-    """A data set for classification.
+    """A data set.
 
     Attributes:
         train, validation, test: None if there is no such split.
-        task: "image-classification" or "text-classification".
+        class_names: those of labels; for a regression the name of the number; else none.
+        task: as of `Backbone`.
         id, digest: name without a path, and BLAKE3 of the bytes, for the training record.
         source: id of the data source, as in "hub".
 
@@ -134,7 +136,10 @@ def digest_files(files: Iterable[Path], root: Path) -> str:
 
 def empty_classes(examples: Examples, class_names: Sequence[str]) -> list[str]:
     """Return the classes that have no example."""
-    present = {examples.labels[i] for i in examples.indices}
+    labels = [examples.labels[i] for i in examples.indices] if class_names else []
+    if not labels or isinstance(labels[0], float):  # numbers are no classes
+        return []
+    present = {own for one in labels for own in (one if isinstance(one, list) else [one])}
     return [name for i, name in enumerate(class_names) if i not in present]
 
 
@@ -200,13 +205,38 @@ def _started(batches: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _collate(stack: Callable[[tuple[Any, ...]], Any], items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
+Join = Callable[[tuple[Any, ...], tuple[Any, ...]], tuple[Any, Tensor]]  # of examples' inputs and targets to a batch
+
+
+def _collate(join: Join, items: list[Any]) -> tuple[Any, Tensor | None, list[int]]:
     unreadable = [item for item in items if isinstance(item, int)]
     pairs = [item for item in items if not isinstance(item, int)]
     if not pairs:
         return None, None, unreadable
-    inputs, labels = zip(*pairs, strict=True)
-    return stack(inputs), torch.tensor(labels), unreadable
+    return *join(*zip(*pairs, strict=True)), unreadable
+
+
+def _joined(stack: Callable[[tuple[Any, ...]], Any], inputs: tuple[Any, ...], labels: tuple[Any, ...]) -> Any:
+    return stack(inputs), torch.tensor(labels)
+
+
+def join_words(tokenizer: Any, preprocess: TextPreprocess) -> Join:
+    """Return a function from lists of words, and of their classes, to a batch: a word's class is its first token's."""
+    options = {"padding": True, "truncation": True, "max_length": preprocess.max_length, "return_tensors": "pt"}
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("classes of words need a fast tokenizer, which says where each word begins; load another one")
+
+    def join(rows: tuple[Any, ...], labels: tuple[Any, ...]) -> tuple[Any, Tensor]:
+        encoded = tokenizer(list(rows), is_split_into_words=True, **options)
+        targets = torch.full(encoded["input_ids"].shape, IGNORED)
+        for row, classes in enumerate(labels):
+            places = encoded.word_ids(row)
+            for at, word in enumerate(places):
+                if word is not None and (at == 0 or places[at - 1] != word):
+                    targets[row, at] = classes[word]
+        return dict(encoded), targets
+
+    return join
 
 
 def loader(
@@ -220,33 +250,53 @@ def loader(
     workers: int = 0,
     transform: Callable[[Any], Any] | None = None,
     stack: Callable[[tuple[Any, ...]], Any] = torch.stack,
+    join: Join | None = None,
 ) -> DataLoader[Any]:
-    """Return batches of (inputs, labels, unreadable rows), to be read by `readable`.
+    """Return batches of (inputs, targets, unreadable rows), to be read by `readable`.
 
     Args:
         sampler: order for training, without an incomplete last batch; None: all examples in order.
         transform: from a PIL image, in place of the preprocessing. stack: from its results to the inputs of a batch.
+        join: from examples as they are to a batch, in place of all that.
     """
-    images = isinstance(preprocess, ImagePreprocess)
-    feature = examples.rows.features[examples.column]
-    if images != (getattr(feature, "dtype", "") not in ("string", "large_string")):
-        raise DataError(
-            f"the backbone expects {preprocess.kind} inputs, and column {examples.column!r} holds "
-            f"{'texts' if images else 'images'}"
-        )
-    if isinstance(preprocess, ImagePreprocess):
-        transform = transform or preprocess.transform(augment)
+    if join is not None:
+        transform = _same
     else:
-        transform, stack = lambda text: text, collate_text(tokenizer, preprocess)
+        images, kind = isinstance(preprocess, ImagePreprocess), column_kind(examples.rows.features[examples.column])
+        if images != (kind not in ("text", "words")):
+            raise DataError(
+                f"the backbone expects {preprocess.kind} inputs, and column {examples.column!r} holds "
+                f"{'texts' if images else 'images'}"
+            )
+        if isinstance(preprocess, ImagePreprocess):
+            transform = transform or preprocess.transform(augment)
+        elif kind == "words":
+            transform, join = _same, join_words(tokenizer, preprocess)
+        else:
+            transform, stack = _same, collate_text(tokenizer, preprocess)
     return DataLoader(
         _Transformed(examples, transform, sampler),
         batch_size=batch_size,
         sampler=sampler,
         drop_last=sampler is not None and len(examples) >= batch_size,
         num_workers=workers,
-        collate_fn=partial(_collate, stack),
+        collate_fn=partial(_collate, join or partial(_joined, stack)),
         worker_init_fn=_ignore_signals if workers else None,
     )
+
+
+def _same(one: Any) -> Any:
+    return one
+
+
+def column_kind(feature: Any) -> str:
+    """Return what a column of a data set holds: "text", "words" (lists of texts), "chat" (of messages), else ""."""
+    if getattr(feature, "dtype", "") in ("string", "large_string"):
+        return "text"
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, dict):
+        return "chat" if inner.keys() >= {"role", "content"} else ""
+    return "words" if inner is not None and column_kind(inner) == "text" else ""
 
 
 _watcher: ContextVar[Callable[[int, int], None] | None] = ContextVar("watcher", default=None)

@@ -1,45 +1,59 @@
-"""Local folders of parquet files, csv files or images."""
+"""Local files of rows or text, and folders of images."""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...errors import DataError, require
 from ...preprocess import IMAGE_ENDINGS
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
 
 SPLITS = (*TRAIN_NAMES, *TEST_NAMES)
+PIECE = 4096  # characters of a plain text in one row, at most
 
 
 class _Table:
-    """Folder of files of the format `id`, which the library datasets reads."""
+    """Files of the format `id`, in a folder or one alone, which the library datasets reads."""
 
     id: ClassVar[str]
+    endings: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def files(cls, reference: str) -> list[Path]:
+        """Return the files that a reference means."""
+        root = Path(reference)
+        found = [root] if root.is_file() else root.rglob("*") if root.is_dir() else []
+        return sorted(file for file in found if file.suffix.lower() in cls.endings and file.is_file())
 
     @classmethod
     def matches(cls, reference: str) -> bool:
-        path = Path(reference)
-        return any(path.rglob(f"*.{cls.id}")) if path.is_dir() else path.is_file() and path.suffix == f".{cls.id}"
+        return bool(cls.files(reference))
 
     @classmethod
     def load(cls, reference: str) -> Splits:
-        datasets = require("datasets", "train", "reading data")
-        root = Path(reference)
-        files = sorted(root.rglob(f"*.{cls.id}")) if root.is_dir() else [root]
+        root, files = Path(reference).resolve(), cls.files(reference)
         splits: dict[str, list[str]] = {}
         for file in files:
             # as on the Hub: a split is named by the file's first word or by its folder
             words = [file.stem.replace("_", "-").split("-")[0].lower(), file.parent.name.lower()]
-            split = next((word for word in words if word in SPLITS), "train")
+            split = next((word for word in words if word in SPLITS and root.is_dir()), "train")
             splits.setdefault(split, []).append(str(file))
         try:
-            loaded = {name: datasets.load_dataset(cls.id, data_files=f, split="train") for name, f in splits.items()}
+            loaded = {name: cls.read(own) for name, own in splits.items()}
         except Exception as error:
             # datasets raises its own and pyarrow's errors for a broken file
             raise DataError(
                 f"cannot read the {cls.id} files in {reference}: {error.__cause__ or error}; expected rows in each, "
                 f"with the same columns"
             ) from error
-        return Splits(loaded, root.resolve().name, digest_files(files, root if root.is_dir() else root.parent))
+        return Splits(
+            loaded, root.name, digest_files([one.resolve() for one in files], root if root.is_dir() else root.parent)
+        )
+
+    @classmethod
+    def read(cls, files: list[str]) -> Any:
+        """Return the rows of files as a data set."""
+        datasets = require("datasets", "train", "reading data")
+        return datasets.load_dataset(cls.id, data_files=files, split="train")
 
 
 @SOURCES.register
@@ -47,6 +61,7 @@ class Parquet(_Table):
     """Local parquet file, or folder of them: train*.parquet, test*.parquet, perhaps validation*.parquet."""
 
     id: ClassVar[str] = "parquet"
+    endings: ClassVar[tuple[str, ...]] = (".parquet",)
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#parquet"
     priority: ClassVar[int] = 10
 
@@ -56,8 +71,52 @@ class Csv(_Table):
     """Local csv file with a header line, or folder of them: train*.csv, test*.csv, perhaps validation*.csv."""
 
     id: ClassVar[str] = "csv"
+    endings: ClassVar[tuple[str, ...]] = (".csv",)
     reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#csv"
     priority: ClassVar[int] = 20
+
+
+@SOURCES.register
+class JsonLines(_Table):
+    """Local files with a JSON object a line, train*.jsonl and test*.jsonl of a folder, or one."""
+
+    id: ClassVar[str] = "json"
+    endings: ClassVar[tuple[str, ...]] = (".jsonl",)
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#json"
+    priority: ClassVar[int] = 40
+
+
+@SOURCES.register
+class Texts(_Table):
+    """Local plain texts, train*.txt and test*.txt of a folder, or one; each file is one text, cut into rows."""
+
+    id: ClassVar[str] = "text"
+    endings: ClassVar[tuple[str, ...]] = (".txt",)
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#text-files"
+    priority: ClassVar[int] = 50
+
+    @classmethod
+    def read(cls, files: list[str]) -> Any:
+        datasets = require("datasets", "train", "reading data")
+        rows: dict[str, list[Any]] = {"text": [], "ends": []}
+        for file in files:
+            pieces = _pieces(Path(file).read_text(encoding="utf-8"))
+            rows["text"] += pieces
+            rows["ends"] += [False] * (len(pieces) - 1) + [True] * bool(pieces)
+        return datasets.Dataset.from_dict(rows)
+
+
+def _pieces(text: str) -> list[str]:
+    """Cut a text into pieces of at most `PIECE` characters, where there is an empty line, a line end or a space."""
+    found, start = [], 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            ends = (text.rfind(mark, start, end) + len(mark) for mark in ("\n\n", "\n", " "))
+            end = next((one for one in ends if one > start + PIECE // 2), end)
+        found.append(text[start:end])
+        start = end
+    return found
 
 
 @SOURCES.register

@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...adapter.content import FEATURES
 from ...errors import ConfigError, DataError, check_argument
-from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, Data, Examples
+from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES, Data, Examples, column_kind
 
-LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label")
+LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine_label", "tags", "ner_tags")
 LABELS_SEED = 42  # draws the rows that keep their labels, in every evaluation
 TEXT_NAMES = ("text", "sentence", "content", "query", "utterance")
 
@@ -25,18 +27,20 @@ def load_data(
     labels_fraction: float = 1.0,
     labelled: bool = True,
     seed: int = 0,
+    task: str | None = None,
 ) -> Data:
-    """Load a data set for classification.
+    """Load a data set.
 
     Args:
-        reference: a Hub data set id, a local folder (parquet, csv, or one folder of images per class), a parquet or
-            csv file, or `digits:0-9` (the images that scikit-learn ships).
+        reference: a Hub data set id, a local folder (parquet, csv, JSON lines, plain text, or one folder of images per
+            class), a file of these, or `digits:0-9` (the images that scikit-learn ships).
         input_column, label_column: names, if they cannot be found.
         class_names: of an adapter, whose numbering labels follow; default: the data's own.
         validation_fraction: share of the training rows that are kept, chosen by `seed`, that becomes the validation
             split. Default: the validation split that the data have beside a test split, or none.
         labels_fraction: share of the training rows, chosen by `seed`, that is kept.
         labelled: False reads no labels and leaves `class_names` empty.
+        task: as of `load_backbone`; default: classification of images or texts, as the data are.
 
     Raises:
         DataError: if it cannot be read, a column cannot be found, or labels do not fit the class names.
@@ -56,8 +60,8 @@ def load_data(
     source = next((s for s in sorted(SOURCES.all(), key=lambda s: s.priority) if s.matches(reference)), None)
     if source is None:
         raise DataError(
-            f"cannot read the data {reference!r}; expected a Hub data set id, a parquet or csv file, a folder of such "
-            f"files or with one folder of images per class, or digits:0-9"
+            f"cannot read the data {reference!r}; expected a Hub data set id, a parquet, csv, JSON lines or text file, "
+            f"a folder of such files or with one folder of images per class, or digits:0-9"
         )
     loaded, splits = source.load(reference), dict[str, Any]()
     own = dict(loaded.splits)
@@ -67,17 +71,23 @@ def load_data(
             splits[kind] = own.pop(name)
     if not splits:
         raise DataError(f"the data {reference!r} have neither a train nor a test split: {', '.join(loaded.splits)}")
+    from ..objectives.base import Objective, find_objective  # whose module imports this one
+
     features = next(iter(splits.values())).features
     for given in (input_column, label_column if labelled else None):
         if given is not None and given not in features:
             raise DataError(f"the data have no column {given!r}; they have: {', '.join(features)}")
-    label = (label_column or _label_column(features)) if labelled else None
-    column = input_column or _input_column(features, label)
+    task = None if task in FEATURES else task
+    reader = Objective if task is None else find_objective("supervised", task)
+    if labelled:
+        column, label = reader.columns(features, input_column, label_column, task)
+    else:
+        column, label = input_column or find_input(features, None), None
     images = _is_image(features[column])
     found: dict[str, Examples] = {}
     names: Sequence[str] = ()
     for kind, rows in splits.items():
-        labels, names = _labels(rows, label, names if found else class_names, kind)
+        labels, names = reader.targets(rows, label, names if found else class_names, kind)
         if not labels:
             raise DataError(f"the {kind} split of {reference!r} has no rows")
         rows = rows.select_columns([column])
@@ -88,7 +98,7 @@ def load_data(
     if train is not None:
         train, held = hold_out(train, validation_fraction or 0.0, seed, labels_fraction)
         validation = validation or held
-    task = "image-classification" if images else "text-classification"
+    task = task or ("image-classification" if images else "text-classification")
     return Data(train, validation, found.get("test"), tuple(names), task, loaded.id, loaded.digest, source.id)
 
 
@@ -98,9 +108,10 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image)
 
 
-def _input_column(features: Mapping[str, Any], label: str | None) -> str:
+def find_input(features: Mapping[str, Any], label: str | None, kind: str = "text") -> str:
+    """Return the column of images, or else of texts, or of another kind of `column_kind`; DataError if none is."""
     images = [name for name, feature in features.items() if _is_image(feature)]
-    texts = [n for n, f in features.items() if getattr(f, "dtype", None) in ("string", "large_string") and n != label]
+    texts = [name for name, feature in features.items() if column_kind(feature) == kind and name != label]
     found = images or [n for n in TEXT_NAMES if n in texts][:1] or texts
     if len(found) != 1:
         raise DataError(
@@ -109,7 +120,8 @@ def _input_column(features: Mapping[str, Any], label: str | None) -> str:
     return found[0]
 
 
-def _label_column(features: Mapping[str, Any]) -> str:
+def find_label(features: Mapping[str, Any]) -> str:
+    """Return the column of labels, or raise DataError."""
     import datasets
 
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -123,14 +135,17 @@ def _label_column(features: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _labels(
+def read_labels(
     rows: Any, column: str | None, names: Sequence[str] | None, split: str
-) -> tuple[list[int], tuple[str, ...]]:
-    """Return the class index of each row, and the class names: `names`, or those of this split."""
+) -> tuple[list[Any], tuple[str, ...]]:
+    """Return the class index of each row, or of each of its words, and the class names: `names`, or this split's."""
     if column is None:
         return [0] * len(rows), ()
-    values = rows[column][:]
-    own = tuple(str(name) for name in getattr(rows.features[column], "names", ()))
+    values, feature = rows[column][:], rows.features[column]
+    lengths = [len(value) for value in values] if values and isinstance(values[0], list) else None
+    if lengths is not None:
+        values, feature = [one for value in values for one in value], feature.feature
+    own = tuple(str(name) for name in getattr(feature, "names", ()))
     # -1 stands for no label where the schema names the classes
     if any(value is None or (own and value < 0) for value in values):
         raise DataError(f"the {split} split has rows without a label in column {column!r}; remove them")
@@ -146,7 +161,11 @@ def _labels(
             f"the {split} split has labels that the class names lack: {', '.join(unknown[:5])}; known are "
             f"{', '.join(list(names)[:5])}, … ({len(names)} in all)"
         )
-    return [index[text] for text in texts], tuple(names)
+    found = [index[text] for text in texts]
+    if lengths is None:
+        return found, tuple(names)
+    taken = iter(found)
+    return [list(islice(taken, length)) for length in lengths], tuple(names)
 
 
 def hold_out(

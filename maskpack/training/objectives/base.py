@@ -1,13 +1,14 @@
 """Contract of a training objective.
 
 An objective is a class in a file of this folder. Its constructor makes `self.module`, which holds the backbone and all
-that is trained or remembered beside it. `loss` maps a batch to a scalar. Everything else has a default.
+that is trained or remembered beside it. `loss` maps a batch to a scalar. Everything else has a default. One with
+`supervised` is a task: it says too how rows become inputs and targets, and how well a network does on them.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,10 @@ from ...registry import Options, Registry, make_options
 from ..batchnorm import recalibrate
 from ..config import TrainConfig
 from ..data.base import Data, EpochSampler, Examples, loader, readable
+from ..data.load import find_input, find_label, read_labels
 
 SELF_SUPERVISED = "self-supervised"  # stands for the objective without labels for the backbone's task
+SUPERVISED = "supervised"  # stands for the one with labels
 KEPT = 1024  # newest rows of features that the rank is measured on
 LEAST_USAGE, LEAST_RANK = 0.5, 2.0
 
@@ -92,7 +95,10 @@ class Objective(ABC):
     """What the scores are trained on.
 
     Attributes:
-        tasks: of backbones that it is for. needs_labels: reads labels.
+        tasks: of backbones that it is for. needs_labels: reads labels, or other targets.
+        supervised: is meant by the name "supervised" for its tasks.
+        least_classes: that the data must have, if it needs labels. trains_head: which settings of a head are for.
+        figure: name, of `FIGURES`, of what `evaluate` measures of a split; what runs are compared by.
         options_class: of its options; `self.options` is made of `config.objective_options`.
         augments: training images are augmented by the settings; False if it makes its own views.
         self_supervised: is meant by the name "self-supervised" for its tasks.
@@ -107,6 +113,10 @@ class Objective(ABC):
     reference: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]
     needs_labels: ClassVar[bool]
+    supervised: ClassVar[bool] = False
+    least_classes: ClassVar[int] = 2
+    trains_head: ClassVar[bool] = False
+    figure: ClassVar[str] = "accuracy"
     options_class: ClassVar[type[Any]] = Options
     augments: ClassVar[bool] = True
     self_supervised: ClassVar[bool] = False
@@ -119,6 +129,35 @@ class Objective(ABC):
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         self.backbone, self.data, self.config = backbone, data, config
         self.options = make_options(self.options_class, f"the objective {self.id!r}", config.objective_options)
+
+    @classmethod
+    def columns(
+        cls, features: Mapping[str, Any], column: str | None, label: str | None, task: str | None
+    ) -> tuple[str, str | None]:
+        """Return the columns of inputs and of targets, None if there are none: those given, or those found.
+
+        Raises:
+            DataError: if it cannot be told which they are.
+        """
+        label = label or find_label(features)
+        return column or find_input(features, label, "words" if task == "token-classification" else "text"), label
+
+    @classmethod
+    def targets(
+        cls, rows: Any, column: str | None, names: Sequence[str] | None, split: str
+    ) -> tuple[list[Any], tuple[str, ...]]:
+        """Return the target of each row, and the class names: `names`, or those of these rows."""
+        return read_labels(rows, column, names, split)
+
+    @classmethod
+    def prepared(cls, backbone: Backbone, data: Data) -> tuple[Backbone, Data]:
+        """Return backbone and data as the objective takes them, as with texts cut into blocks."""
+        return backbone, data
+
+    @classmethod
+    def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
+        """Return how well a backbone does the task that has an adapter loaded; `head` is the adapter's."""
+        raise ConfigError(f"the objective {cls.id!r} is no task, and measures nothing")
 
     def start(self) -> None:  # noqa: B027
         """Prepare for the first epoch of a new run; the scores are attached."""
@@ -181,6 +220,10 @@ class Objective(ABC):
         """Return measures of a held-out split under the current masks."""
         return {}
 
+    def baseline(self) -> Mapping[str, float]:
+        """Return the figures to beat on the splits held out, "SPLIT_BASELINE_FIGURE"; the backbone is as it was."""
+        return {}
+
     def settle(self) -> bool:
         """Put the values of a head that will be stored into it; return True if that changed any."""
         return False
@@ -194,9 +237,14 @@ OBJECTIVES: Registry[Objective] = Registry("objective", "maskpack.training.objec
 
 
 def find_objective(name: str, task: str) -> type[Objective]:
-    """Return the objective with this id, or for "self-supervised" the one without labels for this task."""
+    """Return the objective with this id; "supervised" and "self-supervised": that with or without labels for a task."""
     if name == SELF_SUPERVISED:
-        return next(cls for cls in OBJECTIVES.all() if cls.self_supervised and task in cls.tasks)
+        without = [cls for cls in OBJECTIVES.all() if cls.self_supervised and task in cls.tasks]
+        if not without:
+            raise ConfigError(f"there is no objective without labels for {task}; leave it out")
+        return without[0]
+    if name == SUPERVISED:
+        return next(cls for cls in OBJECTIVES.all() if cls.supervised and task in cls.tasks)
     try:
         cls = OBJECTIVES[name]
     except UnknownNameError as error:
@@ -212,11 +260,12 @@ def check_data(data: Data, backbone: Backbone, cls: type[Objective]) -> Examples
         raise DataError(f"the data {data.id!r} have no training split")
     if data.task != backbone.task:
         raise DataError(f"the data {data.id!r} are for {data.task}, the backbone {backbone.id} for {backbone.task}")
-    if cls.needs_labels and not data.class_names:
+    classes = len(data.class_names)
+    if cls.needs_labels and classes < min(1, cls.least_classes):
         raise DataError(
             f"the data {data.id!r} have no labels, which the objective {cls.id!r} needs; name their column, or take "
             f"the objective {SELF_SUPERVISED!r}"
         )
-    if cls.needs_labels and len(data.class_names) < 2:
+    if cls.needs_labels and classes < cls.least_classes:
         raise DataError(f"the data {data.id!r} have one class, {data.class_names[0]!r}; at least two are needed")
     return data.train

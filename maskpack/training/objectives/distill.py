@@ -42,6 +42,8 @@ class Distill(Supervised):
 
     id: ClassVar[str] = "distill"
     reference: ClassVar[str] = "https://arxiv.org/abs/1503.02531"
+    supervised: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "text-classification")
     options_class = DistillOptions
     options: DistillOptions
 

@@ -1,24 +1,25 @@
 """The supervised objective, and the heads that it trains: whole, random under a mask, or made of text embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, accuracy, embeddings, linear_from
+from ...backbone.classifier import Classifier, accuracy, classifier_from, embeddings, linear_from, predictions
 from ...backbone.load import Backbone, text_head
 from ...backbone.model import Head
 from ...backbone.random_weights import MAX_WEIGHTS, RandomWeight, random_weight
-from ...errors import ConfigError
+from ...errors import AdapterError, ConfigError, DataError
 from ..config import TrainConfig
-from ..data.base import Data, Examples, readable
-from ..features import Probe, embed, fit_probe
+from ..data.base import Data, Examples, loader, readable
+from ..features import Probe, by_class, embed, fit_probe
 from ..methods.base import build_method
 from ..own_loop import extract_masks
 from ..scores import attach, scored_weights
 from ..stored import kept_head, settle_head
+from ..worth import probe_accuracies
 from .base import OBJECTIVES, Objective
 
 LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
@@ -34,8 +35,10 @@ class Supervised(Objective):
 
     id: ClassVar[str] = "supervised"
     reference: ClassVar[str] = "https://arxiv.org/abs/1801.06519"
-    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "text-classification")
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "text-classification", "token-classification")
     needs_labels: ClassVar[bool] = True
+    supervised: ClassVar[bool] = True
+    trains_head: ClassVar[bool] = True
     module: Classifier
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
@@ -70,11 +73,45 @@ class Supervised(Objective):
 
     def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
         inputs, labels = batch
-        loss: Tensor = self.loss_function(module(inputs).float(), labels)
+        loss: Tensor = self.loss_function(module(inputs).float().flatten(0, -2), labels.flatten())
         return loss
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         return {"accuracy": accuracy(self.module, readable(self.batches(examples)))[0]}
+
+    def baseline(self) -> Mapping[str, float]:
+        return probe_accuracies(self.backbone, self.data, self.config.batch_size)
+
+    @classmethod
+    def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
+        """Return what `by_class` gives over the examples that can be read."""
+        return by_class(*cls.logits(backbone, examples, head, batch_size))
+
+    @classmethod
+    def logits(
+        cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits that a backbone gives that has an adapter loaded, and the labels."""
+        logits, y = cls.outputs(backbone, examples, head, batch_size)
+        if int(y.max()) >= logits.shape[1]:
+            raise DataError(
+                f"the adapter's head has {logits.shape[1]} classes and no names for them, and the data have a class "
+                f"{int(y.max())} (counted from 0); measure it on the data that it was made for"
+            )
+        return logits, y
+
+    @classmethod
+    def outputs(
+        cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a backbone that has an adapter with a head loaded gives for examples, and their targets."""
+        if head is None:
+            raise AdapterError(
+                "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features "
+                "by k-NN or a linear probe (--knn, --probe)"
+            )
+        batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
+        return predictions(classifier_from(backbone.model, head), readable(batches))
 
     def settle(self) -> bool:
         return self.config.head_kind in ("linear", "text") and settle_head(self.module.linear, self.config.store)
