@@ -84,7 +84,7 @@ def output(model: nn.Module) -> Tensor:
 
 def trained(model: nn.Module, seeds: range, steps: int = 3, optimizer: Any = None) -> Any:
     """Train on the mean loss of some batches."""
-    optimizer = optimizer or torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=0.3)
+    optimizer = optimizer or torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=0.6)
     for step in range(steps):
         optimizer.zero_grad()
         for seed in seeds:
@@ -182,7 +182,7 @@ def resumes(order: str, folder: Path) -> Iterator[tuple[str, bool]]:
     checkpoint.save(dict(zip("mo", states, strict=True)), checkpoint_id=folder / order)
     trained(model, own, 1, optimizer)
     other = attached(order, top=0.5, **NORMS)
-    again = torch.optim.Adam([one for one in other.parameters() if one.requires_grad], lr=0.3)
+    again = torch.optim.Adam([one for one in other.parameters() if one.requires_grad], lr=0.6)
     states = dict(zip("mo", get_state_dict(other, again), strict=True))
     checkpoint.load(states, checkpoint_id=folder / order)
     set_state_dict(other, again, model_state_dict=states["m"], optim_state_dict=states["o"])
