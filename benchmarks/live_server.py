@@ -9,11 +9,11 @@ environment with vLLM and maskpack, by default that of `make vllm`. Needs the ex
 
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,16 +24,19 @@ from urllib.request import Request, urlopen
 import torch
 
 from maskpack import MaskSet, Parts, fingerprint, load_mask, save_adapter, unload_mask
+from maskpack.backbone.model import named_parameters
 from maskpack.mask import PackedMask
 from maskpack.runtime.serve import switch_server
 
-from .measured import trial, trials
+from .measured import record, trial, trials
 from .report import NOTHING, command, table, write_between
 
 NAME = "live-server"
 MARK = "python -m benchmarks.live_server --write docs/serving.md"
 PYTHON = os.environ.get("MASKPACK_VLLM", ".venv-vllm/bin/python")
 TIMES = 5
+KINDS = ("mask", "patch")
+FOLDER = Path("runs/live-server")
 QUESTION = "What is the capital of France?"
 ENGINE = ("--weight-transfer-config", '{"backend": "maskpack"}')
 LORA = ("--enable-lora", "--max-lora-rank", "8")
@@ -74,7 +77,7 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
         )
     try:
         while True:
-            if process.poll() is not None or time.perf_counter() - begun > 300:
+            if process.poll() is not None or time.perf_counter() - begun > 1200:
                 raise SystemExit((model.parent / "server.log").read_text()[-3000:])
             try:
                 token(url)
@@ -84,16 +87,20 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
         yield url, time.perf_counter() - begun
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        process.wait(300)
 
 
-def prepared(folder: Path) -> dict[str, Path]:
+def prepared() -> dict[str, Path]:
     """Make what is switched to: a mask that removes 5 % of two layers' weights, an SFT patch, LoRA, merged folders."""
+    paths = {name: FOLDER / name for name in ("base", "mask", "patch", "lora", "merged mask", "merged patch")}
+    if paths["lora"].is_dir():
+        return paths
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = Path(os.environ["MASKPACK_SMOLLM2"])
-    paths = {name: folder / name for name in ("base", "mask", "patch", "lora", "merged mask", "merged patch")}
 
     def copy(target: Path, state: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
@@ -124,8 +131,8 @@ def prepared(folder: Path) -> dict[str, Path]:
         tuned(input_ids=ids, labels=ids).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    after = dict(tuned.bfloat16().named_parameters())
-    changes = {n: (p.detach() == after[n].detach()) for n, p in model.named_parameters()}
+    own, after = named_parameters(model), named_parameters(tuned.bfloat16())  # the embedding under the name of the head
+    changes = {n: own[n].detach() == after[n].detach() for n in base.tensors}
     changes = {n: same for n, same in changes.items() if not same.all()}
     values = {n: after[n].detach()[~same] for n, same in changes.items()}
     patch = MaskSet({n: PackedMask.from_tensor(same, "replace") for n, same in changes.items()})
@@ -143,116 +150,105 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def measured(act: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Return medians of what some rounds measure."""
-    rounds = [act() for _ in range(TIMES)]
+def medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
-def first_token(url: str, right: str, model: str = "base") -> float:
+def first_token(url: str) -> float:
     begun = time.perf_counter()
-    found = token(url, model)
-    seconds = time.perf_counter() - begun
-    if not right.startswith(found):
-        raise SystemExit(f"the server says {found!r}, not {right!r}")
-    return seconds
+    token(url)
+    return time.perf_counter() - begun
 
 
-def switching(paths: dict[str, Path], wanted: dict[str, str]) -> dict[str, Any]:
-    """Measure masks and patches on one server."""
-    found: dict[str, Any] = {}
+def served() -> list[dict[str, Any]]:
+    """Switch masks and patches on a server, then let it read the merged checkpoints, which is vLLM's own way."""
+    paths, says = prepared(), dict[str | None, str]()
     with serving(paths["base"], *ENGINE) as (url, start):
-        found["start of the base"] = {"total": start}
-        base = token(url, count=8)
+        says[None] = token(url, count=8)
         begun = time.perf_counter()
         post(f"{url}/init_weight_transfer_engine", {"init_info": {}})
-        found["look at the memory, once"] = {"pause": time.perf_counter() - begun}
+        found: list[dict[str, Any]] = [
+            {"what": "start of a server", "total": start},
+            {"what": "look at the server's memory, once", "pause": time.perf_counter() - begun},
+        ]
 
-        def once(name: str | None) -> dict[str, float]:
+        def once(name: str | None) -> dict[str, Any]:
             begun = time.perf_counter()
             done = switch_server(url, None if name is None else paths[name])
-            wait = first_token(url, base if name is None else wanted[name])
-            seconds = time.perf_counter() - begun
-            return {"prepare": done.prepare_s, "pause": done.pause_s, "first token": wait, "total": seconds}
+            first, total = first_token(url), time.perf_counter() - begun
+            answer = token(url, count=8)
+            if says.setdefault(name, answer) != answer:
+                raise SystemExit(f"with {name} the server says {answer!r}, not {says[name]!r}")
+            return {"prepare": done.prepare_s, "pause": done.pause_s, "first token": first, "total": total}
 
-        for name in ("mask", "patch"):
-            found[f"{name}, first time"] = {**once(name), "bytes": size(paths[name])}
-        once(None)
-        pairs = [(once("mask"), once("patch"), once(None)) for _ in range(TIMES)]
-        for index, what in enumerate(("patch or base to mask", "mask to patch", "patch to base")):
-            rounds = [pair[index] for pair in pairs]
-            found[what] = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    return found
+        for name in KINDS:
+            found.append({"what": f"base to {name}, first time", **once(name), "bytes": size(paths[name])})
+            once(None)
+        ways = {"base to mask": "mask", "mask to patch": "patch", "patch to base": None}
+        rounds = [{what: once(name) for what, name in ways.items()} for _ in range(TIMES)]
+        found += [{"what": what, **medians([one[what] for one in rounds])} for what in ways]
 
-
-def reloading(paths: dict[str, Path], wanted: dict[str, str]) -> dict[str, Any]:
-    """Measure the merged checkpoint: vLLM's own reload, and a new server, whose answers are the right ones."""
-    found: dict[str, Any] = {}
-    for name in ("mask", "patch"):
-        with serving(paths[f"merged {name}"], *ENGINE) as (url, start):
-            wanted[name] = token(url, count=8)
-            found[f"new server, merged {name}"] = {
-                "pause": start,
-                "total": start,
-                "bytes": size(paths[f"merged {name}"]),
-            }
-    with serving(paths["base"], *ENGINE) as (url, _):
-
-        def once(name: str) -> dict[str, float]:
+        def reload(name: str) -> dict[str, float]:
             begun = time.perf_counter()
             post(f"{url}/pause?mode=wait")
             paused = time.perf_counter()
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(paths[f"merged {name}"])}}
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(paths[f"merged {name}"].resolve())}}
             post(f"{url}/collective_rpc", body)
             post(f"{url}/resume")
-            pause = time.perf_counter() - paused
-            wait = first_token(url, wanted[name])
-            return {"pause": pause, "first token": wait, "total": time.perf_counter() - begun}
+            pause, first = time.perf_counter() - paused, first_token(url)
+            total, answer = time.perf_counter() - begun, token(url, count=8)
+            if answer != says[name]:
+                raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
+            return {"pause": pause, "first token": first, "total": total}
 
-        once("patch")
-        both = [(once("mask"), once("patch")) for _ in range(TIMES)]
-        rounds = [one for pair in both for one in pair]
-        medians = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-        found["reload of the merged checkpoint"] = {**medians, "bytes": size(paths["merged mask"])}
-    return found
+        reloads = [reload(name) for _ in range(TIMES) for name in KINDS]
+        return [
+            *found,
+            {"what": "reload of the merged checkpoint", **medians(reloads), "bytes": size(paths["merged mask"])},
+        ]
 
 
-def hot_loading(paths: dict[str, Path]) -> dict[str, Any]:
-    """Measure LoRA of rank 8, loaded while the server runs."""
+def hot_loaded() -> dict[str, Any]:
+    """Load LoRA of rank 8 while a server runs."""
+    paths = prepared()
     with serving(paths["base"], *LORA) as (url, _):
 
         def once() -> dict[str, float]:
             begun = time.perf_counter()
-            post(f"{url}/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": str(paths["lora"])})
+            post(f"{url}/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": str(paths["lora"].resolve())})
+            loaded = time.perf_counter()
             token(url, "lora")
-            total = time.perf_counter() - begun
-            again = time.perf_counter()
-            token(url, "lora")
-            again = time.perf_counter() - again
+            ended = time.perf_counter()
             post(f"{url}/v1/unload_lora_adapter", {"lora_name": "lora"})
-            return {"pause": 0.0, "first token": again, "total": total}
+            return {"pause": 0.0, "first token": ended - loaded, "total": ended - begun}
 
         once()
-        return {"LoRA r = 8, hot loading": {**measured(once), "bytes": size(paths["lora"])}}
+        return {**medians([once() for _ in range(TIMES)]), "bytes": size(paths["lora"])}
 
 
-def run() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        paths, wanted = prepared(Path(folder)), dict[str, str]()
-        found = reloading(paths, wanted)
-        found |= switching(paths, wanted)
-        return found | hot_loading(paths)
+def measure_server() -> None:
+    if not trials(NAME, what="base to mask"):
+        for one in served():
+            record(NAME, {"what": one.pop("what")}, one)
+
+
+JOBS: dict[str, Callable[[], object]] = {
+    "server": measure_server,
+    "lora": lambda: trial(NAME, {"what": "LoRA r = 8, hot loading"}, hot_loaded),
+}
 
 
 def write(page: Path) -> None:
     """Write the table of what is recorded."""
     rows: list[list[object]] = []
     for one in trials(NAME):
-        for what, found in one["result"].items():
-            cells = [f"{1000 * found[key]:,.0f}" if key in found else "-" for key in ("pause", "first token", "total")]
-            rows.append([what, *cells, f"{found['bytes']:,}" if "bytes" in found else "-"])
+        found = one["result"]
+        keys = ("prepare", "pause", "first token", "total")
+        cells = [f"{1000 * found[key]:,.0f}" if key in found else "-" for key in keys]
+        rows.append([one["what"], *cells, f"{found['bytes']:,}" if "bytes" in found else "-"])
     heads = [
-        "SmolLM2-135M, two CPU cores; milliseconds",
+        "milliseconds",
+        "prepare, while it answers",
         "pause",
         "first right token after it",
         "in all",
@@ -262,4 +258,4 @@ def write(page: Path) -> None:
 
 
 if __name__ == "__main__":
-    command(__doc__, {"server": lambda: trial(NAME, {"model": "SmolLM2-135M", "device": "cpu"}, run)}, write)
+    command(__doc__, JOBS, write)

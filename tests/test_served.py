@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskpack import MaskSet, fingerprint, load_mask, save_adapter, unload_mask
-from maskpack.adapter.content import Parts
+from maskpack import MaskSet, fingerprint, load_mask, push, save_adapter, unload_mask
+from maskpack.adapter.content import About, Parts
+from maskpack.backbone.model import named_parameters
 from maskpack.errors import BackboneMismatchError, StateError
 from maskpack.runtime.served import Served
 
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import HubServer
+from .helpers_hub_server.accounts import WRITE_TOKEN
 from .helpers_models import KINDS, masks_of
 
 SIZE, KEYS, HIDDEN = 16, 8, 24
@@ -126,7 +131,7 @@ class Group:
             one.join()
         return found
 
-    def switch(self, path: Path | None) -> list[Any]:
+    def switch(self, path: Path | str | None) -> list[Any]:
         def do(rank: int) -> None:
             one = self.served[rank]
             one.switch(None if path is None else one.prepare(path).digest)
@@ -226,3 +231,28 @@ def test_a_worker_that_fails_takes_all_back_to_the_base(tmp_path: Path, monkeypa
     group.switch(other)
     load_mask(model, other)
     assert same(group.ranks, laid_out(model, 2))
+
+
+def test_a_chain_of_commits(tmp_path: Path, hub: HubServer) -> None:
+    states = [llama()]
+    for step in range(2):
+        before, after = states[-1], llama()
+        after.load_state_dict(before.state_dict())
+        own, new, generator = named_parameters(before), named_parameters(after), torch.Generator().manual_seed(step)
+        base = fingerprint(before, id="tests:llama")
+        with torch.no_grad():
+            masks = {name: torch.rand(own[name].shape, generator=generator) > 0.2 for name in base.tensors}
+            for name, mask in masks.items():
+                new[name].copy_(torch.where(mask, own[name], own[name] * 1.5 + 0.25))
+        same_bits = {name: own[name].detach() == new[name].detach() for name in masks}
+        values = {name: new[name].detach()[~one] for name, one in same_bits.items()}
+        parts = Parts(MaskSet.from_tensors(same_bits, op="replace"), values=values)
+        about = About(result=fingerprint(after, id="x").digests)
+        save_adapter(tmp_path / f"{step}", parts, base, about, weights=before)
+        push(tmp_path / f"{step}", "alice/run", token=WRITE_TOKEN)
+        states.append(after)
+    for of in (1, 2):
+        group = Group(states[0], of)
+        assert group.switch("alice/run") == [None] * of
+        assert same(group.ranks, laid_out(states[2], of))
+    assert Group(states[1], 1).served[0].prepare("alice/run").changed > 0

@@ -105,7 +105,7 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
     with log.open("w") as file:
         process = subprocess.Popen(map(str, words), stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
-        until = time.monotonic() + 300
+        until = time.monotonic() + 900
         while True:
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < until, log.read_text()[-4000:]
@@ -117,7 +117,7 @@ def serving(model: Path, *options: str) -> Iterator[Server]:
         yield Server(f"http://127.0.0.1:{port}")
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        process.wait(300)
 
 
 def llama(folder: Path) -> Path:
@@ -179,7 +179,7 @@ def merged(folder: Path, base: Path, adapter: Path) -> Path:
 
 @LIVE
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6000)
 def test_a_server(tmp_path: Path) -> None:
     assert SMOLLM2 is not None
     base, model = Path(SMOLLM2), network(Path(SMOLLM2))
@@ -257,7 +257,7 @@ def errors(server: Server, adapters: dict[str, Path], wanted: dict[str, list[str
 
 @LIVE
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(6000)
 def test_two_workers(tmp_path: Path) -> None:
     base = llama(tmp_path / "base")
     model = network(base)
@@ -276,7 +276,7 @@ def test_two_workers(tmp_path: Path) -> None:
 
 @LIVE
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 def test_another_engine_is_an_error(tmp_path: Path) -> None:
     with serving(llama(tmp_path / "base")) as server:
         with pytest.raises(StateError, match=r"cannot switch adapters .*; start it with VLLM_SERVER_DEV_MODE=1 and"):

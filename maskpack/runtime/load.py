@@ -95,7 +95,7 @@ def load_mask(
         raise ConfigError("a chain has at least one patch, got none; give the references of patches, oldest first")
     if not several and verify != "off":
         take_off(model)
-        chain = _with_earlier(model, chain[0], options)
+        chain = with_earlier(chain[0], lambda one: _is_for(model, one), options)
     if len(chain) > 1:
         if mode != "target":
             raise ConfigError("mode='source' is for an adapter alone, and a chain has several; leave it out")
@@ -149,13 +149,13 @@ def _check_result(model: nn.Module, last: Adapter) -> None:
         ) from None
 
 
-def _with_earlier(model: nn.Module, newest: Adapter, options: PullOptions) -> list[Adapter]:
-    """Return a patch behind those of earlier commits that it stands on, back to one for the model's weights."""
+def with_earlier(newest: Adapter, fits: Callable[[Adapter], bool], options: PullOptions) -> list[Adapter]:
+    """Return a patch behind those of earlier commits that it stands on, back to one that fits the model's weights."""
     chain = [newest]
     if newest.about.result is None or newest.pinned == newest.path or why_no_patch(newest) is not None:
         return chain
     before = earlier_adapters(newest, **options)
-    while not _is_for(model, chain[0]):
+    while not fits(chain[0]):
         found = next(before, None)
         if found is None:
             break

@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -72,7 +73,7 @@ def switch_server(
     found: dict[str, Any] = {"pinned": None, "digest": None, "size": 0, "changed": 0}
     if ref is not None:
         given = {key: value if isinstance(value, bool) else str(value) for key, value in options.items() if value}
-        found = server.prepared({"ref": os.fspath(ref), **given})
+        found = server.prepared({"ref": ref if isinstance(ref, str) else str(Path(ref).absolute()), **given})
     ready = time.perf_counter()
     server.post(f"/pause?mode={MODES[in_flight]}")
     paused = time.perf_counter()

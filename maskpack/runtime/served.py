@@ -13,17 +13,18 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
+from ..adapter.chain import base_of_chain, merged
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..adapter.values import Steps, at_zeros
 from ..backbone.fingerprint import Measured, check_measured, tensor_digest, tied
-from ..backbone.model import body, named_parameters, same_size_int, unwrap
+from ..backbone.model import Fingerprint, body, named_parameters, same_size_int, unwrap
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, PackedMask, unpack
 from .apply import at_places, check_masks, places
 from .bank import MaskBank
-from .load import Reference, check_one_set, load_adapter
+from .load import Reference, check_one_set, load_adapter, with_earlier
 from .place import find_place, module_of, view
 
 Checkpoint = Callable[[], Iterable[tuple[str, Tensor]]]  # gives name and tensor of each, anew with each call
@@ -47,7 +48,8 @@ class Prepared:
     """An adapter that a server can switch to: what it changes in this process's memory, decoded.
 
     Attributes:
-        pinned: the reference that always means these bytes. size: of the adapter's file. digest: its digest.
+        pinned: the reference that always means these bytes. digest: of the adapter's file.
+        size: bytes of that file, with those of earlier patches that it stands on.
         changed: weights that it changes here.
     """
 
@@ -105,10 +107,13 @@ class Served:
         return None if name is None else self._prepared[name]
 
     def prepare(self, ref: Reference, **options: Unpack[PullOptions]) -> Prepared:
-        """Read an adapter, compare its base with what is served, and decode it; the model computes as before."""
+        """Read an adapter, compare its base with what is served, and decode it; the model computes as before.
+
+        Where a patch on the Hub stands on one of an earlier commit, the whole chain is.
+        """
         adapter = load_adapter(ref, **options)
         if adapter.digest not in self._prepared:
-            self._prepared[adapter.digest] = self._decoded(adapter)
+            self._prepared[adapter.digest] = self._decoded(with_earlier(adapter, self._fits, options))
         return self._prepared[adapter.digest]
 
     def switch(self, digest: str | None) -> None:
@@ -154,17 +159,28 @@ class Served:
         held = {name: sum(_numel(part) for part in some) for name, some in parts.items()}
         self._lost = {name for name in shapes if held[name] < size[name]}
 
-    def _decoded(self, adapter: Adapter) -> Prepared:
-        check_one_set(adapter)
-        place = find_place(self._whole, adapter.base, adapter.shapes())
-        inner = view(self._whole, place)
-        check_masks(inner, adapter.shapes())
+    def _located(self, base: Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Return the checkpoint's names by an adapter's, whose base must be what is served."""
+        inner = view(self._whole, find_place(self._whole, base, shapes))
+        check_masks(inner, shapes)
         own = {name: self._names[id(tensor)] for name, tensor in named_parameters(inner).items()}
-        tensors = body(inner, adapter.base.head)
-        measured = Measured(tensors, {name: self._digests[own[name]] for name in tensors}, tied(inner))
-        check_measured(measured, adapter.base)
-        current: dict[str, Tensor] = {}
-        parts = adapter.parts(base=current, stream=True)
+        tensors = body(inner, base.head)
+        check_measured(Measured(tensors, {name: self._digests[own[name]] for name in tensors}, tied(inner)), base)
+        return own
+
+    def _fits(self, adapter: Adapter) -> bool:
+        try:
+            self._located(adapter.base, adapter.shapes())
+        except BackboneMismatchError:
+            return False
+        return True
+
+    def _decoded(self, chain: Sequence[Adapter]) -> Prepared:
+        adapter, current = chain[-1], dict[str, Tensor]()
+        check_one_set(adapter)
+        shapes = {name: shape for one in chain for name, shape in one.shapes().items()}
+        own = self._located(base_of_chain(chain), shapes)
+        parts = adapter.parts(base=current, stream=True) if len(chain) == 1 else merged(chain, current)
         norms = {f"{name}.{leaf}" for name in parts.norms for leaf in ("weight", "bias")}
         touched = {*parts.masks, *parts.parameters, *(name for name in norms if name in own)}
         if parts.head is not None or parts.statistics:
@@ -201,7 +217,7 @@ class Served:
         changed = sum(len(mask.bits) - mask.kept if at_places(mask) else len(mask.bits) for mask in masks.values())
         changed += sum(tensor.numel() for tensor in dense.values())
         whole = Parts(MaskSet(masks), parameters=dense, values=values)
-        return Prepared(adapter.pinned, adapter.digest, adapter.size, changed, whole)
+        return Prepared(adapter.pinned, adapter.digest, sum(one.size for one in chain), changed, whole)
 
 
 def _key(name: str, index: int) -> str:
