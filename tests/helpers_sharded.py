@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from maskpack import MaskBank, Parts, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.adapter.read import Adapter, read_adapter
-from maskpack.backbone.shards import whole
+from maskpack.backbone.shards import local, whole
 from maskpack.errors import BackboneMismatchError, StateError
 from maskpack.mask import MaskSet
 from maskpack.training import attach_scores, count_trainable, extract_parts
@@ -239,10 +239,10 @@ def applies(shard: Callable[[nn.Module], nn.Module], folder: Path, inner: int = 
             yield f"bank {name}", same(bits(model), bits(alone))
             unload_mask(alone)
     yield "bank closed", same(bits(model), base)
-    other = Tiny(inner)
+    other = shard(Tiny(inner))
     if RANK == WORLD - 1:
-        other.blocks[1].down.weight.data[-1, -1] += 1e-3  # type: ignore[union-attr, index]
-    other = shard(other)
+        with torch.no_grad():
+            local(other.blocks[0].up.weight)[-1, -1] += 1e-3  # type: ignore[union-attr, index]
     try:
         load_mask(other, made[0])
     except BackboneMismatchError as error:
