@@ -20,7 +20,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ..backbone.model import Fingerprint, unwrap
-from ..codecs.base import Codec, Profile, Side, to_frame
+from ..codecs.base import Codec, Profile, Side, to_frame, words_of
 from ..codecs.choose import rivals, smallest
 from ..errors import (
     AdapterError,
@@ -37,7 +37,7 @@ from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
-from .decode import Weights, base_weight, by_name, in_step, tells_classes, words_of
+from .decode import Weights, base_weight, by_name, in_step, tells_classes
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model

@@ -54,7 +54,8 @@ class Changed(NamedTuple):
 
     Attributes:
         saved: in pieces, those at the zeros of `mask`; the whole tensor where there is no mask.
-        at: flat positions of the zeros, kept by a bank; None: they are found again from the mask.
+        at: flat positions of the zeros, kept by a bank or where the mask's bits are elsewhere; None: they are found
+            again from the mask.
     """
 
     dtype: torch.dtype
@@ -286,8 +287,9 @@ def located(
             return name, mask, None
         at, device = kept(name), weights[name].device
         if at is None:
-            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device).long()
-        return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
+            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device)
+        # whoever undoes it needs no positions, or no bits
+        return name, mask if mask.make is not None else replace(mask, zeros=None), at
 
     def size(item: tuple[str, PackedMask | None]) -> int:
         name, mask = item
@@ -518,7 +520,8 @@ def _apply(
         for old in known.saved:  # of the whole parameter, if there is any
             write(weight, at, changed_bits(weight, mask, old, values))
     else:
-        kept = None if record.notes is None else at.to(torch.int32) if weight.numel() < 2**31 else at
+        found_again = record.notes is None and mask.make is None
+        kept = None if found_again else at.to(torch.int32) if weight.numel() < 2**31 else at
         changed = Changed(weight.dtype, [], mask, kept)
         record.changed.append((name, changed))
         exchange(weight, mask, at.long(), values, changed.saved)

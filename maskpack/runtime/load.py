@@ -88,7 +88,7 @@ def load_mask(
     """
     check_choices(verify, head, mode)
     unwrap(model)  # a wrong argument is told before anything is fetched
-    several = not isinstance(ref, Adapter | str | os.PathLike)
+    several = isinstance(ref, list | tuple)  # whatever else it is is told as no reference
     given: Sequence[Reference | Adapter] = ref if several else [ref]  # type: ignore[assignment,list-item]
     chain = [one if isinstance(one, Adapter) else load_adapter(one, **options) for one in given]
     if not chain:

@@ -87,7 +87,6 @@ def load_masked(
     check_masks(module_of(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(inner, adapter.base.head).items()}
     compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
-    masks = adapter.parts(base=base, stream=True).masks
     try:
         base.clear()
         for names in base.names:
@@ -101,7 +100,7 @@ def load_masked(
                         what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
                         raise fingerprint.mismatch(adapter.base, what, compared)
             tensor = base.tensor(names[0]).to(device or base.devices[names[0]], copy=True)
-            own = {} if masked is None else {masked: masks[masked]}
+            own = {} if masked is None else {masked: adapter.mask_on(masked, base, tensor)}
             base.let_go()
             if masked is not None:
                 kept = MaskSet(own if mode == "target" else dict(removing(own.items())))

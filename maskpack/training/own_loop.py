@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -32,7 +32,9 @@ from ..backbone.select import select_parameters
 from ..backbone.shards import any_shared, first_process, is_managed, whole
 from ..errors import SelectionError, StateError
 from ..mask import MaskSet
+from . import stored
 from .batchnorm import batchnorm_statistics
+from .config import Store
 from .learn import trained_themselves
 from .methods.base import Method, build_method
 from .scores import (
@@ -149,6 +151,53 @@ def new_modules(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
+def settle(model: nn.Module, store: Store = "coded") -> None:
+    """Put the values that are stored in few bytes into a model that has learned: then evaluate it, and save it.
+
+    Norms and statistics become steps from the base's, a head that is one linear layer steps, all else that learned
+    beside scores float16. `save_adapter(path, model)` stores what the model has, to the bit: without this, float32.
+
+    Args:
+        store: see `TrainConfig`.
+
+    Raises:
+        StateError: if the model has no scores.
+
+    Example:
+        settle(model)
+        save_adapter("my-adapter", model)
+    """
+    models = scored_models(model)
+    if not models:
+        raise StateError("this model has no scores; call attach_scores(model) first")
+    before, linear = _before(model), _linear_head(model)
+    own = [] if linear is None else [id(one) for one in linear.parameters()]
+    parameters = named_parameters(model)
+    found = {name: one.detach().clone() for name, one in parameters.items()}
+    learned = {name: one for name, one in beside_scores(model).items() if id(one) not in own}
+    stored.settle(model, before, learned, store)
+    if linear is not None:
+        stored.settle_head(linear, store)
+    for name, tensor in before.items():  # norms whose statistics went into weight and bias
+        if name in parameters and not torch.equal(parameters[name], found[name]):
+            models[0].before.setdefault(name, tensor)
+
+
+def _before(model: nn.Module) -> dict[str, Tensor]:
+    """Return what norms and buffers were before the model learned, where they are now."""
+    now = {**named_parameters(model), **named_buffers(model)}
+    was = {name: tensor.to(now[name].device) for one in scored_models(model) for name, tensor in one.before.items()}
+    return {**stored.beside_masks(model), **was}
+
+
+def _linear_head(model: nn.Module) -> nn.Linear | None:
+    """Return the head if there is one and it is one linear layer."""
+    heads = [name for one in scored_models(model) for name in one.head]
+    linear = unwrap(model).get_submodule(heads[0]) if len(heads) == 1 else None
+    return linear if isinstance(linear, nn.Linear) else None
+
+
+@torch.no_grad()
 def learned_parts(model: nn.Module) -> Parts:
     """Return all that a model learned since scores were attached; it goes on learning.
 
@@ -167,11 +216,19 @@ def learned_parts(model: nn.Module) -> Parts:
     changed = {n for n, t in buffers.items() if n in before and t.is_floating_point() and not torch.equal(t, before[n])}
     dense |= {name: buffers[name] for name in changed - statistics.keys()}
     head = None
-    if len(heads) == 1 and isinstance(linear := unwrap(model).get_submodule(heads[0]), nn.Linear):
+    if (linear := _linear_head(model)) is not None:
         dense = {name: tensor for name, tensor in dense.items() if not inside(name, heads)}
         head = Head(Embedding(heads[0]), *(None if p is None else _copy(p) for p in (linear.weight, linear.bias)))  # type: ignore[arg-type]
     whole = {name: _copy(tensor) for name, tensor in dense.items()}
     return Parts(masks, head, statistics if changed & statistics.keys() else {}, whole, replaced_values(model))
+
+
+@torch.no_grad()
+def _short_parts(model: nn.Module) -> Parts:
+    """Return all that a model learned, each tensor as short as it comes back to the bit."""
+    parts = learned_parts(model)
+    head = None if parts.head is None else stored.kept_head(parts.head)
+    return replace(stored.shortened(parts, model, _before(model)), head=head)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -180,7 +237,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def learned(model: nn.Module, name: str | None) -> Learned:
     """Return what a model learned, its base's fingerprint, and the tensors of that base; `name` is the base's id."""
-    parts, models = learned_parts(model), scored_models(model)
+    parts, models = _short_parts(model), scored_models(model)
     known = {**named_parameters(model), **named_buffers(model)}
     was = {id(known[key]): tensor for one in models for key, tensor in one.before.items()}
     with plain_names(model, lambda _, weight: weight):
@@ -297,6 +354,6 @@ def extract_parts(model: nn.Module) -> Parts:
         attach_scores(model)
         parts = extract_parts(model)  # the model is as it was
     """
-    parts = learned_parts(model)
+    parts = _short_parts(model)
     detach_scores(model)
     return parts
