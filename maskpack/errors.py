@@ -13,7 +13,7 @@ from typing import Any, Literal
 Target = Literal["plain", "markdown", "code", "json"]
 
 MOST_MEMBERS = 4  # of a collection that is shown whole
-LONGEST_REPR = 120  # characters
+LONGEST_REPR = 200  # characters
 
 LINE_ENDS = re.compile(r"[\t\n\r]+")
 MARKUP = re.compile(r"([`*_\[\]<>|&~$])")

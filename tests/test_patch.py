@@ -1,7 +1,10 @@
 """Patches: exact changes from one checkpoint to another, and the codec of stored values."""
 
 import copy
+import hashlib
 import importlib.util
+import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zstandard
 from bitarray import bitarray
 from maskpack_cli.main import app
 from safetensors.torch import save_file
@@ -295,3 +299,102 @@ def test_command_line(tmp_path: Path) -> None:
     refused = run("pack", dense, "--from", "checkpoint", "--backbone", BACKBONE[1], "--output", tmp_path / "x")
     assert refused.exit_code in (0, 1)
     assert read_adapter(out).header.base.head == ()
+
+
+def test_only_the_largest_changes(tmp_path: Path) -> None:
+    def packed(*options: object) -> dict[str, Any]:
+        out = tmp_path / "-".join(map(str, options)) if options else tmp_path / "all"
+        words = ["pack", tuned, "--from", "checkpoint", *BACKBONE, *options, "--output", out, "--json"]
+        done = CliRunner().invoke(app, [str(one) for one in words])
+        assert done.exit_code == 0, done.output
+        return {**json.loads(done.stdout), "adapter": read_adapter(out)}
+
+    from maskpack.backbone.load import load_backbone
+
+    model = load_backbone(BACKBONE[1], random_weights=0).model
+    before, tuned = dict(copy.deepcopy(model).named_parameters()), tmp_path / "tuned.safetensors"
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    save_file(model.state_dict(), tuned)
+    whole, few = packed(), packed("--keep", 0.1)
+    changes = torch.cat([(p - before[n]).abs().flatten() for n, p in model.named_parameters()]).detach()
+    assert whole["adapter"].about.result is not None
+    assert few["adapter"].about.result is None
+    assert few["changes"] == int((changes > 0).sum())
+    assert 0.09 * few["changes"] < few["kept_changes"] <= 0.1 * few["changes"]
+    largest = changes.sort().values[: -few["kept_changes"]]
+    assert abs(few["error"] - float(largest.norm() / changes.norm())) < 1e-3
+    base = load_backbone(BACKBONE[1], random_weights=0).model
+    load_mask(base, few["adapter"])
+    for name, parameter in base.named_parameters():
+        wanted, now = model.get_parameter(name), parameter.detach()
+        assert bool(((now == wanted) | (now == before[name])).all())
+    budget = whole["file_bytes"] // 4
+    limited = packed("--budget", budget)
+    assert 0.8 * budget < limited["file_bytes"] <= budget
+    assert few["error"] != limited["error"]
+    for wrong in (["--keep", "0"], ["--keep", "1.5"], ["--budget", "200"]):
+        words = ["pack", str(tuned), "--from", "checkpoint", *BACKBONE, *wrong, "--output", str(tmp_path / "no")]
+        assert CliRunner().invoke(app, words).exit_code in (1, 2)
+        assert not (tmp_path / "no").exists()
+
+
+def wsp(path: Path, base: dict[str, Tensor], tuned: dict[str, Tensor], **changes: Any) -> Path:
+    """Write a patch as weightscope 0.4.3 lays it out."""
+    blob, rows = b"", []
+    for name, old in base.items():
+        flat, new = (bits_of(one) for one in (old, tuned[name]))
+        at = np.flatnonzero(flat != new).astype("<u4")
+        row = {"kind": "delta", "name": name, "shape": list(old.shape), "dtype": str(old.dtype).removeprefix("torch.")}
+        row |= {"blob_offset": len(blob), "n_changed": len(at), "index_width": 4}
+        row["base_sha256"] = hashlib.sha256(flat.tobytes()).hexdigest()
+        data = at.tobytes() + new[at].tobytes()
+        blob += data
+        rows.append({**row, "blob_size": len(data)})
+    header = {"version": "0.2", "model_a": "a", "model_b": "b", "threshold": 0.0, "codec": "csr-zstd"}
+    text = json.dumps({**header, "tensors": rows, "only_in_a": [], **changes}, separators=(",", ":")).encode()
+    path.write_bytes(b"WSP2" + struct.pack("<I", len(text)) + text + zstandard.ZstdCompressor(10).compress(blob))
+    return path
+
+
+def bits_of(one: Tensor) -> Any:
+    return one.detach().reshape(-1).view(torch.int16 if one.element_size() == 2 else torch.int32).numpy()
+
+
+def test_patches_of_weightscope_are_applied_to_the_digit(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 5)).bfloat16()
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned[0].weight.copy_(tuned[0].weight.float() * 1.004)
+    base, after = model.state_dict(), tuned.state_dict()
+    file = wsp(tmp_path / "a.wsp", base, after)
+    found = import_file(file, copy.deepcopy(model).float(), "wsp")  # loaded in float32, as transformers' are
+    assert set(found.masks) == {"0.weight"}
+    assert torch.equal(found.after["0.weight"], after["0.weight"])
+    parts = Parts(found.masks, values=found.values)
+    save_adapter(tmp_path / "patch", parts, fingerprint(model, id="tests:linear"), weights=model, profile="max")
+    load_mask(model, tmp_path / "patch")
+    assert same(bits(model), bits(tuned))
+    unload_mask(model)
+    with torch.no_grad():
+        other = copy.deepcopy(model)
+        other[1].bias.add_(1)
+    with pytest.raises(BackboneMismatchError, match=r"'1.bias' of the backbone has the SHA-256"):
+        import_file(file, other, "wsp")
+    whole = file.read_bytes()
+    for data, message in {
+        whole[:-9]: "does not unpack|states",
+        b"WSP1" + whole[4:]: "does not begin with WSP2",
+        whole[:6]: "does not begin with",
+        whole[:8] + b"[" + whole[9:]: "no header as weightscope writes it",
+        whole.replace(b'"version":"0.2"', b'"version":"0.9"'): 'has the version "0.9"',
+        whole.replace(b'"n_changed":6', b'"n_changed":7'): "expected",
+        whole.replace(b'"only_in_a":[]', b'"only_in_a":5'): "header|int",
+    }.items():
+        file.write_bytes(data)
+        with pytest.raises((DataError, BackboneMismatchError), match=message):
+            import_file(file, copy.deepcopy(model), "wsp")
+    with pytest.raises(DataError, match="adds, removes or resizes 1 tensors, first 'gone'"):
+        import_file(wsp(file, base, after, only_in_a=["gone"]), copy.deepcopy(model), "wsp")

@@ -1,5 +1,6 @@
 """maskpack inspect | verify | list | combine | diff | pack | log | squash | convert."""
 
+import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import maskpack
-from maskpack.errors import UnknownNameError
+from maskpack.errors import ConfigError, UnknownNameError
+from maskpack.training.config import Bytes
 
 from .console import Output, app, emit, hint, lines, note, progress_bar, say, table
 from .options import (
@@ -31,6 +33,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from maskpack.algebra import Overlap
+    from maskpack.importers.checkpoint import Largest
 
 adapter_verb = partial(verb, app, "Adapters")
 PLUGINS = {
@@ -233,6 +236,40 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
     table(rows, ["name", *COUNTS], name="parameter")
 
 
+@group("Packing")
+class Less:
+    """What of a checkpoint's change is left out, if anything is."""
+
+    keep: Annotated[float | None, "Of a checkpoint: only this share of the changes, the largest. Not exact."] = None
+    budget: Annotated[Bytes | None, "Of a checkpoint: as many of the largest changes as this takes. Not exact."] = None
+
+    def pack(self, changes: "Largest", output: Path, save: Any) -> tuple["maskpack.Adapter", dict[str, Any]]:
+        """Write the patch of a share of the changes; with a budget, of as many as some tries find to fit."""
+        if self.budget is None:
+            assert self.keep is not None
+            share, tries = self.keep, 0
+        else:
+            share, tries = min(self.keep or 1.0, 8 * self.budget / changes.changed), TRIES
+        with tempfile.TemporaryDirectory() as folder:
+            fits = 0.0
+            for _ in range(tries):
+                size = save(Path(folder) / "patch.safetensors", changes.take(share)[0]).size
+                assert self.budget is not None
+                if size <= self.budget and (share > fits):
+                    fits = share
+                if NEAR * self.budget <= size <= self.budget or (size <= self.budget and share == (self.keep or 1.0)):
+                    break
+                share = min(self.keep or 1.0, share * (0.5 + NEAR / 2) * self.budget / size)
+        if tries and not fits:
+            raise ConfigError(f"no share of the changes was found that takes {self.budget} bytes; allow more")
+        found, error, count = changes.take(fits if tries else share)
+        facts = {"changes": changes.changed, "kept_changes": count, "error": error}
+        return save(output, found, **facts), facts
+
+
+TRIES, NEAR = 8, 0.93  # of a budget: how often it is packed, what share of it is enough
+
+
 @adapter_verb(
     "maskpack pack masks.safetensors --backbone timm/resnet18.a1_in1k --output ./my-mask",
     "maskpack pack pruned.safetensors --from zeros --backbone timm/resnet18.a1_in1k --output ./my-mask",
@@ -243,6 +280,7 @@ def pack(
     backbone: PackedBackbone,
     output: OutputRef,
     packing: Packing,
+    less: Less,
     source: Format = "masks",
     scale: Scaled = False,
     overwrite: Overwrite = False,
@@ -254,14 +292,17 @@ def pack(
     """
     from maskpack.adapter.content import About
     from maskpack.backbone.fingerprint import fingerprint_of
-    from maskpack.backbone.model import body, inside
+    from maskpack.backbone.model import body, inside, named_parameters
     from maskpack.backbone.remembered import remember_backbone
-    from maskpack.importers.base import check_format, import_file
+    from maskpack.importers.base import Imported, check_format, import_file
+    from maskpack.importers.checkpoint import Largest
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
+    if source != "checkpoint" and (less.keep, less.budget) != (None, None):
+        raise ConfigError(f"--keep and --budget are for --from checkpoint, and this is --from {source}; leave them out")
     check_free(output, overwrite)
-    loaded = backbone.load(mapped=source == "checkpoint")
+    loaded = backbone.load(mapped=source in ("checkpoint", "wsp"))
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
     check_masks(loaded.model, found.shapes)
@@ -273,14 +314,23 @@ def pack(
     note(f"Packing {len(found)} masks, {found.total:,} weights …")
     if left and not patch:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
-    if patch:
+    facts: dict[str, Any] = {}
+    if patch and less.keep is None and less.budget is None:
         after = {name: imported.after.get(name, one) for name, one in body(loaded.model, outside).items()}
         options["about"] = About(result=fingerprint_of(after, base.id, None, base.head).digests)
-    with progress_bar("Packing") as step:
-        parts = maskpack.Parts(found, statistics=imported.statistics, values=imported.values)
-        adapter = maskpack.save_adapter(output, parts, base, weights=loaded.model, progress=step, **options)
+
+    def save(path: Path, one: Imported, **said: Any) -> maskpack.Adapter:
+        parts = maskpack.Parts(one.masks, statistics=one.statistics, values=one.values)
+        own = options if not said else {**options, "about": About(training={"lossy": said})}
+        with progress_bar("Packing") as step:
+            return maskpack.save_adapter(path, parts, base, weights=loaded.model, progress=step, **own)
+
+    if less.keep is None and less.budget is None:
+        adapter = save(output, imported)
+    else:
+        adapter, facts = less.pack(Largest(imported, named_parameters(loaded.model)), output, save)
     remember_backbone(base.digests["float32"], backbone.arguments())
-    emit(packed(adapter, output), f"✓ {output}")
+    emit(packed(adapter, output, **facts), f"✓ {output}")
 
 
 Chain = Annotated[

@@ -98,7 +98,11 @@ class Adapter:
         self._data = content[start:]
 
     def __repr__(self) -> str:
-        return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={self.sets}, bytes={self.size})"
+        # of a ternary mask the zeros, which come last
+        masks = [pieces[-1] for one in self.payloads.values() for pieces in one.values()]
+        weights, kept = sum(one.weights for one in masks), sum(one.kept for one in masks)
+        counts = f"{weights:,} weights, density {kept / weights if weights else 1.0:.4f}, {self.size:,} bytes"
+        return f"Adapter({self.path!r}, base={self.header.base.id!r}, sets={brief(self.sets)}, {counts})"
 
     def _repr_html_(self) -> str:
         from .describe import inspect_adapter

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..backbone.load import COUNTER
 from ..backbone.model import same_size_int
-from ..errors import DataError
-from ..mask import PackedMask
+from ..errors import ConfigError, DataError
+from ..mask import MaskSet, PackedMask
 from ..safetensors_io import Made, TensorFile, open_tensors
-from .base import IMPORTERS, STEP, Found, match
+from .base import IMPORTERS, STEP, Found, Imported, match
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS = ("running_mean", "running_var")
@@ -140,3 +140,55 @@ def _change(tensor: Tensor, weight: Tensor) -> tuple[PackedMask, Tensor]:
     if int(same.count_nonzero()) < (1 - DENSE) * same.numel():
         same = torch.zeros_like(same)
     return PackedMask.from_tensor(same.reshape(tensor.shape), "replace"), tensor.reshape(-1)[~same]
+
+
+BINS = 1 << 15  # of sizes of changes, by the upper half of their float32: of one power of two each has 128
+
+
+class Largest:
+    """The largest changes of a checkpoint, in place of all: those whose size is in the upper bins.
+
+    Attributes:
+        changed: number of all changes.
+    """
+
+    def __init__(self, found: Imported, base: Mapping[str, Tensor]):
+        self._found, self._base = found, base
+        self._counts, self._squares = torch.zeros(BINS, dtype=torch.int64), torch.zeros(BINS, dtype=torch.float64)
+        for name, mask in found.masks.items():
+            change = self._sizes(name, mask, found.values[name])
+            bins = change.view(torch.int32) >> 16
+            self._counts += torch.bincount(bins, minlength=BINS)
+            self._squares += torch.bincount(bins, change.double().square(), BINS)
+        self.changed = int(self._counts.sum())
+
+    def _sizes(self, name: str, mask: PackedMask, values: Tensor) -> Tensor:
+        old = self._base[name].detach().reshape(-1)[~mask.tensor().reshape(-1)].cpu()
+        # what is not finite, or was not, is never left out
+        return (values.float() - old.float()).abs().nan_to_num(torch.inf, torch.inf, torch.inf)
+
+    def take(self, share: float) -> tuple[Imported, float, int]:
+        """Return at most this share of the changes, the error made, and their number.
+
+        The error is the length of what is left out over that of the whole change, both as one vector.
+        """
+        if not 0 < share <= 1:
+            raise ConfigError(f"the share of changes to keep must be above 0 and at most 1, got {share}")
+        above = self._counts.flip(0).cumsum(0).flip(0)  # of changes in this bin and those over it
+        first = int((above > share * self.changed).count_nonzero())
+        kept = int(above[first]) if first < BINS else 0
+        if not kept:
+            raise ConfigError(f"a share of {share} of {self.changed} changes is none of them; keep more")
+        finite = self._squares[: torch.tensor(torch.inf).view(torch.int32) >> 16]
+        error = float((finite[:first].sum() / finite.sum()).sqrt())
+
+        def read(name: str) -> tuple[PackedMask, Tensor]:
+            mask, values = self._found.masks[name], self._found.values[name]
+            large = (self._sizes(name, mask, values).view(torch.int32) >> 16) >= first
+            stays = mask.tensor().reshape(-1)
+            stays[~stays] = ~large
+            return PackedMask.from_tensor(stays.reshape(mask.shape), "replace"), values[large]
+
+        shapes = self._found.masks.shapes
+        masks = MaskSet.streamed(shapes, lambda name: read(name)[0], shapes)
+        return self._found._replace(masks=masks, values=Made(shapes, lambda name: read(name)[1]), after={}), error, kept

@@ -592,7 +592,7 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
 
 /* --- stored values, as steps from the base's (docs/format.md section 6.3; ulps.py) ----------------------------------- */
 
-enum { BUCKETS = 33, SLOTS = 4096, SLOT_BITS = 12, EXPONENTS = 256, MOST_CONTEXTS = 16, MOST_LANES = 128 };
+enum { BUCKETS = 33, SLOTS = 4096, SLOT_BITS = 12, EXPONENTS = 256, MOST_CONTEXTS = 16, MOST_LANES = 128, BLOCK = 512 };
 
 typedef struct {
     int64_t count, lanes, contexts, top, width, mantissa; /* bytes of a value, bits of its mantissa */
@@ -625,11 +625,33 @@ static inline uint64_t step_of(uint32_t base, uint32_t value, uint32_t sign) {
     return 2 * (uint64_t)(negated(forth, back) & all) + (back & 1);
 }
 
-static inline int bucket_of(uint64_t step) {
-    double odd = (double)(int64_t)(step | 1); /* twice the size and one: its exponent is the number of bits of the size */
-    uint64_t word;
-    memcpy(&word, &odd, sizeof word);
-    return (int)(word >> 52) - 1023;
+/* Steps and kinds, 64 exponent + bucket, of some values; without a branch, so that a compiler does several at a time.
+   Twice a size and one, as a float, has the number of bits of the size as its exponent. */
+ALWAYS void kinds_of(const Steps *steps, const int64_t width, const void *values, int64_t first, int64_t count, uint64_t *found,
+                     uint16_t *kinds) {
+    const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
+    if (width == 2) {
+        const uint16_t *base = (const uint16_t *)steps->base + first, *value = (const uint16_t *)values + first;
+        const int mantissa = (int)steps->mantissa;
+        uint32_t small[BLOCK];
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t step = (uint32_t)step_of(base[i], value[i], 0x8000u), word;
+            float odd = (float)(int32_t)(step | 1);
+            memcpy(&word, &odd, sizeof word);
+            small[i] = step;
+            kinds[i] = (uint16_t)(64 * ((base[i] & 0x7FFFu) >> mantissa) + (word >> 23) - 127);
+        }
+        for (int64_t i = 0; i < count; i++) found[i] = small[i];
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        uint32_t base = stored(steps->base, width, first + i);
+        found[i] = step_of(base, stored(values, width, first + i), sign);
+        double odd = (double)(int64_t)(found[i] | 1);
+        uint64_t word;
+        memcpy(&word, &odd, sizeof word);
+        kinds[i] = (uint16_t)(64 * exponent_of(steps, width, base) + (uint32_t)(word >> 52) - 1023);
+    }
 }
 
 static inline int64_t context_of(const Steps *steps, int64_t width, uint32_t word) {
@@ -642,25 +664,26 @@ static inline int64_t context_of(const Steps *steps, int64_t width, uint32_t wor
 ALWAYS int64_t count_of(const Steps given, const int64_t width, const void *values, int64_t *counts, uint16_t *kinds,
                         uint8_t *bits) {
     const Steps *const steps = &given;
-    const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u;
     const int64_t count = steps->count;
     int64_t others[EXPONENTS * BUCKETS] = {0}; /* of odd values: an addition need not wait for the one before */
     int64_t *const both[2] = {counts, others}, at = 0;
     uint64_t held = 0;
     int have = 0;
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t word = stored(steps->base, width, i), exponent = exponent_of(steps, width, word);
-        uint64_t step = step_of(word, stored(values, width, i), sign);
-        int bucket = bucket_of(step);
-        both[i & 1][exponent * BUCKETS + bucket]++;
-        kinds[i] = (uint16_t)(64 * exponent + bucket);
-        held |= (step & (((uint64_t)1 << bucket) - 1)) << have;
-        have += bucket;
-        memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
-        int full = have >> 5;
-        at += 4 * full;
-        held = full ? held >> 32 : held;
-        have &= 31;
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        uint64_t found[BLOCK];
+        int64_t some = least(count - first, BLOCK);
+        kinds_of(steps, width, values, first, some, found, kinds + first);
+        for (int64_t i = 0; i < some; i++) {
+            int kind = kinds[first + i], bucket = kind & 63;
+            both[i & 1][(kind >> 6) * BUCKETS + bucket]++;
+            held |= (found[i] & (((uint64_t)1 << bucket) - 1)) << have;
+            have += bucket;
+            memcpy(bits + at, &held, sizeof held); /* what is not whole yet is written again */
+            int full = have >> 5;
+            at += 4 * full;
+            held = full ? held >> 32 : held;
+            have &= 31;
+        }
     }
     for (int64_t k = 0; k < EXPONENTS * BUCKETS; k++) counts[k] += others[k];
     memcpy(bits + at, &held, sizeof held);
