@@ -2,6 +2,7 @@
 
     MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language shakespeare     one trial after another, resumable
     MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language shakespeare-1   the next trial alone
+    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language recipe          distances in very short runs
     SMOLLM2=FOLDER python -m benchmarks.language step                            time and memory of a step
     python -m benchmarks.language --write docs/language-models.md                tables of what is recorded
 
@@ -15,7 +16,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,9 @@ NAME, STEP = "language", "language-step"
 MARK = "python -m benchmarks.language --write docs/language-models.md"
 STEPS, BATCH, TOKENS = 50, 4, 65  # a block of 65 tokens has 64 to learn
 VALIDATION, TEST = 16, 48  # blocks
+SPLITS = ("validation", "test")
 BITS = (16, 4, 2)
+SHORT, SEARCHED = 12, (1.2, 1.02, 1.05, 2.0)  # steps of a run that only compares distances, and these
 DISTANCES = (1.01, 1.1, 1.3)
 RATES = {"norms": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
 # settings of masks by their name in the table
@@ -64,17 +67,21 @@ def model() -> Backbone:
     return load_backbone(f"hf/{os.environ['SMOLLM2']}", task="text-generation", tokens=TOKENS)
 
 
-def settings(way: str, rate: float, seed: int) -> TrainConfig:
+def settings(way: str, rate: float, seed: int, steps: int = STEPS) -> TrainConfig:
     """Return the settings of a trial; `rate` is the distance of a mask's scores, else the peak rate."""
-    base = TrainConfig(steps=STEPS, batch_size=BATCH, precision="bf16", seed=seed)
+    base = TrainConfig(steps=steps, batch_size=BATCH, seed=seed)
     if way in MASKS:
         return replace(base, distance=rate, train_lr=1e-3, **MASKS[way])
     return replace(base, lr=rate, top=0.0, train_lr=rate) if way == "norms" else replace(base, lr=rate)
 
 
-def measure(way: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train by one way; return perplexities, and bytes and perplexity of each size that is stored."""
-    started, config = time.process_time(), settings(way, rate, seed)
+def measure(way: str, rate: float, seed: int, steps: int = STEPS, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
+    """Train by one way; return perplexities, and bytes and perplexity of each size that is stored.
+
+    Args:
+        splits: that are measured on; the last one has the perplexity of what is stored.
+    """
+    started, config = time.process_time(), settings(way, rate, seed, steps)
     backbone, lora = model(), Lora(way.partition(":")[2]) if way.startswith("lora") else None
     data = load_data(str(data_of("shakespeare")), task="text-generation", validation_fraction=0.01)
     run = ObjectiveRun(
@@ -83,7 +90,7 @@ def measure(way: str, rate: float, seed: int) -> dict[str, Any]:
     assert data.validation is not None and data.test is not None  # noqa: PT018
     held = {"validation": cut(data.validation, backbone), "test": cut(data.test, backbone)}
     most = {"validation": VALIDATION, "test": TEST}
-    held = {name: replace(one, indices=one.indices[: most[name]]) for name, one in held.items()}
+    held = {name: replace(held[name], indices=held[name].indices[: most[name]]) for name in splits}
 
     def perplexity(split: str) -> float:
         with run.autocast():
@@ -97,7 +104,7 @@ def measure(way: str, rate: float, seed: int) -> dict[str, Any]:
         validation, parts = perplexity("validation"), run.parts
         masks = [one.mask() for one in run.scored]
         changed = sum(math.prod(one.shape) - one.kept for one in masks)
-        test, coded = perplexity("test"), coded_bytes(masks)
+        test, coded = perplexity(splits[-1]), coded_bytes(masks)
         sizes["stored"] = {"bytes": coded + len(norms_to_frame(parts().norms)), "perplexity": test, "mask": coded}
         more = {"changed": changed, "bits_per_changed": 8 * coded / max(changed, 1)}
     else:
@@ -113,7 +120,7 @@ def measure(way: str, rate: float, seed: int) -> dict[str, Any]:
                     lora.rows(name, found).copy_(rows)
                 run.scores[name].data.copy_(found)
                 size += taken
-            sizes[f"{bits} bits"] = {"bytes": math.ceil(size / 8), "perplexity": perplexity("test")}
+            sizes[f"{bits} bits"] = {"bytes": math.ceil(size / 8), "perplexity": perplexity(splits[-1])}
     return {
         "raw": raw,
         "validation": validation,
@@ -141,16 +148,24 @@ def shakespeare(most: int = 1000, seed: int = 0) -> None:
                     return
 
 
+def recipe() -> None:
+    """Compare distances of the scores in very short runs, with norms beside the largest tenth, on validation rows."""
+    way = "mask, largest 10 % + norms"
+    for distance in SEARCHED:
+        about = {"task": "recipe", "way": way, "rate": distance, "seed": 0, "steps": SHORT}
+        trial(NAME, about, partial(measure, way, distance, 0, SHORT, SPLITS[:1]))
+
+
 # --- a step ----------------------------------------------------------------------------------------------------------
 
 
 def stepper(kind: str, pipe: Any) -> None:
-    """Make a training step of a model in bfloat16 whenever the pipe asks for one; send its seconds and memory."""
+    """Make a training step of a model in float32 whenever the pipe asks for one; send its seconds and memory."""
     import transformers
 
     torch.set_num_threads(1)
     folder = os.environ["SMOLLM2"]
-    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
+    net: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     before = resident()
     if kind == "mask":
         learning: list[nn.Parameter] = list(attach_scores(net, top=0.1).values())
@@ -196,7 +211,7 @@ def step() -> None:
         found[kind] = {"seconds": statistics.median(times), "times": times}
         found[kind] |= {"beside_base": taken[kind][-1][1], "peak": taken[kind][-1][2]}
     ratio = {name: found["mask"][name] / found["lora"][name] for name in ("seconds", "beside_base", "peak")}
-    about = {"batch": BATCH, "tokens": TOKENS - 1, "day": time.strftime("%Y-%m-%d %H:%M")}
+    about = {"batch": BATCH, "tokens": TOKENS - 1, "dtype": "float32", "day": time.strftime("%Y-%m-%d %H:%M")}
     trial(STEP, about, lambda: {**found, "ratio": ratio})
     print(ratio)
 
@@ -225,6 +240,20 @@ def write_pages(page: Path) -> None:
         raw = trials(NAME, task="shakespeare")[0]["result"]["raw"]
         first: list[object] = ["raw model", "0", f"{raw['test']:.1f}", f"{raw['validation']:.1f}", "-", "-"]
         text = table(columns, [first, *sorted(lines, key=lambda line: int(str(line[1]).replace(",", "")))], 1)
+    short = sorted(trials(NAME, task="recipe"), key=lambda one: float(one["rate"]))
+    if short:
+        rows = [
+            [
+                f"{one['rate']:g}",
+                f"{found['validation']:.1f}",
+                f"{found['raw']['validation']:.1f}",
+                f"{found['changed']:,}",
+            ]
+            for one, found in ((one, one["result"]) for one in short)
+        ]
+        text += "\n" + table(
+            (f"distance, {SHORT} steps", "validation perplexity", "raw model", "weights removed"), rows, 0
+        )
     for one in trials(STEP):
         found = one["result"]
         cells = [
@@ -246,6 +275,7 @@ def main() -> None:
     jobs: Mapping[str, Callable[[], object]] = {
         "shakespeare": shakespeare,
         "shakespeare-1": partial(shakespeare, 1),
+        "recipe": recipe,
         "step": step,
     }
     command(__doc__, jobs, write_pages, ("shakespeare",))

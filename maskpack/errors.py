@@ -13,7 +13,7 @@ from typing import Any, Literal
 Target = Literal["plain", "markdown", "code", "json"]
 
 MOST_MEMBERS = 4  # of a collection that is shown whole
-LONGEST_REPR = 200  # characters
+LONGEST_REPR = 120  # characters; twice as many in a message
 
 LINE_ENDS = re.compile(r"[\t\n\r]+")
 MARKUP = re.compile(r"([`*_\[\]<>|&~$])")
@@ -47,17 +47,17 @@ def escape(text: object, target: Target = "plain") -> str:
     return f"`{re.sub('[`|<]', lambda found: f'{chr(92)}u{ord(found[0]):04x}', shown) or ' '}`"
 
 
-def brief(value: object) -> str:
+def brief(value: object, longest: int = LONGEST_REPR) -> str:
     """Return a value on one short line: a tensor by its shape, a long collection by its length and first member."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{type(value).__name__} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     many = len(value) if isinstance(value, dict | list | tuple | set | frozenset | range) else 0
     text = "" if many > MOST_MEMBERS else repr(value)
-    if text and len(text) <= LONGEST_REPR and "\n" not in text:
+    if text and len(text) <= longest and "\n" not in text:
         return text
     if isinstance(value, dict | list | tuple | set | frozenset | range):
         return f"<{many:,}: {brief(next(iter(value)))}, …>"
-    return f"{text[:LONGEST_REPR]}…" if isinstance(value, str | bytes) else f"{type(value).__name__}(…)"
+    return f"{text[:longest]}…" if isinstance(value, str | bytes) else f"{type(value).__name__}(…)"
 
 
 def short_repr(self: Any) -> str:
@@ -70,7 +70,7 @@ def short_repr(self: Any) -> str:
 def check_argument(name: str, value: object, kinds: type | UnionType, expected: str, advice: str) -> None:
     """Raise ConfigError if an argument is of none of these kinds; `advice` says what to do."""
     if not isinstance(value, kinds):
-        raise ConfigError(f"{name} is {brief(value)}, expected {expected}; {advice}")
+        raise ConfigError(f"{name} is {brief(value, 2 * LONGEST_REPR)}, expected {expected}; {advice}")
 
 
 class MaskpackError(Exception):

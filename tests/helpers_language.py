@@ -26,7 +26,7 @@ def language_model(folder: Path, chat: bool = False, steps: int = 0) -> Path:
     tokenizer.chat_template = CHAT if chat else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "tie_word_embeddings": True}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes, **ends))
         optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

@@ -1,6 +1,7 @@
 """Tasks of training beside classes: language models, classes of words, numbers; from the command line and in Python."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner, Result
 from maskpack import load_adapter, load_backbone, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import IGNORED
 from maskpack.errors import ConfigError, DataError
-from maskpack.preprocess import ChatPreprocess
+from maskpack.preprocess import ChatPreprocess, TextPreprocess
 from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.config import RECIPES
 from maskpack.training.data.tokens import cut
@@ -21,7 +22,7 @@ from maskpack.training.objectives.language import TextGeneration, exact_answers,
 
 from .helpers_language import ROOT, SUMS, language_model, sums_file, text_folder
 
-QUICK = TrainConfig(**{**RECIPES["text-generation"], "distance": 1.6}, steps=30)
+QUICK = TrainConfig(**{**RECIPES["text-generation"], "distance": 1.6}, steps=16)
 
 
 def call(*arguments: str, code: int = 0) -> Result:
@@ -36,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a language model, one for chats, and data."""
     folder = tmp_path_factory.mktemp("language")
     language_model(folder / "lm")
-    language_model(folder / "chat", chat=True, steps=20)
+    language_model(folder / "chat", chat=True, steps=10)
     text_folder(folder / "texts")
     sums_file(folder / "chats.jsonl", True)
     sums_file(folder / "sums.jsonl", False)
@@ -66,7 +67,7 @@ def test_of_chats_and_answers_only_answers_are_learned(world: Path, file: str) -
     data = load_data(f"{world}/{file}", task="text-generation")
     assert data.train is not None
     backbone, blocks = TextGeneration.prepared(chat, data)
-    assert backbone.preprocess == ChatPreprocess(128)
+    assert backbone.preprocess == ChatPreprocess(256), "of the 512 it takes 256"
     assert blocks.train is not None
     assert learned(blocks.train, chat.tokenizer) == [f"{answer}<|end|>\n" for _, answer in SUMS]
     whole = chat.tokenizer.decode(blocks.train.rows[0]["ids"])
@@ -83,13 +84,16 @@ def test_answers_without_a_template_and_turns_of_a_chat(world: Path, tmp_path: P
     two = load_data(f"{tmp_path}/two.jsonl", task="text-generation")
     assert two.train is not None
     assert learned(cut(two.train, chat), chat.tokenizer) == ["B<|end|>\nD<|end|>\n"]
+    with pytest.warns(UserWarning, match="1 of 1 rows are longer than 60 tokens, and cut off there; give more tokens"):
+        short = cut(two.train, replace(chat, preprocess=TextPreprocess(60)))
+    assert learned(short, chat.tokenizer) == ["B<|end|>\n"]
     with pytest.raises(DataError, match="has chats, and the backbone's tokenizer has no chat template"):
         cut(two.train, plain)
 
 
 def test_command_line_from_text_to_text(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    train = f"train --task text-generation --backbone hf/{world}/lm --data {world}/texts --tokens 50 --steps 30 --json"
+    train = f"train --task text-generation --backbone hf/{world}/lm --data {world}/texts --tokens 50 --steps 16 --json"
     found = json.loads(call(*train.split(), "--output", "m", "--distance", "1.6").stdout)
     assert found["test_perplexity"] < found["test_raw_perplexity"]
     assert found["test_over_raw"] == found["test_raw_perplexity"] - found["test_perplexity"]
@@ -129,7 +133,7 @@ def test_a_run_that_stops_goes_on_to_the_bit(world: Path, tmp_path: Path) -> Non
         return result
 
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "run", 20, checkpoint_every="15steps")
+        trained(tmp_path / "run", 10, checkpoint_every="7steps")
     again, whole = trained(tmp_path / "run", resume=True), trained(None)
     assert again.metrics == whole.metrics
     assert all(again.parts.masks[name] == whole.parts.masks[name] for name in whole.parts.masks)

@@ -207,7 +207,7 @@ def train(
     ] = None,
     tokens: Annotated[
         int | None,
-        "Tokens of a text, at most, or of a block of texts. Default: 128.",
+        "Tokens of a text, at most, or of a block of texts. Default: 128; 512 for text-generation.",
         typer.Option(min=2, rich_help_panel="Data"),
     ] = None,
     auto: Annotated[

@@ -33,7 +33,7 @@ from .model import (
 )
 from .random_weights import PREFIX, parse_random, random_values
 
-TOKENS = 128  # of a text, where nothing else is asked for
+TOKENS, BLOCK = 128, 512  # of a text, and of a language model's block, where nothing else is asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -400,7 +400,8 @@ def load_backbone(
         mapped: leave weights that are in a file on this disk (`weights`, or of `hf/FOLDER`) there, in its dtypes, and
             read them where they are used: for what looks at each tensor once. The model cannot compute.
         task: what a backbone for texts is for; default: text classification.
-        tokens: of a text, at most, or of a block of texts; default: 128, or fewer if the backbone takes fewer.
+        tokens: of a text, at most, or of a block of texts; default: 128, and 512 for
+            text-generation, or fewer if the backbone takes fewer.
 
     Example:
         backbone = load_backbone("timm/resnet18.a1_in1k")
@@ -475,9 +476,11 @@ def _for_task(backbone: Backbone, task: TaskName, tokens: int | None) -> Backbon
             f"the backbone {backbone.id} is for {'texts' if texts else 'images'}, so task {task} or tokens {tokens} is "
             f"not possible; take another backbone, or leave them out"
         )
+    config = getattr(backbone.model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or BLOCK
+    if tokens is None and task == "text-generation":
+        tokens = min(BLOCK, most)
     if tokens is not None and texts is not None:
-        config = getattr(backbone.model, "config", None)
-        most = getattr(config, "max_position_embeddings", None) or tokens
         if not 2 <= tokens <= most:
             raise ConfigError(f"tokens must be from 2 to {most}, which {backbone.id} takes, got {tokens}")
         preprocess = replace(texts, max_length=tokens)

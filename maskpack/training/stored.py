@@ -128,6 +128,12 @@ def shortest(tensor: Tensor) -> Tensor:
     return own.half() if torch.equal(own.half().to(own.dtype), own) else own.clone()
 
 
+def halved(tensor: Tensor) -> Tensor:
+    """Return a tensor rounded to float16, in its own dtype; as it is if float16 does not hold it."""
+    own = tensor.half().to(tensor.dtype)
+    return own if own.isfinite().all() else tensor
+
+
 @torch.no_grad()
 def settle_head(linear: nn.Linear, store: Store) -> bool:
     """Put the values of a head that will be stored into it, in place; return True if that changed any: see `settle`."""

@@ -1,5 +1,6 @@
 """Rows of texts, chats, and prompts with answers, cut into blocks of tokens."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,13 @@ def cut(examples: Examples, backbone: Backbone) -> Examples:
     rows = ((examples.rows[row][examples.column], examples.labels[row]) for row in examples.indices)
     first = examples.labels[examples.indices[0]] if len(examples) else None
     if chat or isinstance(first, str):
-        found = [_block(_answered(tokenizer, value, answer, chat), length) for value, answer in rows]
+        whole = [_row(_answered(tokenizer, value, answer, chat)) for value, answer in rows]
+        found = [(ids[: length - 1], targets[: length - 1]) for ids, targets in whole]
+        if longer := sum(len(ids) >= length for ids, _ in whole):
+            warnings.warn(
+                f"{longer} of {len(whole)} rows are longer than {length} tokens, and cut off there; give more tokens",
+                stacklevel=2,
+            )
     else:
         texts = [(value, ends is not False) for value, ends in rows if value]
         found = list(_packed(_tokens(tokenizer, texts), length))
@@ -100,13 +107,13 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _block(pieces: Iterable[Piece], length: int) -> tuple[Tensor, Tensor]:
+def _row(pieces: Iterable[Piece]) -> tuple[Tensor, Tensor]:
     """Return the tokens of a row, and for each the next one where that is learned."""
     ids, wanted = list[int](), list[int]()
     for piece, learned in pieces:
         ids += piece
         wanted += piece if learned else [IGNORED] * len(piece)
-    return torch.tensor(ids[:length][:-1]), torch.tensor(wanted[1:length])
+    return torch.tensor(ids[:-1]), torch.tensor(wanted[1:])
 
 
 def _tokens(tokenizer: Any, texts: Sequence[tuple[str, bool]]) -> list[int]:
