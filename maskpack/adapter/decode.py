@@ -13,6 +13,7 @@ from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
+from ..backbone.shards import any_shared, shared, whole
 from ..codecs.base import CODECS, Bits, Codec, Side, There, place, plausible, words_of
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
@@ -44,6 +45,11 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     return {canonical(name): tensor for name, tensor in weights.items()}
 
 
+def in_step(weights: Mapping[str, Tensor] | None) -> int | None:
+    """Return how many threads may ask for the base's weights: processes that share them gather them in one order."""
+    return 1 if weights is not None and any_shared(weights) else None
+
+
 def tells_classes(weight: Tensor) -> bool:
     """Return True if weights are of a dtype in which they are in the classes of the base's."""
     return str(weight.dtype) in ("torch.float32", "torch.bfloat16")
@@ -67,7 +73,7 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
-    return tensor
+    return whole(tensor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,7 +199,8 @@ class Decoder:
 
     def _masks(self, set: str, names: list[str], zeros: bool) -> Masks:
         shapes, work = self.adapter.shapes(set), partial(self.mask, set, zeros=zeros, there=self._there(set, names))
-        return zip(names, in_order(work, names, lambda name: math.prod(shapes[name]), WORTH), strict=True)
+        found = in_order(work, names, lambda name: math.prod(shapes[name]), WORTH, in_step(self.weights))
+        return zip(names, found, strict=True)
 
     def _there(
         self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
@@ -204,7 +211,7 @@ class Decoder:
             *_, payload = self.adapter.payloads[set][name]
             codec, data, weight = self.codec(payload), self.adapter.piece(payload), (self.weights or {}).get(name)
             weight = weight if weights is None else weights[name]
-            if not codec.decodes_on("cpu" if weight is None else weight.device.type):
+            if shared(weight) or not codec.decodes_on("cpu" if weight is None else weight.device.type):
                 continue
             known = weight is not None or not codec.needs_base
             if known and self._referenced(payload) is None and plausible(data, payload.weights):
@@ -229,7 +236,7 @@ class Decoder:
             else:
                 found.append(payload)
         step = counted(progress, (payload.weights for payload in found))
-        digests = in_order(self._checked, found, lambda one: one.weights, WORTH)
+        digests = in_order(self._checked, found, lambda one: one.weights, WORTH, in_step(self.weights))
         for payload, own in zip(found, digests, strict=True):
             rows.append((payload.set, payload.name, payload.coding.op, payload.shape, own))
             step(payload.weights)

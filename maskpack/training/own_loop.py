@@ -29,6 +29,7 @@ from ..backbone.model import (
     unwrap,
 )
 from ..backbone.select import select_parameters
+from ..backbone.shards import any_shared, first_process, is_managed, whole
 from ..errors import SelectionError, StateError
 from ..mask import MaskSet
 from . import stored
@@ -68,7 +69,7 @@ def attach_scores(
 
     For users who keep their own training loop: train every parameter that requires a gradient with any optimiser,
     without weight decay for scores, then call `save_adapter(path, model)`, and `extract_parts(model)`, which leaves the
-    model as it was.
+    model as it was. `fully_shard` may be called before or after; then every process calls these functions.
 
     Args:
         method: a method or its name (`maskpack list methods`).
@@ -113,6 +114,11 @@ def attach_scores(
         raise SelectionError(f"nothing is left to mask beside the head {', '.join(heads)}; select other parameters")
     learning = trained_themselves(model, train, names)
     learning |= {name: one for name, one in named_parameters(model).items() if name in own and one.is_floating_point()}
+    if any_shared(named_parameters(model)) and not is_managed(model):
+        raise StateError(
+            "parameters of this model are shared by tensor parallelism, under which scores cannot be trained; shard it "
+            "by fully_shard instead, or load it whole"
+        )
     scores = attach(model, method, names, scale, top, dtype=dtype or torch.float32, beside=learning)
     scored_models(model)[0].head = tuple(heads)
     LEARNING[model] = learned
@@ -161,6 +167,8 @@ def settle(model: nn.Module, store: Store = "coded") -> None:
         settle(model)
         save_adapter("my-adapter", model)
     """
+    if any_shared(named_parameters(model)):
+        raise StateError("a sharded model cannot be settled; save_adapter(path, model) saves it as it is")
     models = scored_models(model)
     if not models:
         raise StateError("this model has no scores; call attach_scores(model) first")
@@ -226,7 +234,7 @@ def _short_parts(model: nn.Module) -> Parts:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
+    return whole(tensor.detach()).cpu().clone()
 
 
 def learned(model: nn.Module, name: str | None) -> Learned:
@@ -239,7 +247,8 @@ def learned(model: nn.Module, name: str | None) -> Learned:
     state = {canonical(key): was.get(id(tensor), tensor) for key, tensor in now.items()}
     heads = {*(head for one in models for head in one.head), *tied_outputs(model, [*parts.masks, *parts.parameters])}
     base, (stated, revision) = body_of(state, heads), source_of(model)
-    return Learned(parts, fingerprint_of(base, name or stated, revision, tuple(sorted(heads))), base)
+    own = fingerprint_of(base, name or stated, revision, tuple(sorted(heads)))
+    return Learned(parts, own, base, first_process(known.values()))
 
 
 @contextmanager
@@ -264,6 +273,11 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options
     with `ScoredModel.sparse`, only what learns.
     """
     write, given = type(self).save_pretrained, options.get("state_dict")
+    if any_shared(named_parameters(self)):
+        raise StateError(
+            "a sharded model with scores is saved by save_adapter(path, model), and its training by "
+            "torch.distributed.checkpoint; the merged model is written by one process that loads the adapter"
+        )
     if not CHECKPOINT.fullmatch(Path(save_directory).name):
         with merged(self):
             return write(self, save_directory, *args, **{**options, **({"state_dict": None} if given else {})})
