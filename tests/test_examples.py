@@ -119,8 +119,9 @@ def test_space(folder: Path) -> None:
     """The real app, called over HTTP as Gradio's own client does it."""
     if subprocess.run([SPACE, "-c", "import gradio"], capture_output=True, check=False).returncode:
         pytest.skip("needs gradio, or MASKPACK_GRADIO: a Python that has it")
+    ready = r"(?s)(http://127\S+?)/?\s.*public link"  # the app looks at itself first, and gives itself three seconds
     quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": "7931", "PYTHONUNBUFFERED": "1"}
-    with running([SPACE, EXAMPLES / "space" / "app.py"], folder, r"(http://127\S+?)/?\s", **quiet) as address:
+    with running([SPACE, EXAMPLES / "space" / "app.py"], folder, ready, **quiet) as address:
         import base64
 
         url = "data:image/png;base64," + base64.b64encode((folder / "digit.png").read_bytes()).decode()
