@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ class Native(BuildHookInterface):
         if library is None:
             self.app.display_warning("the inner loops are not compiled: masks will decode more slowly")
             return
-        platform = os.environ.get("MASKPACK_PLATFORM") or sysconfig.get_platform()
+        # a universal interpreter of macOS builds for this machine's processor alone
+        own = sysconfig.get_platform().replace("universal2", platform.machine())
+        name = os.environ.get("MASKPACK_PLATFORM") or own
         build_data["artifacts"].append(f"/{FOLDER.as_posix()}/{library.name}")
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{platform.replace('-', '_').replace('.', '_')}"
+        build_data["tag"] = f"py3-none-{name.replace('-', '_').replace('.', '_')}"

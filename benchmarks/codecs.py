@@ -14,26 +14,29 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from maskpack.adapter.decode import base_weight, by_name, words_of
+from maskpack.adapter.decode import base_weight, by_name
 from maskpack.adapter.describe import inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.codecs import native
-from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side
+from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side, words_of
 from maskpack.codecs.choose import rivals
+from maskpack.codecs.logit import Logit, decode_together
 from maskpack.errors import MaskpackError
 
 from .compression import RangeCoder, Sizes, strong_sizes
 from .mask_sets import CORPUS, Case, cases
-from .measured import FOLDER, rewrite
+from .measured import FOLDER, record, rewrite
 from .report import table, write_between
 from .tasks import DATA, RUNS
 
@@ -109,18 +112,40 @@ def ours(case: Case, profile: Profile, codec: str | None, folder: Path) -> Row:
     }
 
 
-def numpy_rates(case: Case) -> dict[str, float]:
-    """Return how many million weights a second numpy decodes alone, of payloads without the base and with it."""
-    found = {}
+def decode_all(coded: Sequence[tuple[Codec, bytes, Side]]) -> None:
+    """Decode the payloads of a set: without the compiled part those of `logit` together, as `Adapter.parts` does."""
+    together = native.library() is None
+    for base in (False, True) if together else ():
+        own = [(data, side) for used, data, side in coded if isinstance(used, Logit) and used.needs_base == base]
+        decode_together([data for data, _ in own], [side for _, side in own], base)
+    for used, data, side in coded:
+        if not (together and isinstance(used, Logit)):
+            used.decode(data, side)
+
+
+@contextmanager
+def without_loops() -> Iterator[None]:
+    """As where there is no compiled part: numpy codes."""
+    library = native.library
+    native.library = lambda: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        native.library = library
+
+
+def numpy_rates(case: Case) -> Row:
+    """Return the rates of decoding payloads by numpy and compiled, and constriction's, which tells how busy it was."""
+    found: Row = {"weights": case.masks.total, "constriction": reference(case)["codec_decode_rate"]}
     for profile in ("default", "max") if case.weights is not None else ("default",):
         with tempfile.TemporaryDirectory() as folder:
             path, weights = Path(folder) / "case.safetensors", case.weights if profile == "max" else None
             save_adapter(path, case.masks, case.base, profile=profile, weights=weights)
-            coded, library = [*payloads(read_adapter(path), case)], native.library
-            native.library = lambda: None  # type: ignore[assignment]
-            spent = seconds(lambda coded=coded: [used.decode(data, side) for used, data, side in coded])  # type: ignore[misc]
-            native.library = library
-            found[profile] = round(case.masks.total / spent / 1e6, 1)
+            coded = [(used, bytes(data), side) for used, data, side in payloads(read_adapter(path), case)]
+        rates = {"compiled": case.masks.total / seconds(partial(decode_all, coded))}
+        with without_loops():
+            rates["numpy"] = case.masks.total / seconds(partial(decode_all, coded))
+        found[profile] = rates
     return found
 
 
@@ -334,7 +359,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "codecs.jsonl", help="a line for each mask set")
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
-    parser.add_argument("--numpy", action="store_true", help="only decode, without the compiled loops")
+    parser.add_argument("--numpy", action="store_true", help="only decode, with the compiled loops and without")
     arguments = parser.parse_args()
     if not (DATA / "weights").is_dir():
         parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results/index.md")
@@ -342,7 +367,7 @@ def main() -> None:
     if arguments.numpy:
         for name, make in cases(arguments.adapters):
             if any(fnmatch(name, pattern) for pattern in arguments.only):
-                print(name, numpy_rates(make()), flush=True)
+                record("codecs-numpy", {"set": name}, numpy_rates(make()))
         return
     RUNS.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(RUNS / "general-sizes.json")

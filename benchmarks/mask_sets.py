@@ -1,8 +1,9 @@
 """The mask sets that benchmarks measure: trained ones, ones drawn from logged densities, and a large one from a seed.
 
-    MASKPACK_DATA=… python -m benchmarks.mask_sets eurosat-sgd eurosat-adam cartoon-flip cartoon-largest
+    MASKPACK_DATA=… python -m benchmarks.mask_sets eurosat-sgd eurosat-adam cartoon-flip cartoon-largest smollm2
 
-trains those that are for codecs alone, and keeps their masks without head and statistics.
+trains those that are for codecs alone, and keeps their masks without head and statistics. The last is of the folder
+runs/smollm2, which benchmarks/smollm2.py makes.
 The set of seven billion weights is too large for the tables here: `benchmarks/scale.py` measures it, memory included.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 from torch import nn
@@ -29,16 +31,17 @@ from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Fingerprint
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.safetensors_io import read_tensors
-from maskpack.training import TrainConfig, load_data, train_mask
+from maskpack.training import TrainConfig, attach_scores, extract_masks, load_data, train_mask
 from maskpack.training.data.base import Data
 
 from .recipe import lite0
-from .tasks import DATA, minilm, resnet
+from .tasks import DATA, RUNS, minilm, resnet
 
 Bools = NDArray[np.bool_]
 Shapes = dict[str, tuple[int, ...]]
 DENSITIES = "masks/resnet50_swav_densities.json"
 CORPUS = Path(__file__).with_name("corpus")  # trained adapters, kept so that sizes can be compared over releases
+LANGUAGE = "smollm2"
 SHARED = "masks/resnet20_cifar10_to_pacs_sketch.safetensors"
 
 
@@ -134,9 +137,14 @@ def cases(adapters: Path) -> Iterator[tuple[str, Callable[[], Case]]]:
     for row in TASKS | FOR_CODECS:
         found = sorted(adapters.glob(f"{row}-*.safetensors"))
         for file in found:
-            yield file.stem, partial(_trained, row, file)
+            yield file.stem, partial(_of_adapter, partial(_base_of, row), file)
         if not found:
             _missing(f"{row}-*.safetensors", str(adapters))
+    file = adapters / f"{LANGUAGE}-0.safetensors"
+    if file.exists() and (RUNS / LANGUAGE).is_dir():
+        yield file.stem, partial(_of_adapter, smollm2, file)
+    else:
+        _missing(file.name if not file.exists() else LANGUAGE, str(adapters if not file.exists() else RUNS))
     if (DATA / DENSITIES).exists():
         for data in densities():
             yield f"drawn-{data}", partial(_drawn, data)
@@ -157,10 +165,40 @@ def _shared() -> Case:
     )
 
 
-def _trained(row: str, file: Path) -> Case:
-    model = (TASKS | FOR_CODECS)[row].load().model
-    adapter = read_adapter(file)
+def _base_of(row: str) -> nn.Module:
+    return (TASKS | FOR_CODECS)[row].load().model
+
+
+def _of_adapter(base: Callable[[], nn.Module], file: Path) -> Case:
+    model, adapter = base(), read_adapter(file)
     return Case(file.stem, "trained", adapter.parts(base=model).masks, adapter.base, model)
+
+
+def smollm2() -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(RUNS / LANGUAGE, dtype=torch.float32)  # type: ignore[no-any-return]
+
+
+def train_smollm2(steps: int = 60, rows: int = 4, length: int = 64, lr: float = 0.05) -> None:
+    """Train masks of the last four blocks on Shakespeare, in a loop of one's own, and keep them."""
+    from transformers import AutoTokenizer
+
+    model, text = smollm2(), (DATA / "data/shakespeare/train.txt").read_text(encoding="utf-8")[:400_000]
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(RUNS / LANGUAGE)(text)["input_ids"])
+    base = fingerprint(model, id="HuggingFaceTB/SmolLM2-135M-Instruct")
+    torch.manual_seed(0)
+    scores = attach_scores(model, select=[f"model.layers.{n}.*_proj.weight" for n in range(26, 30)])
+    optimizer = torch.optim.Adam(scores.values(), lr)
+    for _ in range(steps):
+        batch = tokens.unfold(0, length, length)[torch.randint(len(tokens) // length, (rows,))]
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    masks = extract_masks(model)
+    save_adapter(CORPUS / f"{LANGUAGE}-0.safetensors", masks, base, profile="max", weights=model)
+    print(f"{LANGUAGE}: {masks.total} weights, {masks.density:.4f} kept, last loss {loss.item():.3f}", flush=True)
 
 
 def densities() -> dict[str, dict[str, float]]:
@@ -229,8 +267,11 @@ def _made(name: str, kind: Literal["drawn", "made"], masks: dict[str, Bools], fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="+", choices=FOR_CODECS)
+    parser.add_argument("rows", nargs="+", choices=[*FOR_CODECS, LANGUAGE])
     for row in parser.parse_args().rows:
+        if row == LANGUAGE:
+            train_smollm2()
+            continue
         task = FOR_CODECS[row]
         backbone = task.load()
         result = train_mask(backbone, task.examples(0), TrainConfig(seed=0, **task.settings))

@@ -63,6 +63,7 @@ class PackedMask:
         signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
         zeros: rising flat positions of the zero bits, where decoding came by them: an array, or a tensor where the
             weights lie; who keeps a mask leaves them out.
+        make: of a mask made by `later`: gives its packed bits.
     """
 
     bits: bitarray
@@ -71,6 +72,7 @@ class PackedMask:
     alpha: float | None = None
     signs: bitarray | None = None
     zeros: Any = field(default=None, compare=False, repr=False)
+    make: Callable[[], np.ndarray] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -110,6 +112,25 @@ class PackedMask:
         bits.frombytes(np.ascontiguousarray(packed[: (count + 7) // 8]).data)  # type: ignore[arg-type]  # any buffer
         del bits[count:]
         return cls(bits, shape, op)
+
+    @classmethod
+    def later(
+        cls, make: Callable[[], np.ndarray], shape: Shape, op: Op, alpha: float | None, zeros: Tensor
+    ) -> PackedMask:
+        """Return a mask of which the zeros are known where the weights lie, and the bits are made when asked for."""
+        found = object.__new__(cls)
+        own = {"shape": shape, "op": op, "alpha": alpha, "signs": None, "zeros": zeros, "make": make}
+        for name, value in own.items():
+            object.__setattr__(found, name, value)
+        return found
+
+    def __getattr__(self, name: str) -> Any:  # of what is not set
+        if name != "bits":
+            raise AttributeError(name)
+        assert self.make is not None
+        bits = PackedMask.from_bytes(self.make(), self.shape).bits
+        object.__setattr__(self, name, bits)
+        return bits
 
     def scaled(self) -> PackedMask:
         """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""

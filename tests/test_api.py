@@ -41,7 +41,7 @@ PUBLIC = {
     "PatchReader PatchWriter Prediction MaskSet MaskBank combine inspect_adapter identify fingerprint push pull "
     "search_adapters load_backbone MaskpackError __version__",
     "maskpack.training": "Data Task TrainConfig TrainResult load_data train_mask train_auto train_cascade train_tasks "
-    "train_transfer attach_scores count_trainable extract_parts extract_masks attach_gates",
+    "train_transfer attach_scores count_trainable extract_parts extract_masks settle attach_gates",
 }
 
 

@@ -76,6 +76,19 @@ def saved(path: Path, model: nn.Module, cascade: Cascade | None = None, scale: b
     )
 
 
+def test_a_cascade_of_a_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    part = TinyNet().eval()
+    model = nn.ModuleDict({"encoder": part})
+    adapter = saved(tmp_path / "cascade", part)
+    expected = load_cascade(part, adapter).embed(INPUTS)
+    found = load_cascade(model, adapter)
+    assert found.model is part
+    assert torch.equal(found.embed(INPUTS), expected)
+    outer = saved(tmp_path / "outer", part, replace(spread(), embedding=Embedding("fc")))
+    assert torch.equal(load_cascade(part, outer).embed(INPUTS), expected)
+
+
 def copies(model: TinyNet, sets: dict[str, Parts]) -> dict[str, TinyNet]:
     """The definition: a whole network for each set."""
     found = {}

@@ -101,6 +101,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.save(root / "some-digit.png")
     settings = next(body for kind, body, _ in blocks("quickstart.md") if kind == "toml")
     (root / "run.toml").write_text(settings)
+    (root / "settings.toml").write_text(settings)  # to be parsed; `maskpack init` makes it where blocks are run
     (root / "tasks.toml").write_text("")
 
     key = write_key(root, "public")[0]
@@ -139,6 +140,7 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "here"
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
+    Path("settings.toml").unlink()
     monkeypatch.setattr(timm, "create_model", small)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)

@@ -181,6 +181,74 @@ def test_peft_merges_and_has_several_masks(folder: Path) -> None:
     assert torch.equal(model(**batch).logits, first)
 
 
+def test_trl_trains_masks(folder: Path, tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from maskpack.integrations.peft import MaskConfig, read_peft
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), eos_token="[SEP]")
+    torch.manual_seed(0)
+    model = CASES["language_model"](folder).model
+    base = copy.deepcopy(model).eval()
+    data = datasets.Dataset.from_dict({"text": ["a b c d", "d c b a", "a a b b"] * 4})
+    given: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.3, "report_to": [], "use_cpu": True, "bf16": False}
+    arguments = trl.SFTConfig(str(tmp_path / "run"), save_strategy="no", disable_tqdm=True, **given)
+    run = trl.SFTTrainer(
+        model, args=arguments, train_dataset=data, processing_class=tokenizer, peft_config=MaskConfig(top=0.5)
+    )
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    batch = {"input_ids": tokens(2, 8)}
+    expected = run.model.eval()(**batch).logits
+    assert not torch.equal(expected, base(**batch).logits)
+    assert torch.equal(load_mask(base, read_peft(tmp_path / "saved"))(**batch).logits, expected)
+
+
+def test_lightning_by_its_own_means(folder: Path, tmp_path: Path) -> None:
+    """The example of docs/own-loop.md."""
+    lightning = pytest.importorskip("pytorch_lightning")
+    from maskpack import save_adapter
+
+    class Masks(lightning.Callback):  # type: ignore[misc]
+        def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
+            learning = {name for name, one in module.named_parameters() if one.requires_grad}
+            checkpoint["state_dict"] = {n: one for n, one in checkpoint["state_dict"].items() if n in learning}
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            save_adapter(tmp_path / "adapter", module.model)
+
+    class Module(lightning.LightningModule):  # type: ignore[misc]
+        strict_loading = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model_with_scores(folder)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([one for one in self.parameters() if one.requires_grad], lr=10.0)
+
+    def run(steps: int) -> Any:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return lightning.Trainer(max_steps=steps, accelerator="cpu", callbacks=[Masks()], **quiet)
+
+    rows = torch.utils.data.DataLoader(Rows(), batch_size=8)
+    whole, first, again = Module(), Module(), Module()
+    run(6).fit(whole, rows)
+    trainer = run(3)
+    trainer.fit(first, rows)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    run(6).fit(again, rows, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
+    assert same(scores_of(again.model), scores_of(whole.model))
+    model, batch = again.model.eval(), {"input_ids": tokens(4, 8)}
+    expected = model(**batch).logits
+    extract_parts(model)
+    assert torch.equal(load_mask(model, tmp_path / "adapter")(**batch).logits, expected)
+
+
 def test_peft_refuses_another_base(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from maskpack.errors import BackboneMismatchError

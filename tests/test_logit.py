@@ -112,6 +112,27 @@ def test_many_lanes(compiled: ctypes.CDLL, shape: tuple[int, ...], base: bool, m
     assert with_library(None, lambda: logit.encode(bits, side, base)) == payload
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_payloads_that_are_decoded_together(compiled: ctypes.CDLL, base: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By numpy: those of different shapes, empty ones, and spoiled ones among good ones; in several groups."""
+    monkeypatch.setattr(logit, "LANE_BYTES", 60)
+    monkeypatch.setattr(logit, "TOGETHER", 8000)
+    shapes = [(90, 200), (48, 1, 5, 5), (30, 20, 3, 3), (700,), (0, 3), (16, 16), (24, 4, 3, 1), (64, 300)]
+    made_ = [made(shape, 0.9, seed, base, False) for seed, shape in enumerate(shapes)]
+    payloads = [with_library(compiled, lambda one=one: logit.encode(*one, base)) for one in made_]
+    for place in (0, 2, 9, -1):
+        spoiled = bytearray(payloads[2])
+        spoiled[place] ^= 5
+        payloads.append(bytes(spoiled))
+        made_.append(made_[2])
+    sides = [side for _, side in made_]
+    found = logit.decode_together(payloads, sides, base)
+    for payload, side, bits in zip(payloads, sides, found, strict=True):
+        alone = with_library(compiled, lambda payload=payload, side=side: logit.decode(payload, side, base))
+        assert (bits is None) == (isinstance(alone, str) or not side.count)
+        assert bits is None or np.array_equal(bits, alone)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 1000, 50_000])
 @pytest.mark.parametrize("spread", [0, 3, 1 << 15])
 @pytest.mark.parametrize("parts", [16, 128])

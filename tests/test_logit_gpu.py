@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from maskpack import MaskBank, fingerprint, load_mask, save_adapter, unload_mask
+from maskpack import MaskBank, fingerprint, load_mask, load_masked, save_adapter, unload_mask
 from maskpack.adapter.read import Adapter
 from maskpack.codecs import logit
 from maskpack.errors import CorruptAdapterError
@@ -104,6 +105,8 @@ class TestInterpreted:
             return decode_on(payloads, needs)
 
         monkeypatch.setattr(gpu, "decode_on", counted)
+        fetched = list[int]()
+        monkeypatch.setattr(gpu, "fetched", lambda bits: (fetched.append(len(bits)), bits.numpy())[1])
         model = network().to(dtype)
         before = bits(model)
         wanted = network().to(dtype)
@@ -114,6 +117,13 @@ class TestInterpreted:
         assert same(bits(model), bits(wanted))
         unload_mask(model)
         assert same(bits(model), before)
+        assert not fetched  # no bits came back from the device
+        file = tmp_path / "base.safetensors"
+        save_file({name: tensor.clone() for name, tensor in base.state_dict().items()}, file)
+        assert same(bits(load_masked(network().to(dtype), file, tmp_path)), bits(wanted))
+        assert decoded == [2, 1, 1]
+        assert not fetched
+        del decoded[1:]
         with MaskBank(model) as bank:
             bank.use(bank.add(tmp_path))
             assert decoded == [2, 2]

@@ -93,11 +93,14 @@ def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Ta
     assert run.gates is not None
     soft = run.accuracies("test")
     run.gates.hard = True
+    for name, task in two(tasks).items():
+        module = run.use(name).module
+        assert task.data.train is not None
+        recalibrate(module, readable(loader(task.data.train, backbone.preprocess, batch_size=QUICK.batch_size)))
+    run.settle()
     for row, (name, task) in zip(result["rows"], two(tasks).items(), strict=True):
         module = run.use(name).module
         assert task.data.test is not None
-        assert task.data.train is not None
-        recalibrate(module, readable(loader(task.data.train, backbone.preprocess, batch_size=QUICK.batch_size)))
         hard = predictions(module, readable(loader(task.data.test, backbone.preprocess)))[0]
         assert torch.equal(logits_of(folder, name, task), hard)
         assert row["task"] == name
@@ -108,6 +111,8 @@ def test_gated_adapters_are_the_hardened_network(gated: Any, tasks: dict[str, Ta
         adapter = load_adapter(folder / name)
         assert adapter.parts().masks == run.gates.masks(name)
         assert sorted(adapter.parts().masks) == ["conv1.weight", "conv2.weight"]
+        assert list(adapter.parts().norms) == ["bn1", "bn2"]
+        assert not adapter.parts().dense
         assert adapter.about.training is not None
         assert adapter.about.training["joint"]["gate_factor"] == 8
     run.close()
@@ -289,7 +294,7 @@ def test_the_backbone_comes_back_whole(tasks: dict[str, Task]) -> None:
     head, before = backbone.model.fc, dict(backbone.model.named_buffers())
     flags = {name: p.requires_grad for name, p in backbone.model.named_parameters()}
     seen = {name: buffer.clone() for name, buffer in before.items()}
-    result = train_jointly(backbone, two(tasks), replace(QUICK, steps=4), FAST)
+    result = train_jointly(backbone, two(tasks), replace(QUICK, steps=4, store="float32"), FAST)
     assert backbone.model.fc is head
     assert not any(isinstance(one, GatedWeight) for one in backbone.model.modules())
     assert {name: p.requires_grad for name, p in backbone.model.named_parameters()} == flags

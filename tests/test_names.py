@@ -2,13 +2,21 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from maskpack import MaskBank, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
+from maskpack import (
+    MaskBank,
+    fingerprint,
+    load_adapter,
+    load_backbone,
+    load_mask,
+    load_masked,
+    save_adapter,
+    unload_mask,
+)
 from maskpack.backbone.classifier import embeddings
 from maskpack.errors import BackboneMismatchError
 from maskpack.runtime.load import MaskpackWarning
@@ -85,18 +93,12 @@ def test_an_adapter_fits_every_model_of_its_base(
     load_mask(source, ref)
     expected, before, base = hidden(source), bits(model), hidden(model)
     assert not torch.equal(expected, base)
-    where = find_place(model, maskpack_adapter(ref), maskpack_adapter(ref).shapes())
+    where = find_place(model, load_adapter(ref).base, load_adapter(ref).shapes())
     load_mask(model, ref, head="keep")
     assert (f"stand {where} in this model" in caplog.text) == (where != TOP)
     assert torch.equal(hidden(model), expected)
     unload_mask(model)
     assert same(bits(model), before)
-
-
-def maskpack_adapter(ref: Path) -> Any:
-    from maskpack import load_adapter
-
-    return load_adapter(ref)
 
 
 @pytest.mark.parametrize(("made", "used"), [("BertModel", "BertForSequenceClassification"), ("BertForTokenClassification", "BertModel"), ("LlamaForCausalLM", "LlamaModel")])  # fmt: skip  # noqa: E501
@@ -133,14 +135,40 @@ def test_a_head_has_no_place_in_an_encoder(folder: Path, tmp_path: Path) -> None
     load_mask(bare, ref, head="keep")
 
 
-def test_a_bank_is_made_of_the_part(folder: Path, tmp_path: Path) -> None:
-    ref, model = trained(of_kind("BertModel", folder), tmp_path / "a"), of_kind("BertForSequenceClassification", folder)
-    expected = hidden(load_mask(of_kind("BertModel", folder), ref))
-    with MaskBank(model) as bank, pytest.raises(BackboneMismatchError, match=r"under 'bert'.*get_submodule\('bert'\)"):
-        bank.add(ref, "one")
-    with MaskBank(model.get_submodule("bert")) as bank:
-        bank.use(bank.add(ref, "one"))
-        assert torch.equal(hidden(model), expected)
+FITTING = [("BertModel", "BertForSequenceClassification"), ("LlamaModel", "LlamaForCausalLM")]
+FITTING += [("LlamaForCausalLM", "LlamaModel"), ("BertModel", "sentences")]
+
+
+@pytest.mark.parametrize(("made", "used"), FITTING)
+def test_a_bank_takes_adapters_of_a_part(made: str, used: str, folder: Path, tmp_path: Path) -> None:
+    source, model = of_kind(made, folder), of_kind(used, folder)
+    refs = [trained(source, tmp_path / "a")]
+    base = fingerprint(source, id="tests:one", head=["lm_head"])  # as attach_scores leaves it out
+    refs.append(save_adapter(tmp_path / "b", random_masks(source), base).path)
+    before, room = bits(model), max(load_adapter(ref).parts().nbytes for ref in refs)
+    with MaskBank(model, max_host_bytes=room) as bank:  # so that the other is read again
+        names = [bank.add(ref, str(number)) for number, ref in enumerate(refs)]
+        for name in [*names, *names]:
+            bank.use(name)
+            expected = hidden(load_mask(source, refs[int(name)]))
+            unload_mask(source)
+            assert torch.equal(hidden(model), expected)
+        assert bank.status().residents[names[0]].state == "evicted"
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize(("made", "used"), FITTING[:3])
+def test_base_and_mask_come_together_under_a_prefix(made: str, used: str, folder: Path, tmp_path: Path) -> None:
+    ref, whole = trained(of_kind(made, folder), tmp_path / "adapter"), of_kind(used, folder)
+    whole.save_pretrained(tmp_path / "weights")  # type: ignore[operator]
+    with torch.device("meta"):
+        empty = type(whole)(whole.config).eval()
+    load_masked(empty, tmp_path / "weights", ref)
+    assert same(bits(empty), bits(load_mask(whole, ref)))
+    other = type(whole)(whole.config)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(BackboneMismatchError, match="was made for the weights of"):
+        load_masked(empty, tmp_path / "other", ref)
 
 
 def test_of_two_places_the_digests_decide_and_nothing_is_guessed(

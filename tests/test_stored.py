@@ -44,7 +44,8 @@ from maskpack.runtime.bank import MaskBank
 from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.runtime.stream import load_masked
 from maskpack.safetensors_io import write_tensors
-from maskpack.training import TrainConfig, load_data, train_mask
+from maskpack.training import TrainConfig, attach_scores, extract_parts, load_data, train_mask
+from maskpack.training import settle as settle_values
 from maskpack.training.batchnorm import batchnorm_statistics
 from maskpack.training.data.base import Data
 from maskpack.training.evaluate import adapter_accuracy
@@ -272,6 +273,32 @@ def test_norms_of_another_model_are_refused(normed: nn.Module, tiny: nn.Module) 
             Parts(MaskSet({}), norms={name: norm}).resolved(tiny.state_dict())
     with pytest.raises(BackboneMismatchError, match="no normalisation layer 'rms'"):
         Parts(MaskSet({}), norms={"rms": norm}).resolved(normed.state_dict())
+
+
+@pytest.mark.parametrize("store", ["coded", "float32"])
+def test_own_loops_store_what_was_put_in(tiny: nn.Module, tmp_path: Path, store: Any) -> None:
+    """Norms whose statistics moved, a head, and a bias that learned; the base comes back."""
+    base = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    attach_scores(tiny, select=["conv2.weight"], train=["conv2.bias", "bn2.*"], head="fc")
+    tiny.train()(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        for name, parameter in tiny.named_parameters():
+            if parameter.requires_grad and "scores" not in name:
+                parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    settle_values(tiny.eval(), store)
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    wanted = tiny(x).detach()
+    adapter = save_adapter(tmp_path, tiny)
+    parts = adapter.parts()
+    coded = store == "coded"
+    assert sorted(parts.norms) == (["bn1", "bn2"] if coded else [])
+    assert bool(parts.statistics) == (not coded)
+    assert parts.head is not None
+    assert (parts.head.steps is not None) == coded
+    assert parts.parameters["conv2.bias"].dtype == (torch.float16 if coded else torch.float32)
+    extract_parts(tiny)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in tiny.state_dict().items() if "fc" not in name)
+    assert torch.equal(load_mask(tiny, tmp_path)(x), wanted)
 
 
 # --- training --------------------------------------------------------------------------------------------------------

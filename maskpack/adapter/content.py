@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from ..backbone.model import Embedding, Fingerprint, Head
+from ..backbone.shards import whole
 from ..errors import BackboneMismatchError, brief, short_repr
 from ..mask import MaskSet
 from .steps import Norm
@@ -60,7 +61,7 @@ class Parts:
                 raise BackboneMismatchError(f"the model has no normalisation layer {name!r}, which the adapter changes")
             if any(base[n].shape != norm.scale.shape for n in (weight, bias) if n in base):
                 raise BackboneMismatchError(f"the model's layer {name!r} has not {norm.scale.size} channels")
-            new, shifted = norm.values(base[weight], base.get(bias))
+            new, shifted = norm.values(whole(base[weight]), whole(base.get(bias)))
             found[weight] = new
             if shifted is not None:
                 found[bias] = shifted
@@ -103,11 +104,15 @@ class About:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
-    """What a model learned, and the base that it learned on, whose tensors `weights` has by name."""
+    """What a model learned, and the base that it learned on, whose tensors `weights` has by name.
+
+    Of several processes that share the model all have it, and one `writes` it.
+    """
 
     parts: Parts
     base: Fingerprint
     weights: Mapping[str, Tensor]
+    writes: bool = True
 
     __repr__ = short_repr
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Union, cast
 
 import numpy as np
 from bitarray import bitarray
 from numpy.typing import NDArray
 
 from ..backbone.model import canonical, named_parameters
-from ..codecs.base import CODECS, Bits, Codec, Side, There, Words, place, plausible
+from ..backbone.shards import any_shared, shared, whole
+from ..codecs.base import CODECS, Bits, Codec, Side, There, place, plausible, words_of
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
 from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
-from ..threads import Progress, counted, in_order
+from ..threads import AHEAD, Progress, counted, in_order
 from .header import Payload
 from .values import Steps, at_zeros
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Weights = Union["nn.Module", Mapping[str, "Tensor"]]
 Masks = Iterator[tuple[str, PackedMask]]
 Positions = Union[NDArray[Any], "Tensor"]
-Decoded = tuple[Bits, Positions]
+Decoded = tuple[Bits | Callable[[], Bits], Positions | None]
 WORTH = 1 << 22  # weights
 
 
@@ -42,6 +43,11 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
     if all(canonical(name) == name for name in weights):
         return weights
     return {canonical(name): tensor for name, tensor in weights.items()}
+
+
+def in_step(weights: Mapping[str, Tensor] | None) -> int | None:
+    """Return how many threads may ask for the base's weights: processes that share them gather them in one order."""
+    return 1 if weights is not None and any_shared(weights) else None
 
 
 def tells_classes(weight: Tensor) -> bool:
@@ -67,17 +73,7 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
             f"the mask of {name!r} is coded with the base's weights, and the base given has them as {tensor.dtype}, "
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
-    return tensor
-
-
-def words_of(weight: Tensor) -> Words:
-    """Return float32 or bfloat16 weights as patterns of bits, row-major, flat."""
-    import torch
-
-    flat = weight.detach().cpu().contiguous().reshape(-1)
-    if weight.dtype == torch.float32:
-        return flat.numpy().view(np.uint32)
-    return flat.view(torch.int16).numpy().view(np.uint16)
+    return whole(tensor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +106,7 @@ class Decoder:
         """Decode one payload to exactly its weights, and check the number of true bits.
 
         Args:
-            there: what came of it on another device.
+            there: what came of it on another device, or of decoding many together.
 
         Returns:
             The bits, and the positions of the false bits if the codec came by them, in order if `rising`.
@@ -129,7 +125,7 @@ class Decoder:
             side = Side(payload.shape, words, reference)
         try:
             if there is not None:
-                packed, zeros = there
+                packed, zeros = there[0]() if callable(there[0]) else there[0], there[1]
             else:
                 events = codec.events(data, side)
                 packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
@@ -178,25 +174,49 @@ class Decoder:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""
         *first, payload = self.adapter.payloads[set][name]
         signs = self.decode(first[0])[0] if first else None
-        bits, where = self.decode(payload, zeros, there.get(name) if there is not None else None)
-        alpha = self.adapter.alphas[set][name]
-        return PackedMask(bits, payload.shape, payload.coding.op, alpha, signs, where if zeros else None)
+        own, op, alpha = (there or {}).get(name), payload.coding.op, self.adapter.alphas[set][name]
+        if own is not None and callable(own[0]) and zeros and signs is None:  # nothing comes back from the device
+            assert own[1] is not None
+            if len(own[1]) == payload.weights - payload.kept:
+                return PackedMask.later(own[0], payload.shape, op, alpha, cast("Tensor", own[1]))
+        bits, where = self.decode(payload, zeros, own)
+        return PackedMask(bits, payload.shape, op, alpha, signs, where if zeros else None)
+
+    def mask_on(self, set: str, name: str, weight: Tensor) -> PackedMask:
+        """Decode the mask of a parameter, with zeros, where these weights of the base lie if its codec does so."""
+        return self.mask(set, name, True, self._there(set, [name], {name: weight}))
 
     def masks(self, set: str, zeros: bool = False) -> Masks:
         """Decode the masks of a set in order, in threads; see `Adapter.iter_masks`."""
-        shapes = self.adapter.shapes(set)
-        work = partial(self.mask, set, zeros=zeros, there=self._there(set))
-        return zip(shapes, in_order(work, shapes, lambda name: math.prod(shapes[name]), WORTH), strict=True)
+        shapes, names, ahead = self.adapter.shapes(set), list[str](), 0
+        for name, shape in shapes.items():
+            if names and ahead + math.prod(shape) > AHEAD:
+                yield from self._masks(set, names, zeros)
+                names, ahead = [], 0
+            names.append(name)
+            ahead += math.prod(shape)
+        yield from self._masks(set, names, zeros)
 
-    def _there(self, set: str) -> dict[str, Decoded | None]:
-        """Decode those payloads of a set whose parameters lie on a device on which their codec decodes, by name."""
+    def _masks(self, set: str, names: list[str], zeros: bool) -> Masks:
+        shapes, work = self.adapter.shapes(set), partial(self.mask, set, zeros=zeros, there=self._there(set, names))
+        found = in_order(work, names, lambda name: math.prod(shapes[name]), WORTH, in_step(self.weights))
+        return zip(names, found, strict=True)
+
+    def _there(
+        self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Decoded | None]:
+        """Decode together what is quicker so where the parameters lie, or these `weights`, by name."""
         by_codec, found = dict[Codec, dict[str, There]](), dict[str, Decoded | None]()
-        for name, (*_, payload) in self.adapter.payloads[set].items():
-            codec, weight, data = self.codec(payload), (self.weights or {}).get(name), self.adapter.piece(payload)
-            if weight is None or not codec.decodes_on(weight.device.type) or not plausible(data, payload.weights):
+        for name in names:
+            *_, payload = self.adapter.payloads[set][name]
+            codec, data, weight = self.codec(payload), self.adapter.piece(payload), (self.weights or {}).get(name)
+            weight = weight if weights is None else weights[name]
+            if shared(weight) or not codec.decodes_on("cpu" if weight is None else weight.device.type):
                 continue
-            if self._referenced(payload) is None:
-                weight = self._base(payload) if codec.needs_base else weight
+            known = weight is not None or not codec.needs_base
+            if known and self._referenced(payload) is None and plausible(data, payload.weights):
+                base = self._base(payload) if codec.needs_base else None
+                weight = base if weights is None and base is not None else weight
                 by_codec.setdefault(codec, {})[name] = data, payload.shape, weight
         for codec, own in by_codec.items():
             found |= zip(own, codec.decode_on([*own.values()]), strict=True)
@@ -216,7 +236,7 @@ class Decoder:
             else:
                 found.append(payload)
         step = counted(progress, (payload.weights for payload in found))
-        digests = in_order(self._checked, found, lambda one: one.weights, WORTH)
+        digests = in_order(self._checked, found, lambda one: one.weights, WORTH, in_step(self.weights))
         for payload, own in zip(found, digests, strict=True):
             rows.append((payload.set, payload.name, payload.coding.op, payload.shape, own))
             step(payload.weights)

@@ -20,7 +20,7 @@ from blake3 import blake3
 from ..backbone.model import Fingerprint
 from ..codecs.base import from_frame
 from ..errors import AdapterError, CorruptAdapterError, UnknownNameError, brief, check_argument
-from ..mask import MaskSet
+from ..mask import MaskSet, PackedMask
 from ..preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, strict_json, tensor_of
 from ..threads import Progress
@@ -164,6 +164,10 @@ class Adapter:
         With `zeros` masks have the positions of their zero bits, where decoding came by them.
         """
         return self._decoder(base).masks(set, zeros)
+
+    def mask_on(self, name: str, base: Weights, weight: Tensor, set: str = "default") -> PackedMask:
+        """Return a mask with the positions of its zeros, decoded where `weight`, a copy of the base's, lies."""
+        return self._decoder(base).mask_on(set, name, weight)
 
     def shapes(self, set: str = "default") -> dict[str, tuple[int, ...]]:
         """Return the shape of every mask of a set, by parameter name, without decoding."""

@@ -11,6 +11,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from ..backbone.model import same_size_int
+from ..backbone.shards import whole
 from ..codecs import ulps
 from ..codecs.base import flipped, where_ones
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, short_repr
@@ -92,7 +93,7 @@ def places_of_zeros(bits: bitarray) -> Tensor:
 
 def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
     """Return the weights, flat on the CPU, at the zeros of a mask."""
-    return weight.detach().cpu().reshape(-1)[places_of_zeros(bits)]
+    return whole(weight).detach().cpu().reshape(-1)[places_of_zeros(bits)]
 
 
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -20,7 +20,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ..backbone.model import Fingerprint, unwrap
-from ..codecs.base import Codec, Profile, Side, to_frame
+from ..codecs.base import Codec, Profile, Side, to_frame, words_of
 from ..codecs.choose import rivals, smallest
 from ..errors import (
     AdapterError,
@@ -37,7 +37,7 @@ from ..safetensors_io import MAX_HEADER, Blob, replacing, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
-from .decode import Weights, base_weight, by_name, tells_classes, words_of
+from .decode import Weights, base_weight, by_name, in_step, tells_classes
 from .describe import config_text, inspect_adapter
 from .header import DICTIONARY, Coding, Header, Payload, SetHeader, cascade_to_json
 from .read import CONFIG_FILE, DIGEST_BYTES, MAX_CONFIG, MODEL_FILE, Adapter, opening, parse_adapter, read_model
@@ -260,7 +260,8 @@ def encode(
     rivals_of = cache(partial(rivals, profile, codec))
     rivals_of(weights is not None)  # says what is wrong before anything is coded
     least = 1.0 if profile == "max" else WORTH_STEPS
-    work = partial(_code, rivals_of=rivals_of, weights=None if weights is None else by_name(weights), least=least)
+    known = None if weights is None else by_name(weights)
+    work = partial(_code, rivals_of=rivals_of, weights=known, least=least)
     step = counted(progress, (parts.masks.total for parts in sets.values()))
     if cascade is not None and cascade.dispatcher in sets:
         first: str | None = cascade.dispatcher  # where the experts began
@@ -270,7 +271,8 @@ def encode(
     payloads, reference = dict[str, Blob](), None
     for name in sorted(sets, key=lambda name: name != first):  # the others are coded against the first
         coded[name], pieces = [], spool()
-        for one, data, done in in_order(work, _jobs(name, sets[name], reference), lambda job: len(job.bits), WORTH):
+        jobs = _jobs(name, sets[name], reference)
+        for one, data, done in in_order(work, jobs, lambda job: len(job.bits), WORTH, in_step(known)):
             pieces.append(data)
             coded[name].append(one)
             if done:
@@ -358,6 +360,8 @@ def save_adapter(
     model file is read back and verified before it takes the place of an old one, whose signature goes. A card that is
     there already keeps what its owner wrote.
 
+    If several processes share the model (`fully_shard`), all of them call this; the first one writes the files.
+
     Args:
         path: the folder (made if need be) or file.
         parts: masks, alone or with what travels beside them; or several named sets of these. Or a model with scores:
@@ -385,8 +389,10 @@ def save_adapter(
         save_adapter("./saved", masks, base, task="image-classification")
     """
     check_argument("path", path, str | Path, "the folder or .safetensors file to write", "it comes before the parts")
+    writes = True
     if isinstance(parts, nn.Module):
         found = learned(parts, base)
+        writes = found.writes
         weights = found.weights if weights is parts else weights
         parts, base = found.parts, found.base
     named = {"default": parts} if isinstance(parts, MaskSet | Parts) else parts
@@ -402,7 +408,12 @@ def save_adapter(
     given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": prepared, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     _check_names(sets, base)
-    return write_adapter(Path(path), partial(encode, sets, base, said, cascade, weights, profile, codec, progress))
+    make = partial(encode, sets, base, said, cascade, weights, profile, codec, progress)
+    if writes:
+        return write_adapter(Path(path), make)
+    with tempfile.TemporaryDirectory() as folder:  # the same bytes as the process that writes
+        content = write_adapter(Path(folder) / MODEL_FILE, make).content
+    return parse_adapter(content, Path(path))
 
 
 def write_adapter(

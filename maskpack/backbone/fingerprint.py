@@ -18,21 +18,22 @@ from torch.nn.utils import parametrize
 from ..errors import BackboneMismatchError
 from ..threads import Result, in_order
 from .model import CASTS, PREFIX, Fingerprint, aliases, body, canonical, inside, slots, unusable, unwrap
+from .shards import any_shared, shared, whole
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
 
 
 def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     """Return the BLAKE3 of a tensor's row-major little-endian bytes after a cast to `dtype`; devices do not matter."""
-    flat, whole = tensor.detach().reshape(-1), blake3()
+    flat, digest = whole(tensor).detach().reshape(-1), blake3()
     pieces: Iterable[Tensor] = (_bytes(piece.cpu().to(dtype)) for piece in torch.split(flat, PIECE // dtype.itemsize))
     if flat.is_cuda:
         pieces = _copied(flat, dtype)
     elif flat.dtype == dtype:
         pieces = [_bytes(flat.cpu())]
     for piece in pieces:
-        whole.update(piece.numpy().data)
-    return whole.digest()
+        digest.update(piece.numpy().data)
+    return digest.digest()
 
 
 def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -79,8 +80,11 @@ class Stamp:
 
 
 def stamp(tensor: Tensor) -> Stamp | None:
-    """Return a tensor's stamp, or None for an inference tensor, whose writes are not counted."""
-    if tensor.is_inference():
+    """Return a tensor's stamp, or None for an inference tensor, whose writes are not counted, and for a shared one.
+
+    The processes that share a tensor have to hash it together, whatever each of them knows.
+    """
+    if tensor.is_inference() or shared(tensor):
         return None
     layout, version = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()), tensor._version
     data = _bytes(tensor.detach().reshape(-1))
@@ -161,7 +165,7 @@ def tensor_digests(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[st
 def _of_each(tensors: Mapping[str, Tensor], work: Callable[[str, Tensor], Result]) -> dict[str, Result]:
     # the largest first, so that it is not waited for alone
     items = sorted(tensors.items(), key=lambda item: -item[1].numel())
-    workers = None if all(tensor.is_cpu for tensor in tensors.values()) else 1
+    workers = None if all(tensor.is_cpu for tensor in tensors.values()) and not any_shared(dict(tensors)) else 1
     found = in_order(lambda item: work(*item), items, lambda item: item[1].numel(), WORTH, workers)
     return {name: one for (name, _), one in zip(items, found, strict=True)}
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import BackboneError, UnknownNameError, check_argument, short_repr
 from .random_weights import RandomWeight
+from .shards import layout_of, local, put_away, shared
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -128,13 +129,14 @@ def inside(name: str, modules: Iterable[str]) -> bool:
 
 def _storage(tensor: Tensor) -> tuple[object, ...]:
     """Return a key that equal views of one storage share; tensors without data have one each."""
-    if tensor.numel() == 0 or tensor.is_meta or not tensor.data_ptr():
+    if shared(tensor) or tensor.numel() == 0 or tensor.is_meta or not tensor.data_ptr():
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every parameter under each of its canonical names, sorted."""
+    """Return every parameter under each of its canonical names, sorted; of sharded models the shared ones."""
+    put_away(unwrap(model))
     found = {canonical(name): p for name, p in unwrap(model).named_parameters(remove_duplicate=False)}
     return dict(sorted(found.items()))
 
@@ -204,9 +206,10 @@ def unusable(tensor: Tensor) -> str | None:
             "is on the meta device and has no data; load the weights first, or weights and mask together by "
             "load_masked; where accelerate offloads weights, call load_mask before it does"
         )
-    wrapped: bool = is_traceable_wrapper_subclass(tensor)
-    if wrapped or not tensor.is_floating_point():
-        kind = f"a {type(tensor).__name__}" if wrapped else f"of {tensor.dtype}"
+    wrapped: bool = is_traceable_wrapper_subclass(local(tensor))
+    layout = layout_of(tensor)
+    if wrapped or layout or not tensor.is_floating_point():
+        kind = layout or (f"a {type(local(tensor)).__name__}" if wrapped else f"of {tensor.dtype}")
         return f"is {kind} and cannot be masked; load float weights, apply the mask, then quantise or shard"
     return None
 

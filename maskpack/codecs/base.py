@@ -94,7 +94,7 @@ def plausible(payload: Bytes, count: int) -> bool:
     return count <= FREE + EACH * len(payload)
 
 
-There = tuple[Bytes, tuple[int, ...], "Tensor"]  # a payload, its shape, the parameter
+There = tuple[Bytes, tuple[int, ...], "Tensor | None"]  # a payload, its shape, the parameter if there is one
 
 
 class Codec(ABC):
@@ -127,15 +127,15 @@ class Codec(ABC):
         return None
 
     def decodes_on(self, device: str) -> bool:
-        """Return True if `decode_on` may be asked for parameters on such a device ("cpu", "cuda", …)."""
+        """Return True if `decode_on` is quicker for parameters on such a device ("cpu", "cuda", …)."""
         return False
 
-    def decode_on(self, payloads: Sequence[There]) -> "Sequence[tuple[Bits, Tensor] | None]":
-        """Decode payloads, which refer to no others, on the device where their parameters lie.
+    def decode_on(self, payloads: Sequence[There]) -> Sequence[Any]:
+        """Decode payloads together, which refer to no others, on the device where their parameters lie.
 
         Returns:
-            Of each the packed bits, and the positions of the false ones, rising, on the device. None stands for what
-            has to be decoded, or refused, by `decode`.
+            Of each the packed bits and None; or, on another device, what gives them when they are asked for, and the
+            positions of the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
         """
         return [None] * len(payloads)
 
@@ -258,6 +258,16 @@ def distances(positions: Numbers) -> Numbers:
     found[1:] -= positions[:-1]
     found[1:] -= 1
     return found
+
+
+def words_of(weight: "Tensor") -> Words:
+    """Return float32 or bfloat16 weights as patterns of bits, row-major, flat."""
+    import torch
+
+    flat = weight.detach().cpu().contiguous().reshape(-1)
+    if weight.dtype == torch.float32:
+        return flat.numpy().view(np.uint32)
+    return flat.view(torch.int16).numpy().view(np.uint16)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -3,12 +3,12 @@
 from ctypes import byref, c_int32, c_int64
 
 import numpy as np
-from numpy.typing import NDArray
 
 from . import native
-from .base import CHUNK, Bits, Words
+from .base import Bits, Numbers, Words
 
 MAGNITUDES = 128
+PIECE = 1 << 15  # weights whose words stay in the core's cache
 INFINITY = 0x7F80  # in bfloat16
 
 
@@ -35,30 +35,42 @@ def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
         if not compiled.maskpack_classes(byref(given), c_int64(words.size), c_int32(parts), native.pointer(classes)):
             raise MemoryError
         return classes
-    histogram = np.zeros(INFINITY + 2, dtype=np.int64)
-    pieces = [slice(start, start + CHUNK) for start in range(0, words.size, CHUNK)]
+    histogram, found = np.zeros(INFINITY + 2, dtype=np.int64), np.empty(words.size, dtype=np.uint16)
+    pieces = [slice(start, start + PIECE) for start in range(0, words.size, PIECE)]
     for piece in pieces:
-        histogram += np.bincount(_magnitudes(words[piece]), minlength=histogram.size)
+        found[piece] = _magnitudes(words[piece])
+        histogram += np.bincount(found[piece], minlength=histogram.size)
     below = np.cumsum(histogram) - histogram
     # values that do not occur may come out as `parts`; they are never looked up
     look_up = np.minimum(parts * (2 * below + histogram) // (2 * words.size), parts - 1).astype(np.uint8)
     for piece in pieces:
-        classes[piece] = look_up[_magnitudes(words[piece])] | weight_signs(words[piece])
+        look_up.take(found[piece], out=classes[piece], mode="clip")
+        classes[piece] |= weight_signs(words[piece])
     return classes
 
 
 def weight_signs(words: Words) -> Bits:
     """Return 128 for each weight that is negative, else 0."""
-    low = 8 * words.itemsize - 16
-    found = (words >> low >= 0x8000) & (words <= (0x8000 | INFINITY) << low)
-    return found.view(np.uint8) << np.uint8(7)
+    low, signs = 8 * words.itemsize - 16, np.empty(words.size, dtype=np.uint8)
+    for start in range(0, words.size, PIECE):
+        piece = slice(start, start + PIECE)
+        # from the least negative to minus infinity; what is below that is a NaN, or above zero
+        signs[piece] = (words[piece] - words.dtype.type(0x8000 << low)) <= INFINITY << low
+    signs <<= np.uint8(7)
+    return signs
 
 
-def _magnitudes(words: Words) -> NDArray[np.uint16]:
+def _magnitudes(words: Words) -> Numbers:
     """Return |weights| rounded to bfloat16 (to nearest, ties to even), all NaN as one."""
-    if words.itemsize == 4:
-        words = words & np.uint32(0x7FFFFFFF)
-        nan = words > INFINITY << 16
-        words = np.where(nan, np.uint32(INFINITY + 1), words + (0x7FFF + (words >> 16 & 1)) >> 16)
-    found: NDArray[np.uint16] = np.minimum(words & 0x7FFF, INFINITY + 1).astype(np.uint16)
+    if words.itemsize == 2:
+        short: Numbers = np.minimum(words & 0x7FFF, INFINITY + 1)
+        return short
+    found: Numbers = words & np.uint32(0x7FFFFFFF)
+    nan = found > INFINITY << 16
+    odd = found >> 16
+    odd &= 1
+    found += odd
+    found += 0x7FFF
+    found >>= 16
+    found[nan] = INFINITY + 1
     return found

@@ -1,6 +1,6 @@
 """Events at known odds <-> 16-bit words: rANS in independent lanes, a step an event (docs/format.md section 6.2)."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,8 +18,9 @@ UNIT = 4096  # the hazard of an event with probability one half
 WINDOW = 2 * UNIT  # hazard after which a step without an event ends
 NEVER = 65535  # more hazard than any window has
 LEVELS = 1024  # of log-odds, 1/16 apart; those of the middle are even
-STRIDE = 32  # weights that are skipped at once in search of an event
+STRIDE = 32  # weights that are skipped at once in search of an event of a lane
 DENSE = 600  # hazard of a weight
+FEW = 32  # lanes that are decoded one by one
 RANGE = 7  # a coefficient is an integer within ±RANGE
 _FREQUENCIES = """
 32420 126 8 8 8 8 8 8
@@ -48,13 +49,15 @@ class Tables(NamedTuple):
         survival: of each hazard in a window, the probability of no event, in 1/ONE.
         reach: of each slot, the least hazard whose survival is at most the slot.
         first: for each table of coefficients, where each of the 15 begins, and ONE.
-        lists: survival, reach, and the least of reach and WINDOW, as lists, which are quicker one by one.
+        wide: survival, and the least of reach and WINDOW, in eight bytes.
+        lists: survival, reach, and the least of reach and WINDOW, which are quicker one by one.
     """
 
     hazard: NDArray[np.uint16]
     survival: NDArray[np.uint16]
     reach: NDArray[np.uint16]
     first: NDArray[np.int32]
+    wide: tuple[NDArray[np.int64], NDArray[np.int64]]
     lists: tuple[list[int], list[int], list[int]]
 
     def pointers(self) -> native.Tables:
@@ -74,55 +77,144 @@ def tables() -> Tables:
     halves = np.array([line.split() for line in _FREQUENCIES.strip().split("\n")], dtype=np.int32)
     first = np.zeros((len(halves), 2 * RANGE + 2), dtype=np.int32)
     np.cumsum(np.concatenate([halves[:, :0:-1], halves], axis=1), axis=1, out=first[:, 1:])
-    lists = survival.tolist(), reach.tolist(), np.minimum(reach, WINDOW).tolist()
-    return Tables(hazard, survival, reach.astype(np.uint16), first, lists)
+    wide = survival.astype(np.int64), np.minimum(reach, WINDOW)
+    lists = survival.tolist(), reach.tolist(), wide[1].tolist()
+    return Tables(hazard, survival, reach.astype(np.uint16), first, wide, lists)
 
 
-class Lane:
-    """A lane that is decoded: its state, and the words ahead of it, the next one last."""
+class Lanes:
+    """Lanes that are decoded: their states, and the words ahead of each.
 
-    __slots__ = ("state", "words")
+    Many go side by side, an event of each a step, which takes as long as few events one by one.
 
-    def __init__(self, words: Numbers):
-        self.state, self.words = 0, words.tolist()[::-1]
+    Attributes:
+        state: of each. at, end: the next word of each, and where its words end.
+        spent: hazard of the window that is open.
+    """
+
+    def __init__(self, words: Sequence[Numbers]):
+        lengths = np.array([own.size for own in words], dtype=np.int64)
+        self.words = np.concatenate([*words, np.zeros(1, np.uint16)]).astype(np.int64)  # one is looked at, not taken
+        self.listed = self.words.tolist()
+        self.end = np.cumsum(lengths)
+        self.at = self.end - lengths
+        self.state, self.spent = np.zeros((2, lengths.size), dtype=np.int64)
         for _ in range(2):
-            if self.state < LOW and self.words:
-                self.state = self.state << 16 | self.words.pop()
+            self.state, self.at = self._filled(self.state, self.at, self.end)
 
-    def coefficients(self, kinds: list[int]) -> list[int]:
-        """Return the next coefficients, each coded with the table of that number."""
-        edges, found, state = tables().first.tolist(), list[int](), self.state
-        for kind in kinds:
-            of = edges[kind]
-            symbol = bisect_right(of, state & ONE - 1) - 1
-            found.append(symbol - RANGE)
-            state = (of[symbol + 1] - of[symbol]) * (state >> BITS) + (state & ONE - 1) - of[symbol]
-            if state < LOW and self.words:
-                state = state << 16 | self.words.pop()
-        self.state = state
-        return found
+    def _filled(self, state: Numbers, at: Numbers, end: Numbers) -> tuple[Numbers, Numbers]:
+        """Return states with the next word, where they want one and have one, and the next words."""
+        want = state < LOW
+        want &= at < end
+        filled = state << 16
+        filled |= self.words.take(at)
+        np.copyto(state, filled, where=want)
+        return state, at + want
 
-    def events(self, hazards: NDArray[np.uint16], spent: int) -> tuple[list[int], int]:
-        """Return which of the next weights are events, and the hazard of the window that is open behind them.
+    def coefficients(self, kinds: Sequence[Numbers]) -> list[Numbers]:
+        """Return the next coefficients of each lane, each coded with the table of that number."""
+        counts = np.array([own.size for own in kinds])
+        order = np.argsort(-counts, kind="stable")  # the lanes that go on are the first ones
+        table, found = np.zeros((2, max(counts, default=0), counts.size), dtype=np.int64)
+        for place, lane in enumerate(order):
+            table[: counts[lane], place] = kinds[lane]
+        state, at, end = self.state[order], self.at[order], self.end[order]
+        number, edges = coefficient_of(), tables().first.reshape(-1)
+        for step, here in enumerate(np.searchsorted(-counts[order], -np.arange(len(table)), side="left").tolist()):
+            own, slot = state[:here], state[:here] & ONE - 1
+            slot_of = table[step, :here] * ONE
+            slot_of += slot
+            symbol = table[step, :here] * 16
+            symbol += number.take(slot_of)
+            first = edges.take(symbol)
+            own >>= BITS
+            own *= edges.take(symbol + 1) - first
+            own += slot - first
+            state[:here], at[:here] = self._filled(own, at[:here], end[:here])
+            found[step, :here] = symbol
+        self.state[order], self.at[order] = state, at
+        places = np.argsort(order)
+        return [(found[: counts[lane], places[lane]] & 15) - RANGE for lane in range(counts.size)]
+
+    def events(self, lanes: Numbers, sums: NDArray[np.int64], starts: Numbers) -> list[Numbers | list[int]]:
+        """Return which of the next weights of some lanes are events, in any order.
 
         Args:
-            hazards: of these weights. spent: hazard of the window that is open before them.
+            sums: hazards before each of these weights, one lane's after another's, and of all; then, as often as
+                STRIDE, a larger number.
+            starts: the first weight of each lane, and the number of all.
         """
+        survival, targets = tables().wide
+        state, at, end, here = self.state[lanes], self.at[lanes], self.end[lanes], starts[:-1]
+        begin, last, stop = sums[here] - self.spent[lanes], sums[starts[1:]], starts[1:]
+        weights, events = list[Numbers](), list[Numbers]()
+        blocks = sums[: sums.size // STRIDE * STRIDE].reshape(-1, STRIDE)
+        coarse = blocks[:, -1].copy() if lanes.size >= FEW else blocks[:0, 0]
+        while lanes.size >= FEW:
+            slot = state & ONE - 1
+            target = targets.take(slot)
+            target += begin
+            over = target > last
+            if over.any():
+                done, stay = lanes[over], ~over
+                self.state[done], self.at[done], self.spent[done] = state[over], at[over], (last - begin)[over]
+                lanes, state, at, end, here, begin, last, stop, slot, target = (
+                    one[stay] for one in (lanes, state, at, end, here, begin, last, stop, slot, target)
+                )
+            block = coarse.searchsorted(target)
+            here = (blocks.take(block, axis=0) >= target[:, None]).argmax(1)
+            block *= STRIDE
+            here += block
+            now = sums.take(here)
+            used = now - begin
+            here -= 1
+            weights.append(here)
+            before = sums.take(here)
+            before -= begin
+            low, high = survival.take(used), survival.take(before)
+            none = slot < low
+            events.append(~none)
+            # an event has the slots from low on to those of the weight before, all else those below low
+            np.copyto(high, low, where=none)
+            np.copyto(low, 0, where=none)
+            slot -= low
+            high -= low
+            state >>= BITS
+            state *= high
+            state += slot
+            state, at = self._filled(state, at, end)
+            here = here + 1
+            begin = now
+        found = [np.concatenate(weights)[np.concatenate(events)]] if weights else list[Any]()
+        for own in zip(*(one.tolist() for one in (lanes, state, at, here, begin, stop)), strict=True):
+            found.append(self._alone(sums, *own))
+        return found
+
+    def _alone(
+        self, sums: NDArray[np.int64], lane: int, state: int, at: int, here: int, begin: int, stop: int
+    ) -> list[int]:
+        """Return the events of one lane from the weight `here` on, whose window began at the sum `begin`."""
         survival, reaches, targets = tables().lists
-        sums = np.zeros(hazards.size // STRIDE * STRIDE + STRIDE + 1, dtype=np.int64)
-        np.cumsum(hazards, out=sums[1 : hazards.size + 1])
-        last = int(sums[hazards.size])
-        sums[hazards.size + 1 :] = last  # whatever the target, the search ends there
-        coarse = sums[::STRIDE].tolist()
+        own = sums[here : stop + 1 + STRIDE] - begin
+        last, first, found = int(own[stop - here]), here, list[int]()
+        dense = last > DENSE * (stop - here)
         # a list is quicker to look into, and takes its time to make
-        total = sums.tolist() if last > DENSE * hazards.size else sums.data
-        state, words, found = self.state, self.words, list[int]()
-        begin, block = -spent, 0
+        total = own.tolist() if dense else own.data
+        words = self.listed[at : self.end[lane]]
+        words.reverse()
+        left, here, begin = len(words), 0, 0
         while (target := begin + targets[slot := state & 32767]) <= last:
-            while coarse[block] < target:
-                block += 1
-            here = bisect_left(total, target, block * STRIDE - STRIDE + 1, block * STRIDE)
-            now = total[here]
+            if dense:
+                here += 1
+                while (now := total[here]) < target:
+                    here += 1
+            else:
+                ahead = here + STRIDE
+                while total[ahead] < target:
+                    here = ahead
+                    ahead += STRIDE
+                here = bisect_left(total, target, here + 1, ahead)
+                now = total[here]
             low = survival[now - begin]
             if now - begin >= reaches[slot]:
                 found.append(here - 1)
@@ -132,8 +224,24 @@ class Lane:
             begin = now
             if state < 65536 and words:
                 state = state << 16 | words.pop()
-        self.state = state
-        return found, last - begin
+        self.state[lane], self.spent[lane] = state, last - begin
+        self.at[lane] = at + left - len(words)
+        return [first + one for one in found]
+
+
+@cache
+def hazards_of() -> NDArray[np.int64]:
+    """Return the hazard of each level, by the two bytes of the level, which may be one that is too low or too high."""
+    levels = np.arange(1 << 16, dtype=np.uint16).view(np.int16)
+    return tables().hazard.take(levels, mode="clip").astype(np.int64)
+
+
+@cache
+def coefficient_of() -> NDArray[np.uint8]:
+    """Return, for each table and slot, the number of the coefficient there."""
+    return np.concatenate(
+        [np.repeat(np.arange(15, dtype=np.uint8), sizes) for sizes in np.diff(tables().first[:, :16])]
+    )
 
 
 def symbols(hazards: NDArray[np.uint16], where: Sequence[int]) -> list[tuple[int, int]]:

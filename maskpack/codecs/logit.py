@@ -5,10 +5,11 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from ctypes import byref, c_int64
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,15 +30,28 @@ from .base import (
     count_ones,
     flipped,
     varint,
+    words_of,
 )
-from .lanes import LEVELS, Lane, symbols, tables, words
+from .lanes import LEVELS, STRIDE, Lanes, hazards_of, symbols, tables, words
 from .logit_fit import Fitted, fitted
-from .logit_model import GROUP, HIGHEST, MAX_LANE, MAX_RANK, Before, Grid, Known, Model, by_position, may_lean, sizes
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from .logit_model import (
+    GROUP,
+    HIGHEST,
+    MAX_LANE,
+    MAX_RANK,
+    Before,
+    Grid,
+    Known,
+    Model,
+    by_position,
+    may_lean,
+    signs_of,
+    sizes,
+)
 
 LANE_BYTES = 1200  # of a mask's entropy, for which a lane is worth its three bytes
+TOGETHER = 1 << 24  # units whose lanes numpy decodes side by side
+PIECE = 1 << 15  # weights whose model it evaluates at once
 LARGE = 1 << 25  # bytes of packed bits, from which a payload is looked at before they are made room for
 
 
@@ -56,13 +70,19 @@ class Logit(Codec):
         return decode(data, side, self.needs_base)
 
     def decodes_on(self, device: str) -> bool:
-        # Triton comes with PyTorch for CUDA; its interpreter is for tests
-        return (device == "cuda" or "TRITON_INTERPRET" in os.environ) and find_spec("triton") is not None
+        return by_triton(device) or (device == "cpu" and native.library() is None)
 
-    def decode_on(self, payloads: Sequence[There]) -> "Sequence[tuple[Bits, Tensor] | None]":
-        from .native import gpu
+    def decode_on(self, payloads: Sequence[There]) -> Sequence[Any]:
+        weight = payloads[0][2]
+        if weight is not None and by_triton(weight.device.type):
+            from .native import gpu
 
-        return gpu.decode_on(payloads, self.needs_base)
+            return gpu.decode_on(payloads, self.needs_base)
+        sides = [
+            Side(shape, words_of(own) if self.needs_base and own is not None else None) for _, shape, own in payloads
+        ]
+        found = decode_together([data for data, _, _ in payloads], sides, self.needs_base)
+        return [None if own is None else (own, None) for own in found]
 
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
@@ -85,6 +105,11 @@ class LogitBase(Logit):
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
         return [cls()] if profile == "max" else []
+
+
+def by_triton(device: str) -> bool:
+    """Return True if Triton decodes on such a device; it comes with PyTorch for CUDA, its interpreter is for tests."""
+    return (device == "cuda" or "TRITON_INTERPRET" in os.environ) and find_spec("triton") is not None
 
 
 class Head(NamedTuple):
@@ -156,9 +181,25 @@ def decode(data: Bytes, side: Side, base: bool) -> Bits:
             Head.read(data, side, base)  # says what is wrong, if it is that
             raise unlike()
     else:
-        head = Head.read(data, side, base)
-        bits, symbol = _decoded(head, side, base), head.symbol
+        (found,), symbol = _decoded([(Head.read(data, side, base), side)], base), data[0] & 1
+        if found is None:
+            raise unlike()
+        bits = found
     return bits if symbol else flipped(bits, side.count)
+
+
+def decode_together(payloads: Sequence[Bytes], sides: Sequence[Side], base: bool) -> list[Bits | None]:
+    """Return the packed bits of payloads, by numpy; None for those that `decode` has to decode, or refuse."""
+    jobs = dict[int, tuple[Head, Side]]()
+    for number, (data, side) in enumerate(zip(payloads, sides, strict=True)):
+        with suppress(CorruptAdapterError):
+            if len(data) > 1:
+                jobs[number] = Head.read(data, side, base), side
+    found: list[Bits | None] = [None] * len(payloads)
+    for number, events in zip(jobs, _decoded([*jobs.values()], base), strict=True):
+        head, side = jobs[number]
+        found[number] = events if events is None or head.symbol else flipped(events, side.count)
+    return found
 
 
 def given_of(side: Side, base: bool) -> native.Given:
@@ -173,34 +214,97 @@ def unlike() -> CorruptAdapterError:
     return CorruptAdapterError("the words of a lane say more, or less, than its weights and coefficients")
 
 
-def _decoded(head: Head, side: Side, base: bool) -> Bits:
-    """Return the events as packed bits, by numpy."""
-    grid, count = head.grid, len(head.lanes)
-    if side.count > native.LARGE:
+def _decoded(jobs: Sequence[tuple[Head, Side]], base: bool) -> list[Bits | None]:
+    """Return the events of payloads as packed bits, by numpy; None where words and weights do not agree."""
+    if not jobs:
+        return []
+    if sum(side.count for _, side in jobs) > native.LARGE:
         native.say_what_is_lost()
-    kinds = [code - 1 & 15 for name, code in head.codes.items() for _ in range(head.sizes[name])]
-    lanes = [Lane(own) for own in head.lanes]
-    parts = [kinds[len(kinds) * n // count : len(kinds) * (n + 1) // count] for n in range(count)]
-    found = np.concatenate(
-        [np.array(lane.coefficients(part), np.int32) for lane, part in zip(lanes, parts, strict=True)]
-    )
-    values = dict(zip(head.sizes, np.split(found, np.cumsum([*head.sizes.values()])[:-1]), strict=False))
-    model = Model.of(grid, Known.of(side, base, "magnitude" in values), head.offset, head.codes, values)
-    bits = np.empty(side.size, dtype=np.uint8)
-    for lane, (first, last) in zip(lanes, itertools.pairwise(grid.lanes(count).tolist()), strict=True):
-        before, spent = Before.of(model, first, last), 0
-        events = np.zeros((last - first, grid.positions), dtype=np.bool_)
-        for position in range(grid.positions):
-            hits, spent = lane.events(model.hazards(position, first, last, before), spent)
-            events[hits, position] = True
-            if before is not None:
-                before.add(events[:, position])
-        at = first * grid.positions // 8
-        packed = np.packbits(events.reshape(-1), bitorder="little")
-        bits[at : at + packed.size] = packed
-        if lane.state or lane.words:
-            raise unlike()
-    return bits
+    lanes, kinds, parts = Lanes([own for head, _ in jobs for own in head.lanes]), list[Numbers](), list[Part]()
+    for head, _ in jobs:
+        own = np.repeat([code - 1 & 15 for code in head.codes.values()], [*head.sizes.values()])
+        kinds += np.split(own, own.size * np.arange(1, len(head.lanes)) // len(head.lanes))
+    coefficients, first = lanes.coefficients(kinds), 0
+    for number, (head, side) in enumerate(jobs):
+        last, edges = first + len(head.lanes), np.cumsum([*head.sizes.values()])[:-1]
+        values = dict(zip(head.sizes, np.split(np.concatenate(coefficients[first:last]), edges), strict=False))
+        model = Model.of(head.grid, Known.of(side, base, "magnitude" in values), head.offset, head.codes, values)
+        starts = head.grid.lanes(last - first)
+        step = last - first if head.grid.positions > 1 else max(1, TOGETHER * (last - first) // (head.grid.units + 1))
+        for at in range(0, last - first, step):
+            end = min(at + step, last - first)
+            parts.append(Part(number, model, np.arange(first + at, first + end), starts[at : end + 1]))
+        first = last
+    bits, together = [np.zeros(side.size, dtype=np.uint8) for _, side in jobs], list[Part]()
+    for part in parts:
+        if sum(one.units for one in together) + part.units > TOGETHER:
+            _decode_parts(together, lanes, bits)
+            together = []
+        together.append(part)
+    _decode_parts(together, lanes, bits)
+    good = np.split((lanes.state == 0) & (lanes.at == lanes.end), np.cumsum([len(head.lanes) for head, _ in jobs])[:-1])
+    return [own if fits.all() else None for own, fits in zip(bits, good, strict=True)]
+
+
+class Part(NamedTuple):
+    """Lanes of a payload that are decoded together: its number, its model, the lanes, where their units begin."""
+
+    job: int
+    model: Model
+    lanes: Numbers
+    starts: Numbers
+
+    @property
+    def units(self) -> int:
+        return int(self.starts[-1] - self.starts[0])
+
+    def hazards(self, out: NDArray[np.int64]) -> None:
+        """Write the hazards of a part without kernels."""
+        inputs, (begin, end) = self.model.grid.inputs, self.starts[[0, -1]].tolist()
+        rows, at = max(1, PIECE // inputs), 0
+        for row in range(begin // inputs, -(-end // inputs), rows):
+            level = self.model.levels(row, min(row + rows, -(-end // inputs))).reshape(-1)
+            own = level[max(begin - row * inputs, 0) : end - row * inputs]
+            hazards_of().take(own.view(np.uint16), out=out[at : at + own.size], mode="clip")
+            at += own.size
+
+
+def _decode_parts(parts: Sequence[Part], lanes: Lanes, bits: Sequence[Bits]) -> None:
+    """Set the events of parts in the packed bits of their payloads."""
+    # those with the most positions first, so that at each position the first ones go on
+    parts = sorted(parts, key=lambda part: -part.model.grid.positions)
+    positions = [part.model.grid.positions for part in parts]
+    deep = [part for part in parts if part.model.grid.positions > 1]
+    before = Before([part.units for part in deep], [part.model.arrays.get("before") for part in deep])
+    levels = [part.model.levels(0, part.model.grid.rows).reshape(part.model.grid.positions, -1) for part in deep]
+    signs = [signs_of(part.model.known, part.model.grid) for part in deep]
+    marks = [np.zeros((part.units, count), dtype=np.bool_) for part, count in zip(parts, positions, strict=True)]
+    for position in range(max(positions, default=0)):
+        own = parts[: sum(count > position for count in positions)]
+        edges = np.cumsum([0, *(part.units for part in own)])
+        sums = np.zeros(edges[-1] + 1 + STRIDE, dtype=np.int64)
+        sums[edges[-1] + 1 :] = 1 << 62
+        kernels = min(len(deep), len(own))
+        if kernels:
+            level, minus = (np.concatenate([one[position] for one in of[:kernels]]) for of in (levels, signs))
+            before.add_to(level, minus)
+            hazards_of().take(level.view(np.uint16), out=sums[1 : level.size + 1], mode="clip")
+        for part, at in zip(own[kernels:], edges[kernels:-1] + 1, strict=True):
+            part.hazards(sums[at : at + part.units])
+        np.cumsum(sums[: edges[-1] + 1], out=sums[: edges[-1] + 1])
+        starts = [at + part.starts[:-1] - part.starts[0] for part, at in zip(own, edges[:-1], strict=True)]
+        events = np.zeros(edges[-1], dtype=np.bool_)
+        for found in lanes.events(
+            np.concatenate([part.lanes for part in own]), sums, np.concatenate([*starts, edges[-1:]])
+        ):
+            events[found] = True
+        if kernels:
+            before.count(events[: level.size], minus)
+        for mark, found in zip(marks, np.split(events, edges[1:-1]), strict=False):
+            mark[:, position] = found
+    for part, mark in zip(parts, marks, strict=True):
+        begin, packed = int(part.starts[0]) * mark.shape[1] // 8, np.packbits(mark.reshape(-1), bitorder="little")
+        bits[part.job][begin : begin + packed.size] = packed
 
 
 def encode(bits: Bits, side: Side, base: bool) -> bytes:
@@ -248,13 +352,15 @@ def _coded(model: Model, found: Fitted, events: Bits, count: int) -> tuple[bytes
     grid, flat, values = model.grid, events.reshape(model.grid.positions, -1), found.coefficients()
     kinds = [code - 1 & 15 for name, code in found.codes.items() for _ in range(found.values[name].size)]
     edges, made = tables().first, list[list[int]]()
+    levels, signs = model.levels(0, grid.rows).reshape(grid.positions, -1), signs_of(model.known, grid)
     for lane, (first, last) in enumerate(itertools.pairwise(grid.lanes(count).tolist())):
-        own, before = flat[:, first:last], Before.of(model, first, last)
+        own, before = flat[:, first:last], Before([last - first], [model.arrays.get("before")])
         hazards = np.empty(own.shape, dtype=np.uint16)
         for position in range(grid.positions):
-            hazards[position] = model.hazards(position, first, last, before)
-            if before is not None:
-                before.add(own[position])
+            level, minus = levels[position, first:last].copy(), signs[position, first:last]
+            before.add_to(level, minus)
+            before.count(own[position], minus)
+            hazards[position] = hazards_of()[level.view(np.uint16)]
         part = range(values.size * lane // count, values.size * (lane + 1) // count)
         slots = [(int(edges[kinds[c], values[c] + 7]), int(edges[kinds[c], values[c] + 8])) for c in part]
         coefficients = [(begin, end - begin) for begin, end in slots]

@@ -382,11 +382,11 @@ def assembled(fit: Fit, chosen: dict[str, Rounded]) -> Fitted:
 
 def contexts(grid: Grid, known: Known, events: Bits) -> Bits:
     """Return the context of every weight inside its kernel."""
-    flat = events.reshape(grid.positions, -1)
-    before, found = Before(signs_of(known, grid), grid.units), np.empty(flat.shape, dtype=np.uint8)
-    for position, own in enumerate(flat):
-        found[position] = before.context()
-        before.add(own)
+    flat, signs = events.reshape(grid.positions, -1), signs_of(known, grid)
+    before, found = Before([grid.units]), np.empty(flat.shape, dtype=np.uint8)
+    for position, (own, minus) in enumerate(zip(flat, signs, strict=True)):
+        found[position] = before.contexts(minus)
+        before.count(own, minus)
     return found.reshape(events.shape)
 
 

@@ -1,5 +1,6 @@
 """The odds of each weight of a parameter, as integers in 1/16 nat: what the codec `logit` knows and evaluates."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from .base import Bits, Numbers, Side, matrix_shape
 from .classes import weight_classes, weight_signs
-from .lanes import LEVELS, tables
+from .lanes import LEVELS
 
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # of a coefficient, in 1/16 nat
 CLASSES = 16  # of magnitude
@@ -19,6 +20,7 @@ GROUP = 8  # units whose bits no two lanes share
 MAX_LANE = 1 << 18  # units
 
 Ints = NDArray[np.int32]
+Levels = NDArray[np.int16]
 
 
 class Grid(NamedTuple):
@@ -88,7 +90,7 @@ class Model(NamedTuple):
     grid: Grid
     known: Known
     offset: int
-    arrays: dict[str, Ints]
+    arrays: dict[str, Levels]
     left: NDArray[np.float32]  # (rows, rank)
     right: NDArray[np.float32]  # (inputs, rank)
 
@@ -96,7 +98,7 @@ class Model(NamedTuple):
     def of(cls, grid: Grid, known: Known, offset: int, codes: dict[str, int], values: dict[str, Ints]) -> "Model":
         """Return the model of integers; `codes` has the step of each array in the upper four bits."""
         arrays = {
-            name: np.asarray((np.cumsum(own) if name == "magnitude" else own) * STEPS[codes[name] >> 4], dtype=np.int32)
+            name: ((np.cumsum(own) if name == "magnitude" else own) * STEPS[codes[name] >> 4]).astype(np.int16)
             for name, own in values.items()
         }
         left, right = (
@@ -105,60 +107,65 @@ class Model(NamedTuple):
         )
         return cls(grid, known, offset, arrays, left, right)
 
-    def hazards(self, position: int, first: int, last: int, before: "Before | None") -> NDArray[np.uint16]:
-        """Return the hazards of the weights at one position of the kernels of the units `first` to `last`."""
-        inputs, arrays, (classes, reference) = self.grid.inputs, self.arrays, self.known
-        rows = slice(first // inputs, -(-last // inputs))
-        level = np.full((rows.stop - rows.start, inputs), LEVELS // 2 + self.offset, dtype=np.int32)
-        if "position" in arrays:
-            level += arrays["position"][position]
-        if "row" in arrays:
-            level += arrays["row"][rows, None]
-        if "input" in arrays:
-            level += arrays["input"]
+    def levels(self, first: int, last: int) -> Levels:
+        """Return the levels of the rows `first` to `last`, (positions, rows, inputs), without what events before add.
+
+        No sum is over 2^15 in size.
+        """
+        grid, arrays, (classes, reference), rows = self.grid, self.arrays, self.known, slice(first, last)
+        position, row, column = (
+            arrays[name] if name in arrays else np.zeros(size, np.int16)
+            for name, size in (("position", grid.positions), ("row", grid.rows), ("input", grid.inputs))
+        )
+        row = row[rows] + np.int16(LEVELS // 2 + self.offset)
+        level: Levels = (position[:, None] + row)[:, :, None] + column
         if "magnitude" in arrays and classes is not None:
-            level += arrays["magnitude"][classes[position, rows] & 127]
+            level += arrays["magnitude"].take(classes[:, rows] & np.uint8(127))
         if "reference" in arrays and reference is not None:
-            level += arrays["reference"] * reference[position, rows]
+            level += arrays["reference"] * reference[:, rows]
         if self.left.shape[1] and classes is not None:
             lean = (self.left[rows] @ self.right.T).astype(np.int32)  # sums below 2^24: exact
-            sign = -(classes[position, rows] >> 7).astype(np.int32)
+            sign = classes[0, rows].view(np.int8) >> 7
             lean ^= sign
             lean -= sign
             lean >>= 4
-            level += lean
-        own = level.reshape(-1)[first - rows.start * inputs : last - rows.start * inputs]
-        if "before" in arrays and before is not None:
-            own += arrays["before"][before.context()]
-        return np.take(tables().hazard, np.clip(own, 0, LEVELS - 1, out=own))
+            np.add(level, lean, out=level, casting="unsafe")
+        return level
 
 
 class Before:
-    """For the units `first` to `last`, how many events there were so far in each kernel, by the base's signs."""
+    """How many events there were so far in each kernel, by the base's signs, and what that adds to levels.
 
-    def __init__(self, signs: Numbers, count: int):
-        self.counts = np.zeros((2, count), dtype=np.uint8)
-        self.signs, self.position = signs, 0
+    Args:
+        units: of each model. arrays: what contexts add in each, or None.
+    """
 
-    @classmethod
-    def of(cls, model: Model, first: int, last: int) -> "Before | None":
-        """Return the counts, or None if the model has no use for them."""
-        return cls(signs_of(model.known, model.grid)[:, first:last], last - first) if "before" in model.arrays else None
+    def __init__(self, units: Sequence[int], arrays: Sequence[Levels | None] = ()):
+        self.counts = np.zeros((2, sum(units)), dtype=np.uint8)
+        self.adds = np.zeros((len(arrays), SAME * OTHER), dtype=np.int16)
+        for own, array in zip(self.adds, arrays, strict=True):
+            if array is not None:
+                own[: array.size] = array
+        self.start = np.repeat(np.arange(len(units)) * SAME * OTHER, units)
 
-    def context(self) -> Bits:
-        """Return the contexts of the weights at the present position."""
-        (positive, negative), minus = self.counts, self.signs[self.position]
-        found: Bits = np.minimum(np.where(minus, negative, positive), SAME - 1)
-        found += np.uint8(SAME) * np.minimum(np.where(minus, positive, negative), OTHER - 1)
+    def contexts(self, minus: Bits) -> Bits:
+        """Return the contexts of the first units; `minus`: where the base's weights at this position are negative."""
+        positive, negative = self.counts[:, : minus.size]
+        swap = (positive ^ negative) * minus
+        found: Bits = np.minimum(positive ^ swap, np.uint8(SAME - 1))
+        found += np.uint8(SAME) * np.minimum(negative ^ swap, np.uint8(OTHER - 1))
         return found
 
-    def add(self, events: NDArray[Any]) -> None:
-        """Count the events of the present position, as far as a context tells, and go to the next."""
-        minus = self.signs[self.position]
-        self.counts[0] += events > minus
-        self.counts[1] += events & minus
-        np.minimum(self.counts, SAME, out=self.counts)
-        self.position += 1
+    def add_to(self, level: Levels, minus: Bits) -> None:
+        """Add to the levels of the first units what their contexts add."""
+        level += self.adds.take(self.start[: level.size] + self.contexts(minus))
+
+    def count(self, events: NDArray[Any], minus: Bits) -> None:
+        """Count the events of the first units at the present position, as far as a context tells."""
+        counts = self.counts[:, : events.size]
+        counts[0] += events > minus
+        counts[1] += events & minus
+        np.minimum(counts, SAME, out=counts)
 
 
 def signs_of(known: Known, grid: Grid) -> Bits:

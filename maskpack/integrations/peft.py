@@ -21,7 +21,7 @@ from ..adapter.read import Adapter, parse_adapter
 from ..adapter.write import save_adapter
 from ..backbone.fingerprint import Measured, check_measured, compared_dtype, fingerprint_of, tensor_digests
 from ..backbone.model import body_of, source_of, unusable
-from ..errors import AdapterError, ConfigError, StateError
+from ..errors import AdapterError, ConfigError, MissingDependencyError, StateError
 from ..mask import MaskSet
 from ..safetensors_io import read_tensors, write_tensors
 from ..training.methods.base import build_method
@@ -249,6 +249,8 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
 
 def _register() -> None:
     """Enter the method; PEFT's list of types is an enumeration, which has no public way to be longer."""
+    if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
+        raise MissingDependencyError("masks are a method of PEFT 0.21 or newer; run: pip install 'peft>=0.21'")
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         member._name_, member._value_ = NAME, NAME

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..adapter.write import save_adapter
+from ..backbone.model import named_parameters
+from ..backbone.shards import any_shared
 from ..errors import StateError
 from ..training.own_loop import count_trainable
 from ..training.scores import density, scored_models, scored_weights, set_progress
@@ -68,6 +70,6 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
         """Save the adapter; the model keeps its scores."""
         set_progress(model, 1.0)
-        if state.is_world_process_zero:
-            assert isinstance(model, nn.Module)
+        assert isinstance(model, nn.Module)
+        if state.is_world_process_zero or any_shared(named_parameters(model)):
             save_adapter(self.output or Path(args.output_dir) / "adapter", model, **self.options)

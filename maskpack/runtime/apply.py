@@ -20,6 +20,7 @@ from ..adapter.content import LEARNING, Parts
 from ..adapter.values import Steps
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
+from ..backbone.shards import local, own_mask, own_saved, own_values, part_of, shared, whole
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpack
 from ..threads import in_order
@@ -29,16 +30,23 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Written(NamedTuple):
-    """State of a tensor after its last known write; `version` is PyTorch's count of in-place writes."""
+    """State of a tensor after its last known write; `version` is PyTorch's count of in-place writes.
+
+    Of a tensor that processes share it is that of this process's part, here and in all that follows.
+    """
 
     tensor: weakref.ref[Tensor]
     version: int
-    dtype: torch.dtype
-    device: torch.device
+    kind: tuple[torch.dtype, torch.device, bool]
 
     def same(self, tensor: Tensor) -> bool:
         """Return True if nothing wrote this tensor since."""
-        return tensor is self.tensor() and tensor._version == self.version
+        return tensor is self.tensor() and local(tensor)._version == self.version
+
+
+def kind_of(tensor: Tensor) -> tuple[torch.dtype, torch.device, bool]:
+    """Return what a move, a cast or `fully_shard` changes."""
+    return tensor.dtype, tensor.device, shared(tensor)
 
 
 class Changed(NamedTuple):
@@ -46,7 +54,8 @@ class Changed(NamedTuple):
 
     Attributes:
         saved: in pieces, those at the zeros of `mask`; the whole tensor where there is no mask.
-        at: flat positions of the zeros, kept by a bank; None: they are found again from the mask.
+        at: flat positions of the zeros, kept by a bank or where the mask's bits are elsewhere; None: they are found
+            again from the mask.
     """
 
     dtype: torch.dtype
@@ -122,22 +131,22 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def written(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Written]:
     """Return the state of some tensors by name; those made in inference mode have no count and are left out."""
-    found = ((name, tensors[name]) for name in names if name in tensors and not tensors[name].is_inference())
-    return {name: Written(weakref.ref(t), t._version, t.dtype, t.device) for name, t in found}
+    found = ((name, tensors[name]) for name in names if name in tensors and not local(tensors[name]).is_inference())
+    return {name: Written(weakref.ref(t), local(t)._version, kind_of(t)) for name, t in found}
 
 
 def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor], way_out: str) -> None:
     """Raise StateError if something else wrote parameters in place, or put others of the same kind in their places.
 
     A parameter that was moved or cast is the same object and keeps its version. Where it is another object, of another
-    dtype or device, it was moved too, by a library that makes new ones. Buffers are not looked at: a forward pass in
-    training mode writes them.
+    dtype or device, or sharded, it was moved too, by a library that makes new ones. Buffers are not looked at: a
+    forward pass in training mode writes them.
     """
     noted = {name: was for name, was in noted.items() if isinstance(tensors.get(name), nn.Parameter | None)}
     others = []
     for name, was in sorted(noted.items()):
         now = tensors.get(name)
-        moved = now is not None and now is not was.tensor() and (now.dtype, now.device) != (was.dtype, was.device)
+        moved = now is not None and now is not was.tensor() and kind_of(now) != was.kind
         if now is None or not (was.same(now) or moved):
             others.append(name)
     if others:
@@ -278,8 +287,9 @@ def located(
             return name, mask, None
         at, device = kept(name), weights[name].device
         if at is None:
-            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device).long()
-        return name, replace(mask, zeros=None), at  # whoever undoes it needs no positions
+            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device)
+        # whoever undoes it needs no positions, or no bits
+        return name, mask if mask.make is not None else replace(mask, zeros=None), at
 
     def size(item: tuple[str, PackedMask | None]) -> int:
         name, mask = item
@@ -335,10 +345,17 @@ def check_compiled() -> None:
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Return True if `fully_shard` was called for a model, which after a forward pass has plain copies of weights."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(one, fsdp.FSDPModule) for one in model.modules())
+def own_parts(
+    masks: Iterable[tuple[str, PackedMask]], weights: Mapping[str, Tensor], values: dict[str, Tensor | Steps]
+) -> Iterator[tuple[str, PackedMask]]:
+    """Yield this process's parts of masks by name; those of stored values take the place of the whole ones."""
+    for name, mask in masks:
+        if shared(weights[name]) and mask.op == "replace":
+            at = places(mask.bits, torch.device("cpu"))
+            found = values_at(values[name], whole(weights[name]).cpu(), at)
+            assert found is not None
+            values[name] = own_values(mask, found, weights[name])
+        yield name, own_mask(mask, weights[name])
 
 
 def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Parameter]:
@@ -358,8 +375,6 @@ def check_masks(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
             raise BackboneMismatchError(
                 f"the mask of {name!r} has shape {shape}, the model's parameter {tuple(parameter.shape)}; {OTHER_BASE}"
             )
-    if is_sharded(model):
-        raise StateError("this model is sharded by fully_shard; load the mask before it is called")
     return {name: parameters[name] for name in shapes}
 
 
@@ -406,18 +421,19 @@ def put(model: nn.Module, record: Applied, parts: Parts, masks: Iterable[tuple[s
     root, model = unwrap(model), view(model, record.place)
     state = tensors_of(model)
     parts = parts.resolved(state)
-    shapes, dense = parts.masks.shapes, parts.dense
+    shapes, dense, values = parts.masks.shapes, parts.dense, dict(parts.values)
     parameters = check_masks(model, shapes)
     check_dense(model, parts, state)
     names = {*shapes, *dense, *head_tensors(parts.head)}
     record.before = written(state, names)
     try:
         _APPLIED[root] = record
-        for name, mask, at in located(parts.masks.items() if masks is None else masks, parameters, record.notes or {}):
+        given = own_parts(parts.masks.items() if masks is None else masks, parameters, values)
+        for name, mask, at in located(given, parameters, record.notes or {}):
             assert mask is not None
-            _apply(record, name, parameters[name].detach(), mask, at, parts.values.get(name))
+            _apply(record, name, local(parameters[name]).detach(), mask, at, values.get(name))
         for name, tensor in dense.items():
-            _overwrite(record, name, state[name].detach(), tensor)
+            _overwrite(record, name, state[name], tensor)
         if parts.head is not None and parts.head.module is not None:
             _apply_head(model, parts.head, record)
         record.after = written(state if record.head is None else tensors_of(model), names)
@@ -468,9 +484,9 @@ def unload_mask(model: Model, *, force: bool = False) -> Model:
         raise StateError("this model's mask was loaded with restorable=False and cannot be undone; load the base again")
     tensors = tensors_of(view(model, record.place))
     for name, _ in record.changed:
-        if name in tensors and (unusable(tensors[name]) or is_sharded(model)):
+        if name in tensors and unusable(tensors[name]):
             raise StateError(
-                f"{name!r} was quantised, sharded or offloaded since the mask was loaded, so that it cannot be undone; "
+                f"{name!r} was quantised or offloaded since the mask was loaded, so that it cannot be undone; "
                 f"undo that first (accelerate.hooks.remove_hook_from_submodules(model)), or load the base again"
             )
     if record.complete and not force:
@@ -504,13 +520,15 @@ def _apply(
         for old in known.saved:  # of the whole parameter, if there is any
             write(weight, at, changed_bits(weight, mask, old, values))
     else:
-        kept = None if record.notes is None else at.to(torch.int32) if weight.numel() < 2**31 else at
+        found_again = record.notes is None and mask.make is None
+        kept = None if found_again else at.to(torch.int32) if weight.numel() < 2**31 else at
         changed = Changed(weight.dtype, [], mask, kept)
         record.changed.append((name, changed))
         exchange(weight, mask, at.long(), values, changed.saved)
 
 
 def _overwrite(record: Applied, name: str, target: Tensor, tensor: Tensor) -> None:
+    tensor, target = part_of(tensor, target), local(target).detach()
     record.changed.append((name, Changed(target.dtype, [target.clone()])))
     copy_bits(target, tensor.to(target))
 
@@ -530,10 +548,10 @@ def undo(model: nn.Module, record: Applied) -> None:
                 head.to(own.device, own.dtype)  # as the model was meanwhile
             swap_module(model, name, head)
             state = tensors_of(model)
-        changes = record.changed[::-1]
-        found = located(((name, changed.mask) for name, changed in changes), state, dict(record.changed))
+        changes = [(n, Changed(c.dtype, *own_saved(c.saved, c.mask, state[n]), c.at)) for n, c in record.changed[::-1]]
+        found = located(((name, changed.mask) for name, changed in changes), state, dict(changes[::-1]))
         for (name, changed), (_, _, at) in zip(changes, found, strict=True):
-            weight = state[name].detach()
+            weight = local(state[name]).detach()
             if at is not None:
                 put_back(weight, at, changed.saved, changed.dtype)
             else:
@@ -566,7 +584,7 @@ def _apply_head(model: nn.Module, head: Head, record: Applied) -> None:
     old = model.get_submodule(head.module)
     same = isinstance(old, nn.Linear) and old.weight.shape == head.weight.shape
     if same and (old.bias is None) == (head.bias is None):
-        state = {f"{head.module}.{name}": p.detach() for name, p in old.named_parameters()}
+        state = {f"{head.module}.{name}": p for name, p in old.named_parameters()}
         for name, tensor in head_tensors(head).items():
             _overwrite(record, name, state[name], tensor)
         return

@@ -16,13 +16,13 @@ from ..adapter.content import Parts
 from ..adapter.read import MODEL_FILE, Adapter
 from ..backbone.classifier import Inputs, batch_of, classifier_from, example_count, taken
 from ..backbone.model import inside, unwrap
-from ..errors import BackboneMismatchError, ConfigError, DataError, StateError, UnknownNameError, brief
+from ..errors import ConfigError, DataError, StateError, UnknownNameError, brief
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, mask_id
 from . import apply
 from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
 from .mixed import FEW, Correction, corrections, mixing
-from .place import TOP, find_place
+from .place import TOP, Place, find_place, view
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,8 @@ class Resident:
     """An adapter in a bank.
 
     Attributes:
-        parts: its decoded masks, a bit a weight, and dense tensors; None after they were evicted from memory.
+        parts: its decoded masks, a bit a weight, and dense tensors, under the model's names; None after they were
+            evicted from memory. place: where the adapter's own names stand in the model.
         mask_id: None until it is asked for.
         read: reads the adapter again, or None for masks that did not come from one. digest: of its file.
         notes: what its masks change, for those that change only some places; empty until it is used.
@@ -77,6 +78,7 @@ class Resident:
     notes: dict[str, apply.Changed] = field(default_factory=dict)
     correction: tuple[Mapping[str, Correction] | None] | None = None
     used: int = 0
+    place: Place = TOP
 
     @property
     def device_bytes(self) -> int:
@@ -431,10 +433,11 @@ class MaskBank:
         now = apply.tensors_of(self.model)
         for name, was in sorted(noted.items()):
             tensor = now.get(name)
-            if isinstance(tensor, nn.Parameter) and (tensor.dtype, tensor.device) != (was.dtype, was.device):
+            if isinstance(tensor, nn.Parameter) and (kind := apply.kind_of(tensor)) != was.kind:
+                (dtype, device, _), (old, there, _) = kind, was.kind
                 raise StateError(
-                    f"{name!r} is {tensor.dtype} on {tensor.device} now, and was {was.dtype} on {was.device} when the "
-                    "bank was made; move or cast the model back, or close the bank and make another one"
+                    f"{name!r} is {dtype} on {device} now, and was {old} on {there} when the bank was made, or it was "
+                    f"sharded since; move or cast the model back, or close the bank and make another one"
                 )
         if not force:
             way_out = "a bank's model must not be trained; bank.close(force=True) puts back what adapters changed"
@@ -450,17 +453,16 @@ class MaskBank:
     def _admit(self, name: str, source: Adapter, options: PullOptions) -> Resident:
         """Check and decode an adapter while the model is the base."""
         check_one_set(source)
-        if (place := find_place(self.model, source.base, source.shapes())) != TOP:
-            part = f"; make a bank of that part, MaskBank(model.get_submodule({place.add!r}))" if place.add else ""
-            raise BackboneMismatchError(f"the names of {source.path} stand {place} in this bank's model{part}")
-        apply.check_masks(self.model, source.shapes())
-        check_base(self.model, source, self._verify, stacklevel=5)
-        base, pinned = unwrap(self.model), source.pinned
-        parts = source.parts(base=base)
-        apply.check_dense(base, parts, apply.tensors_of(base))
+        place, pinned = find_place(self.model, source.base, source.shapes()), source.pinned
+        base = view(self.model, place)
+        apply.check_masks(base, source.shapes())
+        check_base(base, source, self._verify, stacklevel=5)
+        parts = place.parts(source.parts(base=base))
+        apply.check_dense(unwrap(self.model), parts, apply.tensors_of(self.model))
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
-        return Resident(name, parts, source.mask_id, lambda: load_adapter(pinned, **later), source.digest)
+        again = lambda: load_adapter(pinned, **later)  # noqa: E731
+        return Resident(name, parts, source.mask_id, again, source.digest, place=place)
 
     def _loaded(self, resident: Resident) -> Parts:
         """Return an adapter's parts; if they were evicted, they are read again, and the model is the base then."""
@@ -473,7 +475,7 @@ class MaskBank:
                     f"{resident.name!r} was evicted, and {adapter.path} has other bytes now; remove it and add it "
                     "again, or pin it"
                 )
-            resident.parts = adapter.parts(base=unwrap(self.model))
+            resident.parts = resident.place.parts(adapter.parts(base=view(self.model, resident.place)))
             self._make_room(resident)
         assert resident.parts is not None
         return resident.parts

@@ -18,6 +18,7 @@ from ..errors import AdapterError, BackboneMismatchError
 from ..hub.pull import PullOptions
 from .apply import check_masks, masked
 from .load import Reference, Verify, check_base, check_choices, load_adapter, take_off
+from .place import Place, find_place, view
 
 
 @dataclass(slots=True)
@@ -139,7 +140,7 @@ def load_cascade(
     """Decode the masks of a cascade for a model; what is loaded on the model is unloaded, and nothing else changed.
 
     The model stays the only network in memory; masks are kept as one bit a weight. Arguments and errors as of
-    `load_mask`.
+    `load_mask`; where the adapter's names stand in a part of the model, the cascade's model is that part.
 
     Example:
         cascade = load_cascade(model, "./my-cascade")
@@ -155,13 +156,16 @@ def load_cascade(
             f"{adapter.path} is no cascade, it has {what}; use load_mask, or `maskpack eval` and `maskpack predict`"
         )
     take_off(model)
+    shapes = {name: shape for own in adapter.sets for name, shape in adapter.shapes(own).items()}
+    place = find_place(model, adapter.base, shapes)
+    base, model, place = view(model, place), unwrap(model).get_submodule(place.add), Place(place.strip)
     for name in adapter.sets:
-        check_masks(model, adapter.shapes(name))
-    check_base(model, adapter, verify, stacklevel=4)
+        check_masks(base, adapter.shapes(name))
+    check_base(base, adapter, verify, stacklevel=4)
     module = parts.embedding.module
     if module is not None and module not in dict(unwrap(model).named_modules()):
         raise BackboneMismatchError(
             f"the model has no {module!r}, whose input the cascade takes; load it with its head"
         )
-    sets = {name: replace(adapter.parts(name, unwrap(model)), head=None) for name in adapter.sets}
+    sets = {name: place.parts(replace(adapter.parts(name, base), head=None)) for name in adapter.sets}
     return LoadedCascade(model, sets, parts, adapter.about)

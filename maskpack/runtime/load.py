@@ -13,7 +13,8 @@ from ..adapter.chain import base_of_chain, check_chain, merged, why_no_patch
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone.fingerprint import check_measured, measure_body
-from ..backbone.model import inside, unwrap
+from ..backbone.model import inside, named_parameters, unwrap
+from ..backbone.shards import any_shared
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions, earlier_adapters, open_adapter
 from ..mask import PackedMask
@@ -220,6 +221,9 @@ def _masks_on(model: nn.Module, adapter: Adapter, verify: Verify) -> Iterable[tu
     """Return an adapter's masks, which are decoded while the base is hashed and compared."""
     masks = adapter.iter_masks(base=unwrap(model), zeros=True)
     if verify == "off":
+        return masks
+    if any_shared(named_parameters(model)):  # they are gathered for both, one after another
+        check_base(model, adapter, verify, stacklevel=5)
         return masks
     measured = in_thread(lambda: measure_body(model, adapter.base.head))
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 
 from ..adapter.content import Parts
+from ..backbone.shards import shared
 from ..errors import DataError, StateError
 from .apply import at_places, changed_bits, places, read, values_at
 
@@ -52,7 +53,7 @@ def corrections(model: nn.Module, parts: Parts) -> dict[str, Correction] | None:
     found = {}
     for name, mask in masks.items():
         weight = layers[name].weight.detach()
-        if users[id(layers[name].weight)] > 1:  # an embedding has it too
+        if users[id(layers[name].weight)] > 1 or shared(weight):  # an embedding has it too, or other processes
             return None
         at = places(mask.bits, weight.device)
         old, values = read(weight, at), values_at(parts.values.get(name), weight, at)

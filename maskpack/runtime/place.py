@@ -1,15 +1,17 @@
 """Where an adapter's names stand in a model: at its top, in a part of it, or it is a part of what they name."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..adapter.content import Parts
 from ..backbone.fingerprint import compared_dtype, same_digest, tensor_digest
-from ..backbone.model import Fingerprint, body, named_parameters, unwrap
+from ..backbone.model import Fingerprint, body, inside, named_parameters, unwrap
 from ..errors import BackboneMismatchError
-from ..mask import Shape
+from ..mask import MaskSet, Shape
 
 
 class Place(NamedTuple):
@@ -21,6 +23,32 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         said = f"under {self.add!r}" if self.add else "at the top"
         return f"{said}, without their {self.strip!r}" if self.strip else said
+
+    def moved(self, name: str) -> str:
+        """Return the model's name for one of the adapter's."""
+        rest = name[len(self.strip) + 1 :] if self.strip and inside(name, [self.strip]) else name
+        return f"{self.add}.{rest}" if self.add else rest
+
+    def back(self, name: str) -> str | None:
+        """Return the adapter's name for one of the model's, or None if the adapter's names do not reach there."""
+        if self.add and not inside(name, [self.add]):
+            return None
+        rest = name[len(self.add) + 1 :] if self.add else name
+        return f"{self.strip}.{rest}" if self.strip else rest
+
+    def parts(self, parts: Parts) -> Parts:
+        """Return an adapter's parts under the model's names."""
+        if self == TOP:
+            return parts
+        head = parts.head
+        if head is not None and head.module is not None:
+            head = replace(head, embedding=replace(head.embedding, module=self.moved(head.module)))
+
+        def all_moved(named: Mapping[str, Any]) -> dict[str, Any]:
+            return {self.moved(name): one for name, one in named.items()}
+
+        dense = (all_moved(one) for one in (parts.statistics, parts.parameters, parts.values, parts.norms))
+        return Parts(MaskSet(all_moved(parts.masks)), head, *dense)
 
 
 TOP = Place()
@@ -63,7 +91,7 @@ def find_place(model: nn.Module, base: Fingerprint, shapes: Mapping[str, Shape])
     if not shapes or _fits(TOP, shapes, own):
         return TOP
     places = [place for place in _candidates(next(iter(shapes)), own) if _fits(place, shapes, own)]
-    distinct = {tuple(id(parameters[_moved(place, name)]) for name in shapes): place for place in reversed(places)}
+    distinct = {tuple(id(parameters[place.moved(name)]) for name in shapes): place for place in reversed(places)}
     if len(distinct) > 1:
         right = [place for place in distinct.values() if _is_base(view(model, place), base, shapes)]
         if len(right) != 1:
@@ -90,17 +118,14 @@ def _candidates(name: str, own: Mapping[str, Shape]) -> list[Place]:
     return sorted(found)
 
 
-def _moved(place: Place, name: str) -> str:
-    rest = name[len(place.strip) + 1 :] if place.strip else name
-    return f"{place.add}.{rest}" if place.add else rest
-
-
 def _fits(place: Place, shapes: Mapping[str, Shape], own: Mapping[str, Shape]) -> bool:
-    inside = f"{place.strip}." if place.strip else ""
-    return all(name.startswith(inside) and own.get(_moved(place, name)) == shape for name, shape in shapes.items())
+    within = f"{place.strip}." if place.strip else ""
+    return all(name.startswith(within) and own.get(place.moved(name)) == shape for name, shape in shapes.items())
 
 
 @torch.no_grad()
 def _is_base(found: nn.Module, base: Fingerprint, shapes: Mapping[str, Shape]) -> bool:
     dtype, parameters = compared_dtype(body(found, base.head).values()), named_parameters(found)
+    if any(parameters[name].is_meta for name in shapes):
+        return False
     return all(same_digest(tensor_digest(parameters[name], dtype), base, name, dtype) for name in shapes)

@@ -15,13 +15,14 @@ from ..adapter.read import Adapter
 from ..backbone import fingerprint
 from ..backbone.load import COUNTER, fit_head, sources
 from ..backbone.model import aliases, body, canonical, named_parameters, slots, unwrap
+from ..backbone.shards import any_shared
 from ..errors import StateError, check_argument
 from ..hub.pull import PullOptions
 from ..mask import MaskSet
 from ..safetensors_io import open_tensors
 from .apply import Model, applied, apply_parts, check_masks, forget
 from .load import HeadChoice, Mode, Reference, Verify, check_choices, checked, load_adapter, loaded_parts, removing
-from .place import module_of
+from .place import Place, find_place, module_of, view
 
 
 def load_masked(
@@ -71,28 +72,35 @@ def load_masked(
     shapes = parts.masks.shapes
     if applied(whole) is not None:
         raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")
+    if any_shared(named_parameters(whole)):
+        raise StateError(
+            "this model is sharded, and load_masked gives a model whole tensors; call it before fully_shard, or load "
+            "the weights as always and then load_mask(model, ref)"
+        )
     if any(one.is_meta for one in whole.parameters()) and callable(tie := getattr(whole, "tie_weights", None)):
         tie()  # of transformers: parameters that were put on the meta device one by one are tied no more
-    base = _Base(Path(weights), whole, adapter.base.head)
+    place = find_place(whole, adapter.base, shapes)
+    base = _Base(Path(weights), whole, adapter.base.head, place)
     # parameters that take no memory
-    empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(whole).items()}
+    inner = view(whole, place)
+    empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(inner).items()}
     check_masks(module_of(empty), shapes)
-    of_body = {name: _on_meta(tensor) for name, tensor in body(whole, adapter.base.head).items()}
+    of_body = {name: _on_meta(tensor) for name, tensor in body(inner, adapter.base.head).items()}
     compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
-    masks = adapter.parts(base=base, stream=True).masks
     try:
         base.clear()
         for names in base.names:
             # it may be masked, or be of the body, under any of its names
-            masked, digested = (next((name for name in names if name in known), None) for known in (shapes, of_body))
+            own_names = [place.back(name) for name in names]
+            masked, digested = (next((n for n in own_names if n in known), None) for known in (shapes, of_body))
             if digested is not None and verify != "off":
                 digests[digested] = fingerprint.tensor_digest(base[digested], compared)
                 if verify == "strict" and masked is not None:
                     if not fingerprint.same_digest(digests[digested], adapter.base, masked, compared):
                         what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
                         raise fingerprint.mismatch(adapter.base, what, compared)
-            tensor = base[names[0]].to(device or base.devices[names[0]], copy=True)
-            own = {} if masked is None else {masked: masks[masked]}
+            tensor = base.tensor(names[0]).to(device or base.devices[names[0]], copy=True)
+            own = {} if masked is None else {masked: adapter.mask_on(masked, base, tensor)}
             base.let_go()
             if masked is not None:
                 kept = MaskSet(own if mode == "target" else dict(removing(own.items())))
@@ -104,7 +112,7 @@ def load_masked(
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
         rest = replace(parts.resolved(base), masks=MaskSet({}))  # of norms before they were cast
-        apply_parts(model, rest, mask_id=adapter.mask_id, restorable=False)
+        apply_parts(model, rest, mask_id=adapter.mask_id, restorable=False, place=place)
     except BaseException:
         record = applied(whole)
         if record is None or not record.complete:  # else it has the whole adapter
@@ -115,7 +123,7 @@ def load_masked(
 
 
 class _Base(Mapping[str, Tensor]):
-    """The base's weights by name, in the model's dtypes, read from their file when asked for; the last one is kept.
+    """The base's weights by the adapter's names, in the model's dtypes, read when asked for; the last one is kept.
 
     Attributes:
         names: of each tensor of the model that a file holds: all of its names, sorted.
@@ -123,12 +131,12 @@ class _Base(Mapping[str, Tensor]):
         unsaved: buffers that files do not hold, by name.
     """
 
-    def __init__(self, path: Path, model: nn.Module, heads: Iterable[str]):
+    def __init__(self, path: Path, model: nn.Module, heads: Iterable[str], place: Place):
         self._files = open_tensors(path)
-        for head in set(heads) & dict(model.named_modules()).keys():
+        for head in {place.moved(head) for head in heads} & dict(model.named_modules()).keys():
             fit_head(model, head, self._files.shapes)
         self._sources = sources(model, self._files.shapes, path)
-        self._places = dict(slots(model))
+        self._places, self._place = dict(slots(model)), place
         own = {name: self._places[name][0][self._places[name][1]] for name in self._sources}
         self.devices = {name: torch.device("cpu") if t.is_meta else t.device for name, t in own.items()}
         self._dtypes = {name: tensor.dtype for name, tensor in own.items()}
@@ -171,18 +179,22 @@ class _Base(Mapping[str, Tensor]):
     def let_go(self) -> None:
         self._last = None
 
-    def __getitem__(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor by the model's name."""
         source = self._sources[name]
         if self._last is None or self._last[0] != source:
             self.let_go()  # before the next is read
             self._last = source, self._files[source].to(self._dtypes[name])
         return self._last[1]
 
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(self._place.moved(name))
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        return (own for own in map(self._place.back, self._sources) if own is not None)
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return sum(1 for _ in self)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .own_loop import count_trainable as count_trainable
     from .own_loop import extract_masks as extract_masks
     from .own_loop import extract_parts as extract_parts
+    from .own_loop import settle as settle
     from .trainer import TrainResult as TrainResult
     from .trainer import train_mask as train_mask
     from .transfer import train_transfer as train_transfer
@@ -32,6 +33,7 @@ _WHERE = {
     "extract_masks": "own_loop",
     "extract_parts": "own_loop",
     "load_data": "data.load",
+    "settle": "own_loop",
     "train_auto": "auto",
     "train_cascade": "cascade",
     "train_mask": "trainer",

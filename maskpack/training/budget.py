@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone.shards import gathered
 from ..codecs.base import Side
 from ..codecs.choose import rivals, smallest
 from ..errors import ConfigError
@@ -162,5 +163,6 @@ class RateControl:
 
 def _straight(one: ScoredWeight) -> Tensor:
     """The mask as floats, with the gradient straight through to the scores."""
-    kept = one.method.binarize(one.scores.detach(), one.state()).float()
-    return one.whole(kept + one.scores - one.scores.detach())
+    scores = gathered(one.scores)
+    kept = one.method.binarize(scores.detach(), one.state()).float()
+    return one.whole(kept + scores - scores.detach())

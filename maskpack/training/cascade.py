@@ -24,9 +24,10 @@ from ..runtime.cascade import LoadedCascade
 from .checkpoint import FILE, checkpoint_digest, damaged, read_sealed, write_sealed
 from .config import TrainConfig
 from .data.base import Data, Examples, readable
-from .features import by_class, embed_all, fit_probe, routed
+from .features import Probe, by_class, embed_all, fit_probe, routed
 from .learn import borrowed
 from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
+from .stored import halved, shortest
 from .trainer import ObjectiveRun, as_backbone, train_mask
 from .worth import beside_baseline, probe_accuracies, worth
 
@@ -255,6 +256,8 @@ def fit_cascade_head(
     if not data.class_names:
         return replace(result, cascade=whole)
     probe = fit_probe(x, y, len(data.class_names))
+    if ((result.about.training or {}).get("settings") or {}).get("store") != "float32":
+        probe = Probe(halved(probe.weight), halved(probe.bias))
     held = {f"{name}_accuracy": (result.parts, split) for name, split in data.splits.items() if name != "train"}
     if data.test is not None:
         held["test_accuracy_without_masks"] = {name: unmasked(one) for name, one in result.parts.items()}, data.test
@@ -267,7 +270,7 @@ def fit_cascade_head(
     record = {name: value for name, value in (result.about.training or {}).items() if name != "warnings"}
     record |= {"metrics": {**result.metrics, **found}, **worth(found, shapes)}
     about = replace(result.about, task=data.task, class_names=tuple(data.class_names), training=record)
-    whole = replace(whole, weight=probe.weight, bias=probe.bias)
+    whole = replace(whole, weight=shortest(probe.weight), bias=shortest(probe.bias))
     return replace(result, about=about, cascade=whole, metrics=record["metrics"])
 
 

@@ -19,7 +19,7 @@ from ..adapter.read import MODEL_FILE, Adapter, read_adapter
 from ..adapter.write import save_adapter
 from ..backbone.classifier import Batch, to_device
 from ..backbone.load import Backbone, export_state, load_weights
-from ..backbone.model import swap_module
+from ..backbone.model import named_parameters, swap_module
 from ..backbone.select import select_parameters
 from ..codecs.base import Profile
 from ..errors import ConfigError, StateError, TrainingError, check_argument
@@ -46,6 +46,7 @@ from .run_folder import (
     part_options,
     write_json,
 )
+from .stored import beside_masks, settle, shortened
 from .trainer import TrainResult, as_backbone, plan_training, result_of, train_mask
 from .worth import beside_baseline, probe_accuracies, worth
 
@@ -129,14 +130,44 @@ class JointRun(Run):
         self.slots = [(one, leaf) for one in norms for leaf, buffer in one._buffers.items() if buffer is not None]
         self.own_buffers = [layer._buffers[leaf] for layer, leaf in self.slots]
         self.buffers = {n: [b.clone() for b in self.own_buffers if b is not None] for n in tasks}
+        # weights and biases of norms, of all tasks and of each, once its statistics are in them; and what these were
+        self.norms, self.before = dict[str | None, dict[str, Tensor]](), dict[str, Tensor]()
 
     def use(self, name: str) -> Supervised:
         """Make the backbone this task's: head, statistics, gates; return the task's objective."""
         objective = self.objectives[name]
         self._exchange(objective.module.linear, self.buffers[name])
+        self._put_norms(name)
         if self.gates is not None:
             self.gates.use(name)
         return objective
+
+    @torch.no_grad()
+    def _put_norms(self, name: str | None) -> None:
+        parameters = named_parameters(self.backbone.model)
+        for key, tensor in self.norms.get(name, {}).items():
+            parameters[key].copy_(tensor)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the values that are stored into heads and norms; the base's statistics are the means of the tasks'."""
+        model, statistics = self.backbone.model, dict[str, dict[str, Tensor]]()
+        for name in self.tasks:
+            self.use(name).settle()
+            statistics[name] = batchnorm_statistics(model)
+        if self.config.bn == "freeze":
+            return
+        now, parameters = beside_masks(model), named_parameters(model)
+        means = {n: torch.stack([one[n] for one in statistics.values()]).mean(0) for n in statistics[name]}
+        self.before = {**now, **{n: mean.to(now[n]) for n, mean in means.items()}}
+        learned: dict[str | None, dict[str, Tensor]] = {None: {n: now[n] for n in now if n in parameters}}
+        for name in self.tasks:
+            self.use(name)
+            settle(model, self.before, {}, self.config.store)
+            learned[name] = {n: parameters[n].detach().clone() for n in learned[None]}
+            for key, tensor in learned[None].items():
+                parameters[key].copy_(tensor)
+        self.norms = learned
 
     def _exchange(self, head: nn.Module | None, buffers: list[Any]) -> None:
         if self.backbone.head is not None and head is not None:
@@ -149,6 +180,7 @@ class JointRun(Run):
         if self.gates is not None:
             self.gates.detach()
         self._exchange(self.own_head, self.own_buffers)
+        self._put_norms(None)
 
     def start(self) -> None:
         for name in self.tasks:
@@ -228,7 +260,9 @@ class JointRun(Run):
         else:
             whole = {n: torch.ones_like(model.get_parameter(n), dtype=torch.bool) for n in self.selected}
             masks = MaskSet.from_tensors(whole)
-        return Parts(masks, objective.head(), batchnorm_statistics(model) if self.config.bn != "freeze" else {})
+        if self.config.bn == "freeze":
+            return Parts(masks, objective.head())
+        return shortened(Parts(masks, objective.head(), batchnorm_statistics(model)), model, self.before)
 
 
 def _check_settings(config: TrainConfig) -> None:
@@ -279,16 +313,18 @@ def train_jointly(
         last = run.train(folder).metrics
         if folder.path is not None and run.history is not None:
             write_json(folder.path / HISTOGRAMS, run.history.content, None)
-        measured = run.accuracies("validation", "test")
+        soft = {} if run.gates is None else run.accuracies("validation", "test")
+        soft = {f"soft_{name}": value for name, value in soft.items()}
         if run.gates is not None:
-            soft = {f"soft_{name}": value for name, value in measured.items()}
             run.gates.hard = True
             for name in tasks if config.bn != "freeze" else ():
                 run.use(name).recalibrate()
-            hard = run.accuracies("validation", "test")
+        run.settle()
+        measured = run.accuracies("validation", "test")
+        if run.gates is not None:
             run.gates.off = True
             whole = {f"whole_{name}": value for name, value in run.accuracies("test").items()}
-            measured = {**hard, **soft, **whole}
+            measured = {**measured, **soft, **whole}
         parts = {name: run.parts(name) for name in tasks}
         end = {"step": run.steps, "steps": run.steps}
         found, records = dict[str, dict[str, float]](), dict[str, dict[str, Any]]()
@@ -303,9 +339,8 @@ def train_jointly(
                 folder.write({"event": "warning", **end, "warning": f"{name}: {one}"})
         folder.write({"event": "end", **end, **last, **measured})
     with torch.no_grad():
-        for name in next(iter(parts.values())).statistics:
-            every = torch.stack([one.statistics[name] for one in parts.values()])
-            backbone.model.get_buffer(name).copy_(every.mean(0))
+        for name in batchnorm_statistics(backbone.model) if run.before else ():
+            backbone.model.get_buffer(name).copy_(run.before[name])
     base, results = base_of(trained_backbone(backbone)), {}
     more = {"joint": {**run.settings, "gated": gated, "tasks": list(tasks)}}
     for name, task in tasks.items():

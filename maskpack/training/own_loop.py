@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -29,9 +29,12 @@ from ..backbone.model import (
     unwrap,
 )
 from ..backbone.select import select_parameters
+from ..backbone.shards import any_shared, first_process, is_managed, whole
 from ..errors import SelectionError, StateError
 from ..mask import MaskSet
+from . import stored
 from .batchnorm import batchnorm_statistics
+from .config import Store
 from .learn import trained_themselves
 from .methods.base import Method, build_method
 from .scores import (
@@ -66,7 +69,7 @@ def attach_scores(
 
     For users who keep their own training loop: train every parameter that requires a gradient with any optimiser,
     without weight decay for scores, then call `save_adapter(path, model)`, and `extract_parts(model)`, which leaves the
-    model as it was.
+    model as it was. `fully_shard` may be called before or after; then every process calls these functions.
 
     Args:
         method: a method or its name (`maskpack list methods`).
@@ -111,6 +114,11 @@ def attach_scores(
         raise SelectionError(f"nothing is left to mask beside the head {', '.join(heads)}; select other parameters")
     learning = trained_themselves(model, train, names)
     learning |= {name: one for name, one in named_parameters(model).items() if name in own and one.is_floating_point()}
+    if any_shared(named_parameters(model)) and not is_managed(model):
+        raise StateError(
+            "parameters of this model are shared by tensor parallelism, under which scores cannot be trained; shard it "
+            "by fully_shard instead, or load it whole"
+        )
     scores = attach(model, method, names, scale, top, dtype=dtype or torch.float32, beside=learning)
     scored_models(model)[0].head = tuple(heads)
     LEARNING[model] = learned
@@ -143,6 +151,55 @@ def new_modules(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
+def settle(model: nn.Module, store: Store = "coded") -> None:
+    """Put the values that are stored in few bytes into a model that has learned: then evaluate it, and save it.
+
+    Norms and statistics become steps from the base's, a head that is one linear layer steps, all else that learned
+    beside scores float16. `save_adapter(path, model)` stores what the model has, to the bit: without this, float32.
+
+    Args:
+        store: see `TrainConfig`.
+
+    Raises:
+        StateError: if the model has no scores.
+
+    Example:
+        settle(model)
+        save_adapter("my-adapter", model)
+    """
+    if any_shared(named_parameters(model)):
+        raise StateError("a sharded model cannot be settled; save_adapter(path, model) saves it as it is")
+    models = scored_models(model)
+    if not models:
+        raise StateError("this model has no scores; call attach_scores(model) first")
+    before, linear = _before(model), _linear_head(model)
+    own = [] if linear is None else [id(one) for one in linear.parameters()]
+    parameters = named_parameters(model)
+    found = {name: one.detach().clone() for name, one in parameters.items()}
+    learned = {name: one for name, one in beside_scores(model).items() if id(one) not in own}
+    stored.settle(model, before, learned, store)
+    if linear is not None:
+        stored.settle_head(linear, store)
+    for name, tensor in before.items():  # norms whose statistics went into weight and bias
+        if name in parameters and not torch.equal(parameters[name], found[name]):
+            models[0].before.setdefault(name, tensor)
+
+
+def _before(model: nn.Module) -> dict[str, Tensor]:
+    """Return what norms and buffers were before the model learned, where they are now."""
+    now = {**named_parameters(model), **named_buffers(model)}
+    was = {name: tensor.to(now[name].device) for one in scored_models(model) for name, tensor in one.before.items()}
+    return {**stored.beside_masks(model), **was}
+
+
+def _linear_head(model: nn.Module) -> nn.Linear | None:
+    """Return the head if there is one and it is one linear layer."""
+    heads = [name for one in scored_models(model) for name in one.head]
+    linear = unwrap(model).get_submodule(heads[0]) if len(heads) == 1 else None
+    return linear if isinstance(linear, nn.Linear) else None
+
+
+@torch.no_grad()
 def learned_parts(model: nn.Module) -> Parts:
     """Return all that a model learned since scores were attached; it goes on learning.
 
@@ -161,20 +218,28 @@ def learned_parts(model: nn.Module) -> Parts:
     changed = {n for n, t in buffers.items() if n in before and t.is_floating_point() and not torch.equal(t, before[n])}
     dense |= {name: buffers[name] for name in changed - statistics.keys()}
     head = None
-    if len(heads) == 1 and isinstance(linear := unwrap(model).get_submodule(heads[0]), nn.Linear):
+    if (linear := _linear_head(model)) is not None:
         dense = {name: tensor for name, tensor in dense.items() if not inside(name, heads)}
         head = Head(Embedding(heads[0]), *(None if p is None else _copy(p) for p in (linear.weight, linear.bias)))  # type: ignore[arg-type]
     whole = {name: _copy(tensor) for name, tensor in dense.items()}
     return Parts(masks, head, statistics if changed & statistics.keys() else {}, whole, replaced_values(model))
 
 
+@torch.no_grad()
+def _short_parts(model: nn.Module) -> Parts:
+    """Return all that a model learned, each tensor as short as it comes back to the bit."""
+    parts = learned_parts(model)
+    head = None if parts.head is None else stored.kept_head(parts.head)
+    return replace(stored.shortened(parts, model, _before(model)), head=head)
+
+
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
+    return whole(tensor.detach()).cpu().clone()
 
 
 def learned(model: nn.Module, name: str | None) -> Learned:
     """Return what a model learned, its base's fingerprint, and the tensors of that base; `name` is the base's id."""
-    parts, models = learned_parts(model), scored_models(model)
+    parts, models = _short_parts(model), scored_models(model)
     known = {**named_parameters(model), **named_buffers(model)}
     was = {id(known[key]): tensor for one in models for key, tensor in one.before.items()}
     with plain_names(model, lambda _, weight: weight):
@@ -182,7 +247,8 @@ def learned(model: nn.Module, name: str | None) -> Learned:
     state = {canonical(key): was.get(id(tensor), tensor) for key, tensor in now.items()}
     heads = {*(head for one in models for head in one.head), *tied_outputs(model, [*parts.masks, *parts.parameters])}
     base, (stated, revision) = body_of(state, heads), source_of(model)
-    return Learned(parts, fingerprint_of(base, name or stated, revision, tuple(sorted(heads))), base)
+    own = fingerprint_of(base, name or stated, revision, tuple(sorted(heads)))
+    return Learned(parts, own, base, first_process(known.values()))
 
 
 @contextmanager
@@ -207,6 +273,11 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options
     with `ScoredModel.sparse`, only what learns.
     """
     write, given = type(self).save_pretrained, options.get("state_dict")
+    if any_shared(named_parameters(self)):
+        raise StateError(
+            "a sharded model with scores is saved by save_adapter(path, model), and its training by "
+            "torch.distributed.checkpoint; the merged model is written by one process that loads the adapter"
+        )
     if not CHECKPOINT.fullmatch(Path(save_directory).name):
         with merged(self):
             return write(self, save_directory, *args, **{**options, **({"state_dict": None} if given else {})})
@@ -285,6 +356,6 @@ def extract_parts(model: nn.Module) -> Parts:
         attach_scores(model)
         parts = extract_parts(model)  # the model is as it was
     """
-    parts = learned_parts(model)
+    parts = _short_parts(model)
     detach_scores(model)
     return parts

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from ..backbone.shards import local
+
 
 def rounded(values: Tensor) -> Tensor:
     """Round float32 to bfloat16, up or down at random, so that the mean is the value; what is exact stays."""
@@ -28,7 +30,7 @@ class Rounding:
         aside: scores and what they were, while an optimiser steps, or after such a step failed.
     """
 
-    aside: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    aside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _handles: list[Any] = field(default_factory=list)
 
     def watch(self, scores: Sequence[nn.Parameter]) -> None:
@@ -79,8 +81,8 @@ class Rounding:
         self.settle()
         for one in members:
             if one.dtype == torch.bfloat16:
-                self.aside.append((one, one.detach().clone()))
-                one.zero_()
+                self.aside.append((local(one.detach()), local(one.detach()).clone()))
+                local(one.detach()).zero_()
 
     @torch.no_grad()
     def _add(self) -> None:

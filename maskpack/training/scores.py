@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ..adapter.content import LEARNING
 from ..backbone.model import aliases, named_buffers, named_parameters, unwrap
+from ..backbone.shards import gathered, local, moved, part_of, shared_like, whole
 from ..errors import ConfigError
 from ..mask import PackedMask
 from .methods.base import Method, State, methods_that_are
@@ -51,22 +52,30 @@ def all_names(model: nn.Module) -> dict[str, list[str]]:
 
 def put_on(model: nn.Module, names: Iterable[str], made: nn.Module, orders: Orders) -> None:
     """Parametrize one parameter under all its names, and note in `orders` what `take_off` needs."""
+    places = dict[tuple[nn.Module, str], tuple[nn.Module, str]]()
     for name in names:
         module, leaf = owner(model, name)
         orders.setdefault(module, list(module._parameters))
         # unsafe: the parametrization keeps shape and dtype by contract, and must not be run to find that out
         parametrize.register_parametrization(module, leaf, made, unsafe=True)
+        chains: Any = module.parametrizations
+        places[module, leaf] = chains[leaf], "original"
+    moved(unwrap(model), places)
 
 
 def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) -> None:
     """Remove the parametrizations of one kind; the parameters themselves are put back, not copies."""
+    places, gone = dict[tuple[nn.Module, str], tuple[nn.Module, str]](), list[nn.Module]()
     for module in list(unwrap(model).modules()):
         if not parametrize.is_parametrized(module):
             continue
         lists = module.parametrizations
         assert isinstance(lists, nn.ModuleDict)
         for leaf in [leaf for leaf, chain in lists.items() if isinstance(chain[0], kind)]:  # type: ignore[index]
+            places[lists[leaf], "original"] = module, leaf
+            gone.append(lists[leaf][0])  # type: ignore[index]
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+    moved(unwrap(model), places, gone)
     # removing a parametrization puts its parameter behind the others of its module
     for module, names in ((module, names) for one in orders for module, names in one.items()):
         if module._parameters.keys() == set(names):
@@ -78,13 +87,13 @@ class Placed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, flat: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return flat.clone().index_copy_(0, places.long(), values)
+        ctx.save_for_backward(places)  # as it is shared
+        return flat.clone().index_copy_(0, whole(places).long(), values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        return gradient.index_select(0, places), None, None
+        return gradient.index_select(0, whole(places)), None, None
 
 
 class ScoredWeight(nn.Module):
@@ -93,7 +102,8 @@ class ScoredWeight(nn.Module):
     Attributes:
         scores: of a shape that the method chose.
         shape: of the weight.
-        places: flat positions of the weights that have scores, ascending; None: all have. The others are kept.
+        places: flat positions of the weights that have scores, ascending; None: all have. The others are kept. Of a
+            model that was sharded already they are shared as the scores are.
         model: what the scores of one model share.
     """
 
@@ -110,25 +120,27 @@ class ScoredWeight(nn.Module):
         super().__init__()
         self.method, self.scale, self.model = model.method, scale, model
         self.shape = tuple(weight.shape)
-        scored = weight.detach()
+        scored = whole(weight.detach())
         self.register_buffer("places", None)
         if top is not None:
             flat = scored.flatten()
             count = max(1, round(top * flat.numel())) if top else 0
             places = greatest(flat.abs(), count).nonzero().flatten()
-            self.places = places.int() if flat.numel() < 2**31 else places
+            self.places = shared_like(places.int() if flat.numel() < 2**31 else places, weight)
             scored = flat[places]
         learns = self.method.learns and scored.numel() > 0
-        self.scores = nn.Parameter(self.method.init_scores(scored).to(dtype), requires_grad=learns)
+        scores = self.method.init_scores(scored).to(dtype)
+        self.scores = nn.Parameter(shared_like(scores, weight) if learns else scores, requires_grad=learns)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.model.off or not self.scores.numel():
             return weight
         state = self.state(self.training)
-        result = self.effective(weight, self.scores, state)
+        result = self.effective(weight, gathered(self.scores), state)
         if not (self.method.draws and state.training):
             scores = self.scores
-            self.model.recompute.note(result, lambda: self.effective(weight, scores, state), weight, scores)
+            make = lambda: self.effective(weight, gathered(scores), state)  # noqa: E731
+            self.model.recompute.note(result, make, weight, local(scores))
         return result
 
     def effective(self, weight: Tensor, scores: Tensor, state: State) -> Tensor:
@@ -136,7 +148,7 @@ class ScoredWeight(nn.Module):
         if self.places is None:
             return self.method.effective(weight, scores, self.scale, state)
         flat = weight.flatten()
-        some = self.method.effective(flat.index_select(0, self.places), scores, self.scale, state)
+        some = self.method.effective(flat.index_select(0, whole(self.places)), scores, self.scale, state)
         placed: Tensor = Placed.apply(some, flat, self.places)
         return placed.reshape(self.shape)
 
@@ -145,7 +157,7 @@ class ScoredWeight(nn.Module):
         if self.places is None:
             return kept
         ones = torch.ones(math.prod(self.shape), dtype=kept.dtype, device=kept.device)
-        return ones.index_copy(0, self.places.long(), kept).reshape(self.shape)
+        return ones.index_copy(0, whole(self.places).long(), kept).reshape(self.shape)
 
     def state(self, training: bool = False) -> State:
         """Return what the method is told beside the scores."""
@@ -155,17 +167,17 @@ class ScoredWeight(nn.Module):
 
     def binary(self, shift: float = 0.0) -> Tensor:
         """Return the mask that the scores stand for, bool; `shift` is added to them."""
-        return self.whole(self.method.binarize(self.scores.detach() + shift, self.state()))
+        return self.whole(self.method.binarize(whole(self.scores.detach()) + shift, self.state()))
 
     def mask(self) -> PackedMask:
         """Return the mask that the scores stand for, packed."""
         if self.places is not None:
             return PackedMask.from_tensor(self.binary(), self.method.op, self.scale)
-        return self.method.packed(self.scores.detach(), self.scale, self.state())
+        return self.method.packed(whole(self.scores.detach()), self.scale, self.state())
 
     def penalty(self) -> Tensor | None:
         """Return what the method adds to the loss of a step."""
-        return self.method.penalty(self.scores, self.state(training=True))
+        return self.method.penalty(gathered(self.scores), self.state(training=True))
 
 
 Plain = Callable[[ScoredWeight, Tensor], Tensor]
@@ -366,8 +378,8 @@ def replaced_values(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, one in scored_weights(model).items():
         if one.method.op == "replace":
-            weight = original(unwrap(model), name).detach()
-            found[name] = one.method.values(weight, one.scores.detach())[~one.binary()].cpu()
+            weight, scores = whole(original(unwrap(model), name).detach()), whole(one.scores.detach())
+            found[name] = one.method.values(weight, scores)[~one.binary()].cpu()
     return found
 
 
@@ -381,7 +393,7 @@ def detach_scores(model: nn.Module) -> None:
         for hook in one.hooks:
             hook.remove()
         for name, tensor in one.before.items():
-            tensors[name].copy_(tensor)
+            local(tensors[name]).copy_(part_of(tensor, tensors[name]))
             tensors[name].requires_grad_(False)
     take_off(model, ScoredWeight, [one.orders for one in models])
     LEARNING.pop(unwrap(model), None)

@@ -81,6 +81,6 @@ def opened(path: Path) -> ctypes.CDLL | None:
 def say_what_is_lost() -> None:
     """Say, once, that decoding would be many times as fast with the library."""
     logging.getLogger("maskpack").warning(
-        "the compiled loops of maskpack are missing, so that masks decode ten to a hundred times more slowly; "
+        "the compiled loops of maskpack are missing, so that masks decode about ten times more slowly; "
         "install a wheel, or install again where there is a C compiler"
     )

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ...backbone.shards import whole
 from ...registry import Range
 from .base import FINISHED, METHODS, Method, State, straight_through
 
@@ -51,7 +52,7 @@ class TopK(Method):
         """Return the number of kept weights of each parameter, for the scope "global"."""
         if self.scope == "tensor":
             return None
-        flat = torch.cat([self._compared(one).flatten().cpu() for one in scores])
+        flat = torch.cat([self._compared(whole(one)).flatten().cpu() for one in scores])
         kept = greatest(flat, self._kept(flat.numel(), progress))
         return [part.count_nonzero() for part in torch.split(kept, [one.numel() for one in scores])]
 
