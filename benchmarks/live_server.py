@@ -34,7 +34,7 @@ from .report import NOTHING, command, table, write_between
 NAME = "live-server"
 MARK = "python -m benchmarks.live_server --write docs/serving.md"
 PYTHON = os.environ.get("MASKPACK_VLLM", ".venv-vllm/bin/python")
-TIMES = 5
+TIMES = 3
 KINDS = ("mask", "patch")
 FOLDER = Path("runs/live-server")
 QUESTION = "What is the capital of France?"
@@ -164,7 +164,7 @@ def served() -> list[dict[str, Any]]:
     """Switch masks and patches on a server, then let it read the merged checkpoints, which is vLLM's own way."""
     paths, says = prepared(), dict[str | None, str]()
     with serving(paths["base"], *ENGINE) as (url, start):
-        says[None] = token(url, count=8)
+        says[None] = token(url, count=3)
         begun = time.perf_counter()
         post(f"{url}/init_weight_transfer_engine", {"init_info": {}})
         found: list[dict[str, Any]] = [
@@ -176,7 +176,7 @@ def served() -> list[dict[str, Any]]:
             begun = time.perf_counter()
             done = switch_server(url, None if name is None else paths[name])
             first, total = first_token(url), time.perf_counter() - begun
-            answer = token(url, count=8)
+            answer = token(url, count=3)
             if says.setdefault(name, answer) != answer:
                 raise SystemExit(f"with {name} the server says {answer!r}, not {says[name]!r}")
             return {"prepare": done.prepare_s, "pause": done.pause_s, "first token": first, "total": total}
@@ -196,7 +196,7 @@ def served() -> list[dict[str, Any]]:
             post(f"{url}/collective_rpc", body)
             post(f"{url}/resume")
             pause, first = time.perf_counter() - paused, first_token(url)
-            total, answer = time.perf_counter() - begun, token(url, count=8)
+            total, answer = time.perf_counter() - begun, token(url, count=3)
             if answer != says[name]:
                 raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
             return {"pause": pause, "first token": first, "total": total}

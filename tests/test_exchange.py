@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def test_a_writer_goes_on_or_begins_anew(tmp_path: Path) -> None:
         train(model, 10)
         second.step()
         second.wait()
+        train(model, 11)
         first.step()
         with pytest.raises(StateError, match="somebody else writes there"):
             first.wait()
@@ -165,6 +167,26 @@ def test_what_could_not_be_sent_is_in_the_next_patch(tmp_path: Path) -> None:
     assert writer.step() == 1
     writer.close()
     assert PatchReader(served, run).update() == 1
+    assert same(bits(served), state)
+
+
+def test_an_answer_that_never_came(tmp_path: Path) -> None:
+    model, served = made(), made()
+    writer = PatchWriter(model, tmp_path)
+
+    class Lost(Versions):
+        @contextmanager
+        def adding(self, name: str) -> Iterator[Path]:
+            with super().adding(name) as path:
+                yield path
+            raise HubError("the connection broke")
+
+    writer.versions = Lost(tmp_path)
+    for seed in range(2):
+        state = train(model, seed)
+        assert writer.step() == seed + 1
+        writer.wait()
+    assert PatchReader(served, tmp_path).update() == 2
     assert same(bits(served), state)
 
 

@@ -75,24 +75,28 @@ def switch_server(
         given = {key: value if isinstance(value, bool) else str(value) for key, value in options.items() if value}
         found = server.prepared({"ref": ref if isinstance(ref, str) else str(Path(ref).absolute()), **given})
     ready = time.perf_counter()
+    server.begin()
     server.post(f"/pause?mode={MODES[in_flight]}")
     paused = time.perf_counter()
     try:
-        server.write({} if ref is None else {"digest": found["digest"]}, found["pinned"] or "base")
+        server.update({} if ref is None else {"digest": found["digest"]})
         if in_flight == "hold":  # what it remembers of their texts comes from the old weights
             server.post("/reset_prefix_cache?reset_running_requests=true")
     except BaseException:
         try:
-            server.write({}, "base")
+            server.begin()
+            server.update({})
         except BaseException as error:
             raise StateError(
                 f"the server at {url} failed to switch and to get back to the base, and is left paused: {error}; "
                 f"restart it"
             ) from error
         server.post("/resume")
+        server.end("base")
         raise
     server.post("/resume")
     ended = time.perf_counter()
+    server.end(found["pinned"] or "base")
     return Switched(
         found["pinned"], found["digest"], found["size"], found["changed"], ready - begun, paused - ready, ended - paused
     )
@@ -141,15 +145,19 @@ class _Server:
             raise AdapterError(f"the processes of the server read different adapters as {what['ref']}; name a commit")
         return {**found[0], "changed": sum(one["changed"] for one in found)}
 
-    def write(self, what: dict[str, Any], version: str) -> None:
+    def begin(self) -> None:
         try:
             self.post("/start_weight_update")
         except StateError as error:
             if "already active" not in str(error):
                 raise
-            self.post("/finish_weight_update", {})  # of a client that was killed
+            self.end("base")  # of a client that was killed
             self.post("/start_weight_update")
+
+    def update(self, what: dict[str, Any]) -> None:
         self.post("/update_weights", {"update_info": what})
+
+    def end(self, version: str) -> None:
         self.post("/finish_weight_update", {"weight_version": version})
 
 
