@@ -167,6 +167,8 @@ def settle(model: nn.Module, store: Store = "coded") -> None:
         settle(model)
         save_adapter("my-adapter", model)
     """
+    if any_shared(named_parameters(model)):
+        raise StateError("a sharded model cannot be settled; save_adapter(path, model) saves it as it is")
     models = scored_models(model)
     if not models:
         raise StateError("this model has no scores; call attach_scores(model) first")

@@ -10,6 +10,7 @@ from ..adapter.content import Parts
 from ..adapter.steps import Norm, rounded_rows, row_steps
 from ..adapter.tensors import STATISTICS
 from ..backbone.model import Head, canonical, named_buffers, named_parameters, unwrap
+from ..backbone.shards import whole
 from .batchnorm import BATCH_NORMS
 from .config import Store
 
@@ -97,7 +98,7 @@ def shortened(parts: Parts, model: nn.Module, before: Tensors) -> Parts:
     """
     norms, parameters = dict[str, Norm](), dict(parts.parameters)
     for name, layer in _layers(model):
-        now, old = _tensors(name, layer, before)
+        now, old = ({leaf: whole(one) for leaf, one in own.items()} for own in _tensors(name, layer, before))
         differing = {leaf for leaf, tensor in now.items() if not torch.equal(tensor, old[leaf])}
         for leaf in ("weight", "bias"):
             parameters.pop(f"{name}.{leaf}", None)
@@ -108,8 +109,8 @@ def shortened(parts: Parts, model: nn.Module, before: Tensors) -> Parts:
             parameters |= {f"{name}.{leaf}": now[leaf] for leaf in sorted(differing - {*STATISTICS})}
     buffers = named_buffers(model)
     statistics = {n: one for n, one in parts.statistics.items() if not torch.equal(buffers[n], before[n])}
-    whole = {name: shortest(one) for name, one in parameters.items()}
-    return replace(parts, statistics=statistics, parameters=whole, norms=norms)
+    short = {name: shortest(one) for name, one in parameters.items()}
+    return replace(parts, statistics=statistics, parameters=short, norms=norms)
 
 
 def _exact(now: Tensors, old: Tensors) -> Norm | None:
