@@ -17,7 +17,7 @@ from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
-from maskpack.preprocess import ImagePreprocess
+from maskpack.preprocess import TASKS, ImagePreprocess
 from maskpack.training.batchnorm import set_train_mode
 from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import TrainConfig
@@ -47,7 +47,7 @@ def unlabelled() -> Data:
 def test_contract(cls: type[Objective]) -> None:
     assert cls.reference.startswith("https://")
     assert cls.__doc__
-    assert set(cls.tasks) <= {"image-classification", "text-classification"}
+    assert set(cls.tasks) <= set(TASKS)
     assert all(find_objective(cls.id, task) is cls for task in cls.tasks)
 
 
@@ -317,7 +317,13 @@ def test_a_mask_without_labels(tiny_backbone: Backbone, unlabelled: Data, tmp_pa
     assert result.parts.head is None
     assert (result.about.class_names, result.about.task) == (None, "image-feature-extraction")
     assert 0 < result.metrics["density"] < 1
-    assert result.metrics.keys() == {"train_loss", "density", "feature_rank", "prototype_usage"}
+    assert result.metrics.keys() == {
+        "train_loss",
+        "density",
+        "bits_per_changed_weight",
+        "feature_rank",
+        "prototype_usage",
+    }
     assert model.fc is head
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     tensors, _ = load_checkpoint(tmp_path / FILE)
