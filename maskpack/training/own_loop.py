@@ -230,7 +230,8 @@ def _short_parts(model: nn.Module) -> Parts:
     """Return all that a model learned, each tensor as short as it comes back to the bit."""
     parts = learned_parts(model)
     head = None if parts.head is None else stored.kept_head(parts.head)
-    return replace(stored.shortened(parts, model, _before(model)), head=head)
+    heads = [name for one in scored_models(model) for name in one.head]
+    return replace(stored.shortened(parts, model, _before(model), heads), head=head)
 
 
 def _copy(tensor: Tensor) -> Tensor:

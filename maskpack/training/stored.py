@@ -1,6 +1,6 @@
 """What is stored beside masks (norms, statistics, other parameters, a head), and its rounding before it is measured."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.steps import Norm, rounded_rows, row_steps
 from ..adapter.tensors import STATISTICS
-from ..backbone.model import Head, canonical, named_buffers, named_parameters, unwrap
+from ..backbone.model import Head, canonical, inside, named_buffers, named_parameters, unwrap
 from ..backbone.shards import whole
 from .batchnorm import BATCH_NORMS
 from .config import Store
@@ -90,14 +90,17 @@ def _folded(layer: nn.Module, now: Tensors, old: Tensors) -> tuple[Tensor, Tenso
     return scale * (old["running_var"].double() + layer.eps).sqrt(), shift
 
 
-def shortened(parts: Parts, model: nn.Module, before: Tensors) -> Parts:
+def shortened(parts: Parts, model: nn.Module, before: Tensors, heads: Sequence[str] = ()) -> Parts:
     """Return what a model learned, each tensor as short as it comes back to the bit; `settle` makes norms short.
 
     Args:
         parts: with parameters and statistics whole. before: as of `settle`.
+        heads: modules that the base has not, of which everything is kept.
     """
     norms, parameters = dict[str, Norm](), dict(parts.parameters)
     for name, layer in _layers(model):
+        if inside(name, heads):
+            continue
         now, old = ({leaf: whole(one) for leaf, one in own.items()} for own in _tensors(name, layer, before))
         differing = {leaf for leaf, tensor in now.items() if not torch.equal(tensor, old[leaf])}
         for leaf in ("weight", "bias"):
@@ -108,7 +111,9 @@ def shortened(parts: Parts, model: nn.Module, before: Tensors) -> Parts:
         else:
             parameters |= {f"{name}.{leaf}": now[leaf] for leaf in sorted(differing - {*STATISTICS})}
     buffers = named_buffers(model)
-    statistics = {n: one for n, one in parts.statistics.items() if not torch.equal(buffers[n], before[n])}
+    statistics = {
+        n: one for n, one in parts.statistics.items() if inside(n, heads) or not torch.equal(buffers[n], before[n])
+    }
     short = {name: shortest(one) for name, one in parameters.items()}
     return replace(parts, statistics=statistics, parameters=short, norms=norms)
 
