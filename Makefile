@@ -59,6 +59,9 @@ unit: $(VENV)/.installed ## pytest
 examples: $(VENV)/.installed ## the scripts of examples/, on small data; with MASKPACK_GRADIO, a Python that has gradio, the app too
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_examples.py
 
+devices: $(VENV)/.installed ## models on two and on four processes
+	MASKPACK_FOUR=1 $(BIN)/pytest tests/test_devices.py
+
 quick: $(VENV)/.installed ## pytest without the tests that are marked as slow
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL) -m "not slow"
 
