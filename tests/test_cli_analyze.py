@@ -134,7 +134,7 @@ def test_shuffle(tmp_path: Path) -> None:
     words = ("shuffle", *BASE[:-2], *TRAIN, "--block", "8", "--block", "2", "--output", str(folder))
     done = run(*words, "--plot", str(tmp_path / "p.svg"))
     assert "gain of the pretrained start" in done.stdout
-    assert "pretrained-8-0: 0." in done.stderr
+    assert "pretrained-8-0: accuracy " in done.stderr
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
     assert len(before) == 4
     found = answer(*words)

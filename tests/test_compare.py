@@ -35,7 +35,7 @@ from maskpack.errors import (
 from maskpack.lab import compare
 from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
-from maskpack.lab.trial import Job, Worker, measure, memory, run, splits
+from maskpack.lab.trial import Job, Worker, measure, run, splits
 from maskpack.training import TrainConfig
 from maskpack.training.batchnorm import recalibrate
 from maskpack.training.data.base import loader, readable
@@ -43,6 +43,7 @@ from maskpack.training.data.load import load_data
 from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.features import measure_features
 from maskpack.training.run_folder import claim, write_json
+from maskpack.training.trainer import process_memory
 
 from .helpers_models import TINY_FACTORY
 
@@ -558,10 +559,10 @@ def test_a_backbone_without_biases(backbone: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_memory() -> None:
-    before = memory()
+    before = process_memory()
     block = mmap.mmap(-1, 64 << 20)  # pages of its own; an allocator might have free ones
     block.write(b"x" * (64 << 20))
-    after = memory()
+    after = process_memory()
     assert after[0] >= before[0] + (60 << 20)
     assert after[1] >= after[0]
     block.close()

@@ -24,7 +24,7 @@ from maskpack.training.data.base import Data
 from maskpack.training.data.folder import ImageFolder
 from maskpack.training.objectives.swav import multi_crop
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.trainer import plan_training, train_dense
+from maskpack.training.trainer import train_dense
 
 from .helpers_cascade import SETS, cascade_parts
 
@@ -210,7 +210,6 @@ def log(folder: Path) -> None:
     ("module", "said", "call"),
     [
         ("accelerate", "training", lambda: train_mask(nn.Linear(2, 2), EMPTY)),
-        ("accelerate", "training", lambda: plan_training(Backbone(nn.Linear(2, 2), "x"), EMPTY, TrainConfig())),
         ("accelerate", "training", lambda: train_dense(Backbone(nn.Linear(2, 2), "x"), EMPTY, TrainConfig(), None)),
         ("accelerate", "training", lambda: train_cascade(nn.Linear(2, 2), EMPTY)),
         ("sklearn.decomposition", "principal components", lambda: fit_whitening(torch.rand(5, 3), 2)),

@@ -57,22 +57,11 @@ def test_several_processes_find_what_one_finds(processes: int, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_the_page_runs_in_two_processes(launcher: str, tmp_path: Path) -> None:
+def test_the_page_runs_in_two_processes(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/devices.md").read_text(), re.DOTALL | re.MULTILINE)
     (tmp_path / "train.py").write_text("\n".join([*blocks[:3], "print('saved', adapter.mask_id)"]))
-    start = {
-        "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()],
-        "accelerate": [
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            free_port(),
-        ],
-    }
-    command = [sys.executable, "-m", *start[launcher], "train.py"]
+    start = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command = [sys.executable, "-m", *start, "train.py"]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
     )

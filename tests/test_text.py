@@ -94,7 +94,7 @@ def test_escapes_of_a_file_do_not_reach_the_terminal(verb: str, text: str, valid
         header["class_names"] = ["x", "a" + "".join(one for one in text if ord(one) >= 0x200B and one != "\u2028")]
 
     path = write(tmp_path, with_header(valid, change))
-    more = {"inspect": ["--parameters"], "diff": [path], "convert": [tmp_path / "new"]}
+    more = {"inspect": ["--parameters"], "diff": [path], "convert": [tmp_path / "new", "--overwrite"]}
     result = run(verb, path, *more.get(verb, []))
     assert result.exit_code == 0, result.output
     assert json.loads(run(verb, path, *more.get(verb, []), "--json").stdout)
@@ -138,7 +138,7 @@ def test_a_training_record_is_for_information(metrics: Any, valid: bytes, tmp_pa
     """Whatever types it has, masks are read, shown and written anew."""
     record = {"metrics": metrics, "data": 5, "combined": {"parents": [3]}, "transfer": []}
     path = write(tmp_path, with_header(valid, lambda header: header.update(training=record)))
-    for words in (["inspect", path], ["verify", path], ["convert", path, tmp_path / "new"]):
+    for words in (["inspect", path], ["verify", path], ["convert", path, tmp_path / "new", "--overwrite"]):
         assert run(*words).exit_code == 0
 
 

@@ -164,7 +164,8 @@ def settle(model: nn.Module, store: Store = "coded") -> None:
         StateError: if the model has no scores.
 
     Example:
-        settle(model)
+        attach_scores(model)
+        settle(model)  # after training
         save_adapter("my-adapter", model)
     """
     if any_shared(named_parameters(model)):
