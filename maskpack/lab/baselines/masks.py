@@ -139,6 +139,7 @@ class ConditionalCascade(Baseline):
             trained = result.parts[DISPATCHER].masks.total + parameters(probe.weight, probe.bias)
             return Fitted(predict, trained, sizes, sizes.pop("steps", 0))
 
+        weight, bias = weight.float(), None if bias is None else bias.float()
         predict: Predict = lambda inputs: nn.functional.linear(cascade.embed(inputs), weight, bias)  # noqa: E731
         trained = sum(parts.masks.total for parts in result.parts.values()) + parameters(weight, bias)
         steps = sum((result.about.training or {})["cascade"]["steps"].values())
