@@ -34,6 +34,7 @@ from maskpack.adapter.describe import config_text, inspect_adapter
 from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.errors import MaskpackError
 from maskpack.mask import bits_digest, rows_id
+from maskpack.training.trainer import process_memory
 from tests.fuzz.damage import File, damaged, edited_header
 from tests.fuzz.fuzz_cli import with_text
 from tests.fuzz.fuzz_reader import WEIGHTS, TooSlow, address_space, too_slow, valid_files
@@ -64,16 +65,10 @@ def decoded(adapter: Adapter, name: str) -> Iterator[str]:
         yield parameter
 
 
-def memory(key: str) -> int:
-    """Return a number of bytes of /proc/self/status: VmRSS, resident now; VmHWM, the most since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
-
-
 def measured(path: Path) -> dict[str, Any]:
     """Do everything with a file; return the outcome, the seconds of each stage and the growth of memory."""
     Path("/proc/self/clear_refs").write_text("5")
-    before, seconds, outcome = memory("VmRSS"), dict[str, float](), "read"
+    before, seconds, outcome = process_memory()[0], dict[str, float](), "read"
     signal.alarm(LIMIT)
     stage = "read"
     try:
@@ -92,7 +87,7 @@ def measured(path: Path) -> dict[str, Any]:
         seconds[stage] = time.perf_counter() - began
     finally:
         signal.alarm(0)
-    grown = max(0, memory("VmHWM") - before)
+    grown = max(0, process_memory()[1] - before)
     return {"outcome": outcome, "stage": stage, "bytes": path.stat().st_size, "seconds": seconds, "memory": grown}
 
 

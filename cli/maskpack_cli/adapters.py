@@ -372,7 +372,7 @@ def lineage(refs: Chain, trust: Trust) -> None:
 def squash(
     refs: Chain,
     output: OutputRef,
-    base: Annotated[Base, Without()],
+    base: Base,
     packing: Annotated[Packed, Without(profile="max")],
     trust: Trust,
     overwrite: Overwrite = False,

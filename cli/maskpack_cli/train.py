@@ -345,7 +345,7 @@ def train_experts(
 
     run.check(settings)
     folder = run.output / RUN_FOLDER
-    check_parts(folder, run.replaces and (run.resume or folder.is_dir()))
+    check_parts(folder, run.resume or (run.overwrite and folder.is_dir()))
     loaded, read = load_inputs(backbone, data, rows, settings, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
     plan = planned(loaded, read, settings)
@@ -449,7 +449,7 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     run.check(settings)
     output, trained = run.output, carried.source_trained
     start: Start = carried.start or ("source-end" if trained else "source-start")
-    check_parts(output / RUNS, run.replaces and (run.resume or (output / RUNS).is_dir()))
+    check_parts(output / RUNS, run.resume or (run.overwrite and (output / RUNS).is_dir()))
     loaded, source = load_inputs(backbone, carried.source, rows, settings)
     note(f"Loading {carried.target} …")
     target = rows.load(carried.target, seed=settings.seed)

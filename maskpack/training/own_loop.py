@@ -193,9 +193,14 @@ def _before(model: nn.Module) -> dict[str, Tensor]:
     return {**stored.beside_masks(model), **was}
 
 
+def _heads(model: nn.Module) -> list[str]:
+    """Return the modules that the base has not."""
+    return [name for one in scored_models(model) for name in one.head]
+
+
 def _linear_head(model: nn.Module) -> nn.Linear | None:
     """Return the head if there is one and it is one linear layer."""
-    heads = [name for one in scored_models(model) for name in one.head]
+    heads = _heads(model)
     linear = unwrap(model).get_submodule(heads[0]) if len(heads) == 1 else None
     return linear if isinstance(linear, nn.Linear) else None
 
@@ -212,7 +217,7 @@ def learned_parts(model: nn.Module) -> Parts:
         raise StateError("this model has no scores; call attach_scores(model) first")
     masks = MaskSet({name: one.mask() for name, one in scored.items()})
     buffers = named_buffers(model)
-    heads = [name for one in models for name in one.head]
+    heads = _heads(model)
     before = {name: tensor for one in models for name, tensor in one.before.items()}
     dense: dict[str, Tensor] = {**beside_scores(model)}
     statistics = {canonical(name): tensor for name, tensor in batchnorm_statistics(unwrap(model)).items()}
@@ -231,8 +236,7 @@ def _short_parts(model: nn.Module) -> Parts:
     """Return all that a model learned, each tensor as short as it comes back to the bit."""
     parts = learned_parts(model)
     head = None if parts.head is None else stored.kept_head(parts.head)
-    heads = [name for one in scored_models(model) for name in one.head]
-    return replace(stored.shortened(parts, model, _before(model), heads), head=head)
+    return replace(stored.shortened(parts, model, _before(model), _heads(model)), head=head)
 
 
 def _copy(tensor: Tensor) -> Tensor:
