@@ -4,8 +4,9 @@
     MASKPACK_DATA=… python -m benchmarks.defaults resnet20-cartoon-200  one pair of backbone and data, 200 steps
     python -m benchmarks.defaults --write docs/results/defaults.md      the tables of what is recorded
 
-Baselines choose their rate, and frozen or adapted BatchNorm statistics, on a fifth of the training rows; the mask has
-the default settings. Every row is measured once on the test split, with three seeds.
+Baselines choose their rate, and frozen or adapted BatchNorm statistics, on a fifth of the training rows. The mask has
+the default settings, or those that `--auto` chooses on such rows in five times the steps, 1,000 at most. Every row is
+measured once on the test split, with three seeds.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,13 @@ PAIRS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "minilm-sst2": (minilm, "sst2"),
 }
 STEPS = dict.fromkeys(PAIRS, (200, 100)) | dict.fromkeys(("resnet20-cartoon", "minilm-trec6"), (200, 100, 1000))
-BASELINES = {"probe": "probe", "norms": "norms", "lora:8": "LoRA r=8", "full": "full", "mask": "mask, defaults"}
+COLUMNS = ("probe", "norms", "LoRA r=8", "full", "mask, defaults", "mask, --auto")
+
+
+def baselines(steps: int) -> dict[str, str]:
+    """Return the baselines of a comparison, and the columns they are in."""
+    names = ("probe", "norms", "lora:8", "full", "mask", f"auto:{min(5 * steps, 1000)}")
+    return dict(zip(names, COLUMNS, strict=True))
 
 
 def run(pair: str, steps: int) -> None:
@@ -40,7 +47,7 @@ def run(pair: str, steps: int) -> None:
     text, weights = make is minilm, 270_000 if pair.startswith("resnet20") else 3_000_000  # decides the default rate
     config = TrainConfig(steps=steps, batch_size=BATCH, precision="bf16" if text else "no")
     rates = {**(TEXT_RATES if text else {}), "mask": (config.score_lr(steps, weights),)}
-    compared(NAME, f"{pair}-{steps}", make(), data_of(data), BASELINES, rates, config)
+    compared(NAME, f"{pair}-{steps}", make(), data_of(data), baselines(steps), rates, config)
 
 
 def write_pages(page: Path) -> None:
@@ -52,14 +59,14 @@ def write_pages(page: Path) -> None:
 
 def by_method(pair: str, steps: int) -> dict[str, dict[str, Any]]:
     """Return the rows of a comparison by their methods, controls among them."""
-    return {row["method"]: row for row in rows_of(NAME, f"{pair}-{steps}", BASELINES)}
+    return {row["method"]: row for row in rows_of(NAME, f"{pair}-{steps}", baselines(steps))}
 
 
 def accuracies(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
     """Return test accuracies by pair and number of steps, and the means over the pairs where all are there."""
     lines, whole = [], dict[int, list[list[float]]]()
     for (pair, steps), rows in found.items():
-        own = [rows.get(name) for name in BASELINES]
+        own = [rows.get(name) for name in baselines(steps)]
         lines.append([pair, steps, *("-" if row is None else percent(row["accuracies"]) for row in own)])
         if None not in own:
             whole.setdefault(steps, []).append([row["accuracy"] for row in own if row is not None])
@@ -67,7 +74,7 @@ def accuracies(found: dict[tuple[str, int], dict[str, dict[str, Any]]]) -> str:
         lines.append(
             [f"mean of {len(several)}", steps, *(percent([mean(column)]) for column in zip(*several, strict=True))]
         )
-    return table(("pair", "steps", *BASELINES.values()), lines, 2)
+    return table(("pair", "steps", *COLUMNS), lines, 2)
 
 
 def main() -> None:
