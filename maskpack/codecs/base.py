@@ -54,11 +54,13 @@ class Side:
             (`classes.weight_classes`).
         reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
             bits that the codec gets and gives back are then mask XOR reference already.
+        lean: whether an encoder may look for a low rank in the signs of the weights, which takes time.
     """
 
     shape: tuple[int, ...]
     weights: Words | None = None
     reference: Bits | None = None
+    lean: bool = True
 
     @property
     def base(self) -> Words:
