@@ -158,6 +158,12 @@ class PackedMask:
                 object.__setattr__(found, name, value)
         return found
 
+    def on(self, device: Any, of: Literal["bits", "signs"] = "bits") -> Tensor:
+        """Return the bits, or the signs, as a flat bool tensor on a device."""
+        if self.there is None:
+            return unpack(getattr(self, of)).to(device)
+        return unpacked(getattr(self.there, of).to(device), self.total)
+
     def scaled(self) -> PackedMask:
         """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""
         return replace(self, alpha=float(np.float32(math.sqrt(max(self.kept, 1) / max(len(self.bits), 1)))))
@@ -195,6 +201,14 @@ class PackedMask:
     def tensor(self) -> Tensor:
         """Return the mask as a bool tensor of the parameter's shape."""
         return unpack(self.bits).reshape(self.shape)
+
+
+def unpacked(packed: Tensor, count: int) -> Tensor:
+    """Return packed bits as a flat bool tensor on their device."""
+    import torch
+
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(1) >> shifts & 1).flatten()[:count].bool()
 
 
 def unpack(bits: bitarray) -> Tensor:

@@ -22,7 +22,7 @@ from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
 from ..backbone.shards import local, own_mask, own_saved, own_values, part_of, shared, whole
 from ..errors import BackboneMismatchError, StateError
-from ..mask import PackedMask, masked_weight, packed_bits, unpack
+from ..mask import PackedMask, masked_weight, packed_bits, unpacked
 from ..threads import in_order
 from .place import TOP, Place, view
 
@@ -177,17 +177,9 @@ def places(bits: bitarray, device: torch.device) -> Tensor:
     return unpacked(torch.from_numpy(packed).to(device), len(bits)).nonzero()[:, 0]
 
 
-def unpacked(packed: Tensor, count: int) -> Tensor:
-    """Return packed bits as so many bytes, on their device."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1) >> shifts & 1).flatten()[:count]
-
-
 def zeros_of(mask: PackedMask, device: torch.device, of: Literal["bits", "signs"] = "bits") -> Tensor:
     """Return where the zero bits of a mask, or of its signs, are, as `places`; bits on a device stay there."""
-    if mask.there is None:
-        return places(getattr(mask, of), device)
-    return unpacked(~getattr(mask.there, of).to(device), mask.total).nonzero()[:, 0]
+    return places(getattr(mask, of), device) if mask.there is None else (~mask.on(device, of)).nonzero()[:, 0]
 
 
 def at_places(mask: PackedMask | None) -> bool:
@@ -310,14 +302,13 @@ def located(
 
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
     """Return a weight with a mask on it that has a scale or signs, which change every weight that is kept."""
-    device, there = weight.device, mask.there
+    device = weight.device
     if mask.has_signs:
         weight = weight.clone()
         at = zeros_of(mask, device, "signs")
         write(weight, at, inverted(read(weight, at)))
     alpha = None if mask.alpha is None else torch.tensor(mask.alpha, dtype=torch.float32, device=device)
-    kept = unpack(mask.bits).to(device) if there is None else unpacked(there.bits.to(device), mask.total).bool()
-    return masked_weight(weight, kept.reshape(mask.shape), alpha)
+    return masked_weight(weight, mask.on(device).reshape(mask.shape), alpha)
 
 
 def head_tensors(head: Head | None) -> dict[str, Tensor]:
