@@ -136,8 +136,8 @@ class Codec(ABC):
         """Decode payloads together, which refer to no others, on the device where their parameters lie.
 
         Returns:
-            Of each the packed bits and None; or, on another device, what gives them when they are asked for, and the
-            positions of the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
+            Of each the packed bits and None; or, on another device, tensors of the packed bits and of the positions of
+            the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
         """
         return [None] * len(payloads)
 
