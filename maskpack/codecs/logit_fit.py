@@ -174,9 +174,9 @@ class Fit:
             none = Probes.of(self.grid)
             self._numpy_sums(whole, left, right, total, found, residuals or none, variances or none)
         else:
-            indices, arrays, sums = map(_addresses, (self.index, whole, found))
-            rest = [native.address(one) for one in (left, right, self.signs, _curve())]
-            rest += [native.Probes() if one is None else one.native() for one in (residuals, variances)]
+            indices, arrays, sums = _addresses(self.index), _addresses(whole), _addresses(found)
+            probes = (native.Probes() if one is None else one.native() for one in (residuals, variances))
+            rest = *map(native.address, (left, right, self.signs, _curve())), *probes
             offset, held = round(NAT * self.offset), np.empty(4 * self.grid.inputs, dtype=np.int32)
             own = self.stride, native.address(self.events)
             fit = native.Fit(*self.grid, left.shape[1], offset, *own, indices, arrays, *rest)
