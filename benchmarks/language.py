@@ -55,7 +55,9 @@ SPLITS = ("validation", "test")
 BITS = (16, 4, 2)
 SHORT, SEARCHED = 12, (1.2, 1.02, 1.05, 2.0)  # steps of a run that only compares distances, and these
 DISTANCES = (1.01, 1.1, 1.3)
+BESIDE_NORMS = (1.3, 1.1, 2.0)  # norms that learn take most of what short distances would remove
 RATES = {"norms": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
+BESIDE = 3e-3  # rate of norms beside masks: the best of norms alone
 # settings of masks by their name in the table
 MASKS: dict[str, dict[str, Any]] = {
     "mask, largest 10 %": {"top": 0.1, "train": ("none",)},
@@ -79,7 +81,7 @@ def settings(task: str, way: str, rate: float, seed: int, steps: int = STEPS) ->
     """Return the settings of a trial; `rate` is the distance of a mask's scores, else the peak rate."""
     base = TrainConfig(steps=steps, batch_size=SIZES[task][0], seed=seed, precision="bf16")
     if way in MASKS:
-        return replace(base, distance=rate, train_lr=1e-3, **MASKS[way])
+        return replace(base, distance=rate, train_lr=BESIDE, **MASKS[way])
     return replace(base, lr=rate, top=0.0, train_lr=rate) if way == "norms" else replace(base, lr=rate)
 
 
@@ -155,7 +157,9 @@ def measure(
 
 def rates(way: str) -> tuple[float, ...]:
     """Return what is tried of a way: distances of a mask, rates of others."""
-    return DISTANCES if way in MASKS else RATES[way.partition(":")[0]]
+    if way in MASKS:
+        return BESIDE_NORMS if "norms" in way else DISTANCES
+    return RATES[way.partition(":")[0]]
 
 
 def tried(task: str, way: str, rate: float, seed: int) -> dict[str, Any]:
