@@ -56,6 +56,7 @@ BITS = (16, 4, 2)
 SHORT, SEARCHED = 12, (1.2, 1.02, 1.05, 2.0)  # steps of a run that only compares distances, and these
 DISTANCES = (1.01, 1.1, 1.3)
 BESIDE_NORMS = (1.3, 1.1, 2.0)  # norms that learn take most of what short distances would remove
+FURTHER = 2  # more rates, at most
 RATES = {"norms": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
 BESIDE = 3e-3  # rate of norms beside masks: the best of norms alone
 # settings of masks by their name in the table
@@ -170,11 +171,22 @@ def tried(task: str, way: str, rate: float, seed: int) -> dict[str, Any]:
 
 
 def compared(task: str) -> None:
-    """Run the trials of a task that are not recorded: the rates of each way, middle ones first, then more seeds."""
+    """Run the trials of a task that are not recorded: the rates of each way, middle ones first, then more seeds.
+
+    Where the least or the greatest rate is the best, the search goes on in that direction.
+    """
     tried(task, RAW, RATES["norms"][0], SEEDS[0])
     for number in (1, 0, 2):
         for way in WAYS:
             tried(task, way, rates(way)[number], SEEDS[0])
+    for way in WAYS:
+        ends = sorted(rates(way))
+        for _ in range(FURTHER):
+            best = best_rate(task, way)
+            if best not in (ends[0], ends[-1]):
+                break
+            ends = [best * ends[0] / ends[1], *ends] if best == ends[0] else [*ends, best * ends[-1] / ends[-2]]
+            tried(task, way, ends[0] if best == ends[1] else ends[-1], SEEDS[0])
     for seed in SEEDS[1:]:
         for way in WAYS:
             tried(task, way, best_rate(task, way), seed)
