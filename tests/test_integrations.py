@@ -235,12 +235,7 @@ def test_lightning_by_its_own_means(folder: Path, tmp_path: Path) -> None:
             return torch.optim.SGD([one for one in self.parameters() if one.requires_grad], lr=10.0)
 
     def run(steps: int) -> Any:
-        quiet = {
-            "enable_checkpointing": False,
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         return lightning.Trainer(max_steps=steps, accelerator="cpu", callbacks=[Masks()], **quiet)
 
     # all steps have the same batch: where an epoch goes on is Lightning's own affair
