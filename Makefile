@@ -121,9 +121,11 @@ fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command
 	$(RUN) tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 # spoiled payloads, classes and random masks, in a library that stops at every wrong access, overflow or undefined shift
-sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SECONDS
-	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
+sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SECONDS for each codec
+	for codec in logit ulps; do \
+	  CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    $(RUN) tests.fuzz.fuzz_$$codec --seconds $(FUZZ_SECONDS) || exit 1; done
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 

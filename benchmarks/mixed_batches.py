@@ -43,12 +43,12 @@ def few(model: Any, share: float, seed: int) -> MaskSet:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Return the least time of some runs: other work on the machine makes them longer."""
+    """Return the least processor time of some runs, in one thread: other work on the machine counts less."""
     found = []
     for _ in range(TIMES):
-        begun = time.perf_counter()
+        begun = time.process_time()
         work()
-        found.append(time.perf_counter() - begun)
+        found.append(time.process_time() - begun)
     return min(found)
 
 

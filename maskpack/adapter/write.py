@@ -133,7 +133,9 @@ def _code(
             codecs = rivals_of(False)
         else:
             words = words_of(base_weight(weights, job.name, shape))
-    variants, against = [(bits, Side(shape, words))], None
+    # whether a weight was changed at all hardly follows from the direction, and so not from its sign
+    lean = job.op != "replace"
+    variants, against = [(bits, Side(shape, words, lean=lean))], None
     if job.reference is not None:
         against, other, digest = job.reference
         if bits_digest(other) != digest:
@@ -141,7 +143,7 @@ def _code(
                 f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
                 f"must make the same mask each time"
             )
-        variants.append((bits ^ packed_bits(other), Side(shape, words, packed_bits(other))))
+        variants.append((bits ^ packed_bits(other), Side(shape, words, packed_bits(other), lean)))
     try:
         codec, data, variant = smallest(codecs, variants)
     except ConfigError as error:

@@ -54,11 +54,13 @@ class Side:
             (`classes.weight_classes`).
         reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
             bits that the codec gets and gives back are then mask XOR reference already.
+        lean: whether an encoder may look for a low rank in the signs of the weights, which takes time.
     """
 
     shape: tuple[int, ...]
     weights: Words | None = None
     reference: Bits | None = None
+    lean: bool = True
 
     @property
     def base(self) -> Words:
@@ -134,8 +136,8 @@ class Codec(ABC):
         """Decode payloads together, which refer to no others, on the device where their parameters lie.
 
         Returns:
-            Of each the packed bits and None; or, on another device, what gives them when they are asked for, and the
-            positions of the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
+            Of each the packed bits and None; or, on another device, tensors of the packed bits and of the positions of
+            the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
         """
         return [None] * len(payloads)
 

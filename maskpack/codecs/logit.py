@@ -316,7 +316,7 @@ def encode(bits: Bits, side: Side, base: bool) -> bytes:
         return bytes([symbol | NO_EVENTS])
     grid, known = Grid.of(side.shape), Known.of(side, base)
     unpacked = by_position(np.unpackbits(events, count=side.count, bitorder="little"), grid)
-    found = fitted(grid, known, unpacked)
+    found = fitted(grid, known, unpacked, side.lean)
     possible = sizes(grid, base, side.reference is not None)
     head = bytes([symbol | sum(2 << n for n, name in enumerate(possible) if name in found.codes)])
     head += varint(HIGHEST - found.offset) + (bytes([found.rank]) if may_lean(grid, base) else b"")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 5  # of the loops
+VERSION = 6  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -33,7 +33,7 @@ class Probes(Structure):
 
 class Fit(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
+        *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset", "stride")),
         *(("events", c_void_p), ("index", c_void_p * ARRAYS), ("array", c_void_p * ARRAYS)),
         *((name, c_void_p) for name in ("left", "right", "signs", "curve")),
         *(("residuals", Probes), ("variances", Probes)),

@@ -33,7 +33,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2 }; /* in bfloat16; all NaN a
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 5; }
+API int64_t maskpack_loops(void) { return 6; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -471,6 +471,7 @@ typedef struct {
 
 typedef struct {
     int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
+    int64_t stride;                                /* of a row only one part of so many is looked at, of each another one */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -534,6 +535,27 @@ WIDE static void totals(int64_t count, const int32_t *residual, const int32_t *v
     *curvature += sums[1];
 }
 
+WIDE static void columns(int64_t count, const int32_t *one, int32_t *to) {
+    for (int64_t i = 0; i < count; i++) to[i] += one[i];
+}
+
+enum { BINS = 16, WAYS = 4 };
+
+/* Slopes and curvatures of at most PIECE weights by bins: both in one number, of neighbours in different ones, so that an
+   addition need not wait for the one before. */
+static void binned(int64_t count, const uint8_t *index, const int32_t *residual, const int32_t *variance, int64_t size,
+                   int64_t *sums) {
+    int64_t both[WAYS * BINS] = {0};
+    for (int64_t i = 0; i < count; i++)
+        both[BINS * (i % WAYS) + index[i]] += (int64_t)residual[i] * ((int64_t)1 << 32) + variance[i];
+    for (int64_t k = 0; k < size; k++)
+        for (int64_t way = 0; way < WAYS; way++) {
+            int64_t own = both[BINS * way + k], low = own & 0xFFFFFFFF;
+            sums[size + k] += low;
+            sums[k] += (own - low) / ((int64_t)1 << 32);
+        }
+}
+
 static void project(const Probes *probes, int64_t row, int64_t inputs, const int32_t *held) {
     static const int32_t big = 1 << 20;
     for (int64_t k = 0; k < probes->count; k++) {
@@ -551,33 +573,31 @@ static void project(const Probes *probes, int64_t row, int64_t inputs, const int
     }
 }
 
+static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
+
 /* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
-   whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for two rows. */
+   whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for four rows. */
 API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
-    int32_t *variances = held + fit->inputs;
+    int32_t *variances = held + fit->inputs, *inputs = held + 2 * fit->inputs;
+    memset(inputs, 0, (size_t)(2 * fit->inputs) * sizeof *inputs);
     for (int64_t position = 0; position < fit->positions; position++)
         for (int64_t row = 0; row < fit->rows; row++) {
-            int64_t slope = 0, curvature = 0, count;
-            for (int64_t first = 0; first < fit->inputs; first += count) {
+            int64_t slope = 0, curvature = 0, count, end = share(fit->inputs, row % fit->stride + 1, fit->stride);
+            for (int64_t first = share(fit->inputs, row % fit->stride, fit->stride); first < end; first += count) {
                 int32_t *residual = held + first, *variance = variances + first;
                 int64_t place = (position * fit->rows + row) * fit->inputs + first;
-                count = least(fit->inputs - first, PIECE);
+                count = least(end - first, PIECE);
                 residuals_of(fit, position, row, first, count, residual, variance);
                 totals(count, residual, variance, &slope, &curvature);
                 if (sums[INPUT]) {
-                    added(count, residual, 1, sums[INPUT] + first);
-                    added(count, variance, 1, sums[INPUT] + fit->inputs + first);
+                    columns(count, residual, inputs + first);
+                    columns(count, variance, inputs + fit->inputs + first);
                 }
                 for (int n = BEFORE; n < ARRAYS; n++)
-                    if (sums[n]) {
-                        static const int size[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
-                        const uint8_t *index = fit->index[n] + place;
-                        for (int64_t i = 0; i < count; i++) {
-                            sums[n][index[i]] += residual[i];
-                            sums[n][size[n] + index[i]] += variance[i];
-                        }
-                    }
+                    if (sums[n]) binned(count, fit->index[n] + place, residual, variance, BINNED[n], sums[n]);
             }
+            if (sums[INPUT] && (row % ONE == ONE - 1 || row == fit->rows - 1)) /* before 32 bits are full */
+                for (int64_t i = 0; i < 2 * fit->inputs; i++) sums[INPUT][i] += inputs[i], inputs[i] = 0;
             total[0] += slope;
             total[1] += curvature;
             if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
