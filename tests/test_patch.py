@@ -89,8 +89,8 @@ def test_spoiled_payloads_are_refused_or_become_other_values(compiled: bool, mon
     generator = np.random.default_rng(0)
     base, values = words_like(generator, "BF16", 9000, "near")
     made = ulps.encode("BF16", base, values)
-    refused = 0
-    for _ in range(300):
+    refused, count = 0, 300 if compiled else 80
+    for _ in range(count):
         spoiled = bytearray(made)
         at = int(generator.integers(len(spoiled)))
         how = generator.integers(3)
@@ -105,7 +105,7 @@ def test_spoiled_payloads_are_refused_or_become_other_values(compiled: bool, mon
             assert found.shape == values.shape
         except CorruptAdapterError:
             refused += 1
-    assert refused > 200
+    assert refused > 2 * count // 3
 
 
 def test_steps_refuse_another_base() -> None:
