@@ -1,6 +1,6 @@
 """Switching a running vLLM server: masks and patches, reloading the merged checkpoint, starting anew, LoRA hot loading.
 
-    MASKPACK_SMOLLM2=… python -m benchmarks.live_server           ten minutes of two cores, resumable
+    MASKPACK_SMOLLM2=… python -m benchmarks.live_server           ten minutes of one core, resumable
     python -m benchmarks.live_server --write docs/serving.md      the table of what is recorded
 
 SmolLM2-135M in bfloat16 on the CPU; benchmarks/smollm2.py makes its folder. MASKPACK_VLLM is the Python of an
@@ -93,7 +93,7 @@ def serving(model: Path, *options: str) -> Iterator[Running]:
             words,
             stdout=log,
             stderr=log,
-            env={**os.environ, **settings, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
     try:
