@@ -23,7 +23,7 @@ from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
 from maskpack import MaskSet, Parts, save_adapter
-from maskpack.adapter.values import Steps, places_of_zeros
+from maskpack.adapter.values import Steps, at_zeros, put_at_zeros
 from maskpack.backbone.fingerprint import fingerprint_of
 from maskpack.codecs import ulps
 from maskpack.mask import PackedMask
@@ -191,8 +191,8 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
         start = time.process_time()
         parts = adapter.parts(base=base, stream=True)
         for key in changed:
-            back, at, new = base[key].reshape(-1).clone(), places_of_zeros(parts.masks[key].bits), parts.values[key]
-            back[at] = new.values(back[at]) if isinstance(new, Steps) else new
+            back, bits, new = base[key].reshape(-1).clone(), parts.masks[key].bits, parts.values[key]
+            put_at_zeros(back, bits, new.values(at_zeros(back, bits)) if isinstance(new, Steps) else new)
             assert np.array_equal(words(back), words(tuned[key])), key
         decode = time.process_time() - start
         stored = sum(len(adapter.bytes_of(one)) for one in adapter.names if "/values/" in one)

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..backbone.load import COUNTER
 from ..backbone.model import same_size_int
+from ..codecs import ulps
+from ..codecs.base import words_of
 from ..errors import ConfigError, DataError
-from ..mask import MaskSet, PackedMask
+from ..mask import MaskSet, PackedMask, packed_bits
 from ..safetensors_io import Made, TensorFile, open_tensors
 from .base import IMPORTERS, STEP, Found, Imported, match
 
@@ -139,7 +141,9 @@ def _change(tensor: Tensor, weight: Tensor) -> tuple[PackedMask, Tensor]:
     same = torch.cat([one == other for one, other in _pieces(tensor, weight)]) if tensor.numel() else torch.ones(0) > 0
     if int(same.count_nonzero()) < (1 - DENSE) * same.numel():
         same = torch.zeros_like(same)
-    return PackedMask.from_tensor(same.reshape(tensor.shape), "replace"), tensor.reshape(-1)[~same]
+    mask = PackedMask.from_tensor(same.reshape(tensor.shape), "replace")
+    values = torch.from_numpy(ulps.at_zeros(words_of(tensor), packed_bits(mask.bits)))
+    return mask, values.view(tensor.dtype)
 
 
 BINS = 1 << 15  # of sizes of changes, by the upper half of their float32: of one power of two each has 128
