@@ -58,6 +58,7 @@ Operation = Annotated[
     typer.Argument(metavar="HOW"),
 ]
 Several = Annotated[tuple[str, ...], "Adapters of one base: as for inspect.", typer.Argument(metavar="REF")]
+PATCHES = ("bitdelta", "checkpoint", "emr", "shira", "tall", "wsp")  # their base is looked at once
 MaskFile = Annotated[Path, "File with the masks, named as the parameters.", ARGUMENT]
 Format = Annotated[str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")]
 Scaled = Annotated[bool, "The masks were trained with weights / sqrt(density)."]
@@ -302,7 +303,7 @@ def pack(
     if source != "checkpoint" and (less.keep, less.budget) != (None, None):
         raise ConfigError(f"--keep and --budget are for --from checkpoint, and this is --from {source}; leave them out")
     check_free(output, overwrite)
-    loaded = backbone.load(mapped=source in ("checkpoint", "wsp"))
+    loaded = backbone.load(mapped=source in PATCHES)
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
     check_masks(loaded.model, found.shapes)
