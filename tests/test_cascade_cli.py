@@ -107,7 +107,7 @@ def test_dry_run_and_help(tmp_path: Path) -> None:
     result = run(*TRAIN, "--output", tmp_path / "x", "--dry-run")
     assert result.exit_code == 0
     assert "nothing was trained or written" in result.stdout
-    assert "A dispatcher and 2 experts: about" in result.stderr
+    assert "A dispatcher and 2 experts: about" in result.stdout
     assert not (tmp_path / "x").exists()
     shown = run("cascade", "train", "--help").stdout
     for option in ("--experts", "--combine", "--backbone", "--objective", "--resume", "maskpack cascade train"):
