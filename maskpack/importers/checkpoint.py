@@ -1,6 +1,6 @@
 """Checkpoints of the same network with other weights: which differ, and what stands there."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -104,6 +104,7 @@ def _refused(path: Path, problems: Iterable[str]) -> str:
     )
 
 
+TRIES, NEAR = 8, 0.93  # of a budget: how often it is tried, what share of it is enough
 BINS = 1 << 15  # of sizes of changes, by the upper half of their float32: of one power of two each has 128
 
 
@@ -154,3 +155,19 @@ class Largest:
         shapes = self._found.masks.shapes
         masks = MaskSet.streamed(shapes, lambda name: read(name)[0], shapes)
         return self._found._replace(masks=masks, values=Made(shapes, lambda name: read(name)[1]), after={}), error, kept
+
+    def within(self, budget: int, most: float, size_of: Callable[[Imported], int]) -> float:
+        """Return a share of the changes, at most `most`, that takes nearly as many bytes as are allowed.
+
+        `size_of` says how many some changes take. ConfigError if none is found in a few tries.
+        """
+        share, fits = min(most, 8 * budget / self.changed), 0.0
+        for _ in range(TRIES):
+            size = size_of(self.take(share)[0])
+            fits = max(fits, share) if size <= budget else fits
+            if NEAR * budget <= size <= budget or (size <= budget and share == most):
+                break
+            share = min(most, share * (0.5 + NEAR / 2) * budget / size)
+        if not fits:
+            raise ConfigError(f"no share of the changes was found that takes {budget} bytes; allow more")
+        return fits
