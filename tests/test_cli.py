@@ -259,7 +259,7 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     assert scaled.exit_code == 2
     assert "scale is for masks trained with it" in scaled.stderr
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
-    known = "checkpoint, compressed-tensors, maskllm-npz, masks, prune, wsp, zeros"
+    known = "bitdelta, checkpoint, compressed-tensors, emr, maskllm-npz, masks, prune, shira, tall, wsp, zeros"
     assert f"unknown importer 'pickle'; known: {known}" in unknown.stderr
     assert not (tmp_path / "other").exists()
 
