@@ -39,6 +39,7 @@ BASE, FOLDER = Path("runs/smollm2"), Path("runs/pairs")
 VALUES = "values"
 SCOPES = ("three layers", "whole")
 LAYERS = tuple(f"model.layers.{k}." for k in (0, 14, 29))
+RATED = ("grpo-1e-6, steps 1", "grpo-1e-6, steps 10", "sft-1e-5, steps 1", "sft-1e-5, steps 10")  # measured together
 Weights = Mapping[str, Tensor]
 
 
@@ -175,7 +176,7 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
         )
 
     def values(key: str) -> Tensor:
-        return tuned[key].reshape(-1)[torch.from_numpy(words(base[key]) != words(tuned[key]))]
+        return at_zeros(tuned[key], mask(key).bits)
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
@@ -265,13 +266,17 @@ def page(path: Path) -> None:
     text += f"maskpack's bytes are {' and '.join(ratios)}.\n\n" if ratios else ""
     rows = []
     for coder in (*OURS, *CODERS):
-        own_rows = [one["result"] for one in found if one["coder"] == coder and one["scope"] == SCOPES[0]]
-        rates = [[one["weights"] / max(one[key], 1e-9) / 1e6 for one in own_rows] for key in ("encode", "decode")]
+        own_rows = [by_pair[pair, SCOPES[0], coder] for pair in RATED if (pair, SCOPES[0], coder) in by_pair]
         if own_rows:
-            rows.append([coder, *(f"{np.median(one):.3g}" for one in rates)])
+            row = [coder]
+            for count in ("weights", "changed"):
+                for key in ("encode", "decode"):
+                    rates = [2 * one[count] / max(one[key], 1e-9) / 1e6 for one in own_rows]
+                    row.append(f"{min(rates):.3g} to {max(rates):.3g}")
+            rows.append(row)
     if rows:
-        columns = ("coder", "coding", "decoding")
-        text += "Millions of weights a second of one core, medians over the pairs, three layers:\n\n"
+        columns = ("coder", "coding: tensors", "decoding: tensors", "coding: changed", "decoding: changed")
+        text += f"MB a second of one core, three layers, of {', '.join(RATED)}:\n\n"
         text += table(columns, rows, 1)
     for one in (one["result"] for one in found if one["scope"] == VALUES):
         coded, decoded = (f"{2 * one['changed'] / one[key] / 1e6:.0f}" for key in ("encode", "decode"))
