@@ -46,8 +46,9 @@ class Checkpoint:
                     weight.data = weight.detach().to(tensor.dtype)
         if problems:
             raise DataError(_refused(path, problems))
-        found = exact(path, stored, lambda name: tensors[stored[name]].to(base[name].dtype), base)
-        return found._replace(statistics=statistics)
+        after = Made(stored, lambda name: tensors[stored[name]].to(base[name].dtype))
+        found = exact(path, [name for name in stored if isinstance(base[name], nn.Parameter)], after.__getitem__, base)
+        return found._replace(statistics=statistics, after=after)
 
 
 def _stored(path: Path, tensors: TensorFile, base: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
