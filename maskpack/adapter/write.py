@@ -150,7 +150,7 @@ def _code(
         raise ConfigError(f"the mask of {job.name!r}: {error}") from None
     # a mask that does not decode is lost for good, and decoding is far cheaper than coding
     given, side = variants[variant]
-    side = replace(side, weights=side.weights if codec.needs_base else None)
+    side = side if codec.needs_base else replace(side, weights=None)
     if not np.array_equal(type(codec)(**codec.config()).decode(data, side), given):
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)

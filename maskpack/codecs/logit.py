@@ -206,7 +206,8 @@ def given_of(side: Side, base: bool) -> native.Given:
     """Return what compiled loops take of a side."""
     weights = side.base if base else None
     width = 0 if weights is None else weights.itemsize
-    return native.Given(*Grid.of(side.shape), width, native.address(weights), native.address(side.reference))
+    known = weights, side.reference, side.ranks if base else None
+    return native.Given(*Grid.of(side.shape), width, *map(native.address, known))
 
 
 def unlike() -> CorruptAdapterError:

@@ -38,7 +38,7 @@ NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
 BLOCK = 1 << 18  # weights that numpy works on at once
 ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
-ROUNDS_OF_PARTS, MOST_STEPS = 2, 3  # of all coefficients, of one array with all weights, see `Fit.stride`
+ROUNDS_OF_PARTS, MOST_STEPS = 2, 2  # of all coefficients, of one array with all weights, see `Fit.stride`
 TOGETHER = ("magnitude", "position", "reference"), ("before",), ("row", "input")  # hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
@@ -50,7 +50,8 @@ TRIED = (1, 2, 3, 5, 7, 9, 11, 12, 13)  # numbers of steps
 LEAN_STEPS = (7, 9, 11, 12, 13)
 ARRAYS = ("row", "input", "position", "before", "magnitude", "reference")
 BINS = {"before": SAME * OTHER, "magnitude": CLASSES, "reference": 2}
-LOOKED_AT, LEAST_PART, MOST_PARTS = 1 << 16, 32, 16  # weights; of a row or a column; of rows, see `Fit.stride`
+# weights, and events among them; of a row or a column; of rows: see `Fit.stride`
+LOOKED_AT, SEEN, LEAST_PART, MOST_PARTS = 1 << 15, 256, 32, 16
 FINE, BIG = 1 << 15, 1 << 20  # probes, and what is made of images, are integers of about and at most this size
 
 
@@ -145,7 +146,8 @@ class Fit:
         self.sizes = sizes(grid, known.classes is not None, known.reference is not None)
         self.values = {name: np.zeros(size) for name, size in self.sizes.items() if size}
         self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((0, grid.inputs))
-        share = np.count_nonzero(events) / events.size
+        number = int(np.count_nonzero(events))
+        share = number / events.size
         self.offset = _moved(0.0, math.log(share / (1 - share)), EXTREME)
         self.index: dict[str, Bits] = {}
         if "before" in self.values:
@@ -155,7 +157,7 @@ class Fit:
         if known.reference is not None:
             self.index["reference"] = known.reference
         self.signs = known.classes
-        parts = min(grid.units // LOOKED_AT, min(grid[:2]) // LEAST_PART, MOST_PARTS)
+        parts = min(grid.units // LOOKED_AT, number // SEEN, min(grid[:2]) // LEAST_PART, MOST_PARTS)
         self.stride = 1 << parts.bit_length() - 1 if parts and grid.positions == 1 else 1
 
     def sums(self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None) -> Sums:
@@ -368,33 +370,46 @@ def fitted(grid: Grid, known: Known, events: Bits, lean: bool = True) -> Fitted:
             chosen[name] = rounded(fit.values[name], fit.stride * curvatures, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
     fit.stride = 1 if len(fit.right) else sampled
-    for _ in range(2):
+    for _ in range(2 if fit.stride == 1 else 1):
         fit.better(())
     return assembled(fit, chosen)
 
 
 def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
-    """Return the integers, step and table of the least cost: bits of the coefficients, and of the events by them."""
+    """Return the integers, step and table of little cost: bits of the coefficients, and of the events by them.
+
+    From the middle of the steps it goes on to smaller or larger ones as long as they cost less.
+    """
     lost = curvature / (2 * math.log(2))
-    best = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
-    candidates, prices = np.arange(-RANGE, RANGE + 1), _prices()
-    for number in steps:
-        step = STEPS[number] / 16
-        if differences:
-            integers = np.rint(values / step).astype(np.int32)
-            integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
-            loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
-        else:
-            error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
-            integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
-            for _ in range(3):
-                table = _cheapest(integers)[0]
-                integers = ((error + prices[table]).argmin(1) - RANGE).astype(np.int32)
-            loss = float(error[np.arange(values.size), integers + RANGE].sum())
-        table, price = _cheapest(integers)
-        if price + loss < best.cost:
-            best = Rounded(integers, table + 1, number, price + loss)
-    return best
+    none = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
+    at = len(steps) // 2
+    best = _in_steps(values, lost, steps[at], differences)
+    for way in (1, -1):
+        place = at + way
+        while 0 <= place < len(steps):
+            found = _in_steps(values, lost, steps[place], differences)
+            if found.cost >= best.cost:
+                break
+            best, place = found, place + way
+    return min(none, best, key=lambda one: one.cost)
+
+
+def _in_steps(values: Floats, lost: Floats, number: int, differences: bool) -> Rounded:
+    """Return integers for a step; `lost`: bits for a unit of squared error."""
+    step, candidates, prices = STEPS[number] / 16, np.arange(-RANGE, RANGE + 1), _prices()
+    if differences:
+        integers = np.rint(values / step).astype(np.int32)
+        integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
+        loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
+    else:
+        error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
+        integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
+        for _ in range(2):
+            table = _cheapest(integers)[0]
+            integers = ((error + prices[table]).argmin(1) - RANGE).astype(np.int32)
+        loss = float(error[np.arange(values.size), integers + RANGE].sum())
+    table, price = _cheapest(integers)
+    return Rounded(integers, table + 1, number, price + loss)
 
 
 def assembled(fit: Fit, chosen: dict[str, Rounded]) -> Fitted:
