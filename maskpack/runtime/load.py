@@ -222,7 +222,7 @@ def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode) -> Parts:
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:
     """Yield masks by name, with op "zero" in the place of op "replace"."""
     for name, mask in masks:
-        yield name, replace(mask, op="zero") if mask.op == "replace" else mask
+        yield name, mask.but(op="zero") if mask.op == "replace" else mask
 
 
 def take_off(model: nn.Module) -> None:
