@@ -285,7 +285,7 @@ def compared_table(task: str) -> str:
             row.append(spread([one["perplexity"] for one in each]))
             if task == "gsm8k":
                 row.append(spread([100 * one["answers"] for one in each]))
-            bits = own[0].get("bits_per_changed")
+            bits = own[0].get("bits_per_changed") if own[0].get("changed") else None
             row += [spread([one["validation"] for one in own]), "-" if way == RAW else f"{rate:g}", len(own)]
             lines.append((size, [*row, "-" if bits is None else f"{bits:.1f}"]))
     answers = ("exact answers, %",) if task == "gsm8k" else ()
