@@ -93,6 +93,10 @@ def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     plan = ok(*TRAIN, "--output", tmp_path / "a", "--dry-run")
     assert (plan["parameters"], plan["weights"], plan["epochs"]) == (4, 93024, 1)
     assert not (tmp_path / "a").exists()
+    told = run(*TRAIN, "--output", tmp_path / "a", "--dry-run")
+    assert "Masking 4 parameters, 93,024 weights; 5 classes" in told.stdout
+    assert told.stdout.count("GB in one batch") == 1
+    assert "memory" not in told.stdout + told.stderr
     result = run(*TRAIN, "--output", tmp_path / "a", "--dry-run", "--include", "convolution*")
     assert result.exit_code == 1
     assert "include 'convolution*' matches none of " in result.stderr
@@ -255,7 +259,7 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     assert scaled.exit_code == 2
     assert "scale is for masks trained with it" in scaled.stderr
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
-    known = "checkpoint, compressed-tensors, maskllm-npz, masks, prune, wsp, zeros"
+    known = "bitdelta, checkpoint, compressed-tensors, emr, maskllm-npz, masks, prune, shira, tall, wsp, zeros"
     assert f"unknown importer 'pickle'; known: {known}" in unknown.stderr
     assert not (tmp_path / "other").exists()
 
@@ -475,6 +479,7 @@ def test_init_writes_every_setting(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     ok("init", file, "--backbone", TRAIN[2], "--data", "digits:5-9", "--output", tmp_path / "a")
     assert "--overwrite" in run("init", file).stderr
+    assert "expected .toml" in run("init", tmp_path / "run.txt").stderr
     text = file.read_text()
     # as written, and with every default that has a value written out
     for content in (text, re.sub(r"(?m)^#([a-z-]+ = )", r"\1", text)):
@@ -613,7 +618,7 @@ def test_auto_searches_first_and_says_what_it_chose(tmp_path: Path) -> None:
     words = [*TRAIN, "--steps", 8, "--output", tmp_path / "a", "--auto"]
     planned = run(*words, 200, "--dry-run")
     assert planned.exit_code == 0, planned.stderr
-    assert "Searching for settings first:" in planned.stderr
+    assert "Searching for settings first:" in planned.stdout
     assert not (tmp_path / "a").exists()
     said = run(*words, 20)
     assert said.exit_code == 2

@@ -21,6 +21,7 @@ from ..adapter.values import Steps
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
 from ..backbone.shards import local, own_mask, own_saved, own_values, part_of, shared, whole
+from ..codecs.base import flipped, where_ones
 from ..errors import BackboneMismatchError, StateError
 from ..mask import PackedMask, masked_weight, packed_bits, unpacked
 from ..threads import in_order
@@ -156,7 +157,6 @@ def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor],
 
 
 OTHER_BASE = "load the backbone that the adapter was made for, before it is quantised"
-FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
 WORTH = 1 << 22  # bytes of places
 FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are still in the core's cache
 
@@ -166,14 +166,9 @@ def places(bits: bitarray, device: torch.device) -> Tensor:
 
     Reading and writing a few weights by place takes a tenth of the time of going through all with a tensor of bool.
     """
-    packed = ~packed_bits(bits)
     if device.type == "cpu":
-        zeros = bits.count(0)  # the padding of the last byte comes behind them
-        if zeros > FEW * len(bits):
-            return torch.from_numpy(np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))[:zeros])
-        some = np.flatnonzero(packed != 0)
-        inner = np.flatnonzero(np.unpackbits(packed[some], bitorder="little").view(np.bool_))[:zeros]
-        return torch.from_numpy((some[inner >> 3] << 3) + (inner & 7))
+        return torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))).astype(np.int64, copy=False))
+    packed = ~packed_bits(bits)
     return unpacked(torch.from_numpy(packed).to(device), len(bits)).nonzero()[:, 0]
 
 
