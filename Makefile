@@ -87,10 +87,10 @@ lowest: ## tests of the core with the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/test_mask.py tests/test_codecs.py tests/test_codec_payloads.py tests/test_reader.py tests/test_tensorfile.py tests/test_adapter.py \
 	  tests/test_hostile.py tests/test_golden.py tests/test_apply.py tests/test_hub.py --deselect tests/test_apply.py::test_predict
 
-# TRL and Lightning are in no extra, since maskpack imports neither; of them the newest that go with the others
+# TRL and Lightning are in no extra, since maskpack imports neither; TRL 1.15 needs a GPU beside old transformers
 VERSIONS ?= newest
 INTEGRATED := transformers accelerate peft sentence-transformers trl pytorch-lightning
-LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl pytorch-lightning
+LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl==1.0.0 pytorch-lightning
 integrations: ## masks inside Trainer, TRL, PEFT, Lightning, sentence-transformers; VERSIONS=lowest or newest
 	$(PYTHON) -m venv .venv-$(VERSIONS)
 	.venv-$(VERSIONS)/bin/pip install --quiet --editable '.[train,dev]' $(if $(filter lowest,$(VERSIONS)),$(LOWEST),--upgrade $(INTEGRATED))
