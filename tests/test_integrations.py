@@ -215,22 +215,11 @@ def test_trl_trains_masks(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning's, about names of torch
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode:UserWarning")
-def test_lightning_by_its_own_means(folder: Path, tmp_path: Path) -> None:
-    """The example of docs/own-loop.md."""
+def test_lightning_goes_on_with_the_same_scores(folder: Path, tmp_path: Path) -> None:
     lightning = pytest.importorskip("pytorch_lightning")
-    from maskpack import save_adapter
-
-    class Masks(lightning.Callback):  # type: ignore[misc]
-        def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-            learning = {name for name, one in module.named_parameters() if one.requires_grad}
-            checkpoint["state_dict"] = {n: one for n, one in checkpoint["state_dict"].items() if n in learning}
-
-        def on_train_end(self, trainer: Any, module: Any) -> None:
-            save_adapter(tmp_path / "adapter", module.model)
+    from maskpack.integrations.lightning import MaskCallback
 
     class Module(lightning.LightningModule):  # type: ignore[misc]
-        strict_loading = False
-
         def __init__(self) -> None:
             super().__init__()
             self.model = model_with_scores(folder)
@@ -239,11 +228,12 @@ def test_lightning_by_its_own_means(folder: Path, tmp_path: Path) -> None:
             return self.model(**batch).loss
 
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([one for one in self.parameters() if one.requires_grad], lr=10.0)
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=10.0, weight_decay=0.1)
 
     def run(steps: int) -> Any:
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        return lightning.Trainer(max_steps=steps, accelerator="cpu", callbacks=[Masks()], **quiet)
+        callback = MaskCallback(tmp_path / "adapter", task="text-classification")
+        return lightning.Trainer(max_steps=steps, accelerator="cpu", callbacks=[callback], **quiet)
 
     # all steps have the same batch: where an epoch goes on is Lightning's own affair
     rows = torch.utils.data.DataLoader(torch.utils.data.Subset(Rows(), range(8)), batch_size=8)
@@ -254,6 +244,12 @@ def test_lightning_by_its_own_means(folder: Path, tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     run(6).fit(again, rows, ckpt_path=tmp_path / "half.ckpt", weights_only=False)
     assert same(scores_of(again.model), scores_of(whole.model))
+    assert 0 < trainer.callback_metrics["density"] <= 1
+    kept = torch.load(tmp_path / "half.ckpt", weights_only=False)["state_dict"]
+    assert not any(name.endswith((".original", "embeddings.weight")) for name in kept)
+    assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0
+    with pytest.raises(StateError, match="the module's attribute 'network' is no model with scores"):
+        lightning.Trainer(max_epochs=1, callbacks=[MaskCallback(tmp_path, "network")], logger=False).fit(whole, rows)
     model, batch = again.model.eval(), {"input_ids": tokens(4, 8)}
     expected = model(**batch).logits
     extract_parts(model)

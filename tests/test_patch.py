@@ -351,6 +351,21 @@ def test_only_the_largest_changes(tmp_path: Path) -> None:
     for name, parameter in base.named_parameters():
         wanted, now = model.get_parameter(name), parameter.detach()
         assert bool(((now == wanted) | (now == before[name])).all())
+    signs = packed("--ternary", "--keep", 0.1)
+    base = load_backbone(BACKBONE[1], random_weights=0).model
+    load_mask(base, signs["adapter"])
+    missed = 0.0
+    for name, parameter in base.named_parameters():
+        old, now, wanted = (one.detach().double() for one in (before[name], parameter, model.get_parameter(name)))
+        rows, moved, change = (one.reshape(len(now), -1) for one in (now - old, now != old, wanted - old))
+        if now.ndim < 2:
+            rows, moved, change = (one.reshape(1, -1) for one in (rows, moved, change))
+        scale = (change.abs() * moved).sum(1, keepdim=True) / moved.sum(1, keepdim=True).clamp(min=1)
+        assert torch.allclose(rows, change.sign() * scale * moved, atol=1e-6)
+        missed += float((now - wanted).square().sum())
+    assert abs(signs["error"] - missed**0.5 / float(changes.norm())) < 1e-3
+    assert signs["kept_changes"] == few["kept_changes"]
+    assert few["error"] < signs["error"] < few["error"] + 0.1
     budget = whole["file_bytes"] // 4
     limited = packed("--budget", budget)
     assert 0.8 * budget < limited["file_bytes"] <= budget

@@ -242,6 +242,12 @@ class Less:
 
     keep: Annotated[float | None, "Of a checkpoint: only this share of the changes, the largest. Not exact."] = None
     budget: Annotated[Bytes | None, "Of a checkpoint: as many of the largest changes as this takes. Not exact."] = None
+    ternary: Annotated[bool, "Of a checkpoint: of each change the sign, times one size for its row. Not exact."] = False
+
+    @property
+    def any(self) -> bool:
+        """Whether the patch is not exact."""
+        return self.ternary or self.keep is not None or self.budget is not None
 
 
 @adapter_verb(
@@ -273,8 +279,10 @@ def pack(
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
-    if source != "checkpoint" and (less.keep, less.budget) != (None, None):
-        raise ConfigError(f"--keep and --budget are for --from checkpoint, and this is --from {source}; leave them out")
+    if source != "checkpoint" and less.any:
+        raise ConfigError(
+            f"--keep, --budget and --ternary are for --from checkpoint, and this is --from {source}; leave them out"
+        )
     check_free(output, overwrite)
     loaded = backbone.load(mapped=source in PATCHES)
     imported = import_file(masks, loaded.model, source, scale=scale)
@@ -289,7 +297,7 @@ def pack(
     if left and not patch:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
     facts: dict[str, Any] = {}
-    if patch and less.keep is None and less.budget is None:
+    if patch and not less.any:
         after = {name: imported.after.get(name, one) for name, one in body(loaded.model, outside).items()}
         options["about"] = About(result=fingerprint_of(after, base.id, None, base.head).digests)
 
@@ -299,10 +307,11 @@ def pack(
         with progress_bar("Packing") as step:
             return maskpack.save_adapter(path, parts, base, weights=loaded.model, progress=step, **own)
 
-    if less.keep is None and less.budget is None:
+    if not less.any:
         adapter = save(output, imported)
     else:
-        changes, share = Largest(imported, named_parameters(loaded.model)), 1.0 if less.keep is None else less.keep
+        changes = Largest(imported, named_parameters(loaded.model), less.ternary)
+        share = 1.0 if less.keep is None else less.keep
         if less.budget is not None:
             with tempfile.TemporaryDirectory() as folder:
                 tried = Path(folder) / "patch.safetensors"

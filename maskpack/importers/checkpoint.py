@@ -112,12 +112,15 @@ BINS = 1 << 15  # of sizes of changes, by the upper half of their float32: of on
 class Largest:
     """The largest changes of a checkpoint, in place of all: those whose size is in the upper bins.
 
+    Args:
+        ternary: each change becomes its sign times one size for all of its row, as in ComPEFT and BitDelta.
+
     Attributes:
         changed: number of all changes.
     """
 
-    def __init__(self, found: Imported, base: Mapping[str, Tensor]):
-        self._found, self._base = found, base
+    def __init__(self, found: Imported, base: Mapping[str, Tensor], ternary: bool = False):
+        self._found, self._base, self._ternary = found, base, ternary
         self._counts, self._squares = torch.zeros(BINS, dtype=torch.int64), torch.zeros(BINS, dtype=torch.float64)
         for name, mask in found.masks.items():
             change = self._sizes(name, mask, found.values[name])
@@ -126,8 +129,11 @@ class Largest:
             self._squares += torch.bincount(bins, change.double().square(), BINS)
         self.changed = int(self._counts.sum())
 
+    def _old(self, name: str, mask: PackedMask) -> Tensor:
+        return self._base[name].detach().reshape(-1)[~mask.tensor().reshape(-1)].cpu()
+
     def _sizes(self, name: str, mask: PackedMask, values: Tensor) -> Tensor:
-        old = self._base[name].detach().reshape(-1)[~mask.tensor().reshape(-1)].cpu()
+        old = self._old(name, mask)
         # what is not finite, or was not, is never left out
         return (values.float() - old.float()).abs().nan_to_num(torch.inf, torch.inf, torch.inf)
 
@@ -143,19 +149,41 @@ class Largest:
         kept = int(above[first]) if first < BINS else 0
         if not kept:
             raise ConfigError(f"a share of {share} of {self.changed} changes is none of them; keep more")
+        shapes = self._found.masks.shapes
         finite = self._squares[: torch.tensor(torch.inf).view(torch.int32) >> 16]
-        error = float((finite[:first].sum() / finite.sum()).sqrt())
+        left = finite[:first].sum()
+        if self._ternary:
+            each = [self._kept(name, first)[1:] for name in shapes]
+            kept, left = sum(int(one.sum()) for one, _ in each), left + sum(missed for _, missed in each)
+        error = float((left / finite.sum()).sqrt())
 
         def read(name: str) -> tuple[PackedMask, Tensor]:
-            mask, values = self._found.masks[name], self._found.values[name]
-            large = (self._sizes(name, mask, values).view(torch.int32) >> 16) >= first
+            mask = self._found.masks[name]
+            values, large, _ = self._kept(name, first)
             stays = mask.tensor().reshape(-1)
             stays[~stays] = ~large
             return PackedMask.from_tensor(stays.reshape(mask.shape), "replace"), values[large]
 
-        shapes = self._found.masks.shapes
         masks = MaskSet.streamed(shapes, lambda name: read(name)[0], shapes)
         return self._found._replace(masks=masks, values=Made(shapes, lambda name: read(name)[1]), after={}), error, kept
+
+    def _kept(self, name: str, first: int) -> tuple[Tensor, Tensor, float]:
+        """Return a tensor's values, which of them are stored, and the squares of what that misses of the large ones."""
+        mask, values = self._found.masks[name], self._found.values[name]
+        sizes = self._sizes(name, mask, values)
+        large = (sizes.view(torch.int32) >> 16) >= first
+        if not self._ternary:
+            return values, large, 0.0
+        old, wanted = self._old(name, mask), large & sizes.isfinite()  # what is not finite has no sign and size
+        places, rows = (~mask.tensor().reshape(-1)).nonzero()[:, 0], mask.shape[0] if len(mask.shape) > 1 else 1
+        row = places[wanted] // (mask.total // rows)
+        found = torch.zeros(rows, dtype=torch.float64).index_add_(0, row, sizes[wanted].double())
+        scale = found / torch.bincount(row, minlength=rows).clamp(min=1)
+        change = values[wanted].double() - old[wanted].double()
+        made = values.clone()
+        made[wanted] = (old[wanted].double() + change.sign() * scale[row]).to(values.dtype)
+        missed = float((made[wanted].double() - values[wanted].double()).square().sum())
+        return made, large & ((made != old) | ~sizes.isfinite()), missed
 
     def within(self, budget: int, most: float, size_of: Callable[[Imported], int]) -> float:
         """Return a share of the changes, at most `most`, that takes nearly as many bytes as are allowed.
