@@ -201,10 +201,7 @@ def reading(what: str) -> Iterator[None]:
 
 @contextmanager
 def heard(verb: str) -> Iterator[None]:
-    """Say in a line now and then what a verb does, where there is no terminal; what takes long need not know of it."""
-    if sys.stderr.isatty():
-        yield
-        return
+    """Say in a line now and then what a verb does, where no bar shows it; what takes long need not know of it."""
     Output.lines, ended = Lines(note), threading.Event()
     Output.lines.begin(f"{verb} …")
 

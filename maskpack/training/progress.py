@@ -1,6 +1,7 @@
 """Progress of what takes seconds: a bar in a terminal or a notebook, elsewhere a line now and then."""
 
 import logging
+import math
 import os
 import re
 import sys
@@ -49,6 +50,15 @@ class Lines:
         self.what = self.what if what is None else what
         self.look()
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Say nothing while a bar is there."""
+        self.due = math.inf
+        try:
+            yield
+        finally:
+            self.due = time.monotonic() + LEAST
+
     def look(self) -> None:
         """Say a line if one is due."""
         now = time.monotonic()
@@ -91,7 +101,7 @@ class Seen:
         many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.completed}/{task.total}")
         columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
         times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
-        with progress.Progress(*columns, *times, console=self.console) as bar:
+        with self.lines.silent(), progress.Progress(*columns, *times, console=self.console) as bar:
             task = bar.add_task(what, total=None)
 
             def moved(done: int, total: int | None, what: str | None = None) -> None:
