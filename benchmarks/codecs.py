@@ -2,10 +2,11 @@
 
     MASKPACK_DATA=… make bench-codec
     MASKPACK_DATA=… python -m benchmarks.codecs --only 'sketch-*' 'drawn-C100'
+    MASKPACK_DATA=… python -m benchmarks.codecs --numpy --write docs/results/codecs.md      without the compiled loops
 
 One core: times are the processor's, of all threads together, so that other processes do not count. The codecs are those
 that `maskpack list codecs` shows. The sizes of general compressors are remembered in runs/ (xz and brotli are
-slow); ours are measured anew every time.
+slow); ours are measured anew every time. Lines of mask sets that a run leaves out stay.
 """
 
 import argparse
@@ -31,12 +32,12 @@ from maskpack.adapter.write import save_adapter
 from maskpack.codecs import native
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Profile, Side, words_of
 from maskpack.codecs.choose import rivals
-from maskpack.codecs.logit import Logit, decode_together
+from maskpack.codecs.logit import Head, Logit, decode_together
 from maskpack.errors import MaskpackError
 
 from .compression import RangeCoder, Sizes, strong_sizes
 from .mask_sets import CORPUS, Case, cases
-from .measured import FOLDER, record, rewrite
+from .measured import FOLDER, rewrite, trials
 from .report import table, write_between
 from .tasks import DATA, RUNS
 
@@ -135,14 +136,20 @@ def without_loops() -> Iterator[None]:
 
 
 def numpy_rates(case: Case) -> Row:
-    """Return the rates of decoding payloads by numpy and compiled, and constriction's, which tells how busy it was."""
+    """Return the rates of decoding payloads by numpy and compiled, and constriction's, which tells how busy it was.
+
+    `lanes` are those of all payloads together, which numpy decodes side by side.
+    """
     found: Row = {"weights": case.masks.total, "constriction": reference(case)["codec_decode_rate"]}
     for profile in ("default", "max") if case.weights is not None else ("default",):
         with tempfile.TemporaryDirectory() as folder:
             path, weights = Path(folder) / "case.safetensors", case.weights if profile == "max" else None
             save_adapter(path, case.masks, case.base, profile=profile, weights=weights)
             coded = [(used, bytes(data), side) for used, data, side in payloads(read_adapter(path), case)]
-        rates = {"compiled": case.masks.total / seconds(partial(decode_all, coded))}
+        heads = [Head.read(data, side, used.needs_base) for used, data, side in coded
+                 if isinstance(used, Logit) and len(data) > 1]  # fmt: skip
+        rates: Row = {"lanes": sum(len(head.lanes) for head in heads)}
+        rates["compiled"] = case.masks.total / seconds(partial(decode_all, coded))
         with without_loops():
             rates["numpy"] = case.masks.total / seconds(partial(decode_all, coded))
         found[profile] = rates
@@ -314,6 +321,28 @@ def _codecs(measured: Mapping[str, Row]) -> str:
     return table(("codec alone: bytes / best general; encode, decode, M weights/s", *shown), rows)
 
 
+def numpy_table(measured: Mapping[str, Row]) -> str:
+    """Return the rates without the compiled loops, of each mask set and of the trained ones together."""
+
+    def cells(row: Row, profile: str) -> tuple[str, ...]:
+        if profile not in row:
+            return ("-", "-", "-")
+        own = row[profile]
+        return f"{own['lanes']:,}", millions(own["numpy"]), millions(own["compiled"])
+
+    rows = [(name, f"{row['weights']:,}", *cells(row, "default"), *cells(row, "max")) for name, row in measured.items()]
+    trained = [row for row in measured.values() if "max" in row]
+    weights, together = sum(row["weights"] for row in trained), list[str]()
+    for profile in ("default", "max"):
+        together.append("")
+        for way in ("numpy", "compiled"):
+            together.append(millions(weights / max(1e-9, sum(row["weights"] / row[profile][way] for row in trained))))
+    rows.append((f"the {len(trained)} trained ones: all weights / all time", f"{weights:,}", *together))
+    head = ("mask set", "weights", *(f"`{profile}`: {what}" for profile in ("default", "max")
+            for what in ("lanes", "numpy, M weights/s", "compiled")))  # fmt: skip
+    return table(head, rows)
+
+
 def plot(measured: Mapping[str, Row], path: Path) -> None:
     """Draw bytes in shares of the entropy, and decode rates, for every mask set."""
     import matplotlib
@@ -356,7 +385,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=Path, default=CORPUS, help="folder of ROW-SEED.safetensors")
     parser.add_argument("--only", nargs="+", default=["*"], help="names of mask sets, with wildcards")
-    parser.add_argument("--output", type=Path, default=FOLDER / "codecs.jsonl", help="a line for each mask set")
+    parser.add_argument("--output", type=Path, help="a line for each mask set; default: of benchmarks/measured")
     parser.add_argument("--plot", type=Path, default=Path("runs/codecs.png"))
     parser.add_argument("--write", type=Path, help="page whose tables are replaced")
     parser.add_argument("--numpy", action="store_true", help="only decode, with the compiled loops and without")
@@ -364,27 +393,28 @@ def main() -> None:
     if not (DATA / "weights").is_dir():
         parser.error(f"there is no folder {DATA / 'weights'}; set MASKPACK_DATA, see docs/results/index.md")
     torch.set_num_threads(1)
-    if arguments.numpy:
-        for name, make in cases(arguments.adapters):
-            if any(fnmatch(name, pattern) for pattern in arguments.only):
-                record("codecs-numpy", {"set": name}, numpy_rates(make()))
-        return
+    output = arguments.output or FOLDER / f"{'codecs-numpy' if arguments.numpy else 'codecs'}.jsonl"
+    earlier = {one["set"]: one["result"] for one in trials(output.stem)} if output.parent == FOLDER else {}
     RUNS.mkdir(parents=True, exist_ok=True)
     sizes = Sizes(RUNS / "general-sizes.json")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     measured: dict[str, Row] = {}
     for name, make in cases(arguments.adapters):
         if any(fnmatch(name, pattern) for pattern in arguments.only):
-            measured[name] = measure(make(), sizes, name in EACH_CODEC)
+            found = numpy_rates(make()) if arguments.numpy else measure(make(), sizes, name in EACH_CODEC)
+            measured[name] = {**found, "versions": versions}
             print(name, flush=True)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    summary = summarized(measured)
-    text = markdown(measured, summary)
+        elif name in earlier:
+            measured[name] = earlier[name]
+    text = numpy_table(measured) if arguments.numpy else markdown(measured, summarized(measured))
     print(text)
-    rewrite(arguments.output, ({"set": name, **row, "versions": versions} for name, row in measured.items()), "set")
-    if measured:
+    rewrite(output, ({"set": name, **row} for name, row in measured.items()), "set")
+    if measured and not arguments.numpy:
         plot(measured, arguments.plot)
     if arguments.write is not None:
-        write_between(arguments.write, "make bench-codec", text)
+        write_between(
+            arguments.write, "python -m benchmarks.codecs --numpy" if arguments.numpy else "make bench-codec", text
+        )
 
 
 if __name__ == "__main__":

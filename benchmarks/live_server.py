@@ -1,6 +1,6 @@
 """Switching a running vLLM server: masks and patches, reloading the merged checkpoint, starting anew, LoRA hot loading.
 
-    MASKPACK_SMOLLM2=… python -m benchmarks.live_server           ten minutes of two cores, resumable
+    MASKPACK_SMOLLM2=… python -m benchmarks.live_server           ten minutes of one core, resumable
     python -m benchmarks.live_server --write docs/serving.md      the table of what is recorded
 
 SmolLM2-135M in bfloat16 on the CPU; benchmarks/smollm2.py makes its folder. MASKPACK_VLLM is the Python of an
@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
 import torch
@@ -34,10 +35,14 @@ from .report import NOTHING, command, table, write_between
 NAME = "live-server"
 MARK = "python -m benchmarks.live_server --write docs/serving.md"
 PYTHON = os.environ.get("MASKPACK_VLLM", ".venv-vllm/bin/python")
-TIMES = 3
+TIMES = 5
 KINDS = ("mask", "patch")
+WAYS = {"base to mask": "mask", "mask to another mask": "other mask", "mask to base": None}
+WAYS |= {"base to patch": "patch", "patch to base": None}
+MASKS = {"mask": ("o_proj.weight", "down_proj.weight"), "other mask": ("q_proj.weight", "up_proj.weight")}
 FOLDER = Path("runs/live-server")
-QUESTION = "What is the capital of France?"
+QUESTION = "What is 2 + 3?"
+WORDS = 24  # tokens after which base, masks and patch have said different things
 ENGINE = ("--weight-transfer-config", '{"backend": "maskpack"}')
 LORA = ("--enable-lora", "--max-lora-rank", "8")
 PROJECTIONS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -55,9 +60,26 @@ def token(url: str, model: str = "base", count: int = 1) -> str:
     return str(json.loads(post(f"{url}/v1/completions", body))["choices"][0]["text"])
 
 
+class Running(NamedTuple):
+    """A server: its address, the seconds until its first token, and its first process, which leads a session."""
+
+    url: str
+    start: float
+    session: int
+
+    def spent(self) -> float:
+        """Return the processor time of all its processes so far, in seconds."""
+        fields = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                fields.append(stat.read_text().rpartition(")")[2].split())
+        ticks = sum(int(one[11]) + int(one[12]) for one in fields if int(one[3]) == self.session)
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
-    """Run a server; give its address, and how long it took until the first token."""
+def serving(model: Path, *options: str) -> Iterator[Running]:
+    """Run a server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -72,7 +94,7 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
             words,
             stdout=log,
             stderr=log,
-            env={**os.environ, **settings, "OMP_NUM_THREADS": "2"},
+            env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
     try:
@@ -84,7 +106,7 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
                 break
             except OSError:
                 time.sleep(0.1)
-        yield url, time.perf_counter() - begun
+        yield Running(url, time.perf_counter() - begun, process.pid)
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(300)
@@ -92,7 +114,8 @@ def serving(model: Path, *options: str) -> Iterator[tuple[str, float]]:
 
 def prepared() -> dict[str, Path]:
     """Make what is switched to: a mask that removes 5 % of two layers' weights, an SFT patch, LoRA, merged folders."""
-    paths = {name: FOLDER / name for name in ("base", "mask", "patch", "lora", "merged mask", "merged patch")}
+    names = ("base", *MASKS, "patch", "lora", "merged mask", "merged patch")
+    paths = {name: FOLDER / name for name in names}
     if paths["lora"].is_dir():
         return paths
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -114,18 +137,15 @@ def prepared() -> dict[str, Path]:
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     copy(paths["base"], model.state_dict())
     base = fingerprint(model, id="hf/smollm2")
-    weights = {
-        n: p.detach().abs().float()
-        for n, p in model.named_parameters()
-        if n.endswith(("o_proj.weight", "down_proj.weight"))
-    }
-    masks = MaskSet.from_tensors({n: one > one.quantile(0.05) for n, one in weights.items()})
-    save_adapter(paths["mask"], masks, base, weights=model)
+    for name, ends in MASKS.items():
+        weights = {n: p.detach().abs().float() for n, p in model.named_parameters() if n.endswith(ends)}
+        masks = MaskSet.from_tensors({n: one > one.quantile(0.05) for n, one in weights.items()})
+        save_adapter(paths[name], masks, base, weights=model)
     tuned, tokenizer = (
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),
         AutoTokenizer.from_pretrained(source),
     )
-    ids = tokenizer(f"{QUESTION} It is the city of light, as every child knows.", return_tensors="pt")["input_ids"]
+    ids = tokenizer(f"{QUESTION} It is five, as every child knows.", return_tensors="pt")["input_ids"]
     optimiser = torch.optim.AdamW(tuned.parameters(), lr=1e-5)
     for _ in range(8):
         tuned(input_ids=ids, labels=ids).loss.backward()
@@ -162,46 +182,57 @@ def first_token(url: str) -> float:
 
 def served() -> list[dict[str, Any]]:
     """Switch masks and patches on a server, then let it read the merged checkpoints, which is vLLM's own way."""
-    paths, says = prepared(), dict[str | None, str]()
-    with serving(paths["base"], *ENGINE) as (url, start):
-        says[None] = token(url, count=3)
+    paths, says = {name: path.resolve() for name, path in prepared().items()}, dict[str | None, str]()
+    with serving(paths["base"], *ENGINE) as server:
+        url = server.url
+        says[None] = token(url, count=WORDS)
         begun = time.perf_counter()
         post(f"{url}/init_weight_transfer_engine", {"init_info": {}})
         found: list[dict[str, Any]] = [
-            {"what": "start of a server", "total": start},
+            {"what": "restart of the server", "pause": server.start, "total": server.start},
             {"what": "look at the server's memory, once", "pause": time.perf_counter() - begun},
         ]
 
         def once(name: str | None) -> dict[str, Any]:
-            begun = time.perf_counter()
+            begun, spent = time.perf_counter(), server.spent()
             done = switch_server(url, None if name is None else paths[name])
+            spent = server.spent() - spent
             first, total = first_token(url), time.perf_counter() - begun
-            answer = token(url, count=3)
+            answer = token(url, count=WORDS)
             if says.setdefault(name, answer) != answer:
                 raise SystemExit(f"with {name} the server says {answer!r}, not {says[name]!r}")
-            return {"prepare": done.prepare_s, "pause": done.pause_s, "first token": first, "total": total}
+            return {
+                "prepare": done.prepare_s,
+                "pause": done.pause_s,
+                "processor": spent,
+                "first token": first,
+                "total": total,
+            }
 
-        for name in KINDS:
+        for name in (*KINDS, "other mask"):
             found.append({"what": f"base to {name}, first time", **once(name), "bytes": size(paths[name])})
             once(None)
-        ways = {"base to mask": "mask", "mask to patch": "patch", "patch to base": None}
-        rounds = [{what: once(name) for what, name in ways.items()} for _ in range(TIMES)]
-        found += [{"what": what, **medians([one[what] for one in rounds])} for what in ways]
+        order = [None, *WAYS.values()]
+        if any(says[one] == says[other] for one, other in pairwise(order)):
+            raise SystemExit(f"adapters that say the same show nothing: {says}")
+        rounds = [{what: once(name) for what, name in WAYS.items()} for _ in range(TIMES)]
+        found += [{"what": what, **medians([one[what] for one in rounds])} for what in WAYS]
 
         def reload(name: str) -> dict[str, float]:
-            begun = time.perf_counter()
+            begun, spent = time.perf_counter(), server.spent()
             post(f"{url}/pause?mode=wait")
             paused = time.perf_counter()
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(paths[f"merged {name}"].resolve())}}
             post(f"{url}/collective_rpc", body)
             post(f"{url}/resume")
-            pause, first = time.perf_counter() - paused, first_token(url)
-            total, answer = time.perf_counter() - begun, token(url, count=3)
+            pause, spent = time.perf_counter() - paused, server.spent() - spent
+            first = first_token(url)
+            total, answer = time.perf_counter() - begun, token(url, count=WORDS)
             if answer != says[name]:
                 raise SystemExit(f"the merged checkpoint of {name} says {answer!r}, the server said {says[name]!r}")
-            return {"pause": pause, "first token": first, "total": total}
+            return {"pause": pause, "processor": spent, "first token": first, "total": total}
 
-        reloads = [reload(name) for _ in range(TIMES) for name in KINDS]
+        reloads = [reload(name) for _ in range(TIMES) for name in KINDS][:TIMES]
         return [
             *found,
             {"what": "reload of the merged checkpoint", **medians(reloads), "bytes": size(paths["merged mask"])},
@@ -211,16 +242,17 @@ def served() -> list[dict[str, Any]]:
 def hot_loaded() -> dict[str, Any]:
     """Load LoRA of rank 8 while a server runs."""
     paths = prepared()
-    with serving(paths["base"], *LORA) as (url, _):
+    with serving(paths["base"], *LORA) as server:
+        url = server.url
 
         def once() -> dict[str, float]:
-            begun = time.perf_counter()
+            begun, spent = time.perf_counter(), server.spent()
             post(f"{url}/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": str(paths["lora"].resolve())})
-            loaded = time.perf_counter()
+            loaded, spent = time.perf_counter(), server.spent() - spent
             token(url, "lora")
             ended = time.perf_counter()
             post(f"{url}/v1/unload_lora_adapter", {"lora_name": "lora"})
-            return {"pause": 0.0, "first token": ended - loaded, "total": ended - begun}
+            return {"pause": 0.0, "processor": spent, "first token": ended - loaded, "total": ended - begun}
 
         once()
         return {**medians([once() for _ in range(TIMES)]), "bytes": size(paths["lora"])}
@@ -243,7 +275,7 @@ def write(page: Path) -> None:
     rows: list[list[object]] = []
     for one in trials(NAME):
         found = one["result"]
-        keys = ("prepare", "pause", "first token", "total")
+        keys = ("prepare", "pause", "first token", "total", "processor")
         cells = [f"{1000 * found[key]:,.0f}" if key in found else "-" for key in keys]
         rows.append([one["what"], *cells, f"{found['bytes']:,}" if "bytes" in found else "-"])
     heads = [
@@ -252,9 +284,15 @@ def write(page: Path) -> None:
         "pause",
         "first right token after it",
         "in all",
+        "processor time of the server, in all",
         "bytes moved",
     ]
-    write_between(page, MARK, table(heads, rows, 1) if rows else NOTHING)
+    results = {one["what"]: one["result"] for one in trials(NAME)}
+    text = table(heads, rows, 1) if rows else NOTHING
+    if reload := results.get("reload of the merged checkpoint"):
+        shares = (f"{what} {results[what]['pause'] / reload['pause']:.3f}" for what in WAYS)
+        text += f"\nPauses as shares of the reload's: {', '.join(shares)}.\n"
+    write_between(page, MARK, text)
 
 
 if __name__ == "__main__":

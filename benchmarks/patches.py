@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
-from maskpack import MaskSet, Parts, save_adapter
-from maskpack.adapter.values import Steps, places_of_zeros
+from maskpack import MaskSet, Parts, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
+from maskpack.adapter.content import About
+from maskpack.adapter.values import Steps, at_zeros, put_at_zeros
 from maskpack.backbone.fingerprint import fingerprint_of
-from maskpack.codecs import ulps
-from maskpack.mask import PackedMask
+from maskpack.backbone.model import body, same_size_int
+from maskpack.codecs import logit, ulps
+from maskpack.codecs.base import Side
+from maskpack.importers.base import import_file
+from maskpack.mask import PackedMask, packed_bits
 from maskpack.safetensors_io import Made, open_tensors
 
 from .measured import trial, trials
@@ -36,9 +40,10 @@ from .report import NOTHING, command, table, write_between
 NAME = "patches"
 MARK = "python -m benchmarks.patches --write docs/results/patches.md"
 BASE, FOLDER = Path("runs/smollm2"), Path("runs/pairs")
-VALUES = "values"
+VALUES, USED, LOSSY = "values", "as used", "lossy"
 SCOPES = ("three layers", "whole")
 LAYERS = tuple(f"model.layers.{k}." for k in (0, 14, 29))
+RATED = ("grpo-1e-6, steps 1", "grpo-1e-6, steps 10", "sft-1e-5, steps 1", "sft-1e-5, steps 10")  # measured together
 Weights = Mapping[str, Tensor]
 
 
@@ -175,7 +180,7 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
         )
 
     def values(key: str) -> Tensor:
-        return tuned[key].reshape(-1)[torch.from_numpy(words(base[key]) != words(tuned[key]))]
+        return at_zeros(tuned[key], mask(key).bits)
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
@@ -191,8 +196,8 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
         start = time.process_time()
         parts = adapter.parts(base=base, stream=True)
         for key in changed:
-            back, at, new = base[key].reshape(-1).clone(), places_of_zeros(parts.masks[key].bits), parts.values[key]
-            back[at] = new.values(back[at]) if isinstance(new, Steps) else new
+            back, bits, new = base[key].reshape(-1).clone(), parts.masks[key].bits, parts.values[key]
+            put_at_zeros(back, bits, new.values(at_zeros(back, bits)) if isinstance(new, Steps) else new)
             assert np.array_equal(words(back), words(tuned[key])), key
         decode = time.process_time() - start
         stored = sum(len(adapter.bytes_of(one)) for one in adapter.names if "/values/" in one)
@@ -237,6 +242,72 @@ def simulated() -> dict[str, Any]:
     return {"changed": base.size, "bytes": len(data), "encode": encode, "decode": decode}
 
 
+def used(pair: str) -> dict[str, Any]:
+    """Measure what a user does: pack a checkpoint, base and checkpoint in their files, and load it, all checked."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    run_name, _, step = PAIRS[pair]
+    found, start = dict[str, float](), time.process_time()
+
+    def stage(name: str) -> None:
+        nonlocal start
+        now = time.process_time()
+        found[name], start = now - start, now
+
+    tuned = weights_path(FOLDER, BASE, run_name, step)
+    model = load_backbone(f"hf/./{BASE}", mapped=True, task="text-generation").model
+    stage("open")
+    imported = import_file(tuned, model, "checkpoint")
+    stage("compare")
+    base = fingerprint(model, id="benchmark")
+    after = {name: imported.after.get(name, one) for name, one in body(model, ()).items()}
+    result = fingerprint_of(after, base.id, None, base.head).digests
+    stage("fingerprints")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = Parts(imported.masks, values=imported.values)
+        file = Path(folder) / "patch.safetensors"
+        adapter = save_adapter(file, parts, base, About(result=result), weights=model, profile="max")
+        stage("code")
+        whole = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16)
+        stage("model")
+        load_mask(whole, file)
+        stage("load")
+        tensors = open_tensors(tuned)
+        assert all(np.array_equal(words(p.detach()), words(tensors[name])) for name, p in whole.named_parameters())
+        stage("check")
+        unload_mask(whole)
+        stage("unload")
+    sizes = {"weights": imported.masks.total, "changed": imported.masks.total - imported.masks.kept}
+    return {**sizes, "bytes": adapter.size, **found}
+
+
+def lossy(pair: str, share: float) -> dict[str, Any]:
+    """Measure the largest changes alone, exact, and each as the sign times one number for its row (ComPEFT)."""
+    found = dict[str, Any]()
+    base, tuned = pair_of(pair, SCOPES[0])
+    changes = {name: tuned[name].float() - one.float() for name, one in base.items()}
+    sizes = torch.cat([one.abs().reshape(-1) for one in changes.values()])
+    least = sizes.sort(descending=True).values[int(share * int((sizes > 0).sum())) - 1]
+    for way in ("exact", "ternary"):
+        size, lost, kept = 0, 0.0, 0
+        for name, one in base.items():
+            rows = changes[name].reshape(one.shape[0], -1)
+            chosen = (rows.abs() >= least) & (rows != 0)
+            scale = (rows.abs() * chosen).sum(1, keepdim=True) / chosen.sum(1, keepdim=True).clamp(min=1)
+            step = rows if way == "exact" else rows.sign() * scale
+            new = torch.where(chosen, one.float().reshape_as(rows) + step, one.float().reshape_as(rows)).bfloat16()
+            mask = PackedMask.from_tensor(same_size_int(new) == same_size_int(one.reshape_as(new)), "replace")
+            side = Side(tuple(one.shape), words(one), lean=False)
+            values = ulps.encode("BF16", words(at_zeros(one, mask.bits)), words(at_zeros(new, mask.bits)))
+            size += len(logit.encode(packed_bits(mask.bits), side, True)) + len(values)
+            lost += float((new.float() - one.float().reshape_as(new) - rows).square().sum())
+            kept += int(chosen.sum())
+        error = (lost / sum(float(one.square().sum()) for one in changes.values())) ** 0.5
+        found[way] = {"bytes": size, "kept": kept, "error": error}
+    return found
+
+
 def page(path: Path) -> None:
     found = trials(NAME)
     by_pair = {(one["pair"], one["scope"], one["coder"]): one["result"] for one in found}
@@ -265,23 +336,53 @@ def page(path: Path) -> None:
     text += f"maskpack's bytes are {' and '.join(ratios)}.\n\n" if ratios else ""
     rows = []
     for coder in (*OURS, *CODERS):
-        own_rows = [one["result"] for one in found if one["coder"] == coder and one["scope"] == SCOPES[0]]
-        rates = [[one["weights"] / max(one[key], 1e-9) / 1e6 for one in own_rows] for key in ("encode", "decode")]
+        own_rows = [by_pair[pair, SCOPES[0], coder] for pair in RATED if (pair, SCOPES[0], coder) in by_pair]
         if own_rows:
-            rows.append([coder, *(f"{np.median(one):.3g}" for one in rates)])
+            cells = [coder]
+            for count in ("weights", "changed"):
+                for key in ("encode", "decode"):
+                    rates = [2 * one[count] / max(one[key], 1e-9) / 1e6 for one in own_rows]
+                    cells.append(
+                        " to ".join(f"{one:,.0f}" if one > 99 else f"{one:.2g}" for one in (min(rates), max(rates)))
+                    )
+            rows.append(cells)
     if rows:
-        columns = ("coder", "coding", "decoding")
-        text += "Millions of weights a second of one core, medians over the pairs, three layers:\n\n"
+        columns = ("coder", "coding: tensors", "decoding: tensors", "coding: changed", "decoding: changed")
+        text += f"MB a second of one core, three layers, of {', '.join(RATED)}:\n\n"
         text += table(columns, rows, 1)
     for one in (one["result"] for one in found if one["scope"] == VALUES):
         coded, decoded = (f"{2 * one['changed'] / one[key] / 1e6:.0f}" for key in ("encode", "decode"))
         each = f"{8 * one['bytes'] / one['changed']:.2f}"
         text += f"\nValues alone, without positions, of a simulated step ({one['changed']:,} changed weights): "
         text += f"coded at {coded} and decoded at {decoded} MB of them a second, {each} bits each.\n"
+    for one in (each for each in found if each["scope"] == USED):
+        took, size = one["result"], 2 * one["result"]["weights"] / 1e6
+        names = ("compare", "fingerprints", "code", "load", "unload")
+        seconds = ", ".join(f"{name} {took[name]:.2f}" for name in names)
+        made = took["compare"] + took["fingerprints"] + took["code"]
+        text += (
+            f"\nAs it is used, the whole model, {one['pair']} ({took['bytes']:,} bytes), seconds: {seconds}. So it is "
+        )
+        text += f"packed and loaded at {size / made:.0f} and {size / took['load']:.0f} MB of tensors a second, all "
+        text += "digests included.\n"
+    rows = []
+    for one in (each for each in found if each["scope"] == LOSSY):
+        for way, made in one["result"].items():
+            rows.append([one["share"], way, f"{made['kept']:,}", f"{made['bytes']:,}", f"{made['error']:.3f}"])
+    if rows:
+        text += "\nThe largest changes alone, as they are, and as the sign times one number for a row "
+        text += f"({RATED[-1]}, three layers, without index and digests):\n\n"
+        text += table(("share asked for", "values", "changes", "bytes", "error"), rows, 2)
     write_between(path, MARK, text or NOTHING)
 
 
 if __name__ == "__main__":
     jobs = {f"{pair}, {scope}": partial(run, pair, scope) for scope in SCOPES for pair in PAIRS}
     about = {"pair": "simulated step", "scope": VALUES, "coder": "maskpack"}
+    for share in (0.05, 0.3, 1.0):
+        settings = {"pair": RATED[-1], "scope": LOSSY, "coder": "maskpack", "share": share}
+        jobs[f"{LOSSY}, {share}"] = partial(trial, NAME, settings, partial(lossy, RATED[-1], share))
+    for pair in (RATED[0], RATED[-1]):
+        settings = {"pair": pair, "scope": USED, "coder": "maskpack"}
+        jobs[f"{USED}, {pair}"] = partial(trial, NAME, settings, partial(used, pair))
     command(__doc__, {VALUES: partial(trial, NAME, about, simulated), **jobs}, page)

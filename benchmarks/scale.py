@@ -6,7 +6,7 @@
 
 Masks are made on the fly from a seed, with densities that vary by tensor, row and column; the time that this takes is
 reported beside (`making`) and is part of `seconds`, which are the processor's, of all threads. Packing and reading run
-in a fresh process each. Prints JSON.
+in a fresh process each. Prints JSON, and adds a line for each profile to benchmarks/measured/scale.jsonl.
 With `--general` the masks of one layer (all are drawn alike) are compared with general-purpose compressors.
 """
 
@@ -192,6 +192,10 @@ def main() -> None:
                     env={"OMP_NUM_THREADS": "1", **os.environ}, stdout=subprocess.PIPE, check=True,
                 )  # fmt: skip
                 found.setdefault(profile, {})[step] = json.loads(child.stdout)
+    from benchmarks.measured import record  # not above: children are scripts, and import as little as they can
+
+    for profile, one in found.items():
+        record("scale", {"scale": arguments.scale, "profile": profile, "workers": arguments.workers}, one)
     compared = {"layer": general(arguments.general)} if arguments.general else {}
     print(json.dumps({**found, **compared}, indent=2))
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from bitarray import bitarray
@@ -52,6 +53,24 @@ def masked_weight(weight: Tensor, mask: Tensor, scale: Tensor | None) -> Tensor:
     return torch.where(mask, weight, 0.0)
 
 
+class DeviceBits(NamedTuple):
+    """The packed bits of a mask, and of its signs, as uint8 tensors where the weights lie; `kept` bits are true."""
+
+    kept: int
+    bits: Tensor
+    signs: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.bits.nbytes + (0 if self.signs is None else self.signs.nbytes)
+
+
+def fetched(packed: Tensor) -> NDArray[np.uint8]:
+    """Return packed bits, which come over the bus when somebody asks for them."""
+    found: NDArray[np.uint8] = packed.cpu().numpy()
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=True)
 class PackedMask:
     """One parameter's mask as packed bits.
@@ -63,7 +82,8 @@ class PackedMask:
         signs: second payload of a ternary mask (op "zero" only): False = the weight's sign is inverted.
         zeros: rising flat positions of the zero bits, where decoding came by them: an array, or a tensor where the
             weights lie; who keeps a mask leaves them out.
-        make: of a mask made by `later`: gives its packed bits.
+        there: of a mask that was decoded on a device: its packed bits, of which `bits` and `signs` are made when they
+            are asked for.
     """
 
     bits: bitarray
@@ -72,7 +92,7 @@ class PackedMask:
     alpha: float | None = None
     signs: bitarray | None = None
     zeros: Any = field(default=None, compare=False, repr=False)
-    make: Callable[[], np.ndarray] | None = field(default=None, compare=False, repr=False)
+    there: DeviceBits | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -114,23 +134,35 @@ class PackedMask:
         return cls(bits, shape, op)
 
     @classmethod
-    def later(
-        cls, make: Callable[[], np.ndarray], shape: Shape, op: Op, alpha: float | None, zeros: Tensor
-    ) -> PackedMask:
-        """Return a mask of which the zeros are known where the weights lie, and the bits are made when asked for."""
+    def on_device(cls, there: DeviceBits, shape: Shape, op: Op, alpha: float | None, zeros: Any = None) -> PackedMask:
+        """Return a mask whose bits are where the weights lie, and come from there when they are asked for."""
         found = object.__new__(cls)
-        own = {"shape": shape, "op": op, "alpha": alpha, "signs": None, "zeros": zeros, "make": make}
-        for name, value in own.items():
+        own = {"shape": shape, "op": op, "alpha": alpha, "zeros": zeros, "there": there}
+        for name, value in (own if there.signs is not None else {**own, "signs": None}).items():
             object.__setattr__(found, name, value)
         return found
 
     def __getattr__(self, name: str) -> Any:  # of what is not set
-        if name != "bits":
+        if name not in ("bits", "signs"):
             raise AttributeError(name)
-        assert self.make is not None
-        bits = PackedMask.from_bytes(self.make(), self.shape).bits
+        bits = PackedMask.from_bytes(fetched(getattr(self.there, name)), self.shape).bits
         object.__setattr__(self, name, bits)
         return bits
+
+    def but(self, **changes: Any) -> PackedMask:
+        """Return the mask with other fields, as `replace`, which would fetch what is on a device."""
+        found = object.__new__(PackedMask)
+        for name in self.__slots__:
+            with suppress(AttributeError):
+                value = changes[name] if name in changes else object.__getattribute__(self, name)
+                object.__setattr__(found, name, value)
+        return found
+
+    def on(self, device: Any, of: Literal["bits", "signs"] = "bits") -> Tensor:
+        """Return the bits, or the signs, as a flat bool tensor on a device."""
+        if self.there is None:
+            return unpack(getattr(self, of)).to(device)
+        return unpacked(getattr(self.there, of).to(device), self.total)
 
     def scaled(self) -> PackedMask:
         """Return the mask with alpha = float32(sqrt(kept / total)); an empty mask counts as one kept weight."""
@@ -144,16 +176,39 @@ class PackedMask:
     @property
     def kept(self) -> int:
         """Number of true bits."""
-        return self.bits.count()
+        return self.bits.count() if self.there is None else self.there.kept
+
+    @property
+    def total(self) -> int:
+        """Number of bits."""
+        return math.prod(self.shape)
+
+    @property
+    def has_signs(self) -> bool:
+        """Whether it is a ternary mask."""
+        return (self.signs if self.there is None else self.there.signs) is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed bits on the host."""
+        return 0 if self.there is not None else sum((len(bits) + 7) // 8 for _, bits in self.payloads())
 
     @property
     def density(self) -> float:
         """Share of weights kept; 1.0 for a parameter without weights."""
-        return self.kept / len(self.bits) if len(self.bits) else 1.0
+        return self.kept / self.total if self.total else 1.0
 
     def tensor(self) -> Tensor:
         """Return the mask as a bool tensor of the parameter's shape."""
         return unpack(self.bits).reshape(self.shape)
+
+
+def unpacked(packed: Tensor, count: int) -> Tensor:
+    """Return packed bits as a flat bool tensor on their device."""
+    import torch
+
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(1) >> shifts & 1).flatten()[:count].bool()
 
 
 def unpack(bits: bitarray) -> Tensor:
@@ -265,7 +320,7 @@ class MaskSet(Mapping[str, PackedMask]):
     @property
     def density(self) -> float:
         """Share of weights kept, over all parameters."""
-        sizes = [(mask.kept, len(mask.bits)) for mask in self.values()]
+        sizes = [(mask.kept, mask.total) for mask in self.values()]
         total = sum(size for _, size in sizes)
         return sum(kept for kept, _ in sizes) / total if total else 1.0
 

@@ -93,6 +93,11 @@ class Retrieval(NamedTuple):
     features: dict[str, Tensor]
 
 
+def numbered(words: list[str]) -> dict[str, int]:
+    """The vocabulary of a tokenizer."""
+    return {word: at for at, word in enumerate(words)}
+
+
 def retrieval(folder: Path) -> Case:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -100,8 +105,7 @@ def retrieval(folder: Path) -> Case:
 
     path = bare_bert(folder / "bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123)), *(f"##{chr(one)}" for one in range(97, 123))]  # fmt: skip  # noqa: E501
-    (path / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(vocab=str(path / "vocab.txt")).save_pretrained(path)
+    BertTokenizerFast(vocab=numbered(words)).save_pretrained(path)
     transformer = Transformer(str(path))
     model = SentenceTransformer(modules=[transformer, Pooling(16)], device="cpu")
     features = {"input_ids": tokens(4, 8), "attention_mask": torch.ones(4, 8, dtype=torch.long)}

@@ -1,10 +1,11 @@
-"""One of several processes that share a model: `python -m tests.helpers_sharded FOLDER` under torchrun's variables.
+"""What one of several processes that share a model does.
 
-Every check compares with a model that this process has whole. What was found is written to `FOLDER/RANK.json`.
+Every check compares with a model that this process has whole. What was found is written to `FOLDER/RANK.json`, with
+the id of the mask that the code of docs/devices.md makes.
 """
 
 import json
-import sys
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from maskpack.adapter.read import Adapter, read_adapter
 from maskpack.backbone.shards import local, whole
 from maskpack.errors import BackboneMismatchError, StateError
 from maskpack.mask import MaskSet
-from maskpack.training import attach_scores, count_trainable, extract_parts
-from maskpack.training.budget import RateControl, coded_bytes
+from maskpack.training import attach_scores, budget, count_trainable, extract_parts
 from maskpack.training.scores import density, scored_weights
 
 
@@ -125,10 +125,10 @@ def attached(order: str, **options: Any) -> nn.Module:
     return model
 
 
-def budget(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
+def kept_to(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
     """Let masks become a tenth smaller; bytes, and the gradients of the penalty."""
     scored = scored_weights(model)
-    control = RateControl([*scored.values()], 0.9 * coded_bytes(one.mask() for one in scored.values()))
+    control = budget.RateControl([*scored.values()], 0.9 * budget.coded_bytes(one.mask() for one in scored.values()))
     for one in scored.values():
         one.scores.grad = None
     control.penalty().backward()  # type: ignore[no-untyped-call]
@@ -155,7 +155,7 @@ def trains(order: str, folder: Path, **options: Any) -> Iterator[tuple[str, bool
     yield "density", density(scored_weights(model).values()) == density(scored_weights(alone).values())
     yield "output", torch.equal(output(model), output(alone))
     if "method" not in options:
-        (size, gradients), (expected_size, expected_gradients) = budget(model), budget(alone)
+        (size, gradients), (expected_size, expected_gradients) = kept_to(model), kept_to(alone)
         yield "budget", size == expected_size and close(gradients, expected_gradients)
         yield "scores in the budget", same(scores_of(model), scores_of(alone))
     expected = save_adapter(folder / f"alone-{RANK}.safetensors", alone, "tests:tiny")
@@ -270,7 +270,22 @@ def in_parallel(folder: Path) -> Iterator[tuple[str, bool]]:
         yield "scores", "shared by tensor parallelism" in str(error)
 
 
+def page() -> str:
+    """Run the code of docs/devices.md; return the id of its mask."""
+    text = Path(__file__).parent.parent / "docs/devices.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", text.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    code = "\n".join(blocks[:3]).replace('torch.distributed.init_process_group("gloo")', "pass")  # there is one
+    exec(code, names)
+    return str(names["adapter"].mask_id)
+
+
 def main(folder: Path) -> None:
+    """Run all checks, then the page."""
+    global RANK, WORLD
+    dist.init_process_group("gloo")
+    RANK, WORLD = dist.get_rank(), dist.get_world_size()
+    budget.HALVINGS = 5  # the same with fewer passes over all scores
     checks: dict[str, Callable[[Path], Iterator[tuple[str, bool]]]] = {
         "before, top": lambda path: trains("before", path, top=0.5, **NORMS),
         "after, top": lambda path: trains("after", path, top=0.5, **NORMS),
@@ -281,18 +296,12 @@ def main(folder: Path) -> None:
         "apply": lambda path: applies(sharded, path),
         "tensor parallel": in_parallel,
     }
-    found = {}
+    found: dict[str, bool | str] = {}
     for name, check in checks.items():
         own = folder / name.replace(", ", "-").replace(" ", "-")
         own.mkdir(exist_ok=True)
         for what, right in check(own):
             found[f"{name}: {what}"] = bool(right)
-        (folder / f"{RANK}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    RANK, WORLD = dist.get_rank(), dist.get_world_size()
-    main(Path(sys.argv[1]))
-    dist.destroy_process_group()
+    dist.barrier()
+    found["page"] = page()  # which ends the group
+    (folder / f"{RANK}.json").write_text(json.dumps(found))

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE, CLI = ROOT / "maskpack", ROOT / "cli" / "maskpack_cli"
 FILES = sorted([*PACKAGE.rglob("*.py"), *CLI.rglob("*.py")])
 LONGEST = 600  # lines of a file
-WITHOUT_TORCH = {"maskpack.errors", "maskpack.preprocess", "maskpack.training.config"}  # the options are made of these
+# options and progress are made of these
+WITHOUT_TORCH = {"maskpack.errors", "maskpack.preprocess", "maskpack.training.config", "maskpack.training.progress"}
 LAZY = {"import maskpack", "from maskpack import training", "from maskpack import lab, training"}
-KNOWN_UNREQUIRED = {"PIL", "datasets", "huggingface_hub", "yaml"}  # imported plainly inside a function
+KNOWN_UNREQUIRED = {"PIL", "datasets", "huggingface_hub", "rich", "yaml"}  # imported plainly inside a function
 
 Imports = Iterator[tuple[str, str, bool]]  # (what, kind: "own" or "other", at module level)
 

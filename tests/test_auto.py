@@ -17,7 +17,9 @@ from maskpack.training.auto import NORMS, Trial, candidates, finalists, in_words
 from maskpack.training.config import TrainConfig, config_from
 from maskpack.training.data.base import Data
 from maskpack.training.data.load import load_data
-from maskpack.training.trainer import train_mask
+from maskpack.training.trainer import TrainResult, train_mask
+
+from .helpers_models import tiny_net
 
 CONFIG = TrainConfig(steps=40, batch_size=32, augment="none")
 STEPS = 300
@@ -25,17 +27,28 @@ STEPS = 300
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
-    return load_data("digits:5-9", validation_fraction=0.1, labels_fraction=0.5)
+    return load_data("digits:5-9", validation_fraction=0.1, labels_fraction=0.3)
+
+
+Searched = tuple[TrainResult, list[Mapping[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def searched(digits: Data) -> Searched:
+    """A search and the training behind it, and what was reported."""
+    events = list[Mapping[str, Any]]()
+    before = bits_of((backbone := tiny_net()).model)
+    result = train_auto(backbone, digits, CONFIG, search_steps=STEPS, report=lambda e: events.append(dict(e)))
+    assert all(torch.equal(before[name], one) for name, one in bits_of(backbone.model).items())
+    return result, events
 
 
 def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_the_best_of_the_last_round_is_trained(tiny_backbone: Backbone, digits: Data) -> None:
-    before, events = bits_of(tiny_backbone.model), list[Mapping[str, Any]]()
-    result = train_auto(tiny_backbone, digits, CONFIG, search_steps=STEPS, report=lambda e: events.append(dict(e)))
-    assert all(torch.equal(before[name], one) for name, one in bits_of(tiny_backbone.model).items())
+def test_the_best_of_the_last_round_is_trained(searched: Searched, digits: Data) -> None:
+    result, events = searched
     record = result.about.training
     assert record is not None
     found = record["auto"]
@@ -47,7 +60,7 @@ def test_the_best_of_the_last_round_is_trained(tiny_backbone: Backbone, digits: 
     # the training afterwards is the one that the chosen settings give alone
     settings = config_from(record["settings"])
     assert {name: record["settings"][name] for name in found["chosen"]} == found["chosen"]
-    alone = train_mask(tiny_backbone, digits, settings)
+    alone = train_mask(tiny_net(), digits, settings)
     assert alone.parts.masks == result.parts.masks
     assert alone.metrics == result.metrics
     assert record["data"]["rows"]["train"] == len(digits.train or ())
@@ -60,8 +73,8 @@ def test_the_best_of_the_last_round_is_trained(tiny_backbone: Backbone, digits: 
     assert len([one for one in search if one["event"] == "trial"]) == len(found["trials"])
 
 
-def test_a_search_that_was_killed_goes_on(tiny_backbone: Backbone, digits: Data, tmp_path: Path) -> None:
-    whole = train_auto(tiny_backbone, digits, CONFIG, search_steps=STEPS)
+def test_a_search_that_was_killed_goes_on(searched: Searched, digits: Data, tmp_path: Path) -> None:
+    whole, tiny_backbone = searched[0], tiny_net()
     for stop in ("trial", "step", "final"):  # after a trial, in the next one, in the training itself
         seen = 0
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from blake3 import blake3
@@ -17,6 +18,9 @@ from maskpack.errors import BackboneError, BackboneMismatchError, ConfigError, S
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
 
 from .conftest import TinyNet
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import WRITE_TOKEN, HubServer
 
 
 class Tied(nn.Module):
@@ -312,3 +316,24 @@ def test_a_model_without_a_linear_layer_has_no_features() -> None:
     backbone = Backbone(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten()), "tests:conv")
     with pytest.raises(BackboneError, match="tests:conv has no linear layer that could be its head; add one"):
         backbone.features  # noqa: B018
+
+
+@pytest.mark.transport("lfs")
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_the_weights_of_a_repository_stay_in_its_file(hub: HubServer, tmp_path: Path, shard: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=60, **sizes)).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    api = huggingface_hub.HfApi(endpoint=hub.endpoint, token=WRITE_TOKEN)
+    api.create_repo("alice/letters")
+    api.upload_folder(repo_id="alice/letters", folder_path=tmp_path)
+    whole, mapped = load_backbone("hf/alice/letters"), load_backbone("hf/alice/letters", mapped=True)
+    assert (mapped.id, mapped.revision) == (whole.id, whole.revision)
+    parameters = dict(mapped.model.named_parameters())
+    assert all(one.dtype == torch.bfloat16 for one in parameters.values())  # of the file, which from_pretrained casts
+    assert all(torch.equal(one.float(), parameters[name].float()) for name, one in whole.model.named_parameters())

@@ -14,8 +14,10 @@ from typer.testing import CliRunner, Result
 
 from maskpack import load_backbone, load_cascade
 from maskpack.adapter.read import read_adapter
+from maskpack.training import load_data
 
 from .helpers_cli import BACKBONE
+from .helpers_html import checked
 from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import WRITE_TOKEN, HubServer
@@ -103,11 +105,23 @@ def test_settings_file_reduction_and_no_labels(folder: Path, tmp_path: Path) -> 
     assert (adapter.cascade.combine, adapter.cascade.weight, adapter.about.class_names) == ("unconditional", None, None)
 
 
+def test_report_on_data(folder: Path, tmp_path: Path) -> None:
+    """Its figures are those of the predictions."""
+    page = tmp_path / "cascade.html"
+    ok("report", folder, *BACKBONE, "--data", "digits:5-9", "--examples", "6", "--output", page)
+    text = checked(page.read_text(encoding="utf-8")).text
+    backbone, data = load_backbone(BACKBONE[1], random_weights=0), load_data("digits:5-9").test
+    assert data is not None
+    found = load_cascade(backbone.model, folder).predict([image for image, _ in data])
+    right = sum(one.label == str(5 + label) for one, (_, label) in zip(found, data, strict=True))
+    assert f"{right} of {len(data)} are right: {100 * right / len(data):.2f} %." in text
+
+
 def test_dry_run_and_help(tmp_path: Path) -> None:
     result = run(*TRAIN, "--output", tmp_path / "x", "--dry-run")
     assert result.exit_code == 0
     assert "nothing was trained or written" in result.stdout
-    assert "A dispatcher and 2 experts: about" in result.stderr
+    assert "A dispatcher and 2 experts: about" in result.stdout
     assert not (tmp_path / "x").exists()
     shown = run("cascade", "train", "--help").stdout
     for option in ("--experts", "--combine", "--backbone", "--objective", "--resume", "maskpack cascade train"):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import Adapter, fingerprint, load_mask, push, save_adapter, unload_mask
+from maskpack import Adapter, fingerprint, load_mask, load_masked, push, save_adapter, unload_mask
 from maskpack.adapter.chain import check_chain, squash_adapters
 from maskpack.adapter.content import About, Parts
 from maskpack.adapter.read import read_adapter
@@ -131,9 +131,14 @@ def test_a_result_that_is_not_kept_puts_the_base_back(
     wrong = About(result=chain[2].about.result)
     lying = save_adapter(tmp_path / "lying", parts, chain[1].base, wrong, weights=states[1], profile="max")
     before = bits(model)
-    with pytest.raises(BackboneMismatchError, match="they were put back"):
+    with pytest.raises(BackboneMismatchError, match="are not those that it says it makes"):
         load_mask(model, [chain[0], lying])
     assert same(bits(model), before)
+    save_file(states[0].state_dict(), file := tmp_path / "base.safetensors")
+    with pytest.raises(BackboneMismatchError, match="are not those that it says it makes"):
+        load_masked(emptied(model), file, [chain[0], lying])
+    assert all(one.is_meta for one in model.parameters())
+    model = copy.deepcopy(states[0])
     load_mask(model, [chain[0], lying], verify="off")
     assert same(bits(model), bits(states[2]))
 
@@ -157,6 +162,34 @@ def test_patches_of_earlier_commits_are_fetched(states: list[nn.Module], chain: 
     rows = json.loads(shown.stdout)["patches"]
     assert [row["result"] for row in rows] == [one.about.result["float32"] for one in chain[::-1]]
     assert [row["stands_on"] for row in rows] == [rows[1]["patch"], rows[2]["patch"], None]
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """Put a model's weights on the meta device; its statistics keep their float32."""
+    return model.to("meta")
+
+
+def test_base_and_chain_together(states: list[nn.Module], chain: list[Adapter], tmp_path: Path, hub: HubServer) -> None:
+    files = [tmp_path / f"{k}.safetensors" for k in (0, 1)]
+    for file, state in zip(files, states, strict=False):
+        save_file(state.state_dict(), file)
+    for one in chain:
+        push(Path(one.path).parent, "alice/run", token=WRITE_TOKEN)
+    for file, ref in ((files[0], chain), (files[1], chain[1:]), (files[0], "alice/run"), (files[1], "alice/run")):
+        model = emptied(copy.deepcopy(states[0]))
+        load_masked(model, file, ref)
+        assert same(bits(model), bits(states[3]))
+    wrong: dict[str, tuple[type[Exception], Any]] = {
+        "a patch is missing between them": (BackboneMismatchError, [chain[0], chain[2]]),
+        "the model has others": (BackboneMismatchError, chain[1:]),
+        "at least one patch": (ConfigError, []),
+        "for an adapter alone": (ConfigError, chain),
+    }
+    for what, (kind, links) in wrong.items():
+        with pytest.raises(kind, match=what):
+            load_masked(
+                emptied(copy.deepcopy(states[0])), files[0], links, mode="source" if "alone" in what else "target"
+            )
 
 
 def test_command_line(tmp_path: Path) -> None:

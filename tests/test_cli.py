@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +33,7 @@ from .helpers_cli import BACKBONE, FACTORY, TRAIN
 from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import WRITE_TOKEN, HubServer
+from .helpers_process import Forked, command, together
 
 
 def run(*arguments: object) -> Result:
@@ -94,6 +93,10 @@ def test_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     plan = ok(*TRAIN, "--output", tmp_path / "a", "--dry-run")
     assert (plan["parameters"], plan["weights"], plan["epochs"]) == (4, 93024, 1)
     assert not (tmp_path / "a").exists()
+    told = run(*TRAIN, "--output", tmp_path / "a", "--dry-run")
+    assert "Masking 4 parameters, 93,024 weights; 5 classes" in told.stdout
+    assert told.stdout.count("GB in one batch") == 1
+    assert "memory" not in told.stdout + told.stderr
     result = run(*TRAIN, "--output", tmp_path / "a", "--dry-run", "--include", "convolution*")
     assert result.exit_code == 1
     assert "include 'convolution*' matches none of " in result.stderr
@@ -256,7 +259,7 @@ def test_pack_from_a_pruned_network(adapter: Path, tmp_path: Path) -> None:
     assert scaled.exit_code == 2
     assert "scale is for masks trained with it" in scaled.stderr
     unknown = run("pack", dense, "--from", "pickle", *BACKBONE, "--output", tmp_path / "other")
-    known = "checkpoint, compressed-tensors, maskllm-npz, masks, prune, wsp, zeros"
+    known = "bitdelta, checkpoint, compressed-tensors, emr, maskllm-npz, masks, prune, shira, tall, wsp, zeros"
     assert f"unknown importer 'pickle'; known: {known}" in unknown.stderr
     assert not (tmp_path / "other").exists()
 
@@ -476,6 +479,7 @@ def test_init_writes_every_setting(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     ok("init", file, "--backbone", TRAIN[2], "--data", "digits:5-9", "--output", tmp_path / "a")
     assert "--overwrite" in run("init", file).stderr
+    assert "expected .toml" in run("init", tmp_path / "run.txt").stderr
     text = file.read_text()
     # as written, and with every default that has a value written out
     for content in (text, re.sub(r"(?m)^#([a-z-]+ = )", r"\1", text)):
@@ -509,21 +513,17 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(run("inspect", "nowhere").exception).__name__ == "AdapterError"
 
 
-def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "maskpack_cli.main", *map(str, arguments)]
-
-
 @pytest.mark.slow
 def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
     long = [*TRAIN[:-4], "--epochs", "200", "--labels-fraction", "0.3", "--output", tmp_path]
-    process = subprocess.Popen(command_line(*long), stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / "training/checkpoint.safetensors"
-    until = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    with Forked(command(*long)) as process:
+        until = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        code, _, errors = process.ended()
+    assert code == 130
     assert re.search(r"Interrupted\. .*--resume.* checkpoint in .*training\.\n$", errors)
     assert "Traceback" not in errors
     assert checkpoint.exists()
@@ -533,19 +533,19 @@ def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_terminated_and_resumed_is_the_same_adapter(tmp_path: Path) -> None:
     """The signal goes to all processes, as a scheduler sends it, those that read data included."""
-    options = [*TRAIN, "--batch-size", "4", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
-    long = command_line(*options, "--output", tmp_path / "cut")
-    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
-    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, start_new_session=True, env=threads)
+    options = [*TRAIN, "--batch-size", "8", "--workers", "1", "--epochs", "3", "--checkpoint-every", "1h"]
     log, until = tmp_path / "cut/training/log.jsonl", time.monotonic() + 120
-    while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 3):
-        time.sleep(0.02)
-    second = run(*options, "--output", tmp_path / "cut", "--resume")
-    assert second.exit_code == 1
-    assert f"process {process.pid} on " in second.stderr
-    os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
+    with Forked(command(*options, "--output", tmp_path / "cut"), session=True) as process:
+        while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 1):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGSTOP)  # it would be over too soon
+        second = run(*options, "--output", tmp_path / "cut", "--resume")
+        assert second.exit_code == 1
+        assert f"process {process.pid} on " in second.stderr
+        os.killpg(process.pid, signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGCONT)
+        code, _, errors = process.ended()
+    assert code == 143, errors
     assert errors.splitlines()[-1].startswith("SIGTERM stopped the training at step ")
     assert "--resume" in errors
     assert "Traceback" not in errors
@@ -569,15 +569,13 @@ def test_wrong_intervals_are_told_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_write_and_print_once(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = [*TRAIN, "--top", "1", "--lr", "5000", "--augment", "none", "--bn", "freeze"]
-    command = [*launch, "-m", "maskpack_cli.main", *options, "--batch-size", "8"]
-    command += ["--output", str(tmp_path / "out"), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["adapter"] == str(tmp_path / "out")
-    assert done.stderr.count("Masking 4 parameters") == 1
+    words = [*options, "--batch-size", "8", "--output", tmp_path / "out", "--json"]
+    with together(command(*words), 2) as processes:
+        done = [one.ended() for one in processes]
+    assert all(one.code == 0 for one in done), done
+    assert json.loads("".join(one.output for one in done))["adapter"] == str(tmp_path / "out")
+    assert "".join(one.errors for one in done).count("Masking 4 parameters") == 1
     assert ok("inspect", tmp_path / "out")["training"]["processes"] == 2
     assert ok("verify", tmp_path / "out", *BACKBONE)["base_matches_as"] == "float32"
     # as one process with the same examples in a step, but for scores that rounding puts on the threshold's other side
@@ -620,7 +618,7 @@ def test_auto_searches_first_and_says_what_it_chose(tmp_path: Path) -> None:
     words = [*TRAIN, "--steps", 8, "--output", tmp_path / "a", "--auto"]
     planned = run(*words, 200, "--dry-run")
     assert planned.exit_code == 0, planned.stderr
-    assert "Searching for settings first:" in planned.stderr
+    assert "Searching for settings first:" in planned.stdout
     assert not (tmp_path / "a").exists()
     said = run(*words, 20)
     assert said.exit_code == 2

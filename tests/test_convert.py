@@ -76,7 +76,9 @@ def test_everything_but_the_coding_stays(rich: Adapter, sets: dict[str, Parts], 
 def test_masks_are_decoded_when_the_writer_asks(rich: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[str, int]] = []
     original = Decoder.decode
-    monkeypatch.setattr(Decoder, "decode", lambda *given: decoded.append(given[1:3]) or original(*given))
+    monkeypatch.setattr(
+        Decoder, "decode", lambda *given, **more: decoded.append(given[1:3]) or original(*given, **more)
+    )
     streams = {name: rich.parts(name, stream=True).masks for name in rich.sets}
     assert {name: one.shapes for name, one in streams.items()} == {name: rich.shapes(name) for name in rich.sets}
     assert decoded == []

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from maskpack.errors import ConfigError, DataError
-from maskpack.preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json, preprocess_to_json
+from maskpack.preprocess import ImagePreprocess, Interpolation, TextPreprocess, preprocess_from_json, preprocess_to_json
 from maskpack.training.data.base import SOURCES, Data, EpochSampler, Splits, empty_classes, loader, readable
 from maskpack.training.data.load import load_data
 
@@ -287,6 +287,26 @@ def test_order_follows_from_seed_and_epoch() -> None:
     assert list(sampler) == first
     sampler.epoch = 1
     assert list(sampler) != first
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_pixels_are_those_of_the_classes_of_torchvision(interpolation: Interpolation) -> None:
+    """Figures of adapters that exist rest on them."""
+    from torchvision.transforms import v2
+
+    how = ImagePreprocess(8, 10, interpolation)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 31, 3), dtype=np.uint8))
+    crops = {"none": v2.CenterCrop(8), "crop": v2.RandomCrop(8, padding=1, padding_mode="edge")}
+    for augment in ("none", "crop", "flip", "crop-flip"):
+        steps = [v2.ToImage(), v2.Resize(10, interpolation=v2.InterpolationMode(interpolation), antialias=True)]
+        steps += [crops["crop" if "crop" in augment else "none"]]
+        steps += [v2.RandomHorizontalFlip()] if "flip" in augment else []
+        whole = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(how.mean, how.std)])
+        for seed in range(3):
+            torch.manual_seed(seed)
+            expected = whole(image)
+            torch.manual_seed(seed)
+            assert torch.equal(how.transform(augment)(image), expected.as_subclass(torch.Tensor))
 
 
 def test_augmentation_moves_and_mirrors() -> None:

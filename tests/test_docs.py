@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -145,6 +146,9 @@ def world(prepared: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     monkeypatch.setenv("COLUMNS", "160")
+    with socket.socket() as free:  # another run on this machine may have the page's own port
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
     # the examples of docs/extending.md are gone afterwards
     for registry in (METHODS, OBJECTIVES, CODECS, SOURCES, IMPORTERS, BASELINES):
         registry.all()

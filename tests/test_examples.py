@@ -3,13 +3,15 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import IO
 from urllib.request import Request, urlopen
 
 import pytest
@@ -17,6 +19,8 @@ import pytest
 import maskpack
 from maskpack.backbone.load import export_state
 from maskpack.training import TrainConfig, load_data, train_mask
+
+from .helpers_process import Forked
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -58,9 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "cli")])}
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -75,32 +76,35 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.jo
     ids=lambda words: words.split(".")[0],
 )
 def test_example(words: str, said: str, folder: Path) -> None:
-    name, *rest = words.split()
-    program = [sys.executable, EXAMPLES / name, *rest]
-    run = subprocess.run(program, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert re.search(said, run.stdout), run.stdout
+    with Forked(script(*words.split()), folder) as process:
+        code, output, errors = process.ended()
+    assert code == 0, errors
+    assert re.search(said, output), output
 
 
-@contextmanager
-def running(program: list[str | Path], folder: Path, ready: str, **environment: str) -> Iterator[str]:
-    """Start a server and yield its address, once it has printed it."""
-    where = {**ENVIRONMENT, **environment}
-    with subprocess.Popen(program, cwd=folder, env=where, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout
-            lines = ""
-            while not (found := re.search(ready, lines)):
-                line = process.stdout.readline()
-                assert line, f"it ended: {lines}"
-                lines += line
-            yield found[1]
-        finally:
-            process.terminate()
+def script(name: str, *words: str) -> Callable[[], None]:
+    """Return a call of an example, for a process of its own."""
+
+    def call() -> None:
+        sys.argv = [name, *words]
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+    return call
+
+
+def printed(output: IO[str], expected: str) -> str:
+    """Return the first group of what a server prints, once it has printed it."""
+    lines = ""
+    while not (found := re.search(expected, lines)):
+        line = output.readline()
+        assert line, f"it ended: {lines}"
+        lines += line
+    return found[1]
 
 
 def test_server(folder: Path) -> None:
-    with running([sys.executable, EXAMPLES / "serve.py", "--port", "0"], folder, r"http://(\S+)") as address:
+    with Forked(script("serve.py", "--port", "0"), folder) as process:
+        address = printed(process.output, r"http://(\S+)")
 
         def ask(**asked: str) -> tuple[int, dict[str, object]]:
             with closing(HTTPConnection(address, timeout=60)) as connection:
@@ -121,8 +125,18 @@ def test_space(folder: Path) -> None:
         pytest.skip("needs gradio, or MASKPACK_GRADIO: a Python that has it")
     ready = r"(?s)(http://127\S+?)/?\s.*public link"  # the app looks at itself first, and gives itself three seconds
     quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SERVER_PORT": "7931", "PYTHONUNBUFFERED": "1"}
-    with running([SPACE, EXAMPLES / "space" / "app.py"], folder, ready, **quiet) as address:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "cli")])
+    where = {**os.environ, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    program = [SPACE, EXAMPLES / "space" / "app.py"]
+    with (
+        subprocess.Popen(program, cwd=folder, env=where, stdout=subprocess.PIPE, text=True) as process,
+        ExitStack() as ends,
+    ):
         import base64
+
+        ends.callback(process.terminate)
+        assert process.stdout
+        address = printed(process.stdout, ready)
 
         url = "data:image/png;base64," + base64.b64encode((folder / "digit.png").read_bytes()).decode()
         asked = json.dumps({"data": ["digits 5-9", {"url": url, "meta": {"_type": "gradio.FileData"}}]}).encode()

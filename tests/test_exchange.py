@@ -298,8 +298,18 @@ def test_through_a_repository_of_the_hub(hub: HubServer, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
     HfFileSystem.clear_instance_cache()
     HfApi(endpoint=hub.endpoint, token=WRITE_TOKEN).create_repo("alice/run")
-    states = run_of("hf://alice/run", 3, every=2)
-    served = made(4)
-    assert PatchReader(served, "hf://alice/run").update() == 3
-    assert same(bits(served), states[3])
+    states = run_of("hf://alice/run", 5, every=4)
+    for start, asked in ((4, ["5", "4", "4.full"]), (0, ["5", "4", "4.full"])):  # weights of nowhere, and the first
+        served, before = made(start), len(hub.requests())
+        assert PatchReader(served, "hf://alice/run").update() == 5
+        assert same(bits(served), states[5])
+        fetched = [one for one in hub.requests()[before:] if "/resolve/" in one]
+        assert fetched == [f"GET hub:/alice/run/resolve/main/0000000{one}.safetensors" for one in asked]
+    served, before = made(), len(hub.requests())
+    served.load_state_dict({name: one.view(torch.bfloat16) for name, one in states[2].items()})
+    HfApi(endpoint=hub.endpoint, token=WRITE_TOKEN).delete_file("00000004.full.safetensors", "alice/run")
+    assert PatchReader(served, "hf://alice/run").update() == 5  # three versions behind
+    assert same(bits(served), states[5])
+    fetched = [one.rpartition("/")[2] for one in hub.requests()[before:] if "/resolve/" in one]
+    assert fetched == [patch_name(5), patch_name(4), patch_name(3)]
     HfFileSystem.clear_instance_cache()

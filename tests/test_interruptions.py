@@ -24,16 +24,18 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "setting"),
+    ("name", "setting", "step"),
     [
-        ("load_mask", Setting("flip")),
-        ("unload_mask", Setting("flip", dtype=torch.bfloat16, contiguous=False)),
-        ("bank.use, by places", Setting("replace", dtype=torch.float16)),
+        ("load_mask", Setting("flip"), 1),
+        ("unload_mask", Setting("flip", dtype=torch.bfloat16, contiguous=False), 1),
+        ("bank.use, by places", Setting("replace", dtype=torch.float16), 4),  # the benchmark has every place of all
     ],
 )
-def test_a_failure_at_every_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, setting: Setting) -> None:
+def test_a_failure_at_every_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, setting: Setting, step: int
+) -> None:
     monkeypatch.setattr(places, "FEW_PLACES", setting.few)
-    counts, wrong = every(World(setting, tmp_path), NAMED[name])
+    counts, wrong = every(World(setting, tmp_path), NAMED[name], step=step)
     assert wrong == []
     assert min(counts["at_lines"], counts["at_calls"]) > 50
 

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskpack.codecs import logit, native
+from maskpack.codecs import logit, logit_fit, native
 from maskpack.codecs.base import Bits, Side, varint
 from maskpack.codecs.classes import weight_classes
 from maskpack.codecs.lanes import NEVER, ONE, UNIT, WINDOW, tables
@@ -110,6 +111,18 @@ def test_many_lanes(compiled: ctypes.CDLL, shape: tuple[int, ...], base: bool, m
     payload = logit.encode(bits, side, base)
     assert np.array_equal(agreed(compiled, payload, side, base), bits)
     assert with_library(None, lambda: logit.encode(bits, side, base)) == payload
+
+
+@pytest.mark.parametrize("density", [0.2, 0.97])
+def test_a_fit_to_a_part_takes_hardly_more_bytes(
+    compiled: ctypes.CDLL, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits, side = made((512, 640), density, 2, True, False)
+    side = replace(side, lean=False)
+    part = with_library(compiled, lambda: logit.encode(bits, side, True))
+    assert with_library(None, lambda: logit.encode(bits, side, True)) == part
+    monkeypatch.setattr(logit_fit, "MOST_PARTS", 1)
+    assert len(part) < 1.01 * len(with_library(compiled, lambda: logit.encode(bits, side, True)))
 
 
 @pytest.mark.parametrize("base", [False, True])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from maskpack import MaskBank, fingerprint, load_mask, load_masked, save_adapter, unload_mask
+from maskpack import MaskBank, Parts, fingerprint, load_mask, load_masked, save_adapter, unload_mask
+from maskpack import mask as masks_module
 from maskpack.adapter.read import Adapter
 from maskpack.codecs import logit
 from maskpack.errors import CorruptAdapterError
 from maskpack.mask import MaskSet
+from maskpack.runtime.apply import apply_parts
 
 from .fuzz.fuzz_logit import SHAPES, side_of
 from .helpers_models import bits, same
@@ -31,7 +34,7 @@ def test_by_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "5 passed" in done.stdout
+    assert "8 passed" in done.stdout
 
 
 def job_of(case: int) -> tuple[Any, ...]:
@@ -53,12 +56,23 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Flatten(), nn.Linear(16, 24, bias=False)).eval()
 
 
-def packed(path: Path, model: nn.Module) -> tuple[Adapter, MaskSet]:
+def packed(path: Path, model: nn.Module, kind: str = "") -> tuple[Adapter, MaskSet]:
     """Pack masks that keep great weights more often than small ones."""
     weights = {name: weight.detach().abs() for name, weight in model.named_parameters()}
-    masks = MaskSet.from_tensors({name: torch.rand(one.shape) < 0.7 + one / one.max() for name, one in weights.items()})
+    kept = {name: torch.rand(one.shape) < 0.7 + one / one.max() for name, one in weights.items()}
+    masks = MaskSet.from_tensors(kept, scale=kind == "scale")
+    if kind == "ternary":
+        signs = MaskSet.from_tensors({name: torch.rand(one.shape) < 0.8 for name, one in kept.items()})
+        masks = MaskSet({name: replace(mask, signs=signs[name].bits) for name, mask in masks.items()})
     base = fingerprint(model, id="tests:net")
     return save_adapter(path, masks, base, codec="logit-base", weights=model), masks
+
+
+def counts_of_fetched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which the bytes of packed bits are added that come back from the device."""
+    counts = list[int]()
+    monkeypatch.setattr(masks_module, "fetched", lambda packed: (counts.append(len(packed)), packed.numpy())[1])
+    return counts
 
 
 class TestInterpreted:
@@ -105,8 +119,7 @@ class TestInterpreted:
             return decode_on(payloads, needs)
 
         monkeypatch.setattr(gpu, "decode_on", counted)
-        fetched = list[int]()
-        monkeypatch.setattr(gpu, "fetched", lambda bits: (fetched.append(len(bits)), bits.numpy())[1])
+        fetched = counts_of_fetched(monkeypatch)
         model = network().to(dtype)
         before = bits(model)
         wanted = network().to(dtype)
@@ -129,6 +142,47 @@ class TestInterpreted:
             assert decoded == [2, 2]
             assert same(bits(model), bits(wanted))
         assert same(bits(model), before)
+        assert not fetched
+
+    @pytest.mark.parametrize("kind", ["scale", "ternary"])
+    def test_masks_that_change_every_weight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        base = network()
+        _, masks = packed(tmp_path, base, kind)
+        file = tmp_path / "base.safetensors"
+        save_file({name: tensor.clone() for name, tensor in base.state_dict().items()}, file)
+        wanted = network()
+        apply_parts(wanted, Parts(masks))  # packed by the CPU
+        fetched = counts_of_fetched(monkeypatch)
+        model = network()
+        assert same(bits(load_mask(model, tmp_path)), bits(wanted))
+        assert same(bits(unload_mask(model)), bits(base))
+        assert same(bits(load_masked(network(), file, tmp_path)), bits(wanted))
+        with MaskBank(model) as bank:
+            bank.use(bank.add(tmp_path))
+            assert same(bits(model), bits(wanted))
+        assert not fetched
+
+    def test_a_bank_keeps_masks_on_the_device(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = network()
+        _, masks = packed(tmp_path, model, "ternary")
+        size = 2 * sum(mask.total + 7 >> 3 for mask in masks.values())
+        fetched = counts_of_fetched(monkeypatch)
+        with MaskBank(model, max_device_bytes=size) as bank:
+            name = bank.add(tmp_path)
+            status = bank.status()
+            assert (status.host_bytes, status.device_bytes) == (0, size)
+            assert status.residents[name].density == masks.density
+            for _ in range(2):
+                bank.use(name)
+                bank.disable()
+            assert not fetched
+        with MaskBank(model, max_device_bytes=size - 1) as bank:  # too little: they come to the host, once
+            bank.use(bank.add(tmp_path, "mine"))
+            assert not fetched  # the active adapter's do not count
+            bank.disable()
+            assert (bank.status().host_bytes, bank.status().device_bytes) == (size, 0)
+            assert len(fetched) == 2 * len(masks)
+            assert bank.parts("mine").masks == masks
 
     def test_the_cpu_decodes_where_triton_does_not_work(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture

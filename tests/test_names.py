@@ -24,7 +24,7 @@ from maskpack.runtime.place import TOP, find_place
 from maskpack.training import TrainConfig, attach_scores, extract_parts
 from maskpack.training.learn import base_of, borrowed, learn_scores
 
-from .helpers_loops import CASES, LLAMA, bare_bert, noise, tokens
+from .helpers_loops import CASES, LLAMA, bare_bert, noise, numbered, tokens
 from .helpers_models import bits, random_masks, same
 
 transformers = pytest.importorskip("transformers")
@@ -220,6 +220,5 @@ def test_a_language_model_is_loaded_as_its_config_says(folder: Path, tmp_path: P
 
 def language_folder(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
-    (folder / "llama" / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(vocab=str(folder / "llama" / "vocab.txt")).save_pretrained(folder / "llama")
+    transformers.BertTokenizerFast(vocab=numbered(words)).save_pretrained(folder / "llama")
     return folder / "llama"

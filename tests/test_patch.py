@@ -24,6 +24,7 @@ from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.values import Steps
 from maskpack.codecs import native, ulps
+from maskpack.codecs.base import where_ones
 from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataError
 from maskpack.importers.base import import_file
 from maskpack.safetensors_io import open_tensors
@@ -66,6 +67,25 @@ def test_values_come_back_and_both_ways_of_coding_agree(
     assert ulps.encode(name, base, values) == made
 
 
+@pytest.mark.parametrize("compiled", [True, False] if COMPILED else [False])
+@pytest.mark.parametrize(("dtype", "count"), [("u2", 1003), ("u4", 64), ("u2", 0), ("u4", 5)])
+def test_words_at_zeros(compiled: bool, dtype: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
+    generator = np.random.default_rng(0)
+    kept, words = generator.random(count) < 0.7, generator.integers(0, 1 << 16, count).astype(dtype)
+    bits = np.packbits(kept, bitorder="little")
+    assert np.array_equal(ulps.at_zeros(words, bits), words[~kept])
+    assert np.array_equal(where_ones(bits), np.flatnonzero(kept))
+    others = words.copy()
+    ulps.put_at_zeros(others, bits, ~words[~kept])
+    assert np.array_equal(others, np.where(kept, words, ~words))
+    with pytest.raises(ValueError, match=f"{count + 1} values"):
+        ulps.put_at_zeros(others, bits, np.zeros(count + 1, dtype))
+    with pytest.raises(ValueError, match="bytes of bits"):
+        ulps.at_zeros(words, np.append(bits, bits[:1] * 0 if count else np.uint8(0)))
+
+
 def test_a_step_is_a_neighbour_in_the_order_of_values() -> None:
     words = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     finite = words.view(torch.bfloat16)
@@ -89,8 +109,8 @@ def test_spoiled_payloads_are_refused_or_become_other_values(compiled: bool, mon
     generator = np.random.default_rng(0)
     base, values = words_like(generator, "BF16", 9000, "near")
     made = ulps.encode("BF16", base, values)
-    refused = 0
-    for _ in range(300):
+    refused, tries = 0, 300 if compiled else 30
+    for _ in range(tries):
         spoiled = bytearray(made)
         at = int(generator.integers(len(spoiled)))
         how = generator.integers(3)
@@ -105,7 +125,7 @@ def test_spoiled_payloads_are_refused_or_become_other_values(compiled: bool, mon
             assert found.shape == values.shape
         except CorruptAdapterError:
             refused += 1
-    assert refused > 200
+    assert refused > tries / 2
 
 
 def test_steps_refuse_another_base() -> None:
@@ -331,6 +351,21 @@ def test_only_the_largest_changes(tmp_path: Path) -> None:
     for name, parameter in base.named_parameters():
         wanted, now = model.get_parameter(name), parameter.detach()
         assert bool(((now == wanted) | (now == before[name])).all())
+    signs = packed("--ternary", "--keep", 0.1)
+    base = load_backbone(BACKBONE[1], random_weights=0).model
+    load_mask(base, signs["adapter"])
+    missed = 0.0
+    for name, parameter in base.named_parameters():
+        old, now, wanted = (one.detach().double() for one in (before[name], parameter, model.get_parameter(name)))
+        rows, moved, change = (one.reshape(len(now), -1) for one in (now - old, now != old, wanted - old))
+        if now.ndim < 2:
+            rows, moved, change = (one.reshape(1, -1) for one in (rows, moved, change))
+        scale = (change.abs() * moved).sum(1, keepdim=True) / moved.sum(1, keepdim=True).clamp(min=1)
+        assert torch.allclose(rows, change.sign() * scale * moved, atol=1e-6)
+        missed += float((now - wanted).square().sum())
+    assert abs(signs["error"] - missed**0.5 / float(changes.norm())) < 1e-3
+    assert signs["kept_changes"] == few["kept_changes"]
+    assert few["error"] < signs["error"] < few["error"] + 0.1
     budget = whole["file_bytes"] // 4
     limited = packed("--budget", budget)
     assert 0.8 * budget < limited["file_bytes"] <= budget

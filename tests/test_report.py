@@ -165,6 +165,3 @@ def test_command(trained: tuple[TrainResult, Backbone, Path], tmp_path: Path, mo
 def test_errors(trained: tuple[TrainResult, Backbone, Path], data: Data) -> None:
     with pytest.raises(ConfigError, match="backbone"):
         adapter_report(load_adapter(trained[2]), data=data)
-    cascade = load_adapter(Path(__file__).parent / "golden" / "v1" / "cascade.safetensors")
-    with pytest.raises(ConfigError, match="mask sets"):
-        adapter_report(cascade, backbone=trained[1], data=data)

@@ -45,7 +45,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{"mp": mp, "Path": Path, "m": model, "masks": masks, "parts": parts, "base": base, "a": adapter},
         **{"b": backbone, "d": load_data("digits:0-1"), "learning": learning, "image": torch.zeros(3, 8, 8)},
         **{"train_mask": train_mask, "train_tasks": train_tasks, "Task": Task, "load_data": load_data},
-        **{"attach_scores": attach_scores, "extract_parts": extract_parts, "out": folder / "out"},
+        **{
+            "attach_gates": attach_gates,
+            "attach_scores": attach_scores,
+            "extract_parts": extract_parts,
+            "out": folder / "out",
+        },
     }
 
 
@@ -125,6 +130,9 @@ WRONG: dict[str, tuple[str, ...]] = {
     "train_tasks(b, {'t': Task('./x')}, out)": ("the data is './x'", "load_data('./x')"),
     "load_data(b)": ("the data is Backbone(", "folder"),
     "attach_scores(b)": ("the model is Backbone(", "`.model`"),
+    "attach_gates(m, 2)": ("tasks is 2", "a list of names", "['birds', 'ships']"),
+    "attach_gates(m, 'birds')": ("tasks is 'birds'", "a list of names"),
+    "a.verify(m)": ("progress is Sequential(", "verify(base=model)"),
     "extract_parts(a)": ("the model is Adapter(",),
     "a.predict(m, image)": ("inputs are Tensor float32 (3, 8, 8)", "(B, 3, H, W)", "image[None]"),
     "a.predict(m, 'a.jpg')": ("inputs are 'a.jpg'", "a list", "[input]"),

@@ -1,5 +1,6 @@
 """A server's model seen as its checkpoint: fused, sliced and renamed weights get what load_mask gives the model."""
 
+import importlib
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from maskpack.adapter.content import About, Parts
 from maskpack.backbone.model import named_parameters
 from maskpack.errors import BackboneMismatchError, StateError
 from maskpack.runtime.served import Served
+from maskpack.safetensors_io import write_tensors
 
 from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
@@ -256,3 +258,23 @@ def test_a_chain_of_commits(tmp_path: Path, hub: HubServer) -> None:
         assert group.switch("alice/run") == [None] * of
         assert same(group.ranks, laid_out(states[2], of))
     assert Group(states[1], 1).served[0].prepare("alice/run").changed > 0
+
+
+def test_the_loader_for_sglang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = llama()
+    (rank,) = laid_out(model)
+    rank.config = model.config  # type: ignore[assignment]
+    write_tensors(tmp_path / "model.safetensors", checkpoint_of(model), {"format": "pt"})
+    monkeypatch.setenv("MASKPACK_CHECKPOINT", str(tmp_path))
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    switch = importlib.import_module("sglang_loader").switch
+    path = adapter(tmp_path / "mask", model, "flip")
+    load_mask(model, path)
+    masked = laid_out(model)
+    unload_mask(model)
+    for ref, wanted in ((path, masked), (tmp_path / "nothing", masked), ("base", laid_out(model))):
+        switch(rank, [(str(ref), torch.zeros(1))])
+        assert same([rank], wanted)
+    assert "nothing does not exist" in caplog.text

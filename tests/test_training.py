@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
 from .helpers_models import resumable
+from .helpers_process import Forked
 
 QUICK = TrainConfig(optimizer="sgd", lr=20.0, epochs=2, batch_size=64, augment="none", scale=True, train=(), bn="adapt")
 
@@ -293,33 +295,22 @@ def test_effective_weights_in_training_are_those_of_the_loaded_mask(tiny: nn.Mod
 
 # --- resuming --------------------------------------------------------------------------------------------------------
 
-KILLED = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from tests.helpers_models import resumable
-resumable(Path({folder!r}), report=lambda e: (print(e["event"], flush=True), time.sleep(0.02)))
-"""
+
+def tell_slowly(event: Mapping[str, Any]) -> None:
+    sys.stdout.write(f"{event['event']}\n")
+    time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bits(tmp_path: Path) -> None:
     whole = resumable(tmp_path / "whole")
-    root, folder = str(Path(__file__).parent.parent), str(tmp_path / "killed")
-    script = KILLED.format(root=root, folder=folder)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=root)
-    assert process.stdout is not None
     epochs = 0
-    for line in process.stdout:
-        epochs += line.strip() == "epoch"
-        if epochs == 2 and line.strip() == "step":  # in the middle of the third epoch
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
+    with Forked(lambda: resumable(tmp_path / "killed", report=tell_slowly)) as process:
+        for line in process.output:
+            epochs += line.strip() == "epoch"
+            if epochs == 2 and line.strip() == "step":  # in the middle of the third epoch
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        assert process.ended().code == -signal.SIGKILL
     assert not list((tmp_path / "killed").glob("*.tmp"))
     events: list[dict[str, Any]] = []
     resumed = resumable(tmp_path / "killed", resume=True, report=lambda e: events.append(dict(e)))

@@ -501,7 +501,7 @@ def test_the_command(tmp_path: Path) -> None:
     folder = tmp_path / "x"
     dry = run(*TRANSFER, "--output", folder, "--dry-run")
     assert dry.exit_code == 0
-    assert "The target, digits:0-3:" in dry.stderr
+    assert "The target, digits:0-3:" in dry.stdout
     assert "nothing was trained or written" in dry.stdout
     assert not folder.exists()
     found = ok(*TRANSFER, "--output", folder, "--baseline")
@@ -519,7 +519,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert ok("verify", folder, *weights)["mask_id"] is True
 
     said = refused(*TRANSFER, "--output", folder, "--dry-run")
-    assert "is there already; choose another --output" in said
+    assert "is there already; choose another name" in said
     result = run(*TRANSFER, "--output", folder, "--resume")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[0] == f"✓ {folder}"

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -20,10 +21,15 @@ import pytest
 import torch
 from torch import nn
 
-from maskpack import MaskSet, Parts, fingerprint, load_mask, save_adapter
+from maskpack import MaskSet, Parts, fingerprint, load_adapter, load_mask, push, save_adapter
 from maskpack.errors import AdapterError, StateError
 from maskpack.mask import PackedMask
 from maskpack.runtime.serve import switch_server
+
+from .helpers_hub_fixtures import hub as hub
+from .helpers_hub_fixtures import waits as waits
+from .helpers_hub_server import HubServer
+from .helpers_hub_server.accounts import WRITE_TOKEN
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; make vllm has an environment with it", allow_module_level=True)
@@ -32,6 +38,11 @@ SMOLLM2 = os.environ.get("MASKPACK_SMOLLM2")  # a folder, as benchmarks/smollm2.
 LIVE = pytest.mark.skipif(SMOLLM2 is None, reason="MASKPACK_SMOLLM2 names no model; make vllm does")
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "What is 2 + 3?")
 ENGINE = ("--weight-transfer-config", '{"backend": "maskpack"}')
+TOKENS, MANY = 24, 160
+QUIET = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
+}  # fmt: skip
 
 
 def test_contract() -> None:
@@ -83,27 +94,28 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def answer(self, question: str, tokens: int = 24) -> str:
+    def choice(self, question: str, tokens: int) -> Any:
         body = {"model": "m", "prompt": question, "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
-        return str(self.call("/v1/completions", body)["choices"][0]["text"])
+        return self.call("/v1/completions", body)["choices"][0]
 
     def answers(self) -> list[str]:
-        return [self.answer(question) for question in QUESTIONS]
+        return [str(self.choice(question, TOKENS)["text"]) for question in QUESTIONS]
 
 
 @contextmanager
-def serving(model: Path, *options: str) -> Iterator[Server]:
+def serving(model: Path, *options: str, **settings: str) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
     words += ["--dtype", "bfloat16", "--max-model-len", "512", "--enforce-eager", "--served-model-name", "m"]
     words += ["--gpu-memory-utilization", "0.2", "--host", "127.0.0.1", *options]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
     log = model.parent / f"server-{port}.log"
     with log.open("w") as file:
-        process = subprocess.Popen(map(str, words), stdout=file, stderr=file, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            list(map(str, words)), stdout=file, stderr=file, env={**os.environ, **QUIET, **settings},
+            start_new_session=True,
+        )  # fmt: skip
     try:
         until = time.monotonic() + 900
         while True:
@@ -177,65 +189,86 @@ def merged(folder: Path, base: Path, adapter: Path) -> Path:
     return folder
 
 
+@dataclass
+class World:
+    """SmolLM2 in a folder, adapters of it by name, and what servers of the merged checkpoints answer."""
+
+    base: Path
+    adapters: dict[str, Path]
+    wanted: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    assert SMOLLM2 is not None
+    folder, model = tmp_path_factory.mktemp("world"), network(Path(SMOLLM2))
+    base = shutil.copytree(SMOLLM2, folder / "base")
+    adapters = {"mask": mask(folder / "mask", model), "patch": patch(folder / "patch", model)}
+    wanted = {}
+    for name, path in adapters.items():
+        with serving(merged(folder / f"merged-{name}", base, path)) as server:
+            wanted[name] = server.answers()
+    return World(base, adapters, wanted)
+
+
 @LIVE
 @pytest.mark.slow
 @pytest.mark.timeout(6000)
-def test_a_server(tmp_path: Path) -> None:
-    assert SMOLLM2 is not None
-    base, model = Path(SMOLLM2), network(Path(SMOLLM2))
-    shutil.copytree(base, here := tmp_path / "base")
-    adapters = {"mask": mask(tmp_path / "mask", model), "patch": patch(tmp_path / "patch", model)}
-    wanted = {}
-    for name, path in adapters.items():
-        with serving(merged(tmp_path / f"merged-{name}", base, path), *ENGINE) as server:
-            wanted[name] = server.answers()
-    with serving(here, *ENGINE) as server:
-        wanted["base"] = server.answers()
-        sums = server.call("/weight_checker", {"action": "checksum"})["checksums"]
+@pytest.mark.transport("lfs")
+def test_a_server(tmp_path: Path, world: World, hub: HubServer) -> None:
+    model = network(world.base)
+    commit = push(world.adapters["patch"], "alice/patch", token=WRITE_TOKEN).commit
+    refs = {"mask": str(world.adapters["mask"]), "patch": f"alice/patch@{commit}"}
+    with serving(world.base, *ENGINE, **hub.env(), HF_HUB_OFFLINE="0") as server:
+        wanted = {**world.wanted, "base": server.answers()}
         assert len({tuple(one) for one in wanted.values()}) == 3
+        sums = server.call("/weight_checker", {"action": "checksum"})["checksums"]
         for name in ("mask", "patch", "mask", "base", "patch"):
-            done = switch_server(server.url, adapters.get(name))
+            done = switch_server(server.url, refs.get(name))
             assert server.answers() == wanted[name], name
             assert server.call("/weight_info")["weight_version"] == (done.ref or "base")
+        assert done.ref == refs["patch"]
         command = [sys.executable, "-m", "maskpack_cli.main", "serve-switch", server.url]
-        said = json.loads(subprocess.check_output([*command, str(adapters["mask"]), "--json"]))
-        assert said["changed"] == sum(len(one.bits) - one.kept for one in _masks(adapters["mask"], model).values())
+        said = json.loads(subprocess.check_output([*command, refs["mask"], "--json"]))
+        masks = load_adapter(world.adapters["mask"]).parts(base=model).masks
+        assert said["changed"] == sum(len(one.bits) - one.kept for one in masks.values())
         assert server.answers() == wanted["mask"]
         subprocess.check_output([*command, "--off"])
         assert server.answers() == wanted["base"]
-        assert server.call("/weight_checker", {"action": "compare", "baseline": sums}) == {
-            "match": True,
-            "mismatches": [],
-        }
-        requests_in_flight(server, adapters, wanted)
-        errors(server, adapters, wanted, tmp_path)
+        compared = server.call("/weight_checker", {"action": "compare", "baseline": sums})
+        assert compared == {"match": True, "mismatches": []}
+        requests_in_flight(server, refs, wanted)
+        errors(server, refs, wanted, tmp_path)
+        killed_clients(server, command, refs, wanted)
 
 
-def _masks(path: Path, model: nn.Module) -> MaskSet:
-    from maskpack import load_adapter
-
-    return load_adapter(path).parts(base=model).masks
-
-
-def requests_in_flight(server: Server, adapters: dict[str, Path], wanted: dict[str, list[str]]) -> None:
-    """What is being answered ends on the old weights, or goes on with the new ones."""
-    tokens, question, found = 160, QUESTIONS[0], list[str]()
-    whole = server.answer(question, tokens)
-    for in_flight in ("finish", "hold"):
-        asking = threading.Thread(target=lambda: found.append(server.answer(question, tokens)))
+def requests_in_flight(server: Server, refs: dict[str, str], wanted: dict[str, list[str]]) -> None:
+    """What is being answered ends on the old weights, goes on with the new ones, or is ended."""
+    question = QUESTIONS[0]
+    whole = server.choice(question, MANY)["text"]
+    said = {}
+    for in_flight in ("finish", "hold", "abort"):
+        found = list[Any]()
+        asking = threading.Thread(target=lambda to=found: to.append(server.choice(question, MANY)))
         asking.start()
         time.sleep(1)
-        switch_server(server.url, adapters["patch"], in_flight=in_flight)  # type: ignore[arg-type]
+        switch_server(server.url, refs["patch"], in_flight=in_flight)  # type: ignore[arg-type]
+        waiting = asking.is_alive()
         asking.join()
         assert server.answers() == wanted["patch"]
         switch_server(server.url, None)
-    assert found[0] == whole
-    assert found[1] != whole
-    assert found[1][:10] == whole[:10]
+        said[in_flight] = found[0]
+        assert waiting == (in_flight == "hold")
+    assert said["finish"]["text"] == whole
+    assert said["hold"]["finish_reason"] == "length"  # all of its tokens
+    assert said["hold"]["text"] != whole
+    assert said["hold"]["text"][:10] == whole[:10]
+    assert said["abort"]["finish_reason"] == "abort"
+    assert whole.startswith(said["abort"]["text"])
 
 
-def errors(server: Server, adapters: dict[str, Path], wanted: dict[str, list[str]], folder: Path) -> None:
-    switch_server(server.url, adapters["patch"])
+def errors(server: Server, refs: dict[str, str], wanted: dict[str, list[str]], folder: Path) -> None:
+    switch_server(server.url, refs["patch"])
     other = network(Path(str(SMOLLM2)))
     with torch.no_grad():
         other.get_parameter("model.norm.weight")[3] += 1
@@ -243,16 +276,117 @@ def errors(server: Server, adapters: dict[str, Path], wanted: dict[str, list[str
         switch_server(server.url, mask(folder / "other", other))
     with pytest.raises(AdapterError, match="does not exist"):
         switch_server(server.url, folder / "nothing")
+    damaged = Path(shutil.copytree(refs["mask"], folder / "damaged"))
+    content = bytearray((damaged / "maskpack_model.safetensors").read_bytes())
+    content[-1000] ^= 4
+    (damaged / "maskpack_model.safetensors").write_bytes(content)
+    with pytest.raises(AdapterError, match="damaged"):
+        switch_server(server.url, damaged)
     assert server.answers() == wanted["patch"]
     server.call("/start_weight_update", {})
     with pytest.raises(OSError, match="500"):  # an error within: vLLM's own calls, and a digest that nobody prepared
         server.call("/update_weights", {"update_info": {"digest": "0" * 64}})
     assert server.answers() == wanted["base"]
-    server.call("/start_weight_update", {})  # of a client that was killed
-    switch_server(server.url, adapters["mask"])
-    assert server.answers() == wanted["mask"]
+
+
+def killed_clients(server: Server, command: list[str], refs: dict[str, str], wanted: dict[str, list[str]]) -> None:
+    """A client that is killed at any time leaves the base or a whole adapter, and the next one goes on from there."""
+    before = "base"
+    for number, name in enumerate(("mask", "patch", "mask", "patch")):
+        with subprocess.Popen([*command, refs[name]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as client:
+            began = time.monotonic()
+            while time.monotonic() - began < 60 and not _paused(server):
+                time.sleep(0.002)
+            time.sleep(0.05 * number)
+            client.kill()
+        time.sleep(1)  # what it asked for last comes to its end
+        server.call("/resume", {})
+        found = server.answers()
+        assert found in (wanted[before], wanted[name]), (before, name)
+        before = name
+        switch_server(server.url, refs[name])
+        assert server.answers() == wanted[name]
     switch_server(server.url, None)
     assert server.answers() == wanted["base"]
+
+
+def _paused(server: Server) -> bool:
+    return bool(server.call("/is_paused")["is_paused"])
+
+
+IN_PROCESS = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from maskpack.integrations.vllm import switch
+
+def fail_at(worker, count):
+    from maskpack.runtime import apply
+    real, left = apply._apply, iter(range(count))
+    def failing(*arguments):
+        if next(left, None) is None:
+            raise MemoryError("out of luck")
+        real(*arguments)
+    apply._apply = failing
+    worker.mend = lambda: setattr(apply, "_apply", real)
+
+def main():
+    base, adapters, questions, tokens, file = json.loads(sys.argv[1])
+    llm = LLM(base, dtype="bfloat16", max_model_len=512, enforce_eager=True, gpu_memory_utilization=0.2,
+              weight_transfer_config=WeightTransferConfig(backend="maskpack"))
+    settings, found = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), []
+
+    def ask(name, pinned):
+        said = [llm.generate(one, settings, use_tqdm=False)[0].outputs[0].text for one in questions]
+        found.append([name, said, pinned, llm.get_weight_version()])
+
+    ask("base", None)
+    for name in ("mask", "patch", "base"):
+        ask(name, switch(llm, adapters.get(name)))
+    switch(llm, adapters["mask"])
+    try:
+        switch(llm, "./nothing")
+    except Exception as error:
+        assert "does not exist" in str(error), error
+    ask("mask", None)
+    for count in (1, 100):
+        llm.collective_rpc(fail_at, args=(count,))
+        try:
+            switch(llm, adapters["patch"])
+        except Exception as error:
+            assert "out of luck" in str(error), error
+        else:
+            raise SystemExit("nothing failed")
+        llm.collective_rpc(lambda worker: worker.mend())
+        ask("base", None)
+        switch(llm, adapters["mask"])
+    with open(file, "w") as out:
+        json.dump(found, out)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@LIVE
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_in_the_same_program(tmp_path: Path, world: World) -> None:
+    (tmp_path / "run.py").write_text(IN_PROCESS)
+    adapters, file = {name: str(path) for name, path in world.adapters.items()}, tmp_path / "found.json"
+    given = json.dumps([str(world.base), adapters, QUESTIONS, TOKENS, str(file)])
+    environment = {**os.environ, **QUIET, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    words = [sys.executable, "-W", "ignore", str(tmp_path / "run.py"), given]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(file.read_text())
+    assert [one[0] for one in found] == ["base", "mask", "patch", "base", "mask", "base", "base"]
+    wanted = {**world.wanted, "base": found[0][1]}
+    for name, said, pinned, version in found[1:]:
+        path = None if name == "base" else str(world.adapters[name] / "maskpack_model.safetensors")
+        assert said == wanted[name], name
+        assert version == (path or "base")
+        assert pinned in (path, None)
 
 
 @LIVE

@@ -33,7 +33,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from maskpack.algebra import Overlap
-    from maskpack.importers.checkpoint import Largest
 
 adapter_verb = partial(verb, app, "Adapters")
 PLUGINS = {
@@ -58,6 +57,7 @@ Operation = Annotated[
     typer.Argument(metavar="HOW"),
 ]
 Several = Annotated[tuple[str, ...], "Adapters of one base: as for inspect.", typer.Argument(metavar="REF")]
+PATCHES = ("bitdelta", "checkpoint", "emr", "shira", "tall", "wsp")  # their base is looked at once
 MaskFile = Annotated[Path, "File with the masks, named as the parameters.", ARGUMENT]
 Format = Annotated[str, "Format: `maskpack list importers`; masks: plain tensors.", typer.Option("--from")]
 Scaled = Annotated[bool, "The masks were trained with weights / sqrt(density)."]
@@ -242,32 +242,12 @@ class Less:
 
     keep: Annotated[float | None, "Of a checkpoint: only this share of the changes, the largest. Not exact."] = None
     budget: Annotated[Bytes | None, "Of a checkpoint: as many of the largest changes as this takes. Not exact."] = None
+    ternary: Annotated[bool, "Of a checkpoint: of each change the sign, times one size for its row. Not exact."] = False
 
-    def pack(self, changes: "Largest", output: Path, save: Any) -> tuple["maskpack.Adapter", dict[str, Any]]:
-        """Write the patch of a share of the changes; with a budget, of as many as some tries find to fit."""
-        if self.budget is None:
-            assert self.keep is not None
-            share, tries = self.keep, 0
-        else:
-            share, tries = min(self.keep or 1.0, 8 * self.budget / changes.changed), TRIES
-        with tempfile.TemporaryDirectory() as folder:
-            fits = 0.0
-            for _ in range(tries):
-                size = save(Path(folder) / "patch.safetensors", changes.take(share)[0]).size
-                assert self.budget is not None
-                if size <= self.budget and (share > fits):
-                    fits = share
-                if NEAR * self.budget <= size <= self.budget or (size <= self.budget and share == (self.keep or 1.0)):
-                    break
-                share = min(self.keep or 1.0, share * (0.5 + NEAR / 2) * self.budget / size)
-        if tries and not fits:
-            raise ConfigError(f"no share of the changes was found that takes {self.budget} bytes; allow more")
-        found, error, count = changes.take(fits if tries else share)
-        facts = {"changes": changes.changed, "kept_changes": count, "error": error}
-        return save(output, found, **facts), facts
-
-
-TRIES, NEAR = 8, 0.93  # of a budget: how often it is packed, what share of it is enough
+    @property
+    def any(self) -> bool:
+        """Whether the patch is not exact."""
+        return self.ternary or self.keep is not None or self.budget is not None
 
 
 @adapter_verb(
@@ -299,10 +279,12 @@ def pack(
     from maskpack.runtime.apply import check_masks
 
     check_format(source, scale)
-    if source != "checkpoint" and (less.keep, less.budget) != (None, None):
-        raise ConfigError(f"--keep and --budget are for --from checkpoint, and this is --from {source}; leave them out")
+    if source != "checkpoint" and less.any:
+        raise ConfigError(
+            f"--keep, --budget and --ternary are for --from checkpoint, and this is --from {source}; leave them out"
+        )
     check_free(output, overwrite)
-    loaded = backbone.load(mapped=source in ("checkpoint", "wsp"))
+    loaded = backbone.load(mapped=source in PATCHES)
     imported = import_file(masks, loaded.model, source, scale=scale)
     found, patch = imported.masks, bool(imported.values)
     check_masks(loaded.model, found.shapes)
@@ -315,7 +297,7 @@ def pack(
     if left and not patch:
         note(f"Without a mask: {len(left)} tensors of the body with several dimensions, first {left[0]!r}.")
     facts: dict[str, Any] = {}
-    if patch and less.keep is None and less.budget is None:
+    if patch and not less.any:
         after = {name: imported.after.get(name, one) for name, one in body(loaded.model, outside).items()}
         options["about"] = About(result=fingerprint_of(after, base.id, None, base.head).digests)
 
@@ -325,10 +307,18 @@ def pack(
         with progress_bar("Packing") as step:
             return maskpack.save_adapter(path, parts, base, weights=loaded.model, progress=step, **own)
 
-    if less.keep is None and less.budget is None:
+    if not less.any:
         adapter = save(output, imported)
     else:
-        adapter, facts = less.pack(Largest(imported, named_parameters(loaded.model)), output, save)
+        changes = Largest(imported, named_parameters(loaded.model), less.ternary)
+        share = 1.0 if less.keep is None else less.keep
+        if less.budget is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                tried = Path(folder) / "patch.safetensors"
+                share = changes.within(less.budget, share, lambda some: save(tried, some).size)
+        largest, error, count = changes.take(share)
+        facts = {"changes": changes.changed, "kept_changes": count, "error": error}
+        adapter = save(output, largest, **facts)
     remember_backbone(base.digests["float32"], backbone.arguments())
     emit(packed(adapter, output, **facts), f"✓ {output}")
 

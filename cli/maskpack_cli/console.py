@@ -3,10 +3,10 @@
 import json
 import logging
 import os
-import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import typer
@@ -16,17 +16,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from maskpack.errors import ConfigError, MaskpackError, StoppedError, UnknownNameError, escape
+from maskpack.training.progress import FIRST, Lines, Seen, readable
 
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-TRAINING = (
-    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "validation_perplexity"),
-    *("bits_per_changed_weight", "validation_r2", "divergence", "agreement"),
-    *("prototype_usage", "feature_rank"),
-)  # values of an event that are shown, the most important first
-
-
-ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
-FIGURES = ("accuracy", "r2", "perplexity")  # by which trials of a search are compared
 
 
 class Output:
@@ -34,6 +26,7 @@ class Output:
 
     json = False
     quiet = False
+    lines = Lines(lambda _: None)
     given: frozenset[str] = frozenset()
 
 
@@ -110,6 +103,8 @@ def note(text: str) -> None:
     """Print a note to stderr, unless --quiet."""
     if not Output.quiet and main_process():
         notes.print(escape(text))
+        if text.endswith("…"):
+            Output.lines.begin(text)
 
 
 def hint(text: str) -> None:
@@ -144,17 +139,6 @@ def lines(values: Mapping[str, Any]) -> None:
             say(f"  {key.replace('_', ' ')}: {readable(value, key)}")
 
 
-def readable(value: Any, key: str = "") -> str:
-    """Return a value as people read it; an accuracy, which the words of its key tell, in per cent."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{100 * value:.2f} %" if ACCURACIES & set(re.split(r"[ _(]", key)) else f"{value:.4f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "-" if value is None else str(value)
-
-
 def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: str) -> None:
     """Print a table on stdout, numbers to the right; nothing under --json.
 
@@ -177,7 +161,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], **titles: s
 
 def silent() -> bool:
     """Return True if no progress is to be seen."""
-    return Output.quiet or Output.json or not sys.stderr.isatty()
+    return Output.quiet or Output.json or not sys.stderr.isatty() or not main_process()
 
 
 def quiet_libraries() -> None:
@@ -191,21 +175,19 @@ def quiet_libraries() -> None:
     logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
-@contextmanager
-def progress_bar(what: str, percent: bool = True) -> Iterator[Callable[..., None]]:
-    """Show a bar on stderr, if it is a terminal; give a function of (done, in all, and perhaps another text)."""
-    from rich import progress
+def seen() -> Seen:
+    """Return where progress is seen: in a bar, or in the verb's lines where there is no terminal."""
+    return Seen(None if silent() else notes, Output.lines, warn, note)
 
-    many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.completed}/{task.total}")
-    columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
-    times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(*columns, *times, console=notes, disable=silent()) as bar:
-        task = bar.add_task(what, total=None)
 
-        def moved(done: int, total: int | None, what: str | None = None) -> None:
-            bar.update(task, completed=done, total=total, description=None if what is None else escape(what))
+def progress_bar(what: str, percent: bool = True) -> AbstractContextManager[Callable[..., None]]:
+    """Show how much of something is done."""
+    return seen().bar(what, percent)
 
-        yield moved
+
+def training_progress() -> AbstractContextManager[Callable[[Mapping[str, Any]], None]]:
+    """Show the progress of trainings."""
+    return seen().training()
 
 
 @contextmanager
@@ -218,29 +200,20 @@ def reading(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def training_progress() -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show the progress of trainings; give what they report to."""
-    from maskpack.training.data.base import watched
+def heard(verb: str) -> Iterator[None]:
+    """Say in a line now and then what a verb does, where no bar shows it; what takes long need not know of it."""
+    Output.lines, ended = Lines(note), threading.Event()
+    Output.lines.begin(f"{verb} …")
 
-    bar = progress_bar("training", percent=False)
-    with bar as moved, watched(lambda done, total: moved(done, total, "evaluating, batches")):
+    def listen() -> None:
+        while not ended.wait(FIRST / 4):
+            Output.lines.look()
 
-        def report(event: Mapping[str, Any]) -> None:
-            part = f"{event['part']}: " if "part" in event else ""
-            words = [f"{key.replace('_', ' ')} {readable(event[key], key)}" for key in TRAINING if key in event]
-            match event["event"]:
-                case "warning":
-                    warn(f"{part}{event['warning']}")
-                case "resumed":
-                    note(f"{part}{event['resumed']}")
-                case "trial":
-                    name = next(one for one in FIGURES if one in event)
-                    note(f"{part}{name} {readable(event[name], name)}")
-                case "end":
-                    pass
-                case kind:
-                    if kind == "epoch" and sys.stderr.isatty():
-                        hint(f"{part}epoch {event['epoch']}: {', '.join(words)}")
-                    moved(event["step"], event["steps"], part + " ".join(words[:2]))
-
-        yield report
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        Output.lines = Lines(lambda _: None)

@@ -24,7 +24,7 @@ from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, note, quiet_libraries
+from .console import Output, heard, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -81,7 +81,8 @@ def verb(app: typer.Typer, panel: str | None, *examples: str, name: str | None =
                 hints, left_out = get_type_hints(cls), _without(extras).names
                 own = {one: _value(one, hints[one], values.pop(one)) for one in hints if one not in left_out}
                 values[name] = cls(**{key: value for key, value in own.items() if value is not None})
-            function(**{name: _value(name, kinds[name][0], value) for name, value in values.items()})
+            with heard(ctx.command_path):
+                function(**{name: _value(name, kinds[name][0], value) for name, value in values.items()})
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         options.append(inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
@@ -323,12 +324,12 @@ def check_free(output: Path, overwrite: bool) -> None:
     """Refuse an output that cannot be written, or would replace what is there, before any work is done."""
     from maskpack.adapter.read import MODEL_FILE
 
-    file = output if output.suffix in (".safetensors", ".html") else output / MODEL_FILE
+    file = output if output.suffix in (".safetensors", ".html", ".toml") else output / MODEL_FILE
     if file.exists() and not overwrite:
-        raise StateError(f"{file} is there already; choose another --output, or replace it with --overwrite")
+        raise StateError(f"{file} is there already; choose another name, or replace it with --overwrite")
     folder = next(one for one in file.absolute().parents if one.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise StateError(f"cannot write {file}: {folder} is no folder that you may write to; choose another --output")
+        raise StateError(f"cannot write {file}: {folder} is no folder that you may write to; choose another")
 
 
 def use_device(name: str | None) -> None:

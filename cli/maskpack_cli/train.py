@@ -14,7 +14,7 @@ import typer
 
 import maskpack
 from maskpack import training
-from maskpack.errors import ConfigError, StateError
+from maskpack.errors import ConfigError
 from maskpack.preprocess import Augment, TaskName
 from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, check_types, read_config
 
@@ -72,6 +72,10 @@ class Run(Folder, Packed):
         check_free(self.output, self.overwrite or self.resume)
         if self.profile == "fast" and (settings.bytes_budget is not None or settings.rate is not None):
             raise ConfigError("--bytes-budget and --rate are for the profiles default and max, not for fast")
+
+    def tell(self, text: str) -> None:
+        """Say what is to be done: a note before a training, the result of a dry run."""
+        say(text) if self.dry_run else note(text)
 
     @property
     def replaces(self) -> bool:
@@ -139,25 +143,25 @@ def needs_labels(objective: str, task: str, given: Collection[str]) -> bool:
     return cls.needs_labels
 
 
-def planned(backbone: "Backbone", data: "Data", settings: TrainConfig) -> dict[str, Any]:
-    """Check a training, run one batch, say what is to be done, and return it."""
+def planned(backbone: "Backbone", data: "Data", settings: TrainConfig, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Check a training, run one batch, tell what is to be done, and return it."""
     from maskpack.training.data.base import empty_classes
     from maskpack.training.trainer import plan_training
 
     plan = plan_training(backbone, data, settings)
-    note(
+    tell(
         f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
         f"{plan['train']:,} rows to train, {plan['validation']:,} to validate, {plan['test']:,} to test; "
         f"{plan['steps']:,} steps"
     )
     unit = "pixels" if plan["input"] == "image" else "tokens at most"
-    note(
+    tell(
         f"Inputs of {plan['size']} {unit}, batches of {settings.batch_size}, on {plan['device']}, precision "
         f"{'float32' if settings.precision == 'no' else settings.precision}; {plan['memory'] / 1e9:.2f} GB in one batch"
     )
     assert data.train is not None
     if empty := empty_classes(data.train, data.class_names):
-        note(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
+        tell(f"Warning: {len(empty)} classes have no training example: {', '.join(empty[:5])}")
     return plan
 
 
@@ -231,17 +235,17 @@ def train(
     loaded, read = load_inputs(backbone, data, rows, settings, task=task, tokens=tokens)
     taught = settings.objective == Distill.id and not settings.objective_options.get(TEACHER)
     learner = replace(settings, objective="supervised", objective_options={}) if taught else settings
-    plan = planned(loaded, read, learner)
+    plan = planned(loaded, read, learner, run.tell)
     options: dict[str, Any] = {}
     if taught:
         plan["teacher_steps"] = plan["steps"]
-        note(f"Fine-tuning a teacher first: {plan['steps']:,} steps")
+        run.tell(f"Fine-tuning a teacher first: {plan['steps']:,} steps")
     if auto is not None:
         search, options = plan_search(loaded, read, learner, auto), {"search_steps": auto}
         plan |= {"search_steps": search.steps, "candidates": len(search.candidates)}
-        note(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
+        run.tell(f"Searching for settings first: {len(search.candidates)} candidates, {search.steps:,} steps at most")
     if run.dry_run:
-        return emit(plan, NOTHING_DONE)
+        return emit(plan, NOTHING_DONE, {})
     run.clear()
     if taught:
         teacher = run.train(train_teacher, loaded, read, settings, folder)
@@ -286,8 +290,9 @@ def init(
     """Write a settings file for `maskpack train --config`: every option with its default and what it does."""
     from maskpack.safetensors_io import replacing
 
-    if file.exists() and not overwrite:
-        raise StateError(f"{file} is there already; choose another name, or replace it with --overwrite")
+    if file.suffix != ".toml":
+        raise ConfigError(f"{file} ends in {file.suffix!r}, expected .toml; give the settings this ending")
+    check_free(file, overwrite)
     given = {"backbone": backbone, "data": data, "output": reference(output)}
     lines = ["# Settings of `maskpack train --config FILE`; the command line overrides them.", ""]
     lines += [f"{name} = {json.dumps(value)}" for name, value in given.items()]
@@ -348,11 +353,11 @@ def train_experts(
     check_parts(folder, run.resume or (run.overwrite and folder.is_dir()))
     loaded, read = load_inputs(backbone, data, rows, settings, labelled=not cascade.no_labels)
     check_cascade(read, settings, cascade.experts)
-    plan = planned(loaded, read, settings)
+    plan = planned(loaded, read, settings, run.tell)
     steps = (cascade.experts + 1) * plan["steps"]
-    note(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
+    run.tell(f"A dispatcher and {cascade.experts} experts: about {steps:,} steps in all")
     if run.dry_run:
-        return emit({**plan, "experts": cascade.experts}, NOTHING_DONE)
+        return emit({**plan, "experts": cascade.experts}, NOTHING_DONE, {})
     run.clear()
     result = run.train(training.train_cascade, loaded, read, settings, experts=cascade.experts, output=folder)
     result = fit_cascade_head(loaded, read, result, combine=cascade.combine, reduce=cascade.reduce)
@@ -456,10 +461,10 @@ def transfer(backbone: TrainedBackbone, rows: Rows, settings: Carrying, carried:
     check_transfer(loaded, source, settings, start, trained, carried.weight_lr)
     plans = {}
     for name, data in (("source", source), ("target", target)):
-        note(f"The {name}, {data.id}:")
-        plans[name] = planned(loaded, data, settings)
+        run.tell(f"The {name}, {data.id}:")
+        plans[name] = planned(loaded, data, settings, run.tell)
     if run.dry_run:
-        return emit(plans, NOTHING_DONE)
+        return emit(plans, NOTHING_DONE, {})
     run.clear()
     options = {"weight_lr": carried.weight_lr, "source_trained": trained, "baseline": carried.baseline}
     result = run.train(training.train_transfer, loaded, source, target, settings, start=start, output=output, **options)
@@ -523,9 +528,9 @@ def multitask(
     options: dict[str, Any] = {"mode": mode, "config": settings, "joint": joint}
     plan = plan_tasks(loaded, read, run.output, **options)
     finished = f"; finished before: {', '.join(plan['finished'])}" if plan["finished"] else ""
-    note(f"To train: {', '.join(plan['missing']) or 'nothing'}, {plan['steps']:,} steps{finished}")
+    run.tell(f"To train: {', '.join(plan['missing']) or 'nothing'}, {plan['steps']:,} steps{finished}")
     if run.dry_run:
-        return emit(plan, NOTHING_DONE)
+        return emit(plan, NOTHING_DONE, {})
     result = run.train(training.train_tasks, loaded, read, run.output, **options, profile=run.profile)
     emit(result)
     say(*markdown(result).splitlines())

@@ -16,7 +16,7 @@ from ..threads import Progress
 from .content import About, Parts
 from .decode import Weights, by_name
 from .read import Adapter
-from .values import Steps, places_of_zeros
+from .values import Steps, at_zeros, put_at_zeros
 from .write import save_adapter
 
 
@@ -94,14 +94,13 @@ def merged(chain: Sequence[Adapter], base: Weights) -> Parts:
             if name in parts.masks:
                 now.clear()
                 now[name] = found
-                at, stored = places_of_zeros(parts.masks[name].bits), parts.values[name]
-                flat = found.view(-1)
-                values = stored.values(flat[at]) if isinstance(stored, Steps) else stored
-                flat[at] = values.to(found.dtype)
+                bits, stored = parts.masks[name].bits, parts.values[name]
+                values = stored.values(at_zeros(found, bits)) if isinstance(stored, Steps) else stored
+                put_at_zeros(found.view(-1), bits, values.to(found.dtype))
         now.clear()
-        same = same_size_int(found) == same_size_int(first)
-        held[name] = found.view(-1)[~same.view(-1)]
-        return PackedMask.from_tensor(same, "replace")
+        mask = PackedMask.from_tensor(same_size_int(found) == same_size_int(first), "replace")
+        held[name] = at_zeros(found, mask.bits)
+        return mask
 
     def values_of(name: str) -> Tensor:
         if name not in held:

@@ -74,8 +74,8 @@ class Parts:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the masks, at a bit a weight, and of the tensors beside them."""
-        packed = sum((len(bits) + 7) // 8 for mask in self.masks.values() for _, bits in mask.payloads())
+        """Memory of the masks on the host, at a bit a weight, and of the tensors beside them."""
+        packed = sum(mask.nbytes for mask in self.masks.values())
         head = () if self.head is None else (self.head.weight, self.head.bias)
         tensors = [*self.dense.values(), *self.values.values(), *(one for one in head if one is not None)]
         norms = sum(one.scale.nbytes + (0 if one.shift is None else one.shift.nbytes) for one in self.norms.values())

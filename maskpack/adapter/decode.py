@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Union, cast
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 from bitarray import bitarray
@@ -16,7 +16,7 @@ from ..backbone.model import canonical, named_parameters
 from ..backbone.shards import any_shared, shared, whole
 from ..codecs.base import CODECS, Bits, Codec, Side, There, place, plausible, words_of
 from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, UnknownCodecError
-from ..mask import MaskSet, PackedMask, bits_digest, packed_bits, rows_id
+from ..mask import DeviceBits, MaskSet, PackedMask, bits_digest, fetched, packed_bits, rows_id
 from ..threads import AHEAD, Progress, counted, in_order
 from .header import Payload
 from .values import Steps, at_zeros
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Weights = Union["nn.Module", Mapping[str, "Tensor"]]
 Masks = Iterator[tuple[str, PackedMask]]
 Positions = Union[NDArray[Any], "Tensor"]
-Decoded = tuple[Bits | Callable[[], Bits], Positions | None]
+Decoded = tuple[Union[Bits, "Tensor"], Positions | None]
+Key = tuple[str, str]  # of a payload: its parameter and op
 WORTH = 1 << 22  # weights
 
 
@@ -74,6 +75,26 @@ def base_weight(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
             f"expected torch.float32 or torch.bfloat16; load the adapter before casting the model"
         )
     return whole(tensor)
+
+
+def key_of(payload: Payload) -> Key:
+    return payload.name, payload.coding.op
+
+
+def on_device(
+    found: Sequence[Decoded | None], payloads: Sequence[Payload]
+) -> tuple[DeviceBits, Positions] | tuple[None, None]:
+    """Return a mask's bits and its zeros' positions if it was decoded there, to as many true bits as it should have."""
+    pieces, where = list[Any](), list[Positions]()
+    for one, payload in zip(found, payloads, strict=True):
+        if one is None or isinstance(one[0], np.ndarray) or one[1] is None:
+            return None, None
+        if len(one[1]) != payload.weights - payload.kept:
+            return None, None
+        pieces.append(one[0])
+        where.append(one[1])
+    *signs, bits = pieces
+    return DeviceBits(payloads[-1].kept, bits, *signs), where[-1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +146,7 @@ class Decoder:
             side = Side(payload.shape, words, reference)
         try:
             if there is not None:
-                packed, zeros = there[0]() if callable(there[0]) else there[0], there[1]
+                packed, zeros = there[0] if isinstance(there[0], np.ndarray) else fetched(there[0]), there[1]
             else:
                 events = codec.events(data, side)
                 packed = side.checked(codec.decode(data, side) if events is None else place(*events, side.count))
@@ -169,17 +190,17 @@ class Decoder:
         return weight
 
     def mask(
-        self, set: str, name: str, zeros: bool = False, there: Mapping[str, Decoded | None] | None = None
+        self, set: str, name: str, zeros: bool = False, there: Mapping[Key, Decoded | None] | None = None
     ) -> PackedMask:
         """Decode the mask of a parameter, with `zeros` where decoding came by them."""
-        *first, payload = self.adapter.payloads[set][name]
-        signs = self.decode(first[0])[0] if first else None
-        own, op, alpha = (there or {}).get(name), payload.coding.op, self.adapter.alphas[set][name]
-        if own is not None and callable(own[0]) and zeros and signs is None:  # nothing comes back from the device
-            assert own[1] is not None
-            if len(own[1]) == payload.weights - payload.kept:
-                return PackedMask.later(own[0], payload.shape, op, alpha, cast("Tensor", own[1]))
-        bits, where = self.decode(payload, zeros, own)
+        payloads, alpha = self.adapter.payloads[set][name], self.adapter.alphas[set][name]
+        *first, payload = payloads
+        found, op = [(there or {}).get(key_of(one)) for one in payloads], payload.coding.op
+        own, at = on_device(found, payloads) if zeros else (None, None)
+        if own is not None:  # nothing comes back from there
+            return PackedMask.on_device(own, payload.shape, op, alpha, at)
+        signs = self.decode(first[0], there=found[0])[0] if first else None
+        bits, where = self.decode(payload, zeros, found[-1])
         return PackedMask(bits, payload.shape, op, alpha, signs, where if zeros else None)
 
     def mask_on(self, set: str, name: str, weight: Tensor) -> PackedMask:
@@ -204,20 +225,23 @@ class Decoder:
 
     def _there(
         self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Decoded | None]:
+    ) -> dict[Key, Decoded | None]:
         """Decode together what is quicker so where the parameters lie, or these `weights`, by name."""
-        by_codec, found = dict[Codec, dict[str, There]](), dict[str, Decoded | None]()
-        for name in names:
-            *_, payload = self.adapter.payloads[set][name]
-            codec, data, weight = self.codec(payload), self.adapter.piece(payload), (self.weights or {}).get(name)
-            weight = weight if weights is None else weights[name]
+        by_codec, found = dict[Codec, dict[Key, There]](), dict[Key, Decoded | None]()
+        for payload in (payload for name in names for payload in self.adapter.payloads[set][name]):
+            codec, data, weight = (
+                self.codec(payload),
+                self.adapter.piece(payload),
+                (self.weights or {}).get(payload.name),
+            )
+            weight = weight if weights is None else weights[payload.name]
             if shared(weight) or not codec.decodes_on("cpu" if weight is None else weight.device.type):
                 continue
             known = weight is not None or not codec.needs_base
             if known and self._referenced(payload) is None and plausible(data, payload.weights):
                 base = self._base(payload) if codec.needs_base else None
                 weight = base if weights is None and base is not None else weight
-                by_codec.setdefault(codec, {})[name] = data, payload.shape, weight
+                by_codec.setdefault(codec, {})[key_of(payload)] = data, payload.shape, weight
         for codec, own in by_codec.items():
             found |= zip(own, codec.decode_on([*own.values()]), strict=True)
         return found

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from ..backbone.model import Fingerprint
 from ..codecs.base import from_frame
-from ..errors import AdapterError, CorruptAdapterError, UnknownNameError, brief, check_argument
+from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnknownNameError, brief, check_argument
 from ..mask import MaskSet, PackedMask
 from ..preprocess import ImagePreprocess, TextPreprocess, preprocess_from_json
 from ..safetensors_io import MAX_HEADER, Span, strict_json, tensor_of
@@ -245,6 +245,11 @@ class Adapter:
             `payloads` and `decoded` (counts), `needs_base` (set and parameter names that were left out) and
             `mask_id`, True if it was compared and agrees, None if some masks were left out.
         """
+        if progress is not None and (not callable(progress) or hasattr(progress, "state_dict")):
+            raise ConfigError(
+                f"progress is {progress!r:.80}, expected a function of two numbers; the base's model is given by name, "
+                f"as in verify(base=model)"
+            )
         self.check_values()
         return self._decoder(base).verify(progress)
 

@@ -84,16 +84,19 @@ class Steps:
         return tensor_of(memoryview(words.tobytes()), self.name, tuple(words.shape))
 
 
-def places_of_zeros(bits: bitarray) -> Tensor:
-    """Return the flat positions of the zeros of a mask, in order, on the CPU."""
-    import torch
-
-    return torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))))
-
-
 def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
     """Return the weights, flat on the CPU, at the zeros of a mask."""
-    return whole(weight).detach().cpu().reshape(-1)[places_of_zeros(bits)]
+    import torch
+
+    flat = whole(weight).detach().cpu().reshape(-1)
+    if flat.element_size() not in (2, 4):
+        return flat[torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))))]
+    return torch.from_numpy(ulps.at_zeros(_words(flat), packed_bits(bits))).view(flat.dtype)
+
+
+def put_at_zeros(flat: Tensor, bits: bitarray, values: Tensor) -> None:
+    """Put values of the same dtype in the place of weights, flat on the CPU, at the zeros of a mask."""
+    ulps.put_at_zeros(_words(flat), packed_bits(bits), _words(values))
 
 
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -133,7 +133,9 @@ def _code(
             codecs = rivals_of(False)
         else:
             words = words_of(base_weight(weights, job.name, shape))
-    variants, against = [(bits, Side(shape, words))], None
+    # whether a weight was changed at all hardly follows from the direction, and so not from its sign
+    lean = job.op != "replace"
+    variants, against = [(bits, Side(shape, words, lean=lean))], None
     if job.reference is not None:
         against, other, digest = job.reference
         if bits_digest(other) != digest:
@@ -141,14 +143,14 @@ def _code(
                 f"the mask of {job.name!r} is another one when it is asked for again; what MaskSet.streamed is given "
                 f"must make the same mask each time"
             )
-        variants.append((bits ^ packed_bits(other), Side(shape, words, packed_bits(other))))
+        variants.append((bits ^ packed_bits(other), Side(shape, words, packed_bits(other), lean)))
     try:
         codec, data, variant = smallest(codecs, variants)
     except ConfigError as error:
         raise ConfigError(f"the mask of {job.name!r}: {error}") from None
     # a mask that does not decode is lost for good, and decoding is far cheaper than coding
     given, side = variants[variant]
-    side = replace(side, weights=side.weights if codec.needs_base else None)
+    side = side if codec.needs_base else replace(side, weights=None)
     if not np.array_equal(type(codec)(**codec.config()).decode(data, side), given):
         raise AdapterError(f"the codec {codec.id!r} does not give back the mask that it coded; choose another codec")
     coding = Coding(codec.id, job.op, codec.config(), against if variant else None)

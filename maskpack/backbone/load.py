@@ -16,7 +16,7 @@ from ..errors import BackboneError, ConfigError, MaskpackError, UnknownNameError
 from ..mask import Shape
 from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
-from ..safetensors_io import SUFFIX, read_tensors, write_tensors
+from ..safetensors_io import INDEX, SUFFIX, read_tensors, write_tensors
 from .model import (
     Embedding,
     Head,
@@ -308,16 +308,17 @@ def _transformers(name: str, pretrained: bool, image_size: int | None, task: Tas
         return Backbone(model, id_, commit, "text-classification", embedding, TextPreprocess(tokens), tokenizer)
 
 
-def _mapped_folder(name: str, image_size: int | None, task: TaskName | None) -> Backbone | None:
-    """Return the backbone of a folder with its weights left in the file; None if they do not fit by their names.
+def _mapped(name: str, image_size: int | None, task: TaskName | None) -> Backbone | None:
+    """Return the backbone of a folder or of the Hub with its weights left in the file; None if they do not fit by name.
 
     As `from_pretrained` has it, all names may have the model's prefix in front, and others are left out.
     """
-    if not any(Path(name).glob(f"*{SUFFIX}")):
+    file = Path(name) if Path(name).is_dir() else _fetched(name)
+    if file is None or (file.is_dir() and not any(file.glob(f"*{SUFFIX}"))):
         return None
     with torch.device("meta"):
         backbone = _transformers(name, False, image_size, task)
-    prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(name)
+    prefix, state = f"{getattr(backbone.model, 'base_model_prefix', '')}.", read_tensors(file)
     own = {canonical(one) for one in backbone.model.state_dict()}
     names = {one: next((n for n in (one, one.removeprefix(prefix), prefix + one) if n in own), None) for one in state}
     try:
@@ -325,6 +326,23 @@ def _mapped_folder(name: str, image_size: int | None, task: TaskName | None) -> 
     except BackboneError:  # of a layout that transformers converts
         return None
     return backbone
+
+
+def _fetched(name: str) -> Path | None:
+    """Return the safetensors file of a Hub repository, or the index of several, in the cache; None if it has none."""
+    hub = require("transformers", "train", "loading transformers backbones").utils.hub
+    repo, _, revision = name.partition("@")
+    if repo.startswith(("/", ".", "~")):  # a folder that is not there, which is told later
+        return None
+    options: dict[str, Any] = {"revision": revision or "main"}
+    with library_calls():
+        for file in (f"model{SUFFIX}", f"model{INDEX}"):
+            found = hub.cached_file(repo, file, **options, _raise_exceptions_for_missing_entries=False)
+            if found is not None:
+                if file.endswith(INDEX):
+                    hub.get_checkpoint_shard_files(repo, found, **options)
+                return Path(found)
+    return None
 
 
 def _stated_preprocess(processor: Any, image_size: int | None) -> ImagePreprocess:
@@ -397,7 +415,7 @@ def load_backbone(
             "kaiming:SEED" or "signed-constant:SEED", which are the same everywhere.
         head: dotted name of the head, if it cannot be found.
         image_size: pixels, in place of the backbone's own. mean, std: normalisation per channel, likewise.
-        mapped: leave weights that are in a file on this disk (`weights`, or of `hf/FOLDER`) there, in its dtypes, and
+        mapped: leave weights that are in a file on this disk (`weights`, or those of `hf/`) there, in its dtypes, and
             read them where they are used: for what looks at each tensor once. The model cannot compute.
         task: what a backbone for texts is for; default: text classification.
         tokens: of a text, at most, or of a block of texts; default: 128, and 512 for
@@ -420,9 +438,7 @@ def load_backbone(
                 torch.manual_seed(seed)
             loader, name = _loader(reference)
             pretrained = weights is None and random_weights is None
-            backbone = (
-                _mapped_folder(name, image_size, task) if mapped and pretrained and loader is _transformers else None
-            )
+            backbone = _mapped(name, image_size, task) if mapped and pretrained and loader is _transformers else None
             if backbone is None:
                 with torch.device("meta") if mapped and weights is not None else nullcontext():
                     backbone = loader(name, pretrained, image_size, task)

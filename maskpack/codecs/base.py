@@ -22,7 +22,9 @@ ConfigError or TypeError on impossible settings. Ids are unique and permanent: w
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from ctypes import c_int64
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
 from ..registry import Registry
+from . import native
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +46,7 @@ FREE, EACH = 1 << 28, 1 << 21  # weights that a payload may stand for at all, an
 PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Side:
     """What a codec may use beside the payload, equal when packing and unpacking.
 
@@ -54,11 +57,13 @@ class Side:
             (`classes.weight_classes`).
         reference: packed bits of the same parameter in the mask set that the payload is coded against, or None. The
             bits that the codec gets and gives back are then mask XOR reference already.
+        lean: whether an encoder may look for a low rank in the signs of the weights, which takes time.
     """
 
     shape: tuple[int, ...]
     weights: Words | None = None
     reference: Bits | None = None
+    lean: bool = True
 
     @property
     def base(self) -> Words:
@@ -66,6 +71,13 @@ class Side:
         if self.weights is None:
             raise ValueError("the codec needs the weights of the base")
         return self.weights
+
+    @cached_property
+    def ranks(self) -> Bits | None:
+        """Which of 16 parts each magnitude is in, for compiled loops; None without them."""
+        from .classes import ranks
+
+        return ranks(self.base, 16)
 
     @property
     def count(self) -> int:
@@ -134,8 +146,8 @@ class Codec(ABC):
         """Decode payloads together, which refer to no others, on the device where their parameters lie.
 
         Returns:
-            Of each the packed bits and None; or, on another device, what gives them when they are asked for, and the
-            positions of the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
+            Of each the packed bits and None; or, on another device, tensors of the packed bits and of the positions of
+            the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
         """
         return [None] * len(payloads)
 
@@ -279,12 +291,20 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def count_ones(bits: Bits) -> int:
     """Return the number of true bits."""
+    if (library := native.library()) is not None:
+        own = np.ascontiguousarray(bits)
+        return int(library.maskpack_where(native.pointer(own), c_int64(own.size), None))
     return int(ONES[bits].sum(dtype=np.int64))
 
 
 def where_ones(bits: Bits) -> Numbers:
     """Return the positions of true bits, in increasing order."""
-    found, at = np.empty(count_ones(bits), dtype=np.int32 if 8 * len(bits) < FOUR_BYTES else np.int64), 0
+    found: Numbers = np.empty(count_ones(bits), dtype=np.int32 if 8 * len(bits) < FOUR_BYTES else np.int64)
+    if (library := native.library()) is not None and found.itemsize == 4:
+        whole = np.ascontiguousarray(bits)
+        library.maskpack_where(native.pointer(whole), c_int64(whole.size), native.pointer(found))
+        return found
+    at = 0
     for start in range(0, len(bits), CHUNK):
         own = np.flatnonzero(np.unpackbits(bits[start : start + CHUNK], bitorder="little").view(np.bool_))
         np.add(own, 8 * start, out=found[at : at + own.size], casting="unsafe")

@@ -12,7 +12,18 @@ PIECE = 1 << 15  # weights whose words stay in the core's cache
 INFINITY = 0x7F80  # in bfloat16
 
 
-def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
+def ranks(words: Words, parts: int) -> Bits | None:
+    """Return the part that each magnitude is in, of as many as are as populous; None without compiled loops."""
+    compiled = native.library()
+    if compiled is None or not 0 < words.size < 1 << 32:
+        return None
+    found, given = np.zeros(INFINITY + 2, np.uint8), native.Given(width=words.itemsize, weights=native.address(words))
+    if not compiled.maskpack_ranks(byref(given), c_int64(words.size), c_int32(parts), native.pointer(found)):
+        raise MemoryError
+    return found
+
+
+def weight_classes(words: Words, parts: int = MAGNITUDES, known: Bits | None = None) -> Bits:
     """Sort weights into classes of equal population by |weight|; those of negative weights are 128 higher.
 
     Equal values are always in the same class. Integers only, so that every platform gives the same classes. With H[v]
@@ -22,6 +33,7 @@ def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
 
     Args:
         words: the weights, flat, as their 32-bit (float32) or 16-bit (bfloat16) patterns. parts: at most 128.
+        known: their `ranks`, if these were asked for.
 
     Returns:
         The class of every weight, uint8.
@@ -31,7 +43,7 @@ def weight_classes(words: Words, parts: int = MAGNITUDES) -> Bits:
     if not words.size:
         return classes
     if compiled is not None and words.size < 1 << 32:
-        given = native.Given(width=words.itemsize, weights=native.address(words))
+        given = native.Given(0, 0, 0, words.itemsize, *map(native.address, (words, None, known)))
         if not compiled.maskpack_classes(byref(given), c_int64(words.size), c_int32(parts), native.pointer(classes)):
             raise MemoryError
         return classes

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import CorruptAdapterError
 from .base import (
+    CHUNK,
     CODECS,
     FOUR_BYTES,
     Bits,
@@ -36,12 +37,14 @@ class Gap(Codec):
 
     def encode(self, bits: Bits, side: Side) -> bytes:
         symbol, where = rarer(bits, side.count)
-        gaps = distances(where)
-        ends = np.cumsum(gaps // FAR + 1)
-        ends -= 1
-        steps = np.full(int(ends[-1]) + 1 if ends.size else 0, FAR, dtype=np.uint8)
-        steps[ends] = gaps % FAR
-        return bytes([symbol]) + to_frame(steps.tobytes(), 1)
+        gaps, made = distances(where), list[bytes]()
+        for start in range(0, gaps.size, CHUNK):
+            own = gaps[start : start + CHUNK]
+            ends = np.cumsum(own // FAR + 1) - 1
+            steps = np.full(int(ends[-1]) + 1, FAR, dtype=np.uint8)
+            steps[ends] = own % FAR
+            made.append(steps.tobytes())
+        return bytes([symbol]) + to_frame(b"".join(made), 1)
 
     def decode(self, data: Bytes, side: Side) -> Bits:
         return place(*self.events(data, side), side.count)

@@ -50,7 +50,7 @@ class Tables(NamedTuple):
         reach: of each slot, the least hazard whose survival is at most the slot.
         first: for each table of coefficients, where each of the 15 begins, and ONE.
         wide: survival, and the least of reach and WINDOW, in eight bytes.
-        lists: survival, reach, and the least of reach and WINDOW, which are quicker one by one.
+        lists: the same, which are quicker one by one.
     """
 
     hazard: NDArray[np.uint16]
@@ -58,7 +58,7 @@ class Tables(NamedTuple):
     reach: NDArray[np.uint16]
     first: NDArray[np.int32]
     wide: tuple[NDArray[np.int64], NDArray[np.int64]]
-    lists: tuple[list[int], list[int], list[int]]
+    lists: tuple[list[int], list[int]]
 
     def pointers(self) -> native.Tables:
         """Return what compiled loops take."""
@@ -78,7 +78,7 @@ def tables() -> Tables:
     first = np.zeros((len(halves), 2 * RANGE + 2), dtype=np.int32)
     np.cumsum(np.concatenate([halves[:, :0:-1], halves], axis=1), axis=1, out=first[:, 1:])
     wide = survival.astype(np.int64), np.minimum(reach, WINDOW)
-    lists = survival.tolist(), reach.tolist(), wide[1].tolist()
+    lists = survival.tolist(), wide[1].tolist()
     return Tables(hazard, survival, reach.astype(np.uint16), first, wide, lists)
 
 
@@ -115,26 +115,47 @@ class Lanes:
         """Return the next coefficients of each lane, each coded with the table of that number."""
         counts = np.array([own.size for own in kinds])
         order = np.argsort(-counts, kind="stable")  # the lanes that go on are the first ones
-        table, found = np.zeros((2, max(counts, default=0), counts.size), dtype=np.int64)
+        kind, found = np.zeros((2, max(counts, default=0), counts.size), dtype=np.int64)
         for place, lane in enumerate(order):
-            table[: counts[lane], place] = kinds[lane]
+            kind[: counts[lane], place] = kinds[lane]
         state, at, end = self.state[order], self.at[order], self.end[order]
-        number, edges = coefficient_of(), tables().first.reshape(-1)
-        for step, here in enumerate(np.searchsorted(-counts[order], -np.arange(len(table)), side="left").tolist()):
+        slots_of, number, edges = kind * ONE, coefficient_of(), tables().first.reshape(-1)
+        kind *= 16
+        going = np.searchsorted(-counts[order], -np.arange(len(kind)), side="left")
+        steps = int(np.searchsorted(-going, -FEW, side="right"))
+        for step, here in enumerate(going[:steps].tolist()):
             own, slot = state[:here], state[:here] & ONE - 1
-            slot_of = table[step, :here] * ONE
-            slot_of += slot
-            symbol = table[step, :here] * 16
-            symbol += number.take(slot_of)
+            symbol = kind[step, :here]
+            symbol += number.take(slots_of[step, :here] + slot)
             first = edges.take(symbol)
             own >>= BITS
             own *= edges.take(symbol + 1) - first
             own += slot - first
             state[:here], at[:here] = self._filled(own, at[:here], end[:here])
             found[step, :here] = symbol
+        for place in range(int(going[steps]) if steps < len(kind) else 0):
+            last = counts[order[place]]
+            one = state[place], at[place], end[place], slots_of[steps:last, place], kind[steps:last, place]
+            state[place], at[place], found[steps:last, place] = self._alone_coefficients(*(own.tolist() for own in one))
         self.state[order], self.at[order] = state, at
         places = np.argsort(order)
         return [(found[: counts[lane], places[lane]] & 15) - RANGE for lane in range(counts.size)]
+
+    def _alone_coefficients(
+        self, state: int, at: int, end: int, slots: list[int], kinds: list[int]
+    ) -> tuple[int, int, list[int]]:
+        """Return state, next word and coefficients of one lane, of the tables that begin at these slots and edges."""
+        number, edges, found = coefficient_of().data, tables().first.reshape(-1).data, list[int]()
+        for slot_of, kind in zip(slots, kinds, strict=True):
+            slot = state & 32767
+            symbol = kind + number[slot_of + slot]
+            first = edges[symbol]
+            state = (edges[symbol + 1] - first) * (state >> 15) + slot - first
+            if state < 65536 and at < end:
+                state = state << 16 | self.listed[at]
+                at += 1
+            found.append(symbol)
+        return state, at, found
 
     def events(self, lanes: Numbers, sums: NDArray[np.int64], starts: Numbers) -> list[Numbers | list[int]]:
         """Return which of the next weights of some lanes are events, in any order.
@@ -194,29 +215,24 @@ class Lanes:
         self, sums: NDArray[np.int64], lane: int, state: int, at: int, here: int, begin: int, stop: int
     ) -> list[int]:
         """Return the events of one lane from the weight `here` on, whose window began at the sum `begin`."""
-        survival, reaches, targets = tables().lists
+        survival, targets = tables().lists
         own = sums[here : stop + 1 + STRIDE] - begin
         last, first, found = int(own[stop - here]), here, list[int]()
         dense = last > DENSE * (stop - here)
         # a list is quicker to look into, and takes its time to make
-        total = own.tolist() if dense else own.data
+        total, coarse = own.tolist() if dense else own.data, own[::STRIDE].tolist()
         words = self.listed[at : self.end[lane]]
         words.reverse()
-        left, here, begin = len(words), 0, 0
+        left, here, begin, block = len(words), 0, 0, 0
         while (target := begin + targets[slot := state & 32767]) <= last:
             if dense:
-                here += 1
-                while (now := total[here]) < target:
-                    here += 1
+                here = bisect_left(total, target, here + 1)
             else:
-                ahead = here + STRIDE
-                while total[ahead] < target:
-                    here = ahead
-                    ahead += STRIDE
-                here = bisect_left(total, target, here + 1, ahead)
-                now = total[here]
+                block = bisect_left(coarse, target, block)
+                here = bisect_left(total, target, STRIDE * (block - 1) + 1, STRIDE * block)
+            now = total[here]
             low = survival[now - begin]
-            if now - begin >= reaches[slot]:
+            if slot >= low:
                 found.append(here - 1)
                 state = (survival[total[here - 1] - begin] - low) * (state >> 15) + slot - low
             else:

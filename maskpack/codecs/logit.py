@@ -206,7 +206,8 @@ def given_of(side: Side, base: bool) -> native.Given:
     """Return what compiled loops take of a side."""
     weights = side.base if base else None
     width = 0 if weights is None else weights.itemsize
-    return native.Given(*Grid.of(side.shape), width, native.address(weights), native.address(side.reference))
+    known = weights, side.reference, side.ranks if base else None
+    return native.Given(*Grid.of(side.shape), width, *map(native.address, known))
 
 
 def unlike() -> CorruptAdapterError:
@@ -316,7 +317,7 @@ def encode(bits: Bits, side: Side, base: bool) -> bytes:
         return bytes([symbol | NO_EVENTS])
     grid, known = Grid.of(side.shape), Known.of(side, base)
     unpacked = by_position(np.unpackbits(events, count=side.count, bitorder="little"), grid)
-    found = fitted(grid, known, unpacked)
+    found = fitted(grid, known, unpacked, side.lean)
     possible = sizes(grid, base, side.reference is not None)
     head = bytes([symbol | sum(2 << n for n, name in enumerate(possible) if name in found.codes)])
     head += varint(HIGHEST - found.offset) + (bytes([found.rank]) if may_lean(grid, base) else b"")

@@ -38,6 +38,7 @@ NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
 BLOCK = 1 << 18  # weights that numpy works on at once
 ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
+ROUNDS_OF_PARTS, MOST_STEPS = 2, 2  # of all coefficients, of one array with all weights, see `Fit.stride`
 TOGETHER = ("magnitude", "position", "reference"), ("before",), ("row", "input")  # hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
@@ -49,6 +50,8 @@ TRIED = (1, 2, 3, 5, 7, 9, 11, 12, 13)  # numbers of steps
 LEAN_STEPS = (7, 9, 11, 12, 13)
 ARRAYS = ("row", "input", "position", "before", "magnitude", "reference")
 BINS = {"before": SAME * OTHER, "magnitude": CLASSES, "reference": 2}
+# weights, and events among them; of a row or a column; of rows: see `Fit.stride`
+LOOKED_AT, SEEN, LEAST_PART, MOST_PARTS = 1 << 15, 256, 32, 16
 FINE, BIG = 1 << 15, 1 << 20  # probes, and what is made of images, are integers of about and at most this size
 
 
@@ -134,15 +137,17 @@ class Fit:
 
     Attributes:
         values: of each array, in nats. left, right: (rows, rank) and (rank, inputs).
+        stride: of each row only one part of so many is looked at, of neighbours not the same.
     """
 
     def __init__(self, grid: Grid, known: Known, events: Bits):
         self.grid, self.events = grid, events
-        self.worth: dict[str, float] = {}  # about how many bits each array saves
+        self.worth: dict[str, float] = {}  # about how many bits each array saves, but for what noise would
         self.sizes = sizes(grid, known.classes is not None, known.reference is not None)
         self.values = {name: np.zeros(size) for name, size in self.sizes.items() if size}
         self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((0, grid.inputs))
-        share = np.count_nonzero(events) / events.size
+        number = int(np.count_nonzero(events))
+        share = number / events.size
         self.offset = _moved(0.0, math.log(share / (1 - share)), EXTREME)
         self.index: dict[str, Bits] = {}
         if "before" in self.values:
@@ -152,6 +157,8 @@ class Fit:
         if known.reference is not None:
             self.index["reference"] = known.reference
         self.signs = known.classes
+        parts = min(grid.units // LOOKED_AT, number // SEEN, min(grid[:2]) // LEAST_PART, MOST_PARTS)
+        self.stride = 1 << parts.bit_length() - 1 if parts and grid.positions == 1 else 1
 
     def sums(self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None) -> Sums:
         """Return what a step of Newton's asks for, summed up over all weights.
@@ -164,19 +171,17 @@ class Fit:
         if "reference" in whole:
             whole["reference"] = np.append(np.int32(0), whole["reference"])
         left, right = _parts(self.left), _parts(self.right)
-        residuals, variances = residuals or Probes.of(self.grid), variances or Probes.of(self.grid)
         compiled = native.library()
         if compiled is None:
-            self._numpy_sums(whole, left, right, total, found, residuals, variances)
+            none = Probes.of(self.grid)
+            self._numpy_sums(whole, left, right, total, found, residuals or none, variances or none)
         else:
-            indices, arrays, sums = (
-                (c_void_p * len(ARRAYS))(*(native.address(one.get(name)) for name in ARRAYS))
-                for one in (self.index, whole, found)
-            )
-            rest = *map(native.address, (left, right, self.signs, _curve())), residuals.native(), variances.native()
-            offset, held = round(NAT * self.offset), np.empty(2 * self.grid.inputs, dtype=np.int32)
-            own = native.address(self.events)
-            fit = native.Fit(*self.grid, left.shape[1], offset, own, indices, arrays, *rest)
+            indices, arrays, sums = _addresses(self.index), _addresses(whole), _addresses(found)
+            probes = (native.Probes() if one is None else one.native() for one in (residuals, variances))
+            rest = *map(native.address, (left, right, self.signs, _curve())), *probes
+            offset, held = round(NAT * self.offset), np.empty(4 * self.grid.inputs, dtype=np.int32)
+            own = self.stride, native.address(self.events)
+            fit = native.Fit(*self.grid, left.shape[1], offset, *own, indices, arrays, *rest)
             compiled.maskpack_sums(byref(fit), native.pointer(total), sums, native.pointer(held))
         if "reference" in found:
             found["reference"] = found["reference"][:, 1:]
@@ -190,15 +195,17 @@ class Fit:
         rows, inputs, positions = self.grid
         shapes = {"row": (1, -1, 1), "input": (1, 1, -1), "position": (-1, 1, 1)}
         axes = {"row": (0, 2), "input": (0, 1), "position": (1, 2)}
-        width = max(1, BLOCK // (inputs * positions))
-        for own in (slice(start, start + width) for start in range(0, rows, width)):
-            events = self.events[:, own]
+        width, step = max(1, BLOCK // (inputs * positions)), self.stride
+        for start in range(0, rows, width) if step == 1 else range(step):
+            own = slice(start, start + width) if step == 1 else slice(start, None, step)
+            part = slice(inputs * start // step, inputs * (start + 1) // step) if step > 1 else slice(None)
+            events = self.events[:, own, part]
             at = np.full(events.shape, round(NAT * self.offset), dtype=np.int64)
             for name, array in whole.items():
                 if name in self.index:
-                    at += array[self.index[name][:, own]]
+                    at += array[self.index[name][:, own, part]]
                 else:
-                    at += (array[own] if name == "row" else array).reshape(shapes[name])
+                    at += array[{"row": own, "input": part}.get(name, slice(None))].reshape(shapes[name])
             at *= 1 << 8
             signs = None if self.signs is None else 1 - (self.signs[0, own] >> 6 & 2).astype(np.int64)
             if left.shape[1] and signs is not None:
@@ -211,17 +218,27 @@ class Fit:
                     if name == "row":
                         sums[turn, own] += weights.sum((0, 2))
                     elif name in axes:
-                        sums[turn] += weights.sum(axes[name])
+                        sums[turn, part if name == "input" else slice(None)] += weights.sum(axes[name])
                     else:
-                        flat = self.index[name][:, own].reshape(-1)
+                        flat = self.index[name][:, own, part].reshape(-1)
                         sums[turn] += np.bincount(flat, weights.reshape(-1), sums.shape[1]).astype(np.int64)
-            if signs is not None:
+            if signs is not None and step == 1:
                 residuals.add(own, residual[0] * signs)
                 variances.add(own, variance[0])
 
     def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Sums:
         """Improve the offset, and the coefficients of arrays that hardly depend on each other, by Newton's step."""
         return self._stepped(self.sums(names), priors)
+
+    def start(self) -> None:
+        """Give what hardly depends on rows and inputs the log-odds of each of its bins, where all else is 0."""
+        found = self.sums([name for name in TOGETHER[0] if name in self.values])
+        both = int(_curve()[(round(NAT * self.offset) + 4 >> 3) + EXTREME * PARTS])
+        p, variance = (both >> 16) / ONE, (both & 0xFFFF) / ONE
+        for name, (slopes, curvatures) in found.arrays.items():
+            have, rest = (np.maximum(curvatures / variance * share, 0) for share in (p, 1 - p))
+            odds = (np.maximum(have + slopes, 0) + 1) / (np.maximum(rest - slopes, 0) + 1)
+            self.values[name] = _exact(np.log(odds) - self.offset)
 
     def _stepped(self, found: Sums, priors: Mapping[str, float] = PRIORS) -> Sums:
         step = float(found.total[0] / found.total[1])
@@ -234,7 +251,11 @@ class Fit:
             prior = priors[name]
             moved = (slopes - prior * self.values[name]) / (curvatures + prior)
             self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
-            self.worth[name] = float(_exact(curvatures * np.square(self.values[name])).sum()) / (2 * math.log(2))
+            # a part of the weights shows about as much in any case
+            noise = np.square(curvatures / (curvatures + prior)) * (EDGE if self.stride > 1 else 0)
+            self.worth[name] = float(_exact(curvatures * np.square(self.values[name]) - noise).sum()) / (
+                2 * math.log(2)
+            )
         return found
 
     def better_lean(self, turn: int, move: bool = True) -> Floats:
@@ -316,14 +337,17 @@ class Fit:
         return chosen
 
 
-def fitted(grid: Grid, known: Known, events: Bits) -> Fitted:
-    """Return the model of events (positions, rows, inputs), of which there is one or more."""
+def fitted(grid: Grid, known: Known, events: Bits, lean: bool = True) -> Fitted:
+    """Return the model of events (positions, rows, inputs), of which there is one or more, perhaps with a low rank."""
     fit, chosen = Fit(grid, known, events), dict[str, Rounded]()
-    for number in range(ROUNDS):
+    if fit.stride > 1:
+        fit.start()
+    for number in range(ROUNDS if fit.stride == 1 else ROUNDS_OF_PARTS):
         fit.better_all()
         if number == 1:
             fit.forget()
-    if may_lean(grid, known.classes is not None):
+    sampled, fit.stride = fit.stride, 1
+    if lean and may_lean(grid, known.classes is not None):
         fit.search()
     if len(fit.right):
         for _ in range(LEAN_ROUNDS):
@@ -336,36 +360,56 @@ def fitted(grid: Grid, known: Known, events: Bits) -> Fitted:
         fit.better_all()
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
-            (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
-            chosen[name] = rounded(fit.values[name], curvatures, TRIED, name == "magnitude")
+            fit.stride = 1 if name in ("input", "row") or len(fit.right) else sampled
+            for _ in range(1 if sampled == 1 else MOST_STEPS):
+                old = fit.values[name]
+                (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
+                # what a step of Newton's leaves to do goes by the square of the step
+                if float(_exact(curvatures * np.square(np.square(fit.values[name] - old))).sum()) < 8 * LEAST_WORTH:
+                    break
+            chosen[name] = rounded(fit.values[name], fit.stride * curvatures, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
-    for _ in range(2):
+    fit.stride = 1 if len(fit.right) else sampled
+    for _ in range(2 if fit.stride == 1 else 1):
         fit.better(())
     return assembled(fit, chosen)
 
 
 def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
-    """Return the integers, step and table of the least cost: bits of the coefficients, and of the events by them."""
+    """Return the integers, step and table of little cost: bits of the coefficients, and of the events by them.
+
+    From the middle of the steps it goes on to smaller or larger ones as long as they cost less.
+    """
     lost = curvature / (2 * math.log(2))
-    best = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
-    candidates, prices = np.arange(-RANGE, RANGE + 1), _prices()
-    for number in steps:
-        step = STEPS[number] / 16
-        if differences:
-            integers = np.rint(values / step).astype(np.int32)
-            integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
-            loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
-        else:
-            error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
-            integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
-            for _ in range(3):
-                table = _cheapest(integers)[0]
-                integers = ((error + prices[table]).argmin(1) - RANGE).astype(np.int32)
-            loss = float(error[np.arange(values.size), integers + RANGE].sum())
-        table, price = _cheapest(integers)
-        if price + loss < best.cost:
-            best = Rounded(integers, table + 1, number, price + loss)
-    return best
+    none = Rounded(np.zeros(values.size, dtype=np.int32), 0, 0, float(_exact(lost * values * values).sum()))
+    at = len(steps) // 2
+    best = _in_steps(values, lost, steps[at], differences)
+    for way in (1, -1):
+        place = at + way
+        while 0 <= place < len(steps):
+            found = _in_steps(values, lost, steps[place], differences)
+            if found.cost >= best.cost:
+                break
+            best, place = found, place + way
+    return min(none, best, key=lambda one: one.cost)
+
+
+def _in_steps(values: Floats, lost: Floats, number: int, differences: bool) -> Rounded:
+    """Return integers for a step; `lost`: bits for a unit of squared error."""
+    step, candidates, prices = STEPS[number] / 16, np.arange(-RANGE, RANGE + 1), _prices()
+    if differences:
+        integers = np.rint(values / step).astype(np.int32)
+        integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
+        loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
+    else:
+        error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
+        integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
+        for _ in range(2):
+            table = _cheapest(integers)[0]
+            integers = ((error + prices[table]).argmin(1) - RANGE).astype(np.int32)
+        loss = float(error[np.arange(values.size), integers + RANGE].sum())
+    table, price = _cheapest(integers)
+    return Rounded(integers, table + 1, number, price + loss)
 
 
 def assembled(fit: Fit, chosen: dict[str, Rounded]) -> Fitted:
@@ -414,6 +458,13 @@ def solved(matrices: Floats, vectors: Floats) -> Floats:
             vectors[:, k] -= matrices[:, k, after] * vectors[:, after]
         vectors[:, k] /= matrices[:, k, k]
     return vectors
+
+
+def _addresses(arrays: Mapping[str, NDArray[Any]]) -> Any:
+    found = (c_void_p * len(ARRAYS))()
+    for name, own in arrays.items():
+        found[ARRAYS.index(name)] = native.address(own)
+    return found
 
 
 def _moved(value: float, step: float, most: float = BOLDEST) -> float:

@@ -57,7 +57,7 @@ class Known(NamedTuple):
         """Return what is known; without `base` not the weights, without `magnitudes` only their signs."""
         grid, bits, classes = Grid.of(side.shape), side.reference, None
         if base:
-            classes = weight_classes(side.base, CLASSES) if magnitudes else weight_signs(side.base)
+            classes = weight_classes(side.base, CLASSES, side.ranks) if magnitudes else weight_signs(side.base)
         unpacked = None if bits is None else np.unpackbits(bits, count=side.count, bitorder="little")
         return cls(*(None if own is None else by_position(own, grid) for own in (classes, unpacked)))
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptAdapterError
 from . import native
-from .base import Bits, Bytes, Numbers, Reader, Words, varint
+from .base import Bits, Bytes, Reader, Words, count_ones, varint
 
 BUCKETS = 33  # of sizes: 0, 1, 2 to 3, 4 to 7, …
 SLOT_BITS = 12
@@ -43,53 +43,55 @@ FLOATS = (Float("F32", 23, np.uint32), Float("BF16", 7, np.uint16), Float("F16",
 Tables = Sequence[Sequence[int]]  # for each context the number of the weight of each bucket
 
 
-def _sizes(table: Sequence[int]) -> Numbers:
-    """Return the slots of each bucket of a table."""
-    weights = WEIGHTS[list(table)]
-    sizes = np.where(weights > 0, np.maximum(SLOTS * weights // max(int(weights.sum()), 1), 1), 0)
-    sizes[int(weights.argmax())] += SLOTS - int(sizes.sum())
+def _sizes(tables: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the slots of each bucket of each table, (tables, BUCKETS)."""
+    weights = WEIGHTS[tables]
+    sizes: NDArray[np.int64] = np.maximum(SLOTS * weights // np.maximum(weights.sum(1, keepdims=True), 1), 1) * (
+        weights > 0
+    )
+    sizes[np.arange(len(sizes)), weights.argmax(1)] += SLOTS - sizes.sum(1)
     return sizes
 
 
 def _entries(tables: Tables) -> NDArray[np.uint32]:
     """Return for each context and bucket: slots << 18 | first slot << 6 | bucket."""
-    found = np.zeros((len(tables), BUCKETS), np.uint32)
-    for row, table in zip(found, tables, strict=True):
-        sizes = _sizes(table)
-        own = sizes << 18 | (np.cumsum(sizes) - sizes) << 6 | np.arange(len(table))
-        row[: len(table)] = np.where(sizes > 0, own, 0)  # behind the last slot there is no room for another first one
+    sizes = _sizes(np.array([[*table, *[0] * (BUCKETS - len(table))] for table in tables]))
+    found = sizes << 18 | (np.cumsum(sizes, 1) - sizes) << 6 | np.arange(BUCKETS)
+    # behind the last slot there is no room for another first one
+    return np.where(sizes > 0, found, 0).astype(np.uint32)
+
+
+def _nearest(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the table nearest to how often each bucket comes, of each row; where none does, all are in the first."""
+    wanted = counts / np.maximum(counts.max(1, keepdims=True), 1) * WEIGHTS[-1]
+    bounds = np.sqrt(WEIGHTS[1:-1] * WEIGHTS[2:])
+    found = np.where(wanted > 0, np.searchsorted(bounds, wanted) + 1, 0)
+    found[~counts.any(1), 0] = 1
     return found
 
 
-def _table(counts: Numbers) -> list[int]:
-    """Return the table that is nearest to how often each bucket comes; an empty one has all in the first."""
-    if not counts.any():
-        return [1]
-    wanted = counts[: int(np.flatnonzero(counts)[-1]) + 1] / counts.max() * WEIGHTS[-1]
-    nearest = np.abs(np.log(np.maximum(wanted, 1e-9))[:, None] - np.log(WEIGHTS[1:])).argmin(1) + 1
-    return [int(one) for one in np.where(wanted > 0, nearest, 0)]
-
-
-def _bits(counts: Numbers, table: Sequence[int]) -> float:
-    """Return what it takes to say which buckets come, these often, and the table itself."""
-    sizes, own = _sizes(table), counts[: len(table)]
-    return float(-(own[own > 0] * np.log2(sizes[own > 0] / SLOTS)).sum()) + 8 + 4 * len(table)
+def _bits(counts: NDArray[np.int64], tables: NDArray[np.int64]) -> list[float]:
+    """Return of each table what it takes to say which buckets come, these often, and the table itself."""
+    sizes, used = _sizes(tables), (tables > 0) * np.arange(1, BUCKETS + 1)
+    saying = -(counts * np.log2(np.where(counts > 0, sizes, SLOTS) / SLOTS)).sum(1)
+    found: list[float] = (saying + 8 + 4 * used.max(1)).tolist()
+    return found
 
 
 def _chosen(counts: NDArray[np.int64]) -> tuple[int, list[list[int]]]:
     """Return the highest exponent and the tables, of as many contexts as are worth it."""
     present = np.flatnonzero(counts.any(1))
-    top, best = int(present[-1]), list[list[int]]()
-    least = np.inf
-    for contexts in (1, 2, 4, 8, 12, MOST_CONTEXTS):
-        rows = [counts[top - k] if top >= k else counts[0] * 0 for k in range(contexts - 1)]
-        rows.append(counts[: max(0, top - contexts + 2)].sum(0))
-        tables = [_table(row) for row in rows]
-        if (cost := sum(map(_bits, rows, tables))) < least:
-            least, best = cost, tables
-        if contexts > top - int(present[0]):
-            break
-    return top, best
+    top, bottom = int(present[-1]), int(present[0])
+    tried = [1, 2, 4, 8, 12, MOST_CONTEXTS]
+    tried = tried[: 1 + sum(contexts <= top - bottom for contexts in tried)]
+    alone = [counts[top - k] if top >= k else counts[0] * 0 for k in range(MOST_CONTEXTS - 1)]
+    rows = np.array([*alone, *(counts[: max(0, top - contexts + 2)].sum(0) for contexts in tried)])
+    tables = _nearest(rows)
+    costs, last = _bits(rows, tables), len(alone)
+    each = [sum(costs[: contexts - 1]) + costs[last + k] for k, contexts in enumerate(tried)]
+    best = each.index(min(each))
+    chosen = [*tables[: tried[best] - 1], tables[last + best]]
+    return top, [row[: int(np.flatnonzero(row)[-1]) + 1].tolist() for row in chosen]
 
 
 def _ordered(words: Words, sign: int) -> NDArray[np.int64]:
@@ -195,17 +197,48 @@ def decode(data: Bytes, base: Words) -> Words:
     if rest.size % 2 or rest.size < 4 * _lanes(base.size):
         raise CorruptAdapterError(f"{rest.size} bytes of words are too few, or odd, for {base.size} stored values")
     words, entries = np.frombuffer(rest.tobytes(), np.uint16), _entries(tables)  # aligned
-    table = np.zeros((len(tables), SLOTS), np.uint32)
-    for own, row in zip(table, entries, strict=True):
-        own[:] = np.repeat(row, row >> 18)
     if library is None:
-        return _decoded(kind, base, top, table, words, bits)
+        return _decoded(kind, base, top, entries, words, bits)
     values = np.empty(base.size, kind.words)
-    given = _given(kind, base, tables, top, table)
+    given = _given(kind, base, tables, top, entries)
     pairs = native.pointer(words), c_int64(words.size), native.pointer(bits), c_int64(bits.size)
-    if not library.maskpack_steps_decode(byref(given), *pairs, native.pointer(values)):
+    if (done := library.maskpack_steps_decode(byref(given), *pairs, native.pointer(values))) < 0:
+        raise MemoryError
+    if not done:
         raise _unlike()
     return values
+
+
+def at_zeros(words: Words, bits: Bits) -> Words:
+    """Return the words at the zeros of packed bits, in order."""
+    found = np.empty(_zeros(words, bits), words.dtype)
+    _exchange(words, bits, found, False)
+    return found
+
+
+def put_at_zeros(words: Words, bits: Bits, values: Words) -> None:
+    """Put values in the place of the words at the zeros of packed bits."""
+    if values.size != _zeros(words, bits):
+        raise ValueError(f"{values.size} values are not those of the {_zeros(words, bits)} zeros of these bits")
+    _exchange(words, bits, values, True)
+
+
+def _zeros(words: Words, bits: Bits) -> int:
+    if bits.size != (words.size + 7) // 8:
+        raise ValueError(f"{bits.size} bytes of bits are not those of {words.size} words")
+    return words.size - count_ones(bits)
+
+
+def _exchange(words: Words, bits: Bits, values: Words, put: bool) -> None:
+    if (library := native.library()) is not None:
+        pointers = (native.pointer(one) for one in (words, values))
+        library.maskpack_at_zeros(c_int64(words.itemsize), put, native.pointer(bits), c_int64(words.size), *pointers)
+        return
+    zeros = np.unpackbits(bits, count=words.size, bitorder="little") == 0
+    if put:
+        words[zeros] = values
+    else:
+        values[:] = words[zeros]
 
 
 def _contexts(reader: Reader) -> int:
@@ -220,11 +253,10 @@ def _read_table(reader: Reader) -> list[int]:
     count = (first & 15) << 4 | first >> 4
     if not 1 <= count <= BUCKETS:
         raise CorruptAdapterError(f"a table of stored values has {count} buckets, expected 1 to {BUCKETS}")
-    pairs = reader.take((count + 1) // 2)
-    table: list[int] = np.stack([pairs & 15, pairs >> 4], 1).ravel()[:count].tolist()
-    if not any(table) or (count % 2 and int(pairs[-1]) >> 4):
+    halves = [half for both in reader.take((count + 1) // 2).tolist() for half in (both & 15, both >> 4)]
+    if not any(halves[:count]) or any(halves[count:]):
         raise CorruptAdapterError("a table of stored values is empty, or does not end where it says")
-    return table
+    return halves[:count]
 
 
 def _unlike() -> CorruptAdapterError:
@@ -232,10 +264,11 @@ def _unlike() -> CorruptAdapterError:
 
 
 def _decoded(
-    kind: Float, base: Words, top: int, table: NDArray[np.uint32], words: NDArray[np.uint16], bits: Bits
+    kind: Float, base: Words, top: int, entries: NDArray[np.uint32], words: NDArray[np.uint16], bits: Bits
 ) -> Words:
     """Return the values, by numpy."""
     lanes, sign = _lanes(base.size), kind.sign
+    table = np.stack([np.repeat(row, row >> 18) for row in entries])
     state = words[: 2 * lanes].astype(np.int64).reshape(-1, 2) @ np.array([1, 1 << 16])
     contexts = np.clip(top - _exponents(kind, base), 0, len(table) - 1)
     at, buckets = 2 * lanes, np.empty(base.size, np.int64)

@@ -26,14 +26,17 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.model import aliases, canonical, named_buffers, named_parameters, same_size_int
+from ..codecs import ulps
+from ..codecs.base import words_of
 from ..errors import BackboneMismatchError, ConfigError, DataError
-from ..mask import MaskSet, PackedMask, Shape
+from ..mask import MaskSet, PackedMask, Shape, packed_bits
 from ..registry import Registry
 from ..safetensors_io import Made, TensorFile
 
 MOST_PREFIX_PARTS = 2  # as in "module.model."
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STEP = 1 << 24  # weights compared at a time
+DENSE = 0.875  # share of weights that changed from which all are stored
 
 
 class Found(NamedTuple):
@@ -114,6 +117,53 @@ def import_file(path: str | Path, model: nn.Module, format: str = "masks", *, sc
 def check_format(format: str, scale: bool) -> None:
     if IMPORTERS[format].id != "masks" and scale:
         raise ConfigError(f"scale is for masks trained with it, and {format!r} files hold none; leave it out")
+
+
+def task_of(path: Path) -> tuple[Path, str]:
+    """Split FILE#TASK, for a file that holds several tasks; the task is "" where none is named."""
+    name, _, task = path.name.partition("#")
+    return path.with_name(name), task
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Return True if tensors of one shape have the same dtype and bits."""
+    return one.dtype == other.dtype and all(torch.equal(*pair) for pair in _pieces(one, other))
+
+
+def _pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    flat, own = one.detach().reshape(-1), other.detach().reshape(-1)
+    for at in range(0, flat.numel(), STEP):
+        yield same_size_int(flat[at : at + STEP]), same_size_int(own[at : at + STEP].cpu())
+
+
+def exact(path: Path, names: Iterable[str], make: Callable[[str], Tensor], base: Mapping[str, Tensor]) -> Found:
+    """Return the exact change from the base to tensors that `make` makes, of the base's shapes and dtypes, by name."""
+    names, last = sorted(names), dict[str, tuple[PackedMask, Tensor]]()
+    changed = {name: tuple(base[name].shape) for name in names if not same_bits(make(name), base[name])}
+    if not changed:
+        raise DataError(
+            f"{path} has the weights of the backbone: {len(names)} tensors are equal, to the bit; give the checkpoint "
+            f"after training, and the backbone before it"
+        )
+
+    def read(name: str) -> tuple[PackedMask, Tensor]:
+        """Return mask and values of a tensor; those of the last one are kept, as they are asked for one by one."""
+        if name not in last:
+            last.clear()
+            last[name] = _change(make(name), base[name])
+        return last[name]
+
+    return Found(changed, lambda name: read(name)[0], lambda name: read(name)[1], after=Made(names, make))
+
+
+def _change(tensor: Tensor, weight: Tensor) -> tuple[PackedMask, Tensor]:
+    """Return which weights stay, and what stands in the place of the others."""
+    same = torch.cat([one == other for one, other in _pieces(tensor, weight)]) if tensor.numel() else torch.ones(0) > 0
+    if int(same.count_nonzero()) < (1 - DENSE) * same.numel():
+        same = torch.zeros_like(same)
+    mask = PackedMask.from_tensor(same.reshape(tensor.shape), "replace")
+    values = torch.from_numpy(ulps.at_zeros(words_of(tensor), packed_bits(mask.bits)))
+    return mask, values.view(tensor.dtype)
 
 
 def match(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Checkpoints of the same network with other weights: which differ, and what stands there."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.load import COUNTER
-from ..backbone.model import same_size_int
 from ..errors import ConfigError, DataError
 from ..mask import MaskSet, PackedMask
 from ..safetensors_io import Made, TensorFile, open_tensors
-from .base import IMPORTERS, STEP, Found, Imported, match
+from .base import IMPORTERS, Found, Imported, exact, match, same_bits
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS = ("running_mean", "running_var")
-DENSE = 0.875  # share of weights that changed from which all are stored
 
 
 @IMPORTERS.register
@@ -35,38 +33,22 @@ class Checkpoint:
         """
         tensors = open_tensors(path)
         stored, problems = _stored(path, tensors, base)
-        own, last = dict(stored), dict[str, tuple[PackedMask, Tensor]]()
-        changed, statistics = dict[str, tuple[int, ...]](), dict[str, Tensor]()
+        statistics = dict[str, Tensor]()
         for name, place in stored.items():
             tensor, weight = tensors[place], base[name]
             if (problem := _problem(name, place, tensor, weight)) is not None:
                 problems.append(problem)
             elif weight.is_floating_point() and not isinstance(weight, nn.Parameter):
-                if not _same(tensor, weight):
+                if not same_bits(tensor, weight):
                     statistics[name] = tensor
             elif not problems and isinstance(weight, nn.Parameter):
                 if tensor.dtype != weight.dtype:
                     weight.data = weight.detach().to(tensor.dtype)
-                if not _same(tensor, weight):
-                    changed[name] = tuple(weight.shape)
         if problems:
             raise DataError(_refused(path, problems))
-        if not changed:
-            raise DataError(
-                f"{path} has the weights of the backbone: {len(stored)} tensors are equal, to the bit; give the "
-                f"checkpoint after training, and the backbone before it"
-            )
-
-        def read(name: str) -> tuple[PackedMask, Tensor]:
-            """Return mask and values of a tensor; those of the last one are kept, as they are asked for one by one."""
-            if name not in last:
-                last.clear()
-                mask, values = _change(tensors[own[name]], base[name])
-                last[name] = mask, values
-            return last[name]
-
-        after = Made(own, lambda name: tensors[own[name]].to(base[name].dtype))
-        return Found(changed, lambda name: read(name)[0], lambda name: read(name)[1], statistics, after)
+        after = Made(stored, lambda name: tensors[stored[name]].to(base[name].dtype))
+        found = exact(path, [name for name in stored if isinstance(base[name], nn.Parameter)], after.__getitem__, base)
+        return found._replace(statistics=statistics, after=after)
 
 
 def _stored(path: Path, tensors: TensorFile, base: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
@@ -85,7 +67,7 @@ def _stored(path: Path, tensors: TensorFile, base: Mapping[str, Tensor]) -> tupl
         elif not name.endswith(COUNTER) and isinstance(base[name], nn.Parameter):
             problems.append(f"{name}: missing in the file")
         for other in there[1:]:
-            if tensors.shapes[other] != tensors.shapes[there[0]] or not _same(tensors[other], tensors[there[0]]):
+            if tensors.shapes[other] != tensors.shapes[there[0]] or not same_bits(tensors[other], tensors[there[0]]):
                 problems.append(f"{other}: one tensor with {there[0]} in the backbone, and another in the file")
     known = set(found.values())
     problems += [f"{name}: new, of shape {list(tensors.shapes[name])}" for name in tensors if name not in known]
@@ -105,10 +87,10 @@ def _problem(name: str, place: str, tensor: Tensor, weight: Tensor) -> str | Non
         cast = weight.detach().cpu().to(tensor.dtype)
         return (
             None
-            if _same(cast.to(weight.dtype), weight)
+            if same_bits(cast.to(weight.dtype), weight)
             else f"{place}: of {tensor.dtype}, which does not hold the backbone's {weight.dtype}"
         )
-    if _same(tensor.to(weight.dtype), weight) or (place.endswith(STATISTICS) and tensor.dtype == torch.float32):
+    if same_bits(tensor.to(weight.dtype), weight) or (place.endswith(STATISTICS) and tensor.dtype == torch.float32):
         return None
     return f"{place}: a buffer of {tensor.dtype} that changed"
 
@@ -123,37 +105,22 @@ def _refused(path: Path, problems: Iterable[str]) -> str:
     )
 
 
-def _pieces(one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    flat, own = one.detach().reshape(-1), other.detach().reshape(-1)
-    for at in range(0, flat.numel(), STEP):
-        yield same_size_int(flat[at : at + STEP]), same_size_int(own[at : at + STEP].cpu())
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Return True if tensors of one shape have the same dtype and bits."""
-    return one.dtype == other.dtype and all(torch.equal(*pair) for pair in _pieces(one, other))
-
-
-def _change(tensor: Tensor, weight: Tensor) -> tuple[PackedMask, Tensor]:
-    """Return which weights stay, and what stands in the place of the others."""
-    same = torch.cat([one == other for one, other in _pieces(tensor, weight)]) if tensor.numel() else torch.ones(0) > 0
-    if int(same.count_nonzero()) < (1 - DENSE) * same.numel():
-        same = torch.zeros_like(same)
-    return PackedMask.from_tensor(same.reshape(tensor.shape), "replace"), tensor.reshape(-1)[~same]
-
-
+TRIES, NEAR = 8, 0.93  # of a budget: how often it is tried, what share of it is enough
 BINS = 1 << 15  # of sizes of changes, by the upper half of their float32: of one power of two each has 128
 
 
 class Largest:
     """The largest changes of a checkpoint, in place of all: those whose size is in the upper bins.
 
+    Args:
+        ternary: each change becomes its sign times one size for all of its row, as in ComPEFT and BitDelta.
+
     Attributes:
         changed: number of all changes.
     """
 
-    def __init__(self, found: Imported, base: Mapping[str, Tensor]):
-        self._found, self._base = found, base
+    def __init__(self, found: Imported, base: Mapping[str, Tensor], ternary: bool = False):
+        self._found, self._base, self._ternary = found, base, ternary
         self._counts, self._squares = torch.zeros(BINS, dtype=torch.int64), torch.zeros(BINS, dtype=torch.float64)
         for name, mask in found.masks.items():
             change = self._sizes(name, mask, found.values[name])
@@ -162,8 +129,11 @@ class Largest:
             self._squares += torch.bincount(bins, change.double().square(), BINS)
         self.changed = int(self._counts.sum())
 
+    def _old(self, name: str, mask: PackedMask) -> Tensor:
+        return self._base[name].detach().reshape(-1)[~mask.tensor().reshape(-1)].cpu()
+
     def _sizes(self, name: str, mask: PackedMask, values: Tensor) -> Tensor:
-        old = self._base[name].detach().reshape(-1)[~mask.tensor().reshape(-1)].cpu()
+        old = self._old(name, mask)
         # what is not finite, or was not, is never left out
         return (values.float() - old.float()).abs().nan_to_num(torch.inf, torch.inf, torch.inf)
 
@@ -179,16 +149,54 @@ class Largest:
         kept = int(above[first]) if first < BINS else 0
         if not kept:
             raise ConfigError(f"a share of {share} of {self.changed} changes is none of them; keep more")
+        shapes = self._found.masks.shapes
         finite = self._squares[: torch.tensor(torch.inf).view(torch.int32) >> 16]
-        error = float((finite[:first].sum() / finite.sum()).sqrt())
+        left = finite[:first].sum()
+        if self._ternary:
+            each = [self._kept(name, first)[1:] for name in shapes]
+            kept, left = sum(int(one.sum()) for one, _ in each), left + sum(missed for _, missed in each)
+        error = float((left / finite.sum()).sqrt())
 
         def read(name: str) -> tuple[PackedMask, Tensor]:
-            mask, values = self._found.masks[name], self._found.values[name]
-            large = (self._sizes(name, mask, values).view(torch.int32) >> 16) >= first
+            mask = self._found.masks[name]
+            values, large, _ = self._kept(name, first)
             stays = mask.tensor().reshape(-1)
             stays[~stays] = ~large
             return PackedMask.from_tensor(stays.reshape(mask.shape), "replace"), values[large]
 
-        shapes = self._found.masks.shapes
         masks = MaskSet.streamed(shapes, lambda name: read(name)[0], shapes)
         return self._found._replace(masks=masks, values=Made(shapes, lambda name: read(name)[1]), after={}), error, kept
+
+    def _kept(self, name: str, first: int) -> tuple[Tensor, Tensor, float]:
+        """Return a tensor's values, which of them are stored, and the squares of what that misses of the large ones."""
+        mask, values = self._found.masks[name], self._found.values[name]
+        sizes = self._sizes(name, mask, values)
+        large = (sizes.view(torch.int32) >> 16) >= first
+        if not self._ternary:
+            return values, large, 0.0
+        old, wanted = self._old(name, mask), large & sizes.isfinite()  # what is not finite has no sign and size
+        places, rows = (~mask.tensor().reshape(-1)).nonzero()[:, 0], mask.shape[0] if len(mask.shape) > 1 else 1
+        row = places[wanted] // (mask.total // rows)
+        found = torch.zeros(rows, dtype=torch.float64).index_add_(0, row, sizes[wanted].double())
+        scale = found / torch.bincount(row, minlength=rows).clamp(min=1)
+        change = values[wanted].double() - old[wanted].double()
+        made = values.clone()
+        made[wanted] = (old[wanted].double() + change.sign() * scale[row]).to(values.dtype)
+        missed = float((made[wanted].double() - values[wanted].double()).square().sum())
+        return made, large & ((made != old) | ~sizes.isfinite()), missed
+
+    def within(self, budget: int, most: float, size_of: Callable[[Imported], int]) -> float:
+        """Return a share of the changes, at most `most`, that takes nearly as many bytes as are allowed.
+
+        `size_of` says how many some changes take. ConfigError if none is found in a few tries.
+        """
+        share, fits = min(most, 8 * budget / self.changed), 0.0
+        for _ in range(TRIES):
+            size = size_of(self.take(share)[0])
+            fits = max(fits, share) if size <= budget else fits
+            if NEAR * budget <= size <= budget or (size <= budget and share == most):
+                break
+            share = min(most, share * (0.5 + NEAR / 2) * budget / size)
+        if not fits:
+            raise ConfigError(f"no share of the changes was found that takes {budget} bytes; allow more")
+        return fits

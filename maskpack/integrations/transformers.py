@@ -11,7 +11,7 @@ from ..adapter.write import save_adapter
 from ..backbone.model import named_parameters
 from ..backbone.shards import any_shared
 from ..errors import StateError
-from ..training.own_loop import count_trainable
+from ..training.own_loop import count_trainable, stop_decay
 from ..training.scores import density, scored_models, scored_weights, set_progress
 
 LOG = logging.getLogger(__name__)
@@ -43,18 +43,7 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
         for one in models:
             one.sparse = True
         LOG.info("%s", count_trainable(model))
-        scores = {id(one.scores) for one in scored_weights(model).values()}
-        for group in others["optimizer"].param_groups:
-            mine = [id(one) in scores for one in group["params"]]
-            if any(mine) and group.get("weight_decay"):
-                LOG.warning(
-                    "scores must not decay: the weight decay %s of %d scores' tensors, and of %d others in their "
-                    "group, is 0 now",
-                    group["weight_decay"],
-                    sum(mine),
-                    len(mine) - sum(mine),
-                )
-                group["weight_decay"] = 0.0
+        stop_decay(model, others["optimizer"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:
         """Tell the scores where training stands."""

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -148,8 +149,11 @@ def _everyone(count: int, value: Any) -> Sequence[Any]:
     return found
 
 
-def switch(llm: Any, ref: str | None, **options: Any) -> None:
+def switch(llm: Any, ref: str | None, **options: Any) -> str | None:
     """Have an `LLM` in this program compute with an adapter from now on, or with None as the base.
+
+    Return the reference that always means these bytes, which the LLM has as its weight version ("base": None). If it
+    fails, the LLM computes as before or, after an error while weights were written, as the base; its version says it.
 
     Args:
         llm: made with `weight_transfer_config=WeightTransferConfig(backend="maskpack")`; it is answering nothing now.
@@ -158,9 +162,15 @@ def switch(llm: Any, ref: str | None, **options: Any) -> None:
     llm.start_weight_update()
     try:
         llm.update_weights({"update_info": {} if ref is None else {"ref": str(ref), **options}})
+    except BaseException:
+        with suppress(Exception):
+            llm.start_weight_update()  # the error ended it
+        raise
     finally:
         llm.reset_prefix_cache()
-    llm.finish_weight_update(ref or "base")
+        active: str | None = llm.collective_rpc(NAME, args=("{}",))[0]["active"]
+        llm.finish_weight_update(active or "base")
+    return active
 
 
 def register() -> None:

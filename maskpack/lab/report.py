@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,6 @@ def adapter_report(
     """
     if data is not None and backbone is None:
         raise ConfigError("the adapter is measured on data by its backbone, and none is given; give it beside the data")
-    if data is not None and len(adapter.sets) > 1:
-        raise ConfigError(f"{adapter.path} has {len(adapter.sets)} mask sets; leave the data out, see `cascade eval`")
     found = inspect_adapter(adapter)
     checked = adapter.verify(base=None if backbone is None else backbone.model)
     tested = "" if data is None or backbone is None else _tested(adapter, backbone, data, examples, batch_size)
@@ -210,12 +209,12 @@ def _tested(adapter: Adapter, backbone: Backbone, data: Data, examples: int, bat
     """Return accuracy, confusion and examples of the test split."""
     if data.test is None:
         raise DataError(f"the data {data.id!r} have no test split, so that nothing can be measured; leave them out")
-    load_mask(backbone.model, adapter)
-    try:
-        options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "batch_size": batch_size}
+    options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "batch_size": batch_size}
+    with ExitStack() as stack:
+        if adapter.cascade is None:  # which puts its masks on itself
+            load_mask(backbone.model, adapter)
+            stack.callback(unload_mask, backbone.model)
         logits, y = adapter_logits(backbone.model, adapter, data.test, **options)
-    finally:
-        unload_mask(backbone.model)
     names = list(data.class_names) or [str(i) for i in range(logits.shape[1])]
     found = by_class(logits, y)
     counts = [sum(row) for row in found["confusion"]]

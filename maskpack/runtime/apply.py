@@ -7,8 +7,8 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from ..adapter.values import Steps
 from ..backbone.fingerprint import has_again
 from ..backbone.model import Head, named_buffers, named_parameters, same_size_int, swap_module, unusable, unwrap
 from ..backbone.shards import local, own_mask, own_saved, own_values, part_of, shared, whole
+from ..codecs.base import flipped, where_ones
 from ..errors import BackboneMismatchError, StateError
-from ..mask import PackedMask, masked_weight, packed_bits, unpack
+from ..mask import PackedMask, masked_weight, packed_bits, unpacked
 from ..threads import in_order
 from .place import TOP, Place, view
 
@@ -54,8 +55,7 @@ class Changed(NamedTuple):
 
     Attributes:
         saved: in pieces, those at the zeros of `mask`; the whole tensor where there is no mask.
-        at: flat positions of the zeros, kept by a bank or where the mask's bits are elsewhere; None: they are found
-            again from the mask.
+        at: flat positions of the zeros, kept by a bank; None: they are found again from the mask.
     """
 
     dtype: torch.dtype
@@ -157,7 +157,6 @@ def check_unwritten(noted: Mapping[str, Written], tensors: Mapping[str, Tensor],
 
 
 OTHER_BASE = "load the backbone that the adapter was made for, before it is quantised"
-FEW = 0.1  # share of places up to which it is faster to leave out the bytes without any
 WORTH = 1 << 22  # bytes of places
 FEW_PLACES = 1 << 14  # that are read, then written: the weights around them are still in the core's cache
 
@@ -167,22 +166,20 @@ def places(bits: bitarray, device: torch.device) -> Tensor:
 
     Reading and writing a few weights by place takes a tenth of the time of going through all with a tensor of bool.
     """
-    packed = ~packed_bits(bits)
     if device.type == "cpu":
-        zeros = bits.count(0)  # the padding of the last byte comes behind them
-        if zeros > FEW * len(bits):
-            return torch.from_numpy(np.flatnonzero(np.unpackbits(packed, bitorder="little").view(np.bool_))[:zeros])
-        some = np.flatnonzero(packed != 0)
-        inner = np.flatnonzero(np.unpackbits(packed[some], bitorder="little").view(np.bool_))[:zeros]
-        return torch.from_numpy((some[inner >> 3] << 3) + (inner & 7))
-    shifts = torch.arange(8, dtype=torch.uint8, device=device)
-    zeros_there = (torch.from_numpy(packed).to(device).unsqueeze(1) >> shifts & 1).flatten()[: len(bits)]
-    return zeros_there.nonzero()[:, 0]
+        return torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))).astype(np.int64, copy=False))
+    packed = ~packed_bits(bits)
+    return unpacked(torch.from_numpy(packed).to(device), len(bits)).nonzero()[:, 0]
+
+
+def zeros_of(mask: PackedMask, device: torch.device, of: Literal["bits", "signs"] = "bits") -> Tensor:
+    """Return where the zero bits of a mask, or of its signs, are, as `places`; bits on a device stay there."""
+    return places(getattr(mask, of), device) if mask.there is None else (~mask.on(device, of)).nonzero()[:, 0]
 
 
 def at_places(mask: PackedMask | None) -> bool:
     """Return True if a mask changes only the weights at its zero bits: neither scale nor signs change the others."""
-    return mask is not None and mask.alpha is None and mask.signs is None
+    return mask is not None and mask.alpha is None and not mask.has_signs
 
 
 def read(weight: Tensor, at: Tensor) -> Tensor:
@@ -287,14 +284,13 @@ def located(
             return name, mask, None
         at, device = kept(name), weights[name].device
         if at is None:
-            at = places(mask.bits, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device)
-        # whoever undoes it needs no positions, or no bits
-        return name, mask if mask.make is not None else replace(mask, zeros=None), at
+            at = zeros_of(mask, device) if mask.zeros is None else torch.as_tensor(mask.zeros, device=device)
+        return name, mask.but(zeros=None), at  # whoever undoes it finds them again
 
     def size(item: tuple[str, PackedMask | None]) -> int:
         name, mask = item
         searched = mask is not None and at_places(mask) and mask.zeros is None and kept(name) is None
-        return 8 * mask.bits.count(0) if mask is not None and searched else 0
+        return 8 * (mask.total - mask.kept) if mask is not None and searched else 0
 
     return in_order(find, masks, size, WORTH)
 
@@ -302,12 +298,12 @@ def located(
 def rewritten(weight: Tensor, mask: PackedMask) -> Tensor:
     """Return a weight with a mask on it that has a scale or signs, which change every weight that is kept."""
     device = weight.device
-    if mask.signs is not None:
+    if mask.has_signs:
         weight = weight.clone()
-        at = places(mask.signs, device)
+        at = zeros_of(mask, device, "signs")
         write(weight, at, inverted(read(weight, at)))
     alpha = None if mask.alpha is None else torch.tensor(mask.alpha, dtype=torch.float32, device=device)
-    return masked_weight(weight, unpack(mask.bits).to(device).reshape(mask.shape), alpha)
+    return masked_weight(weight, mask.on(device).reshape(mask.shape), alpha)
 
 
 def head_tensors(head: Head | None) -> dict[str, Tensor]:
@@ -520,8 +516,7 @@ def _apply(
         for old in known.saved:  # of the whole parameter, if there is any
             write(weight, at, changed_bits(weight, mask, old, values))
     else:
-        found_again = record.notes is None and mask.make is None
-        kept = None if found_again else at.to(torch.int32) if weight.numel() < 2**31 else at
+        kept = None if record.notes is None else at.to(torch.int32) if weight.numel() < 2**31 else at
         changed = Changed(weight.dtype, [], mask, kept)
         record.changed.append((name, changed))
         exchange(weight, mask, at.long(), values, changed.saved)

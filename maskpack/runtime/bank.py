@@ -18,7 +18,7 @@ from ..backbone.classifier import Inputs, batch_of, classifier_from, example_cou
 from ..backbone.model import inside, unwrap
 from ..errors import ConfigError, DataError, StateError, UnknownNameError, brief
 from ..hub.pull import PullOptions
-from ..mask import MaskSet, mask_id
+from ..mask import MaskSet, PackedMask, mask_id
 from . import apply
 from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
 from .mixed import FEW, Correction, corrections, mixing
@@ -27,7 +27,9 @@ from .place import TOP, Place, find_place, view
 
 @dataclass(frozen=True, slots=True)
 class ResidentStatus:
-    """An adapter in a bank: memory of its masks and dense tensors (host) and of noted places and base weights (device).
+    """An adapter in a bank: memory of its masks and dense tensors (host), of noted places and base weights (device).
+
+    Masks that were decoded on a GPU are there, and count as the device's.
 
     `state` is "active", "ready" (places and base weights are noted), "packed" (a bit a weight) or "evicted" (read again
     when it is used; its density is None).
@@ -81,13 +83,21 @@ class Resident:
     place: Place = TOP
 
     @property
+    def masks(self) -> Mapping[str, PackedMask]:
+        return {} if self.parts is None else self.parts.masks
+
+    @property
     def device_bytes(self) -> int:
         noted = sum(changed.nbytes for changed in self.notes.values())
+        noted += sum(mask.there.nbytes for mask in self.masks.values() if mask.there is not None)
         return noted + sum(one.nbytes for found in self.correction or () for one in (found or {}).values())
 
     def drop(self) -> None:
-        """Forget what is kept on the device."""
+        """Keep nothing on the device: masks that are there come to the host."""
         self.notes, self.correction = {}, None
+        if self.parts is not None and any(mask.there is not None for mask in self.masks.values()):
+            here = {name: replace(mask, there=None) for name, mask in self.masks.items()}
+            self.parts = replace(self.parts, masks=MaskSet(here))
 
     def status(self, active: str | None) -> ResidentStatus:
         state = "active" if self.name == active else "ready" if self.notes else "packed"
@@ -118,8 +128,9 @@ class MaskBank:
     Args:
         max_host_bytes: limit for packed bits and dense tensors. Adapters that are neither active nor pinned are
             evicted, the least recently used first, and read again when they are used. None: no limit.
-        max_device_bytes: limit for places and base weights that switching keeps, beside those of the active adapter;
-            None: as many bytes as the model's tensors take.
+        max_device_bytes: limit for places and base weights that switching keeps, beside those of the active adapter,
+            and for masks that were decoded on a GPU, which then come to the host; None: as many bytes as the model's
+            tensors take.
         verify: as of `load_mask`, for every adapter.
 
     Example:
@@ -457,7 +468,7 @@ class MaskBank:
         base = view(self.model, place)
         apply.check_masks(base, source.shapes())
         check_base(base, source, self._verify, stacklevel=5)
-        parts = place.parts(source.parts(base=base))
+        parts = place.parts(_decoded(source, base))
         apply.check_dense(unwrap(self.model), parts, apply.tensors_of(self.model))
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
@@ -475,7 +486,7 @@ class MaskBank:
                     f"{resident.name!r} was evicted, and {adapter.path} has other bytes now; remove it and add it "
                     "again, or pin it"
                 )
-            resident.parts = resident.place.parts(adapter.parts(base=view(self.model, resident.place)))
+            resident.parts = resident.place.parts(_decoded(adapter, view(self.model, resident.place)))
             self._make_room(resident)
         assert resident.parts is not None
         return resident.parts
@@ -495,8 +506,8 @@ class MaskBank:
                     f"{names or 'no other'} cannot be evicted, being active or pinned; raise the limit, or remove some"
                 )
             gone = idle.pop(0)
-            gone.drop()
             gone.parts = None
+            gone.drop()
             del sizes[gone.name]
 
     def _trim(self) -> None:
@@ -506,6 +517,12 @@ class MaskBank:
         idle.sort(key=lambda one: one.used)
         while sum(one.device_bytes for one in idle) > self._device:
             idle.pop(0).drop()
+
+
+def _decoded(adapter: Adapter, base: nn.Module) -> Parts:
+    """Return an adapter's parts with decoded masks, which stay on the device that decodes them."""
+    masks = {name: mask.but(zeros=None) for name, mask in adapter.iter_masks(base=base, zeros=True)}
+    return replace(adapter.parts(stream=True), masks=MaskSet(masks))
 
 
 def _name_of(source: Adapter | Parts) -> str:

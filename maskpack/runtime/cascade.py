@@ -102,13 +102,21 @@ class LoadedCascade:
             inputs: image paths or PIL images; a tensor (B, C, H, W) that is preprocessed already; or texts.
             tokenizer: of a text model; default: the one that the model was loaded with.
         """
-        head = [one.float() for one in (self.parts.weight, self.parts.bias) if one is not None]
 
         def run(batches: Batches) -> Iterator[Tensor]:
             for batch, _ in batches:
-                yield nn.functional.linear(self.embed(batch), *head)
+                yield self.logits(batch)
 
-        return predict(self.model, inputs, self._about, tokenizer, batch_size, run if head else None)
+        return predict(
+            self.model, inputs, self._about, tokenizer, batch_size, None if self.parts.weight is None else run
+        )
+
+    def logits(self, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Return the outputs of the cascade's head for a preprocessed batch; AdapterError if it has none."""
+        if self.parts.weight is None:
+            raise AdapterError("this cascade has no head; compare its embeddings, as `maskpack cascade eval` does")
+        bias = None if self.parts.bias is None else self.parts.bias.float()
+        return nn.functional.linear(self.embed(inputs), self.parts.weight.float(), bias)
 
     @contextmanager
     def loaded(self, name: str) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import nn
 from ..adapter.chain import base_of_chain, check_chain, merged, why_no_patch
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
-from ..backbone.fingerprint import check_measured, measure_body
+from ..backbone.fingerprint import Measured, check_measured, measure_body
 from ..backbone.model import inside, named_parameters, unwrap
 from ..backbone.shards import any_shared
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
@@ -88,17 +88,12 @@ def load_mask(
     """
     check_choices(verify, head, mode)
     unwrap(model)  # a wrong argument is told before anything is fetched
-    several = isinstance(ref, list | tuple)  # whatever else it is is told as no reference
-    given: Sequence[Reference | Adapter] = ref if several else [ref]  # type: ignore[assignment,list-item]
-    chain = [one if isinstance(one, Adapter) else load_adapter(one, **options) for one in given]
-    if not chain:
-        raise ConfigError("a chain has at least one patch, got none; give the references of patches, oldest first")
+    chain, several = read_chain(ref, options)
     if not several and verify != "off":
         take_off(model)
-        chain = with_earlier(chain[0], lambda one: _is_for(model, one), options)
+        chain = with_earlier(chain[0], lambda one: _check_is_for(model, one), options)
+    check_mode(chain, mode)
     if len(chain) > 1:
-        if mode != "target":
-            raise ConfigError("mode='source' is for an adapter alone, and a chain has several; leave it out")
         return load_chain(model, chain, verify=verify, restorable=restorable)
     adapter = chain[0]
     parts = loaded_parts(adapter, head, mode)
@@ -127,8 +122,7 @@ def load_chain(model: Model, chain: Sequence[Adapter], *, verify: Verify, restor
     parts, last = merged(chain, tensors_of(inner)), chain[-1]
     try:
         apply_parts(model, parts, mask_id=last.mask_id, place=place)
-        if last.about.result is not None:
-            checked(verify, lambda: _check_result(inner, last), stacklevel=4)
+        checked(verify, lambda: check_result(measure_body(inner, last.base.head), last), stacklevel=4)
     except BaseException:
         if applied(model) is not None:
             unload_mask(model)
@@ -138,39 +132,60 @@ def load_chain(model: Model, chain: Sequence[Adapter], *, verify: Verify, restor
     return model
 
 
-def _check_result(model: nn.Module, last: Adapter) -> None:
-    assert last.about.result is not None
+def read_chain(
+    ref: Reference | Adapter | Sequence[Reference | Adapter], options: PullOptions
+) -> tuple[list[Adapter], bool]:
+    """Return the adapters that were given, and whether they were given as several."""
+    several = isinstance(ref, list | tuple)  # whatever else it is is told as no reference
+    given: Sequence[Reference | Adapter] = ref if several else [ref]  # type: ignore[assignment,list-item]
+    chain = [one if isinstance(one, Adapter) else load_adapter(one, **options) for one in given]
+    if not chain:
+        raise ConfigError("a chain has at least one patch, got none; give the references of patches, oldest first")
+    return chain, several
+
+
+def check_mode(chain: Sequence[Adapter], mode: Mode) -> None:
+    if len(chain) > 1 and mode != "target":
+        raise ConfigError("mode='source' is for an adapter alone, and a chain has several; leave it out")
+
+
+def check_result(found: Measured, last: Adapter) -> None:
+    """Compare a body with what the last patch of a chain makes, if that says it."""
+    if last.about.result is None:
+        return
     try:
-        check_measured(measure_body(model, last.base.head), replace(last.base, digests=last.about.result, tensors={}))
+        check_measured(found, replace(last.base, digests=last.about.result, tensors={}))
     except BackboneMismatchError:
         raise BackboneMismatchError(
-            f"with {last.path} the weights are not those that it says it makes, so that they were put back; fetch the "
-            f"patches of the chain again, or tell who wrote them"
+            f"with {last.path} the weights are not those that it says it makes, so that the model does not keep them; "
+            f"fetch the patches of the chain again, or tell who wrote them"
         ) from None
 
 
-def with_earlier(newest: Adapter, fits: Callable[[Adapter], bool], options: PullOptions) -> list[Adapter]:
-    """Return a patch behind those of earlier commits that it stands on, back to one that fits the model's weights."""
+def with_earlier(newest: Adapter, check: Callable[[Adapter], object], options: PullOptions) -> list[Adapter]:
+    """Return a patch behind those of earlier commits that it stands on, back to one that fits the model's weights.
+
+    `check` raises BackboneMismatchError for one that does not.
+    """
     chain = [newest]
     if newest.about.result is None or newest.pinned == newest.path or why_no_patch(newest) is not None:
         return chain
     before = earlier_adapters(newest, **options)
-    while not fits(chain[0]):
-        found = next(before, None)
+    while True:
+        try:
+            check(chain[0])
+            return chain
+        except BackboneMismatchError:
+            found = next(before, None)
         if found is None:
-            break
+            return chain
         chain.insert(0, found)
         if found.about.result != chain[1].base.digests:
-            break  # a gap, of which the chain is refused
-    return chain
+            return chain  # a gap, of which the chain is refused
 
 
-def _is_for(model: nn.Module, adapter: Adapter) -> bool:
-    try:
-        check_measured(measure_body(view(model, find_place(model, adapter.base, adapter.shapes())), ()), adapter.base)
-    except BackboneMismatchError:
-        return False
-    return True
+def _check_is_for(model: nn.Module, adapter: Adapter) -> None:
+    check_measured(measure_body(view(model, find_place(model, adapter.base, adapter.shapes())), ()), adapter.base)
 
 
 def check_choices(verify: Verify, head: HeadChoice = "replace", mode: Mode = "target") -> None:
@@ -207,7 +222,7 @@ def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode) -> Parts:
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:
     """Yield masks by name, with op "zero" in the place of op "replace"."""
     for name, mask in masks:
-        yield name, replace(mask, op="zero") if mask.op == "replace" else mask
+        yield name, mask.but(op="zero") if mask.op == "replace" else mask
 
 
 def take_off(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 from ..adapter.content import Parts
 from ..backbone.shards import shared
 from ..errors import DataError, StateError
-from .apply import at_places, changed_bits, places, read, values_at
+from .apply import at_places, changed_bits, read, values_at, zeros_of
 
 FEW = 0.02  # share of weights that change up to which this is faster than the whole matrix again
 
@@ -55,7 +55,7 @@ def corrections(model: nn.Module, parts: Parts) -> dict[str, Correction] | None:
         weight = layers[name].weight.detach()
         if users[id(layers[name].weight)] > 1 or shared(weight):  # an embedding has it too, or other processes
             return None
-        at = places(mask.bits, weight.device)
+        at = zeros_of(mask, weight.device)
         old, values = read(weight, at), values_at(parts.values.get(name), weight, at)
         bits = changed_bits(weight, mask, old, values)
         new = torch.zeros(len(at), device=weight.device) if bits is None else bits.view(weight.dtype).float()

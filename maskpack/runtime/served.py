@@ -113,7 +113,9 @@ class Served:
         """
         adapter = load_adapter(ref, **options)
         if adapter.digest not in self._prepared:
-            self._prepared[adapter.digest] = self._decoded(with_earlier(adapter, self._fits, options))
+            self._prepared[adapter.digest] = self._decoded(
+                with_earlier(adapter, lambda one: self._located(one.base, one.shapes()), options)
+            )
         return self._prepared[adapter.digest]
 
     def switch(self, digest: str | None) -> None:
@@ -167,13 +169,6 @@ class Served:
         tensors = body(inner, base.head)
         check_measured(Measured(tensors, {name: self._digests[own[name]] for name in tensors}, tied(inner)), base)
         return own
-
-    def _fits(self, adapter: Adapter) -> bool:
-        try:
-            self._located(adapter.base, adapter.shapes())
-        except BackboneMismatchError:
-            return False
-        return True
 
     def _decoded(self, chain: Sequence[Adapter]) -> Prepared:
         adapter, current = chain[-1], dict[str, Tensor]()

@@ -2,14 +2,16 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter.chain import base_of_chain, merged
 from ..adapter.content import Parts
 from ..adapter.read import Adapter
 from ..backbone import fingerprint
@@ -21,14 +23,28 @@ from ..hub.pull import PullOptions
 from ..mask import MaskSet
 from ..safetensors_io import open_tensors
 from .apply import Model, applied, apply_parts, check_masks, forget
-from .load import HeadChoice, Mode, Reference, Verify, check_choices, checked, load_adapter, loaded_parts, removing
+from .load import (
+    HeadChoice,
+    Mode,
+    Reference,
+    Verify,
+    check_choices,
+    check_mode,
+    check_one_set,
+    check_result,
+    checked,
+    loaded_parts,
+    read_chain,
+    removing,
+    with_earlier,
+)
 from .place import Place, find_place, module_of, view
 
 
 def load_masked(
     model: Model,
     weights: str | os.PathLike[str],
-    ref: Reference | Adapter,
+    ref: Reference | Adapter | Sequence[Reference | Adapter],
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -56,7 +72,8 @@ def load_masked(
         dtype: of floating-point tensors in the end; default: the model's. Digests are compared and masks applied in
             the model's dtype, before that cast.
         ref, verify, head, mode and others: as of `load_mask`; with "strict" the first masked tensor that is not the
-            base's is the end.
+            base's is the end. For a patch on the Hub the weights are read and hashed once more before, to find out
+            which earlier ones it needs.
 
     Example:
         with torch.device("meta"):
@@ -67,9 +84,9 @@ def load_masked(
     whole = unwrap(model)
     known = "a safetensors file or a folder"
     check_argument("weights", weights, str | os.PathLike, known, "they come before the adapter")
-    adapter = ref if isinstance(ref, Adapter) else load_adapter(ref, **options)
-    parts = loaded_parts(adapter, head, mode)
-    shapes = parts.masks.shapes
+    chain, several = read_chain(ref, options)
+    adapter = chain[-1]
+    check_one_set(adapter)
     if applied(whole) is not None:
         raise StateError("this model has a mask already; load_masked is for a model without one: make it anew")
     if any_shared(named_parameters(whole)):
@@ -79,39 +96,55 @@ def load_masked(
         )
     if any(one.is_meta for one in whole.parameters()) and callable(tie := getattr(whole, "tie_weights", None)):
         tie()  # of transformers: parameters that were put on the meta device one by one are tied no more
-    place = find_place(whole, adapter.base, shapes)
+    place = find_place(whole, adapter.base, adapter.shapes())
     base = _Base(Path(weights), whole, adapter.base.head, place)
     # parameters that take no memory
     inner = view(whole, place)
     empty = {name: torch.zeros((), dtype=p.dtype).expand(p.shape) for name, p in named_parameters(inner).items()}
-    check_masks(module_of(empty), shapes)
     of_body = {name: _on_meta(tensor) for name, tensor in body(inner, adapter.base.head).items()}
-    compared, digests = fingerprint.compared_dtype(of_body.values()), dict[str, bytes]()
+    compared = fingerprint.compared_dtype(of_body.values())
+    if not several and verify != "off":
+        measured = cache(lambda: _measured(base, of_body, compared))
+        chain = with_earlier(adapter, lambda one: fingerprint.check_measured(measured(), one.base), options)
+    check_mode(chain, mode)
+    parts = loaded_parts(adapter, head, mode) if len(chain) == 1 else merged(chain, base)
+    shapes, expected = parts.masks.shapes, base_of_chain(chain)
+    check_masks(module_of(empty), shapes)
+    digests, made = dict[str, bytes](), dict[str, bytes]()
     try:
         base.clear()
         for names in base.names:
             # it may be masked, or be of the body, under any of its names
-            own_names = [place.back(name) for name in names]
-            masked, digested = (next((n for n in own_names if n in known), None) for known in (shapes, of_body))
+            masked, digested = (base.own(names, known) for known in (shapes, of_body))
             if digested is not None and verify != "off":
                 digests[digested] = fingerprint.tensor_digest(base[digested], compared)
                 if verify == "strict" and masked is not None:
-                    if not fingerprint.same_digest(digests[digested], adapter.base, masked, compared):
+                    if not fingerprint.same_digest(digests[digested], expected, masked, compared):
                         what = f"the masked tensor {masked!r} differs, and nothing behind it was read"
-                        raise fingerprint.mismatch(adapter.base, what, compared)
+                        raise fingerprint.mismatch(expected, what, compared)
             tensor = base.tensor(names[0]).to(device or base.devices[names[0]], copy=True)
-            own = {} if masked is None else {masked: adapter.mask_on(masked, base, tensor)}
+            own = {}
+            if masked is not None:
+                alone = len(chain) == 1
+                own[masked] = adapter.mask_on(masked, base, tensor) if alone else parts.masks[masked]
             base.let_go()
             if masked is not None:
                 kept = MaskSet(own if mode == "target" else dict(removing(own.items())))
-                apply_parts(module_of({masked: tensor}), Parts(kept, values=parts.values), restorable=False)
+                values = {name: parts.values[name] for name in own if name in parts.values}
+                apply_parts(module_of({masked: tensor}), Parts(kept, values=values), restorable=False)
+                if len(chain) > 1 and digested in digests:
+                    made[digested] = fingerprint.tensor_digest(tensor, compared)
             base.put(names, _cast(tensor, dtype))
-        if verify != "off":
-            found = fingerprint.Measured(of_body, digests)
-            checked(verify, lambda: fingerprint.check_measured(found, adapter.base), stacklevel=3)
+        found = fingerprint.Measured(of_body, digests)
+        checked(verify, lambda: fingerprint.check_measured(found, expected), stacklevel=3)
+        if len(chain) > 1:
+            for name, one in parts.statistics.items():
+                made[name] = fingerprint.tensor_digest(one.to(of_body[name].dtype), compared)
+            end = fingerprint.Measured(of_body, digests | made)
+            checked(verify, lambda: check_result(end, adapter), stacklevel=3)
         for name, buffer in base.unsaved.items():
             base.put([name], _cast(buffer.to(device or buffer.device), dtype))
-        rest = replace(parts.resolved(base), masks=MaskSet({}))  # of norms before they were cast
+        rest = replace(parts.resolved(base), masks=MaskSet({}), values={})  # of norms before they were cast
         apply_parts(model, rest, mask_id=adapter.mask_id, restorable=False, place=place)
     except BaseException:
         record = applied(whole)
@@ -176,6 +209,10 @@ class _Base(Mapping[str, Tensor]):
         for name, buffer in self.unsaved.items():
             self.put([name], buffer)
 
+    def own(self, names: Iterable[str], known: Mapping[str, object]) -> str | None:
+        """Return the first of the adapter's names of a tensor that is known; None if none is."""
+        return next((own for own in map(self._place.back, names) if own in known), None)
+
     def let_go(self) -> None:
         self._last = None
 
@@ -195,6 +232,11 @@ class _Base(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _measured(base: _Base, of_body: Mapping[str, Tensor], dtype: torch.dtype) -> fingerprint.Measured:
+    names = (base.own(names, of_body) for names in base.names)
+    return fingerprint.Measured(of_body, {n: fingerprint.tensor_digest(base[n], dtype) for n in names if n is not None})
 
 
 @torch.no_grad()

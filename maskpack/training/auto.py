@@ -22,6 +22,7 @@ from .data.load import hold_out
 from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
 from .objectives.base import Objective, find_objective
+from .progress import shown
 from .run_folder import (
     Report,
     RunFolder,
@@ -160,6 +161,7 @@ def _moved(report: Report | None, part: str, done: int, steps: int) -> Report | 
     return moved
 
 
+@shown
 def train_auto(
     model: Backbone | nn.Module,
     data: Data,

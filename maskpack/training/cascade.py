@@ -26,6 +26,7 @@ from .config import TrainConfig
 from .data.base import Data, Examples, readable
 from .features import Probe, by_class, embed_all, fit_probe, routed
 from .learn import borrowed
+from .progress import shown
 from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
 from .stored import halved, shortest
 from .trainer import ObjectiveRun, as_backbone, train_mask
@@ -99,6 +100,7 @@ class CascadeResult:
     __repr__ = short_repr
 
 
+@shown
 def train_cascade(
     model: Backbone | nn.Module,
     data: Data,

@@ -36,7 +36,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "warmup": 40 / 150,
     },
     # language models; `maskpack train --task` takes it, and docs/language-models.md says how it was chosen
-    "text-generation": {"epochs": 1, "batch_size": 8, "distance": 1.02, "train_lr": 1e-3},
+    "text-generation": {"epochs": 1, "batch_size": 8, "distance": 1.02, "train_lr": 3e-3},
 }
 Bytes = Annotated[int, "bytes"]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter.content import Parts
@@ -73,9 +74,15 @@ def adapter_accuracy(
 def adapter_logits(
     model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Return logits and labels of the examples that can be read; see `adapter_accuracy`."""
-    head, stored = adapter.parts(stream=True).head, adapter.about.preprocess
+    """Return logits and labels of the examples that can be read; see `adapter_accuracy`. A cascade is not loaded."""
+    stored = adapter.about.preprocess
     preprocess = ImagePreprocess() if stored is None else preprocess_from_json(stored)
+    if adapter.cascade is not None:
+        together = load_cascade(model, adapter)
+        batches = readable(loader(examples, preprocess, tokenizer, batch_size=batch_size))
+        outputs, labels = zip(*((together.logits(inputs), y) for inputs, y in batches), strict=True)
+        return torch.cat(outputs), torch.cat(labels)
+    head = adapter.parts(stream=True).head
     backbone = Backbone(model, "the model", preprocess=preprocess, tokenizer=tokenizer)
     return Supervised.logits(backbone, examples, None if stored is None else head, batch_size)
 

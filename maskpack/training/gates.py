@@ -143,9 +143,9 @@ def attach_gates(
         gates.use("birds")
         optimizer = torch.optim.Adam(gates.parameter_groups(0.001))
     """
-    names = list(tasks)
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"gates need at least one task, and each once; got {', '.join(names) or 'none'}")
+    names = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str) else []
+    if not names or not all(isinstance(one, str) for one in names) or len(set(names)) != len(names):
+        raise ConfigError(f"tasks is {tasks!r:.80}, expected a list of names; give each once, as in ['birds', 'ships']")
     model = unwrap(model)
     if any(isinstance(chain, GatedWeight) for chain in model.modules()):
         raise StateError("this model has gates already; call harden() or detach() on them first")

@@ -35,6 +35,7 @@ from .learn import base_of, body_parameters, borrowed, resolved
 from .loop import Position, Run
 from .objectives.base import check_data
 from .objectives.supervised import Supervised
+from .progress import shown
 from .run_folder import (
     PartOptions,
     RunFolder,
@@ -354,6 +355,7 @@ def trained_backbone(backbone: Backbone) -> Backbone:
     return replace(backbone, id=f"trained:{backbone.id}", revision=None)
 
 
+@shown
 def train_tasks(
     backbone: Backbone,
     tasks: Mapping[str, Task],

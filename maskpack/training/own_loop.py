@@ -1,5 +1,6 @@
 """For training loops of one's own: scores on any model, and all that it learned as parts of an adapter."""
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,7 @@ from .scores import (
     scored_weights,
 )
 
+LOG = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # what a Trainer calls the folders from which it goes on
 PLACES = ".0.places"
 
@@ -272,6 +274,29 @@ def merged(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def learning_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training changes of a model's state: what learns, scores among it, and buffers as statistics."""
+    state = model.state_dict(keep_vars=True)
+    buffers = {n for n, tensor in state.items() if not isinstance(tensor, nn.Parameter) and not n.endswith(PLACES)}
+    return {n: one.detach() for n, one in state.items() if one.requires_grad or n.endswith(SCORES) or n in buffers}
+
+
+def stop_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Set the weight decay of an optimiser's groups that hold scores to 0, and say so in the log."""
+    scores = {id(one.scores) for one in scored_weights(model).values()}
+    for group in optimizer.param_groups:
+        mine = [id(one) in scores for one in group["params"]]
+        if any(mine) and group.get("weight_decay"):
+            LOG.warning(
+                "scores must not decay: the weight decay %s of %d scores' tensors, and of %d others in their group, is "
+                "0 now",
+                group["weight_decay"],
+                sum(mine),
+                len(mine) - sum(mine),
+            )
+            group["weight_decay"] = 0.0
+
+
 def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options: Any) -> Any:
     """Write the merged model: what `save_pretrained` of a model does that has scores.
 
@@ -287,13 +312,9 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options
     if not CHECKPOINT.fullmatch(Path(save_directory).name):
         with merged(self):
             return write(self, save_directory, *args, **{**options, **({"state_dict": None} if given else {})})
-    state = self.state_dict(keep_vars=True)
-    scores = {name: tensor.detach() for name, tensor in state.items() if name.endswith(SCORES)}
     if all(one.sparse for one in scored_models(self)):
-        learning = {name: tensor.detach() for name, tensor in state.items() if tensor.requires_grad}
-        buffers = {name: tensor for name, tensor in state.items() if not isinstance(tensor, nn.Parameter)}
-        kept = {name: tensor for name, tensor in buffers.items() if not name.endswith(PLACES)}
-        return write(self, save_directory, *args, **{**options, "state_dict": {**learning, **scores, **kept}})
+        return write(self, save_directory, *args, **{**options, "state_dict": learning_state(self)})
+    scores = {name: tensor for name, tensor in self.state_dict().items() if name.endswith(SCORES)}
     with merged(self):
         return write(self, save_directory, *args, **{**options, "state_dict": {**self.state_dict(), **scores}})
 

@@ -27,6 +27,8 @@ class PartOptions(TypedDict, total=False):
         checkpoint_every: a time or a number of optimiser steps, as in "10min" or "500steps"; None: every epoch.
         report: called, in the main process, with every event: {"event": "begin" | "step" | "epoch" | "warning" | "end",
             "step", "steps", "loss", "density", …}, and with "part", the name of the run where there are several.
+            If it is not given, a bar shows the progress in a terminal or a notebook, elsewhere the logger `maskpack`
+            does, at level INFO. None shows nothing.
     """
 
     resume: bool

@@ -28,6 +28,7 @@ from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import learned_parts
+from .progress import shown
 from .run_folder import RunFolder, RunOptions
 from .scores import beside_scores, density, detach_scores, scored_models, scored_weights, without_scores
 from .stored import beside_masks, settle, shortened
@@ -294,6 +295,7 @@ def as_backbone(model: Backbone | nn.Module, config: object, *data: object) -> B
     return Backbone(model, type(model).__name__, embedding=Embedding(find_head(model)))
 
 
+@shown
 def train_mask(
     model: Backbone | nn.Module,
     data: Data,

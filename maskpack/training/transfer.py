@@ -21,6 +21,7 @@ from .data.base import Data
 from .learn import body_parameters, borrowed, learn_scores
 from .methods.base import FINISHED, Method, State, build_method
 from .own_loop import extract_masks
+from .progress import shown
 from .run_folder import RunOptions, check_parts, is_main_process, locked, part_options
 from .scores import attach, scored_weights
 from .trainer import TrainResult, as_backbone, train_dense, train_mask
@@ -73,6 +74,7 @@ class TransferResult(TrainResult):
     baseline: Parts | None  # of plain fine-tuning, which keeps none of these weights, if it was asked for
 
 
+@shown
 def train_transfer(
     backbone: Backbone,
     source: Data,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .build import SUFFIX
 
-VERSION = 5  # of the loops
+VERSION = 9  # of the loops
 LARGE = 1 << 18  # weights from which it is worth a word that there is no library
 ARRAYS = 6
 
@@ -23,7 +23,7 @@ class Tables(Structure):
 class Given(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "inputs", "positions", "width")),
-        *((name, c_void_p) for name in ("weights", "reference")),
+        *((name, c_void_p) for name in ("weights", "reference", "ranks")),
     ]
 
 
@@ -33,7 +33,7 @@ class Probes(Structure):
 
 class Fit(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset")),
+        *((name, c_int64) for name in ("rows", "inputs", "positions", "rank", "offset", "stride")),
         *(("events", c_void_p), ("index", c_void_p * ARRAYS), ("array", c_void_p * ARRAYS)),
         *((name, c_void_p) for name in ("left", "right", "signs", "curve")),
         *(("residuals", Probes), ("variances", Probes)),
@@ -50,7 +50,7 @@ class Steps(Structure):
 def address(array: NDArray[Any] | None) -> int | None:
     """Return where the elements of a contiguous array lie, which must outlive its use; None for None."""
     assert array is None or array.flags.c_contiguous
-    return None if array is None else int(array.ctypes.data)
+    return None if array is None else array.__array_interface__["data"][0]  # quicker than .ctypes
 
 
 def pointer(array: NDArray[Any] | None) -> c_void_p:
@@ -69,7 +69,8 @@ def opened(path: Path) -> ctypes.CDLL | None:
     try:
         found = ctypes.CDLL(str(path))
         found.maskpack_loops.restype, found.maskpack_encode.restype = c_int64, c_void_p
-        found.maskpack_decode.restype = found.maskpack_classes.restype = c_int32
+        found.maskpack_decode.restype = found.maskpack_classes.restype = found.maskpack_ranks.restype = c_int32
+        found.maskpack_where.restype = c_int64
         found.maskpack_steps_count.restype = found.maskpack_steps_encode.restype = c_int64
         found.maskpack_steps_decode.restype = c_int32
         return found if found.maskpack_loops() == VERSION else None

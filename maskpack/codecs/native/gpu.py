@@ -7,8 +7,8 @@ the events one after another. With TRITON_INTERPRET=1 the same code runs on a CP
 # mypy: ignore-errors
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import CorruptAdapterError
-from ..base import NO_EVENTS, Bits, Bytes, Side, There
+from ..base import NO_EVENTS, Bytes, Side, There
 from ..lanes import tables
 from ..logit import Head
 from ..logit_model import CLASSES, STEPS
@@ -260,7 +260,7 @@ def _by_magnitude(coefficients: Tensor, words: Tensor) -> Tensor:
     return coefficients.cumsum(0, dtype=torch.int32)[ranks.clamp(max=CLASSES - 1)]
 
 
-def decode_on(payloads: Sequence[There], base: bool) -> list[tuple[Callable[[], Bits], Tensor] | None]:
+def decode_on(payloads: Sequence[There], base: bool) -> list[tuple[Tensor, Tensor] | None]:
     """Decode payloads on the device of their parameters; see `Codec.decode_on`."""
     device = payloads[0][2].device
     jobs: list[Job] = [(data, shape, weight if base else None, None) for data, shape, weight in payloads]
@@ -272,14 +272,9 @@ def decode_on(payloads: Sequence[There], base: bool) -> list[tuple[Callable[[], 
     return [None if one is None else _bits_and_zeros(*one) for one in events]
 
 
-def _bits_and_zeros(symbol: int, events: Tensor) -> tuple[Callable[[], Bits], Tensor]:
+def _bits_and_zeros(symbol: int, events: Tensor) -> tuple[Tensor, Tensor]:
     kept = events if symbol else 1 - events
     eights = torch.nn.functional.pad(kept, (0, -len(kept) % 8)).view(-1, 8)
     packed = (eights << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
     zeros = (kept == 0).nonzero()[:, 0]
-    return partial(fetched, packed), zeros.to(torch.int32) if len(kept) < 2**31 else zeros
-
-
-def fetched(packed: Tensor) -> Bits:
-    """Return packed bits, which come over the bus when somebody asks for them."""
-    return packed.cpu().numpy()
+    return packed, zeros.to(torch.int32) if len(kept) < 2**31 else zeros

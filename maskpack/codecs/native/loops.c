@@ -22,18 +22,30 @@
 
 #if defined(__GNUC__)
 #define ALWAYS static inline __attribute__((always_inline))
+#define LOWEST(bits) __builtin_ctzll(bits)
+#define SET(bits) __builtin_popcountll(bits)
 #else
 #define ALWAYS static inline
+static inline int SET(uint64_t bits) {
+    int count = 0;
+    for (; bits; bits &= bits - 1) count++;
+    return count;
+}
+static inline int LOWEST(uint64_t bits) {
+    int place = 0;
+    while (!(bits >> place & 1)) place++;
+    return place;
+}
 #endif
 
 enum { BITS = 15, ONE = 1 << BITS, LOW = 1 << 16, WINDOW = 8192, LEVELS = 1024, SAME = 5, OTHER = 3, PIECE = 512 };
 enum { ROW, INPUT, POSITION, BEFORE, MAGNITUDE, REFERENCE, ARRAYS, MAX_RANK = 8, KINDS = SAME * SAME, CLASSES = 16 };
 enum { GROUP = 8, MAX_LANE = 1 << 18, HIGHEST = 32, LEAST_SIDE = 16 };
-enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2 }; /* in bfloat16; all NaN are the last */
+enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bfloat16; all NaN are the last */
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 5; }
+API int64_t maskpack_loops(void) { return 9; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -46,6 +58,7 @@ typedef struct {
     int64_t rows, inputs, positions, width; /* bytes of a weight of the base, 2 or 4; 0 if it is not known */
     const void *weights;                    /* row-major */
     const uint8_t *reference;               /* packed bits, row-major, or NULL */
+    const uint8_t *ranks;                   /* of each magnitude the part of CLASSES that it is in, if that is known */
 } Given;
 
 /* --- weights of the base -------------------------------------------------------------------------------------------- */
@@ -64,7 +77,15 @@ static inline uint32_t magnitude(uint32_t word) {
 /* For each magnitude that occurs, how many of `parts` equal parts of the weights lie below its middle. */
 static void ranks(const Given *given, int64_t count, int parts, uint32_t *have, uint8_t *rank) {
     int64_t below = 0;
-    for (int64_t i = 0; i < count; i++) have[magnitude(word_of(given, i))]++;
+    if (given->width == 2) /* counted by words: an addition mostly need not wait for the one before */
+        for (int64_t i = 0; i < count; i++) have[((const uint16_t *)given->weights)[i]]++;
+    else
+        for (int64_t i = 0; i < count; i++) have[magnitude(word_of(given, i))]++;
+    for (uint32_t word = 0; given->width == 2 && word < WORDS; word++) {
+        uint32_t own = magnitude(word << 16), number = have[word];
+        have[word] = 0; /* a magnitude is never above its word */
+        have[own] += number;
+    }
     for (int v = 0; v < MAGNITUDES; v++)
         if (have[v]) {
             rank[v] = (uint8_t)((uint64_t)parts * (2 * (uint64_t)below + have[v]) / (2 * (uint64_t)count));
@@ -72,20 +93,33 @@ static void ranks(const Given *given, int64_t count, int parts, uint32_t *have, 
         }
 }
 
+API int32_t maskpack_ranks(const Given *given, int64_t count, int32_t parts, uint8_t *rank) {
+    uint32_t *have = calloc(WORDS, sizeof *have);
+    if (have) ranks(given, count, parts, have, rank);
+    free(have);
+    return have != NULL;
+}
+
 /* Classes of `count` < 2^32 weights, of which there are `parts` for each sign; a negative weight has the bit 128. */
 API int32_t maskpack_classes(const Given *given, int64_t count, int32_t parts, uint8_t *classes) {
-    uint32_t *have = calloc(MAGNITUDES, sizeof *have);
-    uint8_t *rank = malloc(MAGNITUDES);
-    int32_t done = have && rank;
+    uint32_t *have = calloc(WORDS, sizeof *have);
+    uint8_t *rank = calloc(MAGNITUDES, 1), *class = malloc(WORDS);
+    int32_t done = have && rank && class;
     if (done) {
-        ranks(given, count, parts, have, rank);
-        for (int64_t i = 0; i < count; i++) {
+        if (given->ranks)
+            memcpy(rank, given->ranks, MAGNITUDES);
+        else
+            ranks(given, count, parts, have, rank);
+        for (uint32_t word = 0; word < WORDS; word++) class[word] = (uint8_t)(rank[magnitude(word << 16)] | negative(word << 16) << 7);
+        for (int64_t i = 0; i < count && given->width == 2; i++) classes[i] = class[((const uint16_t *)given->weights)[i]];
+        for (int64_t i = 0; i < count && given->width == 4; i++) {
             uint32_t word = word_of(given, i);
             classes[i] = (uint8_t)(rank[magnitude(word)] | negative(word) << 7);
         }
     }
     free(have);
     free(rank);
+    free(class);
     return done;
 }
 
@@ -124,6 +158,7 @@ typedef struct {
     int32_t *array[ARRAYS];                                /* within them, or NULL where all is 0 */
     float *lean;                                           /* U (rows, rank) and V (rank, inputs) */
     int16_t *magnitudes;                                   /* what each magnitude adds */
+    uint8_t *classes;                                      /* of each word of 15 bits, where nothing else is within a row */
     int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
     const int32_t *steps;
 } Model;
@@ -167,6 +202,7 @@ static void forget(Model *model) {
     free(model->values);
     free(model->lean);
     free(model->magnitudes);
+    free(model->classes);
 }
 
 /* Multiplies out the coefficients in `values`, which are allocated; returns whether there was memory. */
@@ -189,15 +225,17 @@ static int scale(Model *model, const Given *given) {
         model->contexts[i] = model->array[BEFORE][same + SAME * (!given->width ? 0 : other < OTHER ? other : OTHER - 1)];
     }
     if (model->array[MAGNITUDE]) {
-        uint32_t *have = calloc(MAGNITUDES, sizeof *have);
-        uint8_t *rank_of = calloc(MAGNITUDES, 1);
-        int done = have && rank_of && (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t)));
-        if (done) {
-            ranks(given, rows * inputs * given->positions, CLASSES, have, rank_of);
-            for (int v = 0; v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
+        uint8_t *own = given->ranks ? NULL : calloc(MAGNITUDES, 1);
+        const uint8_t *rank_of = given->ranks ? given->ranks : own;
+        int done = rank_of && (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t)));
+        done = done && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
+        for (int v = 0; done && v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
+        if (done && given->width == 2 && given->positions == 1 && !model->array[INPUT] && !model->array[REFERENCE] && !rank &&
+            (done = (model->classes = malloc(INFINITE + 128)) != NULL)) {
+            memcpy(model->classes, rank_of, MAGNITUDES);
+            memset(model->classes + MAGNITUDES, rank_of[MAGNITUDES - 1], INFINITE + 128 - MAGNITUDES);
         }
-        free(have);
-        free(rank_of);
+        free(own);
         return done;
     }
     return 1;
@@ -253,6 +291,25 @@ WIDE static void levels_of(const Model *model, const Given *given, int64_t posit
     for (int64_t i = 0; i < count; i++) level[i] = level[i] < 0 ? 0 : level[i] >= LEVELS ? LEVELS - 1 : level[i];
 }
 
+/* Hazards as levels_of has levels. */
+WIDE static void hazards_of(const Tables *tables, const Model *model, const Given *given, int64_t position, int64_t row,
+                            int64_t first, int64_t count, const uint8_t *seen, int32_t *hazard) {
+    if (!model->classes) {
+        levels_of(model, given, position, row, first, count, seen, hazard);
+        for (int64_t i = 0; i < count; i++) hazard[i] = tables->hazard[hazard[i]];
+        return;
+    }
+    const uint16_t *words = (const uint16_t *)given->weights + row * given->inputs + first;
+    const uint8_t *classes = model->classes;
+    int32_t own[CLASSES];
+    for (int c = 0; c < CLASSES; c++) {
+        int32_t level = (int32_t)(LEVELS / 2 + model->offset) + model->array[MAGNITUDE][c];
+        if (model->array[ROW]) level += model->array[ROW][row];
+        own[c] = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
+    }
+    for (int64_t i = 0; i < count; i++) hazard[i] = own[classes[words[i] & 0x7FFF]];
+}
+
 static inline void counted(uint8_t *seen, int minus) {
     int own = minus ? *seen % SAME : *seen / SAME;
     *seen = (uint8_t)(*seen + (own == SAME - 1 ? 0 : minus ? 1 : SAME));
@@ -303,14 +360,19 @@ static void events_of(const Tables *tables, const Model *model, const Given *giv
                       uint8_t *seen, uint8_t *bits) {
     Lane own = *lane;
     uint32_t slot = own.state & (ONE - 1), used = 0, reach = tables->reach[slot], limit = reach < WINDOW ? reach : WINDOW;
-    int32_t level[PIECE];
+    int32_t hazards[PIECE];
     for (int64_t position = 0; position < given->positions; position++)
         for (int64_t unit = begin, count; unit < stop; unit += count) {
             int64_t row = unit / given->inputs, input = unit % given->inputs;
             count = least(least(given->inputs - input, stop - unit), PIECE);
-            levels_of(model, given, position, row, input, count, seen + (unit - begin), level);
+            hazards_of(tables, model, given, position, row, input, count, seen + (unit - begin), hazards);
             for (int64_t i = 0; i < count; i++) {
-                uint32_t hazard = tables->hazard[level[i]];
+                for (uint32_t four; i + 4 <= count; i += 4, used += four) {
+                    four = (uint32_t)(hazards[i] + hazards[i + 1] + hazards[i + 2] + hazards[i + 3]);
+                    if (used + four >= limit) break;
+                }
+                if (i == count) break;
+                uint32_t hazard = (uint32_t)hazards[i];
                 used += hazard;
                 if (used < limit) continue;
                 uint32_t low = tables->survival[used], size = low, first = 0;
@@ -400,7 +462,7 @@ API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const ui
                (symbols = malloc((size_t)(longest * given->positions + part) * sizeof *symbols));
     for (int64_t l = 0; l < model.lanes && done; l++) {
         int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes), end, count = 0;
-        int32_t level[PIECE], n = 0;
+        int32_t hazards[PIECE], n = 0;
         uint32_t used = 0, state = 0;
         memset(seen, 0, (size_t)(stop - begin));
         end = model.arrays ? model.size[0] : 0;
@@ -413,10 +475,19 @@ API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const ui
             for (int64_t unit = begin, some; unit < stop; unit += some) {
                 int64_t row = unit / given->inputs, input = unit % given->inputs;
                 some = least(least(given->inputs - input, stop - unit), PIECE);
-                levels_of(&model, given, position, row, input, some, seen + (unit - begin), level);
+                hazards_of(tables, &model, given, position, row, input, some, seen + (unit - begin), hazards);
                 for (int64_t i = 0; i < some; i++) {
                     int64_t weight = (unit + i) * given->positions + position;
-                    uint32_t hazard = tables->hazard[level[i]], low = tables->survival[used += hazard];
+                    if (given->positions == 1 && !(weight & 7) && i + 8 <= some && !bits[weight >> 3]) {
+                        uint32_t eight = 0;
+                        for (int64_t k = i; k < i + 8; k++) eight += (uint32_t)hazards[k];
+                        if (used + eight < WINDOW) {
+                            used += eight;
+                            i += 7;
+                            continue;
+                        }
+                    }
+                    uint32_t hazard = (uint32_t)hazards[i], low = tables->survival[used += hazard];
                     if (bits[weight >> 3] >> (weight & 7) & 1) {
                         symbols[count++] = (Symbol){(uint16_t)low, (uint16_t)(tables->survival[used - hazard] - low)};
                         if (model.array[BEFORE])
@@ -471,6 +542,7 @@ typedef struct {
 
 typedef struct {
     int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
+    int64_t stride;                                /* of a row only one part of so many is looked at, of each another one */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -534,6 +606,27 @@ WIDE static void totals(int64_t count, const int32_t *residual, const int32_t *v
     *curvature += sums[1];
 }
 
+WIDE static void columns(int64_t count, const int32_t *one, int32_t *to) {
+    for (int64_t i = 0; i < count; i++) to[i] += one[i];
+}
+
+enum { BINS = 16, WAYS = 4 };
+
+/* Slopes and curvatures of at most PIECE weights by bins: both in one number, of neighbours in different ones, so that an
+   addition need not wait for the one before. */
+static void binned(int64_t count, const uint8_t *index, const int32_t *residual, const int32_t *variance, int64_t size,
+                   int64_t *sums) {
+    int64_t both[WAYS * BINS] = {0};
+    for (int64_t i = 0; i < count; i++)
+        both[BINS * (i % WAYS) + index[i]] += (int64_t)residual[i] * ((int64_t)1 << 32) + variance[i];
+    for (int64_t k = 0; k < size; k++)
+        for (int64_t way = 0; way < WAYS; way++) {
+            int64_t own = both[BINS * way + k], low = own & 0xFFFFFFFF;
+            sums[size + k] += low;
+            sums[k] += (own - low) / ((int64_t)1 << 32);
+        }
+}
+
 static void project(const Probes *probes, int64_t row, int64_t inputs, const int32_t *held) {
     static const int32_t big = 1 << 20;
     for (int64_t k = 0; k < probes->count; k++) {
@@ -551,33 +644,31 @@ static void project(const Probes *probes, int64_t row, int64_t inputs, const int
     }
 }
 
+static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
+
 /* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
-   whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for two rows. */
+   whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for four rows. */
 API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
-    int32_t *variances = held + fit->inputs;
+    int32_t *variances = held + fit->inputs, *inputs = held + 2 * fit->inputs;
+    memset(inputs, 0, (size_t)(2 * fit->inputs) * sizeof *inputs);
     for (int64_t position = 0; position < fit->positions; position++)
         for (int64_t row = 0; row < fit->rows; row++) {
-            int64_t slope = 0, curvature = 0, count;
-            for (int64_t first = 0; first < fit->inputs; first += count) {
+            int64_t slope = 0, curvature = 0, count, end = share(fit->inputs, row % fit->stride + 1, fit->stride);
+            for (int64_t first = share(fit->inputs, row % fit->stride, fit->stride); first < end; first += count) {
                 int32_t *residual = held + first, *variance = variances + first;
                 int64_t place = (position * fit->rows + row) * fit->inputs + first;
-                count = least(fit->inputs - first, PIECE);
+                count = least(end - first, PIECE);
                 residuals_of(fit, position, row, first, count, residual, variance);
                 totals(count, residual, variance, &slope, &curvature);
                 if (sums[INPUT]) {
-                    added(count, residual, 1, sums[INPUT] + first);
-                    added(count, variance, 1, sums[INPUT] + fit->inputs + first);
+                    columns(count, residual, inputs + first);
+                    columns(count, variance, inputs + fit->inputs + first);
                 }
                 for (int n = BEFORE; n < ARRAYS; n++)
-                    if (sums[n]) {
-                        static const int size[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
-                        const uint8_t *index = fit->index[n] + place;
-                        for (int64_t i = 0; i < count; i++) {
-                            sums[n][index[i]] += residual[i];
-                            sums[n][size[n] + index[i]] += variance[i];
-                        }
-                    }
+                    if (sums[n]) binned(count, fit->index[n] + place, residual, variance, BINNED[n], sums[n]);
             }
+            if (sums[INPUT] && (row % ONE == ONE - 1 || row == fit->rows - 1)) /* before 32 bits are full */
+                for (int64_t i = 0; i < 2 * fit->inputs; i++) sums[INPUT][i] += inputs[i], inputs[i] = 0;
             total[0] += slope;
             total[1] += curvature;
             if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
@@ -597,7 +688,7 @@ enum { BUCKETS = 33, SLOTS = 4096, SLOT_BITS = 12, EXPONENTS = 256, MOST_CONTEXT
 typedef struct {
     int64_t count, lanes, contexts, top, width, mantissa; /* bytes of a value, bits of its mantissa */
     const void *base;                                     /* the base's words at the places of the values */
-    const uint32_t *table; /* encoding: (contexts, BUCKETS), else (contexts, SLOTS): size << 18 | first << 6 | bucket */
+    const uint32_t *table;                                /* (contexts, BUCKETS): size << 18 | first << 6 | bucket */
 } Steps;
 
 static inline uint32_t stored(const void *words, int64_t width, int64_t at) {
@@ -727,9 +818,9 @@ API int64_t maskpack_steps_encode(const Steps *steps, const uint16_t *kinds, uin
     return room - at;
 }
 
-/* Returns whether words and bits are just those of so many values. */
-ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint16_t *words, int64_t count, const uint8_t *bits,
-                         int64_t bytes, void *values) {
+/* Returns whether words and bits are just those of so many values. `table`: the entry of each context and slot. */
+ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint32_t *table, const uint16_t *words, int64_t count,
+                         const uint8_t *bits, int64_t bytes, void *values) {
     const Steps *const steps = &given;
     const uint32_t sign = width == 4 ? 0x80000000u : 0x8000u, all = sign | (sign - 1);
     uint32_t state[MOST_LANES];
@@ -739,7 +830,7 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint16_t 
     int fits = 1;
     for (int64_t i = 0; i < steps->count && fits; i++) {
         uint32_t word = stored(steps->base, width, i), own = state[lane], slot = own & (SLOTS - 1);
-        uint32_t entry = steps->table[context_of(steps, width, word) * SLOTS + slot];
+        uint32_t entry = table[context_of(steps, width, word) * SLOTS + slot];
         own = (entry >> 18) * (own >> SLOT_BITS) + slot - (entry >> 6 & (SLOTS - 1));
         if (own < LOW) {
             if (at >= count) {
@@ -772,8 +863,50 @@ ALWAYS int32_t decode_of(const Steps given, const int64_t width, const uint16_t 
     return fits && at == count && (bit + 7) >> 3 == bytes && (!(bit & 7) || !(bits[bytes - 1] >> (bit & 7)));
 }
 
+/* Returns as decode_of; -1 without memory. */
 API int32_t maskpack_steps_decode(const Steps *steps, const uint16_t *words, int64_t count, const uint8_t *bits, int64_t bytes,
                                   void *values) {
-    return steps->width == 4 ? decode_of(*steps, 4, words, count, bits, bytes, values)
-                             : decode_of(*steps, 2, words, count, bits, bytes, values);
+    uint32_t *table = malloc((size_t)steps->contexts * SLOTS * sizeof *table);
+    if (!table) return -1;
+    for (int64_t k = 0; k < steps->contexts * BUCKETS; k++) {
+        uint32_t entry = steps->table[k], *own = table + k / BUCKETS * SLOTS + (entry >> 6 & (SLOTS - 1));
+        for (uint32_t slot = 0; slot < entry >> 18; slot++) own[slot] = entry;
+    }
+    int32_t done = steps->width == 4 ? decode_of(*steps, 4, table, words, count, bits, bytes, values)
+                                     : decode_of(*steps, 2, table, words, count, bits, bytes, values);
+    free(table);
+    return done;
+}
+
+/* Copies the words at the zeros of `count` packed bits to `values`, in order, or, with `put`, back from there. */
+ALWAYS void at_zeros(const int64_t width, const int put, const uint8_t *bits, int64_t count, uint8_t *words, uint8_t *values) {
+    for (int64_t first = 0; first < count; first += 64, words += 64 * width) {
+        int64_t some = least(count - first, 64);
+        uint64_t zeros = 0;
+        memcpy(&zeros, bits + first / 8, (size_t)(some + 7) / 8);
+        zeros = ~zeros & (~(uint64_t)0 >> (64 - some));
+        for (; zeros; zeros &= zeros - 1, values += width) {
+            int64_t at = width * LOWEST(zeros);
+            memcpy(put ? words + at : values, put ? values : words + at, (size_t)width);
+        }
+    }
+}
+
+API void maskpack_at_zeros(int64_t width, int32_t put, const uint8_t *bits, int64_t count, void *words, void *values) {
+    if (width == 4)
+        put ? at_zeros(4, 1, bits, count, words, values) : at_zeros(4, 0, bits, count, words, values);
+    else
+        put ? at_zeros(2, 1, bits, count, words, values) : at_zeros(2, 0, bits, count, words, values);
+}
+
+/* Writes the positions of the bits that are set in whole bytes, if there is room for them, and returns how many. */
+API int64_t maskpack_where(const uint8_t *bits, int64_t bytes, int32_t *found) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < bytes; first += 8) {
+        uint64_t ones = 0;
+        memcpy(&ones, bits + first, (size_t)least(bytes - first, 8)); /* the lowest first, as of the machine's words */
+        if (!found) count += SET(ones);
+        for (; ones && found; ones &= ones - 1) found[count++] = (int32_t)(8 * first + LOWEST(ones));
+    }
+    return count;
 }

@@ -1,0 +1,183 @@
+"""Progress of what takes seconds: a bar in a terminal or a notebook, elsewhere a line now and then."""
+
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from importlib.util import find_spec
+from typing import Any, ParamSpec, TypeVar
+
+from ..errors import escape
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Say = Callable[[str], object]
+SHOWN = (
+    *("loss", "train_loss", "density", "mask_bytes", "validation_accuracy", "validation_perplexity"),
+    *("bits_per_changed_weight", "validation_r2", "divergence", "agreement"),
+    *("prototype_usage", "feature_rank"),
+)  # values of an event that are shown, the most important first
+ACCURACIES = {"accuracy", "probe", "knn", "k-NN", "head"}  # words of the names of accuracies
+FIGURES = ("accuracy", "r2", "perplexity")  # by which trials of a search are compared
+FIRST, LEAST, SHARE = 2.0, 10.0, 0.1  # seconds before the first line, and between two; share of the time so far
+
+
+class Lines:
+    """Tells what is done in a line now and then, in ever longer intervals."""
+
+    def __init__(self, say: Say):
+        self.say, self.started = say, time.monotonic()
+        self.due = self.started + FIRST
+        self.begin("")
+
+    def begin(self, what: str) -> None:
+        """Do something else from now on."""
+        self.what, self.done = what, 0
+        self.total: int | None = None
+        self.since: dict[int | None, tuple[float, int]] = {}  # by total: when it was first heard of, and what was done
+
+    def moved(self, done: int, total: int | None, what: str | None = None) -> None:
+        """Note how much is done."""
+        if done <= 1 or total not in self.since:
+            self.since[total] = time.monotonic(), done
+        self.done, self.total = done, total
+        self.what = self.what if what is None else what
+        self.look()
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Say nothing while a bar is there."""
+        self.due = math.inf
+        try:
+            yield
+        finally:
+            self.due = time.monotonic() + LEAST
+
+    def look(self) -> None:
+        """Say a line if one is due."""
+        now = time.monotonic()
+        if now < self.due:
+            return
+        passed, (since, before) = now - self.started, self.since.get(self.total, (now, self.done))
+        self.due = now + max(LEAST, SHARE * passed)
+        parts = [self.what]
+        if self.total:
+            parts.append(f"{self.done:,} of {self.total:,}")
+        parts.append(f"{passed:.0f} s")
+        if self.total and before < self.done < self.total:
+            parts.append(f"about {(now - since) / (self.done - before) * (self.total - self.done):.0f} s left")
+        self.say(", ".join(parts))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Where progress is seen.
+
+    Attributes:
+        console: of rich, for a bar; None: `lines`. warn, note: called with what trainings say besides.
+    """
+
+    console: Any
+    lines: Lines
+    warn: Say
+    note: Say
+
+    @contextmanager
+    def bar(self, what: str, percent: bool = True) -> Iterator[Callable[..., None]]:
+        """Show how much of something is done; give a function of (done, in all, and perhaps another text)."""
+        if self.console is None:
+            before = self.lines.what
+            self.lines.begin(what)
+            yield self.lines.moved
+            return self.lines.begin(before)
+        from rich import progress
+
+        many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.completed}/{task.total}")
+        columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
+        times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+        with self.lines.silent(), progress.Progress(*columns, *times, console=self.console) as bar:
+            task = bar.add_task(what, total=None)
+
+            def moved(done: int, total: int | None, what: str | None = None) -> None:
+                bar.update(task, completed=done, total=total, description=None if what is None else escape(what))
+
+            yield moved
+        return None
+
+    @contextmanager
+    def training(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """Show the progress of trainings; give what they report to."""
+        from .data.base import watched
+
+        bar = self.bar("training", percent=False)
+        with bar as moved, watched(lambda done, total: moved(done, total, "evaluating, batches")):
+
+            def report(event: Mapping[str, Any]) -> None:
+                part = f"{event['part']}: " if "part" in event else ""
+                words = [f"{key.replace('_', ' ')} {readable(event[key], key)}" for key in SHOWN if key in event]
+                match event["event"]:
+                    case "warning":
+                        self.warn(f"{part}{event['warning']}")
+                    case "resumed":
+                        self.note(f"{part}{event['resumed']}")
+                    case "trial":
+                        name = next(one for one in FIGURES if one in event)
+                        self.note(f"{part}{name} {readable(event[name], name)}")
+                    case "end":
+                        pass
+                    case kind:
+                        if kind == "epoch" and self.console is not None:
+                            self.note(f"{part}epoch {event['epoch']}: {', '.join(words)}")
+                        moved(event["step"], event["steps"], " ".join([f"{part}training", *words[:2]]))
+
+            yield report
+
+
+def readable(value: Any, key: str = "") -> str:
+    """Return a value as people read it; an accuracy, which the words of its key tell, in per cent."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{100 * value:.2f} %" if ACCURACIES & set(re.split(r"[ _(]", key)) else f"{value:.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "-" if value is None else str(value)
+
+
+def seen_by_default() -> Seen | None:
+    """Return where a training in Python is seen: a bar in a terminal or a notebook, elsewhere the logger `maskpack`.
+
+    None in processes beside the first one, and where the logger's level is above WARNING. A notebook without ipywidgets
+    gets lines.
+    """
+    logger = logging.getLogger("maskpack")
+    if not logger.isEnabledFor(logging.WARNING) or os.environ.get("RANK", "0") != "0":
+        return None
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+        return Seen(None, Lines(logger.info), logger.warning, logger.info)
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    bar = console if not console.is_jupyter or find_spec("ipywidgets") else None
+    return Seen(bar, Lines(console.print), lambda text: console.print(f"Warning: {text}"), console.print)
+
+
+def shown(train: Callable[P, R]) -> Callable[P, R]:
+    """Let a training show its progress, if it is not called with `report`."""
+
+    @wraps(train)
+    def shows(*inputs: P.args, **options: P.kwargs) -> R:
+        seen = None if "report" in options else seen_by_default()
+        if seen is None:
+            return train(*inputs, **options)
+        with seen.training() as report:
+            options["report"] = report
+            return train(*inputs, **options)
+
+    return shows
