@@ -238,7 +238,7 @@ def diff(first: Ref, second: Ref, base: PackedBase, trust: Trust, missing: Missi
 
 @group("Packing")
 class Less:
-    """What of a checkpoint's change is left out, if anything is."""
+    """Options of a patch that is not exact."""
 
     keep: Annotated[float | None, "Of a checkpoint: only this share of the changes, the largest. Not exact."] = None
     budget: Annotated[Bytes | None, "Of a checkpoint: as many of the largest changes as this takes. Not exact."] = None

@@ -168,7 +168,7 @@ class Largest:
         return self._found._replace(masks=masks, values=Made(shapes, lambda name: read(name)[1]), after={}), error, kept
 
     def _kept(self, name: str, first: int) -> tuple[Tensor, Tensor, float]:
-        """Return a tensor's values, which of them are stored, and the squares of what that misses of the large ones."""
+        """Return the values of a tensor's changes, which of them are stored, and the squared error of these."""
         mask, values = self._found.masks[name], self._found.values[name]
         sizes = self._sizes(name, mask, values)
         large = (sizes.view(torch.int32) >> 16) >= first
