@@ -56,7 +56,6 @@ def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
     if not events.any():
         return {}
     grid = Grid.of(side.shape)
-    fitted_to = by_position(np.unpackbits(events, count=side.count, bitorder="little"), grid)
 
     def seen_rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
         found = rounded(values, curvature, steps, differences)
@@ -69,7 +68,7 @@ def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
 
     logit_fit.rounded, logit_fit.assembled = seen_rounded, seen_assembled
     try:
-        logit_fit.fitted(grid, Known.of(side, True), fitted_to)
+        logit_fit.fitted(grid, Known.of(side, True), events)
     finally:
         logit_fit.rounded, logit_fit.assembled = rounded, assembled
     found = dict[str, list[Rounding]]()

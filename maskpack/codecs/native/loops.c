@@ -45,7 +45,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 9; }
+API int64_t maskpack_loops(void) { return 10; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -542,7 +542,9 @@ typedef struct {
 
 typedef struct {
     int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
-    int64_t stride;                                /* of a row only one part of so many is looked at, of each another one */
+    const int32_t *columns;                        /* of a part of the weights, where not all are looked at */
+    const int64_t *ends;                           /* how many of them are before each row, and in all */
+    const uint8_t *shifts;                         /* one of 2^shift weights of each class of magnitude is among them */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -646,6 +648,18 @@ static void project(const Probes *probes, int64_t row, int64_t inputs, const int
 
 static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
 
+/* Counts events, of a parameter without kernels, at rising places: those of each row and input, and by each index. */
+API void maskpack_counts(int64_t inputs, const int32_t *places, int64_t count, const uint8_t *const *index, int64_t *const *sums) {
+    for (int64_t e = 0, row = 0, start = 0; e < count; e++) {
+        int64_t place = places[e];
+        for (; place - start >= inputs; start += inputs) row++;
+        if (sums[ROW]) sums[ROW][row]++;
+        if (sums[INPUT]) sums[INPUT][place - start]++;
+        for (int n = BEFORE; n < ARRAYS; n++)
+            if (sums[n]) sums[n][index[n][place]]++;
+    }
+}
+
 /* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
    whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for four rows. */
 API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
@@ -653,11 +667,11 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
     memset(inputs, 0, (size_t)(2 * fit->inputs) * sizeof *inputs);
     for (int64_t position = 0; position < fit->positions; position++)
         for (int64_t row = 0; row < fit->rows; row++) {
-            int64_t slope = 0, curvature = 0, count, end = share(fit->inputs, row % fit->stride + 1, fit->stride);
-            for (int64_t first = share(fit->inputs, row % fit->stride, fit->stride); first < end; first += count) {
+            int64_t slope = 0, curvature = 0, count;
+            for (int64_t first = 0; first < fit->inputs; first += count) {
                 int32_t *residual = held + first, *variance = variances + first;
                 int64_t place = (position * fit->rows + row) * fit->inputs + first;
-                count = least(end - first, PIECE);
+                count = least(fit->inputs - first, PIECE);
                 residuals_of(fit, position, row, first, count, residual, variance);
                 totals(count, residual, variance, &slope, &curvature);
                 if (sums[INPUT]) {
@@ -679,6 +693,126 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
             for (int64_t i = 0; i < fit->inputs; i++) held[i] = signs[i] >> 7 ? -held[i] : held[i];
             project(&fit->residuals, row, fit->inputs, held);
         }
+}
+
+/* The columns of the weights to look at: of each class of magnitude those for which column + turn * row, by its mask, is 0. */
+API void maskpack_part(int64_t rows, int64_t inputs, int32_t turn, const uint8_t *classes, const int32_t *masks, int32_t *columns,
+                       int64_t *ends) {
+    int64_t at = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        int32_t turned = (int32_t)(turn * row & 0xFFFF);
+        const uint8_t *own = classes ? classes + row * inputs : NULL;
+        for (int32_t i = 0; i < inputs; i++) {
+            columns[at] = i;
+            at += !((i + turned) & masks[own ? own[i] : 0]);
+        }
+        ends[row + 1] = at;
+    }
+}
+
+/* p and p (1 - p), in one number, of some weights of a row, and the sums of both; at most PIECE. `classes`: room for theirs. */
+WIDE static void odds_of(const Fit *fit, int64_t row, const int32_t *columns, int64_t count, uint8_t *classes, int64_t *both,
+                         int64_t *slope, int64_t *curvature) {
+    const uint8_t *index = fit->index[MAGNITUDE], *other = fit->index[REFERENCE];
+    const int32_t *input = fit->array[INPUT], *class = fit->array[MAGNITUDE], *reference = fit->array[REFERENCE];
+    int64_t place = row * fit->inputs;
+    int32_t base = (int32_t)fit->offset + (fit->array[ROW] ? fit->array[ROW][row] : 0), at[PIECE], sums[2] = {0, 0};
+    for (int64_t i = 0; i < count; i++) classes[i] = index ? index[place + columns[i]] : 0;
+    for (int64_t i = 0; i < count; i++) at[i] = base;
+    for (int64_t i = 0; input && i < count; i++) at[i] += input[columns[i]];
+    for (int64_t i = 0; class && i < count; i++) at[i] += class[classes[i]];
+    for (int64_t i = 0; reference && i < count; i++) at[i] += reference[other[place + columns[i]]];
+    for (int64_t i = 0; i < count; i++) {
+        int32_t own = (at[i] + 4) >> 3, one = fit->curve[own < -EXTREME ? 0 : own > EXTREME ? 2 * EXTREME : own + EXTREME];
+        int32_t shift = fit->shifts[classes[i]], p = one >> 16 << shift, variance = (one & 0xFFFF) << shift;
+        sums[0] += p;
+        sums[1] += variance;
+        both[i] = (int64_t)p << 32 | variance;
+    }
+    *slope += sums[0];
+    *curvature += sums[1];
+}
+
+/* As maskpack_sums, of p and p (1 - p) alone, of a part of the weights, each as often as it stands for. */
+API void maskpack_sums_of_part(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
+    int64_t *inputs = (int64_t *)held; /* p and p (1 - p) in one number */
+    memset(inputs, 0, (size_t)fit->inputs * sizeof *inputs);
+    for (int64_t row = 0; row < fit->rows; row++) {
+        int64_t slope = 0, curvature = 0, count, place = row * fit->inputs;
+        for (int64_t first = fit->ends[row]; first < fit->ends[row + 1]; first += count) {
+            const int32_t *columns = fit->columns + first;
+            uint8_t classes[PIECE];
+            int64_t both[PIECE];
+            count = least(fit->ends[row + 1] - first, PIECE);
+            odds_of(fit, row, columns, count, classes, both, &slope, &curvature);
+            for (int64_t i = 0; sums[INPUT] && i < count; i++) inputs[columns[i]] += both[i];
+            for (int n = BEFORE; n < ARRAYS; n++)
+                if (sums[n]) {
+                    int64_t bins[WAYS * BINS] = {0};
+                    for (int64_t i = 0; i < count; i++)
+                        bins[BINS * (i % WAYS) + (n == MAGNITUDE ? classes[i] : fit->index[n][place + columns[i]])] += both[i];
+                    for (int64_t k = 0; k < WAYS * BINS; k++)
+                        if (bins[k]) {
+                            sums[n][k % BINS] += bins[k] >> 32;
+                            sums[n][BINNED[n] + k % BINS] += bins[k] & 0xFFFFFFFF;
+                        }
+                }
+        }
+        if (sums[INPUT] && (row % ONE == ONE - 1 || row == fit->rows - 1)) /* before 32 bits are full */
+            for (int64_t i = 0; i < fit->inputs; i++) {
+                sums[INPUT][i] += inputs[i] >> 32;
+                sums[INPUT][fit->inputs + i] += inputs[i] & 0xFFFFFFFF;
+                inputs[i] = 0;
+            }
+        total[0] += slope;
+        total[1] += curvature;
+        if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
+    }
+}
+
+static double nearest(double value) { return value + 6755399441055744.0 - 6755399441055744.0; } /* 1.5 * 2^52; ties to even */
+
+enum { COEFFICIENTS = 15, TABLES = 15 };
+
+/* The table with which integers take the fewest bits, which go to `bits`. */
+static int32_t cheapest(int64_t count, const int32_t *integers, const double *prices, double *bits) {
+    int64_t have[COEFFICIENTS] = {0};
+    int32_t best = 0;
+    for (int64_t i = 0; i < count; i++) have[integers[i] + COEFFICIENTS / 2]++;
+    for (int32_t t = 0; t < TABLES; t++) {
+        double own = 0;
+        for (int c = 0; c < COEFFICIENTS; c++) own += prices[COEFFICIENTS * t + c] * (double)have[c]; /* exact */
+        if (!t || own < *bits) best = t, *bits = own;
+    }
+    return best;
+}
+
+/* Integers of little cost for coefficients in this step, of which `places` has the multiples; `lost`: bits for a unit of squared
+   error. Returns the table; `found`: bits of the integers, and those that are lost. */
+API int32_t maskpack_in_steps(int64_t count, double step, const double *values, const double *lost, const double *places,
+                              const double *prices, int32_t *integers, double *found) {
+    const int most = COEFFICIENTS / 2;
+    for (int64_t i = 0; i < count; i++) {
+        double own = nearest(values[i] / step);
+        integers[i] = own < -most ? -most : own > most ? most : (int32_t)own;
+    }
+    for (int turn = 0; turn < 2; turn++) {
+        const double *price = prices + COEFFICIENTS * cheapest(count, integers, prices, found);
+        found[1] = 0;
+        for (int64_t i = 0; i < count; i++) {
+            double error[COEFFICIENTS], cost[COEFFICIENTS];
+            int best = 0;
+            for (int c = 0; c < COEFFICIENTS; c++) {
+                double off = values[i] - places[c];
+                error[c] = nearest(lost[i] * (off * off) * 256) / 256;
+                cost[c] = error[c] + price[c];
+            }
+            for (int c = 1; c < COEFFICIENTS; c++) best = cost[c] < cost[best] ? c : best;
+            integers[i] = best - most;
+            found[1] += error[best];
+        }
+    }
+    return cheapest(count, integers, prices, found);
 }
 
 /* --- stored values, as steps from the base's (docs/format.md section 6.3; ulps.py) ----------------------------------- */
