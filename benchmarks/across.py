@@ -24,7 +24,7 @@ from maskpack.codecs import logit_fit
 from maskpack.codecs.base import Bits, Side, count_ones, flipped, words_of
 from maskpack.codecs.logit import encode
 from maskpack.codecs.logit_fit import Rounded
-from maskpack.codecs.logit_model import Grid, Known, by_position
+from maskpack.codecs.logit_model import Grid, Known
 from maskpack.mask import packed_bits
 from maskpack.training import TrainConfig, load_data, train_mask
 

@@ -39,7 +39,6 @@ NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
 BLOCK = 1 << 18  # weights that numpy works on at once
 ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
-ROUNDS_OF_PARTS = 2  # of all coefficients, of a part of the weights
 TOGETHER = ("magnitude", "position", "reference"), ("before",), ("row", "input")  # hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
@@ -183,7 +182,7 @@ class Fit:
             counts = self.counts["magnitude"]
             shifts[:] = [min(int(counts.max() // max(count, 1)).bit_length() - 1, RAREST) for count in counts.tolist()]
             most = max(1 / MOST_SHARE, 1 / (1 << least))
-            while (0.5 ** shifts).mean() > most:
+            while (0.5**shifts).mean() > most:
                 shifts = np.minimum(shifts + 1, RAREST).astype(np.uint8)
         else:
             shifts += np.uint8(least)
@@ -420,8 +419,10 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
     fit, chosen = Fit(grid, known, bits), dict[str, Rounded]()
     if fit.part:
         fit.start()
-    for number in range(ROUNDS_OF_PARTS if fit.part else ROUNDS):
-        fit.better_all((ARRAYS,) if fit.part else TOGETHER)
+        fit.better([name for name in ARRAYS if name in fit.values])
+        fit.forget()
+    for number in range(0 if fit.part else ROUNDS):
+        fit.better_all()
         if number == 1:
             fit.forget()
     part, fit.part = fit.part, None
@@ -458,7 +459,7 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
     at = len(steps) // 2
     best = _in_steps(values, lost, steps[at], differences)
     for way in (1, -1):
-        place = at + way
+        place = at + way if best.step == steps[at] else -1
         while 0 <= place < len(steps):
             found = _in_steps(values, lost, steps[place], differences)
             if found.cost >= best.cost:
