@@ -156,6 +156,7 @@ class Fit:
     def __init__(self, grid: Grid, known: Known, bits: Bits):
         self.grid, self.bits, self.number = grid, bits, count_ones(bits)
         self.worth: dict[str, float] = {}  # about how many bits each array saves, but for what noise would
+        self.left_over = 0.0  # by the boldest step of the last round, twice the nats
         self.sizes = sizes(grid, known.classes is not None, known.reference is not None)
         self.values = {name: np.zeros(size) for name, size in self.sizes.items() if size}
         self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((0, grid.inputs))
@@ -238,8 +239,8 @@ class Fit:
             probes = (native.Probes() if one is None else one.native() for one in (residuals, variances))
             rest = *map(native.address, (left, right, self.signs, _curve())), *probes
             offset, held = round(NAT * self.offset), np.empty(4 * self.grid.inputs, dtype=np.int32)
-            own = *map(native.address, self.part or [None] * 3), None if self.part else native.address(self.events)
-            fit = native.Fit(*self.grid, left.shape[1], offset, *own, indices, arrays, *rest)
+            looked = *map(native.address, self.part or [None] * 3), None if self.part else native.address(self.events)
+            fit = native.Fit(*self.grid, left.shape[1], offset, *looked, indices, arrays, *rest)
             sum_up = compiled.maskpack_sums if self.part is None else compiled.maskpack_sums_of_part
             sum_up(byref(fit), native.pointer(total), sums, native.pointer(held))
         if self.part is not None:  # what was summed up are p, not what they leave of the events
@@ -295,10 +296,11 @@ class Fit:
         """Add up p and p (1 - p) of a part of the weights, by numpy."""
         rows = np.repeat(np.arange(self.grid.rows), np.diff(part.ends))
         places = rows * self.grid.inputs + part.columns
-        of = {"row": rows, "input": part.columns} | {name: own.reshape(-1)[places] for name, own in self.index.items()}
+        of: dict[str, NDArray[Any]] = {"row": rows, "input": part.columns}
+        of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
         at = round(NAT * self.offset) + sum((array[of[name]].astype(np.int64) for name, array in whole.items()))
         both = _curve()[np.clip((at + 4 >> 3) + EXTREME * PARTS, 0, 2 * EXTREME * PARTS)].astype(np.int64)
-        shifts = part.shifts[of.get("magnitude", 0)]
+        shifts = part.shifts[of["magnitude"] if "magnitude" in of else 0]
         for turn, weights in enumerate((both >> 16 << shifts, (both & 0xFFFF) << shifts)):
             total[turn] += weights.sum()
             for name, sums in found.items():
@@ -319,7 +321,7 @@ class Fit:
             self.values[name] = _exact(np.log(odds) - self.offset)
 
     def _stepped(self, found: Sums, priors: Mapping[str, float] = PRIORS) -> Sums:
-        step = float(found.total[0] / found.total[1])
+        step, self.left_over = float(found.total[0] / found.total[1]), 0.0
         self.offset = _moved(self.offset, step)
         for name, (slopes, curvatures) in found.arrays.items():
             if name not in self.values:
@@ -328,7 +330,9 @@ class Fit:
                 slopes = slopes - step * curvatures
             prior = priors[name]
             moved = (slopes - prior * self.values[name]) / (curvatures + prior)
-            self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
+            step_of = np.clip(moved, -BOLDEST, BOLDEST)
+            self.left_over += float(_exact(curvatures * np.square(moved - step_of)).sum())
+            self.values[name] = _exact(self.values[name] + step_of)
             noise = np.square(curvatures / (curvatures + prior)) * (EDGE if self.part else 0)
             self.worth[name] = float(_exact(curvatures * np.square(self.values[name]) - noise).sum()) / (
                 2 * math.log(2)
@@ -419,10 +423,11 @@ def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
     fit, chosen = Fit(grid, known, bits), dict[str, Rounded]()
     if fit.part:
         fit.start()
-        fit.better([name for name in ARRAYS if name in fit.values])
-        fit.forget()
-    for number in range(0 if fit.part else ROUNDS):
-        fit.better_all()
+    for number in range(ROUNDS):
+        fit.better_all(TOGETHER if fit.part is None else (ARRAYS,))
+        if fit.part is not None and fit.left_over < 8 * LEAST_WORTH:
+            fit.forget()
+            break
         if number == 1:
             fit.forget()
     part, fit.part = fit.part, None
