@@ -25,8 +25,8 @@ from maskpack import load_backbone
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import named_parameters
+from maskpack.lab.baselines.dense import quantized
 from maskpack.lab.baselines.layers import Changed
-from maskpack.lab.quantize import quantized
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.budget import coded_bytes
 from maskpack.training.config import TrainConfig

@@ -31,7 +31,7 @@ from benchmarks.measured import rewrite
 from benchmarks.report import write_between
 from maskpack.errors import StateError
 from maskpack.lab.trial import IMPORTED
-from maskpack.training.checkpoint import FILE, load_checkpoint
+from maskpack.training.run_folder import FILE, load_checkpoint
 
 Row = dict[str, Any]
 NAME = "make bench-kills"

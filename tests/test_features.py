@@ -14,10 +14,9 @@ from torch import nn
 
 from maskpack import MaskSet, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import embeddings
-from maskpack.backbone.fingerprint import model_digest
+from maskpack.backbone.fingerprint import cache_folder, model_digest
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import Embedding, swap_module
-from maskpack.backbone.remembered import cache_folder
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import attach_scores, extract_masks, features

@@ -15,8 +15,7 @@ from maskpack.adapter.steps import rounded_rows
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.classifier import encode
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.model import Embedding
-from maskpack.backbone.random_weights import MAX_WEIGHTS, random_weight
+from maskpack.backbone.model import MAX_WEIGHTS, Embedding, random_weight
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import masked_weight
 from maskpack.runtime.load import load_mask, unload_mask

@@ -24,14 +24,14 @@ from maskpack.lab import gate_figure
 from maskpack.lab.plots.pictures import over_time, users
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
-from maskpack.training.batchnorm import recalibrate
 from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
 from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.features import probe_accuracies
 from maskpack.training.gates import GatedWeight
 from maskpack.training.multitask import BASE, CLAIM, HISTOGRAMS, RESULT, JointRun, Task, plan_tasks, train_jointly
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.worth import probe_accuracies
+from maskpack.training.stored import recalibrate
 
 from .helpers_models import StopHere, bits, same, tiny_net
 

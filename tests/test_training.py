@@ -22,13 +22,13 @@ from maskpack.backbone.model import Embedding, same_size_int
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
-from maskpack.training import attach_scores, checkpoint, extract_masks, extract_parts
-from maskpack.training.batchnorm import batchnorm_statistics, recalibrate
+from maskpack.training import attach_scores, extract_masks, extract_parts, run_folder
 from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.data.load import load_data
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import scored_weights
+from maskpack.training.stored import batchnorm_statistics, recalibrate
 from maskpack.training.trainer import plan_training, train_mask
 
 from .conftest import TinyNet
@@ -348,7 +348,7 @@ def test_resume_checks_that_it_is_the_same_run(tmp_path: Path, tiny_backbone: Ba
     with pytest.raises(StateError, match="belongs to another run: lr differ; resume"):
         train_mask(tiny_backbone, digits, other, output=tmp_path, resume=True)
     for spoiled in (b"spoiled", (1 << 3).to_bytes(8, "little") + b"{}      "):  # no safetensors, and no tensors
-        (tmp_path / checkpoint.FILE).write_bytes(spoiled)
+        (tmp_path / run_folder.FILE).write_bytes(spoiled)
         with pytest.raises(
             StateError, match="checkpoint.safetensors is damaged: .*; delete it and train without --resume"
         ):
@@ -377,7 +377,7 @@ def test_interrupt_keeps_the_backbone_and_the_checkpoint(tmp_path: Path, tiny_ba
     with pytest.raises(KeyboardInterrupt):
         train_mask(tiny_backbone, digits, QUICK, output=tmp_path, report=interrupt)
     assert same_bits(bits(tiny_backbone.model), before)
-    assert (tmp_path / checkpoint.FILE).exists()
+    assert (tmp_path / run_folder.FILE).exists()
     resumed = train_mask(tiny_backbone, digits, QUICK, output=tmp_path, resume=True)
     assert mask_id({"x": resumed.parts.masks}) == mask_id({"x": train_mask(tiny_backbone, digits, QUICK).parts.masks})
 

@@ -371,7 +371,7 @@ class Base(Weights):
 
     def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-        from maskpack.backbone.remembered import remembered_backbone
+        from maskpack.backbone.fingerprint import remembered_backbone
 
         use_device(self.device)
         reference, random, weights = self.backbone, self.random_weights, self.weights

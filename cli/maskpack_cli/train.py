@@ -100,7 +100,7 @@ class Run(Folder, Packed):
         self, result: Any, model: Any, backbone: TrainedBackbone | None = None, **options: Any
     ) -> "maskpack.Adapter":
         """Write what was trained as an adapter, and remember where its backbone is."""
-        from maskpack.backbone.remembered import remember_backbone
+        from maskpack.backbone.fingerprint import remember_backbone
 
         content = (result.parts, result.base, result.about)
         adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
@@ -223,9 +223,8 @@ def train(
 ) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
     from maskpack.training.auto import SEARCH, check_search, in_words, plan_search
-    from maskpack.training.checkpoint import FILE
     from maskpack.training.objectives.distill import TEACHER, Distill, train_teacher
-    from maskpack.training.run_folder import check_untaken
+    from maskpack.training.run_folder import FILE, check_untaken
 
     usual = RECIPES.get(task or "", {})
     settings = replace(settings, **{name: one for name, one in usual.items() if name not in Output.given})

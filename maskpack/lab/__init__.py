@@ -7,10 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .analysis.criticality import *  # noqa: F403
-    from .analysis.evaluation import *  # noqa: F403
-    from .analysis.network import *  # noqa: F403
-    from .analysis.pairs import *  # noqa: F403
+    from .analysis.network import *  # noqa: F403  # noqa: F403
+    from .analysis.pairs import *  # noqa: F403  # noqa: F403
     from .analysis.starts import *  # noqa: F403
     from .comparison import *  # noqa: F403
     from .plots.figure import *  # noqa: F403
@@ -18,10 +16,8 @@ if TYPE_CHECKING:
     from .report import *  # noqa: F403
 
 _MODULES = {
-    "analysis.criticality": "criticality",
-    "analysis.evaluation": "Evaluations",
-    "analysis.network": "grouped read_networks",
-    "analysis.pairs": "barrier barriers distances mistakes similarities",
+    "analysis.network": "Evaluations grouped read_networks",
+    "analysis.pairs": "barrier barriers criticality distances mistakes similarities",
     "analysis.starts": "feature_reuse from_checkpoints",
     "comparison": "compare",
     "plots.figure": "save_figure",

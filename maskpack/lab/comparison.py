@@ -13,15 +13,14 @@ from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError, escape
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
-from ..training.batchnorm import batchnorm_statistics
 from ..training.config import TrainConfig
 from ..training.data.load import load_data
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
+from ..training.stored import batchnorm_statistics
 from ..training.trainer import plan_training
 from .baselines.base import BASELINES, Baseline, find_baseline
-from .store import measured, shared_settings
-from .trial import MEASURED, Job, Worker, splits
+from .trial import MEASURED, Job, Worker, measured, shared_settings, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
 STATISTICS = {"freeze": "frozen", "adapt": "adapted"}  # settings of BatchNorm, in words

@@ -13,9 +13,7 @@ from torch import nn
 from ..adapter.content import FIGURES
 from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, TrainingError
-from .batchnorm import batchnorm_statistics
 from .budget import coded_bytes
-from .checkpoint import FILE
 from .config import ALL, TOP, TrainConfig, config_from
 from .data.base import Data
 from .data.load import hold_out
@@ -24,6 +22,7 @@ from .methods.base import METHODS
 from .objectives.base import Objective, find_objective
 from .progress import shown
 from .run_folder import (
+    FILE,
     Report,
     RunFolder,
     RunOptions,
@@ -34,6 +33,7 @@ from .run_folder import (
     locked,
     part_options,
 )
+from .stored import batchnorm_statistics
 from .trainer import ObjectiveRun, TrainResult, as_backbone, plan_training, train_mask
 
 SEARCH, CLAIM, TRIALS = "search", "search.json", "trials.jsonl"  # a folder in the run's, and files in it

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, StoppedError, TrainingError, require
-from .checkpoint import check_like, damaged, load_checkpoint, restore, save_checkpoint
 from .config import TrainConfig, learning_rate
 from .data.base import Data, Examples
 from .learn import base_of
-from .run_folder import RunFolder, differing, on_signal
+from .run_folder import RunFolder, check_like, damaged, differing, load_checkpoint, on_signal, restore, save_checkpoint
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 SECONDS = 5.0  # after which the progress of slower steps is reported as well

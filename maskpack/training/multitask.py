@@ -25,11 +25,10 @@ from ..codecs.base import Profile
 from ..errors import ConfigError, StateError, TrainingError, check_argument
 from ..mask import MaskSet
 from ..preprocess import Augment
-from .batchnorm import BATCH_NORMS, batchnorm_statistics, set_train_mode
-from .checkpoint import MODEL
 from .config import JointConfig, Mode, TrainConfig
 from .data.base import Data, EpochSampler, draw_seed, epoch_seed, numbered
 from .evaluate import percent, table
+from .features import beside_baseline, probe_accuracies, worth
 from .gates import GateHistory, Gates, attach_gates
 from .learn import base_of, body_parameters, borrowed, resolved
 from .loop import Position, Run
@@ -37,6 +36,7 @@ from .objectives.base import check_data
 from .objectives.supervised import Supervised
 from .progress import shown
 from .run_folder import (
+    MODEL,
     PartOptions,
     RunFolder,
     RunOptions,
@@ -47,9 +47,8 @@ from .run_folder import (
     part_options,
     write_json,
 )
-from .stored import beside_masks, settle, shortened
+from .stored import BATCH_NORMS, batchnorm_statistics, beside_masks, set_train_mode, settle, shortened
 from .trainer import TrainResult, as_backbone, plan_training, result_of, train_mask
-from .worth import beside_baseline, probe_accuracies, worth
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")

@@ -34,7 +34,6 @@ from ..backbone.shards import any_shared, first_process, is_managed, whole
 from ..errors import SelectionError, StateError
 from ..mask import MaskSet
 from . import stored
-from .batchnorm import batchnorm_statistics
 from .config import Store
 from .learn import trained_themselves
 from .methods.base import Method, build_method
@@ -49,6 +48,7 @@ from .scores import (
     scored_models,
     scored_weights,
 )
+from .stored import batchnorm_statistics
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # what a Trainer calls the folders from which it goes on

@@ -1,25 +1,27 @@
-"""Scores on any module: attached as parametrizations, read off as masks."""
+"""Scores on any module: attached as parametrizations, recomputed in backward, rounded, read off as masks."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..adapter.content import LEARNING
+from ..backbone.load import encoder_of
 from ..backbone.model import aliases, named_buffers, named_parameters, unwrap
 from ..backbone.shards import gathered, local, moved, part_of, shared_like, whole
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
 from ..mask import PackedMask
 from .methods.base import Method, State, methods_that_are
 from .methods.topk import greatest
-from .recompute import Recompute
-from .rounding import Rounding
 
 Orders = dict[nn.Module, list[str]]  # names of the parameters of a module, in their order before one was parametrized
 
@@ -80,6 +82,170 @@ def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) 
     for module, names in ((module, names) for one in orders for module, names in one.items()):
         if module._parameters.keys() == set(names):
             module._parameters = {name: module._parameters[name] for name in names}
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How to make an effective weight again, in place of what an operation saved for its backward pass.
+
+    Attributes:
+        make: gives the weight, without gradients. sources: what it follows from; versions: theirs when it was made.
+        shape, stride: of what the operation saved.
+    """
+
+    make: Callable[[], Tensor]
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Recompute:
+    """Replaces effective weights among what autograd saves in the forward passes of a model.
+
+    Compiled code decides for itself what it makes again.
+
+    Attributes:
+        made: in this forward pass, by address.
+    """
+
+    made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
+    _open: list[saved_tensors_hooks] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin: in every forward pass of the model, or of its encoder alone, from now on."""
+        for one in dict.fromkeys((model, encoder_of(model))):
+            self._handles.append(one.register_forward_pre_hook(self._begin))
+            self._handles.append(one.register_forward_hook(self._end, always_call=True))
+
+    def stop(self) -> None:
+        """End: the model has no hooks of ours any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
+        """Note an effective weight that is about to be used; outside of a forward pass nothing is noted."""
+        if self._open:
+            recipe = Recipe(make, sources, tuple(source._version for source in sources))
+            self.made[result.data_ptr()] = weakref.ref(result), recipe
+
+    def _begin(self, *_: object) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            hooks = saved_tensors_hooks(self._pack, unpack)
+            hooks.__enter__()
+            self._open.append(hooks)
+
+    def _end(self, *_: object) -> None:
+        if self._open:
+            self._open.pop().__exit__()
+            self.made.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
+        noted = self.made.get(tensor.data_ptr())
+        # an address may be another tensor's by now
+        if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
+            return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
+        return replace(noted[1], shape=tuple(tensor.shape), stride=tensor.stride())
+
+
+def unpack(saved: Tensor | Recipe) -> Tensor:
+    """Return what was saved.
+
+    Raises:
+        TrainingError: if what a weight follows from was changed since.
+    """
+    if isinstance(saved, Tensor):
+        return saved
+    if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
+        raise TrainingError(
+            "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
+            "weight from them again; call backward() before optimizer.step()"
+        )
+    with torch.no_grad():
+        return saved.make().as_strided(saved.shape, saved.stride)
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up or down at random, so that the mean is the value; what is exact stays."""
+    bits = values.view(torch.int32)
+    return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Rounding:
+    """Adds an optimiser's updates to scores in bfloat16 in float32, and rounds the sums at random.
+
+    Nearest rounding would lose every update below 1/512 of a score. While an optimiser steps, the scores are put aside
+    and zero, so that what it leaves is its update alone. So such scores do not decay, and an optimiser that divides by
+    their norm is not for them.
+
+    Attributes:
+        aside: scores and what they were, while an optimiser steps, or after such a step failed.
+    """
+
+    aside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _handles: list[Any] = field(default_factory=list)
+
+    def watch(self, scores: Sequence[nn.Parameter]) -> None:
+        """Begin, with every optimiser that steps these scores."""
+        me, known = weakref.ref(self), {id(one) for one in scores}
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            rounding = me()
+            members = [one for group in optimizer.param_groups for one in group["params"] if id(one) in known]
+            if rounding is None or not any(one.dtype == torch.bfloat16 for one in members):
+                return None
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                rounding._put_aside(members)
+                return None
+            # the closure computes with the scores, so they are put aside behind it
+            return args[:1], {**kwargs, "closure": lambda: rounding._behind(closure, members)}
+
+        def after(*_: object) -> None:
+            rounding = me()
+            if rounding is not None:
+                rounding._add()
+
+        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def stop(self) -> None:
+        """End: the scores are what they are."""
+        self.settle()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put scores back that are aside, because a step failed."""
+        while self.aside:
+            score, was = self.aside[-1]
+            score.copy_(was)
+            self.aside.pop()
+
+    def _behind(self, closure: Callable[[], Any], members: Sequence[nn.Parameter]) -> Any:
+        found = closure()
+        self._put_aside(members)
+        return found
+
+    @torch.no_grad()
+    def _put_aside(self, members: Sequence[nn.Parameter]) -> None:
+        self.settle()
+        for one in members:
+            if one.dtype == torch.bfloat16:
+                self.aside.append((local(one.detach()), local(one.detach()).clone()))
+                local(one.detach()).zero_()
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        while self.aside:
+            score, was = self.aside[-1]
+            score.copy_(rounded(was.float() + score.float()))
+            self.aside.pop()
 
 
 class Placed(torch.autograd.Function):

@@ -19,20 +19,18 @@ from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
 from ..errors import ConfigError, TrainingError, check_argument
 from ..preprocess import preprocess_to_json
-from .batchnorm import set_train_mode
 from .budget import coded_bytes, rate_control
-from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
+from .features import beside_baseline, worth
 from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, resolved
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import learned_parts
 from .progress import shown
-from .run_folder import RunFolder, RunOptions
+from .run_folder import FILE, MODEL, OBJECTIVE, RunFolder, RunOptions, checkpoint_digest, take_over
 from .scores import beside_scores, density, detach_scores, scored_models, scored_weights, without_scores
-from .stored import beside_masks, settle, shortened
-from .worth import beside_baseline, worth
+from .stored import beside_masks, set_train_mode, settle, shortened
 
 STREAM = "train"  # of batches
 

@@ -20,8 +20,7 @@ from ...training.evaluate import held_out_accuracy
 from ...training.features import digest_of
 from ...training.run_folder import Report, claim, tagged
 from ..baselines.base import Trial, find_baseline
-from ..store import measured, shared_settings
-from ..trial import measure, splits
+from ..trial import measure, measured, shared_settings, splits
 
 STARTS = ("pretrained", "random")
 

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...mask import Op, PackedMask, masked_weight
-from ...registry import Finite, Options, Registry, make_options
+from ...registry import Options, Registry, make_options
 
 
 @dataclass(frozen=True)
@@ -104,29 +103,6 @@ class Method(Options, ABC):
 
 
 METHODS: Registry[Method] = Registry("method", "maskpack.training.methods")
-
-
-@dataclass(frozen=True)
-class FromAbove(Method):
-    """A method whose scores begin with one value above a threshold.
-
-    Attributes:
-        init: initial value of all scores, above the threshold.
-        threshold: what a score is compared with.
-    """
-
-    init: Finite = 1.0
-    threshold: Finite = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threshold >= self.init:
-            raise ConfigError(
-                f"init must be above threshold, or all weights start removed; got {self.init} and {self.threshold}"
-            )
-
-    def init_scores(self, weight: Tensor) -> Tensor:
-        return torch.full_like(weight, self.init, dtype=torch.float32)
 
 
 def build_method(name: str, options: dict[str, Any] | None = None) -> Method:

@@ -14,8 +14,7 @@ from ...errors import ConfigError, DataError
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
 from ..data.load import LABEL_NAMES, find_input
-from ..features import embed
-from ..worth import SPLITS
+from ..features import SPLITS, embed
 from .base import OBJECTIVES
 from .supervised import Supervised
 

@@ -9,17 +9,15 @@ from torch import Tensor, nn
 
 from ...backbone.classifier import Classifier, accuracy, classifier_from, embeddings, linear_from, predictions
 from ...backbone.load import Backbone, text_head
-from ...backbone.model import Head
-from ...backbone.random_weights import MAX_WEIGHTS, RandomWeight, random_weight
+from ...backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight
 from ...errors import AdapterError, ConfigError, DataError
 from ..config import TrainConfig
 from ..data.base import Data, Examples, loader, readable
-from ..features import Probe, by_class, embed, fit_probe
+from ..features import Probe, by_class, embed, fit_probe, probe_accuracies
 from ..methods.base import build_method
 from ..own_loop import extract_masks
 from ..scores import attach, scored_weights
 from ..stored import kept_head, settle_head
-from ..worth import probe_accuracies
 from .base import OBJECTIVES, Objective
 
 LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
