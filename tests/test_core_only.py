@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from maskpack.training.data.folder import ImageFolder
 from torch import nn
 
 from maskpack import MaskSet, fingerprint, save_adapter
@@ -22,6 +21,7 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_router, fit_whitening
 from maskpack.training.data.base import Data
+from maskpack.training.data.sources import ImageFolder
 from maskpack.training.objectives.self_supervised import multi_crop
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.trainer import train_dense

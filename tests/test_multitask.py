@@ -383,7 +383,7 @@ def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
     for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0), ("gate_start", 0.0)):
         with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
             JointConfig(**{name: value})
-    with pytest.raises(ConfigError, match=r"r2 must be 0 or more, got -1.0"):
+    with pytest.raises(ConfigError, match=r"r2 must be a finite number at least 0, got -1.0"):
         JointConfig(r2=-1.0)
     with pytest.raises(StateError, match="resume needs the folder of the run in `output`"):
         train_jointly(tiny_net(), two(tasks), QUICK, resume=True)

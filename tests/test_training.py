@@ -474,9 +474,9 @@ def test_plan_checks_everything_and_changes_nothing(tiny_backbone: Backbone, dig
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": -1.0}, "lr must be a finite number above 0, got -1.0"),
         ({"clip": float("nan")}, "clip must be a finite number above 0, got nan"),
-        ({"warmup": 1.0}, r"warmup must be in \[0, 1\), got 1.0"),
-        ({"workers": -1}, "workers must be 0 or more, got -1"),
-        ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+        ({"warmup": 1.0}, "warmup must be a finite number at least 0 and below 1, got 1.0"),
+        ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0 and below 4294967296, got -1"),
     ],
 )
 def test_impossible_settings(setting: dict[str, Any], words: str) -> None:

@@ -16,7 +16,7 @@ import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError
 from maskpack.preprocess import Augment, TaskName
-from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, check_types, read_config
+from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, read_config
 
 from .console import Output, app, emit, hint, main_process, note, reading, say, table, training_progress, warn
 from .options import (
@@ -542,6 +542,8 @@ def multitask(
 
 def _entries(file: Path) -> dict[str, dict[str, Any]]:
     """Return the tables of the tasks by name."""
+    from maskpack.registry import check_fields
+
     tables = read_config(file).get("task")
     if not isinstance(tables, list) or not tables or not all(isinstance(one, dict) for one in tables):
         raise ConfigError(f"{file} has no tasks; write a table [[task]] with name and data for each")
@@ -556,7 +558,7 @@ def _entries(file: Path) -> dict[str, dict[str, Any]]:
         if missing := [key for key in ("name", "data") if key not in own]:
             raise ConfigError(f"{place} lacks {' and '.join(missing)}; give each task a name and data")
         try:
-            check_types(Entry(**own))
+            check_fields(Entry(**own))
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
         if own["name"] in found:

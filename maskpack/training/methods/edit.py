@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...mask import Op
-from ...registry import NonNegative, Positive, Range, Share
+from ...registry import NonNegative, Number, Positive, Share
 from .base import FINISHED, METHODS, Method, State
 from .topk import greatest
 
@@ -39,7 +39,7 @@ class Edit(Method):
     share: Share = 0.0
     strength: NonNegative = 1.0
     bound: Positive = 1.0
-    rank: Annotated[int, Range(least=0)] = 0
+    rank: Number = 0
 
     def init_scores(self, weight: Tensor) -> Tensor:
         return (DEVIATION * torch.randn(weight.shape)).to(weight.device)

@@ -15,7 +15,7 @@ from ...backbone.load import Backbone
 from ...backbone.model import Embedding
 from ...errors import ConfigError, require
 from ...preprocess import ImagePreprocess
-from ...registry import Options, Positive, Range, Share
+from ...registry import Count, Number, Options, Positive, Range, Share
 from ..config import TrainConfig
 from ..data.base import Data, EpochSampler, Examples
 from .base import OBJECTIVES, Objective
@@ -26,7 +26,6 @@ JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
 BLUR = tuple(pixels / 224 for pixels in (0.1, 2.0))  # standard deviation, as a share of the side of a large view
 LARGE = 2  # large views of each image, from which targets are computed
 
-Count = Annotated[int, Range(least=0)]
 Area = Annotated[float, Range(above=0, most=1)]
 
 
@@ -122,15 +121,15 @@ class SwavOptions(Options):
     """Options of the objective; the defaults are those of Self-Masking Networks at 224 pixels."""
 
     prototypes: Annotated[int, Range(least=2)] = 500  # clusters: a few per class; too few collapse
-    dimension: Annotated[int, Range(least=1)] = 128  # of the projected features
+    dimension: Count = 128  # of the projected features
     temperature: Positive = 0.1  # of the predictions
     epsilon: Annotated[float, Range(least=0.005)] = 0.05  # of Sinkhorn's targets; below, float64 exponentials vanish
-    iterations: Annotated[int, Range(least=1)] = 3  # of the Sinkhorn algorithm
-    queue: Count = 512  # features of earlier batches, per large view, that targets are balanced over
+    iterations: Count = 3  # of the Sinkhorn algorithm
+    queue: Number = 512  # features of earlier batches, per large view, that targets are balanced over
     queue_start: Share = 0.2  # of the epochs, before the queue is filled
-    freeze_prototypes: Count = 313  # first optimiser steps that leave the prototypes as they are
-    small_crops: Count = 6  # views of each image
-    small_size: Count = 0  # pixels; 0: 3/7 of the large ones
+    freeze_prototypes: Number = 313  # first optimiser steps that leave the prototypes as they are
+    small_crops: Number = 6  # views of each image
+    small_size: Number = 0  # pixels; 0: 3/7 of the large ones
     large_least: Area = 0.14  # share of the image's area in a large view
     small_least: Area = 0.05
     small_most: Area = 0.14
