@@ -49,11 +49,9 @@ NORMS: Changes = {"top": 0.0}
 
 @dataclass(frozen=True)
 class Trial:
-    """What one short run measured.
+    """Settings that differ from those given, `steps` of a short run, and what it measured on the rows held out.
 
-    Attributes:
-        changes: of the settings given. steps: of the run.
-        figure: on the rows held out, as an accuracy; None where training failed. density, mask_bytes: of the masks.
+    `figure` is None where training failed.
     """
 
     changes: Changes
@@ -69,12 +67,7 @@ class Trial:
 
 @dataclass
 class Search:
-    """A search: its trials so far, and where they are kept.
-
-    Attributes:
-        first, last: steps of a trial of the first and of the second round. candidates: of the first round.
-        folder: None keeps nothing.
-    """
+    """A search: `first` and `last` are the steps of a trial of each round; without a folder no trial is kept."""
 
     backbone: Backbone
     data: Data
@@ -92,10 +85,7 @@ class Search:
         return self.first * len(self.candidates) + self.last * FINALISTS
 
     def run(self) -> Changes:
-        """Make the trials that are left; return the changes that were best in the second round.
-
-        Of equal ones the settings given win, then norms alone.
-        """
+        """Make the trials that are left; return the best changes of the second round, of equal ones the earlier."""
         first = [self.tried(changes, self.first) for changes in self.candidates]
         last = [self.tried(changes, self.last) for changes in finalists(first, self.sign)]
         return max(last, key=lambda trial: trial.worth(self.sign)).changes
@@ -275,12 +265,10 @@ def plan_search(
 
 
 def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int, probe: bool) -> list[Changes]:
-    """Return what a search tries: the settings as they are, norms alone, and one change or two of what is left open.
+    """Return the changes that a search tries: none, norms alone, and one or two of the settings that were left open.
 
-    Args:
-        weights: that are masked. steps: of the training.
-        probe: whether a head that starts as the probe is tried. It wins in short runs and not in longer ones, so that
-            it takes trials nearly as long as the training to tell.
+    A head that starts as the probe wins in short runs and not in longer ones: it is tried with `probe` alone, where
+    trials are nearly as long as the training.
     """
     method = METHODS[config.method]
     some = method.partial and not config.scale and config.selective == ALL
@@ -307,8 +295,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
 def finalists(trials: Sequence[Trial], sign: int = 1) -> list[Changes]:
     """Return the changes of the second round: none, norms alone, the two best that helped together, and the best alone.
 
-    Args:
-        trials: of the first round, the one without changes first. sign: of the figure.
+    The first of the trials is the one without changes.
     """
     ranked = sorted(trials, key=lambda one: -one.worth(sign))
     helped = [one.changes for one in ranked if one.worth(sign) > trials[0].worth(sign)]

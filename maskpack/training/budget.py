@@ -24,12 +24,11 @@ STATE = ("pressure", "trend", "before", "ratio")  # of a `RateControl`, beside t
 
 
 def coded_bits(mask: Tensor) -> Tensor:
-    """Return what a mask (float, 1 = kept) takes when it is coded with the densities of its rows and columns, in bits.
+    """Return the bits of a mask (float, 1 = kept) that is coded with the densities of its rows and columns.
 
     With removed shares r_i of R rows, c_j of C columns and e of all, and the binary entropy H, this is
     C sum H(r_i) + R sum H(c_j) - R C H(e): the entropy under independent bits whose odds are the product of a row's and
-    a column's, up to second order. It is differentiable in the mask. A weight of more dimensions is a matrix with its
-    first one as rows; of one dimension, R C H(e).
+    a column's, up to second order. It is differentiable in the mask. Of one dimension, it is R C H(e).
     """
     removed = 1 - mask
     whole = mask.numel() * _entropy(removed.mean(), mask.numel())

@@ -44,12 +44,9 @@ class FeatureCacheWarning(UserWarning):
 def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache: bool = True) -> tuple[Tensor, Tensor]:
     """Return the features of the examples that can be read, (N, D) float32, and their labels, (N,).
 
-    Features are what the head gets, of the model as it is now (a mask loaded or not), in evaluation mode, without
-    augmentation. Rows that cannot be read are left out and noted in `examples.unreadable`.
-
-    Args:
-        cache: keep the features in `cache_folder()`, and take them from there. Not done for data without a digest, and
-            for models with scores attached.
+    Features are the inputs of the head, of the model as it is now (a mask loaded or not), in evaluation mode, without
+    augmentation. With `cache` they are kept in `cache_folder()`, but of data without a digest and of models with
+    scores.
     """
     # made first, so that data of the wrong kind are an error on a hit as well
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
@@ -222,14 +219,11 @@ class Probe:
 
 
 def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
-    """Return the one minimum of mean cross-entropy + PENALTY / (2 n) * sum of the squared weights; the bias is free.
+    """Return the linear classifier of least mean cross-entropy + PENALTY / (2 n) * sum of squared weights.
 
-    A convex solve, so there is no learning rate and no seed. L-BFGS in float64, on features that are centred and made
-    nearly white: another basis of the same problem, in which it takes a hundred steps where it takes thousands in the
-    features' own. A class without a row is left out, and gets weights of 0 and the logit `ABSENT`.
-
-    Args:
-        x: features, (n, D), as they are. y: (n,), each from 0 to classes - 1.
+    A convex solve, so there is no learning rate and no seed. L-BFGS in float64, on features (n, D) that are centred and
+    made nearly white: another basis of the same problem, in which it takes a hundred steps where it takes thousands in
+    the features' own. A class without a row is left out, and gets weights of 0 and the logit `ABSENT`.
     """
     if len(x) == 0 or not torch.isfinite(x).all():
         raise DataError(f"a linear probe needs finite features of at least one row, got {len(x)} rows")
@@ -276,9 +270,9 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
 
 
 def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
+    """Return the accuracy of logits (N, classes), in all and by class, and the confusion, as rows [true][predicted].
 
-    {"accuracy", "per_class": of each class, None where it has no row, "confusion": rows of counts, [true][predicted]}
+    A class without a row has None.
     """
     classes = logits.shape[1]
     counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
@@ -305,13 +299,11 @@ def measure_features(
     batch_size: int = 64,
     cache: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure the features of a backbone as it is now, a mask loaded or not.
+    """Return the k-NN and probe accuracies of a backbone, a mask loaded or not, by share of the training labels.
 
-    The bank of k-NN and the rows of the probe are the training split, or the share of it that `few_labels` draws;
-    what they are measured on is the test split, always. `cache` is that of `embed`.
-
-    For each fraction and measure there is what `by_class` gives, and {"measure", "labels_fraction", "labels": training
-    rows that could be read, "examples": test rows that could}.
+    They are measured on the test split, always. For each share, of the rows that `few_labels` draws, and each measure
+    there is what `by_class` gives, with {"measure", "labels_fraction", "labels", "examples": numbers of rows that could
+    be read}.
     """
     train, test = disjoint(data)
     few = [few_labels(train, fraction) for fraction in fractions]
@@ -372,10 +364,9 @@ def beside_baseline(metrics: Mapping[str, float], found: Mapping[str, float]) ->
 
 
 def worth(metrics: Mapping[str, float], shapes: Iterable[Sequence[int]], masks: bool = True) -> dict[str, Any]:
-    """Return what the training record says beside the metrics: the bytes of LoRA, and warnings if there are any.
+    """Return the bytes of LoRA for weights of these shapes, and warnings if there are any, for the training record.
 
-    Args:
-        shapes: of the masked weights. masks: whether masks were to learn.
+    `masks` says whether masks were to learn.
     """
     shapes = list(shapes)
     found: dict[str, Any] = {"lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)}}

@@ -36,7 +36,6 @@ class Gates:
     """The gates of a model; see `attach_gates`.
 
     Attributes:
-        tasks: their names.
         hard: compute with hardened gates: a weight is kept where its logit is above 0, and is 0 elsewhere.
         off: compute with the weights as they are.
     """
@@ -90,12 +89,9 @@ class Gates:
     def parameter_groups(
         self, lr: float, factor: float | None = None, most: float | None = None
     ) -> list[dict[str, Any]]:
-        """Return parameter groups for an optimiser: everything else in the model that learns, and the gates.
+        """Return parameter groups for an optimiser: all else in the model that learns, at the rate `lr`, and the gates.
 
-        Args:
-            lr: of the weights.
-            factor: the gates learn at this times `lr`; default: 4 times the number of tasks.
-            most: the rate of the gates is at most this.
+        Gates learn at `factor` times `lr`, at most at `most`; default: 4 times the number of tasks.
         """
         rate = lr * (4 * len(self.tasks) if factor is None else factor)
         gates = [logits for one in self.members.values() for logits in one.logits]

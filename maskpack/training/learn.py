@@ -40,12 +40,7 @@ def trained_themselves(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that learn themselves beside scores, by name; to be asked before scores are attached.
 
-    Args:
-        train: as of `learning_names`; words leave masked parameters out. masked: names of parameters with a mask.
-        head: modules that are not part of the body.
-
-    Raises:
-        SelectionError: if a pattern matches nothing. ConfigError: if a parameter would be masked as well.
+    `train` is as of `learning_names`; its words leave masked parameters out, and a glob for one is a ConfigError.
     """
     globs = [one for one in train if one not in WORDS]
     both = [name for name in match_parameters(model, globs, "train", head) if name in masked]
@@ -59,14 +54,9 @@ def trained_themselves(
 
 
 def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] = ()) -> list[str]:
-    """Return the names of the body's parameters that `train` means, sorted.
+    """Return the names of the body's parameters that `train` means, sorted: globs, and words.
 
-    Args:
-        train: globs, or words: "norms" (scales and shifts of all normalisation layers) and "biases" (of all layers),
-            of which a model may have none, and "none".
-
-    Raises:
-        SelectionError: if a glob matches nothing.
+    "norms" are scales and shifts of all normalisation layers, "biases" those of all layers; a model may have none.
     """
     words = set(train)
     found = set(match_parameters(model, sorted(words - WORDS), "train", head))
@@ -166,7 +156,7 @@ def _only(learns: Tensor, gradient: Tensor) -> Tensor:
 
 
 def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
+    """Return the weights whose scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
 
     "first": the weights of the first stages, in the order in which the model has them; "random": each with this
     probability; "largest": the share of every parameter that has the greatest absolute values.

@@ -48,11 +48,11 @@ class Position:
 
 
 class Run(ABC):
-    """A run: what learns and where its steps come from, which a subclass says, the loop over them, and checkpoints.
+    """A run: the loop over its steps, and checkpoints; a subclass says what learns and where steps come from.
 
     Attributes:
-        facts: what must be equal for a run to go on, JSON values, with "config", the settings.
-        module: what is computed with, as Accelerate prepared it.
+        facts: JSON values that must be equal for a run to go on, with "config", the settings.
+        module: the network, as Accelerate prepared it.
         base: fingerprint of the backbone before the run.
         steps, epochs: optimiser steps and epochs to make.
     """
@@ -100,7 +100,7 @@ class Run(ABC):
 
     @abstractmethod
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
-        """Yield what is left of an epoch: a stream's name, the number of its pass and of its batches so far, a batch.
+        """Yield the batches left of an epoch, with their stream and [pass over it, batches of this pass so far].
 
         Whatever is drawn for a batch follows from its place, so that a run may go on at any.
         """
@@ -153,11 +153,9 @@ class Run(ABC):
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def train(self, folder: RunFolder, longer: bool = False) -> Position:
-        """Make the steps that are left; return where the run ended.
+        """Make the steps that are left; return where the run ended. `longer`: there may be more of them than before.
 
-        Args:
-            folder: opened; without a path nothing is kept, and signals are left alone.
-            longer: a run that goes on may have more steps than before.
+        The folder is opened; without a path nothing is kept, and signals are left alone.
         """
         self.folder, self.written = folder, time.monotonic()
         if folder.resume:

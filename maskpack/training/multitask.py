@@ -298,14 +298,12 @@ def train_jointly(
 
     Args:
         config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
-        joint: rates of weights and gates, and regularisers.
         gated: without gates the weights are shared as they are, and every mask keeps all.
-        options: as in `train_mask`. With gates the folder also gets `histograms.json`: gates and effective weights by
-            task and parameter, after every epoch.
+        options: with gates the folder also gets `histograms.json`: gates and effective weights by task and parameter,
+            after every epoch.
 
     Returns:
-        The results by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Metrics are
-        those after hardening; "soft_…" are before.
+        The results by task. Metrics are those after hardening; "soft_…" are before.
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), RunFolder(options)
     probes = {name: probe_accuracies(backbone, task.data, config.batch_size) for name, task in tasks.items()}
@@ -438,8 +436,7 @@ def plan_tasks(
 ) -> dict[str, Any]:
     """Check everything without training or writing, with a batch of every task that is not finished.
 
-    Returns:
-        {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
+    Return {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
     """
     start, steps = _state(backbone), 0
     try:

@@ -211,8 +211,7 @@ def _linear_head(model: nn.Module) -> nn.Linear | None:
 def learned_parts(model: nn.Module) -> Parts:
     """Return all that a model learned since scores were attached; it goes on learning.
 
-    A head that is one linear layer is the head; those of other kinds are parameters. Statistics are there if any
-    changed.
+    A head of another kind than one linear layer is among the parameters. Statistics are there if any changed.
     """
     scored, models = scored_weights(model), scored_models(model)
     if not scored:

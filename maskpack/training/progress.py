@@ -77,11 +77,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Seen:
-    """Where progress is seen.
-
-    Attributes:
-        console: of rich, for a bar; None: `lines`. warn, note: called with what trainings say besides.
-    """
+    """Where progress is seen: a bar in a console of rich, or lines; and where trainings warn and note."""
 
     console: Any
     lines: Lines

@@ -180,9 +180,8 @@ def differing(here: Mapping[str, Any], there: Any) -> list[str]:
 def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, write: bool = True) -> None:
     """Write down what a folder is for, in a JSON file in it; StateError if it is for something else already.
 
-    Args:
-        defaults: of `about["settings"]`, for those that the file of an earlier release lacks.
-        write: False only compares.
+    `defaults` are of `about["settings"]`, where the file of an earlier release lacks some. Without `write` it is
+    compared.
     """
     if not path.exists():
         if write and is_main_process():
@@ -240,10 +239,9 @@ def parse_every(text: str | None) -> tuple[float | None, int | None]:
 
 
 class RunFolder:
-    """The folder of a run, with its log; see `RunOptions`.
+    """The folder of a run, with its log; see `RunOptions`. Where nothing is kept, its paths are None.
 
     Attributes:
-        path: None if nothing is kept. checkpoint, log: files in it, None as well.
         resume: the run goes on from the checkpoint that is there.
         seconds, steps: between two checkpoints; both None: every epoch.
     """
@@ -491,8 +489,7 @@ def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def check_like(path: Path, name: str, value: Any, example: Any) -> None:
     """Raise StateError unless a fact has the types of an example.
 
-    Args:
-        example: the key "" stands for any keys, a list of one element for any number of such elements.
+    In an example the key "" stands for any keys, a list of one element for any number of such elements.
     """
     kinds = (float, int) if type(example) is float else (type(example),)
     if type(value) not in kinds:

@@ -86,10 +86,10 @@ def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) 
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """How to make an effective weight again, in place of what an operation saved for its backward pass.
+    """How to recompute an effective weight, in place of what an operation saved for its backward pass.
 
     Attributes:
-        make: gives the weight, without gradients. sources: what it follows from; versions: theirs when it was made.
+        make: gives the weight, without gradients, from the `sources`, which had these `versions`.
         shape, stride: of what the operation saved.
     """
 
@@ -102,12 +102,10 @@ class Recipe:
 
 @dataclass(eq=False)
 class Recompute:
-    """Replaces effective weights among what autograd saves in the forward passes of a model.
+    """Recomputes masked weights in backward passes, so that no second copy of the weights is in memory.
 
-    Compiled code decides for itself what it makes again.
-
-    Attributes:
-        made: in this forward pass, by address.
+    They are replaced among what autograd saves in a forward pass; compiled code decides for itself what it recomputes.
+    `made` are the weights of this forward pass, by address.
     """
 
     made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
@@ -152,11 +150,7 @@ class Recompute:
 
 
 def unpack(saved: Tensor | Recipe) -> Tensor:
-    """Return what was saved.
-
-    Raises:
-        TrainingError: if what a weight follows from was changed since.
-    """
+    """Return a tensor that autograd saved; TrainingError if what a weight is recomputed from was changed since."""
     if isinstance(saved, Tensor):
         return saved
     if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
@@ -176,14 +170,11 @@ def rounded(values: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Rounding:
-    """Adds an optimiser's updates to scores in bfloat16 in float32, and rounds the sums at random.
+    """Rounds scores in bfloat16 at random, after an optimiser's updates were added to them in float32.
 
     Nearest rounding would lose every update below 1/512 of a score. While an optimiser steps, the scores are put aside
     and zero, so that what it leaves is its update alone. So such scores do not decay, and an optimiser that divides by
     their norm is not for them.
-
-    Attributes:
-        aside: scores and what they were, while an optimiser steps, or after such a step failed.
     """
 
     aside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -266,11 +257,9 @@ class ScoredWeight(nn.Module):
     """Parametrization that computes the effective weight from the frozen weight and its scores.
 
     Attributes:
-        scores: of a shape that the method chose.
-        shape: of the weight.
+        scores: of a shape that the method chose. shape: of the weight.
         places: flat positions of the weights that have scores, ascending; None: all have. The others are kept. Of a
             model that was sharded already they are shared as the scores are.
-        model: what the scores of one model share.
     """
 
     places: Tensor | None
@@ -519,12 +508,9 @@ def without_scores(model: nn.Module) -> Iterator[None]:
 
 
 def set_progress(model: nn.Module, progress: float, batch_size: int = 1) -> None:
-    """Tell the scores of a model where training stands, for methods that change on the way.
+    """Tell the scores of a model which share of the training steps is done, and how many examples a step has.
 
-    Args:
-        progress: share of the training steps that are done, 0 at the first step and 1 at the last. Scores that nobody
-            tells are treated as finished.
-        batch_size: examples of an optimiser step.
+    It is for methods that change on the way. Scores that nobody tells are treated as finished.
     """
     for one in scored_models(model):
         one.progress, one.batch_size = progress, batch_size

@@ -45,11 +45,9 @@ def settle(model: nn.Module, before: Tensors, learned: Tensors, store: Store) ->
     """Put the values that will be stored into a model, in place; return True if that changed any.
 
     BatchNorm's statistics and affine become one scale and one shift a channel: weight and bias for the statistics that
-    the base has. "coded": in steps from the base's, where there are such, else as "float16". "float16": rounded.
-    "float32": nothing changes. What float16 does not hold stays as it is.
-
-    Args:
-        before: as `beside_masks` gave it for the base. learned: parameters that learned themselves, by name.
+    the base has, in `before`, as `beside_masks` gave it. "coded": in steps from the base's, where there are such, else
+    as "float16". "float16": rounded, as are the parameters `learned`. "float32": nothing changes. What float16 does not
+    hold stays as it is.
     """
     changed, layers = False, dict(_layers(model)) if store != "float32" else {}
     for name, layer in layers.items():
@@ -92,11 +90,9 @@ def _folded(layer: nn.Module, now: Tensors, old: Tensors) -> tuple[Tensor, Tenso
 
 
 def shortened(parts: Parts, model: nn.Module, before: Tensors, heads: Sequence[str] = ()) -> Parts:
-    """Return what a model learned, each tensor as short as it comes back to the bit; `settle` makes norms short.
+    """Return parts, which have parameters and statistics whole, with each tensor as short as it comes back to the bit.
 
-    Args:
-        parts: with parameters and statistics whole. before: as of `settle`.
-        heads: modules that the base has not, of which everything is kept.
+    `settle` makes norms short. Of `heads`, modules that the base has not, everything is kept.
     """
     norms, parameters = dict[str, Norm](), dict(parts.parameters)
     for name, layer in _layers(model):

@@ -38,9 +38,8 @@ STREAM = "train"  # of batches
 class ObjectiveRun(Run):
     """A run of an objective on one data set.
 
-    Args:
-        learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
-        start_from: folder of a finished run, with whose tensors this one starts.
+    `learn` returns what learns at the rate of scores, by name, and may put modules into the frozen backbone.
+    `start_from` is the folder of a finished run, with whose tensors this one starts.
     """
 
     def __init__(

@@ -106,11 +106,7 @@ METHODS: Registry[Method] = Registry("method", "maskpack.training.methods")
 
 
 def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
-    """Return the method with this id and these options.
-
-    Raises:
-        UnknownNameError: if there is no such method. ConfigError: if it has no such option, or a value is impossible.
-    """
+    """Return the method with this id and these options."""
     method: Method = make_options(METHODS[name], f"the method {name!r}", options or {})
     return method
 
@@ -130,12 +126,7 @@ def alpha(mask: Tensor) -> Tensor:
 def straight_through(
     weight: Tensor, scores: Tensor, mask: Tensor, scale: bool, *, detach_scale: bool = False
 ) -> Tensor:
-    """Return the masked weight with the gradient of `StraightThrough`.
-
-    Args:
-        scores: of the weight's shape.
-        scale: divide by `alpha(mask)`. detach_scale: without its gradient.
-    """
+    """Return the masked weight with the gradient of `StraightThrough`; `scale` divides it by `alpha(mask)`."""
     divisor = alpha(mask) if scale else None
     result: Tensor = StraightThrough.apply(
         scores, weight, masked_weight(weight, mask, divisor), divisor, None if detach_scale else mask

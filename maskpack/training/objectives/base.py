@@ -65,11 +65,7 @@ class Objective(ABC):
     def columns(
         cls, features: Mapping[str, Any], column: str | None, label: str | None, task: str | None
     ) -> tuple[str, str | None]:
-        """Return the columns of inputs and of targets, None if there are none: those given, or those found.
-
-        Raises:
-            DataError: if it cannot be told which they are.
-        """
+        """Return the columns of inputs and of targets, None if there are none: those given, or those found."""
         label = label or find_label(features)
         return column or find_input(features, label, "words" if task == "token-classification" else "text"), label
 

@@ -64,11 +64,7 @@ class Distill(Supervised):
 
 
 def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Classifier:
-    """Return the network in a safetensors file, in evaluation mode and frozen.
-
-    Args:
-        model: of the backbone's architecture; it becomes the teacher's.
-    """
+    """Return the network in a safetensors file, in evaluation mode and frozen; `model` gets its weights."""
     if not path:
         raise ConfigError(
             "the objective 'distill' needs a teacher, a safetensors file of the backbone's architecture with a head "
@@ -95,11 +91,9 @@ def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Cl
 def train_teacher(
     backbone: Backbone, data: Data, config: TrainConfig, folder: str | Path, **options: Unpack[PartOptions]
 ) -> Path:
-    """Fine-tune a copy of a backbone whole, with a linear head, and return the file that has it.
+    """Fine-tune a copy of a backbone whole, with a linear head, and return the file that has it, in the folder.
 
-    Args:
-        config: of the run; weights learn at 0.001 under Adam and 0.05 under SGD.
-        folder: for the file and the run. On resume a file that is there is not made again.
+    Weights learn at 0.001 under Adam and 0.05 under SGD. On resume a file that is there is not made again.
     """
     from ..learn import body_parameters
     from ..trainer import train_dense  # plug-ins are imported by it

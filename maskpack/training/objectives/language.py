@@ -145,8 +145,7 @@ def last_number(text: str) -> float | None:
 def exact_answers(backbone: Backbone, examples: Examples, most: int, batch_size: int = 8, tokens: int = 256) -> float:
     """Return the share of prompts whose generated answer ends in the number that the row's answer ends in.
 
-    Args:
-        backbone: with an adapter loaded, and its preprocessing. most: first rows of the split that are asked.
+    The backbone has an adapter loaded, and its preprocessing; the first `most` rows are asked.
     """
     rows = examples.indices[:most]
     prompts, wanted = [examples.rows[row][examples.column] for row in rows], [examples.labels[row] for row in rows]

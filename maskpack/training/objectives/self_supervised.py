@@ -92,11 +92,7 @@ def collapse_warning(metrics: Mapping[str, float]) -> str | None:
 
 
 class SelfSupervised(Objective):
-    """An objective for images or texts without labels, which watches for a collapse.
-
-    Attributes:
-        watch: measures of collapse; `loss` adds batches to them.
-    """
+    """An objective without labels, which adds batches to measures of a collapse, `watch`."""
 
     needs_labels: ClassVar[bool] = False
     augments: ClassVar[bool] = False
@@ -296,8 +292,7 @@ class Swav(SelfSupervised):
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return soft assignments (N, K) that give each prototype the same share of the N rows of all processes.
 
-    Args:
-        scores: (N, K), from -1 to 1.
+    Scores are from -1 to 1.
     """
     q = ((scores.double() - 1) / epsilon).exp().T
     rows = _over_processes(torch.tensor(float(q.shape[1]), dtype=q.dtype, device=q.device))
