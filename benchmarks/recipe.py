@@ -30,8 +30,7 @@ from maskpack.lab.baselines.layers import Changed
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.budget import coded_bytes
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data, Examples, loader, readable
-from maskpack.training.data.load import hold_out, load_data
+from maskpack.training.data.base import HELD, Data, Examples, hold_out, load_data, loader, readable
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
 from maskpack.training.run_folder import RunFolder
@@ -44,7 +43,6 @@ from .tasks import DATA, data_of, minilm, resnet
 
 NAME = "recipe-search"
 MARK = "python -m benchmarks.recipe --write docs/results/defaults.md"
-HELD = 0.2  # of the training rows
 REDUCED = 0.2  # rate of factors of rows, times that of scores
 Settings = dict[str, Any]
 

@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="page to write the table into")
     parser.add_argument("--json", type=Path, default=Path("runs/training-kills.jsonl"))
     options = parser.parse_args()
-    for name in (*IMPORTED, "maskpack.training.trainer", "maskpack.training.data.load", "maskpack.adapter.write"):
+    for name in (*IMPORTED, "maskpack.training.trainer", "maskpack.training.data.base", "maskpack.adapter.write"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         found = run(options.kills, options.seed, Path(place))

@@ -18,7 +18,7 @@ from benchmarks.analysis import MARK, write_pages
 from maskpack.backbone.load import export_state
 from maskpack.lab.analysis.network import some
 from maskpack.lab.analysis.pairs import Noise
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import load_data
 
 ROOT = Path(__file__).parent.parent
 FACTORY = """

@@ -22,7 +22,7 @@ from maskpack.lab.baselines.dense import Dense, quantized
 from maskpack.lab.baselines.layers import Reweighted
 from maskpack.lab.comparison import markdown, summaries
 from maskpack.training import TrainConfig
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import load_data
 
 from .helpers_models import bits as bits_of
 from .helpers_models import same

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from maskpack.errors import StateError
 from maskpack.safetensors_io import SEAL, UNSEALED, Blob, read_tensors, write_tensors
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import load_data
 from maskpack.training.learn import borrowed
 from maskpack.training.loop import Position
 from maskpack.training.run_folder import (

@@ -37,14 +37,13 @@ from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
 from maskpack.lab.trial import Job, Worker, measure, run, splits
 from maskpack.training import TrainConfig
-from maskpack.training.data.base import loader, readable
-from maskpack.training.data.load import load_data
-from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.data.base import load_data, loader, readable
 from maskpack.training.features import measure_features
 from maskpack.training.run_folder import claim, write_json
 from maskpack.training.stored import recalibrate
 from maskpack.training.trainer import process_memory
 
+from .helpers_loops import adapter_accuracy
 from .helpers_models import TINY_FACTORY
 
 FEATURES, CLASSES = 16, 5

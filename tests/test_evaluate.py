@@ -13,8 +13,7 @@ from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.errors import ConfigError, DataError
 from maskpack.training import features as frozen
 from maskpack.training import features as knn
-from maskpack.training.data.base import Data
-from maskpack.training.data.load import few_labels, load_data
+from maskpack.training.data.base import Data, few_labels, load_data
 from maskpack.training.features import ABSENT, Probe, by_class, embed, fit_probe, knn_scores, measure_features
 
 

@@ -20,8 +20,7 @@ from maskpack.backbone.model import Embedding, swap_module
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import attach_scores, extract_masks, features
-from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.data.load import few_labels, load_data
+from maskpack.training.data.base import Data, few_labels, load_data, loader, readable
 from maskpack.training.features import FeatureCacheWarning, embed
 
 from .conftest import TinyNet

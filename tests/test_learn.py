@@ -20,8 +20,7 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.training import attach_scores, extract_masks
 from maskpack.training.config import TrainConfig, learning_rate
-from maskpack.training.data.base import Data
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data
 from maskpack.training.features import embed, fit_probe, worth_warnings
 from maskpack.training.learn import learn_scores, learning_names, learning_weights, model_stages, resolved
 from maskpack.training.trainer import plan_training, train_mask

@@ -26,13 +26,13 @@ from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
-from maskpack.training.evaluate import adapter_accuracy
 from maskpack.training.features import probe_accuracies
 from maskpack.training.gates import GatedWeight
 from maskpack.training.multitask import BASE, CLAIM, HISTOGRAMS, RESULT, JointRun, Task, plan_tasks, train_jointly
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.stored import recalibrate
 
+from .helpers_loops import adapter_accuracy
 from .helpers_models import StopHere, bits, same, tiny_net
 
 QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0, bn="adapt")

@@ -19,8 +19,7 @@ from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
 from maskpack.preprocess import TASKS, ImagePreprocess
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data, loader, readable
 from maskpack.training.objectives.base import OBJECTIVES, Objective, find_objective
 from maskpack.training.objectives.self_supervised import (
     CollapseWatch,

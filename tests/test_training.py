@@ -24,8 +24,7 @@ from maskpack.mask import mask_id
 from maskpack.preprocess import ImagePreprocess, TextPreprocess
 from maskpack.training import attach_scores, extract_masks, extract_parts, run_folder
 from maskpack.training.config import TrainConfig, config_from, learning_rate, read_config
-from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data, loader, readable
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import scored_weights
 from maskpack.training.stored import batchnorm_statistics, recalibrate

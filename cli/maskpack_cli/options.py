@@ -484,7 +484,7 @@ class Rows(Columns):
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
         """Read data; by default an objective without labels holds no rows out."""
-        from maskpack.training.data.load import hold_out
+        from maskpack.training.data.base import hold_out
 
         read = training.load_data(data, **{**vars(self), **options})
         if self.validation_fraction is None and supervised and read.train is not None and read.validation is None:

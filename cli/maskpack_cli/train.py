@@ -392,7 +392,7 @@ def evaluate_cascade(
     batch_size: BatchSize = 64,
 ) -> None:
     """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
-    from maskpack.training.data.load import LABELS_SEED
+    from maskpack.training.data.base import LABELS_SEED
     from maskpack.training.evaluate import cascade_table
 
     adapter = trust.load(ref)

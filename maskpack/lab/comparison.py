@@ -14,7 +14,7 @@ from ..errors import ConfigError, StateError, TrainingError, escape
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
 from ..training.config import TrainConfig
-from ..training.data.load import load_data
+from ..training.data.base import load_data
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.stored import batchnorm_statistics

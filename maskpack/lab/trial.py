@@ -23,8 +23,7 @@ from ..backbone.classifier import Classifier
 from ..backbone.load import Backbone, load_backbone
 from ..errors import DataError, MaskpackError, StateError
 from ..training.config import TrainConfig, config_from
-from ..training.data.base import Data, Examples, loader, readable
-from ..training.data.load import LABELS_SEED, few_labels, hold_out, load_data
+from ..training.data.base import HELD, LABELS_SEED, Data, Examples, few_labels, hold_out, load_data, loader, readable
 from ..training.run_folder import read_json, write_json
 from ..training.trainer import process_memory
 from .baselines.base import Fitted, Predict, Trial, classified, find_baseline
@@ -33,7 +32,6 @@ from .baselines.base import Fitted, Predict, Trial, classified, find_baseline
 IMPORTED = ("accelerate", "datasets", "torchvision.transforms.v2", "torch.utils.tensorboard", "sklearn.mixture", "PIL")
 GRACE = 1.5  # seconds that a job has to end by itself
 POLL = 0.1
-VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
 SPENT = "spent.json"  # what training took so far, for a trial that is interrupted or has other labels
 TIMED = 2.0  # seconds of timing, and at least
 ROUNDS = 5  # passes
@@ -162,7 +160,7 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
         )
     test, train, known = data.test, data.train, few_labels(data.train, share, LABELS_SEED + seed)
     if validate:
-        known, held = hold_out(known, VALIDATION, seed)
+        known, held = hold_out(known, HELD, seed)
         if held is None:
             raise DataError(f"{len(known)} rows with labels are too few to choose a learning rate on; give one (--lr)")
         test, without = held, set(held.indices)

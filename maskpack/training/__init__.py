@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .cascade import train_cascade as train_cascade
     from .config import TrainConfig as TrainConfig
     from .data.base import Data as Data
-    from .data.load import load_data as load_data
+    from .data.base import load_data as load_data
     from .gates import attach_gates as attach_gates
     from .multitask import Task as Task
     from .multitask import train_tasks as train_tasks
@@ -32,7 +32,7 @@ _WHERE = {
     "count_trainable": "own_loop",
     "extract_masks": "own_loop",
     "extract_parts": "own_loop",
-    "load_data": "data.load",
+    "load_data": "data.base",
     "settle": "own_loop",
     "train_auto": "auto",
     "train_cascade": "cascade",

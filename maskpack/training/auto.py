@@ -15,8 +15,7 @@ from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, TrainingError
 from .budget import coded_bytes
 from .config import ALL, TOP, TrainConfig, config_from
-from .data.base import Data
-from .data.load import hold_out
+from .data.base import HELD, Data, hold_out
 from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
 from .objectives.base import Objective, find_objective
@@ -37,7 +36,6 @@ from .stored import batchnorm_statistics
 from .trainer import ObjectiveRun, TrainResult, as_backbone, plan_training, train_mask
 
 SEARCH, CLAIM, TRIALS = "search", "search.json", "trials.jsonl"  # a folder in the run's, and files in it
-HELD = 0.2  # of the training rows
 FINALISTS = 4  # candidates of the second round
 LEAST = 10  # steps of a trial
 SLOWER, FASTER, GENTLER = 0.4, 2.0, 0.3  # times the usual rate of scores, and of norms

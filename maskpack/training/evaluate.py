@@ -16,13 +16,13 @@ from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
 from ..errors import escape
 from ..mask import MaskSet
-from ..preprocess import ImagePreprocess, preprocess_from_json
+from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
-from .features import MEASURES, by_class, disjoint, embed_all, measured, routed
+from .features import MEASURES, disjoint, embed_all, measured, routed
 from .objectives.base import find_objective
 from .objectives.supervised import Supervised
 from .transfer import TransferResult
@@ -54,35 +54,19 @@ def adapter_figures(
     return {**found, "examples": len(examples) - len(examples.unreadable), "unreadable": len(examples.unreadable)}
 
 
-def adapter_accuracy(
-    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
-) -> dict[str, Any]:
-    """Evaluate the head of an adapter on a model that has it loaded.
-
-    Args:
-        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
-
-    Returns:
-        What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
-    """
-    logits, y = adapter_logits(model, adapter, examples, tokenizer=tokenizer, batch_size=batch_size)
-    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
-
-
 def adapter_logits(
-    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+    backbone: Backbone, adapter: Adapter, examples: Examples, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Return logits and labels of the examples that can be read; see `adapter_accuracy`. A cascade is not loaded."""
+    """Return logits and labels of the examples that can be read; the adapter is loaded, but a cascade is not."""
     stored = adapter.about.preprocess
-    preprocess = ImagePreprocess() if stored is None else preprocess_from_json(stored)
+    backbone = backbone if stored is None else replace(backbone, preprocess=preprocess_from_json(stored))
     if adapter.cascade is not None:
-        together = load_cascade(model, adapter)
-        batches = readable(loader(examples, preprocess, tokenizer, batch_size=batch_size))
+        together = load_cascade(backbone.model, adapter)
+        batches = readable(loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size))
         outputs, labels = zip(*((together.logits(inputs), y) for inputs, y in batches), strict=True)
         return torch.cat(outputs), torch.cat(labels)
-    head = adapter.parts(stream=True).head
-    backbone = Backbone(model, "the model", preprocess=preprocess, tokenizer=tokenizer)
-    return Supervised.logits(backbone, examples, None if stored is None else head, batch_size)
+    head = None if stored is None else adapter.parts(stream=True).head
+    return Supervised.logits(backbone, examples, head, batch_size)
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:

@@ -22,8 +22,7 @@ from ..backbone.load import Backbone
 from ..errors import ConfigError, DataError, MaskpackError, escape
 from ..preprocess import preprocess_to_json
 from ..runtime.cascade import LoadedCascade
-from .data.base import Data, Examples, loader, readable
-from .data.load import few_labels
+from .data.base import Data, Examples, few_labels, loader, readable
 from .run_folder import read_sealed, write_sealed
 
 Measure = Literal["knn", "probe"]

@@ -115,18 +115,17 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
     """Return settings with the defaults that follow from a backbone."""
-    sizes = masked_sizes(config, backbone)
-    convolutional = sum(
-        size for name, size in sizes.items() if isinstance(owner(backbone.model, name)[0], CONVOLUTIONS)
-    )
-    return config.resolved(sum(sizes.values()), convolutional)
+    decided = config.top is not None and config.bn is not None
+    return config if decided else config.resolved(*masked_sizes(config, backbone))
 
 
-def masked_sizes(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
-    """Return how many weights the parameters have that the settings select, by name."""
+def masked_sizes(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:
+    """Return how many weights the settings select for a mask, and how many of these are of convolutions."""
     parameters = named_parameters(backbone.model)
     names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-    return {name: parameters[name].numel() for name in names}
+    sizes = {name: parameters[name].numel() for name in names}
+    convolutional = (n for n in names if isinstance(owner(backbone.model, n)[0], CONVOLUTIONS))
+    return sum(sizes.values()), sum(sizes[name] for name in convolutional)
 
 
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:

@@ -23,7 +23,7 @@ from .budget import coded_bytes, rate_control
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
 from .features import beside_baseline, worth
-from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, resolved
+from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import learned_parts
@@ -50,7 +50,8 @@ class ObjectiveRun(Run):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
-        config = resolved(config, backbone)
+        sizes = masked_sizes(config, backbone)
+        config = config.resolved(*sizes)
         objective = find_objective(config.objective, backbone.task)
         check_data(data, backbone, objective)
         backbone, data = objective.prepared(backbone, data)
@@ -77,7 +78,6 @@ class ObjectiveRun(Run):
             lay_out(model, torch.channels_last)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        weights = sum(masked_sizes(config, backbone).values())
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
@@ -96,7 +96,7 @@ class ObjectiveRun(Run):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
         per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        lr = config.score_lr(config.steps or config.epochs * per_epoch, weights)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch, sizes[0])
         rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
         self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)

@@ -16,8 +16,7 @@ from ...backbone.model import Head
 from ...errors import ConfigError, DataError, UnknownNameError
 from ...registry import Options, Registry, make_options
 from ..config import TrainConfig
-from ..data.base import Data, EpochSampler, Examples, loader, readable
-from ..data.load import find_input, find_label, read_labels
+from ..data.base import Data, EpochSampler, Examples, find_input, find_label, loader, read_labels, readable
 from ..stored import recalibrate
 
 SELF_SUPERVISED = "self-supervised"  # stands for the objective without labels for the backbone's task

@@ -17,8 +17,7 @@ from ...backbone.model import Head
 from ...errors import DataError
 from ...preprocess import ChatPreprocess, TextPreprocess
 from ..config import TrainConfig
-from ..data.base import Data, Examples, column_kind, loader, readable
-from ..data.load import TEXT_NAMES
+from ..data.base import TEXT_NAMES, Data, Examples, column_kind, loader, readable
 from ..features import SPLITS
 from .base import OBJECTIVES, Objective
 
