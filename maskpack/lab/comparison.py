@@ -156,10 +156,7 @@ def result_file(
 class Trials:
     """The trials of a comparison, by folder and file: those that are there are read, others run, if they are ours.
 
-    Args: as `compare`.
-
-    Attributes:
-        waiting: trials that are not there and are another shard's.
+    `waiting` counts trials that are not there and are another shard's.
     """
 
     folder: Path
@@ -183,12 +180,9 @@ class Trials:
     ) -> tuple[float | None, str | None, list[dict[str, Any]]] | None:
         """Return the best rate and setting of BatchNorm statistics on the validation split, and what was tried.
 
-        None: trials of other shards are not there yet.
-
-        Args:
-            statistics: settings to choose from where a baseline trains with labels and has rates to choose from; None
-                is the one of the configuration.
-            index: of the baseline, from which shards count.
+        None: trials of other shards are not there yet. `statistics` are chosen from where a baseline trains with labels
+        and has rates to choose from; None among them is the setting of the configuration. Shards count from the
+        baseline's `index` on.
         """
         rates = sorted(given or baseline.rates.get(self.config.optimizer, ()))
         if len(rates) < 2:

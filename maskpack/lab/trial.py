@@ -40,13 +40,11 @@ MEASURED = frozenset(("accuracy", "trained", "steps", "sizes", "bytes", "labels"
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is asked for.
+    """A trial that a process is asked for.
 
-    Attributes:
-        baseline: name, with its argument. settings: of TrainConfig, with seed and rate. share: of the labels.
-        validate: measure on a validation split of these labels, and not on the test split.
-        backbone, data: arguments of `load_backbone` and `load_data`.
-        folder: of the trial.
+    `settings` are of TrainConfig, with seed and rate; `share` is of the labels. With `validate` it is measured on a
+    validation split of these, and not on the test split. `backbone` and `data` are arguments of the functions that load
+    them.
     """
 
     baseline: str
@@ -82,11 +80,10 @@ class Worker:
                     break
 
     def run(self, job: Path) -> Iterator[dict[str, Any]]:
-        """Yield the events of a job: those of training, {"event": "result", "result"} or {"event": "error", "kind",
-        "message"}, and {"event": "exit", "code"}.
+        """Yield the events of a job, which is a JSON file.
 
-        Args:
-            job: JSON file.
+        They are those of training, {"event": "result", "result"} or {"event": "error", "kind", "message"}, and
+        {"event": "exit", "code"}.
         """
         if self._process is None or self._process.poll() is not None:
             # in a group of its own: the interrupt key reaches this process alone, which then ends the others

@@ -33,16 +33,13 @@ PER: tuple[Per, ...] = ("module", "block")
 
 
 def grouped(module: nn.Module, per: Per = "module", names: Iterable[str] | None = None) -> dict[str, list[str]]:
-    """Return names of modules or blocks, in the network's order, each with the names of its parameters.
+    """Return modules or blocks, in the network's order, each with the names of its parameters, of those in `names`.
 
     A module is a layer that has parameters of two or more dimensions, with all its own parameters, together with the
     norm that stands directly behind it in the same parent (a layer whose parameters all have one dimension). Other
-    layers with parameters, and parameters of modules that have layers of their own, stand alone. A block is all
-    modules whose names begin alike up to the first part that is a number, as in `layer1.0` or `encoder.layer.3`; a
-    module without a number in its name is a block.
-
-    Args:
-        names: parameters that count; default: all. Modules without any are left out.
+    layers with parameters, and parameters of modules that have layers of their own, stand alone. A block is all modules
+    whose names begin alike up to the first part that is a number, as in `layer1.0` or `encoder.layer.3`; a module
+    without a number in its name is a block.
     """
     if per not in PER:
         raise ConfigError(f"per must be one of {', '.join(PER)}, got {per!r}")
@@ -344,9 +341,7 @@ class Evaluations:
         return None if digest is None or None in inputs else [VERSION, digest, *inputs]
 
     def of(self, state: State, *, rows: bool = False) -> dict[str, Any]:
-        """Return {"accuracy", "loss": mean cross-entropy, "examples"} of a state; with `rows` also "right", for each
-        example whether it gets its class.
-        """
+        """Return {"accuracy", "loss": mean cross-entropy, "examples"} of a state; with `rows` each that is "right"."""
         content = self.content(state)
         if self.folder is None or content is None:
             return self._measure(state, rows)

@@ -53,9 +53,8 @@ def barrier(
 ) -> dict[str, Any]:
     """Measure the networks at evenly spaced `points` from one state (t = 0) to another (t = 1).
 
-    Returns:
-        {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
-        between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
+    Return {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
+    between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
     """
     if points < 3:
         raise ConfigError(f"a barrier needs at least 3 points, the ends and one between them; got {points}")
@@ -81,9 +80,8 @@ def barriers(
 ) -> dict[str, Any]:
     """Measure the barrier of every pair of networks.
 
-    Returns:
-        {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": {"first", "second", "kinds", …} with what
-        `barrier` gives, "deviations": sample deviation of the accuracies of each kind with several networks}.
+    Return {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": as of `each_pair`, with what `barrier` gives,
+    "deviations": sample deviation of the accuracies of each kind with several networks}.
     """
     done, of = count(1), math.comb(len(networks), 2) * points
 
@@ -107,9 +105,8 @@ def barriers(
 def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     """Compare what two networks get right: for each example whether its class was given, (N,) bool.
 
-    Returns:
-        {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
-        there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
+    Return {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
+    there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
     """
     if first.shape != second.shape or not len(first):
         raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
@@ -129,9 +126,8 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
 def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Progress | None = None) -> dict[str, Any]:
     """Compare the mistakes of every pair of networks.
 
-    Returns:
-        {"networks": {"network", "kind", "accuracy"}, "pairs": {"first", "second", "kinds", …} with what
-        `common_mistakes` gives, "examples"}.
+    Return {"networks": {"network", "kind", "accuracy"}, "pairs": as of `each_pair`, with what `common_mistakes` gives,
+    "examples"}.
     """
     with kept(evaluations.module):
         found = [evaluations.of(one.state, rows=True) for one in counted(networks, report)]
@@ -164,11 +160,7 @@ def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], 
 def parameter_distance(
     first: State, second: State, groups: Mapping[str, Sequence[str]], initial: State
 ) -> dict[str, Any]:
-    """Return Euclidean distances of parameters, by module (`groups`) and in all.
-
-    Returns:
-        {"distance", "relative": to the norm of the initial parameters (None without any), "modules": {name: the same}}.
-    """
+    """Return {"distance", "relative": to the norm of the initial parameters, or None, "modules": the same by group}."""
     every = [name for names in groups.values() for name in names]
     square = {name: float((first[name].double() - second[name].double()).square().sum()) for name in every}
     size = {name: float(initial[name].double().square().sum()) for name in every if name in initial}
@@ -185,12 +177,9 @@ def parameter_distance(
 def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, Any]:
     """Return distances of two masks of one base, by parameter and in all.
 
-    A parameter that one of them does not mask counts as kept whole there.
-
-    Returns:
-        {"hamming": share of the weights that are treated differently, "weighted": norm of W * (M1 - M2), where M is 0
-        for a weight that is removed and -1 for one whose sign is inverted, "relative": the same by the norm of W,
-        "parameters": {name: the same}}.
+    A parameter that one of them does not mask counts as kept whole there. "hamming" is the share of the weights that
+    are treated differently, "weighted" the norm of W * (M1 - M2), where M is 0 for a weight that is removed and -1 for
+    one whose sign is inverted, "relative" the same by the norm of W.
     """
     sums: dict[str, list[float]] = {}
     for name in sorted(first.keys() | second.keys()):
@@ -249,11 +238,8 @@ def similarities(
 ) -> dict[str, Any]:
     """Measure linear CKA between the same layer of every pair of networks.
 
-    Args:
-        names: of modules or blocks, as of `grouped`; those that put nothing out, and the head, are left out.
-
-    Returns:
-        {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
+    `names` are as of `grouped`; those without an output, and the head, are left out. Return {"layers": names in order,
+    "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
     """
     module = evaluations.module
     head = module.embedding.module if isinstance(module, Classifier) else None

@@ -29,9 +29,8 @@ STARTS = ("pretrained", "random")
 class Trainings:
     """Trainings of one baseline from several starts, each in a folder of its own; what is finished is read back.
 
-    Attributes:
-        config: its `lr` is the peak rate; None: the middle one of the baseline's rates.
-        folder: of all; it must hold trainings with these settings only.
+    Their rate is `config.lr`, or the middle one of the baseline's rates. `folder` must hold trainings with these
+    settings only.
     """
 
     folder: Path

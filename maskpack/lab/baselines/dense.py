@@ -104,9 +104,8 @@ class Dense(Baseline):
     def _settled(self, run: ObjectiveRun) -> tuple[set[str], int]:
         """Put head and adapted statistics into the network as they are stored beside a mask.
 
-        Returns:
-            The names of the parameters that are stored with the statistics, as one scale and one shift a channel; and
-            the bytes of both.
+        Return the names of the parameters that are stored with the statistics, as one scale and one shift a channel;
+        and the bytes of both.
         """
         if run.config.bn != "adapt" or not batchnorm_statistics(run.backbone.model):
             run.objective.settle()
@@ -170,11 +169,7 @@ class Full(Dense):
 
 
 class Named(Dense):
-    """Parameters of one kind learn alone, and a head.
-
-    Attributes:
-        word: of `learning_names`.
-    """
+    """Parameters of one kind learn alone, which `word` means, as of `learning_names`; and a head."""
 
     word: ClassVar[str]
 
@@ -214,15 +209,11 @@ SHARES = torch.linspace(0.05, 1.0, 39)  # of the step that reaches a row's great
 
 
 def quantized(rows: Tensor, bits: int) -> tuple[Tensor, float]:
-    """Return rows of numbers rounded to `bits` bits each, and the bits that they take together.
+    """Return rows of numbers, (R, N), rounded to `bits` bits each, at most 8, and the bits that they take together.
 
     The levels of a row are the odd multiples of half a step, as many above zero as below it: with one bit, a sign. The
     step is the one of smallest squared error among 39, each fitted by least squares, and is stored as float16. The
     levels are coded by an adaptive arithmetic coder, or as they are; one more bit says which.
-
-    Args:
-        rows: (R, N) float32.
-        bits: from 1 to 8.
     """
     half = 2 ** (bits - 1)
     widest = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / (half - 0.5)

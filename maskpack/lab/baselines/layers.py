@@ -74,11 +74,7 @@ class Reweighted(Layers):
 
     @abstractmethod
     def change(self, rows: Tensor) -> tuple[dict[str, Tensor], Effect]:
-        """Return the first values of what is learned of a weight, by name, and the effect, which gets them by name.
-
-        Args:
-            rows: the weight as a matrix, (outputs, inputs) float32.
-        """
+        """Return first values of the numbers learned for a weight, (outputs, inputs), by name, and their effect."""
 
     def learn(self, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
         model, learned = backbone.model, dict[str, nn.Parameter]()
