@@ -38,7 +38,7 @@ DENSE = 0.875  # share of weights that changed from which all are stored
 
 
 class Found(NamedTuple):
-    """What a file has for a model: shapes of masks by parameter name, and what makes a mask of that name.
+    """The masks in a file: their shapes by parameter name, and a function that makes one of them.
 
     Attributes:
         values: what makes the values that a mask with op "replace" puts in, flat.
@@ -63,7 +63,7 @@ class Imported(NamedTuple):
 
 
 class Importer(Protocol):
-    """What every importer has (see the module's docstring)."""
+    """The interface of an importer (see the module's docstring)."""
 
     id: ClassVar[str]
     reference: ClassVar[str]
@@ -81,7 +81,7 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
 
 
 def import_file(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> Imported:
-    """Return what a file changes, named as the model's parameters; each is read whenever it is asked for.
+    """Return the masks and values of a file by the model's names; each is read whenever it is asked for.
 
     Weights beside the masks are compared here, all of them; what is wrong with a mask itself may be raised when it is
     asked for. `scale` sets alpha, only for the format "masks".

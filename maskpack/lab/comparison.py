@@ -231,7 +231,7 @@ class Trials:
         validate: bool = False,
         number: int = 0,
     ) -> dict[str, Any] | None:
-        """Return what a trial measured; run it if it is not there, or return None if it is another shard's."""
+        """Return the result of a trial; run it if it is not there, or return None if it is another shard's."""
         path = result_file(self.folder, name, seed, share, rate, bn, validate)
         part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
         part += f", statistics {STATISTICS[bn]}" if bn else ""

@@ -94,7 +94,7 @@ def adapter_report(
 
 
 def _reference(adapter: Adapter) -> str:
-    """Return what an adapter is called by: a local one without the folders that it lies in."""
+    """Return the name of an adapter: of a local one without the folders that it lies in."""
     if not Path(adapter.pinned).exists():
         return adapter.pinned
     path = Path(adapter.path)

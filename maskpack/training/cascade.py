@@ -100,7 +100,7 @@ ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CascadeResult:
-    """What a cascade learned, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`."""
+    """A trained cascade, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`."""
 
     parts: dict[str, Parts]  # without heads, by set name: "dispatcher", "expert-0", "expert-1", …
     base: Fingerprint

@@ -45,7 +45,7 @@ Store = Literal["coded", "float16", "float32"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a mask is trained.
+    """Settings of the training of a mask.
 
     Mask:
         method: how scores become a mask: `maskpack list methods`.
@@ -152,7 +152,7 @@ class TrainConfig:
 
     @property
     def labels(self) -> bool:
-        """Whether the scores are trained on labels."""
+        """True if the scores are trained on labels."""
         if self.objective == "supervised":
             return True
         from .objectives.base import OBJECTIVES  # imports torch, which the command line's help does without
@@ -177,7 +177,7 @@ class TrainConfig:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """What learns itself beside the scores, as in `train`."""
+        """The parameters that learn themselves beside the scores, as in `train`."""
         return (("norms",) if self.labels else ()) if self.train is None else self.train
 
     def score_lr(self, steps: int, weights: int) -> float:
@@ -218,7 +218,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class JointConfig(Options):
-    """How weights learn together with gates, beside `TrainConfig`, whose `lr` is for scores.
+    """Settings of weights that learn together, with gates, beside those of `TrainConfig`, whose `lr` is for scores.
 
     Many tasks:
         weight_lr: peak learning rate of the weights, not for sequential. Default: 0.001 for adam, 0.05 for sgd.

@@ -81,7 +81,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 
 @contextmanager
 def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None = None) -> Iterator[None]:
-    """As long as this lasts, a model is what `load_mask` makes of it in this mode; its head stays without `head`."""
+    """Apply parts to a model within the context, as `load_mask` does in this mode; the head stays without `head`."""
     if mode == "source":
         parts = Parts(MaskSet(dict(removing(parts.masks.items()))))
     with masked(model, replace(parts, head=head)):

@@ -97,7 +97,7 @@ def _key(backbone: Backbone, examples: Examples) -> str | None:
 
 
 def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
-    """Return what the inputs of a backbone follow from, JSON values; None if a part of it has no digest."""
+    """Return preprocessing, tokenizer and rows as JSON values, for a digest; None if one of them has no digest."""
     tokenizer = _tokenizer_digest(backbone.tokenizer)
     if tokenizer is None or not examples.digest:
         return None
@@ -284,7 +284,7 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def measured(measure: Measure, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, classes: int) -> dict[str, Any]:
-    """Return what `by_class` gives for test features by a measure that learns from training features."""
+    """Return accuracies as `by_class` on test features, of a measure that learns from training features."""
     found = knn_scores(x, y, test_x, classes) if measure == "knn" else fit_probe(x, y, classes).logits(test_x)
     return by_class(found, test_y)
 
@@ -379,7 +379,7 @@ def lora_bytes(shapes: Iterable[Sequence[int]], rank: int) -> int:
 
 
 def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str]:
-    """Return what to warn of at the end of a training: masks without a zero, or no better than the raw backbone."""
+    """Return warnings at the end of a training: masks without a zero, or no better than the raw backbone."""
     found = []
     if masks and metrics.get("density") == 1.0:
         found.append(

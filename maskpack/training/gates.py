@@ -173,7 +173,7 @@ class GateHistory:
         self.content: dict[str, Any] = {"bins": BINS, "weight_end": end or 1.0, "rows": []}
 
     def add(self, step: int) -> None:
-        """Note the gates and weights as they are after this step."""
+        """Add the histograms of gates and weights after this step."""
         end, weights = self.content["weight_end"], self.gates.weights()
         row: dict[str, Any] = {"step": step, "gates": {}, "weights": {}}
         for task in self.gates.tasks:
@@ -184,6 +184,6 @@ class GateHistory:
 
 
 def counts(values: Tensor, low: float, high: float, bins: int = BINS) -> list[int]:
-    """Return how many values lie in each of `bins` equal parts from low to high; those beyond count to the ends."""
+    """Return a histogram of values in `bins` equal parts from low to high; those beyond count to the ends."""
     found: list[int] = torch.histc(values.float().clamp(low, high), bins, low, high).long().tolist()
     return found

@@ -70,7 +70,7 @@ def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] =
 
 @contextmanager
 def borrowed(backbone: Backbone, norms: bool = False) -> Iterator[None]:
-    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device, layout, modes as before.
+    """Restore on exit: scores detached, and head, buffers, `requires_grad`, device, layout and modes as before.
 
     With `norms` the parameters of normalisation layers too, which `settle` writes.
     """
@@ -120,7 +120,7 @@ def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
 
 
 def masked_sizes(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:
-    """Return how many weights the settings select for a mask, and how many of these are of convolutions."""
+    """Return the number of weights that the settings select for a mask, and the number of these in convolutions."""
     parameters = named_parameters(backbone.model)
     names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
     sizes = {name: parameters[name].numel() for name in names}

@@ -28,7 +28,7 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Position:
-    """Where a run stands."""
+    """The position of a run: steps and epochs that are made, and sums over the epoch."""
 
     steps: int  # of the optimiser, to make
     step: int = 0  # made so far
@@ -116,7 +116,7 @@ class Run(ABC):
         """Follow a step of the optimiser."""
 
     def step_metrics(self) -> dict[str, float]:
-        """Return what a step event has beside loss and rate."""
+        """Return metrics for a step event, beside loss and rate."""
         return {}
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Run(ABC):
         """Return the metrics of an epoch; the last one if `at.done`."""
 
     def warning(self, metrics: Mapping[str, float]) -> str | None:
-        """Return what these metrics warn of, or None."""
+        """Return a warning that these metrics give reason for, or None."""
         return None
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Run(ABC):
         """Return all tensors that the run changes, by their names in a checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """Return what else there is to the run's state, as JSON values."""
+        """Return the rest of the run's state, as JSON values."""
         return {"unreadable": {name: sorted(examples.unreadable) for name, examples in self._splits()}}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -253,7 +253,7 @@ class Run(ABC):
             )
 
     def _facts(self, at: Position) -> dict[str, Any]:
-        """Return what a checkpoint has beside tensors."""
+        """Return the facts of a checkpoint, beside its tensors."""
         scaler = self.accelerator.scaler
         run = {**self.facts, "base": self.base.digests[self.base.dtype]}
         scaled = None if scaler is None else scaler.state_dict()

@@ -253,7 +253,7 @@ class JointRun(Run):
             self.history.content = state["history"]
 
     def parts(self, name: str) -> Parts:
-        """Return what a task learned; without gates its mask keeps every weight."""
+        """Return the parts of a task; without gates its mask keeps every weight."""
         objective, model = self.use(name), self.backbone.model
         if self.gates is not None:
             masks = self.gates.masks(name)
@@ -463,7 +463,7 @@ def _state(backbone: Backbone) -> dict[str, Any]:
 def survey(
     backbone: Backbone, tasks: Mapping[str, Task], folder: Path, mode: Mode, config: TrainConfig, joint: JointConfig
 ) -> tuple[dict[str, Any], dict[str, Adapter], dict[str, Mapping[str, Task]]]:
-    """Return what the folder is for, the adapters of finished tasks, and the tasks of each run that is left, by name.
+    """Return the folder's claim, the adapters of finished tasks, and the tasks of each run that is left, by name.
 
     Loads the base that tasks learned together, if it is there.
     """
@@ -541,7 +541,7 @@ def _check_finished(
 
 
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
-    """Return what the table says of a finished task."""
+    """Return the row of a finished task in the table of results."""
     record: Mapping[str, Any] = adapter.about.training or {}
     found = metrics(record)
     whole = inspect_adapter(adapter)["sets"]["default"]

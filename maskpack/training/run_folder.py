@@ -34,7 +34,7 @@ Report = Callable[[Mapping[str, Any]], None]
 
 
 class PartOptions(TypedDict, total=False):
-    """How often a training keeps its state, and what it tells.
+    """Options for checkpoints and progress of a training.
 
     Attributes:
         resume: go on from what an interrupted run left in `output`. On one process and CPU the result is, bit for bit,
@@ -52,7 +52,7 @@ class PartOptions(TypedDict, total=False):
 
 
 class RunOptions(PartOptions, total=False):
-    """The same, and where.
+    """The same options, and the folder.
 
     Attributes:
         output: folder for checkpoint, `log.jsonl` and TensorBoard curves, of one run at a time; None keeps nothing.

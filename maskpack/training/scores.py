@@ -113,19 +113,19 @@ class Recompute:
     _handles: list[Any] = field(default_factory=list)
 
     def watch(self, model: nn.Module) -> None:
-        """Begin: in every forward pass of the model, or of its encoder alone, from now on."""
+        """Put hooks around every forward pass of the model, or of its encoder alone."""
         for one in dict.fromkeys((model, encoder_of(model))):
             self._handles.append(one.register_forward_pre_hook(self._begin))
             self._handles.append(one.register_forward_hook(self._end, always_call=True))
 
     def stop(self) -> None:
-        """End: the model has no hooks of ours any more."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
-        """Note an effective weight that is about to be used; outside of a forward pass nothing is noted."""
+        """Remember how an effective weight was made, within a forward pass."""
         if self._open:
             recipe = Recipe(make, sources, tuple(source._version for source in sources))
             self.made[result.data_ptr()] = weakref.ref(result), recipe
@@ -181,7 +181,7 @@ class Rounding:
     _handles: list[Any] = field(default_factory=list)
 
     def watch(self, scores: Sequence[nn.Parameter]) -> None:
-        """Begin, with every optimiser that steps these scores."""
+        """Round these scores in the steps of every optimiser from now on."""
         me, known = weakref.ref(self), {id(one) for one in scores}
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ class Rounding:
         self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
     def stop(self) -> None:
-        """End: the scores are what they are."""
+        """Stop rounding."""
         self.settle()
         for handle in self._handles:
             handle.remove()
@@ -315,7 +315,7 @@ class ScoredWeight(nn.Module):
         return ones.index_copy(0, whole(self.places).long(), kept).reshape(self.shape)
 
     def state(self, training: bool = False) -> State:
-        """Return what the method is told beside the scores."""
+        """Return the state of training that the method gets beside the scores."""
         model, shape = self.model, self.shape if self.places is None else tuple(self.places.shape)
         model.rounding.settle()
         return State(model.progress, training, model.shared(self), shape, model.batch_size)
@@ -331,7 +331,7 @@ class ScoredWeight(nn.Module):
         return self.method.packed(whole(self.scores.detach()), self.scale, self.state())
 
     def penalty(self) -> Tensor | None:
-        """Return what the method adds to the loss of a step."""
+        """Return the method's penalty for the loss of a step, or None."""
         return self.method.penalty(gathered(self.scores), self.state(training=True))
 
 
@@ -340,7 +340,7 @@ Plain = Callable[[ScoredWeight, Tensor], Tensor]
 
 @dataclass(eq=False)
 class ScoredModel:
-    """What the scores of one model have in common.
+    """The state that all scores of one model share.
 
     Attributes:
         members: in the order of their names.
@@ -371,7 +371,7 @@ class ScoredModel:
     _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
-        """Return what the method tells a member of all scores, made anew when these have changed."""
+        """Return a member's part of `Method.shared`, computed anew when scores have changed."""
         if self._made is None:
             return None
         now = self.progress, [(id(member.scores), member.scores._version) for member in self.members]
@@ -467,7 +467,7 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scored_models(model: nn.Module) -> list[ScoredModel]:
-    """Return what the scores of a model share: one for each time that some were attached, as to body and head."""
+    """Return the `ScoredModel`s of a model: one for each time that scores were attached, as to body and head."""
     return list(dict.fromkeys(one.model for one in scored_weights(model).values()))
 
 
@@ -526,7 +526,7 @@ def density(scored: Iterable[ScoredWeight]) -> float:
 
 
 def replaced_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return what masks with op "replace" put in place of weights, as `Parts.values`; empty for other methods."""
+    """Return the values of masks with op "replace", as `Parts.values`; empty for other methods."""
     found = {}
     for name, one in scored_weights(model).items():
         if one.method.op == "replace":

@@ -161,7 +161,7 @@ class ObjectiveRun(Run):
         return {**self.step_metrics(), **size, **self.objective.metrics(), **self.held_out("validation")}
 
     def held_out(self, split: str) -> dict[str, float]:
-        """Return what the objective measures of a split, if there is one."""
+        """Return the objective's figures on a split, if there is one."""
         examples = self.data["data"].splits.get(split)
         if examples is None:
             return {}
@@ -212,7 +212,7 @@ class ObjectiveRun(Run):
         return metrics
 
     def parts(self) -> Parts:
-        """Return what was learned; the scores are detached."""
+        """Return the trained parts, and detach the scores."""
         model = self.backbone.model
         head, parts = self.objective.head(), shortened(learned_parts(model), model, self.before)
         detach_scores(model)
@@ -221,7 +221,7 @@ class ObjectiveRun(Run):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
+    """The result of a training, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
     without the masks; and the figures that the raw backbone has, as the accuracy of its linear probe.

@@ -65,7 +65,7 @@ class Reuse(Method):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransferResult(TrainResult):
-    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
+    """The result of a transfer, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Its masks have op "replace": True where the source needs the weight, with values for the others.
     """

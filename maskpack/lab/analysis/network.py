@@ -139,7 +139,7 @@ def put_state(module: nn.Module, state: State) -> None:
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[None]:
-    """On exit the module has the tensors that it had."""
+    """Restore the module's tensors on exit."""
     before = state_of(module)
     try:
         yield
@@ -325,13 +325,13 @@ class Evaluations:
         self.calibration = None if calibration is None else Batches(backbone, calibration, batch_size)
 
     def put(self, state: State) -> None:
-        """Make the module this state, with BatchNorm statistics of its own."""
+        """Put a state into the module, with BatchNorm statistics of its own."""
         put_state(self.module, state)
         if self.calibration is not None:
             recalibrate(self.module, self.calibration)
 
     def content(self, state: State) -> list[Any] | None:
-        """Return what an evaluation of a state follows from; None if a part of it has no digest, or nothing is kept."""
+        """Return digests of a state and of the inputs; None if one of them has none, or nothing is kept."""
         if self.folder is None:
             return None
         put_state(self.module, state)

@@ -202,7 +202,7 @@ def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, 
 
 
 def _multiplier(mask: PackedMask | None, shape: tuple[int, ...]) -> Tensor:
-    """What a mask multiplies each weight with, without its scale: 1, 0 or -1; op "replace" counts as 0."""
+    """Return the factors of a mask without its scale: 1, 0 or -1; op "replace" counts as 0."""
     if mask is None:
         return torch.ones(shape, dtype=torch.float64)
     bits = mask.tensor().double()
@@ -252,7 +252,7 @@ def similarities(
 
 
 def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return what these modules of a state put out, (examples, features) float32 for each, cached as features are.
+    """Return the outputs of modules for a state, (examples, features) float32 for each, cached as features are.
 
     Maps are averaged over their positions, tokens over those that are no padding.
     """
@@ -304,7 +304,7 @@ def _pooled(output: Any, attention: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Noise:
-    """How noise radii and the formal measure are searched.
+    """Settings of the search for noise radii and the formal measure.
 
     Attributes:
         draws: Gaussian draws that a loss is the mean of; `seed` and the draw's number decide them.

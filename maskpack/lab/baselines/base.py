@@ -67,7 +67,7 @@ class Trial:
         return embeddings(self.backbone, [(inputs, labels)])[0]
 
     def probed(self, probe: Probe) -> Predict:
-        """Return what a probe predicts from a batch by the backbone as it is then."""
+        """Return a function from a batch to the logits of a probe, on features by the backbone as it is then."""
         return lambda inputs: probe.logits(self.features(inputs))
 
 
@@ -141,7 +141,7 @@ def find_baseline(name: str) -> Baseline:
 
 
 def classified(classifier: Classifier) -> Predict:
-    """Return what a classifier predicts from a batch, computed on its own device."""
+    """Return a function from a batch to the logits of a classifier, computed on its own device."""
     device = classifier.linear.weight.device
 
     def predict(inputs: Inputs) -> Tensor:

@@ -46,7 +46,7 @@ class Dense(Baseline):
         return tensor.view(1, -1)
 
     def note(self, backbone: Backbone, config: TrainConfig) -> str:
-        """Return what is said beside the name of the baseline."""
+        """Return a note to stand beside the name of the baseline."""
         return ""
 
     def fit(self, trial: Trial) -> Fitted:
@@ -141,7 +141,7 @@ class Dense(Baseline):
 
 
 def _settled_parts(run: ObjectiveRun) -> Parts:
-    """Put what was learned into the network as it is stored beside a mask, and return norms, parameters, statistics."""
+    """Settle the network as beside a mask; return the norms, parameters and statistics to store."""
     run.settle()
     return shortened(Parts(MaskSet({})), run.backbone.model, run.before)
 

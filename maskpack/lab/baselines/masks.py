@@ -182,7 +182,7 @@ def _write(
 
 
 def _learned(result: TrainResult) -> int:
-    """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
+    """Return the count of trained numbers of a mask set: scores, and parameters themselves."""
     record = result.about.training or {}
     found: int = record["scores"] + parameters(*result.parts.parameters.values())
     for one in result.parts.norms.values() if record["rates"].get("train") else ():  # else of statistics that adapted

@@ -34,7 +34,7 @@ TEST_NAMES = ("test", *VALIDATION_NAMES)  # without a test split, the validation
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """What a source reads: a `datasets.Dataset` by split, an id without a path, and the BLAKE3 of the data."""
+    """The data of a source: a `datasets.Dataset` by split, an id without a path, and their BLAKE3."""
 
     splits: Mapping[str, Any]
     id: str
@@ -293,7 +293,7 @@ def _same(one: Any) -> Any:
 
 
 def column_kind(feature: Any) -> str:
-    """Return what a column of a data set holds: "text", "words" (lists of texts), "chat" (of messages), else ""."""
+    """Return the kind of a column of a data set: "text", "words" (lists of texts), "chat" (of messages), else ""."""
     if getattr(feature, "dtype", "") in ("string", "large_string"):
         return "text"
     inner = getattr(feature, "feature", None)
@@ -321,7 +321,7 @@ def readable(batches: DataLoader[Any]) -> Iterator[tuple[Any, Tensor]]:
 
 
 def numbered(batches: DataLoader[Any]) -> Iterator[tuple[int, tuple[Any, Tensor]]]:
-    """Yield what `readable` does, each with its number from 1 among all batches."""
+    """Yield batches as `readable` does, each with its number among all batches, from 1."""
     examples: Examples = batches.dataset.examples  # type: ignore[attr-defined]
     watcher = None if batches.dataset.sampler is not None else _watcher.get()  # type: ignore[attr-defined]
     for number, (inputs, labels, unreadable) in enumerate(_started(batches), 1):
@@ -491,7 +491,7 @@ def read_labels(
 def hold_out(
     examples: Examples, fraction: float, seed: int, labels_fraction: float = 1.0
 ) -> tuple[Examples, Examples | None]:
-    """Keep a share of the examples, drawn by `seed`; return these without a share, and that share of them."""
+    """Keep a share `labels_fraction` of the examples, drawn by `seed`; split off a share `fraction` of these."""
     drawn = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     kept = [examples.indices[i] for i in drawn[: max(1, int(len(drawn) * labels_fraction))]]
     held = round(len(kept) * fraction)

@@ -19,7 +19,7 @@ from ...registry import Options, Registry, make_options
 
 @dataclass(frozen=True)
 class State:
-    """Where training stands, for the scores of one parameter.
+    """The state of training, for the scores of one parameter.
 
     Attributes:
         progress: share of the training steps that are done, 0 to 1; 1 for finished scores.

@@ -24,7 +24,7 @@ SUPERVISED = "supervised"  # stands for the one with labels
 
 
 class Objective(ABC):
-    """What the scores are trained on.
+    """A training objective: a loss, and the data that it is for.
 
     Attributes:
         tasks: of backbones that it is for. needs_labels: reads labels, or other targets.
@@ -82,7 +82,7 @@ class Objective(ABC):
 
     @classmethod
     def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
-        """Return how well a backbone does the task that has an adapter loaded; `head` is the adapter's."""
+        """Return the figure of a backbone that has an adapter loaded; `head` is the adapter's."""
         raise ConfigError(f"the objective {cls.id!r} is no task, and measures nothing")
 
     def start(self) -> None:  # noqa: B027
@@ -126,7 +126,7 @@ class Objective(ABC):
         recalibrate(self.network, readable(self.load(self.data.train)))
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is gathered for `metrics`, for checkpoints within an epoch."""
+        """Return the tensors gathered for `metrics`, for checkpoints within an epoch."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027

@@ -162,7 +162,7 @@ Piece = tuple[list[int], bool]  # tokens, and whether they are learned
 
 
 def is_chat(tokenizer: Any, examples: Examples) -> bool:
-    """Return whether rows are put into the tokenizer's chat template: chats, and answers where there is one."""
+    """Return True if rows go into the tokenizer's chat template: chats, and answers where there is one."""
     if not len(examples):
         return False
     value, answer = examples.rows[examples.indices[0]][examples.column], examples.labels[examples.indices[0]]

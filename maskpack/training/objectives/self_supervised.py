@@ -45,7 +45,7 @@ class CollapseWatch:
             self.used += torch.bincount(scores.detach().argmax(-1).cpu(), minlength=len(self.used))
 
     def state(self) -> dict[str, Tensor]:
-        """Return what was added since the last `metrics`."""
+        """Return the counts and features since the last `metrics`."""
         lengths = torch.tensor([len(rows) for rows in self.rows], dtype=torch.int64)
         rows = torch.cat(list(self.rows)) if self.rows else torch.zeros(0, 0)
         return {"used": self.used.clone(), "lengths": lengths, "rows": rows}

@@ -82,7 +82,7 @@ class Supervised(Objective):
 
     @classmethod
     def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
-        """Return what `by_class` gives over the examples that can be read."""
+        """Return accuracies as `by_class` over the examples that can be read."""
         return by_class(*cls.logits(backbone, examples, head, batch_size))
 
     @classmethod
@@ -102,7 +102,7 @@ class Supervised(Objective):
     def outputs(
         cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Return what a backbone that has an adapter with a head loaded gives for examples, and their targets."""
+        """Return outputs of a backbone that has an adapter with a head loaded, and targets."""
         if head is None:
             raise AdapterError(
                 "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features "
