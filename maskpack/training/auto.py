@@ -18,11 +18,10 @@ from .config import ALL, TOP, TrainConfig, config_from
 from .data.base import HELD, Data, hold_out
 from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
-from .objectives.base import Objective, find_objective
+from .objectives.base import find_objective
 from .progress import shown
 from .run_folder import (
     FILE,
-    Report,
     RunFolder,
     RunOptions,
     check_parts,
@@ -73,6 +72,7 @@ class Search:
     first: int
     last: int
     candidates: Sequence[Changes]
+    figure: str
     folder: Path | None
     options: RunOptions
     trials: list[Trial] = field(default_factory=list)
@@ -84,69 +84,46 @@ class Search:
 
     def run(self) -> Changes:
         """Make the trials that are left; return the best changes of the second round, of equal ones the earlier."""
+        sign = FIGURES[self.figure].sign
         first = [self.tried(changes, self.first) for changes in self.candidates]
-        last = [self.tried(changes, self.last) for changes in finalists(first, self.sign)]
-        return max(last, key=lambda trial: trial.worth(self.sign)).changes
-
-    @property
-    def objective(self) -> type[Objective]:
-        """The objective of all trials."""
-        return find_objective(self.config.objective, self.backbone.task)
-
-    @property
-    def sign(self) -> int:
-        """1 if a greater figure is better, else -1."""
-        return FIGURES[self.objective.figure].sign
+        last = [self.tried(changes, self.last) for changes in finalists(first, sign)]
+        return max(last, key=lambda trial: trial.worth(sign)).changes
 
     def tried(self, changes: Changes, steps: int) -> Trial:
-        """Return a trial; run it if it was not made before."""
+        """Return a trial; run it, or go on with it, if it was not made before."""
         for one in self.trials:
             if (one.changes, one.steps) == (changes, steps):
                 return one
+        part, report = f"search, {steps} steps, {in_words(changes)}", self.options.get("report")
+        done = sum(one.steps for one in self.trials)
+
+        def moved(event: Mapping[str, Any]) -> None:  # a step of the trial is one of the whole search
+            if report is not None and event["event"] == "step":
+                report({**event, "part": part, "step": done + event["step"], "steps": max(self.steps, done + steps)})
+
         own = part_options(self.options, self.folder, str(len(self.trials)))
-        trial = self.measured(changes, steps, own)
+        trial = self.measured(changes, steps, RunFolder(RunOptions(**{**own, "report": moved})))
         self.trials.append(trial)
         if self.folder is not None and is_main_process():
             with (self.folder / TRIALS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(trial)) + "\n")
             shutil.rmtree(str(own["output"]))
-        report = self.options.get("report")
         if report is not None and is_main_process():
-            report({"event": "trial", "part": self._part(changes, steps), self.objective.figure: trial.figure})
+            report({"event": "trial", "part": part, self.figure: trial.figure})
         return trial
 
-    def _part(self, changes: Changes, steps: int) -> str:
-        return f"search, {steps} steps, {in_words(changes)}"
-
-    def measured(self, changes: Changes, steps: int, options: RunOptions) -> Trial:
-        """Run a trial, or go on with it."""
-        done = sum(one.steps for one in self.trials)
-        moved = _moved(self.options.get("report"), self._part(changes, steps), done, max(self.steps, done + steps))
-        folder = RunFolder(RunOptions(**{**options, "report": moved}))
+    def measured(self, changes: Changes, steps: int, folder: RunFolder) -> Trial:
+        """Run a trial in a folder."""
         config = replace(changed(self.config, changes), steps=steps)
         with folder.opened(), borrowed(self.backbone):
-            if folder.report is not None:
-                folder.report({"event": "step", "step": 0, "steps": steps})  # something is seen at once
+            folder.tell({"event": "step", "step": 0, "steps": steps})  # something is seen at once
             run = ObjectiveRun(self.backbone, self.data, config)
             try:
-                at = run.train(folder, longer=False)
+                metrics = run.train(folder, longer=False).metrics
             except TrainingError:  # a rate that is too great
                 return Trial(changes, steps, None)
             size = coded_bytes(one.mask() for one in run.scored)
-        figure = at.metrics[f"validation_{run.objective.figure}"]
-        return Trial(changes, steps, figure, at.metrics.get("density", 1.0), size)
-
-
-def _moved(report: Report | None, part: str, done: int, steps: int) -> Report | None:
-    """Return a report of a trial's steps as those of the whole search, of which so many are done."""
-    if report is None:
-        return None
-
-    def moved(event: Mapping[str, Any]) -> None:
-        if event["event"] == "step":
-            report({**event, "part": part, "step": done + event["step"], "steps": steps})
-
-    return moved
+        return Trial(changes, steps, metrics[f"validation_{self.figure}"], metrics.get("density", 1.0), size)
 
 
 @shown
@@ -259,7 +236,8 @@ def plan_search(
     if held is None:
         raise ConfigError(f"{len(data.train)} training rows are too few to hold some out for a search; leave auto out")
     rows = replace(data, train=train, validation=held, test=None)
-    return Search(backbone, rows, config, first, last, found, folder, options or {})
+    figure = find_objective(config.objective, backbone.task).figure
+    return Search(backbone, rows, config, first, last, found, figure, folder, options or {})
 
 
 def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int, probe: bool) -> list[Changes]:

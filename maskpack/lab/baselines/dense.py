@@ -1,4 +1,4 @@
-"""Baselines that train some numbers and a head: full fine-tuning, BitFit, norms."""
+"""Baselines that train some numbers and a head, or none: full fine-tuning, BitFit, norms; probe and neighbours."""
 
 import math
 from abc import abstractmethod
@@ -17,6 +17,7 @@ from ...backbone.model import Head
 from ...errors import ConfigError
 from ...mask import MaskSet
 from ...training.config import TrainConfig
+from ...training.features import fit_probe, knn_scores
 from ...training.learn import body_parameters, learning_names
 from ...training.run_folder import FILE
 from ...training.stored import batchnorm_statistics, shortened
@@ -239,3 +240,32 @@ def code_bits(counts: Tensor) -> float:
     logarithm = torch.lgamma(seen.sum() + kinds / 2) - math.lgamma(kinds / 2)
     logarithm -= (torch.lgamma(seen + 0.5) - math.lgamma(0.5)).sum()
     return float(logarithm) / math.log(2)
+
+
+@BASELINES.register
+class Knn(Baseline):
+    """Nearest neighbours of the frozen features: k 200, cosine, temperature 0.1; the bank is stored."""
+
+    id = "knn"
+    reference = "https://arxiv.org/abs/1805.01978"
+    seeded = False
+
+    def fit(self, trial: Trial) -> Fitted:
+        x, y = trial.embed()
+        return Fitted(
+            lambda inputs: knn_scores(x, y, trial.features(inputs), trial.classes), 0, {"bank": x.nbytes + y.nbytes}
+        )
+
+
+@BASELINES.register
+class LinearProbe(Baseline):
+    """Linear probe of the frozen features, a convex problem without a learning rate."""
+
+    id = "probe"
+    reference = "https://arxiv.org/abs/1610.01644"
+    seeded = False
+
+    def fit(self, trial: Trial) -> Fitted:
+        probe = fit_probe(*trial.embed(), trial.classes)
+        count = parameters(probe.weight, probe.bias)
+        return Fitted(trial.probed(probe), count, {"head": 4 * count})
