@@ -217,9 +217,9 @@ def test_batches_are_read_again_where_they_do_not_fit(
 def test_evaluations_refuse(backbone: Backbone, digits: Data) -> None:
     with pytest.raises(ConfigError, match="split must be test or train, got 'validation'"):
         Evaluations(backbone.model, backbone, digits, split="validation")
-    with pytest.raises(DataError, match="have no test split; give rows with labels to measure on"):
+    with pytest.raises(DataError, match="have no test split, which an analysis needs"):
         Evaluations(backbone.model, backbone, replace(digits, test=None))
-    with pytest.raises(DataError, match="have no train split; give rows with labels to measure on, and to train on"):
+    with pytest.raises(DataError, match="have no train split, which an analysis needs"):
         Evaluations(backbone.model, backbone, replace(digits, train=None))
     with pytest.raises(DataError, match="have no labels"):
         Evaluations(backbone.model, backbone, replace(digits, class_names=()))

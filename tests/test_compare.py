@@ -241,11 +241,11 @@ def test_splits() -> None:
     assert set(other.train.indices) != set(known.train.indices)
     with pytest.raises(DataError, match="1 rows with labels are too few to choose a learning rate on; give one"):
         splits(data, 0.002, 0, True)
-    with pytest.raises(DataError, match="'digits:0-4' have no test split; a comparison needs a training and"):
+    with pytest.raises(DataError, match="'digits:0-4' have no test split, which a comparison needs"):
         splits(replace(data, test=None), 1.0, 0, False)
     with pytest.raises(DataError, match="'digits:0-4' have no labels"):
         splits(replace(data, class_names=()), 1.0, 0, False)
-    with pytest.raises(DataError, match="'digits:0-4' have no training split"):
+    with pytest.raises(DataError, match="'digits:0-4' have no train split"):
         splits(replace(data, train=None), 1.0, 0, False)
 
 

@@ -150,12 +150,8 @@ def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, D
 
     Rows that are measured on are in neither of the others.
     """
-    if data.train is None or data.test is None or not data.class_names:
-        lacking = "training split" if data.train is None else "test split" if data.test is None else "labels"
-        raise DataError(
-            f"the data {data.id!r} have no {lacking}; a comparison needs a training and a test split with labels"
-        )
-    test, train, known = data.test, data.train, few_labels(data.train, share, LABELS_SEED + seed)
+    train, test = (data.labelled(split, "a comparison") for split in ("train", "test"))
+    known = few_labels(train, share, LABELS_SEED + seed)
     if validate:
         known, held = hold_out(known, HELD, seed)
         if held is None:

@@ -319,14 +319,7 @@ def measure_features(
 
 def disjoint(data: Data) -> tuple[Examples, Examples]:
     """Return the training and the test split, which have labels and no row in common."""
-    train, test = data.train, data.test
-    if train is None or test is None:
-        raise DataError(
-            f"k-NN and probe learn from the train split and are measured on the test split; {data.id!r} has no "
-            f"{'train' if train is None else 'test'} split"
-        )
-    if not data.class_names:
-        raise DataError(f"k-NN and probe need labels, and the data {data.id!r} have none; name their column")
+    train, test = (data.labelled(split, "a measurement by k-NN or probe") for split in ("train", "test"))
     if train.rows is test.rows or (train.digest and train.digest == test.digest):
         both = len(set(train.indices) & set(test.indices))
         if both:

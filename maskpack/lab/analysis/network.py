@@ -318,10 +318,10 @@ class Evaluations:
         if split not in ("test", "train"):
             raise ConfigError(f"split must be test or train, got {split!r}")
         self.module, self.backbone, self.folder = module, backbone, folder
-        self.examples = some(_split(data, split), limit)
+        self.examples = some(data.labelled(split, "an analysis"), limit)
         self.batches = Batches(backbone, self.examples, batch_size)
         norms = any(isinstance(one, BATCH_NORMS) and one.running_mean is not None for one in module.modules())
-        calibration = some(_split(data, "train"), CALIBRATION) if norms else None
+        calibration = some(data.labelled("train", "an analysis"), CALIBRATION) if norms else None
         self.calibration = None if calibration is None else Batches(backbone, calibration, batch_size)
 
     def put(self, state: State) -> None:
@@ -359,11 +359,3 @@ class Evaluations:
         loss = loss if loss < 1e30 else 1e30  # of a network that gives no numbers; JSON has no infinity
         found = {"accuracy": float(right.double().mean()), "loss": loss, "examples": len(y)}
         return {**found, "right": right.int().tolist()} if rows else found
-
-
-def _split(data: Data, name: str) -> Examples:
-    found = data.test if name == "test" else data.train
-    if found is None or not data.class_names:
-        lacking = "labels" if found is not None else f"{name} split"
-        raise DataError(f"the data {data.id!r} have no {lacking}; give rows with labels to measure on, and to train on")
-    return found

@@ -127,6 +127,13 @@ class Data:
         found = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: examples for name, examples in found.items() if examples is not None}
 
+    def labelled(self, split: str, use: str) -> Examples:
+        """Return a split, which must exist and have labels, for a use as in "a comparison"."""
+        if split not in self.splits or not self.class_names:
+            lacking = "labels" if split in self.splits else f"{split} split"
+            raise DataError(f"the data {self.id!r} have no {lacking}, which {use} needs; give data that have")
+        return self.splits[split]
+
 
 def digest_files(files: Iterable[Path], root: Path) -> str:
     """Return the BLAKE3 over the names (relative to `root`) and bytes of files, in sorted order."""

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier
+from ...backbone.classifier import Classifier, linear_from
 from ...backbone.load import Backbone, export_state, load_tensors
+from ...backbone.model import Head
 from ...errors import ConfigError
 from ...registry import Options, Positive, Share
 from ...safetensors_io import read_tensors
@@ -73,9 +74,7 @@ def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Cl
     state, linear = read_tensors(path), None
     if backbone.head is None:
         weight, bias = (state.pop(f"{HEAD}.{leaf}", None) for leaf in ("weight", "bias"))
-        if weight is not None:
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-            linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+        linear = None if weight is None else linear_from(Head(backbone.embedding, weight, bias))
     load_tensors(model, state, path, backbone.head)
     if backbone.head is not None:
         own = model.get_submodule(backbone.head)
