@@ -10,11 +10,12 @@ from typing import Any
 from .. import errors
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import load_backbone
-from ..errors import ConfigError, StateError, TrainingError, escape
+from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
 from ..training.config import TrainConfig
 from ..training.data.base import load_data
+from ..training.evaluate import table
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.stored import batchnorm_statistics
@@ -314,13 +315,9 @@ def summaries(
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of a comparison as a Markdown table with a note."""
     texts = [cells(row) for row in rows]
-    lines = ["| " + " | ".join(texts[0]) + " |", "| --- |" + " ---: |" * (len(texts[0]) - 1)]
-    for row in texts:
-        name, *others = row.values()
-        lines.append(f"| {escape(name, 'markdown')} | {' | '.join(others)} |")
     count = max(len(row["seeds"]) for row in rows)
     seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
-    return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
+    return table(list(texts[0]), [list(one.values()) for one in texts]) + "\n" + NOTE.format(seeds=seeds)
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
