@@ -485,22 +485,22 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
         for text, message in (("", "cannot read .*result-1.json as JSON"), ("{}", "must have accuracy, .* nothing")):
             result.write_text(text)
             with pytest.raises(StateError, match=f"{message}.*; delete it, and it is measured again"):
-                trials.run("probe", find_baseline("probe"), 0, 1.0, None)
+                trials.run("probe", 0, 1.0, None)
 
 
 def test_errors_of_a_trial(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
     trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
     (tmp_path / "probe" / "seed-3-labels-1" / "spent.json").mkdir(parents=True)
     with pytest.raises(StateError, match=r"probe, seed 3: .*spent\.json"):
-        trials.run("probe", find_baseline("probe"), 3, 1.0, None)
+        trials.run("probe", 3, 1.0, None)
     with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
-        trials.run("full", find_baseline("full"), 0, 1.0, 1e30)
+        trials.run("full", 0, 1.0, 1e30)
 
 
 def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Worker, "command", (sys.executable, "-c", "import os; os._exit(9)"))
     with Worker() as spoiled, pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9"):
-        Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", find_baseline("probe"), 3, 1.0, None)
+        Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", 3, 1.0, None)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def compare(
             for place, share in enumerate(fractions):
                 own = seeds if one.seeded or share < 1 else seeds[:1]
                 numbers = itertools.count((index * len(fractions) + place) * len(seeds))
-                each = [trials.run(name, one, seed, share, rate, bn, number=next(numbers)) for seed in own]
+                each = [trials.run(name, seed, share, rate, bn, number=next(numbers)) for seed in own]
                 done = [trial for trial in each if trial is not None]
                 if len(done) < len(own):
                     continue
@@ -194,7 +194,7 @@ class Trials:
 
         def accuracy_of(rate: float, bn: str | None) -> float | None:  # -1 where training broke off
             try:
-                found = self.run(name, baseline, seed, share, rate, bn, validate=True, number=next(numbers))
+                found = self.run(name, seed, share, rate, bn, validate=True, number=next(numbers))
             except TrainingError:
                 return -1.0
             return None if found is None else float(found["accuracy"])
@@ -224,7 +224,6 @@ class Trials:
     def run(
         self,
         name: str,
-        baseline: Baseline,
         seed: int,
         share: float,
         rate: float | None,
