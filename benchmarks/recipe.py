@@ -25,13 +25,12 @@ from maskpack import load_backbone
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import named_parameters
+from maskpack.lab.baselines.dense import quantized
 from maskpack.lab.baselines.layers import Changed
-from maskpack.lab.quantize import quantized
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.budget import coded_bytes
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data, Examples, loader, readable
-from maskpack.training.data.load import hold_out, load_data
+from maskpack.training.data.base import HELD, Data, Examples, hold_out, load_data, loader, readable
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
 from maskpack.training.objectives.distill import train_teacher
@@ -45,7 +44,6 @@ from .tasks import DATA, RUNS, data_of, minilm, resnet
 
 NAME = "recipe-search"
 MARK = "python -m benchmarks.recipe --write docs/results/defaults.md"
-HELD = 0.2  # of the training rows
 REDUCED = 0.2  # rate of factors of rows, times that of scores
 Settings = dict[str, Any]
 

@@ -37,14 +37,13 @@ from maskpack.lab.baselines.base import BASELINES, Trial, find_baseline
 from maskpack.lab.comparison import Trials, markdown, summaries
 from maskpack.lab.trial import Job, Worker, measure, run, splits
 from maskpack.training import TrainConfig
-from maskpack.training.batchnorm import recalibrate
-from maskpack.training.data.base import loader, readable
-from maskpack.training.data.load import load_data
-from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.data.base import load_data, loader, readable
 from maskpack.training.features import measure_features
 from maskpack.training.run_folder import claim, write_json
+from maskpack.training.stored import recalibrate
 from maskpack.training.trainer import process_memory
 
+from .helpers_loops import adapter_accuracy
 from .helpers_models import TINY_FACTORY
 
 FEATURES, CLASSES = 16, 5
@@ -242,11 +241,11 @@ def test_splits() -> None:
     assert set(other.train.indices) != set(known.train.indices)
     with pytest.raises(DataError, match="1 rows with labels are too few to choose a learning rate on; give one"):
         splits(data, 0.002, 0, True)
-    with pytest.raises(DataError, match="'digits:0-4' have no test split; a comparison needs a training and"):
+    with pytest.raises(DataError, match="'digits:0-4' have no test split, which a comparison needs"):
         splits(replace(data, test=None), 1.0, 0, False)
     with pytest.raises(DataError, match="'digits:0-4' have no labels"):
         splits(replace(data, class_names=()), 1.0, 0, False)
-    with pytest.raises(DataError, match="'digits:0-4' have no training split"):
+    with pytest.raises(DataError, match="'digits:0-4' have no train split"):
         splits(replace(data, train=None), 1.0, 0, False)
 
 
@@ -486,22 +485,22 @@ def test_damaged_files(backbone: dict[str, Any], tmp_path: Path) -> None:
         for text, message in (("", "cannot read .*result-1.json as JSON"), ("{}", "must have accuracy, .* nothing")):
             result.write_text(text)
             with pytest.raises(StateError, match=f"{message}.*; delete it, and it is measured again"):
-                trials.run("probe", find_baseline("probe"), 0, 1.0, None)
+                trials.run("probe", 0, 1.0, None)
 
 
 def test_errors_of_a_trial(backbone: dict[str, Any], worker: Worker, tmp_path: Path) -> None:
     trials = Trials(tmp_path, backbone, DATA, QUICK, None, worker)
     (tmp_path / "probe" / "seed-3-labels-1" / "spent.json").mkdir(parents=True)
     with pytest.raises(StateError, match=r"probe, seed 3: .*spent\.json"):
-        trials.run("probe", find_baseline("probe"), 3, 1.0, None)
+        trials.run("probe", 3, 1.0, None)
     with pytest.raises(TrainingError, match=r"full, seed 0, rate 1e\+30: the loss is (nan|inf) at step"):
-        trials.run("full", find_baseline("full"), 0, 1.0, 1e30)
+        trials.run("full", 0, 1.0, 1e30)
 
 
 def test_a_worker_that_dies(backbone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Worker, "command", (sys.executable, "-c", "import os; os._exit(9)"))
     with Worker() as spoiled, pytest.raises(StateError, match="probe, seed 3: its process ended with the exit code 9"):
-        Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", find_baseline("probe"), 3, 1.0, None)
+        Trials(tmp_path, backbone, DATA, QUICK, None, spoiled).run("probe", 3, 1.0, None)
 
 
 @pytest.mark.parametrize(

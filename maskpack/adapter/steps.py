@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbone.random_weights import MAX_WEIGHTS
+from ..backbone.model import MAX_WEIGHTS
 from ..codecs.base import Bytes, from_frame, to_frame
 from ..errors import AdapterError, CorruptAdapterError, short_repr
 

@@ -18,6 +18,7 @@ from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
 from ..safetensors_io import INDEX, SUFFIX, read_tensors, write_tensors
 from .model import (
+    RANDOM,
     Embedding,
     Head,
     aliases,
@@ -25,13 +26,14 @@ from .model import (
     find_head,
     named_buffers,
     named_parameters,
+    parse_random,
+    random_values,
     same_size_int,
     slots,
     swap_module,
     tied_outputs,
     unwrap,
 )
-from .random_weights import PREFIX, parse_random, random_values
 
 TOKENS, BLOCK = 128, 512  # of a text, and of a language model's block, where nothing else is asked for
 
@@ -477,7 +479,7 @@ def load_backbone(
             ) from error
     if kind:
         randomize(backbone.model, kind, seed)
-        backbone = replace(backbone, revision=f"{PREFIX}{kind}:{seed}")
+        backbone = replace(backbone, revision=f"{RANDOM}{kind}:{seed}")
     if isinstance(stated := backbone.preprocess, ImagePreprocess):
         size, resize = image_size or stated.size, image_size or stated.resize
         preprocess = ImagePreprocess(

@@ -10,18 +10,18 @@ from typing import Any
 from .. import errors
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import load_backbone
-from ..errors import ConfigError, StateError, TrainingError, escape
+from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
-from ..training.batchnorm import batchnorm_statistics
 from ..training.config import TrainConfig
-from ..training.data.load import load_data
+from ..training.data.base import load_data
+from ..training.evaluate import table
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
+from ..training.stored import batchnorm_statistics
 from ..training.trainer import plan_training
 from .baselines.base import BASELINES, Baseline, find_baseline
-from .store import measured, shared_settings
-from .trial import MEASURED, Job, Worker, splits
+from .trial import MEASURED, Job, Worker, measured, shared_settings, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
 STATISTICS = {"freeze": "frozen", "adapt": "adapted"}  # settings of BatchNorm, in words
@@ -111,7 +111,7 @@ def compare(
             for place, share in enumerate(fractions):
                 own = seeds if one.seeded or share < 1 else seeds[:1]
                 numbers = itertools.count((index * len(fractions) + place) * len(seeds))
-                each = [trials.run(name, one, seed, share, rate, bn, number=next(numbers)) for seed in own]
+                each = [trials.run(name, seed, share, rate, bn, number=next(numbers)) for seed in own]
                 done = [trial for trial in each if trial is not None]
                 if len(done) < len(own):
                     continue
@@ -158,10 +158,7 @@ def result_file(
 class Trials:
     """The trials of a comparison, by folder and file: those that are there are read, others run, if they are ours.
 
-    Args: as `compare`.
-
-    Attributes:
-        waiting: trials that are not there and are another shard's.
+    `waiting` counts trials that are not there and are another shard's.
     """
 
     folder: Path
@@ -185,12 +182,9 @@ class Trials:
     ) -> tuple[float | None, str | None, list[dict[str, Any]]] | None:
         """Return the best rate and setting of BatchNorm statistics on the validation split, and what was tried.
 
-        None: trials of other shards are not there yet.
-
-        Args:
-            statistics: settings to choose from where a baseline trains with labels and has rates to choose from; None
-                is the one of the configuration.
-            index: of the baseline, from which shards count.
+        None: trials of other shards are not there yet. `statistics` are chosen from where a baseline trains with labels
+        and has rates to choose from; None among them is the setting of the configuration. Shards count from the
+        baseline's `index` on.
         """
         rates = sorted(given or baseline.rates.get(self.config.optimizer, ()))
         if len(rates) < 2:
@@ -201,7 +195,7 @@ class Trials:
 
         def accuracy_of(rate: float, bn: str | None) -> float | None:  # -1 where training broke off
             try:
-                found = self.run(name, baseline, seed, share, rate, bn, validate=True, number=next(numbers))
+                found = self.run(name, seed, share, rate, bn, validate=True, number=next(numbers))
             except TrainingError:
                 return -1.0
             return None if found is None else float(found["accuracy"])
@@ -234,7 +228,6 @@ class Trials:
     def run(
         self,
         name: str,
-        baseline: Baseline,
         seed: int,
         share: float,
         rate: float | None,
@@ -242,7 +235,7 @@ class Trials:
         validate: bool = False,
         number: int = 0,
     ) -> dict[str, Any] | None:
-        """Return what a trial measured; run it if it is not there, or return None if it is another shard's."""
+        """Return the result of a trial; run it if it is not there, or return None if it is another shard's."""
         path = result_file(self.folder, name, seed, share, rate, bn, validate)
         part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
         part += f", statistics {STATISTICS[bn]}" if bn else ""
@@ -325,13 +318,9 @@ def summaries(
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of a comparison as a Markdown table with a note."""
     texts = [cells(row) for row in rows]
-    lines = ["| " + " | ".join(texts[0]) + " |", "| --- |" + " ---: |" * (len(texts[0]) - 1)]
-    for row in texts:
-        name, *others = row.values()
-        lines.append(f"| {escape(name, 'markdown')} | {' | '.join(others)} |")
     count = max(len(row["seeds"]) for row in rows)
     seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
-    return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
+    return table(list(texts[0]), [list(one.values()) for one in texts]) + "\n" + NOTE.format(seeds=seeds)
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
