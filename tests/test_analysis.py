@@ -386,8 +386,6 @@ def test_linear_cka(p: int, q: int) -> None:
     rotated = torch.linalg.qr(torch.randn(p, p, generator=generator)).Q
     assert linear_cka(x, 7 * x @ rotated + 2) == pytest.approx(1, abs=1e-5)
     assert linear_cka(x, torch.ones(40, 2)) is None
-    with pytest.raises(ConfigError, match=r"rows of the same examples, got shapes \(40, \d+\), \(39, \d+\)"):
-        linear_cka(x, y[1:])
 
 
 def test_similarities(measured: Evaluations, backbone: Backbone, digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,8 +492,6 @@ def test_common_mistakes(measured: Evaluations) -> None:
         "overlap": None,
         "kappa": None,
     }
-    with pytest.raises(ConfigError, match="mistakes are compared on the same examples, got 200 and 4"):
-        common_mistakes(first, right)
     networks = named("a", "b", "b")
     whole = mistakes(measured, networks)
     rows = [torch.tensor(measured.of(one.state, rows=True)["right"]) for one in networks]
@@ -712,7 +708,7 @@ def test_feature_reuse(reference_of: dict[str, Any], digits: Data, tmp_path: Pat
     with pytest.raises(StateError, match="training from other weights than nets:tiny has now; choose another folder"):
         feature_reuse({**reference_of, "random_weights": 6}, digits, tmp_path / "out", **settings)
     for wrong in ({"blocks": (8, 8)}, {"seeds": ()}):
-        with pytest.raises(ConfigError, match="blocks and seeds must be given, each once"):
+        with pytest.raises(ConfigError, match="(blocks|seeds) must be at least one, each once"):
             feature_reuse(given, digits, tmp_path / "new", **{**settings, **wrong})
     assert not (tmp_path / "new").exists()
 
@@ -777,7 +773,7 @@ def test_checkpoints(
         match="the checkpoint epoch-0 has a head for 10 classes, and the data of pretraining digits:0-4 have 5",
     ):
         from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=digits, **settings)
-    with pytest.raises(ConfigError, match="checkpoints must be at least one, each with its own name; got none"):
+    with pytest.raises(ConfigError, match="checkpoints must be at least one, each once; got none"):
         from_checkpoints(reference_of, [], digits, tmp_path / "out", **settings)
-    with pytest.raises(ConfigError, match=r"seeds must be given, each once; got \[0, 0\]"):
+    with pytest.raises(ConfigError, match=r"seeds must be at least one, each once; got 0, 0"):
         from_checkpoints(reference_of, files, digits, tmp_path / "out", **{**settings, "seeds": (0, 0)})

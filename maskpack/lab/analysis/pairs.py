@@ -108,8 +108,6 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     Return {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
     there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
     """
-    if first.shape != second.shape or not len(first):
-        raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
     a, b = ~first.bool(), ~second.bool()
     both, either, rows = int((a & b).sum()), int((a | b).sum()), len(a)
     p, q = int(a.sum()) / rows, int(b.sum()) / rows
@@ -221,8 +219,6 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 
     From 0 to 1; 1 if they are equal up to a rotation, a shift and one scale. None where one has no variance.
     """
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
-        raise ConfigError(f"CKA compares rows of the same examples, got shapes {tuple(x.shape)}, {tuple(y.shape)}")
     x, y = (one.double() - one.double().mean(0) for one in (x, y))
     if max(x.shape[1], y.shape[1]) > len(x):
         # the same numbers by products of examples, where those are fewer than features
