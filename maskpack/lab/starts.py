@@ -1,4 +1,4 @@
-"""What a pretrained start contributes: by checkpoint, and with shuffled image blocks (arXiv 2008.11687)."""
+"""Contribution of a pretrained start: by checkpoint, and with shuffled image blocks (arXiv 2008.11687)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.fingerprint import fingerprint
-from ...backbone.load import Backbone, load_backbone
-from ...errors import ConfigError, DataError, StateError
-from ...preprocess import ImagePreprocess
-from ...training.config import TrainConfig
-from ...training.data.base import Data
-from ...training.evaluate import held_out_accuracy
-from ...training.features import digest_of
-from ...training.run_folder import Report, claim, tagged
-from ..baselines.base import Trial, find_baseline
-from ..trial import check_each_once, measure, measured, shared_settings, splits
+from ..backbone.fingerprint import fingerprint
+from ..backbone.load import Backbone, load_backbone
+from ..errors import ConfigError, DataError, StateError
+from ..preprocess import ImagePreprocess
+from ..training.config import TrainConfig
+from ..training.data.base import Data
+from ..training.evaluate import held_out_accuracy
+from ..training.features import digest_of
+from ..training.run_folder import Report, claim, tagged
+from .baselines.base import Trial, find_baseline
+from .trial import check_each_once, measure, measured, shared_settings, splits
 
 STARTS = ("pretrained", "random")
 

@@ -1,4 +1,4 @@
-"""Pairs of networks: barriers, common mistakes, distances (arXiv 2008.11687), CKA of layers (arXiv 1905.00414)."""
+"""Measurements of networks: barriers, mistakes, distances, CKA, criticality (arXiv 2008.11687, 1905.00414, 1912.00528)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, Inputs, predictions
-from ...backbone.model import canonical
-from ...errors import ConfigError
-from ...mask import MaskSet, PackedMask
-from ...training.features import digest_of, keep_features, kept_features
-from .network import Evaluations, Network, Progress, State, T, body_of, counted, kept
+from ..backbone.classifier import Classifier, Inputs, predictions
+from ..backbone.model import canonical
+from ..errors import ConfigError
+from ..mask import MaskSet, PackedMask
+from ..training.features import digest_of, keep_features, kept_features
+from .networks import Evaluations, Network, Progress, State, T, body_of, counted, kept
 
 LEAST = 512  # examples, below which a note on CKA is due
 
@@ -108,6 +108,8 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     Return {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
     there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
     """
+    if first.shape != second.shape or not len(first):
+        raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
     a, b = ~first.bool(), ~second.bool()
     both, either, rows = int((a & b).sum()), int((a | b).sum()), len(a)
     p, q = int(a.sum()) / rows, int(b.sum()) / rows
@@ -219,6 +221,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
 
     From 0 to 1; 1 if they are equal up to a rotation, a shift and one scale. None where one has no variance.
     """
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise ConfigError(f"CKA compares rows of the same examples, got shapes {tuple(x.shape)}, {tuple(y.shape)}")
     x, y = (one.double() - one.double().mean(0) for one in (x, y))
     if max(x.shape[1], y.shape[1]) > len(x):
         # the same numbers by products of examples, where those are fewer than features
