@@ -1,4 +1,4 @@
-"""Measurements of networks: barriers, mistakes, distances, CKA, criticality (arXiv 2008.11687, 1905.00414, 1912.00528)."""
+"""Measurements: barriers, mistakes, distances, CKA, criticality (arXiv 2008.11687, 1905.00414, 1912.00528)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
