@@ -5,17 +5,21 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 from torch import nn
 
 from maskpack import MaskBank, Parts, fingerprint, load_mask, load_masked, save_adapter, unload_mask
 from maskpack import mask as masks_module
 from maskpack.adapter.read import Adapter
+from maskpack.backbone import fingerprint as base_digests
+from maskpack.backbone.fingerprint import tensor_digest
 from maskpack.codecs import logit
 from maskpack.errors import CorruptAdapterError
 from maskpack.mask import MaskSet
@@ -34,7 +38,7 @@ def test_by_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "8 passed" in done.stdout
+    assert "17 passed" in done.stdout
 
 
 def job_of(case: int) -> tuple[Any, ...]:
@@ -198,6 +202,100 @@ class TestInterpreted:
         assert adapter.parts(base=base).masks == masks
         assert "masks are not decoded on cpu, but on the CPU: no compiler" in caplog.text
 
+    @pytest.mark.parametrize(("size", "block"), [(0, 128), (3, 128), (2049, 4), (3073, 2)])
+    def test_hashes(self, monkeypatch: pytest.MonkeyPatch, size: int, block: int) -> None:
+        from maskpack.backbone import digest_gpu
+
+        monkeypatch.setattr(digest_gpu, "BLOCK", block)  # of chunks: one, three; of programs: two
+        data = torch.randint(256, (size + 1,), dtype=torch.uint8)[1:]
+        assert digest_gpu.digest_of(data) == blake3(data.numpy().tobytes()).digest()
+
+    def test_a_digest_that_is_not_the_librarys_is_not_used(
+        self, remote: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from maskpack.backbone import digest_gpu
+
+        monkeypatch.setattr(digest_gpu, "digest_of", lambda data: bytes(32))
+        base_digests._hashes.cache_clear()
+        weight = torch.rand(5)
+        assert tensor_digest(remote.Remote(weight), torch.bfloat16) == tensor_digest(weight, torch.bfloat16)
+        assert "are not hashed there" in caplog.text
+        base_digests._hashes.cache_clear()
+
+    @pytest.mark.parametrize("kind", ["", "scale", "ternary"])
+    def test_nothing_but_the_file_crosses_the_bus(self, remote: ModuleType, tmp_path: Path, kind: str) -> None:
+        adapter, masks = packed(tmp_path, network(), kind)
+        wanted, plain, crossed = network(), network(), remote.CROSSED
+        apply_parts(wanted, Parts(masks))
+        count = len(adapter.header.sets["default"].payloads)
+        up = adapter.size + 200 * count  # with what is said of payloads and lanes
+        down = 150 * count  # digests, sums, whether lanes came out even
+
+        def crosses(up: int, down: int) -> None:
+            assert crossed["to"] <= up
+            assert crossed["from"] <= down
+            crossed.clear()
+
+        model = remote.moved(network())
+        load_mask(model, tmp_path)
+        crosses(up, down)
+        assert same(remote.bits(model), bits(wanted))
+        unload_mask(model)
+        crosses(0, 0)
+        assert same(remote.bits(model), bits(plain))
+        with MaskBank(model) as bank:
+            bank.add(tmp_path, "mine")
+            crosses(up, down)
+            for _ in range(2):
+                bank.use("mine")
+                assert same(remote.bits(model), bits(wanted))
+                bank.disable()
+                crosses(16, 0)  # a scale is a number
+            assert same(remote.bits(model), bits(plain))
+        file, given = tmp_path / "base.safetensors", {n: one.clone() for n, one in plain.state_dict().items()}
+        save_file(given, file)
+        crossed.clear()
+        model = load_masked(remote.moved(network()), file, tmp_path)
+        crosses(up + sum(one.nbytes for one in given.values()), down)
+        assert same(remote.bits(model), bits(wanted))
+
+    def test_a_mask_that_is_coded_against_another_set(self, remote: ModuleType, tmp_path: Path) -> None:
+        model = network()
+        _, masks = packed(tmp_path / "one", model)
+        flips = {name: mask.tensor() ^ (torch.rand(mask.shape) < 0.02) for name, mask in masks.items()}
+        sets = {"a": masks, "b": MaskSet.from_tensors(flips)}
+        base = fingerprint(model, id="tests:net")
+        adapter = save_adapter(tmp_path, sets, base, codec="logit-base", weights=model)
+        (there,) = {payload.coding.reference for payload in adapter.header.sets["b"].payloads}
+        assert there == "a"
+        model = remote.moved(model)
+        found = dict(adapter.iter_masks("b", base=model, zeros=True))
+        assert remote.CROSSED["to"] < adapter.size + 800
+        assert all(mask.there is not None for mask in found.values())
+        assert {name: mask.kept for name, mask in found.items()} == {n: mask.kept for n, mask in sets["b"].items()}
+        assert all(torch.equal(mask.tensor(), flips[name]) for name, mask in found.items())
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the module of a device as a GPU is one, on which kernels run one at a time."""
+    pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this release of PyTorch has no devices in Python")
+    from maskpack.backbone import digest_gpu
+    from maskpack.codecs.native import gpu
+
+    from . import helpers_remote
+
+    def digest_of(data: torch.Tensor) -> bytes:  # what the kernel gives, as is tested above, in less time
+        helpers_remote.CROSSED["from"] += 32
+        return blake3(helpers_remote.inner_of(data).numpy().tobytes()).digest()
+
+    monkeypatch.setattr(digest_gpu, "digest_of", digest_of)
+    monkeypatch.setattr("maskpack.runtime.load.in_thread", lambda work: work)
+    gpu._tables(helpers_remote.DEVICE)  # part of the format, sent once
+    return helpers_remote
+
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("capability", [80, 90])
@@ -206,14 +304,18 @@ def test_compiles_for_gpus(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    from maskpack.backbone import digest_gpu
     from maskpack.codecs.native import gpu
 
-    fixed = {"FIELDS": len(gpu.FIELDS), "BLOCK": gpu.BLOCK}
-    for kernel, types in (
-        (gpu._coefficients, "*i16 *i64 *i32 *u8 *i32 *i64 *i64"),
-        (gpu._events, "*i16 *i64 *i32 *i32 *i32 *i64 *i64 *i32 *i32 *u8 *u8"),
+    fixed = {"LANE": gpu.LANE, "FIELDS": len(gpu.FIELDS), "BLOCK": gpu.BLOCK}
+    for kernel, types, warps in (
+        (gpu._coefficients, "*i16 *i32 *i32 *i32 *i32 *i64 *i64", 1),
+        (gpu._events, "*i16 *i32 *i64 *i32 *i32 *i32 *i64 *i64 *i32 *i32 *u8 *u8", 1),
+        (digest_gpu._chunks, "*i32 *i32 i64", 4),
+        (digest_gpu._groups, "*i32 i32", 4),
     ):
         own = {name: fixed[name] for name in kernel.arg_names if name in fixed}
         signature = dict(zip(kernel.arg_names, types.split(), strict=False)) | dict.fromkeys(own, "constexpr")
-        made = compile(ASTSource(kernel, signature, own), GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+        how = {"num_warps": warps}
+        made = compile(ASTSource(kernel, signature, own), GPUTarget("cuda", capability, 32), options=how)
         assert made.asm["cubin"]
