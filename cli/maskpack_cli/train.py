@@ -391,7 +391,7 @@ def evaluate_cascade(
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
+    """Compare a cascade with its dispatcher and no mask: k-NN, linear probes, forward passes, steps and bytes."""
     from maskpack.training.data.base import LABELS_SEED
     from maskpack.training.evaluate import cascade_table
 

@@ -22,12 +22,13 @@ from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
-from .features import MEASURES, disjoint, embed_all, measured, routed
+from .features import MEASURES, disjoint, embed, embed_all, measured, routed
 from .objectives.base import find_objective
 from .objectives.supervised import Supervised
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
+RAW = "raw"  # embeddings of the backbone without a mask
 
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
@@ -137,12 +138,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def cascade_table(
     backbone: Backbone, adapter: Adapter, data: Data, *, whiten: int | None = None, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Compare a cascade with its dispatcher alone, by nearest neighbours and linear probes.
+    """Compare a cascade with its dispatcher and with no mask at all, by nearest neighbours and linear probes.
 
-    Rows are the dispatcher's embeddings, the conditional and the unconditional ones, each as they are and whitened:
-    reduced to at most `whiten` principal components of the training rows (default: as many as one set's embedding has
-    numbers), divided by their standard deviations. Whitening alone changes what neighbours and probes see, so that a
-    whitened cascade is to be compared with the whitened dispatcher.
+    Rows are the backbone's raw embeddings, the dispatcher's, the conditional and the unconditional ones, each as they
+    are and whitened: reduced to at most `whiten` principal components of the training rows (default: as many as one
+    set's embedding has numbers), divided by their standard deviations. Whitening alone changes what neighbours and
+    probes see, so that a whitened cascade is to be compared with the whitened raw embeddings and dispatcher.
 
     Returns:
         {"rows": [{"embedding", "whitened", "dimensions", "knn", "probe", "passes", and the names of `costs`}], "train",
@@ -153,22 +154,32 @@ def cascade_table(
     parts, classes = cascade.parts, len(data.class_names)
     x, y = embed_all(backbone, cascade, train_split, batch_size)
     test_x, test_y = embed_all(backbone, cascade, test_split, batch_size)
+    raw = replace(backbone, embedding=parts.embedding)
     kinds: dict[str, tuple[Tensor, Tensor, int]] = {
+        RAW: (embed(raw, train_split, batch_size=batch_size)[0], embed(raw, test_split, batch_size=batch_size)[0], 1),
         "dispatcher": (x[:, : cascade.features], test_x[:, : cascade.features], 1),
         "conditional": (routed(x, parts), routed(test_x, parts), 2),
         "unconditional": (x, test_x, len(parts.experts) + 1),
     }
     rows = []
     for kind, (train, test, passes) in kinds.items():
-        for whitened in (False, True):
-            whitening = fit_whitening(train, whiten or cascade.features) if whitened else None
-            one, other = (train, test) if whitening is None else (whitening(train), whitening(test))
-            row: dict[str, Any] = {"embedding": kind, "whitened": whitened, "dimensions": one.shape[1]}
-            for measure in MEASURES:
-                row[measure] = measured(measure, one, y, other, test_y, classes)["accuracy"]
-            reduced = one.shape[1] if whitened else 0
-            rows.append({**row, "passes": passes, **costs(adapter, kind, train.shape[1], reduced, classes)})
+        for row in plain_and_whitened(train, y, test, test_y, classes, whiten or cascade.features):
+            reduced = row["dimensions"] if row["whitened"] else 0
+            own = {**row, "passes": passes, **costs(adapter, kind, train.shape[1], reduced, classes)}
+            rows.append({"embedding": kind, **own})
     return {"rows": rows, "train": len(y), "test": len(test_y), "classes": classes}
+
+
+def plain_and_whitened(
+    x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, classes: int, whiten: int
+) -> Iterator[dict[str, Any]]:
+    """Yield k-NN and probe accuracies of embeddings as they are, and reduced to `whiten` numbers and whitened."""
+    for whitening in (None, fit_whitening(x, whiten)):
+        one, other = (x, test_x) if whitening is None else (whitening(x), whitening(test_x))
+        row: dict[str, Any] = {"whitened": whitening is not None, "dimensions": one.shape[1]}
+        for measure in MEASURES:
+            row[measure] = measured(measure, one, y, other, test_y, classes)["accuracy"]
+        yield row
 
 
 def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
@@ -177,11 +188,11 @@ def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -
     An embedding has `width` numbers, whitened to `reduced` if that is not 0.
     """
     about = inspect_adapter(adapter)
-    names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
+    names = {RAW: [], "dispatcher": [about["cascade"]["dispatcher"]]}.get(kind, list(about["sets"]))
     sets = [about["sets"][name] for name in names]
     record = (adapter.about.training or {}).get("cascade")
     steps: Any = record.get("steps") if isinstance(record, dict) else None
-    known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
+    known = not names or (isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names))
     sizes = {
         "mask_bytes": sum(one["payload_bytes"] for one in sets),
         "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),
