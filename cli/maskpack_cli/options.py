@@ -24,7 +24,7 @@ from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, heard, note, quiet_libraries
+from .console import Output, heard, importing, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -369,6 +369,7 @@ class Base(Weights):
     ] = None
     device: Device = None
 
+    @importing()
     def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
         from maskpack.backbone.remembered import remembered_backbone
@@ -413,6 +414,7 @@ class AnyBase(Base):
         if not alone and (self.head is not None or self.image_size is not None):
             raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
+    @importing()
     def of_any(self, adapter: "maskpack.Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""
         if adapter is not None:
@@ -448,6 +450,7 @@ class TrainedBackbone(Weights):
         options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
+    @importing()
     def load(self, **options: Any) -> "Backbone":
         """Load it; `options` are others of `load_backbone`."""
         use_device(self.device)
