@@ -466,6 +466,7 @@ class Columns:
 @group("Data")
 class Rows(Columns):
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
+    validation: Annotated[str | None, "Rows to validate on: a data set, file or folder, as --data."] = None
     validation_fraction: Annotated[
         float | None,
         "Share of these rows held out. Default: none where the data have a validation split beside a test split, which "
@@ -476,7 +477,16 @@ class Rows(Columns):
         """Read data; by default an objective without labels holds no rows out."""
         from maskpack.training.data.load import hold_out
 
-        read = training.load_data(data, **{**vars(self), **options})
+        if self.validation is not None and self.validation_fraction is not None:
+            raise ConfigError("--validation names the rows that --validation-fraction would draw; give one of them")
+        given = {**vars(self), **options}
+        given.pop("validation")
+        read = training.load_data(data, **given)
+        if self.validation is not None:
+            given |= {"labels_fraction": 1.0, "class_names": read.class_names or None}
+            own = training.load_data(self.validation, **given)
+            found = next(one for one in (own.validation, own.test, own.train) if one is not None)
+            return replace(read, validation=found)
         if self.validation_fraction is None and supervised and read.train is not None and read.validation is None:
             train, held = hold_out(read.train, 0.1, options.get("seed", 0))
             read = replace(read, train=train, validation=held)
