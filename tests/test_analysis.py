@@ -18,23 +18,25 @@ from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.model import Embedding, Head
 from maskpack.errors import AdapterError, BackboneError, ConfigError, DataError, StateError
-from maskpack.lab.analysis import evaluation as evaluations_file
-from maskpack.lab.analysis.criticality import Noise, criticality, rewound
-from maskpack.lab.analysis.evaluation import Evaluations, some
+from maskpack.lab.analysis import network as evaluations_file
 from maskpack.lab.analysis.network import (
+    Evaluations,
     Network,
     grouped,
     kept,
     put_state,
     read_networks,
+    some,
     state_of,
     tensors_of,
     write_network,
 )
 from maskpack.lab.analysis.pairs import (
+    Noise,
     barrier,
     barriers,
     common_mistakes,
+    criticality,
     distances,
     interpolated,
     layer_features,
@@ -42,6 +44,7 @@ from maskpack.lab.analysis.pairs import (
     mask_distance,
     mistakes,
     parameter_distance,
+    rewound,
     similarities,
 )
 from maskpack.lab.analysis.starts import block_order, feature_reuse, from_checkpoints, shuffle_inputs
@@ -214,9 +217,9 @@ def test_batches_are_read_again_where_they_do_not_fit(
 def test_evaluations_refuse(backbone: Backbone, digits: Data) -> None:
     with pytest.raises(ConfigError, match="split must be test or train, got 'validation'"):
         Evaluations(backbone.model, backbone, digits, split="validation")
-    with pytest.raises(DataError, match="have no test split; give rows with labels to measure on"):
+    with pytest.raises(DataError, match="have no test split, which an analysis needs"):
         Evaluations(backbone.model, backbone, replace(digits, test=None))
-    with pytest.raises(DataError, match="have no train split; give rows with labels to measure on, and to train on"):
+    with pytest.raises(DataError, match="have no train split, which an analysis needs"):
         Evaluations(backbone.model, backbone, replace(digits, train=None))
     with pytest.raises(DataError, match="have no labels"):
         Evaluations(backbone.model, backbone, replace(digits, class_names=()))

@@ -11,8 +11,7 @@ from PIL import Image
 
 from maskpack.errors import ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess, Interpolation, TextPreprocess, preprocess_from_json, preprocess_to_json
-from maskpack.training.data.base import SOURCES, Data, EpochSampler, Splits, empty_classes, loader, readable
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import SOURCES, Data, EpochSampler, Splits, empty_classes, load_data, loader, readable
 
 
 def image_tree(root: Path, modes: tuple[str, ...] = ("RGB",), size: int = 12) -> Path:

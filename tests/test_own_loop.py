@@ -14,7 +14,7 @@ from maskpack.preprocess import TextPreprocess
 from maskpack.runtime.apply import masked
 from maskpack.training import attach_scores, count_trainable, extract_parts
 from maskpack.training.methods.base import METHODS
-from maskpack.training.rounding import rounded
+from maskpack.training.scores import rounded
 
 from .helpers_loops import CASES, Case, noise
 from .helpers_models import bits, same

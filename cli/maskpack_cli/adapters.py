@@ -299,9 +299,8 @@ def pack(
     what stands there. Its profile is max where none is given: whoever applies it has the backbone.
     """
     from maskpack.adapter.content import About
-    from maskpack.backbone.fingerprint import fingerprint_of
+    from maskpack.backbone.fingerprint import fingerprint_of, remember_backbone
     from maskpack.backbone.model import body, inside, named_parameters
-    from maskpack.backbone.remembered import remember_backbone
     from maskpack.importers.base import Imported, check_format, import_file
     from maskpack.importers.checkpoint import Largest
     from maskpack.runtime.apply import check_masks

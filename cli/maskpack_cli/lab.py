@@ -33,8 +33,7 @@ from .options import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from maskpack.lab.analysis.evaluation import Evaluations
-    from maskpack.lab.analysis.network import Network
+    from maskpack.lab.analysis.network import Evaluations, Network
 
 PANEL = "Research"
 research = typer.Typer(help="The verbs for research: compare, analyze, plot.", no_args_is_help=True)
@@ -239,8 +238,7 @@ class Measured(Columns):
         self, refs: tuple[str, ...], base: AnyBase, trust: Trust
     ) -> "tuple[Evaluations, list[Network], dict[str, Any]]":
         """Return what measures networks, these, and the tensors of the backbone without its head."""
-        from maskpack.lab.analysis.evaluation import Evaluations, evaluations_folder
-        from maskpack.lab.analysis.network import is_adapter, read_networks, state_of
+        from maskpack.lab.analysis.network import Evaluations, evaluations_folder, is_adapter, read_networks, state_of
 
         check_picture(self.plot)
         pairs = [named(one, file_name(one)) for one in refs]
@@ -290,7 +288,7 @@ def criticality(
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)
-    from maskpack.lab.analysis.criticality import Noise
+    from maskpack.lab.analysis.pairs import Noise
 
     groups = lab.grouped(evaluations.module, per, network.initial)
     looked = Noise(draws=noise) if noise else None
@@ -405,8 +403,8 @@ def density(refs: Refs, token: Token = None) -> "Figure":
 @picture("scores ./mask --output scores.png")
 def scores(run: Annotated[Path, "Folder of a training run, or of the adapter that it wrote.", ARGUMENT]) -> "Figure":
     """Histogram of the scores in a run's last checkpoint: of all, and layer by layer."""
-    from maskpack.training.checkpoint import FILE, load_checkpoint
     from maskpack.training.methods.base import build_method
+    from maskpack.training.run_folder import FILE, load_checkpoint
     from maskpack.training.scores import scores_among
 
     found = next((place for place in (run / FILE, run / "training" / FILE) if place.is_file()), None)

@@ -13,7 +13,18 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from typer.models import OptionInfo, ParameterInfo
@@ -154,6 +165,8 @@ def _option(
     kind, extras = _taken_apart(annotation)
     text, info = text or _first(str, extras) or "", copy(_first(ParameterInfo, extras))
     alone = next((one for one in (annotation, *get_args(annotation), *get_args(kind)) if one in PARSERS), None)
+    if get_origin(kind) in (UnionType, Union):
+        kind = Union[tuple(_taken_apart(one)[0] for one in get_args(kind))]  # noqa: UP007
     flag = f"--{name.replace('_', '-')}"
     if alone is not None:
         kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
@@ -372,7 +385,7 @@ class Base(Weights):
     @importing()
     def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-        from maskpack.backbone.remembered import remembered_backbone
+        from maskpack.backbone.fingerprint import remembered_backbone
 
         use_device(self.device)
         reference, random, weights = self.backbone, self.random_weights, self.weights
@@ -475,7 +488,7 @@ class Rows(Columns):
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
         """Read data; by default an objective without labels holds no rows out."""
-        from maskpack.training.data.load import hold_out
+        from maskpack.training.data.base import hold_out
 
         if self.validation is not None and self.validation_fraction is not None:
             raise ConfigError("--validation names the rows that --validation-fraction would draw; give one of them")

@@ -33,7 +33,7 @@ PREFIX, STORED = "base_model.model.", "maskpack_adapter"
 
 @dataclass
 class MaskConfig(PeftConfig):  # type: ignore[misc]
-    """How PEFT trains masks.
+    """Configuration of masks as a method of PEFT.
 
     Attributes:
         target_modules: names or a regular expression of the layers to mask. modules_to_save: that learn themselves.

@@ -34,7 +34,6 @@ from ..backbone.shards import any_shared, first_process, is_managed, whole
 from ..errors import SelectionError, StateError
 from ..mask import MaskSet
 from . import stored
-from .batchnorm import batchnorm_statistics
 from .config import Store
 from .learn import trained_themselves
 from .methods.base import Method, build_method
@@ -49,6 +48,7 @@ from .scores import (
     scored_models,
     scored_weights,
 )
+from .stored import batchnorm_statistics
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # what a Trainer calls the folders from which it goes on
@@ -194,7 +194,7 @@ def settle(model: nn.Module, store: Store = "coded") -> None:
 
 
 def _before(model: nn.Module) -> dict[str, Tensor]:
-    """Return what norms and buffers were before the model learned, where they are now."""
+    """Return norms and buffers from before the model learned, on their present devices."""
     now = {**named_parameters(model), **named_buffers(model)}
     was = {name: tensor.to(now[name].device) for one in scored_models(model) for name, tensor in one.before.items()}
     return {**stored.beside_masks(model), **was}
@@ -216,8 +216,7 @@ def _linear_head(model: nn.Module) -> nn.Linear | None:
 def learned_parts(model: nn.Module) -> Parts:
     """Return all that a model learned since scores were attached; it goes on learning.
 
-    A head that is one linear layer is the head; those of other kinds are parameters. Statistics are there if any
-    changed.
+    A head of another kind than one linear layer is among the parameters. Statistics are there if any changed.
     """
     scored, models = scored_weights(model), scored_models(model)
     if not scored:
@@ -251,7 +250,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def learned(model: nn.Module, name: str | None) -> Learned:
-    """Return what a model learned, its base's fingerprint, and the tensors of that base; `name` is the base's id."""
+    """Return the parts that a model learned, with fingerprint and tensors of its base, whose id is `name`."""
     parts, models = _short_parts(model), scored_models(model)
     known = {**named_parameters(model), **named_buffers(model)}
     was = {id(known[key]): tensor for one in models for key, tensor in one.before.items()}
@@ -280,7 +279,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def learning_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes of a model's state: what learns, scores among it, and buffers as statistics."""
+    """Return the tensors that training changes: parameters that learn, scores among them, and buffers."""
     state = model.state_dict(keep_vars=True)
     buffers = {n for n, tensor in state.items() if not isinstance(tensor, nn.Parameter) and not n.endswith(PLACES)}
     return {n: one.detach() for n, one in state.items() if one.requires_grad or n.endswith(SCORES) or n in buffers}
@@ -326,7 +325,7 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """What learns in a model: how many scores, weights with a mask, parameters that learn themselves; and all."""
+    """Numbers of scores, of masked weights, of parameters that learn themselves, and of all parameters."""
 
     scores: int
     masked: int
@@ -342,7 +341,7 @@ class Trainable:
 
 
 def count_trainable(model: nn.Module) -> Trainable:
-    """Return what learns in a model; as a text it is a line to print.
+    """Count the parameters that learn in a model; `print` shows them in a line.
 
     Example:
         attach_scores(model)

@@ -29,7 +29,7 @@ FIRST, LEAST, SHARE = 2.0, 10.0, 0.1  # seconds before the first line, and betwe
 
 
 class Lines:
-    """Tells what is done in a line now and then, in ever longer intervals."""
+    """Progress as lines of text, in ever longer intervals."""
 
     def __init__(self, say: Say):
         self.say, self.started = say, time.monotonic()
@@ -77,11 +77,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Seen:
-    """Where progress is seen.
-
-    Attributes:
-        console: of rich, for a bar; None: `lines`. warn, note: called with what trainings say besides.
-    """
+    """Where progress is seen: a bar in a console of rich, or lines; and where trainings warn and note."""
 
     console: Any
     lines: Lines

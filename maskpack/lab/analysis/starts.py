@@ -20,8 +20,7 @@ from ...training.evaluate import held_out_accuracy
 from ...training.features import digest_of
 from ...training.run_folder import Report, claim, tagged
 from ..baselines.base import Trial, find_baseline
-from ..store import measured, shared_settings
-from ..trial import measure, splits
+from ..trial import measure, measured, shared_settings, splits
 
 STARTS = ("pretrained", "random")
 
@@ -30,9 +29,8 @@ STARTS = ("pretrained", "random")
 class Trainings:
     """Trainings of one baseline from several starts, each in a folder of its own; what is finished is read back.
 
-    Attributes:
-        config: its `lr` is the peak rate; None: the middle one of the baseline's rates.
-        folder: of all; it must hold trainings with these settings only.
+    Their rate is `config.lr`, or the middle one of the baseline's rates. `folder` must hold trainings with these
+    settings only.
     """
 
     folder: Path

@@ -186,11 +186,7 @@ def draw_matrix(
 
 
 def draw_curves(curves: Sequence[tuple[str, Curve, Mapping[str, Any]]]) -> "tuple[Figure, Axes]":
-    """Draw accuracies as lines.
-
-    Args:
-        curves: (name, points, options of `errorbar`); one without a name is not in the legend.
-    """
+    """Draw accuracies as lines: (name, points, options of `errorbar`); one without a name is not in the legend."""
     figure = new_figure(7.5, max(4.2, 0.6 + 0.21 * sum(bool(name) for name, *_ in curves)))
     axes = figure.add_subplot()
     for name, points, options in curves:
