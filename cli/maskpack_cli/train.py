@@ -148,6 +148,7 @@ def planned(backbone: "Backbone", data: "Data", settings: TrainConfig, tell: Cal
     from maskpack.training.data.base import empty_classes
     from maskpack.training.trainer import plan_training
 
+    note("Trying one batch …")
     plan = plan_training(backbone, data, settings)
     tell(
         f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
