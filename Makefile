@@ -59,7 +59,7 @@ unit: $(VENV)/.installed ## pytest
 examples: $(VENV)/.installed ## the scripts of examples/, on small data; with MASKPACK_GRADIO, a Python that has gradio, the app too
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_examples.py
 
-devices: $(VENV)/.installed ## models on two and on four processes
+devices: $(VENV)/.installed ## models on two and on four processes, and the launchers
 	MASKPACK_FOUR=1 $(BIN)/pytest tests/test_devices.py
 
 quick: $(VENV)/.installed ## pytest without the tests that are marked as slow
@@ -190,6 +190,9 @@ bench-server: $(VENV)/.installed $(VLLM)/smollm2/model.safetensors ## a running 
 	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(BIN)/python -m benchmarks.mixed_batches
 	$(BIN)/python -m benchmarks.live_server --write docs/serving.md
 	$(BIN)/python -m benchmarks.mixed_batches --write docs/serving.md
+
+bench-gpu: $(VENV)/.installed ## where a GPU is: the bits of the CPU, rates, loading, training steps: eight minutes; lines in runs/gpu
+	$(RUN) benchmarks.gpu --output runs/gpu
 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md

@@ -28,20 +28,17 @@ from maskpack.lab import (
     shuffle_figure,
     similarity_figure,
 )
-from maskpack.lab.analysis.criticality import Noise, criticality, rewound
-from maskpack.lab.analysis.evaluation import Evaluations, some
-from maskpack.lab.analysis.network import Network, grouped, read_networks, state_of, write_network
-from maskpack.lab.analysis.pairs import barrier, distances, mistakes, similarities
-from maskpack.lab.analysis.starts import STARTS, feature_reuse, from_checkpoints
 from maskpack.lab.baselines.masks import stored
+from maskpack.lab.networks import Evaluations, Network, grouped, read_networks, some, state_of, write_network
+from maskpack.lab.pairs import Noise, barrier, criticality, distances, mistakes, rewound, similarities
+from maskpack.lab.starts import STARTS, feature_reuse, from_checkpoints
 from maskpack.mask import MaskSet
 from maskpack.safetensors_io import read_tensors
 from maskpack.training import load_data, train_mask
-from maskpack.training.checkpoint import FILE
 from maskpack.training.data.base import Data
 from maskpack.training.learn import body_parameters
 from maskpack.training.objectives.supervised import new_classifier
-from maskpack.training.run_folder import read_json
+from maskpack.training.run_folder import FILE, read_json
 from maskpack.training.trainer import train_dense
 
 from .measured import trial, trials

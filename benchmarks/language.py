@@ -29,14 +29,13 @@ from torch import nn
 from maskpack import load_backbone
 from maskpack.adapter.steps import norms_to_frame
 from maskpack.backbone.load import Backbone
-from maskpack.lab.baselines.lora import Lora
-from maskpack.lab.quantize import quantized
+from maskpack.lab.baselines.dense import quantized
+from maskpack.lab.baselines.layers import Lora
 from maskpack.training import TrainConfig, attach_scores, load_data
 from maskpack.training.budget import coded_bytes
 from maskpack.training.data.base import Data
-from maskpack.training.data.tokens import cut
 from maskpack.training.learn import learn_scores
-from maskpack.training.objectives.language import exact_answers
+from maskpack.training.objectives.language import cut, exact_answers
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.trainer import ObjectiveRun
 

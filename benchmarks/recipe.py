@@ -25,26 +25,25 @@ from maskpack import load_backbone
 from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import named_parameters
+from maskpack.lab.baselines.dense import quantized
 from maskpack.lab.baselines.layers import Changed
-from maskpack.lab.quantize import quantized
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training.budget import coded_bytes
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data, Examples, loader, readable
-from maskpack.training.data.load import hold_out, load_data
+from maskpack.training.data.base import HELD, Data, Examples, hold_out, load_data, loader, readable
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
+from maskpack.training.objectives.distill import train_teacher
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import all_names, density, owner, put_on, without_scores
 from maskpack.training.trainer import ObjectiveRun
 
 from .measured import Trial, trial, trials
 from .report import NOTHING, command, percent, table, write_between
-from .tasks import DATA, data_of, minilm, resnet
+from .tasks import DATA, RUNS, data_of, minilm, resnet
 
 NAME = "recipe-search"
 MARK = "python -m benchmarks.recipe --write docs/results/defaults.md"
-HELD = 0.2  # of the training rows
 REDUCED = 0.2  # rate of factors of rows, times that of scores
 Settings = dict[str, Any]
 
@@ -132,6 +131,9 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         x, y = embed(backbone, held)
         return scored(probe.logits(x), y) | {"seconds": time.perf_counter() - started}
     state = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    if config.objective == "distill":
+        teacher = train_teacher(backbone, data, config, RUNS / NAME / f"{pair}-{config.seed}", resume=True)
+        config = replace(config, objective_options={"teacher": str(teacher)})
     learn = {"mask": learn_scores, "rows": rows}.get(kind) or partial(learned, kind)
     try:
         with borrowed(backbone):
@@ -201,6 +203,28 @@ def stage(pairs: Sequence[str], *candidates: Settings) -> list[tuple[str, Settin
 def mixed(*candidates: Settings) -> list[Settings]:
     """Return candidates in mixed precision, which halves the time of a transformer on processors that have bfloat16."""
     return [{**one, "precision": "bf16"} for one in candidates]
+
+
+def better(usual: Settings) -> list[Settings]:
+    """Return what may make masks better for their bytes, beside the settings that are usual, with two seeds each."""
+    found = [
+        usual,
+        {**usual, "top": 0.1},
+        {**usual, "method": "flip"},
+        {**usual, "method": "flip", "top": 0.1},
+        {**usual, "method": "topk", "method_options": {"share": 0.95, "init": "magnitude", "progressive": True}},
+        {**usual, "method_options": {"init": 0.5}},
+        {**usual, "bytes_budget": 10_000},
+        {**usual, "top": 0.3, "bytes_budget": 10_000},
+        {**usual, "train": ["norms", "biases"]},
+        {**usual, "scale": True},
+        {**usual, "kind": "rows"},
+        {**usual, "objective": "distill"},
+        {**usual, "steps": 600},
+        {**NORMS, "bn": usual["bn"]},
+        {**NORMS, "bn": usual["bn"], "steps": 600},
+    ]
+    return [{**one, "seed": seed} for seed in (0, 1) for one in found]
 
 
 STAGES: dict[str, list[tuple[str, Settings]]] = {
@@ -321,6 +345,8 @@ STAGES: dict[str, list[tuple[str, Settings]]] = {
         {**ALL, "lr": 0.03},
         {**ALL, "top": 0.3},
     ),
+    "better": stage(("resnet20-cartoon", "resnet20-eurosat"), *better({**ALL, "bn": "adapt", "lr": 0.1}))
+    + stage(("lite0-64-sign_digits", "lite0-64-eurosat"), *better({**ALL, "bn": "freeze", "lr": 0.05})),
     # when everything is chosen, once
     "check": stage(
         tuple(pair for pair in PAIRS if pair.endswith(KEPT) and "64" not in pair),

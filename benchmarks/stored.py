@@ -19,12 +19,12 @@ import torch
 from maskpack import inspect_adapter, load_backbone, save_adapter
 from maskpack.training import TrainConfig, load_data
 from maskpack.training.config import Store
+from maskpack.training.features import worth
 from maskpack.training.learn import borrowed
 from maskpack.training.own_loop import learned_parts
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.stored import shortened
 from maskpack.training.trainer import ObjectiveRun, result_of
-from maskpack.training.worth import worth
 
 from .measured import trial, trials
 from .recipe import lite0

@@ -31,7 +31,7 @@ from benchmarks.measured import rewrite
 from benchmarks.report import write_between
 from maskpack.errors import StateError
 from maskpack.lab.trial import IMPORTED
-from maskpack.training.checkpoint import FILE, load_checkpoint
+from maskpack.training.run_folder import FILE, load_checkpoint
 
 Row = dict[str, Any]
 NAME = "make bench-kills"
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="page to write the table into")
     parser.add_argument("--json", type=Path, default=Path("runs/training-kills.jsonl"))
     options = parser.parse_args()
-    for name in (*IMPORTED, "maskpack.training.trainer", "maskpack.training.data.load", "maskpack.adapter.write"):
+    for name in (*IMPORTED, "maskpack.training.trainer", "maskpack.training.data.base", "maskpack.adapter.write"):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="maskpack-") as place:
         found = run(options.kills, options.seed, Path(place))

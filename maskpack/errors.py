@@ -5,8 +5,10 @@ A message says what was wrong (with the value), what was expected, and what to d
 
 import importlib
 import json
+import os
 import re
 from dataclasses import fields
+from importlib.util import find_spec
 from types import ModuleType, UnionType
 from typing import Any, Literal
 
@@ -175,3 +177,11 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the library {error.name!r}, which is not installed; "
             f'install it with: pip install "maskpack[{extra}]"'
         ) from error
+
+
+def by_triton(device: str) -> bool:
+    """Return True if Triton computes on such a device ("cuda"); with TRITON_INTERPRET, for tests, on every one.
+
+    It comes with PyTorch for CUDA.
+    """
+    return (device == "cuda" or "TRITON_INTERPRET" in os.environ) and find_spec("triton") is not None

@@ -15,8 +15,22 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from .errors import ConfigError, UnknownNameError
 
@@ -113,17 +127,18 @@ def _literal(cls: ast.ClassDef, name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The finite numbers above `above`, from `least` to `most`; the annotation of an option."""
+    """The finite numbers above `above`, from `least` to `most`, below `below`; the annotation of an option."""
 
     above: float = -math.inf
     least: float = -math.inf
     most: float = math.inf
+    below: float = math.inf
 
     def check(self, name: str, value: float) -> None:
         """Raise ConfigError unless the value of the option `name` is one of these numbers."""
-        if not (self.above < value < math.inf and self.least <= value <= self.most):
-            bounds = {"above": self.above, "at least": self.least, "at most": self.most}
-            stated = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        if not (self.above < value < self.below and self.least <= value <= self.most):
+            bounds = {"above": self.above, "at least": self.least, "at most": self.most, "below": self.below}
+            stated = " and ".join(f"{word} {bound:.15g}" for word, bound in bounds.items() if math.isfinite(bound))
             kind = "" if isinstance(value, int) else "a finite number "
             raise ConfigError(f"{name} must be {(kind + stated).strip()}, got {value}")
 
@@ -132,32 +147,66 @@ Finite = Annotated[float, Range()]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, most=1)]
+PartShare = Annotated[float, Range(least=0, below=1)]
+Count = Annotated[int, Range(least=1)]
+Number = Annotated[int, Range(least=0)]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Base of dataclasses whose fields are options: each has a default, whose type is the option's.
+    """Base of dataclasses whose fields are options: each has a default, and states in its type which values it takes.
 
-    A field may state its values: `share: Annotated[float, Range(above=0, most=1)] = 0.5`, or by a `Literal`.
+    As in `share: Annotated[float, Range(above=0, most=1)] = 0.5`, or by a `Literal`.
     """
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value: Any = getattr(self, name, None)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ConfigError(f"{name} must be {' or '.join(get_args(hint))}, got {value!r}")
-            for known in getattr(hint, "__metadata__", ()):
+        check_fields(self)
+
+
+def check_fields(settings: Any) -> None:
+    """Raise ConfigError unless each field of a dataclass has a value of its type, and in the range that it states."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for name in (one.name for one in fields(settings)):
+        value = getattr(settings, name)
+        if not _is(value, hints[name]):
+            raise ConfigError(f"{name} must be {_in_words(hints[name])}, got {value!r}")
+        for kind in (hints[name], *get_args(hints[name])):
+            for known in getattr(kind, "__metadata__", ()) if value is not None else ():
                 if isinstance(known, Range):
                     known.check(name, value)
 
 
+def _is(value: Any, kind: Any) -> bool:
+    """Return True if a value is of a type; numbers of numpy are numbers, and a list does for a tuple."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _is(value, arguments[0])
+    if origin in (UnionType, Union):
+        return any(_is(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if kind is Any:
+        return True
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_is(one, arguments[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, origin or kind))
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _in_words(arguments[0])
+    if origin in (UnionType, Union):
+        return " or ".join(_in_words(one) for one in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts"}
+    return words.get(origin or kind) or {str: "a text", NoneType: "none"}.get(kind, "options by name")
+
+
 _BOOLS = {"true": True, "false": False, "1": True, "0": False}
-
-
-def check_above_zero(options: Any, *names: str) -> None:
-    """Raise ConfigError unless these attributes are finite numbers above 0."""
-    for name in names:
-        Range(above=0).check(name, getattr(options, name))
 
 
 def make_options(cls: type[Any], what: str, options: Mapping[str, Any]) -> Any:

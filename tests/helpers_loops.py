@@ -7,6 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from maskpack.adapter.read import Adapter
+from maskpack.backbone.load import Backbone
+from maskpack.training.data.base import Examples
+from maskpack.training.evaluate import adapter_logits
+from maskpack.training.features import by_class
+
 BERT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
         "max_position_embeddings": 32}  # fmt: skip
 LLAMA = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
@@ -184,9 +190,18 @@ def image_classification(folder: Path) -> Case:
 
     model = timm.create_model("test_resnet", pretrained=False, num_classes=3)
     loss = lambda logits: nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))  # noqa: E731
-    return Case(model, {"x": noise(4, 3, 32, 32)}, loss, "fc", outputs=lambda logits: logits)
+    return Case(model, {"x": noise(4, 3, 32, 32)}, loss, outputs=lambda logits: logits)
 
 
 CASES = {make.__name__: make for make in (
     classification, token_classification, regression, language_model, experts, sequence_to_sequence, retrieval,
     segmentation, detection, clip, whisper, unet, dit, image_classification)}  # fmt: skip
+
+
+def adapter_accuracy(
+    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+) -> dict[str, Any]:
+    """Evaluate the head of an adapter on a model that has it loaded, or a cascade."""
+    backbone = Backbone(model, "the model", tokenizer=tokenizer)
+    logits, y = adapter_logits(backbone, adapter, examples, batch_size)
+    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}

@@ -15,8 +15,7 @@ from maskpack.errors import ConfigError, StateError
 from maskpack.training import auto
 from maskpack.training.auto import NORMS, Trial, candidates, finalists, in_words, kept_trials, train_auto
 from maskpack.training.config import TrainConfig, config_from
-from maskpack.training.data.base import Data
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data
 from maskpack.training.trainer import TrainResult, train_mask
 
 from .helpers_models import tiny_net

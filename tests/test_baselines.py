@@ -18,12 +18,11 @@ from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError
 from maskpack.lab.baselines.base import Fitted, Trial, find_baseline
-from maskpack.lab.baselines.dense import Dense
+from maskpack.lab.baselines.dense import Dense, quantized
 from maskpack.lab.baselines.layers import Reweighted
 from maskpack.lab.comparison import markdown, summaries
-from maskpack.lab.quantize import quantized
 from maskpack.training import TrainConfig
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import load_data
 
 from .helpers_models import bits as bits_of
 from .helpers_models import same

@@ -161,13 +161,13 @@ def test_inspect_and_verify(folder: Path) -> None:
 
 def test_eval_is_a_table(folder: Path) -> None:
     rows = ok("cascade", "eval", folder, *BACKBONE, *DATA)["rows"]
-    assert [(row["embedding"], row["whitened"]) for row in rows][1] == ("dispatcher", True)
+    assert [(row["embedding"], row["whitened"]) for row in rows][1:3] == [("raw", True), ("dispatcher", False)]
     result = run("cascade", "eval", folder, *BACKBONE, *DATA, "--whiten", "10")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split()[:5] == ["embedding", "dimensions", "knn", "probe", "passes"]
     assert any(line.startswith("unconditional, whitened") and " 10 " in line for line in lines)
-    assert len(lines) == 7
+    assert len(lines) == 9
 
 
 def test_predict(folder: Path, tmp_path: Path) -> None:

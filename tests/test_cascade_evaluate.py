@@ -16,7 +16,7 @@ from maskpack.training import load_data, train_cascade
 from maskpack.training.cascade import CascadeResult, fit_cascade_head, fit_whitening
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.evaluate import cascade_table
-from maskpack.training.features import embed_all, fit_probe, measured, routed
+from maskpack.training.features import embed, embed_all, fit_probe, measured, routed
 
 from .helpers_models import QUICK, bits, same, tiny_net
 
@@ -103,7 +103,7 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
     assert digits.test is not None
     assert (found["train"], found["test"], found["classes"]) == (len(digits.train), len(digits.test), 5)
     rows = {(row["embedding"], row["whitened"]): row for row in found["rows"]}
-    kinds = ("dispatcher", "conditional", "unconditional")
+    kinds = ("raw", "dispatcher", "conditional", "unconditional")
     assert list(rows) == [(kind, whitened) for kind in kinds for whitened in (False, True)]
     steps = trained.about.training["cascade"]["steps"]
     sets = inspect_adapter(adapter)["sets"]
@@ -111,6 +111,7 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
     cascade = LoadedCascade(backbone.model, trained.parts, parts)
     (x, y), (test_x, test_y) = (embed_all(backbone, cascade, split) for split in (digits.train, digits.test))
     seen = {
+        "raw": (embed(backbone, digits.train)[0], embed(backbone, digits.test)[0]),
         "dispatcher": (x[:, :D], test_x[:, :D]),
         "conditional": (routed(x, parts), routed(test_x, parts)),
         "unconditional": (x, test_x),
@@ -122,9 +123,9 @@ def test_table(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_pat
             own, other = whitening(own), whitening(other)
         assert row["knn"] == measured("knn", own, y, other, test_y, 5)["accuracy"]
         assert row["probe"] == measured("probe", own, y, other, test_y, 5)["accuracy"]
-        width = D if kind == "dispatcher" else D * (EXPERTS + 1)
-        names = ["dispatcher"] if kind == "dispatcher" else list(sets)
-        assert row["passes"] == {"dispatcher": 1, "conditional": 2, "unconditional": EXPERTS + 1}[kind]
+        width = D if kind in ("raw", "dispatcher") else D * (EXPERTS + 1)
+        names = {"raw": [], "dispatcher": ["dispatcher"]}.get(kind, list(sets))
+        assert row["passes"] == {"raw": 1, "dispatcher": 1, "conditional": 2, "unconditional": EXPERTS + 1}[kind]
         assert row["steps"] == sum(steps[name] for name in names)
         assert row["dimensions"] == (D if whitened else width)
         assert row["mask_bytes"] == sum(sets[name]["payload_bytes"] for name in names)
@@ -150,13 +151,13 @@ def test_whitened_features_have_the_penalty_of_raw_ones() -> None:
 
 def test_what_cannot_be_compared(trained: CascadeResult, backbone: Backbone, digits: Data, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "x", trained.parts, trained.base, trained.about, cascade=trained.cascade)
-    with pytest.raises(DataError, match="'digits:5-9' has no test split"):
+    with pytest.raises(DataError, match="'digits:5-9' have no test split"):
         cascade_table(backbone, adapter, replace(digits, test=None))
-    with pytest.raises(DataError, match="k-NN and probe need labels, and the data 'digits:5-9' have none; name"):
+    with pytest.raises(DataError, match="'digits:5-9' have no labels"):
         cascade_table(backbone, adapter, replace(digits, class_names=()))
     plain = save_adapter(tmp_path / "y", trained.parts["dispatcher"], trained.base)
     with pytest.raises(AdapterError, match="is no cascade"):
         cascade_table(backbone, plain, digits)
     about = replace(trained.about, training={"cascade": {"steps": {"dispatcher": "many"}}})
     foreign = save_adapter(tmp_path / "z", trained.parts, trained.base, about, cascade=trained.cascade)
-    assert {row["steps"] for row in cascade_table(backbone, foreign, digits)["rows"]} == {None}
+    assert {row["steps"] for row in cascade_table(backbone, foreign, digits)["rows"]} == {0, None}

@@ -26,9 +26,9 @@ from maskpack.training.cascade import (
     fit_router,
     fit_whitening,
 )
-from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.features import by_class, embed, fit_probe
+from maskpack.training.run_folder import FILE, load_checkpoint
 
 from .helpers_models import QUICK, StopHere, bits, same, tiny_net
 

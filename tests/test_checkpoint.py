@@ -13,19 +13,19 @@ from safetensors.torch import save_file
 
 from maskpack.errors import StateError
 from maskpack.safetensors_io import SEAL, UNSEALED, Blob, read_tensors, write_tensors
-from maskpack.training.checkpoint import (
+from maskpack.training.data.base import load_data
+from maskpack.training.learn import borrowed
+from maskpack.training.loop import Position
+from maskpack.training.run_folder import (
     DIGESTS,
     FILE,
+    RunFolder,
     _digest,
     load_checkpoint,
     read_sealed,
     take_over,
     write_sealed,
 )
-from maskpack.training.data.load import load_data
-from maskpack.training.learn import borrowed
-from maskpack.training.loop import Position
-from maskpack.training.run_folder import RunFolder
 from maskpack.training.trainer import ObjectiveRun, train_mask
 
 from .helpers_models import QUICK_CROPS as QUICK

@@ -21,8 +21,8 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, train_cascade, train_mask
 from maskpack.training.cascade import fit_router, fit_whitening
 from maskpack.training.data.base import Data
-from maskpack.training.data.folder import ImageFolder
-from maskpack.training.objectives.swav import multi_crop
+from maskpack.training.data.sources import ImageFolder
+from maskpack.training.objectives.self_supervised import multi_crop
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.trainer import train_dense
 

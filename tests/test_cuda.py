@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from maskpack import MaskBank, fingerprint, load_mask, load_masked, unload_mask
+from maskpack.backbone.fingerprint import _hashes
 from maskpack.backbone.load import export_state
 from maskpack.training import attach_scores, extract_masks
 from maskpack.training.scores import scored_weights
@@ -50,8 +51,9 @@ def test_load_and_unload(tiny: nn.Module, paths: dict[str, Path], dtype: torch.d
 
 def test_fingerprint(tiny: nn.Module) -> None:
     assert fingerprint(copy.deepcopy(tiny).cuda(), id="x", head=["fc"]) == fingerprint(tiny, id="x", head=["fc"])
-    large = nn.Sequential(nn.Linear(1000, 777), nn.Linear(777, 9000))  # copied in two pieces
+    large = nn.Sequential(nn.Linear(1000, 777), nn.Linear(777, 9000))  # of many chunks, an odd number of words in half
     assert fingerprint(copy.deepcopy(large).cuda(), id="x") == fingerprint(large, id="x")
+    assert _hashes(torch.device("cuda", 0))  # there
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

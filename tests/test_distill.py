@@ -16,8 +16,7 @@ from maskpack.backbone.load import Backbone, export_state, load_backbone, load_w
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.runtime.apply import masked
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data, loader, readable
 from maskpack.training.objectives.distill import HEAD, Distill, teacher, train_teacher
 from maskpack.training.trainer import train_mask
 

@@ -14,15 +14,13 @@ from torch import nn
 
 from maskpack import MaskSet, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.backbone.classifier import embeddings
-from maskpack.backbone.fingerprint import model_digest
+from maskpack.backbone.fingerprint import cache_folder, model_digest
 from maskpack.backbone.load import Backbone, load_backbone
 from maskpack.backbone.model import Embedding, swap_module
-from maskpack.backbone.remembered import cache_folder
 from maskpack.errors import BackboneError, ConfigError, DataError
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import attach_scores, extract_masks, features
-from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.data.load import few_labels, load_data
+from maskpack.training.data.base import Data, few_labels, load_data, loader, readable
 from maskpack.training.features import FeatureCacheWarning, embed
 
 from .conftest import TinyNet

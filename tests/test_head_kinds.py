@@ -15,18 +15,16 @@ from maskpack.adapter.steps import rounded_rows
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.classifier import encode
 from maskpack.backbone.load import Backbone, load_backbone
-from maskpack.backbone.model import Embedding
-from maskpack.backbone.random_weights import MAX_WEIGHTS, random_weight
+from maskpack.backbone.model import MAX_WEIGHTS, Embedding, random_weight
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import masked_weight
 from maskpack.runtime.load import load_mask, unload_mask
 from maskpack.training.config import TrainConfig, config_from
-from maskpack.training.data.base import Data
-from maskpack.training.data.load import load_data
-from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.data.base import Data, load_data
 from maskpack.training.objectives.supervised import new_classifier
 from maskpack.training.trainer import plan_training, train_mask
 
+from .helpers_loops import adapter_accuracy
 from .helpers_models import bits
 from .helpers_models import clip as clip
 from .helpers_models import same as same_bits

@@ -22,8 +22,7 @@ from maskpack.adapter.edit import convert_adapter
 from maskpack.adapter.read import read_adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
-from maskpack.backbone.model import Embedding, Head
-from maskpack.backbone.random_weights import RandomWeight, random_weight
+from maskpack.backbone.model import Embedding, Head, RandomWeight, random_weight
 from maskpack.errors import AdapterError, CorruptAdapterError
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.runtime.load import load_mask, unload_mask

@@ -16,7 +16,7 @@ from maskpack.hub.push import push
 from maskpack.runtime.apply import unload_mask
 from maskpack.runtime.load import load_adapter, load_mask
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import load_data
 from maskpack.training.trainer import train_mask
 
 from .helpers_hub_fixtures import hub as hub

@@ -21,18 +21,18 @@ from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone, load_weights
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.lab import gate_figure
-from maskpack.lab.plots.pictures import over_time, users
+from maskpack.lab.pictures import over_time, users
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
-from maskpack.training.batchnorm import recalibrate
 from maskpack.training.config import JointConfig
 from maskpack.training.data.base import loader, readable
-from maskpack.training.evaluate import adapter_accuracy
+from maskpack.training.features import probe_accuracies
 from maskpack.training.gates import GatedWeight
 from maskpack.training.multitask import BASE, CLAIM, HISTOGRAMS, RESULT, JointRun, Task, plan_tasks, train_jointly
 from maskpack.training.run_folder import RunFolder
-from maskpack.training.worth import probe_accuracies
+from maskpack.training.stored import recalibrate
 
+from .helpers_loops import adapter_accuracy
 from .helpers_models import StopHere, bits, same, tiny_net
 
 QUICK = TrainConfig(epochs=2, batch_size=16, augment="none", warmup=0.0, bn="adapt")
@@ -383,7 +383,7 @@ def test_impossible_settings(tasks: dict[str, Task], tmp_path: Path) -> None:
     for name, value in (("weight_lr", 0.0), ("gate_factor", -1.0), ("gate_start", 0.0)):
         with pytest.raises(ConfigError, match=f"{name} must be a finite number above 0, got {value}"):
             JointConfig(**{name: value})
-    with pytest.raises(ConfigError, match=r"r2 must be 0 or more, got -1.0"):
+    with pytest.raises(ConfigError, match=r"r2 must be a finite number at least 0, got -1.0"):
         JointConfig(r2=-1.0)
     with pytest.raises(StateError, match="resume needs the folder of the run in `output`"):
         train_jointly(tiny_net(), two(tasks), QUICK, resume=True)

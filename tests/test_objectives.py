@@ -18,15 +18,22 @@ from maskpack.backbone.model import Embedding
 from maskpack.errors import ConfigError, DataError, StateError, UnknownNameError
 from maskpack.mask import mask_id
 from maskpack.preprocess import TASKS, ImagePreprocess
-from maskpack.training.batchnorm import set_train_mode
-from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data, loader, readable
-from maskpack.training.data.load import load_data
-from maskpack.training.objectives.base import OBJECTIVES, CollapseWatch, Objective, collapse_warning, find_objective
-from maskpack.training.objectives.simcse import Simcse
-from maskpack.training.objectives.swav import Crops, Swav, multi_crop, sinkhorn, stack_views
+from maskpack.training.data.base import Data, load_data, loader, readable
+from maskpack.training.objectives.base import OBJECTIVES, Objective, find_objective
+from maskpack.training.objectives.self_supervised import (
+    CollapseWatch,
+    Crops,
+    Simcse,
+    Swav,
+    collapse_warning,
+    multi_crop,
+    sinkhorn,
+    stack_views,
+)
+from maskpack.training.run_folder import FILE, load_checkpoint
 from maskpack.training.scores import density, detach_scores
+from maskpack.training.stored import set_train_mode
 from maskpack.training.trainer import ObjectiveRun, plan_training, train_mask
 
 from .helpers_cli import BACKBONE
@@ -444,7 +451,9 @@ def test_collapse_is_measured_and_reported(
         "the representation is collapsing (feature rank 1.0; healthy is over 2); lower the learning rate of the scores"
     )
     events: list[dict[str, Any]] = []
-    monkeypatch.setattr("maskpack.training.objectives.base.LEAST_RANK", 16.5)  # more than the tiny net has features
+    monkeypatch.setattr(
+        "maskpack.training.objectives.self_supervised.LEAST_RANK", 16.5
+    )  # more than the tiny net has features
     train_mask(tiny_backbone, unlabelled, TrainConfig(**QUICK), report=lambda e: events.append(dict(e)))
     warnings = [e for e in events if e["event"] == "warning"]
     assert len(warnings) == 4

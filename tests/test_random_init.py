@@ -17,8 +17,7 @@ from maskpack.adapter.content import Parts
 from maskpack.adapter.read import read_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone, export_state, randomize
-from maskpack.backbone.model import named_parameters
-from maskpack.backbone.random_weights import random_values
+from maskpack.backbone.model import named_parameters, random_values
 from maskpack.errors import BackboneError, ConfigError
 from maskpack.mask import MaskSet
 

@@ -22,8 +22,7 @@ from maskpack.preprocess import ImagePreprocess
 from maskpack.training import attach_scores, extract_masks
 from maskpack.training.budget import RateControl, coded_bits, coded_bytes
 from maskpack.training.config import TrainConfig
-from maskpack.training.data.base import Data
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data
 from maskpack.training.scores import scored_weights
 from maskpack.training.trainer import train_mask
 

@@ -43,7 +43,7 @@ def test_the_same_bits_as_with_weights_that_are_kept(
     found = []
     for kept in (False, True):
         if kept:
-            monkeypatch.setattr("maskpack.training.recompute.Recompute.note", lambda *_: None)
+            monkeypatch.setattr("maskpack.training.scores.Recompute.note", lambda *_: None)
         torch.manual_seed(1)
         model = copy.deepcopy(tiny).train()
         scores = attach_scores(model, method, ["*conv2.weight"], scale=scale)

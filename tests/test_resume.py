@@ -20,13 +20,11 @@ from maskpack.adapter.content import Parts
 from maskpack.errors import ConfigError, StateError, StoppedError
 from maskpack.lab.comparison import compare
 from maskpack.training.cascade import train_cascade
-from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import JointConfig, learning_rate
-from maskpack.training.data.base import Data
-from maskpack.training.data.load import load_data
+from maskpack.training.data.base import Data, load_data
 from maskpack.training.loop import Position, Run
 from maskpack.training.multitask import Task, train_jointly, train_tasks
-from maskpack.training.run_folder import LOCK, locked, parse_every
+from maskpack.training.run_folder import FILE, LOCK, load_checkpoint, locked, parse_every
 from maskpack.training.trainer import TrainResult, train_mask
 from maskpack.training.transfer import train_transfer
 

@@ -46,14 +46,13 @@ from maskpack.runtime.stream import load_masked
 from maskpack.safetensors_io import write_tensors
 from maskpack.training import TrainConfig, attach_scores, extract_parts, load_data, train_mask
 from maskpack.training import settle as settle_values
-from maskpack.training.batchnorm import batchnorm_statistics
 from maskpack.training.data.base import Data
-from maskpack.training.evaluate import adapter_accuracy
-from maskpack.training.stored import beside_masks, settle, shortened
+from maskpack.training.stored import batchnorm_statistics, beside_masks, settle, shortened
 from maskpack.training.trainer import ObjectiveRun
 
 from .fuzz.damage import File
 from .helpers_adapter import base_of, random_masks, with_header, write
+from .helpers_loops import adapter_accuracy
 
 INTEGERS = st.lists(st.integers(-(2**23) + 1, 2**23 - 1), min_size=1, max_size=300)
 

@@ -16,9 +16,8 @@ from maskpack.errors import ConfigError, DataError
 from maskpack.preprocess import ChatPreprocess, TextPreprocess
 from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.config import RECIPES
-from maskpack.training.data.tokens import cut
 from maskpack.training.evaluate import as_loaded
-from maskpack.training.objectives.language import TextGeneration, exact_answers, last_number
+from maskpack.training.objectives.language import TextGeneration, cut, exact_answers, last_number
 
 from .helpers_language import ROOT, SUMS, language_model, sums_file, text_folder
 

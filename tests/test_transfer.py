@@ -25,10 +25,10 @@ from maskpack.errors import AdapterError, ConfigError, StateError, TrainingError
 from maskpack.mask import MaskSet
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, load_data, train_transfer
-from maskpack.training.checkpoint import FILE, load_checkpoint
 from maskpack.training.config import WEIGHT_LR
 from maskpack.training.data.base import Data, loader, readable
 from maskpack.training.evaluate import markdown, source_classes, transfer_table
+from maskpack.training.run_folder import FILE, load_checkpoint
 from maskpack.training.transfer import (
     SOURCE_FILE,
     STARTS,

@@ -13,7 +13,18 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, dataclass_transform, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
 from typer.models import OptionInfo, ParameterInfo
@@ -24,7 +35,7 @@ from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, heard, note, quiet_libraries
+from .console import Output, heard, importing, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -154,6 +165,8 @@ def _option(
     kind, extras = _taken_apart(annotation)
     text, info = text or _first(str, extras) or "", copy(_first(ParameterInfo, extras))
     alone = next((one for one in (annotation, *get_args(annotation), *get_args(kind)) if one in PARSERS), None)
+    if get_origin(kind) in (UnionType, Union):
+        kind = Union[tuple(_taken_apart(one)[0] for one in get_args(kind))]  # noqa: UP007
     flag = f"--{name.replace('_', '-')}"
     if alone is not None:
         kind, info = Any, typer.Option(parser=PARSERS[alone], metavar=str(alone.__metadata__[0]).upper())
@@ -369,9 +382,10 @@ class Base(Weights):
     ] = None
     device: Device = None
 
+    @importing()
     def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
-        from maskpack.backbone.remembered import remembered_backbone
+        from maskpack.backbone.fingerprint import remembered_backbone
 
         use_device(self.device)
         reference, random, weights = self.backbone, self.random_weights, self.weights
@@ -413,6 +427,7 @@ class AnyBase(Base):
         if not alone and (self.head is not None or self.image_size is not None):
             raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
+    @importing()
     def of_any(self, adapter: "maskpack.Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""
         if adapter is not None:
@@ -448,6 +463,7 @@ class TrainedBackbone(Weights):
         options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
+    @importing()
     def load(self, **options: Any) -> "Backbone":
         """Load it; `options` are others of `load_backbone`."""
         use_device(self.device)
@@ -463,6 +479,7 @@ class Columns:
 @group("Data")
 class Rows(Columns):
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
+    validation: Annotated[str | None, "Rows to validate on: a data set, file or folder, as --data."] = None
     validation_fraction: Annotated[
         float | None,
         "Share of these rows held out. Default: none where the data have a validation split beside a test split, which "
@@ -471,9 +488,18 @@ class Rows(Columns):
 
     def load(self, data: str, supervised: bool = True, **options: Any) -> "Data":
         """Read data; by default an objective without labels holds no rows out."""
-        from maskpack.training.data.load import hold_out
+        from maskpack.training.data.base import hold_out
 
-        read = training.load_data(data, **{**vars(self), **options})
+        if self.validation is not None and self.validation_fraction is not None:
+            raise ConfigError("--validation names the rows that --validation-fraction would draw; give one of them")
+        given = {**vars(self), **options}
+        given.pop("validation")
+        read = training.load_data(data, **given)
+        if self.validation is not None:
+            given |= {"labels_fraction": 1.0, "class_names": read.class_names or None}
+            own = training.load_data(self.validation, **given)
+            found = next(one for one in (own.validation, own.test, own.train) if one is not None)
+            return replace(read, validation=found)
         if self.validation_fraction is None and supervised and read.train is not None and read.validation is None:
             train, held = hold_out(read.train, 0.1, options.get("seed", 0))
             read = replace(read, train=train, validation=held)

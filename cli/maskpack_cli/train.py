@@ -16,7 +16,7 @@ import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError
 from maskpack.preprocess import Augment, TaskName
-from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, check_types, read_config
+from maskpack.training.config import RECIPES, JointConfig, Mode, Start, TrainConfig, read_config
 
 from .console import Output, app, emit, hint, main_process, note, reading, say, table, training_progress, warn
 from .options import (
@@ -100,7 +100,7 @@ class Run(Folder, Packed):
         self, result: Any, model: Any, backbone: TrainedBackbone | None = None, **options: Any
     ) -> "maskpack.Adapter":
         """Write what was trained as an adapter, and remember where its backbone is."""
-        from maskpack.backbone.remembered import remember_backbone
+        from maskpack.backbone.fingerprint import remember_backbone
 
         content = (result.parts, result.base, result.about)
         adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
@@ -148,6 +148,7 @@ def planned(backbone: "Backbone", data: "Data", settings: TrainConfig, tell: Cal
     from maskpack.training.data.base import empty_classes
     from maskpack.training.trainer import plan_training
 
+    note("Trying one batch …")
     plan = plan_training(backbone, data, settings)
     tell(
         f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
@@ -223,9 +224,8 @@ def train(
 ) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
     from maskpack.training.auto import SEARCH, check_search, in_words, plan_search
-    from maskpack.training.checkpoint import FILE
     from maskpack.training.objectives.distill import TEACHER, Distill, train_teacher
-    from maskpack.training.run_folder import check_untaken
+    from maskpack.training.run_folder import FILE, check_untaken
 
     usual = RECIPES.get(task or "", {})
     settings = replace(settings, **{name: one for name, one in usual.items() if name not in Output.given})
@@ -392,8 +392,8 @@ def evaluate_cascade(
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0,
     batch_size: BatchSize = 64,
 ) -> None:
-    """Compare a cascade with its dispatcher alone: k-NN, linear probes, forward passes, steps and bytes."""
-    from maskpack.training.data.load import LABELS_SEED
+    """Compare a cascade with its dispatcher and no mask: k-NN, linear probes, forward passes, steps and bytes."""
+    from maskpack.training.data.base import LABELS_SEED
     from maskpack.training.evaluate import cascade_table
 
     adapter = trust.load(ref)
@@ -543,6 +543,8 @@ def multitask(
 
 def _entries(file: Path) -> dict[str, dict[str, Any]]:
     """Return the tables of the tasks by name."""
+    from maskpack.registry import check_fields
+
     tables = read_config(file).get("task")
     if not isinstance(tables, list) or not tables or not all(isinstance(one, dict) for one in tables):
         raise ConfigError(f"{file} has no tasks; write a table [[task]] with name and data for each")
@@ -557,7 +559,7 @@ def _entries(file: Path) -> dict[str, dict[str, Any]]:
         if missing := [key for key in ("name", "data") if key not in own]:
             raise ConfigError(f"{place} lacks {' and '.join(missing)}; give each task a name and data")
         try:
-            check_types(Entry(**own))
+            check_fields(Entry(**own))
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from None
         if own["name"] in found:

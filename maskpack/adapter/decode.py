@@ -227,22 +227,28 @@ class Decoder:
         self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
     ) -> dict[Key, Decoded | None]:
         """Decode together what is quicker so where the parameters lie, or these `weights`, by name."""
-        by_codec, found = dict[Codec, dict[Key, There]](), dict[Key, Decoded | None]()
-        for payload in (payload for name in names for payload in self.adapter.payloads[set][name]):
-            codec, data, weight = (
-                self.codec(payload),
-                self.adapter.piece(payload),
-                (self.weights or {}).get(payload.name),
-            )
-            weight = weight if weights is None else weights[payload.name]
+        payloads = [payload for name in names for payload in self.adapter.payloads[set][name]]
+        others = {key_of(one): other for one in payloads if (other := self._referenced(one)) is not None}
+        first = self._together(others.values(), weights, {})
+        known = {key: one[0] for key, one in first.items() if on_device([one], [others[key]])[0] is not None and one}
+        return self._together(payloads, weights, known)
+
+    def _together(
+        self, payloads: Iterable[Payload], weights: Mapping[str, Tensor] | None, known: Mapping[Key, Any]
+    ) -> dict[Key, Decoded | None]:
+        groups, found = dict[tuple[Codec, Any], dict[Key, There]](), dict[Key, Decoded | None]()
+        for payload in payloads:
+            codec, data, key = self.codec(payload), self.adapter.piece(payload), key_of(payload)
+            weight = (self.weights or {}).get(payload.name) if weights is None else weights[payload.name]
             if shared(weight) or not codec.decodes_on("cpu" if weight is None else weight.device.type):
                 continue
-            known = weight is not None or not codec.needs_base
-            if known and self._referenced(payload) is None and plausible(data, payload.weights):
+            ready = (weight is not None or not codec.needs_base) and (payload.coding.reference is None or key in known)
+            if ready and plausible(data, payload.weights):
                 base = self._base(payload) if codec.needs_base else None
                 weight = base if weights is None and base is not None else weight
-                by_codec.setdefault(codec, {})[key_of(payload)] = data, payload.shape, weight
-        for codec, own in by_codec.items():
+                group = codec, None if weight is None else weight.device
+                groups.setdefault(group, {})[key] = data, payload.shape, weight, known.get(key)
+        for (codec, _), own in groups.items():
             found |= zip(own, codec.decode_on([*own.values()]), strict=True)
         return found
 
@@ -279,7 +285,7 @@ class Decoder:
                     f"the base given has no {payload.name!r} of shape {payload.shape}, from which stored values are "
                     f"steps; load {self.adapter.base.id}, which the adapter was made for"
                 )
-            Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, bits))
+            Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, PackedMask(bits, payload.shape)))
         return bits_digest(bits)
 
     def _needs_base(self, payload: Payload) -> bool:

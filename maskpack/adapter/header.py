@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..backbone.model import CASTS, POOLINGS, Embedding, Fingerprint
-from ..backbone.random_weights import MAX_SEED
-from ..backbone.random_weights import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
+from ..backbone.model import CASTS, MAX_SEED, POOLINGS, Embedding, Fingerprint
+from ..backbone.model import MAX_WEIGHTS as MAX_HEAD_WEIGHTS
 from ..errors import AdapterError, ConfigError, CorruptAdapterError, UnsupportedVersionError, short_repr
 from ..mask import OPS, Op
 from ..preprocess import KINDS, preprocess_from_json

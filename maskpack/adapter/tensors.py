@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbone.model import CASTS, PREFIX, Head
-from ..backbone.random_weights import RandomWeight
+from ..backbone.model import CASTS, PREFIX, Head, RandomWeight
 from ..errors import AdapterError, CorruptAdapterError
 from ..mask import PackedMask, packed_bits
 from ..safetensors_io import DTYPES, NAMES, Blob, Span

@@ -41,7 +41,7 @@ def taken(inputs: Inputs, rows: Tensor) -> Inputs:
 
 @contextmanager
 def modes_kept(module: nn.Module) -> Iterator[None]:
-    """On exit every part of a module is in training or evaluation mode as before."""
+    """Restore the training or evaluation mode of every part of a module on exit."""
     modes = {part: part.training for part in module.modules()}
     try:
         yield

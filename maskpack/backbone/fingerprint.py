@@ -3,9 +3,13 @@
 import inspect
 import itertools
 import json
+import logging
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +19,46 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
-from ..errors import BackboneMismatchError
+from ..errors import BackboneMismatchError, MaskpackError, by_triton
+from ..safetensors_io import replacing
 from ..threads import Result, in_order
 from .model import CASTS, PREFIX, Fingerprint, aliases, body, canonical, inside, slots, unusable, unwrap
 from .shards import any_shared, shared, whole
 
 PIECE = 1 << 24  # bytes of the cast tensor that are in memory at one time
+TRIED = 36_000  # words: 141 chunks, of two programs of the kernel
+LOG = logging.getLogger(__name__)
 
 
 def tensor_digest(tensor: Tensor, dtype: torch.dtype) -> bytes:
     """Return the BLAKE3 of a tensor's row-major little-endian bytes after a cast to `dtype`; devices do not matter."""
     flat, digest = whole(tensor).detach().reshape(-1), blake3()
-    pieces: Iterable[Tensor] = (_bytes(piece.cpu().to(dtype)) for piece in torch.split(flat, PIECE // dtype.itemsize))
-    if flat.is_cuda:
-        pieces = _copied(flat, dtype)
-    elif flat.dtype == dtype:
-        pieces = [_bytes(flat.cpu())]
-    for piece in pieces:
-        digest.update(piece.numpy().data)
+    if _hashes(flat.device):
+        from .digest_gpu import digest_of
+
+        return digest_of(_bytes(flat.to(dtype)))
+    pieces: Iterable[Tensor] = (piece.cpu().to(dtype) for piece in torch.split(flat, PIECE // dtype.itemsize))
+    for piece in [flat.cpu()] if flat.dtype == dtype else pieces:
+        digest.update(_bytes(piece).numpy().data)
     return digest.digest()
 
 
-def _copied(flat: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield the bytes of a CUDA tensor in pieces, valid until the next; while one is hashed, the next is copied."""
-    pieces = torch.split(flat, PIECE // dtype.itemsize)
-    buffers = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in pieces[:2]]
-    stream = torch.cuda.Stream(flat.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(flat.device))
+@cache
+def _hashes(device: torch.device) -> bool:
+    """Return True if a device hashes its tensors itself, which is tried once, so that no weights come over the bus."""
+    if device.type == "cpu" or not by_triton(device.type):
+        return False
+    try:
+        from .digest_gpu import digest_of
 
-    def copy(index: int) -> tuple[Tensor, torch.cuda.Event]:
-        with torch.cuda.stream(stream):
-            cast = _bytes(pieces[index].to(dtype))
-            target = buffers[index % 2][: cast.numel()]
-            target.copy_(cast, non_blocking=True)
-            return target, stream.record_event()
-
-    copies = [copy(0)] if flat.numel() else []
-    for index in range(len(copies) and len(pieces)):
-        copies += [copy(index + 1)] if index + 1 < len(pieces) else []
-        target, done = copies.pop(0)
-        done.synchronize()
-        yield target
+        here, there = (_bytes(torch.arange(TRIED, dtype=torch.int32, device=one)) for one in ("cpu", device))
+        if digest_of(there) == blake3(here.numpy().data).digest():
+            return True
+        why = "its digests are not those of the library"
+    except Exception as error:  # Triton compiles when it is first used, and may find no compiler
+        why = str(error)
+    LOG.warning("weights on %s are not hashed there, but on the CPU: %s", device, why)
+    return False
 
 
 def _bytes(flat: Tensor) -> Tensor:
@@ -348,3 +351,53 @@ def mismatch(expected: Fingerprint, what: str, dtype: torch.dtype) -> BackboneMi
         f"(compared as {_name(dtype)}); load the backbone named there (--backbone); in Python, "
         f"load_mask(…, verify='off') applies it anyway"
     )
+
+
+MOST = 200  # backbones; the oldest are forgotten
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made anew: $MASKPACK_CACHE, else `maskpack` in the user's cache folder."""
+    if own := os.environ.get("MASKPACK_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache") / "maskpack"
+
+
+def _file() -> Path:
+    return cache_folder() / "backbones.json"
+
+
+def _known() -> dict[str, dict[str, str]]:
+    with suppress(OSError, ValueError):
+        found = json.loads(_file().read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {key: one for key, one in found.items() if isinstance(one, dict) and "reference" in one}
+    return {}
+
+
+def remember_backbone(digest: str, arguments: Mapping[str, Any]) -> None:
+    """Write down by which arguments of `load_backbone` a backbone with this digest was loaded, if there is need."""
+    found = {name: str(arguments[name]) for name in ("weights", "random_weights") if arguments.get(name) is not None}
+    reference = arguments["reference"]
+    path, _, function = reference.rpartition(":") if ".py:" in reference else (reference.removeprefix("hf/"), "", "")
+    if "weights" in found:
+        found["weights"] = str(Path(found["weights"]).resolve())
+    if Path(path).exists():
+        found["file"] = str(Path(path).resolve())
+        reference = f"{found['file']}:{function}" if function else f"hf/{found['file']}"
+    if found:  # otherwise the name of the base says all
+        known = {key: one for key, one in _known().items() if key != digest}
+        known[digest] = {"reference": reference, **found}
+        with suppress(OSError, MaskpackError):  # without it no verb does less than it says
+            _file().parent.mkdir(parents=True, exist_ok=True)
+            with replacing(_file()) as (temporary,):
+                temporary.write_text(json.dumps(dict(list(known.items())[-MOST:]), indent=1) + "\n", encoding="utf-8")
+
+
+def remembered_backbone(digest: str) -> dict[str, Any] | None:
+    """Return the arguments of `load_backbone` for a backbone with this digest, if its files are there."""
+    found = _known().get(digest)
+    if found is None or not all(Path(found[key]).exists() for key in ("file", "weights") if key in found):
+        return None
+    return {name: found.get(name) for name in ("reference", "weights", "random_weights")}

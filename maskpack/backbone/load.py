@@ -18,6 +18,7 @@ from ..network import UnreachableError, hides_secrets, library_calls, reach
 from ..preprocess import IMAGENET_MEAN, IMAGENET_STD, LARGEST, ImagePreprocess, Preprocess, TaskName, TextPreprocess
 from ..safetensors_io import INDEX, SUFFIX, read_tensors, write_tensors
 from .model import (
+    RANDOM,
     Embedding,
     Head,
     aliases,
@@ -25,13 +26,14 @@ from .model import (
     find_head,
     named_buffers,
     named_parameters,
+    parse_random,
+    random_values,
     same_size_int,
     slots,
     swap_module,
     tied_outputs,
     unwrap,
 )
-from .random_weights import PREFIX, parse_random, random_values
 
 TOKENS, BLOCK = 128, 512  # of a text, and of a language model's block, where nothing else is asked for
 
@@ -249,6 +251,17 @@ def _timm(name: str, pretrained: bool, image_size: int | None, task: TaskName | 
     return Backbone(model, f"timm/{full}", preprocess=ImagePreprocess(size, resize, interpolation, mean, std))
 
 
+def _channels_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a model's inputs, images on a CPU with channels last in memory: convolutions are faster there.
+
+    Not for networks of users, which may flatten by `view`; it needs channels first.
+    """
+    images = inputs[0]
+    if images.dim() != 4 or images.device.type != "cpu":
+        return inputs
+    return (images.contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+
 def _torchvision(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     models = require("torchvision.models", "train", "loading torchvision backbones")
     name, _, enum = name.partition("@")
@@ -442,6 +455,8 @@ def load_backbone(
             if backbone is None:
                 with torch.device("meta") if mapped and weights is not None else nullcontext():
                     backbone = loader(name, pretrained, image_size, task)
+                if loader is not _transformers and loader in LOADERS.values():
+                    backbone.model.register_forward_pre_hook(_channels_last)
         except MaskpackError:
             raise
         except UnreachableError as error:
@@ -464,7 +479,7 @@ def load_backbone(
             ) from error
     if kind:
         randomize(backbone.model, kind, seed)
-        backbone = replace(backbone, revision=f"{PREFIX}{kind}:{seed}")
+        backbone = replace(backbone, revision=f"{RANDOM}{kind}:{seed}")
     if isinstance(stated := backbone.preprocess, ImagePreprocess):
         size, resize = image_size or stated.size, image_size or stated.resize
         preprocess = ImagePreprocess(

@@ -30,7 +30,7 @@ def any_shared(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def layout_of(tensor: Any) -> str | None:
-    """Return how a tensor is shared if its parts cannot be read here, else None."""
+    """Return the placements of a tensor whose parts cannot be read here, else None."""
     if not shared(tensor):
         return None
     from torch.distributed.tensor import Replicate, Shard

@@ -106,7 +106,8 @@ def plausible(payload: Bytes, count: int) -> bool:
     return count <= FREE + EACH * len(payload)
 
 
-There = tuple[Bytes, tuple[int, ...], "Tensor | None"]  # a payload, its shape, the parameter if there is one
+# a payload, its shape, the parameter if there is one, packed bits of the mask that it is coded against, if it is, there
+There = tuple[Bytes, tuple[int, ...], "Tensor | None", "Tensor | None"]
 
 
 class Codec(ABC):
@@ -145,11 +146,11 @@ class Codec(ABC):
         return False
 
     def decode_on(self, payloads: Sequence[There]) -> Sequence[Any]:
-        """Decode payloads together, which refer to no others, on the device where their parameters lie.
+        """Decode payloads together on the one device where their parameters lie; on the CPU they refer to no others.
 
         Returns:
-            Of each the packed bits and None; or, on another device, tensors of the packed bits and of the positions of
-            the false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
+            Of each the mask's packed bits and None; or, on another device, tensors of them and of the positions of the
+            false ones, rising, there. None stands for what has to be decoded, or refused, by `decode`.
         """
         return [None] * len(payloads)
 

@@ -3,18 +3,16 @@
 import ctypes
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from ctypes import byref, c_int64
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CorruptAdapterError
+from ..errors import CorruptAdapterError, by_triton
 from . import native
 from .base import (
     CODECS,
@@ -79,9 +77,9 @@ class Logit(Codec):
 
             return gpu.decode_on(payloads, self.needs_base)
         sides = [
-            Side(shape, words_of(own) if self.needs_base and own is not None else None) for _, shape, own in payloads
+            Side(shape, words_of(own) if self.needs_base and own is not None else None) for _, shape, own, _ in payloads
         ]
-        found = decode_together([data for data, _, _ in payloads], sides, self.needs_base)
+        found = decode_together([data for data, *_ in payloads], sides, self.needs_base)
         return [None if own is None else (own, None) for own in found]
 
     @classmethod
@@ -105,11 +103,6 @@ class LogitBase(Logit):
     @classmethod
     def candidates(cls, profile: Profile) -> list[Self]:
         return [cls()] if profile == "max" else []
-
-
-def by_triton(device: str) -> bool:
-    """Return True if Triton decodes on such a device; it comes with PyTorch for CUDA, its interpreter is for tests."""
-    return (device == "cuda" or "TRITON_INTERPRET" in os.environ) and find_spec("triton") is not None
 
 
 class Head(NamedTuple):

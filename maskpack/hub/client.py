@@ -30,7 +30,7 @@ log = logging.getLogger("maskpack")
 
 
 class Fault(NamedTuple):
-    """What an error means: in words, how often a call that ends so may be made, and which of our errors it is."""
+    """The meaning of an error: a text, the attempts that are allowed, and the class of our error."""
 
     text: str
     attempts: int = 1
@@ -87,7 +87,7 @@ FAILED = {  # without a status
 
 
 def origin(error: BaseException) -> BaseException:
-    """Return what lies behind the errors in which the client wraps others."""
+    """Return the error inside of those in which the client wraps others."""
     names = {kind.__name__ for kind in type(error).__mro__}
     wrapped = bool(names & {"LocalEntryNotFoundError", "RevisionResolutionError"}) or type(error) is RuntimeError
     wrapped = wrapped or (type(error) is ValueError and "Force download failed" in str(error))
@@ -101,7 +101,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Return what an error of the client means, once `origin` has unwrapped it."""
+    """Return the meaning of an error of the client, once `origin` has unwrapped it."""
     names, status, text = [kind.__name__ for kind in type(error).__mro__], status_of(error), str(error)
     refused = next((REFUSED[name] for name in names if name in REFUSED), None)
     if refused is not None:
@@ -130,7 +130,7 @@ def _sent_login(error: BaseException) -> bool:
 
 
 def _seconds_to_wait(error: BaseException) -> float:
-    """Return how many seconds the server asks to wait, or 0."""
+    """Return the seconds that the server asks to wait, or 0."""
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
@@ -163,7 +163,7 @@ class Session:
         self.reached = False
 
     def call(self, action: Callable[[], T], attempts: int = ATTEMPTS) -> T:
-        """Return what `action` returns, trying again after faults that pass; raise our errors in place of the client's.
+        """Call `action`, again after faults that pass; raise our errors in place of the client's.
 
         This is the one layer of retries: within it the client tries everything once.
         """
@@ -194,11 +194,11 @@ class Session:
         time.sleep(wait)
 
     def info(self, repo_id: str, revision: str | None = None) -> "ModelInfo":
-        """Return what the Hub says of a repository; not retried."""
+        """Return the Hub's description of a repository; not retried."""
         return self.api.model_info(repo_id, revision=revision, timeout=SILENCE)
 
     def refs(self, repo_id: str, pull_requests: bool = False) -> "GitRefs":
-        """Return what a repository's branches and tags, and if asked its pull requests, point to."""
+        """Return the heads of a repository's branches and tags, and if asked of its pull requests."""
         return self.call(lambda: self.api.list_repo_refs(repo_id, include_pull_requests=pull_requests))
 
     def _explained(self, error: BaseException) -> MaskpackError:

@@ -43,7 +43,7 @@ class Snapshot:
 
     @cached_property
     def listed(self) -> "dict[str, RepoFile]":
-        """Those of an adapter's files that are there, with sizes and digests, the model last."""
+        """The adapter's files in the repository, with sizes and digests, the model last."""
         from huggingface_hub.hf_api import RepoFile
 
         api = self.session.api
@@ -117,7 +117,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class PulledAdapter:
-    """Where an adapter lies, the folder or file that was referred to, and where on the Hub it came from, if it did.
+    """The folder or file of a pulled adapter, and its repository and commit if it came from the Hub.
 
     `signed_by` are ids of the trusted keys that signed it; none where no signature was required.
     """

@@ -26,7 +26,7 @@ CONFLICTS = frozenset({409, 412})
 
 @dataclass(frozen=True)
 class PushedAdapter:
-    """Where an adapter went, or after a dry run would go, with the bytes of each file that was written.
+    """The target of a push, or of a dry run, with the bytes of each file that was written.
 
     `url` is the page of the repository or pull request, or a folder, which has neither repository nor commit. After a
     dry run that found changes there is no commit.
@@ -115,7 +115,7 @@ class RepositoryPush:
         return None if info is None else info.sha
 
     def _info(self, revision: str | None, may_lack: bool) -> "ModelInfo | None":
-        """Return what the Hub says of the repository, or of a revision of it; None if that is not there and may be."""
+        """Return the Hub's description of the repository or of a revision; None if it is missing and may be."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         missing = RepositoryNotFoundError if revision is None else RevisionNotFoundError
@@ -302,7 +302,7 @@ def _contents(
     keys: signature.Keys,
     there: Mapping[str, bytes],
 ) -> dict[str, bytes | memoryview]:
-    """Return what is to be published: the card is the existing one, else the folder's, with our part renewed."""
+    """Return the files to publish: the card is the existing one, else the folder's, with our part renewed."""
     found = opened.contents
     card = render_card(description, reference.repo_id, license=license)
     earlier, place = there.get(CARD_FILE), str(reference)

@@ -30,7 +30,7 @@ class Reference:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the revision is a full commit id, which can never move."""
+        """True if the revision is a full commit id, which can never move."""
         return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
 
     @property
@@ -80,7 +80,7 @@ def parse_reference(ref: str | os.PathLike[str], revision: str | None = None) ->
 
 
 def _wrong_id(repo_id: str) -> str:
-    """Return what the Hub would refuse in the name of a repository; no text if it takes it."""
+    """Return why the Hub would refuse the name of a repository, or ""."""
     namespace, slash, name = repo_id.partition("/")
     if not slash:
         return "is not a reference to an adapter"
@@ -136,7 +136,7 @@ def write_files(contents: Contents, target: Path) -> None:
 
 
 def _leftovers(contents: Contents, target: Path) -> list[Path]:
-    """Return what the adapter in `target` has and another one, which takes its place, has not."""
+    """Return the files of the adapter in `target` that the one in its place does not have."""
     found = [target / name for name in FILES if name not in contents and (target / name).is_file()]
     if not found or not (target / MODEL_FILE).is_file():
         return []

@@ -1,23 +1,11 @@
-"""The contract of an importer: the masks in a file that another tool wrote.
+"""The contract of an importer: the masks in a file that another tool wrote (docs/extending.md).
 
-An importer is a class in a file of this folder (or in another distribution, under the entry point group
-`maskpack.importers`), registered with `@IMPORTERS.register`. `masks.py` is the example to copy. It has
-
-- `id` (what `--from` takes), a docstring and a `reference` (the tool that writes such files, or ""),
-- `open(path, base)`: a `Found`: the shapes of the masks by parameter name, a function that makes one of them, and what
-  else a file may change. `base` are the parameters and buffers of the frozen model, under each of their names; `match`
-  and `known` find them in a file.
-
-The file comes from a stranger and may have 14 GB: `open` compares sizes with the base's before anything is allocated,
-reads tensor by tensor and keeps none. The function gives the same mask each time; it is called in one thread.
-
-A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit by bit; a
-checkpoint that was trained further is refused by `open`, but for the format that is made for it (`checkpoint.py`).
-
-Errors are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
+`open(path, base)` gets the parameters and buffers of the frozen model, under each of their names, which `match` and
+`known` find in a file. The file comes from a stranger and may have 14 GB: sizes are compared with the base's before
+anything is allocated, and tensors are read one by one and not kept. A mask only selects: weights beside masks must be
+the base's, bit by bit, but in `checkpoint.py`. A mask is the same each time that it is asked for, in one thread.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -34,13 +22,12 @@ from ..registry import Registry
 from ..safetensors_io import Made, TensorFile
 
 MOST_PREFIX_PARTS = 2  # as in "module.model."
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STEP = 1 << 24  # weights compared at a time
 DENSE = 0.875  # share of weights that changed from which all are stored
 
 
 class Found(NamedTuple):
-    """What a file has for a model: shapes of masks by parameter name, and what makes a mask of that name.
+    """The masks in a file: their shapes by parameter name, and a function that makes one of them.
 
     Attributes:
         values: what makes the values that a mask with op "replace" puts in, flat.
@@ -65,7 +52,7 @@ class Imported(NamedTuple):
 
 
 class Importer(Protocol):
-    """What every importer has (see the module's docstring)."""
+    """The interface of an importer (see the module's docstring)."""
 
     id: ClassVar[str]
     reference: ClassVar[str]
@@ -83,7 +70,7 @@ def import_masks(path: str | Path, model: nn.Module, format: str = "masks", *, s
 
 
 def import_file(path: str | Path, model: nn.Module, format: str = "masks", *, scale: bool = False) -> Imported:
-    """Return what a file changes, named as the model's parameters; each is read whenever it is asked for.
+    """Return the masks and values of a file by the model's names; each is read whenever it is asked for.
 
     Weights beside the masks are compared here, all of them; what is wrong with a mask itself may be raised when it is
     asked for. `scale` sets alpha, only for the format "masks".
@@ -117,12 +104,6 @@ def import_file(path: str | Path, model: nn.Module, format: str = "masks", *, sc
 def check_format(format: str, scale: bool) -> None:
     if IMPORTERS[format].id != "masks" and scale:
         raise ConfigError(f"scale is for masks trained with it, and {format!r} files hold none; leave it out")
-
-
-def task_of(path: Path) -> tuple[Path, str]:
-    """Split FILE#TASK, for a file that holds several tasks; the task is "" where none is named."""
-    name, _, task = path.name.partition("#")
-    return path.with_name(name), task
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -200,88 +181,10 @@ def known(path: Path, names: Iterable[str], base: Mapping[str, Tensor]) -> dict[
     return found
 
 
-def read_weights(tensors: TensorFile, stored: str, shape: Shape | None = None) -> Tensor:
-    """Read weights that can be compared with a base's: floats, and of this shape if one is given."""
-    if shape is not None:
-        check_shape(tensors, stored, shape)
-    found = tensors[stored]
-    if found.dtype not in FLOATS:
-        raise DataError(
-            f"{tensors.path}: {stored!r} is {found.dtype}, expected float weights; import the masks before they are "
-            "quantised"
-        )
-    return found
-
-
 def check_shape(tensors: TensorFile, stored: str, expected: Shape) -> None:
     """Raise BackboneMismatchError if a tensor of the file has not the expected shape; nothing is read for it."""
     if tensors.shapes[stored] != expected:
         raise BackboneMismatchError(
             f"{tensors.path}: {stored!r} has shape {tensors.shapes[stored]}, expected {expected}; give the backbone "
-            "pruned"
+            "that the file was made for"
         )
-
-
-def compare(found: Tensor, base: Tensor, kept: Tensor) -> tuple[int, int]:
-    """Compare weights with the base's, cast to their dtype, bit by bit.
-
-    Returns how many kept weights differ, and how many of those that are not kept the base has other than zero.
-    """
-    differing = removed = 0
-    flat, own, chosen = found.reshape(-1), base.detach().reshape(-1), kept.reshape(-1)
-    for at in range(0, flat.numel(), STEP):
-        piece, cast = flat[at : at + STEP], own[at : at + STEP].to("cpu", found.dtype)
-        where = chosen[at : at + STEP]
-        differing += int((where & (same_size_int(piece) != same_size_int(cast))).count_nonzero())
-        removed += int((~where & (cast != 0)).count_nonzero())
-    return differing, removed
-
-
-def refuse_trained(path: Path, rows: Iterable[tuple[str, int]]) -> None:
-    """Raise BackboneMismatchError if weights are not the base's.
-
-    `rows`: name of each tensor that was compared, and how many of its kept weights differ.
-    """
-    counts = Counter[str]()
-    for name, count in rows:
-        counts[name] += count
-    differing = {name: count for name, count in counts.items() if count}
-    if differing:
-        first = min(differing)
-        raise BackboneMismatchError(
-            f"{path}: {sum(differing.values())} kept weights in {len(differing)} of {len(counts)} tensors are not the "
-            f"base's, first {first!r} ({differing[first]} weights); give the backbone that was pruned. If it was "
-            "trained after that, train a mask instead, which cannot hold new weights"
-        )
-
-
-def pruned(path: Path, names: Iterable[str], read: Callable[[str], Tensor], base: Mapping[str, Tensor]) -> Found:
-    """Return the masks of a pruned network: bit 0 where a weight is 0 (or -0).
-
-    Masked is every parameter with a zero where the base has none; all other weights are compared. `read` gives the
-    network's tensor of the base's name and shape.
-    """
-    if not (names := sorted(names)):
-        raise BackboneMismatchError(
-            f"{path} has no tensor of the backbone's, {', '.join(list(base)[:3])}, …; give the backbone that was pruned"
-        )
-    masked = []
-
-    def rows() -> Iterator[tuple[str, int]]:
-        for name in names:
-            found = read(name)
-            differing, removed = compare(found, base[name], found != 0)
-            if not isinstance(base[name], nn.Parameter):
-                differing += removed  # a buffer cannot be masked
-            elif removed:
-                masked.append(name)
-            yield name, differing
-
-    refuse_trained(path, rows())
-    if not masked:
-        raise DataError(
-            f"{path}: no parameter has a zero where the backbone has none; give the file after pruning, and the base "
-            "before it"
-        )
-    shapes = {name: tuple(base[name].shape) for name in masked}
-    return Found(shapes, lambda name: PackedMask.from_tensor(read(name) != 0))

@@ -25,7 +25,7 @@ LIMIT = 64 << 20  # bytes of instructions
 
 @dataclass
 class Call:
-    """What a pickle would call, with what, and what it would give that as its state."""
+    """A call that a pickle asks for, its arguments, and the state for its result."""
 
     name: Any
     given: Any = ()
@@ -33,7 +33,7 @@ class Call:
 
 
 def saved(path: Path) -> Any:
-    """Return what torch.save wrote; a tensor is read when it is asked for, by `tensor`."""
+    """Return the object in a file of torch.save; a tensor is read when it is asked for, by `tensor`."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {one.filename.partition("/")[2]: one for one in archive.infolist()}
@@ -46,7 +46,7 @@ def saved(path: Path) -> Any:
 
 
 def saved_array(path: Path) -> Any:
-    """Return what numpy.save wrote of one Python object."""
+    """Return the Python object in a file of numpy.save."""
     try:
         with path.open("rb") as file:
             np.lib.format.read_magic(file)
@@ -59,7 +59,7 @@ def saved_array(path: Path) -> Any:
 
 @dataclass
 class _Stored:
-    """Where numbers lie in a file of torch.save."""
+    """The place of numbers in a file of torch.save."""
 
     path: Path
     entries: Mapping[str, zipfile.ZipInfo]

@@ -68,7 +68,7 @@ class MaskCallback(Callback):  # type: ignore[misc]
         module.log("density", density(scored_weights(self._model(module)).values()))
 
     def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep what learns."""
+        """Reduce the state to the tensors that learn."""
         checkpoint["state_dict"] = learning_state(module)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:

@@ -30,14 +30,14 @@ OPTIONS = ("revision", "require_revision", "local_files_only", "require_signatur
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
-    """What `/init_weight_transfer_engine` takes; `keep`: how many adapters stay prepared."""
+    """Body of `/init_weight_transfer_engine`; `keep`: number of adapters that stay prepared."""
 
     keep: int = 8
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """What `/update_weights` takes: an adapter by the digest of its file, if it is prepared, or by reference.
+    """Body of `/update_weights`: an adapter by the digest of its file, if it is prepared, or by reference.
 
     With neither the server computes as the base. Others: as of `pull`.
     """

@@ -3,44 +3,32 @@
 from maskpack.lab import compare, density_figure
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import lazily
 
 if TYPE_CHECKING:
-    from .analysis.criticality import *  # noqa: F403
-    from .analysis.evaluation import *  # noqa: F403
-    from .analysis.network import *  # noqa: F403
-    from .analysis.pairs import *  # noqa: F403
-    from .analysis.starts import *  # noqa: F403
     from .comparison import *  # noqa: F403
-    from .plots.figure import *  # noqa: F403
-    from .plots.pictures import *  # noqa: F403
+    from .figure import *  # noqa: F403
+    from .networks import *  # noqa: F403
+    from .pairs import *  # noqa: F403
+    from .pictures import *  # noqa: F403
     from .report import *  # noqa: F403
+    from .starts import *  # noqa: F403
 
-_MODULES = {
-    "analysis.criticality": "criticality",
-    "analysis.evaluation": "Evaluations",
-    "analysis.network": "grouped read_networks",
-    "analysis.pairs": "barrier barriers distances mistakes similarities",
-    "analysis.starts": "feature_reuse from_checkpoints",
-    "comparison": "compare",
-    "plots.figure": "save_figure",
-    "plots.pictures": (
-        "agreement barrier_figure bytes_figure checkpoint_figure cluster_figure confusion_figure criticality_figure "
-        "density_figure feature_figure gate_figure label_figure mistakes_figure overlap_figure score_figure "
-        "shuffle_figure similarity_figure"
-    ),
-    "report": "adapter_report",
-}
-_WHERE = {name: module for module, names in _MODULES.items() for name in names.split()}
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:  # imported when first used
-    if name not in _WHERE:
-        raise AttributeError(f"module 'maskpack.lab' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "networks": "Evaluations grouped read_networks",
+        "pairs": "barrier barriers criticality distances mistakes similarities",
+        "starts": "feature_reuse from_checkpoints",
+        "comparison": "compare",
+        "figure": "save_figure",
+        "pictures": (
+            "agreement barrier_figure bytes_figure checkpoint_figure cluster_figure confusion_figure "
+            "criticality_figure density_figure feature_figure gate_figure label_figure mistakes_figure overlap_figure "
+            "score_figure shuffle_figure similarity_figure"
+        ),
+        "report": "adapter_report",
+    },
+)

@@ -10,18 +10,18 @@ from typing import Any
 from .. import errors
 from ..backbone.fingerprint import fingerprint
 from ..backbone.load import load_backbone
-from ..errors import ConfigError, StateError, TrainingError, escape
+from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
 from ..safetensors_io import replacing
-from ..training.batchnorm import batchnorm_statistics
 from ..training.config import TrainConfig
-from ..training.data.load import load_data
+from ..training.data.base import load_data
+from ..training.evaluate import table
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
+from ..training.stored import batchnorm_statistics
 from ..training.trainer import plan_training
 from .baselines.base import BASELINES, Baseline, find_baseline
-from .store import measured, shared_settings
-from .trial import MEASURED, Job, Worker, splits
+from .trial import MEASURED, Job, Worker, check_each_once, measured, shared_settings, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
 STATISTICS = {"freeze": "frozen", "adapt": "adapted"}  # settings of BatchNorm, in words
@@ -46,8 +46,9 @@ def compare(
     Learning rates are chosen with the first seed and the greatest share of the labels, on a fifth of these labels;
     where the least or the greatest rate is the best, the search goes on in that direction. Where the backbone has
     BatchNorm statistics and the settings do not say what becomes of them, each baseline with labels and rates to choose
-    from gets the better of frozen and adapted ones. Then every baseline is trained on all labels of a share, once for
-    each seed, and measured once on the test split. Baselines that train without labels do it once for all shares.
+    from gets those of frozen and adapted ones that are better at its middle rate. Then every baseline is trained on all
+    labels of a share, once for each seed, and measured once on the test split. Baselines that train without labels do
+    it once for all shares.
 
     Args:
         backbone, data: arguments of `load_backbone` and `load_data`, as {"reference": …}.
@@ -110,7 +111,7 @@ def compare(
             for place, share in enumerate(fractions):
                 own = seeds if one.seeded or share < 1 else seeds[:1]
                 numbers = itertools.count((index * len(fractions) + place) * len(seeds))
-                each = [trials.run(name, one, seed, share, rate, bn, number=next(numbers)) for seed in own]
+                each = [trials.run(name, seed, share, rate, bn, number=next(numbers)) for seed in own]
                 done = [trial for trial in each if trial is not None]
                 if len(done) < len(own):
                     continue
@@ -126,9 +127,7 @@ def compare(
 def _check(
     names: Sequence[str], seeds: Sequence[int], fractions: Sequence[float], rates: Mapping[str, Sequence[float]]
 ) -> None:
-    for what, values in (("baselines", names), ("seeds", seeds), ("shares of the labels", fractions)):
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{what} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
+    check_each_once(baselines=names, seeds=seeds, fractions=fractions)
     unknown = sorted(rates.keys() - set(names))
     if unknown:
         raise ConfigError(f"a rate is given for {unknown[0]!r}, which is none of the baselines {', '.join(names)}")
@@ -157,10 +156,7 @@ def result_file(
 class Trials:
     """The trials of a comparison, by folder and file: those that are there are read, others run, if they are ours.
 
-    Args: as `compare`.
-
-    Attributes:
-        waiting: trials that are not there and are another shard's.
+    `waiting` counts trials that are not there and are another shard's.
     """
 
     folder: Path
@@ -184,12 +180,9 @@ class Trials:
     ) -> tuple[float | None, str | None, list[dict[str, Any]]] | None:
         """Return the best rate and setting of BatchNorm statistics on the validation split, and what was tried.
 
-        None: trials of other shards are not there yet.
-
-        Args:
-            statistics: settings to choose from where a baseline trains with labels and has rates to choose from; None
-                is the one of the configuration.
-            index: of the baseline, from which shards count.
+        None: trials of other shards are not there yet. `statistics` are chosen from where a baseline trains with labels
+        and has rates to choose from; None among them is the setting of the configuration. Shards count from the
+        baseline's `index` on.
         """
         rates = sorted(given or baseline.rates.get(self.config.optimizer, ()))
         if len(rates) < 2:
@@ -200,37 +193,39 @@ class Trials:
 
         def accuracy_of(rate: float, bn: str | None) -> float | None:  # -1 where training broke off
             try:
-                found = self.run(name, baseline, seed, share, rate, bn, validate=True, number=next(numbers))
+                found = self.run(name, seed, share, rate, bn, validate=True, number=next(numbers))
             except TrainingError:
                 return -1.0
             return None if found is None else float(found["accuracy"])
 
-        each = {bn: {rate: accuracy_of(rate, bn) for rate in rates} for bn in settings}
-        for bn, own in each.items():
-            for _ in range(FURTHER):
-                ends, known = sorted(own), {rate: one for rate, one in own.items() if one is not None}
-                best = max(ends, key=lambda rate: known.get(rate, -1.0))
-                if len(known) < len(own) or best not in (ends[0], ends[-1]):
-                    break
-                further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
-                own[further] = accuracy_of(further, bn)
-        found = {bn: {rate: one for rate, one in own.items() if one is not None} for bn, own in each.items()}
-        if any(len(found[bn]) < len(own) for bn, own in each.items()):
+        middle = rates[len(rates) // 2]
+        begun = {bn: accuracy_of(middle, bn) for bn in settings}
+        first = {bn: one for bn, one in begun.items() if one is not None}
+        if len(first) < len(begun):
             return None
-        accuracy = {(rate, bn): own[rate] for bn, own in found.items() for rate in sorted(own)}
-        rate, bn = max(accuracy, key=lambda one: accuracy[one])
-        if accuracy[rate, bn] < 0:
-            rates_tried = ", ".join(f"{rate:g}" for rate in sorted({rate for rate, _ in accuracy}))
+        bn = max(first, key=lambda one: first[one])
+        own = {rate: first[bn] if rate == middle else accuracy_of(rate, bn) for rate in rates}
+        for left in reversed(range(FURTHER + 1)):
+            accuracy = {rate: one for rate, one in sorted(own.items()) if one is not None}
+            if len(accuracy) < len(own):
+                return None
+            ends, best = list(accuracy), max(accuracy, key=lambda rate: accuracy[rate])
+            if not left or best not in (ends[0], ends[-1]):
+                break
+            further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
+            own[further] = accuracy_of(further, bn)
+        if accuracy[best] < 0:
             raise TrainingError(
-                f"baseline {name!r}: training failed with all of the rates {rates_tried}; give others for it"
+                f"baseline {name!r}: training failed with all of the rates {', '.join(f'{rate:g}' for rate in ends)}; "
+                f"give others for it"
             )
-        tried = [{"rate": one[0], "bn": one[1], "accuracy": max(0.0, accuracy[one])} for one in accuracy]
-        return rate, bn, tried
+        each = {(middle, one): first[one] for one in first if one != bn} | {(rate, bn): accuracy[rate] for rate in ends}
+        tried = [{"rate": one[0], "bn": one[1], "accuracy": max(0.0, each[one])} for one in each]
+        return best, bn, tried
 
     def run(
         self,
         name: str,
-        baseline: Baseline,
         seed: int,
         share: float,
         rate: float | None,
@@ -238,7 +233,7 @@ class Trials:
         validate: bool = False,
         number: int = 0,
     ) -> dict[str, Any] | None:
-        """Return what a trial measured; run it if it is not there, or return None if it is another shard's."""
+        """Return the result of a trial; run it if it is not there, or return None if it is another shard's."""
         path = result_file(self.folder, name, seed, share, rate, bn, validate)
         part = f"{name}, {'search ' if validate else ''}seed {seed}" + (f", rate {rate:g}" if rate else "")
         part += f", statistics {STATISTICS[bn]}" if bn else ""
@@ -321,13 +316,9 @@ def summaries(
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of a comparison as a Markdown table with a note."""
     texts = [cells(row) for row in rows]
-    lines = ["| " + " | ".join(texts[0]) + " |", "| --- |" + " ---: |" * (len(texts[0]) - 1)]
-    for row in texts:
-        name, *others = row.values()
-        lines.append(f"| {escape(name, 'markdown')} | {' | '.join(others)} |")
     count = max(len(row["seeds"]) for row in rows)
     seeds = f"{count} seeds" if count > 1 else "one seed (no deviation)"
-    return "\n".join(lines) + "\n\n" + NOTE.format(seeds=seeds)
+    return table(list(texts[0]), [list(one.values()) for one in texts]) + "\n" + NOTE.format(seeds=seeds)
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:

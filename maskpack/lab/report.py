@@ -23,7 +23,7 @@ from ..runtime.load import load_mask
 from ..training.data.base import Data
 from ..training.evaluate import adapter_logits
 from ..training.features import by_class
-from .plots.figure import in_order
+from .figure import in_order
 
 PAGE = """
 :root { color-scheme: light dark; }
@@ -94,7 +94,7 @@ def adapter_report(
 
 
 def _reference(adapter: Adapter) -> str:
-    """Return what an adapter is called by: a local one without the folders that it lies in."""
+    """Return the name of an adapter: of a local one without the folders that it lies in."""
     if not Path(adapter.pinned).exists():
         return adapter.pinned
     path = Path(adapter.path)
@@ -209,12 +209,11 @@ def _tested(adapter: Adapter, backbone: Backbone, data: Data, examples: int, bat
     """Return accuracy, confusion and examples of the test split."""
     if data.test is None:
         raise DataError(f"the data {data.id!r} have no test split, so that nothing can be measured; leave them out")
-    options: dict[str, Any] = {"tokenizer": backbone.tokenizer, "batch_size": batch_size}
     with ExitStack() as stack:
         if adapter.cascade is None:  # which puts its masks on itself
             load_mask(backbone.model, adapter)
             stack.callback(unload_mask, backbone.model)
-        logits, y = adapter_logits(backbone.model, adapter, data.test, **options)
+        logits, y = adapter_logits(backbone, adapter, data.test, batch_size)
     names = list(data.class_names) or [str(i) for i in range(logits.shape[1])]
     found = by_class(logits, y)
     counts = [sum(row) for row in found["confusion"]]

@@ -21,10 +21,9 @@ from torch import nn
 
 from ..backbone.classifier import Classifier
 from ..backbone.load import Backbone, load_backbone
-from ..errors import DataError, MaskpackError, StateError
+from ..errors import ConfigError, DataError, MaskpackError, StateError
 from ..training.config import TrainConfig, config_from
-from ..training.data.base import Data, Examples, loader, readable
-from ..training.data.load import LABELS_SEED, few_labels, hold_out, load_data
+from ..training.data.base import HELD, LABELS_SEED, Data, Examples, few_labels, hold_out, load_data, loader, readable
 from ..training.run_folder import read_json, write_json
 from ..training.trainer import process_memory
 from .baselines.base import Fitted, Predict, Trial, classified, find_baseline
@@ -33,7 +32,6 @@ from .baselines.base import Fitted, Predict, Trial, classified, find_baseline
 IMPORTED = ("accelerate", "datasets", "torchvision.transforms.v2", "torch.utils.tensorboard", "sklearn.mixture", "PIL")
 GRACE = 1.5  # seconds that a job has to end by itself
 POLL = 0.1
-VALIDATION = 0.2  # of the rows with labels, to choose learning rates on
 SPENT = "spent.json"  # what training took so far, for a trial that is interrupted or has other labels
 TIMED = 2.0  # seconds of timing, and at least
 ROUNDS = 5  # passes
@@ -42,13 +40,11 @@ MEASURED = frozenset(("accuracy", "trained", "steps", "sizes", "bytes", "labels"
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is asked for.
+    """A trial that a process is asked for.
 
-    Attributes:
-        baseline: name, with its argument. settings: of TrainConfig, with seed and rate. share: of the labels.
-        validate: measure on a validation split of these labels, and not on the test split.
-        backbone, data: arguments of `load_backbone` and `load_data`.
-        folder: of the trial.
+    `settings` are of TrainConfig, with seed and rate; `share` is of the labels. With `validate` it is measured on a
+    validation split of these, and not on the test split. `backbone` and `data` are arguments of the functions that load
+    them.
     """
 
     baseline: str
@@ -84,11 +80,10 @@ class Worker:
                     break
 
     def run(self, job: Path) -> Iterator[dict[str, Any]]:
-        """Yield the events of a job: those of training, {"event": "result", "result"} or {"event": "error", "kind",
-        "message"}, and {"event": "exit", "code"}.
+        """Yield the events of a job, which is a JSON file.
 
-        Args:
-            job: JSON file.
+        They are those of training, {"event": "result", "result"} or {"event": "error", "kind", "message"}, and
+        {"event": "exit", "code"}.
         """
         if self._process is None or self._process.poll() is not None:
             # in a group of its own: the interrupt key reaches this process alone, which then ends the others
@@ -150,19 +145,22 @@ def _write(events: TextIO, event: Mapping[str, Any]) -> None:
         os._exit(1)
 
 
+def check_each_once(**lists: Sequence[Any]) -> None:
+    """Raise ConfigError if one of these lists is empty, or has a member twice."""
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
+
+
 def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, Data, Examples]:
     """Return (rows whose labels are known, rows without labels, rows to measure on).
 
     Rows that are measured on are in neither of the others.
     """
-    if data.train is None or data.test is None or not data.class_names:
-        lacking = "training split" if data.train is None else "test split" if data.test is None else "labels"
-        raise DataError(
-            f"the data {data.id!r} have no {lacking}; a comparison needs a training and a test split with labels"
-        )
-    test, train, known = data.test, data.train, few_labels(data.train, share, LABELS_SEED + seed)
+    train, test = (data.labelled(split, "a comparison") for split in ("train", "test"))
+    known = few_labels(train, share, LABELS_SEED + seed)
     if validate:
-        known, held = hold_out(known, VALIDATION, seed)
+        known, held = hold_out(known, HELD, seed)
         if held is None:
             raise DataError(f"{len(known)} rows with labels are too few to choose a learning rate on; give one (--lr)")
         test, without = held, set(held.indices)
@@ -248,3 +246,17 @@ def overhead(fitted: Fitted, backbone: Backbone, examples: Examples, classes: in
 
 if __name__ == "__main__":
     serve()
+
+
+def measured(path: Path, keys: frozenset[str], measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the result in a file; if there is none, measure it first."""
+    if not path.exists():
+        found = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    return read_json(path, keys, "delete it, and it is measured again")
+
+
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that all trials of a folder have in common; seed and rate are each trial's own."""
+    return {name: value for name, value in config.to_json().items() if name not in ("seed", "lr", "workers")}

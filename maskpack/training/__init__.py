@@ -1,14 +1,15 @@
 """Learning the scores of a mask while the weights stay frozen."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .. import lazily
 
 if TYPE_CHECKING:
     from .auto import train_auto as train_auto
     from .cascade import train_cascade as train_cascade
     from .config import TrainConfig as TrainConfig
     from .data.base import Data as Data
-    from .data.load import load_data as load_data
+    from .data.base import load_data as load_data
     from .gates import attach_gates as attach_gates
     from .multitask import Task as Task
     from .multitask import train_tasks as train_tasks
@@ -21,34 +22,17 @@ if TYPE_CHECKING:
     from .trainer import train_mask as train_mask
     from .transfer import train_transfer as train_transfer
 
-# imported when first used: a plug-in's file imports this package
-_WHERE = {
-    "Data": "data.base",
-    "Task": "multitask",
-    "TrainConfig": "config",
-    "TrainResult": "trainer",
-    "attach_gates": "gates",
-    "attach_scores": "own_loop",
-    "count_trainable": "own_loop",
-    "extract_masks": "own_loop",
-    "extract_parts": "own_loop",
-    "load_data": "data.load",
-    "settle": "own_loop",
-    "train_auto": "auto",
-    "train_cascade": "cascade",
-    "train_mask": "trainer",
-    "train_tasks": "multitask",
-    "train_transfer": "transfer",
-}
-
-__all__ = sorted(_WHERE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'maskpack.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__all__, __getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "auto": "train_auto",
+        "cascade": "train_cascade",
+        "config": "TrainConfig",
+        "data.base": "Data load_data",
+        "gates": "attach_gates",
+        "multitask": "Task train_tasks",
+        "own_loop": "attach_scores count_trainable extract_masks extract_parts settle",
+        "trainer": "TrainResult train_mask",
+        "transfer": "train_transfer",
+    },
+)

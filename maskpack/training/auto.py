@@ -13,18 +13,15 @@ from torch import nn
 from ..adapter.content import FIGURES
 from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, TrainingError
-from .batchnorm import batchnorm_statistics
 from .budget import coded_bytes
-from .checkpoint import FILE
 from .config import ALL, TOP, TrainConfig, config_from
-from .data.base import Data
-from .data.load import hold_out
+from .data.base import HELD, Data, hold_out
 from .learn import base_of, borrowed, resolved
 from .methods.base import METHODS
-from .objectives.base import Objective, find_objective
+from .objectives.base import find_objective
 from .progress import shown
 from .run_folder import (
-    Report,
+    FILE,
     RunFolder,
     RunOptions,
     check_parts,
@@ -34,10 +31,10 @@ from .run_folder import (
     locked,
     part_options,
 )
+from .stored import batchnorm_statistics
 from .trainer import ObjectiveRun, TrainResult, as_backbone, plan_training, train_mask
 
 SEARCH, CLAIM, TRIALS = "search", "search.json", "trials.jsonl"  # a folder in the run's, and files in it
-HELD = 0.2  # of the training rows
 FINALISTS = 4  # candidates of the second round
 LEAST = 10  # steps of a trial
 SLOWER, FASTER, GENTLER = 0.4, 2.0, 0.3  # times the usual rate of scores, and of norms
@@ -49,11 +46,9 @@ NORMS: Changes = {"top": 0.0}
 
 @dataclass(frozen=True)
 class Trial:
-    """What one short run measured.
+    """Settings that differ from those given, `steps` of a short run, and what it measured on the rows held out.
 
-    Attributes:
-        changes: of the settings given. steps: of the run.
-        figure: on the rows held out, as an accuracy; None where training failed. density, mask_bytes: of the masks.
+    `figure` is None where training failed.
     """
 
     changes: Changes
@@ -69,12 +64,7 @@ class Trial:
 
 @dataclass
 class Search:
-    """A search: its trials so far, and where they are kept.
-
-    Attributes:
-        first, last: steps of a trial of the first and of the second round. candidates: of the first round.
-        folder: None keeps nothing.
-    """
+    """A search: `first` and `last` are the steps of a trial of each round; without a folder no trial is kept."""
 
     backbone: Backbone
     data: Data
@@ -82,6 +72,7 @@ class Search:
     first: int
     last: int
     candidates: Sequence[Changes]
+    figure: str
     folder: Path | None
     options: RunOptions
     trials: list[Trial] = field(default_factory=list)
@@ -92,73 +83,47 @@ class Search:
         return self.first * len(self.candidates) + self.last * FINALISTS
 
     def run(self) -> Changes:
-        """Make the trials that are left; return the changes that were best in the second round.
-
-        Of equal ones the settings given win, then norms alone.
-        """
+        """Make the trials that are left; return the best changes of the second round, of equal ones the earlier."""
+        sign = FIGURES[self.figure].sign
         first = [self.tried(changes, self.first) for changes in self.candidates]
-        last = [self.tried(changes, self.last) for changes in finalists(first, self.sign)]
-        return max(last, key=lambda trial: trial.worth(self.sign)).changes
-
-    @property
-    def objective(self) -> type[Objective]:
-        """The objective of all trials."""
-        return find_objective(self.config.objective, self.backbone.task)
-
-    @property
-    def sign(self) -> int:
-        """1 if a greater figure is better, else -1."""
-        return FIGURES[self.objective.figure].sign
+        last = [self.tried(changes, self.last) for changes in finalists(first, sign)]
+        return max(last, key=lambda trial: trial.worth(sign)).changes
 
     def tried(self, changes: Changes, steps: int) -> Trial:
-        """Return a trial; run it if it was not made before."""
+        """Return a trial; run it, or go on with it, if it was not made before."""
         for one in self.trials:
             if (one.changes, one.steps) == (changes, steps):
                 return one
+        part, report = f"search, {steps} steps, {in_words(changes)}", self.options.get("report")
+        done = sum(one.steps for one in self.trials)
+
+        def moved(event: Mapping[str, Any]) -> None:  # a step of the trial is one of the whole search
+            if report is not None and event["event"] == "step":
+                report({**event, "part": part, "step": done + event["step"], "steps": max(self.steps, done + steps)})
+
         own = part_options(self.options, self.folder, str(len(self.trials)))
-        trial = self.measured(changes, steps, own)
+        trial = self.measured(changes, steps, RunFolder(RunOptions(**{**own, "report": moved})))
         self.trials.append(trial)
         if self.folder is not None and is_main_process():
             with (self.folder / TRIALS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(trial)) + "\n")
             shutil.rmtree(str(own["output"]))
-        report = self.options.get("report")
         if report is not None and is_main_process():
-            report({"event": "trial", "part": self._part(changes, steps), self.objective.figure: trial.figure})
+            report({"event": "trial", "part": part, self.figure: trial.figure})
         return trial
 
-    def _part(self, changes: Changes, steps: int) -> str:
-        return f"search, {steps} steps, {in_words(changes)}"
-
-    def measured(self, changes: Changes, steps: int, options: RunOptions) -> Trial:
-        """Run a trial, or go on with it."""
-        done = sum(one.steps for one in self.trials)
-        moved = _moved(self.options.get("report"), self._part(changes, steps), done, max(self.steps, done + steps))
-        folder = RunFolder(RunOptions(**{**options, "report": moved}))
+    def measured(self, changes: Changes, steps: int, folder: RunFolder) -> Trial:
+        """Run a trial in a folder."""
         config = replace(changed(self.config, changes), steps=steps)
         with folder.opened(), borrowed(self.backbone):
-            if folder.report is not None:
-                folder.report({"event": "step", "step": 0, "steps": steps})  # something is seen at once
+            folder.tell({"event": "step", "step": 0, "steps": steps})  # something is seen at once
             run = ObjectiveRun(self.backbone, self.data, config)
             try:
-                at = run.train(folder, longer=False)
+                metrics = run.train(folder, longer=False).metrics
             except TrainingError:  # a rate that is too great
                 return Trial(changes, steps, None)
             size = coded_bytes(one.mask() for one in run.scored)
-        figure = at.metrics[f"validation_{run.objective.figure}"]
-        return Trial(changes, steps, figure, at.metrics.get("density", 1.0), size)
-
-
-def _moved(report: Report | None, part: str, done: int, steps: int) -> Report | None:
-    """Return a report of a trial's steps as those of the whole search, of which so many are done."""
-    if report is None:
-        return None
-
-    def moved(event: Mapping[str, Any]) -> None:
-        if event["event"] == "step":
-            report({**event, "part": part, "step": done + event["step"], "steps": steps})
-
-    return moved
+        return Trial(changes, steps, metrics[f"validation_{self.figure}"], metrics.get("density", 1.0), size)
 
 
 @shown
@@ -271,16 +236,15 @@ def plan_search(
     if held is None:
         raise ConfigError(f"{len(data.train)} training rows are too few to hold some out for a search; leave auto out")
     rows = replace(data, train=train, validation=held, test=None)
-    return Search(backbone, rows, config, first, last, found, folder, options or {})
+    figure = find_objective(config.objective, backbone.task).figure
+    return Search(backbone, rows, config, first, last, found, figure, folder, options or {})
 
 
 def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int, probe: bool) -> list[Changes]:
-    """Return what a search tries: the settings as they are, norms alone, and one change or two of what is left open.
+    """Return the changes that a search tries: none, norms alone, and one or two of the settings that were left open.
 
-    Args:
-        weights: that are masked. steps: of the training.
-        probe: whether a head that starts as the probe is tried. It wins in short runs and not in longer ones, so that
-            it takes trials nearly as long as the training to tell.
+    A head that starts as the probe wins in short runs and not in longer ones: it is tried with `probe` alone, where
+    trials are nearly as long as the training.
     """
     method = METHODS[config.method]
     some = method.partial and not config.scale and config.selective == ALL
@@ -307,8 +271,7 @@ def candidates(backbone: Backbone, config: TrainConfig, weights: int, steps: int
 def finalists(trials: Sequence[Trial], sign: int = 1) -> list[Changes]:
     """Return the changes of the second round: none, norms alone, the two best that helped together, and the best alone.
 
-    Args:
-        trials: of the first round, the one without changes first. sign: of the figure.
+    The first of the trials is the one without changes.
     """
     ranked = sorted(trials, key=lambda one: -one.worth(sign))
     helped = [one.changes for one in ranked if one.worth(sign) > trials[0].worth(sign)]

@@ -24,12 +24,11 @@ STATE = ("pressure", "trend", "before", "ratio")  # of a `RateControl`, beside t
 
 
 def coded_bits(mask: Tensor) -> Tensor:
-    """Return what a mask (float, 1 = kept) takes when it is coded with the densities of its rows and columns, in bits.
+    """Return the bits of a mask (float, 1 = kept) that is coded with the densities of its rows and columns.
 
     With removed shares r_i of R rows, c_j of C columns and e of all, and the binary entropy H, this is
     C sum H(r_i) + R sum H(c_j) - R C H(e): the entropy under independent bits whose odds are the product of a row's and
-    a column's, up to second order. It is differentiable in the mask. A weight of more dimensions is a matrix with its
-    first one as rows; of one dimension, R C H(e).
+    a column's, up to second order. It is differentiable in the mask. Of one dimension, it is R C H(e).
     """
     removed = 1 - mask
     whole = mask.numel() * _entropy(removed.mean(), mask.numel())
@@ -66,7 +65,7 @@ def coded_bytes(masks: Iterable[PackedMask]) -> int:
 
 
 def rate_control(config: TrainConfig, scored: Sequence[ScoredWeight]) -> "RateControl | None":
-    """Return what keeps these masks within the budget of the settings, or None where there is none."""
+    """Return a control for the byte budget of the settings, or None without a budget or masks."""
     weights = sum(math.prod(one.shape) for one in scored)
     budget = config.bytes_budget if config.rate is None else config.rate * weights / 8
     return None if budget is None or not scored else RateControl(scored, budget)
@@ -101,7 +100,7 @@ class RateControl:
             )
 
     def penalty(self) -> Tensor:
-        """Return what is added to the loss of a step."""
+        """Return the penalty on the coded size, for the loss of a step."""
         bits = torch.stack([coded_bits(_straight(one)) for one in self.scored]).sum()
         self.size = max(float(bits.detach()) / 8, 1.0)
         return self.pressure / self.weights * bits
@@ -138,7 +137,7 @@ class RateControl:
         return size
 
     def state(self) -> dict[str, float]:
-        """Return what a checkpoint keeps, beside the scores."""
+        """Return the state for a checkpoint, beside the scores."""
         return {name: getattr(self, name) for name in STATE}
 
     def restore(self, state: Mapping[str, Any]) -> None:

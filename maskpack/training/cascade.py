@@ -21,16 +21,27 @@ from ..backbone.model import Fingerprint
 from ..errors import ConfigError, DataError, StateError, TrainingError, require, short_repr
 from ..mask import MaskSet
 from ..runtime.cascade import LoadedCascade
-from .checkpoint import FILE, checkpoint_digest, damaged, read_sealed, write_sealed
 from .config import TrainConfig
 from .data.base import Data, Examples, readable
-from .features import Probe, by_class, embed_all, fit_probe, routed
+from .features import Probe, beside_baseline, by_class, embed_all, fit_probe, probe_accuracies, routed, worth
 from .learn import borrowed
 from .progress import shown
-from .run_folder import RunOptions, check_parts, differing, is_main_process, locked, part_options, write_json
+from .run_folder import (
+    FILE,
+    RunOptions,
+    check_parts,
+    checkpoint_digest,
+    damaged,
+    differing,
+    is_main_process,
+    locked,
+    part_options,
+    read_sealed,
+    write_json,
+    write_sealed,
+)
 from .stored import halved, shortest
 from .trainer import ObjectiveRun, as_backbone, train_mask
-from .worth import beside_baseline, probe_accuracies, worth
 
 COORDINATES = 20  # of the router at most: see docs/methods.md, cascades
 STARTS = 5  # of the mixture's optimisation, the best of which is kept
@@ -89,7 +100,7 @@ ROUTER, CLUSTERS = "router.safetensors", "clusters.json"  # in the run's folder
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CascadeResult:
-    """What a cascade learned, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`."""
+    """A trained cascade, ready for `save_adapter(path, result.parts, result.base, result.about, cascade=…)`."""
 
     parts: dict[str, Parts]  # without heads, by set name: "dispatcher", "expert-0", "expert-1", …
     base: Fingerprint

@@ -4,14 +4,12 @@ import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Integral, Real
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 from ..errors import ConfigError
 from ..preprocess import Augment
-from ..registry import check_above_zero
+from ..registry import Count, NonNegative, Number, Options, PartShare, Positive, Range, Share, check_fields
 
 SMALL = 1_000_000  # most weights of a network with other defaults; chosen in docs/results/defaults.md, as these are
 TOP = 0.1  # of the weights of a parameter have scores in a larger network, unless most weights are of convolutions
@@ -38,7 +36,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # language models; `maskpack train --task` takes it, and docs/language-models.md says how it was chosen
     "text-generation": {"epochs": 1, "batch_size": 8, "distance": 1.02, "train_lr": 3e-3},
 }
-Bytes = Annotated[int, "bytes"]  # the command line reads 200kB and 1.5MB as well
+Bytes = Annotated[int, "bytes", Range(above=0)]  # the command line reads 200kB and 1.5MB as well
 Mode = Literal["sequential", "gated", "shared", "separate"]
 Statistics = Literal["adapt", "freeze"]
 Start = Literal["source-start", "source-end", "random"]
@@ -47,7 +45,7 @@ Store = Literal["coded", "float16", "float32"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a mask is trained.
+    """Settings of the training of a mask.
 
     Mask:
         method: how scores become a mask: `maskpack list methods`.
@@ -108,72 +106,53 @@ class TrainConfig:
     objective_options: Mapping[str, Any] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    top: float | None = None
+    top: Share | None = None
     selective: str = ALL
     train: tuple[str, ...] | None = None
     bytes_budget: Bytes | None = None
-    rate: float | None = None
+    rate: Positive | None = None
     scale: bool = False
     head_kind: Literal["linear", "masked", "text", "own"] = "linear"
     head_start: Literal["plain", "probe"] = "plain"
     head_template: str = "This is a photo of a {label}"
     bn: Statistics | None = None
-    epochs: int = 10
-    steps: int | None = None
-    batch_size: int = 64
-    accumulate: int = 1
+    epochs: Count = 10
+    steps: Count | None = None
+    batch_size: Count = 64
+    accumulate: Count = 1
     optimizer: Literal["sgd", "adam"] = "adam"
-    lr: float | None = None
-    distance: float | None = None
-    head_lr: float | None = None
-    train_lr: float | None = None
+    lr: Positive | None = None
+    distance: Positive | None = None
+    head_lr: Positive | None = None
+    train_lr: Positive | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.1
-    clip: float | None = None
-    label_smoothing: float = 0.0
+    warmup: PartShare = 0.1
+    clip: Positive | None = None
+    label_smoothing: PartShare = 0.0
     precision: Literal["no", "bf16", "fp16"] = "no"
     augment: Augment = "crop-flip"
-    workers: int = 0
+    workers: Number = 0
     store: Store = "coded"
-    seed: int = 0
+    seed: Annotated[int, Range(least=0, below=2**32)] = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_fields(self)
         parse_rule(self.selective)
-        for name in ("epochs", "steps", "batch_size", "accumulate"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        positive = ("lr", "distance", "head_lr", "train_lr", "clip", "bytes_budget", "rate")
-        check_above_zero(self, *(name for name in positive if getattr(self, name) is not None))
         if self.bytes_budget is not None and self.rate is not None:
             raise ConfigError(
                 f"bytes_budget {self.bytes_budget} and rate {self.rate} both limit the size of the masks; give one"
             )
-        if self.top is not None:
-            self._check_top(self.top)
-        for name in ("warmup", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.top is not None and self.top < 1 and (self.selective != ALL or self.scale):
+            raise ConfigError(
+                f"top {self.top} gives scores to some weights only; leave out selective and scale, which are for "
+                f"scores of all weights"
+            )
         if "{label}" not in self.head_template:
             raise ConfigError(f"head_template must have {{label}} in it for the class, got {self.head_template!r}")
-        if self.workers < 0:
-            raise ConfigError(f"workers must be 0 or more, got {self.workers}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be from 0 to 4294967295, got {self.seed}")
-
-    def _check_top(self, top: float) -> None:
-        if not 0 <= top <= 1:
-            raise ConfigError(f"top must be a share from 0 to 1, got {top}")
-        if top < 1 and (self.selective != ALL or self.scale):
-            raise ConfigError(
-                f"top {top} gives scores to some weights only; leave out selective and scale, which are for scores of "
-                f"all weights"
-            )
 
     @property
     def labels(self) -> bool:
-        """Whether the scores are trained on labels."""
+        """True if the scores are trained on labels."""
         if self.objective == "supervised":
             return True
         from .objectives.base import OBJECTIVES  # imports torch, which the command line's help does without
@@ -198,7 +177,7 @@ class TrainConfig:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """What learns itself beside the scores, as in `train`."""
+        """The parameters that learn themselves beside the scores, as in `train`."""
         return (("norms",) if self.labels else ()) if self.train is None else self.train
 
     def score_lr(self, steps: int, weights: int) -> float:
@@ -238,8 +217,8 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class JointConfig:
-    """How weights learn together with gates, beside `TrainConfig`, whose `lr` is for scores.
+class JointConfig(Options):
+    """Settings of weights that learn together, with gates, beside those of `TrainConfig`, whose `lr` is for scores.
 
     Many tasks:
         weight_lr: peak learning rate of the weights, not for sequential. Default: 0.001 for adam, 0.05 for sgd.
@@ -249,18 +228,11 @@ class JointConfig:
         r2: for gated: strength of the regulariser sum exp(-l^2) over a task's logits.
     """
 
-    weight_lr: float | None = None
-    gate_factor: float | None = None
-    gate_start: float = GATE_START
-    r1: float = 0.0
-    r2: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_above_zero(self, *(n for n in ("weight_lr", "gate_factor", "gate_start") if getattr(self, n) is not None))
-        for name in ("r1", "r2"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+    weight_lr: Positive | None = None
+    gate_factor: Positive | None = None
+    gate_start: Positive = GATE_START
+    r1: NonNegative = 0.0
+    r2: NonNegative = 0.0
 
     def to_json(self, optimizer: str, tasks: int) -> dict[str, Any]:
         """Return the settings as JSON values, defaults resolved."""
@@ -269,50 +241,11 @@ class JointConfig:
         return {**asdict(self), "weight_lr": lr, "gate_factor": factor}
 
 
-def check_types(settings: Any) -> None:
-    """Check each field of a settings class against its type.
-
-    Raises:
-        ConfigError: if a value has another type, or is none of those that the type lists.
-    """
-    for name, kind in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
-        if not _is(value, kind):
-            raise ConfigError(f"{name} must be {_in_words(kind)}, got {value!r}")
-
-
-def _is(value: Any, kind: Any) -> bool:
-    """Return True if a value is of a type; numbers of numpy are numbers, and a list does for a tuple."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (UnionType, Union):
-        return any(_is(value, one) for one in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple | list) and all(_is(one, arguments[0]) for one in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, {int: Integral, float: Real}.get(kind, origin or kind))
-
-
-def _in_words(kind: Any) -> str:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (UnionType, Union):
-        return " or ".join(_in_words(one) for one in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a list of texts"}
-    return words.get(origin or kind) or {str: "a text", NoneType: "none"}.get(kind, "options by name")
-
-
 def parse_rule(rule: str) -> tuple[str, float]:
     """Return the kind of a rule for the scores that learn, and its number.
 
     Args:
         rule: "all", "first:STAGES", "random:SHARE" or "largest:SHARE".
-
-    Raises:
-        ConfigError: if it is none of these, or its number is impossible.
     """
     kind, _, text = rule.partition(":")
     try:
@@ -330,11 +263,7 @@ def parse_rule(rule: str) -> tuple[str, float]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read settings from a TOML file whose keys are the names of the command line's options.
-
-    Raises:
-        ConfigError: if the file is missing or is not TOML.
-    """
+    """Read settings from a TOML file whose keys are the names of the command line's options."""
     try:
         with Path(path).open("rb") as stream:
             return {key.replace("-", "_"): value for key, value in tomllib.load(stream).items()}
@@ -345,21 +274,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """Make a TrainConfig from plain values, as read from TOML or a checkpoint.
-
-    Raises:
-        ConfigError: if a name is unknown or a value has the wrong type.
-    """
-    known = {field.name: field for field in fields(TrainConfig)}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
+    """Make a TrainConfig from plain values, as read from TOML or a checkpoint; an unknown name is a ConfigError."""
+    known = [one.name for one in fields(TrainConfig)]
+    if unknown := sorted(values.keys() - set(known)):
         raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {', '.join(known)}")
-    settings = dict(values)
-    for name in known.keys() & settings.keys():
-        if name in ("include", "exclude", "train"):
-            value = settings[name]
-            settings[name] = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-    return TrainConfig(**settings)
+    globs = {name: values[name] for name in ("include", "exclude", "train") if isinstance(values.get(name), str | list)}
+    whole = {name: (one,) if isinstance(one, str) else tuple(one) for name, one in globs.items()}
+    return TrainConfig(**{**values, **whole})
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

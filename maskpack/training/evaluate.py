@@ -16,18 +16,19 @@ from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Head
 from ..errors import escape
 from ..mask import MaskSet
-from ..preprocess import ImagePreprocess, preprocess_from_json
+from ..preprocess import preprocess_from_json
 from ..runtime.apply import masked
 from ..runtime.cascade import load_cascade
 from ..runtime.load import Mode, removing
 from .cascade import fit_whitening
 from .data.base import Data, Examples, loader, readable
-from .features import MEASURES, by_class, disjoint, embed_all, measured, routed
+from .features import MEASURES, disjoint, embed, embed_all, measured, routed
 from .objectives.base import find_objective
 from .objectives.supervised import Supervised
 from .transfer import TransferResult
 
 COLUMNS = ("network", "source", "target")
+RAW = "raw"  # embeddings of the backbone without a mask
 
 
 def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
@@ -45,53 +46,32 @@ def as_loaded(backbone: Backbone, adapter: Adapter) -> Backbone:
 def adapter_figures(
     backbone: Backbone, adapter: Adapter, examples: Examples, *, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Return how well an adapter does its task, as an accuracy, and {"examples", "unreadable"}, their numbers.
+    """Return an adapter's accuracy, or the figure of its task, on a split, with the numbers of readable and other rows.
 
-    Args:
-        backbone: as `as_loaded` gives it.
-        examples: a split of `load_data(…, class_names=adapter.about.class_names, task=backbone.task)`.
+    The backbone is as `as_loaded` gives it, and the data have the adapter's class names.
     """
     head = adapter.parts(stream=True).head if adapter.about.preprocess is not None else None
     found = find_objective("supervised", backbone.task).measured(backbone, examples, head, batch_size)
     return {**found, "examples": len(examples) - len(examples.unreadable), "unreadable": len(examples.unreadable)}
 
 
-def adapter_accuracy(
-    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
-) -> dict[str, Any]:
-    """Evaluate the head of an adapter on a model that has it loaded.
-
-    Args:
-        examples: a split of `load_data(…, class_names=adapter.about.class_names)`.
-
-    Returns:
-        What `by_class` gives over the examples that can be read, and {"examples", "unreadable"}, their numbers.
-    """
-    logits, y = adapter_logits(model, adapter, examples, tokenizer=tokenizer, batch_size=batch_size)
-    return {**by_class(logits, y), "examples": len(y), "unreadable": len(examples.unreadable)}
-
-
 def adapter_logits(
-    model: nn.Module, adapter: Adapter, examples: Examples, *, tokenizer: Any = None, batch_size: int = 64
+    backbone: Backbone, adapter: Adapter, examples: Examples, batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Return logits and labels of the examples that can be read; see `adapter_accuracy`. A cascade is not loaded."""
+    """Return logits and labels of the examples that can be read; the adapter is loaded, but a cascade is not."""
     stored = adapter.about.preprocess
-    preprocess = ImagePreprocess() if stored is None else preprocess_from_json(stored)
+    backbone = backbone if stored is None else replace(backbone, preprocess=preprocess_from_json(stored))
     if adapter.cascade is not None:
-        together = load_cascade(model, adapter)
-        batches = readable(loader(examples, preprocess, tokenizer, batch_size=batch_size))
+        together = load_cascade(backbone.model, adapter)
+        batches = readable(loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size))
         outputs, labels = zip(*((together.logits(inputs), y) for inputs, y in batches), strict=True)
         return torch.cat(outputs), torch.cat(labels)
-    head = adapter.parts(stream=True).head
-    backbone = Backbone(model, "the model", preprocess=preprocess, tokenizer=tokenizer)
-    return Supervised.logits(backbone, examples, None if stored is None else head, batch_size)
+    head = None if stored is None else adapter.parts(stream=True).head
+    return Supervised.logits(backbone, examples, head, batch_size)
 
 
 def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> float | None:
-    """Return the accuracy of a model as it is, with the head that it has, on the test split.
-
-    Without a test split it is that on the validation split, and without that None.
-    """
+    """Return a model's accuracy, with its own head, on the test split, else on the validation split, else None."""
     examples, linear = data.validation if data.test is None else data.test, backbone.linear
     if examples is None:
         return None
@@ -102,7 +82,7 @@ def held_out_accuracy(backbone: Backbone, data: Data, batch_size: int = 64) -> f
 
 @contextmanager
 def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None = None) -> Iterator[None]:
-    """As long as this lasts, a model is what `load_mask` makes of it in this mode; its head stays without `head`."""
+    """Apply parts to a model within the context, as `load_mask` does in this mode; the head stays without `head`."""
     if mode == "source":
         parts = Parts(MaskSet(dict(removing(parts.masks.items()))))
     with masked(model, replace(parts, head=head)):
@@ -112,9 +92,7 @@ def applied_parts(model: nn.Module, parts: Parts, mode: Mode, head: Head | None 
 def transfer_table(result: TransferResult, source: Data, target: Data, *, batch_size: int = 64) -> list[dict[str, Any]]:
     """Return accuracies of the networks of a transfer on the source, with its head, and on the target.
 
-    Returns:
-        {"network", "source", "target"} for the source network, the source through its mask, the transferred network
-        and, if there is one, plain fine-tuning. None where there is nothing to measure; see `held_out_accuracy`.
+    They are {"network", "source", "target"}, None where there is nothing to measure: see `held_out_accuracy`.
     """
     backbone, parts = result.backbone, result.parts
 
@@ -160,56 +138,61 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def cascade_table(
     backbone: Backbone, adapter: Adapter, data: Data, *, whiten: int | None = None, batch_size: int = 64
 ) -> dict[str, Any]:
-    """Compare a cascade with its dispatcher alone, by nearest neighbours and linear probes.
+    """Compare a cascade with its dispatcher and with no mask at all, by nearest neighbours and linear probes.
 
-    Rows are the dispatcher's embeddings, the conditional and the unconditional ones, each as they are and whitened:
-    reduced to principal components of the training rows, divided by their standard deviations. Whitening alone changes
-    what neighbours and probes see, so that a whitened cascade is to be compared with the whitened dispatcher.
-
-    Args:
-        whiten: most whitened numbers; default: as many as an embedding by one set has.
+    Rows are the backbone's raw embeddings, the dispatcher's, the conditional and the unconditional ones, each as they
+    are and whitened: reduced to at most `whiten` principal components of the training rows (default: as many as one
+    set's embedding has numbers), divided by their standard deviations. Whitening alone changes what neighbours and
+    probes see, so that a whitened cascade is to be compared with the whitened raw embeddings and dispatcher.
 
     Returns:
-        {"rows": [{"embedding", "whitened", "dimensions", "knn", "probe", "passes", "steps", "mask_bytes",
-        "statistics_bytes", "router_bytes", "reduction_bytes", "head_bytes", "bytes"}], "train", "test", "classes"}.
-        "steps" are of all training that the row needs, None if the adapter does not tell. Heads and whitening matrices
-        are those of the row, whether the adapter stores them or not.
+        {"rows": [{"embedding", "whitened", "dimensions", "knn", "probe", "passes", and the names of `costs`}], "train",
+        "test", "classes"}. Heads and whitening matrices are those of the row, whether the adapter stores them or not.
     """
     train_split, test_split = disjoint(data)
     cascade = load_cascade(backbone.model, adapter)
     parts, classes = cascade.parts, len(data.class_names)
     x, y = embed_all(backbone, cascade, train_split, batch_size)
     test_x, test_y = embed_all(backbone, cascade, test_split, batch_size)
+    raw = replace(backbone, embedding=parts.embedding)
     kinds: dict[str, tuple[Tensor, Tensor, int]] = {
+        RAW: (embed(raw, train_split, batch_size=batch_size)[0], embed(raw, test_split, batch_size=batch_size)[0], 1),
         "dispatcher": (x[:, : cascade.features], test_x[:, : cascade.features], 1),
         "conditional": (routed(x, parts), routed(test_x, parts), 2),
         "unconditional": (x, test_x, len(parts.experts) + 1),
     }
     rows = []
     for kind, (train, test, passes) in kinds.items():
-        for whitened in (False, True):
-            whitening = fit_whitening(train, whiten or cascade.features) if whitened else None
-            one, other = (train, test) if whitening is None else (whitening(train), whitening(test))
-            row: dict[str, Any] = {"embedding": kind, "whitened": whitened, "dimensions": one.shape[1]}
-            for measure in MEASURES:
-                row[measure] = measured(measure, one, y, other, test_y, classes)["accuracy"]
-            reduced = one.shape[1] if whitened else 0
-            rows.append({**row, "passes": passes, **costs(adapter, kind, train.shape[1], reduced, classes)})
+        for row in plain_and_whitened(train, y, test, test_y, classes, whiten or cascade.features):
+            reduced = row["dimensions"] if row["whitened"] else 0
+            own = {**row, "passes": passes, **costs(adapter, kind, train.shape[1], reduced, classes)}
+            rows.append({"embedding": kind, **own})
     return {"rows": rows, "train": len(y), "test": len(test_y), "classes": classes}
 
 
-def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
-    """Return the training steps and bytes that embeddings of a kind of `cascade_table` need, with a head.
+def plain_and_whitened(
+    x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, classes: int, whiten: int
+) -> Iterator[dict[str, Any]]:
+    """Yield k-NN and probe accuracies of embeddings as they are, and reduced to `whiten` numbers and whitened."""
+    for whitening in (None, fit_whitening(x, whiten)):
+        one, other = (x, test_x) if whitening is None else (whitening(x), whitening(test_x))
+        row: dict[str, Any] = {"whitened": whitening is not None, "dimensions": one.shape[1]}
+        for measure in MEASURES:
+            row[measure] = measured(measure, one, y, other, test_y, classes)["accuracy"]
+        yield row
 
-    Args:
-        width: numbers of an embedding. reduced: numbers that it is whitened to, or 0.
+
+def costs(adapter: Adapter, kind: str, width: int, reduced: int, classes: int) -> dict[str, int | None]:
+    """Return training steps (None if unknown) and bytes for embeddings of a kind of `cascade_table`, with a head.
+
+    An embedding has `width` numbers, whitened to `reduced` if that is not 0.
     """
     about = inspect_adapter(adapter)
-    names = [about["cascade"]["dispatcher"]] if kind == "dispatcher" else list(about["sets"])
+    names = {RAW: [], "dispatcher": [about["cascade"]["dispatcher"]]}.get(kind, list(about["sets"]))
     sets = [about["sets"][name] for name in names]
     record = (adapter.about.training or {}).get("cascade")
     steps: Any = record.get("steps") if isinstance(record, dict) else None
-    known = isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names)
+    known = not names or (isinstance(steps, dict) and all(type(steps.get(name)) is int for name in names))
     sizes = {
         "mask_bytes": sum(one["payload_bytes"] for one in sets),
         "statistics_bytes": sum(size for one in sets for role, size in one["dense_bytes"].items() if role != "head"),

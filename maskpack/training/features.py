@@ -1,10 +1,11 @@
-"""Features of a backbone, cached by content, and k-NN and linear-probe accuracy on them."""
+"""Features of a backbone, cached by content, their k-NN and linear-probe accuracy, and what a mask is worth beside."""
 
 import json
+import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -14,17 +15,15 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from ..adapter.content import Cascade
+from ..adapter.content import FIGURES, Cascade
 from ..backbone.classifier import embeddings
-from ..backbone.fingerprint import model_digest
+from ..backbone.fingerprint import cache_folder, model_digest
 from ..backbone.load import Backbone
-from ..backbone.remembered import cache_folder
-from ..errors import ConfigError, DataError, MaskpackError, escape
+from ..errors import DataError, MaskpackError, escape
 from ..preprocess import preprocess_to_json
 from ..runtime.cascade import LoadedCascade
-from .checkpoint import read_sealed, write_sealed
-from .data.base import Data, Examples, loader, readable
-from .data.load import few_labels
+from .data.base import Data, Examples, few_labels, loader, readable
+from .run_folder import read_sealed, write_sealed
 
 Measure = Literal["knn", "probe"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -44,12 +43,9 @@ class FeatureCacheWarning(UserWarning):
 def embed(backbone: Backbone, examples: Examples, *, batch_size: int = 64, cache: bool = True) -> tuple[Tensor, Tensor]:
     """Return the features of the examples that can be read, (N, D) float32, and their labels, (N,).
 
-    Features are what the head gets, of the model as it is now (a mask loaded or not), in evaluation mode, without
-    augmentation. Rows that cannot be read are left out and noted in `examples.unreadable`.
-
-    Args:
-        cache: keep the features in `cache_folder()`, and take them from there. Not done for data without a digest, and
-            for models with scores attached.
+    Features are the inputs of the head, of the model as it is now (a mask loaded or not), in evaluation mode, without
+    augmentation. With `cache` they are kept in `cache_folder()`, but of data without a digest and of models with
+    scores.
     """
     # made first, so that data of the wrong kind are an error on a hit as well
     batches = loader(examples, backbone.preprocess, backbone.tokenizer, batch_size=batch_size)
@@ -101,7 +97,7 @@ def _key(backbone: Backbone, examples: Examples) -> str | None:
 
 
 def inputs_content(backbone: Backbone, examples: Examples) -> list[Any] | None:
-    """Return what the inputs of a backbone follow from, JSON values; None if a part of it has no digest."""
+    """Return preprocessing, tokenizer and rows as JSON values, for a digest; None if one of them has no digest."""
     tokenizer = _tokenizer_digest(backbone.tokenizer)
     if tokenizer is None or not examples.digest:
         return None
@@ -190,13 +186,6 @@ def knn_scores(
     A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank, (M, D), has fewer than k
     rows, all vote. Of rows with equal cosines at the edge of the k, which of them vote is not defined.
     """
-    if k < 1 or temperature <= 0:
-        raise ConfigError(f"k must be at least 1 and the temperature above 0; got k={k}, temperature={temperature}")
-    if len(bank) == 0 or bank.shape[1:] != x.shape[1:]:
-        raise DataError(
-            f"the nearest neighbours of features of shape {tuple(x.shape)} are looked for in a bank of shape "
-            f"{tuple(bank.shape)}; expected as many features, and at least one row"
-        )
     # divided out of the products: a bank of many gigabytes is not copied
     lengths = bank.norm(dim=1).clamp(min=torch.finfo(bank.dtype).tiny)
     scores = []
@@ -222,14 +211,11 @@ class Probe:
 
 
 def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
-    """Return the one minimum of mean cross-entropy + PENALTY / (2 n) * sum of the squared weights; the bias is free.
+    """Return the linear classifier of least mean cross-entropy + PENALTY / (2 n) * sum of squared weights.
 
-    A convex solve, so there is no learning rate and no seed. L-BFGS in float64, on features that are centred and made
-    nearly white: another basis of the same problem, in which it takes a hundred steps where it takes thousands in the
-    features' own. A class without a row is left out, and gets weights of 0 and the logit `ABSENT`.
-
-    Args:
-        x: features, (n, D), as they are. y: (n,), each from 0 to classes - 1.
+    A convex solve, so there is no learning rate and no seed. L-BFGS in float64, on features (n, D) that are centred and
+    made nearly white: another basis of the same problem, in which it takes a hundred steps where it takes thousands in
+    the features' own. A class without a row is left out, and gets weights of 0 and the logit `ABSENT`.
     """
     if len(x) == 0 or not torch.isfinite(x).all():
         raise DataError(f"a linear probe needs finite features of at least one row, got {len(x)} rows")
@@ -276,9 +262,9 @@ def fit_probe(x: Tensor, y: Tensor, classes: int) -> Probe:
 
 
 def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
-    """Return what the greatest logit of each row, (N, classes), gets right of the labels, (N,).
+    """Return the accuracy of logits (N, classes), in all and by class, and the confusion, as rows [true][predicted].
 
-    {"accuracy", "per_class": of each class, None where it has no row, "confusion": rows of counts, [true][predicted]}
+    A class without a row has None.
     """
     classes = logits.shape[1]
     counts = (y * classes + logits.argmax(1)).bincount(minlength=classes**2).reshape(classes, classes)
@@ -291,7 +277,7 @@ def by_class(logits: Tensor, y: Tensor) -> dict[str, Any]:
 
 
 def measured(measure: Measure, x: Tensor, y: Tensor, test_x: Tensor, test_y: Tensor, classes: int) -> dict[str, Any]:
-    """Return what `by_class` gives for test features by a measure that learns from training features."""
+    """Return accuracies as `by_class` on test features, of a measure that learns from training features."""
     found = knn_scores(x, y, test_x, classes) if measure == "knn" else fit_probe(x, y, classes).logits(test_x)
     return by_class(found, test_y)
 
@@ -305,13 +291,11 @@ def measure_features(
     batch_size: int = 64,
     cache: bool = True,
 ) -> list[dict[str, Any]]:
-    """Measure the features of a backbone as it is now, a mask loaded or not.
+    """Return the k-NN and probe accuracies of a backbone, a mask loaded or not, by share of the training labels.
 
-    The bank of k-NN and the rows of the probe are the training split, or the share of it that `few_labels` draws;
-    what they are measured on is the test split, always. `cache` is that of `embed`.
-
-    For each fraction and measure there is what `by_class` gives, and {"measure", "labels_fraction", "labels": training
-    rows that could be read, "examples": test rows that could}.
+    They are measured on the test split, always. For each share, of the rows that `few_labels` draws, and each measure
+    there is what `by_class` gives, with {"measure", "labels_fraction", "labels", "examples": numbers of rows that could
+    be read}.
     """
     train, test = disjoint(data)
     few = [few_labels(train, fraction) for fraction in fractions]
@@ -328,14 +312,7 @@ def measure_features(
 
 def disjoint(data: Data) -> tuple[Examples, Examples]:
     """Return the training and the test split, which have labels and no row in common."""
-    train, test = data.train, data.test
-    if train is None or test is None:
-        raise DataError(
-            f"k-NN and probe learn from the train split and are measured on the test split; {data.id!r} has no "
-            f"{'train' if train is None else 'test'} split"
-        )
-    if not data.class_names:
-        raise DataError(f"k-NN and probe need labels, and the data {data.id!r} have none; name their column")
+    train, test = (data.labelled(split, "a measurement by k-NN or probe") for split in ("train", "test"))
     if train.rows is test.rows or (train.digest and train.digest == test.digest):
         both = len(set(train.indices) & set(test.indices))
         if both:
@@ -344,3 +321,71 @@ def disjoint(data: Data) -> tuple[Examples, Examples]:
                 f"probe would know the answers"
             )
     return train, test
+
+
+BITS = 4  # of a number of LoRA's matrices
+SPLITS = ("test", "validation")
+
+
+def probe_accuracies(backbone: Backbone, data: Data, batch_size: int) -> dict[str, float]:
+    """Return the accuracy of the linear probe of a raw backbone, "SPLIT_probe_accuracy", of the splits held out."""
+    if data.train is None or not data.class_names or len(data.splits) < 2:
+        return {}
+    features = {name: embed(backbone, examples, batch_size=batch_size) for name, examples in data.splits.items()}
+    probe = fit_probe(*features.pop("train"), len(data.class_names))
+    return {f"{name}_probe_accuracy": by_class(probe.logits(x), y)["accuracy"] for name, (x, y) in features.items()}
+
+
+def beside_baseline(metrics: Mapping[str, float], found: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics with the figures of their baseline, and how much better they are, "SPLIT_over_BASELINE"."""
+    over = {
+        f"{split}_over_{one.baseline}": one.sign
+        * (metrics[f"{split}_{name}"] - found[f"{split}_{one.baseline}_{name}"])
+        for name, one in FIGURES.items()
+        for split in SPLITS
+        if f"{split}_{name}" in metrics and f"{split}_{one.baseline}_{name}" in found
+    }
+    return {**metrics, **found, **over}
+
+
+def worth(metrics: Mapping[str, float], shapes: Iterable[Sequence[int]], masks: bool = True) -> dict[str, Any]:
+    """Return the bytes of LoRA for weights of these shapes, and warnings if there are any, for the training record.
+
+    `masks` says whether masks were to learn.
+    """
+    shapes = list(shapes)
+    found: dict[str, Any] = {"lora_bytes": {f"rank_{rank}_4bit": lora_bytes(shapes, rank) for rank in (1, 8)}}
+    warnings = worth_warnings(metrics, masks)
+    return {**found, "warnings": warnings} if warnings else found
+
+
+def lora_bytes(shapes: Iterable[Sequence[int]], rank: int) -> int:
+    """Return the bytes of LoRA matrices of a rank on weights of these shapes, at 4 bits a number; vectors have none."""
+    return sum(rank * (shape[0] + math.prod(shape[1:])) * BITS // 8 for shape in shapes if len(shape) > 1)
+
+
+def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str]:
+    """Return warnings at the end of a training: masks without a zero, or no better than the raw backbone."""
+    found = []
+    if masks and metrics.get("density") == 1.0:
+        found.append(
+            "the masks keep every weight, so the adapter is a head and what else was trained; raise distance or lr, or "
+            "take more steps"
+        )
+    known = ((split, name, one) for split in SPLITS for name, one in FIGURES.items())
+    first = next((one for one in known if f"{one[0]}_{one[2].baseline}_{one[1]}" in metrics), None)
+    if first is None:
+        return found
+    split, name, one = first
+    if metrics.get(f"{split}_over_{one.baseline}", 1.0) <= 0:
+        found.append(
+            f"the {split} {name} is {told(name, metrics[f'{split}_{name}'])}, and {one.words} has "
+            f"{told(name, metrics[f'{split}_{one.baseline}_{name}'])}: the mask was not worth it; take more steps, or "
+            f"do without it"
+        )
+    return found
+
+
+def told(name: str, value: float) -> str:
+    """Return a figure as people read it."""
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"

@@ -36,7 +36,6 @@ class Gates:
     """The gates of a model; see `attach_gates`.
 
     Attributes:
-        tasks: their names.
         hard: compute with hardened gates: a weight is kept where its logit is above 0, and is 0 elsewhere.
         off: compute with the weights as they are.
     """
@@ -90,12 +89,9 @@ class Gates:
     def parameter_groups(
         self, lr: float, factor: float | None = None, most: float | None = None
     ) -> list[dict[str, Any]]:
-        """Return parameter groups for an optimiser: everything else in the model that learns, and the gates.
+        """Return parameter groups for an optimiser: all else in the model that learns, at the rate `lr`, and the gates.
 
-        Args:
-            lr: of the weights.
-            factor: the gates learn at this times `lr`; default: 4 times the number of tasks.
-            most: the rate of the gates is at most this.
+        Gates learn at `factor` times `lr`, at most at `most`; default: 4 times the number of tasks.
         """
         rate = lr * (4 * len(self.tasks) if factor is None else factor)
         gates = [logits for one in self.members.values() for logits in one.logits]
@@ -177,7 +173,7 @@ class GateHistory:
         self.content: dict[str, Any] = {"bins": BINS, "weight_end": end or 1.0, "rows": []}
 
     def add(self, step: int) -> None:
-        """Note the gates and weights as they are after this step."""
+        """Add the histograms of gates and weights after this step."""
         end, weights = self.content["weight_end"], self.gates.weights()
         row: dict[str, Any] = {"step": step, "gates": {}, "weights": {}}
         for task in self.gates.tasks:
@@ -188,6 +184,6 @@ class GateHistory:
 
 
 def counts(values: Tensor, low: float, high: float, bins: int = BINS) -> list[int]:
-    """Return how many values lie in each of `bins` equal parts from low to high; those beyond count to the ends."""
+    """Return a histogram of values in `bins` equal parts from low to high; those beyond count to the ends."""
     found: list[int] = torch.histc(values.float().clamp(low, high), bins, low, high).long().tolist()
     return found

@@ -40,12 +40,7 @@ def trained_themselves(
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that learn themselves beside scores, by name; to be asked before scores are attached.
 
-    Args:
-        train: as of `learning_names`; words leave masked parameters out. masked: names of parameters with a mask.
-        head: modules that are not part of the body.
-
-    Raises:
-        SelectionError: if a pattern matches nothing. ConfigError: if a parameter would be masked as well.
+    `train` is as of `learning_names`; its words leave masked parameters out, and a glob for one is a ConfigError.
     """
     globs = [one for one in train if one not in WORDS]
     both = [name for name in match_parameters(model, globs, "train", head) if name in masked]
@@ -59,14 +54,9 @@ def trained_themselves(
 
 
 def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] = ()) -> list[str]:
-    """Return the names of the body's parameters that `train` means, sorted.
+    """Return the names of the body's parameters that `train` means, sorted: globs, and words.
 
-    Args:
-        train: globs, or words: "norms" (scales and shifts of all normalisation layers) and "biases" (of all layers),
-            of which a model may have none, and "none".
-
-    Raises:
-        SelectionError: if a glob matches nothing.
+    "norms" are scales and shifts of all normalisation layers, "biases" those of all layers; a model may have none.
     """
     words = set(train)
     found = set(match_parameters(model, sorted(words - WORDS), "train", head))
@@ -80,7 +70,7 @@ def learning_names(model: nn.Module, train: Iterable[str], head: Sequence[str] =
 
 @contextmanager
 def borrowed(backbone: Backbone, norms: bool = False) -> Iterator[None]:
-    """On exit, whatever happened: scores detached, head, buffers, `requires_grad`, device, layout, modes as before.
+    """Restore on exit: scores detached, and head, buffers, `requires_grad`, device, layout and modes as before.
 
     With `norms` the parameters of normalisation layers too, which `settle` writes.
     """
@@ -125,18 +115,17 @@ def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
 
 def resolved(config: TrainConfig, backbone: Backbone) -> TrainConfig:
     """Return settings with the defaults that follow from a backbone."""
-    sizes = masked_sizes(config, backbone)
-    convolutional = sum(
-        size for name, size in sizes.items() if isinstance(owner(backbone.model, name)[0], CONVOLUTIONS)
-    )
-    return config.resolved(sum(sizes.values()), convolutional)
+    decided = config.top is not None and config.bn is not None
+    return config if decided else config.resolved(*masked_sizes(config, backbone))
 
 
-def masked_sizes(config: TrainConfig, backbone: Backbone) -> dict[str, int]:
-    """Return how many weights the parameters have that the settings select, by name."""
+def masked_sizes(config: TrainConfig, backbone: Backbone) -> tuple[int, int]:
+    """Return the number of weights that the settings select for a mask, and the number of these in convolutions."""
     parameters = named_parameters(backbone.model)
     names = select_parameters(backbone.model, config.include, config.exclude, backbone.outside)
-    return {name: parameters[name].numel() for name in names}
+    sizes = {name: parameters[name].numel() for name in names}
+    convolutional = (n for n in names if isinstance(owner(backbone.model, n)[0], CONVOLUTIONS))
+    return sum(sizes.values()), sum(sizes[name] for name in convolutional)
 
 
 def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
@@ -166,7 +155,7 @@ def _only(learns: Tensor, gradient: Tensor) -> Tensor:
 
 
 def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Return which weights' scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
+    """Return the weights whose scores learn, bool of each weight's shape, by name (Self-Masking Networks, appendix).
 
     "first": the weights of the first stages, in the order in which the model has them; "random": each with this
     probability; "largest": the share of every parameter that has the greatest absolute values.

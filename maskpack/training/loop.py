@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from ..backbone.classifier import Batch
 from ..backbone.load import Backbone
 from ..errors import ConfigError, StateError, StoppedError, TrainingError, require
-from .checkpoint import check_like, damaged, load_checkpoint, restore, save_checkpoint
 from .config import TrainConfig, learning_rate
 from .data.base import Data, Examples
 from .learn import base_of
-from .run_folder import RunFolder, differing, on_signal
+from .run_folder import RunFolder, check_like, damaged, differing, load_checkpoint, on_signal, restore, save_checkpoint
 
 LOG_EVERY = 10  # optimiser steps between two step events: counting the mask's bits takes a moment
 SECONDS = 5.0  # after which the progress of slower steps is reported as well
@@ -29,7 +28,7 @@ DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Position:
-    """Where a run stands."""
+    """The position of a run: steps and epochs that are made, and sums over the epoch."""
 
     steps: int  # of the optimiser, to make
     step: int = 0  # made so far
@@ -49,11 +48,11 @@ class Position:
 
 
 class Run(ABC):
-    """A run: what learns and where its steps come from, which a subclass says, the loop over them, and checkpoints.
+    """A run: the loop over its steps, and checkpoints; a subclass says what learns and where steps come from.
 
     Attributes:
-        facts: what must be equal for a run to go on, JSON values, with "config", the settings.
-        module: what is computed with, as Accelerate prepared it.
+        facts: JSON values that must be equal for a run to go on, with "config", the settings.
+        module: the network, as Accelerate prepared it.
         base: fingerprint of the backbone before the run.
         steps, epochs: optimiser steps and epochs to make.
     """
@@ -101,7 +100,7 @@ class Run(ABC):
 
     @abstractmethod
     def batches(self, at: Position) -> Iterator[tuple[str, list[int], Batch]]:
-        """Yield what is left of an epoch: a stream's name, the number of its pass and of its batches so far, a batch.
+        """Yield the batches left of an epoch, with their stream and [pass over it, batches of this pass so far].
 
         Whatever is drawn for a batch follows from its place, so that a run may go on at any.
         """
@@ -117,7 +116,7 @@ class Run(ABC):
         """Follow a step of the optimiser."""
 
     def step_metrics(self) -> dict[str, float]:
-        """Return what a step event has beside loss and rate."""
+        """Return metrics for a step event, beside loss and rate."""
         return {}
 
     @abstractmethod
@@ -125,7 +124,7 @@ class Run(ABC):
         """Return the metrics of an epoch; the last one if `at.done`."""
 
     def warning(self, metrics: Mapping[str, float]) -> str | None:
-        """Return what these metrics warn of, or None."""
+        """Return a warning that these metrics give reason for, or None."""
         return None
 
     @abstractmethod
@@ -133,7 +132,7 @@ class Run(ABC):
         """Return all tensors that the run changes, by their names in a checkpoint."""
 
     def state(self) -> dict[str, Any]:
-        """Return what else there is to the run's state, as JSON values."""
+        """Return the rest of the run's state, as JSON values."""
         return {"unreadable": {name: sorted(examples.unreadable) for name, examples in self._splits()}}
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -154,11 +153,9 @@ class Run(ABC):
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def train(self, folder: RunFolder, longer: bool = False) -> Position:
-        """Make the steps that are left; return where the run ended.
+        """Make the steps that are left; return where the run ended. `longer`: there may be more of them than before.
 
-        Args:
-            folder: opened; without a path nothing is kept, and signals are left alone.
-            longer: a run that goes on may have more steps than before.
+        The folder is opened; without a path nothing is kept, and signals are left alone.
         """
         self.folder, self.written = folder, time.monotonic()
         if folder.resume:
@@ -256,7 +253,7 @@ class Run(ABC):
             )
 
     def _facts(self, at: Position) -> dict[str, Any]:
-        """Return what a checkpoint has beside tensors."""
+        """Return the facts of a checkpoint, beside its tensors."""
         scaler = self.accelerator.scaler
         run = {**self.facts, "base": self.base.digests[self.base.dtype]}
         scaled = None if scaler is None else scaler.state_dict()

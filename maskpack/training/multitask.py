@@ -25,11 +25,10 @@ from ..codecs.base import Profile
 from ..errors import ConfigError, StateError, TrainingError, check_argument
 from ..mask import MaskSet
 from ..preprocess import Augment
-from .batchnorm import BATCH_NORMS, batchnorm_statistics, set_train_mode
-from .checkpoint import MODEL
 from .config import JointConfig, Mode, TrainConfig
 from .data.base import Data, EpochSampler, draw_seed, epoch_seed, numbered
 from .evaluate import percent, table
+from .features import beside_baseline, probe_accuracies, worth
 from .gates import GateHistory, Gates, attach_gates
 from .learn import base_of, body_parameters, borrowed, resolved
 from .loop import Position, Run
@@ -37,6 +36,7 @@ from .objectives.base import check_data
 from .objectives.supervised import Supervised
 from .progress import shown
 from .run_folder import (
+    MODEL,
     PartOptions,
     RunFolder,
     RunOptions,
@@ -47,9 +47,8 @@ from .run_folder import (
     part_options,
     write_json,
 )
-from .stored import beside_masks, settle, shortened
+from .stored import BATCH_NORMS, batchnorm_statistics, beside_masks, set_train_mode, settle, shortened
 from .trainer import TrainResult, as_backbone, plan_training, result_of, train_mask
-from .worth import beside_baseline, probe_accuracies, worth
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 TOGETHER = ("gated", "shared")
@@ -254,7 +253,7 @@ class JointRun(Run):
             self.history.content = state["history"]
 
     def parts(self, name: str) -> Parts:
-        """Return what a task learned; without gates its mask keeps every weight."""
+        """Return the parts of a task; without gates its mask keeps every weight."""
         objective, model = self.use(name), self.backbone.model
         if self.gates is not None:
             masks = self.gates.masks(name)
@@ -299,14 +298,12 @@ def train_jointly(
 
     Args:
         config: of the run; `epochs` are passes over the rows of all tasks, `steps` are for each task.
-        joint: rates of weights and gates, and regularisers.
         gated: without gates the weights are shared as they are, and every mask keeps all.
-        options: as in `train_mask`. With gates the folder also gets `histograms.json`: gates and effective weights by
-            task and parameter, after every epoch.
+        options: with gates the folder also gets `histograms.json`: gates and effective weights by task and parameter,
+            after every epoch.
 
     Returns:
-        The results by task, each ready for `save_adapter(path, result.parts, result.base, result.about)`. Metrics are
-        those after hardening; "soft_…" are before.
+        The results by task. Metrics are those after hardening; "soft_…" are before.
     """
     config, joint, folder = config or TrainConfig(), joint or JointConfig(), RunFolder(options)
     probes = {name: probe_accuracies(backbone, task.data, config.batch_size) for name, task in tasks.items()}
@@ -439,8 +436,7 @@ def plan_tasks(
 ) -> dict[str, Any]:
     """Check everything without training or writing, with a batch of every task that is not finished.
 
-    Returns:
-        {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
+    Return {"mode", "finished": names, "missing": names, "steps": of all runs that are left}.
     """
     start, steps = _state(backbone), 0
     try:
@@ -467,7 +463,7 @@ def _state(backbone: Backbone) -> dict[str, Any]:
 def survey(
     backbone: Backbone, tasks: Mapping[str, Task], folder: Path, mode: Mode, config: TrainConfig, joint: JointConfig
 ) -> tuple[dict[str, Any], dict[str, Adapter], dict[str, Mapping[str, Task]]]:
-    """Return what the folder is for, the adapters of finished tasks, and the tasks of each run that is left, by name.
+    """Return the folder's claim, the adapters of finished tasks, and the tasks of each run that is left, by name.
 
     Loads the base that tasks learned together, if it is there.
     """
@@ -545,7 +541,7 @@ def _check_finished(
 
 
 def row_of(name: str, adapter: Adapter) -> dict[str, Any]:
-    """Return what the table says of a finished task."""
+    """Return the row of a finished task in the table of results."""
     record: Mapping[str, Any] = adapter.about.training or {}
     found = metrics(record)
     whole = inspect_adapter(adapter)["sets"]["default"]

@@ -34,7 +34,6 @@ from ..backbone.shards import any_shared, first_process, is_managed, whole
 from ..errors import SelectionError, StateError
 from ..mask import MaskSet
 from . import stored
-from .batchnorm import batchnorm_statistics
 from .config import Store
 from .learn import trained_themselves
 from .methods.base import Method, build_method
@@ -49,6 +48,7 @@ from .scores import (
     scored_models,
     scored_weights,
 )
+from .stored import batchnorm_statistics
 
 LOG = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-\d+")  # what a Trainer calls the folders from which it goes on
@@ -80,8 +80,8 @@ def attach_scores(
             The others are kept, and take no memory.
         dtype: of the scores: float32 (default), or bfloat16, to which every optimiser's steps are rounded at random.
         train: what learns itself: "norms", "biases", or globs of parameters.
-        head: names of modules that learn themselves and do not belong to the base; default: those beside weights that
-            transformers read from a checkpoint, which were not read themselves. `()`: none.
+        head: names of modules that learn themselves and do not belong to the base; default: those that are new beside
+            the checkpoint of a model of transformers or timm. Name those that you made anew elsewhere. `()`: none.
         experts: weights of experts that are fused into one parameter are selected by default too.
         scale: divide the kept weights by sqrt(density).
 
@@ -131,11 +131,16 @@ def attach_scores(
 
 
 def new_modules(model: nn.Module) -> list[str]:
-    """Return the outermost modules that transformers did not read from a checkpoint, where it read others.
+    """Return the outermost modules that are new beside a checkpoint, of a model of transformers or timm.
 
-    It marks every parameter that was read. Embeddings and parameters without data lose the mark where they are made
-    larger or put elsewhere, so they count as read.
+    transformers marks every parameter that was read. Embeddings and parameters without data lose the mark where they
+    are made larger or put elsewhere, so they count as read. In timm a classifier is new that has other classes than the
+    checkpoint.
     """
+    stated: Any = getattr(model, "pretrained_cfg", None) or {}
+    if stated.get("num_classes") and getattr(model, "num_classes", 0) not in (0, stated["num_classes"]):
+        classifier = stated.get("classifier") or ()
+        return [classifier] if isinstance(classifier, str) else sorted(classifier)
     parameters = named_parameters(model)
     modules = {canonical(name): one for name, one in model.named_modules(remove_duplicate=False)}
     old = {
@@ -189,7 +194,7 @@ def settle(model: nn.Module, store: Store = "coded") -> None:
 
 
 def _before(model: nn.Module) -> dict[str, Tensor]:
-    """Return what norms and buffers were before the model learned, where they are now."""
+    """Return norms and buffers from before the model learned, on their present devices."""
     now = {**named_parameters(model), **named_buffers(model)}
     was = {name: tensor.to(now[name].device) for one in scored_models(model) for name, tensor in one.before.items()}
     return {**stored.beside_masks(model), **was}
@@ -211,8 +216,7 @@ def _linear_head(model: nn.Module) -> nn.Linear | None:
 def learned_parts(model: nn.Module) -> Parts:
     """Return all that a model learned since scores were attached; it goes on learning.
 
-    A head that is one linear layer is the head; those of other kinds are parameters. Statistics are there if any
-    changed.
+    A head of another kind than one linear layer is among the parameters. Statistics are there if any changed.
     """
     scored, models = scored_weights(model), scored_models(model)
     if not scored:
@@ -246,7 +250,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def learned(model: nn.Module, name: str | None) -> Learned:
-    """Return what a model learned, its base's fingerprint, and the tensors of that base; `name` is the base's id."""
+    """Return the parts that a model learned, with fingerprint and tensors of its base, whose id is `name`."""
     parts, models = _short_parts(model), scored_models(model)
     known = {**named_parameters(model), **named_buffers(model)}
     was = {id(known[key]): tensor for one in models for key, tensor in one.before.items()}
@@ -275,7 +279,7 @@ def merged(model: nn.Module) -> Iterator[None]:
 
 
 def learning_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what training changes of a model's state: what learns, scores among it, and buffers as statistics."""
+    """Return the tensors that training changes: parameters that learn, scores among them, and buffers."""
     state = model.state_dict(keep_vars=True)
     buffers = {n for n, tensor in state.items() if not isinstance(tensor, nn.Parameter) and not n.endswith(PLACES)}
     return {n: one.detach() for n, one in state.items() if one.requires_grad or n.endswith(SCORES) or n in buffers}
@@ -321,7 +325,7 @@ def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **options
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """What learns in a model: how many scores, weights with a mask, parameters that learn themselves; and all."""
+    """Numbers of scores, of masked weights, of parameters that learn themselves, and of all parameters."""
 
     scores: int
     masked: int
@@ -337,7 +341,7 @@ class Trainable:
 
 
 def count_trainable(model: nn.Module) -> Trainable:
-    """Return what learns in a model; as a text it is a line to print.
+    """Count the parameters that learn in a model; `print` shows them in a line.
 
     Example:
         attach_scores(model)

@@ -29,7 +29,7 @@ FIRST, LEAST, SHARE = 2.0, 10.0, 0.1  # seconds before the first line, and betwe
 
 
 class Lines:
-    """Tells what is done in a line now and then, in ever longer intervals."""
+    """Progress as lines of text, in ever longer intervals."""
 
     def __init__(self, say: Say):
         self.say, self.started = say, time.monotonic()
@@ -77,11 +77,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Seen:
-    """Where progress is seen.
-
-    Attributes:
-        console: of rich, for a bar; None: `lines`. warn, note: called with what trainings say besides.
-    """
+    """Where progress is seen: a bar in a console of rich, or lines; and where trainings warn and note."""
 
     console: Any
     lines: Lines
@@ -98,14 +94,16 @@ class Seen:
             return self.lines.begin(before)
         from rich import progress
 
-        many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.completed}/{task.total}")
+        many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.fields[count]}")
         columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
         times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
         with self.lines.silent(), progress.Progress(*columns, *times, console=self.console) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=None, count="")
 
             def moved(done: int, total: int | None, what: str | None = None) -> None:
-                bar.update(task, completed=done, total=total, description=None if what is None else escape(what))
+                count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
+                text = None if what is None else escape(what)
+                bar.update(task, completed=done, total=total, description=text, count=count)
 
             yield moved
         return None

@@ -1,25 +1,27 @@
-"""Scores on any module: attached as parametrizations, read off as masks."""
+"""Scores on any module: attached as parametrizations, recomputed in backward, rounded, read off as masks."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..adapter.content import LEARNING
+from ..backbone.load import encoder_of
 from ..backbone.model import aliases, named_buffers, named_parameters, unwrap
 from ..backbone.shards import gathered, local, moved, part_of, shared_like, whole
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
 from ..mask import PackedMask
 from .methods.base import Method, State, methods_that_are
 from .methods.topk import greatest
-from .recompute import Recompute
-from .rounding import Rounding
 
 Orders = dict[nn.Module, list[str]]  # names of the parameters of a module, in their order before one was parametrized
 
@@ -82,6 +84,139 @@ def take_off(model: nn.Module, kind: type[nn.Module], orders: Iterable[Orders]) 
             module._parameters = {name: module._parameters[name] for name in names}
 
 
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How to recompute an effective weight, in place of what an operation saved for its backward pass.
+
+    Attributes:
+        make: gives the weight, without gradients, from the `sources`, which had these `versions`.
+        shape, stride: of what the operation saved.
+    """
+
+    make: Callable[[], Tensor]
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
+class Recompute:
+    """Recomputes masked weights in backward passes, so that no second copy of the weights is in memory.
+
+    They are replaced among what autograd saves in a forward pass; compiled code decides for itself what it recomputes.
+    `made` are the weights of this forward pass, by address.
+    """
+
+    made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
+    _open: list[saved_tensors_hooks] = field(default_factory=list)
+
+    def watch(self, model: nn.Module) -> Iterator[Any]:
+        """Put hooks around every forward pass of the model, or of its encoder alone, and yield their handles."""
+        for one in dict.fromkeys((model, encoder_of(model))):
+            yield one.register_forward_pre_hook(self._begin)
+            yield one.register_forward_hook(self._end, always_call=True)
+
+    def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
+        """Remember how an effective weight was made, within a forward pass."""
+        if self._open:
+            recipe = Recipe(make, sources, tuple(source._version for source in sources))
+            self.made[result.data_ptr()] = weakref.ref(result), recipe
+
+    def _begin(self, *_: object) -> None:
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            hooks = saved_tensors_hooks(self._pack, unpack)
+            hooks.__enter__()
+            self._open.append(hooks)
+
+    def _end(self, *_: object) -> None:
+        if self._open:
+            self._open.pop().__exit__()
+            self.made.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor | Recipe:
+        noted = self.made.get(tensor.data_ptr())
+        # an address may be another tensor's by now
+        if noted is None or noted[0]() is None or tensor.numel() != noted[0]().numel():  # type: ignore[union-attr]
+            return tensor.detach()  # the tensor itself would be a cycle of references where it is an output
+        return replace(noted[1], shape=tuple(tensor.shape), stride=tensor.stride())
+
+
+def unpack(saved: Tensor | Recipe) -> Tensor:
+    """Return a tensor that autograd saved; TrainingError if what a weight is recomputed from was changed since."""
+    if isinstance(saved, Tensor):
+        return saved
+    if any(source._version != version for source, version in zip(saved.sources, saved.versions, strict=True)):
+        raise TrainingError(
+            "scores or weights were changed between the forward pass and its backward pass, which makes the masked "
+            "weight from them again; call backward() before optimizer.step()"
+        )
+    with torch.no_grad():
+        return saved.make().as_strided(saved.shape, saved.stride)
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up or down at random, so that the mean is the value; what is exact stays."""
+    bits = values.view(torch.int32)
+    return ((bits + torch.randint_like(bits, 1 << 16)) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+@dataclass(eq=False)
+class Rounding:
+    """Rounds scores in bfloat16 at random, after an optimiser's updates were added to them in float32.
+
+    Nearest rounding would lose every update below 1/512 of a score. While an optimiser steps, the scores are put aside
+    and zero, so that what it leaves is its update alone. So such scores do not decay, and an optimiser that divides by
+    their norm is not for them.
+    """
+
+    aside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def watch(self, scores: Sequence[nn.Parameter]) -> tuple[Any, Any]:
+        """Round these scores in the steps of every optimiser from now on; return the handles of the hooks."""
+        me, known = weakref.ref(self), {id(one) for one in scores}
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            rounding = me()
+            members = [one for group in optimizer.param_groups for one in group["params"] if id(one) in known]
+            if rounding is None or not any(one.dtype == torch.bfloat16 for one in members):
+                return None
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            if closure is None:
+                rounding._put_aside(members)
+                return None
+
+            def behind() -> Any:  # the closure computes with the scores, so they are put aside behind it
+                found = closure()
+                rounding._put_aside(members)
+                return found
+
+            return args[:1], {**kwargs, "closure": behind}
+
+        def after(*_: object) -> None:
+            rounding = me()
+            if rounding is not None:
+                rounding.settle(stepped=True)
+
+        return register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+
+    @torch.no_grad()
+    def settle(self, stepped: bool = False) -> None:
+        """Put scores back that are aside: with the update of a step, or as they were because the step failed."""
+        while self.aside:
+            score, was = self.aside[-1]
+            score.copy_(rounded(was.float() + score.float()) if stepped else was)
+            self.aside.pop()
+
+    @torch.no_grad()
+    def _put_aside(self, members: Sequence[nn.Parameter]) -> None:
+        self.settle()
+        for one in members:
+            if one.dtype == torch.bfloat16:
+                self.aside.append((local(one.detach()), local(one.detach()).clone()))
+                local(one.detach()).zero_()
+
+
 class Placed(torch.autograd.Function):
     """A copy of a flat weight with other values at some places, which alone get a gradient; it keeps places only."""
 
@@ -100,11 +235,9 @@ class ScoredWeight(nn.Module):
     """Parametrization that computes the effective weight from the frozen weight and its scores.
 
     Attributes:
-        scores: of a shape that the method chose.
-        shape: of the weight.
+        scores: of a shape that the method chose. shape: of the weight.
         places: flat positions of the weights that have scores, ascending; None: all have. The others are kept. Of a
             model that was sharded already they are shared as the scores are.
-        model: what the scores of one model share.
     """
 
     places: Tensor | None
@@ -160,7 +293,7 @@ class ScoredWeight(nn.Module):
         return ones.index_copy(0, whole(self.places).long(), kept).reshape(self.shape)
 
     def state(self, training: bool = False) -> State:
-        """Return what the method is told beside the scores."""
+        """Return the state of training that the method gets beside the scores."""
         model, shape = self.model, self.shape if self.places is None else tuple(self.places.shape)
         model.rounding.settle()
         return State(model.progress, training, model.shared(self), shape, model.batch_size)
@@ -176,7 +309,7 @@ class ScoredWeight(nn.Module):
         return self.method.packed(whole(self.scores.detach()), self.scale, self.state())
 
     def penalty(self) -> Tensor | None:
-        """Return what the method adds to the loss of a step."""
+        """Return the method's penalty for the loss of a step, or None."""
         return self.method.penalty(gathered(self.scores), self.state(training=True))
 
 
@@ -185,7 +318,7 @@ Plain = Callable[[ScoredWeight, Tensor], Tensor]
 
 @dataclass(eq=False)
 class ScoredModel:
-    """What the scores of one model have in common.
+    """The state that all scores of one model share.
 
     Attributes:
         members: in the order of their names.
@@ -216,7 +349,7 @@ class ScoredModel:
     _made: tuple[object, dict[ScoredWeight, Tensor]] | None = (None, {})
 
     def shared(self, one: ScoredWeight) -> Tensor | None:
-        """Return what the method tells a member of all scores, made anew when these have changed."""
+        """Return a member's part of `Method.shared`, computed anew when scores have changed."""
         if self._made is None:
             return None
         now = self.progress, [(id(member.scores), member.scores._version) for member in self.members]
@@ -274,8 +407,7 @@ def attach(
             hook = owner(model, own)[0].register_state_dict_post_hook(_plainly)  # type: ignore[no-untyped-call]
             together.hooks.append(hook)
         scores[name] = scored.scores
-    together.recompute.watch(model)
-    together.rounding.watch(list(scores.values()))
+    together.hooks += [*together.recompute.watch(model), *together.rounding.watch(list(scores.values()))]
     for parameter in beside.values():
         parameter.requires_grad_(True)
     return scores
@@ -312,21 +444,32 @@ def scores_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def scored_models(model: nn.Module) -> list[ScoredModel]:
-    """Return what the scores of a model share: one for each time that some were attached, as to body and head."""
+    """Return the `ScoredModel`s of a model: one for each time that scores were attached, as to body and head."""
     return list(dict.fromkeys(one.model for one in scored_weights(model).values()))
 
 
 @contextmanager
-def plain_names(model: nn.Module, make: Plain) -> Iterator[None]:
-    """`state_dict` has the model's own names, and what `make` makes of masked weights, as long as this lasts."""
+def _changed(model: nn.Module, **state: Any) -> Iterator[None]:
+    """Give what the scores of a model share other attributes, within the context."""
     models = scored_models(model)
+    before = [{name: getattr(one, name) for name in state} for one in models]
     for one in models:
-        one.plain = make
+        vars(one).update(state)
     try:
         yield
     finally:
-        for one in models:
-            one.plain = None
+        for one, was in zip(models, before, strict=True):
+            vars(one).update(was)
+
+
+def plain_names(model: nn.Module, make: Plain) -> AbstractContextManager[None]:
+    """`state_dict` has the model's own names, and what `make` makes of masked weights, within the context."""
+    return _changed(model, plain=make)
+
+
+def without_scores(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute with the weights as they are, within the context."""
+    return _changed(model, off=True)
 
 
 def _plainly(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
@@ -339,26 +482,10 @@ def _plainly(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -
                 del state[name]
 
 
-@contextmanager
-def without_scores(model: nn.Module) -> Iterator[None]:
-    """Compute with the weights as they are, as long as this lasts."""
-    models = scored_models(model)
-    for one in models:
-        one.off = True
-    try:
-        yield
-    finally:
-        for one in models:
-            one.off = False
-
-
 def set_progress(model: nn.Module, progress: float, batch_size: int = 1) -> None:
-    """Tell the scores of a model where training stands, for methods that change on the way.
+    """Tell the scores of a model which share of the training steps is done, and how many examples a step has.
 
-    Args:
-        progress: share of the training steps that are done, 0 at the first step and 1 at the last. Scores that nobody
-            tells are treated as finished.
-        batch_size: examples of an optimiser step.
+    It is for methods that change on the way. Scores that nobody tells are treated as finished.
     """
     for one in scored_models(model):
         one.progress, one.batch_size = progress, batch_size
@@ -374,7 +501,7 @@ def density(scored: Iterable[ScoredWeight]) -> float:
 
 
 def replaced_values(model: nn.Module) -> dict[str, Tensor]:
-    """Return what masks with op "replace" put in place of weights, as `Parts.values`; empty for other methods."""
+    """Return the values of masks with op "replace", as `Parts.values`; empty for other methods."""
     found = {}
     for name, one in scored_weights(model).items():
         if one.method.op == "replace":
@@ -388,8 +515,7 @@ def detach_scores(model: nn.Module) -> None:
     """Remove the scores from a model: weights, buffers, and what learned beside them have their earlier bits."""
     models, tensors = scored_models(model), {**named_parameters(model), **named_buffers(model)}
     for one in models:
-        one.recompute.stop()
-        one.rounding.stop()
+        one.rounding.settle()
         for hook in one.hooks:
             hook.remove()
         for name, tensor in one.before.items():

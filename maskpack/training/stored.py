@@ -1,6 +1,6 @@
-"""What is stored beside masks (norms, statistics, other parameters, a head), and its rounding before it is measured."""
+"""What is stored beside masks: norms, statistics, other parameters, a head; and how BatchNorm is trained."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ..adapter.content import Parts
 from ..adapter.steps import Norm, rounded_rows, row_steps
 from ..adapter.tensors import STATISTICS
+from ..backbone.classifier import Batch, to_device
 from ..backbone.model import Head, canonical, inside, named_buffers, named_parameters, unwrap
 from ..backbone.shards import whole
-from .batchnorm import BATCH_NORMS
 from .config import Store
 
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 Tensors = Mapping[str, Tensor]
 
 
@@ -44,11 +45,9 @@ def settle(model: nn.Module, before: Tensors, learned: Tensors, store: Store) ->
     """Put the values that will be stored into a model, in place; return True if that changed any.
 
     BatchNorm's statistics and affine become one scale and one shift a channel: weight and bias for the statistics that
-    the base has. "coded": in steps from the base's, where there are such, else as "float16". "float16": rounded.
-    "float32": nothing changes. What float16 does not hold stays as it is.
-
-    Args:
-        before: as `beside_masks` gave it for the base. learned: parameters that learned themselves, by name.
+    the base has, in `before`, as `beside_masks` gave it. "coded": in steps from the base's, where there are such, else
+    as "float16". "float16": rounded, as are the parameters `learned`. "float32": nothing changes. What float16 does not
+    hold stays as it is.
     """
     changed, layers = False, dict(_layers(model)) if store != "float32" else {}
     for name, layer in layers.items():
@@ -91,11 +90,9 @@ def _folded(layer: nn.Module, now: Tensors, old: Tensors) -> tuple[Tensor, Tenso
 
 
 def shortened(parts: Parts, model: nn.Module, before: Tensors, heads: Sequence[str] = ()) -> Parts:
-    """Return what a model learned, each tensor as short as it comes back to the bit; `settle` makes norms short.
+    """Return parts, which have parameters and statistics whole, with each tensor as short as it comes back to the bit.
 
-    Args:
-        parts: with parameters and statistics whole. before: as of `settle`.
-        heads: modules that the base has not, of which everything is kept.
+    `settle` makes norms short. Of `heads`, modules that the base has not, everything is kept.
     """
     norms, parameters = dict[str, Norm](), dict(parts.parameters)
     for name, layer in _layers(model):
@@ -156,3 +153,47 @@ def kept_head(head: Head) -> Head:
     if head.weight.dtype == torch.float32 and torch.equal(rounded_rows(head.weight), head.weight):
         return replace(head, bias=bias, steps=row_steps(head.weight))
     return replace(head, weight=shortest(head.weight), bias=bias)
+
+
+def set_train_mode(module: nn.Module, adapt_batchnorm: bool) -> None:
+    """Put a module into training mode, with its BatchNorm layers in evaluation mode unless they adapt."""
+    module.train()
+    if not adapt_batchnorm:
+        for layer in module.modules():
+            if isinstance(layer, BATCH_NORMS):
+                layer.eval()
+
+
+def batchnorm_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return running mean and variance of every BatchNorm layer, float32 on the CPU, by buffer name."""
+    return {
+        f"{name}.{leaf}": getattr(m, leaf).detach().to("cpu", torch.float32, copy=True)
+        for name, m in model.named_modules()
+        if isinstance(m, BATCH_NORMS) and m.running_mean is not None
+        for leaf in STATISTICS
+    }
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Batch]) -> None:
+    """Replace BatchNorm statistics by the means over these batches, all counted alike; dropout is off.
+
+    Layers without running statistics stay as they are. The module is left in evaluation mode.
+    """
+    layers = [one for one in module.modules() if isinstance(one, BATCH_NORMS) and one.running_mean is not None]
+    if not layers:
+        return
+    device = next(module.parameters()).device
+    momenta = [layer.momentum for layer in layers]
+    module.eval()
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative average
+            layer.train()
+        for inputs, _ in batches:
+            module(to_device(inputs, device))
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()

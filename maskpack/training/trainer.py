@@ -19,20 +19,18 @@ from ..backbone.load import Backbone
 from ..backbone.model import Embedding, Fingerprint, find_head
 from ..errors import ConfigError, TrainingError, check_argument
 from ..preprocess import preprocess_to_json
-from .batchnorm import set_train_mode
 from .budget import coded_bytes, rate_control
-from .checkpoint import FILE, MODEL, OBJECTIVE, checkpoint_digest, take_over
 from .config import TrainConfig
 from .data.base import Data, EpochSampler, Examples, draw_seed, empty_classes, numbered, readable
-from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes, resolved
+from .features import beside_baseline, worth
+from .learn import Learn, base_of, borrowed, convolutions, lay_out, learn_scores, masked_sizes
 from .loop import Position, Run
 from .objectives.base import check_data, find_objective
 from .own_loop import learned_parts
 from .progress import shown
-from .run_folder import RunFolder, RunOptions
+from .run_folder import FILE, MODEL, OBJECTIVE, RunFolder, RunOptions, checkpoint_digest, take_over
 from .scores import beside_scores, density, detach_scores, scored_models, scored_weights, without_scores
-from .stored import beside_masks, settle, shortened
-from .worth import beside_baseline, worth
+from .stored import beside_masks, set_train_mode, settle, shortened
 
 STREAM = "train"  # of batches
 
@@ -40,9 +38,8 @@ STREAM = "train"  # of batches
 class ObjectiveRun(Run):
     """A run of an objective on one data set.
 
-    Args:
-        learn: returns what learns at the rate of scores, by name; it may put modules into the frozen backbone.
-        start_from: folder of a finished run, with whose tensors this one starts.
+    `learn` returns what learns at the rate of scores, by name, and may put modules into the frozen backbone.
+    `start_from` is the folder of a finished run, with whose tensors this one starts.
     """
 
     def __init__(
@@ -53,7 +50,8 @@ class ObjectiveRun(Run):
         learn: Learn = learn_scores,
         start_from: str | Path | None = None,
     ):
-        config = resolved(config, backbone)
+        sizes = masked_sizes(config, backbone)
+        config = config.resolved(*sizes)
         objective = find_objective(config.objective, backbone.task)
         check_data(data, backbone, objective)
         backbone, data = objective.prepared(backbone, data)
@@ -80,7 +78,6 @@ class ObjectiveRun(Run):
             lay_out(model, torch.channels_last)
         self.objective = objective(backbone, data, config)
         model.requires_grad_(False)
-        weights = sum(masked_sizes(config, backbone).values())
         self.scores = learn(backbone, config)
         self.scored = [one for name, one in scored_weights(model).items() if name in self.scores]
         self.control = rate_control(config, self.scored)
@@ -99,7 +96,7 @@ class ObjectiveRun(Run):
             parameter.requires_grad_(True)  # before DistributedDataParallel looks
         self.module, self.loader = self.accelerator.prepare(self.objective.module, batches)
         per_epoch = math.ceil(len(self.loader) / config.accumulate)
-        lr = config.score_lr(config.steps or config.epochs * per_epoch, weights)
+        lr = config.score_lr(config.steps or config.epochs * per_epoch, sizes[0])
         rates = {"scores": (scores, lr), "head": (head, config.linear_lr), "train": (beside, config.beside_lr)}
         self.prepare(rates, per_epoch, config.steps)
         self.models = scored_models(self.objective.module)
@@ -164,7 +161,7 @@ class ObjectiveRun(Run):
         return {**self.step_metrics(), **size, **self.objective.metrics(), **self.held_out("validation")}
 
     def held_out(self, split: str) -> dict[str, float]:
-        """Return what the objective measures of a split, if there is one."""
+        """Return the objective's figures on a split, if there is one."""
         examples = self.data["data"].splits.get(split)
         if examples is None:
             return {}
@@ -215,7 +212,7 @@ class ObjectiveRun(Run):
         return metrics
 
     def parts(self) -> Parts:
-        """Return what was learned; the scores are detached."""
+        """Return the trained parts, and detach the scores."""
         model = self.backbone.model
         head, parts = self.objective.head(), shortened(learned_parts(model), model, self.before)
         detach_scores(model)
@@ -224,7 +221,7 @@ class ObjectiveRun(Run):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrainResult:
-    """What a run learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
+    """The result of a training, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     `metrics` are train_loss, density, and what the objective measures of the splits that exist; of the test split also
     without the masks; and the figures that the raw backbone has, as the accuracy of its linear probe.

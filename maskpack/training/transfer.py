@@ -1,6 +1,5 @@
 """Weights that a source does not need: found by a mask, and values learned in their place."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from ..backbone.model import named_parameters
 from ..backbone.select import select_parameters
 from ..errors import ConfigError, TrainingError
 from ..mask import MaskSet, Op, PackedMask, mask_id
+from ..registry import Range
 from .config import WEIGHT_LR, Start, TrainConfig
 from .data.base import Data
 from .learn import body_parameters, borrowed, learn_scores
@@ -65,7 +65,7 @@ class Reuse(Method):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TransferResult(TrainResult):
-    """What a transfer learned, ready for `save_adapter(path, result.parts, result.base, result.about)`.
+    """The result of a transfer, ready for `save_adapter(path, result.parts, result.base, result.about)`.
 
     Its masks have op "replace": True where the source needs the weight, with values for the others.
     """
@@ -198,10 +198,9 @@ def check_transfer(
 
 def of_weights(config: TrainConfig, weight_lr: float | None) -> TrainConfig:
     """Return settings whose `lr`, which is the scores', is the peak rate of weights; None: `WEIGHT_LR`."""
-    lr = WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr
-    if not 0 < lr < math.inf:
-        raise ConfigError(f"weight_lr must be a finite number above 0, got {weight_lr}")
-    return replace(config, lr=lr)
+    if weight_lr is not None:
+        Range(above=0).check("weight_lr", float(weight_lr))
+    return replace(config, lr=WEIGHT_LR[config.optimizer] if weight_lr is None else weight_lr)
 
 
 def train_source(backbone: Backbone, source: Data, config: TrainConfig, **options: Unpack[RunOptions]) -> Backbone:

@@ -19,8 +19,7 @@ from maskpack.adapter.content import About, Cascade, Parts
 from maskpack.adapter.steps import Norm, rounded_rows, row_steps
 from maskpack.adapter.tensors import cascade_tensors
 from maskpack.adapter.write import save_adapter
-from maskpack.backbone.model import CASTS, Embedding, Head, same_size_int
-from maskpack.backbone.random_weights import RandomWeight
+from maskpack.backbone.model import CASTS, Embedding, Head, RandomWeight, same_size_int
 from maskpack.codecs.base import CODECS, Codec, Side
 from maskpack.mask import MaskSet, PackedMask, packed_bits
 from maskpack.safetensors_io import read_tensors, write_tensors

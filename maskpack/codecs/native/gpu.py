@@ -8,6 +8,7 @@ the events one after another. With TRITON_INTERPRET=1 the same code runs on a CP
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import CorruptAdapterError
+from ...mask import packed, unpacked
 from ..base import NO_EVENTS, Bytes, Side, There
 from ..lanes import tables
 from ..logit import Head
@@ -24,10 +26,11 @@ from ..logit_model import CLASSES, STEPS
 
 BLOCK = 256  # weights that a program works on at once
 MAGNITUDES = 0x7F82
-# of a lane: where its words, coefficients and units are; its payload's shape, model and buffers. -1: there is none
+LANE = 7  # numbers of a lane: where its words, coefficients and units begin and end; which payload it is of
+# of a payload: shape, model and buffers; -1: there is none
 FIELDS = (
-    "at end from_ to begin stop rows inputs positions level rank row input position before magnitude reference lean "
-    "weights width references events seen"
+    "rows inputs positions level rank row input position before magnitude reference lean weights width references "
+    "events seen"
 ).split()
 Job = tuple[Bytes, tuple[int, ...], Tensor | None, Tensor | None]
 
@@ -41,11 +44,11 @@ def _filled(state, words, at, end):
 
 
 @triton.jit
-def _coefficients(words, fields, first, kinds, values, states, places, FIELDS: tl.constexpr):
+def _coefficients(words, lanes, first, kinds, values, states, places, LANE: tl.constexpr):
     """Decode a lane's part of the coefficients, and leave its state for what follows."""
     lane = tl.program_id(0)
-    own = fields + lane * FIELDS
-    at, end = tl.load(own), tl.load(own + 1)
+    own = lanes + lane * LANE
+    at, end = tl.load(own).to(tl.int64), tl.load(own + 1).to(tl.int64)
     state, at = _filled(at * 0, words, at, end)
     state, at = _filled(state, words, at, end)
     edge = tl.arange(0, 16)
@@ -63,20 +66,21 @@ def _coefficients(words, fields, first, kinds, values, states, places, FIELDS: t
 
 @triton.jit
 def _events(
-    words, fields, hazards, survival, reaches, states, places, values, magnitudes, events, seen,
-    FIELDS: tl.constexpr, BLOCK: tl.constexpr,
+    words, lanes, fields, hazards, survival, reaches, states, places, values, magnitudes, events, seen,
+    LANE: tl.constexpr, FIELDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Decode the events of a lane, a byte for each weight, and leave its state and the place behind its last word."""
     lane = tl.program_id(0)
-    own = fields + lane * FIELDS
-    end, begin, stop = tl.load(own + 1), tl.load(own + 4).to(tl.int32), tl.load(own + 5).to(tl.int32)
-    rows, inputs = tl.load(own + 6).to(tl.int32), tl.load(own + 7).to(tl.int32)
-    positions, level, rank = tl.load(own + 8).to(tl.int32), tl.load(own + 9).to(tl.int32), tl.load(own + 10)
-    row, input, position = tl.load(own + 11), tl.load(own + 12), tl.load(own + 13)
-    before, magnitude, reference, lean = tl.load(own + 14), tl.load(own + 15), tl.load(own + 16), tl.load(own + 17)
-    weights, width, references = tl.load(own + 18), tl.load(own + 19), tl.load(own + 20)
-    events += tl.load(own + 21)
-    seen += tl.load(own + 22)
+    own = lanes + lane * LANE
+    end, begin, stop = tl.load(own + 1).to(tl.int64), tl.load(own + 4), tl.load(own + 5)
+    own = fields + tl.load(own + 6) * FIELDS
+    rows, inputs = tl.load(own).to(tl.int32), tl.load(own + 1).to(tl.int32)
+    positions, level, rank = tl.load(own + 2).to(tl.int32), tl.load(own + 3).to(tl.int32), tl.load(own + 4)
+    row, input, position = tl.load(own + 5), tl.load(own + 6), tl.load(own + 7)
+    before, magnitude, reference, lean = tl.load(own + 8), tl.load(own + 9), tl.load(own + 10), tl.load(own + 11)
+    weights, width, references = tl.load(own + 12), tl.load(own + 13), tl.load(own + 14)
+    events += tl.load(own + 15)
+    seen += tl.load(own + 16)
     at, state = tl.load(places + lane), tl.load(states + lane)
     spent = begin * 0
     index = tl.arange(0, BLOCK)
@@ -157,9 +161,9 @@ def _events(
 
 @cache
 def _tables(device: torch.device) -> tuple[Tensor, ...]:
-    """Return hazards, survival, reaches and the first slots of coefficients, on a device."""
+    """Return hazards, survival, reaches, the first slots of coefficients, and their steps, on a device."""
     fixed = tables()
-    arrays = (fixed.hazard, fixed.survival, fixed.reach, fixed.first)
+    arrays = (fixed.hazard, fixed.survival, fixed.reach, fixed.first, np.array(STEPS))
     return tuple(torch.from_numpy(one.astype(np.int32)).to(device) for one in arrays)
 
 
@@ -180,18 +184,18 @@ def decode_events(jobs: Sequence[Job], device: torch.device) -> list[tuple[int, 
             heads.append(None if plain else Head.read(data, side, weights is not None))
         except CorruptAdapterError:
             heads.append(None)
-    table, words, kinds, steps = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    table, words, shared, codes, sizes = list[np.ndarray](), list[np.ndarray](), [], bytearray(), list[int]()
     spans, held, magnitudes = list[tuple[int, int] | None](), list[Tensor](), list[tuple[int, Tensor]]()
-    word = coefficient = weight = unit = 0
+    lane = word = coefficient = weight = unit = 0
     for (_, shape, weights, reference), head in zip(jobs, heads, strict=True):
         if head is None or head.grid.units >= 1 << 31:
             spans.append(None)
             continue
         lanes, names = len(head.lanes), [*head.sizes]
-        lane, count = np.arange(lanes + 1), sum(head.sizes.values())
+        count = sum(head.sizes.values())
         offsets = dict(zip(names, coefficient + np.cumsum([0, *head.sizes.values()]), strict=False))
         ends, bounds = word + np.cumsum([0, *map(len, head.lanes)]), head.grid.lanes(lanes)
-        parts = coefficient + count * lane // lanes
+        parts = coefficient + count * np.arange(lanes + 1) // lanes
         fields = dict.fromkeys(FIELDS, -1) | head.grid._asdict()
         fields |= {name: offsets[name] for name in offsets if name in FIELDS}
         fields |= {"level": 512 + head.offset, "rank": sum(name.startswith("left") for name in names)}
@@ -204,34 +208,36 @@ def decode_events(jobs: Sequence[Job], device: torch.device) -> list[tuple[int, 
                 magnitudes.append((offsets["magnitude"], own))
         if reference is not None:
             fields["references"] = reference.data_ptr()
-        lines = np.tile(np.array([*fields.values()], dtype=np.int64), (lanes, 1))
-        by_lane = (ends[:-1], ends[1:], parts[:-1], parts[1:], bounds[:-1], bounds[1:])
-        lines[:, : len(by_lane)] = np.stack(by_lane, axis=1)
-        spans.append((len(table), len(table) + lanes))
-        table += [*lines]
+        spans.append((lane, lane + lanes))
+        columns = ends[:-1], ends[1:], parts[:-1], parts[1:], bounds[:-1], bounds[1:], np.full(lanes, len(shared))
+        table.append(np.stack(columns, axis=1))
+        shared.append([*fields.values()])
         words += head.lanes
-        sizes, codes = [*head.sizes.values()], np.array([*head.codes.values()], dtype=np.uint8)
-        kinds.append(np.repeat((codes & 15) - 1, sizes))
-        steps.append(np.repeat(np.array(STEPS, dtype=np.int32)[codes >> 4], sizes))
-        word, coefficient, weight, unit = (
-            int(ends[-1]),
-            coefficient + count,
-            weight + int(np.prod(shape)),
-            unit + head.grid.units,
-        )
+        codes += bytes(head.codes.values())
+        sizes += head.sizes.values()
+        lane, word, coefficient = lane + lanes, int(ends[-1]), coefficient + count
+        weight, unit = weight + int(np.prod(shape)), unit + head.grid.units
     found = torch.zeros(weight, dtype=torch.uint8, device=device)
     if table:
-        sent = (np.concatenate(words).view(np.int16), np.stack(table), np.concatenate([*kinds, np.zeros(1, np.uint8)]),
-                np.concatenate([*steps, np.zeros(1, np.int32)]))  # fmt: skip
-        stream, lines, kind, values = (torch.from_numpy(np.ascontiguousarray(one)).to(device) for one in sent)
-        states, places = (torch.zeros(len(table), dtype=torch.int64, device=device) for _ in range(2))
-        hazards, survival, reaches, first = _tables(device)
-        grid, own = (len(table),), {"FIELDS": len(FIELDS), "num_warps": 1}
-        _coefficients[grid](stream, lines, first, kind, values, states, places, **own)
+        numbers = (
+            (np.concatenate(table), np.int32),
+            (shared, np.int64),
+            ([*codes, 1], np.uint8),
+            ([*sizes, 1], np.int32),
+        )
+        sent = np.concatenate(words).view(np.int16), *(np.asarray(one, kind) for one, kind in numbers)
+        stream, lines, lists, coded, counts = (torch.from_numpy(one).to(device) for one in sent)
+        coded = coded.repeat_interleave(counts, output_size=coefficient + 1).int()
+        states, places = (torch.zeros(lane, dtype=torch.int64, device=device) for _ in range(2))
+        hazards, survival, reaches, first, steps = _tables(device)
+        kinds, values = (coded & 15) - 1, steps[coded >> 4]
+        grid, own = (lane,), {"LANE": LANE, "num_warps": 1}
+        _coefficients[grid](stream, lines, first, kinds, values, states, places, **own)
         added = [_by_magnitude(values[start : start + CLASSES], weights) for start, weights in magnitudes]
         seen = torch.zeros(max(unit, 1), dtype=torch.uint8, device=device)
-        _events[grid](stream, lines, hazards, survival, reaches, states, places, values,
-                      torch.cat(added) if added else values, found, seen, BLOCK=BLOCK, **own)  # fmt: skip
+        own |= {"FIELDS": len(FIELDS), "BLOCK": BLOCK}
+        buffers = hazards, survival, reaches, states, places, values, torch.cat(added) if added else values, found, seen
+        _events[grid](stream, lines, lists, *buffers, **own)
         good = ((states == 0) & (places == lines[:, 1])).cpu()
     made, start = list[tuple[int, Tensor] | None](), 0
     for (data, shape, _, _), span in zip(jobs, spans, strict=True):
@@ -263,18 +269,19 @@ def _by_magnitude(coefficients: Tensor, words: Tensor) -> Tensor:
 def decode_on(payloads: Sequence[There], base: bool) -> list[tuple[Tensor, Tensor] | None]:
     """Decode payloads on the device of their parameters; see `Codec.decode_on`."""
     device = payloads[0][2].device
-    jobs: list[Job] = [(data, shape, weight if base else None, None) for data, shape, weight in payloads]
+    jobs: list[Job] = [(data, shape, weight if base else None, known) for data, shape, weight, known in payloads]
     try:
-        events = decode_events(jobs, device)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            events = decode_events(jobs, device)
     except Exception as error:  # Triton compiles when it is first used, and may find no compiler, or too little memory
         logging.getLogger("maskpack").warning("masks are not decoded on %s, but on the CPU: %s", device, error)
         return [None] * len(payloads)
-    return [None if one is None else _bits_and_zeros(*one) for one in events]
+    return [None if one is None else _bits_and_zeros(*one, job[3]) for one, job in zip(events, jobs, strict=True)]
 
 
-def _bits_and_zeros(symbol: int, events: Tensor) -> tuple[Tensor, Tensor]:
+def _bits_and_zeros(symbol: int, events: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
     kept = events if symbol else 1 - events
-    eights = torch.nn.functional.pad(kept, (0, -len(kept) % 8)).view(-1, 8)
-    packed = (eights << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(1, dtype=torch.uint8)
+    if reference is not None:
+        kept = kept ^ unpacked(reference, len(kept)).byte()
     zeros = (kept == 0).nonzero()[:, 0]
-    return packed, zeros.to(torch.int32) if len(kept) < 2**31 else zeros
+    return packed(kept), zeros.to(torch.int32) if len(kept) < 2**31 else zeros

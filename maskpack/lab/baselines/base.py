@@ -29,15 +29,13 @@ Rates: TypeAlias = Mapping[str, tuple[float, ...]]  # learning rates to choose f
 
 @dataclass(frozen=True)
 class Trial:
-    """What a baseline is fitted to.
+    """A task that a baseline solves.
 
     Attributes:
         backbone: to be used up.
         data: its training split are the rows whose labels may be used; there is no other split.
         unlabelled: all training rows, without class names.
-        config: with the seed and the learning rate of the trial.
         folder: of this trial, for checkpoints; a training that is there goes on.
-        report: gets the events of training.
     """
 
     backbone: Backbone
@@ -69,7 +67,7 @@ class Trial:
         return embeddings(self.backbone, [(inputs, labels)])[0]
 
     def probed(self, probe: Probe) -> Predict:
-        """Return what a probe predicts from a batch by the backbone as it is then."""
+        """Return a function from a batch to the logits of a probe, on features by the backbone as it is then."""
         return lambda inputs: probe.logits(self.features(inputs))
 
 
@@ -79,11 +77,9 @@ class Fitted:
 
     Attributes:
         predict: from a batch of preprocessed inputs to scores of the classes, (B, classes) float32 on the CPU.
-        trained: number of trained parameters, heads included; a score is one.
-        sizes: bytes to store beside the backbone, by what they are; those of the head under "head".
-        steps: optimiser steps.
-        controls: by name, what the baseline is to be compared with, made from the same training.
-        note: what is said beside the name of the baseline.
+        trained: number of trained parameters, heads and scores included. steps: of the optimiser.
+        sizes: bytes to store beside the backbone, by role; those of the head under "head".
+        controls: by name, other networks of the same training, to compare with. note: to stand beside the name.
     """
 
     predict: Predict
@@ -95,10 +91,7 @@ class Fitted:
 
 
 class Baseline(ABC):
-    """A way to solve the task.
-
-    Args:
-        given: the argument behind the colon of the name, as "8" in "lora:8"; None without one.
+    """A way to solve the task. `given` is the argument behind the colon of the name, as "8" in "lora:8", or None.
 
     Attributes:
         argument: what may stand behind a colon, as "rank"; None: nothing.
@@ -148,7 +141,7 @@ def find_baseline(name: str) -> Baseline:
 
 
 def classified(classifier: Classifier) -> Predict:
-    """Return what a classifier predicts from a batch, computed on its own device."""
+    """Return a function from a batch to the logits of a classifier, computed on its own device."""
     device = classifier.linear.weight.device
 
     def predict(inputs: Inputs) -> Tensor:

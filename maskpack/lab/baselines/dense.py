@@ -1,4 +1,4 @@
-"""Baselines that train some numbers and a head: full fine-tuning, BitFit, norms."""
+"""Baselines that train some numbers and a head, or none: full fine-tuning, BitFit, norms; probe and neighbours."""
 
 import math
 from abc import abstractmethod
@@ -16,13 +16,12 @@ from ...backbone.load import Backbone
 from ...backbone.model import Head
 from ...errors import ConfigError
 from ...mask import MaskSet
-from ...training.batchnorm import batchnorm_statistics
-from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
+from ...training.features import fit_probe, knn_scores
 from ...training.learn import body_parameters, learning_names
-from ...training.stored import shortened
+from ...training.run_folder import FILE, RunOptions
+from ...training.stored import batchnorm_statistics, shortened
 from ...training.trainer import ObjectiveRun, train_dense
-from ..quantize import quantized
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
 
 IN_STEPS = 0  # stands for norms as adapters have them, among numbers of bits
@@ -48,7 +47,7 @@ class Dense(Baseline):
         return tensor.view(1, -1)
 
     def note(self, backbone: Backbone, config: TrainConfig) -> str:
-        """Return what is said beside the name of the baseline."""
+        """Return a note to stand beside the name of the baseline."""
         return ""
 
     def fit(self, trial: Trial) -> Fitted:
@@ -61,54 +60,40 @@ class Dense(Baseline):
                 start.update({name: one.detach().clone() for name, one in learned.items()})
             return learned
 
-        steps = train_dense(
-            trial.backbone,
-            trial.data,
-            settings,
-            learn,
-            output=folder,
-            resume=(folder / FILE).exists(),
-            report=trial.report,
-        )
-        classifier = steps.objective.module
+        options: RunOptions = {"output": folder, "resume": (folder / FILE).exists(), "report": trial.report}
+        run = train_dense(trial.backbone, trial.data, settings, learn, **options)
+        classifier = run.objective.module
         assert isinstance(classifier, Classifier)
-        head, (folded, statistics) = parameters(*classifier.linear.parameters()), self._settled(steps)
-        numbers = {name: one for name, one in steps.scores.items() if name not in folded}
-        stored = {16: {name: one.detach().half() for name, one in numbers.items()}}
-        learned = parameters(*steps.scores.values())
-        weights = {16: 2 * parameters(*numbers.values())}
-        for bits in self.bits:
-            stored[bits], weights[bits] = self._rounded(numbers, start, bits)
-        if self.bits and (coded := self._in_steps(steps, numbers)) is not None:
-            stored[IN_STEPS], weights[IN_STEPS] = coded
-        others = {"statistics": statistics, "head": _head_bytes(steps.objective.head())}
-        predict, inside = classified(classifier), [0]  # of how many bits the numbers in the network are
-
-        def put_in(bits: int) -> None:
-            if inside[0] != bits:
-                for name, one in numbers.items():
-                    one.data.copy_(stored[bits][name])
-                inside[0] = bits
+        head, (folded, statistics) = parameters(*classifier.linear.parameters()), self._settled(run)
+        numbers = {name: one for name, one in run.scores.items() if name not in folded}
+        trained = parameters(*run.scores.values()) + head
+        # values and bytes of the numbers, by bits
+        stored = {16: ({name: one.detach().half() for name, one in numbers.items()}, 2 * parameters(*numbers.values()))}
+        stored |= {bits: self._rounded(numbers, start, bits) for bits in self.bits}
+        if self.bits and (coded := self._in_steps(run, numbers)) is not None:
+            stored[IN_STEPS] = coded
+        others = {"statistics": statistics, "head": _head_bytes(run.objective.head())}
+        predict, inside = classified(classifier), list[int]()  # of how many bits the numbers in the network are
 
         def fitted(bits: int) -> Fitted:
             def by_the_stored(inputs: Inputs) -> Tensor:
-                put_in(bits)
+                if inside != [bits]:
+                    for name, one in numbers.items():
+                        one.data.copy_(stored[bits][0][name])
+                    inside[:] = [bits]
                 return predict(inputs)
 
-            return Fitted(by_the_stored, learned + head, {"weights": weights[bits], **others}, steps.steps, note=note)
+            return Fitted(by_the_stored, trained, {"weights": stored[bits][1], **others}, run.steps, note=note)
 
-        put_in(16)
         words = {1: "1 bit", IN_STEPS: "in steps"}
-        return replace(
-            fitted(16), controls={words.get(bits, f"{bits} bits"): fitted(bits) for bits in stored if bits != 16}
-        )
+        controls = {words.get(bits, f"{bits} bits"): fitted(bits) for bits in stored if bits != 16}
+        return replace(fitted(16), controls=controls)
 
     def _settled(self, run: ObjectiveRun) -> tuple[set[str], int]:
         """Put head and adapted statistics into the network as they are stored beside a mask.
 
-        Returns:
-            The names of the parameters that are stored with the statistics, as one scale and one shift a channel; and
-            the bytes of both.
+        Return the names of the parameters that are stored with the statistics, as one scale and one shift a channel;
+        and the bytes of both.
         """
         if run.config.bn != "adapt" or not batchnorm_statistics(run.backbone.model):
             run.objective.settle()
@@ -144,7 +129,7 @@ class Dense(Baseline):
 
 
 def _settled_parts(run: ObjectiveRun) -> Parts:
-    """Put what was learned into the network as it is stored beside a mask, and return norms, parameters, statistics."""
+    """Settle the network as beside a mask; return the norms, parameters and statistics to store."""
     run.settle()
     return shortened(Parts(MaskSet({})), run.backbone.model, run.before)
 
@@ -172,11 +157,7 @@ class Full(Dense):
 
 
 class Named(Dense):
-    """Parameters of one kind learn alone, and a head.
-
-    Attributes:
-        word: of `learning_names`.
-    """
+    """Parameters of one kind learn alone, which `word` means, as of `learning_names`; and a head."""
 
     word: ClassVar[str]
 
@@ -209,3 +190,69 @@ class Norms(Named):
     reference = "https://arxiv.org/abs/2003.00152"
     rates: ClassVar[Rates] = {"adam": (3e-3, 1e-2, 3e-2), "sgd": (0.01, 0.03, 0.1)}
     word = "norms"
+
+
+STEP_BITS = 16  # of a row's step, float16
+SHARES = torch.linspace(0.05, 1.0, 39)  # of the step that reaches a row's greatest value, to choose from
+
+
+def quantized(rows: Tensor, bits: int) -> tuple[Tensor, float]:
+    """Return rows of numbers, (R, N), rounded to `bits` bits each, at most 8, and the bits that they take together.
+
+    The levels of a row are the odd multiples of half a step, as many above zero as below it: with one bit, a sign. The
+    step is the one of smallest squared error among 39, each fitted by least squares, and is stored as float16. The
+    levels are coded by an adaptive arithmetic coder, or as they are; one more bit says which.
+    """
+    half = 2 ** (bits - 1)
+    widest = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / (half - 0.5)
+    levels, values = torch.zeros_like(rows), torch.zeros_like(rows)
+    least = torch.full((len(rows), 1), math.inf, device=rows.device)
+    for share in SHARES:
+        found = (rows / (share * widest)).floor().clamp(-half, half - 1) + 0.5
+        step = (rows * found).sum(1, keepdim=True) / (found * found).sum(1, keepdim=True)
+        rounded = found * step.half().float()
+        error = (rounded - rows).square().sum(1, keepdim=True)
+        levels, values = torch.where(error < least, found, levels), torch.where(error < least, rounded, values)
+        least = torch.minimum(error, least)
+    counts = torch.bincount((levels - 0.5).long().flatten() + half, minlength=2 * half)
+    return values, len(rows) * STEP_BITS + 1 + min(code_bits(counts), rows.numel() * bits)
+
+
+def code_bits(counts: Tensor) -> float:
+    """Return the length of an adaptive arithmetic code of symbols that occur so often, (S,); it needs no table.
+
+    Each symbol is coded with the probability (times that it came before + 1/2) / (symbols before + S/2).
+    """
+    seen, kinds = counts.double(), len(counts)
+    logarithm = torch.lgamma(seen.sum() + kinds / 2) - math.lgamma(kinds / 2)
+    logarithm -= (torch.lgamma(seen + 0.5) - math.lgamma(0.5)).sum()
+    return float(logarithm) / math.log(2)
+
+
+@BASELINES.register
+class Knn(Baseline):
+    """Nearest neighbours of the frozen features: k 200, cosine, temperature 0.1; the bank is stored."""
+
+    id = "knn"
+    reference = "https://arxiv.org/abs/1805.01978"
+    seeded = False
+
+    def fit(self, trial: Trial) -> Fitted:
+        x, y = trial.embed()
+        return Fitted(
+            lambda inputs: knn_scores(x, y, trial.features(inputs), trial.classes), 0, {"bank": x.nbytes + y.nbytes}
+        )
+
+
+@BASELINES.register
+class LinearProbe(Baseline):
+    """Linear probe of the frozen features, a convex problem without a learning rate."""
+
+    id = "probe"
+    reference = "https://arxiv.org/abs/1610.01644"
+    seeded = False
+
+    def fit(self, trial: Trial) -> Fitted:
+        probe = fit_probe(*trial.embed(), trial.classes)
+        count = parameters(probe.weight, probe.bias)
+        return Fitted(trial.probed(probe), count, {"head": 4 * count})

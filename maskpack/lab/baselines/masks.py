@@ -19,12 +19,12 @@ from ...runtime.cascade import load_cascade
 from ...runtime.load import load_mask
 from ...training.auto import CLAIM, SEARCH, train_auto
 from ...training.cascade import DISPATCHER, fit_cascade_head, fit_whitening, train_cascade
-from ...training.checkpoint import FILE
 from ...training.config import TrainConfig
 from ...training.evaluate import costs
 from ...training.features import fit_probe
 from ...training.methods.base import METHODS, build_method
 from ...training.objectives.base import SELF_SUPERVISED
+from ...training.run_folder import FILE
 from ...training.trainer import TrainResult, train_mask
 from .base import BASELINES, Baseline, Fitted, Predict, Rates, Trial, classified, parameters
 
@@ -182,7 +182,7 @@ def _write(
 
 
 def _learned(result: TrainResult) -> int:
-    """Return how many numbers were trained for a mask set: scores, and parameters themselves."""
+    """Return the count of trained numbers of a mask set: scores, and parameters themselves."""
     record = result.about.training or {}
     found: int = record["scores"] + parameters(*result.parts.parameters.values())
     for one in result.parts.norms.values() if record["rates"].get("train") else ():  # else of statistics that adapted

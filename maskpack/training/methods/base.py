@@ -13,14 +13,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from ...mask import Op, PackedMask, masked_weight
-from ...registry import Finite, Options, Registry, make_options
+from ...registry import Options, Registry, make_options
 
 
 @dataclass(frozen=True)
 class State:
-    """Where training stands, for the scores of one parameter.
+    """The state of training, for the scores of one parameter.
 
     Attributes:
         progress: share of the training steps that are done, 0 to 1; 1 for finished scores.
@@ -106,35 +105,8 @@ class Method(Options, ABC):
 METHODS: Registry[Method] = Registry("method", "maskpack.training.methods")
 
 
-@dataclass(frozen=True)
-class FromAbove(Method):
-    """A method whose scores begin with one value above a threshold.
-
-    Attributes:
-        init: initial value of all scores, above the threshold.
-        threshold: what a score is compared with.
-    """
-
-    init: Finite = 1.0
-    threshold: Finite = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.threshold >= self.init:
-            raise ConfigError(
-                f"init must be above threshold, or all weights start removed; got {self.init} and {self.threshold}"
-            )
-
-    def init_scores(self, weight: Tensor) -> Tensor:
-        return torch.full_like(weight, self.init, dtype=torch.float32)
-
-
 def build_method(name: str, options: dict[str, Any] | None = None) -> Method:
-    """Return the method with this id and these options.
-
-    Raises:
-        UnknownNameError: if there is no such method. ConfigError: if it has no such option, or a value is impossible.
-    """
+    """Return the method with this id and these options."""
     method: Method = make_options(METHODS[name], f"the method {name!r}", options or {})
     return method
 
@@ -154,12 +126,7 @@ def alpha(mask: Tensor) -> Tensor:
 def straight_through(
     weight: Tensor, scores: Tensor, mask: Tensor, scale: bool, *, detach_scale: bool = False
 ) -> Tensor:
-    """Return the masked weight with the gradient of `StraightThrough`.
-
-    Args:
-        scores: of the weight's shape.
-        scale: divide by `alpha(mask)`. detach_scale: without its gradient.
-    """
+    """Return the masked weight with the gradient of `StraightThrough`; `scale` divides it by `alpha(mask)`."""
     divisor = alpha(mask) if scale else None
     result: Tensor = StraightThrough.apply(
         scores, weight, masked_weight(weight, mask, divisor), divisor, None if detach_scale else mask

@@ -5,94 +5,26 @@ that is trained or remembered beside it. `loss` maps a batch to a scalar. Everyt
 `supervised` is a task: it says too how rows become inputs and targets, and how well a network does on them.
 """
 
-import math
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...backbone.load import Backbone
 from ...backbone.model import Head
 from ...errors import ConfigError, DataError, UnknownNameError
 from ...registry import Options, Registry, make_options
-from ..batchnorm import recalibrate
 from ..config import TrainConfig
-from ..data.base import Data, EpochSampler, Examples, loader, readable
-from ..data.load import find_input, find_label, read_labels
+from ..data.base import Data, EpochSampler, Examples, find_input, find_label, loader, read_labels, readable
+from ..stored import recalibrate
 
 SELF_SUPERVISED = "self-supervised"  # stands for the objective without labels for the backbone's task
 SUPERVISED = "supervised"  # stands for the one with labels
-KEPT = 1024  # newest rows of features that the rank is measured on
-LEAST_USAGE, LEAST_RANK = 0.5, 2.0
-
-
-class CollapseWatch:
-    """Measures of collapse, over the batches of an epoch; `prototypes`: their number, 0 if the objective has none."""
-
-    def __init__(self, prototypes: int = 0):
-        self.used = torch.zeros(prototypes, dtype=torch.int64)  # how often each prototype was the nearest
-        self.rows: deque[Tensor] = deque()
-
-    def add(self, features: Tensor, scores: Tensor | None = None) -> None:
-        """Add a batch: features (N, D) of the backbone, and prototype scores (N, K)."""
-        self.rows.append(features.detach().float().cpu())
-        while sum(len(rows) for rows in self.rows) - len(self.rows[0]) >= KEPT:
-            self.rows.popleft()
-        if scores is not None:
-            self.used += torch.bincount(scores.detach().argmax(-1).cpu(), minlength=len(self.used))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what was added since the last `metrics`."""
-        lengths = torch.tensor([len(rows) for rows in self.rows], dtype=torch.int64)
-        rows = torch.cat(list(self.rows)) if self.rows else torch.zeros(0, 0)
-        return {"used": self.used.clone(), "lengths": lengths, "rows": rows}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a `state`."""
-        self.used.copy_(state["used"])
-        self.rows = deque(torch.split(state["rows"], state["lengths"].tolist()))
-
-    def metrics(self) -> dict[str, float]:
-        """Return `feature_rank` and, with prototypes, `prototype_usage`, and start anew.
-
-        `feature_rank` is the exponential of the entropy of the features' singular values (RankMe, arXiv 2210.02885),
-        1 (all features are multiples of one) to D. `prototype_usage` is the entropy of the counts of nearest prototypes
-        over its maximum, 0 (always the same one) to 1 (all equally often, or none twice).
-        """
-        found = {"feature_rank": _effective_number(torch.linalg.svdvals(torch.cat(list(self.rows)).double()))}
-        if len(self.used):
-            most = min(len(self.used), int(self.used.sum()))
-            found["prototype_usage"] = math.log(_effective_number(self.used)) / math.log(most) if most > 1 else 1.0
-        self.used.zero_()
-        self.rows.clear()
-        return found
-
-
-def _effective_number(amounts: Tensor) -> float:
-    """Return the exponential of the entropy of the amounts' shares."""
-    shares = amounts.double() / amounts.sum().clamp(min=1e-12)
-    return float(torch.special.entr(shares).sum().exp())
-
-
-def collapse_warning(metrics: Mapping[str, float]) -> str | None:
-    """Return a warning if the metrics of `CollapseWatch` show a collapse, else None."""
-    usage, rank = metrics.get("prototype_usage", 1.0), metrics["feature_rank"]
-    if usage >= LEAST_USAGE and rank >= LEAST_RANK:
-        return None
-    found, healthy, remedy = f"feature rank {rank:.1f}", f"is over {LEAST_RANK:.0f}", ""
-    if "prototype_usage" in metrics:
-        found = f"prototype usage {usage:.2f}, {found}"
-        healthy, remedy = f"are over {LEAST_USAGE} and {LEAST_RANK:.0f}", ", or use more prototypes"
-    return (
-        f"the representation is collapsing ({found}; healthy {healthy}); lower the learning rate of the scores{remedy}"
-    )
 
 
 class Objective(ABC):
-    """What the scores are trained on.
+    """A training objective: a loss, and the data that it is for.
 
     Attributes:
         tasks: of backbones that it is for. needs_labels: reads labels, or other targets.
@@ -106,7 +38,6 @@ class Objective(ABC):
         fresh: tensors of `module`, by name, that a run started from another one's end does not take over.
         module: the backbone and all that is trained or remembered beside it. Its trained tensors and buffers are in
             checkpoints.
-        watch: measures of collapse, if it adds batches to them.
     """
 
     id: ClassVar[str]
@@ -124,7 +55,6 @@ class Objective(ABC):
     fresh: ClassVar[tuple[str, ...]] = ()
     module: nn.Module
     options: Any
-    watch: CollapseWatch | None = None
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         self.backbone, self.data, self.config = backbone, data, config
@@ -134,11 +64,7 @@ class Objective(ABC):
     def columns(
         cls, features: Mapping[str, Any], column: str | None, label: str | None, task: str | None
     ) -> tuple[str, str | None]:
-        """Return the columns of inputs and of targets, None if there are none: those given, or those found.
-
-        Raises:
-            DataError: if it cannot be told which they are.
-        """
+        """Return the columns of inputs and of targets, None if there are none: those given, or those found."""
         label = label or find_label(features)
         return column or find_input(features, label, "words" if task == "token-classification" else "text"), label
 
@@ -156,7 +82,7 @@ class Objective(ABC):
 
     @classmethod
     def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
-        """Return how well a backbone does the task that has an adapter loaded; `head` is the adapter's."""
+        """Return the figure of a backbone that has an adapter loaded; `head` is the adapter's."""
         raise ConfigError(f"the objective {cls.id!r} is no task, and measures nothing")
 
     def start(self) -> None:  # noqa: B027
@@ -200,21 +126,19 @@ class Objective(ABC):
         recalibrate(self.network, readable(self.load(self.data.train)))
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is gathered for `metrics`, for checkpoints within an epoch."""
-        return {} if self.watch is None else self.watch.state()
+        """Return the tensors gathered for `metrics`, for checkpoints within an epoch."""
+        return {}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Continue from a `state`."""
-        if self.watch is not None:
-            self.watch.restore(state)
 
     def metrics(self) -> Mapping[str, float]:
         """Return measures of the epoch that ends, beside its loss."""
-        return {} if self.watch is None else self.watch.metrics()
+        return {}
 
     def warning(self, metrics: Mapping[str, float]) -> str | None:
         """Return a warning that these metrics give reason for, or None."""
-        return None if self.watch is None else collapse_warning(metrics)
+        return None
 
     def evaluate(self, examples: Examples) -> Mapping[str, float]:
         """Return measures of a held-out split under the current masks."""

@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier
+from ...backbone.classifier import Classifier, linear_from
 from ...backbone.load import Backbone, export_state, load_tensors
+from ...backbone.model import Head
 from ...errors import ConfigError
 from ...registry import Options, Positive, Share
 from ...safetensors_io import read_tensors
@@ -64,11 +65,7 @@ class Distill(Supervised):
 
 
 def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Classifier:
-    """Return the network in a safetensors file, in evaluation mode and frozen.
-
-    Args:
-        model: of the backbone's architecture; it becomes the teacher's.
-    """
+    """Return the network in a safetensors file, in evaluation mode and frozen; `model` gets its weights."""
     if not path:
         raise ConfigError(
             "the objective 'distill' needs a teacher, a safetensors file of the backbone's architecture with a head "
@@ -77,9 +74,7 @@ def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Cl
     state, linear = read_tensors(path), None
     if backbone.head is None:
         weight, bias = (state.pop(f"{HEAD}.{leaf}", None) for leaf in ("weight", "bias"))
-        if weight is not None:
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-            linear.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+        linear = None if weight is None else linear_from(Head(backbone.embedding, weight, bias))
     load_tensors(model, state, path, backbone.head)
     if backbone.head is not None:
         own = model.get_submodule(backbone.head)
@@ -95,11 +90,9 @@ def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Cl
 def train_teacher(
     backbone: Backbone, data: Data, config: TrainConfig, folder: str | Path, **options: Unpack[PartOptions]
 ) -> Path:
-    """Fine-tune a copy of a backbone whole, with a linear head, and return the file that has it.
+    """Fine-tune a copy of a backbone whole, with a linear head, and return the file that has it, in the folder.
 
-    Args:
-        config: of the run; weights learn at 0.001 under Adam and 0.05 under SGD.
-        folder: for the file and the run. On resume a file that is there is not made again.
+    Weights learn at 0.001 under Adam and 0.05 under SGD. On resume a file that is there is not made again.
     """
     from ..learn import body_parameters
     from ..trainer import train_dense  # plug-ins are imported by it

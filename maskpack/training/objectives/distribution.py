@@ -12,11 +12,11 @@ from ...backbone.classifier import Classifier, Inputs, modes_kept, to_device
 from ...backbone.load import Backbone
 from ...errors import ConfigError
 from ...registry import NonNegative, Options, Positive
-from ..batchnorm import batchnorm_statistics
 from ..config import TrainConfig
 from ..data.base import Data, Examples, readable
 from ..methods.base import METHODS, methods_that_are
 from ..scores import scored_weights, without_scores
+from ..stored import batchnorm_statistics
 from .base import OBJECTIVES, Objective
 
 

@@ -12,10 +12,8 @@ from ...backbone.load import Backbone
 from ...backbone.model import Head
 from ...errors import ConfigError, DataError
 from ..config import TrainConfig
-from ..data.base import Data, Examples, readable
-from ..data.load import LABEL_NAMES, find_input
-from ..features import embed
-from ..worth import SPLITS
+from ..data.base import LABEL_NAMES, Data, Examples, find_input, readable
+from ..features import SPLITS, embed
 from .base import OBJECTIVES
 from .supervised import Supervised
 

@@ -9,17 +9,15 @@ from torch import Tensor, nn
 
 from ...backbone.classifier import Classifier, accuracy, classifier_from, embeddings, linear_from, predictions
 from ...backbone.load import Backbone, text_head
-from ...backbone.model import Head
-from ...backbone.random_weights import MAX_WEIGHTS, RandomWeight, random_weight
+from ...backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight
 from ...errors import AdapterError, ConfigError, DataError
 from ..config import TrainConfig
 from ..data.base import Data, Examples, loader, readable
-from ..features import Probe, by_class, embed, fit_probe
+from ..features import Probe, by_class, embed, fit_probe, probe_accuracies
 from ..methods.base import build_method
 from ..own_loop import extract_masks
 from ..scores import attach, scored_weights
 from ..stored import kept_head, settle_head
-from ..worth import probe_accuracies
 from .base import OBJECTIVES, Objective
 
 LEAST_BIAS = -100.0  # of a class without a row: finite in any precision and under label smoothing
@@ -84,7 +82,7 @@ class Supervised(Objective):
 
     @classmethod
     def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
-        """Return what `by_class` gives over the examples that can be read."""
+        """Return accuracies as `by_class` over the examples that can be read."""
         return by_class(*cls.logits(backbone, examples, head, batch_size))
 
     @classmethod
@@ -104,7 +102,7 @@ class Supervised(Objective):
     def outputs(
         cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Return what a backbone that has an adapter with a head loaded gives for examples, and their targets."""
+        """Return outputs of a backbone that has an adapter with a head loaded, and targets."""
         if head is None:
             raise AdapterError(
                 "this adapter has no head or no preprocessing, so it has no accuracy of its own; measure its features "

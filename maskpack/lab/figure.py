@@ -1,4 +1,4 @@
-"""What pictures have in common: the style, rows by layer, matrices, curves, and files whose bytes follow from them."""
+"""What all pictures share: style, rows by layer, matrices, curves, and files whose bytes follow from the figure."""
 
 import io
 import math
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ConfigError, escape, require
-from ...safetensors_io import replacing
+from ..errors import ConfigError, escape, require
+from ..safetensors_io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,11 +186,7 @@ def draw_matrix(
 
 
 def draw_curves(curves: Sequence[tuple[str, Curve, Mapping[str, Any]]]) -> "tuple[Figure, Axes]":
-    """Draw accuracies as lines.
-
-    Args:
-        curves: (name, points, options of `errorbar`); one without a name is not in the legend.
-    """
+    """Draw accuracies as lines: (name, points, options of `errorbar`); one without a name is not in the legend."""
     figure = new_figure(7.5, max(4.2, 0.6 + 0.21 * sum(bool(name) for name, *_ in curves)))
     axes = figure.add_subplot()
     for name, points, options in curves:

@@ -1,7 +1,8 @@
-"""Pairs of networks: barriers, common mistakes, distances (arXiv 2008.11687), CKA of layers (arXiv 1905.00414)."""
+"""Measurements: barriers, mistakes, distances, CKA, criticality (arXiv 2008.11687, 1905.00414, 1912.00528)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, count
 from statistics import stdev
 from typing import Any
@@ -9,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, Inputs, predictions
-from ...backbone.model import canonical
-from ...errors import ConfigError
-from ...mask import MaskSet, PackedMask
-from ...training.features import digest_of, keep_features, kept_features
-from .evaluation import Evaluations, Progress, T, counted
-from .network import Network, State, body_of, kept
+from ..backbone.classifier import Classifier, Inputs, predictions
+from ..backbone.model import canonical
+from ..errors import ConfigError
+from ..mask import MaskSet, PackedMask
+from ..training.features import digest_of, keep_features, kept_features
+from .networks import Evaluations, Network, Progress, State, T, body_of, counted, kept
 
 LEAST = 512  # examples, below which a note on CKA is due
 
@@ -53,9 +53,8 @@ def barrier(
 ) -> dict[str, Any]:
     """Measure the networks at evenly spaced `points` from one state (t = 0) to another (t = 1).
 
-    Returns:
-        {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
-        between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
+    Return {"points": {"t", "accuracy", "loss"} of each, "barrier": the most that accuracy lies below the straight line
+    between those of the ends, 0 or more, "loss_barrier": the same of the loss, above that line}.
     """
     if points < 3:
         raise ConfigError(f"a barrier needs at least 3 points, the ends and one between them; got {points}")
@@ -81,9 +80,8 @@ def barriers(
 ) -> dict[str, Any]:
     """Measure the barrier of every pair of networks.
 
-    Returns:
-        {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": {"first", "second", "kinds", …} with what
-        `barrier` gives, "deviations": sample deviation of the accuracies of each kind with several networks}.
+    Return {"networks": {"network", "kind", "accuracy", "loss"}, "pairs": as of `each_pair`, with what `barrier` gives,
+    "deviations": sample deviation of the accuracies of each kind with several networks}.
     """
     done, of = count(1), math.comb(len(networks), 2) * points
 
@@ -107,9 +105,8 @@ def barriers(
 def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
     """Compare what two networks get right: for each example whether its class was given, (N,) bool.
 
-    Returns:
-        {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
-        there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
+    Return {"both", "only_first", "only_second": numbers of errors, "overlap": errors of both / errors of any (None if
+    there are none), "kappa": Cohen's kappa of being right (None where chance explains all)}.
     """
     if first.shape != second.shape or not len(first):
         raise ConfigError(f"mistakes are compared on the same examples, got {len(first)} and {len(second)}")
@@ -129,9 +126,8 @@ def common_mistakes(first: Tensor, second: Tensor) -> dict[str, Any]:
 def mistakes(evaluations: Evaluations, networks: Sequence[Network], report: Progress | None = None) -> dict[str, Any]:
     """Compare the mistakes of every pair of networks.
 
-    Returns:
-        {"networks": {"network", "kind", "accuracy"}, "pairs": {"first", "second", "kinds", …} with what
-        `common_mistakes` gives, "examples"}.
+    Return {"networks": {"network", "kind", "accuracy"}, "pairs": as of `each_pair`, with what `common_mistakes` gives,
+    "examples"}.
     """
     with kept(evaluations.module):
         found = [evaluations.of(one.state, rows=True) for one in counted(networks, report)]
@@ -164,11 +160,7 @@ def distances(networks: Sequence[Network], groups: Mapping[str, Sequence[str]], 
 def parameter_distance(
     first: State, second: State, groups: Mapping[str, Sequence[str]], initial: State
 ) -> dict[str, Any]:
-    """Return Euclidean distances of parameters, by module (`groups`) and in all.
-
-    Returns:
-        {"distance", "relative": to the norm of the initial parameters (None without any), "modules": {name: the same}}.
-    """
+    """Return {"distance", "relative": to the norm of the initial parameters, or None, "modules": the same by group}."""
     every = [name for names in groups.values() for name in names]
     square = {name: float((first[name].double() - second[name].double()).square().sum()) for name in every}
     size = {name: float(initial[name].double().square().sum()) for name in every if name in initial}
@@ -185,12 +177,9 @@ def parameter_distance(
 def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, Any]:
     """Return distances of two masks of one base, by parameter and in all.
 
-    A parameter that one of them does not mask counts as kept whole there.
-
-    Returns:
-        {"hamming": share of the weights that are treated differently, "weighted": norm of W * (M1 - M2), where M is 0
-        for a weight that is removed and -1 for one whose sign is inverted, "relative": the same by the norm of W,
-        "parameters": {name: the same}}.
+    A parameter that one of them does not mask counts as kept whole there. "hamming" is the share of the weights that
+    are treated differently, "weighted" the norm of W * (M1 - M2), where M is 0 for a weight that is removed and -1 for
+    one whose sign is inverted, "relative" the same by the norm of W.
     """
     sums: dict[str, list[float]] = {}
     for name in sorted(first.keys() | second.keys()):
@@ -213,7 +202,7 @@ def mask_distance(first: MaskSet, second: MaskSet, weights: State) -> dict[str, 
 
 
 def _multiplier(mask: PackedMask | None, shape: tuple[int, ...]) -> Tensor:
-    """What a mask multiplies each weight with, without its scale: 1, 0 or -1; op "replace" counts as 0."""
+    """Return the factors of a mask without its scale: 1, 0 or -1; op "replace" counts as 0."""
     if mask is None:
         return torch.ones(shape, dtype=torch.float64)
     bits = mask.tensor().double()
@@ -249,11 +238,8 @@ def similarities(
 ) -> dict[str, Any]:
     """Measure linear CKA between the same layer of every pair of networks.
 
-    Args:
-        names: of modules or blocks, as of `grouped`; those that put nothing out, and the head, are left out.
-
-    Returns:
-        {"layers": names in order, "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
+    `names` are as of `grouped`; those without an output, and the head, are left out. Return {"layers": names in order,
+    "pairs": [{"first", "second", "kinds", "cka": of each layer}], "examples"}.
     """
     module = evaluations.module
     head = module.embedding.module if isinstance(module, Classifier) else None
@@ -266,7 +252,7 @@ def similarities(
 
 
 def layer_features(evaluations: Evaluations, state: State, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return what these modules of a state put out, (examples, features) float32 for each, cached as features are.
+    """Return the outputs of modules for a state, (examples, features) float32 for each, cached as features are.
 
     Maps are averaged over their positions, tokens over those that are no padding.
     """
@@ -314,3 +300,116 @@ def _pooled(output: Any, attention: Tensor | None) -> Tensor:
         weights = attention.unsqueeze(-1).to(output)
         return (output * weights).sum(1) / weights.sum(1).clamp(min=1)
     return output.mean(1) if output.ndim == 3 else output.flatten(1)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Settings of the search for noise radii and the formal measure.
+
+    Attributes:
+        draws: Gaussian draws that a loss is the mean of; `seed` and the draw's number decide them.
+        excess: the loss that is tolerated, in nats above that of the network.
+        scales: standard deviations to try, relative to the root mean square of the module's trained parameters.
+    """
+
+    draws: int = 3
+    excess: float = 0.1
+    scales: tuple[float, ...] = (2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.excess <= 0 or not self.scales or not all(one > 0 for one in self.scales):
+            raise ConfigError(f"noise needs at least one draw, an excess above 0 and scales above 0; got {self}")
+
+    def borne(
+        self, evaluations: Evaluations, state: State, names: Sequence[str], unit: float, limit: float
+    ) -> float | None:
+        """Return the largest scale, in units of `unit`, with which the loss stays within a limit; None if none does."""
+        for scale in sorted(self.scales, reverse=True):
+            losses = []
+            for draw in range(self.draws):
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
+                noisy = dict(state)
+                for name in names:
+                    drawn = torch.randn(state[name].shape, generator=generator).to(state[name])
+                    noisy[name] = state[name] + scale * unit * drawn
+                losses.append(evaluations.of(noisy)["loss"])
+            if sum(losses) / len(losses) <= limit:
+                return scale
+        return None
+
+
+def rewound(state: State, initial: State, names: Iterable[str], share: float = 0.0) -> dict[str, Tensor]:
+    """Return a state in which these tensors are (1 - share) initial + share trained; share 0 gives the initial bits."""
+    changed = {name: initial[name] if share == 0 else torch.lerp(initial[name], state[name], share) for name in names}
+    return {**state, **changed}
+
+
+def criticality(
+    evaluations: Evaluations,
+    state: State,
+    initial: State,
+    groups: Mapping[str, Sequence[str]],
+    *,
+    points: int = 1,
+    noise: Noise | None = None,
+    report: Progress | None = None,
+) -> dict[str, Any]:
+    """Rewind one module at a time, and measure what is lost.
+
+    Args:
+        state, initial: the network after and before training.
+        groups: names of parameters by module or block, all of them in `initial`: see `grouped`.
+        points: steps of the direct path a = 0, 1 / points, …, 1 from initial (0) to trained (1).
+        noise: look for noise radii and the formal measure; None: do not.
+
+    Returns:
+        {"accuracy", "loss", "examples", "rows"}: a row for each module, by falling "drop": {"module",
+        "parameters", "distance": Frobenius norm of trained - initial, "accuracy", "loss": rewound, "drop": of accuracy,
+        "path": {"a", "accuracy", "loss"} of each point}. With noise also "radius": the largest standard deviation that
+        the trained module bears, as one of the scales, None if none of them, and "criticality": the least
+        a² distance² / sigma² over the points and scales that are borne, None if none is; beside the rows "criticality"
+        is their sum, None if one is None.
+    """
+    if points < 1:
+        raise ConfigError(f"points must be at least 1, got {points}")
+    if not groups:
+        raise ConfigError("there is no module to rewind: the network has no parameter whose initial value is known")
+    rows = []
+    with kept(evaluations.module):
+        own = evaluations.of(state)
+        for name, names in counted(groups.items(), report):
+            mixed = [rewound(state, initial, names, at / points) for at in range(points)] + [state]
+            path = [
+                {"a": at / points, "accuracy": found["accuracy"], "loss": found["loss"]}
+                for at, found in enumerate([*map(evaluations.of, mixed[:-1]), own])
+            ]
+            moved = float(_flat(state, names).sub(_flat(initial, names)).norm())
+            row = {
+                "module": name,
+                "parameters": sum(state[one].numel() for one in names),
+                "distance": moved,
+                "accuracy": path[0]["accuracy"],
+                "loss": path[0]["loss"],
+                "drop": own["accuracy"] - path[0]["accuracy"],
+                "path": path,
+            }
+            if noise is not None:
+                limit, unit = own["loss"] + noise.excess, float(_flat(state, names).square().mean().sqrt()) or 1.0
+                borne = [
+                    (point["a"], noise.borne(evaluations, at, names, unit, limit))
+                    for point, at in zip(path, mixed, strict=True)
+                    if point["loss"] <= limit
+                ]
+                found = [(a * moved / (scale * unit)) ** 2 for a, scale in borne if scale is not None]
+                row |= {"radius": borne[-1][1], "criticality": min(found, default=None)}
+            rows.append(row)
+    rows.sort(key=lambda row: (-row["drop"], -row["loss"]))
+    if noise is None:
+        return {**own, "rows": rows}
+    each = [row["criticality"] for row in rows]
+    return {**own, "rows": rows, "criticality": None if None in each else sum(each)}
+
+
+def _flat(state: State, names: Iterable[str]) -> Tensor:
+    return torch.cat([state[name].double().flatten() for name in names])

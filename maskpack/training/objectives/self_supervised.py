@@ -1,6 +1,8 @@
-"""Self-supervised clustering of several views of an image (SwAV; Caron et al., 2020)."""
+"""Training without labels: clusters of views of images (SwAV), and dropout views of texts (SimCSE)."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -8,21 +10,106 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier
+from ...backbone.classifier import Classifier, Inputs, encode
 from ...backbone.load import Backbone
+from ...backbone.model import Embedding
 from ...errors import ConfigError, require
 from ...preprocess import ImagePreprocess
-from ...registry import Options, Positive, Range, Share
+from ...registry import Count, Number, Options, Positive, Range, Share
 from ..config import TrainConfig
 from ..data.base import Data, EpochSampler, Examples
-from .base import OBJECTIVES, CollapseWatch, Objective
+from .base import OBJECTIVES, Objective
 
+KEPT = 1024  # newest rows of features that the rank is measured on
+LEAST_USAGE, LEAST_RANK = 0.5, 2.0
 JITTER = (0.8, 0.8, 0.8, 0.2)  # brightness, contrast, saturation, hue
 BLUR = tuple(pixels / 224 for pixels in (0.1, 2.0))  # standard deviation, as a share of the side of a large view
 LARGE = 2  # large views of each image, from which targets are computed
 
-Count = Annotated[int, Range(least=0)]
 Area = Annotated[float, Range(above=0, most=1)]
+
+
+class CollapseWatch:
+    """Measures of collapse, over the batches of an epoch; `prototypes`: their number, 0 if the objective has none."""
+
+    def __init__(self, prototypes: int = 0):
+        self.used = torch.zeros(prototypes, dtype=torch.int64)  # how often each prototype was the nearest
+        self.rows: deque[Tensor] = deque()
+
+    def add(self, features: Tensor, scores: Tensor | None = None) -> None:
+        """Add a batch: features (N, D) of the backbone, and prototype scores (N, K)."""
+        self.rows.append(features.detach().float().cpu())
+        while sum(len(rows) for rows in self.rows) - len(self.rows[0]) >= KEPT:
+            self.rows.popleft()
+        if scores is not None:
+            self.used += torch.bincount(scores.detach().argmax(-1).cpu(), minlength=len(self.used))
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the counts and features since the last `metrics`."""
+        lengths = torch.tensor([len(rows) for rows in self.rows], dtype=torch.int64)
+        rows = torch.cat(list(self.rows)) if self.rows else torch.zeros(0, 0)
+        return {"used": self.used.clone(), "lengths": lengths, "rows": rows}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state`."""
+        self.used.copy_(state["used"])
+        self.rows = deque(torch.split(state["rows"], state["lengths"].tolist()))
+
+    def metrics(self) -> dict[str, float]:
+        """Return `feature_rank` and, with prototypes, `prototype_usage`, and start anew.
+
+        `feature_rank` is the exponential of the entropy of the features' singular values (RankMe, arXiv 2210.02885),
+        1 (all features are multiples of one) to D. `prototype_usage` is the entropy of the counts of nearest prototypes
+        over its maximum, 0 (always the same one) to 1 (all equally often, or none twice).
+        """
+        found = {"feature_rank": _effective_number(torch.linalg.svdvals(torch.cat(list(self.rows)).double()))}
+        if len(self.used):
+            most = min(len(self.used), int(self.used.sum()))
+            found["prototype_usage"] = math.log(_effective_number(self.used)) / math.log(most) if most > 1 else 1.0
+        self.used.zero_()
+        self.rows.clear()
+        return found
+
+
+def _effective_number(amounts: Tensor) -> float:
+    """Return the exponential of the entropy of the amounts' shares."""
+    shares = amounts.double() / amounts.sum().clamp(min=1e-12)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def collapse_warning(metrics: Mapping[str, float]) -> str | None:
+    """Return a warning if the metrics of `CollapseWatch` show a collapse, else None."""
+    usage, rank = metrics.get("prototype_usage", 1.0), metrics["feature_rank"]
+    if usage >= LEAST_USAGE and rank >= LEAST_RANK:
+        return None
+    found, healthy, remedy = f"feature rank {rank:.1f}", f"is over {LEAST_RANK:.0f}", ""
+    if "prototype_usage" in metrics:
+        found = f"prototype usage {usage:.2f}, {found}"
+        healthy, remedy = f"are over {LEAST_USAGE} and {LEAST_RANK:.0f}", ", or use more prototypes"
+    return (
+        f"the representation is collapsing ({found}; healthy {healthy}); lower the learning rate of the scores{remedy}"
+    )
+
+
+class SelfSupervised(Objective):
+    """An objective without labels, which adds batches to measures of a collapse, `watch`."""
+
+    needs_labels: ClassVar[bool] = False
+    augments: ClassVar[bool] = False
+    self_supervised: ClassVar[bool] = True
+    watch: CollapseWatch
+
+    def state(self) -> dict[str, Tensor]:
+        return self.watch.state()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.watch.restore(state)
+
+    def metrics(self) -> Mapping[str, float]:
+        return self.watch.metrics()
+
+    def warning(self, metrics: Mapping[str, float]) -> str | None:
+        return collapse_warning(metrics)
 
 
 @dataclass(frozen=True)
@@ -30,15 +117,15 @@ class SwavOptions(Options):
     """Options of the objective; the defaults are those of Self-Masking Networks at 224 pixels."""
 
     prototypes: Annotated[int, Range(least=2)] = 500  # clusters: a few per class; too few collapse
-    dimension: Annotated[int, Range(least=1)] = 128  # of the projected features
+    dimension: Count = 128  # of the projected features
     temperature: Positive = 0.1  # of the predictions
     epsilon: Annotated[float, Range(least=0.005)] = 0.05  # of Sinkhorn's targets; below, float64 exponentials vanish
-    iterations: Annotated[int, Range(least=1)] = 3  # of the Sinkhorn algorithm
-    queue: Count = 512  # features of earlier batches, per large view, that targets are balanced over
+    iterations: Count = 3  # of the Sinkhorn algorithm
+    queue: Number = 512  # features of earlier batches, per large view, that targets are balanced over
     queue_start: Share = 0.2  # of the epochs, before the queue is filled
-    freeze_prototypes: Count = 313  # first optimiser steps that leave the prototypes as they are
-    small_crops: Count = 6  # views of each image
-    small_size: Count = 0  # pixels; 0: 3/7 of the large ones
+    freeze_prototypes: Number = 313  # first optimiser steps that leave the prototypes as they are
+    small_crops: Number = 6  # views of each image
+    small_size: Number = 0  # pixels; 0: 3/7 of the large ones
     large_least: Area = 0.14  # share of the image's area in a large view
     small_least: Area = 0.05
     small_most: Area = 0.14
@@ -120,7 +207,7 @@ class SwavNetwork(nn.Module):
 
 
 @OBJECTIVES.register
-class Swav(Objective):
+class Swav(SelfSupervised):
     """Predict the cluster of one view of an image from another view (SwAV); needs no labels.
 
     The backbone's head is replaced by the projection until training ends; neither is in the adapter.
@@ -129,15 +216,11 @@ class Swav(Objective):
     id: ClassVar[str] = "swav"
     reference: ClassVar[str] = "https://arxiv.org/abs/2006.09882"
     tasks: ClassVar[tuple[str, ...]] = ("image-classification",)
-    needs_labels: ClassVar[bool] = False
     options_class = SwavOptions
-    augments: ClassVar[bool] = False
-    self_supervised: ClassVar[bool] = True
     other_inputs: ClassVar[bool] = True  # crops, the small ones foremost
     fresh: ClassVar[tuple[str, ...]] = ("queue",)
     options: SwavOptions
     module: SwavNetwork
-    watch: CollapseWatch
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         super().__init__(backbone, data, config)
@@ -209,8 +292,7 @@ class Swav(Objective):
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Return soft assignments (N, K) that give each prototype the same share of the N rows of all processes.
 
-    Args:
-        scores: (N, K), from -1 to 1.
+    Scores are from -1 to 1.
     """
     q = ((scores.double() - 1) / epsilon).exp().T
     rows = _over_processes(torch.tensor(float(q.shape[1]), dtype=q.dtype, device=q.device))
@@ -225,3 +307,59 @@ def _over_processes(amount: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(amount)
     return amount
+
+
+VIEWS = 2
+
+
+@dataclass(frozen=True)
+class SimcseOptions(Options):
+    """Options of the objective: divisor of the cosine similarities; the default is the paper's."""
+
+    temperature: Positive = 0.05
+
+
+class SimcseNetwork(nn.Module):
+    """Embeddings (2 B, D) of B texts, the first view of all texts first; dropout makes the views differ."""
+
+    def __init__(self, model: nn.Module, embedding: Embedding):
+        super().__init__()
+        self.model, self.embedding = model, embedding
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        assert isinstance(inputs, dict)
+        doubled: Inputs = {name: torch.cat([one] * VIEWS) for name, one in inputs.items()}
+        return encode(self.model, doubled, self.embedding).float()
+
+
+@OBJECTIVES.register
+class Simcse(SelfSupervised):
+    """Contrast two dropout views of each text with the batch's other texts (SimCSE); needs no labels."""
+
+    id: ClassVar[str] = "simcse"
+    reference: ClassVar[str] = "https://arxiv.org/abs/2104.08821"
+    tasks: ClassVar[tuple[str, ...]] = ("text-classification",)
+    options_class = SimcseOptions
+    options: SimcseOptions
+    module: SimcseNetwork
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+        super().__init__(backbone, data, config)
+        if backbone.embedding.pooling is None:
+            raise ConfigError(
+                f"the objective 'simcse' is for encoders with a pooled embedding; {backbone.id} has the head "
+                f"{backbone.head!r}"
+            )
+        if not any(isinstance(m, nn.Dropout) and m.p > 0 for m in backbone.model.modules()):
+            raise ConfigError(
+                f"the objective 'simcse' needs dropout, and {backbone.id} has none; set it in the model's configuration"
+            )
+        self.module = SimcseNetwork(backbone.model, backbone.embedding)
+        self.watch = CollapseWatch()
+
+    def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        first, second = module(batch[0]).chunk(VIEWS)
+        self.watch.add(first)
+        similar = nn.functional.normalize(first, dim=1) @ nn.functional.normalize(second, dim=1).T
+        own = torch.arange(len(first), device=first.device)
+        return nn.functional.cross_entropy(similar / self.options.temperature, own)

@@ -1,4 +1,4 @@
-"""The pictures: functions from plain data to a matplotlib figure; nothing here reads files or models."""
+"""Pictures: functions from plain data to a matplotlib figure; nothing here reads files or models."""
 
 import math
 import statistics
@@ -11,8 +11,8 @@ import torch
 from bitarray.util import count_xor
 from torch import Tensor
 
-from ...errors import ConfigError
-from ...mask import MaskSet, packed_bits
+from ..errors import ConfigError
+from ..mask import MaskSet, packed_bits
 from .figure import (
     COLOURS,
     LEGEND,
@@ -396,11 +396,7 @@ def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]
 
 
 def cluster_figure(points: Sequence[Sequence[float]], expert: Sequence[int]) -> "Figure":
-    """Draw samples where the first two principal components of their embeddings put them, coloured by expert.
-
-    Args:
-        points: (N, 2). expert: (N,), from 0.
-    """
+    """Draw samples at the first two principal components of their embeddings, (N, 2), coloured by expert, (N,)."""
     if not len(points) or len(points) != len(expert):
         raise ConfigError(f"a cluster map needs an expert for each point; got {len(points)} and {len(expert)} experts")
     places = numbers(points, 2, "the points of a cluster map")
@@ -426,8 +422,7 @@ def cluster_figure(points: Sequence[Sequence[float]], expert: Sequence[int]) -> 
 def criticality_figure(rows: Rows) -> "Figure":
     """Draw a bar for each module: the accuracy that is lost; and beside it, if there is one, its direct path.
 
-    Args:
-        rows: as of `criticality`, drawn from the top in this order.
+    `rows` are as of `criticality`, drawn from the top in this order.
     """
     _check_some(rows, "module", "rows of a criticality analysis")
     figure = new_figure(8, 1.2 + height_of(len(rows)))

@@ -1,9 +1,15 @@
-"""Local files of rows or text, and folders of images."""
+"""The data sources: local files of rows or text, folders of images, the Hub, and the digits of scikit-learn."""
 
+import io
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+from blake3 import blake3
+
 from ...errors import DataError, require
+from ...network import UnreachableError, hides_secrets, library_calls
 from ...preprocess import IMAGE_ENDINGS
 from .base import SOURCES, TEST_NAMES, TRAIN_NAMES, Splits, digest_files
 
@@ -153,3 +159,83 @@ class ImageFolder:
 
 def _images(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS)
+
+
+TEST_EVERY = 5  # every fifth image of the original order is a test image
+
+
+@SOURCES.register
+class Digits:
+    """`digits:A-B`: the digits from A to B that scikit-learn ships, 8x8 grey, every fifth for testing."""
+
+    id: ClassVar[str] = "digits"
+    reference: ClassVar[str] = "https://archive.ics.uci.edu/dataset/80"
+    priority: ClassVar[int] = 0
+
+    @staticmethod
+    def matches(reference: str) -> bool:
+        return reference.startswith("digits:")
+
+    @staticmethod
+    def load(reference: str) -> Splits:
+        wanted = re.fullmatch(r"digits:([0-9])-([0-9])", reference)
+        if wanted is None or wanted[1] >= wanted[2]:
+            raise DataError(f"cannot read {reference!r}; expected digits:A-B with A < B, as in digits:5-9")
+        first, last = int(wanted[1]), int(wanted[2])
+        datasets = require("datasets", "train", "reading data")
+        image = require("PIL.Image", "train", "reading data")
+        bunch = require("sklearn.datasets", "train", "reading the digits images").load_digits()
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(n) for n in range(first, last + 1)])}
+        )
+        splits: dict[str, dict[str, list[object]]] = {split: {"image": [], "label": []} for split in ("train", "test")}
+        whole = blake3()
+        for position, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+            if first <= label <= last:
+                grey = np.round(pixels * (255 / 16)).astype(np.uint8)
+                whole.update(grey.tobytes() + bytes([label]))
+                stream = io.BytesIO()
+                image.fromarray(grey).save(stream, "PNG")
+                rows = splits["test" if position % TEST_EVERY == 0 else "train"]
+                rows["image"].append({"bytes": stream.getvalue(), "path": None})
+                rows["label"].append(int(label) - first)
+        loaded = {name: datasets.Dataset.from_dict(rows, features=features) for name, rows in splits.items()}
+        return Splits(loaded, reference, whole.hexdigest())
+
+
+@SOURCES.register
+class HubDataset:
+    """Hub data set: `user/name`, `user/name@revision`, `user/name:configuration`."""
+
+    id: ClassVar[str] = "hub"
+    reference: ClassVar[str] = "https://huggingface.co/docs/datasets/loading#hugging-face-hub"
+    priority: ClassVar[int] = 90
+
+    @staticmethod
+    def matches(reference: str) -> bool:
+        pattern = r"(?!\.)[\w.-]+(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?"
+        return re.fullmatch(pattern, reference) is not None and not Path(reference).exists()
+
+    @staticmethod
+    @hides_secrets
+    def load(reference: str) -> Splits:
+        datasets = require("datasets", "train", "reading data")
+        name, _, revision = reference.partition("@")
+        name, _, configuration = name.partition(":")
+        try:
+            with library_calls():
+                loaded = datasets.load_dataset(name, configuration or None, revision=revision or None)
+        except UnreachableError as error:
+            raise DataError(
+                f"cannot load {reference!r}, which is no local folder, from the Hub: it is not in the cache, and "
+                f"{error.host} cannot be reached ({error}); check network, proxy and HF_ENDPOINT"
+            ) from error
+        except Exception as error:
+            # datasets raises its own, the Hub client's and the transport's errors
+            raise DataError(
+                f"cannot load {reference!r}, which is no local folder, from the Hub: {type(error).__name__}: "
+                + " ".join(str(error).split())
+            ) from error
+        # the Hub client's cache files are named by their content; the fingerprints of the splits follow from it
+        digest = "+".join(str(split._fingerprint) for split in loaded.values())
+        return Splits(dict(loaded), name, digest)
