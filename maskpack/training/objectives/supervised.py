@@ -131,13 +131,7 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
             f"allowed; take a linear head"
         )
     if config.head_kind == "own":
-        own = backbone.linear
-        if own is None or own.out_features != classes:
-            found = "no linear head" if own is None else f"a head for {own.out_features} classes"
-            raise ConfigError(
-                f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {classes} "
-                f"classes; take a linear head"
-            )
+        own = backbone.head_for(classes, "head_kind 'own' keeps the model's head", "take a linear head")
         return Classifier(backbone.model, own, backbone.embedding)
     if config.head_kind == "text":
         linear = linear_from(text_head(backbone, class_names, config.head_template))
