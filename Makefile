@@ -195,6 +195,9 @@ bench-server: $(VENV)/.installed $(VLLM)/smollm2/model.safetensors ## a running 
 	$(BIN)/python -m benchmarks.live_server --write docs/serving.md
 	$(BIN)/python -m benchmarks.mixed_batches --write docs/serving.md
 
+bench-gpu: $(VENV)/.installed ## where a GPU is: the bits of the CPU, rates, loading, training steps: eight minutes; lines in runs/gpu
+	$(RUN) benchmarks.gpu --output runs/gpu
+
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md
 	$(RUN) benchmarks.scale --general runs/general-sizes.json

@@ -43,7 +43,7 @@ def test_by_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "25 passed" in done.stdout
+    assert "26 passed" in done.stdout
 
 
 def job_of(case: int) -> tuple[Any, ...]:
@@ -309,6 +309,12 @@ class TestInterpreted:
             unload_mask(model)
             assert same(remote.bits(model), bits(states[0]))
             assert not crossed
+
+    def test_its_benchmark_runs(self) -> None:
+        from benchmarks.gpu import rates
+
+        found = rates("cpu", tiny=True)["rows"]
+        assert [row["unit"] for row in found] == ["weights", "weights", "values", "bytes", "bytes"]
 
     def test_norms_are_made_there(self, remote: ModuleType, tmp_path: Path) -> None:
         model = nn.Sequential(nn.Linear(2, 64, bias=False), nn.BatchNorm1d(64)).eval()

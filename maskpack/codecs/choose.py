@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from ..errors import ConfigError
 from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, plausible
+
+PIECE, PIECES, FAR = 512, 4, 1.3  # bytes of packed bits, and how often the best codec's are too many
 
 
 class Offer(NamedTuple):
@@ -27,18 +31,29 @@ def smallest(codecs: Sequence[Codec], variants: Sequence[tuple[Bits, Side]]) -> 
     Raises:
         ConfigError: if every codec declines the mask.
     """
-    offers = [
-        Offer(codec, payload, variant)
-        for codec in codecs
-        for variant, (bits, side) in enumerate(variants)
-        if (payload := codec.encode(bits, side)) is not None and plausible(payload, side.count)
-    ]
+    offers = list[Offer]()
+    for codec in sorted(codecs, key=lambda codec: codec.local):
+        for variant, (bits, side) in enumerate(variants):
+            if codec.local and offers and _hopeless(codec, bits, min(len(offer.payload) for offer in offers)):
+                continue
+            if (payload := codec.encode(bits, side)) is not None and plausible(payload, side.count):
+                offers.append(Offer(codec, payload, variant))
     if not offers:  # raw is in every profile, so that one codec was asked for
         raise ConfigError(
             f"the codec {codecs[0].id!r} is not made for this mask of shape {variants[0][1].shape}; choose another, or "
             f"leave the choice to a profile"
         )
     return min(offers, key=lambda offer: (len(offer.payload), offer.variant, offer.codec.id))
+
+
+def _hopeless(codec: Codec, bits: Bits, best: int) -> bool:
+    """Return True if a codec takes far more than the best one for all of a mask, by what it takes for some pieces."""
+    if bits.size < PIECES * PIECE * 8:
+        return False
+    starts = np.linspace(0, bits.size - PIECE, PIECES, dtype=np.int64)
+    some = np.concatenate([bits[start : start + PIECE] for start in starts])
+    payload = codec.encode(some, Side((8 * some.size,)))
+    return payload is not None and len(payload) * bits.size > FAR * best * some.size
 
 
 def rivals(profile: Profile, codec: str | None, base: bool) -> list[Codec]:
