@@ -173,6 +173,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
 
+bench-start: $(VENV)/.installed ## start-up of the command line, beside hf: two minutes
+	$(RUN) benchmarks.start_up
+	$(BIN)/python -m benchmarks.start_up --write docs/results/speed.md
+
 language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
 	$(RUN) benchmarks.language
 	$(BIN)/python -m benchmarks.language --write docs/language-models.md
