@@ -182,6 +182,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
 
+bench-start: $(VENV)/.installed ## start-up of the command line, beside hf: two minutes
+	$(RUN) benchmarks.start_up
+	$(BIN)/python -m benchmarks.start_up --write docs/results/speed.md
+
 language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
 	$(RUN) benchmarks.language
 	$(BIN)/python -m benchmarks.language --write docs/language-models.md
@@ -199,6 +203,9 @@ bench-server: $(VENV)/.installed $(VLLM)/smollm2/model.safetensors ## a running 
 	MASKPACK_SMOLLM2=$(CURDIR)/$(VLLM)/smollm2 $(BIN)/python -m benchmarks.mixed_batches
 	$(BIN)/python -m benchmarks.live_server --write docs/serving.md
 	$(BIN)/python -m benchmarks.mixed_batches --write docs/serving.md
+
+bench-gpu: $(VENV)/.installed ## where a GPU is: the bits of the CPU, rates, loading, training steps: eight minutes; lines in runs/gpu
+	$(RUN) benchmarks.gpu --output runs/gpu
 
 bench-codec: $(VENV)/.bench ## mask bytes and rates, general compressors, a 7-billion-weight set: half an hour
 	$(RUN) benchmarks.codecs --plot docs/results/codecs.png --write docs/results/codecs.md

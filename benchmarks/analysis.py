@@ -28,10 +28,10 @@ from maskpack.lab import (
     shuffle_figure,
     similarity_figure,
 )
-from maskpack.lab.analysis.network import Evaluations, Network, grouped, read_networks, some, state_of, write_network
-from maskpack.lab.analysis.pairs import Noise, barrier, criticality, distances, mistakes, rewound, similarities
-from maskpack.lab.analysis.starts import STARTS, feature_reuse, from_checkpoints
 from maskpack.lab.baselines.masks import stored
+from maskpack.lab.networks import Evaluations, Network, grouped, read_networks, some, state_of, write_network
+from maskpack.lab.pairs import Noise, barrier, criticality, distances, mistakes, rewound, similarities
+from maskpack.lab.starts import STARTS, feature_reuse, from_checkpoints
 from maskpack.mask import MaskSet
 from maskpack.safetensors_io import read_tensors
 from maskpack.training import load_data, train_mask

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from maskpack.lab import save_figure
-from maskpack.lab.plots.figure import new_figure, plain_axes
+from maskpack.lab.figure import new_figure, plain_axes
 from maskpack.training.config import TrainConfig
 
 from .comparisons import TEXT_RATES, compared, rows_of

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from maskpack.lab import feature_figure, gate_figure, save_figure
-from maskpack.lab.plots.figure import label, look, new_figure, plain_axes
-from maskpack.lab.plots.pictures import users
+from maskpack.lab.figure import label, look, new_figure, plain_axes
+from maskpack.lab.pictures import users
 from maskpack.training import attach_gates
 from maskpack.training.config import GATE_START
 from maskpack.training.gates import GateHistory, Gates, counts

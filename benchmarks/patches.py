@@ -13,7 +13,7 @@ import importlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,13 +174,14 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
     changed = [key for key, one in same.items() if not one.all()]
     shapes = {key: tuple(base[key].shape) for key in changed}
 
+    @lru_cache(1)  # as an importer does
     def mask(key: str) -> PackedMask:
         return PackedMask.from_tensor(
             torch.from_numpy(words(base[key]) == words(tuned[key])).reshape(shapes[key]), "replace"
         )
 
     def values(key: str) -> Tensor:
-        return at_zeros(tuned[key], mask(key).bits)
+        return at_zeros(tuned[key], mask(key))
 
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
@@ -196,8 +197,8 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
         start = time.process_time()
         parts = adapter.parts(base=base, stream=True)
         for key in changed:
-            back, bits, new = base[key].reshape(-1).clone(), parts.masks[key].bits, parts.values[key]
-            put_at_zeros(back, bits, new.values(at_zeros(back, bits)) if isinstance(new, Steps) else new)
+            back, one, new = base[key].reshape(-1).clone(), parts.masks[key], parts.values[key]
+            put_at_zeros(back, one, new.values(at_zeros(back, one)) if isinstance(new, Steps) else new)
             assert np.array_equal(words(back), words(tuned[key])), key
         decode = time.process_time() - start
         stored = sum(len(adapter.bytes_of(one)) for one in adapter.names if "/values/" in one)
@@ -299,7 +300,7 @@ def lossy(pair: str, share: float) -> dict[str, Any]:
             new = torch.where(chosen, one.float().reshape_as(rows) + step, one.float().reshape_as(rows)).bfloat16()
             mask = PackedMask.from_tensor(same_size_int(new) == same_size_int(one.reshape_as(new)), "replace")
             side = Side(tuple(one.shape), words(one), lean=False)
-            values = ulps.encode("BF16", words(at_zeros(one, mask.bits)), words(at_zeros(new, mask.bits)))
+            values = ulps.encode("BF16", words(at_zeros(one, mask)), words(at_zeros(new, mask)))
             size += len(logit.encode(packed_bits(mask.bits), side, True)) + len(values)
             lost += float((new.float() - one.float().reshape_as(new) - rows).square().sum())
             kept += int(chosen.sum())

@@ -80,7 +80,7 @@ def loading(subject: Subject, model: nn.Module, folder: Path, clock: Clock) -> d
     turns: dict[str, Callable[[], object]] = {
         "read and verify the file": lambda: load_adapter(path),
         "hash the base": lambda: tensor_digests(tensors, compared_dtype(tensors.values())),
-        "decode": lambda: sum(1 for _ in adapter.iter_masks()),
+        "decode": lambda: sum(1 for _ in adapter.iter_masks(base=model, zeros=True)),
         # writes every weight, so that the next load hashes all of them
         "full checkpoint": lambda: model.load_state_dict(load_file(full, device=clock.device)),
         "load_mask": lambda: load_mask(model, path),

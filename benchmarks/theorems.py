@@ -15,7 +15,7 @@ from typing import Any
 
 from maskpack import load_backbone
 from maskpack.lab import save_figure
-from maskpack.lab.plots.figure import COLOURS, LEGEND, new_figure, plain_axes
+from maskpack.lab.figure import COLOURS, LEGEND, new_figure, plain_axes
 from maskpack.training import load_data, train_mask
 
 from .measured import trial, trials

@@ -203,6 +203,14 @@ class PackedMask:
         return unpack(self.bits).reshape(self.shape)
 
 
+def packed(flat: Tensor) -> Tensor:
+    """Return flat zeros and ones, uint8, as packed bits on their device."""
+    import torch
+
+    eights = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
+    return (eights << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+
+
 def unpacked(packed: Tensor, count: int) -> Tensor:
     """Return packed bits as a flat bool tensor on their device."""
     import torch

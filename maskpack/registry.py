@@ -185,6 +185,8 @@ def _is(value: Any, kind: Any) -> bool:
         return any(_is(value, one) for one in arguments)
     if origin is Literal:
         return value in arguments
+    if kind is Any:
+        return True
     if origin is tuple:
         return isinstance(value, tuple | list) and all(_is(one, arguments[0]) for one in value)
     if isinstance(value, bool):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 TAGS = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "b", "div", "i", "pre"),
     *("table", "caption", "tr", "th", "td", "details", "summary", "figure", "figcaption", "img", "blockquote"),
-    *("svg", "polyline"),
+    *("svg", "polyline", "wbr"),
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "style", "alt", "src", "viewbox", "role", "height"),
@@ -27,7 +27,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes += attributes
-        if tag not in ("meta", "img", "polyline"):
+        if tag not in ("meta", "img", "polyline", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:

@@ -190,7 +190,7 @@ def image_classification(folder: Path) -> Case:
 
     model = timm.create_model("test_resnet", pretrained=False, num_classes=3)
     loss = lambda logits: nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))  # noqa: E731
-    return Case(model, {"x": noise(4, 3, 32, 32)}, loss, "fc", outputs=lambda logits: logits)
+    return Case(model, {"x": noise(4, 3, 32, 32)}, loss, outputs=lambda logits: logits)
 
 
 CASES = {make.__name__: make for make in (

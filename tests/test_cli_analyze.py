@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from maskpack import load_backbone, save_adapter
 from maskpack.backbone.load import export_state
-from maskpack.lab.analysis.network import state_of, write_network
+from maskpack.lab.networks import state_of, write_network
 from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.learn import body_parameters
 from maskpack.training.trainer import train_dense

@@ -1,5 +1,6 @@
 """maskpack eval: heads, features, few labels, by class; with an adapter, without its head, and without it at all."""
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_head_by_class(adapter: Path) -> None:
     found = ok(adapter, *DATA, *BACKBONE)
     assert found["class_names"] == ["5", "6", "7", "8", "9"]
     assert (found["examples"], found["unreadable"], found["split"]) == (178, 0, "test")
+    assert gc.isenabled(), "after the backbone is loaded"
     assert found["adapter"].endswith("maskpack_model.safetensors")
     assert found["backbone"] == "digits_backbone:digits_cnn"
     assert "features" not in found

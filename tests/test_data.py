@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from maskpack_cli.options import Rows
 from PIL import Image
 
 from maskpack.errors import ConfigError, DataError
@@ -244,6 +245,18 @@ def test_broken_data_are_clear_errors(tmp_path: Path, monkeypatch: pytest.Monkey
         load_data(str(tmp_path / "flat"))
     with pytest.raises(DataError, match="cannot load 'user/nothing', which is no local folder, from the Hub"):
         load_data("user/nothing")
+
+
+def test_rows_of_ones_own_to_validate_on(tmp_path: Path) -> None:
+    for name, rows in {"data/train": 8, "data/test": 2, "mine": 5}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "no,b\n" * rows + "yes,a\n" * (rows > 2))
+    read = Rows(validation=str(tmp_path / "mine.csv")).load(str(tmp_path / "data"))
+    assert (len(read.train or ()), len(read.validation or ()), len(read.test or ())) == (9, 6, 2)
+    assert read.validation is not None
+    assert read.class_names[read.validation[0][1]] == "b", "numbered as in the training rows"
+    with pytest.raises(ConfigError):
+        Rows(validation="x", validation_fraction=0.1).load(str(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -95,16 +95,6 @@ def test_knn_of_few_lengthless_and_equal_rows() -> None:
     assert bank[2].tolist() == [0.0, 3.0], "the bank stays as it was"
 
 
-def test_knn_refuses_what_makes_no_sense() -> None:
-    bank, labels = torch.ones(3, 2), torch.zeros(3, dtype=torch.long)
-    for k, temperature in ((0, 0.1), (5, 0.0), (5, -1.0)):
-        with pytest.raises(ConfigError, match=f"k must be at least 1 and the temperature above 0; got k={k}"):
-            knn_scores(bank, labels, bank, 2, k, temperature)
-    for wrong in (torch.ones(0, 2), torch.ones(3, 4)):
-        with pytest.raises(DataError, match=r"of shape \(3, 2\) are looked for in a bank of shape"):
-            knn_scores(wrong, labels[: len(wrong)], bank, 2)
-
-
 # --- linear probe ----------------------------------------------------------------------------------------------------
 
 

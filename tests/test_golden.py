@@ -26,7 +26,7 @@ def tensors_of(adapter: Adapter, name: str, base: dict[str, torch.Tensor] | None
     parts = adapter.parts(name, base, stream=True)
     if any(isinstance(one, Steps) for one in parts.values.values()):
         assert base is not None
-        stored = {key: at_zeros(base[key], mask.bits) for key, mask in parts.masks.items()}
+        stored = {key: at_zeros(base[key], mask) for key, mask in parts.masks.items()}
         values = {k: one.values(stored[k]) if isinstance(one, Steps) else one for k, one in parts.values.items()}
         parts = replace(parts, values=values)
     found: dict[str, Any] = {

@@ -21,7 +21,7 @@ from maskpack.backbone.classifier import predictions
 from maskpack.backbone.load import Backbone, load_weights
 from maskpack.errors import ConfigError, DataError, StateError, TrainingError
 from maskpack.lab import gate_figure
-from maskpack.lab.plots.pictures import over_time, users
+from maskpack.lab.pictures import over_time, users
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_tasks
 from maskpack.training.config import JointConfig

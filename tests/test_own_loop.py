@@ -86,11 +86,12 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["classification", "token_classification", "regression", "detection", "segmentation"])
+@pytest.mark.parametrize("kind", [*HEADS, "detection", "segmentation"])
 def test_a_new_head_is_trained_and_not_masked(kind: str, folder: Path) -> None:
     case = made(kind, folder)
     scores = attach_scores(case.model, head=case.head)
-    modules = {"detection": ["bbox_predictor", "class_labels_classifier"]}.get(kind, ["classifier"])
+    modules = ["bbox_predictor", "class_labels_classifier"] if kind == "detection" else ["classifier"]
+    modules = ["fc"] if kind == "image_classification" else modules
     learning = {name for name, one in case.model.named_parameters() if one.requires_grad and "scores" not in name}
     assert learning == {n for n, _ in case.model.named_parameters() if n.split(".")[0] in modules}
     assert not any(name.split(".")[0] in modules for name in scores)

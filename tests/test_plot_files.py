@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskpack.errors import ConfigError, StateError
 from maskpack.lab import cluster_figure, confusion_figure, density_figure, save_figure
-from maskpack.lab.plots.figure import image_suffix, in_order, label, look
+from maskpack.lab.figure import image_suffix, in_order, label, look
 
 
 def test_names_as_labels() -> None:

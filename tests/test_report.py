@@ -84,6 +84,7 @@ def test_report_of_an_adapter_alone(trained: tuple[TrainResult, Backbone, Path],
     text = checked(page).text
     assert "./alone.safetensors" in text
     assert "Density by layer" in text
+    assert all(name.replace(".", ".<wbr>") in page for name in result.parts.masks), "names break behind a point"
     assert not re.search("Accuracy|Test split|<img|<svg|training record", page)
 
 

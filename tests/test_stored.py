@@ -51,7 +51,8 @@ from maskpack.training.stored import batchnorm_statistics, beside_masks, settle,
 from maskpack.training.trainer import ObjectiveRun
 
 from .fuzz.damage import File
-from .helpers_loops import adapter_accuracy, base_of, random_masks, with_header, write
+from .helpers_adapter import base_of, random_masks, with_header, write
+from .helpers_loops import adapter_accuracy
 
 INTEGERS = st.lists(st.integers(-(2**23) + 1, 2**23 - 1), min_size=1, max_size=300)
 

@@ -1,5 +1,6 @@
 """What people see: results on stdout, everything else on stderr, errors without tracebacks."""
 
+import gc
 import json
 import logging
 import os
@@ -197,6 +198,16 @@ def reading(what: str) -> Iterator[None]:
 
     with progress_bar(what, percent=False) as moved, watched(moved):
         yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Collect no garbage while libraries are imported: there is none, and the search takes a quarter of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

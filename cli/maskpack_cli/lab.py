@@ -33,7 +33,7 @@ from .options import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from maskpack.lab.analysis.network import Evaluations, Network
+    from maskpack.lab.networks import Evaluations, Network
 
 PANEL = "Research"
 research = typer.Typer(help="The verbs for research: compare, analyze, plot.", no_args_is_help=True)
@@ -50,7 +50,7 @@ Picture = Annotated[Path | None, "Picture to write: .png or .svg.", RESULTS]
 
 def check_picture(path: Path | None) -> None:
     """Refuse a wrong ending before any work is done."""
-    from maskpack.lab.plots.figure import image_suffix
+    from maskpack.lab.figure import image_suffix
 
     if path is not None:
         image_suffix(path)
@@ -195,7 +195,7 @@ def checkpoints(
 
     Called again with the same folder, it does what is not done yet.
     """
-    from maskpack.lab.plots.figure import in_order
+    from maskpack.lab.figure import in_order
 
     check_picture(trials.plot)
     if backbone.weights is not None or backbone.random_weights is not None:
@@ -238,7 +238,7 @@ class Measured(Columns):
         self, refs: tuple[str, ...], base: AnyBase, trust: Trust
     ) -> "tuple[Evaluations, list[Network], dict[str, Any]]":
         """Return what measures networks, these, and the tensors of the backbone without its head."""
-        from maskpack.lab.analysis.network import Evaluations, evaluations_folder, is_adapter, read_networks, state_of
+        from maskpack.lab.networks import Evaluations, evaluations_folder, is_adapter, read_networks, state_of
 
         check_picture(self.plot)
         pairs = [named(one, file_name(one)) for one in refs]
@@ -288,7 +288,7 @@ def criticality(
 ) -> None:
     """Rewind one module at a time to where it started: fine-tuned weights to the backbone's, a mask to all ones."""
     evaluations, (network,), _ = measured.open((ref,), base, trust)
-    from maskpack.lab.analysis.pairs import Noise
+    from maskpack.lab.pairs import Noise
 
     groups = lab.grouped(evaluations.module, per, network.initial)
     looked = Noise(draws=noise) if noise else None
@@ -324,7 +324,7 @@ def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, 
 def similarity(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, per: Per = "block") -> None:
     """Compare every two networks: linear CKA layer by layer, distance of parameters, of masks also in bits."""
     evaluations, networks, initial = measured.open(refs, base, trust)
-    from maskpack.lab.analysis.pairs import LEAST
+    from maskpack.lab.pairs import LEAST
 
     groups = lab.grouped(evaluations.module, per)
     with progress_bar("comparing") as moved:
@@ -425,7 +425,7 @@ def overlap(refs: Refs, base: PackedBase, token: Token = None) -> "Figure":
 @picture("features ./many/flowers ./many/digits --output features.svg")
 def features(refs: Refs, base: PackedBase, token: Token = None) -> "Figure":
     """How many of several tasks use each weight, layer by layer: what is shared, and what is a task's own."""
-    from maskpack.lab.plots.pictures import users
+    from maskpack.lab.pictures import users
 
     return lab.feature_figure(users(_masks(refs, base, token)))
 

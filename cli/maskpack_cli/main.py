@@ -1,5 +1,6 @@
 """maskpack: the command line. Verbs only: parse, call the public API, print."""
 
+import gc
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -34,6 +35,8 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # before a verb began
         raise SystemExit(130) from None
+    finally:
+        gc.freeze()  # at the exit too it is a long search
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from maskpack.errors import BackboneError, ConfigError, StateError
 from maskpack.preprocess import TASKS
 from maskpack.training.config import RECIPES, Bytes, read_config
 
-from .console import Output, heard, note, quiet_libraries
+from .console import Output, heard, importing, note, quiet_libraries
 
 if TYPE_CHECKING:
     from maskpack.backbone.load import Backbone
@@ -345,6 +345,11 @@ def check_free(output: Path, overwrite: bool) -> None:
         raise StateError(f"cannot write {file}: {folder} is no folder that you may write to; choose another")
 
 
+def reference(output: Path) -> str:
+    """Return what verbs take for the adapter in a folder or file."""
+    return str(output) if output.is_absolute() or str(output).startswith(".") else f"./{output}"
+
+
 def use_device(name: str | None) -> None:
     """Let training and evaluation run on a device; None: on a GPU where there is one, unless the environment says."""
     import torch
@@ -382,6 +387,7 @@ class Base(Weights):
     ] = None
     device: Device = None
 
+    @importing()
     def of(self, adapter: "maskpack.Adapter", mapped: bool = False) -> "Backbone":
         """Load the backbone of an adapter; with random weights if the adapter names them and there are no others."""
         from maskpack.backbone.fingerprint import remembered_backbone
@@ -426,6 +432,7 @@ class AnyBase(Base):
         if not alone and (self.head is not None or self.image_size is not None):
             raise ConfigError("--head and --image-size are for a backbone alone; an adapter has its own")
 
+    @importing()
     def of_any(self, adapter: "maskpack.Adapter | None") -> "Backbone":
         """Load the backbone of an adapter, or the one alone."""
         if adapter is not None:
@@ -461,6 +468,7 @@ class TrainedBackbone(Weights):
         options.pop("device", None)
         return {"reference": options.pop("backbone"), **options}
 
+    @importing()
     def load(self, **options: Any) -> "Backbone":
         """Load it; `options` are others of `load_backbone`."""
         use_device(self.device)
@@ -476,6 +484,7 @@ class Columns:
 @group("Data")
 class Rows(Columns):
     labels_fraction: Annotated[float, "Share of the training rows to use."] = 1.0
+    validation: Annotated[str | None, "Rows to validate on: a data set, file or folder, as --data."] = None
     validation_fraction: Annotated[
         float | None,
         "Share of these rows held out. Default: none where the data have a validation split beside a test split, which "
@@ -486,7 +495,16 @@ class Rows(Columns):
         """Read data; by default an objective without labels holds no rows out."""
         from maskpack.training.data.base import hold_out
 
-        read = training.load_data(data, **{**vars(self), **options})
+        if self.validation is not None and self.validation_fraction is not None:
+            raise ConfigError("--validation names the rows that --validation-fraction would draw; give one of them")
+        given = {**vars(self), **options}
+        given.pop("validation")
+        read = training.load_data(data, **given)
+        if self.validation is not None:
+            given |= {"labels_fraction": 1.0, "class_names": read.class_names or None}
+            own = training.load_data(self.validation, **given)
+            found = next(one for one in (own.validation, own.test, own.train) if one is not None)
+            return replace(read, validation=found)
         if self.validation_fraction is None and supervised and read.train is not None and read.validation is None:
             train, held = hold_out(read.train, 0.1, options.get("seed", 0))
             read = replace(read, train=train, validation=held)

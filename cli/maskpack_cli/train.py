@@ -38,6 +38,7 @@ from .options import (
     described,
     group,
     read_settings,
+    reference,
     verb,
 )
 
@@ -148,6 +149,7 @@ def planned(backbone: "Backbone", data: "Data", settings: TrainConfig, tell: Cal
     from maskpack.training.data.base import empty_classes
     from maskpack.training.trainer import plan_training
 
+    note("Trying one batch …")
     plan = plan_training(backbone, data, settings)
     tell(
         f"Masking {plan['parameters']} parameters, {plan['weights']:,} weights; {plan['classes'] or 'no'} classes; "
@@ -170,11 +172,6 @@ def worth_of(adapter: "maskpack.Adapter") -> dict[str, Any]:
     record = adapter.about.training or {}
     beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
     return {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
-
-
-def reference(output: Path) -> str:
-    """Return what verbs take for the adapter in a folder."""
-    return str(output) if output.is_absolute() or str(output).startswith(".") else f"./{output}"
 
 
 def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from ..backbone.model import CASTS, Fingerprint, same_size_int
+from ..backbone.shards import whole
 from ..codecs.base import Profile
 from ..errors import BackboneMismatchError, StateError
-from ..mask import MaskSet, PackedMask
+from ..mask import DeviceBits, MaskSet, PackedMask, packed
 from ..safetensors_io import Made
 from ..threads import Progress
 from .content import About, Parts
@@ -88,18 +89,23 @@ def merged(chain: Sequence[Adapter], base: Weights) -> Parts:
                 f"the base given has no {name!r} of shape {shapes[name]}; load {chain[0].base.id}, which the first "
                 f"patch was made for"
             )
-        first = weights[name].detach().cpu().contiguous()
+        first = whole(weights[name]).detach().contiguous()
         found = first.clone()
-        for parts in links:
+        for one, parts in zip(chain, links, strict=True):
             if name in parts.masks:
                 now.clear()
                 now[name] = found
-                bits, stored = parts.masks[name].bits, parts.values[name]
-                values = stored.values(at_zeros(found, bits)) if isinstance(stored, Steps) else stored
-                put_at_zeros(found.view(-1), bits, values.to(found.dtype))
+                mask, stored = one.mask_on(name, now, found), parts.values[name]
+                values = stored.values(at_zeros(found, mask)) if isinstance(stored, Steps) else stored
+                put_at_zeros(found, mask, values.to(found))
         now.clear()
-        mask = PackedMask.from_tensor(same_size_int(found) == same_size_int(first), "replace")
-        held[name] = at_zeros(found, mask.bits)
+        same = same_size_int(found) == same_size_int(first)
+        if same.is_cpu:
+            mask = PackedMask.from_tensor(same, "replace")
+        else:
+            there = DeviceBits(int(same.sum()), packed(same.view(-1).byte()))
+            mask = PackedMask.on_device(there, shapes[name], "replace", None)
+        held[name] = at_zeros(found, mask)
         return mask
 
     def values_of(name: str) -> Tensor:

@@ -81,6 +81,11 @@ class Parts:
         norms = sum(one.scale.nbytes + (0 if one.shift is None else one.shift.nbytes) for one in self.norms.values())
         return packed + norms + sum(int(tensor.nbytes) for tensor in tensors)
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory of those masks that were decoded on a device, there."""
+        return sum(mask.there.nbytes for mask in self.masks.values() if mask.there is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class About:

@@ -285,7 +285,7 @@ class Decoder:
                     f"the base given has no {payload.name!r} of shape {payload.shape}, from which stored values are "
                     f"steps; load {self.adapter.base.id}, which the adapter was made for"
                 )
-            Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, bits))
+            Steps(self.adapter.bytes_of(values)).values(at_zeros(weight, PackedMask(bits, payload.shape)))
         return bits_digest(bits)
 
     def _needs_base(self, payload: Payload) -> bool:

@@ -21,6 +21,13 @@ STYLE = """
 .maskpack .bar { width: 14em; max-width: 22vw; padding-top: .45em; }
 .maskpack .bar i { display: block; height: .8em; min-width: 1px; background: #3d7fc1; border-radius: 2px; }
 .maskpack .bar i.own { background: #d9731a; }
+@media (max-width: 34em) {
+  .maskpack .bars, .maskpack .bars caption, .maskpack .bars tbody { display: block; }
+  .maskpack .bars tr { display: grid; grid-template-columns: 2fr 3fr; padding-bottom: .3em; }
+  .maskpack .bars th { grid-column: 1 / -1; }
+  .maskpack .bars td.n { white-space: normal; }
+  .maskpack .bars .bar { width: auto; max-width: none; }
+}
 .maskpack .warn { border-left: 4px solid #d9731a; padding-left: .8em; }
 .maskpack code, .maskpack pre { font: .9em/1.45 ui-monospace, monospace; }
 """
@@ -43,9 +50,10 @@ def bars(rows: Iterable[Row], own: Sequence[str] = (), title: str = "") -> str:
     for name, share, figure in rows:
         kind = ' class="own"' if name in own else ""
         bar = f'<div class="bar"><i{kind} style="width:{100 * min(max(share, 0.0), 1.0):.1f}%"></i></div>'
-        lines.append(f'<tr><th>{shown(name)}</th><td>{bar}</td><td class="n">{shown(figure)}</td></tr>')
+        label = shown(name).replace(".", ".<wbr>")  # where a long name may go on in the next line
+        lines.append(f'<tr><th>{label}</th><td>{bar}</td><td class="n">{shown(figure)}</td></tr>')
     caption = f"<caption>{shown(title)}</caption>" if title else ""
-    return f"<table>{caption}{''.join(lines)}</table>"
+    return f'<table class="bars">{caption}{"".join(lines)}</table>'
 
 
 def of_greatest(values: Mapping[str, float]) -> list[Row]:

@@ -71,16 +71,16 @@ class Norm:
     __repr__ = short_repr
 
     def values(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias, float32 on the CPU, from those of the base."""
+        """Return weight and bias, float32, from those of the base and where they lie."""
         import torch
 
-        old, factor = _double(weight), self._factors()
-        with np.errstate(over="ignore", invalid="ignore"):  # in another base than that of the adapter
-            new = (old * factor).astype(np.float32)
-            if self.shift is None or bias is None:
-                return torch.from_numpy(new), None
-            shifted = (_double(bias) * factor + self.shift * SHIFT * np.abs(old)).astype(np.float32)
-        return torch.from_numpy(new), torch.from_numpy(shifted)
+        where = "cpu" if weight.is_mps else weight.device  # which has no float64
+        old, factor = weight.detach().to(where, torch.float64), torch.from_numpy(self._factors()).to(where)
+        if self.shift is None or bias is None:
+            return (old * factor).float(), None
+        shift = torch.from_numpy(self.shift * SHIFT).to(where)
+        shifted = bias.detach().to(where, torch.float64) * factor + shift * old.abs()
+        return (old * factor).float(), shifted.float()
 
     @classmethod
     def nearest(cls, weight: Tensor, bias: Tensor | None, new: Tensor, shifted: Tensor | None) -> Norm | None:

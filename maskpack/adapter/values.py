@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from bitarray import bitarray
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from ..backbone.model import same_size_int
 from ..backbone.shards import whole
 from ..codecs import ulps
-from ..codecs.base import flipped, where_ones
-from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, short_repr
-from ..mask import packed_bits
-from ..safetensors_io import NAMES, tensor_of, torch_dtype
+from ..errors import AdapterError, BackboneMismatchError, CorruptAdapterError, by_triton, short_repr
+from ..mask import PackedMask, packed_bits
+from ..safetensors_io import NAMES, torch_dtype
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 CHECK_BYTES = 4
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,53 +56,75 @@ class Steps:
         cast, words = _exact(base, values.dtype), _words(values)
         if cast is None:
             return None
-        own = cls(_check(words) + ulps.encode(NAMES[str(values.dtype)], _words(cast), words))
+        own = cls(_check(values) + ulps.encode(NAMES[str(values.dtype)], _words(cast), words))
         if not np.array_equal(_words(own.values(base)), words):  # what does not decode is lost for good
             raise AdapterError("stored values do not come back from their steps; report this, with the checkpoints")
         return own
 
     def values(self, base: Tensor) -> Tensor:
-        """Return the values, flat on the CPU, from the weights of the base in their places.
+        """Return the values, flat and where the base lies, from its weights in their places.
 
         Raises:
             BackboneMismatchError: if these are others than those that the values were coded with, or in a dtype that
                 does not tell.
         """
         dtype = torch_dtype(self.name)
-        cast = _exact(base.detach().cpu(), dtype)
+        cast = _exact(base.detach(), dtype)
         if cast is None:
             raise BackboneMismatchError(
                 f"stored values are steps from weights in {dtype}, and those of the base given are in {base.dtype} and "
                 f"have others; load the base as {dtype} and apply the adapter before casting the model"
             )
         try:
-            words = ulps.decode(self.data[CHECK_BYTES:], _words(cast))
+            found = self._decoded(same_size_int(cast)).view(dtype)
         except CorruptAdapterError as error:
             raise _others(str(error)) from None
-        if _check(words) != bytes(self.data[:CHECK_BYTES]):
+        if _check(found) != bytes(self.data[:CHECK_BYTES]):
             raise _others("they become other values than those that were stored")
-        return tensor_of(memoryview(words.tobytes()), self.name, tuple(words.shape))
+        return found
+
+    def _decoded(self, base: Tensor) -> Tensor:
+        """Return the values as integers, from those of the base."""
+        import torch
+
+        data = self.data[CHECK_BYTES:]
+        if not base.is_cpu and by_triton(base.device.type):
+            try:
+                from ..codecs.native import steps_gpu
+
+                with torch.cuda.device(base.device) if base.is_cuda else nullcontext():
+                    return steps_gpu.decode(data, base)
+            except CorruptAdapterError:
+                raise
+            except Exception as error:  # as of `gpu.decode_on`
+                LOG.warning("values are not decoded on %s, but on the CPU: %s", base.device, error)
+        words = ulps.decode(data, _words(base.cpu()))
+        return torch.from_numpy(words.view(f"i{words.itemsize}")).to(base.device)
 
 
-def at_zeros(weight: Tensor, bits: bitarray) -> Tensor:
-    """Return the weights, flat on the CPU, at the zeros of a mask."""
+def at_zeros(weight: Tensor, mask: PackedMask) -> Tensor:
+    """Return the weights, flat and where they lie, at the zeros of a mask."""
     import torch
 
-    flat = whole(weight).detach().cpu().reshape(-1)
-    if flat.element_size() not in (2, 4):
-        return flat[torch.from_numpy(where_ones(flipped(packed_bits(bits), len(bits))))]
-    return torch.from_numpy(ulps.at_zeros(_words(flat), packed_bits(bits))).view(flat.dtype)
+    flat = whole(weight).detach().reshape(-1)
+    if not flat.is_cpu or flat.element_size() not in (2, 4):
+        return flat[~mask.on(flat.device)]
+    return torch.from_numpy(ulps.at_zeros(_words(flat), packed_bits(mask.bits))).view(flat.dtype)
 
 
-def put_at_zeros(flat: Tensor, bits: bitarray, values: Tensor) -> None:
-    """Put values of the same dtype in the place of weights, flat on the CPU, at the zeros of a mask."""
-    ulps.put_at_zeros(_words(flat), packed_bits(bits), _words(values))
+def put_at_zeros(weight: Tensor, mask: PackedMask, values: Tensor) -> None:
+    """Put values of the same dtype in the place of weights, which are contiguous, at the zeros of a mask."""
+    flat = weight.view(-1)
+    if flat.is_cpu:
+        ulps.put_at_zeros(_words(flat), packed_bits(mask.bits), _words(values))
+    else:
+        flat[~mask.on(flat.device)] = values
 
 
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return weights in a dtype, or None if that changes their bits."""
     cast = base.to(dtype)
-    return cast if np.array_equal(_words(cast.to(base.dtype)), _words(base)) else None
+    return cast if same_size_int(cast.to(base.dtype)).equal(same_size_int(base)) else None
 
 
 def _others(what: str) -> BackboneMismatchError:
@@ -112,8 +134,10 @@ def _others(what: str) -> BackboneMismatchError:
     )
 
 
-def _check(words: NDArray[Any]) -> bytes:
-    return blake3(words.view(np.uint8).data).digest()[:CHECK_BYTES] if words.size else bytes(CHECK_BYTES)
+def _check(values: Tensor) -> bytes:
+    from ..backbone.fingerprint import tensor_digest
+
+    return tensor_digest(values, values.dtype)[:CHECK_BYTES] if len(values) else bytes(CHECK_BYTES)
 
 
 def _words(flat: Tensor) -> NDArray[Any]:

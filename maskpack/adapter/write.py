@@ -162,7 +162,7 @@ def _code(
 def _values_blob(job: _Job, values: Tensor | Steps, weight: Tensor | None, least: float) -> Blob:
     base = None
     if weight is not None and not isinstance(values, Steps) and tuple(weight.shape) == job.mask.shape:
-        base = at_zeros(weight, job.bits)
+        base = at_zeros(weight, job.mask).cpu()
     return values_blob(f"{job.set}/values/{job.name}", values, base, least)
 
 

@@ -139,7 +139,7 @@ def _chunks(words, nodes, size, BLOCK: tl.constexpr):
     _join(nodes + begin * 8, tl.minimum(chunks - begin, BLOCK), 8, chunks <= BLOCK, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _groups(nodes, count, BLOCK: tl.constexpr):
     """Join the nodes of the programs of `_chunks`."""
     _join(nodes, count, BLOCK * 8, True, BLOCK)

@@ -5,9 +5,9 @@ weights alike. So there is a table of sizes for each of up to 16 exponents; the 
 of a size, is noise and stands in bits as it is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from ctypes import byref, c_int64
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from ..errors import CorruptAdapterError
 from . import native
 from .base import Bits, Bytes, Reader, Words, count_ones, varint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUCKETS = 33  # of sizes: 0, 1, 2 to 3, 4 to 7, …
 SLOT_BITS = 12
@@ -117,12 +120,13 @@ def _exponents(kind: Float, base: Words) -> NDArray[np.int64]:
     return (base.astype(np.int64) & kind.sign - 1) >> kind.mantissa
 
 
-def _lanes(count: int) -> int:
+def lane_count(count: int) -> int:
+    """Return the number of lanes of so many values."""
     return min(MOST_LANES, max(1, count // PER_LANE))
 
 
-def _given(kind: Float, base: Words, tables: Tables, top: int, table: NDArray[np.uint32]) -> native.Steps:
-    sizes = base.size, _lanes(base.size), len(tables), top, base.itemsize, kind.mantissa
+def _given(kind: Float, base: Words, tables: Sized, top: int, table: NDArray[np.uint32]) -> native.Steps:
+    sizes = base.size, lane_count(base.size), len(tables), top, base.itemsize, kind.mantissa
     return native.Steps(*sizes, native.address(base), native.address(table))
 
 
@@ -139,7 +143,7 @@ def encode(name: str, base: Words, values: Words) -> bytes:
         pointers = (native.pointer(one) for one in (values, counts, kinds, room))
         bits = room[: library.maskpack_steps_count(byref(none), *pointers)]
         top, tables = _chosen(counts)
-        entries, words = _entries(tables), np.empty(2 * _lanes(base.size) + base.size, np.uint16)
+        entries, words = _entries(tables), np.empty(2 * lane_count(base.size) + base.size, np.uint16)
         given = _given(kind, base, tables, top, entries)
         made = library.maskpack_steps_encode(byref(given), native.pointer(kinds), native.pointer(words))
         words = words[words.size - made :]
@@ -159,7 +163,7 @@ def _encoded(
     kind: Float, base: Words, values: Words, top: int, entries: NDArray[np.uint32]
 ) -> tuple[NDArray[np.uint16], Bits]:
     """Return words and bits, by numpy."""
-    steps, lanes = _steps(kind, base, values), _lanes(base.size)
+    steps, lanes = _steps(kind, base, values), lane_count(base.size)
     buckets = _buckets(steps)
     own = entries[np.clip(top - _exponents(kind, base), 0, len(entries) - 1), buckets].astype(np.int64)
     where = np.repeat(np.cumsum(buckets) - buckets, buckets)
@@ -184,28 +188,46 @@ def kind_of(data: Bytes) -> Float:
     return FLOATS[number]
 
 
+class Parsed(NamedTuple):
+    """What a payload of values says: the highest exponent, `_entries`, the rest bits, the words of the lanes."""
+
+    kind: Float
+    top: int
+    entries: NDArray[np.uint32]
+    bits: Bits
+    words: NDArray[np.uint16]
+
+    @classmethod
+    def of(cls, data: Bytes, count: int) -> "Parsed | None":
+        """Take the payload of so many values apart; None where there are none."""
+        kind, reader = kind_of(data), Reader(data)
+        reader.byte()
+        if not count:
+            if reader.rest().size:
+                raise CorruptAdapterError("a payload of no values goes on behind its first byte")
+            return None
+        top, tables = reader.byte(), [_read_table(reader) for _ in range(_contexts(reader))]
+        bits, rest = reader.take(reader.varint()), reader.rest()
+        if rest.size % 2 or rest.size < 4 * lane_count(count):
+            raise CorruptAdapterError(f"{rest.size} bytes of words are too few, or odd, for {count} stored values")
+        return cls(kind, top, _entries(tables), bits, np.frombuffer(rest.tobytes(), np.uint16))  # aligned
+
+
 def decode(data: Bytes, base: Words) -> Words:
     """Return the values of a payload, as many as there are words of the base, which have the values' dtype."""
-    kind, reader, library = kind_of(data), Reader(data), native.library()
-    reader.byte()
-    if not base.size:
-        if reader.rest().size:
-            raise CorruptAdapterError("a payload of no values goes on behind its first byte")
+    parsed, library = Parsed.of(data, base.size), native.library()
+    if parsed is None:
         return base.copy()
-    top, tables = reader.byte(), [_read_table(reader) for _ in range(_contexts(reader))]
-    bits, rest = reader.take(reader.varint()), reader.rest()
-    if rest.size % 2 or rest.size < 4 * _lanes(base.size):
-        raise CorruptAdapterError(f"{rest.size} bytes of words are too few, or odd, for {base.size} stored values")
-    words, entries = np.frombuffer(rest.tobytes(), np.uint16), _entries(tables)  # aligned
+    kind, top, entries, bits, words = parsed
     if library is None:
-        return _decoded(kind, base, top, entries, words, bits)
+        return _decoded(parsed, base)
     values = np.empty(base.size, kind.words)
-    given = _given(kind, base, tables, top, entries)
+    given = _given(kind, base, entries, top, entries)
     pairs = native.pointer(words), c_int64(words.size), native.pointer(bits), c_int64(bits.size)
     if (done := library.maskpack_steps_decode(byref(given), *pairs, native.pointer(values))) < 0:
         raise MemoryError
     if not done:
-        raise _unlike()
+        raise unlike()
     return values
 
 
@@ -259,15 +281,16 @@ def _read_table(reader: Reader) -> list[int]:
     return halves[:count]
 
 
-def _unlike() -> CorruptAdapterError:
+def unlike() -> CorruptAdapterError:
     return CorruptAdapterError("the words and bits of stored values say more, or less, than there are values")
 
 
-def _decoded(
-    kind: Float, base: Words, top: int, entries: NDArray[np.uint32], words: NDArray[np.uint16], bits: Bits
-) -> Words:
+def _decoded(parsed: Parsed, base: Words) -> Words:
     """Return the values, by numpy."""
-    lanes, sign = _lanes(base.size), kind.sign
+    import torch
+
+    kind, top, entries, bits, words = parsed
+    lanes = lane_count(base.size)
     table = np.stack([np.repeat(row, row >> 18) for row in entries])
     state = words[: 2 * lanes].astype(np.int64).reshape(-1, 2) @ np.array([1, 1 << 16])
     contexts = np.clip(top - _exponents(kind, base), 0, len(table) - 1)
@@ -282,21 +305,29 @@ def _decoded(
         empty = np.flatnonzero(some < LOW)
         taken = words[at : at + empty.size]
         if taken.size < empty.size:
-            raise _unlike()
+            raise unlike()
         some[empty] = some[empty] << 16 | taken
         at += empty.size
-    ends = np.cumsum(buckets)
-    used = int(ends[-1])
-    if at != words.size or (state != LOW).any() or (used + 7) // 8 != bits.size:
-        raise _unlike()
-    if used % 8 and int(bits[-1]) >> used % 8:
-        raise _unlike()
-    padded = np.concatenate([bits, np.zeros(8, np.uint8)]).astype(np.int64)
-    first = ends - buckets
-    rest = sum(padded[(first >> 3) + k] << 8 * k for k in range(5)) >> (first & 7) & (1 << buckets) - 1
-    size = np.where(buckets > 0, rest >> 1 | 1 << np.maximum(buckets - 1, 0), 0)
-    negative = (base.astype(np.int64) & sign) > 0
-    forth = np.where((rest & 1 > 0) != negative, -size, size)
-    number = _ordered(base, sign) + forth & 2 * sign - 1
-    found: Words = np.where(number & sign, number ^ sign, ~number & 2 * sign - 1).astype(kind.words)
+    if at != words.size or (state != LOW).any():
+        raise unlike()
+    here = (torch.from_numpy(one) for one in (base.view(f"i{base.itemsize}"), buckets, np.array(bits)))
+    found: Words = valued(kind, *here).numpy().view(kind.words)
     return found
+
+
+def valued(kind: Float, base: "Tensor", buckets: "Tensor", bits: "Tensor") -> "Tensor":
+    """Return values as integers, from those of the base, the bucket of each step and the rest bits, where they lie."""
+    import torch
+
+    ends, sign = buckets.cumsum(0), kind.sign
+    used = int(ends[-1])
+    if (used + 7) // 8 != len(bits) or (used % 8 and int(bits[-1]) >> used % 8):
+        raise unlike()
+    first, padded = ends - buckets, torch.nn.functional.pad(bits, (0, 8)).long()
+    rest = sum(padded[(first >> 3) + k] << 8 * k for k in range(5)) >> (first & 7) & (1 << buckets) - 1
+    size = torch.where(buckets > 0, rest >> 1 | 1 << (buckets - 1).clamp(min=0), 0)
+    word = base.long() & 2 * sign - 1
+    negative = (word & sign) > 0
+    number = torch.where(negative, ~word & 2 * sign - 1, word | sign)
+    number = number + torch.where(((rest & 1) > 0) != negative, -size, size) & 2 * sign - 1
+    return torch.where((number & sign) > 0, number ^ sign, ~number & 2 * sign - 1).to(base.dtype)

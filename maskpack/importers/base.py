@@ -1,20 +1,9 @@
-"""The contract of an importer: the masks in a file that another tool wrote.
+"""The contract of an importer: the masks in a file that another tool wrote (docs/extending.md).
 
-An importer is a class in a file of this folder (or in another distribution, under the entry point group
-`maskpack.importers`), registered with `@IMPORTERS.register`. `masks.py` is the example to copy. It has
-
-- `id` (what `--from` takes), a docstring and a `reference` (the tool that writes such files, or ""),
-- `open(path, base)`: a `Found`: the shapes of the masks by parameter name, a function that makes one of them, and what
-  else a file may change. `base` are the parameters and buffers of the frozen model, under each of their names; `match`
-  and `known` find them in a file.
-
-The file comes from a stranger and may have 14 GB: `open` compares sizes with the base's before anything is allocated,
-reads tensor by tensor and keeps none. The function gives the same mask each time; it is called in one thread.
-
-A mask only selects. Where the file holds weights beside masks, those that are kept must be the base's, bit by bit; a
-checkpoint that was trained further is refused by `open`, but for the format that is made for it (`checkpoint.py`).
-
-Errors are ours, and name the file, the parameter, what was wrong with its value, what was expected, what to do.
+`open(path, base)` gets the parameters and buffers of the frozen model, under each of their names, which `match` and
+`known` find in a file. The file comes from a stranger and may have 14 GB: sizes are compared with the base's before
+anything is allocated, and tensors are read one by one and not kept. A mask only selects: weights beside masks must be
+the base's, bit by bit, but in `checkpoint.py`. A mask is the same each time that it is asked for, in one thread.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -91,11 +91,16 @@ class MaskLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def scored(self, name: str) -> ScoredWeight:
+        """Return a mask of this layer by its name."""
+        found = self.maskpack_scored[name]
+        assert isinstance(found, ScoredWeight)
+        return found
+
     def effective(self, names: list[str]) -> Tensor:
         """Return the weight with these masks on it."""
         weight: Tensor = self.get_base_layer().weight
-        for scored in (self.maskpack_scored[name] for name in names if name in self.maskpack_scored):
-            assert isinstance(scored, ScoredWeight)
+        for scored in (self.scored(name) for name in names if name in self.maskpack_scored):
             weight = scored.effective(weight, scored.scores, scored.state(self.training))
         return weight
 
@@ -115,9 +120,7 @@ class MaskLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if name in self.maskpack_scored:
                 weight: Tensor = self.get_base_layer().weight
                 new = self.effective([name])
-                scored = self.maskpack_scored[name]
-                assert isinstance(scored, ScoredWeight)
-                changed = ~scored.binary()
+                changed = ~self.scored(name).binary()
                 self._before.append((changed, weight[changed]))
                 weight.copy_(new)
                 self.merged_adapters.append(name)
@@ -159,9 +162,7 @@ class MaskModel(BaseTuner):  # type: ignore[misc]
         masks = {}
         for name, layer in layers.items():
             if adapter_name in layer.maskpack_scored:
-                scored = layer.maskpack_scored[adapter_name]
-                assert isinstance(scored, ScoredWeight)
-                masks[f"{_plain(name)}.weight"] = scored.mask()
+                masks[f"{_plain(name)}.weight"] = layer.scored(adapter_name).mask()
         trained = (name for name, one in model.named_modules() if isinstance(one, ModulesToSaveWrapper))
         heads = tuple(sorted({_plain(name) for name in trained}))
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -184,9 +185,7 @@ class MaskModel(BaseTuner):  # type: ignore[misc]
             raise AdapterError(f"the config names no layer for {len(unknown)} masks, first {unknown[0]!r}")
         for name, mask in masks.items():
             where, layer = layers[name]
-            scored = layer.maskpack_scored[adapter_name]
-            assert isinstance(scored, ScoredWeight)
-            kept = mask.tensor()
+            scored, kept = layer.scored(adapter_name), mask.tensor()
             if scored.places is not None:
                 kept = kept.flatten()[scored.places.long().cpu()]
             start = method.init_scores(scored.scores.detach()).cpu()

@@ -21,7 +21,7 @@ from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.stored import batchnorm_statistics
 from ..training.trainer import plan_training
 from .baselines.base import BASELINES, Baseline, find_baseline
-from .trial import MEASURED, Job, Worker, measured, shared_settings, splits
+from .trial import MEASURED, Job, Worker, check_each_once, measured, shared_settings, splits
 
 COMPARISON, RESULT, TABLE = "comparison.json", "results.json", "results.md"
 STATISTICS = {"freeze": "frozen", "adapt": "adapted"}  # settings of BatchNorm, in words
@@ -127,9 +127,7 @@ def compare(
 def _check(
     names: Sequence[str], seeds: Sequence[int], fractions: Sequence[float], rates: Mapping[str, Sequence[float]]
 ) -> None:
-    for what, values in (("baselines", names), ("seeds", seeds), ("shares of the labels", fractions)):
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"{what} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
+    check_each_once(baselines=names, seeds=seeds, fractions=fractions)
     unknown = sorted(rates.keys() - set(names))
     if unknown:
         raise ConfigError(f"a rate is given for {unknown[0]!r}, which is none of the baselines {', '.join(names)}")

@@ -23,7 +23,7 @@ from ..runtime.load import load_mask
 from ..training.data.base import Data
 from ..training.evaluate import adapter_logits
 from ..training.features import by_class
-from .plots.figure import in_order
+from .figure import in_order
 
 PAGE = """
 :root { color-scheme: light dark; }

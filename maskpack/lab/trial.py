@@ -21,7 +21,7 @@ from torch import nn
 
 from ..backbone.classifier import Classifier
 from ..backbone.load import Backbone, load_backbone
-from ..errors import DataError, MaskpackError, StateError
+from ..errors import ConfigError, DataError, MaskpackError, StateError
 from ..training.config import TrainConfig, config_from
 from ..training.data.base import HELD, LABELS_SEED, Data, Examples, few_labels, hold_out, load_data, loader, readable
 from ..training.run_folder import read_json, write_json
@@ -143,6 +143,13 @@ def _write(events: TextIO, event: Mapping[str, Any]) -> None:
         events.flush()
     except BrokenPipeError:  # nobody waits for the result any more
         os._exit(1)
+
+
+def check_each_once(**lists: Sequence[Any]) -> None:
+    """Raise ConfigError if one of these lists is empty, or has a member twice."""
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name} must be at least one, each once; got {', '.join(map(str, values)) or 'none'}")
 
 
 def splits(data: Data, share: float, seed: int, validate: bool) -> tuple[Data, Data, Examples]:

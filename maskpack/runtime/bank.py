@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError, StateError, UnknownNameError, brief
 from ..hub.pull import PullOptions
 from ..mask import MaskSet, PackedMask, mask_id
 from . import apply
-from .load import Reference, Verify, check_base, check_choices, check_one_set, load_adapter
+from .load import Reference, Verify, check_base, check_choices, check_one_set, decoded_parts, load_adapter
 from .mixed import FEW, Correction, corrections, mixing
 from .place import TOP, Place, find_place, view
 
@@ -89,7 +89,7 @@ class Resident:
     @property
     def device_bytes(self) -> int:
         noted = sum(changed.nbytes for changed in self.notes.values())
-        noted += sum(mask.there.nbytes for mask in self.masks.values() if mask.there is not None)
+        noted += 0 if self.parts is None else self.parts.device_bytes
         return noted + sum(one.nbytes for found in self.correction or () for one in (found or {}).values())
 
     def drop(self) -> None:
@@ -468,7 +468,7 @@ class MaskBank:
         base = view(self.model, place)
         apply.check_masks(base, source.shapes())
         check_base(base, source, self._verify, stacklevel=5)
-        parts = place.parts(_decoded(source, base))
+        parts = place.parts(decoded_parts(source, base))
         apply.check_dense(unwrap(self.model), parts, apply.tensors_of(self.model))
         # what a branch or tag meant is pinned by the commit
         later: Any = {key: value for key, value in options.items() if key not in ("revision", "require_revision")}
@@ -486,7 +486,7 @@ class MaskBank:
                     f"{resident.name!r} was evicted, and {adapter.path} has other bytes now; remove it and add it "
                     "again, or pin it"
                 )
-            resident.parts = resident.place.parts(_decoded(adapter, view(self.model, resident.place)))
+            resident.parts = resident.place.parts(decoded_parts(adapter, view(self.model, resident.place)))
             self._make_room(resident)
         assert resident.parts is not None
         return resident.parts
@@ -517,12 +517,6 @@ class MaskBank:
         idle.sort(key=lambda one: one.used)
         while sum(one.device_bytes for one in idle) > self._device:
             idle.pop(0).drop()
-
-
-def _decoded(adapter: Adapter, base: nn.Module) -> Parts:
-    """Return an adapter's parts with decoded masks, which stay on the device that decodes them."""
-    masks = {name: mask.but(zeros=None) for name, mask in adapter.iter_masks(base=base, zeros=True)}
-    return replace(adapter.parts(stream=True), masks=MaskSet(masks))
 
 
 def _name_of(source: Adapter | Parts) -> str:

@@ -17,7 +17,7 @@ from ..backbone.model import unwrap
 from ..errors import AdapterError, BackboneMismatchError
 from ..hub.pull import PullOptions
 from .apply import check_masks, masked
-from .load import Reference, Verify, check_base, check_choices, load_adapter, take_off
+from .load import Reference, Verify, check_base, check_choices, decoded_parts, load_adapter, take_off
 from .place import Place, find_place, view
 
 
@@ -55,7 +55,7 @@ class LoadedCascade:
     def __init__(self, model: nn.Module, sets: Mapping[str, Parts], parts: Cascade, about: About | None = None):
         self._about, self._sets = about or About(), sets
         self.model, self.parts, self.class_names = model, parts, self._about.class_names
-        self.cost = Cost(mask_bytes=sum(one.nbytes for one in sets.values()))
+        self.cost = Cost(mask_bytes=sum(one.nbytes + one.device_bytes for one in sets.values()))
 
     def __repr__(self) -> str:
         return f"LoadedCascade({type(unwrap(self.model)).__name__}, {len(self.parts.experts)} experts, {self.cost})"
@@ -175,5 +175,5 @@ def load_cascade(
         raise BackboneMismatchError(
             f"the model has no {module!r}, whose input the cascade takes; load it with its head"
         )
-    sets = {name: place.parts(replace(adapter.parts(name, base), head=None)) for name in adapter.sets}
+    sets = {name: place.parts(replace(decoded_parts(adapter, base, name), head=None)) for name in adapter.sets}
     return LoadedCascade(model, sets, parts, adapter.about)

@@ -17,7 +17,7 @@ from ..backbone.model import inside, named_parameters, unwrap
 from ..backbone.shards import any_shared
 from ..errors import AdapterError, BackboneMismatchError, ConfigError, StateError
 from ..hub.pull import PullOptions, earlier_adapters, open_adapter
-from ..mask import PackedMask
+from ..mask import MaskSet, PackedMask
 from ..threads import in_thread
 from .apply import Model, applied, apply_parts, check_free, check_masks, keep_nothing, tensors_of, unload_mask
 from .place import TOP, find_place, view
@@ -217,6 +217,12 @@ def loaded_parts(adapter: Adapter, head: HeadChoice, mode: Mode) -> Parts:
     if not parts.values:
         raise AdapterError(f"{adapter.path} replaces no weights; mode='source' is for adapters of `maskpack transfer`")
     return Parts(parts.masks)
+
+
+def decoded_parts(adapter: Adapter, base: nn.Module, set: str = "default") -> Parts:
+    """Return the parts of a set with decoded masks, which stay on the device that decodes them."""
+    masks = {name: mask.but(zeros=None) for name, mask in adapter.iter_masks(set, base, zeros=True)}
+    return replace(adapter.parts(set, stream=True), masks=MaskSet(masks))
 
 
 def removing(masks: Iterable[tuple[str, PackedMask]]) -> Iterator[tuple[str, PackedMask]]:

@@ -197,7 +197,7 @@ class Served:
                     current.clear()
                     current[name] = tensor
                     mask, value = parts.masks[name], parts.values.get(name)
-                    value = value.values(at_zeros(tensor, mask.bits)) if isinstance(value, Steps) else value
+                    value = value.values(at_zeros(tensor, mask)) if isinstance(value, Steps) else value
                     for i, piece in enumerate(self._pieces[stored]):
                         key = _key(stored, i)
                         masks[key] = _part_of(mask, piece)

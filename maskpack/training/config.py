@@ -246,9 +246,6 @@ def parse_rule(rule: str) -> tuple[str, float]:
 
     Args:
         rule: "all", "first:STAGES", "random:SHARE" or "largest:SHARE".
-
-    Raises:
-        ConfigError: if it is none of these, or its number is impossible.
     """
     kind, _, text = rule.partition(":")
     try:
@@ -266,11 +263,7 @@ def parse_rule(rule: str) -> tuple[str, float]:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Read settings from a TOML file whose keys are the names of the command line's options.
-
-    Raises:
-        ConfigError: if the file is missing or is not TOML.
-    """
+    """Read settings from a TOML file whose keys are the names of the command line's options."""
     try:
         with Path(path).open("rb") as stream:
             return {key.replace("-", "_"): value for key, value in tomllib.load(stream).items()}
@@ -281,21 +274,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def config_from(values: Mapping[str, Any]) -> TrainConfig:
-    """Make a TrainConfig from plain values, as read from TOML or a checkpoint.
-
-    Raises:
-        ConfigError: if a name is unknown or a value has the wrong type.
-    """
-    known = {field.name: field for field in fields(TrainConfig)}
-    unknown = sorted(values.keys() - known.keys())
-    if unknown:
+    """Make a TrainConfig from plain values, as read from TOML or a checkpoint; an unknown name is a ConfigError."""
+    known = [one.name for one in fields(TrainConfig)]
+    if unknown := sorted(values.keys() - set(known)):
         raise ConfigError(f"unknown settings: {', '.join(unknown)}; known: {', '.join(known)}")
-    settings = dict(values)
-    for name in known.keys() & settings.keys():
-        if name in ("include", "exclude", "train"):
-            value = settings[name]
-            settings[name] = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-    return TrainConfig(**settings)
+    globs = {name: values[name] for name in ("include", "exclude", "train") if isinstance(values.get(name), str | list)}
+    whole = {name: (one,) if isinstance(one, str) else tuple(one) for name, one in globs.items()}
+    return TrainConfig(**{**values, **whole})
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:

@@ -19,7 +19,7 @@ from ..adapter.content import FIGURES, Cascade
 from ..backbone.classifier import embeddings
 from ..backbone.fingerprint import cache_folder, model_digest
 from ..backbone.load import Backbone
-from ..errors import ConfigError, DataError, MaskpackError, escape
+from ..errors import DataError, MaskpackError, escape
 from ..preprocess import preprocess_to_json
 from ..runtime.cascade import LoadedCascade
 from .data.base import Data, Examples, few_labels, loader, readable
@@ -186,13 +186,6 @@ def knn_scores(
     A neighbour votes for its class with the weight exp(cosine / temperature). Where the bank, (M, D), has fewer than k
     rows, all vote. Of rows with equal cosines at the edge of the k, which of them vote is not defined.
     """
-    if k < 1 or temperature <= 0:
-        raise ConfigError(f"k must be at least 1 and the temperature above 0; got k={k}, temperature={temperature}")
-    if len(bank) == 0 or bank.shape[1:] != x.shape[1:]:
-        raise DataError(
-            f"the nearest neighbours of features of shape {tuple(x.shape)} are looked for in a bank of shape "
-            f"{tuple(bank.shape)}; expected as many features, and at least one row"
-        )
     # divided out of the products: a bank of many gigabytes is not copied
     lengths = bank.norm(dim=1).clamp(min=torch.finfo(bank.dtype).tiny)
     scores = []

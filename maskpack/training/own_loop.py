@@ -80,8 +80,8 @@ def attach_scores(
             The others are kept, and take no memory.
         dtype: of the scores: float32 (default), or bfloat16, to which every optimiser's steps are rounded at random.
         train: what learns itself: "norms", "biases", or globs of parameters.
-        head: names of modules that learn themselves and do not belong to the base; default: those beside weights that
-            transformers read from a checkpoint, which were not read themselves. `()`: none.
+        head: names of modules that learn themselves and do not belong to the base; default: those that are new beside
+            the checkpoint of a model of transformers or timm. Name those that you made anew elsewhere. `()`: none.
         experts: weights of experts that are fused into one parameter are selected by default too.
         scale: divide the kept weights by sqrt(density).
 
@@ -131,11 +131,16 @@ def attach_scores(
 
 
 def new_modules(model: nn.Module) -> list[str]:
-    """Return the outermost modules that transformers did not read from a checkpoint, where it read others.
+    """Return the outermost modules that are new beside a checkpoint, of a model of transformers or timm.
 
-    It marks every parameter that was read. Embeddings and parameters without data lose the mark where they are made
-    larger or put elsewhere, so they count as read.
+    transformers marks every parameter that was read. Embeddings and parameters without data lose the mark where they
+    are made larger or put elsewhere, so they count as read. In timm a classifier is new that has other classes than the
+    checkpoint.
     """
+    stated: Any = getattr(model, "pretrained_cfg", None) or {}
+    if stated.get("num_classes") and getattr(model, "num_classes", 0) not in (0, stated["num_classes"]):
+        classifier = stated.get("classifier") or ()
+        return [classifier] if isinstance(classifier, str) else sorted(classifier)
     parameters = named_parameters(model)
     modules = {canonical(name): one for name, one in model.named_modules(remove_duplicate=False)}
     old = {

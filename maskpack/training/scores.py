@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType, MethodType
 from typing import Any
@@ -110,19 +110,12 @@ class Recompute:
 
     made: dict[int, tuple["weakref.ref[Tensor]", Recipe]] = field(default_factory=dict)
     _open: list[saved_tensors_hooks] = field(default_factory=list)
-    _handles: list[Any] = field(default_factory=list)
 
-    def watch(self, model: nn.Module) -> None:
-        """Put hooks around every forward pass of the model, or of its encoder alone."""
+    def watch(self, model: nn.Module) -> Iterator[Any]:
+        """Put hooks around every forward pass of the model, or of its encoder alone, and yield their handles."""
         for one in dict.fromkeys((model, encoder_of(model))):
-            self._handles.append(one.register_forward_pre_hook(self._begin))
-            self._handles.append(one.register_forward_hook(self._end, always_call=True))
-
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+            yield one.register_forward_pre_hook(self._begin)
+            yield one.register_forward_hook(self._end, always_call=True)
 
     def note(self, result: Tensor, make: Callable[[], Tensor], *sources: Tensor) -> None:
         """Remember how an effective weight was made, within a forward pass."""
@@ -178,10 +171,9 @@ class Rounding:
     """
 
     aside: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _handles: list[Any] = field(default_factory=list)
 
-    def watch(self, scores: Sequence[nn.Parameter]) -> None:
-        """Round these scores in the steps of every optimiser from now on."""
+    def watch(self, scores: Sequence[nn.Parameter]) -> tuple[Any, Any]:
+        """Round these scores in the steps of every optimiser from now on; return the handles of the hooks."""
         me, known = weakref.ref(self), {id(one) for one in scores}
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -193,35 +185,28 @@ class Rounding:
             if closure is None:
                 rounding._put_aside(members)
                 return None
-            # the closure computes with the scores, so they are put aside behind it
-            return args[:1], {**kwargs, "closure": lambda: rounding._behind(closure, members)}
+
+            def behind() -> Any:  # the closure computes with the scores, so they are put aside behind it
+                found = closure()
+                rounding._put_aside(members)
+                return found
+
+            return args[:1], {**kwargs, "closure": behind}
 
         def after(*_: object) -> None:
             rounding = me()
             if rounding is not None:
-                rounding._add()
+                rounding.settle(stepped=True)
 
-        self._handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-
-    def stop(self) -> None:
-        """Stop rounding."""
-        self.settle()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        return register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Put scores back that are aside, because a step failed."""
+    def settle(self, stepped: bool = False) -> None:
+        """Put scores back that are aside: with the update of a step, or as they were because the step failed."""
         while self.aside:
             score, was = self.aside[-1]
-            score.copy_(was)
+            score.copy_(rounded(was.float() + score.float()) if stepped else was)
             self.aside.pop()
-
-    def _behind(self, closure: Callable[[], Any], members: Sequence[nn.Parameter]) -> Any:
-        found = closure()
-        self._put_aside(members)
-        return found
 
     @torch.no_grad()
     def _put_aside(self, members: Sequence[nn.Parameter]) -> None:
@@ -230,13 +215,6 @@ class Rounding:
             if one.dtype == torch.bfloat16:
                 self.aside.append((local(one.detach()), local(one.detach()).clone()))
                 local(one.detach()).zero_()
-
-    @torch.no_grad()
-    def _add(self) -> None:
-        while self.aside:
-            score, was = self.aside[-1]
-            score.copy_(rounded(was.float() + score.float()))
-            self.aside.pop()
 
 
 class Placed(torch.autograd.Function):
@@ -429,8 +407,7 @@ def attach(
             hook = owner(model, own)[0].register_state_dict_post_hook(_plainly)  # type: ignore[no-untyped-call]
             together.hooks.append(hook)
         scores[name] = scored.scores
-    together.recompute.watch(model)
-    together.rounding.watch(list(scores.values()))
+    together.hooks += [*together.recompute.watch(model), *together.rounding.watch(list(scores.values()))]
     for parameter in beside.values():
         parameter.requires_grad_(True)
     return scores
@@ -472,16 +449,27 @@ def scored_models(model: nn.Module) -> list[ScoredModel]:
 
 
 @contextmanager
-def plain_names(model: nn.Module, make: Plain) -> Iterator[None]:
-    """`state_dict` has the model's own names, and what `make` makes of masked weights, as long as this lasts."""
+def _changed(model: nn.Module, **state: Any) -> Iterator[None]:
+    """Give what the scores of a model share other attributes, within the context."""
     models = scored_models(model)
+    before = [{name: getattr(one, name) for name in state} for one in models]
     for one in models:
-        one.plain = make
+        vars(one).update(state)
     try:
         yield
     finally:
-        for one in models:
-            one.plain = None
+        for one, was in zip(models, before, strict=True):
+            vars(one).update(was)
+
+
+def plain_names(model: nn.Module, make: Plain) -> AbstractContextManager[None]:
+    """`state_dict` has the model's own names, and what `make` makes of masked weights, within the context."""
+    return _changed(model, plain=make)
+
+
+def without_scores(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute with the weights as they are, within the context."""
+    return _changed(model, off=True)
 
 
 def _plainly(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
@@ -492,19 +480,6 @@ def _plainly(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -
             state[prefix + leaf] = scored.model.plain(scored, state[f"{own}original"])
             for name in [name for name in state if name.startswith(own)]:
                 del state[name]
-
-
-@contextmanager
-def without_scores(model: nn.Module) -> Iterator[None]:
-    """Compute with the weights as they are, as long as this lasts."""
-    models = scored_models(model)
-    for one in models:
-        one.off = True
-    try:
-        yield
-    finally:
-        for one in models:
-            one.off = False
 
 
 def set_progress(model: nn.Module, progress: float, batch_size: int = 1) -> None:
@@ -540,8 +515,7 @@ def detach_scores(model: nn.Module) -> None:
     """Remove the scores from a model: weights, buffers, and what learned beside them have their earlier bits."""
     models, tensors = scored_models(model), {**named_parameters(model), **named_buffers(model)}
     for one in models:
-        one.recompute.stop()
-        one.rounding.stop()
+        one.rounding.settle()
         for hook in one.hooks:
             hook.remove()
         for name, tensor in one.before.items():

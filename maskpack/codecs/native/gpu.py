@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...errors import CorruptAdapterError
+from ...mask import packed, unpacked
 from ..base import NO_EVENTS, Bytes, Side, There
 from ..lanes import tables
 from ..logit import Head
@@ -279,10 +280,8 @@ def decode_on(payloads: Sequence[There], base: bool) -> list[tuple[Tensor, Tenso
 
 
 def _bits_and_zeros(symbol: int, events: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
-    kept, eight = events if symbol else 1 - events, torch.arange(8, dtype=torch.uint8, device=events.device)
+    kept = events if symbol else 1 - events
     if reference is not None:
-        kept = kept ^ (reference.unsqueeze(1) >> eight & 1).flatten()[: len(kept)]
-    eights = torch.nn.functional.pad(kept, (0, -len(kept) % 8)).view(-1, 8)
-    packed = (eights << eight).sum(1, dtype=torch.uint8)
+        kept = kept ^ unpacked(reference, len(kept)).byte()
     zeros = (kept == 0).nonzero()[:, 0]
-    return packed, zeros.to(torch.int32) if len(kept) < 2**31 else zeros
+    return packed(kept), zeros.to(torch.int32) if len(kept) < 2**31 else zeros

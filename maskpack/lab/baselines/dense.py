@@ -19,7 +19,7 @@ from ...mask import MaskSet
 from ...training.config import TrainConfig
 from ...training.features import fit_probe, knn_scores
 from ...training.learn import body_parameters, learning_names
-from ...training.run_folder import FILE
+from ...training.run_folder import FILE, RunOptions
 from ...training.stored import batchnorm_statistics, shortened
 from ...training.trainer import ObjectiveRun, train_dense
 from .base import BASELINES, Baseline, Fitted, Rates, Trial, classified, parameters
@@ -60,47 +60,38 @@ class Dense(Baseline):
                 start.update({name: one.detach().clone() for name, one in learned.items()})
             return learned
 
-        steps = train_dense(
-            trial.backbone,
-            trial.data,
-            settings,
-            learn,
-            output=folder,
-            resume=(folder / FILE).exists(),
-            report=trial.report,
-        )
-        classifier = steps.objective.module
+        options: RunOptions = {"output": folder, "resume": (folder / FILE).exists(), "report": trial.report}
+        run = train_dense(trial.backbone, trial.data, settings, learn, **options)
+        classifier = run.objective.module
         assert isinstance(classifier, Classifier)
-        head, (folded, statistics) = parameters(*classifier.linear.parameters()), self._settled(steps)
-        numbers = {name: one for name, one in steps.scores.items() if name not in folded}
-        stored = {16: {name: one.detach().half() for name, one in numbers.items()}}
-        learned = parameters(*steps.scores.values())
-        weights = {16: 2 * parameters(*numbers.values())}
-        for bits in self.bits:
-            stored[bits], weights[bits] = self._rounded(numbers, start, bits)
-        if self.bits and (coded := self._in_steps(steps, numbers)) is not None:
-            stored[IN_STEPS], weights[IN_STEPS] = coded
-        others = {"statistics": statistics, "head": _head_bytes(steps.objective.head())}
-        predict, inside = classified(classifier), [0]  # of how many bits the numbers in the network are
+        head, (folded, statistics) = parameters(*classifier.linear.parameters()), self._settled(run)
+        numbers = {name: one for name, one in run.scores.items() if name not in folded}
+        trained = parameters(*run.scores.values()) + head
+        # values and bytes of the numbers, by bits
+        stored = {16: ({name: one.detach().half() for name, one in numbers.items()}, 2 * parameters(*numbers.values()))}
+        stored |= {bits: self._rounded(numbers, start, bits) for bits in self.bits}
+        if self.bits and (coded := self._in_steps(run, numbers)) is not None:
+            stored[IN_STEPS] = coded
+        others = {"statistics": statistics, "head": _head_bytes(run.objective.head())}
+        predict, inside = classified(classifier), list[int]()  # of how many bits the numbers in the network are
 
         def put_in(bits: int) -> None:
-            if inside[0] != bits:
+            if inside != [bits]:
                 for name, one in numbers.items():
-                    one.data.copy_(stored[bits][name])
-                inside[0] = bits
+                    one.data.copy_(stored[bits][0][name])
+                inside[:] = [bits]
 
         def fitted(bits: int) -> Fitted:
             def by_the_stored(inputs: Inputs) -> Tensor:
                 put_in(bits)
                 return predict(inputs)
 
-            return Fitted(by_the_stored, learned + head, {"weights": weights[bits], **others}, steps.steps, note=note)
+            return Fitted(by_the_stored, trained, {"weights": stored[bits][1], **others}, run.steps, note=note)
 
         put_in(16)
         words = {1: "1 bit", IN_STEPS: "in steps"}
-        return replace(
-            fitted(16), controls={words.get(bits, f"{bits} bits"): fitted(bits) for bits in stored if bits != 16}
-        )
+        controls = {words.get(bits, f"{bits} bits"): fitted(bits) for bits in stored if bits != 16}
+        return replace(fitted(16), controls=controls)
 
     def _settled(self, run: ObjectiveRun) -> tuple[set[str], int]:
         """Put head and adapted statistics into the network as they are stored beside a mask.

@@ -182,7 +182,7 @@ class _Transformed(Dataset[Any]):
     """Transformed examples; of an unreadable one the row number."""
 
     examples: Examples
-    transform: Callable[[Any], Any]
+    transform: Callable[[Any], Any] | None
     sampler: EpochSampler | None
 
     def __len__(self) -> int:
@@ -192,7 +192,9 @@ class _Transformed(Dataset[Any]):
         item = self.examples[index]
         if self.sampler is not None:  # what is drawn follows from epoch and example, in whichever process
             torch.default_generator.manual_seed(draw_seed(self.sampler.seed, self.sampler.epoch, "example", index))
-        return self.examples.indices[index] if item is None else (self.transform(item[0]), item[1])
+        if item is None:
+            return self.examples.indices[index]
+        return item if self.transform is None else (self.transform(item[0]), item[1])
 
 
 _FOR_TRAINING = {getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)}
@@ -269,9 +271,7 @@ def loader(
         transform: from a PIL image, in place of the preprocessing. stack: from its results to the inputs of a batch.
         join: from examples as they are to a batch, in place of all that.
     """
-    if join is not None:
-        transform = _same
-    else:
+    if join is None:
         images, kind = isinstance(preprocess, ImagePreprocess), column_kind(examples.rows.features[examples.column])
         if images != (kind not in ("text", "words")):
             raise DataError(
@@ -281,9 +281,9 @@ def loader(
         if isinstance(preprocess, ImagePreprocess):
             transform = transform or preprocess.transform(augment)
         elif kind == "words":
-            transform, join = _same, join_words(tokenizer, preprocess)
+            join = join_words(tokenizer, preprocess)
         else:
-            transform, stack = _same, collate_text(tokenizer, preprocess)
+            stack = collate_text(tokenizer, preprocess)
     return DataLoader(
         _Transformed(examples, transform, sampler),
         batch_size=batch_size,
@@ -293,10 +293,6 @@ def loader(
         collate_fn=partial(_collate, join or partial(_joined, stack)),
         worker_init_fn=_ignore_signals if workers else None,
     )
-
-
-def _same(one: Any) -> Any:
-    return one
 
 
 def column_kind(feature: Any) -> str:

@@ -1,4 +1,4 @@
-"""Networks of an analysis: their tensors by name, their modules, and how they are read."""
+"""Networks of an analysis: their tensors and modules by name, how they are read, and their accuracy and loss."""
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,21 +10,21 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...adapter.read import TENSOR, Adapter
-from ...backbone.classifier import Batch, Classifier, predictions
-from ...backbone.fingerprint import cache_folder, model_digest
-from ...backbone.load import Backbone, load_tensors
-from ...backbone.model import aliases, canonical, inside, swap_module, unwrap
-from ...errors import AdapterError, ConfigError, DataError, StateError
-from ...mask import MaskSet
-from ...runtime.apply import applied, unload_mask
-from ...runtime.load import load_adapter, load_mask
-from ...safetensors_io import open_tensors, read_tensors, write_tensors
-from ...training.data.base import Data, Examples, loader, readable
-from ...training.evaluate import as_loaded
-from ...training.features import digest_of, inputs_content
-from ...training.stored import BATCH_NORMS, recalibrate
-from ..trial import measured
+from ..adapter.read import TENSOR, Adapter
+from ..backbone.classifier import Batch, Classifier, predictions
+from ..backbone.fingerprint import cache_folder, model_digest
+from ..backbone.load import Backbone, load_tensors
+from ..backbone.model import aliases, canonical, inside, swap_module, unwrap
+from ..errors import AdapterError, ConfigError, DataError, StateError
+from ..mask import MaskSet
+from ..runtime.apply import applied, unload_mask
+from ..runtime.load import load_adapter, load_mask
+from ..safetensors_io import open_tensors, read_tensors, write_tensors
+from ..training.data.base import Data, Examples, loader, readable
+from ..training.evaluate import as_loaded
+from ..training.features import digest_of, inputs_content
+from ..training.stored import BATCH_NORMS, recalibrate
+from .trial import measured
 
 State = Mapping[str, Tensor]
 HEAD = "head"  # what a head behind an encoder is called in a state

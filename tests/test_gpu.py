@@ -1,5 +1,6 @@
-"""The codec logit as a GPU decodes it: by Triton's interpreter here, on a GPU in test_cuda.py."""
+"""What a GPU decodes and hashes: by Triton's interpreter here, on a GPU in test_cuda.py."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -17,15 +18,19 @@ from torch import nn
 
 from maskpack import MaskBank, Parts, fingerprint, load_mask, load_masked, save_adapter, unload_mask
 from maskpack import mask as masks_module
+from maskpack.adapter.content import About
 from maskpack.adapter.read import Adapter
+from maskpack.adapter.steps import Norm
+from maskpack.adapter.values import Steps
 from maskpack.backbone import fingerprint as base_digests
 from maskpack.backbone.fingerprint import tensor_digest
-from maskpack.codecs import logit
+from maskpack.codecs import logit, ulps
 from maskpack.errors import CorruptAdapterError
 from maskpack.mask import MaskSet
 from maskpack.runtime.apply import apply_parts
 
 from .fuzz.fuzz_logit import SHAPES, side_of
+from .fuzz.fuzz_ulps import words_of
 from .helpers_models import bits, same
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch for CUDA")
@@ -38,7 +43,7 @@ def test_by_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "17 passed" in done.stdout
+    assert "26 passed" in done.stdout
 
 
 def job_of(case: int) -> tuple[Any, ...]:
@@ -210,6 +215,27 @@ class TestInterpreted:
         data = torch.randint(256, (size + 1,), dtype=torch.uint8)[1:]
         assert digest_gpu.digest_of(data) == blake3(data.numpy().tobytes()).digest()
 
+    @pytest.mark.parametrize(
+        ("kind", "number", "count"), [(1, 1, 5), (0, 0, 5), (3, 2, 5), (2, 1, 4), (1, 0, 1), (0, 2, 0)]
+    )
+    def test_decodes_values(self, monkeypatch: pytest.MonkeyPatch, kind: int, number: int, count: int) -> None:
+        from maskpack.codecs.native import steps_gpu
+
+        monkeypatch.setattr(ulps, "PER_LANE", 64)  # eleven lanes
+        name, base, values = words_of(kind + 4 * (number + 3 * count))
+        made = ulps.encode(name, base, values)
+        own = torch.from_numpy(base.view(f"i{base.itemsize}"))
+        assert np.array_equal(steps_gpu.decode(made, own).numpy().view(base.dtype), values)
+        for place in (len(made) // 2, len(made) - 1) if kind == 1 and count == 5 else ():
+            spoiled = made[:place] + bytes([made[place] ^ 1]) + made[place + 1 :]
+            try:
+                wanted = ulps.decode(spoiled, base)
+            except CorruptAdapterError:
+                with pytest.raises(CorruptAdapterError):
+                    steps_gpu.decode(spoiled, own)
+            else:
+                assert np.array_equal(steps_gpu.decode(spoiled, own).numpy().view(base.dtype), wanted)
+
     def test_a_digest_that_is_not_the_librarys_is_not_used(
         self, remote: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -259,6 +285,52 @@ class TestInterpreted:
         crosses(up + sum(one.nbytes for one in given.values()), down)
         assert same(remote.bits(model), bits(wanted))
 
+    def test_nothing_but_patches_crosses_the_bus(self, remote: ModuleType, tmp_path: Path) -> None:
+        states, chain, crossed = [network().bfloat16()], list[Adapter](), remote.CROSSED
+        weights = sum(one.nbytes for one in states[0].parameters())
+        for number in range(2):
+            old, new = states[-1], copy.deepcopy(states[-1])
+            for one in new.parameters():
+                one.data *= 1 + 0.01 * (torch.rand(one.shape) < 0.1)
+            kept = {name: one == dict(old.named_parameters())[name] for name, one in new.named_parameters()}
+            values = {name: one.detach()[~kept[name]] for name, one in new.named_parameters()}
+            parts = Parts(MaskSet.from_tensors(kept, op="replace"), values=values)
+            about, base = About(result=fingerprint(new, id="tests:net").digests), fingerprint(old, id="tests:net")
+            chain.append(save_adapter(tmp_path / str(number), parts, base, about, weights=old, profile="max"))
+            assert all(isinstance(one, Steps) for one in chain[-1].parts(base=old).values.values())
+            states.append(new)
+        for links in (chain[:1], chain):
+            model = remote.moved(copy.deepcopy(states[0]))
+            load_mask(model, links)
+            assert same(remote.bits(model), bits(states[len(links)]))
+            assert crossed["to"] < sum(one.size for one in links) + 800 * len(links)
+            assert crossed["from"] < 500 * len(links) < weights
+            crossed.clear()
+            unload_mask(model)
+            assert same(remote.bits(model), bits(states[0]))
+            assert not crossed
+
+    def test_its_benchmark_runs(self) -> None:
+        from benchmarks.gpu import rates
+
+        found = rates("cpu", tiny=True)["rows"]
+        assert [row["unit"] for row in found] == ["weights", "weights", "values", "bytes", "bytes"]
+
+    def test_norms_are_made_there(self, remote: ModuleType, tmp_path: Path) -> None:
+        model = nn.Sequential(nn.Linear(2, 64, bias=False), nn.BatchNorm1d(64)).eval()
+        nn.init.normal_(model[1].weight)
+        norm = Norm(np.arange(-32, 32, dtype=np.int32), np.arange(64, dtype=np.int32))
+        parts = Parts(MaskSet.from_tensors({"0.weight": torch.rand(64, 2) < 0.9}), norms={"1": norm})
+        save_adapter(tmp_path, parts, fingerprint(model, id="tests:net"))
+        wanted, there = bits(load_mask(copy.deepcopy(model), tmp_path)), remote.moved(copy.deepcopy(model))
+        load_mask(there, tmp_path)
+        assert same(remote.bits(there), wanted)
+        assert remote.CROSSED["from"] < 150 * 6  # of tensors, one has 256 bytes
+        remote.CROSSED.clear()
+        unload_mask(there)
+        assert same(remote.bits(there), bits(model))
+        assert not remote.CROSSED
+
     def test_a_mask_that_is_coded_against_another_set(self, remote: ModuleType, tmp_path: Path) -> None:
         model = network()
         _, masks = packed(tmp_path / "one", model)
@@ -305,14 +377,15 @@ def test_compiles_for_gpus(capability: int) -> None:
     from triton.compiler import ASTSource, compile
 
     from maskpack.backbone import digest_gpu
-    from maskpack.codecs.native import gpu
+    from maskpack.codecs.native import gpu, steps_gpu
 
-    fixed = {"LANE": gpu.LANE, "FIELDS": len(gpu.FIELDS), "BLOCK": gpu.BLOCK}
+    fixed = {"LANE": gpu.LANE, "FIELDS": len(gpu.FIELDS), "BLOCK": gpu.BLOCK, "LANES": ulps.MOST_LANES}
     for kernel, types, warps in (
         (gpu._coefficients, "*i16 *i32 *i32 *i32 *i32 *i64 *i64", 1),
         (gpu._events, "*i16 *i32 *i64 *i32 *i32 *i32 *i64 *i64 *i32 *i32 *u8 *u8", 1),
         (digest_gpu._chunks, "*i32 *i32 i64", 4),
         (digest_gpu._groups, "*i32 i32", 4),
+        (steps_gpu._buckets, "*i16 *i32 *i16 *u8 *i32 i32 i32 i32 i32 i32 i32 i32", 1),
     ):
         own = {name: fixed[name] for name in kernel.arg_names if name in fixed}
         signature = dict(zip(kernel.arg_names, types.split(), strict=False)) | dict.fromkeys(own, "constexpr")

@@ -1,4 +1,4 @@
-"""What pictures have in common: the style, rows by layer, matrices, curves, and files whose bytes follow from them."""
+"""What all pictures share: style, rows by layer, matrices, curves, and files whose bytes follow from the figure."""
 
 import io
 import math
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import ConfigError, escape, require
-from ...safetensors_io import replacing
+from ..errors import ConfigError, escape, require
+from ..safetensors_io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""Pairs of networks: barriers, common mistakes, distances (arXiv 2008.11687), CKA of layers (arXiv 1905.00414)."""
+"""Measurements: barriers, mistakes, distances, CKA, criticality (arXiv 2008.11687, 1905.00414, 1912.00528)."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.classifier import Classifier, Inputs, predictions
-from ...backbone.model import canonical
-from ...errors import ConfigError
-from ...mask import MaskSet, PackedMask
-from ...training.features import digest_of, keep_features, kept_features
-from .network import Evaluations, Network, Progress, State, T, body_of, counted, kept
+from ..backbone.classifier import Classifier, Inputs, predictions
+from ..backbone.model import canonical
+from ..errors import ConfigError
+from ..mask import MaskSet, PackedMask
+from ..training.features import digest_of, keep_features, kept_features
+from .networks import Evaluations, Network, Progress, State, T, body_of, counted, kept
 
 LEAST = 512  # examples, below which a note on CKA is due
 

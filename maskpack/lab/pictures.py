@@ -1,4 +1,4 @@
-"""The pictures: functions from plain data to a matplotlib figure; nothing here reads files or models."""
+"""Pictures: functions from plain data to a matplotlib figure; nothing here reads files or models."""
 
 import math
 import statistics
@@ -11,8 +11,8 @@ import torch
 from bitarray.util import count_xor
 from torch import Tensor
 
-from ...errors import ConfigError
-from ...mask import MaskSet, packed_bits
+from ..errors import ConfigError
+from ..mask import MaskSet, packed_bits
 from .figure import (
     COLOURS,
     LEGEND,

@@ -1,4 +1,4 @@
-"""What a pretrained start contributes: by checkpoint, and with shuffled image blocks (arXiv 2008.11687)."""
+"""Contribution of a pretrained start: by checkpoint, and with shuffled image blocks (arXiv 2008.11687)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...backbone.fingerprint import fingerprint
-from ...backbone.load import Backbone, load_backbone
-from ...errors import ConfigError, DataError, StateError
-from ...preprocess import ImagePreprocess
-from ...training.config import TrainConfig
-from ...training.data.base import Data
-from ...training.evaluate import held_out_accuracy
-from ...training.features import digest_of
-from ...training.run_folder import Report, claim, tagged
-from ..baselines.base import Trial, find_baseline
-from ..trial import measure, measured, shared_settings, splits
+from ..backbone.fingerprint import fingerprint
+from ..backbone.load import Backbone, load_backbone
+from ..errors import ConfigError, DataError, StateError
+from ..preprocess import ImagePreprocess
+from ..training.config import TrainConfig
+from ..training.data.base import Data
+from ..training.evaluate import held_out_accuracy
+from ..training.features import digest_of
+from ..training.run_folder import Report, claim, tagged
+from .baselines.base import Trial, find_baseline
+from .trial import check_each_once, measure, measured, shared_settings, splits
 
 STARTS = ("pretrained", "random")
 
@@ -124,8 +124,7 @@ def feature_reuse(
     blocks = sorted(blocks or _halved(size), reverse=True)
     for block in blocks:
         block_order(size, block)
-    if not seeds or len(set(seeds)) < len(seeds) or len(set(blocks)) < len(blocks):
-        raise ConfigError(f"blocks and seeds must be given, each once; got {list(blocks)} and {list(seeds)}")
+    check_each_once(seeds=seeds, blocks=blocks)
     rates = {"pretrained": trainings.lr, "random": trainings.lr if random_lr is None else random_lr}
     trainings.begin(first, rates=rates, size=size)
 
@@ -205,10 +204,7 @@ def from_checkpoints(
         "accuracies", "seeds"}} in the order of the checkpoints.
     """
     names = [Path(one).name.removesuffix(".safetensors") for one in checkpoints]
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"checkpoints must be at least one, each with its own name; got {', '.join(names) or 'none'}")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds must be given, each once; got {list(seeds)}")
+    check_each_once(checkpoints=names, seeds=seeds)
     trainings = Trainings(Path(output), baseline, data, config, seeds, report)
     rows = []
     for name, path in zip(names, checkpoints, strict=True):
@@ -227,13 +223,8 @@ def _loaded(options: Mapping[str, Any], seed: int) -> Backbone:
 
 def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) -> float:
     """Return the accuracy of a network on the test split of data that it was trained on."""
-    linear = backbone.linear
-    if linear is None or linear.out_features != len(data.class_names):
-        found = "no linear head" if linear is None else f"a head for {linear.out_features} classes"
-        raise ConfigError(
-            f"the checkpoint {name} has {found}, and the data of pretraining {data.id} have {len(data.class_names)} "
-            f"classes; leave these data out, or give those that it was trained on"
-        )
+    use = f"the checkpoint {name} is measured on the data of pretraining {data.id} with its head"
+    backbone.head_for(len(data.class_names), use, "leave these data out, or give those that it was trained on")
 
     def accuracy() -> dict[str, Any]:
         found = held_out_accuracy(backbone, data)

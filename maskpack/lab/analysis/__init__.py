@@ -1,1 +1,0 @@
-"""What is transferred: criticality, barriers, similarity, common mistakes, feature reuse, checkpoints."""

@@ -1,1 +1,0 @@
-"""Pictures: functions from plain data to a matplotlib figure; nothing here reads files or models."""
