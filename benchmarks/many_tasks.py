@@ -22,7 +22,7 @@ from torch import nn
 from maskpack import MaskBank, load_adapter, load_backbone, load_mask, unload_mask
 from maskpack.backbone.classifier import Classifier
 from maskpack.backbone.model import swap_module
-from maskpack.lab.analysis.network import some
+from maskpack.lab.networks import some
 from maskpack.runtime.identify import mixture
 from maskpack.training import Task, TrainConfig, load_data, train_tasks
 from maskpack.training.data.base import Data, loader, readable

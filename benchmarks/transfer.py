@@ -26,7 +26,7 @@ from maskpack.backbone.load import Backbone, export_state
 from maskpack.backbone.select import select_parameters
 from maskpack.lab import density_figure, save_figure
 from maskpack.lab.comparison import STATISTICS
-from maskpack.lab.plots.figure import draw_curves, look
+from maskpack.lab.figure import draw_curves, look
 from maskpack.safetensors_io import read_tensors, write_tensors
 from maskpack.training import TrainConfig, load_data, train_mask
 from maskpack.training.config import Start, Statistics
