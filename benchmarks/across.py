@@ -24,7 +24,7 @@ from maskpack.codecs import logit_fit
 from maskpack.codecs.base import Bits, Side, count_ones, flipped, words_of
 from maskpack.codecs.logit import encode
 from maskpack.codecs.logit_fit import Rounded
-from maskpack.codecs.logit_model import Grid, Known, by_position
+from maskpack.codecs.logit_model import Grid, Known
 from maskpack.mask import packed_bits
 from maskpack.training import TrainConfig, load_data, train_mask
 
@@ -56,7 +56,6 @@ def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
     if not events.any():
         return {}
     grid = Grid.of(side.shape)
-    fitted_to = by_position(np.unpackbits(events, count=side.count, bitorder="little"), grid)
 
     def seen_rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differences: bool) -> Rounded:
         found = rounded(values, curvature, steps, differences)
@@ -69,7 +68,7 @@ def roundings(bits: Bits, side: Side) -> dict[str, list[Rounding]]:
 
     logit_fit.rounded, logit_fit.assembled = seen_rounded, seen_assembled
     try:
-        logit_fit.fitted(grid, Known.of(side, True), fitted_to)
+        logit_fit.fitted(grid, Known.of(side, True), events)
     finally:
         logit_fit.rounded, logit_fit.assembled = rounded, assembled
     found = dict[str, list[Rounding]]()

@@ -13,7 +13,7 @@ import importlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,6 +174,7 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
     changed = [key for key, one in same.items() if not one.all()]
     shapes = {key: tuple(base[key].shape) for key in changed}
 
+    @lru_cache(1)  # as an importer does
     def mask(key: str) -> PackedMask:
         return PackedMask.from_tensor(
             torch.from_numpy(words(base[key]) == words(tuned[key])).reshape(shapes[key]), "replace"

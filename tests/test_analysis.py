@@ -774,7 +774,7 @@ def test_checkpoints(
     assert plain["rows"][0]["pretraining"] is None
     with pytest.raises(
         ConfigError,
-        match="the checkpoint epoch-0 has a head for 10 classes, and the data of pretraining digits:0-4 have 5",
+        match="the checkpoint epoch-0 is measured on .* digits:0-4 .* has a head for 10 classes, the data have 5",
     ):
         from_checkpoints(reference_of, files, digits, tmp_path / "out", pretraining=digits, **settings)
     with pytest.raises(ConfigError, match="checkpoints must be at least one, each once; got none"):

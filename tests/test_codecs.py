@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from maskpack.codecs import base as streams
 from maskpack.codecs.base import CODECS, PROFILES, Bits, Codec, Side
-from maskpack.codecs.choose import rivals
+from maskpack.codecs.choose import _hopeless, rivals, smallest
 from maskpack.codecs.classes import weight_classes
 from maskpack.codecs.raw import Raw
 from maskpack.codecs.zstd import Zstd
@@ -230,3 +230,16 @@ class TestClasses:
         signs = np.array([0, 1, 0, 1, 0, 0, 1, 0]) * 128
         assert weight_classes(bits).tolist() == (np.array([16, 16, 48, 48, 72, 112, 88, 112]) + signs).tolist()
         assert weight_classes(bits[:0]).size == 0
+
+
+@pytest.mark.parametrize("kind", ["logit", "zstd", "gap"])
+def test_of_large_masks_only_what_may_win_is_tried(kind: str) -> None:
+    """Pieces of a mask tell which codecs cannot win, and those that can are not left out."""
+    rng = np.random.default_rng(0)
+    rows = {"logit": rng.random((512, 1)) ** 3, "zstd": np.tile(rng.random(512) < 0.5, (512, 1)), "gap": 0.002}[kind]
+    bits = np.packbits((rng.random((512, 512)) < rows).reshape(-1), bitorder="little")
+    codecs, side = rivals("default", None, False), Side((512, 512))
+    found = smallest(codecs, [(bits, side)])
+    assert len(found.payload) == min(len(made) for one in codecs if (made := one.encode(bits, side)) is not None)
+    assert found.codec.id == (kind if kind != "gap" else "logit")
+    assert _hopeless(CODECS["gap"](), bits, side.shape, len(found.payload)) == (kind != "zstd")

@@ -121,8 +121,8 @@ def test_a_fit_to_a_part_takes_hardly_more_bytes(
     side = replace(side, lean=False)
     part = with_library(compiled, lambda: logit.encode(bits, side, True))
     assert with_library(None, lambda: logit.encode(bits, side, True)) == part
-    monkeypatch.setattr(logit_fit, "MOST_PARTS", 1)
-    assert len(part) < 1.01 * len(with_library(compiled, lambda: logit.encode(bits, side, True)))
+    monkeypatch.setattr(logit_fit, "LEAST_SHARE", 1)
+    assert len(part) < 1.015 * len(with_library(compiled, lambda: logit.encode(bits, side, True)))
 
 
 @pytest.mark.parametrize("base", [False, True])

@@ -1,4 +1,4 @@
-"""Digests of a model's body, which bind an adapter to its base (docs/format.md section 3)."""
+"""Digests of a model's body, which bind an adapter to its base (docs/format.md section 3), and where such bases lie."""
 
 import inspect
 import itertools
@@ -396,7 +396,10 @@ def remember_backbone(digest: str, arguments: Mapping[str, Any]) -> None:
 
 
 def remembered_backbone(digest: str) -> dict[str, Any] | None:
-    """Return the arguments of `load_backbone` for a backbone with this digest, if its files are there."""
+    """Return the arguments of `load_backbone` for a backbone with this digest, if its files are there.
+
+    Only what the user named before is loaded: an adapter says which weights it needs, never which file.
+    """
     found = _known().get(digest)
     if found is None or not all(Path(found[key]).exists() for key in ("file", "weights") if key in found):
         return None

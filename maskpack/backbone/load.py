@@ -90,6 +90,14 @@ class Backbone:
         own = None if self.head is None else unwrap(self.model).get_submodule(self.head)
         return own if isinstance(own, nn.Linear) else None
 
+    def head_for(self, classes: int, use: str, advice: str) -> nn.Linear:
+        """Return the head of the model, which must be linear and for so many classes, or raise ConfigError."""
+        own = self.linear
+        if own is None or own.out_features != classes:
+            found = "no linear head" if own is None else f"a head for {own.out_features} classes"
+            raise ConfigError(f"{use}, and {self.id} has {found}, the data have {classes} classes; {advice}")
+        return own
+
     @property
     def features(self) -> int:
         """Number of features that go into the head; BackboneError if it is not known."""

@@ -117,12 +117,14 @@ class Codec(ABC):
         id: the name that files carry. reference: paper or specification, or "".
         needs_base: whether it needs `Side.weights`.
         supersedes: id of a codec that need not compete where this one does, or "".
+        local: whether the bytes for some pieces of a mask tell about how many it takes for all.
     """
 
     id: ClassVar[str]
     reference: ClassVar[str] = ""
     needs_base: bool = False
     supersedes: ClassVar[str] = ""
+    local: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, bits: Bits, side: Side) -> bytes | None:

@@ -34,6 +34,7 @@ class Gap(Codec):
 
     id = "gap"
     reference = "https://www.rfc-editor.org/rfc/rfc8878"
+    local = True
 
     def encode(self, bits: Bits, side: Side) -> bytes:
         symbol, where = rarer(bits, side.count)

@@ -309,14 +309,14 @@ def encode(bits: Bits, side: Side, base: bool) -> bytes:
     if not number:
         return bytes([symbol | NO_EVENTS])
     grid, known = Grid.of(side.shape), Known.of(side, base)
-    unpacked = by_position(np.unpackbits(events, count=side.count, bitorder="little"), grid)
-    found = fitted(grid, known, unpacked, side.lean)
+    found = fitted(grid, known, events, side.lean)
     possible = sizes(grid, base, side.reference is not None)
     head = bytes([symbol | sum(2 << n for n, name in enumerate(possible) if name in found.codes)])
     head += varint(HIGHEST - found.offset) + (bytes([found.rank]) if may_lean(grid, base) else b"")
     head += bytes(found.codes.values()) + varint(count := lane_count(grid, number))
     compiled = native.library()
     if compiled is None:
+        unpacked = by_position(np.unpackbits(events, count=side.count, bitorder="little"), grid)
         made, lengths = _coded(Model.of(grid, known, *found), found, unpacked, count)
     else:
         made, lengths = _compiled(compiled, head, side, base, found, events, count)

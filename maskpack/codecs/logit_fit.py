@@ -6,15 +6,15 @@ bytes on every machine, whatever its libraries and threads.
 
 import math
 from collections.abc import Mapping, Sequence
-from ctypes import byref, c_void_p
-from functools import cache
+from ctypes import byref, c_double, c_int32, c_int64, c_void_p
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import native
-from .base import Bits
+from .base import Bits, count_ones, where_ones
 from .lanes import BITS, LEVELS, ONE, RANGE, tables
 from .logit_model import (
     CLASSES,
@@ -27,6 +27,7 @@ from .logit_model import (
     Grid,
     Ints,
     Known,
+    by_position,
     may_lean,
     signs_of,
     sizes,
@@ -38,7 +39,6 @@ NAT = 256  # coefficients that are fitted are multiples of 1/NAT
 EXTREME, PARTS = 12, 32  # log-odds are looked up within ±EXTREME nats, in parts of a nat
 BLOCK = 1 << 18  # weights that numpy works on at once
 ROUNDS, SEARCHES, LEAN_ROUNDS = 5, 6, 4  # of all coefficients, of the search for directions, of the low rank
-ROUNDS_OF_PARTS, MOST_STEPS = 2, 2  # of all coefficients, of one array with all weights, see `Fit.stride`
 TOGETHER = ("magnitude", "position", "reference"), ("before",), ("row", "input")  # hardly depend on each other
 PRIORS = {"row": 4.0, "input": 4.0, "position": 1.0, "before": 0.3, "magnitude": 0.3, "reference": 0.3}
 LAST_PRIOR = 0.3  # before coefficients are rounded
@@ -50,8 +50,8 @@ TRIED = (1, 2, 3, 5, 7, 9, 11, 12, 13)  # numbers of steps
 LEAN_STEPS = (7, 9, 11, 12, 13)
 ARRAYS = ("row", "input", "position", "before", "magnitude", "reference")
 BINS = {"before": SAME * OTHER, "magnitude": CLASSES, "reference": 2}
-# weights, and events among them; of a row or a column; of rows: see `Fit.stride`
-LOOKED_AT, SEEN, LEAST_PART, MOST_PARTS = 1 << 15, 256, 32, 16
+LOOKED_AT, LEAST_SHARE, MOST_SHARE = 1 << 15, 16, 8  # weights; a part has at least a 16th of all, and mostly an 8th
+RAREST, TURN = 6, 7  # a weight of 2^6 of a class is looked at; from one row to the next they are 7 columns apart
 FINE, BIG = 1 << 15, 1 << 20  # probes, and what is made of images, are integers of about and at most this size
 
 
@@ -132,33 +132,89 @@ class Sums(NamedTuple):
     arrays: dict[str, Floats]
 
 
+class Part(NamedTuple):
+    """Weights of a parameter without kernels whose odds stand for those of all, which differ little; rising.
+
+    Attributes:
+        columns: of each. ends: how many there are before each row, and in all.
+        shifts: of each class of magnitude: one weight of 2^shift is looked at.
+    """
+
+    columns: Ints
+    ends: Longs
+    shifts: Bits
+
+
 class Fit:
     """Coefficients that are no integers yet, and the events that they are fitted to.
 
     Attributes:
         values: of each array, in nats. left, right: (rows, rank) and (rank, inputs).
-        stride: of each row only one part of so many is looked at, of neighbours not the same.
+        part: the weights whose odds are looked at; None: all. Events, which are chance, are counted in all.
     """
 
-    def __init__(self, grid: Grid, known: Known, events: Bits):
-        self.grid, self.events = grid, events
+    def __init__(self, grid: Grid, known: Known, bits: Bits):
+        self.grid, self.bits, self.number = grid, bits, count_ones(bits)
         self.worth: dict[str, float] = {}  # about how many bits each array saves, but for what noise would
+        self.left_over = 0.0  # by the boldest step of the last round, twice the nats
         self.sizes = sizes(grid, known.classes is not None, known.reference is not None)
         self.values = {name: np.zeros(size) for name, size in self.sizes.items() if size}
         self.left, self.right = np.zeros((grid.rows, 0)), np.zeros((0, grid.inputs))
-        number = int(np.count_nonzero(events))
-        share = number / events.size
+        share = self.number / (grid.units * grid.positions)
         self.offset = _moved(0.0, math.log(share / (1 - share)), EXTREME)
         self.index: dict[str, Bits] = {}
         if "before" in self.values:
-            self.index["before"] = contexts(grid, known, events)
+            self.index["before"] = contexts(grid, known, self.events)
         if known.classes is not None:
             self.index["magnitude"] = np.bitwise_and(known.classes, np.uint8(127))
         if known.reference is not None:
             self.index["reference"] = known.reference
         self.signs = known.classes
-        parts = min(grid.units // LOOKED_AT, number // SEEN, min(grid[:2]) // LEAST_PART, MOST_PARTS)
-        self.stride = 1 << parts.bit_length() - 1 if parts and grid.positions == 1 else 1
+        self.part = self._part() if grid.positions == 1 else None
+
+    def _part(self) -> Part | None:
+        """Return the weights to look at: more of those classes that have more events; None if these are all."""
+        rows, inputs, _ = self.grid
+        share = min(rows * inputs // LOOKED_AT, rows // 32, inputs // 32, LEAST_SHARE)
+        if share < 2:
+            return None
+        shifts, least = np.zeros(CLASSES, dtype=np.uint8), share.bit_length() - 1
+        if "magnitude" in self.index:
+            counts = self.counts["magnitude"]
+            shifts[:] = [min(int(counts.max() // max(count, 1)).bit_length() - 1, RAREST) for count in counts.tolist()]
+            most = max(1 / MOST_SHARE, 1 / (1 << least))
+            while (0.5**shifts).mean() > most:
+                shifts = np.minimum(shifts + 1, RAREST).astype(np.uint8)
+        else:
+            shifts += np.uint8(least)
+        classes, masks = self.index.get("magnitude"), (1 << shifts.astype(np.int32)) - 1
+        columns, ends = np.empty(rows * inputs, dtype=np.int32), np.zeros(rows + 1, dtype=np.int64)
+        if (compiled := native.library()) is not None:
+            given = (native.pointer(one) for one in (classes, masks, columns, ends))
+            compiled.maskpack_part(c_int64(rows), c_int64(inputs), c_int32(TURN), *given)
+            return Part(columns[: ends[-1]].copy(), ends, shifts)
+        turned = np.arange(inputs, dtype=np.int32) + TURN * np.arange(rows, dtype=np.int32)[:, None]
+        at = np.flatnonzero(turned & (masks[0] if classes is None else masks[classes[0]]) == 0)
+        ends[1:] = np.cumsum(np.bincount(at // inputs, minlength=rows))
+        return Part((at % inputs).astype(np.int32), ends, shifts)
+
+    @cached_property
+    def events(self) -> Bits:
+        """1 for each weight with an event, else 0, in the order of coding."""
+        return by_position(np.unpackbits(self.bits, count=math.prod(self.grid), bitorder="little"), self.grid)
+
+    @cached_property
+    def counts(self) -> dict[str, Longs]:
+        """How many events each row, input and class has, without kernels."""
+        places = where_ones(self.bits)
+        found = {name: np.zeros(BINS.get(name, self.sizes[name]), dtype=np.int64) for name in self.values}
+        if (compiled := native.library()) is not None and places.itemsize == 4:
+            arrays = _addresses(self.index), _addresses(found)
+            compiled.maskpack_counts(c_int64(self.grid.inputs), native.pointer(places), c_int64(places.size), *arrays)
+            return found
+        of = {"row": places // self.grid.inputs, "input": places % self.grid.inputs}
+        of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
+        return {name: np.bincount(of[name], minlength=own.size) for name, own in found.items()}
 
     def sums(self, names: Sequence[str], residuals: Probes | None = None, variances: Probes | None = None) -> Sums:
         """Return what a step of Newton's asks for, summed up over all weights.
@@ -174,18 +230,27 @@ class Fit:
         compiled = native.library()
         if compiled is None:
             none = Probes.of(self.grid)
-            self._numpy_sums(whole, left, right, total, found, residuals or none, variances or none)
+            if self.part is None:
+                self._numpy_sums(whole, left, right, total, found, residuals or none, variances or none)
+            else:
+                self._numpy_sums_of_part(self.part, whole, total, found)
         else:
             indices, arrays, sums = _addresses(self.index), _addresses(whole), _addresses(found)
             probes = (native.Probes() if one is None else one.native() for one in (residuals, variances))
             rest = *map(native.address, (left, right, self.signs, _curve())), *probes
             offset, held = round(NAT * self.offset), np.empty(4 * self.grid.inputs, dtype=np.int32)
-            own = self.stride, native.address(self.events)
-            fit = native.Fit(*self.grid, left.shape[1], offset, *own, indices, arrays, *rest)
-            compiled.maskpack_sums(byref(fit), native.pointer(total), sums, native.pointer(held))
-        if "reference" in found:
-            found["reference"] = found["reference"][:, 1:]
-        return Sums(total / ONE, {name: own[:, : self.sizes[name]] / ONE for name, own in found.items()})
+            looked = *map(native.address, self.part or [None] * 3), None if self.part else native.address(self.events)
+            fit = native.Fit(*self.grid, left.shape[1], offset, *looked, indices, arrays, *rest)
+            sum_up = compiled.maskpack_sums if self.part is None else compiled.maskpack_sums_of_part
+            sum_up(byref(fit), native.pointer(total), sums, native.pointer(held))
+        if self.part is not None:  # what was summed up are p, not what they leave of the events
+            total[0] = ONE * self.number - total[0]
+            for name, own in found.items():
+                own[0] = ONE * self.counts[name] - own[0]
+        every = {name: own / ONE for name, own in found.items()}
+        if "reference" in every:
+            every["reference"] = every["reference"][:, 1:]
+        return Sums(total / ONE, {name: own[:, : self.sizes[name]] for name, own in every.items()})
 
     def _numpy_sums(
         self, whole: Mapping[str, Ints], left: Ints, right: Ints, total: Longs, found: Mapping[str, Longs],
@@ -195,17 +260,16 @@ class Fit:
         rows, inputs, positions = self.grid
         shapes = {"row": (1, -1, 1), "input": (1, 1, -1), "position": (-1, 1, 1)}
         axes = {"row": (0, 2), "input": (0, 1), "position": (1, 2)}
-        width, step = max(1, BLOCK // (inputs * positions)), self.stride
-        for start in range(0, rows, width) if step == 1 else range(step):
-            own = slice(start, start + width) if step == 1 else slice(start, None, step)
-            part = slice(inputs * start // step, inputs * (start + 1) // step) if step > 1 else slice(None)
-            events = self.events[:, own, part]
+        width = max(1, BLOCK // (inputs * positions))
+        for start in range(0, rows, width):
+            own = slice(start, start + width)
+            events = self.events[:, own]
             at = np.full(events.shape, round(NAT * self.offset), dtype=np.int64)
             for name, array in whole.items():
                 if name in self.index:
-                    at += array[self.index[name][:, own, part]]
+                    at += array[self.index[name][:, own]]
                 else:
-                    at += array[{"row": own, "input": part}.get(name, slice(None))].reshape(shapes[name])
+                    at += array[own if name == "row" else slice(None)].reshape(shapes[name])
             at *= 1 << 8
             signs = None if self.signs is None else 1 - (self.signs[0, own] >> 6 & 2).astype(np.int64)
             if left.shape[1] and signs is not None:
@@ -218,13 +282,29 @@ class Fit:
                     if name == "row":
                         sums[turn, own] += weights.sum((0, 2))
                     elif name in axes:
-                        sums[turn, part if name == "input" else slice(None)] += weights.sum(axes[name])
+                        sums[turn] += weights.sum(axes[name])
                     else:
-                        flat = self.index[name][:, own, part].reshape(-1)
+                        flat = self.index[name][:, own].reshape(-1)
                         sums[turn] += np.bincount(flat, weights.reshape(-1), sums.shape[1]).astype(np.int64)
-            if signs is not None and step == 1:
+            if signs is not None:
                 residuals.add(own, residual[0] * signs)
                 variances.add(own, variance[0])
+
+    def _numpy_sums_of_part(
+        self, part: Part, whole: Mapping[str, Ints], total: Longs, found: Mapping[str, Longs]
+    ) -> None:
+        """Add up p and p (1 - p) of a part of the weights, by numpy."""
+        rows = np.repeat(np.arange(self.grid.rows), np.diff(part.ends))
+        places = rows * self.grid.inputs + part.columns
+        of: dict[str, NDArray[Any]] = {"row": rows, "input": part.columns}
+        of |= {name: own.reshape(-1)[places] for name, own in self.index.items()}
+        at = round(NAT * self.offset) + sum((array[of[name]].astype(np.int64) for name, array in whole.items()))
+        both = _curve()[np.clip((at + 4 >> 3) + EXTREME * PARTS, 0, 2 * EXTREME * PARTS)].astype(np.int64)
+        shifts = part.shifts[of["magnitude"] if "magnitude" in of else 0]
+        for turn, weights in enumerate((both >> 16 << shifts, (both & 0xFFFF) << shifts)):
+            total[turn] += weights.sum()
+            for name, sums in found.items():
+                sums[turn] += np.bincount(of[name], weights, sums.shape[1]).astype(np.int64)
 
     def better(self, names: Sequence[str], priors: Mapping[str, float] = PRIORS) -> Sums:
         """Improve the offset, and the coefficients of arrays that hardly depend on each other, by Newton's step."""
@@ -241,7 +321,7 @@ class Fit:
             self.values[name] = _exact(np.log(odds) - self.offset)
 
     def _stepped(self, found: Sums, priors: Mapping[str, float] = PRIORS) -> Sums:
-        step = float(found.total[0] / found.total[1])
+        step, self.left_over = float(found.total[0] / found.total[1]), 0.0
         self.offset = _moved(self.offset, step)
         for name, (slopes, curvatures) in found.arrays.items():
             if name not in self.values:
@@ -250,9 +330,10 @@ class Fit:
                 slopes = slopes - step * curvatures
             prior = priors[name]
             moved = (slopes - prior * self.values[name]) / (curvatures + prior)
-            self.values[name] = _exact(self.values[name] + np.clip(moved, -BOLDEST, BOLDEST))
-            # a part of the weights shows about as much in any case
-            noise = np.square(curvatures / (curvatures + prior)) * (EDGE if self.stride > 1 else 0)
+            step_of = np.clip(moved, -BOLDEST, BOLDEST)
+            self.left_over += float(_exact(curvatures * np.square(moved - step_of)).sum())
+            self.values[name] = _exact(self.values[name] + step_of)
+            noise = np.square(curvatures / (curvatures + prior)) * (EDGE if self.part else 0)
             self.worth[name] = float(_exact(curvatures * np.square(self.values[name]) - noise).sum()) / (
                 2 * math.log(2)
             )
@@ -337,16 +418,19 @@ class Fit:
         return chosen
 
 
-def fitted(grid: Grid, known: Known, events: Bits, lean: bool = True) -> Fitted:
-    """Return the model of events (positions, rows, inputs), of which there is one or more, perhaps with a low rank."""
-    fit, chosen = Fit(grid, known, events), dict[str, Rounded]()
-    if fit.stride > 1:
+def fitted(grid: Grid, known: Known, bits: Bits, lean: bool = True) -> Fitted:
+    """Return the model of events, as packed bits, of which there is one or more, perhaps with a low rank."""
+    fit, chosen = Fit(grid, known, bits), dict[str, Rounded]()
+    if fit.part:
         fit.start()
-    for number in range(ROUNDS if fit.stride == 1 else ROUNDS_OF_PARTS):
-        fit.better_all()
+    for number in range(ROUNDS):
+        fit.better_all(TOGETHER if fit.part is None else (ARRAYS,))
+        if fit.part is not None and fit.left_over < 8 * LEAST_WORTH:
+            fit.forget()
+            break
         if number == 1:
             fit.forget()
-    sampled, fit.stride = fit.stride, 1
+    part, fit.part = fit.part, None
     if lean and may_lean(grid, known.classes is not None):
         fit.search()
     if len(fit.right):
@@ -360,17 +444,12 @@ def fitted(grid: Grid, known: Known, events: Bits, lean: bool = True) -> Fitted:
         fit.better_all()
     for name in ("magnitude", "before", "position", "reference", "input", "row"):
         if name in fit.values:
-            fit.stride = 1 if name in ("input", "row") or len(fit.right) else sampled
-            for _ in range(1 if sampled == 1 else MOST_STEPS):
-                old = fit.values[name]
-                (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
-                # what a step of Newton's leaves to do goes by the square of the step
-                if float(_exact(curvatures * np.square(np.square(fit.values[name] - old))).sum()) < 8 * LEAST_WORTH:
-                    break
-            chosen[name] = rounded(fit.values[name], fit.stride * curvatures, TRIED, name == "magnitude")
+            fit.part = None if len(fit.right) else part
+            (_, curvatures) = fit.better([name], dict.fromkeys(PRIORS, LAST_PRIOR)).arrays[name]
+            chosen[name] = rounded(fit.values[name], curvatures, TRIED, name == "magnitude")
             fit.values[name] = chosen[name].nats(name == "magnitude")
-    fit.stride = 1 if len(fit.right) else sampled
-    for _ in range(2 if fit.stride == 1 else 1):
+    fit.part = None if len(fit.right) else part
+    for _ in range(1 if fit.part else 2):
         fit.better(())
     return assembled(fit, chosen)
 
@@ -385,7 +464,7 @@ def rounded(values: Floats, curvature: Floats, steps: tuple[int, ...], differenc
     at = len(steps) // 2
     best = _in_steps(values, lost, steps[at], differences)
     for way in (1, -1):
-        place = at + way
+        place = at + way if best.step == steps[at] else -1
         while 0 <= place < len(steps):
             found = _in_steps(values, lost, steps[place], differences)
             if found.cost >= best.cost:
@@ -402,6 +481,11 @@ def _in_steps(values: Floats, lost: Floats, number: int, differences: bool) -> R
         integers = np.clip(np.diff(integers, prepend=np.int32(0)), -RANGE, RANGE)
         loss = float(_exact(lost * np.square(values - np.cumsum(integers) * step)).sum())
     else:
+        if (compiled := native.library()) is not None:
+            integers, found = np.empty(values.size, dtype=np.int32), np.zeros(2)
+            arrays = (native.pointer(one) for one in (values, lost, candidates * step, prices, integers, found))
+            table = compiled.maskpack_in_steps(c_int64(values.size), c_double(step), *arrays)
+            return Rounded(integers, table + 1, number, float(found.sum()))
         error = _exact(lost[:, None] * np.square(values[:, None] - candidates * step))
         integers = np.clip(np.rint(values / step), -RANGE, RANGE).astype(np.int32)
         for _ in range(2):

@@ -27,14 +27,16 @@ class NM(Codec):
     reference = "https://arxiv.org/abs/2104.08378"
 
     def encode(self, bits: Bits, side: Side) -> bytes | None:
-        unpacked = np.unpackbits(bits, count=side.count, bitorder="little")
         for size in GROUPS:
             if not side.count or side.count % size:
                 continue
-            groups = unpacked.reshape(-1, size)
-            kept = int(groups[0].sum())
+            glance = np.unpackbits(bits[: GLANCE * size // 8], count=min(side.count, GLANCE * size), bitorder="little")
+            kept = int(glance[:size].sum())
             patterns = _patterns(size, kept)
-            if not 1 < len(patterns) <= 256 or (groups[:GLANCE].sum(1) != kept).any() or (groups.sum(1) != kept).any():
+            if not 1 < len(patterns) <= 256 or (glance.reshape(-1, size).sum(1) != kept).any():
+                continue
+            groups = np.unpackbits(bits, count=side.count, bitorder="little").reshape(-1, size)
+            if (groups.sum(1) != kept).any():
                 continue
             values = groups @ (1 << np.arange(size, dtype=np.uint32))
             digits = np.searchsorted(patterns, values)

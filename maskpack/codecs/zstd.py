@@ -18,6 +18,7 @@ class Zstd(Codec):
 
     id = "zstd"
     reference = "https://www.rfc-editor.org/rfc/rfc8878"
+    local = True
 
     def encode(self, bits: Bits, side: Side) -> bytes:
         return to_frame(bits.tobytes(), 1)

@@ -223,13 +223,8 @@ def _loaded(options: Mapping[str, Any], seed: int) -> Backbone:
 
 def _accuracy_before(name: str, backbone: Backbone, data: Data, folder: Path) -> float:
     """Return the accuracy of a network on the test split of data that it was trained on."""
-    linear = backbone.linear
-    if linear is None or linear.out_features != len(data.class_names):
-        found = "no linear head" if linear is None else f"a head for {linear.out_features} classes"
-        raise ConfigError(
-            f"the checkpoint {name} has {found}, and the data of pretraining {data.id} have {len(data.class_names)} "
-            f"classes; leave these data out, or give those that it was trained on"
-        )
+    use = f"the checkpoint {name} is measured on the data of pretraining {data.id} with its head"
+    backbone.head_for(len(data.class_names), use, "leave these data out, or give those that it was trained on")
 
     def accuracy() -> dict[str, Any]:
         found = held_out_accuracy(backbone, data)

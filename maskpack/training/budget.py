@@ -47,11 +47,8 @@ def _entropy(share: Tensor, count: int) -> Tensor:
     least = 0.5 / count
     p = share.clamp(least, 1 - least)
     entropy = -(p * p.log2() + (1 - p) * (1 - p).log2())
-    return torch.minimum(entropy, torch.minimum(share, 1 - share) * (_at(least) / least))
-
-
-def _at(p: float) -> float:
-    return -p * math.log2(p) - (1 - p) * math.log2(1 - p)
+    slope = (-least * math.log2(least) - (1 - least) * math.log2(1 - least)) / least
+    return torch.minimum(entropy, torch.minimum(share, 1 - share) * slope)
 
 
 def coded_bytes(masks: Iterable[PackedMask]) -> int:

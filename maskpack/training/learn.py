@@ -146,12 +146,9 @@ def learn_scores(backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Par
                 f"{config.method!r} do not begin with every weight kept; take the method threshold, gumbel or flip"
             )
         # no optimiser here moves a score whose gradient is zero
-        scores[name].register_hook(partial(_only, learns.to(scores[name].device)))  # type: ignore[no-untyped-call]
+        only = partial(torch.where, learns.to(scores[name].device), other=0.0)
+        scores[name].register_hook(only)  # type: ignore[no-untyped-call]
     return scores
-
-
-def _only(learns: Tensor, gradient: Tensor) -> Tensor:
-    return torch.where(learns, gradient, 0.0)
 
 
 def learning_weights(rule: str, weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

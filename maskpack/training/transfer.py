@@ -179,13 +179,9 @@ def check_transfer(
             f"{backbone.id} is an encoder without a head inside, which the source network needs; take a backbone with "
             f"one, or train a mask for the target"
         )
-    own = backbone.linear
-    if source_trained and (own is None or own.out_features != len(source.class_names)):
-        found = "none" if own is None else f"one for {own.out_features}"
-        raise ConfigError(
-            f"the source {source.id} has {len(source.class_names)} classes, and a backbone that was trained on it a "
-            f"head for them; {backbone.id} has {found}; give its weights, or train on the source first"
-        )
+    if source_trained:
+        advice = "give its weights, or train on the source first"
+        backbone.head_for(len(source.class_names), "a backbone that was trained on the source has its head", advice)
     with borrowed(backbone):
         learn_scores(backbone, config)
         mask = next(iter(scored_weights(backbone.model).values())).mask()

@@ -38,6 +38,7 @@ static inline int LOWEST(uint64_t bits) {
 }
 #endif
 
+enum { RUN = 1024, SOME = 64, AHEAD = 8, NEVER = 1 << 30 }; /* weights that are coded at once; see hazards_of, reached */
 enum { BITS = 15, ONE = 1 << BITS, LOW = 1 << 16, WINDOW = 8192, LEVELS = 1024, SAME = 5, OTHER = 3, PIECE = 512 };
 enum { ROW, INPUT, POSITION, BEFORE, MAGNITUDE, REFERENCE, ARRAYS, MAX_RANK = 8, KINDS = SAME * SAME, CLASSES = 16 };
 enum { GROUP = 8, MAX_LANE = 1 << 18, HIGHEST = 32, LEAST_SIDE = 16 };
@@ -45,7 +46,7 @@ enum { INFINITE = 0x7F80, MAGNITUDES = INFINITE + 2, WORDS = 1 << 16 }; /* in bf
 enum { EXTREME = 384 }; /* of the fit: log-odds in 1/32 nat that its curve goes to */
 
 /* Counts up with every change of what stands below: a library of another source is not used. */
-API int64_t maskpack_loops(void) { return 9; }
+API int64_t maskpack_loops(void) { return 10; }
 
 typedef struct {
     const uint16_t *hazard;   /* LEVELS entries, each at most 8 UNIT */
@@ -158,7 +159,8 @@ typedef struct {
     int32_t *array[ARRAYS];                                /* within them, or NULL where all is 0 */
     float *lean;                                           /* U (rows, rank) and V (rank, inputs) */
     int16_t *magnitudes;                                   /* what each magnitude adds */
-    uint8_t *classes;                                      /* of each word of 15 bits, where nothing else is within a row */
+    int sorted;                                            /* whether a class follows from comparing a word with `under` */
+    int16_t under[CLASSES], more[CLASSES];                 /* the magnitude below a class; what it adds more than the one before */
     int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
     const int32_t *steps;
 } Model;
@@ -202,7 +204,6 @@ static void forget(Model *model) {
     free(model->values);
     free(model->lean);
     free(model->magnitudes);
-    free(model->classes);
 }
 
 /* Multiplies out the coefficients in `values`, which are allocated; returns whether there was memory. */
@@ -230,10 +231,11 @@ static int scale(Model *model, const Given *given) {
         int done = rank_of && (model->magnitudes = malloc(MAGNITUDES * sizeof(int16_t)));
         done = done && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
         for (int v = 0; done && v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
-        if (done && given->width == 2 && given->positions == 1 && !model->array[INPUT] && !model->array[REFERENCE] && !rank &&
-            (done = (model->classes = malloc(INFINITE + 128)) != NULL)) {
-            memcpy(model->classes, rank_of, MAGNITUDES);
-            memset(model->classes + MAGNITUDES, rank_of[MAGNITUDES - 1], INFINITE + 128 - MAGNITUDES);
+        model->sorted = given->width == 2 && given->positions == 1; /* ranks rise with magnitudes */
+        for (int c = 1, v = 0; done && c < CLASSES; c++) {
+            while (v < MAGNITUDES && rank_of[v] < c) v++;
+            model->under[c] = (int16_t)(v < MAGNITUDES ? v - 1 : 0x7FFF);
+            model->more[c] = (int16_t)(model->array[MAGNITUDE][c] - model->array[MAGNITUDE][c - 1]);
         }
         free(own);
         return done;
@@ -291,23 +293,78 @@ WIDE static void levels_of(const Model *model, const Given *given, int64_t posit
     for (int64_t i = 0; i < count; i++) level[i] = level[i] < 0 ? 0 : level[i] >= LEVELS ? LEVELS - 1 : level[i];
 }
 
-/* Hazards as levels_of has levels. */
+ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, const uint16_t *words, uint16_t *sums) {
+    int16_t own[SOME];
+    uint16_t sum[SOME];
+    memcpy(sum, sums, sizeof sum);
+    for (int i = 0; i < SOME; i++) own[i] = (int16_t)(words[i] & 0x7FFF);
+    for (int c = 1; c < CLASSES; c++)
+        for (int i = 0; i < SOME; i++) sum[i] = (uint16_t)(sum[i] + ((own[i] > under[c] ? -1 : 0) & more[c]));
+    memcpy(sums, sum, sizeof sum);
+}
+
+/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class that a weight is in or above. */
+WIDE static void add_classes(const int16_t *under, const int16_t *more, const uint16_t *words, int64_t count, uint16_t *sums) {
+    int64_t first = 0;
+    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, words + first, sums + first);
+    if (first == count) return;
+    uint16_t own[SOME], sum[SOME];
+    for (int64_t i = 0; i < SOME; i++) own[i] = first + i < count ? words[first + i] : 0, sum[i] = 0;
+    for (int64_t i = first; i < count; i++) sum[i - first] = sums[i];
+    add_some_classes(under, more, own, sum);
+    for (int64_t i = first; i < count; i++) sums[i] = sum[i - first];
+}
+
+/* Hazards as levels_of has levels; of at most RUN weights. */
 WIDE static void hazards_of(const Tables *tables, const Model *model, const Given *given, int64_t position, int64_t row,
-                            int64_t first, int64_t count, const uint8_t *seen, int32_t *hazard) {
-    if (!model->classes) {
-        levels_of(model, given, position, row, first, count, seen, hazard);
-        for (int64_t i = 0; i < count; i++) hazard[i] = tables->hazard[hazard[i]];
-        return;
-    }
+                            int64_t first, int64_t count, const uint8_t *seen, uint16_t *hazard) {
     const uint16_t *words = (const uint16_t *)given->weights + row * given->inputs + first;
-    const uint8_t *classes = model->classes;
-    int32_t own[CLASSES];
-    for (int c = 0; c < CLASSES; c++) {
-        int32_t level = (int32_t)(LEVELS / 2 + model->offset) + model->array[MAGNITUDE][c];
-        if (model->array[ROW]) level += model->array[ROW][row];
-        own[c] = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
+    int32_t base = (int32_t)(LEVELS / 2 + model->offset) + (model->array[ROW] ? model->array[ROW][row] : 0);
+    if (!model->sorted || model->array[REFERENCE] || model->rank) {
+        int32_t level[PIECE];
+        for (int64_t from = 0, some; from < count; from += some) {
+            some = least(count - from, PIECE);
+            levels_of(model, given, position, row, first + from, some, seen + from, level);
+            for (int64_t i = 0; i < some; i++) hazard[from + i] = tables->hazard[level[i]];
+        }
+    } else if (model->array[INPUT]) {
+        const int32_t *input = model->array[INPUT] + first;
+        base += model->array[MAGNITUDE][0];
+        for (int64_t i = 0; i < count; i++) hazard[i] = (uint16_t)(base + input[i]);
+        add_classes(model->under, model->more, words, count, hazard);
+        for (int64_t i = 0; i < count; i++) {
+            int16_t level = (int16_t)hazard[i];
+            hazard[i] = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
+        }
+    } else {
+        int16_t more[CLASSES];
+        uint16_t before = 0, own = 0;
+        for (int c = 0; c < CLASSES; c++, before = own) {
+            int32_t level = base + model->array[MAGNITUDE][c];
+            own = tables->hazard[level < 0 ? 0 : level >= LEVELS ? LEVELS - 1 : level];
+            more[c] = (int16_t)(own - before);
+        }
+        for (int64_t i = 0; i < count; i++) hazard[i] = (uint16_t)more[0];
+        add_classes(model->under, more, words, count, hazard);
     }
-    for (int64_t i = 0; i < count; i++) hazard[i] = own[classes[words[i] & 0x7FFF]];
+}
+
+/* Sums of hazards so far, from `used` on, and AHEAD more that are higher than any. */
+static void summed_up(const uint16_t *hazards, int64_t count, uint32_t used, uint32_t *sums) {
+    for (int64_t i = 0; i < count; i++) {
+        sums[i] = used;
+        used += hazards[i];
+    }
+    sums[count] = used;
+    for (int64_t i = count + 1; i <= count + AHEAD; i++) sums[i] = NEVER;
+}
+
+/* The first place behind `at` whose sum is at least `least`. */
+static inline int64_t reached(const uint32_t *sums, int64_t at, uint32_t enough) {
+    for (; sums[at + AHEAD] < enough; at += AHEAD) {}
+    int64_t below = 0;
+    for (int k = 1; k <= AHEAD; k++) below += sums[at + k] < enough;
+    return at + below + 1;
 }
 
 static inline void counted(uint8_t *seen, int minus) {
@@ -359,37 +416,31 @@ static void coefficients(const Tables *tables, const Model *model, Lane *lane, i
 static void events_of(const Tables *tables, const Model *model, const Given *given, Lane *lane, int64_t begin, int64_t stop,
                       uint8_t *seen, uint8_t *bits) {
     Lane own = *lane;
-    uint32_t slot = own.state & (ONE - 1), used = 0, reach = tables->reach[slot], limit = reach < WINDOW ? reach : WINDOW;
-    int32_t hazards[PIECE];
+    uint32_t slot = own.state & (ONE - 1), used = 0, reach = tables->reach[slot], sums[RUN + 1 + AHEAD];
+    uint16_t hazards[RUN];
     for (int64_t position = 0; position < given->positions; position++)
         for (int64_t unit = begin, count; unit < stop; unit += count) {
-            int64_t row = unit / given->inputs, input = unit % given->inputs;
-            count = least(least(given->inputs - input, stop - unit), PIECE);
+            int64_t row = unit / given->inputs, input = unit % given->inputs, at = 0;
+            uint32_t zero = 0; /* the sum from which the hazard of the window is counted */
+            count = least(least(given->inputs - input, stop - unit), RUN);
             hazards_of(tables, model, given, position, row, input, count, seen + (unit - begin), hazards);
-            for (int64_t i = 0; i < count; i++) {
-                for (uint32_t four; i + 4 <= count; i += 4, used += four) {
-                    four = (uint32_t)(hazards[i] + hazards[i + 1] + hazards[i + 2] + hazards[i + 3]);
-                    if (used + four >= limit) break;
-                }
-                if (i == count) break;
-                uint32_t hazard = (uint32_t)hazards[i];
-                used += hazard;
-                if (used < limit) continue;
-                uint32_t low = tables->survival[used], size = low, first = 0;
-                if (used >= reach) { /* an event; else the window ends without one */
-                    int64_t weight = (unit + i) * given->positions + position;
-                    size = tables->survival[used - hazard] - low;
-                    first = low;
-                    bits[weight >> 3] |= (uint8_t)(1 << (weight & 7));
-                    if (model->array[BEFORE])
-                        counted(seen + (unit - begin) + i, given->width && negative(word_of(given, weight)));
-                }
-                take(&own, slot, first, size);
+            summed_up(hazards, count, used, sums);
+            for (;;) {
+                at = reached(sums, at, zero + (reach < WINDOW ? reach : WINDOW));
+                if (at > count) break;
+                used = sums[at] - zero;
+                zero = sums[at];
+                int event = used >= reach; /* else the window ends without one */
+                int64_t weight = (unit + at - 1) * given->positions + position;
+                uint32_t low = tables->survival[used], high = tables->survival[used - hazards[at - 1]];
+                bits[weight >> 3] |= (uint8_t)(event << (weight & 7));
+                if (event && model->array[BEFORE])
+                    counted(seen + (unit - begin) + at - 1, given->width && negative(word_of(given, weight)));
+                take(&own, slot, event ? low : 0, event ? high - low : low);
                 slot = own.state & (ONE - 1);
                 reach = tables->reach[slot];
-                limit = reach < WINDOW ? reach : WINDOW;
-                used = 0;
             }
+            used = sums[count] - zero;
         }
     *lane = own;
 }
@@ -462,8 +513,9 @@ API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const ui
                (symbols = malloc((size_t)(longest * given->positions + part) * sizeof *symbols));
     for (int64_t l = 0; l < model.lanes && done; l++) {
         int64_t begin = lane_start(units, l, model.lanes), stop = lane_start(units, l + 1, model.lanes), end, count = 0;
-        int32_t hazards[PIECE], n = 0;
-        uint32_t used = 0, state = 0;
+        int32_t n = 0;
+        uint32_t used = 0, state = 0, sums[RUN + 1 + AHEAD];
+        uint16_t hazards[RUN], where[RUN + 1];
         memset(seen, 0, (size_t)(stop - begin));
         end = model.arrays ? model.size[0] : 0;
         for (int64_t c = share(model.coefficients, l, model.lanes); c < share(model.coefficients, l + 1, model.lanes); c++) {
@@ -474,30 +526,45 @@ API uint16_t *maskpack_encode(const Tables *tables, const Given *given, const ui
         for (int64_t position = 0; position < given->positions; position++)
             for (int64_t unit = begin, some; unit < stop; unit += some) {
                 int64_t row = unit / given->inputs, input = unit % given->inputs;
-                some = least(least(given->inputs - input, stop - unit), PIECE);
+                int64_t at = 0, events = 0;
+                uint32_t zero = 0;
+                some = least(least(given->inputs - input, stop - unit), RUN);
                 hazards_of(tables, &model, given, position, row, input, some, seen + (unit - begin), hazards);
-                for (int64_t i = 0; i < some; i++) {
-                    int64_t weight = (unit + i) * given->positions + position;
-                    if (given->positions == 1 && !(weight & 7) && i + 8 <= some && !bits[weight >> 3]) {
-                        uint32_t eight = 0;
-                        for (int64_t k = i; k < i + 8; k++) eight += (uint32_t)hazards[k];
-                        if (used + eight < WINDOW) {
-                            used += eight;
-                            i += 7;
-                            continue;
-                        }
+                summed_up(hazards, some, used, sums);
+                if (given->positions == 1) {
+                    for (int64_t i = 0, taken; i < some; i += taken) {
+                        int64_t from = (unit + i) >> 3, shift = (unit + i) & 7;
+                        uint64_t own = 0;
+                        int64_t left = (units + 7) / 8 - from;
+                        if (left >= 8) /* the lowest first, as of the machine's words */
+                            memcpy(&own, bits + from, 8);
+                        else
+                            memcpy(&own, bits + from, (size_t)left);
+                        taken = least(64 - shift, some - i);
+                        own = own >> shift & ~(uint64_t)0 >> (64 - taken);
+                        for (; own; own &= own - 1) where[events++] = (uint16_t)(i + LOWEST(own));
                     }
-                    uint32_t hazard = (uint32_t)hazards[i], low = tables->survival[used += hazard];
-                    if (bits[weight >> 3] >> (weight & 7) & 1) {
-                        symbols[count++] = (Symbol){(uint16_t)low, (uint16_t)(tables->survival[used - hazard] - low)};
-                        if (model.array[BEFORE])
-                            counted(seen + (unit - begin) + i, given->width && negative(word_of(given, weight)));
-                        used = 0;
-                    } else if (used >= WINDOW) {
-                        symbols[count++] = (Symbol){0, (uint16_t)low};
-                        used = 0;
+                } else
+                    for (int64_t i = 0; i < some; i++) {
+                        int64_t weight = (unit + i) * given->positions + position;
+                        where[events] = (uint16_t)i;
+                        events += bits[weight >> 3] >> (weight & 7) & 1;
                     }
+                for (int64_t e = 0; e <= events; e++) {
+                    int64_t next = e < events ? where[e] : some;
+                    while (sums[next] - zero >= WINDOW) {
+                        at = reached(sums, at, zero + WINDOW);
+                        symbols[count++] = (Symbol){0, tables->survival[sums[at] - zero]};
+                        zero = sums[at];
+                    }
+                    if (e == events) break;
+                    uint16_t low = tables->survival[sums[at = next + 1] - zero];
+                    symbols[count++] = (Symbol){low, (uint16_t)(tables->survival[sums[next] - zero] - low)};
+                    zero = sums[at];
+                    if (model.array[BEFORE])
+                        counted(seen + (unit - begin) + next, given->width && negative(word_of(given, (unit + next) * given->positions + position)));
                 }
+                used = sums[some] - zero;
             }
         if (made + count + 2 > room) {
             uint16_t *more = realloc(words, (size_t)(room = 2 * (made + count + 2)) * sizeof *words);
@@ -542,7 +609,9 @@ typedef struct {
 
 typedef struct {
     int64_t rows, inputs, positions, rank, offset; /* coefficients in 1/256 nat */
-    int64_t stride;                                /* of a row only one part of so many is looked at, of each another one */
+    const int32_t *columns;                        /* of a part of the weights, where not all are looked at */
+    const int64_t *ends;                           /* how many of them are before each row, and in all */
+    const uint8_t *shifts;                         /* one of 2^shift weights of each class of magnitude is among them */
     const uint8_t *events, *index[ARRAYS];         /* positions, rows, inputs; of those arrays that go by what is known */
     const int32_t *array[ARRAYS], *left, *right;   /* NULL where all is 0; (rows, rank), (rank, inputs) */
     const uint8_t *signs;                          /* 128 set where the base is negative */
@@ -646,6 +715,18 @@ static void project(const Probes *probes, int64_t row, int64_t inputs, const int
 
 static const int64_t BINNED[ARRAYS] = {0, 0, 0, SAME * OTHER, CLASSES, 2};
 
+/* Counts events, of a parameter without kernels, at rising places: those of each row and input, and by each index. */
+API void maskpack_counts(int64_t inputs, const int32_t *places, int64_t count, const uint8_t *const *index, int64_t *const *sums) {
+    for (int64_t e = 0, row = 0, start = 0; e < count; e++) {
+        int64_t place = places[e];
+        for (; place - start >= inputs; start += inputs) row++;
+        if (sums[ROW]) sums[ROW][row]++;
+        if (sums[INPUT]) sums[INPUT][place - start]++;
+        for (int n = BEFORE; n < ARRAYS; n++)
+            if (sums[n]) sums[n][index[n][place]]++;
+    }
+}
+
 /* Slope and curvature of the likelihood, in 2^-15, along all coefficients together (`total`) and along each of those arrays
    whose `sums` are not NULL: first all slopes, then all curvatures. `held`: room for four rows. */
 API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
@@ -653,11 +734,11 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
     memset(inputs, 0, (size_t)(2 * fit->inputs) * sizeof *inputs);
     for (int64_t position = 0; position < fit->positions; position++)
         for (int64_t row = 0; row < fit->rows; row++) {
-            int64_t slope = 0, curvature = 0, count, end = share(fit->inputs, row % fit->stride + 1, fit->stride);
-            for (int64_t first = share(fit->inputs, row % fit->stride, fit->stride); first < end; first += count) {
+            int64_t slope = 0, curvature = 0, count;
+            for (int64_t first = 0; first < fit->inputs; first += count) {
                 int32_t *residual = held + first, *variance = variances + first;
                 int64_t place = (position * fit->rows + row) * fit->inputs + first;
-                count = least(end - first, PIECE);
+                count = least(fit->inputs - first, PIECE);
                 residuals_of(fit, position, row, first, count, residual, variance);
                 totals(count, residual, variance, &slope, &curvature);
                 if (sums[INPUT]) {
@@ -679,6 +760,126 @@ API void maskpack_sums(const Fit *fit, int64_t *total, int64_t *const *sums, int
             for (int64_t i = 0; i < fit->inputs; i++) held[i] = signs[i] >> 7 ? -held[i] : held[i];
             project(&fit->residuals, row, fit->inputs, held);
         }
+}
+
+/* The columns of the weights to look at: of each class of magnitude those for which column + turn * row, by its mask, is 0. */
+API void maskpack_part(int64_t rows, int64_t inputs, int32_t turn, const uint8_t *classes, const int32_t *masks, int32_t *columns,
+                       int64_t *ends) {
+    int64_t at = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        int32_t turned = (int32_t)(turn * row & 0xFFFF);
+        const uint8_t *own = classes ? classes + row * inputs : NULL;
+        for (int32_t i = 0; i < inputs; i++) {
+            columns[at] = i;
+            at += !((i + turned) & masks[own ? own[i] : 0]);
+        }
+        ends[row + 1] = at;
+    }
+}
+
+/* p and p (1 - p), in one number, of some weights of a row, and the sums of both; at most PIECE. `classes`: room for theirs. */
+WIDE static void odds_of(const Fit *fit, int64_t row, const int32_t *columns, int64_t count, uint8_t *classes, int64_t *both,
+                         int64_t *slope, int64_t *curvature) {
+    const uint8_t *index = fit->index[MAGNITUDE], *other = fit->index[REFERENCE];
+    const int32_t *input = fit->array[INPUT], *class = fit->array[MAGNITUDE], *reference = fit->array[REFERENCE];
+    int64_t place = row * fit->inputs;
+    int32_t base = (int32_t)fit->offset + (fit->array[ROW] ? fit->array[ROW][row] : 0), at[PIECE], sums[2] = {0, 0};
+    for (int64_t i = 0; i < count; i++) classes[i] = index ? index[place + columns[i]] : 0;
+    for (int64_t i = 0; i < count; i++) at[i] = base;
+    for (int64_t i = 0; input && i < count; i++) at[i] += input[columns[i]];
+    for (int64_t i = 0; class && i < count; i++) at[i] += class[classes[i]];
+    for (int64_t i = 0; reference && i < count; i++) at[i] += reference[other[place + columns[i]]];
+    for (int64_t i = 0; i < count; i++) {
+        int32_t own = (at[i] + 4) >> 3, one = fit->curve[own < -EXTREME ? 0 : own > EXTREME ? 2 * EXTREME : own + EXTREME];
+        int32_t shift = fit->shifts[classes[i]], p = one >> 16 << shift, variance = (one & 0xFFFF) << shift;
+        sums[0] += p;
+        sums[1] += variance;
+        both[i] = (int64_t)p << 32 | variance;
+    }
+    *slope += sums[0];
+    *curvature += sums[1];
+}
+
+/* As maskpack_sums, of p and p (1 - p) alone, of a part of the weights, each as often as it stands for. */
+API void maskpack_sums_of_part(const Fit *fit, int64_t *total, int64_t *const *sums, int32_t *held) {
+    int64_t *inputs = (int64_t *)held; /* p and p (1 - p) in one number */
+    memset(inputs, 0, (size_t)fit->inputs * sizeof *inputs);
+    for (int64_t row = 0; row < fit->rows; row++) {
+        int64_t slope = 0, curvature = 0, count, place = row * fit->inputs;
+        for (int64_t first = fit->ends[row]; first < fit->ends[row + 1]; first += count) {
+            const int32_t *columns = fit->columns + first;
+            uint8_t classes[PIECE];
+            int64_t both[PIECE];
+            count = least(fit->ends[row + 1] - first, PIECE);
+            odds_of(fit, row, columns, count, classes, both, &slope, &curvature);
+            for (int64_t i = 0; sums[INPUT] && i < count; i++) inputs[columns[i]] += both[i];
+            for (int n = BEFORE; n < ARRAYS; n++)
+                if (sums[n]) {
+                    int64_t bins[WAYS * BINS] = {0};
+                    for (int64_t i = 0; i < count; i++)
+                        bins[BINS * (i % WAYS) + (n == MAGNITUDE ? classes[i] : fit->index[n][place + columns[i]])] += both[i];
+                    for (int64_t k = 0; k < WAYS * BINS; k++)
+                        if (bins[k]) {
+                            sums[n][k % BINS] += bins[k] >> 32;
+                            sums[n][BINNED[n] + k % BINS] += bins[k] & 0xFFFFFFFF;
+                        }
+                }
+        }
+        if (sums[INPUT] && (row % ONE == ONE - 1 || row == fit->rows - 1)) /* before 32 bits are full */
+            for (int64_t i = 0; i < fit->inputs; i++) {
+                sums[INPUT][i] += inputs[i] >> 32;
+                sums[INPUT][fit->inputs + i] += inputs[i] & 0xFFFFFFFF;
+                inputs[i] = 0;
+            }
+        total[0] += slope;
+        total[1] += curvature;
+        if (sums[ROW]) sums[ROW][row] += slope, sums[ROW][fit->rows + row] += curvature;
+    }
+}
+
+static double nearest(double value) { return value + 6755399441055744.0 - 6755399441055744.0; } /* 1.5 * 2^52; ties to even */
+
+enum { COEFFICIENTS = 15, TABLES = 15 };
+
+/* The table with which integers take the fewest bits, which go to `bits`. */
+static int32_t cheapest(int64_t count, const int32_t *integers, const double *prices, double *bits) {
+    int64_t have[COEFFICIENTS] = {0};
+    int32_t best = 0;
+    for (int64_t i = 0; i < count; i++) have[integers[i] + COEFFICIENTS / 2]++;
+    for (int32_t t = 0; t < TABLES; t++) {
+        double own = 0;
+        for (int c = 0; c < COEFFICIENTS; c++) own += prices[COEFFICIENTS * t + c] * (double)have[c]; /* exact */
+        if (!t || own < *bits) best = t, *bits = own;
+    }
+    return best;
+}
+
+/* Integers of little cost for coefficients in this step, of which `places` has the multiples; `lost`: bits for a unit of squared
+   error. Returns the table; `found`: bits of the integers, and those that are lost. */
+API int32_t maskpack_in_steps(int64_t count, double step, const double *values, const double *lost, const double *places,
+                              const double *prices, int32_t *integers, double *found) {
+    const int most = COEFFICIENTS / 2;
+    for (int64_t i = 0; i < count; i++) {
+        double own = nearest(values[i] / step);
+        integers[i] = own < -most ? -most : own > most ? most : (int32_t)own;
+    }
+    for (int turn = 0; turn < 2; turn++) {
+        const double *price = prices + COEFFICIENTS * cheapest(count, integers, prices, found);
+        found[1] = 0;
+        for (int64_t i = 0; i < count; i++) {
+            double error[COEFFICIENTS], cost[COEFFICIENTS];
+            int best = 0;
+            for (int c = 0; c < COEFFICIENTS; c++) {
+                double off = values[i] - places[c];
+                error[c] = nearest(lost[i] * (off * off) * 256) / 256;
+                cost[c] = error[c] + price[c];
+            }
+            for (int c = 1; c < COEFFICIENTS; c++) best = cost[c] < cost[best] ? c : best;
+            integers[i] = best - most;
+            found[1] += error[best];
+        }
+    }
+    return cheapest(count, integers, prices, found);
 }
 
 /* --- stored values, as steps from the base's (docs/format.md section 6.3; ulps.py) ----------------------------------- */

@@ -75,16 +75,20 @@ class Dense(Baseline):
         others = {"statistics": statistics, "head": _head_bytes(run.objective.head())}
         predict, inside = classified(classifier), list[int]()  # of how many bits the numbers in the network are
 
+        def put_in(bits: int) -> None:
+            if inside != [bits]:
+                for name, one in numbers.items():
+                    one.data.copy_(stored[bits][0][name])
+                inside[:] = [bits]
+
         def fitted(bits: int) -> Fitted:
             def by_the_stored(inputs: Inputs) -> Tensor:
-                if inside != [bits]:
-                    for name, one in numbers.items():
-                        one.data.copy_(stored[bits][0][name])
-                    inside[:] = [bits]
+                put_in(bits)
                 return predict(inputs)
 
             return Fitted(by_the_stored, trained, {"weights": stored[bits][1], **others}, run.steps, note=note)
 
+        put_in(16)
         words = {1: "1 bit", IN_STEPS: "in steps"}
         controls = {words.get(bits, f"{bits} bits"): fitted(bits) for bits in stored if bits != 16}
         return replace(fitted(16), controls=controls)

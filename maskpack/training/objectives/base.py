@@ -58,6 +58,8 @@ class Objective(ABC):
 
     def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
         self.backbone, self.data, self.config = backbone, data, config
+        assert data.train is not None  # as `check_data` found
+        self.rows = data.train
         self.options = make_options(self.options_class, f"the objective {self.id!r}", config.objective_options)
 
     @classmethod
@@ -122,8 +124,7 @@ class Objective(ABC):
 
     def recalibrate(self) -> None:
         """Take BatchNorm statistics anew, of whole training inputs in the network that will be stored."""
-        assert self.data.train is not None
-        recalibrate(self.network, readable(self.load(self.data.train)))
+        recalibrate(self.network, readable(self.load(self.rows)))
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors gathered for `metrics`, for checkpoints within an epoch."""

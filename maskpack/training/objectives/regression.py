@@ -38,8 +38,7 @@ class Regression(Supervised):
         if config.head_kind != "linear" or config.head_start != "plain":
             raise ConfigError("a regression has a linear head with a plain start; leave head_kind and head_start out")
         super().__init__(backbone, data, config)
-        assert data.train is not None
-        numbers = torch.tensor([data.train.labels[row] for row in data.train.indices])
+        numbers = torch.tensor([self.rows.labels[row] for row in self.rows.indices])
         self.mean, self.deviation = float(numbers.mean()), float(numbers.std(correction=0)) or 1.0
 
     @classmethod
@@ -72,8 +71,7 @@ class Regression(Supervised):
 
     def start(self) -> None:
         """Give the head its first values: the linear fit to the frozen embeddings."""
-        assert self.data.train is not None
-        x, y = embed(self.backbone, self.data.train, batch_size=self.config.batch_size, cache=False)
+        x, y = embed(self.backbone, self.rows, batch_size=self.config.batch_size, cache=False)
         weight, bias = least_squares(x, (y - self.mean) / self.deviation)
         with torch.no_grad():
             self.module.linear.weight.copy_(weight)
@@ -89,11 +87,10 @@ class Regression(Supervised):
         return {"r2": explained(outputs[:, 0] * self.deviation + self.mean, numbers)}
 
     def baseline(self) -> Mapping[str, float]:
-        assert self.data.train is not None
         size, held = self.config.batch_size, {name: one for name, one in self.data.splits.items() if name in SPLITS}
         if not held:
             return {}
-        x, y = embed(self.backbone, self.data.train, batch_size=size)
+        x, y = embed(self.backbone, self.rows, batch_size=size)
         weight, bias = least_squares(x, y)
         found = {name: embed(self.backbone, one, batch_size=size) for name, one in held.items()}
         return {f"{name}_probe_r2": explained(x.double() @ weight + bias, y) for name, (x, y) in found.items()}

@@ -43,8 +43,7 @@ class Supervised(Objective):
         super().__init__(backbone, data, config)
         self.probe: Probe | None = None
         if config.head_kind == "linear" and config.head_start == "probe":
-            assert data.train is not None
-            self.probe = fit_probe(*embed(backbone, data.train, batch_size=config.batch_size), len(data.class_names))
+            self.probe = fit_probe(*embed(backbone, self.rows, batch_size=config.batch_size), len(data.class_names))
         self.module = new_classifier(backbone, data.class_names, config)
         self.loss_function = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
@@ -56,8 +55,7 @@ class Supervised(Objective):
                 linear.weight.copy_(self.probe.weight)
                 linear.bias.copy_(self.probe.bias.clamp(min=LEAST_BIAS))
             elif self.config.head_kind == "linear" and self.backbone.embedding.normalize:
-                assert self.data.train is not None
-                x, y = embeddings(self.backbone, readable(self.batches(self.data.train)))
+                x, y = embeddings(self.backbone, readable(self.batches(self.rows)))
                 centroids = torch.zeros(linear.weight.shape).index_add_(0, y, x)
                 linear.weight.copy_(nn.functional.normalize(centroids, dim=-1) * CENTROID_SCALE)
                 linear.bias.zero_()
@@ -133,13 +131,7 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
             f"allowed; take a linear head"
         )
     if config.head_kind == "own":
-        own = backbone.linear
-        if own is None or own.out_features != classes:
-            found = "no linear head" if own is None else f"a head for {own.out_features} classes"
-            raise ConfigError(
-                f"head_kind 'own' keeps the model's head, and {backbone.id} has {found}, the data have {classes} "
-                f"classes; take a linear head"
-            )
+        own = backbone.head_for(classes, "head_kind 'own' keeps the model's head", "take a linear head")
         return Classifier(backbone.model, own, backbone.embedding)
     if config.head_kind == "text":
         linear = linear_from(text_head(backbone, class_names, config.head_template))
