@@ -22,8 +22,7 @@ from maskpack.training.scores import scored_weights
 
 from .conftest import TinyNet
 from .helpers_cli import BACKBONE, TRAIN
-from .helpers_models import KINDS, adapter_of, bits, same
-from .test_chain import patch, stepped
+from .helpers_models import KINDS, adapter_of, bits, patch, same, stepped
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
