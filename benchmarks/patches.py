@@ -378,7 +378,7 @@ def page(path: Path) -> None:
 if __name__ == "__main__":
     jobs = {f"{pair}, {scope}": partial(run, pair, scope) for scope in SCOPES for pair in PAIRS}
     about = {"pair": "simulated step", "scope": VALUES, "coder": "maskpack"}
-    for share in (0.15, 0.3, 1.0):
+    for share in (0.05, 0.3, 1.0):
         settings = {"pair": RATED[-1], "scope": LOSSY, "coder": "maskpack", "share": share}
         jobs[f"{LOSSY}, {share}"] = partial(trial, NAME, settings, partial(lossy, RATED[-1], share))
     for pair in (RATED[0], RATED[-1]):

@@ -26,8 +26,10 @@ from maskpack.adapter.values import Steps
 from maskpack.codecs import native, ulps
 from maskpack.codecs.base import where_ones
 from maskpack.errors import BackboneMismatchError, CorruptAdapterError, DataError
-from maskpack.importers.base import import_file
-from maskpack.safetensors_io import open_tensors
+from maskpack.importers.base import Imported, exact, import_file
+from maskpack.importers.checkpoint import Largest
+from maskpack.mask import MaskSet
+from maskpack.safetensors_io import Made, open_tensors
 
 from .conftest import TinyNet
 from .helpers_cli import BACKBONE
@@ -374,6 +376,25 @@ def test_only_the_largest_changes(tmp_path: Path) -> None:
         words = ["pack", str(tuned), "--from", "checkpoint", *BACKBONE, *wrong, "--output", str(tmp_path / "no")]
         assert CliRunner().invoke(app, words).exit_code in (1, 2)
         assert not (tmp_path / "no").exists()
+
+
+def test_of_changes_of_one_size_a_part_is_kept() -> None:
+    """As many changes of bfloat16 weights are."""
+    base = {name: torch.zeros(40, 50).bfloat16() for name in "ab"}
+    tuned = {"a": base["a"] + 2.0**-10, "b": base["b"].clone()}
+    tuned["b"][:, ::2] = 2.0**-9
+    change = exact(Path("tuned"), base, tuned.__getitem__, base)
+    assert change.values is not None
+    masks = MaskSet.streamed(change.shapes, change.make, change.shapes)
+    largest = Largest(Imported(masks, Made(change.shapes, change.values), {}, {}), base)
+    for share, of in ((0.1, {"b": 300}), (0.5, {"a": 500, "b": 1000})):
+        found, error, kept = largest.take(share)
+        assert kept == sum(of.values()) == share * largest.changed
+        assert {name: mask.total - mask.kept for name, mask in found.masks.items()} == {"a": 0, "b": 0} | of
+        left = torch.cat([tuned[n].flatten()[found.masks[n].tensor().flatten()].float() for n in base])
+        every = torch.cat([tuned[n].float().flatten() for n in base])
+        assert abs(error - float(left.norm() / every.norm())) < 1e-6
+        assert all(len(found.values[name]) == number for name, number in of.items())
 
 
 def wsp(path: Path, base: dict[str, Tensor], tuned: dict[str, Tensor], **changes: Any) -> Path:

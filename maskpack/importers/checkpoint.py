@@ -113,6 +113,8 @@ BINS = 1 << 15  # of sizes of changes, by the upper half of their float32: of on
 class Largest:
     """The largest changes of a checkpoint, in place of all: those whose size is in the upper bins.
 
+    Of the lowest of these bins there may be a part, evenly over each tensor: many changes of bfloat16 are of one size.
+
     Args:
         ternary: each change becomes its sign times one size for all of its row, as in ComPEFT and BitDelta.
 
@@ -123,10 +125,12 @@ class Largest:
     def __init__(self, found: Imported, base: Mapping[str, Tensor], ternary: bool = False):
         self._found, self._base, self._ternary = found, base, ternary
         self._counts, self._squares = torch.zeros(BINS, dtype=torch.int64), torch.zeros(BINS, dtype=torch.float64)
+        self._ties = dict[str, Tensor]()
         for name, mask in found.masks.items():
             change = self._sizes(name, mask, found.values[name])
             bins = change.view(torch.int32) >> 16
-            self._counts += torch.bincount(bins, minlength=BINS)
+            self._ties[name] = torch.bincount(bins, minlength=BINS).int()
+            self._counts += self._ties[name]
             self._squares += torch.bincount(bins, change.double().square(), BINS)
         self.changed = int(self._counts.sum())
 
@@ -147,20 +151,24 @@ class Largest:
             raise ConfigError(f"the share of changes to keep must be above 0 and at most 1, got {share}")
         above = self._counts.flip(0).cumsum(0).flip(0)  # of changes in this bin and those over it
         first = int((above > share * self.changed).count_nonzero())
-        kept = int(above[first]) if first < BINS else 0
+        kept, infinite = int(above[first]) if first < BINS else 0, int(torch.tensor(torch.inf).view(torch.int32) >> 16)
+        # of those in the bin below, so many of so many
+        part = (int(share * self.changed) - kept, int(self._counts[first - 1])) if 0 < first <= infinite else (0, 1)
+        tied = sum(int(ties[first - 1]) * part[0] // part[1] for ties in self._ties.values())
+        kept += tied
         if not kept:
             raise ConfigError(f"a share of {share} of {self.changed} changes is none of them; keep more")
         shapes = self._found.masks.shapes
-        finite = self._squares[: torch.tensor(torch.inf).view(torch.int32) >> 16]
-        left = finite[:first].sum()
+        finite = self._squares[:infinite]
+        left = finite[:first].sum() - (finite[first - 1] * (tied / part[1]) if tied else 0)
         if self._ternary:
-            each = [self._kept(name, first)[1:] for name in shapes]
+            each = [self._kept(name, first, part)[1:] for name in shapes]
             kept, left = sum(int(one.sum()) for one, _ in each), left + sum(missed for _, missed in each)
         error = float((left / finite.sum()).sqrt())
 
         def read(name: str) -> tuple[PackedMask, Tensor]:
             mask = self._found.masks[name]
-            values, large, _ = self._kept(name, first)
+            values, large, _ = self._kept(name, first, part)
             stays = mask.tensor().reshape(-1)
             stays[~stays] = ~large
             return PackedMask.from_tensor(stays.reshape(mask.shape), "replace"), values[large]
@@ -168,11 +176,14 @@ class Largest:
         masks = MaskSet.streamed(shapes, lambda name: read(name)[0], shapes)
         return self._found._replace(masks=masks, values=Made(shapes, lambda name: read(name)[1]), after={}), error, kept
 
-    def _kept(self, name: str, first: int) -> tuple[Tensor, Tensor, float]:
+    def _kept(self, name: str, first: int, part: tuple[int, int]) -> tuple[Tensor, Tensor, float]:
         """Return the values of a tensor's changes, which of them are stored, and the squared error of these."""
         mask, values = self._found.masks[name], self._found.values[name]
         sizes = self._sizes(name, mask, values)
-        large = (sizes.view(torch.int32) >> 16) >= first
+        bins = sizes.view(torch.int32) >> 16
+        large, tied = bins >= first, (bins == first - 1).nonzero()[:, 0]
+        number, places = len(tied) * part[0] // part[1], torch.arange(len(tied) + 1)
+        large[tied[(places * number // max(len(tied), 1)).diff() > 0]] = True
         if not self._ternary:
             return values, large, 0.0
         old, wanted = self._old(name, mask), large & sizes.isfinite()  # what is not finite has no sign and size
