@@ -1,4 +1,4 @@
-"""Objectives with labels (classes, a teacher's outputs beside them, numbers), and their heads: whole, masked, of texts."""
+"""Objectives with labels: classes, a teacher's outputs, numbers; and heads that are whole, masked, or of texts."""
 
 import copy
 import math
