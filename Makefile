@@ -136,6 +136,14 @@ comparisons: $(VENV)/.installed ## masks and every alternative, cascades, ablati
 	$(BIN)/python -m benchmarks.comparisons
 	$(BIN)/python -m benchmarks.comparisons --write docs/results/comparison.md
 
+imagenet: $(VENV)/.installed ## Self-Masking Networks on EfficientNet-Lite0: five hours of one core
+	$(RUN) benchmarks.imagenet
+	$(BIN)/python -m benchmarks.imagenet --write docs/results/imagenet.md
+
+many-tasks: $(VENV)/.installed ## ten tasks in a row, masks beside fine-tuning: an hour of one core
+	$(RUN) benchmarks.many_tasks
+	$(BIN)/python -m benchmarks.many_tasks --write docs/results/many-tasks.md
+
 defaults: $(VENV)/.installed ## train without options beside norms, LoRA and full fine-tuning: hours of one core
 	$(BIN)/python -m benchmarks.defaults
 	$(BIN)/python -m benchmarks.defaults --write docs/results/defaults.md
@@ -158,6 +166,7 @@ theorems: $(VENV)/.installed ## settings of scores that are one and the same, as
 
 transfer: $(VENV)/.installed ## domain transfer between the domains of PACS: two hours of two cores
 	$(BIN)/python -m benchmarks.transfer cartoon photo & $(BIN)/python -m benchmarks.transfer art_painting sketch & wait
+	$(BIN)/python -m benchmarks.transfer adapted/0 more/0 thresholds/0 xray/0
 	$(BIN)/python -m benchmarks.transfer --write docs/results/transfer.md
 
 light-switch: $(VENV)/.installed ## tasks that share weights, with and without gates: forty minutes of one core
@@ -172,6 +181,10 @@ bench-runtime: $(VENV)/.installed ## loading, switching, memory, training steps;
 	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.identification
 	$(BIN)/python -m benchmarks.runtime --write docs/results/speed.md
+
+bench-start: $(VENV)/.installed ## start-up of the command line, beside hf: two minutes
+	$(RUN) benchmarks.start_up
+	$(BIN)/python -m benchmarks.start_up --write docs/results/speed.md
 
 language: $(VENV)/.installed ## SmolLM2: masks beside LoRA, perplexity over bytes; needs SMOLLM2: hours of one core
 	$(RUN) benchmarks.language

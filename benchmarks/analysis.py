@@ -55,6 +55,7 @@ CHOOSING = 1024  # training rows that tell which modules are critical
 TEXT_ROWS = 1000
 SHUFFLED = replace(IMAGES, augment="none", steps=160, lr=0.09)
 BLOCKS = (32, 16, 8, 4, 2, 1)
+XRAY, FEW_BLOCKS = "chest_xray", (32, 8, 1)  # a target that is like none of the images of pretraining
 PRETRAINING = replace(IMAGES, objective_options={}, augment="crop-flip", lr=0.1, head_lr=0.1, steps=None, epochs=10)
 PRETRAINING_ROWS = 20_000
 EPOCHS = (0, 1, 2, 3, 5, 7, 10)
@@ -250,17 +251,18 @@ def halves(seed: int) -> dict[str, Any]:
     return {"rows": rows, "critical": upper, "other": lower}
 
 
-def shuffle() -> None:
-    """Sketches in shuffled blocks, from a pretrained and from a random start."""
-    expected = list(product(BLOCKS, STARTS, SEEDS))
-    if len(trials("analysis-shuffle")) == len(expected):
+def shuffle(target: str = "sketch", blocks: Sequence[int] = BLOCKS) -> None:
+    """Images in shuffled blocks, from a pretrained and from a random start."""
+    expected = list(product(blocks, STARTS, SEEDS))
+    about = {} if target == "sketch" else {"target": target}
+    if len(trials("analysis-shuffle", target=about.get("target"))) == len(expected):
         return
-    folder, data = OUTPUT / "shuffle", study("sketch").data
-    feature_reuse(resnet(20), data, folder, config=SHUFFLED, blocks=BLOCKS, seeds=SEEDS, report=told)
+    folder, data = OUTPUT / "-".join(["shuffle", *about.values()]), load_data(str(data_of(target)))
+    feature_reuse(resnet(20), data, folder, config=SHUFFLED, blocks=blocks, seeds=SEEDS, report=told)
     for block, start, seed in expected:
         path = folder / f"{start}-{block}-{seed}" / "result.json"
-        trial("analysis-shuffle", {"block": block, "start": start, "seed": seed}, partial(read, path))
-    trial("settings", {"experiment": "analysis-shuffle"}, partial(read, folder / "settings.json"))
+        trial("analysis-shuffle", {**about, "block": block, "start": start, "seed": seed}, partial(read, path))
+    trial("settings", {"experiment": f"analysis-{folder.name}"}, partial(read, folder / "settings.json"))
 
 
 def checkpoints() -> None:
@@ -320,6 +322,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "masks": masks,
     "texts": texts,
     "shuffle": shuffle,
+    "shuffle-xray": partial(shuffle, XRAY, FEW_BLOCKS),
     "checkpoints": checkpoints,
 }
 
@@ -346,6 +349,7 @@ def write_pages(page: Path) -> None:
         "Criticality of masks": mask_rows(drawn),
         "A masked and a fine-tuned MiniLM": line_rows(drawn, TEXT_TITLES, "masked and fine-tuned MiniLM"),
         "Shuffled blocks": shuffle_rows(drawn),
+        "Shuffled blocks of chest X-rays": shuffle_rows(drawn, XRAY),
         "Which checkpoint": checkpoint_rows(drawn),
     }
     found = [f"**{title}**\n\n{text}" for title, text in parts.items() if text]
@@ -459,10 +463,10 @@ def mask_rows(drawn: Drawn) -> str:
     return table(["masked", "accuracy", "masked weights", "bytes of the masks"], rows, 1) + picture
 
 
-def summaries(experiment: str, *keys: str) -> list[dict[str, Any]]:
+def summaries(experiment: str, *keys: str, target: str | None = None) -> list[dict[str, Any]]:
     """Return the trials of an experiment with these settings in common: the mean over seeds and the deviation."""
     found: dict[tuple[Any, ...], list[float]] = {}
-    for one in trials(experiment):
+    for one in trials(experiment, target=target):
         found.setdefault(tuple(one[key] for key in keys), []).append(one["result"]["accuracy"])
     return [
         {
@@ -475,9 +479,9 @@ def summaries(experiment: str, *keys: str) -> list[dict[str, Any]]:
     ]
 
 
-def shuffle_rows(drawn: Drawn) -> str:
+def shuffle_rows(drawn: Drawn, target: str | None = None) -> str:
     """Return accuracies of both starts by the side of the blocks."""
-    found = summaries("analysis-shuffle", "block", "start")
+    found = summaries("analysis-shuffle", "block", "start", target=target)
     if not found:
         return ""
     own = {(row["block"], row["start"]): row for row in found}
@@ -486,7 +490,8 @@ def shuffle_rows(drawn: Drawn) -> str:
         pretrained, random = (own[block, start] for start in STARTS)
         gain = f"{100 * (pretrained['accuracy'] - random['accuracy']):+.1f}"
         rows.append([block, percent(pretrained["accuracies"]), percent(random["accuracies"]), gain])
-    picture = drawn(shuffle_figure(found), "shuffle", "Accuracy over the side of shuffled blocks")
+    name = f"shuffle-{target}" if target else "shuffle"
+    picture = drawn(shuffle_figure(found), name, "Accuracy over the side of shuffled blocks")
     return table(["side of the blocks", "pretrained start", "random start", "gain"], rows, 1) + picture
 
 

@@ -20,7 +20,8 @@ from maskpack.lab import compare, density_figure, label_figure, save_figure
 from maskpack.lab.baselines.base import find_baseline
 from maskpack.lab.comparison import markdown, result_file, summaries
 from maskpack.training import TrainConfig, load_data, train_cascade
-from maskpack.training.evaluate import cascade_table
+from maskpack.training.evaluate import RAW, cascade_table, plain_and_whitened
+from maskpack.training.features import disjoint, embed
 from maskpack.training.run_folder import write_json
 
 from .measured import trial, trials
@@ -37,6 +38,7 @@ FEW = ("probe", "full", "mask", "self-supervised")
 TABLE = ("knn", "probe", "full", "lora:4", "mask")
 TEXT_TABLE = ("knn", "probe", "full", "lora:8", "mask")
 TEXT_RATES = {"mask": (0.02, 0.04, 0.08), "full": (3e-5, 1e-4, 3e-4), "lora:8": (1e-3, 3e-3, 1e-2)}
+Layers = Sequence[Mapping[str, float]]  # density by layer, of several masks
 NORMS = "*bn*.weight"
 BIASES = "*bn*.bias"
 WEIGHTS = "*conv*.weight"
@@ -156,22 +158,35 @@ def texts() -> None:
 
 
 def cascades() -> None:
-    """The cascade table of the first data set, for each seed."""
+    """The cascade table of the first data set, for each seed, and what needs no training."""
+    trial("cascades", {"control": "raw"}, raw)
     for seed in SEEDS:
-        trial("cascades", {"seed": seed}, partial(cascade, seed))
+        rate = chosen()["self-supervised"][0]
+        config = replace(IMAGES, objective="self-supervised", lr=rate, seed=seed, steps=None, epochs=EPOCHS)
+        made = partial(cascade, resnet(20), FIRST, config, RUNS / NAME / f"cascade-{seed}")
+        trial("cascades", {"seed": seed}, made)
 
 
-def cascade(seed: int, experts: int = 3) -> dict[str, Any]:
+def raw() -> dict[str, Any]:
+    """Return rows of the backbone without a mask, which cascades that are recorded lack."""
+    backbone, data = load_backbone(**resnet(20)), load_data(str(data_of(FIRST)))
+    (x, y), (test_x, test_y) = (embed(backbone, split, cache=False) for split in disjoint(data))
+    classes, rows = len(data.class_names), []
+    for row in plain_and_whitened(x, y, test_x, test_y, classes, x.shape[1]):
+        width = row["dimensions"]
+        size = classes * (width + 1) + (x.shape[1] + width * x.shape[1] + width if row["whitened"] else 0)
+        rows.append({"embedding": RAW, "passes": 1, "steps": 0, **row, "bytes": 4 * size})
+    return {"rows": rows}
+
+
+def cascade(start: Mapping[str, Any], name: str, config: TrainConfig, folder: Path, experts: int = 3) -> dict[str, Any]:
     """Train a cascade without labels and return its table."""
-    data, unlabelled = (load_data(str(data_of(FIRST)), labelled=labelled) for labelled in (True, False))
-    backbone, folder = load_backbone(**resnet(20)), RUNS / NAME / f"cascade-{seed}"
-    rate = chosen()["self-supervised"][0]
-    config = replace(IMAGES, objective="self-supervised", lr=rate, seed=seed, steps=None, epochs=EPOCHS)
-    run = folder / "training"
+    data, unlabelled = (load_data(str(data_of(name)), labelled=labelled) for labelled in (True, False))
+    backbone, run = load_backbone(**start), folder / "training"
     only = replace(unlabelled, test=None)
     result = train_cascade(backbone, only, config, experts=experts, output=run, resume=run.exists())
     path = folder / "cascade.safetensors"
-    save_adapter(path, result.parts, result.base, result.about, weights=backbone.model)
+    save_adapter(path, result.parts, result.base, result.about, weights=backbone.model, cascade=result.cascade)
     return cascade_table(backbone, load_adapter(path), data)
 
 
@@ -235,14 +250,16 @@ def tables() -> str:
     return "\n".join(texts)
 
 
-def cascade_rows() -> str:
-    """Return the rows of the cascade tables, means over the seeds."""
-    found = [one["result"]["rows"] for one in trials("cascades")]
+def cascade_rows(experiment: str = "cascades") -> str:
+    """Return the rows of cascade tables, means over the seeds; those without a seed, where there are any, first."""
+    controls = [row for one in trials(experiment, control="raw") for row in one["result"]["rows"]]
+    found = [one["result"]["rows"] for one in trials(experiment, control=None)]
     lines = []
-    for several in zip(*found, strict=True):
+    for several in [*([row] for row in controls), *zip(*found, strict=True)]:
         first = several[0]
         name = first["embedding"] + (", whitened" if first["whitened"] else "")
-        accuracies = [percent([row[key] for row in several]) for key in ("knn", "probe")]
+        alone = first["embedding"] == RAW  # the same with every seed
+        accuracies = [percent([row[key] for row in (several[:1] if alone else several)]) for key in ("knn", "probe")]
         numbers = [f"{mean(row[key] for row in several):,.0f}" for key in ("dimensions", "passes", "steps", "bytes")]
         lines.append([name, numbers[0], *accuracies, *numbers[1:]])
     columns = ["embedding", "dimensions", "k-NN", "probe", "passes", "steps", "bytes"]
@@ -261,21 +278,39 @@ def ablation_rows() -> str:
 
 
 def densities(folder: Path) -> str:
-    """Return a table of densities by layer, and draw them for the first data set."""
-    lines = []
+    """Return densities by objective, mean and deviation over the data sets, and draw them by layer."""
+    groups: dict[str, dict[str, list[dict[str, float]]]] = {}
     for name in sorted(IMAGE_SETS):
-        groups: dict[str, list[dict[str, float]]] = {}
         for one in trials("densities", comparison=name):
-            groups.setdefault(one["baseline"], []).append(one["result"]["layers"])
-        if groups and name == FIRST:
-            save_figure(density_figure(groups), folder / "density-objectives.svg")
-        for baseline, masks in groups.items():
-            means = {layer: mean(one[layer] for one in masks) for layer in masks[0]}
-            least = min(means, key=lambda layer: means[layer])
-            lines.append([name, baseline, f"{mean(means.values()):.4f}", f"{means[least]:.3f}", least])
-    columns = "| data | baseline | mean of the layers | least | of the layer |\n| --- | --- | ---: | ---: | --- |\n"
-    picture = f"\n![Density by layer on {FIRST}](density-objectives.svg)\n"
-    return columns + "".join(f"| {' | '.join(line)} |\n" for line in lines) + picture if lines else ""
+            groups.setdefault(one["baseline"], {}).setdefault(name, []).append(one["result"]["layers"])
+    if not groups:
+        return ""
+    means, text = over_sets(groups)
+    save_figure(density_figure(means), folder / "density-objectives.svg")
+    return f"{text}\n![Density by layer, mean and deviation over the data sets](density-objectives.svg)\n"
+
+
+def over_sets(groups: Mapping[str, Mapping[str, Layers]]) -> tuple[dict[str, list[dict[str, float]]], str]:
+    """Return the mean over seeds of each data set's densities by layer, and a table.
+
+    Args:
+        groups: density by layer of each seed, by data set, by what the masks were trained with.
+    """
+    means, lines = dict[str, list[dict[str, float]]](), []
+    for words, sets in groups.items():
+        for name, seeds in sets.items():
+            own = {layer: mean(one[layer] for one in seeds) for layer in seeds[0]}
+            means.setdefault(words, []).append(own)
+            lines.append([words, name, *density_cells([own])])
+        lines.append([words, f"all {len(sets)}", *density_cells(means[words])])
+    columns = ("trained", "data", "mean of the layers", "least", "of the layer")
+    return means, table(columns, lines, 2) + "\nBehind ± is the sample deviation of the data sets.\n"
+
+
+def density_cells(found: Layers) -> list[str]:
+    """Return mean and deviation over data sets of the mean of all layers, and of the layer with the least."""
+    least = min(found[0], key=lambda layer: mean(one[layer] for one in found))
+    return [*(percent(each) for each in ([mean(one.values()) for one in found], [one[least] for one in found])), least]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ All models of a seed start from the same weights, see the same tasks and rows in
 optimiser and rate; gates have 4T times that.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -30,7 +31,7 @@ from maskpack.training.gates import GateHistory, Gates, counts
 
 from .light_switch_tasks import Problem, linear, mnist, sinusoids
 from .measured import trial, trials
-from .report import NOTHING, command, table, write_between
+from .report import command, table, write_between
 from .tasks import SEEDS
 
 NAME = "light-switch"
@@ -45,6 +46,7 @@ class Learner:
         kind: "gated", "separate" or "shared". variant: which of the experiment's problems.
         optimizer: "adam" or "sgd", without momentum. r1, r2: regularisers.
         factor: gates learn at this times the rate; None: 4T. start: of the logits of gates.
+        spread: deviation of the logits about their start, drawn from a normal distribution.
     """
 
     kind: str
@@ -54,6 +56,12 @@ class Learner:
     r1: float = 0.0
     r2: float = 0.0
     start: float = GATE_START
+    spread: float = 0.0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings in a trial's line."""
+        return {name: value for name, value in asdict(self).items() if name != "spread" or value}
 
 
 @dataclass(frozen=True)
@@ -98,6 +106,7 @@ def lenet(**tasks: tuple[str, ...]) -> dict[str, Callable[[int], Problem]]:
     return {name: partial(mnist, names=names) for name, names in tasks.items()}
 
 
+RANDOM: dict[str, Any] = {"start": 0.0, "spread": 1.0}  # of gates: the source says that they start at random
 NOISY = partial(linear, count=10, outputs=1, noise=0.4)
 EXPERIMENTS = {
     "linear": Experiment(
@@ -112,7 +121,8 @@ EXPERIMENTS = {
                 ("separate", "separate", None),
                 ("shared", "shared", None),
             )
-        },
+        }
+        | {"gated, random start, adam": Learner("gated", **RANDOM)},
         steps=2000,
         every=50,
         lr=0.01,
@@ -131,7 +141,12 @@ EXPERIMENTS = {
     "sinusoid": Experiment(
         "7.3 Sinusoids: 8 tasks, three layers",
         {"": sinusoids},
-        {**three(), "gated, R1": Learner("gated", r1=1e-4), "gated, R2": Learner("gated", r2=1e-4)},
+        {
+            **three(),
+            "gated, R1": Learner("gated", r1=1e-4),
+            "gated, R2": Learner("gated", r2=1e-4),
+            "gated, random start": Learner("gated", **RANDOM),
+        },
         steps=20_000,
         every=500,
         lr=1e-3,
@@ -150,10 +165,11 @@ EXPERIMENTS = {
             "gated, 1 channel": Learner("gated", "1"),
             "plain, 3 channels": Learner("shared", "one"),
             "gated, 3 channels": Learner("gated", "one"),
+            "gated, random start, 3 channels": Learner("gated", "one", **RANDOM),
             **three("two", ", the same task twice"),
         },
         steps=500,
-        every=25,
+        every=10,
         lr=1e-3,
         accuracy=True,
     ),
@@ -163,10 +179,11 @@ EXPERIMENTS = {
         {
             **three("rgb", ", red, green, blue"),
             "gated from 0.2, red, green, blue": Learner("gated", "rgb", start=0.2),
+            "gated, random start, red, green, blue": Learner("gated", "rgb", **RANDOM),
             **three("pair", ", black, red"),
         },
         steps=500,
-        every=25,
+        every=10,
         lr=1e-3,
         accuracy=True,
         features="gated from 0.2, red, green, blue",
@@ -176,7 +193,7 @@ EXPERIMENTS = {
         lenet(white=("red", "white")),
         three("white"),
         steps=500,
-        every=25,
+        every=10,
         lr=1e-3,
         accuracy=True,
     ),
@@ -185,7 +202,7 @@ EXPERIMENTS = {
         lenet(inverse=("black", "inverse")),
         three("inverse"),
         steps=500,
-        every=25,
+        every=10,
         lr=1e-3,
         accuracy=True,
     ),
@@ -193,13 +210,19 @@ EXPERIMENTS = {
 
 
 def train(experiment: Experiment, learner: Learner, seed: int) -> dict[str, Any]:
-    """Train one learner; return its curve, what it ends with, and for gates how they ended."""
+    """Train one learner; return its curve, what it ends with, and for gates how they ended.
+
+    Points of the curve are the step, the test measure, and the mean over the batches since the point before.
+    """
     started = time.monotonic()
     problem = experiment.problems[learner.variant](seed)
     torch.manual_seed(seed)
     first = problem.model()
     models = [deepcopy(first) for _ in problem.tasks] if learner.kind == "separate" else [first]
     gates = attach_gates(first, problem.tasks, start=learner.start) if learner.kind == "gated" else None
+    if gates is not None and learner.spread:
+        for logits in (one for task in gates.tasks for one in gates.logits(task).values()):
+            nn.init.normal_(logits, learner.start, learner.spread)
     lr = experiment.lr if learner.optimizer == "adam" else experiment.lr_sgd
     groups = (
         [{"params": [p for model in models for p in model.parameters()], "lr": lr}]
@@ -208,14 +231,16 @@ def train(experiment: Experiment, learner: Learner, seed: int) -> dict[str, Any]
     )
     optimizer = torch.optim.Adam(groups) if learner.optimizer == "adam" else torch.optim.SGD(groups)
     history = GateHistory(gates) if gates is not None and experiment.histograms and seed == SEEDS[0] else None
-    generator, curve = torch.Generator().manual_seed(1000 + seed), []
+    generator, curve, seen = torch.Generator().manual_seed(1000 + seed), [], list[float]()
     for step in range(experiment.steps):
         if history is not None and step % (experiment.steps // 20) == 0:
             history.add(step)
         task = int(torch.randint(len(problem.tasks), (), generator=generator))
         x, y = problem.batch(task, generator)
         model = chosen(models, gates, problem, task)
-        loss = problem.loss(model(x), y)
+        outputs = model(x)
+        seen.append(problem.measure(outputs.detach(), y))
+        loss = problem.loss(outputs, y)
         if gates is not None and (learner.r1 or learner.r2):
             loss = loss + gates.penalty(learner.r1, learner.r2)
         optimizer.zero_grad()
@@ -223,7 +248,8 @@ def train(experiment: Experiment, learner: Learner, seed: int) -> dict[str, Any]
         optimizer.step()
         if (step + 1) % experiment.every == 0:
             values = measured(models, gates, problem, last=False)
-            curve.append([step + 1, sum(values) / len(values)])
+            curve.append([step + 1, sum(values) / len(values), mean(seen)])
+            seen = []
     final = measured(models, gates, problem, last=True)
     result = {"curve": curve, "per_task": final, "final": sum(final) / len(final), "tasks": list(problem.tasks)}
     if gates is not None:
@@ -296,7 +322,7 @@ def run(name: str) -> None:
     settings = {key: getattr(experiment, key) for key in ("every", "lr", "lr_sgd", "most", "steps")}
     for seed in SEEDS:
         for words, learner in experiment.learners.items():
-            about = {"experiment": name, "learner": words, "seed": seed, **settings, **asdict(learner)}
+            about = {"experiment": name, "learner": words, "seed": seed, **settings, **learner.settings}
             trial(NAME, about, partial(train, experiment, learner, seed))
 
 
@@ -309,11 +335,14 @@ def write_pages(page: Path) -> None:
     for name, experiment in EXPERIMENTS.items():
         found: dict[str, list[Mapping[str, Any]]] = {}
         for learner in experiment.learners:
-            if own := trials(NAME, experiment=name, learner=learner):
+            now = trials(NAME, experiment=name, learner=learner, every=experiment.every)
+            if own := now or trials(NAME, experiment=name, learner=learner):  # else of earlier settings
                 found[learner] = [one["result"] for one in own]
         if found:
             texts.append(f"**{experiment.title}**\n\n{described(name, experiment, found, page.parent)}")
-    write_between(page, MARK, "\n".join(texts) or NOTHING)
+    save_figure(regularisers(), page.parent / "light-switch-regularisers.svg")
+    text = "![Regularisers and their gradients over the logit](light-switch-regularisers.svg)\n"
+    write_between(page, MARK, "\n".join([*texts, text]))
 
 
 def described(name: str, experiment: Experiment, found: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> str:
@@ -342,11 +371,84 @@ def described(name: str, experiment: Experiment, found: Mapping[str, Sequence[Ma
         picture = feature_figure(found[experiment.features][0]["users"])
         save_figure(picture, folder / f"light-switch-{name}-features.svg")
         text += f"\n![How many tasks use each weight, layer by layer](light-switch-{name}-features.svg)\n"
-    history = next((one["history"] for results in found.values() for one in results if "history" in one), None)
-    if history is not None:
-        save_figure(gate_figure(history), folder / "light-switch-gates.svg")
+    histories = {n: one["history"] for n, results in found.items() for one in results if "history" in one}
+    if histories:
+        first = next(iter(histories.values()))
+        save_figure(gate_figure(first), folder / "light-switch-gates.svg")
         text += "\n![Gates and effective weights of each task over steps](light-switch-gates.svg)\n"
+        save_figure(spikes_figure(histories), folder / "light-switch-spikes.svg")
+        text += f"\n{spikes(histories)}\n![Effective weights at some steps](light-switch-spikes.svg)\n"
     return text
+
+
+def effective(history: Mapping[str, Any]) -> list[tuple[int, list[float]]]:
+    """Return the steps of a history, and the shares of effective weights by bin, of all tasks together."""
+    found = []
+    for row in history["rows"]:
+        parts = (one for task in row["weights"].values() for one in task.values())
+        whole = [float(sum(own)) for own in zip(*parts, strict=True)]
+        found.append((row["step"], [one / sum(whole) for one in whole]))
+    return found
+
+
+def spikes(histories: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how concentrated effective weights are over the steps, as in figure 2 of the source.
+
+    Entropy in bits: 0 if all lie in one bin, 5.3 if they are spread evenly over the 40. Kurtosis, whatever the spread:
+    3 of a normal distribution, the more the sharper the peak.
+    """
+    lines = []
+    for name, history in histories.items():
+        found = effective(history)
+        for step, shares in (found[0], found[len(found) // 4], found[len(found) // 2], found[-1]):
+            entropy = -sum(one * math.log2(one) for one in shares if one)
+            lines.append([name, step, f"{entropy:.2f}", f"{max(shares):.3f}", f"{kurtosis(shares):.1f}"])
+    return table(["effective weights", "step", "entropy, bits", "share of the fullest bin", "kurtosis"], lines, 1)
+
+
+def kurtosis(shares: Sequence[float]) -> float:
+    """Return the kurtosis of a histogram whose middle is 0."""
+    places = [at - (len(shares) - 1) / 2 for at in range(len(shares))]
+    second, fourth = (sum(one * x**power for one, x in zip(shares, places, strict=True)) for power in (2, 4))
+    return float(fourth / second**2)
+
+
+def spikes_figure(histories: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Draw histograms of effective weights at some steps, a panel for each learner."""
+    figure = new_figure(7.5, 2.4)
+    for axes, (name, history) in zip(
+        figure.subplots(1, len(histories), squeeze=False)[0], histories.items(), strict=True
+    ):
+        found, end = effective(history), history["weight_end"]
+        edges = torch.linspace(-end, end, history["bins"] + 1).tolist()
+        for at, (step, shares) in enumerate((found[0], found[len(found) // 2], found[-1])):
+            axes.stairs(shares, edges, color=look(at)["color"], label=f"step {step}")
+        axes.set_title(label(name), size=8)
+        axes.set_yscale("log")
+        axes.set_xlabel("effective weight", size=8)
+        plain_axes(axes)
+    axes.legend(frameon=False, fontsize="x-small")
+    return figure
+
+
+def regularisers() -> Any:
+    """Draw the two regularisers and their gradients over the logit, as `Gates.penalty` computes them."""
+    model = nn.Linear(601, 1, bias=False)
+    gates = attach_gates(model, ["task"])
+    (logits,) = gates.logits("task").values()
+    with torch.no_grad():
+        logits.copy_(torch.linspace(-6, 6, logits.numel()).view_as(logits))
+    figure = new_figure(7.5, 2.6)
+    for axes, (name, which) in zip(figure.subplots(1, 2), {"R1": {"r1": 1.0}, "R2": {"r2": 1.0}}.items(), strict=True):
+        (gradient,) = torch.autograd.grad(gates.penalty(**which), logits)
+        x = logits.detach().flatten()
+        value = (-x.abs()).exp() if name == "R1" else (-x.square()).exp()
+        axes.plot(x.tolist(), value.tolist(), color=look(0)["color"], label=f"{name} of one logit")
+        axes.plot(x.tolist(), gradient.flatten().tolist(), color=look(1)["color"], label="gradient")
+        axes.set_xlabel("logit")
+        plain_axes(axes, grid="both")
+        axes.legend(frameon=False, fontsize="small")
+    return figure
 
 
 def number(value: float, accuracy: bool) -> str:
@@ -375,7 +477,10 @@ def divergences(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], words: str, accuracy: bool) -> Any:
-    """Draw the means over seeds of the learners with these words in their name, with the range of the seeds."""
+    """Draw the means over seeds of the learners with these words in their name, with the range of the seeds.
+
+    Dotted: the same of the training batches.
+    """
     figure = new_figure(7.5, 3.6)
     axes = figure.add_subplot()
     for index, (name, results) in enumerate((n, f) for n, f in found.items() if words in n):
@@ -383,6 +488,9 @@ def curves(found: Mapping[str, Sequence[Mapping[str, Any]]], words: str, accurac
         values = list(zip(*([point[1] for point in one["curve"]] for one in results), strict=True))
         colour = look(index)["color"]
         axes.plot(steps, [mean(one) for one in values], color=colour, label=label(name))
+        if len(results[0]["curve"][0]) > 2:  # of the training batches as well
+            train = zip(*([point[2] for point in one["curve"]] for one in results), strict=True)
+            axes.plot(steps, [mean(one) for one in train], color=colour, linestyle=":", linewidth=1)
         low, high = [min(one) for one in values], [max(one) for one in values]
         axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     if not accuracy:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 
 from .tasks import DATA
 
-TRAIN_IMAGES, CURVE_IMAGES = 20_000, 1_000  # of the 60,000; of the 10,000 test images for each point of a curve
+CURVE_IMAGES = 1_000  # of the 10,000 test images for each point of a curve
 COLOURS = {"black": (0.0, 0.0, 0.0), "red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
 
 Pair = tuple[Tensor, Tensor]
@@ -111,12 +111,11 @@ class LeNet(nn.Module):
 
 @cache
 def digits(split: str) -> Pair:
-    """Return MNIST as grey values from 0 to 1, (N, 1, 32, 32), and its labels; the first rows of the training split."""
+    """Return MNIST as grey values from 0 to 1, (N, 1, 32, 32), and its labels."""
     import pyarrow.parquet
     from PIL import Image
 
     table = pyarrow.parquet.read_table(DATA / f"data/mnist/{split}.parquet")
-    table = table.slice(0, TRAIN_IMAGES if split == "train" else len(table))
     grey = torch.empty(len(table), 28, 28, dtype=torch.uint8)
     for at, cell in enumerate(table["image"].to_pylist()):
         grey[at] = torch.frombuffer(bytearray(Image.open(io.BytesIO(cell["bytes"])).tobytes()), dtype=torch.uint8).view(

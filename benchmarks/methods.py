@@ -31,6 +31,7 @@ TITLES = {
     "sketch": "ResNet-20 on sketch",
     "minilm": "MiniLM on Banking77",
     "random": "ResNet-20 with random weights on MNIST",
+    "long": "ResNet-20 on sketch, five times the steps",
 }
 ADAM = replace(IMAGES, optimizer="adam", head_lr=0.01)
 UNSCALED = replace(IMAGES, scale=False)
@@ -105,7 +106,7 @@ MINILM = {
     "naive": method(MIXED, "naive", (1.0,)),
 }
 # a subnetwork of a random network with twice the channels and a quarter of its weights, beside the narrow one trained
-FROM_RANDOM = replace(IMAGES, epochs=20, steps=None)
+FROM_RANDOM = replace(IMAGES, steps=480)
 WIDE = {"init": "kaiming", "share": 0.25}
 RANDOM = {
     "dense": Line(FROM_RANDOM, (0.03, 0.1, 0.3), "full", "trained whole", random="resnet20"),
@@ -116,6 +117,13 @@ RANDOM = {
         method(FROM_RANDOM, "topk", (1.0, 10.0, 30.0), "twice the width, topk, share 0.25", options=WIDE),
         random="resnet20_wide",
     ),
+}
+FAR = replace(IMAGES, steps=1200)  # with the rates that are best in 240 steps
+HALF = {"init": "magnitude"}
+FAR_LINES = {
+    "full": Line(FAR, (0.09,), "full", "full fine-tuning"),
+    "threshold": method(FAR, "threshold", (60.0,), "threshold, SGD"),
+    "topk-half": method(FAR, "topk", (1.0,), "topk, share 0.5", options=HALF),
 }
 LONG = replace(MIXED, steps=624)  # four epochs: masks need them to pass the probe
 BUDGETS = (160_000, 80_000, 40_000, 20_000)
@@ -134,6 +142,7 @@ LINES: dict[str, dict[str, Line]] = {
     "bytes": BYTES,
     "minilm": MINILM,
     "random": RANDOM,
+    "long": FAR_LINES,
 }
 TEXT_GROUPS = ("bytes", "minilm")
 

@@ -1,5 +1,6 @@
 """Small models, masks and adapters for tests."""
 
+import copy
 import string
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from maskpack.adapter.content import Parts
+from maskpack.adapter.content import About, Parts
 from maskpack.adapter.read import Adapter
 from maskpack.adapter.write import save_adapter
 from maskpack.backbone.fingerprint import fingerprint
 from maskpack.backbone.load import Backbone
 from maskpack.backbone.model import Embedding, Head, same_size_int
 from maskpack.backbone.select import select_parameters
+from maskpack.importers.base import import_file
 from maskpack.mask import MaskSet, PackedMask
 from maskpack.preprocess import ImagePreprocess
 from maskpack.training import TrainConfig, load_data
@@ -177,3 +180,25 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
     transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
     return folder
+
+
+def stepped(model: nn.Module, seed: int) -> nn.Module:
+    """Return a copy after a small step, of one layer nearly all, of one nothing in every second step."""
+    generator, tuned = torch.Generator().manual_seed(seed), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            step = 0.3 if name == "fc.weight" else 3e-4
+            if name != "conv2.weight" or seed % 2:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_((parameter.float() + step * noise).to(parameter.dtype))
+        tuned.bn1.running_mean.add_(0.5)  # type: ignore[union-attr]
+    return tuned
+
+
+def patch(path: Path, base: nn.Module, tuned: nn.Module) -> Adapter:
+    file = path.with_name(f"{path.name}.tuned.safetensors")
+    save_file(tuned.state_dict(), file)
+    found = import_file(file, base, "checkpoint")
+    parts = Parts(found.masks, statistics=found.statistics, values=found.values)
+    about = About(result=fingerprint(tuned, id="x").digests)
+    return save_adapter(path, parts, fingerprint(base, id="tests:tiny"), about, weights=base, profile="max")

@@ -304,8 +304,10 @@ def test_predict(tmp_path: Path, tiny: nn.Module) -> None:
     unload_mask(tiny)
     with pytest.raises(StateError, match="the model gives 5 logits, the adapter has 7 classes; load the adapter"):
         adapter.predict(tiny, [image])
+    with pytest.raises(StateError):
+        adapter.predict(nn.Linear(3, 7), [image])
     bare = save_adapter(tmp_path / "bare", random_masks(tiny), fingerprint(tiny, id="x"))
-    with pytest.raises(AdapterError, match="has no head, class names or preprocessing, so it cannot predict"):
+    with pytest.raises(AdapterError, match="has no .*, so it cannot predict by itself"):
         bare.predict(tiny, [image])
 
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="needs the extra `lab`")
 
-from benchmarks import comparisons, measured, methods, runtime
+from benchmarks import comparisons, imagenet, many_tasks, measured, methods, runtime
 from benchmarks.runtime import LOADING, SWITCHING
 from maskpack.training import TrainConfig
 
@@ -60,7 +60,7 @@ def test_methods(tmp_path: Path) -> None:
     marks = [f"{methods.MARK}: {name}" for name in ("methods", "selective", "bytes")]
     written = page(tmp_path, *marks)
     methods.write_pages(written)
-    assert written.read_text().count("othing is finished yet") == 5
+    assert written.read_text().count("othing is finished yet") == 6
     record("methods", "sketch-naive", "mask", 0.4, 900, rate=None)
     for name, accuracy, masks in (
         ("minilm-nm", 0.8, 700),
@@ -106,6 +106,10 @@ def test_comparisons(tmp_path: Path) -> None:
     record("comparisons", "cartoon", "self-supervised", 0.5, 90)
     record("comparisons", "ablation-masked-all", "self-supervised", 0.4, 90)
     row = {"embedding": "dispatcher", "whitened": True, "dimensions": 64, "passes": 1, "steps": 9, "bytes": 1000}
+    about = {"comparison": "photo", "baseline": "mask", "seed": 0}
+    measured.record("densities", about, {"density": 0.7, "layers": {"a": 0.7, "b": 0.7}})
+    raw = {**row, "embedding": "raw", "whitened": False, "steps": 0, "bytes": 100, "knn": 0.4, "probe": 0.5}
+    measured.record("cascades", {"control": "raw"}, {"rows": [raw]})
     for seed in (0, 1):
         measured.record("cascades", {"seed": seed}, {"rows": [{**row, "knn": 0.5 + 0.1 * seed, "probe": 0.6}]})
     comparisons.write_pages(written)
@@ -116,10 +120,78 @@ def test_comparisons(tmp_path: Path) -> None:
         "| dispatcher, whitened | 64 | 55.0 ± 7.1 | 60.0 ± 0.0 | 1 | 9 | 1,000 |",
         "**ResNet-20, cartoon**",
         "| self-supervised: norm weights and biases masked too | 39.0 |",
-        "| cartoon | mask | 0.6000 | 0.500 | a |",
+        "| raw | 64 | 40.0 | 50.0 | 1 | 0 | 100 |",
+        "| mask | cartoon | 60.0 | 50.0 | a |",
+        "| mask | all 2 | 65.0 ± 7.1 | 60.0 ± 14.1 | a |",
     ):
         assert row in text, row
     assert (tmp_path / "few-labels-cartoon.svg").exists()
+
+
+def test_imagenet(tmp_path: Path) -> None:
+    names = ("labels", "few labels", "convergence", "cascades", "selective", "starts", "densities")
+    written = page(tmp_path, *(f"{imagenet.MARK}: {name}" for name in names))
+    imagenet.write_pages(written)
+    assert written.read_text().count("Nothing is finished yet") == 7
+    record("imagenet", "sign_digits: mask, default", "mask", 0.9, 700)
+    record("imagenet", "eurosat: mask, default", "mask", 0.8, 500)
+    for share in imagenet.SHARES:
+        record("imagenet", "sign_digits: linear probe", "probe", 0.6 * share, 0, share, rate=None)
+
+    def without(steps: int, seed: int, accuracy: float, **changes: Any) -> None:
+        about = {"data": "sign_digits", "start": imagenet.LITE, "steps": steps, "seed": seed, **changes}
+        found = {measure: {f"{share:g}": accuracy * share for share in imagenet.SHARES} for measure in ("knn", "probe")}
+        mask = {"density": 0.9, "layers": {"a": 0.9}, "weights": 200 if "include" in changes else 1000, "bytes": 50}
+        measured.record("imagenet-unlabelled", about, {**found, **(mask if steps else {})})
+
+    for seed in (0, 1):
+        without(0, seed, 0.5)
+        without(1000, seed, 0.7 + 0.1 * seed, lr=5.0)
+    without(2000, 0, 0.75, lr=5.0)
+    without(150, 0, 0.99, lr=5.0, validation=True)
+    for rule, changes in imagenet.RULES.items():
+        without(250, 0, 0.4, lr=5.0, **changes)
+        about = {"data": "sign_digits", "rule": rule, "steps": 240}
+        measured.record("imagenet-selective", about, {"accuracy": 0.6, "bytes": 40})
+    imagenet.write_pages(written)
+    text = written.read_text()
+    for row in (
+        "| mask, default | 90.0 ± 1.0 | 80.0 ± 1.0 | - | - | - | 650 |",
+        "| sign_digits | linear probe | 59.0 | 6.0 ± 1.0 | 2.4 ± 1.0 | 0.6 ± 1.0 |",
+        "| sign_digits | raw, then k-NN | 50.0 | 5.0 ± 0.0 | 2.0 ± 0.0 | 0.5 ± 0.0 |",
+        "| sign_digits | without labels, then probe | 75.0 ± 7.1 | 7.5 ± 0.7 | 3.0 ± 0.3 | 0.8 ± 0.1 |",
+        "| 0 | 50.0 | 50.0 | - |",
+        "| 2000 | 75.0 | 75.0 | 0.9000 |",
+        "| random:0.1 | 10.0 % | 40.0 | 40.0 | 50 | 60.0 | 40 |",
+        "| stem and 2 of 7 blocks | 20.0 % | 40.0 | 40.0 | 50 | 60.0 | 40 |",
+        "| EfficientNet-Lite0, ImageNet | 50.0 | 40.0 | 50.0 | 40.0 | 0.9000 |",
+        "| mask, default | all 2 | 60.0 ± 0.0 | 50.0 ± 0.0 | a |",
+        "| without labels | all 1 | 90.0 | 90.0 | a |",
+    ):
+        assert row in text, row
+    assert "old" not in text
+
+
+def test_tasks_in_a_row(tmp_path: Path) -> None:
+    written = page(tmp_path, *(f"{many_tasks.MARK}: {name}" for name in ("row", "unseen")))
+    many_tasks.write_pages(written)
+    assert written.read_text().count("Nothing is finished yet") == 2
+    sizes = {"probe_accuracy": 0.5, "mask_bytes": 1000, "file_bytes": 3000}
+    for seed in (0, 1):
+        rows = [{"task": name, "accuracy": 0.8, "end": 0.8, **sizes} for name in many_tasks.TASKS]
+        measured.record("many-tasks", {"way": "masks", "seed": seed}, rows)
+    tuned = [{"task": name, "accuracy": 0.9, "end": 0.1 * at} for at, name in enumerate(many_tasks.TASKS)]
+    measured.record("many-tasks", {"way": "fine-tuned", "seed": 0}, tuned)
+    ways = {way: {"accuracy": 0.5} for way in many_tasks.WAYS}
+    measured.record("many-tasks-unseen", {"domain": "photo", "seed": 0}, {"single": {"a": 0.2, "b": 0.4}, **ways})
+    many_tasks.write_pages(written)
+    text = written.read_text()
+    for row in (
+        "| photo | 50.0 ± 0.0 | 80.0 ± 0.0 | 80.0 ± 0.0 | 1,000 | 3,000 | 90.0 | 10.0 |",
+        "| mean | 50.0 ± 0.0 | 80.0 ± 0.0 | 80.0 ± 0.0 | 1,000 | 3,000 | 90.0 | 45.0 |",
+        "| photo | 40.0 | 30.0 | 50.0 | 50.0 | 50.0 |",
+    ):
+        assert row in text, row
 
 
 def test_recorded_trials_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_resumes_with_other_options_for_what_comes_last(folder: Path) -> None:
     # what it names as the next command can be typed as it stands
     (following,) = re.findall("Next: maskpack (cascade eval .*)", result.stderr)
     assert following.startswith(f"cascade eval {folder} --data digits:5-9 --backbone ")
-    assert len(ok(*shlex.split(following))["rows"]) == 6
+    assert len(ok(*shlex.split(following))["rows"]) == 8
     assert "belongs to another run: experts differ" in refused(*TRAIN, "--output", folder, "--resume", "--experts", "3")
     for words in ([], ["--dry-run"]):
         assert "is there already" in refused(*TRAIN, "--output", folder, *words)

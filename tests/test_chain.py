@@ -12,42 +12,19 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import Adapter, fingerprint, load_mask, load_masked, push, save_adapter, unload_mask
+from maskpack import Adapter, load_mask, load_masked, push, save_adapter, unload_mask
 from maskpack.adapter.chain import check_chain, squash_adapters
-from maskpack.adapter.content import About, Parts
+from maskpack.adapter.content import About
 from maskpack.adapter.read import read_adapter
 from maskpack.backbone.fingerprint import measure_body
 from maskpack.errors import BackboneMismatchError, ConfigError, StateError
-from maskpack.importers.base import import_file
 
 from .helpers_cli import BACKBONE
 from .helpers_hub_fixtures import hub as hub
 from .helpers_hub_fixtures import waits as waits
 from .helpers_hub_server import HubServer
 from .helpers_hub_server.accounts import WRITE_TOKEN
-from .helpers_models import bits, make_adapter, same
-
-
-def stepped(model: nn.Module, seed: int) -> nn.Module:
-    """Return a copy after a small step, of one layer nearly all, of one nothing in every second step."""
-    generator, tuned = torch.Generator().manual_seed(seed), copy.deepcopy(model)
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            step = 0.3 if name == "fc.weight" else 3e-4
-            if name != "conv2.weight" or seed % 2:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_((parameter.float() + step * noise).to(parameter.dtype))
-        tuned.bn1.running_mean.add_(0.5)  # type: ignore[union-attr]
-    return tuned
-
-
-def patch(path: Path, base: nn.Module, tuned: nn.Module) -> Adapter:
-    file = path.with_name(f"{path.name}.tuned.safetensors")
-    save_file(tuned.state_dict(), file)
-    found = import_file(file, base, "checkpoint")
-    parts = Parts(found.masks, statistics=found.statistics, values=found.values)
-    about = About(result=fingerprint(tuned, id="x").digests)
-    return save_adapter(path, parts, fingerprint(base, id="tests:tiny"), about, weights=base, profile="max")
+from .helpers_models import bits, make_adapter, patch, same, stepped
 
 
 @pytest.fixture

@@ -99,6 +99,7 @@ def test_combines(folder: Path, tiny: nn.Module, words: list[str], options: dict
     expected = combine(words[0], [parent.parts().masks for parent in parents], **options)
     assert made.parts().masks == expected
     assert (facts["density"], facts["mask_id"]) == (expected.density, made.mask_id)
+    assert facts["adapter"] == "./out", "as verbs take it"
     assert (made.base.digests, made.about.preprocess) == (parents[0].base.digests, parents[0].about.preprocess)
     assert made.about.training == {
         "combined": {

@@ -22,7 +22,7 @@ from maskpack.training.scores import scored_weights
 
 from .conftest import TinyNet
 from .helpers_cli import BACKBONE, TRAIN
-from .helpers_models import KINDS, adapter_of, bits, same
+from .helpers_models import KINDS, adapter_of, bits, patch, same, stepped
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +54,20 @@ def test_fingerprint(tiny: nn.Module) -> None:
     large = nn.Sequential(nn.Linear(1000, 777), nn.Linear(777, 9000))  # of many chunks, an odd number of words in half
     assert fingerprint(copy.deepcopy(large).cuda(), id="x") == fingerprint(large, id="x")
     assert _hashes(torch.device("cuda", 0))  # there
+
+
+def test_patches(tiny: nn.Module, tmp_path: Path) -> None:
+    states = [tiny.bfloat16()]
+    for buffer in tiny.buffers():
+        buffer.data = buffer.float() if buffer.is_floating_point() else buffer
+    for seed in (1, 2):
+        states.append(stepped(states[-1], seed))
+    chain = [patch(tmp_path / str(k), *states[k : k + 2]) for k in range(2)]
+    model = copy.deepcopy(states[0]).cuda()
+    for links in (chain[:1], chain):
+        load_mask(model, links)
+        assert same(on_cpu(model), bits(states[len(links)]))
+        assert same(on_cpu(unload_mask(model)), bits(states[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -86,10 +86,16 @@ def test_verbs_that_count_nothing_say_that_they_go_on(monkeypatch: pytest.Monkey
     assert re.match(r"maskpack list …, \d s\n", done.stderr), done.stderr
 
 
-def test_a_bar_counts_only_what_is_known() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with Seen(console, Lines(print), print, print).bar("evaluating", percent=False) as moved:
+def test_a_bar_counts_what_is_known_and_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, shown = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Seen(Console(file=shown, force_terminal=True, width=100), Lines(str), print, print).bar("", False) as moved:
         moved(0, None)
-        moved(7, 1200)
-    assert "None" not in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "7/1,200" in console.file.getvalue()  # type: ignore[attr-defined]
+        for step in range(1, 601):
+            now[0] += 1
+            moved(step, 1200)
+            if step % 100 == 50:
+                moved(2, 2)  # an evaluation
+    assert "None" not in shown.getvalue()
+    assert "600/1,200" in shown.getvalue()
+    assert "0:10:00 left" in shown.getvalue()

@@ -32,6 +32,7 @@ from .options import (
     Without,
     check_free,
     group,
+    reference,
     verb,
 )
 
@@ -75,7 +76,7 @@ def packed(adapter: "maskpack.Adapter", output: Path, **more: Any) -> dict[str, 
     """Return what there is to say of an adapter with one mask set that was written, with more behind its path."""
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     totals = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
-    return {"adapter": str(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}
+    return {"adapter": reference(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}
 
 
 @adapter_verb("maskpack inspect user/mask-cifar100 --parameters", "maskpack inspect ./my-mask --json")
@@ -239,7 +240,7 @@ def combine(
     if "evaluation" in facts:
         lines({key: value for key, value in facts["evaluation"].items() if key != "adapter"})
         return tables(facts["evaluation"])
-    return hint(f"Next: maskpack eval {output} --data DATA{' --probe' if headless else ''}")
+    return hint(f"Next: maskpack eval {facts['adapter']} --data DATA{' --probe' if headless else ''}")
 
 
 @adapter_verb("maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json")
@@ -427,7 +428,7 @@ def convert(
     note(f"Packing {len(adapter.sets)} mask sets of {ref} anew …")
     with progress_bar("Packing") as step:
         converted = convert_adapter(adapter, output, base=model, progress=step, **vars(packing))
-    facts: dict[str, Any] = {"adapter": str(output), "mask_id": converted.mask_id}
+    facts: dict[str, Any] = {"adapter": reference(output), "mask_id": converted.mask_id}
     for key, one in (("before", adapter), ("after", converted)):
         sets = maskpack.inspect_adapter(one)["sets"].values()
         facts[f"mask_bytes_{key}"] = sum(each["payload_bytes"] for each in sets)

@@ -345,6 +345,11 @@ def check_free(output: Path, overwrite: bool) -> None:
         raise StateError(f"cannot write {file}: {folder} is no folder that you may write to; choose another")
 
 
+def reference(output: Path) -> str:
+    """Return what verbs take for the adapter in a folder or file."""
+    return str(output) if output.is_absolute() or str(output).startswith(".") else f"./{output}"
+
+
 def use_device(name: str | None) -> None:
     """Let training and evaluation run on a device; None: on a GPU where there is one, unless the environment says."""
     import torch

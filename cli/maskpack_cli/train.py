@@ -38,6 +38,7 @@ from .options import (
     described,
     group,
     read_settings,
+    reference,
     verb,
 )
 
@@ -171,11 +172,6 @@ def worth_of(adapter: "maskpack.Adapter") -> dict[str, Any]:
     record = adapter.about.training or {}
     beside = {f"lora_{name}_bytes": size for name, size in record["lora_bytes"].items()}
     return {**beside, "file_bytes": adapter.size, "warnings": record.get("warnings", [])}
-
-
-def reference(output: Path) -> str:
-    """Return what verbs take for the adapter in a folder."""
-    return str(output) if output.is_absolute() or str(output).startswith(".") else f"./{output}"
 
 
 def evaluated(output: Path, data: str, backbone: TrainedBackbone, rows: Rows) -> str:

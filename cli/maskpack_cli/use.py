@@ -1,7 +1,8 @@
 """maskpack predict | generate | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import maskpack
 from maskpack import training
 from maskpack.errors import ConfigError, DataError
 
-from .console import app, emit, hint, note, reading, say, table
+from .console import app, emit, hint, note, progress_bar, reading, say, table
 from .options import (
     ARGUMENT,
     POSITIVE,
@@ -45,6 +46,7 @@ Files = Annotated[
     ARGUMENT,
 ]
 Texts = Annotated[tuple[str, ...], "A text itself, for text adapters.", typer.Option("--text")]
+AT_ONCE = 64  # inputs of a batch
 TITLES = {"head": "head", "knn": "k-NN", "probe": "probe"}
 
 
@@ -68,9 +70,14 @@ def predict(ref: Ref, base: Base, trust: Source, files: Files = (), text: Texts 
     hint(f"Adapter: {adapter.pinned}")
     if together is None:
         names = source_classes(adapter) if mode == "source" else None
-        found = adapter.predict(backbone.model, inputs, class_names=names, tokenizer=backbone.tokenizer)
+        run: Callable[..., list[Any]] = partial(adapter.predict, backbone.model, class_names=names)
     else:
-        found = together.predict(inputs, tokenizer=backbone.tokenizer)
+        run = together.predict
+    found: list[Any] = []
+    with progress_bar("predicting", percent=False) as moved:
+        for start in range(0, len(inputs), AT_ONCE):
+            found += run(inputs[start : start + AT_ONCE], tokenizer=backbone.tokenizer)
+            moved(len(found), len(inputs))
     rows = [{"input": x, "label": one.label, "score": one.score} for x, one in zip(inputs, found, strict=True)]
     emit({"predictions": rows})
     table(rows, ["input", "label", "score"])
@@ -314,7 +321,8 @@ def write_report(
     note(f"Verifying {adapter.pinned}{'' if read is None else ' and measuring its test split'} …")
     signature = describe_signature(opened.contents, opened.signed)
     options: dict[str, Any] = {"examples": examples, "signature": signature, "batch_size": batch_size}
-    page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
+    with nullcontext() if read is None else reading("evaluating, batches"):
+        page = lab.adapter_report(adapter, backbone=backbone, data=read, **options)
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as (temporary,):
         temporary.write_text(page, encoding="utf-8")

@@ -227,25 +227,27 @@ class Decoder:
         self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
     ) -> dict[Key, Decoded | None]:
         """Decode together what is quicker so where the parameters lie, or these `weights`, by name."""
+        own = (self.weights or {}) if weights is None else weights
         payloads = [payload for name in names for payload in self.adapter.payloads[set][name]]
-        others = {key_of(one): other for one in payloads if (other := self._referenced(one)) is not None}
-        first = self._together(others.values(), weights, {})
+        away = [one for one in payloads if (weight := own.get(one.name)) is not None and not weight.is_cpu]
+        others = {key_of(one): other for one in away if (other := self._referenced(one)) is not None}
+        first = self._together(others.values(), own, {})
         known = {key: one[0] for key, one in first.items() if on_device([one], [others[key]])[0] is not None and one}
-        return self._together(payloads, weights, known)
+        return self._together(payloads, own, known)
 
     def _together(
-        self, payloads: Iterable[Payload], weights: Mapping[str, Tensor] | None, known: Mapping[Key, Any]
+        self, payloads: Iterable[Payload], weights: Mapping[str, Tensor], known: Mapping[Key, Any]
     ) -> dict[Key, Decoded | None]:
         groups, found = dict[tuple[Codec, Any], dict[Key, There]](), dict[Key, Decoded | None]()
         for payload in payloads:
             codec, data, key = self.codec(payload), self.adapter.piece(payload), key_of(payload)
-            weight = (self.weights or {}).get(payload.name) if weights is None else weights[payload.name]
+            weight = weights.get(payload.name)
             if shared(weight) or not codec.decodes_on("cpu" if weight is None else weight.device.type):
                 continue
             ready = (weight is not None or not codec.needs_base) and (payload.coding.reference is None or key in known)
             if ready and plausible(data, payload.weights):
-                base = self._base(payload) if codec.needs_base else None
-                weight = base if weights is None and base is not None else weight
+                if codec.needs_base:
+                    self._base(payload)  # compares them
                 group = codec, None if weight is None else weight.device
                 groups.setdefault(group, {})[key] = data, payload.shape, weight, known.get(key)
         for (codec, _), own in groups.items():

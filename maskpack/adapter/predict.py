@@ -94,7 +94,12 @@ def predict(
     """Return the most likely class of every input; `run` makes logits of batches, None where there is no head."""
     names = about.class_names
     if run is None or names is None or about.preprocess is None:
-        raise AdapterError("this adapter has no head, class names or preprocessing, so it cannot predict by itself")
+        parts = {"head": run, "class names": names, "preprocessing": about.preprocess}
+        missing = ", ".join(name for name, one in parts.items() if one is None)
+        raise AdapterError(
+            f"this adapter has no {missing}, so it cannot predict by itself; give class_names and preprocess to "
+            f"save_adapter"
+        )
     how = preprocess_from_json(about.preprocess)
     _check_inputs(inputs, how)
     if isinstance(how, TextPreprocess) and tokenizer is None and not isinstance(inputs, Tensor):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +91,7 @@ class Steps:
             try:
                 from ..codecs.native import steps_gpu
 
-                with torch.cuda.device(base.device) if base.is_cuda else nullcontext():
-                    return steps_gpu.decode(data, base)
+                return steps_gpu.decode(data, base)
             except CorruptAdapterError:
                 raise
             except Exception as error:  # as of `gpu.decode_on`

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..errors import BackboneError, DataError
+from ..errors import BackboneError, DataError, StateError
 from .load import Backbone, encoder_of
 from .model import Embedding, Head, swap_module, unwrap
 
@@ -109,8 +109,12 @@ def linear_from(head: Head) -> nn.Linear:
 def classifier_from(model: nn.Module, head: Head) -> Classifier:
     """Return a classifier with the linear layer that the model has at the head's place, or with `head` behind it."""
     if head.module is not None:
-        linear = unwrap(model).get_submodule(head.module)
-        assert isinstance(linear, nn.Linear)
+        linear = dict(unwrap(model).named_modules()).get(head.module)
+        if not isinstance(linear, nn.Linear):
+            raise StateError(
+                f"the model has no linear layer {head.module!r}, the place of the adapter's head; load the adapter "
+                f"first: load_mask(model, ref)"
+            )
     else:
         example = next(model.parameters())
         linear = linear_from(head).to(example.device, example.dtype)

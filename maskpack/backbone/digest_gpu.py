@@ -154,7 +154,8 @@ def digest_of(data: Tensor) -> bytes:
     chunks = max(1, triton.cdiv(size, CHUNK))
     groups = triton.cdiv(chunks, BLOCK)
     nodes = torch.empty(8 * chunks, dtype=torch.int32, device=data.device)
-    _chunks[(groups,)](data.view(torch.int32), nodes, size, BLOCK=BLOCK)
-    if groups > 1:
-        _groups[(1,)](nodes, groups, BLOCK=BLOCK)
+    with torch.cuda.device_of(data):
+        _chunks[(groups,)](data.view(torch.int32), nodes, size, BLOCK=BLOCK)
+        if groups > 1:
+            _groups[(1,)](nodes, groups, BLOCK=BLOCK)
     return nodes[:8].cpu().numpy().astype("<i4").tobytes()

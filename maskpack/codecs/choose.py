@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ConfigError
-from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, plausible
+from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, matrix_shape, plausible
 
 PIECE, PIECES, FAR = 512, 4, 1.3  # bytes of packed bits, and how often the best codec's are too many
 
@@ -34,7 +34,11 @@ def smallest(codecs: Sequence[Codec], variants: Sequence[tuple[Bits, Side]]) -> 
     offers = list[Offer]()
     for codec in sorted(codecs, key=lambda codec: codec.local):
         for variant, (bits, side) in enumerate(variants):
-            if codec.local and offers and _hopeless(codec, bits, min(len(offer.payload) for offer in offers)):
+            if (
+                codec.local
+                and offers
+                and _hopeless(codec, bits, side.shape, min(len(offer.payload) for offer in offers))
+            ):
                 continue
             if (payload := codec.encode(bits, side)) is not None and plausible(payload, side.count):
                 offers.append(Offer(codec, payload, variant))
@@ -46,14 +50,17 @@ def smallest(codecs: Sequence[Codec], variants: Sequence[tuple[Bits, Side]]) -> 
     return min(offers, key=lambda offer: (len(offer.payload), offer.variant, offer.codec.id))
 
 
-def _hopeless(codec: Codec, bits: Bits, best: int) -> bool:
-    """Return True if a codec takes far more than the best one for all of a mask, by what it takes for some pieces."""
+def _hopeless(codec: Codec, bits: Bits, shape: tuple[int, ...], best: int) -> bool:
+    """Return True if a codec takes far more than the best one for all of a mask, by what more pieces add to some."""
     if bits.size < PIECES * PIECE * 8:
         return False
-    starts = np.linspace(0, bits.size - PIECE, PIECES, dtype=np.int64)
-    some = np.concatenate([bits[start : start + PIECE] for start in starts])
-    payload = codec.encode(some, Side((8 * some.size,)))
-    return payload is not None and len(payload) * bits.size > FAR * best * some.size
+    row = max(1, matrix_shape(shape)[1] // 8)  # rows that repeat must be seen to do so
+    starts = np.linspace(0, bits.size - PIECE, PIECES, dtype=np.int64) // row * row
+    sizes = list[int]()
+    for some in (starts[::2], starts):
+        pieces = np.concatenate([bits[start : start + PIECE] for start in some])
+        sizes.append(len(codec.encode(pieces, Side((8 * pieces.size,))) or b""))
+    return (sizes[1] - sizes[0]) * bits.size > FAR * best * PIECE * (PIECES - len(starts[::2]))
 
 
 def rivals(profile: Profile, codec: str | None, base: bool) -> list[Codec]:

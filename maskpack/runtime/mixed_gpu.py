@@ -52,7 +52,6 @@ class Stacked:
         """As `mixed._add`; all are contiguous."""
         grid = len(inputs), triton.cdiv(total.shape[1], OUTPUTS)
         rows = rows.to(inputs.device)
-        _add[grid](
-            inputs.contiguous(), rows, self.begin, self.columns, self.values, total, inputs.shape[1], total.shape[1],
-            OUTPUTS=OUTPUTS,
-        )  # fmt: skip
+        sizes = inputs.shape[1], total.shape[1]
+        with torch.cuda.device_of(inputs):
+            _add[grid](inputs.contiguous(), rows, self.begin, self.columns, self.values, total, *sizes, OUTPUTS=OUTPUTS)

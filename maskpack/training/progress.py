@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import wraps
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
@@ -64,15 +65,22 @@ class Lines:
         now = time.monotonic()
         if now < self.due:
             return
-        passed, (since, before) = now - self.started, self.since.get(self.total, (now, self.done))
+        passed, left = now - self.started, self.left()
         self.due = now + max(LEAST, SHARE * passed)
         parts = [self.what]
         if self.total:
             parts.append(f"{self.done:,} of {self.total:,}")
         parts.append(f"{passed:.0f} s")
-        if self.total and before < self.done < self.total:
-            parts.append(f"about {(now - since) / (self.done - before) * (self.total - self.done):.0f} s left")
+        if left is not None:
+            parts.append(f"about {left:.0f} s left")
         self.say(", ".join(parts))
+
+    def left(self) -> float | None:
+        """Return the seconds that the rest takes, if it goes on as so far; None if that is not known."""
+        since, before = self.since.get(self.total, (0.0, self.done))
+        if not self.total or not before < self.done < self.total:
+            return None
+        return (time.monotonic() - since) / (self.done - before) * (self.total - self.done)
 
 
 @dataclass(frozen=True)
@@ -96,14 +104,18 @@ class Seen:
 
         many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.fields[count]}")
         columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
-        times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
+        times = (progress.TimeElapsedColumn(), progress.TextColumn("{task.fields[left]}"))
+        counted = Lines(lambda _: None)  # rich's own estimate forgets a training at every evaluation
         with self.lines.silent(), progress.Progress(*columns, *times, console=self.console) as bar:
-            task = bar.add_task(what, total=None, count="")
+            task = bar.add_task(what, total=None, count="", left="")
 
             def moved(done: int, total: int | None, what: str | None = None) -> None:
                 count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
                 text = None if what is None else escape(what)
-                bar.update(task, completed=done, total=total, description=text, count=count)
+                counted.moved(done, total)
+                seconds = counted.left()
+                left = "" if seconds is None else f"{timedelta(seconds=round(seconds))} left"
+                bar.update(task, completed=done, total=total, description=text, count=count, left=left)
 
             yield moved
         return None

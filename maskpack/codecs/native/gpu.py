@@ -8,7 +8,6 @@ the events one after another. With TRITON_INTERPRET=1 the same code runs on a CP
 
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -271,7 +270,7 @@ def decode_on(payloads: Sequence[There], base: bool) -> list[tuple[Tensor, Tenso
     device = payloads[0][2].device
     jobs: list[Job] = [(data, shape, weight if base else None, known) for data, shape, weight, known in payloads]
     try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with torch.cuda.device_of(payloads[0][2]):
             events = decode_events(jobs, device)
     except Exception as error:  # Triton compiles when it is first used, and may find no compiler, or too little memory
         logging.getLogger("maskpack").warning("masks are not decoded on %s, but on the CPU: %s", device, error)

@@ -58,7 +58,8 @@ def decode(data: Bytes, base: Tensor) -> Tensor:
     buckets, fits = (base.new_empty(size, dtype=dtype) for size, dtype in ((len(base), torch.uint8), (1, torch.int32)))
     table = slots.repeat_interleave(slots >> 18, output_size=len(entries) * ulps.SLOTS)
     numbers = words.size, len(base), ulps.lane_count(len(base)), top, len(entries), kind.mantissa, kind.sign - 1
-    _buckets[(1,)](stream, table, base, buckets, fits, *numbers, LANES=ulps.MOST_LANES, num_warps=1)
+    with torch.cuda.device_of(base):
+        _buckets[(1,)](stream, table, base, buckets, fits, *numbers, LANES=ulps.MOST_LANES, num_warps=1)
     if not int(fits):
         raise ulps.unlike()
     return ulps.valued(kind, base, buckets.long(), rest)
