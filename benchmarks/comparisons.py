@@ -171,9 +171,12 @@ def raw() -> dict[str, Any]:
     """Return rows of the backbone without a mask, which cascades that are recorded lack."""
     backbone, data = load_backbone(**resnet(20)), load_data(str(data_of(FIRST)))
     (x, y), (test_x, test_y) = (embed(backbone, split, cache=False) for split in disjoint(data))
-    classes, free = len(data.class_names), {"embedding": RAW, "passes": 1, "steps": 0}
-    rows = [{**free, **row} for row in plain_and_whitened(x, y, test_x, test_y, classes, x.shape[1])]
-    return {"rows": [{**row, "bytes": 4 * classes * (row["dimensions"] + 1)} for row in rows]}
+    classes, rows = len(data.class_names), []
+    for row in plain_and_whitened(x, y, test_x, test_y, classes, x.shape[1]):
+        width = row["dimensions"]
+        size = classes * (width + 1) + (x.shape[1] + width * x.shape[1] + width if row["whitened"] else 0)
+        rows.append({"embedding": RAW, "passes": 1, "steps": 0, **row, "bytes": 4 * size})
+    return {"rows": rows}
 
 
 def cascade(start: Mapping[str, Any], name: str, config: TrainConfig, folder: Path, experts: int = 3) -> dict[str, Any]:

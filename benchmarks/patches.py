@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 from zstandard import ZstdCompressor, ZstdDecompressor
 
-from maskpack import MaskSet, Parts, fingerprint, load_backbone, load_mask, save_adapter, unload_mask
+from maskpack import MaskSet, Parts, fingerprint, load_backbone, load_mask, save_adapter, threads, unload_mask
 from maskpack.adapter.content import About
 from maskpack.adapter.values import Steps, at_zeros, put_at_zeros
 from maskpack.backbone.fingerprint import fingerprint_of
-from maskpack.backbone.model import body, same_size_int
+from maskpack.backbone.model import body
 from maskpack.codecs import logit, ulps
 from maskpack.codecs.base import Side
-from maskpack.importers.base import import_file
+from maskpack.importers.base import Imported, exact, import_file
+from maskpack.importers.checkpoint import Largest
 from maskpack.mask import PackedMask, packed_bits
 from maskpack.safetensors_io import Made, open_tensors
 
@@ -205,8 +206,13 @@ def whole_file(name: str, base: Weights, tuned: Weights) -> dict[str, Any]:
     return {"bytes": adapter.size, "values": stored, "encode": encode, "decode": decode, "fingerprint": hashed}
 
 
-def measure(pair: str, scope: str, coder: str) -> dict[str, Any]:
+def one_core() -> None:
     torch.set_num_threads(1)
+    threads.WORKERS = 1
+
+
+def measure(pair: str, scope: str, coder: str) -> dict[str, Any]:
+    one_core()
     base, tuned = pair_of(pair, scope)
     changed = sum(int((words(weight) != words(tuned[key])).sum()) for key, weight in base.items())
     own = (whole_file if coder in OURS else by_tensor)(coder, base, tuned)
@@ -247,7 +253,7 @@ def used(pair: str) -> dict[str, Any]:
     """Measure what a user does: pack a checkpoint, base and checkpoint in their files, and load it, all checked."""
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(1)
+    one_core()
     run_name, _, step = PAIRS[pair]
     found, start = dict[str, float](), time.process_time()
 
@@ -284,27 +290,19 @@ def used(pair: str) -> dict[str, Any]:
 
 
 def lossy(pair: str, share: float) -> dict[str, Any]:
-    """Measure the largest changes alone, exact, and each as the sign times one number for its row (ComPEFT)."""
-    found = dict[str, Any]()
+    """Measure the largest changes alone, exact and ternary, as `maskpack pack --keep SHARE` chooses them."""
     base, tuned = pair_of(pair, SCOPES[0])
-    changes = {name: tuned[name].float() - one.float() for name, one in base.items()}
-    sizes = torch.cat([one.abs().reshape(-1) for one in changes.values()])
-    least = sizes.sort(descending=True).values[int(share * int((sizes > 0).sum())) - 1]
+    change, found = exact(Path(pair), base, tuned.__getitem__, base), dict[str, Any]()
+    assert change.values is not None
+    masks = MaskSet.streamed(change.shapes, change.make, change.shapes)
+    whole = Imported(masks, Made(change.shapes, change.values), {}, {})
     for way in ("exact", "ternary"):
-        size, lost, kept = 0, 0.0, 0
-        for name, one in base.items():
-            rows = changes[name].reshape(one.shape[0], -1)
-            chosen = (rows.abs() >= least) & (rows != 0)
-            scale = (rows.abs() * chosen).sum(1, keepdim=True) / chosen.sum(1, keepdim=True).clamp(min=1)
-            step = rows if way == "exact" else rows.sign() * scale
-            new = torch.where(chosen, one.float().reshape_as(rows) + step, one.float().reshape_as(rows)).bfloat16()
-            mask = PackedMask.from_tensor(same_size_int(new) == same_size_int(one.reshape_as(new)), "replace")
-            side = Side(tuple(one.shape), words(one), lean=False)
-            values = ulps.encode("BF16", words(at_zeros(one, mask)), words(at_zeros(new, mask)))
+        taken, error, kept = Largest(whole, base, way == "ternary").take(share)
+        size = 0
+        for name, mask in taken.masks.items():
+            side = Side(mask.shape, words(base[name]), lean=False)
+            values = ulps.encode("BF16", words(at_zeros(base[name], mask)), words(taken.values[name]))
             size += len(logit.encode(packed_bits(mask.bits), side, True)) + len(values)
-            lost += float((new.float() - one.float().reshape_as(new) - rows).square().sum())
-            kept += int(chosen.sum())
-        error = (lost / sum(float(one.square().sum()) for one in changes.values())) ** 0.5
         found[way] = {"bytes": size, "kept": kept, "error": error}
     return found
 
@@ -380,7 +378,7 @@ def page(path: Path) -> None:
 if __name__ == "__main__":
     jobs = {f"{pair}, {scope}": partial(run, pair, scope) for scope in SCOPES for pair in PAIRS}
     about = {"pair": "simulated step", "scope": VALUES, "coder": "maskpack"}
-    for share in (0.05, 0.3, 1.0):
+    for share in (0.15, 0.3, 1.0):
         settings = {"pair": RATED[-1], "scope": LOSSY, "coder": "maskpack", "share": share}
         jobs[f"{LOSSY}, {share}"] = partial(trial, NAME, settings, partial(lossy, RATED[-1], share))
     for pair in (RATED[0], RATED[-1]):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from maskpack import Adapter, load_mask, load_masked, push, save_adapter, unload_mask
+from maskpack import Adapter, load_mask, load_masked, pull, push, save_adapter, unload_mask
 from maskpack.adapter.chain import check_chain, squash_adapters
 from maskpack.adapter.content import About
 from maskpack.adapter.read import read_adapter
@@ -123,6 +123,14 @@ def test_a_result_that_is_not_kept_puts_the_base_back(
 def test_patches_of_earlier_commits_are_fetched(states: list[nn.Module], chain: list[Adapter], hub: HubServer) -> None:
     for one in chain:
         commit = push(Path(one.path).parent, "alice/run", token=WRITE_TOKEN).commit
+    pull("alice/run")
+    for most in (len(chain) - 1, 0):  # each earlier one by one request, and kept
+        hub.log.clear()
+        load_mask(model := copy.deepcopy(states[0]), "alice/run")
+        assert same(bits(model), bits(states[3]))
+        assert len(hub.requests("GET", "/resolve/")) == most
+        assert not hub.requests("HEAD")
+        assert not hub.requests("POST")
     for start in (0, 1, 2):
         model = copy.deepcopy(states[start])
         load_mask(model, "alice/run")

@@ -55,10 +55,10 @@ class Steps:
         cast, words = _exact(base, values.dtype), _words(values)
         if cast is None:
             return None
-        own = cls(_check(values) + ulps.encode(NAMES[str(values.dtype)], _words(cast), words))
-        if not np.array_equal(_words(own.values(base)), words):  # what does not decode is lost for good
+        payload = ulps.encode(NAMES[str(values.dtype)], _words(cast), words)
+        if not np.array_equal(ulps.decode(payload, _words(cast)), words):  # what does not decode is lost for good
             raise AdapterError("stored values do not come back from their steps; report this, with the checkpoints")
-        return own
+        return cls(_check(values) + payload)
 
     def values(self, base: Tensor) -> Tensor:
         """Return the values, flat and where the base lies, from its weights in their places.
@@ -122,7 +122,7 @@ def put_at_zeros(weight: Tensor, mask: PackedMask, values: Tensor) -> None:
 def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return weights in a dtype, or None if that changes their bits."""
     cast = base.to(dtype)
-    return cast if same_size_int(cast.to(base.dtype)).equal(same_size_int(base)) else None
+    return cast if base.dtype == dtype or same_size_int(cast.to(base.dtype)).equal(same_size_int(base)) else None
 
 
 def _others(what: str) -> BackboneMismatchError:

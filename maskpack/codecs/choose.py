@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import ConfigError
 from .base import CODECS, PROFILES, Bits, Codec, Profile, Side, matrix_shape, plausible
 
-PIECE, PIECES, FAR = 512, 4, 1.3  # bytes of packed bits, and how often the best codec's are too many
+PIECE, PIECES, FAR = 1024, 4, 1.5  # bytes of packed bits, and how often the best codec's are too many
 
 
 class Offer(NamedTuple):

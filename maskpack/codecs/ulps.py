@@ -7,6 +7,7 @@ of a size, is noise and stands in bits as it is.
 
 from collections.abc import Sequence, Sized
 from ctypes import byref, c_int64
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -58,6 +59,11 @@ def _sizes(tables: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _entries(tables: Tables) -> NDArray[np.uint32]:
     """Return for each context and bucket: slots << 18 | first slot << 6 | bucket."""
+    return _entries_of(tuple(map(tuple, tables)))
+
+
+@lru_cache(1)  # what is coded is decoded next
+def _entries_of(tables: tuple[tuple[int, ...], ...]) -> NDArray[np.uint32]:
     sizes = _sizes(np.array([[*table, *[0] * (BUCKETS - len(table))] for table in tables]))
     found = sizes << 18 | (np.cumsum(sizes, 1) - sizes) << 6 | np.arange(BUCKETS)
     # behind the last slot there is no room for another first one

@@ -197,6 +197,26 @@ class Session:
         """Return the Hub's description of a repository; not retried."""
         return self.api.model_info(repo_id, revision=revision, timeout=SILENCE)
 
+    def content(self, repo_id: str, name: str, commit: str, most: int) -> bytes:
+        """Return the bytes of a file, by one request, past the client's cache; AdapterError if it has more than `most`.
+
+        Not retried.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        url, found = hf_hub_url(repo_id, name, revision=commit, endpoint=self.api.endpoint), bytearray()
+        headers = build_hf_headers(token=self.token, library_name="maskpack")
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=SILENCE) as answer:
+            if answer.is_error:
+                answer.read()
+            hf_raise_for_status(answer)
+            for piece in answer.iter_bytes():
+                found += piece
+                if len(found) > most:
+                    raise AdapterError(f"{name} of {repo_id}@{commit} has more than {most} bytes, which are accepted")
+        return bytes(found)
+
     def refs(self, repo_id: str, pull_requests: bool = False) -> "GitRefs":
         """Return the heads of a repository's branches and tags, and if asked of its pull requests."""
         return self.call(lambda: self.api.list_repo_refs(repo_id, include_pull_requests=pull_requests))

@@ -4,16 +4,18 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from ..adapter.card import CARD_FILE
-from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, read_bytes, read_files, read_model
+from ..adapter.read import CONFIG_FILE, MODEL_FILE, Adapter, parse_adapter, read_bytes, read_files, read_model
 from ..adapter.signature import Contents, Keys, Signed, parse_signed, read_signatures, signature_path, trusted_keys
 from ..errors import AdapterError, CorruptAdapterError, HubError, HubUnreachableError, MaskpackError, SignatureError
 from ..network import hides_secrets
+from ..safetensors_io import replacing
 from .cache import RepositoryCache, check_newest
 from .client import ATTEMPTS, OFFLINE, Session
 from .reference import COMMIT, FILES, LIMITS, Reference, parse_reference, read_card, write_files
@@ -89,7 +91,7 @@ class Snapshot:
                 other = path.parent.name
                 raise HubError(f"{name} of {self} came as a file of commit {other!r}; check HF_ENDPOINT and proxy")
             try:
-                content, refused = self._read(path), None
+                content, refused = self.read(path), None
                 if self.has(name, content):
                     return path, content
             except (AdapterError, HubError) as error:  # no file, or not even the beginning of an adapter
@@ -103,9 +105,9 @@ class Snapshot:
     def cached(self) -> Files:
         """Return path and bytes of the adapter's files in the cache; nothing is asked or compared."""
         paths = [self.store.snapshots / self.commit / name for name in FILES]
-        return {path.name: (path, self._read(path)) for path in paths if os.path.lexists(path)}
+        return {path.name: (path, self.read(path)) for path in paths if os.path.lexists(path)}
 
-    def _read(self, path: Path) -> bytes | memoryview:
+    def read(self, path: Path) -> bytes | memoryview:
         """Read a file of the cache; one that leads out of it was planted: links within it are normal."""
         root, target = os.path.realpath(self.store.root), os.path.realpath(path)
         if os.path.commonpath([root, target]) != root:
@@ -219,16 +221,17 @@ def open_adapter(
 
 
 def earlier_adapters(newest: Adapter, **options: Unpack[PullOptions]) -> Iterator[Adapter]:
-    """Yield the adapters at the commits before that of a pulled one, newest first; commits in the cache cost nothing.
+    """Yield the adapters at the commits before that of a pulled one, newest first.
 
-    It ends before the first commit without an adapter. Commits that left the adapter as it was are passed over.
+    Each is one request, and none if it is in the cache; with a signature it is a whole pull. It ends before the first
+    commit without an adapter. Commits that left the adapter as it was are passed over.
     """
     reference, options = parse_reference(newest.pinned), {**options, "revision": None}
     session = Session(f"list the versions of {reference.repo_id}", options.get("token"), reference)
     repo_id, revision, last = str(reference.repo_id), reference.revision, newest.digest
     for commit in session.call(lambda: session.api.list_repo_commits(repo_id, revision=revision))[1:]:
         try:
-            found = open_adapter(f"{repo_id}@{commit.commit_id}", **options).adapter
+            found = _version(session, commit.commit_id, options)
         except CorruptAdapterError:
             raise
         except AdapterError:
@@ -236,6 +239,30 @@ def earlier_adapters(newest: Adapter, **options: Unpack[PullOptions]) -> Iterato
         if found.digest != last:
             yield found
         last = found.digest
+
+
+def _version(session: Session, commit: str, options: PullOptions) -> Adapter:
+    """Return the adapter at a commit from its model file alone, which has its own digests; it stays in the cache."""
+    (repo_id, cache), name = (
+        (str(session.reference and session.reference.repo_id), options.get("cache_dir")),
+        MODEL_FILE,
+    )
+    snapshot = Snapshot(session, RepositoryCache(repo_id, None if cache is None else Path(cache)), commit)
+    path, signed = snapshot.store.snapshots / commit / name, trusted_keys(options.get("require_signature")) is not None
+    there, found = os.path.lexists(path), None
+    with suppress(AdapterError, HubError):  # a damaged file is fetched again by what follows
+        found = parse_adapter(memoryview(snapshot.read(path)), path) if there and not signed else None
+    if found is None:
+        if there or signed or options.get("local_files_only") or session.offline:
+            return open_adapter(f"{repo_id}@{commit}", **options).adapter
+        content = session.call(partial(session.content, repo_id, name, commit, LIMITS[name]))
+        found = parse_adapter(memoryview(content), path)
+        with suppress(OSError, MaskpackError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as (temporary,):
+                temporary.write_bytes(content)
+    found.pinned = f"{repo_id}@{commit}"
+    return found
 
 
 def open_local(path: Path, keys: Keys | None = None) -> OpenedAdapter:

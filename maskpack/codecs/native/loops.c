@@ -62,6 +62,8 @@ typedef struct {
     const uint8_t *ranks;                   /* of each magnitude the part of CLASSES that it is in, if that is known */
 } Given;
 
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* --- weights of the base -------------------------------------------------------------------------------------------- */
 
 static inline uint32_t word_of(const Given *given, int64_t at) {
@@ -101,6 +103,52 @@ API int32_t maskpack_ranks(const Given *given, int64_t count, int32_t parts, uin
     return have != NULL;
 }
 
+/* For each class but the first the magnitude below it: ranks rise with magnitudes, of those that occur. */
+static void below_classes(const uint8_t *rank, int16_t *under) {
+    for (int c = 1, v = 0; c < CLASSES; c++) {
+        while (v < MAGNITUDES && rank[v] < c) v++;
+        under[c] = (int16_t)(v < MAGNITUDES ? v - 1 : 0x7FFF);
+    }
+}
+
+ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, const uint16_t *words, uint16_t *sums) {
+    int16_t own[SOME];
+    uint16_t sum[SOME];
+    memcpy(sum, sums, sizeof sum);
+    for (int i = 0; i < SOME; i++) own[i] = (int16_t)(words[i] & 0x7FFF);
+    for (int c = 1; c < CLASSES; c++)
+        for (int i = 0; i < SOME; i++) sum[i] = (uint16_t)(sum[i] + ((own[i] > under[c] ? -1 : 0) & more[c]));
+    memcpy(sums, sum, sizeof sum);
+}
+
+/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class that a weight is in or above. */
+WIDE static void add_classes(const int16_t *under, const int16_t *more, const uint16_t *words, int64_t count, uint16_t *sums) {
+    int64_t first = 0;
+    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, words + first, sums + first);
+    if (first == count) return;
+    uint16_t own[SOME], sum[SOME];
+    for (int64_t i = 0; i < SOME; i++) own[i] = first + i < count ? words[first + i] : 0, sum[i] = 0;
+    for (int64_t i = first; i < count; i++) sum[i - first] = sums[i];
+    add_some_classes(under, more, own, sum);
+    for (int64_t i = first; i < count; i++) sums[i] = sum[i - first];
+}
+
+/* Classes of weights in bfloat16, of which there are CLASSES. */
+WIDE static void few_classes(const uint8_t *rank, const uint16_t *words, int64_t count, uint8_t *classes) {
+    int16_t under[CLASSES], more[CLASSES];
+    below_classes(rank, under);
+    for (int c = 0; c < CLASSES; c++) more[c] = 1;
+    for (int64_t first = 0, some; first < count; first += some) {
+        uint16_t sums[PIECE] = {0};
+        some = least(count - first, PIECE);
+        add_classes(under, more, words + first, some, sums);
+        for (int64_t i = 0; i < some; i++) {
+            uint16_t word = words[first + i];
+            classes[first + i] = (uint8_t)(sums[i] | (word >> 15 & (word <= 0x8000 + INFINITE)) << 7); /* a NaN has no sign */
+        }
+    }
+}
+
 /* Classes of `count` < 2^32 weights, of which there are `parts` for each sign; a negative weight has the bit 128. */
 API int32_t maskpack_classes(const Given *given, int64_t count, int32_t parts, uint8_t *classes) {
     uint32_t *have = calloc(WORDS, sizeof *have);
@@ -111,7 +159,11 @@ API int32_t maskpack_classes(const Given *given, int64_t count, int32_t parts, u
             memcpy(rank, given->ranks, MAGNITUDES);
         else
             ranks(given, count, parts, have, rank);
-        for (uint32_t word = 0; word < WORDS; word++) class[word] = (uint8_t)(rank[magnitude(word << 16)] | negative(word << 16) << 7);
+        if (given->width == 2 && parts == CLASSES) {
+            few_classes(rank, given->weights, count, classes);
+            count = 0;
+        }
+        for (uint32_t word = 0; word < WORDS && count; word++) class[word] = (uint8_t)(rank[magnitude(word << 16)] | negative(word << 16) << 7);
         for (int64_t i = 0; i < count && given->width == 2; i++) classes[i] = class[((const uint16_t *)given->weights)[i]];
         for (int64_t i = 0; i < count && given->width == 4; i++) {
             uint32_t word = word_of(given, i);
@@ -164,8 +216,6 @@ typedef struct {
     int32_t contexts[2 * KINDS];                           /* what the events that were counted in a kernel add, by sign */
     const int32_t *steps;
 } Model;
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Returns whether the head of a payload, up to the number of lanes, is one for this shape. */
 static int head(Model *model, Reader *reader, const Given *given) {
@@ -232,11 +282,9 @@ static int scale(Model *model, const Given *given) {
         done = done && (!own || maskpack_ranks(given, rows * inputs * given->positions, CLASSES, own));
         for (int v = 0; done && v < MAGNITUDES; v++) model->magnitudes[v] = (int16_t)model->array[MAGNITUDE][rank_of[v]];
         model->sorted = given->width == 2 && given->positions == 1; /* ranks rise with magnitudes */
-        for (int c = 1, v = 0; done && c < CLASSES; c++) {
-            while (v < MAGNITUDES && rank_of[v] < c) v++;
-            model->under[c] = (int16_t)(v < MAGNITUDES ? v - 1 : 0x7FFF);
+        if (done) below_classes(rank_of, model->under);
+        for (int c = 1; done && c < CLASSES; c++)
             model->more[c] = (int16_t)(model->array[MAGNITUDE][c] - model->array[MAGNITUDE][c - 1]);
-        }
         free(own);
         return done;
     }
@@ -291,28 +339,6 @@ WIDE static void levels_of(const Model *model, const Given *given, int64_t posit
         }
     }
     for (int64_t i = 0; i < count; i++) level[i] = level[i] < 0 ? 0 : level[i] >= LEVELS ? LEVELS - 1 : level[i];
-}
-
-ALWAYS void add_some_classes(const int16_t *under, const int16_t *more, const uint16_t *words, uint16_t *sums) {
-    int16_t own[SOME];
-    uint16_t sum[SOME];
-    memcpy(sum, sums, sizeof sum);
-    for (int i = 0; i < SOME; i++) own[i] = (int16_t)(words[i] & 0x7FFF);
-    for (int c = 1; c < CLASSES; c++)
-        for (int i = 0; i < SOME; i++) sum[i] = (uint16_t)(sum[i] + ((own[i] > under[c] ? -1 : 0) & more[c]));
-    memcpy(sums, sum, sizeof sum);
-}
-
-/* Adds to `sums` what the classes of weights in bfloat16 add: `more` for each class that a weight is in or above. */
-WIDE static void add_classes(const int16_t *under, const int16_t *more, const uint16_t *words, int64_t count, uint16_t *sums) {
-    int64_t first = 0;
-    for (; first + SOME <= count; first += SOME) add_some_classes(under, more, words + first, sums + first);
-    if (first == count) return;
-    uint16_t own[SOME], sum[SOME];
-    for (int64_t i = 0; i < SOME; i++) own[i] = first + i < count ? words[first + i] : 0, sum[i] = 0;
-    for (int64_t i = first; i < count; i++) sum[i - first] = sums[i];
-    add_some_classes(under, more, own, sum);
-    for (int64_t i = first; i < count; i++) sums[i] = sum[i - first];
 }
 
 /* Hazards as levels_of has levels; of at most RUN weights. */
