@@ -251,8 +251,9 @@ def halves(seed: int) -> dict[str, Any]:
     return {"rows": rows, "critical": upper, "other": lower}
 
 
-def shuffle(target: str = "sketch", blocks: Sequence[int] = BLOCKS) -> None:
+def shuffle(target: str = "sketch") -> None:
     """Images in shuffled blocks, from a pretrained and from a random start."""
+    blocks = FEW_BLOCKS if target == XRAY else BLOCKS
     expected = list(product(blocks, STARTS, SEEDS))
     about = {} if target == "sketch" else {"target": target}
     if len(trials("analysis-shuffle", target=about.get("target"))) == len(expected):
@@ -322,7 +323,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "masks": masks,
     "texts": texts,
     "shuffle": shuffle,
-    "shuffle-xray": partial(shuffle, XRAY, FEW_BLOCKS),
+    "shuffle-xray": partial(shuffle, XRAY),
     "checkpoints": checkpoints,
 }
 

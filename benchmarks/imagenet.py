@@ -126,13 +126,12 @@ VIEWS = TrainConfig(
     top=1.0,
     train=(),
     scale=True,
-    bn="adapt",
     warmup=0.0,
     batch_size=BATCH,
 )
 RATES, SEARCH_STEPS = (5.0, 15.0, 50.0), 150
 LITE = "EfficientNet-Lite0, ImageNet"
-SOME_STEPS = 250
+SOME_STEPS, CASCADE_EPOCHS = 200, 5
 RULES: dict[str, Settings] = {
     **{f"random:{share}": {"selective": f"random:{share}"} for share in (0.1, 0.2, 0.5)},
     **{f"largest:{share}": {"selective": f"largest:{share}"} for share in (0.1, 0.2, 0.5)},
@@ -212,37 +211,45 @@ def by_share(backbone: Backbone, data: Data, seed: int) -> dict[str, Any]:
     return found
 
 
-def rate_of(start: str = LITE) -> float:
-    """Return the rate whose probe is best on validation rows of the first data set, after a short search."""
-    tried = {lr: unlabelled(FIRST, SEARCH_STEPS, start, lr=lr, validation=True)["probe"]["1"] for lr in RATES}
-    return max(tried, key=lambda lr: tried[lr])
+def chosen(start: str = LITE) -> Settings:
+    """Return rate and statistics of BatchNorm whose probe is best on validation rows of the first data set.
+
+    Frozen and adapted statistics are compared at the middle rate, in a short training.
+    """
+
+    def probe(lr: float, bn: str) -> float:
+        found: float = unlabelled(FIRST, SEARCH_STEPS, start, lr=lr, bn=bn, validation=True)["probe"]["1"]
+        return found
+
+    bn = max(("adapt", "freeze"), key=partial(probe, RATES[len(RATES) // 2]))
+    return {"lr": max(RATES, key=lambda lr: probe(lr, bn)), "bn": bn}
 
 
 def few(name: str) -> None:
     """Masks without labels on a data set, with three seeds, and the raw backbone with the same labels."""
     for seed in SEEDS:
         unlabelled(name, 0, seed=seed)
-        unlabelled(name, LONG, seed=seed, lr=rate_of())
+        unlabelled(name, LONG, seed=seed, **chosen())
 
 
 def converged() -> None:
     """Half and twice the steps of the first data set."""
     for steps in (LONG // 2, 2 * LONG):
-        unlabelled(FIRST, steps, lr=rate_of())
+        unlabelled(FIRST, steps, **chosen())
 
 
 def cascades() -> None:
     """Cascades of three experts on the first data set."""
     for seed in SEEDS:
-        config = replace(VIEWS, lr=rate_of(), seed=seed, epochs=6)
+        config = replace(VIEWS, **chosen(), seed=seed, epochs=CASCADE_EPOCHS)
         made = partial(cascade, lite0(64), FIRST, config, RUNS / NAME / f"cascade-{seed}")
-        trial(f"{NAME}-cascades", {"data": FIRST, "seed": seed, "epochs": 6}, made)
+        trial(f"{NAME}-cascades", {"data": FIRST, "seed": seed, "epochs": CASCADE_EPOCHS}, made)
 
 
 def selective() -> None:
     """Scores of some weights, without labels and with."""
     for rule, changes in RULES.items():
-        unlabelled(FIRST, SOME_STEPS, lr=rate_of(), **changes)
+        unlabelled(FIRST, SOME_STEPS, **chosen(), **changes)
         trial(f"{NAME}-selective", {"data": FIRST, "rule": rule, "steps": STEPS}, partial(with_labels, changes))
 
 
@@ -254,10 +261,10 @@ def with_labels(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_starts() -> None:
-    """Masks without labels from every start, each with a rate of its own."""
+    """Masks without labels from every start, each with a rate and statistics of its own."""
     for start in starts():
         unlabelled(FIRST, 0, start)
-        unlabelled(FIRST, SOME_STEPS, start, lr=rate_of(start))
+        unlabelled(FIRST, SOME_STEPS, start, **chosen(start))
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -114,8 +114,9 @@ RANDOM = {
         method(FROM_RANDOM, "topk", (1.0, 10.0, 30.0), "topk, share 0.5", options={"share": 0.5}), random="resnet20"
     ),
     "wide": replace(
-        method(FROM_RANDOM, "topk", (1.0, 10.0, 30.0), "twice the width, topk, share 0.25", options=WIDE),
+        method(FROM_RANDOM, "topk", (), "twice the width, topk, share 0.25", options=WIDE),
         random="resnet20_wide",
+        like="narrow",
     ),
 }
 FAR = replace(IMAGES, steps=1200)  # with the rates that are best in 240 steps

@@ -33,7 +33,7 @@ from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import HELD, Data, Examples, hold_out, load_data, loader, readable
 from maskpack.training.features import embed, fit_probe
 from maskpack.training.learn import body_parameters, borrowed, learn_scores, learning_names
-from maskpack.training.objectives.distill import train_teacher
+from maskpack.training.objectives.supervised import train_teacher
 from maskpack.training.run_folder import RunFolder
 from maskpack.training.scores import all_names, density, owner, put_on, without_scores
 from maskpack.training.trainer import ObjectiveRun

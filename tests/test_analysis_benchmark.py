@@ -72,6 +72,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "NOISE": Noise(draws=1, scales=(1.0, 0.1)),
         "NOISY": 16,
         "BLOCKS": (8, 1),
+        "FEW_BLOCKS": (8, 1),
         "TARGETS": {name: replace(one, **short) for name, one in analysis.TARGETS.items()},
         "TEXTS": replace(analysis.TEXTS, **{**short, "batch_size": 2}),
         "SHUFFLED": replace(analysis.SHUFFLED, **short),
@@ -120,5 +121,5 @@ def test_runs_and_page(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert words in text, words
     pictures = {path.name for path in small.glob("analysis-*.svg")}
-    assert len(pictures) == 10
+    assert len(pictures) == 11
     assert all(f"({name})" in text for name in pictures)

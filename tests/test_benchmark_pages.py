@@ -135,12 +135,14 @@ def test_imagenet(tmp_path: Path) -> None:
     assert written.read_text().count("Nothing is finished yet") == 7
     record("imagenet", "sign_digits: mask, default", "mask", 0.9, 700)
     record("imagenet", "eurosat: mask, default", "mask", 0.8, 500)
-    for share in imagenet.SHARES:
+    for share in comparisons.SHARES:
         record("imagenet", "sign_digits: linear probe", "probe", 0.6 * share, 0, share, rate=None)
 
     def without(steps: int, seed: int, accuracy: float, **changes: Any) -> None:
         about = {"data": "sign_digits", "start": imagenet.LITE, "steps": steps, "seed": seed, **changes}
-        found = {measure: {f"{share:g}": accuracy * share for share in imagenet.SHARES} for measure in ("knn", "probe")}
+        found = {
+            measure: {f"{share:g}": accuracy * share for share in comparisons.SHARES} for measure in ("knn", "probe")
+        }
         mask = {"density": 0.9, "layers": {"a": 0.9}, "weights": 200 if "include" in changes else 1000, "bytes": 50}
         measured.record("imagenet-unlabelled", about, {**found, **(mask if steps else {})})
 
@@ -148,9 +150,9 @@ def test_imagenet(tmp_path: Path) -> None:
         without(0, seed, 0.5)
         without(1000, seed, 0.7 + 0.1 * seed, lr=5.0)
     without(2000, 0, 0.75, lr=5.0)
-    without(150, 0, 0.99, lr=5.0, validation=True)
+    without(150, 0, 0.99, lr=5.0, bn="freeze", validation=True)
     for rule, changes in imagenet.RULES.items():
-        without(250, 0, 0.4, lr=5.0, **changes)
+        without(imagenet.SOME_STEPS, 0, 0.4, lr=5.0, bn="adapt", **changes)
         about = {"data": "sign_digits", "rule": rule, "steps": 240}
         measured.record("imagenet-selective", about, {"accuracy": 0.6, "bytes": 40})
     imagenet.write_pages(written)

@@ -17,7 +17,7 @@ from maskpack.errors import BackboneError, ConfigError
 from maskpack.runtime.apply import masked
 from maskpack.training.config import TrainConfig
 from maskpack.training.data.base import Data, load_data, loader, readable
-from maskpack.training.objectives.distill import HEAD, Distill, teacher, train_teacher
+from maskpack.training.objectives.supervised import HEAD, Distill, teacher, train_teacher
 from maskpack.training.trainer import train_mask
 
 from .helpers_cli import TRAIN

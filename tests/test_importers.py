@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 from maskpack.errors import BackboneMismatchError, ConfigError, DataError, MaskpackError, UnknownNameError
 from maskpack.importers.base import IMPORTERS, Importer, import_masks
-from maskpack.importers.pruned import compare
+from maskpack.importers.masks import compare
 from maskpack.mask import MaskSet, PackedMask
 
 ALL = IMPORTERS.all()
@@ -250,7 +250,7 @@ def test_a_network_that_was_trained_further_is_no_mask(tiny: nn.Module, tmp_path
 
 
 def test_comparison_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maskpack.importers.pruned.STEP", 7)
+    monkeypatch.setattr("maskpack.importers.masks.STEP", 7)
     base = torch.arange(1.0, 51.0).reshape(5, 10)
     found = base.clone()
     found[4, 9], found[0, 0], found[2] = 1.0, 0.0, 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskpack import Parts, fingerprint, load_mask, save_adapter, unload_mask
 from maskpack.errors import BackboneMismatchError, DataError, MaskpackError
 from maskpack.importers.base import import_file
-from maskpack.importers.pickled import saved, tensor
+from maskpack.importers.merged import saved, tensor
 
 Made = tuple[Path, str, dict[str, Tensor]]  # file, format, the tensors that their code computes
 

@@ -220,7 +220,7 @@ def train(
 ) -> None:
     """Train a mask on a frozen backbone and write it as an adapter."""
     from maskpack.training.auto import SEARCH, check_search, in_words, plan_search
-    from maskpack.training.objectives.distill import TEACHER, Distill, train_teacher
+    from maskpack.training.objectives.supervised import TEACHER, Distill, train_teacher
     from maskpack.training.run_folder import FILE, check_untaken
 
     usual = RECIPES.get(task or "", {})

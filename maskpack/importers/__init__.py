@@ -1,1 +1,1 @@
-"""Masks that other tools made, one file per format. The contract is in base.py."""
+"""Masks that other tools made, formats of a kind in one file. The contract is in base.py."""

@@ -1,1 +1,1 @@
-"""Data sources, one a file, and what training and evaluation read of them."""
+"""Data sources, and what training and evaluation read of them."""

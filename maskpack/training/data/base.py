@@ -1,7 +1,7 @@
 """Contract of a data source, and the examples and batches that training and evaluation read.
 
 A data source is a class in a file of this folder that reads references of one form. Columns, class names, validation
-split and label fractions are handled in `load.py`, for all sources.
+split and label fractions are handled by `load_data`, for all sources.
 """
 
 import io

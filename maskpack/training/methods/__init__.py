@@ -1,1 +1,1 @@
-"""Masking methods, one a file."""
+"""Masking methods, those of a kind in one file."""

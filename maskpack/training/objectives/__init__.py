@@ -1,1 +1,1 @@
-"""Training objectives, one a file."""
+"""Training objectives, those of a kind in one file."""

@@ -1,21 +1,27 @@
-"""The supervised objective, and the heads that it trains: whole, random under a mask, or made of text embeddings."""
+"""Objectives with labels: classes, a teacher's outputs, numbers; and heads that are whole, masked, or of texts."""
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ...backbone.classifier import Classifier, accuracy, classifier_from, embeddings, linear_from, predictions
-from ...backbone.load import Backbone, text_head
+from ...backbone.load import Backbone, export_state, load_tensors, text_head
 from ...backbone.model import MAX_WEIGHTS, Head, RandomWeight, random_weight
 from ...errors import AdapterError, ConfigError, DataError
-from ..config import TrainConfig
-from ..data.base import Data, Examples, loader, readable
-from ..features import Probe, by_class, embed, fit_probe, probe_accuracies
+from ...registry import Options, Positive, Share
+from ...safetensors_io import read_tensors
+from ..config import WEIGHT_LR, TrainConfig
+from ..data.base import LABEL_NAMES, Data, Examples, find_input, loader, readable
+from ..features import SPLITS, Probe, by_class, embed, fit_probe, probe_accuracies
 from ..methods.base import build_method
 from ..own_loop import extract_masks
+from ..run_folder import PartOptions, is_main_process, part_options
 from ..scores import attach, scored_weights
 from ..stored import kept_head, settle_head
 from .base import OBJECTIVES, Objective
@@ -157,3 +163,207 @@ def new_classifier(backbone: Backbone, class_names: Sequence[str], config: Train
     # random weights give embeddings of length 1 nearly equal logits
     embedding = replace(backbone.embedding, normalize=backbone.embedding.normalize and not masked)
     return Classifier(backbone.model, linear, embedding)
+
+
+TEACHER = "teacher"  # run and file that `train_teacher` leaves in a folder
+HEAD = "classification_head"  # in the teacher's file, behind an encoder that has no head inside
+
+
+@dataclass(frozen=True)
+class DistillOptions(Options):
+    """Options of the objective: the teacher's file, its share of the loss, temperature of both softmaxes."""
+
+    teacher: str = ""
+    strength: Share = 0.5
+    temperature: Positive = 2.0
+
+
+@OBJECTIVES.register
+class Distill(Supervised):
+    """Cross-entropy on labels and on the outputs of a teacher, a network that was fine-tuned whole.
+
+    The loss is (1 - strength) * cross-entropy + strength * temperature^2 * KL(teacher || network), both at the
+    temperature. The teacher sees the same augmented inputs, in evaluation mode.
+    """
+
+    id: ClassVar[str] = "distill"
+    reference: ClassVar[str] = "https://arxiv.org/abs/1503.02531"
+    supervised: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ("image-classification", "text-classification")
+    options_class = DistillOptions
+    options: DistillOptions
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+        model = copy.deepcopy(backbone.model)  # before the head of the classes comes
+        super().__init__(backbone, data, config)
+        self.teacher = teacher(backbone, model, self.options.teacher, len(data.class_names))
+
+    def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        inputs, labels = batch
+        logits, temperature = module(inputs).float(), self.options.temperature
+        with torch.no_grad():
+            wanted = (self.teacher(inputs).float() / temperature).log_softmax(-1)
+        found = (logits / temperature).log_softmax(-1)
+        divergence = nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+        loss: Tensor = self.loss_function(logits, labels).lerp(divergence, self.options.strength)
+        return loss
+
+
+def teacher(backbone: Backbone, model: nn.Module, path: str, classes: int) -> Classifier:
+    """Return the network in a safetensors file, in evaluation mode and frozen; `model` gets its weights."""
+    if not path:
+        raise ConfigError(
+            "the objective 'distill' needs a teacher, a safetensors file of the backbone's architecture with a head "
+            "for the classes; give it as the option teacher=FILE, or make one by train_teacher"
+        )
+    state, linear = read_tensors(path), None
+    if backbone.head is None:
+        weight, bias = (state.pop(f"{HEAD}.{leaf}", None) for leaf in ("weight", "bias"))
+        linear = None if weight is None else linear_from(Head(backbone.embedding, weight, bias))
+    load_tensors(model, state, path, backbone.head)
+    if backbone.head is not None:
+        own = model.get_submodule(backbone.head)
+        linear = own if isinstance(own, nn.Linear) else None
+    if linear is None or linear.out_features != classes:
+        found = "no head" if linear is None else f"a head for {linear.out_features} classes"
+        raise ConfigError(f"the teacher in {path} has {found}, and the data have {classes} classes; give another")
+    example = next(model.parameters())
+    classifier = Classifier(model, linear.to(example.device, example.dtype), backbone.embedding)
+    return classifier.eval().requires_grad_(False)
+
+
+def train_teacher(
+    backbone: Backbone, data: Data, config: TrainConfig, folder: str | Path, **options: Unpack[PartOptions]
+) -> Path:
+    """Fine-tune a copy of a backbone whole, with a linear head, and return the file that has it, in the folder.
+
+    Weights learn at 0.001 under Adam and 0.05 under SGD. On resume a file that is there is not made again.
+    """
+    from ..learn import body_parameters
+    from ..trainer import train_dense  # plug-ins are imported by it
+
+    path = Path(folder) / f"{TEACHER}.safetensors"
+    if path.exists() and options.get("resume", False):
+        return path
+    own = replace(backbone, model=copy.deepcopy(backbone.model))
+    settings = replace(config, objective="supervised", objective_options={}, head_kind="linear")
+    settings = replace(settings, lr=WEIGHT_LR[config.optimizer])
+    run = train_dense(
+        own, data, settings, lambda own, _: body_parameters(own), **part_options(options, Path(folder), TEACHER)
+    )
+    if backbone.head is None:
+        assert isinstance(run.objective.module, Classifier)
+        own.model.add_module(HEAD, run.objective.module.linear)
+    if is_main_process():
+        export_state(path, own.model)
+    return path
+
+
+NUMBER_NAMES = ("score", "value", "rating", "stars", *LABEL_NAMES)
+RIDGE = 1e-3  # times the mean variance of the features
+
+
+@OBJECTIVES.register
+class Regression(Supervised):
+    """Squared error of a number, given by a linear head that is trained beside the scores.
+
+    While it learns, numbers are less their mean and divided by their standard deviation, over the training rows.
+    """
+
+    id: ClassVar[str] = "regression"
+    reference: ClassVar[str] = "https://arxiv.org/abs/1801.06519"
+    tasks: ClassVar[tuple[str, ...]] = ("regression",)
+    least_classes: ClassVar[int] = 1
+    figure: ClassVar[str] = "r2"
+
+    def __init__(self, backbone: Backbone, data: Data, config: TrainConfig):
+        if config.head_kind != "linear" or config.head_start != "plain":
+            raise ConfigError("a regression has a linear head with a plain start; leave head_kind and head_start out")
+        super().__init__(backbone, data, config)
+        numbers = torch.tensor([self.rows.labels[row] for row in self.rows.indices])
+        self.mean, self.deviation = float(numbers.mean()), float(numbers.std(correction=0)) or 1.0
+
+    @classmethod
+    def columns(
+        cls, features: Mapping[str, Any], column: str | None, label: str | None, task: str | None
+    ) -> tuple[str, str | None]:
+        label = label or next((name for name in NUMBER_NAMES if name in features), None)
+        if label is None:
+            raise DataError(
+                f"cannot tell which column holds the numbers among {', '.join(features)}; name it with --label-column"
+            )
+        return column or find_input(features, label), label
+
+    @classmethod
+    def targets(
+        cls, rows: Any, column: str | None, names: Sequence[str] | None, split: str
+    ) -> tuple[list[Any], tuple[str, ...]]:
+        """Return the number of each row, and the column's name."""
+        assert column is not None
+        values = rows[column][:]
+        wrong = [
+            one for one in values if isinstance(one, bool) or not isinstance(one, int | float) or not math.isfinite(one)
+        ]
+        if wrong:
+            raise DataError(
+                f"the {split} split has {wrong[0]!r} in column {column!r}, expected numbers; correct such rows, or "
+                f"remove them"
+            )
+        return [float(one) for one in values], (column,)
+
+    def start(self) -> None:
+        """Give the head its first values: the linear fit to the frozen embeddings."""
+        x, y = embed(self.backbone, self.rows, batch_size=self.config.batch_size, cache=False)
+        weight, bias = least_squares(x, (y - self.mean) / self.deviation)
+        with torch.no_grad():
+            self.module.linear.weight.copy_(weight)
+            self.module.linear.bias.fill_(float(bias))
+
+    def loss(self, module: nn.Module, batch: tuple[Any, Tensor]) -> Tensor:
+        inputs, numbers = batch
+        found = module(inputs).float().squeeze(-1)
+        return nn.functional.mse_loss(found, (numbers - self.mean) / self.deviation)
+
+    def evaluate(self, examples: Examples) -> dict[str, float]:
+        outputs, numbers = predictions(self.module, readable(self.batches(examples)))
+        return {"r2": explained(outputs[:, 0] * self.deviation + self.mean, numbers)}
+
+    def baseline(self) -> Mapping[str, float]:
+        size, held = self.config.batch_size, {name: one for name, one in self.data.splits.items() if name in SPLITS}
+        if not held:
+            return {}
+        x, y = embed(self.backbone, self.rows, batch_size=size)
+        weight, bias = least_squares(x, y)
+        found = {name: embed(self.backbone, one, batch_size=size) for name, one in held.items()}
+        return {f"{name}_probe_r2": explained(x.double() @ weight + bias, y) for name, (x, y) in found.items()}
+
+    @classmethod
+    def measured(cls, backbone: Backbone, examples: Examples, head: Head | None, batch_size: int) -> dict[str, Any]:
+        outputs, numbers = cls.outputs(backbone, examples, head, batch_size)
+        return {"r2": explained(outputs[:, 0], numbers)}
+
+    def settle(self) -> bool:
+        """Make the head give the numbers as they are, as it is stored."""
+        with torch.no_grad():
+            self.module.linear.weight.mul_(self.deviation)
+            self.module.linear.bias.mul_(self.deviation).add_(self.mean)
+        self.mean, self.deviation = 0.0, 1.0
+        super().settle()
+        return True
+
+
+def explained(found: Tensor, numbers: Tensor) -> float:
+    """Return the share of the numbers' variance that is explained: 1 of exact ones, 0 of the mean."""
+    error = (found.double() - numbers.double()).square().sum()
+    whole = (numbers.double() - numbers.double().mean()).square().sum()
+    return float(1 - error / whole) if whole > 0 else float(error == 0)
+
+
+def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight and bias, float64, of the linear fit of numbers to features, with a little ridge."""
+    x, y = x.double(), y.double()
+    centre = x - x.mean(0)
+    gram = centre.T @ centre
+    gram += RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+    weight = torch.linalg.solve(gram, centre.T @ (y - y.mean()))
+    return weight, y.mean() - x.mean(0) @ weight
