@@ -59,7 +59,7 @@ unit: $(VENV)/.installed ## pytest
 examples: $(VENV)/.installed ## the scripts of examples/, on small data; with MASKPACK_GRADIO, a Python that has gradio, the app too
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_examples.py
 
-devices: $(VENV)/.installed ## models on two and on four processes
+devices: $(VENV)/.installed ## models on two and on four processes, and the launchers
 	MASKPACK_FOUR=1 $(BIN)/pytest tests/test_devices.py
 
 quick: $(VENV)/.installed ## pytest without the tests that are marked as slow

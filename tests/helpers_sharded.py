@@ -270,13 +270,17 @@ def in_parallel(folder: Path) -> Iterator[tuple[str, bool]]:
         yield "scores", "shared by tensor parallelism" in str(error)
 
 
-def page() -> str:
-    """Run the code of docs/devices.md; return the id of its mask."""
+def page_code() -> str:
+    """Return the code of docs/devices.md that trains, saves, loads and resumes."""
     text = Path(__file__).parent.parent / "docs/devices.md"
     blocks = re.findall(r"^```python\n(.*?)^```", text.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return "\n".join(blocks[:3])
+
+
+def page() -> str:
+    """Run the code of docs/devices.md; return the id of its mask."""
     names: dict[str, Any] = {}
-    code = "\n".join(blocks[:3]).replace('torch.distributed.init_process_group("gloo")', "pass")  # there is one
-    exec(code, names)
+    exec(page_code().replace('torch.distributed.init_process_group("gloo")', "pass"), names)  # there is one
     return str(names["adapter"].mask_id)
 
 

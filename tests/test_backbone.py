@@ -234,6 +234,14 @@ def test_timm() -> None:
     assert (loaded.id, loaded.head, loaded.outside) == ("timm/resnet10t", "fc", ("fc",))
     assert isinstance(loaded.preprocess, ImagePreprocess)
     assert not loaded.model.training
+    images, layouts = torch.rand(2, 3, 32, 32), list[bool]()
+    loaded.model.act1.register_forward_hook(
+        lambda _, __, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+    )
+    logits = loaded.model(images)
+    loaded.model._forward_pre_hooks.clear()
+    torch.testing.assert_close(loaded.model(images), logits)
+    assert layouts == [True, False], "channels are last in memory, which is faster on a CPU"
     with pytest.raises(UnknownNameError, match="timm has no model 'resnet181'; near: .*resnet"):
         load_backbone("timm/resnet181")
 

@@ -109,6 +109,25 @@ def test_features_of_the_masked_backbone_and_few_labels(adapter: Path) -> None:
     assert len(lines) == 21
 
 
+def test_what_is_combined_is_measured_as_eval_does(adapter: Path, headless: Path, tmp_path: Path) -> None:
+    def combined(*words: object) -> Result:
+        call = ["combine", "or", *words, "--output", tmp_path / "out", "--overwrite", *BACKBONE]
+        return CliRunner().invoke(app, [str(one) for one in call])
+
+    both = json.loads(combined(adapter, adapter, *DATA, "--json").stdout)["evaluation"]
+    consistent(both, 178)
+    assert both == ok(tmp_path / "out", *DATA, *BACKBONE)
+    shown = combined(adapter, adapter, *DATA).stdout.splitlines()
+    assert f"  accuracy: {100 * both['accuracy']:.2f} %" in shown
+    assert shown[-6].split() == ["class", "examples", "head"]
+    vote = json.loads(combined(headless, adapter, *DATA, "--missing", "keep", "--json").stdout)["evaluation"]
+    assert [one["measure"] for one in vote["features"]] == ["probe"], "heads differ, so there is none"
+    assert vote == ok(tmp_path / "out", *DATA, *BACKBONE, "--probe")
+    (tmp_path / "out/maskpack_model.safetensors").unlink()
+    refused = combined(adapter, adapter, "--data", tmp_path)
+    assert (refused.exit_code, (tmp_path / "out/maskpack_model.safetensors").exists()) == (1, False)
+
+
 def test_an_adapter_without_head_or_class_names(headless: Path) -> None:
     found = ok(headless, *DATA, *BACKBONE, "--knn", "--probe")
     assert found["class_names"] == ["5", "6", "7", "8", "9"], "the data's own"

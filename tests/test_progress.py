@@ -1,5 +1,6 @@
 """Progress: lines now and then where there is no terminal, and what a training in Python shows by itself."""
 
+import io
 import logging
 import re
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from maskpack_cli.main import app
+from rich.console import Console
 from typer.testing import CliRunner
 
 from maskpack.backbone.load import Backbone
 from maskpack.training import TrainConfig, load_data, progress, train_mask
-from maskpack.training.progress import Lines, seen_by_default
+from maskpack.training.progress import Lines, Seen, seen_by_default
 
 from .helpers_cli import TRAIN
 
@@ -82,3 +84,12 @@ def test_verbs_that_count_nothing_say_that_they_go_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr("maskpack.hub.cache.cached_adapters", lambda: time.sleep(0.7) or [])
     done = CliRunner().invoke(app, ["list"])
     assert re.match(r"maskpack list …, \d s\n", done.stderr), done.stderr
+
+
+def test_a_bar_counts_only_what_is_known() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Seen(console, Lines(print), print, print).bar("evaluating", percent=False) as moved:
+        moved(0, None)
+        moved(7, 1200)
+    assert "None" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "7/1,200" in console.file.getvalue()  # type: ignore[attr-defined]

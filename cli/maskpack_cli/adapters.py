@@ -1,6 +1,7 @@
 """maskpack inspect | verify | list | combine | diff | pack | log | squash | convert."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import maskpack
+from maskpack import training
 from maskpack.errors import ConfigError, UnknownNameError
 from maskpack.training.config import Bytes
 
@@ -16,6 +18,8 @@ from .console import Output, app, emit, hint, lines, note, progress_bar, say, ta
 from .options import (
     ARGUMENT,
     Base,
+    BatchSize,
+    Columns,
     OutputRef,
     Overwrite,
     Packed,
@@ -33,6 +37,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from maskpack.algebra import Overlap
+    from maskpack.training.features import Measure
 
 adapter_verb = partial(verb, app, "Adapters")
 PLUGINS = {
@@ -180,7 +185,7 @@ class Votes:
 
 
 @adapter_verb(
-    "maskpack combine majority ./a ./b user/mask-c@v1 --output ./voted",
+    "maskpack combine majority ./a ./b user/mask-c@v1 --output ./voted --data ./flowers",
     "maskpack combine k-of-n ./a ./b ./c -k 2 --output ./twice",
     "maskpack combine weighted ./a ./b --weight 0.7 --weight 0.3 --output ./voted",
 )
@@ -192,26 +197,49 @@ def combine(
     packing: Packing,
     trust: Trust,
     votes: Votes,
+    columns: Columns,
+    data: Annotated[
+        str | None,
+        "Measure what is made, as for eval; without a head its features, by a linear probe.",
+        typer.Option(rich_help_panel="Data"),
+    ] = None,
+    batch_size: BatchSize = 64,
     overwrite: Overwrite = False,
 ) -> None:
     """Combine the masks of adapters, bit by bit, into one adapter; head and all else are kept where all agree."""
+    from maskpack.adapter.content import FEATURES
     from maskpack.adapter.edit import combine_adapters, left_out
     from maskpack.algebra import operation
+
+    from .use import figures, split_of, tables
 
     weights = votes.weight or None
     operation(how, len(refs), weights, votes.k)
     check_free(output, overwrite)
     adapters = [trust.load(ref) for ref in refs]
-    options = {**vars(packing), "k": votes.k, "missing": votes.missing, "base": base.model_of(adapters[0])}
+    backbone = read = None
+    if data is not None:
+        backbone, names = base.of(adapters[0]), {one.about.class_names for one in adapters}
+        common = names.pop() if len(names) == 1 else None
+        read = training.load_data(data, class_names=common, task=backbone.task, **vars(columns))
+        split_of(read, "test")
+    model = base.model_of(adapters[0]) if backbone is None else backbone.model
+    options = {**vars(packing), "k": votes.k, "missing": votes.missing, "base": model}
     note(f"Combining {len(adapters)} adapters …")
     with progress_bar("Combining") as step:
         combined = combine_adapters(how, adapters, output, weights=weights, progress=step, **options)
     left = left_out(adapters)
     facts = packed(combined, output, operation=how, mask_id=combined.mask_id)
+    headless = combined.parts(stream=True).head is None
+    if backbone is not None and read is not None:
+        measures: Sequence[Measure] = ["probe"] if headless and backbone.task in FEATURES else []
+        facts["evaluation"] = figures(backbone, combined, read, measures=measures, batch_size=batch_size)
     emit(facts | {"left_out": left}, f"✓ {output}")
     say(*(f"{'            ' if i else '  left out: '}{one}" for i, one in enumerate(left)))
-    measured = "" if combined.parts(stream=True).head is not None else " --probe"
-    hint(f"Next: maskpack eval {output} --data DATA{measured}")
+    if "evaluation" in facts:
+        lines({key: value for key, value in facts["evaluation"].items() if key != "adapter"})
+        return tables(facts["evaluation"])
+    return hint(f"Next: maskpack eval {output} --data DATA{' --probe' if headless else ''}")
 
 
 @adapter_verb("maskpack diff ./a ./b", "maskpack diff user/mask-a ./b --json")

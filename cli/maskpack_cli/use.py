@@ -1,7 +1,7 @@
 """maskpack predict | generate | export | serve-switch | eval: an adapter on its backbone."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from maskpack.backbone.load import Backbone
     from maskpack.training.data.base import Data, Examples
     from maskpack.training.features import Measure
 
@@ -207,9 +208,7 @@ def evaluate(
     batch_size: BatchSize = 64,
 ) -> None:
     """Measure an adapter on a data set (accuracy, perplexity), and features of an adapter or of a backbone alone."""
-    from maskpack.training.evaluate import adapter_figures, as_loaded, source_classes
-    from maskpack.training.features import measure_features
-    from maskpack.training.objectives.language import exact_answers
+    from maskpack.training.evaluate import source_classes
 
     wanted: dict[Measure, bool] = {"knn": knn, "probe": probe}
     measures = [name for name, is_wanted in wanted.items() if is_wanted]
@@ -226,23 +225,48 @@ def evaluate(
             raise ConfigError("a backbone alone has no head for these data; give --knn, --probe or both")
         if mode != "target":
             raise ConfigError("--mode is for an adapter, a backbone alone has one network; leave it out")
-    adapter, names = None if ref is None else trust.load(ref), None
+    adapter = None if ref is None else trust.load(ref)
     model = base.of_any(adapter)
+    names = None
     if adapter is not None:
-        maskpack.load_mask(model.model, adapter, mode=mode)
-        model = as_loaded(model, adapter)
         names = source_classes(adapter) if mode == "source" else adapter.about.class_names
     read = training.load_data(data, class_names=names, task=model.task, **vars(columns))
+    asked: dict[str, Any] = {"mode": mode, "split": split, "measures": measures, "shares": labels_fraction}
+    result = figures(model, adapter, read, **asked, answers=answers, batch_size=batch_size)
+    emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
+    tables(result)
+
+
+def figures(
+    model: "Backbone",
+    adapter: "maskpack.Adapter | None",
+    data: "Data",
+    *,
+    mode: Mode = "target",
+    split: str = "test",
+    measures: "Sequence[Measure]" = (),
+    shares: Sequence[float] = (),
+    answers: int | None = None,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """Return what `eval` says of an adapter on its backbone, where it is loaded, or of a backbone alone."""
+    from maskpack.training.evaluate import adapter_figures, as_loaded
+    from maskpack.training.features import measure_features
+    from maskpack.training.objectives.language import exact_answers
+
     result: dict[str, Any] = {
         "adapter": adapter.pinned if adapter is not None else None,
         "backbone": model.id,
-        "data": read.id,
+        "data": data.id,
         "split": split,
-        "class_names": list(read.class_names),
+        "class_names": list(data.class_names),
     }
     own = adapter is not None and adapter.parts(stream=True).head is not None and adapter.about.preprocess is not None
+    if adapter is not None:
+        maskpack.load_mask(model.model, adapter, mode=mode)
+        model = as_loaded(model, adapter)
     if adapter is not None and (own or not measures):  # without one this is the error that says so
-        rows = _split(read, split)
+        rows = split_of(data, split)
         note(f"Evaluating {len(rows):,} examples …")
         with reading("evaluating, batches"):
             result |= adapter_figures(model, adapter, rows, batch_size=batch_size)
@@ -251,12 +275,9 @@ def evaluate(
     if measures:
         note("Computing the features of the training and the test rows …")
         with reading("features, batches"):
-            shares = labels_fraction or [1.0]
-            result["features"] = measure_features(model, read, measures, shares, batch_size=batch_size)
-        result.setdefault("unreadable", len(_split(read, split).unreadable))
-    emit(result, f"✓ {adapter.pinned if adapter is not None else model.id}")
-    if result["class_names"] and ("per_class" in result or "features" in result):
-        _tables(result)
+            result["features"] = measure_features(model, data, measures, shares or [1.0], batch_size=batch_size)
+        result.setdefault("unreadable", len(split_of(data, split).unreadable))
+    return result
 
 
 @use_verb(
@@ -300,15 +321,17 @@ def write_report(
     emit({"file": str(file), "bytes": file.stat().st_size}, f"✓ {file}")
 
 
-def _split(data: "Data", name: str) -> "Examples":
+def split_of(data: "Data", name: str) -> "Examples":
     found = data.test if name == "test" else data.train
     if found is None:
         raise DataError(f"the data {data.id!r} have no {name} split; choose the other with --split")
     return found
 
 
-def _tables(result: Mapping[str, Any]) -> None:
+def tables(result: Mapping[str, Any]) -> None:
     """Print a line for each measure of features, and one for each class."""
+    if not result["class_names"] or not result.keys() & {"per_class", "features"}:
+        return
     features = [{**one, "measure": TITLES[one["measure"]]} for one in result.get("features", [])]
     if features:
         say("")

@@ -249,6 +249,17 @@ def _timm(name: str, pretrained: bool, image_size: int | None, task: TaskName | 
     return Backbone(model, f"timm/{full}", preprocess=ImagePreprocess(size, resize, interpolation, mean, std))
 
 
+def _channels_last(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a model's inputs, images on a CPU with channels last in memory: convolutions are faster there.
+
+    Not for networks of users, which may flatten by `view`; it needs channels first.
+    """
+    images = inputs[0]
+    if images.dim() != 4 or images.device.type != "cpu":
+        return inputs
+    return (images.contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+
 def _torchvision(name: str, pretrained: bool, image_size: int | None, task: TaskName | None) -> Backbone:
     models = require("torchvision.models", "train", "loading torchvision backbones")
     name, _, enum = name.partition("@")
@@ -442,6 +453,8 @@ def load_backbone(
             if backbone is None:
                 with torch.device("meta") if mapped and weights is not None else nullcontext():
                     backbone = loader(name, pretrained, image_size, task)
+                if loader is not _transformers and loader in LOADERS.values():
+                    backbone.model.register_forward_pre_hook(_channels_last)
         except MaskpackError:
             raise
         except UnreachableError as error:

@@ -46,8 +46,9 @@ def compare(
     Learning rates are chosen with the first seed and the greatest share of the labels, on a fifth of these labels;
     where the least or the greatest rate is the best, the search goes on in that direction. Where the backbone has
     BatchNorm statistics and the settings do not say what becomes of them, each baseline with labels and rates to choose
-    from gets the better of frozen and adapted ones. Then every baseline is trained on all labels of a share, once for
-    each seed, and measured once on the test split. Baselines that train without labels do it once for all shares.
+    from gets those of frozen and adapted ones that are better at its middle rate. Then every baseline is trained on all
+    labels of a share, once for each seed, and measured once on the test split. Baselines that train without labels do
+    it once for all shares.
 
     Args:
         backbone, data: arguments of `load_backbone` and `load_data`, as {"reference": …}.
@@ -205,27 +206,30 @@ class Trials:
                 return -1.0
             return None if found is None else float(found["accuracy"])
 
-        each = {bn: {rate: accuracy_of(rate, bn) for rate in rates} for bn in settings}
-        for bn, own in each.items():
-            for _ in range(FURTHER):
-                ends, known = sorted(own), {rate: one for rate, one in own.items() if one is not None}
-                best = max(ends, key=lambda rate: known.get(rate, -1.0))
-                if len(known) < len(own) or best not in (ends[0], ends[-1]):
-                    break
-                further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
-                own[further] = accuracy_of(further, bn)
-        found = {bn: {rate: one for rate, one in own.items() if one is not None} for bn, own in each.items()}
-        if any(len(found[bn]) < len(own) for bn, own in each.items()):
+        middle = rates[len(rates) // 2]
+        begun = {bn: accuracy_of(middle, bn) for bn in settings}
+        first = {bn: one for bn, one in begun.items() if one is not None}
+        if len(first) < len(begun):
             return None
-        accuracy = {(rate, bn): own[rate] for bn, own in found.items() for rate in sorted(own)}
-        rate, bn = max(accuracy, key=lambda one: accuracy[one])
-        if accuracy[rate, bn] < 0:
-            rates_tried = ", ".join(f"{rate:g}" for rate in sorted({rate for rate, _ in accuracy}))
+        bn = max(first, key=lambda one: first[one])
+        own = {rate: first[bn] if rate == middle else accuracy_of(rate, bn) for rate in rates}
+        for left in reversed(range(FURTHER + 1)):
+            accuracy = {rate: one for rate, one in sorted(own.items()) if one is not None}
+            if len(accuracy) < len(own):
+                return None
+            ends, best = list(accuracy), max(accuracy, key=lambda rate: accuracy[rate])
+            if not left or best not in (ends[0], ends[-1]):
+                break
+            further = best * ends[0] / ends[1] if best == ends[0] else best * ends[-1] / ends[-2]
+            own[further] = accuracy_of(further, bn)
+        if accuracy[best] < 0:
             raise TrainingError(
-                f"baseline {name!r}: training failed with all of the rates {rates_tried}; give others for it"
+                f"baseline {name!r}: training failed with all of the rates {', '.join(f'{rate:g}' for rate in ends)}; "
+                f"give others for it"
             )
-        tried = [{"rate": one[0], "bn": one[1], "accuracy": max(0.0, accuracy[one])} for one in accuracy]
-        return rate, bn, tried
+        each = {(middle, one): first[one] for one in first if one != bn} | {(rate, bn): accuracy[rate] for rate in ends}
+        tried = [{"rate": one[0], "bn": one[1], "accuracy": max(0.0, each[one])} for one in each]
+        return best, bn, tried
 
     def run(
         self,

@@ -98,14 +98,16 @@ class Seen:
             return self.lines.begin(before)
         from rich import progress
 
-        many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.completed}/{task.total}")
+        many = progress.TaskProgressColumn() if percent else progress.TextColumn("{task.fields[count]}")
         columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), many)
         times = (progress.TimeElapsedColumn(), progress.TimeRemainingColumn())
         with self.lines.silent(), progress.Progress(*columns, *times, console=self.console) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=None, count="")
 
             def moved(done: int, total: int | None, what: str | None = None) -> None:
-                bar.update(task, completed=done, total=total, description=None if what is None else escape(what))
+                count = f"{done:,}" if total is None else f"{done:,}/{total:,}"
+                text = None if what is None else escape(what)
+                bar.update(task, completed=done, total=total, description=text, count=count)
 
             yield moved
         return None
