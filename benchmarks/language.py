@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from maskpack import load_backbone
 from maskpack.adapter.steps import norms_to_frame
@@ -113,10 +114,11 @@ def measure(
     held = {name: replace(one, indices=one.indices[: ROWS[name]]) for name, one in found.items()}
 
     def figures(split: str) -> dict[str, float]:
-        with run.autocast():
+        with run.autocast(), parametrize.cached():
             one = {"perplexity": float(run.objective.evaluate(held[split])["perplexity"])}
         if task == "gsm8k" and split == "test":  # autocast would convert all weights for every token
-            one["answers"] = exact_answers(run.backbone, data.splits["test"], ASKED, ASKED // 2, ANSWER)
+            with parametrize.cached():
+                one["answers"] = exact_answers(run.backbone, data.splits["test"], ASKED, ASKED // 2, ANSWER)
         return one
 
     if way == RAW:  # before any step the masks keep all
