@@ -242,4 +242,5 @@ def test_of_large_masks_only_what_may_win_is_tried(kind: str) -> None:
     found = smallest(codecs, [(bits, side)])
     assert len(found.payload) == min(len(made) for one in codecs if (made := one.encode(bits, side)) is not None)
     assert found.codec.id == (kind if kind != "gap" else "logit")
-    assert _hopeless(CODECS["gap"](), bits, side.shape, len(found.payload)) == (kind != "zstd")
+    # of the others it is the best, or takes a fifth more than it
+    assert _hopeless(CODECS["gap"](), bits, side.shape, len(found.payload)) == (kind == "logit")

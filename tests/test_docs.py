@@ -204,7 +204,7 @@ def test_commands_in_sentences_exist() -> None:
             assert words[0] in COMMAND.commands, f"{page}: maskpack {command}"
             if len(words) == 1:
                 continue
-            known = {name for option in verb_of(words)[0].params for name in option.opts}
+            known = {name for option in verb_of(words)[0].params for name in option.opts} | {"--help"}
             assert {word for word in words if word.startswith("-")} <= known, f"{page}: maskpack {command}"
 
 
