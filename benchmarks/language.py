@@ -308,8 +308,9 @@ def compared_table(task: str) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Return a mean, with the sample deviation if there are several values."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+    digits = 2 if statistics.mean(values) < 10 else 1
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def write_pages(page: Path) -> None:
