@@ -2,7 +2,7 @@
 
 import pickletools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -45,7 +45,7 @@ class BitDelta:
             signs = (2 * bits - 1).reshape(weight.T.shape).T
             return weight + (signs * coeff).to(weight.dtype)
 
-        return added(path, known(path, matrices | rest, base), make, base)
+        return added(path, matrices | rest, make, base)
 
 
 @IMPORTERS.register
@@ -73,7 +73,7 @@ class Emr:
             )
             return weight + unified * mask * rescalers[int(task)]
 
-        return added(path, known(path, map(str, vector), base), make, base)
+        return added(path, map(str, vector), make, base)
 
 
 @IMPORTERS.register
@@ -106,7 +106,7 @@ class Shira:
                 )
             return weight.clone().index_put_((places[0], places[1]), values.to(weight.dtype), accumulate=True)
 
-        return added(path, known(path, matrices | rest, base), make, base)
+        return added(path, matrices | rest, make, base)
 
 
 @IMPORTERS.register
@@ -145,7 +145,7 @@ class Tall:
             kept = torch.from_numpy(bits[starts[name] : starts[name] + weight.numel()]).reshape(weight.shape).bool()
             return weight + torch.stack(changes).sum(0) * kept
 
-        return added(path, names, make, base)
+        return added(path, first, make, base)
 
 
 def task_of(path: Path) -> tuple[Path, str]:
@@ -154,11 +154,13 @@ def task_of(path: Path) -> tuple[Path, str]:
     return path.with_name(name), task
 
 
-def added(
-    path: Path, names: Mapping[str, str], make: Callable[[str, Tensor], Tensor], base: Mapping[str, Tensor]
-) -> Found:
-    """Return the change that a file makes; `make` gives the new tensor of a name of the file from the base's."""
-    stored = {own: name for name, own in names.items()}
+def added(path: Path, names: Iterable[str], make: Callable[[str, Tensor], Tensor], base: Mapping[str, Tensor]) -> Found:
+    """Return the change that a file makes; `make` gives the new tensor of a name of the file from the base's.
+
+    Raises:
+        BackboneMismatchError: if the backbone lacks one of the names.
+    """
+    stored = {own: name for name, own in known(path, names, base).items()}
 
     def after(own: str) -> Tensor:
         weight = base[own].detach().cpu()
