@@ -133,6 +133,7 @@ def test_what_is_loaded_is_what_their_code_computes(
     assert all(torch.equal(own, before[name]) for name, own in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT
 @pytest.mark.parametrize("write", [bitdelta, emr, tall, shira])
 def test_another_backbone_is_refused(write: Callable[..., Made], tmp_path: Path) -> None:
     path, format, _ = write(tmp_path, Network(torch.float32))
