@@ -72,7 +72,7 @@ def compared(
     """Run the baselines of a comparison that are not recorded, and record their trials, densities and settings."""
 
     def told(event: Mapping[str, Any]) -> None:
-        if event["event"] != "trial":
+        if "settings" not in event:  # of a trial inside, as those of --auto
             return
         settings, adapter = event["settings"], Path(event["folder"]) / "mask.safetensors"
         trial(experiment, {"comparison": name, **settings}, lambda: event["result"])
