@@ -89,6 +89,11 @@ class Fingerprint:
 
     __repr__ = short_repr
 
+    @property
+    def digest(self) -> str:
+        """Digest of the body in its own dtype."""
+        return self.digests[self.dtype]
+
 
 def _check_module(model: object) -> None:
     from torch import nn
@@ -286,9 +291,6 @@ def swap_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
     owner._modules[leaf] = module
     return old
 
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 BLOCK = 1 << 16  # weights per hash, which bounds the memory beside the result
 MAX_WEIGHTS = 1 << 27

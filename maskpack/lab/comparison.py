@@ -8,7 +8,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from .. import errors
-from ..backbone.fingerprint import fingerprint
 from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
@@ -16,6 +15,7 @@ from ..safetensors_io import replacing
 from ..training.config import TrainConfig
 from ..training.data.base import load_data
 from ..training.evaluate import table
+from ..training.learn import base_of
 from ..training.objectives.base import SELF_SUPERVISED, check_data, find_objective
 from ..training.run_folder import Report, claim, locked, stopping, write_json
 from ..training.stored import batchnorm_statistics
@@ -90,9 +90,8 @@ def compare(
     if not all(one.needs_labels for one in found.values()) and not (folder / COMPARISON).exists():
         # a wrong option is seen before the folder is bound to it
         plan_training(model, unlabelled, replace(config, objective=SELF_SUPERVISED))
-    base = fingerprint(model.model, id=model.id, head=model.outside)
     about = {
-        "backbone": {"id": model.id, "digest": base.digests[base.dtype], "head": model.head},
+        "backbone": {"id": model.id, "digest": base_of(model).digest, "head": model.head},
         "preprocess": preprocess_to_json(model.preprocess),
         "data": {"id": examples.id, "digest": examples.digest, "classes": len(examples.class_names)},
         "settings": shared_settings(config),

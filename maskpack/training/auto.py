@@ -164,12 +164,11 @@ def train_auto(
     search = plan_search(backbone, data, config, search_steps, folder, options)
     with locked(folder):
         if folder is not None:
-            base, train = base_of(backbone), search.data.train
             about = {
                 "settings": config.to_json(),
                 "search_steps": search_steps,
-                "backbone": base.digests[base.dtype],
-                "data": [data.digest, len(train or ()), len(data.class_names)],
+                "backbone": base_of(backbone).digest,
+                "data": [data.digest, len(search.data.train or ()), len(data.class_names)],
             }
             claim(folder / CLAIM, about, TrainConfig().to_json())
             search.trials += kept_trials(folder / TRIALS)
