@@ -167,6 +167,14 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(_storage(p), name) for name, p in named_parameters(model).items()}
 
 
+def all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return every name of each parameter by its first one; a tied parameter has several."""
+    found: dict[str, list[str]] = {}
+    for name, first in aliases(model).items():
+        found.setdefault(first, []).append(name)
+    return found
+
+
 def body(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Tensor]:
     """Return the floating-point parameters and persistent buffers outside `head`, sorted; of tied ones the first."""
     return body_of({canonical(name): one for name, one in unwrap(model).state_dict(keep_vars=True).items()}, head)
