@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbone.model import CASTS, PREFIX, Head, RandomWeight
+from ..backbone.model import CASTS, PREFIX, STATISTICS, Head, RandomWeight
 from ..errors import AdapterError, CorruptAdapterError
 from ..mask import PackedMask, packed_bits
 from ..safetensors_io import DTYPES, NAMES, Blob, Span
@@ -26,7 +26,6 @@ CASCADE = "maskpack.cascade/"  # a set's name has no dot
 BASE_BYTES = PREFIX * len(CASTS)
 FLOATS = ("F32", "BF16", "F16")
 ROLES = ("statistics", "parameters")
-STATISTICS = ("running_mean", "running_var")
 # Shapes of a cascade's tensors, vectors first: D values of an embedding, Q coordinates, K experts, W values of a
 # combined embedding, R of a reduced one, I into the head, C classes.
 CASCADE_SHAPES = {

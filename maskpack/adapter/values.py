@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..backbone.model import same_size_int
+from ..backbone.model import exact_cast, same_size_int
 from ..backbone.shards import whole
 from ..codecs import ulps
 from ..codecs.base import words_of
@@ -17,7 +17,6 @@ from ..mask import PackedMask, packed_bits
 from ..safetensors_io import NAMES, torch_dtype
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 CHECK_BYTES = 4
@@ -52,7 +51,7 @@ class Steps:
 
         None if values and base have another dtype in which the base is not all there.
         """
-        cast, words = _exact(base, values.dtype), words_of(values)
+        cast, words = exact_cast(base, values.dtype), words_of(values)
         if cast is None:
             return None
         payload = ulps.encode(NAMES[str(values.dtype)], words_of(cast), words)
@@ -68,7 +67,7 @@ class Steps:
                 does not tell.
         """
         dtype = torch_dtype(self.name)
-        cast = _exact(base.detach(), dtype)
+        cast = exact_cast(base.detach(), dtype)
         if cast is None:
             raise BackboneMismatchError(
                 f"stored values are steps from weights in {dtype}, and those of the base given are in {base.dtype} and "
@@ -117,12 +116,6 @@ def put_at_zeros(weight: Tensor, mask: PackedMask, values: Tensor) -> None:
         ulps.put_at_zeros(words_of(flat), packed_bits(mask.bits), words_of(values))
     else:
         flat[~mask.on(flat.device)] = values
-
-
-def _exact(base: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return weights in a dtype, or None if that changes their bits."""
-    cast = base.to(dtype)
-    return cast if base.dtype == dtype or same_size_int(cast.to(base.dtype)).equal(same_size_int(base)) else None
 
 
 def _others(what: str) -> BackboneMismatchError:

@@ -18,10 +18,12 @@ from ..mask import PackedMask, masked_weight
 from .shards import layout_of, local, put_away, shared
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 CASTS = ("float32", "bfloat16", "float16")  # dtypes in which a body is hashed
 PREFIX = 2  # bytes of a tensor's digest that are stored, for each cast
+STATISTICS = ("running_mean", "running_var")  # of BatchNorm
 Pooling = Literal["mean", "cls", "projection", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
@@ -235,6 +237,13 @@ def same_size_int(tensor: Tensor) -> Tensor:
 
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(kinds[tensor.element_size()])
+
+
+def exact_cast(tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor in another dtype, or None where that changes its values."""
+    cast = tensor.to(dtype)
+    same = tensor.dtype == dtype or same_size_int(cast.to(tensor.dtype)).equal(same_size_int(tensor))
+    return cast if same else None
 
 
 def source_of(model: nn.Module) -> tuple[str, str | None]:

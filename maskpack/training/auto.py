@@ -24,6 +24,7 @@ from .run_folder import (
     FILE,
     RunFolder,
     RunOptions,
+    check_new,
     check_parts,
     check_untaken,
     claim,
@@ -194,11 +195,7 @@ def check_search(folder: Path | None, resume: bool) -> None:
     if folder is None:
         return
     check_untaken(folder.parent, resume)
-    if (folder / CLAIM).exists() and not resume:
-        raise StateError(
-            f"{folder.parent} holds the search of an earlier run; continue it with resume (--resume), or choose "
-            f"another folder (--overwrite replaces it)"
-        )
+    check_new(folder / CLAIM, resume, "search")
     check_parts(folder if folder.is_dir() else folder.parent, resume)
 
 

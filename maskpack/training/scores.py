@@ -294,6 +294,12 @@ class ScoredWeight(nn.Module):
         """Return the mask that the scores stand for, bool; `shift` is added to them."""
         return self.whole(self.method.binarize(whole(self.scores.detach()) + shift, self.state()))
 
+    def straight(self) -> Tensor:
+        """Return the mask as floats, with the gradient straight through to the scores."""
+        scores = gathered(self.scores)
+        kept = self.method.binarize(scores.detach(), self.state()).float()
+        return self.whole(kept + scores - scores.detach())
+
     def mask(self) -> PackedMask:
         """Return the mask that the scores stand for, packed."""
         if self.places is not None:

@@ -460,6 +460,4 @@ class Distribution(Objective):
 
     def _density(self) -> Tensor:
         every = list(scored_weights(self.backbone.model).values())
-        total = sum(math.prod(one.shape) for one in every)
-        parts = [one.binary().sum() + one.scores.sum() - one.scores.sum().detach() for one in every]
-        return torch.stack(parts).sum() / total
+        return torch.stack([one.straight().sum() for one in every]).sum() / sum(math.prod(one.shape) for one in every)
