@@ -506,6 +506,15 @@ def replacing(*paths: str | Path) -> Iterator[list[Path]]:
             os.close(descriptor)
 
 
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all, and its folder if there is none; text is UTF-8. Errors as of `writing`."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -33,7 +33,7 @@ from ..errors import (
 )
 from ..mask import MaskSet, Op, PackedMask, bits_digest, packed_bits, rows_id
 from ..preprocess import Preprocess, preprocess_to_json
-from ..safetensors_io import MAX_HEADER, NAMES, Blob, replacing, writing
+from ..safetensors_io import MAX_HEADER, NAMES, Blob, replacing, write_file, writing
 from ..threads import Progress, counted, in_order
 from .card import CARD_FILE, render_card, update_card
 from .content import LEARNING, About, Cascade, Learned, Parts
@@ -457,8 +457,7 @@ def write_adapter(
         earlier = card if card.exists() else owners
         if earlier is not None:
             rendered = update_card(earlier.read_bytes().decode("utf-8", "surrogateescape"), rendered)
-        with replacing(card) as temporary:
-            temporary[0].write_bytes(rendered.encode("utf-8", "surrogateescape"))
+        write_file(card, rendered.encode("utf-8", "surrogateescape"))
     return adapter
 
 

@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 
 from ..errors import BackboneMismatchError, MaskpackError, by_triton
-from ..safetensors_io import replacing
+from ..safetensors_io import write_file
 from ..threads import Result, in_order
 from .model import CASTS, PREFIX, Fingerprint, all_names, body, canonical, inside, slots, unusable, unwrap
 from .shards import any_shared, shared, whole
@@ -381,9 +381,7 @@ def remember_backbone(digest: str, arguments: Mapping[str, Any]) -> None:
         known = {key: one for key, one in _known().items() if key != digest}
         known[digest] = {"reference": reference, **found}
         with suppress(OSError, MaskpackError):  # without it no verb does less than it says
-            _file().parent.mkdir(parents=True, exist_ok=True)
-            with replacing(_file()) as (temporary,):
-                temporary.write_text(json.dumps(dict(list(known.items())[-MOST:]), indent=1) + "\n", encoding="utf-8")
+            write_file(_file(), json.dumps(dict(list(known.items())[-MOST:]), indent=1) + "\n")
 
 
 def remembered_backbone(digest: str) -> dict[str, Any] | None:

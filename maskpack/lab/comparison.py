@@ -11,7 +11,7 @@ from .. import errors
 from ..backbone.load import load_backbone
 from ..errors import ConfigError, StateError, TrainingError
 from ..preprocess import preprocess_to_json
-from ..safetensors_io import replacing
+from ..safetensors_io import write_file
 from ..training.config import TrainConfig
 from ..training.data.base import load_data
 from ..training.evaluate import table
@@ -118,8 +118,7 @@ def compare(
                 results += [{**row, "bn": bn, "search": tried} for row in rows]
                 if not trials.waiting:
                     write_json(folder / RESULT, {**about, "rows": results})
-                    with replacing(folder / TABLE) as (temporary,):
-                        temporary.write_text(markdown(results), encoding="utf-8")
+                    write_file(folder / TABLE, markdown(results))
     return {**about, "rows": results, **({"waiting": trials.waiting} if trials.waiting else {})}
 
 
@@ -255,7 +254,6 @@ class Trials:
     def _in_process(self, job: Job, part: str) -> dict[str, Any]:
         """Run a job in a process of its own, pass on what it reports, and return its result."""
         path = Path(job.folder) / "job.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(job))
         result: dict[str, Any] = {}
         failed: errors.MaskpackError | None = None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, escape, require
-from ..safetensors_io import replacing
+from ..safetensors_io import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,8 +59,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
         # a name in a script that the font lacks: boxes in a PNG, and in an SVG text that the viewer has a font for
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(content, **KINDS[suffix])
-    with replacing(path) as (temporary,):
-        temporary.write_bytes(content.getvalue())
+    write_file(path, content.getvalue())
 
 
 def new_figure(width: float, height: float) -> "Figure":

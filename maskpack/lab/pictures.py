@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..algebra import Overlap, overlaps
+from ..algebra import Overlap, common_shapes, overlaps
 from ..errors import ConfigError
 from ..mask import MaskSet, PackedMask, packed_bits
 from .figure import (
@@ -197,13 +197,11 @@ def users(masks: Mapping[str, MaskSet]) -> dict[str, list[int]]:
 
     A mask is read as the set of features that its task uses; a parameter that a task does not mask is used whole.
     """
-    names = in_order({name for one in masks.values() for name in one})
+    names = in_order(common_shapes(list(masks.values()), "keep"))
     _check_some(names, "masked parameter", "adapters that have masks")
     found = {}
     for name in names:
         own = [one[name] for one in masks.values() if name in one]
-        if len({one.shape for one in own}) > 1:
-            raise ConfigError(f"the masks of {name!r} have different shapes; give masks of one backbone")
         used = np.full(len(own[0].bits), len(masks) - len(own))
         for one in own:
             used += np.unpackbits(packed_bits(one.bits), count=len(one.bits), bitorder="little")

@@ -244,7 +244,10 @@ class PatchReader:
         if start:
             self._replace(start)
         if patches:
-            self._apply(patches)
+            check_measured(self._measured, base_of_chain(patches))
+            parts = merged(patches, tensors_of(self.model))
+            check_masks(self.model, parts.masks.shapes)
+            self._put(parts, patches[-1].about.result)
         self.version = newest
         return newest
 
@@ -288,12 +291,6 @@ class PatchReader:
                 raise CorruptAdapterError(f"{self.versions.where}/{whole_name(number)} is damaged: {error}") from None
             self._put(Parts(MaskSet({}), parameters=tensors), digests)
         self.version = number
-
-    def _apply(self, patches: list[Adapter]) -> None:
-        check_measured(self._measured, base_of_chain(patches))
-        parts = merged(patches, tensors_of(self.model))
-        check_masks(self.model, parts.masks.shapes)
-        self._put(parts, patches[-1].about.result)
 
     def _put(self, parts: Parts, digests: Mapping[str, str] | None) -> None:
         """Apply parts, compare the whole body, and keep nothing; after any error the weights are what they were."""

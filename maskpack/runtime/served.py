@@ -5,6 +5,7 @@ once more, and its copies are looked at instead of done. What they would write i
 these are a module like any other, on which a `MaskBank` switches.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -157,9 +158,8 @@ class Served:
         for found in self._everyone(mine):
             for name, some in found.items():
                 parts[name] |= set(some)
-        size = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-        held = {name: sum(_numel(part) for part in some) for name, some in parts.items()}
-        self._lost = {name for name in shapes if held[name] < size[name]}
+        held = {n: sum(math.prod(end - begin for begin, end in part) for part in some) for n, some in parts.items()}
+        self._lost = {name for name, shape in shapes.items() if held[name] < math.prod(shape)}
 
     def _located(self, base: Fingerprint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Return the checkpoint's names by an adapter's, whose base must be what is served."""
@@ -217,10 +217,6 @@ class Served:
 
 def _key(name: str, index: int) -> str:
     return f"{name}.{index}"
-
-
-def _numel(part: Part) -> int:
-    return torch.Size(end - begin for begin, end in part).numel()
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from ..safetensors_io import (
     check_seal,
     lock,
     parse_header,
-    replacing,
     strict_json,
     tensor_of,
+    write_file,
     write_tensors,
     writing,
 )
@@ -183,7 +183,6 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
     """
     if not path.exists():
         if write and is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, about)
         return
     there, here = read_json(path, frozenset(about), "choose another folder"), json.loads(json.dumps(about))
@@ -203,8 +202,7 @@ def claim(path: Path, about: Mapping[str, Any], defaults: Mapping[str, Any] | No
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write a value as JSON, whole or not at all."""
-    with replacing(path) as (temporary,):
-        temporary.write_text(json.dumps(value, indent=indent, sort_keys=True) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=indent, sort_keys=True) + "\n")
 
 
 def read_json(path: Path, keys: frozenset[str], remedy: str) -> dict[str, Any]:
