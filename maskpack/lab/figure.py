@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ConfigError, escape, require
-from ..safetensors_io import write_file
+from ..safetensors_io import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,6 +51,9 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes with the same matplotlib.
 
     Text in an SVG file stays text. Whatever goes wrong, what `path` had stays.
+
+    Example:
+        save_figure(density_figure({"mask": [{"conv1.weight": 0.9}]}), "density.svg")
     """
     import matplotlib
 
@@ -59,7 +62,8 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
         # a name in a script that the font lacks: boxes in a PNG, and in an SVG text that the viewer has a font for
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(content, **KINDS[suffix])
-    write_file(path, content.getvalue())
+    with replacing(path) as (temporary,):
+        temporary.write_bytes(content.getvalue())
 
 
 def new_figure(width: float, height: float) -> "Figure":
