@@ -51,6 +51,9 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG or SVG, by the suffix; the same figure gives the same bytes with the same matplotlib.
 
     Text in an SVG file stays text. Whatever goes wrong, what `path` had stays.
+
+    Example:
+        save_figure(density_figure({"mask": [{"conv1.weight": 0.9}]}), "density.svg")
     """
     import matplotlib
 
