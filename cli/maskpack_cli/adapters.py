@@ -73,7 +73,7 @@ COUNTS = ("hamming", "share", "jaccard", "chance", "both", "first_only", "second
 
 
 def packed(adapter: "maskpack.Adapter", output: Path, **more: Any) -> dict[str, Any]:
-    """Return what there is to say of an adapter with one mask set that was written, with more behind its path."""
+    """Return the description of a written adapter with one mask set; `more` follows its path."""
     whole = maskpack.inspect_adapter(adapter)["sets"]["default"]
     totals = ("parameters", "weights", "density", "payload_bytes", "bits_per_weight")
     return {"adapter": reference(output), **more, **{name: whole[name] for name in totals}, "file_bytes": adapter.size}

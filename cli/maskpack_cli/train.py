@@ -56,7 +56,7 @@ SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 
 @group("Run")
 class Run(Folder, Packed):
-    """How a training runs."""
+    """Options for how a training runs."""
 
     checkpoint_every: Annotated[str | None, "A time or steps, as in 10min or 500steps. Default: every epoch."] = None
     resume: Annotated[bool, "Continue from the last checkpoint in --output."] = False

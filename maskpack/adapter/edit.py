@@ -1,4 +1,4 @@
-"""Adapters made of adapters: converted and combined."""
+"""Adapters made from other adapters: converted to another codec, or combined."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace

@@ -54,7 +54,7 @@ LEVEL = 19  # of the index's frame
 
 
 class Spooled:
-    """Bytes put aside at the end of a file, perhaps after others; they come back in pieces any number of times."""
+    """Bytes kept in a temporary file, which can be read back in pieces any number of times."""
 
     def __init__(self, file: IO[bytes], folder: Path):
         self._file, self._folder = file, folder
@@ -98,7 +98,7 @@ class _Job(NamedTuple):
 
 
 class _Coded(NamedTuple):
-    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask, stored values."""
+    """A coded payload without its bytes: digest of its packed bits, scale of its mask, stored values."""
 
     payload: Payload
     bits_digest: str
@@ -119,7 +119,7 @@ def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[
 def _code(
     job: _Job, rivals_of: Callable[[bool], Sequence[Codec]], weights: Mapping[str, Tensor] | None, least: float
 ) -> tuple[_Coded, bytes, bool]:
-    """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done.
+    """Code a payload with every codec and verify the smallest; return it, its bytes, and whether the mask is complete.
 
     Args:
         rivals_of: whether codecs may have the base -> codecs.

@@ -310,7 +310,7 @@ def _computed(evaluations: Evaluations, state: State, layers: Sequence[str]) -> 
 
 
 def _pooled(output: Any, attention: Tensor | None) -> Tensor:
-    """One vector for each example of what a module puts out: a tensor, or what starts with one."""
+    """Return one vector for each example from a module's output: a tensor, or a collection that starts with one."""
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if output.ndim == 4:

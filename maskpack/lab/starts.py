@@ -172,7 +172,7 @@ def block_order(size: int, block: int, seed: int = 0) -> Tensor:
 
 
 def shuffle_inputs(model: nn.Module, block: int, seed: int = 0) -> None:
-    """Let a model see every image, (B, C, H, H), shuffled by `block_order`, in every mode, from now on."""
+    """Make a model shuffle every input image, (B, C, H, H), by `block_order`, in every mode, from now on."""
 
     def shuffled(image: Tensor) -> Tensor:
         order = block_order(image.shape[-1], block, seed).to(image.device)

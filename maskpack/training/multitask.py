@@ -134,7 +134,7 @@ class JointRun(Run):
         self.norms, self.before = dict[str | None, dict[str, Tensor]](), dict[str, Tensor]()
 
     def use(self, name: str) -> Supervised:
-        """Make the backbone this task's: head, statistics, gates; return the task's objective."""
+        """Give the backbone a task's head, statistics and gates; return the task's objective."""
         objective = self.objectives[name]
         self._exchange(objective.module.linear, self.buffers[name])
         self._put_norms(name)

@@ -125,7 +125,7 @@ def _locked_file(path: Path) -> IO[str]:
 
 
 def _let_go() -> None:
-    """In a process that was forked: a copy of the open file would hold the lock longer than the run."""
+    """Close inherited lock files in a forked process, which would hold the lock longer than the run."""
     for file in _held:
         file.close()
     _held.clear()
