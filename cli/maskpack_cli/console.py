@@ -108,6 +108,17 @@ def note(text: str) -> None:
             Output.lines.begin(text)
 
 
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Let the verb's lines say what it does meanwhile."""
+    before = Output.lines.what
+    Output.lines.begin(what)
+    try:
+        yield
+    finally:
+        Output.lines.begin(before)
+
+
 def hint(text: str) -> None:
     """Print a note for people to stderr, unless --quiet or --json."""
     if not Output.json:
