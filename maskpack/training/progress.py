@@ -154,7 +154,10 @@ def readable(value: Any, key: str = "") -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{100 * value:.2f} %" if ACCURACIES & set(re.split(r"[ _(]", key)) else f"{value:.4f}"
+        words = set(re.split(r"[ _(]", key))
+        if not ACCURACIES & words or "r2" in words:
+            return f"{value:.4f}"
+        return f"{100 * value:+.2f} points" if "over" in words else f"{100 * value:.2f} %"
     if isinstance(value, int):
         return f"{value:,}"
     return "-" if value is None else str(value)
