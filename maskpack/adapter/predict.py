@@ -98,7 +98,7 @@ def predict(
         parts = {"head": run, "class names": names, "preprocessing": about.preprocess}
         missing = ", ".join(name for name, one in parts.items() if one is None)
         raise AdapterError(
-            f"this adapter has no {missing}, so it cannot predict by itself; take one that was trained with labels, or in "
+            f"this adapter has no {missing}, so it cannot predict by itself; take one trained with labels, or in "
             f"Python give class_names and preprocess to save_adapter"
         )
     how = preprocess_from_json(about.preprocess)

@@ -432,6 +432,8 @@ def confusion_figure(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     texts = [[f"{count:.0f}" if count else "" for count in row] for row in found]
     image = draw_matrix(axes, shares, class_names, side, (0, 1), texts if numbered else None, 0.5)
     axes.set(xlabel="predicted class", ylabel="true class")
+    right, total = found.trace(), found.sum()
+    axes.set_title(f"{right:,.0f} of {total:,.0f} right: {100 * right / max(total, 1):.2f} %", fontsize="medium")
     add_scale(figure, image, axes, "share of the true class", shrink=min(1.0, 3 / (side * classes)), aspect=12)
     return figure
 
