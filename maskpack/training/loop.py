@@ -277,8 +277,7 @@ class Run(ABC):
         assert path is not None
         tensors, facts = load_checkpoint(path)
         example = self._facts(Position(0, batches={"": [0, 0]}, metrics={"": 0.0}, extended=[""]))
-        check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
-        ours, there = example["run"], facts["run"]
+        ours, there = example["run"], facts.get("run")
         settings = {name: one for name, one in ours.pop("config").items() if not longer or name not in LENGTH}
         other = differing(ours, there) + differing(settings, there.get("config") if isinstance(there, dict) else None)
         if other:
@@ -286,6 +285,7 @@ class Run(ABC):
                 f"the checkpoint in {path.parent} belongs to another run: {', '.join(other)} differ; resume with the "
                 f"same settings, data and backbone, or choose another folder"
             )
+        check_like(path, "facts", {**facts, "run": None}, {**example, "run": None, "optimizer": [0]})
         at = Position(**{one.name: facts[one.name] for one in fields(Position)})
         if self.steps < at.steps:
             raise StateError(
