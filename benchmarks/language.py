@@ -163,7 +163,7 @@ def measure(
 
 
 def rates(way: str) -> tuple[float, ...]:
-    """Return what is tried of a way: distances of a mask, rates of others."""
+    """Return the values that are tried for a way: distances for a mask, rates for others."""
     if way in MASKS:
         return BESIDE_NORMS if "norms" in way else DISTANCES
     return RATES[way.partition(":")[0]]

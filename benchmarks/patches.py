@@ -1,4 +1,4 @@
-"""Bytes and rates of exact patches between real checkpoints, beside what others make of the same pairs.
+"""Bytes and rates of exact patches between real checkpoints, beside other tools on the same pairs.
 
     python -m benchmarks.patches        half an hour of one core, resumable; the pairs are made by patch_pairs.py
     python -m benchmarks.patches --write docs/results/patches.md
@@ -49,7 +49,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Coder(NamedTuple):
-    """What makes bytes of a tensor and back: arrays of words, of the base and of the tuned weights."""
+    """A way to code the tuned words of a tensor as bytes, given the base's, and to decode them."""
 
     encode: Callable[[Any, Any], bytes]
     decode: Callable[[bytes, Any], Any]
@@ -231,7 +231,7 @@ def run(pair: str, scope: str) -> None:
 
 
 def simulated() -> dict[str, Any]:
-    """Code and decode values of a simulated step, without positions: what an optimiser adds is as large for all."""
+    """Code and decode values of a simulated optimiser step that changes all weights by as much, without positions."""
     rng, runs = np.random.default_rng(0), list[tuple[float, float]]()
     masters = (rng.standard_normal(8_000_000) * 0.02).astype(np.float32)
     base = (masters.view(np.uint32) >> 16).astype(np.uint16)
@@ -250,7 +250,7 @@ def simulated() -> dict[str, Any]:
 
 
 def used(pair: str) -> dict[str, Any]:
-    """Measure what a user does: pack a checkpoint, base and checkpoint in their files, and load it, all checked."""
+    """Measure a user's way: pack a checkpoint from its files, and load the patch with all checks."""
     from transformers import AutoModelForCausalLM
 
     one_core()

@@ -162,7 +162,7 @@ def measure(pair: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def learned(kind: str, backbone: Backbone, config: TrainConfig) -> Mapping[str, nn.Parameter]:
-    """Return what learns in a baseline."""
+    """Return the parameters that learn in a baseline."""
     body = body_parameters(backbone)
     return body if kind == "full" else {name: body[name] for name in learning_names(backbone.model, [kind])}
 
@@ -206,7 +206,7 @@ def mixed(*candidates: Settings) -> list[Settings]:
 
 
 def better(usual: Settings) -> list[Settings]:
-    """Return what may make masks better for their bytes, beside the settings that are usual, with two seeds each."""
+    """Return candidates that may give masks more accuracy for their bytes, and the usual settings, with two seeds."""
     found = [
         usual,
         {**usual, "top": 0.1},

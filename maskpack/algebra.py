@@ -42,7 +42,7 @@ def whole_votes(weights: Sequence[float], count: int) -> list[int]:
 
 
 def count_votes(votes: Sequence[int], least: int, bits: list[bitarray]) -> bitarray:
-    """Return where the votes of the true bits sum up to `least`, from 1 to the sum of all, or more."""
+    """Return the packed bits at which the weighted votes of true bits reach `least`, at least 1."""
     columns = [packed_bits(one) for one in bits]
     kept = np.empty_like(columns[0])
     for start in range(0, len(kept), CHUNK):
@@ -64,7 +64,7 @@ def _sums(votes: Sequence[int], columns: Sequence[NDArray[np.uint8]]) -> list[ND
 
 
 def _at_least(digits: Sequence[NDArray[np.uint8]], least: int) -> NDArray[np.uint8]:
-    """Return where numbers, given by their binary digits, are `least` or more; it has no more digits than they."""
+    """Return the packed bits at which numbers, given by packed binary digits, are `least` or more."""
     greater, equal = np.zeros_like(digits[0]), np.full_like(digits[0], 0xFF)
     for place in reversed(range(len(digits))):
         if least >> place & 1:
@@ -90,7 +90,7 @@ def combine(
     k: int | None = None,
     missing: Missing = "error",
 ) -> MaskSet:
-    """Combine mask sets, bit by bit: what the result keeps follows from who keeps it, and from nothing else.
+    """Combine mask sets bit by bit, by an operation such as a union, an intersection or a vote.
 
     | `how` | of | a weight is kept if it is kept by |
     | --- | --- | --- |

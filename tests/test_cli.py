@@ -514,18 +514,19 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_interrupt_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
-    long = [*TRAIN[:-4], "--epochs", "200", "--labels-fraction", "0.3", "--output", tmp_path]
-    checkpoint = tmp_path / "training/checkpoint.safetensors"
+def test_interrupt_in_the_first_epoch_ends_with_130_and_can_be_resumed(tmp_path: Path) -> None:
+    long = [*TRAIN[:-4], "--epochs", "200", "--batch-size", "2", "--output", tmp_path]
+    checkpoint, log = tmp_path / "training/checkpoint.safetensors", tmp_path / "training/log.jsonl"
     with Forked(command(*long)) as process:
         until = time.monotonic() + 120
-        while not checkpoint.exists() and time.monotonic() < until:
-            time.sleep(0.02)
+        while time.monotonic() < until and not (log.exists() and log.read_text()):
+            time.sleep(0.005)
         os.kill(process.pid, signal.SIGINT)
         code, _, errors = process.ended()
     assert code == 130
     assert re.search(r"Interrupted\. .*--resume.* checkpoint in .*training\.\n$", errors)
     assert "Traceback" not in errors
+    assert '"epoch"' not in {line["event"] for line in map(json.loads, log.read_text().splitlines())}
     assert checkpoint.exists()
     assert not (tmp_path / "maskpack_model.safetensors").exists()
 

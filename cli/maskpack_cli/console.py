@@ -1,4 +1,4 @@
-"""What people see: results on stdout, everything else on stderr, errors without tracebacks."""
+"""Output of the command line: results on stdout, everything else on stderr, errors without tracebacks."""
 
 import gc
 import json
@@ -202,7 +202,7 @@ def reading(what: str) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Collect no garbage while libraries are imported: there is none, and the search takes a quarter of the time."""
+    """Turn garbage collection off while libraries are imported, which takes a quarter less time."""
     gc.disable()
     try:
         yield
@@ -212,7 +212,7 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def heard(verb: str) -> Iterator[None]:
-    """Say in a line now and then what a verb does, where no bar shows it; what takes long need not know of it."""
+    """Print a line now and then with what a verb is doing, where no bar shows it."""
     Output.lines, ended = Lines(note), threading.Event()
     Output.lines.begin(f"{verb} …")
 

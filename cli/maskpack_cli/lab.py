@@ -304,7 +304,7 @@ def criticality(
 
 @verb(analyze, None, f"maskpack analyze barrier mask=./a mask=./b tuned=c.safetensors {SHARED}")
 def barrier(refs: NetworkRefs, base: AnyBase, measured: Measured, trust: Trust, points: Points = 11) -> None:
-    """Measure what is lost on the straight line between every two networks; BatchNorm statistics are taken anew."""
+    """Measure the loss barrier on the straight line between every two networks; BatchNorm statistics are recomputed."""
     evaluations, networks, _ = measured.open(refs, base, trust)
     with progress_bar("interpolating") as moved:
         result = lab.barriers(evaluations, networks, points, moved)

@@ -56,7 +56,7 @@ SHARED = "--backbone timm/resnet18.a1_in1k --data ./flowers"
 
 @group("Run")
 class Run(Folder, Packed):
-    """How a training runs."""
+    """Options for how a training runs."""
 
     checkpoint_every: Annotated[str | None, "A time or steps, as in 10min or 500steps. Default: every epoch."] = None
     resume: Annotated[bool, "Continue from the last checkpoint in --output."] = False
@@ -104,7 +104,8 @@ class Run(Folder, Packed):
         from maskpack.backbone.fingerprint import remember_backbone
 
         content = (result.parts, result.base, result.about)
-        adapter = maskpack.save_adapter(self.output, *content, profile=self.profile, weights=model, **options)
+        options |= {"profile": self.profile, "weights": model, "overwrite": True}
+        adapter = maskpack.save_adapter(self.output, *content, **options)
         if backbone is not None:
             remember_backbone(result.base.digests["float32"], backbone.arguments())
         return adapter

@@ -134,7 +134,8 @@ def squash_adapters(
     if chain[-1].about.result == chain[0].base.digests:
         raise StateError(f"the {len(chain)} patches undo each other: there is nothing to write")
     about = About(training={"squashed": [one.mask_id for one in chain]}, result=chain[-1].about.result)
-    return save_adapter(path, parts, base_of_chain(chain), about, profile=profile, weights=base, progress=progress)
+    options: dict[str, Any] = {"profile": profile, "weights": base, "progress": progress}
+    return save_adapter(path, parts, base_of_chain(chain), about, overwrite=True, **options)
 
 
 def lineage(adapter: Adapter) -> dict[str, Any]:

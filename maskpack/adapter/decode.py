@@ -1,4 +1,4 @@
-"""One payload -> one mask's bits, with the base's weights where the codec wants them. Needs torch for these alone."""
+"""Decoding of payloads into masks, with the base's weights where the codec needs them."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def by_name(weights: Weights) -> Mapping[str, Tensor]:
 
 
 def in_step(weights: Mapping[str, Tensor] | None) -> int | None:
-    """Return how many threads may ask for the base's weights: processes that share them gather them in one order."""
+    """Return the number of threads that may read the base's weights: 1 if they are sharded, None if any number."""
     return 1 if weights is not None and any_shared(weights) else None
 
 
 def tells_classes(weight: Tensor) -> bool:
-    """Return True if weights are of a dtype in which they are in the classes of the base's."""
+    """Return True if weights of this dtype fall into the same classes as the base's."""
     return str(weight.dtype) in ("torch.float32", "torch.bfloat16")
 
 
@@ -84,7 +84,7 @@ def key_of(payload: Payload) -> Key:
 def on_device(
     found: Sequence[Decoded | None], payloads: Sequence[Payload]
 ) -> tuple[DeviceBits, Positions] | tuple[None, None]:
-    """Return a mask's bits and its zeros' positions if it was decoded there, to as many true bits as it should have."""
+    """Return the bits and zero positions of a mask decoded on a device, after comparing its number of true bits."""
     pieces, where = list[Any](), list[Positions]()
     for one, payload in zip(found, payloads, strict=True):
         if one is None or isinstance(one[0], np.ndarray) or one[1] is None:
@@ -226,7 +226,7 @@ class Decoder:
     def _there(
         self, set: str, names: Iterable[str], weights: Mapping[str, Tensor] | None = None
     ) -> dict[Key, Decoded | None]:
-        """Decode together what is quicker so where the parameters lie, or these `weights`, by name."""
+        """Decode in one batch the masks whose codec is quicker that way on their device; return them by name."""
         own = (self.weights or {}) if weights is None else weights
         payloads = [payload for name in names for payload in self.adapter.payloads[set][name]]
         away = [one for one in payloads if (weight := own.get(one.name)) is not None and not weight.is_cpu]

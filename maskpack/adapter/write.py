@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import itertools
+import logging
 import math
 import struct
 import tempfile
@@ -45,6 +46,7 @@ from .signature import remove_signature
 from .tensors import BASE, BASE_BYTES, dense_blobs, head_to_json, values_blob
 from .values import Steps, at_zeros
 
+LOG = logging.getLogger(__name__)
 WORTH = 1 << 14  # weights; coding is slow
 WORTH_STEPS = 0.5  # of the bytes of stored values
 PIECE = 1 << 20  # bytes
@@ -52,7 +54,7 @@ LEVEL = 19  # of the index's frame
 
 
 class Spooled:
-    """Bytes put aside at the end of a file, perhaps after others; they come back in pieces any number of times."""
+    """Bytes kept in a temporary file, which can be read back in pieces any number of times."""
 
     def __init__(self, file: IO[bytes], folder: Path):
         self._file, self._folder = file, folder
@@ -96,7 +98,7 @@ class _Job(NamedTuple):
 
 
 class _Coded(NamedTuple):
-    """A payload without its bytes: hex BLAKE3 of its packed bits, scale of its mask, stored values."""
+    """A coded payload without its bytes: digest of its packed bits, scale of its mask, stored values."""
 
     payload: Payload
     bits_digest: str
@@ -117,7 +119,7 @@ def _jobs(set_name: str, parts: Parts, reference: Reference | None) -> Iterator[
 def _code(
     job: _Job, rivals_of: Callable[[bool], Sequence[Codec]], weights: Mapping[str, Tensor] | None, least: float
 ) -> tuple[_Coded, bytes, bool]:
-    """Code one payload in every way and decode the smallest: what was made, its bytes, whether the mask is done.
+    """Code a payload with every codec and verify the smallest; return it, its bytes, and whether the mask is complete.
 
     Args:
         rivals_of: whether codecs may have the base -> codecs.
@@ -355,6 +357,7 @@ def save_adapter(
     codec: str | None = None,
     weights: Weights | None = None,
     progress: Progress | None = None,
+    overwrite: bool | None = None,
 ) -> Adapter:
     """Write an adapter: a folder with model file, config and card, or only the file if `path` ends in `.safetensors`.
 
@@ -378,6 +381,8 @@ def save_adapter(
         codec: only this codec, by id.
         weights: the frozen model or its state dict, for codecs that use the base.
         progress: called after each mask with the number of weights done and of those in all.
+        overwrite: replace an adapter that is there. False: that is a StateError. Default: it is replaced, since a
+            training may stand behind this call, and a warning is logged.
 
     Raises:
         AdapterError: if there is no mask, or anything cannot be stored; the message says what.
@@ -410,12 +415,20 @@ def save_adapter(
     given: dict[str, Any] = {"task": task, "class_names": names, "preprocess": prepared, "training": training}
     said = replace(about or About(), **{key: value for key, value in given.items() if value is not None})
     _check_names(sets, base)
+    if writes and not overwrite and (file := _model_file(Path(path))).exists():
+        if overwrite is not None:
+            raise StateError(f"{file} is there already; choose another name, or replace it with overwrite=True")
+        LOG.warning("%s was there already, and is replaced; overwrite=True says so without this warning", file)
     make = partial(encode, sets, base, said, cascade, weights, profile, codec, progress)
     if writes:
         return write_adapter(Path(path), make)
     with tempfile.TemporaryDirectory() as folder:  # the same bytes as the process that writes
         content = write_adapter(Path(folder) / MODEL_FILE, make).content
     return parse_adapter(content, Path(path))
+
+
+def _model_file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / MODEL_FILE
 
 
 def write_adapter(
@@ -426,8 +439,8 @@ def write_adapter(
     `encoded` gives header and tensors; what it raises ends the writing before anything is replaced. A new folder gets
     the owner's words of the card `owners`.
     """
-    whole = path.suffix == ".safetensors"
-    model, config, card = (path, None, None) if whole else (path / MODEL_FILE, path / CONFIG_FILE, path / CARD_FILE)
+    whole, model = path.suffix == ".safetensors", _model_file(path)
+    config, card = (None, None) if whole else (path / CONFIG_FILE, path / CARD_FILE)
     with nullcontext() if whole else _folder(path):
         with writing(model.parent):
             file = tempfile.TemporaryFile(dir=model.parent)  # nameless: it goes with the process

@@ -101,7 +101,7 @@ def stamp(tensor: Tensor) -> Stamp | None:
 
 
 def model_digest(model: nn.Module, outside: Iterable[str] = ()) -> str | None:
-    """Return the BLAKE3 of all that a model's output in evaluation mode depends on, but for the modules `outside`.
+    """Return the BLAKE3 of all that a model's output in evaluation mode depends on, without the modules `outside`.
 
     Unlike a fingerprint it covers the bits of every parameter and buffer, the settings of modules, and the source files
     of their classes. None if a weight is parametrized (as by scores) or a module has hooks, which none of these cover.
@@ -287,7 +287,7 @@ def tied(model: nn.Module) -> dict[str, list[str]]:
 
 
 def has_again(model: nn.Module, counts: Mapping[str, tuple[int, int]]) -> None:
-    """Note that tensors have the bytes again that they had at an earlier count of writes: name -> (earlier, now)."""
+    """Record that tensors have the same bytes again as at an earlier write count: name -> (earlier count, now)."""
     known = _MEASURED.get(unwrap(model), {})
     for name in counts.keys() & known.keys():
         (found, dtype, digest), (earlier, now) = known[name], counts[name]

@@ -48,7 +48,7 @@ PROFILES: tuple[Profile, ...] = ("fast", "default", "max")
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What a codec may use beside the payload, equal when packing and unpacking.
+    """Side information of a codec, equal when packing and unpacking: shape, base weights, reference mask.
 
     Attributes:
         shape: of the parameter.
@@ -74,7 +74,7 @@ class Side:
 
     @cached_property
     def ranks(self) -> Bits | None:
-        """Which of 16 parts each magnitude is in, for compiled loops; None without them."""
+        """The magnitude class (0 to 15) of each weight, for compiled loops; None without them."""
         from .classes import ranks
 
         return ranks(self.base, 16)

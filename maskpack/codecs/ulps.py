@@ -80,7 +80,7 @@ def _nearest(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _bits(counts: NDArray[np.int64], tables: NDArray[np.int64]) -> list[float]:
-    """Return of each table what it takes to say which buckets come, these often, and the table itself."""
+    """Return the bits that each table takes to code buckets of these counts, its own description included."""
     sizes, used = _sizes(tables), (tables > 0) * np.arange(1, BUCKETS + 1)
     saying = -(counts * np.log2(np.where(counts > 0, sizes, SLOTS) / SLOTS)).sum(1)
     found: list[float] = (saying + 8 + 4 * used.max(1)).tolist()
@@ -88,7 +88,7 @@ def _bits(counts: NDArray[np.int64], tables: NDArray[np.int64]) -> list[float]:
 
 
 def _chosen(counts: NDArray[np.int64]) -> tuple[int, list[list[int]]]:
-    """Return the highest exponent and the tables, of as many contexts as are worth it."""
+    """Return the highest exponent and the table of each context, with as many contexts as save bits."""
     present = np.flatnonzero(counts.any(1))
     top, bottom = int(present[-1]), int(present[0])
     tried = [1, 2, 4, 8, 12, MOST_CONTEXTS]
@@ -195,7 +195,7 @@ def kind_of(data: Bytes) -> Float:
 
 
 class Parsed(NamedTuple):
-    """What a payload of values says: the highest exponent, `_entries`, the rest bits, the words of the lanes."""
+    """A parsed payload of values: highest exponent, `_entries`, rest bits, and the words of the lanes."""
 
     kind: Float
     top: int

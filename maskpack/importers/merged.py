@@ -155,7 +155,7 @@ def task_of(path: Path) -> tuple[Path, str]:
 
 
 def added(path: Path, names: Iterable[str], make: Callable[[str, Tensor], Tensor], base: Mapping[str, Tensor]) -> Found:
-    """Return the change that a file makes; `make` gives the new tensor of a name of the file from the base's.
+    """Return the change that a file makes; `make` computes a new tensor from its name in the file and the base's.
 
     Raises:
         BackboneMismatchError: if the backbone lacks one of the names.

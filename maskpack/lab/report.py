@@ -77,6 +77,10 @@ def adapter_report(
     Raises:
         CorruptAdapterError: if a mask does not decode to what the file states.
         ConfigError, DataError, AdapterError: if the adapter cannot be measured on the data.
+
+    Example:
+        page = adapter_report(load_adapter("./my-mask"))
+        Path("my-mask.html").write_text(page, encoding="utf-8")
     """
     if data is not None and backbone is None:
         raise ConfigError("the adapter is measured on data by its backbone, and none is given; give it beside the data")

@@ -368,7 +368,7 @@ class MaskBank:
             return [outputs[index] for index in range(len(masks))]
 
     def parts(self, name: str) -> Parts:
-        """Return the masks of an adapter with its head and dense tensors, read again if they were evicted."""
+        """Return the parts of an adapter; they are read again if they were evicted."""
         with self._lock:
             resident = self._find(name)
             with self.using(self.active):

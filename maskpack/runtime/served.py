@@ -237,7 +237,7 @@ def _part_of(mask: PackedMask, piece: Piece) -> PackedMask:
 
 @contextmanager
 def _looked_at(take: Callable[[Tensor, Tensor], bool]) -> Iterator[None]:
-    """Have every `Tensor.copy_` looked at as long as this lasts: what `take` takes is not written."""
+    """Intercept every `Tensor.copy_` within the context; a copy that `take` accepts is not made."""
     own = Tensor.copy_
 
     def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:

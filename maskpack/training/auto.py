@@ -293,7 +293,7 @@ def changed(config: TrainConfig, changes: Changes) -> TrainConfig:
 
 
 def in_words(changes: Changes) -> str:
-    """Return changes as people read them."""
+    """Return changes of settings in words."""
     if changes == NORMS:
         return "norms alone"
     texts = {name: ", ".join(value) if isinstance(value, list) else value for name, value in changes.items()}

@@ -1,4 +1,4 @@
-"""Rate-aware training: a penalty on the coded size of masks, so strong that they fit into a budget of bytes."""
+"""Rate-aware training: a penalty on the coded size of masks, strong enough to keep a budget of bytes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

@@ -387,5 +387,5 @@ def worth_warnings(metrics: Mapping[str, float], masks: bool = True) -> list[str
 
 
 def told(name: str, value: float) -> str:
-    """Return a figure as people read it."""
+    """Return a figure as text for people."""
     return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""Progress of what takes seconds: a bar in a terminal or a notebook, elsewhere a line now and then."""
+"""Progress of long operations: a bar in a terminal or a notebook, elsewhere a line now and then."""
 
 import logging
 import math
@@ -150,7 +150,7 @@ class Seen:
 
 
 def readable(value: Any, key: str = "") -> str:
-    """Return a value as people read it; an accuracy, which the words of its key tell, in per cent."""
+    """Return a value as text for people; an accuracy, told by the words of its key, in per cent."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

@@ -125,7 +125,7 @@ def _locked_file(path: Path) -> IO[str]:
 
 
 def _let_go() -> None:
-    """In a process that was forked: a copy of the open file would hold the lock longer than the run."""
+    """Close inherited lock files in a forked process, which would hold the lock longer than the run."""
     for file in _held:
         file.close()
     _held.clear()
@@ -324,8 +324,8 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 
 
 @contextmanager
-def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
-    """Answer the first SIGTERM or SIGUSR1; a second one does what it did before. Only in the main thread."""
+def on_signal(answer: Callable[[int], None], *more: int) -> Iterator[None]:
+    """Answer the first of SIGTERM, SIGUSR1 and `more`; a second does what it did before. Only in the main thread."""
     earlier: dict[int, Any] = {}
 
     def put_back() -> None:
@@ -337,7 +337,7 @@ def on_signal(answer: Callable[[int], None]) -> Iterator[None]:
         answer(number)
 
     if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+        for number in (*SIGNALS, *more):
             # one that is ignored stays so, and one that was not installed by Python could not be put back
             if signal.getsignal(number) not in (None, signal.SIG_IGN):
                 earlier[number] = signal.signal(number, first)

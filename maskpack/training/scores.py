@@ -450,7 +450,7 @@ def scored_models(model: nn.Module) -> list[ScoredModel]:
 
 @contextmanager
 def _changed(model: nn.Module, **state: Any) -> Iterator[None]:
-    """Give what the scores of a model share other attributes, within the context."""
+    """Change attributes of the shared state of a model's scores within the context."""
     models = scored_models(model)
     before = [{name: getattr(one, name) for name in state} for one in models]
     for one in models:
@@ -463,7 +463,7 @@ def _changed(model: nn.Module, **state: Any) -> Iterator[None]:
 
 
 def plain_names(model: nn.Module, make: Plain) -> AbstractContextManager[None]:
-    """`state_dict` has the model's own names, and what `make` makes of masked weights, within the context."""
+    """Make `state_dict` use the model's own names, with `make` applied to masked weights, within the context."""
     return _changed(model, plain=make)
 
 

@@ -1,4 +1,4 @@
-"""What is stored beside masks: norms, statistics, other parameters, a head; and how BatchNorm is trained."""
+"""Values stored beside masks (norms, statistics, other parameters, heads), and how BatchNorm is trained."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -319,8 +319,8 @@ def train_mask(
         TrainingError: if the loss is not finite, or no example of an epoch can be read.
         StateError: if the checkpoint is damaged or belongs to another run, `output` has one and `resume` is not asked
             for, or another run writes into it.
-        StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written. Only with
-            `output`, in the main thread; a second signal is not waited for.
+        StoppedError: after SIGTERM or SIGUSR1, at the next optimiser step, when the checkpoint is written; so does
+            KeyboardInterrupt after Ctrl-C. Only with `output`, in the main thread; a second signal is not waited for.
         SelectionError, DataError: if patterns or data do not fit the backbone.
 
     Example:
