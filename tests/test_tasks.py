@@ -157,6 +157,9 @@ def test_exact_answers_are_counted_by_their_last_number(world: Path, tmp_path: P
     assert 0 < seen[-1][0] <= seen[-1][1]
     right = [last_number(one) == last_number(answer) for one, (_, answer) in zip(given, SUMS, strict=False)]
     assert share == sum(right) / 12
+    base = ("--backbone", f"hf/{world}/chat", "--data", f"{world}/sums.jsonl", "--split", "train")
+    found = json.loads(call("eval", f"{tmp_path}/m", *base, "--answers", "3", "--json").stdout)
+    assert found["exact_answers"] == exact_answers(as_loaded(backbone, adapter), data.train, 3)
     drawn = [adapter.generate(backbone.model, asked[:1], tokens=4, temperature=2.0) for _ in range(4)]
     assert len({one for (one,) in drawn}) > 1
 
